@@ -1,0 +1,7 @@
+"""pyvit: fast vision transformers. Fused kernels as PyTorch operators, and the models that use them."""
+
+from pyvit import ops
+from pyvit.dispatch import BackendError, explain, use_backend
+from pyvit.version import __version__
+
+__all__ = ["BackendError", "__version__", "explain", "ops", "use_backend"]

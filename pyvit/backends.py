@@ -1,0 +1,71 @@
+"""What each backend serves, as data. Dispatch, ``explain``, error messages, the documentation's table and the tests' parameters all read this."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+from pyvit import library
+
+#: In order of preference; the first that serves a call is chosen.
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One backend's promise for one operator.
+
+    ``features`` are the optional things a call may ask for (see each operator's ``describe``); a feature not listed is refused.
+    ``head_dim`` is (smallest, largest, multiple of); ``deterministic`` promises the same bits for the same inputs, gradients included.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    features: frozenset[str] = frozenset()
+    head_dim: tuple[int, int, int] = (1, 1 << 30, 1)
+    deterministic: bool = True
+
+
+def _missing(backend: str, device: str) -> str | None:
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        return library.problem() if device == "cpu" else f"runs on cpu tensors, got {device}"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the package 'triton' is not installed (pip install triton)"
+        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "runs on GPU tensors (on cpu only in Triton's interpreter, TRITON_INTERPRET=1)"
+        return None
+    if device != "cuda":
+        return f"runs on cuda tensors, got {device}"
+    if library.problem() is not None:
+        return library.problem()
+    return None if library.has_cuda() else "the compiled library was built without CUDA (no nvcc at build time)"
+
+
+#: MISSING[backend, device]: why a backend cannot run on a device type on this machine, None where it can. Looking never touches a GPU.
+MISSING = {(backend, device): _missing(backend, device) for backend in BACKENDS for device in ("cpu", "cuda")}
+
+
+_ATTENTION = frozenset({"bias", "bool_mask", "bias_grad", "causal", "gqa", "grad", "lse_grad"})
+_VARLEN = _ATTENTION
+_WINDOW = frozenset({"bias_table", "logit_scale", "pad_qkv", "shift", "padding", "grad"})
+_PATCH = frozenset({"uint8", "normalize", "overlap", "pos_embed", "prefix", "keep", "grad", "images_grad"})
+
+_REFERENCE = Capability((F64, F32, F16, BF16), _ATTENTION | _WINDOW | _PATCH | {"dropout"})
+
+#: CAPABILITIES[operator][backend]
+CAPABILITIES: dict[str, dict[str, Capability]] = {
+    "flash_attention": {"cpu": Capability((F32, BF16), _ATTENTION, (1, 256, 1))},
+    "flash_attention_varlen": {"cpu": Capability((F32, BF16), _VARLEN, (1, 256, 1))},
+    "attention_map": {"cpu": Capability((F32, BF16), frozenset({"bias", "bool_mask", "gqa"}), (1, 256, 1))},
+    "window_attention": {"cpu": Capability((F32, BF16), _WINDOW, (1, 256, 1))},
+    "patch_embed": {"cpu": Capability((F32, BF16), _PATCH)},
+}
+for _table in CAPABILITIES.values():
+    _table["reference"] = _REFERENCE

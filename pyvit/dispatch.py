@@ -1,0 +1,347 @@
+"""Choosing a backend, and registering operators so that every way of calling them runs the same kernels.
+
+A public function in :mod:`pyvit.ops` checks its arguments, describes the call (:class:`Call`), asks :func:`select` for a backend and calls an
+:class:`Operator`. The same Operator stands behind ``torch.ops.pyvit.<name>``, so the compiler, export and C++ callers see no other code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyvit import library
+from pyvit.backends import BACKENDS, CAPABILITIES, MISSING
+
+
+class BackendError(RuntimeError):
+    """An explicitly requested backend cannot serve the call; the message carries every reason."""
+
+
+class Call(NamedTuple):
+    """What a backend must know of a call to accept or refuse it."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    features: tuple[str, ...]
+    head_dims: tuple[int, ...] = ()
+
+
+def reasons(call: Call, backend: str) -> list[str]:
+    """Why ``backend`` cannot serve ``call``; empty when it can."""
+    absent = MISSING.get((backend, call.device), f"does not run on {call.device}")
+    if absent is not None:
+        return [absent]
+    capability = CAPABILITIES[call.op].get(backend)
+    if capability is None:
+        return [f"has no kernel for {call.op}"]
+    found = []
+    if call.dtype not in capability.dtypes:
+        found.append(f"dtype {_short(call.dtype)} is not among {', '.join(map(_short, capability.dtypes))}")
+    low, high, multiple = capability.head_dim
+    for d in call.head_dims:
+        if not low <= d <= high or d % multiple:
+            found.append(f"head dimension {d} is not in {low}..{high}" + (f" in steps of {multiple}" if multiple > 1 else ""))
+    found += [f"does not support {name}" for name in call.features if name not in capability.features]
+    return found
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _checked(name: str | None, where: str) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{where} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_override: str | None = _checked(os.environ.get("PYVIT_BACKEND") or None, "PYVIT_BACKEND")
+_choices: dict[tuple[Call, str | None], str] = {}
+
+
+class use_backend:
+    """Send every following call to one backend, process-wide; as a context manager, until the block ends.
+
+    ``None`` restores the automatic choice. A call the backend cannot serve raises :class:`BackendError`.
+
+    >>> with pyvit.use_backend("reference"):
+    ...     out = model(images)
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _override
+        self._previous, _override = _override, _checked(name, "use_backend: name")
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _override
+        _override = self._previous
+
+
+def select(call: Call, backend: str | None = None) -> str:
+    """The backend that serves ``call``: the requested one, else that of :class:`use_backend` or ``PYVIT_BACKEND``, else the first able.
+
+    Raises :class:`BackendError` when a requested backend refuses, ValueError when there is none of that name.
+    """
+    wanted = backend if backend is not None else _override
+    if torch.compiler.is_compiling():  # the choice is made while tracing; a cache here would be a side effect of the graph
+        return _select(call, wanted)
+    key = (call, wanted)
+    chosen = _choices.get(key)
+    if chosen is None:
+        chosen = _choices[key] = _select(call, wanted)
+    return chosen
+
+
+def _select(call: Call, wanted: str | None) -> str:
+    if wanted is None:
+        for name in BACKENDS:
+            if not reasons(call, name):
+                return name
+        refusals = "; ".join(f"{name}: {', '.join(reasons(call, name))}" for name in BACKENDS)
+        raise BackendError(f"{call.op}: no backend serves this call ({refusals})")
+    _checked(wanted, "backend")
+    refused = reasons(call, wanted)
+    if refused:
+        raise BackendError(f"{call.op}: backend {wanted!r} cannot serve this call: {'; '.join(refused)}")
+    return wanted
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The report of :func:`explain`: the chosen backend, and for every other the reasons it was not."""
+
+    call: Call
+    chosen: str
+    refusals: dict[str, list[str]]
+    notes: list[str]
+
+    def __str__(self) -> str:
+        features = ", ".join(self.call.features) or "plain"
+        lines = [f"{self.call.op} on {self.call.device}, {_short(self.call.dtype)} ({features}) -> {self.chosen}"]
+        for name in BACKENDS:
+            verdict = "chosen" if name == self.chosen else "; ".join(self.refusals[name]) or "able, lower preference"
+            lines.append(f"  {name:<10} {verdict}")
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+    __repr__ = __str__
+
+
+def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend would serve ``op(*args, **kwargs)``, and why each other would not; nothing is computed.
+
+    ``op`` is a function of :mod:`pyvit.ops` or its name. Raises what the call itself would raise for bad arguments.
+    """
+    name = op if isinstance(op, str) else op.__name__
+    if name not in _describers:
+        raise ValueError(f"explain: op must be one of {', '.join(sorted(_describers))}, got {name!r}")
+    call, notes = _describers[name](*args, **kwargs)
+    chosen = select(call, kwargs.get("backend"))
+    return Explanation(call, chosen, {b: reasons(call, b) for b in BACKENDS}, notes)
+
+
+_describers: dict[str, Callable[..., tuple[Call, list[str]]]] = {}
+
+
+def describes(name: str) -> Callable[[Callable[..., tuple[Call, list[str]]]], Callable[..., tuple[Call, list[str]]]]:
+    """Register the function that turns the public arguments of ``name`` into a :class:`Call` and notes for :func:`explain`."""
+
+    def register(describe: Callable[..., tuple[Call, list[str]]]) -> Callable[..., tuple[Call, list[str]]]:
+        _describers[name] = describe
+        return describe
+
+    return register
+
+
+def copy_notes(**tensors: Tensor | None) -> list[str]:
+    """Notes on arguments that a kernel must copy because their last dimension is not contiguous."""
+    return [
+        f"{name} has stride {t.stride(-1)} in its last dimension and will be copied"
+        for name, t in tensors.items()
+        if t is not None and t.dim() and t.shape[-1] > 1 and t.stride(-1) != 1
+    ]
+
+
+def autocast(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under ``torch.autocast`` for ``device``, the floating tensors in its dtype; otherwise as they are."""
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+class Operator:
+    """One dispatcher operator of :data:`pyvit.ops.schemas.SCHEMAS`, with its fake kernel, gradient and kernels per backend.
+
+    Calling it takes the shortest way to the kernel: in eager mode straight to the backend's function, through one
+    :class:`torch.autograd.Function` when a gradient is needed; while compiling or under a functorch transform, through the dispatcher.
+
+    Args:
+        name: key into SCHEMAS.
+        reference: the naive form, same arguments less the trailing ``backend``.
+        fake: shapes, dtypes and strides of the outputs, same arguments as the schema.
+        setup_context, backward: as for ``torch.library.register_autograd``.
+        autocast_args: positions of the tensors cast under autocast.
+        kernels: per backend, "module:function" imported at first use, or None for the dispatcher's own C++ kernel.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        setup_context: Callable[..., None] | None = None,
+        backward: Callable[..., Any] | None = None,
+        autocast_args: Sequence[int] = (),
+        kernels: dict[str, str] | None = None,
+    ) -> None:
+        self.name, self._reference, self._autocast_args = name, reference, tuple(autocast_args)
+        self._kernels: dict[str, Callable[..., Any]] = {"reference": lambda *args: reference(*args[:-1])}
+        self._paths = kernels or {}
+        self._op = getattr(torch.ops.pyvit, name).default
+        qualified = f"pyvit::{name}"
+        torch.library.register_fake(qualified, fake)
+        self._function: type[torch.autograd.Function] | None = None
+        if backward is not None:
+            assert setup_context is not None
+            torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+            self._function = self._make_function(setup_context, backward)
+        if library.problem() is not None:
+            library.FRAGMENT.impl(name, self.run, "CPU")
+        library.FRAGMENT.impl(name, self.run, "CUDA")
+        if self._autocast_args:
+            for device in ("CPU", "CUDA"):
+                library.FRAGMENT.impl(name, self._autocast(device), f"Autocast{device}")
+
+    def kernel(self, backend: str) -> Callable[..., Any]:
+        """The function that computes this operator on ``backend``, taking the schema's arguments."""
+        found = self._kernels.get(backend)
+        if found is None:
+            if backend in ("cpu", "auto"):
+                found = self._op
+            elif backend == "cuda":
+                found = getattr(torch.ops.pyvit_cuda, self.name).default
+            else:
+                module, _, function = self._paths[backend].partition(":")
+                found = getattr(importlib.import_module(module), function)
+            self._kernels[backend] = found
+        return found
+
+    def run(self, *args: Any) -> Any:
+        """Kernel of the dispatcher where the library has none of its own: resolves ``backend`` (the last argument)."""
+        backend = args[-1]
+        if backend == "auto":
+            device = next(a.device.type for a in args if isinstance(a, Tensor))
+            able = [b for b in BACKENDS if MISSING.get((b, device), device) is None and b in CAPABILITIES[self.name.removesuffix("_backward")]]
+            backend = able[0]
+        return self.kernel(backend)(*args)
+
+    def __call__(self, *args: Any) -> Any:
+        if args[-1] == "reference":  # plain PyTorch, which autograd and the compiler see through
+            return self.kernel("reference")(*args)
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return self._op(*args)
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return self._function.apply(*args) if self._function is not None else self._op(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.kernel(args[-1])(*args)
+
+    def _make_function(self, setup_context: Callable[..., None], backward: Callable[..., Any]) -> type[torch.autograd.Function]:
+        operator = self
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                with torch._C._AutoDispatchBelowAutograd():
+                    output = operator.kernel(args[-1])(*args)
+                setup_context(ctx, args, output)
+                return output
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor | None) -> Any:
+                return backward(ctx, *grads)
+
+        Function.__name__ = Function.__qualname__ = self.name
+        return Function
+
+    def _autocast(self, device: str) -> Callable[..., Any]:
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+
+        def cast(*args: Any) -> Any:
+            listed = list(args)
+            for at in self._autocast_args:
+                (listed[at],) = autocast(device.lower(), args[at])
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return self._op(*listed)
+
+        return cast
+
+
+def reference_backward(
+    reference: Callable[..., Any], grads: Sequence[Tensor | None], args: Sequence[Any], inputs: Sequence[int], create_graph: bool = False
+) -> list[Tensor | None]:
+    """Gradients of ``reference(*args)`` with respect to the tensors at positions ``inputs``, by autograd.
+
+    Kernels run below the dispatcher's autograd layer; this puts it back in force.
+    """
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradCPU", "AutogradCUDA", "AutogradMeta", "AutogradOther", "AutogradFunctionality", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        leaves = {i: args[i].detach().requires_grad_() if not create_graph else args[i] for i in inputs}
+        outputs = reference(*[leaves.get(i, a) for i, a in enumerate(args)])
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=False) if g is not None and o.requires_grad]
+        return list(
+            torch.autograd.grad(
+                [o for o, _ in pairs], [leaves[i] for i in inputs], [g for _, g in pairs], create_graph=create_graph, allow_unused=True
+            )
+        )
+
+
+def double_backward(reference: Callable[..., Any], n_grads: int, n_skipped: int, inputs: Sequence[int]) -> dict[str, Callable[..., Any]]:
+    """Gradient of a ``*_backward`` operator by differentiating the reference formula twice.
+
+    The operator's arguments are ``n_grads`` output gradients, ``n_skipped`` saved values, then the forward's arguments with ``backend`` last;
+    ``inputs`` are the forward positions whose gradients it returns, in order.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        tensors = [a if isinstance(a, Tensor) else None for a in inputs]
+        ctx.save_for_backward(*tensors)
+        ctx.others = [None if isinstance(a, Tensor) else a for a in inputs]
+
+    def backward(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
+        with torch.enable_grad():
+            args = [
+                (t.detach().requires_grad_(t.is_floating_point()) if t is not None else o)
+                for t, o in zip(ctx.saved_tensors, ctx.others, strict=True)
+            ]
+            forward = args[n_grads + n_skipped : -1]
+            present = [i for i in inputs if isinstance(forward[i], Tensor) and forward[i].is_floating_point()]
+            firsts = dict(zip(present, reference_backward(reference, args[:n_grads], forward, present, create_graph=True), strict=True))
+            pairs = [(firsts[i], g) for i, g in zip(inputs, second, strict=True) if firsts.get(i) is not None and g is not None and g.numel()]
+            pairs = [(f, g.to(f.dtype)) for f, g in pairs if f.requires_grad]
+            wrt = [g for g in args[:n_grads] if g is not None] + [forward[i] for i in present]
+            found = torch.autograd.grad([f for f, _ in pairs], wrt, [g for _, g in pairs], allow_unused=True) if pairs else [None] * len(wrt)
+        answer: list[Any] = [None] * len(args)
+        results = iter(found)
+        for i in range(n_grads):
+            if args[i] is not None:
+                answer[i] = next(results)
+        for i in present:
+            answer[n_grads + n_skipped + i] = next(results)
+        return tuple(answer)
+
+    return {"setup_context": setup_context, "backward": backward}

@@ -1,0 +1,121 @@
+"""Attention probabilities of chosen queries: the CLS maps of DINO in O(N) memory, beside a flash kernel that never stores them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyvit import dispatch
+from pyvit.dispatch import Call, Operator
+from pyvit.ops import checks, reference
+
+
+def attention_map(
+    q: Tensor,
+    k: Tensor,
+    rows: int | Sequence[int] | Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """softmax(scale * q[rows] k^T + bias), for the query rows asked for.
+
+    Args:
+        q: queries (B, H, Nq, D).
+        k: keys (B, Hkv, Nk, D), Hkv dividing H.
+        rows: indices of queries in [0, Nq): an int, a sequence, or an int64 tensor (R,) or (B, R).
+        bias: as in :func:`pyvit.ops.flash_attention`.
+        scale: factor on the scores, default 1/sqrt(D).
+        backend: force one backend.
+
+    Returns:
+        probabilities (B, H, R, Nk) in the dtype of q. Differentiable through the reference formula.
+
+    Raises ValueError, TypeError, BackendError as :func:`pyvit.ops.flash_attention`.
+
+    Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (2021), section 4.2.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        q, k = dispatch.autocast(q.device.type, q, k)  # type: ignore[assignment]
+    indices = _rows(q, rows)
+    if bias is not None and bias.dim() < 4:
+        bias = bias[(None,) * (4 - bias.dim())]
+    chosen = dispatch.select(_check(q, k, bias), backend)
+    return MAP(q, k, indices, bias, q.shape[-1] ** -0.5 if scale is None else scale, chosen)
+
+
+def _rows(q: Tensor, rows: int | Sequence[int] | Tensor) -> Tensor:
+    op = "attention_map"
+    checks.tensor(op, "q", q, "(B, H, Nq, D)", 4)
+    given = isinstance(rows, Tensor)
+    if not given:
+        rows = torch.tensor([rows] if isinstance(rows, int) else list(rows), dtype=torch.int64)  # type: ignore[arg-type]
+    assert isinstance(rows, Tensor)
+    if rows.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: rows must hold int64 indices, got {rows.dtype}")
+    if rows.dim() not in (1, 2) or (rows.dim() == 2 and rows.shape[0] != q.shape[0]):
+        checks.fail(op, "rows", f"of shape (R,) or ({q.shape[0]}, R)", checks.shape(rows))
+    # Reading indices back from a GPU would stall it; there, as with any gather, an index out of range is a device-side error.
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and rows.numel():
+        low, high = int(rows.min()), int(rows.max())
+        if low < 0 or high >= q.shape[2]:
+            checks.fail(op, "rows", f"indices in [0, {q.shape[2]})", f"{low}..{high}")
+    return rows.to(q.device, torch.int64).expand(q.shape[0], -1)
+
+
+def _check(q: Tensor, k: Tensor, bias: Tensor | None) -> Call:
+    op = "attention_map"
+    checks.tensor(op, "k", k, "(B, Hkv, Nk, D)", 4)
+    checks.floating(op, "q", q)
+    checks.same(op, "k", k, "q", q)
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        checks.fail(op, "k", f"of shape ({q.shape[0]}, Hkv, Nk, {q.shape[3]}) to fit q", checks.shape(k))
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        checks.fail(op, "k", f"with a number of heads that divides q's {q.shape[1]}", k.shape[1])
+    features = ["gqa"] if k.shape[1] != q.shape[1] else []
+    if bias is not None:
+        checks.bias(op, bias, q, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+        features.append("bool_mask" if bias.dtype == torch.bool else "bias")
+    return Call(op, q.device.type, q.dtype, tuple(features), (q.shape[3],))
+
+
+@dispatch.describes("attention_map")
+def _describe(q: Tensor, k: Tensor, rows: Any, *, bias: Tensor | None = None, **_: Any) -> tuple[Call, list[str]]:
+    _rows(q, rows)
+    if bias is not None and bias.dim() < 4:
+        bias = bias[(None,) * (4 - bias.dim())]
+    return _check(q, k, bias), dispatch.copy_notes(q=q, k=k)
+
+
+def _fake(q: Tensor, k: Tensor, rows: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], rows.shape[1], k.shape[2])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, rows, bias, ctx.scale, _backend = inputs
+    ctx.save_for_backward(q, k, rows, bias)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, rows, bias = ctx.saved_tensors
+    wanted = [i for i in (0, 1, 3) if ctx.needs_input_grad[i]]
+    found = dispatch.reference_backward(
+        reference.attention_map, (grad,), (q, k, rows, bias, ctx.scale), wanted, create_graph=torch.is_grad_enabled()
+    )
+    grads = dict(zip(wanted, found, strict=True))
+    return grads.get(0), grads.get(1), None, grads.get(3), None, None
+
+
+MAP = Operator(
+    "attention_map",
+    reference=reference.attention_map,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast_args=(0, 1),
+    kernels={"triton": "pyvit.triton_kernels.attention_map:attention_map"},
+)

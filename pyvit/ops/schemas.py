@@ -1,0 +1,52 @@
+"""Dispatcher schemas of every pyvit operator: the one place they are written.
+
+``setup.py`` turns this dictionary into ``schemas.inc``, so that the compiled library defines the operators by itself (a C++ program
+needs no Python); without the library, :mod:`pyvit.dispatch` defines them from here. The module imports nothing, so that the build can read it.
+
+``backend`` is ``"auto"`` or a name from :data:`pyvit.dispatch.BACKENDS`; it is part of the schema because gradients run in other threads and
+compiled graphs outlive the context that chose it. ``seed`` (1,) int64 seeds dropout, see :func:`pyvit.ops.reference.dropout_keep`.
+Gradients that were not asked for come back as empty tensors.
+"""
+
+_ATTENTION = "Tensor q, Tensor k, Tensor v, Tensor? bias, bool is_causal, float scale, float dropout_p, Tensor? seed, str backend"
+_VARLEN = (
+    "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, "
+    "Tensor? bias, bool is_causal, float scale, str backend"
+)
+_WINDOW = (
+    "Tensor qkv, int[] window_size, int[] shift_size, int num_heads, Tensor? bias_table, Tensor? logit_scale, "
+    "Tensor? pad_qkv, float scale, float dropout_p, Tensor? seed, str backend"
+)
+_PATCH = (
+    "Tensor images, Tensor weight, Tensor? bias, int[] stride, Tensor? pos_embed, Tensor? prefix, Tensor? keep, "
+    "Tensor? mean, Tensor? std, str backend"
+)
+
+SCHEMAS = {
+    # out (B, H, Nq, Dv), stored as (B, Nq, H, Dv) so that merging the heads is free; lse (B, H, Nq) float32, natural logarithm.
+    "flash_attention": f"({_ATTENTION}) -> (Tensor out, Tensor lse)",
+    "flash_attention_backward": (
+        f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_grad, {_ATTENTION}) "
+        "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias)"
+    ),
+    # Packed sequences: q (Tq, H, D), out (Tq, H, Dv), lse (H, Tq).
+    "flash_attention_varlen": f"({_VARLEN}) -> (Tensor out, Tensor lse)",
+    "flash_attention_varlen_backward": (
+        f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_grad, {_VARLEN}) "
+        "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias)"
+    ),
+    # rows (B, R) int64 -> probabilities (B, H, R, Nk).
+    "attention_map": "(Tensor q, Tensor k, Tensor rows, Tensor? bias, float scale, str backend) -> Tensor",
+    # qkv (B, H, W, 3C) -> out (B, H, W, C), lse (B, windows, heads, window area) float32.
+    "window_attention": f"({_WINDOW}) -> (Tensor out, Tensor lse)",
+    "window_attention_backward": (
+        f"(Tensor grad_out, Tensor out, Tensor lse, {_WINDOW}) "
+        "-> (Tensor grad_qkv, Tensor grad_bias_table, Tensor grad_logit_scale, Tensor grad_pad_qkv)"
+    ),
+    # images (B, C, H, W) -> (B, P + K, D).
+    "patch_embed": f"({_PATCH}) -> Tensor",
+    "patch_embed_backward": (
+        f"(Tensor grad_out, bool images_grad, bool weight_grad, {_PATCH}) "
+        "-> (Tensor grad_images, Tensor grad_weight, Tensor grad_bias, Tensor grad_pos_embed, Tensor grad_prefix)"
+    ),
+}

@@ -1,0 +1,182 @@
+"""Shifted-window attention on the whole feature map: contract, fake kernels and gradient.
+
+Cyclic shift, partition, relative-position bias, shift mask, softmax and the reverse are index arithmetic inside the kernels; no window
+tensor and no mask tensor exists in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyvit import dispatch
+from pyvit.dispatch import Call, Operator
+from pyvit.ops import checks, reference
+
+
+def window_attention(
+    qkv: Tensor,
+    window_size: int | Sequence[int],
+    shift_size: int | Sequence[int] = (0, 0),
+    *,
+    num_heads: int,
+    bias_table: Tensor | None = None,
+    logit_scale: Tensor | None = None,
+    pad_qkv: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention within (shifted) windows of a feature map: everything of a Swin block between its qkv and output projections.
+
+    Args:
+        qkv: (B, H, W, 3C), the qkv projection of the unpadded map, channels ordered (3, heads, d). Any H and W, smaller than a window included.
+        window_size: (wh, ww) tokens.
+        shift_size: (sy, sx) with 0 <= s < window: the map is rolled by -shift before it is cut into windows, and tokens attend only within
+            their region. An axis whose padded map is a single window is not shifted.
+        num_heads: heads; C = heads * d.
+        bias_table: relative-position bias ((2 wh - 1) (2 ww - 1), heads), row (dy + wh - 1) (2 ww - 1) + dx + ww - 1 for query minus key.
+        logit_scale: (heads,), the raw logarithm: Swin V2's cosine attention, normalised q and k times exp(min(logit_scale, ln 100)).
+        pad_qkv: (3C,), what the padding tokens of a map that does not divide by the window hold (the qkv bias gives torchvision's and
+            transformers' result). None masks them out. Padding comes before the shift, on the bottom and right.
+        scale: factor on the scores, default 1/sqrt(d); not with ``logit_scale``.
+        dropout_p: probability of dropping an attention weight.
+        backend: force one backend.
+
+    Returns:
+        (B, H, W, C), before the output projection. bias_table, logit_scale and pad_qkv have gradients; none uses atomics.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it. BackendError: ``backend`` cannot serve the call.
+
+    Sources: Liu et al., "Swin Transformer" (2021), section 3.2, and "Swin Transformer V2" (2022), section 3.
+    """
+    if torch.is_autocast_enabled(qkv.device.type):
+        (qkv,) = dispatch.autocast(qkv.device.type, qkv)  # type: ignore[assignment]
+    call, window, shift, scale = _check(qkv, window_size, shift_size, num_heads, bias_table, logit_scale, pad_qkv, scale, dropout_p)
+    chosen = dispatch.select(call, backend)
+    seed = checks.dropout_seed(dropout_p, qkv)
+    return WINDOW(qkv, window, shift, num_heads, bias_table, logit_scale, pad_qkv, scale, dropout_p, seed, chosen)[0]
+
+
+def _check(
+    qkv: Tensor,
+    window_size: int | Sequence[int],
+    shift_size: int | Sequence[int],
+    num_heads: int,
+    bias_table: Tensor | None,
+    logit_scale: Tensor | None,
+    pad_qkv: Tensor | None,
+    scale: float | None,
+    dropout_p: float,
+) -> tuple[Call, tuple[int, int], tuple[int, int], float]:
+    op = "window_attention"
+    checks.tensor(op, "qkv", qkv, "(B, H, W, 3C)", 4)
+    checks.floating(op, "qkv", qkv)
+    window, shift = checks.pair(op, "window_size", window_size, 1), checks.pair(op, "shift_size", shift_size, 0)
+    if shift[0] >= window[0] or shift[1] >= window[1]:
+        checks.fail(op, "shift_size", f"smaller than window_size {window}", shift)
+    _, h, w, c3 = qkv.shape
+    if h == 0 or w == 0:
+        checks.fail(op, "qkv", "a map of at least one token", checks.shape(qkv))
+    if num_heads < 1 or c3 == 0 or c3 % (3 * num_heads):
+        checks.fail(op, "num_heads", f"a divisor of C = {c3 / 3:g} (qkv has {c3} = 3C channels)", num_heads)
+    d = c3 // 3 // num_heads
+    if logit_scale is not None and scale is not None:
+        checks.fail(op, "scale", "None together with logit_scale, which is the scale of cosine attention", scale)
+    rows = (2 * window[0] - 1) * (2 * window[1] - 1)
+    for name, t, wanted in (("bias_table", bias_table, (rows, num_heads)), ("logit_scale", logit_scale, (num_heads,)), ("pad_qkv", pad_qkv, (c3,))):
+        if t is None:
+            continue
+        if tuple(t.shape) != wanted:
+            checks.fail(op, name, f"of shape {wanted}", checks.shape(t))
+        if t.dtype not in (torch.float32, qkv.dtype):
+            raise TypeError(f"{op}: {name} must be float32 or of the dtype of qkv, {qkv.dtype}, got {t.dtype}")
+        checks.same(op, name, t, "qkv", qkv, dtype=False)
+    if dropout_p:
+        checks.probability(op, "dropout_p", dropout_p)
+    tensors = (qkv, bias_table, logit_scale, pad_qkv)
+    features = [name for name, t in (("bias_table", bias_table), ("logit_scale", logit_scale), ("pad_qkv", pad_qkv)) if t is not None]
+    if shift != (0, 0):
+        features.append("shift")
+    if h % window[0] or w % window[1]:
+        features.append("padding")
+    if dropout_p:
+        features.append("dropout")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        features.append("grad")
+    return Call(op, qkv.device.type, qkv.dtype, tuple(features), (d,)), window, shift, d**-0.5 if scale is None else scale
+
+
+@dispatch.describes("window_attention")
+def _describe(
+    qkv: Tensor, window_size: int | Sequence[int], shift_size: int | Sequence[int] = (0, 0), *, num_heads: int, **kw: Any
+) -> tuple[Call, list[str]]:
+    optional = [kw.get(name) for name in ("bias_table", "logit_scale", "pad_qkv", "scale")]
+    call, *_ = _check(qkv, window_size, shift_size, num_heads, *optional, kw.get("dropout_p", 0.0))
+    return call, dispatch.copy_notes(qkv=qkv)
+
+
+def _fake(qkv: Tensor, window_size: Sequence[int], shift_size: Sequence[int], num_heads: int, *_: Any) -> tuple[Tensor, Tensor]:
+    b, h, w, c3 = qkv.shape
+    wh, ww = window_size
+    windows = ((h + wh - 1) // wh) * ((w + ww - 1) // ww)
+    return qkv.new_empty(b, h, w, c3 // 3), qkv.new_empty(b, windows, num_heads, wh * ww, dtype=checks.wide(qkv.dtype))
+
+
+def _fake_backward(grad_out: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return qkv.new_empty(qkv.shape), *(qkv.new_empty(0) if t is None else t.new_empty(t.shape) for t in rest[3:6])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, *ctx.geometry, bias_table, logit_scale, pad_qkv, ctx.scale, ctx.dropout_p, seed, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, bias_table, logit_scale, pad_qkv, seed, *output)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    qkv, bias_table, logit_scale, pad_qkv, seed, out, lse = ctx.saved_tensors
+    if grad_out is None:
+        return (None,) * 11
+    grads = WINDOW_BACKWARD(
+        grad_out, out, lse, qkv, *ctx.geometry, bias_table, logit_scale, pad_qkv, ctx.scale, ctx.dropout_p, seed, ctx.backend
+    )
+    optional = [g if t is not None else None for g, t in zip(grads[1:], (bias_table, logit_scale, pad_qkv), strict=True)]
+    return grads[0], None, None, None, *optional, None, None, None, None
+
+
+def _reference_backward(grad_out: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    wanted = [i for i in (0, 4, 5, 6) if args[i] is not None]
+    found = dict(zip(wanted, dispatch.reference_backward(reference.window_attention, (grad_out,), args, wanted), strict=True))
+    grads = []
+    for i in (0, 4, 5, 6):
+        grad = found.get(i)
+        if grad is not None:
+            grads.append(grad.contiguous())
+        else:  # absent, or a pad value where the map has no padding
+            grads.append(args[0].new_empty(0) if args[i] is None else torch.zeros_like(args[i]))
+    return tuple(grads)
+
+
+_TRITON = "pyvit.triton_kernels.window_attention:"
+
+WINDOW_BACKWARD = Operator(
+    "window_attention_backward",
+    reference=_reference_backward,
+    fake=_fake_backward,
+    kernels={"triton": _TRITON + "window_attention_backward"},
+    **dispatch.double_backward(reference.window_attention, n_grads=1, n_skipped=2, inputs=(0, 4, 5, 6)),
+)
+WINDOW = Operator(
+    "window_attention",
+    reference=reference.window_attention,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast_args=(0,),
+    kernels={"triton": _TRITON + "window_attention"},
+)
