@@ -1,0 +1,42 @@
+"""Fresh random inputs for every run: the seed is printed in the header, and PYVIT_TEST_SEED repeats a run."""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+import pytest
+import torch
+
+SEED = int(os.environ.get("PYVIT_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "isa: run again for every instruction set of the machine (tests/ops/test_isa.py)")
+
+
+def pytest_report_header() -> str:
+    return f"PYVIT_TEST_SEED={SEED} PYVIT_CPU_ISA={os.environ.get('PYVIT_CPU_ISA', 'default')}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(autouse=True)
+def seeded(request: pytest.FixtureRequest) -> int:
+    """Each test draws its own numbers, so that it repeats alone as it ran among others."""
+    seed = SEED ^ zlib.crc32(request.node.nodeid.rpartition("/")[2].encode())
+    torch.manual_seed(seed)
+    return seed
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
