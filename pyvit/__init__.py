@@ -2,6 +2,7 @@
 
 from pyvit import ops
 from pyvit.dispatch import BackendError, explain, use_backend
+from pyvit.models.registry import create_model, list_models
 from pyvit.version import __version__
 
-__all__ = ["BackendError", "__version__", "explain", "ops", "use_backend"]
+__all__ = ["BackendError", "__version__", "create_model", "explain", "list_models", "ops", "use_backend"]

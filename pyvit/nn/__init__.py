@@ -1,1 +1,31 @@
+"""Modules on pyvit's operators, with timm's parameter names."""
 
+from pyvit.nn.attention import Attention, Packing, rotate
+from pyvit.nn.block import Block
+from pyvit.nn.linear import Linear
+from pyvit.nn.mlp import Mlp, SwiGLU, swiglu_hidden
+from pyvit.nn.patch_embed import PatchEmbed
+from pyvit.nn.pool import AttentionPool
+from pyvit.nn.position import RotaryEmbedding, resample_positions, sincos_2d
+from pyvit.nn.residual import DropPath, LayerScale
+from pyvit.nn.window_attention import WindowAttention, WindowAttentionV2
+
+__all__ = [
+    "Attention",
+    "AttentionPool",
+    "Block",
+    "DropPath",
+    "LayerScale",
+    "Linear",
+    "Mlp",
+    "Packing",
+    "PatchEmbed",
+    "RotaryEmbedding",
+    "SwiGLU",
+    "WindowAttention",
+    "WindowAttentionV2",
+    "resample_positions",
+    "rotate",
+    "sincos_2d",
+    "swiglu_hidden",
+]

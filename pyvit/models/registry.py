@@ -1,0 +1,57 @@
+"""Models by name: a table of constructors and their settings."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+#: name -> (constructor, settings)
+REGISTRY: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {}
+
+
+def register(name: str, constructor: Callable[..., nn.Module], **settings: Any) -> None:
+    """Make ``create_model(name, **overrides)`` call ``constructor(**settings, **overrides)``; an override wins over a setting."""
+    if name in REGISTRY:
+        raise ValueError(f"register: {name!r} is already a model")
+    REGISTRY[name] = (constructor, settings)
+
+
+def settings_of(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+    """Constructor and settings of a registered model. Raises ValueError with the nearest names for an unknown one."""
+    if name not in REGISTRY:
+        near = difflib.get_close_matches(name, REGISTRY, 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see pyvit.list_models()"
+        raise ValueError(f"create_model: name must be a registered model, got {name!r}; {hint}")
+    constructor, settings = REGISTRY[name]
+    return constructor, dict(settings)
+
+
+def create_model(name: str, *, checkpoint: str | os.PathLike[str] | Mapping[str, Tensor] | None = None, **overrides: Any) -> nn.Module:
+    """A registered model, in training mode, freshly initialised or with the weights of ``checkpoint``.
+
+    Args:
+        name: one of :func:`list_models`; names follow timm.
+        checkpoint: a file or state dict for :func:`pyvit.load_checkpoint`, of any format it recognises.
+        overrides: settings of the constructor to change, such as ``num_classes``, ``img_size``, ``patch_size``, ``embed_dim``, ``depth``,
+            ``drop_path_rate``.
+
+    Raises ValueError for an unknown name and TypeError for a setting the constructor does not have.
+    """
+    constructor, settings = settings_of(name)
+    model = constructor(**{**settings, **overrides})
+    if checkpoint is not None:
+        from pyvit.models.checkpoints import load_checkpoint
+
+        load_checkpoint(model, checkpoint)
+    return model
+
+
+def list_models(pattern: str | None = None) -> list[str]:
+    """Names of the registered models, sorted; with ``pattern``, those it matches as a shell wildcard (``"swin*"``)."""
+    names = sorted(REGISTRY)
+    return names if pattern is None else fnmatch.filter(names, pattern)

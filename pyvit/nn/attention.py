@@ -1,0 +1,122 @@
+"""Multi-head self-attention on the fused kernels."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyvit.nn.linear import Linear
+from pyvit.ops import attention_map, flash_attention, flash_attention_varlen
+
+
+class Packing(NamedTuple):
+    """Where each sequence lies in a packed batch (T, C): cu_seqlens (S + 1,) int32, ascending from 0 to T, and the lengths."""
+
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, lengths: Iterable[int], device: torch.device | None = None) -> Packing:
+        """The packing of sequences of these lengths, one after another."""
+        lengths = tuple(lengths)
+        return cls(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device), lengths)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """One row per sequence (S, ...) to one row per token (T, ...)."""
+        lengths = torch.tensor(self.lengths, device=x.device)
+        return x.repeat_interleave(lengths, 0, output_size=sum(self.lengths))
+
+    def select(self, x: Tensor, chosen: list[int]) -> tuple[Tensor, Packing]:
+        """Tokens' row numbers (t,) of the chosen sequences of x, and their packing."""
+        ends = list(itertools.accumulate(self.lengths))
+        rows = [torch.arange(ends[s] - self.lengths[s], ends[s], device=x.device) for s in chosen]
+        return torch.cat(rows), Packing.of([self.lengths[s] for s in chosen], x.device)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, N, C) -> (B, N, C); takes the place of timm's ``attn_layer``. Vaswani et al. (2017).
+
+    Args:
+        dim, num_heads: C and H; C divides by H.
+        qkv_bias, proj_bias: biases of the two projections.
+        qk_norm: normalise q and k per head (Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters", 2023).
+        scale_norm: normalise the merged heads before the output projection.
+        attn_drop, proj_drop: dropout on attention weights and on the output.
+        norm_layer: of qk_norm and scale_norm.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"Attention: num_heads must divide dim = {dim}, got {num_heads}")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.qkv = Linear(dim, 3 * dim, qkv_bias, **factory)
+        self.q_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.norm = norm_layer(dim, **factory) if scale_norm else nn.Identity()
+        self.proj = Linear(dim, dim, proj_bias, **factory)
+        self.attn_drop = attn_drop
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def project(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v (..., N, H, d) of x (..., N, C): views of one product unless normalised or rotated."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        return q, k, v
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        rope: Tensor | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """x (B, N, C), or (T, C) with ``packing``; attn_mask as ``bias`` of :func:`pyvit.ops.flash_attention`.
+
+        rope (N, 2, d) or (T, 2, d): sines and cosines, see :class:`pyvit.nn.RotaryEmbedding`.
+        """
+        q, k, v = self.project(x, rope)
+        if packing is None:
+            dropout = self.attn_drop if self.training else 0.0
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, d), no copy
+            out = flash_attention(q, k, v, bias=attn_mask, is_causal=is_causal, dropout_p=dropout).transpose(1, 2)  # type: ignore[union-attr]
+        else:
+            if self.attn_drop and self.training:
+                raise ValueError("Attention: attn_drop must be 0 to train on packed sequences")
+            cu, longest = packing.cu_seqlens, max(packing.lengths, default=0)
+            out = flash_attention_varlen(q, k, v, cu, cu, longest, longest, bias=attn_mask, is_causal=is_causal)  # type: ignore[assignment]
+        return self.proj_drop(self.proj(self.norm(out.flatten(-2))))
+
+    def attention_map(self, x: Tensor, rows: int | list[int] | Tensor = 0, rope: Tensor | None = None) -> Tensor:
+        """Probabilities (B, H, R, N) that the queries ``rows`` of x (B, N, C) give to every token."""
+        q, k, _ = self.project(x, rope)
+        return attention_map(q.transpose(1, 2), k.transpose(1, 2), rows)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + d/2) of x (..., N, H, d) by the angles of rope (N, 2, d): sines at 0, cosines at 1. Su et al., "RoFormer" (2021)."""
+    sin, cos = rope.to(x.dtype).unbind(-2)
+    a, b = x.chunk(2, -1)
+    return x * cos.unsqueeze(-2) + torch.cat((-b, a), -1) * sin.unsqueeze(-2)

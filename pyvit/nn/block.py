@@ -1,0 +1,59 @@
+"""A transformer block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from pyvit.nn.attention import Attention, Packing
+from pyvit.nn.mlp import Mlp, SwiGLU, swiglu_hidden
+from pyvit.nn.residual import DropPath, LayerScale
+
+
+class Block(nn.Module):
+    """x + LS(Attention(LN(x))), then x + LS(MLP(LN(x))): (B, N, C) -> (B, N, C). Dosovitskiy et al. (2021), equations 2 and 3.
+
+    Args:
+        dim, num_heads, qkv_bias, qk_norm, attn_drop: of :class:`pyvit.nn.Attention`.
+        mlp_ratio: hidden width of the MLP over dim.
+        activation: of the MLP, or "swiglu", which takes two thirds of the width (:func:`pyvit.nn.swiglu_hidden`).
+        proj_drop: dropout after both branches.
+        drop_path, drop_path_form: see :class:`pyvit.nn.DropPath`.
+        init_values: initial value of LayerScale; None for none.
+        eps: of the layer norms.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        *,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        activation: str = "gelu",
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        drop_path_form: str = "sample",
+        init_values: float | None = None,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads, qkv_bias, qk_norm, attn_drop=attn_drop, proj_drop=proj_drop)
+        self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
+        self.drop_path1 = DropPath(drop_path, drop_path_form)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = SwiGLU(dim, swiglu_hidden(hidden), proj_drop) if activation == "swiglu" else Mlp(dim, hidden, activation, proj_drop)
+        self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
+        self.drop_path2 = DropPath(drop_path, drop_path_form)
+
+    def forward(self, x: Tensor, *, packing: Packing | None = None, rope: Tensor | None = None, **attend: Any) -> Tensor:
+        """x (B, N, C), or (T, C) with ``packing``; the rest as for :class:`pyvit.nn.Attention`."""
+        if rope is not None and packing is not None and self.training and self.drop_path1.p and self.drop_path1.form == "batch":
+            raise ValueError("Block: drop_path_form must be 'sample' to train with rope on packed sequences")
+        x = self.drop_path1.residual(x, lambda y, p: self.ls1(self.attn(self.norm1(y), packing=p, rope=rope, **attend)), packing)
+        return self.drop_path2.residual(x, lambda y, p: self.ls2(self.mlp(self.norm2(y))), packing)

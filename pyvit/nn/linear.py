@@ -1,0 +1,23 @@
+"""A linear layer that runs :func:`pyvit.ops.linear`, its activation included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from pyvit.ops import linear
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear`` by parameters and keys; ``activation`` (see :func:`pyvit.ops.linear`) is applied in the same call."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str | None = None, **factory: Any) -> None:
+        super().__init__(in_features, out_features, bias, **factory)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", activation={self.activation}" if self.activation else "")

@@ -1,0 +1,77 @@
+"""Positions: fixed sines and cosines, resampling of learned ones, and rotary embedding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def sincos_2d(dim: int, grid: Sequence[int], temperature: float = 10000.0) -> Tensor:
+    """Fixed 2-D positions (rows * columns, dim), dim divisible by 4: the first half encodes the column, the second the row, each as sines then
+    cosines (He et al., "Masked Autoencoders", 2022, after Vaswani et al., 2017).
+    """
+    if dim % 4:
+        raise ValueError(f"sincos_2d: dim must be divisible by 4, got {dim}")
+    omega = temperature ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [axis.flatten()[:, None] * omega for axis in (x, y)]
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1).float()
+
+
+def resample_positions(pos: Tensor, old: Sequence[int], new: Sequence[int], antialias: bool = True, offset: float = 0.0) -> Tensor:
+    """Learned positions (N, D) of a grid of ``old`` (rows, columns), bicubically resampled to ``new``, in float32; dtype is kept.
+
+    ``offset`` 0.1 reproduces the scale factor (new + 0.1) / old of DINO and of the first DINOv2 models.
+    """
+    if tuple(old) == tuple(new):
+        return pos
+    image = pos.float().unflatten(0, tuple(old)).permute(2, 0, 1)[None]
+    if offset:
+        scale = [(n + offset) / o for n, o in zip(new, old, strict=True)]
+        image = F.interpolate(image, scale_factor=scale, mode="bicubic", antialias=antialias)
+        if image.shape[2:] != tuple(new):
+            raise ValueError(
+                f"resample_positions: offset {offset} turns a grid of {tuple(old)} into {tuple(image.shape[2:])}, not {tuple(new)}"
+            )
+    else:
+        image = F.interpolate(image, size=tuple(new), mode="bicubic", antialias=antialias)
+    return image[0].permute(1, 2, 0).flatten(0, 1).to(pos.dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """2-D rotary positions over coordinates in [-1, 1], as described in the DINOv3 paper (Simeoni et al., 2025, section 3.2).
+
+    Half of each head's angles follow the row, half the column, at periods base ** (4 i / d). In training ``jitter`` s draws one
+    log-uniform scale in [1/s, s] for all coordinates.
+
+    Args:
+        head_dim: d, divisible by 4.
+        base: the longest period.
+        jitter: 1.0 turns it off.
+    """
+
+    periods: Tensor
+
+    def __init__(self, head_dim: int, base: float = 100.0, jitter: float = 1.0) -> None:
+        super().__init__()
+        if head_dim % 4:
+            raise ValueError(f"RotaryEmbedding: head_dim must be divisible by 4, got {head_dim}")
+        self.head_dim, self.base, self.jitter = head_dim, base, jitter
+        self.register_buffer("periods", base ** (torch.arange(head_dim // 4) * (4.0 / head_dim)), persistent=False)
+
+    def forward(self, grid: Sequence[int], prefix: int = 0) -> Tensor:
+        """(prefix + rows * columns, 2, d), sines and cosines, float32; prefix tokens are not rotated."""
+        device = self.periods.device
+        y, x = (2.0 * (torch.arange(n, device=device) + 0.5) / n - 1.0 for n in grid)
+        if self.training and self.jitter != 1.0:
+            reach = math.log(self.jitter)
+            scale = torch.empty((), device=device).uniform_(-reach, reach).exp()
+            y, x = y * scale, x * scale
+        coords = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)  # (N, 2)
+        angles = (2 * math.pi * coords[:, :, None] / self.periods).flatten(1)  # (N, d/2)
+        angles = torch.cat((angles.new_zeros(prefix, angles.shape[1]), angles)).repeat(1, 2)
+        return torch.stack((angles.sin(), angles.cos()), 1)

@@ -1,0 +1,66 @@
+"""What stands between a branch and the residual stream: LayerScale and stochastic depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyvit.nn.attention import Packing
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel, (..., C) -> (..., C). Touvron et al., "Going deeper with Image Transformers" (2021)."""
+
+    def __init__(self, dim: int, init_values: float = 1e-5, **factory: Any) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init_values, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, each sample's branch is dropped with probability ``p`` and the others are divided by 1 - p.
+
+    Two forms. ``"sample"``: an independent draw per sample (Huang et al., 2016). ``"batch"``: exactly round(B (1 - p)) samples, at least one, are
+    drawn and the branch is computed for them alone, which saves the work of the others (Oquab et al., "DINOv2", 2023, section 5); it needs
+    :meth:`residual`, which sees the branch before it is computed.
+    """
+
+    def __init__(self, p: float = 0.0, form: str = "sample") -> None:
+        super().__init__()
+        if not 0.0 <= p < 1.0:
+            raise ValueError(f"DropPath: p must be in [0, 1), got {p}")
+        if form not in ("sample", "batch"):
+            raise ValueError(f"DropPath: form must be 'sample' or 'batch', got {form!r}")
+        self.p, self.form = p, form
+
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """x (B, ...), or (T, C) packed, with whole samples zeroed and the others scaled up."""
+        if not self.training or self.p == 0.0:
+            return x
+        samples = x.shape[0] if packing is None else len(packing.lengths)
+        keep = x.new_empty(samples, *[1] * (x.dim() - 1)).bernoulli_(1.0 - self.p).div_(1.0 - self.p)
+        return x * (keep if packing is None else packing.spread(keep))
+
+    def residual(self, x: Tensor, branch: Callable[[Tensor, Packing | None], Tensor], packing: Packing | None = None) -> Tensor:
+        """x + drop_path(branch(x, packing)), with x (B, ...), or (T, C) packed."""
+        if not self.training or self.p == 0.0:
+            return x + branch(x, packing)
+        if self.form == "sample":
+            return x + self(branch(x, packing), packing)
+        samples = x.shape[0] if packing is None else len(packing.lengths)
+        kept = max(round(samples * (1.0 - self.p)), 1)
+        chosen = torch.randperm(samples, device=x.device)[:kept]
+        if packing is None:
+            rows, fewer = chosen, None
+        else:
+            rows, fewer = packing.select(x, chosen.tolist())
+        y = branch(x[rows], fewer)
+        return x.index_add(0, rows, y.to(x.dtype), alpha=samples / kept)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, form={self.form}"

@@ -1,0 +1,58 @@
+"""Names, parameter counts and errors of the registry."""
+
+import pytest
+import torch
+
+import pyvit
+
+PARAMETERS = {  # torchvision's num_params, timm's results table and the papers
+    "vit_tiny_patch16_224": 5_717_416,
+    "vit_small_patch16_224": 22_050_664,
+    "vit_base_patch16_224": 86_567_656,
+    "vit_base_patch32_224": 88_224_232,
+    "vit_base_patch16_384": 86_859_496,
+    "vit_large_patch16_224": 304_326_632,
+    "vit_large_patch16_384": 304_715_752,
+    "swin_tiny_patch4_window7_224": 28_288_354,
+    "swin_small_patch4_window7_224": 49_606_258,
+    "swin_base_patch4_window7_224": 87_768_224,
+    "swin_base_patch4_window12_384": 87_903_584,
+    "swin_large_patch4_window7_224": 196_532_476,
+    "swin_large_patch4_window12_384": 196_735_516,
+    "swinv2_tiny_window8_256": 28_347_154,
+    "swinv2_small_window8_256": 49_728_418,
+    "swinv2_base_window8_256": 87_918_816,
+    "vit_small_patch14_dinov2": 22_056_576,
+    "vit_base_patch14_dinov2": 86_580_480,
+    "vit_giant_patch14_dinov2": 1_136_480_768,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_count(name):
+    with torch.device("meta"):
+        model = pyvit.create_model(name)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+def test_every_model_is_constructible():
+    for name in pyvit.list_models():
+        with torch.device("meta"):
+            pyvit.create_model(name)
+
+
+def test_list_models_filters():
+    swins = pyvit.list_models("swin_*")
+    assert swins
+    assert all(name.startswith("swin_") for name in swins)
+    assert set(swins) < set(pyvit.list_models())
+
+
+def test_unknown_name_suggests():
+    with pytest.raises(ValueError, match="did you mean.*vit_base_patch16_224"):
+        pyvit.create_model("vit_base_patch16_244")
+
+
+def test_unknown_setting_is_refused():
+    with pytest.raises(TypeError, match="windowsize"):
+        pyvit.create_model("swin_tiny_patch4_window7_224", windowsize=4)
