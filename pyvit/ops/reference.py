@@ -96,7 +96,7 @@ def flash_attention(
     groups = q.shape[1] // max(k.shape[1], 1)
     if groups != 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    p, lse = _softmax_lse(_biased(q @ k.transpose(-2, -1) * scale, bias, is_causal))
+    p, lse = _softmax_lse(_biased(q * scale @ k.transpose(-2, -1), bias, is_causal))
     out = _drop(p, dropout_p, seed) @ v
     return out, lse
 
@@ -137,7 +137,7 @@ def attention_map(q: Tensor, k: Tensor, rows: Tensor, bias: Tensor | None, scale
     if bias is not None and bias.shape[2] > 1:
         where = rows[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3])
         bias = bias.expand(rows.shape[0], -1, -1, -1).gather(2, where)
-    return _softmax_lse(_biased(q.gather(2, at) @ k.transpose(-2, -1) * scale, bias, False))[0]
+    return _softmax_lse(_biased(q.gather(2, at) * scale @ k.transpose(-2, -1), bias, False))[0]
 
 
 def window_padding(size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -218,7 +218,7 @@ def window_attention(
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         scores = q @ k.transpose(-2, -1) * logit_scale.clamp(max=math.log(100.0)).exp().to(q.dtype)[:, None, None]
     else:
-        scores = q @ k.transpose(-2, -1) * scale
+        scores = q * scale @ k.transpose(-2, -1)
     if bias_table is not None:
         bias = bias_table[relative_position_index(window, qkv.device)]  # (n, n, heads)
         scores = scores + bias.permute(2, 0, 1).to(scores.dtype)

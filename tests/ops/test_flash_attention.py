@@ -1,0 +1,254 @@
+"""flash_attention under the numerics rule: outputs, log-sum-exp and every gradient, over the shapes, biases and masks that hurt."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyvit.ops import flash_attention, scaled_dot_product_attention
+from pyvit.testing import LAYOUTS, Served, check_op, poisoned, served
+
+on_every = pytest.mark.parametrize("on", served("flash_attention", "grad", "bias"), ids=str)
+with_lse = functools.partial(flash_attention, return_lse=True)
+
+
+def qkv(on: Served, b: int, h: int, nq: int, nk: int, d: int, dv: int | None = None, hkv: int | None = None) -> dict[str, Tensor]:
+    hkv = hkv or h
+    return {"q": on.randn(b, h, nq, d), "k": on.randn(b, hkv, nk, d), "v": on.randn(b, hkv, nk, dv or d)}
+
+
+LENGTHS = [(2, 3, n, n, 64) for n in (1, 2, 15, 16, 17, 49, 77)] + [(1, 2, 197, 197, 64), (1, 1, 257, 257, 64)]
+HEAD_DIMS = [(1, 2, 33, 33, d) for d in (1, 3, 8, 16, 32, 40, 72, 80, 96, 128)] + [(1, 1, 7, 20, 256)]
+UNEQUAL = [
+    (1, 2, 1, 257, 64),
+    (1, 2, 65, 3, 64),
+    (2, 1, 197, 50, 64, 32),
+    (1, 1, 50, 197, 40, 72),
+    (1, 1, 9, 21, 128, 8),
+    (1, 3, 5, 18, 8, 128),
+]
+
+
+@pytest.mark.isa
+@on_every
+@pytest.mark.parametrize("shape", LENGTHS + HEAD_DIMS + UNEQUAL, ids=str)
+def test_shapes(on: Served, shape: tuple[int, ...]) -> None:
+    check_op(with_lse, qkv(on, *shape), backend=on.backend)
+
+
+@pytest.mark.slow
+@on_every
+@pytest.mark.parametrize("shape", [(1, 1, 577, 577, 64), (1, 2, 1025, 1025, 64), (1, 1, 3, 4097, 80), (1, 1, 2050, 5, 32)], ids=str)
+def test_long(on: Served, shape: tuple[int, ...]) -> None:
+    check_op(with_lse, qkv(on, *shape), backend=on.backend)
+
+
+@on_every
+def test_without_lse(on: Served) -> None:
+    check_op(flash_attention, qkv(on, 2, 3, 50, 50, 64), backend=on.backend, scale=0.3)
+    tensors = qkv(on, 2, 3, 50, 50, 64)
+    out, lse = with_lse(**tensors, backend=on.backend)
+    assert out.transpose(1, 2).is_contiguous(), "heads merge without a copy"
+    assert lse.dtype == torch.float32
+    assert torch.equal(out, flash_attention(**tensors, backend=on.backend))
+
+
+@on_every
+def test_gradient_through_one_output_alone(on: Served) -> None:
+    """Training on the log-sum-exp alone, or on out of a call that returned both."""
+    for chosen in (0, 1):
+        check_op(lambda i=chosen, **kw: with_lse(**kw)[i], qkv(on, 1, 2, 19, 35, 40), backend=on.backend, name=f"output {chosen}")
+
+
+def _bias(on: Served, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return on.randn(*shape, scale=2.0).to(dtype)
+
+
+@pytest.mark.isa
+@on_every
+@pytest.mark.parametrize("pattern", list(itertools.product((0, 1), repeat=4)), ids=lambda p: "".join(map(str, p)))
+def test_broadcast_bias(on: Served, pattern: tuple[int, ...]) -> None:
+    """Every broadcast, float32 and in the dtype of q; the gradient is summed over what was broadcast."""
+    full = (2, 3, 18, 37)
+    for dtype in {torch.float32, on.dtype}:
+        bias = _bias(on, tuple(n if keep else 1 for n, keep in zip(full, pattern, strict=True)), dtype)
+        check_op(with_lse, {**qkv(on, 2, 3, 18, 37, 40), "bias": bias}, backend=on.backend)
+
+
+@on_every
+@pytest.mark.parametrize("shape", [(37,), (18, 37), (1, 37), (3, 1, 37), (3, 18, 37)], ids=str)
+def test_bias_of_fewer_dimensions(on: Served, shape: tuple[int, ...]) -> None:
+    check_op(with_lse, {**qkv(on, 2, 3, 18, 37, 32), "bias": _bias(on, shape, torch.float32)}, backend=on.backend)
+
+
+@on_every
+@pytest.mark.parametrize("store", [s for s in LAYOUTS if s != "contiguous"])
+def test_strides(on: Served, store: str) -> None:
+    """Operands, bias and the gradients that arrive, stored in every way."""
+    tensors = {**qkv(on, 2, 3, 21, 34, 48, 40), "bias": _bias(on, (2, 3, 21, 34), torch.float32)}
+    check_op(with_lse, tensors, backend=on.backend, store=store, store_grad=store)
+    mask = {"bias": torch.rand(2, 3, 21, 34, device=on.device) > 0.3}
+    check_op(with_lse, {**qkv(on, 2, 3, 21, 34, 48), **mask}, backend=on.backend, store=store)
+
+
+@on_every
+def test_packed_projection_and_summed_loss(on: Served) -> None:
+    """q, k and v as views of one projection, as a model has them, and the stride-0 gradient of ``sum``."""
+    packed = on.randn(2, 27, 3 * 4 * 32)
+
+    def op(packed: Tensor, backend: str) -> Tensor:
+        q, k, v = packed.view(2, 27, 3, 4, 32).permute(2, 0, 3, 1, 4).unbind(0)
+        return flash_attention(q, k, v, backend=backend).sum((0, 1, 2))
+
+    check_op(op, {"packed": packed}, backend=on.backend)
+
+
+@pytest.mark.isa
+@on_every
+@pytest.mark.parametrize("pattern", [(1, 1, 1, 1), (1, 0, 0, 1), (0, 1, 1, 0), (0, 0, 1, 1)], ids=str)
+def test_bool_mask(on: Served, pattern: tuple[int, ...]) -> None:
+    mask = torch.rand([n if keep else 1 for n, keep in zip((2, 3, 40, 53), pattern, strict=True)], device=on.device) > 0.4
+    check_op(with_lse, {**qkv(on, 2, 3, 40, 53, 64), "bias": mask}, backend=on.backend)
+
+
+@pytest.mark.isa
+@on_every
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("nk", [5, 64, 300])
+def test_fully_masked_rows(on: Served, kind: str, nk: int) -> None:
+    """Such a row gives zeros and -inf, and its gradients are finite and nothing."""
+    rows = [0, 7, 8, 19]
+    mask = torch.rand(2, 1, 20, nk, device=on.device) > 0.5
+    mask[:, :, :, 0] = True
+    mask[:, :, rows] = False
+    bias = mask if kind == "bool" else _bias(on, mask.shape, torch.float32).masked_fill(~mask, -math.inf)
+    tensors = {**qkv(on, 2, 3, 20, nk, 32), "bias": bias}
+    check_op(with_lse, tensors, backend=on.backend)
+    leaves = {name: t.clone().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
+    with poisoned():
+        out, lse = with_lse(**leaves, backend=on.backend)
+        out.float().pow(2).sum().backward()
+    assert (out[:, :, rows] == 0).all()
+    assert (lse[:, :, rows] == -math.inf).all()
+    assert (leaves["q"].grad[:, :, rows] == 0).all()
+    assert all(t.grad.isfinite().all() for t in leaves.values() if t.requires_grad)
+
+
+@on_every
+def test_everything_masked(on: Served) -> None:
+    for bias in (torch.zeros(1, 1, 1, 33, dtype=torch.bool), torch.full((33,), -math.inf)):
+        check_op(with_lse, {**qkv(on, 1, 2, 17, 33, 32), "bias": bias.to(on.device)}, backend=on.backend)
+
+
+@on_every
+def test_leading_keys_masked(on: Served) -> None:
+    """A running maximum that starts at -inf over whole blocks of keys."""
+    mask = torch.zeros(1, 1, 20, 700, dtype=torch.bool, device=on.device)
+    mask[..., 650:] = True
+    mask[:, :, 3] = False
+    mask[:, :, 3, 0] = True
+    check_op(with_lse, {**qkv(on, 1, 1, 20, 700, 32), "bias": mask}, backend=on.backend)
+
+
+@pytest.mark.isa
+@on_every
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 1, 1, 16), (2, 1, 65, 65, 64), (1, 2, 40, 90, 32), (1, 2, 90, 40, 32), (1, 1, 197, 197, 72)], ids=str
+)
+def test_causal(on: Served, shape: tuple[int, ...]) -> None:
+    check_op(with_lse, qkv(on, *shape), backend=on.backend, is_causal=True)
+
+
+@on_every
+def test_causal_with_bias_and_mask(on: Served) -> None:
+    mask = torch.rand(1, 2, 50, 50, device=on.device) > 0.3
+    for bias in (_bias(on, (2, 50, 50), torch.float32), mask):
+        check_op(with_lse, {**qkv(on, 1, 2, 50, 50, 64), "bias": bias}, backend=on.backend, is_causal=True)
+
+
+@pytest.mark.isa
+@on_every
+@pytest.mark.parametrize(("h", "hkv"), [(6, 2), (4, 1), (4, 4)])
+def test_grouped_queries(on: Served, h: int, hkv: int) -> None:
+    tensors = {**qkv(on, 2, h, 30, 47, 40, 24, hkv), "bias": _bias(on, (1, h, 30, 47), torch.float32)}
+    check_op(with_lse, tensors, backend=on.backend, enable_gqa=True, is_causal=hkv == 2)
+
+
+@pytest.mark.isa
+@on_every
+@pytest.mark.parametrize("case", ["large", "saturated", "offset", "small", "bias"])
+def test_magnitudes(on: Served, case: str) -> None:
+    tensors = qkv(on, 1, 2, 60, 77, 64)
+    if case == "large":
+        tensors["q"] *= 30
+    elif case == "saturated":  # scores in the thousands: one key takes everything
+        tensors = {"q": tensors["q"] * 60, "k": tensors["k"] * 60, "v": tensors["v"]}
+    elif case == "offset":  # every score shifted by the same hundreds
+        tensors["k"] += 8 * tensors["q"][:, :, :1].sign()
+    elif case == "small":
+        tensors = {name: t * 1e-3 for name, t in tensors.items()}
+    else:
+        tensors["bias"] = _bias(on, (60, 77), torch.float32) * 500 - 1e4
+    check_op(with_lse, tensors, backend=on.backend)
+
+
+@on_every
+@pytest.mark.parametrize("shape", [(0, 2, 5, 5, 16), (2, 0, 5, 5, 16), (2, 2, 0, 5, 16), (2, 2, 5, 0, 16)], ids=str)
+def test_empty(on: Served, shape: tuple[int, ...]) -> None:
+    tensors = {**qkv(on, *shape), "bias": _bias(on, (1, 1, shape[2], shape[3]), torch.float32)}
+    check_op(with_lse, tensors, backend=on.backend)
+    if shape[3] == 0:
+        out, lse = with_lse(**qkv(on, *shape), backend=on.backend)
+        assert (out == 0).all()
+        assert (lse == -math.inf).all()
+
+
+SDPA = [
+    ((2, 3, 20, 33, 32), {}),
+    ((2, 3, 20, 33, 32), {"scale": 0.2}),
+    ((2, 3, 33, 33, 32), {"is_causal": True}),
+    ((2, 3, 20, 33, 32), {"attn_mask": (20, 33)}),
+    ((2, 3, 20, 33, 32), {"attn_mask": (2, 1, 1, 33)}),
+    ((2, 6, 20, 33, 32), {"enable_gqa": True}),
+    ((20, 33, 32), {}),
+    ((4, 20, 33, 32), {"attn_mask": (4, 20, 33)}),
+    ((2, 3, 4, 20, 33, 32), {"attn_mask": (3, 1, 20, 33)}),
+    ((2, 3, 4, 20, 33, 32), {"is_causal": True}),
+]
+
+
+@pytest.mark.parametrize("kind", ["float", "bool"])
+@pytest.mark.parametrize(("shape", "options"), SDPA, ids=str)
+def test_sdpa_twin(shape: tuple[int, ...], options: dict, kind: str) -> None:
+    """The same call, the same result and gradients as torch.nn.functional's; positional and keyword names alike."""
+    *lead, nq, nk, d = shape
+    few = [*lead[:-1], lead[-1] // 3] if options.get("enable_gqa") else lead
+    leaves = [torch.randn(*dims, requires_grad=True) for dims in ((*lead, nq, d), (*few, nk, d), (*few, nk, d + 1))]
+    options = dict(options)
+    if "attn_mask" in options:
+        options["attn_mask"] = torch.randn(options["attn_mask"])
+        if kind == "bool":
+            options["attn_mask"] = options["attn_mask"] > -1
+    elif kind == "bool":
+        pytest.skip("no mask to vary")
+    results = []
+    for function in (scaled_dot_product_attention, F.scaled_dot_product_attention):
+        out = function(*leaves, **options)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_sdpa_twin_has_the_same_signature() -> None:
+    leaves = [torch.randn(1, 2, 5, 8) for _ in range(3)]
+    mask = torch.zeros(5, 5)
+    named = scaled_dot_product_attention(
+        query=leaves[0], key=leaves[1], value=leaves[2], attn_mask=mask, dropout_p=0.0, is_causal=False, scale=None
+    )
+    torch.testing.assert_close(named, F.scaled_dot_product_attention(*leaves, mask, 0.0, False, scale=None), rtol=1e-5, atol=1e-5)
