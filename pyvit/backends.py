@@ -28,6 +28,8 @@ class Capability:
     features: frozenset[str] = frozenset()
     head_dim: tuple[int, int, int] = (1, 1 << 30, 1)
     deterministic: bool = True
+    #: Written in Python over torch's own matrix products: serves tensors of the device of the backend's name, with no compiled library.
+    pure: bool = False
 
 
 def _missing(backend: str, device: str) -> str | None:
@@ -57,7 +59,7 @@ _VARLEN = _ATTENTION
 _WINDOW = frozenset({"bias_table", "logit_scale", "pad_qkv", "shift", "padding", "grad"})
 _PATCH = frozenset({"uint8", "normalize", "overlap", "pos_embed", "prefix", "keep", "grad", "images_grad"})
 
-_REFERENCE = Capability((F64, F32, F16, BF16), _ATTENTION | _WINDOW | _PATCH | {"dropout"})
+_REFERENCE = Capability((F64, F32, F16, BF16), _ATTENTION | _WINDOW | _PATCH | {"dropout", "prototypes", "center"})
 
 #: CAPABILITIES[operator][backend]
 CAPABILITIES: dict[str, dict[str, Capability]] = {
@@ -67,5 +69,16 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "window_attention": {"cpu": Capability((F32, BF16), _WINDOW, (1, 256, 1))},
     "patch_embed": {"cpu": Capability((F32, BF16), _PATCH)},
 }
+_TILED = Capability((F32, BF16, F16, F64), frozenset({"grad", "group", "prototypes", "center"}), pure=True)
+for _loss in ("info_nce", "nt_xent", "sigmoid_contrastive", "distillation_cross_entropy", "nearest_neighbor"):
+    CAPABILITIES[_loss] = {"cuda": _TILED, "cpu": _TILED}
 for _table in CAPABILITIES.values():
     _table["reference"] = _REFERENCE
+
+
+def absent(op: str, backend: str, device: str) -> str | None:
+    """Why ``backend`` cannot run ``op`` on tensors of ``device`` on this machine, None where it can."""
+    capability = CAPABILITIES[op].get(backend)
+    if capability is not None and capability.pure:
+        return None if backend == device else f"runs on {backend} tensors, got {device}"
+    return MISSING.get((backend, device), f"does not run on {device}")

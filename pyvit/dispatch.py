@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyvit import library
-from pyvit.backends import BACKENDS, CAPABILITIES, MISSING
+from pyvit.backends import BACKENDS, CAPABILITIES, absent
 
 
 class BackendError(RuntimeError):
@@ -35,9 +35,9 @@ class Call(NamedTuple):
 
 def reasons(call: Call, backend: str) -> list[str]:
     """Why ``backend`` cannot serve ``call``; empty when it can."""
-    absent = MISSING.get((backend, call.device), f"does not run on {call.device}")
-    if absent is not None:
-        return [absent]
+    missing = absent(call.op, backend, call.device)
+    if missing is not None:
+        return [missing]
     capability = CAPABILITIES[call.op].get(backend)
     if capability is None:
         return [f"has no kernel for {call.op}"]
@@ -216,7 +216,7 @@ class Operator:
             assert setup_context is not None
             torch.library.register_autograd(qualified, backward, setup_context=setup_context)
             self._function = self._make_function(setup_context, backward)
-        if library.problem() is not None:
+        if library.problem() is not None or "cpu" in self._paths:
             library.FRAGMENT.impl(name, self.run, "CPU")
         library.FRAGMENT.impl(name, self.run, "CUDA")
         if self._autocast_args:
@@ -227,9 +227,9 @@ class Operator:
         """The function that computes this operator on ``backend``, taking the schema's arguments."""
         found = self._kernels.get(backend)
         if found is None:
-            if backend in ("cpu", "auto"):
+            if backend == "auto" or (backend == "cpu" and "cpu" not in self._paths):
                 found = self._op
-            elif backend == "cuda":
+            elif backend == "cuda" and "cuda" not in self._paths:
                 found = getattr(torch.ops.pyvit_cuda, self.name).default
             else:
                 module, _, function = self._paths[backend].partition(":")
@@ -242,7 +242,8 @@ class Operator:
         backend = args[-1]
         if backend == "auto":
             device = next(a.device.type for a in args if isinstance(a, Tensor))
-            able = [b for b in BACKENDS if MISSING.get((b, device), device) is None and b in CAPABILITIES[self.name.removesuffix("_backward")]]
+            op = self.name.removesuffix("_backward")
+            able = [b for b in BACKENDS if absent(op, b, device) is None and b in CAPABILITIES[op]]
             backend = able[0]
         return self.kernel(backend)(*args)
 

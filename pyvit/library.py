@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pyvit.ops.schemas import SCHEMAS
+from pyvit.ops.schemas import LOSS_SCHEMAS, SCHEMAS
 
 PATH = Path(__file__).parent / "lib" / "libpyvit_ops.so"
 
@@ -40,3 +40,5 @@ def define_operators() -> None:
     if problem() is not None:
         for name, schema in SCHEMAS.items():
             FRAGMENT.define(name + schema)
+    for name, schema in LOSS_SCHEMAS.items():
+        FRAGMENT.define(name + schema)

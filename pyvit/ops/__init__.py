@@ -5,17 +5,30 @@ from pyvit import library
 library.define_operators()
 
 from pyvit.ops.attention_map import attention_map  # noqa: E402
+from pyvit.ops.distillation import distillation_cross_entropy  # noqa: E402
 from pyvit.ops.flash_attention import flash_attention, flash_attention_varlen, scaled_dot_product_attention  # noqa: E402
+from pyvit.ops.info_nce import info_nce  # noqa: E402
+from pyvit.ops.koleo import koleo  # noqa: E402
 from pyvit.ops.linear import linear  # noqa: E402
+from pyvit.ops.nt_xent import nt_xent  # noqa: E402
 from pyvit.ops.patch_embed import patch_embed  # noqa: E402
+from pyvit.ops.sigmoid_contrastive import sigmoid_contrastive  # noqa: E402
+from pyvit.ops.sinkhorn_knopp import sinkhorn_center, sinkhorn_knopp  # noqa: E402
 from pyvit.ops.window_attention import window_attention  # noqa: E402
 
 __all__ = [
     "attention_map",
+    "distillation_cross_entropy",
     "flash_attention",
     "flash_attention_varlen",
+    "info_nce",
+    "koleo",
     "linear",
+    "nt_xent",
     "patch_embed",
     "scaled_dot_product_attention",
+    "sigmoid_contrastive",
+    "sinkhorn_center",
+    "sinkhorn_knopp",
     "window_attention",
 ]

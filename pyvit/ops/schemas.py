@@ -50,3 +50,39 @@ SCHEMAS = {
         "-> (Tensor grad_images, Tensor grad_weight, Tensor grad_bias, Tensor grad_pos_embed, Tensor grad_prefix)"
     ),
 }
+
+_DISTILL = (
+    "Tensor student, Tensor teacher, Tensor? student_prototypes, Tensor? teacher_prototypes, Tensor? center, Tensor weights, "
+    "float student_temp, float teacher_temp, str backend"
+)
+
+#: Operators whose kernels are tile loops in Python over the vendor's matrix product; always defined from here, library or not.
+#: Losses and log-sum-exps are float32 (float64 for float64).
+LOSS_SCHEMAS = {
+    # a, b (N, D), scale () -> loss (), lse over b for each a (N,), over a for each b (N,).
+    "info_nce": "(Tensor a, Tensor b, Tensor scale, str backend) -> (Tensor loss, Tensor lse_a, Tensor lse_b)",
+    "info_nce_backward": (
+        "(Tensor grad, Tensor lse_a, Tensor lse_b, Tensor a, Tensor b, Tensor scale, str backend) "
+        "-> (Tensor grad_a, Tensor grad_b, Tensor grad_scale)"
+    ),
+    # z1, z2 (N, D), temperature () -> loss (), lse (2N,).
+    "nt_xent": "(Tensor z1, Tensor z2, Tensor temperature, str backend) -> (Tensor loss, Tensor lse)",
+    "nt_xent_backward": (
+        "(Tensor grad, Tensor lse, Tensor z1, Tensor z2, Tensor temperature, str backend) "
+        "-> (Tensor grad_z1, Tensor grad_z2, Tensor grad_temperature)"
+    ),
+    # a, b (N, D), scale (), bias () -> loss ().
+    "sigmoid_contrastive": "(Tensor a, Tensor b, Tensor scale, Tensor bias, str backend) -> Tensor",
+    "sigmoid_contrastive_backward": (
+        "(Tensor grad, Tensor a, Tensor b, Tensor scale, Tensor bias, str backend) "
+        "-> (Tensor grad_a, Tensor grad_b, Tensor grad_scale, Tensor grad_bias)"
+    ),
+    # student (S, N, C), teacher (T, N, C), prototypes (K, C) or None for C = K, center (K,), weights (S, T, N)
+    # -> loss (), lse (S, N), lse (T, N).
+    "distillation_cross_entropy": f"({_DISTILL}) -> (Tensor loss, Tensor lse_student, Tensor lse_teacher)",
+    "distillation_cross_entropy_backward": (
+        f"(Tensor grad, Tensor lse_student, Tensor lse_teacher, {_DISTILL}) -> (Tensor grad_student, Tensor grad_prototypes)"
+    ),
+    # x (N, D) -> index of the row with the largest inner product, itself left out, (N,) int64.
+    "nearest_neighbor": "(Tensor x, str backend) -> Tensor",
+}

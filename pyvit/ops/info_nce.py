@@ -1,0 +1,174 @@
+"""InfoNCE over all pairs of a batch (CLIP's loss) without the matrix of similarities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pyvit import dispatch
+from pyvit.dispatch import Call, Operator
+from pyvit.ops import reference_losses, streaming
+from pyvit.ops.streaming import LogSumExp, Ring, product, spans, widen
+
+
+def info_nce(a: Tensor, b: Tensor, scale: float | Tensor, *, group: dist.ProcessGroup | None = None, backend: str | None = None) -> Tensor:
+    """Symmetric cross-entropy of logits = scale * a b^T, whose diagonal holds the positives; the mean of both directions.
+
+    Args:
+        a, b: embeddings (N, D), used as they are (CLIP normalises them first). Row i of one belongs to row i of the other.
+        scale: the inverse temperature, a number or a tensor of one element, which gets a gradient.
+        group: ranks that share one batch, each with the same number of rows. Blocks of ``b`` pass from rank to rank while tiles are
+            computed. Every rank returns the loss of the whole batch, and receives the gradient of the sum of those copies, so that the
+            mean that DistributedDataParallel takes over ranks is the gradient of one big batch.
+        backend: force one backend.
+
+    Returns:
+        the loss, a float32 scalar (float64 for float64 inputs). Memory is O(N D), forward and backward.
+
+    Raises ValueError, TypeError for arguments that do not fit; BackendError when ``backend`` cannot serve.
+
+    Sources: van den Oord et al., "Representation Learning with Contrastive Predictive Coding" (2018); Radford et al., "Learning
+    Transferable Visual Models From Natural Language Supervision" (2021), figure 3.
+    """
+    call = _check(a, b, scale, group)
+    chosen = dispatch.select(call, backend)
+    s = streaming.scalar("info_nce", "scale", scale, a)
+    with torch.autocast(a.device.type, enabled=False):
+        if group is not None:
+            Ring(group).check_equal("info_nce", "a", a.shape[0], a.device)
+            return _Sharded.apply(a, b, s, group)
+        return INFO_NCE(a, b, s, chosen)[0]
+
+
+def _check(a: Tensor, b: Tensor, scale: float | Tensor, group: Any) -> Call:
+    streaming.embeddings("info_nce", a=a, b=b)
+    found = streaming.features(a, b, scale if isinstance(scale, Tensor) else None, group=group)
+    return Call("info_nce", a.device.type, a.dtype, tuple(found))
+
+
+@dispatch.describes("info_nce")
+def _describe(a: Tensor, b: Tensor, scale: float | Tensor, *, group: Any = None, **_: Any) -> tuple[Call, list[str]]:
+    return _check(a, b, scale, group), []
+
+
+def _forward(a: Tensor, b: Tensor, scale: Tensor, ring: Ring) -> tuple[Tensor, Tensor, Tensor]:
+    rows, diagonal = LogSumExp(a.shape[0], a), (widen(a) * widen(b)).sum(1) * scale
+
+    def compute(_owner: int, other: Tensor, top: Tensor, total: Tensor) -> None:
+        cols = LogSumExp.__new__(LogSumExp)
+        cols.top, cols.total = top, total
+        for i in spans(a.shape[0]):
+            x = widen(a[i]) * scale
+            for j in spans(other.shape[0]):
+                scores = product(x, widen(other[j]))
+                scratch = torch.empty_like(scores)
+                rows.add(i, scores, 1, scratch)
+                cols.add(j, scores, 0, scratch)
+
+    home = LogSumExp(b.shape[0], b)
+    home.top, home.total = ring.visit([b], [home.top, home.total], compute)
+    lse_a, lse_b = rows.value(), home.value()
+    loss = ring.sum(((lse_a + lse_b) / 2 - diagonal).sum()) / (a.shape[0] * ring.size)
+    return loss, lse_a, lse_b
+
+
+def _gradients(
+    grad: Tensor, lse_a: Tensor, lse_b: Tensor, a: Tensor, b: Tensor, scale: Tensor, ring: Ring
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, d = a.shape
+    weight = grad / (2 * n * ring.size)
+    grad_a = torch.zeros(n, d, dtype=scale.dtype, device=a.device)
+
+    def compute(owner: int, other: Tensor, lse: Tensor, grad_other: Tensor) -> None:
+        for i in spans(n):
+            x = widen(a[i])
+            xt, scaled = x.t().contiguous(), x * scale
+            for j in spans(other.shape[0]):
+                y = widen(other[j])
+                scores = product(scaled, y)
+                p = torch.sub(scores, lse_a[i, None]).exp_()
+                p += scores.sub_(lse[j]).exp_()
+                if owner == ring.rank and i == j:
+                    p.diagonal().sub_(2)
+                grad_a[i] += product(p, y.t())
+                grad_other[:, j] += product(xt, p.t())  # kept transposed, which oneDNN computes without a copy of p
+
+    (grad_bt,) = ring.visit([b, lse_b], [grad_a.new_zeros(d, n)], compute)
+    grad_scale = (grad_a * widen(a)).sum() * weight
+    factor = weight * scale
+    return (grad_a * factor).to(a.dtype), (grad_bt.t() * factor).to(b.dtype), grad_scale
+
+
+def _tiled(a: Tensor, b: Tensor, scale: Tensor, _backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(a, b, scale, Ring(None))
+
+
+def _tiled_backward(
+    grad: Tensor, lse_a: Tensor, lse_b: Tensor, a: Tensor, b: Tensor, scale: Tensor, _backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(grad, lse_a, lse_b, a, b, scale, Ring(None))
+
+
+class _Sharded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, scale: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.ring = Ring(group)
+        loss, lse_a, lse_b = _forward(a, b, scale, ctx.ring)
+        ctx.save_for_backward(a, b, scale, lse_a, lse_b)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, scale, lse_a, lse_b = ctx.saved_tensors
+        return *_gradients(ctx.ring.sum(grad), lse_a, lse_b, a, b, scale, ctx.ring), None
+
+
+def _fake(a: Tensor, b: Tensor, scale: Tensor, _backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return scale.new_empty(()), scale.new_empty(a.shape[0]), scale.new_empty(a.shape[0])
+
+
+def _fake_backward(
+    grad: Tensor, lse_a: Tensor, lse_b: Tensor, a: Tensor, b: Tensor, scale: Tensor, _backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return a.new_empty(a.shape), b.new_empty(b.shape), scale.new_empty(())
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 4
+    a, b, scale, lse_a, lse_b = ctx.saved_tensors
+    return *INFO_NCE_BACKWARD(grad, lse_a, lse_b, a, b, scale, ctx.backend), None
+
+
+def _reference_backward(grad: Tensor, _lse_a: Tensor, _lse_b: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(dispatch.reference_backward(reference_losses.info_nce, (grad,), args, (0, 1, 2)))  # type: ignore[arg-type]
+
+
+_TILES, _TILES_BACKWARD = "pyvit.ops.info_nce:_tiled", "pyvit.ops.info_nce:_tiled_backward"
+
+INFO_NCE_BACKWARD = Operator(
+    "info_nce_backward",
+    reference=_reference_backward,
+    fake=_fake_backward,
+    kernels={"cpu": _TILES_BACKWARD, "cuda": _TILES_BACKWARD},
+    **dispatch.double_backward(reference_losses.info_nce, n_grads=1, n_skipped=2, inputs=(0, 1, 2)),
+)
+INFO_NCE = Operator(
+    "info_nce",
+    reference=reference_losses.info_nce,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    kernels={"cpu": _TILES, "cuda": _TILES},
+)

@@ -1,0 +1,176 @@
+"""NT-Xent (SimCLR's loss) without the matrix of similarities; its symmetry halves the tiles."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pyvit import dispatch
+from pyvit.dispatch import Call, Operator
+from pyvit.ops import reference_losses, streaming
+from pyvit.ops.streaming import LogSumExp, Ring, product, spans, widen
+
+
+def nt_xent(
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, *, group: dist.ProcessGroup | None = None, backend: str | None = None
+) -> Tensor:
+    """Normalised-temperature cross-entropy: each of the 2N views picks its partner among the 2N - 1 others.
+
+    Args:
+        z1, z2: two views' embeddings (N, D), used as they are (SimCLR normalises them first); rows i are partners.
+        temperature: a number or a tensor of one element, which gets a gradient.
+        group: ranks that share one batch, as in :func:`pyvit.ops.info_nce`.
+        backend: force one backend.
+
+    Returns:
+        the mean over 2N views, a float32 scalar (float64 for float64 inputs). Memory is O(N D), forward and backward.
+
+    Raises ValueError, TypeError for arguments that do not fit; BackendError when ``backend`` cannot serve.
+
+    Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations" (2020), equation 1.
+    """
+    call = _check(z1, z2, temperature, group)
+    chosen = dispatch.select(call, backend)
+    t = streaming.scalar("nt_xent", "temperature", temperature, z1)
+    with torch.autocast(z1.device.type, enabled=False):
+        if group is not None:
+            Ring(group).check_equal("nt_xent", "z1", z1.shape[0], z1.device)
+            return _Sharded.apply(z1, z2, t, group)
+        return NT_XENT(z1, z2, t, chosen)[0]
+
+
+def _check(z1: Tensor, z2: Tensor, temperature: float | Tensor, group: Any) -> Call:
+    streaming.embeddings("nt_xent", z1=z1, z2=z2)
+    found = streaming.features(z1, z2, temperature if isinstance(temperature, Tensor) else None, group=group)
+    return Call("nt_xent", z1.device.type, z1.dtype, tuple(found))
+
+
+@dispatch.describes("nt_xent")
+def _describe(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, group: Any = None, **_: Any) -> tuple[Call, list[str]]:
+    return _check(z1, z2, temperature, group), []
+
+
+def _tiles(n: int, half: bool) -> list[tuple[slice, slice]]:
+    """Tiles of an n x n block; with ``half`` those on and above the diagonal, which stand for their mirror images too."""
+    return [(i, j) for i in spans(n) for j in spans(n) if not half or j.start >= i.start]
+
+
+def _forward(z1: Tensor, z2: Tensor, temperature: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
+    z = torch.cat([z1, z2])
+    n = z.shape[0]
+    lse = LogSumExp(n, z)
+
+    def compute(owner: int, other: Tensor) -> None:
+        own = owner == ring.rank
+        for i, j in _tiles(n, half=own):
+            scores = product(widen(z[i]) / temperature, widen(other[j]))
+            if own and i == j:
+                scores.fill_diagonal_(-math.inf)
+            scratch = torch.empty_like(scores)
+            lse.add(i, scores, 1, scratch)
+            if own and i != j:
+                lse.add(j, scores, 0, scratch)
+
+    ring.visit([z], [], compute)
+    value = lse.value()
+    positive = (widen(z1) * widen(z2)).sum(1) / temperature
+    return ring.sum(value.sum() - 2 * positive.sum()) / (n * ring.size), value
+
+
+def _gradients(grad: Tensor, lse: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, ring: Ring) -> tuple[Tensor, Tensor, Tensor]:
+    z = torch.cat([z1, z2])
+    n, d = z.shape
+    # The matrix is symmetric: what row i sends to z_j and what row j sends to z_i meet in one weight, P_ij + P_ji.
+    grad_z = torch.zeros(n, d, dtype=temperature.dtype, device=z.device)
+    mirrored = torch.zeros(d, n, dtype=temperature.dtype, device=z.device)
+
+    def compute(owner: int, other: Tensor, lse_other: Tensor) -> None:
+        own = owner == ring.rank
+        for i, j in _tiles(n, half=own):
+            x, y = widen(z[i]), widen(other[j])
+            scores = product(x / temperature, y)
+            p = torch.sub(scores, lse[i, None]).exp_()
+            p += scores.sub_(lse_other[j]).exp_()
+            if own and i == j:
+                p.fill_diagonal_(0)
+            grad_z[i] += product(p, y.t())
+            if own and i != j:
+                mirrored[:, j] += product(x.t(), p.t())
+
+    ring.visit([z, lse], [], compute)
+    grad_z += mirrored.t()
+    grad_z -= 2 * widen(torch.cat([z2, z1]))
+    weight = grad / (n * ring.size)
+    grad_temperature = -(grad_z * widen(z)).sum() / 2 * weight / temperature**2
+    grad_z = (grad_z * (weight / temperature)).to(z.dtype)
+    return grad_z[: n // 2], grad_z[n // 2 :].clone(), grad_temperature
+
+
+def _tiled(z1: Tensor, z2: Tensor, temperature: Tensor, _backend: str) -> tuple[Tensor, Tensor]:
+    return _forward(z1, z2, temperature, Ring(None))
+
+
+def _tiled_backward(grad: Tensor, lse: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, _backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(grad, lse, z1, z2, temperature, Ring(None))
+
+
+class _Sharded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z1: Tensor, z2: Tensor, temperature: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.ring = Ring(group)
+        loss, lse = _forward(z1, z2, temperature, ctx.ring)
+        ctx.save_for_backward(lse, z1, z2, temperature)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx.ring.sum(grad), *ctx.saved_tensors, ctx.ring), None
+
+
+def _fake(z1: Tensor, z2: Tensor, temperature: Tensor, _backend: str) -> tuple[Tensor, Tensor]:
+    return temperature.new_empty(()), temperature.new_empty(2 * z1.shape[0])
+
+
+def _fake_backward(grad: Tensor, lse: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, _backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return z1.new_empty(z1.shape), z2.new_empty(z2.shape), temperature.new_empty(())
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 4
+    return *NT_XENT_BACKWARD(grad, *ctx.saved_tensors, ctx.backend), None
+
+
+def _reference_backward(grad: Tensor, _lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(dispatch.reference_backward(reference_losses.nt_xent, (grad,), args, (0, 1, 2)))  # type: ignore[arg-type]
+
+
+_TILES, _TILES_BACKWARD = "pyvit.ops.nt_xent:_tiled", "pyvit.ops.nt_xent:_tiled_backward"
+
+NT_XENT_BACKWARD = Operator(
+    "nt_xent_backward",
+    reference=_reference_backward,
+    fake=_fake_backward,
+    kernels={"cpu": _TILES_BACKWARD, "cuda": _TILES_BACKWARD},
+    **dispatch.double_backward(reference_losses.nt_xent, n_grads=1, n_skipped=1, inputs=(0, 1, 2)),
+)
+NT_XENT = Operator(
+    "nt_xent",
+    reference=reference_losses.nt_xent,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    kernels={"cpu": _TILES, "cuda": _TILES},
+)

@@ -1,0 +1,167 @@
+"""The pairwise sigmoid loss (SigLIP) without the matrix of similarities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyvit import dispatch
+from pyvit.dispatch import Call, Operator
+from pyvit.ops import reference_losses, streaming
+from pyvit.ops.streaming import Ring, product, spans, widen
+
+
+def sigmoid_contrastive(
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor,
+    bias: float | Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """-1/N sum_ij log sigmoid(y_ij (scale a_i . b_j + bias)), y = 1 on the diagonal and -1 elsewhere.
+
+    Args:
+        a, b: embeddings (N, D), used as they are (SigLIP normalises them first); rows i belong together.
+        scale, bias: numbers or tensors of one element, which get gradients. SigLIP starts them at 10 and -10.
+        group: ranks that share one batch, as in :func:`pyvit.ops.info_nce`.
+        backend: force one backend.
+
+    Returns:
+        the loss, a float32 scalar (float64 for float64 inputs). Memory is O(N D), forward and backward.
+
+    Raises ValueError, TypeError for arguments that do not fit; BackendError when ``backend`` cannot serve.
+
+    Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (2023), equation 1.
+    """
+    call = _check(a, b, scale, bias, group)
+    chosen = dispatch.select(call, backend)
+    s, t = streaming.scalar("sigmoid_contrastive", "scale", scale, a), streaming.scalar("sigmoid_contrastive", "bias", bias, a)
+    with torch.autocast(a.device.type, enabled=False):
+        if group is not None:
+            Ring(group).check_equal("sigmoid_contrastive", "a", a.shape[0], a.device)
+            return _Sharded.apply(a, b, s, t, group)
+        return SIGMOID(a, b, s, t, chosen)
+
+
+def _check(a: Tensor, b: Tensor, scale: float | Tensor, bias: float | Tensor, group: Any) -> Call:
+    streaming.embeddings("sigmoid_contrastive", a=a, b=b)
+    found = streaming.features(a, b, *(t for t in (scale, bias) if isinstance(t, Tensor)), group=group)
+    return Call("sigmoid_contrastive", a.device.type, a.dtype, tuple(found))
+
+
+@dispatch.describes("sigmoid_contrastive")
+def _describe(a: Tensor, b: Tensor, scale: float | Tensor, bias: float | Tensor, *, group: Any = None, **_: Any) -> tuple[Call, list[str]]:
+    return _check(a, b, scale, bias, group), []
+
+
+def _forward(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, ring: Ring) -> Tensor:
+    n = a.shape[0]
+    # softplus(l) for every pair; a positive pair's softplus(-l) is softplus(l) - l.
+    total = -((widen(a) * widen(b)).sum(1) * scale + bias).sum()
+
+    def compute(_owner: int, other: Tensor) -> None:
+        nonlocal total
+        for i in spans(n):
+            x = widen(a[i]) * scale
+            total = total + sum(F.softplus(product(x, widen(other[j])).add_(bias)).sum() for j in spans(n))
+
+    ring.visit([b], [], compute)
+    return ring.sum(total) / (n * ring.size)
+
+
+def _gradients(grad: Tensor, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, ring: Ring) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, d = a.shape
+    grad_a = torch.zeros(n, d, dtype=scale.dtype, device=a.device)
+    grad_bias = torch.zeros_like(scale)
+
+    def compute(owner: int, other: Tensor, grad_other: Tensor) -> None:
+        for i in spans(n):
+            x = widen(a[i])
+            xt, scaled = x.t().contiguous(), x * scale
+            for j in spans(n):
+                y = widen(other[j])
+                p = product(scaled, y).add_(bias).sigmoid_()  # d softplus(l) / dl
+                if owner == ring.rank and i == j:
+                    p.diagonal().sub_(1)
+                grad_bias.add_(p.sum())
+                grad_a[i] += product(p, y.t())
+                grad_other[:, j] += product(xt, p.t())
+
+    (grad_bt,) = ring.visit([b], [grad_a.new_zeros(d, n)], compute)
+    weight = grad / (n * ring.size)
+    factor = weight * scale
+    return (
+        (grad_a * factor).to(a.dtype),
+        (grad_bt.t() * factor).to(b.dtype),
+        (grad_a * widen(a)).sum() * weight,
+        grad_bias * weight,
+    )
+
+
+def _tiled(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, _backend: str) -> Tensor:
+    return _forward(a, b, scale, bias, Ring(None))
+
+
+def _tiled_backward(
+    grad: Tensor, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, _backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _gradients(grad, a, b, scale, bias, Ring(None))
+
+
+class _Sharded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.ring = Ring(group)
+        ctx.save_for_backward(a, b, scale, bias)
+        return _forward(a, b, scale, bias, ctx.ring)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx.ring.sum(grad), *ctx.saved_tensors, ctx.ring), None
+
+
+def _fake(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, _backend: str) -> Tensor:
+    return scale.new_empty(())
+
+
+def _fake_backward(grad: Tensor, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, _backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return a.new_empty(a.shape), b.new_empty(b.shape), scale.new_empty(()), scale.new_empty(())
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *SIGMOID_BACKWARD(grad, *ctx.saved_tensors, ctx.backend), None
+
+
+def _reference_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(dispatch.reference_backward(reference_losses.sigmoid_contrastive, (grad,), args, (0, 1, 2, 3)))  # type: ignore[arg-type]
+
+
+_TILES, _TILES_BACKWARD = "pyvit.ops.sigmoid_contrastive:_tiled", "pyvit.ops.sigmoid_contrastive:_tiled_backward"
+
+SIGMOID_BACKWARD = Operator(
+    "sigmoid_contrastive_backward",
+    reference=_reference_backward,
+    fake=_fake_backward,
+    kernels={"cpu": _TILES_BACKWARD, "cuda": _TILES_BACKWARD},
+    **dispatch.double_backward(reference_losses.sigmoid_contrastive, n_grads=1, n_skipped=0, inputs=(0, 1, 2, 3)),
+)
+SIGMOID = Operator(
+    "sigmoid_contrastive",
+    reference=reference_losses.sigmoid_contrastive,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    kernels={"cpu": _TILES, "cuda": _TILES},
+)

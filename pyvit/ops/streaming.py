@@ -1,0 +1,169 @@
+"""What the streaming losses share: matrix products by tile, an online log-sum-exp, and the exchange of blocks between ranks.
+
+A loss over all pairs of N embeddings needs, of the N x N similarities, only sums. Each tile is computed, reduced and overwritten by
+the next; the backward computes it again. Tiles are float32 whatever the inputs are, so a similarity of 100 keeps its digits in
+bfloat16 training.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pyvit.ops import checks
+
+#: Rows and columns of a tile: its operands and two float32 copies of it stay near a CPU's last-level cache.
+TILE = 512
+
+
+@functools.cache
+def _onednn() -> Callable[..., Tensor] | None:
+    """oneDNN's float32 product, which torch exposes privately, or None. On some processors torch.matmul (MKL) has half its speed."""
+    try:
+        x = torch.ones(2, 2)
+        op = torch.ops.mkldnn._linear_pointwise
+        return op if torch.equal(op(x, x, None, "none", [], ""), x @ x.t()) else None
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """x (M, K) w (N, K)^T -> (M, N); either may be a transposed view."""
+    if x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and w.numel():
+        op = _onednn()
+        if op is not None:
+            return op(x, w, None, "none", [], "")
+    return x @ w.t()
+
+
+def widen(t: Tensor) -> Tensor:
+    """``t`` in the dtype that tiles are computed in."""
+    return t.to(checks.wide(t.dtype))
+
+
+def spans(n: int, size: int | None = None) -> Iterator[slice]:
+    """[0, n) in slices of ``size``, default TILE."""
+    size = size or TILE
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+class LogSumExp:
+    """Running log(sum(exp(scores))) of ``n`` rows, one tile at a time."""
+
+    def __init__(self, n: int, like: Tensor) -> None:
+        dtype = checks.wide(like.dtype)
+        # The least finite number, not -inf: a row whose first tile is masked whole then stays at total 0 instead of becoming NaN.
+        self.top = torch.full((n,), torch.finfo(dtype).min, dtype=dtype, device=like.device)
+        self.total = torch.zeros_like(self.top)
+
+    def add(self, rows: slice, scores: Tensor, dim: int, scratch: Tensor) -> None:
+        """Take in ``scores``, reduced over ``dim``, for ``rows``; ``scratch`` is overwritten."""
+        top = torch.maximum(self.top[rows], scores.amax(dim))
+        sums = torch.sub(scores, top.unsqueeze(dim), out=scratch).exp_().sum(dim)
+        self.total[rows] = self.total[rows] * torch.exp(self.top[rows] - top) + sums
+        self.top[rows] = top
+
+    def value(self) -> Tensor:
+        return self.top + self.total.log()
+
+
+class Ring:
+    """Blocks of every rank pass by every rank, the next one on its way while this one is computed with.
+
+    With ``group`` None there is one rank and nothing is sent.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        if self.size > 1:
+            self._next = dist.get_global_rank(group, (self.rank + 1) % self.size)
+            self._previous = dist.get_global_rank(group, (self.rank - 1) % self.size)
+
+    def check_equal(self, op: str, argument: str, n: int, device: torch.device) -> None:
+        """Every rank must hold as many rows; the exchange would hang or mix rows otherwise."""
+        if self.size == 1:
+            return
+        extremes = torch.tensor([n, -n], device=device)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.group)
+        most, least = int(extremes[0]), -int(extremes[1])
+        if most != least:
+            checks.fail(
+                op, argument, "of the same number of rows on every rank of group", f"{n} here, between {least} and {most} over the ranks"
+            )
+
+    def sum(self, t: Tensor) -> Tensor:
+        """The sum of ``t`` over ranks, on every rank."""
+        if self.size > 1:
+            t = t.contiguous().clone()
+            dist.all_reduce(t, group=self.group)
+        return t
+
+    def start(self, tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
+        """Send ``tensors`` to the next rank while receiving the previous one's; the result waits for them."""
+        if self.size == 1:
+            return lambda: tensors
+        sent = [t.contiguous() for t in tensors]
+        received = [torch.empty_like(t) for t in sent]
+        ops = [dist.P2POp(dist.isend, t, self._next, self.group) for t in sent]
+        ops += [dist.P2POp(dist.irecv, t, self._previous, self.group) for t in received]
+        works = dist.batch_isend_irecv(ops)
+
+        def wait() -> list[Tensor]:
+            for work in works:
+                work.wait()
+            del sent[:]
+            return received
+
+        return wait
+
+    def visit(self, blocks: list[Tensor], carry: list[Tensor], compute: Callable[..., None]) -> list[Tensor]:
+        """Call ``compute(owner, *blocks, *carry)`` with the blocks of every rank.
+
+        ``carry`` belongs to the blocks, is updated in place by ``compute``, travels with them, and comes home in the result.
+        """
+        for step in range(self.size):
+            owner = (self.rank - step) % self.size
+            arriving = self.start(blocks) if step + 1 < self.size else None
+            compute(owner, *blocks, *carry)
+            if carry:
+                carry = self.start(carry)()
+            if arriving is not None:
+                blocks = arriving()
+        return carry
+
+
+def scalar(op: str, argument: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """A number or a one-element tensor as a 0-d tensor in the accumulation dtype; gradients flow to it."""
+    dtype = checks.wide(like.dtype)
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            checks.fail(op, argument, "a number or a tensor of one element", checks.shape(value))
+        return value.reshape(()).to(like.device, dtype)
+    return torch.full((), float(value), dtype=dtype, device=like.device)
+
+
+def embeddings(op: str, **pair: Any) -> None:
+    """The two arguments must be (N, D), N at least 1, alike in shape, dtype and device."""
+    (first, a), (second, b) = pair.items()
+    for name, t in pair.items():
+        checks.tensor(op, name, t, "(N, D)", 2)
+        checks.floating(op, name, t)
+    if a.shape[0] == 0:
+        checks.fail(op, first, "of at least one row", checks.shape(a))
+    if a.shape != b.shape:
+        checks.fail(op, second, f"of the shape of {first}, {tuple(a.shape)}", checks.shape(b))
+    checks.same(op, second, b, first, a)
+
+
+def features(*tensors: Tensor | None, group: Any = None) -> list[str]:
+    """What a call asks of a backend."""
+    found = ["grad"] if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors) else []
+    return found + (["group"] if group is not None else [])
