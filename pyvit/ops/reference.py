@@ -150,7 +150,7 @@ def window_partition(x: Tensor, window: tuple[int, int]) -> Tensor:
     """(B, Hp, Wp, C) -> (B, windows, window area, C), windows and tokens in row-major order."""
     b, h, w, c = x.shape
     wh, ww = window
-    return x.view(b, h // wh, wh, w // ww, ww, c).permute(0, 1, 3, 2, 4, 5).reshape(b, -1, wh * ww, c)
+    return x.view(b, h // wh, wh, w // ww, ww, c).permute(0, 1, 3, 2, 4, 5).reshape(b, h // wh * (w // ww), wh * ww, c)
 
 
 def window_reverse(x: Tensor, window: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -189,6 +189,11 @@ def window_mask(
     return allowed
 
 
+def _unit(x: Tensor) -> Tensor:
+    """Vectors over their length; zero stays zero, also in float16, where the smallest divisor allowed would vanish."""
+    return F.normalize(x.float() if x.dtype == torch.float16 else x, dim=-1).to(x.dtype)
+
+
 def window_attention(
     qkv: Tensor,
     window_size: list[int],
@@ -213,9 +218,9 @@ def window_attention(
             qkv = torch.cat([qkv, fill.expand(b, h, wp - w, c3)], 2)
             qkv = torch.cat([qkv, fill.expand(b, hp - h, wp, c3)], 1)
     x = window_partition(qkv.roll((-sy, -sx), (1, 2)), window)
-    q, k, v = x.view(b, x.shape[1], n, 3, num_heads, -1).permute(3, 0, 1, 4, 2, 5).unbind(0)  # (B, windows, heads, n, d)
+    q, k, v = x.view(b, x.shape[1], n, 3, num_heads, c3 // 3 // num_heads).permute(3, 0, 1, 4, 2, 5).unbind(0)  # (B, windows, heads, n, d)
     if logit_scale is not None:  # Swin V2: cosine similarity, learned temperature
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q, k = _unit(q), _unit(k)
         scores = q @ k.transpose(-2, -1) * logit_scale.clamp(max=math.log(100.0)).exp().to(q.dtype)[:, None, None]
     else:
         scores = q * scale @ k.transpose(-2, -1)
@@ -225,7 +230,7 @@ def window_attention(
     allowed = window_mask(size, window, (shift_size[0], shift_size[1]), pad_qkv is None, qkv.device)
     scores = scores.masked_fill(~allowed[:, None], -math.inf)
     p, lse = _softmax_lse(scores)
-    out = (_drop(p, dropout_p, seed) @ v).transpose(2, 3).reshape(b, x.shape[1], n, -1)
+    out = (_drop(p, dropout_p, seed) @ v).transpose(2, 3).reshape(b, x.shape[1], n, c3 // 3)
     out = window_reverse(out, window, (hp, wp)).roll((sy, sx), (1, 2))[:, :h, :w]
     return out.contiguous(), lse
 
