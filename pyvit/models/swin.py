@@ -42,7 +42,10 @@ class SwinBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """2 x 2 neighbours to one token of twice the width, (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C). V1 norms before the reduction, V2 after."""
+    """2 x 2 neighbours to one token of twice the width: (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C).
+
+    V1 normalises before the reduction, V2 after it.
+    """
 
     def __init__(self, dim: int, post_norm: bool, eps: float) -> None:
         super().__init__()

@@ -27,7 +27,8 @@ class VisionTransformer(nn.Module):
         pre_norm: a norm before the blocks (CLIP). final_norm: one after them; with pooling "avg" it follows the pooling (``fc_norm``).
         patch_stride: overlapping patches. patch_bias: of the projection. mask_token: for masked image modelling.
         drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout on the pooled features, tokens, branches, attention weights.
-        drop_path_rate: of the last block, growing linearly from 0; with ``drop_path_uniform`` of every block. drop_path_form: "sample" or "batch".
+        drop_path_rate: of the last block, growing linearly from 0; with ``drop_path_uniform`` of every block.
+        drop_path_form: "sample" or "batch", see :class:`pyvit.nn.DropPath`.
         interpolate_antialias, interpolate_offset: see :func:`pyvit.nn.resample_positions`.
         mean, std: see :class:`pyvit.nn.PatchEmbed`.
     """
@@ -264,8 +265,9 @@ class VisionTransformer(nn.Module):
     def get_intermediate_layers(
         self, images: Tensor, n: int | Sequence[int] = 1, reshape: bool = False, return_prefix_tokens: bool = False, norm: bool = True
     ) -> tuple[Any, ...]:
-        """Patch tokens (B, N, D) after the last ``n`` blocks, or after the blocks listed; with ``reshape`` as maps (B, D, rows, columns), with
-        ``return_prefix_tokens`` as pairs (patches, prefix (B, P, D)).
+        """Patch tokens (B, N, D) after the last ``n`` blocks, or after the blocks listed.
+
+        With ``reshape`` they are maps (B, D, rows, columns); with ``return_prefix_tokens``, pairs (patches, prefix (B, P, D)).
         """
         depth = len(self.blocks)
         wanted = range(depth - n, depth) if isinstance(n, int) else [i % depth for i in n]

@@ -116,7 +116,10 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + d/2) of x (..., N, H, d) by the angles of rope (N, 2, d): sines at 0, cosines at 1. Su et al., "RoFormer" (2021)."""
+    """Rotate the pairs (i, i + d/2) of x (..., N, H, d) by the angles of rope (N, 2, d): sines at 0, cosines at 1.
+
+    Su et al., "RoFormer" (2021).
+    """
     sin, cos = rope.to(x.dtype).unbind(-2)
     a, b = x.chunk(2, -1)
     return x * cos.unsqueeze(-2) + torch.cat((-b, a), -1) * sin.unsqueeze(-2)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 
 def sincos_2d(dim: int, grid: Sequence[int], temperature: float = 10000.0) -> Tensor:
-    """Fixed 2-D positions (rows * columns, dim), dim divisible by 4: the first half encodes the column, the second the row, each as sines then
-    cosines (He et al., "Masked Autoencoders", 2022, after Vaswani et al., 2017).
+    """Fixed 2-D positions (rows * columns, dim), dim divisible by 4.
+
+    The first half encodes the column, the second the row, each as sines then cosines (He et al., "Masked Autoencoders", 2022, after
+    Vaswani et al., 2017).
     """
     if dim % 4:
         raise ValueError(f"sincos_2d: dim must be divisible by 4, got {dim}")

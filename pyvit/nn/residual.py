@@ -25,9 +25,9 @@ class LayerScale(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth: in training, each sample's branch is dropped with probability ``p`` and the others are divided by 1 - p.
 
-    Two forms. ``"sample"``: an independent draw per sample (Huang et al., 2016). ``"batch"``: exactly round(B (1 - p)) samples, at least one, are
-    drawn and the branch is computed for them alone, which saves the work of the others (Oquab et al., "DINOv2", 2023, section 5); it needs
-    :meth:`residual`, which sees the branch before it is computed.
+    Two forms. ``"sample"``: an independent draw per sample (Huang et al., 2016). ``"batch"``: exactly round(B (1 - p)) samples, at least
+    one, are drawn and the branch is computed for them alone, which saves the work of the others (Oquab et al., "DINOv2", 2023,
+    section 5); it needs :meth:`residual`, which sees the branch before it is computed.
     """
 
     def __init__(self, p: float = 0.0, form: str = "sample") -> None:

@@ -16,7 +16,9 @@ from pyvit.ops.reference import relative_position_index
 
 
 class WindowAttention(nn.Module):
-    """Attention in (shifted) windows with a relative-position bias, (B, H, W, C) -> (B, H, W, C), any H and W. Liu et al. (2021), section 3.2.
+    """Attention in (shifted) windows with a relative-position bias: (B, H, W, C) -> (B, H, W, C), any H and W.
+
+    Liu et al., "Swin Transformer" (2021), section 3.2.
 
     Args:
         dim, num_heads: C and heads.

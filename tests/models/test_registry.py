@@ -49,7 +49,7 @@ def test_list_models_filters():
 
 
 def test_unknown_name_suggests():
-    with pytest.raises(ValueError, match="did you mean.*vit_base_patch16_224"):
+    with pytest.raises(ValueError, match=r"did you mean.*vit_base_patch16_224"):
         pyvit.create_model("vit_base_patch16_244")
 
 

@@ -1,0 +1,368 @@
+"""Checkpoint layouts as data: how each library names the parameters that pyvit names as timm does.
+
+A :class:`Rule` reads both ways, so one table serves loading and ``pyvit convert``. In a key, ``{i}`` and ``{j}`` stand for block numbers
+and ``{p}`` for ``weight`` or ``bias``; ``@`` is the name of the base model, which a checkpoint may lack.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Op(NamedTuple):
+    """How foreign tensors become native ones and back."""
+
+    to_native: Callable[..., tuple[Tensor, ...]]
+    to_foreign: Callable[..., tuple[Tensor, ...]]
+
+
+SAME = Op(lambda x: (x,), lambda x: (x,))
+TRANSPOSE = Op(lambda x: (x.T.contiguous(),), lambda x: (x.T.contiguous(),))
+ROW_TO_TOKEN = Op(lambda x: (x.reshape(1, 1, -1),), lambda x: (x.flatten(),))
+TABLE_TO_TOKENS = Op(lambda x: (x[None],), lambda x: (x[0],))
+TOKEN_TO_ROW = Op(lambda x: (x.reshape(1, -1),), lambda x: (x.reshape(1, 1, -1),))
+SCALAR = Op(lambda x: (x.reshape(()),), lambda x: (x.reshape(1),))
+#: torchvision's Swin V2 keeps a key bias, of zeros, that the others leave out
+QKV_BIAS_TO_QV = Op(lambda b: b.chunk(3)[::2], lambda q, v: (torch.cat((q, torch.zeros_like(q), v)),))
+
+#: torch.nn.MultiheadAttention's in_proj as a query projection and a joint key-value one
+QUERY_AND_KV = Op(lambda x: (x[: len(x) // 3], x[len(x) // 3 :]), lambda q, kv: (torch.cat((q, kv)),))
+
+
+def cat(parts: int) -> Op:
+    """Several matrices stacked into one."""
+    return Op(lambda *xs: (torch.cat(xs),), lambda x: tuple(t.contiguous() for t in x.chunk(parts)))
+
+
+@dataclass(frozen=True)
+class Rule:
+    native: tuple[str, ...]
+    foreign: tuple[str, ...]
+    op: Op = SAME
+
+
+def rule(native: str, foreign: str, op: Op | None = None) -> Rule:
+    """Space-separated keys on either side; several foreign keys for one native are concatenated unless ``op`` says otherwise."""
+    natives, foreigns = tuple(native.split()), tuple(foreign.split())
+    return Rule(natives, foreigns, op or (SAME if len(foreigns) == 1 else cat(len(foreigns))))
+
+
+@dataclass(frozen=True)
+class Format:
+    """One library's layout.
+
+    marks: keys (templates) that a checkpoint of this layout has; the first format whose marks are all present is taken.
+    bases: names that ``@`` may stand for, the first being written. drop: keys without parameters (buffers), as regular expressions.
+    extra: parameters that belong to heads of pre-training, left out with a note when the model has no place for them.
+    """
+
+    name: str
+    marks: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    bases: tuple[str, ...] = ("",)
+    drop: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+
+
+def pattern(template: str, bases: tuple[str, ...] = ("",)) -> re.Pattern[str]:
+    """Regular expression of a key template."""
+    text = re.escape(template).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)").replace(r"\{p\}", "(?P<p>weight|bias)")
+    return re.compile(text.replace("@", "(?P<base>" + "|".join(map(re.escape, sorted(bases, key=len, reverse=True))) + ")"))
+
+
+def block(native: str, foreign: str, *, norm1: str, qkv: str, proj: str, norm2: str, fc1: str, fc2: str, joint: bool = False) -> list[Rule]:
+    """Rules of a transformer block; ``qkv`` names three projections, or with ``joint`` one."""
+    pairs = {"norm1": norm1, "attn.proj": proj, "norm2": norm2, "mlp.fc1": fc1, "mlp.fc2": fc2}
+    rules = [rule(f"{native}{ours}.{{p}}", f"{foreign}{theirs}.{{p}}") for ours, theirs in pairs.items()]
+    if joint:  # torch.nn.MultiheadAttention: in_proj_weight, in_proj_bias
+        return [*rules, *(rule(f"{native}attn.qkv.{p}", f"{foreign}{qkv}_{p}") for p in ("weight", "bias"))]
+    return [*rules, rule(f"{native}attn.qkv.{{p}}", " ".join(f"{foreign}{part}.{{p}}" for part in qkv.split()))]
+
+
+def _hf_block(native: str, foreign: str, new: bool) -> list[Rule]:
+    names = (
+        {"qkv": "attention.q_proj attention.k_proj attention.v_proj", "proj": "attention.o_proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+        if new
+        else {
+            "qkv": "attention.attention.query attention.attention.key attention.attention.value",
+            "proj": "attention.output.dense",
+            "fc1": "intermediate.dense",
+            "fc2": "output.dense",
+        }
+    )
+    return block(native, foreign, norm1="layernorm_before", norm2="layernorm_after", **names)
+
+
+def _hf_vit(new: bool) -> Format:
+    """transformers' ViT, DeiT, ViTMAE and AST, in the layout of version 5 (``new``) or earlier."""
+    layer = "layers.{i}." if new else "encoder.layer.{i}."
+    return Format(
+        "transformers ViT" if new else "transformers<5 ViT",
+        (f"@{layer}layernorm_before.weight", "@embeddings.patch_embeddings.projection.weight"),
+        (
+            rule("cls_token", "@embeddings.cls_token"),
+            rule("dist_token", "@embeddings.distillation_token"),
+            rule("pos_embed", "@embeddings.position_embeddings"),
+            rule("patch_embed.proj.{p}", "@embeddings.patch_embeddings.projection.{p}"),
+            *_hf_block("blocks.{i}.", "@" + layer, new),
+            rule("norm.{p}", "@layernorm.{p}"),
+            rule("head.{p}", "classifier.{p}"),
+            rule("head.{p}", "cls_classifier.{p}"),
+            rule("head_dist.{p}", "distillation_classifier.{p}"),
+            rule("fc_norm.{p}", "classifier.layernorm.{p}"),
+            rule("head.{p}", "classifier.dense.{p}"),
+            rule("mask_token", "decoder.mask_token"),
+            rule("decoder_pos_embed", "decoder.decoder_pos_embed"),
+            *(rule(f"decoder_{part}.{{p}}", f"decoder.decoder_{part}.{{p}}") for part in ("embed", "norm", "pred")),
+            *_hf_block("decoder_blocks.{i}.", "decoder.decoder_layers.{i}.", new),
+        ),
+        ("vit.", "deit.", "audio_spectrogram_transformer.", ""),
+        extra=(r"(vit\.)?pooler\..*", r"decoder\..*"),
+    )
+
+
+def _hf_dinov2(new: bool) -> Format:
+    layer = "@encoder.layer.{i}."
+    old = "attention.attention."
+    names = "attention.q_proj attention.k_proj attention.v_proj" if new else f"{old}query {old}key {old}value"
+    glu = (f"{layer}mlp.gate_proj.{{p}} {layer}mlp.up_proj.{{p}}", "down_proj") if new else (f"{layer}mlp.weights_in.{{p}}", "weights_out")
+    proj = "attention.o_proj" if new else "attention.output.dense"
+    return Format(
+        "transformers DINOv2" if new else "transformers<5 DINOv2",
+        (f"{layer}layer_scale1.lambda1", f"{layer}{proj}.weight"),
+        (
+            rule("cls_token", "@embeddings.cls_token"),
+            rule("mask_token", "@embeddings.mask_token"),
+            rule("reg_token", "@embeddings.register_tokens"),
+            rule("pos_embed", "@embeddings.position_embeddings"),
+            rule("patch_embed.proj.{p}", "@embeddings.patch_embeddings.projection.{p}"),
+            *block("blocks.{i}.", layer, norm1="norm1", qkv=names, proj=proj, norm2="norm2", fc1="mlp.fc1", fc2="mlp.fc2"),
+            rule("blocks.{i}.mlp.fc1.{p}", glu[0]),
+            rule("blocks.{i}.mlp.fc2.{p}", f"{layer}mlp.{glu[1]}.{{p}}"),
+            rule("blocks.{i}.ls1.gamma", f"{layer}layer_scale1.lambda1"),
+            rule("blocks.{i}.ls2.gamma", f"{layer}layer_scale2.lambda1"),
+            rule("norm.{p}", "@layernorm.{p}"),
+            rule("head.{p}", "classifier.{p}"),
+        ),
+        ("dinov2.", "dinov2_with_registers.", ""),
+    )
+
+
+def _shifted_merges(foreign: str, stages: int = 4) -> list[Rule]:
+    """Patch merging at the end of stage s - 1 (Microsoft, transformers) is pyvit's at the start of stage s."""
+    return [
+        rule(f"layers.{s}.downsample.{part}", foreign.format(s=s - 1) + part)
+        for s in range(1, stages)
+        for part in ("reduction.weight", "norm.{p}")
+    ]
+
+
+def _hf_swin(version: int, new: bool = False) -> Format:
+    layer, ours = "@encoder.layers.{i}.blocks.{j}.", "layers.{i}.blocks.{j}."
+    table = "attention.relative_position_bias." if new else "attention.self."
+    at = layer + "attention.self."
+    names = {"qkv": "attention.self.query attention.self.key attention.self.value", "proj": "attention.output.dense"}
+    names |= {"fc1": "intermediate.dense", "fc2": "output.dense"}
+    common = (
+        rule("patch_embed.proj.{p}", "@embeddings.patch_embeddings.projection.{p}"),
+        rule("patch_embed.norm.{p}", "@embeddings.norm.{p}"),
+        *_shifted_merges("@encoder.layers.{s}.downsample."),
+        rule("norm.{p}", "@layernorm.{p}"),
+        rule("head.fc.{p}", "classifier.{p}"),
+    )
+    if version == 1:
+        mark = layer + table + "relative_position_bias_table"
+        norms = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
+        blocks = _hf_block(ours, layer, True) if new else block(ours, layer, **norms, **names)
+        blocks.append(rule(ours + "attn.relative_position_bias_table", mark))
+        title = "transformers Swin" if new else "transformers<5 Swin"
+        return Format(title, (mark,), (*common, *blocks), ("swin.", ""), (r".*relative_position_index",), (r".*mask_token",))
+    blocks = [
+        r
+        for r in block(ours, layer, norm1="layernorm_before", norm2="layernorm_after", **names)
+        if not r.native[0].endswith("attn.qkv.{p}")
+    ]
+    blocks += [
+        rule(ours + "attn.qkv.weight", f"{at}query.weight {at}key.weight {at}value.weight"),
+        rule(ours + "attn.q_bias", at + "query.bias"),
+        rule(ours + "attn.v_bias", at + "value.bias"),
+        rule(ours + "attn.logit_scale", at + "logit_scale"),
+        *(rule(f"{ours}attn.cpb_mlp.{n}", f"{at}continuous_position_bias_mlp.{n}") for n in ("0.{p}", "2.weight")),
+    ]
+    drop = (r".*relative_position_index", r".*relative_coords_table")
+    return Format("transformers SwinV2", (at + "logit_scale",), (*common, *blocks), ("swinv2.", ""), drop, (r".*mask_token",))
+
+
+def _hf_clip(siglip: bool) -> Format:
+    """transformers' CLIP and SigLIP."""
+    names = {"qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "proj": "self_attn.out_proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+    towers = [
+        r
+        for ours, theirs in (("visual", "vision_model"), ("text", "text_model"))
+        for r in block(f"{ours}.blocks.{{i}}.", f"{theirs}.encoder.layers.{{i}}.", norm1="layer_norm1", norm2="layer_norm2", **names)
+    ]
+    head = "vision_model.head."
+    return Format(
+        "transformers SigLIP" if siglip else "transformers CLIP",
+        (head + "probe",) if siglip else ("vision_model.pre_layrnorm.weight",),
+        (
+            *towers,
+            rule("visual.cls_token", "vision_model.embeddings.class_embedding", ROW_TO_TOKEN),
+            rule("visual.patch_embed.proj.{p}", "vision_model.embeddings.patch_embedding.{p}"),
+            rule("visual.pos_embed", "vision_model.embeddings.position_embedding.weight", TABLE_TO_TOKENS),
+            rule("visual.norm_pre.{p}", "vision_model.pre_layrnorm.{p}"),
+            rule("visual.norm.{p}", "vision_model.post_layernorm.{p}"),
+            rule("visual.head.weight", "visual_projection.weight"),
+            rule("visual.attn_pool.latent", head + "probe"),
+            *(
+                rule(f"visual.attn_pool.q.{p} visual.attn_pool.kv.{p}", f"{head}attention.in_proj_{p}", QUERY_AND_KV)
+                for p in ("weight", "bias")
+            ),
+            rule("visual.attn_pool.proj.{p}", head + "attention.out_proj.{p}"),
+            rule("visual.attn_pool.norm.{p}", head + "layernorm.{p}"),
+            *(rule(f"visual.attn_pool.mlp.fc{n}.{{p}}", f"{head}mlp.fc{n}.{{p}}") for n in (1, 2)),
+            rule("text.token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
+            rule("text.positional_embedding", "text_model.embeddings.position_embedding.weight"),
+            rule("text.ln_final.{p}", "text_model.final_layer_norm.{p}"),
+            rule("text.proj.weight", "text_projection.weight") if not siglip else rule("text.proj.{p}", "text_model.head.{p}"),
+            rule("logit_scale", "logit_scale", SCALAR if siglip else SAME),
+            *([rule("logit_bias", "logit_bias", SCALAR)] if siglip else []),
+        ),
+        drop=(r".*position_ids",),
+    )
+
+
+def _openai_clip(text: str, name: str) -> Format:
+    """OpenAI's CLIP and open_clip; ``text`` is the prefix of the text tower."""
+    names = {"norm1": "ln_1", "qkv": "attn.in_proj", "proj": "attn.out_proj", "norm2": "ln_2", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}
+    return Format(
+        name,
+        ("visual.transformer.resblocks.{i}.attn.in_proj_weight", f"{text}transformer.resblocks.{{i}}.attn.in_proj_weight"),
+        (
+            *block("visual.blocks.{i}.", "visual.transformer.resblocks.{i}.", joint=True, **names),
+            rule("visual.cls_token", "visual.class_embedding", ROW_TO_TOKEN),
+            rule("visual.patch_embed.proj.weight", "visual.conv1.weight"),
+            rule("visual.pos_embed", "visual.positional_embedding", TABLE_TO_TOKENS),
+            rule("visual.norm_pre.{p}", "visual.ln_pre.{p}"),
+            rule("visual.norm.{p}", "visual.ln_post.{p}"),
+            rule("visual.head.weight", "visual.proj", TRANSPOSE),
+            *block("text.blocks.{i}.", text + "transformer.resblocks.{i}.", joint=True, **names),
+            rule("text.token_embedding.weight", text + "token_embedding.weight"),
+            rule("text.positional_embedding", text + "positional_embedding"),
+            rule("text.ln_final.{p}", text + "ln_final.{p}"),
+            rule("text.proj.weight", text + "text_projection", TRANSPOSE),
+            rule("logit_scale", "logit_scale"),
+            rule("logit_bias", "logit_bias"),
+        ),
+        drop=(r"input_resolution|context_length|vocab_size", r".*attn_mask"),
+    )
+
+
+def _torchvision_vit(fc1: str, fc2: str, name: str) -> Format:
+    layer = "encoder.layers.encoder_layer_{i}."
+    names = {"norm1": "ln_1", "qkv": "self_attention.in_proj", "proj": "self_attention.out_proj", "norm2": "ln_2", "fc1": fc1, "fc2": fc2}
+    return Format(
+        name,
+        (layer + "self_attention.in_proj_weight", f"{layer}{fc1}.weight"),
+        (
+            rule("cls_token", "class_token"),
+            rule("pos_embed", "encoder.pos_embedding"),
+            rule("patch_embed.proj.{p}", "conv_proj.{p}"),
+            *block("blocks.{i}.", layer, joint=True, **names),
+            rule("norm.{p}", "encoder.ln.{p}"),
+            rule("head.{p}", "heads.head.{p}"),
+        ),
+    )
+
+
+def _torchvision_swin(version: int) -> Format:
+    rules = [
+        rule("patch_embed.proj.{p}", "features.0.0.{p}"),
+        rule("patch_embed.norm.{p}", "features.0.2.{p}"),
+        rule("norm.{p}", "norm.{p}"),
+        rule("head.fc.{p}", "head.{p}"),
+    ]
+    for s in range(4):
+        ours, theirs = f"layers.{s}.blocks.{{j}}.", f"features.{2 * s + 1}.{{j}}."
+        pairs = {"norm1": "norm1", "attn.proj": "attn.proj", "norm2": "norm2", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3"}
+        rules += [rule(f"{ours}{a}.{{p}}", f"{theirs}{b}.{{p}}") for a, b in pairs.items()]
+        if version == 1:
+            same = ("qkv.{p}", "relative_position_bias_table")
+        else:
+            same = ("qkv.weight", "logit_scale", "cpb_mlp.0.{p}", "cpb_mlp.2.weight")
+            rules.append(rule(f"{ours}attn.q_bias {ours}attn.v_bias", f"{theirs}attn.qkv.bias", QKV_BIAS_TO_QV))
+        rules += [rule(f"{ours}attn.{k}", f"{theirs}attn.{k}") for k in same]
+        if s:
+            rules += [rule(f"layers.{s}.downsample.{k}", f"features.{2 * s}.{k}") for k in ("reduction.weight", "norm.{p}")]
+    mark = "features.1.{j}.attn." + ("relative_position_bias_table" if version == 1 else "logit_scale")
+    drop = (r".*relative_position_index", r".*relative_coords_table")
+    return Format(f"torchvision Swin{'V2' if version == 2 else ''}", (mark,), tuple(rules), drop=drop)
+
+
+_MICROSOFT_BLOCK = (
+    "norm1.{p}", "norm2.{p}", "attn.proj.{p}", "attn.qkv.{p}", "attn.q_bias", "attn.v_bias", "attn.relative_position_bias_table",
+    "attn.logit_scale", "attn.cpb_mlp.0.{p}", "attn.cpb_mlp.2.weight", "mlp.fc1.{p}", "mlp.fc2.{p}",
+)  # fmt: skip
+
+MICROSOFT_SWIN = Format(
+    "Microsoft Swin",
+    ("layers.0.downsample.reduction.weight", "layers.0.blocks.{j}.attn.qkv.weight"),
+    (
+        *(rule(f"patch_embed.{part}.{{p}}", f"patch_embed.{part}.{{p}}") for part in ("proj", "norm")),
+        *(rule(f"layers.{{i}}.blocks.{{j}}.{k}", f"layers.{{i}}.blocks.{{j}}.{k}") for k in _MICROSOFT_BLOCK),
+        *_shifted_merges("layers.{s}.downsample."),
+        rule("norm.{p}", "norm.{p}"),
+        rule("head.fc.{p}", "head.{p}"),
+    ),
+    drop=(r".*attn_mask", r".*relative_position_index", r".*relative_coords_table"),
+)
+
+_TIMM_BLOCK = (
+    "norm1.{p}", "norm2.{p}", "attn.qkv.{p}", "attn.proj.{p}", "attn.q_norm.{p}", "attn.k_norm.{p}", "ls1.gamma", "ls2.gamma",
+    "mlp.fc1.{p}", "mlp.fc2.{p}",
+)  # fmt: skip
+
+DINOV2 = Format(
+    "facebookresearch DINOv2",
+    ("blocks.{i}.ls1.gamma", "mask_token", "patch_embed.proj.weight"),
+    (
+        *(rule(k, k) for k in ("cls_token", "pos_embed", "mask_token", "patch_embed.proj.{p}", "norm.{p}", "head.{p}")),
+        rule("reg_token", "register_tokens"),
+        *(rule(f"blocks.{{i}}.{k}", f"blocks.{{i}}.{k}") for k in _TIMM_BLOCK),
+        rule("blocks.{i}.mlp.fc1.{p}", "blocks.{i}.mlp.w12.{p}"),
+        rule("blocks.{i}.mlp.fc2.{p}", "blocks.{i}.mlp.w3.{p}"),
+    ),
+    extra=(r"(dino_head|ibot_head)\..*",),
+)
+
+#: pyvit's own layout, which is timm's; DINO and MAE of facebookresearch share it.
+NATIVE = Format(
+    "timm",
+    (),
+    (),
+    drop=(r".*attn_mask", r".*relative_position_index", r".*relative_coords_table"),
+    extra=(r"decoder_.*", r"mask_token", r"head\.(mlp|last_layer)\..*"),
+)
+
+#: In the order they are tried.
+FORMATS: tuple[Format, ...] = (
+    *(_hf_swin(1, new) for new in (True, False)),
+    _hf_swin(2),
+    *(_hf_dinov2(new) for new in (True, False)),
+    *(_hf_vit(new) for new in (True, False)),
+    *(_hf_clip(siglip) for siglip in (True, False)),
+    _openai_clip("", "OpenAI CLIP"),
+    _openai_clip("text.", "open_clip"),
+    _torchvision_vit("mlp.0", "mlp.3", "torchvision ViT"),
+    _torchvision_vit("mlp.linear_1", "mlp.linear_2", "torchvision<0.12 ViT"),
+    *(_torchvision_swin(version) for version in (1, 2)),
+    MICROSOFT_SWIN,
+    DINOV2,
+    NATIVE,
+)
