@@ -1,12 +1,13 @@
 """Choosing a backend, and registering operators so that every way of calling them runs the same kernels.
 
-A public function in :mod:`pyvit.ops` checks its arguments, describes the call (:class:`Call`), asks :func:`select` for a backend and calls an
-:class:`Operator`. The same Operator stands behind ``torch.ops.pyvit.<name>``, so the compiler, export and C++ callers see no other code.
+A public function in :mod:`pyvit.ops` checks its arguments, describes the call (:class:`Call`), asks :func:`select` for a backend and calls
+an :class:`Operator`. The same Operator stands behind ``torch.ops.pyvit.<name>``, so the compiler, export and C++ callers see no other code.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -144,6 +145,8 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanat
     name = op if isinstance(op, str) else op.__name__
     if name not in _describers:
         raise ValueError(f"explain: op must be one of {', '.join(sorted(_describers))}, got {name!r}")
+    function = getattr(importlib.import_module("pyvit.ops"), name)
+    inspect.signature(function).bind(*args, **kwargs)  # an argument the operator does not have is an error here too
     call, notes = _describers[name](*args, **kwargs)
     chosen = select(call, kwargs.get("backend"))
     return Explanation(call, chosen, {b: reasons(call, b) for b in BACKENDS}, notes)
@@ -313,7 +316,7 @@ def reference_backward(
 def double_backward(reference: Callable[..., Any], n_grads: int, n_skipped: int, inputs: Sequence[int]) -> dict[str, Callable[..., Any]]:
     """Gradient of a ``*_backward`` operator by differentiating the reference formula twice.
 
-    The operator's arguments are ``n_grads`` output gradients, ``n_skipped`` saved values, then the forward's arguments with ``backend`` last;
+    The operator's arguments are ``n_grads`` output gradients, ``n_skipped`` saved values, then the forward's, ``backend`` last;
     ``inputs`` are the forward positions whose gradients it returns, in order.
     """
 
@@ -332,10 +335,14 @@ def double_backward(reference: Callable[..., Any], n_grads: int, n_skipped: int,
             forward = args[n_grads + n_skipped : -1]
             present = [i for i in inputs if isinstance(forward[i], Tensor) and forward[i].is_floating_point()]
             firsts = dict(zip(present, reference_backward(reference, args[:n_grads], forward, present, create_graph=True), strict=True))
-            pairs = [(firsts[i], g) for i, g in zip(inputs, second, strict=True) if firsts.get(i) is not None and g is not None and g.numel()]
+            pairs = [
+                (firsts[i], g) for i, g in zip(inputs, second, strict=True) if firsts.get(i) is not None and g is not None and g.numel()
+            ]
             pairs = [(f, g.to(f.dtype)) for f, g in pairs if f.requires_grad]
             wrt = [g for g in args[:n_grads] if g is not None] + [forward[i] for i in present]
-            found = torch.autograd.grad([f for f, _ in pairs], wrt, [g for _, g in pairs], allow_unused=True) if pairs else [None] * len(wrt)
+            found = (
+                torch.autograd.grad([f for f, _ in pairs], wrt, [g for _, g in pairs], allow_unused=True) if pairs else [None] * len(wrt)
+            )
         answer: list[Any] = [None] * len(args)
         results = iter(found)
         for i in range(n_grads):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyvit import dispatch
-from pyvit.backends import BACKENDS, CAPABILITIES, MISSING
+from pyvit.backends import BACKENDS, CAPABILITIES
 
 FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
 
@@ -196,7 +196,7 @@ def served(op: str, *features: str, head_dims: Sequence[int] = ()) -> list[Serve
     for device in present:
         for backend in BACKENDS:
             capability = CAPABILITIES[op].get(backend)
-            if capability is None or MISSING.get((backend, device), "unknown") is not None:
+            if capability is None:
                 continue
             dtypes = (torch.float32, torch.float16) if backend == "reference" else capability.dtypes
             calls = [dispatch.Call(op, device, dtype, tuple(features), tuple(head_dims)) for dtype in dtypes]

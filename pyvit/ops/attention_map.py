@@ -39,13 +39,20 @@ def attention_map(
 
     Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (2021), section 4.2.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        q, k = dispatch.autocast(q.device.type, q, k)  # type: ignore[assignment]
+    q, k, bias = _prepare(q, k, bias)
     indices = _rows(q, rows)
-    if bias is not None and bias.dim() < 4:
-        bias = bias[(None,) * (4 - bias.dim())]
     chosen = dispatch.select(_check(q, k, bias), backend)
     return MAP(q, k, indices, bias, q.shape[-1] ** -0.5 if scale is None else scale, chosen)
+
+
+def _prepare(q: Tensor, k: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Operands in autocast's dtype, bias with its leading dimensions."""
+    device = checks.device("attention_map", "q", q)
+    if torch.is_autocast_enabled(device):
+        q, k = dispatch.autocast(device, q, k)  # type: ignore[assignment]
+    if bias is not None and bias.dim() < 4:
+        bias = bias[(None,) * (4 - bias.dim())]
+    return q, k, bias
 
 
 def _rows(q: Tensor, rows: int | Sequence[int] | Tensor) -> Tensor:
@@ -85,9 +92,8 @@ def _check(q: Tensor, k: Tensor, bias: Tensor | None) -> Call:
 
 @dispatch.describes("attention_map")
 def _describe(q: Tensor, k: Tensor, rows: Any, *, bias: Tensor | None = None, **_: Any) -> tuple[Call, list[str]]:
+    q, k, bias = _prepare(q, k, bias)
     _rows(q, rows)
-    if bias is not None and bias.dim() < 4:
-        bias = bias[(None,) * (4 - bias.dim())]
     return _check(q, k, bias), dispatch.copy_notes(q=q, k=k)
 
 

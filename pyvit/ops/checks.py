@@ -26,6 +26,13 @@ def tensor(op: str, argument: str, t: Any, wanted: str, dims: int) -> None:
         fail(op, argument, f"of shape {wanted}", shape(t))
 
 
+def device(op: str, argument: str, t: Any) -> str:
+    """The type of the device of ``t``, which must be a tensor; the first thing an operator looks at."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {argument} must be a Tensor, got {type(t).__name__}")
+    return t.device.type
+
+
 def floating(op: str, argument: str, t: Tensor) -> None:
     if t.dtype not in FLOATS:
         raise TypeError(f"{op}: {argument} must be float32, float16, bfloat16 or float64, got {t.dtype}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -51,10 +52,7 @@ def flash_attention(
     Sources: Dao et al., "FlashAttention" (2022) and "FlashAttention-2" (2023); Milakov and Gimelshein, "Online normalizer calculation
     for softmax" (2018).
     """
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = dispatch.autocast(q.device.type, q, k, v)  # type: ignore[assignment]
-    if bias is not None and bias.dim() < 4:
-        bias = bias[(None,) * (4 - bias.dim())]
+    q, k, v, bias = _prepare("flash_attention", q, k, v, bias)
     call = _check(q, k, v, bias, is_causal, dropout_p, enable_gqa, return_lse)
     chosen = dispatch.select(call, backend)
     out, lse = ATTENTION(
@@ -87,6 +85,9 @@ def scaled_dot_product_attention(
         checks.fail("scaled_dot_product_attention", "key and value", f"of leading shape {tuple(lead)} like query", tuple(key.shape))
     flat = [t.reshape(-1, 1, *t.shape[-2:]) for t in (query, key, value)]
     if attn_mask is not None and attn_mask.dim() > 2:
+        if any(have not in (1, want) for have, want in zip(reversed(attn_mask.shape[:-2]), reversed(lead), strict=False)):
+            wanted = (*lead, query.shape[-2], key.shape[-2])
+            checks.fail("scaled_dot_product_attention", "attn_mask", f"broadcastable to {tuple(wanted)}", checks.shape(attn_mask))
         attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-2:]).reshape(-1, 1, *attn_mask.shape[-2:])
     out = flash_attention(*flat, bias=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
     return out.reshape(*lead, *out.shape[-2:])  # type: ignore[union-attr]
@@ -123,10 +124,7 @@ def flash_attention_varlen(
 
     Raises ValueError, TypeError, BackendError as :func:`flash_attention`.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = dispatch.autocast(q.device.type, q, k, v)  # type: ignore[assignment]
-    if bias is not None and bias.dim() < 4:
-        bias = bias[(None,) * (4 - bias.dim())]
+    q, k, v, bias = _prepare("flash_attention_varlen", q, k, v, bias)
     call = _check_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, bias, is_causal, return_lse)
     chosen = dispatch.select(call, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -134,7 +132,19 @@ def flash_attention_varlen(
     return (out, lse) if return_lse else out
 
 
-def _features(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, dropout_p: float, gqa: bool, lse: bool) -> tuple[str, ...]:
+def _prepare(op: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Operands in autocast's dtype, bias with its leading dimensions."""
+    device = checks.device(op, "q", q)
+    if torch.is_autocast_enabled(device):
+        q, k, v = dispatch.autocast(device, q, k, v)  # type: ignore[assignment]
+    if bias is not None and bias.dim() < 4:
+        bias = bias[(None,) * (4 - bias.dim())]
+    return q, k, v, bias
+
+
+def _features(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, dropout_p: float, gqa: bool, lse: bool
+) -> tuple[str, ...]:
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad))
     found = []
     if bias is not None:
@@ -207,7 +217,10 @@ def _check_varlen(
     h, hk = q.shape[1], k.shape[1]
     if hk == 0 or h % hk:
         checks.fail(op, "k", f"with a number of heads that divides q's {h}", hk)
-    for name, cu, total, longest, most in (("cu_seqlens_q", cu_q, q, max_q, "max_seqlen_q"), ("cu_seqlens_k", cu_k, k, max_k, "max_seqlen_k")):
+    for name, cu, total, longest, most in (
+        ("cu_seqlens_q", cu_q, q, max_q, "max_seqlen_q"),
+        ("cu_seqlens_k", cu_k, k, max_k, "max_seqlen_k"),
+    ):
         checks.tensor(op, name, cu, "(S + 1,)", 1)
         if cu.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{op}: {name} must be int32 or int64, got {cu.dtype}")
@@ -216,7 +229,7 @@ def _check_varlen(
             checks.fail(op, name, f"of the length of cu_seqlens_q, {cu_q.shape[0]}, at least 1", cu.shape[0])
         if cu.device.type == "cpu" and not torch.compiler.is_compiling() and not checks.is_fake(cu):
             ends = cu.tolist()
-            lengths = [hi - lo for lo, hi in zip(ends, ends[1:], strict=False)]
+            lengths = [hi - lo for lo, hi in itertools.pairwise(ends)]
             if ends[0] != 0 or ends[-1] != total.shape[0] or min(lengths, default=0) < 0:
                 checks.fail(op, name, f"ascending from 0 to {total.shape[0]}", ends if len(ends) < 12 else [*ends[:5], "...", *ends[-5:]])
             if max(lengths, default=0) > longest:
@@ -229,18 +242,29 @@ def _check_varlen(
 
 @dispatch.describes("flash_attention")
 def _describe(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, **kw: Any) -> tuple[Call, list[str]]:
-    if bias is not None and bias.dim() < 4:
-        bias = bias[(None,) * (4 - bias.dim())]
+    q, k, v, bias = _prepare("flash_attention", q, k, v, bias)
     flags = [kw.get(name, 0) for name in ("is_causal", "dropout_p", "enable_gqa", "return_lse")]
     return _check(q, k, v, bias, *flags), dispatch.copy_notes(q=q, k=k, v=v)
 
 
 @dispatch.describes("flash_attention_varlen")
-def _describe_varlen(*args: Any, bias: Tensor | None = None, **kw: Any) -> tuple[Call, list[str]]:
-    if bias is not None and bias.dim() < 4:
-        bias = bias[(None,) * (4 - bias.dim())]
-    call = _check_varlen(*args, bias, kw.get("is_causal", False), kw.get("return_lse", False))
-    return call, dispatch.copy_notes(q=args[0], k=args[1], v=args[2])
+def _describe_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    return_lse: bool = False,
+    **_: Any,
+) -> tuple[Call, list[str]]:
+    q, k, v, bias = _prepare("flash_attention_varlen", q, k, v, bias)
+    call = _check_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, bias, is_causal, return_lse)
+    return call, dispatch.copy_notes(q=q, k=k, v=v)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -249,7 +273,16 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *_: Any
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    bias_grad: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = [t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (q, k, v)]
     return grads[0], grads[1], grads[2], _fake_bias_grad(q, bias, bias_grad)
@@ -274,7 +307,9 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     return *grads, grad_bias if bias_grad else None, None, None, None, None, None
 
 
-def _reference_backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, *args: Any) -> tuple[Tensor, ...]:
+def _reference_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, *args: Any
+) -> tuple[Tensor, ...]:
     wanted = [0, 1, 2, 3] if bias_grad else [0, 1, 2]
     grads = dispatch.reference_backward(reference.flash_attention, (grad_out, grad_lse), args, wanted)
     # Strides are part of the contract that the fake kernel states.

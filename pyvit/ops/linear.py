@@ -23,12 +23,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     op = "linear"
     if activation is not None and activation not in reference.ACTIVATIONS:
         checks.fail(op, "activation", f"None or one of {', '.join(reference.ACTIVATIONS)}", repr(activation))
+    device = checks.device(op, "x", x)
     checks.tensor(op, "weight", weight, "(M, K)", 2)
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         checks.fail(op, "x", f"of shape (..., {weight.shape[1]}) to fit weight {tuple(weight.shape)}", checks.shape(x))
     if bias is not None and bias.shape != weight.shape[:1]:
         checks.fail(op, "bias", f"of shape ({weight.shape[0]},)", checks.shape(bias))
-    device = x.device.type
     if torch.is_autocast_enabled(device):
         x, weight, bias = dispatch.autocast(device, x, weight, bias)  # type: ignore[assignment]
     return reference.linear(x, weight, bias, activation)

@@ -53,11 +53,17 @@ def patch_embed(
     Sources: Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021); He et al., "Masked Autoencoders" (2022) for ``keep``;
     Gong et al., "AST" (2021) for overlapping patches.
     """
-    device = images.device.type
-    if torch.is_autocast_enabled(device):
-        images, weight, bias, pos_embed, prefix = dispatch.autocast(device, images, weight, bias, pos_embed, prefix)  # type: ignore[assignment]
+    images, weight, bias, pos_embed, prefix = _prepare(images, weight, bias, pos_embed, prefix)
     call, stride = _check(images, weight, bias, stride, pos_embed, prefix, keep, mean, std)
     return PATCH(images, weight, bias, stride, pos_embed, prefix, keep, mean, std, dispatch.select(call, backend))
+
+
+def _prepare(images: Tensor, weight: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
+    """Images, parameters and tokens in autocast's dtype; bytes stay bytes."""
+    device = checks.device("patch_embed", "images", images)
+    if torch.is_autocast_enabled(device):
+        return dispatch.autocast(device, images, weight, *rest)
+    return images, weight, *rest
 
 
 def grid_size(size: Sequence[int], patch: Sequence[int], stride: Sequence[int]) -> tuple[int, int]:
@@ -132,7 +138,8 @@ def _check(
 
 @dispatch.describes("patch_embed")
 def _describe(images: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: Any = None, **kw: Any) -> tuple[Call, list[str]]:
-    call, _ = _check(images, weight, bias, stride, *(kw.get(name) for name in ("pos_embed", "prefix", "keep", "mean", "std")))
+    images, weight, bias, pos_embed, prefix = _prepare(images, weight, bias, kw.get("pos_embed"), kw.get("prefix"))
+    call, _ = _check(images, weight, bias, stride, pos_embed, prefix, *(kw.get(name) for name in ("keep", "mean", "std")))
     return call, dispatch.copy_notes(images=images, weight=weight)
 
 
@@ -151,7 +158,9 @@ def _fake(
     return weight.new_empty(images.shape[0], tokens, weight.shape[0])
 
 
-def _fake_backward(grad_out: Tensor, images_grad: bool, weight_grad: bool, images: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _fake_backward(
+    grad_out: Tensor, images_grad: bool, weight_grad: bool, images: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
     wanted = (images if images_grad else None, weight if weight_grad else None, rest[0], rest[2], rest[3])
     return tuple(weight.new_empty(0) if t is None else t.new_empty(t.shape) for t in wanted)
 
@@ -164,9 +173,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     images, weight, bias, pos_embed, prefix, keep, mean, std = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    grads = PATCH_BACKWARD(
-        grad_out, needs[0], needs[1], images, weight, bias, ctx.stride, pos_embed, prefix, keep, mean, std, ctx.backend
-    )
+    grads = PATCH_BACKWARD(grad_out, needs[0], needs[1], images, weight, bias, ctx.stride, pos_embed, prefix, keep, mean, std, ctx.backend)
     given = [g if need else None for g, need in zip(grads, (needs[0], needs[1], needs[2], needs[4], needs[5]), strict=True)]
     return given[0], given[1], given[2], None, given[3], given[4], None, None, None, None
 

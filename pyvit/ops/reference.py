@@ -74,10 +74,7 @@ def _causal(rows: int, cols: int, device: torch.device) -> Tensor:
 
 def _biased(scores: Tensor, bias: Tensor | None, is_causal: bool) -> Tensor:
     if bias is not None:
-        if bias.dtype == torch.bool:
-            scores = scores.masked_fill(~bias, -math.inf)
-        else:
-            scores = scores + bias.to(scores.dtype)
+        scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias.to(scores.dtype)
     if is_causal:
         scores = scores.masked_fill(~_causal(scores.shape[-2], scores.shape[-1], scores.device), -math.inf)
     return scores

@@ -33,7 +33,7 @@ def window_attention(
     """Attention within (shifted) windows of a feature map: everything of a Swin block between its qkv and output projections.
 
     Args:
-        qkv: (B, H, W, 3C), the qkv projection of the unpadded map, channels ordered (3, heads, d). Any H and W, smaller than a window included.
+        qkv: (B, H, W, 3C), the qkv projection of the unpadded map, channels ordered (3, heads, d). Any H and W, also below the window's.
         window_size: (wh, ww) tokens.
         shift_size: (sy, sx) with 0 <= s < window: the map is rolled by -shift before it is cut into windows, and tokens attend only within
             their region. An axis whose padded map is a single window is not shifted.
@@ -54,12 +54,19 @@ def window_attention(
 
     Sources: Liu et al., "Swin Transformer" (2021), section 3.2, and "Swin Transformer V2" (2022), section 3.
     """
-    if torch.is_autocast_enabled(qkv.device.type):
-        (qkv,) = dispatch.autocast(qkv.device.type, qkv)  # type: ignore[assignment]
+    qkv = _prepare(qkv)
     call, window, shift, scale = _check(qkv, window_size, shift_size, num_heads, bias_table, logit_scale, pad_qkv, scale, dropout_p)
     chosen = dispatch.select(call, backend)
     seed = checks.dropout_seed(dropout_p, qkv)
     return WINDOW(qkv, window, shift, num_heads, bias_table, logit_scale, pad_qkv, scale, dropout_p, seed, chosen)[0]
+
+
+def _prepare(qkv: Tensor) -> Tensor:
+    """qkv in autocast's dtype."""
+    device = checks.device("window_attention", "qkv", qkv)
+    if torch.is_autocast_enabled(device):
+        (qkv,) = dispatch.autocast(device, qkv)  # type: ignore[assignment]
+    return qkv
 
 
 def _check(
@@ -88,7 +95,11 @@ def _check(
     if logit_scale is not None and scale is not None:
         checks.fail(op, "scale", "None together with logit_scale, which is the scale of cosine attention", scale)
     rows = (2 * window[0] - 1) * (2 * window[1] - 1)
-    for name, t, wanted in (("bias_table", bias_table, (rows, num_heads)), ("logit_scale", logit_scale, (num_heads,)), ("pad_qkv", pad_qkv, (c3,))):
+    for name, t, wanted in (
+        ("bias_table", bias_table, (rows, num_heads)),
+        ("logit_scale", logit_scale, (num_heads,)),
+        ("pad_qkv", pad_qkv, (c3,)),
+    ):
         if t is None:
             continue
         if tuple(t.shape) != wanted:
@@ -115,6 +126,7 @@ def _check(
 def _describe(
     qkv: Tensor, window_size: int | Sequence[int], shift_size: int | Sequence[int] = (0, 0), *, num_heads: int, **kw: Any
 ) -> tuple[Call, list[str]]:
+    qkv = _prepare(qkv)
     optional = [kw.get(name) for name in ("bias_table", "logit_scale", "pad_qkv", "scale")]
     call, *_ = _check(qkv, window_size, shift_size, num_heads, *optional, kw.get("dropout_p", 0.0))
     return call, dispatch.copy_notes(qkv=qkv)
