@@ -1,0 +1,117 @@
+"""What a data set is here, and how a name or a path becomes one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+Batch = dict[str, Any]
+
+
+class Images(Dataset[Batch]):
+    """Images of one size, read a batch at a time.
+
+    ``images.fetch(indices)`` is {"image": uint8 (B, 3, S, S), "label": int64 (B,), "caption": list of B strings}, the last two where known.
+    """
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def fetch(self, indices: Sequence[int]) -> Batch:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Batch:
+        return {key: value[0] for key, value in self.fetch([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        return self.fetch(indices)
+
+    @property
+    def problems(self) -> list[str]:
+        """What could not be read so far in this process."""
+        return []
+
+
+class TensorImages(Images):
+    """Images held in memory: uint8 (N, 3, S, S), with int64 labels (N,), captions, or both."""
+
+    def __init__(self, images: Tensor, labels: Tensor | None = None, captions: Sequence[str] | None = None) -> None:
+        if images.dtype != torch.uint8 or images.dim() != 4:
+            raise ValueError(f"TensorImages: images must be uint8 (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
+        for name, given in (("labels", labels), ("captions", captions)):
+            if given is not None and len(given) != len(images):
+                raise ValueError(f"TensorImages: {name} must have one entry for each of the {len(images)} images, got {len(given)}")
+        self.images, self.labels, self.captions = images, labels, list(captions) if captions is not None else None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fetch(self, indices: Sequence[int]) -> Batch:
+        at = torch.as_tensor(indices)
+        batch: Batch = {"image": self.images[at]}
+        if self.labels is not None:
+            batch["label"] = self.labels[at]
+        if self.captions is not None:
+            batch["caption"] = [self.captions[int(i)] for i in at]
+        return batch
+
+
+@dataclass
+class Data:
+    """A training set and a held-out set.
+
+    ``classes`` names the labels. ``flip``: whether a mirrored image means the same (it does not for digits or spectrograms).
+    ``mean`` and ``std`` normalise pixels in [0, 1]. ``size`` is (height, width).
+    """
+
+    name: str
+    train: Images
+    test: Images
+    size: tuple[int, int]
+    classes: list[str] | None = None
+    flip: bool = True
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def _builtin() -> dict[str, Callable[..., Data]]:
+    from pyvit.data.digits import digits
+    from pyvit.data.scenes import scenes
+    from pyvit.data.synthetic import synthetic
+    from pyvit.data.words import words
+
+    return {"digits": digits, "scenes": scenes, "synthetic": synthetic, "words": words}
+
+
+def load_data(spec: str, size: int | None = None, **options: Any) -> Data:
+    """The data set ``spec`` names.
+
+    Args:
+        spec: "digits", "scenes", "words" or "synthetic" (built in); a folder of images, one subfolder per class or none; a folder of audio
+            files, likewise; a CSV file of image paths and captions; or "hf:NAME[:SPLIT]" for Hugging Face ``datasets`` (a hub name or a folder).
+        size: side of the square images to return; default the set's own, or 224.
+
+    Raises ValueError for a name that is neither, FileNotFoundError for a path that is not there.
+    """
+    builtin = _builtin()
+    if spec in builtin:
+        return builtin[spec](**({} if size is None else {"size": size}), **options)
+    from pyvit.data import files
+
+    if spec.startswith("hf:"):
+        return files.hugging_face(spec[3:], size or 224, **options)
+    path = Path(spec).expanduser()
+    if path.suffix == ".csv" and path.exists():
+        return files.captioned_csv(path, size or 224, **options)
+    if path.is_dir():
+        return files.folder(path, size or 224, **options)
+    if "/" in spec or path.suffix:
+        raise FileNotFoundError(f"data: {spec!r} does not exist")
+    raise ValueError(f"data: must be a folder, a CSV file, hf:NAME or one of {', '.join(builtin)}, got {spec!r}")

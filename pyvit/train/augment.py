@@ -1,0 +1,93 @@
+"""Each paper's augmentation, on whole batches, with kornia."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def _kornia() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import kornia.augmentation as augmentation
+    except ImportError as error:
+        raise ImportError("augmentation needs kornia: pip install 'pyvit-kernels[train]'") from error
+    return augmentation
+
+
+class Augment(nn.Sequential):
+    """uint8 or [0, 1] images (B, 3, H, W) to augmented floats in [0, 1]."""
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.float() / 255 if images.dtype == torch.uint8 else images
+        return super().forward(x).clamp(0, 1)
+
+
+def crop(size: tuple[int, int], scale: tuple[float, float], flip: bool) -> list[nn.Module]:
+    k = _kornia()
+    layers = [k.RandomResizedCrop(size, scale=scale, ratio=(3 / 4, 4 / 3), resample="BICUBIC", cropping_mode="slice")]
+    return layers + ([k.RandomHorizontalFlip()] if flip else [])
+
+
+def mild(flip: bool) -> Augment:
+    """Small rotations, shifts and scalings, for small sets whose classes a strong crop would confuse."""
+    k = _kornia()
+    layers: list[nn.Module] = [k.RandomAffine(degrees=10.0, translate=(0.1, 0.1), scale=(0.9, 1.1), p=0.9)]
+    return Augment(*layers, *([k.RandomHorizontalFlip()] if flip else []))
+
+
+def supervised(size: tuple[int, int], flip: bool) -> Augment:
+    """Random resized crop, flip, colour, and erasing (Swin's and DeiT's, with colour jitter for their policy of operations)."""
+    k = _kornia()
+    return Augment(*crop(size, (0.08, 1.0), flip), k.ColorJitter(0.4, 0.4, 0.4, p=0.8), k.RandomErasing(p=0.25))
+
+
+def mae(size: tuple[int, int], flip: bool, scale: tuple[float, float] = (0.2, 1.0)) -> Augment:
+    """Crop and flip alone (He et al., 2022, appendix A.1)."""
+    return Augment(*crop(size, scale, flip))
+
+
+def _blur(size: tuple[int, int], p: float) -> nn.Module:
+    kernel = max(int(0.1 * min(size)) // 2 * 2 + 1, 3)
+    return _kornia().RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=p)
+
+
+def simclr(size: tuple[int, int], flip: bool, scale: tuple[float, float] = (0.08, 1.0), strength: float = 1.0) -> Augment:
+    """Crop, flip, colour distortion, grey, blur (Chen et al., 2020, appendix A)."""
+    k, s = _kornia(), strength
+    jitter = k.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
+    return Augment(*crop(size, scale, flip), jitter, k.RandomGrayscale(p=0.2), _blur(size, 0.5))
+
+
+def dino(size: tuple[int, int], flip: bool, scale: tuple[float, float], blur: float, solarize: float) -> Augment:
+    """Crop, flip, colour, grey, blur, solarisation (BYOL's, as DINO uses it)."""
+    k = _kornia()
+    layers = [*crop(size, scale, flip), k.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8), k.RandomGrayscale(p=0.2), _blur(size, blur)]
+    return Augment(*layers, *([k.RandomSolarize(0.0, 0.0, p=solarize)] if solarize else []))
+
+
+def mixup(images: Tensor, targets: Tensor, mixup_alpha: float, cutmix_alpha: float) -> tuple[Tensor, Tensor]:
+    """Mix each image with its mirror in the batch, pixel by pixel (mixup) or by a box (CutMix), each half of the time when both are on.
+
+    targets (B, classes) are mixed alike. Zhang et al., "mixup" (2018); Yun et al., "CutMix" (2019).
+    """
+    if not mixup_alpha and not cutmix_alpha:
+        return images, targets
+    box = cutmix_alpha > 0 and (not mixup_alpha or bool(torch.rand(()) < 0.5))
+    alpha = torch.tensor(cutmix_alpha if box else mixup_alpha)
+    share = float(torch.distributions.Beta(alpha, alpha).sample())
+    other = images.flip(0)
+    if not box:
+        return images.mul(share).add(other, alpha=1 - share), targets.mul(share).add(targets.flip(0), alpha=1 - share)
+    h, w = images.shape[2:]
+    bh, bw = int(h * (1 - share) ** 0.5), int(w * (1 - share) ** 0.5)
+    top, left = int(torch.randint(0, h - bh + 1, ())), int(torch.randint(0, w - bw + 1, ()))
+    mixed = images.clone()
+    mixed[:, :, top : top + bh, left : left + bw] = other[:, :, top : top + bh, left : left + bw]
+    kept = 1 - bh * bw / (h * w)
+    return mixed, targets.mul(kept).add(targets.flip(0), alpha=1 - kept)

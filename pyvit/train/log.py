@@ -1,0 +1,107 @@
+"""What a run says: a JSON line per few steps, TensorBoard when asked for, and a progress bar with the kernels in use."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pyvit import dispatch
+from pyvit.train.checkpoint import write_atomic
+
+
+def active_kernels() -> str:
+    """Which backend has served each operator so far, such as "flash_attention cpu, patch_embed cpu"."""
+    served: dict[str, set[str]] = {}
+    for (call, _), backend in dispatch._choices.items():
+        served.setdefault(call.op, set()).add(backend)
+    return ", ".join(f"{op} {'/'.join(sorted(backends))}" for op, backends in sorted(served.items()))
+
+
+class Log:
+    """``log.jsonl`` of a run. Lines of steps from ``start`` on, left by a run that was killed after its last checkpoint, are dropped."""
+
+    def __init__(self, folder: Path, start: int, tensorboard: bool, enabled: bool = True) -> None:
+        self.path, self.enabled, self._warned, self._writer = folder / "log.jsonl", enabled, False, None
+        if not enabled:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                record = json.loads(line)
+            except ValueError:  # the last line of a killed run
+                continue
+            if record.get("step", 0) < start:
+                kept.append(line)
+        write_atomic(self.path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+
+    def write(self, step: int, **values: Any) -> None:
+        """One line. A disk that is full costs the line and a warning, not the run."""
+        if not self.enabled:
+            return
+        record = {"step": step, **{k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}}
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            if self._writer is not None:
+                for key, value in values.items():
+                    if isinstance(value, (int, float)):
+                        self._writer.add_scalar(key, value, step)
+        except OSError as error:
+            if not self._warned:
+                say(f"warning: cannot write {self.path}: {error}; the run goes on")
+            self._warned = True
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def say(message: str) -> None:
+    print(message, flush=True)
+
+
+class Progress:
+    """A bar with time left, images per second and the loss; on a pipe, a line every few seconds instead."""
+
+    def __init__(self, steps: int, start: int, batch: int, enabled: bool) -> None:
+        self.steps, self.start, self.batch, self.enabled = steps, start, batch, enabled
+        self._began = self._said = time.perf_counter()
+        self._bar = None
+        if enabled and sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[status]}"))
+            self._task = self._bar.add_task("", total=steps, completed=start, status="")
+            self._bar.start()
+
+    def rate(self, step: int) -> float:
+        """Images per second since the start of this process."""
+        return (step + 1 - self.start) * self.batch / max(time.perf_counter() - self._began, 1e-9)
+
+    def update(self, step: int, status: str) -> None:
+        if not self.enabled:
+            return
+        text = f"{self.rate(step):.0f} images/s  {status}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step + 1, status=text)
+            return
+        now = time.perf_counter()
+        if now - self._said > 10 or step + 1 == self.steps:
+            left = (now - self._began) / (step + 1 - self.start) * (self.steps - step - 1)
+            say(f"step {step + 1}/{self.steps}  {left:.0f} s left  {text}")
+            self._said = now
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
