@@ -63,15 +63,15 @@ _REFERENCE = Capability((F64, F32, F16, BF16), _ATTENTION | _WINDOW | _PATCH | {
 
 #: CAPABILITIES[operator][backend]
 CAPABILITIES: dict[str, dict[str, Capability]] = {
-    "flash_attention": {"cpu": Capability((F32, BF16), _ATTENTION, (1, 256, 1))},
-    "flash_attention_varlen": {"cpu": Capability((F32, BF16), _VARLEN, (1, 256, 1))},
-    "attention_map": {"cpu": Capability((F32, BF16), frozenset({"bias", "bool_mask", "gqa"}), (1, 256, 1))},
-    "window_attention": {"cpu": Capability((F32, BF16), _WINDOW, (1, 256, 1))},
-    "patch_embed": {"cpu": Capability((F32, BF16), _PATCH)},
+    "flash_attention": {"cpu": Capability((F32, BF16, F16), _ATTENTION, (1, 256, 1))},
+    "flash_attention_varlen": {"cpu": Capability((F32, BF16, F16), _VARLEN, (1, 256, 1))},
+    "attention_map": {"cpu": Capability((F32, BF16, F16), frozenset({"bias", "bool_mask", "gqa"}), (1, 256, 1))},
 }
 _TILED = Capability((F32, BF16, F16, F64), frozenset({"grad", "group", "prototypes", "center"}), pure=True)
 for _loss in ("info_nce", "nt_xent", "sigmoid_contrastive", "distillation_cross_entropy", "nearest_neighbor"):
     CAPABILITIES[_loss] = {"cuda": _TILED, "cpu": _TILED}
+for _op in ("window_attention", "patch_embed"):
+    CAPABILITIES.setdefault(_op, {})
 for _table in CAPABILITIES.values():
     _table["reference"] = _REFERENCE
 

@@ -1,0 +1,244 @@
+// Register tiles and packing: the matrix product all CPU kernels are made of, C (M x N) = A (M x K) B (K x N), operands
+// in cache.
+//
+// K is counted in 32-bit lanes: one float, or two neighbouring bf16 of the k axis. A lane of A is broadcast from
+// memory; B lies in panels of NR columns, [K lanes][width] each, zero-padded to a multiple of W columns; only the last
+// panel may be narrower.
+#pragma once
+
+#include <algorithm>
+
+#include "vec.h"
+
+namespace pyvit::PYVIT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int MR = 6, NV = 4;  // 24 accumulators, 4 columns of B, 1 broadcast: 29 of 32 registers
+#elif defined(__AVX__)
+constexpr int MR = 6, NV = 2;  // 15 of 16
+#else
+constexpr int MR = 4, NV = 2;
+#endif
+constexpr int NR = NV * W;
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// A compute type: its lane, how many elements of the k axis a lane holds, and the multiply-accumulate.
+struct F32 {
+  using element = float;
+  static constexpr int K = 1;
+  static inline void fma(vf& acc, uint32_t a, vu b) {
+    float x;
+    __builtin_memcpy(&x, &a, 4);
+    acc += x * (vf)b;
+  }
+};
+#if defined(__AVX512BF16__)
+struct BF16 {
+  using element = bf16;
+  static constexpr int K = 2;
+  static inline void fma(vf& acc, uint32_t a, vu b) {
+    acc = (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
+  }
+};
+#endif
+
+// The compute type for tensors of type T on this instruction set.
+template <class T>
+struct ComputeOf {
+  using type = F32;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct ComputeOf<bf16> {
+  using type = BF16;
+};
+#endif
+template <class T>
+using Compute = typename ComputeOf<T>::type;
+
+// Lanes summed in a register before they join C in memory: bounds the rounding error of long sums.
+constexpr int64_t K_BLOCK = 256;
+
+// One tile of C: M rows, V vectors of columns. Strides of A in lanes, of C in floats; `bk` lanes from one k of B to the
+// next.
+template <class D, int M, int V, bool ACC>
+inline void tile(const uint32_t* a, int64_t a_row, int64_t a_k, const uint32_t* b, int64_t bk, int64_t lanes, float* c,
+                 int64_t ldc) {
+  int64_t k = 0;
+  do {
+    vf acc[M][V];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) acc[m][v] = vf{};
+    const bool add = ACC || k > 0;
+    for (const int64_t end = std::min(lanes, k + K_BLOCK); k < end; k++) {
+      vu bv[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) bv[v] = load_as<vu>(b + k * bk + v * W);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) {
+        const uint32_t x = a[m * a_row + k * a_k];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) D::fma(acc[m][v], x, bv[v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) {
+        float* p = c + m * ldc + v * W;
+        store(p, add ? load(p) + acc[m][v] : acc[m][v]);
+      }
+  } while (k < lanes);
+}
+
+template <class D, int V, bool ACC, int M = MR>
+inline void tile_rows(int rows, const uint32_t* a, int64_t a_row, int64_t a_k, const uint32_t* b, int64_t bk,
+                      int64_t lanes, float* c, int64_t ldc) {
+  if constexpr (M > 0) {
+    if (rows == M) return tile<D, M, V, ACC>(a, a_row, a_k, b, bk, lanes, c, ldc);
+    tile_rows<D, V, ACC, M - 1>(rows, a, a_row, a_k, b, bk, lanes, c, ldc);
+  }
+}
+
+// C (rows x cols) = or += A B. C holds round_up(cols, W) columns. Panels are the outer loop: one stays in L1 while the
+// rows of A pass. B was packed with `packed_lanes` >= lanes, and with cols columns, or more where cols is a multiple of
+// NR.
+template <class D, bool ACC = false>
+inline void gemm(int64_t rows, int64_t cols, int64_t lanes, const uint32_t* a, int64_t a_row, int64_t a_k,
+                 const uint32_t* b, int64_t packed_lanes, float* c, int64_t ldc) {
+  for (int64_t n = 0; n < cols; n += NR) {
+    const int64_t width = std::min<int64_t>(NR, round_up(cols - n, W));
+    const uint32_t* panel = b + n * packed_lanes;
+    for (int64_t m = 0; m < rows; m += MR) {
+      const int left = int(std::min<int64_t>(MR, rows - m));
+      const uint32_t* am = a + m * a_row;
+      float* cm = c + m * ldc + n;
+      switch (width / W) {
+        case NV:
+          tile_rows<D, NV, ACC>(left, am, a_row, a_k, panel, width, lanes, cm, ldc);
+          break;
+        case 1:
+          tile_rows<D, 1, ACC>(left, am, a_row, a_k, panel, width, lanes, cm, ldc);
+          break;
+        default:
+          tile_rows<D, 2, ACC>(left, am, a_row, a_k, panel, width, lanes, cm, ldc);
+          if (width == 3 * W) tile_rows<D, 1, ACC>(left, am, a_row, a_k, panel + 2 * W, width, lanes, cm + 2 * W, ldc);
+      }
+    }
+  }
+}
+
+inline uint32_t as_lane(float x) {
+  uint32_t u;
+  __builtin_memcpy(&u, &x, 4);
+  return u;
+}
+inline uint32_t as_lane(bf16 low, bf16 high) { return uint32_t(low.bits) | uint32_t(high.bits) << 16; }
+
+// Lanes needed for k elements, and words of a packed B.
+template <class D>
+inline int64_t lanes_of(int64_t k) {
+  return (k + D::K - 1) / D::K;
+}
+template <class D>
+inline int64_t packed_size(int64_t k, int64_t cols) {
+  return lanes_of<D>(k) * round_up(cols, W);
+}
+
+// One lane row of a row-major source as 32-bit lanes, W at a time: elements (k, n .. n + W) or pairs ((k, n), (k + 1,
+// n)). `ld` in elements; elements past `n_left` columns, and a second row that does not exist, read as zero.
+template <class D, class T>
+inline vu lanes_of_rows(const T* p, int64_t ld, int64_t n_left, bool second) {
+  const bool whole = n_left >= W;
+  if constexpr (D::K == 1) {
+    return (vu)(whole ? load(p) : load_n(p, int(n_left)));
+  } else {
+    vh low{}, high{};
+    if (whole) {
+      low = load_as<vh>(p);
+      if (second) high = load_as<vh>(p + ld);
+    } else {
+      std::memcpy(&low, p, n_left * 2);
+      if (second) std::memcpy(&high, p + ld, n_left * 2);
+    }
+    return __builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16;
+  }
+}
+
+// B from a row-major source with k along its rows: B[k][n] = src[k * ld + n].
+template <class D, class T>
+inline void pack_rows(const T* src, int64_t ld, int64_t k, int64_t cols, uint32_t* out) {
+  const int64_t lanes = lanes_of<D>(k);
+  for (int64_t n = 0; n < cols; n += NR) {
+    const int64_t width = std::min<int64_t>(NR, round_up(cols - n, W));
+    for (int64_t l = 0; l < lanes; l++)
+      for (int64_t v = 0; v < width; v += W, out += W) {
+        const T* p = src + l * D::K * ld + n + v;
+        store_as(out, lanes_of_rows<D>(p, ld, cols - n - v, l * D::K + 1 < k));
+      }
+  }
+}
+
+// Up to W lanes of one row along k: elements k .. k + W, or pairs.
+template <class D, class T>
+inline vu lanes_along(const T* p, int64_t left) {
+  if constexpr (D::K == 1) {
+    return (vu)(left >= W ? load(p) : load_n(p, int(left)));
+  } else {
+    vu v{};
+    if (left >= 2 * W) return load_as<vu>(p);
+    std::memcpy(&v, p, left * 2);
+    return v;
+  }
+}
+
+// B from a row-major source with k along its columns: B[k][n] = src[n * ld + k]; transposed W x W lanes at a time.
+template <class D, class T>
+inline void pack_cols(const T* src, int64_t ld, int64_t k, int64_t cols, uint32_t* out) {
+  const int64_t lanes = lanes_of<D>(k);
+  for (int64_t n = 0; n < cols; n += NR) {
+    const int64_t width = std::min<int64_t>(NR, round_up(cols - n, W));
+    for (int64_t v = 0; v < width; v += W)
+      for (int64_t l = 0; l < lanes; l += W) {
+        vu r[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) {
+          const int64_t row = n + v + i;
+          r[i] = row < cols ? lanes_along<D>(src + row * ld + l * D::K, k - l * D::K) : vu{};
+        }
+        transpose(r);
+        const int64_t count = std::min<int64_t>(W, lanes - l);
+        if (count == W) {
+#pragma GCC unroll 16
+          for (int i = 0; i < W; i++) store_as(out + (l + i) * width + v, r[i]);
+        } else {
+          for (int i = 0; i < count; i++) store_as(out + (l + i) * width + v, r[i]);
+        }
+      }
+    out += lanes * width;
+  }
+}
+
+// Rows of A as lanes along k, zero-padded to whole lanes: out[row][lanes].
+template <class D, class T>
+inline void pack_a(const T* src, int64_t ld, int64_t rows, int64_t k, uint32_t* out) {
+  const int64_t lanes = lanes_of<D>(k);
+  for (int64_t r = 0; r < rows; r++) {
+    const T* p = src + r * ld;
+    uint32_t* o = out + r * lanes;
+    int64_t l = 0;
+    for (; l + W <= lanes && (l + W) * D::K <= k; l += W) store_as(o + l, lanes_along<D>(p + l * D::K, W * D::K));
+    for (; l < lanes; l++) {
+      if constexpr (D::K == 1) {
+        o[l] = as_lane(to_float(p[l]));
+      } else {
+        o[l] = as_lane(p[l * 2], l * 2 + 1 < k ? p[l * 2 + 1] : bf16{0});
+      }
+    }
+  }
+}
+
+}  // namespace pyvit::PYVIT_ISA

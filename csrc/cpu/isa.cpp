@@ -1,0 +1,110 @@
+// Run-time choice of the instruction set, and what the kernels need of the process: threads and scratch memory.
+#include "isa.h"
+
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+namespace pyvit {
+
+// Defined by each compilation of the kernel units.
+#define PYVIT_DECLARE(name) \
+  namespace name {          \
+  const Kernels& table();   \
+  }
+PYVIT_DECLARE(portable)
+#if defined(__x86_64__)
+PYVIT_DECLARE(avx2)
+PYVIT_DECLARE(avx512)
+PYVIT_DECLARE(avx512bf16)
+#endif
+
+namespace {
+
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16"};
+
+bool supported(Isa isa) {
+#if defined(__x86_64__)
+  switch (isa) {
+    case Isa::avx512bf16:
+      return supported(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+    case Isa::avx512:
+      return supported(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    case Isa::portable:
+      return true;
+  }
+  return false;
+#else
+  return isa == Isa::portable;
+#endif
+}
+
+Isa choose() {
+  const char* forced = std::getenv("PYVIT_CPU_ISA");
+  for (int i = 3; i >= 0; i--) {
+    const Isa candidate = Isa(i);
+    if (forced && *forced ? std::string(forced) == kNames[i] : supported(candidate)) {
+      if (!supported(candidate))
+        throw std::runtime_error(std::string("PYVIT_CPU_ISA=") + forced + ": not supported by this processor");
+      return candidate;
+    }
+  }
+  throw std::runtime_error(std::string("PYVIT_CPU_ISA must be portable, avx2, avx512 or avx512bf16, got ") + forced);
+}
+
+}  // namespace
+
+Isa isa() {
+  static const Isa chosen = choose();
+  return chosen;
+}
+const char* isa_name(Isa isa) { return kNames[int(isa)]; }
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  switch (isa()) {
+    case Isa::avx512bf16:
+      return avx512bf16::table();
+    case Isa::avx512:
+      return avx512::table();
+    case Isa::avx2:
+      return avx2::table();
+    case Isa::portable:
+      break;
+  }
+#endif
+  return portable::table();
+}
+
+Threads threads;
+
+Scratch& scratch() {
+  thread_local Scratch memory;
+  memory.reset();
+  return memory;
+}
+
+void* Scratch::bytes(int64_t n) {
+  if (used_ == kBlocks) throw std::bad_alloc();
+  Block& block = blocks_[used_++];
+  if (block.size < n) {
+    std::free(block.data);
+    block.size = (n + 4095) / 4096 * 4096;
+    block.data = static_cast<char*>(std::aligned_alloc(64, block.size));
+    if (!block.data) {
+      block.size = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return block.data;
+}
+
+Scratch::~Scratch() {
+  for (Block& block : blocks_) std::free(block.data);
+}
+
+}  // namespace pyvit

@@ -1,0 +1,171 @@
+// What the CPU kernels are asked to do: plain structures of pointers, sizes and strides, and the table of functions of
+// one instruction set. No torch header is included below this one.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+namespace pyvit {
+
+enum class Dtype { f32, bf16, f16, boolean };
+
+// (batch, head, token, channel) with unit stride in the channels; strides in elements.
+struct Tokens {
+  void* data;
+  int64_t b, h, n;
+};
+
+// Attention bias: strides in elements, 0 where it broadcasts. No bias: data is null.
+struct Bias {
+  const void* data;
+  Dtype dtype;
+  int64_t b, h, q, k;
+};
+
+struct Attention {
+  int64_t batch, heads, kv_heads, nq, nk, d, dv;
+  Dtype dtype;
+  Tokens q, k, v, out;
+  Bias bias;
+  bool causal;
+  float scale;
+  float* lse;  // natural logarithm
+  int64_t lse_b, lse_h;
+  // Packed sequences: sequence b has rows cu[b] .. cu[b + 1]; the batch strides are 0 then. Null for a dense batch.
+  const int64_t *cu_q, *cu_k;
+};
+
+struct AttentionGrad {
+  Tokens grad_out, grad_q, grad_k, grad_v;
+  const float* grad_lse;  // strides of lse, or null
+  void* grad_bias;        // contiguous (bias_b, bias_h, bias_q, bias_k), of the bias's dtype, or null
+  int64_t bias_b, bias_h, bias_q, bias_k;
+};
+
+struct AttentionMap {
+  int64_t batch, heads, kv_heads, nq, nk, d, rows;
+  Dtype dtype;
+  Tokens q, k, out;  // out (B, H, R, Nk)
+  const int64_t* index;
+  int64_t index_b;
+  Bias bias;
+  float scale;
+};
+
+// Swin's window attention on the whole map. Tensors are (B, H, W, channels) with unit stride in the channels.
+struct Map {
+  void* data;
+  int64_t b, y, x;
+};
+
+struct Window {
+  int64_t batch, height, width, heads, d;
+  int64_t wh, ww, sy, sx;  // window and shift, as given
+  Dtype dtype;
+  Map qkv, out;
+  const float* table;        // ((2 wh - 1)(2 ww - 1), heads) or null
+  const float* logit_scale;  // (heads,) or null
+  const float* pad;          // (3 C,) or null: padding is masked
+  float scale;
+  float* lse;  // (B, windows, heads, wh * ww)
+};
+
+struct WindowGrad {
+  Map grad_out, grad_qkv;
+  float *grad_table, *grad_logit_scale, *grad_pad;  // null when the forward had none
+};
+
+struct Patch {
+  int64_t batch, channels, height, width, dim, ph, pw, sh, sw, prefix_tokens, kept;  // kept: patches per image
+  Dtype dtype;                                                                       // of weight and out
+  const void* images;
+  bool bytes;  // images are uint8; otherwise of dtype
+  int64_t image_b, image_c, image_y, image_x;
+  const void* weight;                // (D, C * ph * pw) contiguous
+  const float *bias, *pos, *prefix;  // contiguous, null when absent
+  const int64_t* keep;               // (B, kept) contiguous, or null
+  const float *mean, *std;           // null when absent
+  void* out;                         // (B, prefix + kept, D) contiguous
+};
+
+struct PatchGrad {
+  const void* grad_out;                                                   // contiguous, of dtype
+  float *grad_images, *grad_weight, *grad_bias, *grad_pos, *grad_prefix;  // contiguous float32, null when not asked
+};
+
+struct Kernels {
+  void (*attention)(const Attention&);
+  void (*attention_backward)(const Attention&, const AttentionGrad&);
+  void (*attention_map)(const AttentionMap&);
+  void (*window)(const Window&);
+  void (*window_backward)(const Window&, const WindowGrad&);
+  void (*patch)(const Patch&);
+  void (*patch_backward)(const Patch&, const PatchGrad&);
+  double (*fma_peak)(Dtype dtype, double seconds);  // GF/s of one thread
+};
+
+// Threads, provided by whoever loads the library (torch's pool): body(begin, end, context) over chunks of [0, n).
+struct Threads {
+  void (*run)(int64_t n, void (*body)(int64_t begin, int64_t end, void* context), void* context);
+  int (*count)();
+};
+extern Threads threads;
+
+// Units 0 .. n in ascending order, to whichever thread asks next: pieces of unequal cost balance by themselves.
+class Queue {
+ public:
+  explicit Queue(int64_t n) : n_(n) {}
+  // The next unit, or -1 when none is left.
+  int64_t next() {
+    const int64_t unit = next_.fetch_add(1, std::memory_order_relaxed);
+    return unit < n_ ? unit : -1;
+  }
+
+ private:
+  const int64_t n_;
+  std::atomic<int64_t> next_{0};
+};
+
+// worker(queue) on every thread; it takes units until there are none. Which thread computes a unit must not matter to
+// the result.
+template <class F>
+void parallel_units(int64_t n, const F& worker) {
+  if (n <= 0) return;
+  struct Context {
+    Queue queue;
+    const F& worker;
+  } context{Queue(n), worker};
+  const int64_t most = threads.count();
+  threads.run(
+      n < most ? n : most,
+      [](int64_t, int64_t, void* c) {
+        auto* context = static_cast<Context*>(c);
+        context->worker(context->queue);
+      },
+      &context);
+}
+
+// Scratch memory of the calling thread, kept between calls; 64-byte aligned. Pointers stay valid until the next
+// `scratch()` of that thread.
+class Scratch {
+ public:
+  ~Scratch();
+  void reset() { used_ = 0; }
+  template <class T>
+  T* take(int64_t n) {
+    return static_cast<T*>(bytes(n * int64_t(sizeof(T))));
+  }
+
+ private:
+  void* bytes(int64_t n);
+  struct Block {
+    char* data;
+    int64_t size;
+  };
+  static constexpr int kBlocks = 64;
+  Block blocks_[kBlocks] = {};
+  int used_ = 0;
+};
+Scratch& scratch();  // reset
+
+}  // namespace pyvit

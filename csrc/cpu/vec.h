@@ -1,0 +1,255 @@
+// SIMD vocabulary of the CPU kernels. Every kernel unit is compiled once per instruction set (see isa.h), each time in
+// the namespace PYVIT_ISA, so that no inline function of one set can be linked into another.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace pyvit::PYVIT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;  // floats in a vector
+#elif defined(__AVX__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+
+// Element types of the tensors. Arithmetic is float32 unless a tile is said to be bf16.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LN2 = 0.6931471805599453f;
+
+template <class V, class T>
+inline V load_as(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class T, class V>
+inline void store_as(T* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+inline vf set1(float x) { return x - vf{}; }
+inline vi set1i(int32_t x) { return x - vi{}; }
+inline vf vmax(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline vf vmin(vf a, vf b) { return a < b ? a : b; }
+
+// conversions
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  uint32_t u = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+inline float to_float(f16 h) {
+  uint32_t sign = uint32_t(h.bits & 0x8000) << 16, exponent = (h.bits >> 10) & 31, mantissa = h.bits & 1023, u;
+  if (exponent == 31) {
+    u = sign | 0x7f800000 | mantissa << 13;
+  } else if (exponent) {
+    u = sign | (exponent + 112) << 23 | mantissa << 13;
+  } else {
+    float f = float(mantissa) * 0x1p-24f;
+    std::memcpy(&u, &f, 4);
+    u |= sign;
+  }
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+template <class T>
+T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+inline bf16 from_float<bf16>(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  if ((u & 0x7fffffff) > 0x7f800000) return {uint16_t((u >> 16) | 64)};  // keep NaN a NaN
+  return {uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
+}
+template <>
+inline f16 from_float<f16>(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  uint16_t sign = uint16_t((u >> 16) & 0x8000);
+  u &= 0x7fffffff;
+  if (u > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (u >= 0x47800000) return {uint16_t(sign | 0x7c00)};  // 2**16 and above; rounding carries the rest to infinity
+  if (u < 0x38800000) {                                   // subnormal: adding 0.5 aligns the mantissa and rounds
+    float magnitude;
+    std::memcpy(&magnitude, &u, 4);
+    float shifted = magnitude + 0.5f;
+    std::memcpy(&u, &shifted, 4);
+    return {uint16_t(sign | (u - 0x3f000000))};
+  }
+  u += 0xfff + ((u >> 13) & 1);
+  return {uint16_t(sign | ((u - 0x38000000) >> 13))};
+}
+
+inline vf load(const float* p) { return load_as<vf>(p); }
+inline vf load(const bf16* p) { return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
+inline vf load(const f16* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  vf v;
+  for (int i = 0; i < W; i++) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+inline void store(float* p, vf v) { store_as(p, v); }
+inline void store(bf16* p, vf v) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+  vu u = (vu)v;
+  vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  vu result = (vu)((v != v) ? (vi)((u >> 16) | 64u) : (vi)rounded);
+  store_as(p, __builtin_convertvector(result, vh));
+#endif
+}
+inline void store(f16* p, vf v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < W; i++) p[i] = from_float<f16>(v[i]);
+#endif
+}
+
+// The first n < W elements; the rest read as `fill` and are not touched by a store.
+template <class T>
+inline vf load_n(const T* p, int n, float fill = 0.f) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    return (vf)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), __mmask16((1u << n) - 1), p);
+  }
+#endif
+  vf v = set1(fill);
+  for (int i = 0; i < n; i++) v[i] = to_float(p[i]);
+  return v;
+}
+template <class T>
+inline void store_n(T* p, vf v, int n) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+    return;
+  }
+#endif
+  T buffer[W];
+  store(buffer, v);
+  std::memcpy(p, buffer, n * sizeof(T));
+}
+
+// reductions and exp2
+inline float reduce_add(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float s = 0;
+  for (int i = 0; i < W; i++) s += v[i];
+  return s;
+#endif
+}
+inline float reduce_max(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float s = v[0];
+  for (int i = 1; i < W; i++) s = v[i] > s ? v[i] : s;
+  return s;
+#endif
+}
+
+// 2**x for x in [-126, 127]; 0 below, also for -inf. Minimax polynomials of 2**f on [-1/2, 1/2]: relative error 7.5e-8,
+// or 2.6e-6 with COARSE, for values about to be rounded to bf16.
+template <bool COARSE = false>
+inline vf exp2v(vf x) {
+  x = vmax(set1(-1000.f), x);  // in this order a NaN stays
+#if defined(__AVX512F__)
+  vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const vf shift = set1(12582912.f);  // 1.5 * 2**23: adding it rounds to an integer
+  vf n = (x + shift) - shift;
+#endif
+  vf f = x - n, p;
+  if constexpr (COARSE) {
+    p = set1(9.570101908e-3f);
+    p = p * f + 5.591786032e-2f;
+    p = p * f + 2.402474483e-1f;
+    p = p * f + 6.931218147e-1f;
+    p = p * f + 9.999992614e-1f;
+  } else {
+    p = set1(1.327647198e-3f);
+    p = p * f + 9.675541334e-3f;
+    p = p * f + 5.550713274e-2f;
+    p = p * f + 2.402211972e-1f;
+    p = p * f + 6.931469671e-1f;
+    p = p * f + 1.000000072f;
+  }
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  vi e = __builtin_convertvector(n, vi);
+  vf r = (vf)((vi)p + (e << 23));
+  return e < -126 ? vf{} : r;
+#endif
+}
+
+// Transposition of W x W 32-bit lanes, by exchanging blocks of 1, 2, 4, ... lanes.
+template <int STEP, int... J>
+inline void transpose_pair(vu& a, vu& b, std::integer_sequence<int, J...>) {
+  vu low = __builtin_shufflevector(a, b, ((J & STEP) ? W + J - STEP : J)...);
+  vu high = __builtin_shufflevector(a, b, ((J & STEP) ? W + J : J + STEP)...);
+  a = low;
+  b = high;
+}
+template <int STEP = 1>
+inline void transpose(vu (&r)[W]) {
+  if constexpr (STEP < W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+      if (!(i & STEP)) transpose_pair<STEP>(r[i], r[i + STEP], std::make_integer_sequence<int, W>{});
+    transpose<STEP * 2>(r);
+  }
+}
+
+}  // namespace pyvit::PYVIT_ISA

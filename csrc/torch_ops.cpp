@@ -1,0 +1,461 @@
+// Schemas and CPU kernels of torch.ops.pyvit, on LibTorch's stable ABI: one binary for every torch >= 2.10 and every
+// Python.
+//
+// Shapes, dtypes and devices are checked by pyvit/ops before a call gets here; what is checked below is what would be
+// unsafe otherwise.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/isa.h"
+
+namespace pyvit {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
+using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::f16;
+    case ScalarType::Bool:
+      return Dtype::boolean;
+    default:
+      STD_TORCH_CHECK(false,
+                      "pyvit: the cpu kernels take float32, bfloat16 and float16 tensors; use backend='reference'");
+  }
+}
+
+void check_backend(const std::string& backend) {
+  STD_TORCH_CHECK(backend == "auto" || backend == "cpu", "pyvit: backend '", backend,
+                  "' cannot run on cpu tensors through torch.ops");
+}
+
+Tensor make(const Tensor& like, const Ints& shape, std::optional<ScalarType> dtype = std::nullopt) {
+  return torch::stable::new_empty(like, Shape(shape.data(), shape.size()), dtype);
+}
+Tensor zeros(const Tensor& like, const Ints& shape, std::optional<ScalarType> dtype = std::nullopt) {
+  return torch::stable::new_zeros(like, Shape(shape.data(), shape.size()), dtype);
+}
+Tensor none(const Tensor& like) { return make(like, {0}); }
+Ints shape_of(const Tensor& t) { return Ints(t.sizes().begin(), t.sizes().end()); }
+
+// Unit stride in the last dimension, by a copy where it is not.
+Tensor rows(const Tensor& t) {
+  return t.dim() == 0 || t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1 ? t : torch::stable::contiguous(t);
+}
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+// The small parameters of an operator: contiguous float32.
+Maybe parameter(const Maybe& t) {
+  if (!t) return t;
+  return dense(t->scalar_type() == ScalarType::Float ? *t : torch::stable::to(*t, ScalarType::Float));
+}
+template <class T>
+T* data(const Maybe& t) {
+  return t ? static_cast<T*>(t->data_ptr()) : nullptr;
+}
+
+// (B, H, N, D) and packed (T, H, D).
+Tokens tokens(const Tensor& t) {
+  return t.dim() == 4 ? Tokens{t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}
+                      : Tokens{t.data_ptr(), 0, t.stride(1), t.stride(0)};
+}
+// Heads merge without a copy when tokens come before heads in memory.
+Tensor make_heads(const Tensor& like, int64_t b, int64_t h, int64_t n, int64_t d) {
+  return torch::stable::transpose(make(like, {b, n, h, d}), 1, 2);
+}
+
+Bias bias_of(const Maybe& bias) {
+  if (!bias) return {};
+  auto stride = [&](int i) { return bias->size(i) == 1 ? 0 : bias->stride(i); };
+  return {bias->data_ptr(), dtype_of(*bias), stride(0), stride(1), stride(2), stride(3)};
+}
+
+// attention
+
+Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                       const Maybe& bias, bool causal, double scale) {
+  Attention a{};
+  const bool packed = q.dim() == 3;
+  a.batch = packed ? 0 : q.size(0);
+  a.heads = q.size(1);
+  a.kv_heads = k.size(1);
+  a.nq = packed ? 0 : q.size(2);
+  a.nk = packed ? 0 : k.size(2);
+  a.d = q.size(q.dim() - 1);
+  a.dv = v.size(v.dim() - 1);
+  a.dtype = dtype_of(q);
+  a.q = tokens(q);
+  a.k = tokens(k);
+  a.v = tokens(v);
+  a.out = tokens(out);
+  a.bias = bias_of(bias);
+  a.causal = causal;
+  a.scale = float(scale);
+  a.lse = static_cast<float*>(lse.data_ptr());
+  a.lse_b = packed ? 0 : lse.stride(0);
+  a.lse_h = lse.stride(packed ? 0 : 1);
+  return a;
+}
+
+void check_dropout(double dropout_p) {
+  STD_TORCH_CHECK(dropout_p == 0, "pyvit: the cpu kernels have no dropout; use backend='reference'");
+}
+
+std::tuple<Tensor, Tensor> flash_attention(Tensor q, Tensor k, Tensor v, Maybe bias, bool is_causal, double scale,
+                                           double dropout_p, Maybe, std::string backend) {
+  check_backend(backend);
+  check_dropout(dropout_p);
+  q = rows(q);
+  k = rows(k);
+  v = rows(v);
+  Tensor out = make_heads(q, q.size(0), q.size(1), q.size(2), v.size(3));
+  Tensor lse = make(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  if (q.numel()) kernels().attention(attention_of(q, k, v, out, lse, bias, is_causal, scale));
+  return {out, lse};
+}
+
+// Fills in what both backward forms share; grad_bias is dense.
+AttentionGrad gradient_of(const Tensor& grad_out, const Maybe& grad_lse, const Tensor& dq, const Tensor& dk,
+                          const Tensor& dv, const Tensor& dbias, bool bias_grad) {
+  AttentionGrad g{};
+  g.grad_out = tokens(grad_out);
+  g.grad_q = tokens(dq);
+  g.grad_k = tokens(dk);
+  g.grad_v = tokens(dv);
+  g.grad_lse = data<float>(grad_lse);
+  if (bias_grad) {
+    g.grad_bias = dbias.data_ptr();
+    g.bias_b = dbias.size(0);
+    g.bias_h = dbias.size(1);
+    g.bias_q = dbias.size(2);
+    g.bias_k = dbias.size(3);
+  }
+  return g;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(Tensor grad_out, Maybe grad_lse, Tensor out,
+                                                                    Tensor lse, bool bias_grad, Tensor q, Tensor k,
+                                                                    Tensor v, Maybe bias, bool is_causal, double scale,
+                                                                    double dropout_p, Maybe, std::string backend) {
+  check_backend(backend);
+  check_dropout(dropout_p);
+  q = rows(q);
+  k = rows(k);
+  v = rows(v);
+  out = rows(out);
+  grad_out = rows(grad_out);
+  lse = dense(lse);
+  if (grad_lse) grad_lse = dense(*grad_lse);
+  Tensor dq = make_heads(q, q.size(0), q.size(1), q.size(2), q.size(3));
+  Tensor dk = make_heads(k, k.size(0), k.size(1), k.size(2), k.size(3));
+  Tensor dv = make_heads(v, v.size(0), v.size(1), v.size(2), v.size(3));
+  const bool work = q.numel() && k.numel();
+  Tensor dbias = !bias_grad ? none(q) : work ? make(*bias, shape_of(*bias)) : zeros(*bias, shape_of(*bias));
+  if (work) {
+    kernels().attention_backward(attention_of(q, k, v, out, lse, bias, is_causal, scale),
+                                 gradient_of(grad_out, grad_lse, dq, dk, dv, dbias, bias_grad));
+  } else {
+    for (Tensor* t : {&dq, &dk, &dv}) torch::stable::zero_(*t);
+  }
+  return {dq, dk, dv, dbias};
+}
+
+// The cumulative lengths as int64 on the host's side, checked: the kernels index with them.
+Ints lengths(const Tensor& cu, int64_t total, int64_t longest, const char* name) {
+  Tensor wide = dense(cu.scalar_type() == ScalarType::Long ? cu : torch::stable::to(cu, ScalarType::Long));
+  const int64_t* p = static_cast<const int64_t*>(wide.data_ptr());
+  Ints ends(p, p + wide.numel());
+  bool good = !ends.empty() && ends.front() == 0 && ends.back() == total;
+  for (size_t i = 1; good && i < ends.size(); i++) good = ends[i] >= ends[i - 1] && ends[i] - ends[i - 1] <= longest;
+  STD_TORCH_CHECK(good, "pyvit: flash_attention_varlen: ", name, " must ascend from 0 to ", total,
+                  " in steps of at most ", longest);
+  return ends;
+}
+
+void set_lengths(Attention& a, const Ints& cu_q, const Ints& cu_k, int64_t max_q, int64_t max_k) {
+  a.batch = int64_t(cu_q.size()) - 1;
+  a.nq = max_q;
+  a.nk = max_k;
+  a.cu_q = cu_q.data();
+  a.cu_k = cu_k.data();
+}
+
+std::tuple<Tensor, Tensor> flash_attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,
+                                                  Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                                  Maybe bias, bool is_causal, double scale, std::string backend) {
+  check_backend(backend);
+  const Ints cu_q = lengths(cu_seqlens_q, q.size(0), max_seqlen_q, "cu_seqlens_q");
+  const Ints cu_k = lengths(cu_seqlens_k, k.size(0), max_seqlen_k, "cu_seqlens_k");
+  STD_TORCH_CHECK(cu_q.size() == cu_k.size(),
+                  "pyvit: flash_attention_varlen: cu_seqlens_q and cu_seqlens_k must have one length");
+  q = rows(q);
+  k = rows(k);
+  v = rows(v);
+  Tensor out = make(q, {q.size(0), q.size(1), v.size(2)}), lse = make(q, {q.size(1), q.size(0)}, ScalarType::Float);
+  if (q.numel()) {
+    Attention a = attention_of(q, k, v, out, lse, bias, is_causal, scale);
+    set_lengths(a, cu_q, cu_k, max_seqlen_q, max_seqlen_k);
+    kernels().attention(a);
+  }
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_varlen_backward(
+    Tensor grad_out, Maybe grad_lse, Tensor out, Tensor lse, bool bias_grad, Tensor q, Tensor k, Tensor v,
+    Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, Maybe bias, bool is_causal,
+    double scale, std::string backend) {
+  check_backend(backend);
+  const Ints cu_q = lengths(cu_seqlens_q, q.size(0), max_seqlen_q, "cu_seqlens_q");
+  const Ints cu_k = lengths(cu_seqlens_k, k.size(0), max_seqlen_k, "cu_seqlens_k");
+  q = rows(q);
+  k = rows(k);
+  v = rows(v);
+  out = rows(out);
+  grad_out = rows(grad_out);
+  lse = dense(lse);
+  if (grad_lse) grad_lse = dense(*grad_lse);
+  Tensor dq = make(q, shape_of(q)), dk = make(k, shape_of(k)), dv = make(v, shape_of(v));
+  const bool work = q.numel() && k.numel();
+  Tensor dbias = !bias_grad ? none(q) : work ? make(*bias, shape_of(*bias)) : zeros(*bias, shape_of(*bias));
+  if (work) {
+    Attention a = attention_of(q, k, v, out, lse, bias, is_causal, scale);
+    set_lengths(a, cu_q, cu_k, max_seqlen_q, max_seqlen_k);
+    kernels().attention_backward(a, gradient_of(grad_out, grad_lse, dq, dk, dv, dbias, bias_grad));
+  } else {
+    for (Tensor* t : {&dq, &dk, &dv}) torch::stable::zero_(*t);
+  }
+  return {dq, dk, dv, dbias};
+}
+
+Tensor attention_map(Tensor q, Tensor k, Tensor rows_index, Maybe bias, double scale, std::string backend) {
+  check_backend(backend);
+  q = rows(q);
+  k = rows(k);
+  rows_index = dense(rows_index);
+  Tensor out = make(q, {q.size(0), q.size(1), rows_index.size(1), k.size(2)});
+  const int64_t* index = static_cast<const int64_t*>(rows_index.data_ptr());
+  for (int64_t i = 0; i < rows_index.numel(); i++)
+    STD_TORCH_CHECK(index[i] >= 0 && index[i] < q.size(2), "pyvit: attention_map: rows must be in [0, ", q.size(2),
+                    "), got ", index[i]);
+  if (!out.numel()) return out;
+  AttentionMap m{q.size(0),          q.size(1),     k.size(1),   q.size(2), k.size(2),   q.size(3),
+                 rows_index.size(1), dtype_of(q),   tokens(q),   tokens(k), tokens(out), index,
+                 rows_index.size(1), bias_of(bias), float(scale)};
+  kernels().attention_map(m);
+  return out;
+}
+
+// window attention
+
+Map map_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+
+Window window_of(const Tensor& qkv, const Ints& window, const Ints& shift, int64_t heads, const Maybe& table,
+                 const Maybe& logit_scale, const Maybe& pad, double scale, const Tensor& out, const Tensor& lse) {
+  STD_TORCH_CHECK(window.size() == 2 && shift.size() == 2,
+                  "pyvit: window_attention: window_size and shift_size must be pairs");
+  return {qkv.size(0),
+          qkv.size(1),
+          qkv.size(2),
+          heads,
+          qkv.size(3) / 3 / heads,
+          window[0],
+          window[1],
+          shift[0],
+          shift[1],
+          dtype_of(qkv),
+          map_of(qkv),
+          map_of(out),
+          data<float>(table),
+          data<float>(logit_scale),
+          data<float>(pad),
+          float(scale),
+          static_cast<float*>(lse.data_ptr())};
+}
+
+std::tuple<Tensor, Tensor> window_attention(Tensor qkv, Ints window_size, Ints shift_size, int64_t num_heads,
+                                            Maybe bias_table, Maybe logit_scale, Maybe pad_qkv, double scale,
+                                            double dropout_p, Maybe, std::string backend) {
+  check_backend(backend);
+  check_dropout(dropout_p);
+  qkv = rows(qkv);
+  bias_table = parameter(bias_table);
+  logit_scale = parameter(logit_scale);
+  pad_qkv = parameter(pad_qkv);
+  const int64_t b = qkv.size(0), h = qkv.size(1), w = qkv.size(2), area = window_size[0] * window_size[1];
+  const int64_t windows = ((h + window_size[0] - 1) / window_size[0]) * ((w + window_size[1] - 1) / window_size[1]);
+  Tensor out = make(qkv, {b, h, w, qkv.size(3) / 3}), lse = make(qkv, {b, windows, num_heads, area}, ScalarType::Float);
+  if (qkv.numel())
+    kernels().window(
+        window_of(qkv, window_size, shift_size, num_heads, bias_table, logit_scale, pad_qkv, scale, out, lse));
+  return {out, lse};
+}
+
+// A float32 gradient in the dtype of the parameter it belongs to; empty when there is no such parameter.
+Tensor as_parameter(const Maybe& grad, const Maybe& given, const Tensor& like) {
+  if (!given) return none(like);
+  return given->scalar_type() == ScalarType::Float ? *grad : torch::stable::to(*grad, given->scalar_type());
+}
+Maybe zeros_like(const Maybe& t) { return t ? Maybe(zeros(*t, shape_of(*t), ScalarType::Float)) : Maybe(); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward(Tensor grad_out, Tensor out, Tensor lse,
+                                                                     Tensor qkv, Ints window_size, Ints shift_size,
+                                                                     int64_t num_heads, Maybe bias_table,
+                                                                     Maybe logit_scale, Maybe pad_qkv, double scale,
+                                                                     double dropout_p, Maybe, std::string backend) {
+  check_backend(backend);
+  check_dropout(dropout_p);
+  qkv = rows(qkv);
+  grad_out = rows(grad_out);
+  out = rows(out);
+  lse = dense(lse);
+  const Maybe table = parameter(bias_table), logits = parameter(logit_scale), pad = parameter(pad_qkv);
+  Tensor grad_qkv = make(qkv, shape_of(qkv));
+  Maybe grad_table = zeros_like(bias_table), grad_logits = zeros_like(logit_scale), grad_pad = zeros_like(pad_qkv);
+  if (qkv.numel())
+    kernels().window_backward(
+        window_of(qkv, window_size, shift_size, num_heads, table, logits, pad, scale, out, lse),
+        {map_of(grad_out), map_of(grad_qkv), data<float>(grad_table), data<float>(grad_logits), data<float>(grad_pad)});
+  return {grad_qkv, as_parameter(grad_table, bias_table, qkv), as_parameter(grad_logits, logit_scale, qkv),
+          as_parameter(grad_pad, pad_qkv, qkv)};
+}
+
+// patch embedding
+
+struct PatchTensors {
+  Tensor images, weight;
+  Maybe bias, pos, prefix, keep, mean, std;
+
+  // The kernels' view; `out` may be null.
+  Patch view(const Ints& stride, void* out) const {
+    STD_TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0,
+                    "pyvit: patch_embed: stride must be a pair of positive ints");
+    const int64_t h = images.size(2), w = images.size(3), ph = weight.size(2), pw = weight.size(3);
+    const int64_t all = ((h - ph) / stride[0] + 1) * ((w - pw) / stride[1] + 1);
+    if (keep) {
+      const int64_t* k = data<int64_t>(keep);
+      for (int64_t i = 0; i < keep->numel(); i++)
+        STD_TORCH_CHECK(k[i] >= 0 && k[i] < all, "pyvit: patch_embed: keep must be in [0, ", all, "), got ", k[i]);
+    }
+    return {images.size(0),
+            images.size(1),
+            h,
+            w,
+            weight.size(0),
+            ph,
+            pw,
+            stride[0],
+            stride[1],
+            prefix ? prefix->size(0) : 0,
+            keep ? keep->size(1) : all,
+            dtype_of(weight),
+            images.data_ptr(),
+            images.scalar_type() == ScalarType::Byte,
+            images.stride(0),
+            images.stride(1),
+            images.stride(2),
+            images.stride(3),
+            weight.data_ptr(),
+            data<float>(bias),
+            data<float>(pos),
+            data<float>(prefix),
+            data<int64_t>(keep),
+            data<float>(mean),
+            data<float>(std),
+            out};
+  }
+};
+
+PatchTensors patch_tensors(const Tensor& images, const Tensor& weight, const Maybe& bias, const Maybe& pos,
+                           const Maybe& prefix, const Maybe& keep, const Maybe& mean, const Maybe& std) {
+  return {images,          dense(weight),     parameter(bias),
+          parameter(pos),  parameter(prefix), keep ? Maybe(dense(*keep)) : keep,
+          parameter(mean), parameter(std)};
+}
+
+Tensor patch_embed(Tensor images, Tensor weight, Maybe bias, Ints stride, Maybe pos_embed, Maybe prefix, Maybe keep,
+                   Maybe mean, Maybe std, std::string backend) {
+  check_backend(backend);
+  const PatchTensors t = patch_tensors(images, weight, bias, pos_embed, prefix, keep, mean, std);
+  Patch p = t.view(stride, nullptr);
+  Tensor out = make(weight, {p.batch, p.prefix_tokens + p.kept, p.dim});
+  p.out = out.data_ptr();
+  if (out.numel()) kernels().patch(p);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(Tensor grad_out, bool images_grad,
+                                                                        bool weight_grad, Tensor images, Tensor weight,
+                                                                        Maybe bias, Ints stride, Maybe pos_embed,
+                                                                        Maybe prefix, Maybe keep, Maybe mean, Maybe std,
+                                                                        std::string backend) {
+  check_backend(backend);
+  const PatchTensors t = patch_tensors(images, weight, bias, pos_embed, prefix, keep, mean, std);
+  grad_out = dense(grad_out);
+  const Patch p = t.view(stride, nullptr);
+  Maybe d_images = images_grad ? zeros_like(images) : Maybe(), d_weight = weight_grad ? zeros_like(weight) : Maybe();
+  Maybe d_bias = zeros_like(bias), d_pos = zeros_like(pos_embed), d_prefix = zeros_like(prefix);
+  if (grad_out.numel())
+    kernels().patch_backward(p, {grad_out.data_ptr(), data<float>(d_images), data<float>(d_weight), data<float>(d_bias),
+                                 data<float>(d_pos), data<float>(d_prefix)});
+  return {as_parameter(d_images, images_grad ? Maybe(images) : Maybe(), weight),
+          as_parameter(d_weight, weight_grad ? Maybe(weight) : Maybe(), weight), as_parameter(d_bias, bias, weight),
+          as_parameter(d_pos, pos_embed, weight), as_parameter(d_prefix, prefix, weight)};
+}
+
+// the library about itself
+
+std::string cpu_isa() { return isa_name(isa()); }
+double fma_peak(bool bf16, double seconds) { return kernels().fma_peak(bf16 ? Dtype::bf16 : Dtype::f32, seconds); }
+std::string cuda_archs() { return PYVIT_CUDA_ARCHS; }
+
+// torch's pool.
+void run_threads(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+int count_threads() { return int(torch::stable::get_num_threads()); }
+const bool threads_are_set = (threads = {run_threads, count_threads}, true);
+
+}  // namespace
+}  // namespace pyvit
+
+STABLE_TORCH_LIBRARY(pyvit, m) {
+#include "schemas.inc"
+  m.def("cpu_isa() -> str");
+  m.def("cuda_archs() -> str");
+  m.def("fma_peak(bool bf16, float seconds) -> float");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyvit, CPU, m) {
+  m.impl("flash_attention", TORCH_BOX(&pyvit::flash_attention));
+  m.impl("flash_attention_backward", TORCH_BOX(&pyvit::flash_attention_backward));
+  m.impl("flash_attention_varlen", TORCH_BOX(&pyvit::flash_attention_varlen));
+  m.impl("flash_attention_varlen_backward", TORCH_BOX(&pyvit::flash_attention_varlen_backward));
+  m.impl("attention_map", TORCH_BOX(&pyvit::attention_map));
+  m.impl("window_attention", TORCH_BOX(&pyvit::window_attention));
+  m.impl("window_attention_backward", TORCH_BOX(&pyvit::window_attention_backward));
+  m.impl("patch_embed", TORCH_BOX(&pyvit::patch_embed));
+  m.impl("patch_embed_backward", TORCH_BOX(&pyvit::patch_embed_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyvit, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&pyvit::cpu_isa));
+  m.impl("cuda_archs", TORCH_BOX(&pyvit::cuda_archs));
+  m.impl("fma_peak", TORCH_BOX(&pyvit::fma_peak));
+}

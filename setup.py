@@ -1,0 +1,144 @@
+"""Build of the two native artefacts with ninja: ``pyvit/lib/libpyvit_ops.so`` (torch operators) and ``pyvit._C`` (pybind11).
+
+The operators need no Python and use only LibTorch's stable ABI at 2.10: one binary serves every torch >= 2.10 and every Python.
+CUDA kernels are compiled in when nvcc is found, whether or not the torch at hand is a CUDA build.
+
+Environment: PYVIT_CUDA=0|1 (forbid or require CUDA), TORCH_CUDA_ARCH_LIST (default "8.0;9.0a;10.0a"), MAX_JOBS, CXX.
+"""
+
+import ast
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+# -fno-math-errno lets sqrt and rounding inline; contraction gives the multiply-adds. No -ffast-math: NaN and infinity keep their meaning.
+CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
+KERNEL_FLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+ISAS = {"portable": []}
+if X86:
+    ISAS["avx2"] = ["-march=x86-64-v3"]
+    ISAS["avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+    ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
+KERNEL_UNITS = ["attention", "window_attention", "patch_embed", "table"]
+
+
+def schemas() -> dict[str, str]:
+    """SCHEMAS of pyvit/ops/schemas.py, without importing the package."""
+    scope: dict[str, object] = {}
+    source = (ROOT / "pyvit/ops/schemas.py").read_text()
+    exec(compile(ast.parse(source), "schemas.py", "exec"), scope)
+    return scope["SCHEMAS"]  # type: ignore[return-value]
+
+
+def cuda_archs() -> list[str]:
+    """Compute capabilities to build for, such as "9.0a"; empty without CUDA."""
+    wanted = os.environ.get("PYVIT_CUDA", "")
+    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    if wanted == "0" or not sources:
+        return []
+    if shutil.which("nvcc") is None:
+        if wanted == "1":
+            sys.exit("PYVIT_CUDA=1, but nvcc is not on PATH")
+        return []
+    return os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0a").replace(" ", ";").split(";")
+
+
+def gencode(archs: list[str]) -> list[str]:
+    flags = []
+    for arch in archs:
+        code = arch.removesuffix("+PTX").replace(".", "")
+        flags += [f"-gencode=arch=compute_{code},code=sm_{code}"]
+        if arch.endswith("+PTX"):
+            flags += [f"-gencode=arch=compute_{code},code=compute_{code}"]
+    return flags
+
+
+class Ninja(build_ext):
+    """Writes one build.ninja for both artefacts and runs it."""
+
+    def run(self) -> None:
+        import torch
+        from torch.utils.cpp_extension import include_paths
+
+        if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10):
+            sys.exit(f"pyvit needs torch >= 2.10 (stable ABI), found {torch.__version__}")
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        lines = [f'  m.def("{name}{schema}");' for name, schema in schemas().items()]
+        write(build / "schemas.inc", "\n".join(lines) + "\n")
+        destination = ROOT if self.editable_mode or self.inplace else Path(self.build_lib).resolve()
+        library = destination / "pyvit/lib/libpyvit_ops.so"
+        module = destination / "pyvit" / ("_C" + sysconfig.get_config_var("EXT_SUFFIX"))
+        for path in (library, module):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write(build / "build.ninja", self.rules(build, include_paths(), Path(torch.__file__).parent / "lib", library, module))
+        jobs = os.environ.get("MAX_JOBS")
+        subprocess.run([*ninja(), "-C", str(build), *(["-j", jobs] if jobs else [])], check=True)
+
+    def rules(self, build: Path, torch_includes: list[str], torch_lib: Path, library: Path, module: Path) -> str:
+        import pybind11
+
+        archs = cuda_archs()
+        cxx = os.environ.get("CXX", "g++" if shutil.which("g++") else "c++")
+        version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        define = f"-DPYVIT_CUDA_ARCHS='\"{';'.join(archs)}\"' -DPYVIT_COMPILER='\"{version}\"'"
+        includes = " ".join(f"-isystem {p}" for p in torch_includes)
+        rule = (
+            "rule cxx\n  command = $cxx -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
+            "rule nvcc\n  command = nvcc -MD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
+            "rule link\n  command = $cxx -shared -o $out $in $libs\n"
+        )
+        text = [f"cxx = {cxx}", f"flags = {' '.join(CXXFLAGS)}", rule]
+        kernels, isa = [], str(build / "isa.o")
+        for name, extra in ISAS.items():
+            for unit in KERNEL_UNITS:
+                kernels.append(target(build / f"{unit}.{name}.o", CSRC / f"cpu/{unit}.cpp", [*KERNEL_FLAGS, *extra, f"-DPYVIT_ISA={name}"], text))
+        target(Path(isa), CSRC / "cpu/isa.cpp", [], text)
+        stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{build}", includes, define]
+        ops = [target(build / "torch_ops.o", CSRC / "torch_ops.cpp", stable, text)]
+        libs = [f"-L{torch_lib}", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--no-undefined", "-Wl,-z,defs", "-lpthread"]
+        if archs:
+            flags = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode(archs)]
+            for source in sorted((CSRC / "cuda").glob("*.cu")):
+                ops.append(target(build / f"{source.stem}.cuda.o", source, flags, text, "nvcc"))
+            ops.append(target(build / "torch_ops_cuda.o", CSRC / "torch_ops_cuda.cpp", stable, text))
+            home = Path(shutil.which("nvcc")).resolve().parent.parent  # type: ignore[arg-type]
+            libs += [f"-L{home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt"]
+        python = ["-std=c++17", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", define]
+        module_object = target(build / "module.o", CSRC / "module.cpp", python, text)
+        text.append(f"build {library}: link {' '.join([*ops, *kernels, isa])}\n  libs = {' '.join(libs)}")
+        text.append(f"build {module}: link {' '.join([module_object, *kernels, isa])}\n  libs = -lpthread")
+        return "\n".join(text) + "\n"
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+
+def target(output: Path, source: Path, flags: list[str], text: list[str], rule: str = "cxx") -> str:
+    prefix = "$flags " if rule == "cxx" else ""
+    text.append(f"build {output}: {rule} {source}\n  flags = {prefix}{' '.join(flags)}")
+    return str(output)
+
+
+def write(path: Path, content: str) -> None:
+    """Only when it changed, so that ninja rebuilds nothing in vain."""
+    if not path.exists() or path.read_text() != content:
+        path.write_text(content)
+
+
+def ninja() -> list[str]:
+    return ["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
+
+
+setup(ext_modules=[Extension("pyvit._C", sources=[])], cmdclass={"build_ext": Ninja})
