@@ -1,0 +1,76 @@
+"""``python -m benchmarks [ops] [losses] [models] [scaling]``: check, time, report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from benchmarks import cases, ceiling, report, runner
+from benchmarks.workload import PEERS
+
+SUITES = (*cases.SUITES, "scaling")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Check and time pyvit against naive, PyTorch and peers.")
+    parser.add_argument(
+        "suites", nargs="*", metavar="suite", help=f"any of: {', '.join(SUITES)} (default: all; scaling is shorter without --full)"
+    )
+    level = parser.add_mutually_exclusive_group()
+    level.add_argument("--quick", dest="level", action="store_const", const="quick", help="tiny shapes, seconds: does everything run")
+    level.add_argument("--full", dest="level", action="store_const", const="full", help="every row of every table")
+    parser.add_argument("--peers", default="none", help=f"none, all, or a comma-separated list of: {', '.join(PEERS)}")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains TEXT (of every level)")
+    parser.add_argument("--threads", type=int, default=0, help="threads for every contender (default: torch's choice)")
+    parser.add_argument("--seconds", type=float, default=0.0, help="time for the clock per case (default: 0.7, --quick 0.05, --full 2)")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="where results.csv, results.md and plots go")
+    parser.add_argument("--no-plots", action="store_true", help="write no pictures")
+    args = parser.parse_args(argv)
+    args.suites = tuple(args.suites) or SUITES
+    unknown = [name for name in args.suites if name not in SUITES]
+    if unknown:
+        parser.error(f"unknown suite {', '.join(unknown)}; choose from {', '.join(SUITES)}")
+    args.peers = {"all": PEERS, "none": ()}.get(args.peers) if args.peers in ("all", "none") else tuple(args.peers.split(","))
+    strangers = [name for name in args.peers if name not in PEERS]
+    if strangers:
+        parser.error(f"unknown peer {', '.join(strangers)}; choose from {', '.join(PEERS)}")
+    args.level = args.level or "default"
+    args.seconds = args.seconds or {"quick": 0.05, "default": 0.7, "full": 2.0}[args.level]
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    start = time.perf_counter()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    torch.manual_seed(0)
+    top = ceiling.measure(torch.get_num_threads(), 0.05 if args.level == "quick" else 0.5)
+    print("\n".join(report.machine(top)), flush=True)
+    settings = runner.Settings(seconds=args.seconds, rounds=(3, 5) if args.level == "quick" else (5, 101), peers=args.peers)
+    chosen = cases.select(tuple(s for s in args.suites if s in cases.SUITES), args.level, args.only)
+    results = runner.run(chosen, settings, top, lambda line: print(f"{time.perf_counter() - start:6.1f} s  {line}", flush=True))
+    pictures: list[Path] = []
+    if "scaling" in args.suites and not args.only:
+        from benchmarks import scaling
+
+        rows, pictures = scaling.run(args.level, settings, top, args.out, not args.no_plots)
+        results.rows += rows
+    report.show_rows(results.rows)
+    if results.outcomes:
+        report.show_outcomes(results.outcomes)
+    written = report.write(results, top, args.out, plots=not args.no_plots) + pictures
+    print(f"wrote {', '.join(str(path) for path in written)} in {time.perf_counter() - start:.0f} s")
+    for row in results.red:
+        print(f"RED {row.op} {row.case} {row.dtype} {row.mode} {row.provider}: {row.status}", file=sys.stderr)
+    return 1 if results.red else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""What is measured, as data: the shapes of vision transformers, and beside each the target it is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+#: quick: seconds, to see that everything runs; default: ``make bench``; full: every row.
+LEVELS = ("quick", "default", "full")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A promise about ``ours``, each part optional.
+
+    ``ratio``: times as fast as the fastest of ``against``; ``ceiling``: percent of the machine's multiply-add rate; ``memory``: peak memory
+    as a part of that of the first of ``against``; ``extra_us``: microseconds a call may take beyond the fastest of ``against``.
+    """
+
+    ratio: float | None = None
+    against: tuple[str, ...] = ()
+    ceiling: float | None = None
+    memory: float | None = None
+    extra_us: float | None = None
+
+    def __str__(self) -> str:
+        parts = []
+        if self.ratio is not None:
+            parts.append(f"{self.ratio:g}x")
+        if self.ceiling is not None:
+            parts.append(f"{self.ceiling:g} %")
+        if self.memory is not None:
+            parts.append(f"{self.memory:g}x memory")
+        if self.extra_us is not None:
+            parts.append(f"+{self.extra_us:g} us")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row group: every provider of ``op`` on ``shape``.
+
+    ``mode``: "forward", "forward+backward"; for models "inference", "train" (forward, backward, AdamW).
+    """
+
+    op: str
+    label: str
+    dtype: str
+    mode: str
+    shape: Mapping[str, Any]
+    target: Target | None = None
+    level: str = "full"
+    sources: tuple[str, ...] = ("photos",)
+    against: tuple[str, ...] = field(default=())
+
+    @property
+    def id(self) -> str:
+        return f"{self.op} {self.label} {self.dtype} {self.mode}"
+
+    @property
+    def baseline(self) -> tuple[str, ...]:
+        """The providers whose fastest is 1.0 in the ratio column."""
+        return self.against or (self.target.against if self.target and self.target.against else BASELINES.get(self.op, ("sdpa", "naive")))
+
+    def at(self, level: str) -> bool:
+        """Whether a run at ``level`` includes this case."""
+        return LEVELS.index(self.level) <= LEVELS.index(level)
+
+
+BASELINES = {
+    "flash_attention": ("sdpa", "naive"),
+    "window_attention": ("timm path",),
+    "patch_embed": ("conv2d",),
+    "linear": ("F.linear",),
+    "info_nce": ("naive",),
+}
+_FORWARD, _BACKWARD = "forward", "forward+backward"
+
+
+def _attention(
+    batch: int, heads: int, length: int, dim: int, dtype: str, mode: str, target: Target | None = None, level: str = "full", **kw: Any
+) -> Case:
+    options = {name: kw.pop(name) for name in ("bias", "causal") if name in kw}
+    label = f"{batch}x{heads}x{length}x{dim}" + "".join(f" {name}" for name in options)
+    return Case(
+        "flash_attention", label, dtype, mode, dict(batch=batch, heads=heads, length=length, dim=dim, **options), target, level, **kw
+    )
+
+
+def attention() -> list[Case]:
+    """ViT-B and ViT-L shapes at 224, 384 and 512 pixels; Swin's as batches of short sequences; CLIP's text; ViT-H's head dimension."""
+    best = ("sdpa", "naive")
+    forward = {
+        "fp32": {197: (2.7, 75), 577: (2.6, 82), 1025: (2.4, 87)},
+        "bf16": {197: (2.1, 75), 577: (4.5, 80), 1025: (4.5, 83)},
+    }
+    both = {"fp32": {197: 6.0, 1025: 2.2}, "bf16": {197: 1.5, 1025: 3.0}}
+    sources = {197: ("photos", "random")}
+    found = []
+    for dtype, targets in forward.items():
+        for n, (times, percent) in targets.items():
+            heads = 16 if n == 577 else 12
+            target = Target(times, best, percent)
+            found.append(_attention(8, heads, n, 64, dtype, _FORWARD, target, "default", sources=sources.get(n, ("photos",))))
+    for dtype, targets in both.items():
+        for n, times in targets.items():
+            found.append(_attention(8 if n == 197 else 4, 12, n, 64, dtype, _BACKWARD, Target(times, best), "default"))
+    for dtype in ("fp32", "bf16"):
+        found.append(_attention(1024, 3, 49, 32, dtype, _FORWARD, sources=("random",)))
+        for n, heads, dim in ((197, 12, 64), (1025, 12, 64)):
+            found.append(_attention(1, heads, n, dim, dtype, _FORWARD))
+        found.append(_attention(1, 12, 4096, 64, dtype, _FORWARD))
+        found.append(_attention(8, 16, 257, 80, dtype, _FORWARD))
+        found.append(_attention(8, 12, 197, 64, dtype, _FORWARD, level="default" if dtype == "fp32" else "full", bias=True))
+        found.append(_attention(8, 12, 197, 64, dtype, _BACKWARD, bias=True))
+        found.append(_attention(8, 8, 77, 64, dtype, _FORWARD, causal=True, sources=("random",)))
+        found.append(
+            Case(
+                "flash_attention_varlen",
+                "2x197 + 8x37, 6 heads",
+                dtype,
+                _FORWARD,
+                {"lengths": (197,) * 2 + (37,) * 8, "heads": 6, "dim": 64},
+            )
+        )
+    overhead = Target(against=("sdpa",), extra_us=10.0)
+    small = {"batch": 1, "heads": 1, "length": 1, "dim": 8}
+    found.append(Case("flash_attention", "call overhead 1x1x1x8", "fp32", _FORWARD, small, overhead, "default", ("random",)))
+    found.append(_attention(2, 2, 65, 32, "fp32", _FORWARD, level="quick"))
+    return found
+
+
+#: side of the feature map, channels, heads of Swin-T's first three stages at 224 pixels.
+SWIN_STAGES = ((56, 96, 3), (28, 192, 6), (14, 384, 12))
+
+
+def _windows(batch: int, stage: tuple[int, int, int], dtype: str, mode: str, target: Target | None, level: str = "full", **kw: Any) -> Case:
+    side, width, heads = stage
+    shape = {
+        "batch": batch,
+        "side": side,
+        "width": width,
+        "heads": heads,
+        "window": kw.get("window", 7),
+        "shift": kw.get("shift", 3),
+        "version": kw.get("version", 1),
+    }
+    label = f"{batch}x{side}x{side}x{width} window {shape['window']} shift {shape['shift']}" + (" V2" if shape["version"] == 2 else "")
+    return Case("window_attention", label, dtype, mode, shape, target, level)
+
+
+def windows() -> list[Case]:
+    """The attention of Swin-T's stages without its projections; windows of 8 and 12 and Swin V2 beyond that."""
+    timm = ("timm path",)
+    found = []
+    for stage, times in zip(SWIN_STAGES, (12.0, 8.0, 8.0), strict=True):
+        for dtype, forward, both in (("fp32", times, 8.0), ("bf16", 6.0, 4.0)):
+            first = stage == SWIN_STAGES[0]
+            found.append(_windows(8, stage, dtype, _FORWARD, Target(forward, timm), "default"))
+            found.append(_windows(8, stage, dtype, _BACKWARD, Target(both, timm), "default" if first else "full"))
+    for window, stage in ((8, (64, 96, 3)), (12, (96, 128, 4))):
+        for version in (1, 2):
+            for dtype in ("fp32", "bf16"):
+                found.append(_windows(4, stage, dtype, _FORWARD, None, window=window, shift=window // 2, version=version))
+    found.append(_windows(8, SWIN_STAGES[0], "fp32", _FORWARD, None, shift=0))
+    found.append(_windows(1, (14, 64, 2), "fp32", _FORWARD, None, "quick"))
+    return found
+
+
+def patches() -> list[Case]:
+    """ViT-B/16 on 16 images of 224 pixels: as floats, as bytes, and a quarter of the patches as in MAE."""
+    shape = {"batch": 16, "size": 224, "patch": 16, "width": 768}
+    found = []
+    for dtype, times in (("fp32", 2.0), ("bf16", 1.4)):
+        keep = Target(3.5, ("conv2d",)) if dtype == "fp32" else None
+        found.append(Case("patch_embed", "16x224 patch 16", dtype, _FORWARD, shape, Target(times, ("conv2d",)), "default"))
+        found.append(Case("patch_embed", "16x224 patch 16 keep 25 %", dtype, _FORWARD, dict(shape, keep=49), keep, "default"))
+        level = "default" if dtype == "fp32" else "full"
+        uint8 = Target(1.0, ("ours, float pixels",))
+        found.append(Case("patch_embed", "16x224 patch 16 uint8", dtype, _FORWARD, dict(shape, uint8=True), uint8, level))
+        found.append(Case("patch_embed", "16x224 patch 16", dtype, _BACKWARD, shape))
+    found.append(Case("patch_embed", "2x64 patch 16", "fp32", _FORWARD, {"batch": 2, "size": 64, "patch": 16, "width": 64}, level="quick"))
+    return found
+
+
+def linears() -> list[Case]:
+    """ViT-B's and Swin-T's projections, rows x in x out, with and without the activation that follows."""
+    found = []
+    for m, k, n, activation in ((1576, 768, 3072, "gelu"), (1576, 3072, 768, None), (1576, 768, 2304, None), (25088, 96, 384, "gelu")):
+        for dtype in ("fp32", "bf16"):
+            level = "default" if (k, n) == (768, 3072) else "full"
+            label = f"{m}x{k}x{n}" + (f" {activation}" if activation else "")
+            found.append(
+                Case("linear", label, dtype, _FORWARD, {"m": m, "k": k, "n": n, "activation": activation}, None, level, ("random",))
+            )
+    found.append(
+        Case("linear", "64x32x96 gelu", "fp32", _FORWARD, {"m": 64, "k": 32, "n": 96, "activation": "gelu"}, None, "quick", ("random",))
+    )
+    return found
+
+
+def losses() -> list[Case]:
+    """The contrastive loss over one large batch, forward and backward."""
+    target = Target(1 / 0.7, ("naive",), memory=0.05)
+    return [
+        Case("info_nce", "batch 4096 d 512", "fp32", _BACKWARD, {"batch": 4096, "dim": 512}, None, "default", ("random",)),
+        Case("info_nce", "batch 32768 d 512", "fp32", _BACKWARD, {"batch": 32768, "dim": 512}, target, "full", ("random",)),
+        Case("info_nce", "batch 256 d 64", "fp32", _BACKWARD, {"batch": 256, "dim": 64}, None, "quick", ("random",)),
+    ]
+
+
+def models() -> list[Case]:
+    """Whole models on photographs: inference, and the training step with AdamW (bf16 under autocast)."""
+    eager = ("eager SDPA", "eager naive")
+    found = []
+    for name in ("vit_base_patch16_224", "swin_tiny_patch4_window7_224"):
+        for dtype in ("fp32", "bf16"):
+            target = Target(1.05, ("openvino",))
+            found.append(Case(name, "batch 8", dtype, "inference", {"batch": 8, "size": 224}, target, "default", against=eager))
+            found.append(Case(name, "batch 1", dtype, "inference", {"batch": 1, "size": 224}, None, "full", against=eager))
+    for name in ("vit_small_patch16_224", "swin_base_patch4_window7_224"):
+        for dtype in ("fp32", "bf16"):
+            found.append(Case(name, "batch 8", dtype, "inference", {"batch": 8, "size": 224}, None, "full", against=eager))
+    for name in ("vit_small_patch16_224", "swin_tiny_patch4_window7_224"):
+        for dtype, times in (("fp32", 2.2), ("bf16", 1.5)):
+            target = Target(times, ("timm",))
+            level = "default" if dtype == "bf16" else "full"
+            found.append(Case(name, "batch 8", dtype, "train", {"batch": 8, "size": 224}, target, level, against=eager))
+    found.append(Case("vit_tiny_patch16_224", "batch 1", "fp32", "inference", {"batch": 1, "size": 224}, None, "quick", against=eager))
+    return found
+
+
+SUITES = {"ops": lambda: attention() + windows() + patches() + linears(), "losses": losses, "models": models}
+
+
+def select(suites: tuple[str, ...], level: str, pattern: str = "") -> list[Case]:
+    """The cases of ``suites`` at ``level`` whose id contains ``pattern``; a pattern looks among every level's cases."""
+    quick = level == "quick"
+    found = [case for suite in suites for case in SUITES[suite]()]
+    if pattern:
+        return [case for case in found if pattern in case.id]
+    return [case for case in found if (case.level == "quick" if quick else case.at(level) and case.level != "quick")]

@@ -1,0 +1,68 @@
+"""What this machine can do at most: the rate of multiply-adds and of memory, measured in the same run as the ops."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """GF/s (two per multiply-add) by dtype, copy bandwidth in GB/s (bytes read plus bytes written), and how they were measured."""
+
+    gflops: dict[str, float]
+    copy_gbs: float
+    threads: int
+    source: str
+
+    def percent(self, gflops: float, dtype: str) -> float:
+        """``gflops`` in percent of the ceiling for ``dtype``; NaN where that was not measured."""
+        return 100.0 * gflops / self.gflops.get(dtype, float("nan"))
+
+    def __str__(self) -> str:
+        rates = ", ".join(f"{rate:.0f} GF/s {dtype}" for dtype, rate in self.gflops.items())
+        return f"{rates}, copy {self.copy_gbs:.1f} GB/s ({self.threads} threads; {self.source})"
+
+
+def _best(run: Callable[[], object], seconds: float) -> float:
+    """Shortest time of one call, in seconds, over about ``seconds``: a ceiling is what the machine reaches undisturbed."""
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def _matmul_peak(dtype: torch.dtype, seconds: float) -> float:
+    m, k, n = 1536, 1536, 1536
+    x, w, b = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype), torch.zeros(n, dtype=dtype)
+    product = lambda: torch.nn.functional.linear(x, w, b)  # noqa: E731
+    rates = [2 * m * k * n / _best(product, seconds / 2) / 1e9]
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        rates.append(2 * m * k * n / _best(lambda: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], ""), seconds / 2) / 1e9)
+    return max(rates)
+
+
+def _torch_copy(seconds: float) -> float:
+    source = torch.ones(64 * 2**20, dtype=torch.float32)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best(lambda: target.copy_(source), seconds) / 1e9
+
+
+def measure(threads: int, seconds: float = 0.5) -> Ceiling:
+    """The ceilings on ``threads`` threads, spending about ``seconds`` on each.
+
+    Without the compiled module the rate of multiply-adds is that of oneDNN's best matrix product, which is lower; ``source`` says which.
+    """
+    try:
+        from pyvit import _C
+
+        gflops = {"fp32": _C.fma_peak("float32", threads, seconds), "bf16": _C.fma_peak("bfloat16", threads, seconds)}
+        return Ceiling(gflops, _C.copy_bandwidth(threads, seconds), threads, "register-only multiply-adds")
+    except (ImportError, AttributeError):
+        gflops = {"fp32": _matmul_peak(torch.float32, seconds), "bf16": _matmul_peak(torch.bfloat16, seconds)}
+        return Ceiling(gflops, _torch_copy(seconds), threads, "pyvit._C not built: oneDNN matrix product, below the true ceiling")

@@ -1,0 +1,192 @@
+"""Whole models side by side, with the same weights: ours, plain PyTorch, and every peer that can serve the case."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+import pyvit
+from benchmarks import inputs, peers, plain
+from benchmarks.cases import Case
+from benchmarks.gate import Gate, Verdict, worst
+from benchmarks.workload import OURS, Contender, Workload
+
+Forward = Callable[[Tensor], Tensor]
+
+
+@functools.cache
+def weights(name: str) -> dict[str, Tensor]:
+    """Random weights under timm's names. LayerNorm's and the biases are random too, so that a mix-up of two of them shows."""
+    torch.manual_seed(0)
+    state = plain.create(name).state_dict()
+    for key, value in state.items():
+        if value.dim() == 1 or key == "cls_token":
+            value.add_(torch.randn_like(value) * 0.05)
+        elif "table" in key or key == "pos_embed":
+            value.copy_(torch.randn_like(value) * 0.2)
+    return state
+
+
+@functools.cache
+def flops(name: str, batch: int, train: bool) -> float:
+    """Of the matrix products, forward or forward and backward, counted on the naive form."""
+    model = plain.create(name, attention="naive")
+    with FlopCounterMode(display=False) as counter:
+        out = model(torch.zeros(1, 3, 224, 224))
+        if train:
+            out.sum().backward()
+    return float(batch * counter.get_total_flops())
+
+
+def _plain(name: str, attention: str) -> nn.Module:
+    model = plain.create(name, attention=attention)
+    model.load_state_dict(weights(name))
+    return model
+
+
+def _ours(name: str) -> nn.Module:
+    model = pyvit.create_model(name)
+    model.load_state_dict(weights(name))
+    return model
+
+
+#: Modules by provider; the rest (ONNX Runtime, OpenVINO) only infer.
+MODULES: dict[str, Callable[[str], nn.Module]] = {
+    OURS: _ours,
+    "eager SDPA": lambda name: _plain(name, "sdpa"),
+    "eager naive": lambda name: _plain(name, "naive"),
+    "compile": lambda name: _plain(name, "sdpa"),
+    "ours + compile": _ours,
+    "timm": lambda name: peers.timm_model(name, weights(name)),
+    "transformers": lambda name: peers.transformers_model(name, weights(name)),
+}
+_NEEDS = {"ours + compile": "compile"}
+
+
+def _images(case: Case, source: str) -> Tensor:
+    return inputs.normalised(inputs.pixels(source, case.shape["batch"], case.shape["size"]))
+
+
+def _wanted(case: Case, asked: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Providers to build, and for those asked for in vain the reason."""
+    found, unavailable = [], {}
+    names = [*MODULES, "onnxruntime", "openvino"]
+    for name in names:
+        package = _NEEDS.get(name, name)
+        if name in (OURS, "eager SDPA", "eager naive"):
+            if name == OURS and not hasattr(pyvit, "create_model"):
+                unavailable[OURS] = "this pyvit has no create_model"
+            else:
+                found.append(name)
+        elif package in asked:
+            reason = peers.absent(package)
+            if reason is None and name in ("onnxruntime", "openvino") and case.mode == "train":
+                reason = "cannot train"
+            if reason is None and name == "onnxruntime" and case.dtype != "fp32":
+                reason = f"its CPU provider has no {case.dtype} kernels for this model"
+            if reason is None:
+                found.append(name)
+            else:
+                unavailable[name] = reason
+    return found, unavailable
+
+
+def _inference(case: Case, name: str, images: Tensor) -> Forward:
+    threads, dtype = torch.get_num_threads(), inputs.DTYPES[case.dtype]
+    if name == "onnxruntime":
+        return peers.onnxruntime_call(_plain(case.op, "sdpa").eval(), images, threads)
+    if name == "openvino":
+        call = peers.openvino_call(_plain(case.op, "sdpa").eval(), images.float(), case.dtype, threads)
+        return lambda x: call(x.float()).to(x.dtype)
+    model = MODULES[name](case.op).eval().to(dtype)
+    compiled = torch.compile(model, dynamic=False) if name.endswith("compile") else model
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return compiled(x)
+
+    return forward
+
+
+def _build_inference(case: Case, source: str, work: Workload, names: Sequence[str]) -> None:
+    dtype = inputs.DTYPES[case.dtype]
+    images = _images(case, source).to(dtype)
+    naive = {torch.float64: _plain(case.op, "naive").double().eval(), dtype: _plain(case.op, "naive").to(dtype).eval()}
+
+    def reference(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return naive[images.dtype](images)
+
+    gate: list[Gate] = []
+
+    def verdict(name: str, forward: Forward) -> Verdict:
+        if not gate:
+            gate.append(Gate({"images": images}, reference, items=(0,)))
+        return worst(gate[0](name, lambda images: forward(images)))
+
+    for name in names:
+        forward = _inference(case, name, images)
+        given = images.float() if name == "openvino" else images
+        work.contenders[name] = Contender(lambda f=forward, x=given: f(x), lambda n=name, f=forward: verdict(n, f), peers.version(name))
+
+
+def _build_train(case: Case, source: str, work: Workload, names: Sequence[str]) -> None:
+    images = _images(case, source)
+    labels = torch.arange(images.shape[0]) * 97 % 1000
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=case.dtype == "bf16")
+    few = images[:2]
+    parameters = dict(weights(case.op).items())
+    naive = {torch.float64: _plain(case.op, "naive").double(), torch.float32: _plain(case.op, "naive")}
+
+    def loss_of(model: nn.Module, tensors: dict[str, Tensor], low: bool) -> Tensor:
+        x = tensors.pop("images")
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            return F.cross_entropy(functional_call(model, tensors, (x,)).to(x.dtype), labels[: x.shape[0]])
+
+    def reference(**tensors: Tensor) -> Tensor:
+        kind = tensors["images"].dtype
+        return loss_of(naive[kind], tensors, case.dtype == "bf16" and kind != torch.float64)
+
+    gate: list[Gate] = []
+
+    def verdict(name: str, model: nn.Module) -> Verdict:
+        if not gate:
+            gate.append(Gate({"images": few, **parameters}, reference, list(parameters)))
+        if name == "transformers":  # its parameters have other names: the loss alone is compared
+            forward = Gate(
+                {"images": few}, lambda images: reference(images=images, **{k: v.to(images.dtype) for k, v in parameters.items()})
+            )
+            return worst(forward(name, lambda images: loss_of(model, {"images": images}, case.dtype == "bf16")))
+        return worst(gate[0](name, lambda **tensors: loss_of(model, tensors, case.dtype == "bf16")))
+
+    for name in names:
+        model = MODULES[name](case.op).train()
+        trained = copy.deepcopy(model)
+        compiled = torch.compile(trained, dynamic=False) if name.endswith("compile") else trained
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-6, fused=True)
+
+        def step(model: Any = compiled, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.zero_grad(set_to_none=True)
+            with autocast():
+                loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+
+        work.contenders[name] = Contender(step, lambda n=name, m=model: verdict(n, m), peers.version(name))
+
+
+def build(case: Case, source: str, asked: Sequence[str]) -> Workload:
+    """The workload of a model's case with the peers of ``asked``."""
+    names, unavailable = _wanted(case, asked)
+    train = case.mode == "train"
+    work = Workload(case, source, flops(case.op, case.shape["batch"], train), unavailable=unavailable)
+    (_build_train if train else _build_inference)(case, source, work, names)
+    return work

@@ -1,0 +1,206 @@
+"""The libraries a user could reach for instead, each with the same weights; one that is missing says why.
+
+timm asks for torchvision only to load and augment images, and torchvision's wheels need the torch build they were made for. Where torchvision
+does not import, timm is imported with empty modules in its place, which are gone again afterwards: its models and layers are its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import io
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import plain
+
+_PACKAGES = {
+    "timm": ("timm",),
+    "transformers": ("transformers",),
+    "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
+    "openvino": ("openvino",),
+}
+
+
+def absent(peer: str) -> str | None:
+    """Why ``peer`` cannot be used here, or None."""
+    missing = [name for name in _PACKAGES.get(peer, ()) if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(missing)}" if missing else None
+
+
+def version(peer: str) -> str:
+    return f"{peer} {importlib.metadata.version(peer)}" if peer in _PACKAGES else ""
+
+
+class _EmptyTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Modules named torchvision.* whose attributes are empty classes."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.partition(".")[0] == "torchvision" else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        def attribute(name: str) -> object:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            if name == "InterpolationMode":  # read at import, member by member
+                return enum.Enum(name, "NEAREST BILINEAR BICUBIC BOX HAMMING LANCZOS NEAREST_EXACT")
+            return type(name, (), {})
+
+        module = types.ModuleType(spec.name)
+        module.__getattr__ = attribute  # type: ignore[method-assign]
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _without_torchvision() -> Iterator[None]:
+    finder = _EmptyTorchvision()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+
+
+def import_timm() -> types.ModuleType:
+    """timm, whether or not torchvision works beside this torch."""
+    if "timm" in sys.modules:
+        return sys.modules["timm"]
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        with _without_torchvision():
+            return importlib.import_module("timm")
+    return importlib.import_module("timm")
+
+
+def timm_model(name: str, state: dict[str, Tensor]) -> nn.Module:
+    model = import_timm().create_model(name)
+    model.load_state_dict(state)
+    return model
+
+
+_HF_BLOCK = (
+    ("norm1.", "layernorm_before."),
+    ("norm2.", "layernorm_after."),
+    ("attn.proj.", "attention.o_proj."),
+    ("attn.relative_position_bias_table", "attention.relative_position_bias.relative_position_bias_table"),
+)
+
+
+def _hf_state(state: dict[str, Tensor], swin: bool) -> dict[str, Tensor]:
+    """timm's parameter names to transformers' (version 5)."""
+    root, found = ("swin", {}) if swin else ("vit", {})
+    for key, value in state.items():
+        if ".attn.qkv." in key:
+            stem, leaf = key.split(".attn.qkv.")
+            for letter, part in zip("qkv", value.chunk(3), strict=True):
+                found[f"{stem}.attention.{letter}_proj.{leaf}"] = part
+        else:
+            for old, new in _HF_BLOCK:
+                key = key.replace(f".{old}", f".{new}") if ".blocks." in key or key.startswith("blocks.") else key
+            found[key] = value
+    renamed = {}
+    for key, value in found.items():
+        parts = key.split(".")
+        if parts[0] == "patch_embed":
+            key = f"{root}.embeddings." + ("norm." if parts[1] == "norm" else "patch_embeddings.projection.") + parts[-1]
+        elif parts[0] == "blocks":
+            key = f"{root}.layers." + ".".join(parts[1:])
+        elif parts[:1] == ["layers"]:  # timm's downsample opens a stage, transformers' closes the one before
+            stage = int(parts[1]) - (parts[2] == "downsample")
+            key = f"{root}.encoder.layers.{stage}." + ".".join(parts[2:])
+        elif parts[0] == "norm":
+            key = f"{root}.layernorm.{parts[-1]}"
+        elif parts[0] == "head":
+            key = f"classifier.{parts[-1]}"
+        elif key == "cls_token":
+            key = f"{root}.embeddings.cls_token"
+        elif key == "pos_embed":
+            key = f"{root}.embeddings.position_embeddings"
+        renamed[key] = value
+    return renamed
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).logits
+
+
+def transformers_model(name: str, state: dict[str, Tensor]) -> nn.Module:
+    import transformers
+
+    _, config = plain.CONFIGS[name]
+    swin = name.startswith("swin")
+    if swin:
+        kind = transformers.SwinForImageClassification
+        options = transformers.SwinConfig(
+            embed_dim=config["width"], depths=list(config["depths"]), num_heads=list(config["heads"]), num_labels=1000, drop_path_rate=0.0
+        )
+    else:
+        kind = transformers.ViTForImageClassification
+        options = transformers.ViTConfig(
+            hidden_size=config["width"],
+            num_hidden_layers=config["depth"],
+            num_attention_heads=config["heads"],
+            intermediate_size=4 * config["width"],
+            layer_norm_eps=1e-6,
+            num_labels=1000,
+        )
+    model = kind(options)
+    model.set_attn_implementation("sdpa")
+    model.load_state_dict(_hf_state(state, swin))
+    return _Logits(model)
+
+
+def onnxruntime_call(model: nn.Module, images: Tensor, threads: int) -> Callable[[Tensor], Tensor]:
+    """An ONNX Runtime session of ``model`` at the shape of ``images``, with every graph optimisation."""
+    import onnxruntime
+
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (images,), dynamo=True, verbose=False).save(buffer)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(buffer.getvalue(), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+def openvino_call(model: nn.Module, images: Tensor, dtype: str, threads: int) -> Callable[[Tensor], Tensor]:
+    """``model`` compiled by OpenVINO for latency on ``threads`` threads, computing in ``dtype`` ("fp32" or "bf16")."""
+    import openvino
+
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        converted = openvino.convert_model(model, example_input=images, input=[list(images.shape)])
+    hints: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[dtype],
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = openvino.Core().compile_model(converted, "CPU", hints).create_infer_request()
+    return lambda x: torch.from_numpy(request.infer([x.numpy()], share_inputs=True)[0])

@@ -1,0 +1,150 @@
+"""What a run leaves behind: the table on the screen, results.csv, and plots drawn from the same rows."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import platform
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from benchmarks.ceiling import Ceiling
+from benchmarks.runner import COLUMNS, Outcome, Results, Row, as_record
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        with open("/proc/cpuinfo") as info:
+            return next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def machine(ceiling: Ceiling | None = None) -> list[str]:
+    """The lines that head a report."""
+    lines = [
+        f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        f"torch {torch.__version__}, Python {platform.python_version()}",
+    ]
+    return [*lines, *([f"ceiling: {ceiling}"] if ceiling else []), datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")]
+
+
+def _number(value: float, digits: int = 3) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def _cells(row: Row) -> list[str]:
+    times = f"{_number(row.median_ms)} [{_number(row.p20)}, {_number(row.p80)}]" if row.timed else "-"
+    error = f"{row.max_err:.1e} / {row.allowed_err:.1e}" if not math.isnan(row.max_err) else "-"
+    ratio = f"{row.ratio:.2f}x" if not math.isnan(row.ratio) else "-"
+    status = "" if row.status == "ok" else row.status
+    return [
+        row.provider,
+        times,
+        ratio,
+        _number(row.gflops),
+        "-" if math.isnan(row.percent_of_ceiling) else f"{row.percent_of_ceiling:.0f}",
+        error,
+        _number(row.peak_mem),
+        status,
+    ]
+
+
+_HEADINGS = ("provider", "ms [p20, p80]", "ratio", "GF/s", "% ceiling", "error / allowed", "MiB", "status")
+
+
+def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, with rich where it is installed and in plain columns where it is not. An empty first cell continues the row above."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(len(row[i]) for row in (headings, *rows)) for i in range(len(headings))]
+        print(f"\n{title}")
+        for row in (headings, *rows):
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
+    table = Table(title=title, title_justify="left", header_style="bold", show_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in _HEADINGS[1:-1] else "left", overflow="fold")
+    for i, row in enumerate(rows):
+        if i and row[0]:
+            table.add_section()
+        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+    console = Console()
+    Console(width=max(console.width, 160)).print(table)
+
+
+def show_rows(rows: Sequence[Row]) -> None:
+    """A table for each op, every provider case by case; what went wrong or is missing is spelled out below."""
+    ops: dict[str, list[list[str]]] = {}
+    notes, last = [], ""
+    for row in rows:
+        case = f"{row.case} {row.dtype} {row.mode}" + (", random" if row.data == "random" else "")
+        short, _, why = row.status.partition(": ")
+        cells = _cells(row)
+        cells[-1] = "" if short == "ok" else short
+        ops.setdefault(row.op, []).append([case if row.op + case != last else "", *cells])
+        last = row.op + case
+        if why:
+            notes.append(f"{short}: {row.op} {case}, {row.provider}: {why}")
+    for op, table in ops.items():
+        show(op, ("case", *_HEADINGS), table)
+    print("\n".join(["", *notes]))
+
+
+def show_outcomes(outcomes: Sequence[Outcome]) -> None:
+    """The targets, measured, with a verdict each."""
+    words = {True: "pass", False: "MISS", None: "not measured"}
+    rows = [[o.case.id, str(o.case.target), f"best of {', '.join(o.case.target.against)}", o.measured, words[o.passed]] for o in outcomes]
+    show("Targets", ("case", "target", "against", "measured", "verdict"), rows)
+    passed, missed = (sum(o.passed is p for o in outcomes) for p in (True, False))
+    print(f"{passed} targets met, {missed} missed, {len(outcomes) - passed - missed} not measured")
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(as_record(row) for row in rows)
+
+
+def write_markdown(results: Results, lines: Sequence[str], path: Path) -> None:
+    """The run as a page: the machine, the targets, every row."""
+    words = {True: "pass", False: "**miss**", None: "not measured"}
+    text = [
+        "# Benchmark results",
+        "",
+        *(f"- {line}" for line in lines),
+        "",
+        "## Targets",
+        "",
+        "| case | target | against | measured | |",
+        "|---|---|---|---|---|",
+    ]
+    for o in results.outcomes:
+        text.append(f"| {o.case.id} | {o.case.target} | {', '.join(o.case.target.against)} | {o.measured} | {words[o.passed]} |")
+    text += ["", "## Every row", "", "| case | " + " | ".join(_HEADINGS) + " |", "|" + "---|" * (len(_HEADINGS) + 1)]
+    for row in results.rows:
+        text.append(f"| {row.op} {row.case} {row.dtype} {row.mode}, {row.data} | " + " | ".join(_cells(row)) + " |")
+    path.write_text("\n".join(text) + "\n")
+
+
+def write(results: Results, ceiling: Ceiling, out: Path, plots: bool = True) -> list[Path]:
+    """results.csv, results.md and the plots into ``out``; the paths written."""
+    write_csv(results.rows, out / "results.csv")
+    write_markdown(results, machine(ceiling), out / "results.md")
+    written = [out / "results.csv", out / "results.md"]
+    if plots:
+        from benchmarks import plots as drawing
+
+        written += drawing.draw(results.rows, out)
+    return written

@@ -1,0 +1,237 @@
+"""Runs cases: the gate first, then the clock, then a row for every provider, present or not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+
+import torch
+
+from benchmarks import measure, providers
+from benchmarks.cases import Case
+from benchmarks.ceiling import Ceiling
+from benchmarks.gate import Verdict
+from benchmarks.inputs import SOURCES
+from benchmarks.workload import OURS, Contender, Workload
+
+NAN = math.nan
+#: Providers with a thread pool of their own, which like torch's spins for a while after each call.
+FOREIGN_THREADS = {"onnxruntime", "openvino"}
+
+
+@dataclass
+class Row:
+    """One line of results.csv. Times in milliseconds, ``ratio`` = baseline's time over this one's, ``peak_mem`` in MiB.
+
+    ``status``: "ok"; "outside rule" (a peer less accurate than the rule allows); "red: why" (failed the gate, so no time); "missing: why";
+    "failed: why".
+    """
+
+    op: str
+    case: str
+    provider: str
+    dtype: str
+    mode: str
+    threads: int
+    median_ms: float = NAN
+    p20: float = NAN
+    p80: float = NAN
+    ratio: float = NAN
+    gflops: float = NAN
+    percent_of_ceiling: float = NAN
+    max_err: float = NAN
+    allowed_err: float = NAN
+    peak_mem: float = NAN
+    versions: str = ""
+    data: str = ""
+    baseline: str = ""
+    status: str = "ok"
+
+    @property
+    def timed(self) -> bool:
+        return not math.isnan(self.median_ms)
+
+
+COLUMNS = [f.name for f in fields(Row)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A target held against the run; ``passed`` is None where what it speaks of was not measured, and ``measured`` says why."""
+
+    case: Case
+    measured: str
+    passed: bool | None
+
+
+@dataclass
+class Results:
+    rows: list[Row] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    @property
+    def red(self) -> list[Row]:
+        """Rows of ours that failed the gate or did not run."""
+        return [row for row in self.rows if row.provider.startswith(OURS) and row.status.startswith(("red", "failed"))]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``seconds``: time for the clock per case and source; ``rounds``: fewest and most; ``peers``: see workload.PEERS.
+
+    ``both_sources``: ours passes the gate on photographs and on random tensors before either is timed.
+    """
+
+    seconds: float = 1.0
+    rounds: tuple[int, int] = (5, 101)
+    peers: tuple[str, ...] = ()
+    device: str = "cpu"
+    both_sources: bool = True
+
+
+def versions(contender: Contender) -> str:
+    own = f"pyvit {importlib.metadata.version('pyvit-kernels')}"
+    return "; ".join(part for part in (own, f"torch {torch.__version__}", contender.version) if part)
+
+
+def _build(case: Case, source: str, settings: Settings) -> Workload:
+    if case.op in providers.SPECS:
+        return providers.build(case, source, settings.peers)
+    from benchmarks import models
+
+    return models.build(case, source, settings.peers)
+
+
+def _judge(row: Row, verdict: Verdict) -> None:
+    row.max_err, row.allowed_err = verdict.error, verdict.allowed
+    if not verdict.passed:
+        refused = row.provider.startswith(OURS) or verdict.wrong
+        row.status = f"red: {verdict.detail}" if refused else "outside rule"
+
+
+def _gate(work: Workload, rows: dict[str, Row], settings: Settings) -> dict[str, measure.Run]:
+    """Fill in every contender's error; the calls that may be timed."""
+    open_to_clock = {}
+    for name, contender in work.contenders.items():
+        row = rows[name]
+        try:
+            _judge(row, contender.verdict())
+        except Exception as error:
+            row.status = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            if name.startswith(OURS):
+                traceback.print_exc()
+            continue
+        if row.status in ("ok", "outside rule"):
+            open_to_clock[name] = contender.run
+    if settings.both_sources and OURS in open_to_clock and work.case.op in providers.SPECS:
+        other = _build(work.case, next(s for s in SOURCES if s != work.source), settings)
+        verdict = other.contenders[OURS].verdict()
+        if not verdict.passed or verdict.error / verdict.allowed > rows[OURS].max_err / rows[OURS].allowed_err:
+            _judge(rows[OURS], verdict)
+        if not verdict.passed:
+            del open_to_clock[OURS]
+    return open_to_clock
+
+
+def _baseline(case: Case, timings: dict[str, measure.Timing]) -> str | None:
+    for names in (case.baseline, case.against):
+        present = [name for name in names if name in timings]
+        if present:
+            return min(present, key=lambda name: timings[name].median)
+    return None
+
+
+def run_workload(work: Workload, settings: Settings, ceiling: Ceiling) -> list[Row]:
+    """Gate, time and measure the memory of every contender of ``work``."""
+    case, threads = work.case, torch.get_num_threads()
+    rows = {
+        name: Row(case.op, case.label, name, case.dtype, case.mode, threads, data=work.source)
+        for name in (*work.contenders, *work.unavailable)
+    }
+    for name, reason in work.unavailable.items():
+        rows[name].status = f"missing: {reason}"
+    calls = _gate(work, rows, settings)
+    rounds = settings.rounds if case.op in providers.SPECS else (3, settings.rounds[1])
+    rest = 0.01 if FOREIGN_THREADS & calls.keys() else 0.0
+    timings = measure.interleave(calls, seconds=settings.seconds, device=settings.device, rounds=rounds, rest=rest)
+    baseline = _baseline(case, timings)
+    for name, timing in timings.items():
+        row = rows[name]
+        row.median_ms, row.p20, row.p80 = timing.median, timing.quantile(0.2), timing.quantile(0.8)
+        row.gflops = work.flops / timing.median / 1e6
+        row.percent_of_ceiling = ceiling.percent(row.gflops, case.dtype)
+        row.peak_mem = measure.peak_memory(calls[name], settings.device)
+        row.versions = versions(work.contenders[name])
+        if baseline is not None:
+            row.baseline, row.ratio = baseline, measure.ratio(timings[baseline], timing)
+    return list(rows.values())
+
+
+def hold(case: Case, rows: Sequence[Row]) -> Outcome | None:
+    """The case's target against its rows (of one source of inputs)."""
+    target, by_name = case.target, {row.provider: row for row in rows}
+    if target is None:
+        return None
+    ours = by_name.get(OURS)
+    if ours is None or not ours.timed:
+        status = ours.status if ours else "not run"
+        return Outcome(case, f"no time ({status})", None if status.startswith("missing") else False)
+    others = [by_name[name] for name in target.against if name in by_name and by_name[name].timed]
+    said, verdicts = [], []
+    if (target.ratio or target.memory or target.extra_us) and not others:
+        reasons = [f"{name}: {by_name[name].status if name in by_name else 'not asked for'}" for name in target.against]
+        return Outcome(case, "; ".join(reasons), None)
+    best = min(others, key=lambda row: row.median_ms) if others else None
+    if target.ratio is not None and best is not None:
+        times = ours.ratio if ours.baseline == best.provider else best.median_ms / ours.median_ms
+        said.append(f"{times:.2f}x {best.provider}")
+        verdicts.append(times >= target.ratio)
+    if target.ceiling is not None:
+        said.append(f"{ours.percent_of_ceiling:.0f} %")
+        verdicts.append(ours.percent_of_ceiling >= target.ceiling)
+    if target.memory is not None:
+        part = ours.peak_mem / by_name[target.against[0]].peak_mem
+        said.append(f"{part:.3f}x memory")
+        verdicts.append(part <= target.memory)
+    if target.extra_us is not None and best is not None:
+        extra = (ours.median_ms - best.median_ms) * 1e3
+        said.append(f"{extra:+.1f} us over {best.provider}")
+        verdicts.append(extra <= target.extra_us)
+    return Outcome(case, ", ".join(said), all(verdicts))
+
+
+def run(cases: Sequence[Case], settings: Settings, ceiling: Ceiling, progress: Callable[[str], None]) -> Results:
+    """Every case on each of its sources of inputs; one line of progress for each."""
+    results = Results()
+    for i, case in enumerate(cases, 1):
+        for source in case.sources:
+            prefix = f"[{i}/{len(cases)}] {case.id} ({source})"
+            try:
+                rows = run_workload(_build(case, source, settings), settings, ceiling)
+            except Exception as error:  # a case that cannot be set up is a red row, and the others still run
+                traceback.print_exc()
+                reason = f"failed: {type(error).__name__}: {error}"
+                rows = [Row(case.op, case.label, OURS, case.dtype, case.mode, torch.get_num_threads(), data=source, status=reason)]
+            results.rows += rows
+            outcome = hold(case, rows)
+            if outcome is not None and source == case.sources[0]:
+                results.outcomes.append(outcome)
+            progress(f"{prefix}: {_summary(rows)}")
+    return results
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    ours = next((row for row in rows if row.provider == OURS), None)
+    if ours is None or not ours.timed:
+        return ours.status if ours else "not run"
+    return (
+        f"{ours.median_ms:.3g} ms, {ours.ratio:.2f}x {ours.baseline}, {ours.percent_of_ceiling:.0f} % of ceiling, "
+        f"error {ours.max_err:.1e} (allowed {ours.allowed_err:.1e})"
+    )
+
+
+def as_record(row: Row) -> dict[str, object]:
+    return {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in asdict(row).items()}

@@ -1,0 +1,114 @@
+"""How time grows: with the number of tokens, the batch, the threads, and for Swin with the area of the image."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import pyvit
+from benchmarks import inputs, plots, providers, runner
+from benchmarks.cases import Case
+from benchmarks.ceiling import Ceiling
+from benchmarks.ceiling import measure as measure_ceiling
+from benchmarks.runner import Row, Settings
+from benchmarks.workload import OURS, Contender, Workload
+
+_SIZES = {"quick": (224,), "default": (224, 448, 672), "full": (224, 320, 448, 576, 672, 800, 896, 1024)}
+_LENGTHS = {"quick": (49, 197), "default": (49, 197, 577, 1025), "full": (16, 49, 197, 257, 577, 1025, 2048, 4096)}
+_BATCHES = {"quick": (1, 2), "default": (1, 2, 4, 8), "full": (1, 2, 4, 8, 16, 32)}
+
+
+def _attention_rows(batch: int, length: int, dtype: str, settings: Settings, ceiling: Ceiling, note: str = "") -> list[Row]:
+    shape = {"batch": batch, "heads": 12, "length": length, "dim": 64}
+    case = Case("flash_attention", f"{batch}x12x{length}x64{note}", dtype, "scaling", shape)
+    return runner.run_workload(providers.build(case, "photos", ()), settings, ceiling)
+
+
+def _swin_rows(size: int, dtype: str, settings: Settings, ceiling: Ceiling) -> list[Row]:
+    """Swin-T on one image of ``size`` pixels, gated at that size against its own float64 reference backend."""
+    from benchmarks import models
+    from benchmarks.gate import Gate, worst
+
+    name = "swin_tiny_patch4_window7_224"
+    images = inputs.normalised(inputs.pixels("photos", 1, size)).to(inputs.DTYPES[dtype])
+
+    @functools.cache
+    def model(kind: torch.dtype) -> torch.nn.Module:
+        made = pyvit.create_model(name)
+        made.load_state_dict(models.weights(name))
+        return made.eval().to(kind)
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model(images.dtype)(images)
+
+    def reference(images: torch.Tensor) -> torch.Tensor:
+        with pyvit.use_backend("reference"):
+            return forward(images)
+
+    gate = Gate({"images": images}, reference)
+    case = Case(name, f"1x{size}x{size}", dtype, "scaling", {"size": size})
+    work = Workload(case, "photos", models.flops(name, 1, False) * (size / 224) ** 2)
+    work.contenders[OURS] = Contender(lambda: forward(images), lambda: worst(gate(OURS, forward)))
+    return runner.run_workload(work, settings, ceiling)
+
+
+def _curves(rows: Sequence[Row], x: Callable[[Row], float]) -> dict[str, tuple[list[float], list[float]]]:
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows:
+        if row.timed:
+            at, value = found.setdefault(f"{row.provider} {row.dtype}", ([], []))
+            at.append(x(row))
+            value.append(row.median_ms)
+    return found
+
+
+def _sweeps(level: str, settings: Settings, ceiling: Ceiling) -> Iterator[tuple[str, str, str, Callable[[Row], float], list[Row]]]:
+    dtypes = ("fp32",) if level == "quick" else ("fp32", "bf16")
+    rows = [r for n in _LENGTHS[level] for dtype in dtypes for r in _attention_rows(1, n, dtype, settings, ceiling)]
+    yield "tokens", "attention of one image, 12 heads of 64", "tokens N", lambda row: int(row.case.split("x")[2]), rows
+    rows = [r for b in _BATCHES[level] for dtype in dtypes for r in _attention_rows(b, 197, dtype, settings, ceiling)]
+    yield "batch", "attention, N = 197, 12 heads of 64", "batch", lambda row: int(row.case.split("x")[0]), rows
+    rows, most = [], torch.get_num_threads()
+    try:
+        for threads in sorted({1, *(2**i for i in range(1, 8) if 2**i <= most), most}):
+            torch.set_num_threads(threads)
+            top = ceiling if threads == most else measure_ceiling(threads, 0.1)
+            note = f", {threads} thread" + "s" * (threads > 1)
+            for dtype in dtypes:
+                rows += _attention_rows(8, 197, dtype, settings, top, note)
+    finally:
+        torch.set_num_threads(most)
+    yield "threads", "attention, batch 8, N = 197", "threads", lambda row: row.threads, rows
+    rows = [r for size in _SIZES[level] for dtype in dtypes for r in _swin_rows(size, dtype, settings, ceiling)]
+    yield "area", "Swin-T, one image", "pixels", lambda row: int(row.case.split("x")[1]) ** 2, rows
+
+
+def linearity(rows: Sequence[Row], dtype: str) -> float:
+    """Largest time per pixel over the smallest, of ``ours``: 1.0 when cost is exactly linear in the area."""
+    per_pixel = [r.median_ms / int(r.case.split("x")[1]) ** 2 for r in rows if r.dtype == dtype and r.timed]
+    return max(per_pixel) / min(per_pixel)
+
+
+def run(level: str, settings: Settings, ceiling: Ceiling, out: Path, draw: bool) -> tuple[list[Row], list[Path]]:
+    """Rows of mode "scaling" and the plots written."""
+    settings = replace(settings, seconds=min(settings.seconds, 0.5), rounds=(3, 41), both_sources=False)
+    everything: list[Row] = []
+    written: list[Path] = []
+    for name, title, label, x, rows in _sweeps(level, settings, ceiling):
+        print(f"scaling with {name}: {len(rows)} points", flush=True)
+        everything += rows
+        curves = _curves(rows, x)
+        if name == "area":
+            for dtype in sorted({row.dtype for row in rows if row.timed}):
+                at, value = curves[f"{OURS} {dtype}"]
+                curves[f"linear {dtype}"] = (at, [value[-1] * pixels / at[-1] for pixels in at])
+                print(f"  Swin-T {dtype}: time per pixel varies by {linearity(rows, dtype):.2f}x over {len(at)} sizes")
+        if draw and curves:
+            out.mkdir(parents=True, exist_ok=True)
+            written.append(plots.lines(curves, out / f"scaling_{name}.png", title, label, "milliseconds"))
+    return everything, written
