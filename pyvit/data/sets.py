@@ -94,8 +94,8 @@ def load_data(spec: str, size: int | None = None, **options: Any) -> Data:
     """The data set ``spec`` names.
 
     Args:
-        spec: "digits", "scenes", "words" or "synthetic" (built in); a folder of images, one subfolder per class or none; a folder of audio
-            files, likewise; a CSV file of image paths and captions; or "hf:NAME[:SPLIT]" for Hugging Face ``datasets`` (a hub name or a folder).
+        spec: "digits", "scenes", "words" or "synthetic" (built in); a folder of images or of .wav files, one subfolder per class or none;
+            a CSV file of image paths and captions; or "hf:NAME[:SPLIT]" for Hugging Face ``datasets`` (a hub name or a folder).
         size: side of the square images to return; default the set's own, or 224.
 
     Raises ValueError for a name that is neither, FileNotFoundError for a path that is not there.

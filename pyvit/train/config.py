@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-def option(default: Any, help: str) -> Any:  # noqa: A002
+def option(default: Any, help: str) -> Any:
     """A field with the help text that the command line shows."""
     if isinstance(default, list):
         return field(default_factory=list, metadata={"help": help})
@@ -45,8 +45,8 @@ class Config:
     eval_every: int = option(0, "epochs between evaluations; 0 for the end alone")
     tensorboard: bool = option(False, "also write TensorBoard events")
     overwrite: bool = option(False, "discard what is in the folder of the run")
-    set: list[str] = option([], "KEY=VALUE, a setting of the model, such as depth=4; repeatable")
-    option: list[str] = option([], "KEY=VALUE, a setting of the recipe, such as mask_ratio=0.75; repeatable")
+    set: list[str] = option([], "KEY=VALUE, a setting of the model, such as depth=4; repeatable")  # noqa: RUF009
+    option: list[str] = option([], "KEY=VALUE, a setting of the recipe, such as mask_ratio=0.75; repeatable")  # noqa: RUF009
     recipe: str = "supervised"
 
     def resolved(self, defaults: Mapping[str, Any]) -> Config:

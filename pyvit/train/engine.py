@@ -101,8 +101,8 @@ def _optimizer(recipe: Recipe, config: Config) -> torch.optim.Optimizer:
 
 def _rates(optimizer: Any, recipe: Recipe, config: Config, step: int, steps: int) -> float:
     """Set every group's rate and decay for ``step``; returns the rate of the head."""
-    assert config.lr is not None and config.weight_decay is not None
-    values = {"lr": schedules.cosine(step, steps, config.lr, 0.0, int(steps * (config.warmup or 0))), "weight_decay": config.weight_decay}
+    peak, decay = config.lr or 0.0, config.weight_decay or 0.0
+    values = {"lr": schedules.cosine(step, steps, peak, 0.0, int(steps * (config.warmup or 0))), "weight_decay": decay}
     values.update(recipe.schedule(step, steps))
     for group in optimizer.param_groups:
         group["lr"] = values["lr"] * group["lr_scale"]
@@ -115,15 +115,14 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.config = config = _settle(config)
-        assert config.out is not None and config.batch_size is not None
-        self.folder = Path(config.out)
+        self.folder = Path(config.out or "")
         self.accelerator = _accelerator(config)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         self.data: Data = load_data(config.data, config.image_size)
         if config.image_size is None:
             self.config = config = dataclasses.replace(config, image_size=self.data.size[0])
-        n, batch = len(self.data.train), config.batch_size
+        n, batch = len(self.data.train), config.batch_size or 1
         if batch > n or batch % (self.world * config.accumulate):
             wanted = f"at most the {n} images and a multiple of processes times accumulate, {self.world} x {config.accumulate}"
             raise ValueError(f"batch_size must be {wanted}, got {batch}")

@@ -1,0 +1,5 @@
+"""``python -m pyvit``."""
+
+from pyvit.cli import main
+
+main()

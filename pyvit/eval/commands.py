@@ -1,0 +1,7 @@
+"""The subcommands of ``pyvit eval``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+COMMANDS: dict[str, Callable[..., None]] = {}

@@ -1,0 +1,111 @@
+"""What this installation has, what it lacks and how to get it. Looking starts nothing and touches no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pyvit import library
+from pyvit.backends import BACKENDS, CAPABILITIES, absent
+from pyvit.version import __version__
+
+#: Optional packages: import name -> (extra that installs it, what it is for).
+PACKAGES = {
+    "triton": ("gpu", "Triton kernels"),
+    "typer": ("cli", "command line"),
+    "rich": ("cli", "tables and progress bars"),
+    "accelerate": ("train", "training"),
+    "datasets": ("train", "Hugging Face data sets"),
+    "kornia": ("train", "augmentation"),
+    "safetensors": ("train", "weights"),
+    "sklearn": ("train", "digits, linear probes"),
+    "matplotlib": ("train", "plots"),
+    "tensorboard": ("train", "TensorBoard logs"),
+    "tokenizers": ("train", "tokenizer files"),
+}
+
+
+@dataclass(frozen=True)
+class Info:
+    """The report of :func:`info`; ``print`` it."""
+
+    system: dict[str, str]
+    backends: dict[str, str]
+    operators: dict[str, str]
+    packages: dict[str, str]
+    advice: list[str]
+
+    def __str__(self) -> str:
+        lines = []
+        for title, table in (
+            ("pyvit", self.system),
+            ("backends", self.backends),
+            ("operators", self.operators),
+            ("packages", self.packages),
+        ):
+            lines.append(title)
+            lines += [f"  {key:<28} {value}" for key, value in table.items()]
+        return "\n".join(lines + [f"* {line}" for line in self.advice])
+
+    __repr__ = __str__
+
+
+def info() -> Info:
+    """Versions, the processor's instruction set, backends and why each is missing, what serves each operator, optional packages."""
+    advice = []
+    system = {
+        "version": f"{__version__} in {Path(__file__).parent}",
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "processor": _processor(),
+        "kernels' instruction set": _isa(),
+    }
+    for name in ("PYVIT_BACKEND", "PYVIT_CPU_ISA", "PYVIT_NO_LIBRARY", "TRITON_INTERPRET"):
+        if os.environ.get(name):
+            system[name] = os.environ[name]
+    problem = library.problem()
+    system["compiled library"] = (
+        f"{library.PATH} ({library.PATH.stat().st_size / 1e6:.1f} MB)" if problem is None else f"not in use: {problem}"
+    )
+    if problem is not None and os.environ.get("PYVIT_NO_LIBRARY") != "1":
+        advice.append("without the compiled library most operators run as naive PyTorch; 'pip install .' or 'make build' builds it")
+    elif problem is None:
+        archs = torch.ops.pyvit.cuda_archs()
+        system["CUDA in the library"] = f"for {archs}" if archs else "no (built without nvcc)"
+    system["CUDA in torch"] = torch.version.cuda or (f"ROCm {torch.version.hip}" if torch.version.hip else "no, a CPU build")
+    backends = {}
+    for backend in BACKENDS:
+        why = {device: absent("flash_attention", backend, device) for device in ("cpu", "cuda")}
+        able = [device for device, reason in why.items() if reason is None]
+        backends[backend] = f"on {', '.join(able)} tensors" if able else str(why["cuda" if backend in ("cuda", "triton") else "cpu"])
+    operators = {op: _served(op) for op in CAPABILITIES}
+    packages = {}
+    for name, (extra, use) in PACKAGES.items():
+        found = importlib.util.find_spec(name) is not None
+        packages[name] = "installed" if found else f"missing: {use}; pip install 'pyvit-kernels[{extra}]'"
+    return Info(system, backends, operators, packages, advice)
+
+
+def _served(op: str) -> str:
+    able = [b for b in BACKENDS if absent(op, b, "cpu") is None and b in CAPABILITIES[op]]
+    dtypes = {b: ", ".join(str(d).removeprefix("torch.") for d in CAPABILITIES[op][b].dtypes) for b in able}
+    return "; ".join(f"{b} ({dtypes[b]})" for b in able if b != "reference") or "reference alone"
+
+
+def _processor() -> str:
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {os.cpu_count()} logical cores"
+
+
+def _isa() -> str:
+    return str(torch.ops.pyvit.cpu_isa()) if library.problem() is None else "none (no compiled library)"

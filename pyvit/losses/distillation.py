@@ -1,0 +1,143 @@
+"""Self-distillation: a student's softmax over prototypes follows a teacher's, sharpened and kept from collapsing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyvit.ops import distillation_cross_entropy, koleo, sinkhorn_center
+
+
+class _Centered(nn.Module):
+    """What keeps a teacher from one answer: a running mean of its scores, or a Sinkhorn assignment of the batch.
+
+    With prototypes, scores are products that are never stored; the centre needs their mean alone, which is the mean feature's scores.
+    """
+
+    center: Tensor
+
+    def __init__(self, prototypes: int, student_temp: float, momentum: float, centering: str, iterations: int, group: Any) -> None:
+        super().__init__()
+        if centering not in ("centering", "sinkhorn_knopp"):
+            raise ValueError(f"{type(self).__name__}: centering must be 'centering' or 'sinkhorn_knopp', got {centering!r}")
+        self.student_temp, self.momentum, self.centering, self.iterations, self.group = student_temp, momentum, centering, iterations, group
+        self.register_buffer("center", torch.zeros(prototypes))
+
+    @torch.no_grad()
+    def _center(self, teacher: Tensor, prototypes: Tensor | None, temp: float) -> Tensor:
+        """Centre for teacher features or scores (M, C), and the running mean's update."""
+        if self.centering == "sinkhorn_knopp":
+            return sinkhorn_center(teacher, temp, self.iterations, prototypes=prototypes, group=self.group)
+        used = self.center.clone()
+        with torch.autocast(teacher.device.type, enabled=False):
+            mean = teacher.float().mean(0)
+            if self.group is not None:
+                dist.all_reduce(mean, group=self.group)
+                mean /= dist.get_world_size(self.group)
+            if prototypes is not None:
+                mean = prototypes.float() @ mean
+        if self.training:
+            self.center.mul_(self.momentum).add_(mean, alpha=1 - self.momentum)
+        return used
+
+
+class DINOLoss(_Centered):
+    """Cross-entropy of every student crop against every teacher crop but itself (Caron et al., 2021).
+
+    Args:
+        prototypes: K, 65536 in the paper.
+        student_temp, momentum: 0.1 and 0.9. The teacher's temperature is given per call, since it follows a schedule.
+        centering: "centering" (DINO) or "sinkhorn_knopp" (DINOv2), over ``iterations``. group: ranks that share a batch.
+    """
+
+    def __init__(
+        self,
+        prototypes: int = 65536,
+        student_temp: float = 0.1,
+        momentum: float = 0.9,
+        centering: str = "centering",
+        iterations: int = 3,
+        group: Any = None,
+    ) -> None:
+        super().__init__(prototypes, student_temp, momentum, centering, iterations, group)
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        teacher_temp: float,
+        *,
+        student_prototypes: Tensor | None = None,
+        teacher_prototypes: Tensor | None = None,
+    ) -> Tensor:
+        """student (S, N, C) and teacher (T, N, C): scores, or features with prototypes (K, C). The first T student crops are the teacher's."""
+        s, t, n = student.shape[0], teacher.shape[0], student.shape[1]
+        pairs = 1 - torch.eye(s, t, device=student.device)
+        if not pairs.any():
+            raise ValueError(f"DINOLoss: student must have a crop that the teacher's single one can be compared with, got {s}")
+        center = self._center(teacher.flatten(0, 1), teacher_prototypes, teacher_temp)
+        return distillation_cross_entropy(
+            student,
+            teacher,
+            self.student_temp,
+            teacher_temp,
+            center=center,
+            student_prototypes=student_prototypes,
+            teacher_prototypes=teacher_prototypes,
+            weights=(pairs / (pairs.sum() * n))[:, :, None],
+        )
+
+
+class IBOTLoss(_Centered):
+    """Cross-entropy of masked patches against the teacher's view of them (Zhou et al., 2022).
+
+    Each masked token counts 1 / (masked tokens of its image); the mean is over images. Arguments as :class:`DINOLoss`.
+    """
+
+    def __init__(
+        self,
+        prototypes: int = 65536,
+        student_temp: float = 0.1,
+        momentum: float = 0.9,
+        centering: str = "centering",
+        iterations: int = 3,
+        group: Any = None,
+    ) -> None:
+        super().__init__(prototypes, student_temp, momentum, centering, iterations, group)
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        weights: Tensor,
+        teacher_temp: float,
+        *,
+        student_prototypes: Tensor | None = None,
+        teacher_prototypes: Tensor | None = None,
+    ) -> Tensor:
+        """student, teacher (M, C): the masked tokens of the batch alone; weights (M,), which sum to 1 over the batch."""
+        if student.shape[0] == 0:
+            return student.sum() * 0.0
+        center = self._center(teacher, teacher_prototypes, teacher_temp)
+        return distillation_cross_entropy(
+            student,
+            teacher,
+            self.student_temp,
+            teacher_temp,
+            center=center,
+            student_prototypes=student_prototypes,
+            teacher_prototypes=teacher_prototypes,
+            weights=weights[None, None],
+        )
+
+
+class KoLeoLoss(nn.Module):
+    """KoLeo of normalised features, in float32 (Sablayrolles et al., 2019; DINOv2, appendix A)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, D): the class tokens of one crop; a crop's neighbour must not be another crop of its image."""
+        return koleo(F.normalize(x.float(), dim=-1))
