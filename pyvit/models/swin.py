@@ -142,6 +142,7 @@ class SwinTransformer(nn.Module):
                 f"SwinTransformer: pretrained_window_sizes is for version 2, one per stage ({len(depths)}), got {pretrained_window_sizes}"
             )
         self.version, self.grad_checkpointing, self.global_pool = version, False, global_pool
+        self.img_size = pair(img_size)
         self.num_features = [embed_dim * 2**s for s in range(len(depths))]
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm_layer=nn.LayerNorm, pad=True, mean=mean, std=std)
         grid = self.patch_embed.grid(pair(img_size))
@@ -224,6 +225,10 @@ class SwinTransformer(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The map to logits (B, num_classes), or to what enters the classifier."""
         return self.head(x, pre_logits)
+
+    def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
+        """Arguments of a forward pass, of the size the windows were planned for."""
+        return (torch.zeros(batch, self.patch_embed.in_chans, *self.img_size, device=self.norm.weight.device),)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(images))

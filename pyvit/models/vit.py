@@ -259,6 +259,10 @@ class VisionTransformer(nn.Module):
         x = self.head_drop(self.fc_norm(self.pool(x)))
         return x if pre_logits else self.head(x)
 
+    def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
+        """Arguments of a forward pass, of the size the model was made for."""
+        return (torch.zeros(batch, self.patch_embed.in_chans, *self.img_size, device=self.patch_embed.proj.weight.device),)
+
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(images))
 

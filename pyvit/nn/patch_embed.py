@@ -44,7 +44,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = pair(patch_size)
         self.stride = self.patch_size if stride is None else pair(stride)
-        self.pad = pad
+        self.pad, self.in_chans = pad, in_chans
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, bias=bias)
         self.norm = norm_layer(embed_dim) if norm_layer is not None else None
         self.mean: Tensor | None

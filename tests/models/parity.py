@@ -25,8 +25,8 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
         return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
 
 
-def check_parity(ours: nn.Module, theirs: nn.Module, our_out: Tensor, their_out: Tensor, rtol: float = 1e-4, **load: object) -> float:
-    """Outputs (already computed from the same weights) and all gradients agree to ``rtol`` of the largest value; returns the output's error."""
+def check_parity(ours: nn.Module, theirs: nn.Module, our_out: Tensor, their_out: Tensor, rtol: float = 1e-4) -> float:
+    """Outputs, computed from the same weights, and all gradients agree to ``rtol`` of the largest value; returns the output's error."""
     error = relative_error(our_out, their_out)
     assert error < rtol, f"outputs differ by {error:.2e}"
     weights = torch.randn(their_out.shape, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,201 @@
+"""What a model costs: parameters, multiply-accumulates, tokens, and the memory that attention takes with and without fusion.
+
+Everything is counted from the model: it runs on tensors without storage, every matrix product and convolution is recorded, and every
+attention layer reports the scores it would store. "FLOPs" in the papers of ViT and Swin are multiply-accumulates (MACs), as here.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from pyvit.dispatch import use_backend
+from pyvit.models.registry import create_model
+from pyvit.nn import Attention, WindowAttention
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one input.
+
+    params: parameters, positions and mask tokens included. macs: multiply-accumulates of matrix products and convolutions.
+    tokens: the longest sequence any attention layer sees; for windows, tokens of a window.
+    scores: attention probabilities of all layers together, as many numbers as naive attention stores for the backward pass.
+    statistics: what fused attention stores in their place, one log-sum-exp per query and head.
+    """
+
+    name: str
+    input_shape: tuple[int, ...]
+    params: int
+    macs: int
+    tokens: int
+    scores: int
+    statistics: int
+
+    def memory(self, itemsize: int = 4) -> tuple[int, int]:
+        """Bytes of attention memory per input in training: naive, at ``itemsize`` per number, and fused (float32)."""
+        return self.scores * itemsize, self.statistics * 4
+
+
+def count(model: str, **overrides: Any) -> Cost:
+    """Cost of a registered model for one input, with settings overridden (``img_size=384``); nothing is allocated or computed."""
+    with torch.device("meta"):
+        made = create_model(model, **overrides)
+    with FakeTensorMode():
+        for module in made.modules():
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=False))
+            for name, b in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(b.shape, dtype=b.dtype))
+        return count_module(made, name=model)
+
+
+def count_module(model: nn.Module, inputs: Sequence[Any] | None = None, name: str | None = None) -> Cost:
+    """Cost of one forward pass of a module; ``inputs`` default to the model's own ``example_inputs``, a batch of one."""
+    inputs = tuple(model.example_inputs(1)) if inputs is None else tuple(inputs)  # type: ignore[operator]
+    seen: list[tuple[int, int, int]] = []  # (sequences x heads, queries, keys) of each attention call
+
+    def record(module: nn.Module, args: tuple[Any, ...], _out: Any) -> None:
+        x = args[0]
+        if isinstance(module, WindowAttention):
+            (b, h, w, _), (wh, ww) = x.shape, module.window_size
+            seen.append((b * -(-h // wh) * -(-w // ww) * module.num_heads, wh * ww, wh * ww))
+        elif isinstance(module, Attention):
+            seen.append((x.shape[0] * module.num_heads, x.shape[1], x.shape[1]))
+
+    handles = [m.register_forward_hook(record) for m in model.modules() if isinstance(m, Attention | WindowAttention)]
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    device = next((t.device.type for t in inputs if isinstance(t, torch.Tensor)), "cpu")
+    try:
+        # The counter sees the dispatcher's operators, which are those of the CPU; the reference is made of products it knows.
+        with torch.no_grad(), counter, use_backend(None if device == "cpu" else "reference"):
+            model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Cost(
+        name or type(model).__name__,
+        tuple(inputs[0].shape),
+        sum(p.numel() for p in model.parameters()),
+        counter.get_total_flops() // 2,
+        max((k for _, _, k in seen), default=0),
+        sum(bh * q * k for bh, q, k in seen),
+        sum(bh * q for bh, q, _ in seen),
+    )
+
+
+def _attention(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: Any) -> int:
+    b, h, n, d = q
+    return 2 * b * h * n * k[2] * (d + v[3])
+
+
+def _window(qkv: Sequence[int], window_size: Sequence[int], *_: Any, **__: Any) -> int:
+    (b, h, w, c3), (wh, ww) = qkv, window_size
+    return 4 * b * -(-h // wh) * -(-w // ww) * (wh * ww) ** 2 * (c3 // 3)
+
+
+def _patches(images: Sequence[int], weight: Sequence[int], *args: Any, out_shape: Sequence[int], **__: Any) -> int:
+    prefix = args[3]
+    patches = out_shape[1] - (prefix[0] if prefix is not None else 0)
+    return 2 * out_shape[0] * patches * math.prod(weight)
+
+
+#: Floating-point operations of pyvit's operators from the shapes of their arguments, for ``torch.utils.flop_counter.FlopCounterMode``.
+FORMULAS = {torch.ops.pyvit.flash_attention: _attention, torch.ops.pyvit.window_attention: _window, torch.ops.pyvit.patch_embed: _patches}
+
+
+def attention_memory(tokens: int, heads: int, layers: int, itemsize: int = 4) -> int:
+    """Bytes of the attention matrices of a whole transformer on one input: layers x heads x tokens^2 x itemsize."""
+    return layers * heads * tokens**2 * itemsize
+
+
+#: The question of why images are cut into patches: 16 heads, 48 layers, float32.
+PIXELS_OR_PATCHES = (
+    ("512 x 512 image, pixels as tokens, one matrix", attention_memory(512 * 512, 1, 1)),
+    ("512 x 512 image, pixels as tokens", attention_memory(512 * 512, 16, 48)),
+    ("512 x 512 image, 16 x 16 patches as tokens", attention_memory(32 * 32, 16, 48)),
+    ("32 x 32 image, pixels as tokens", attention_memory(32 * 32, 16, 48)),
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of the Swin paper's comparison of ImageNet-22k models (Liu et al., 2021, table 1b): millions of parameters, GMACs, top-1 %."""
+
+    label: str
+    img_size: int
+    params: float
+    gmacs: float
+    top1: float
+    name: str | None = None
+
+
+PAPER_TABLE = (
+    Published("R-101x3", 384, 388.0, 204.6, 84.4),
+    Published("R-152x4", 480, 937.0, 840.5, 85.4),
+    Published("ViT-B/16", 384, 86.0, 55.4, 84.0, "vit_base_patch16_384"),
+    Published("ViT-L/16", 384, 307.0, 190.7, 85.2, "vit_large_patch16_384"),
+    Published("Swin-B", 224, 88.0, 15.4, 85.2, "swin_base_patch4_window7_224"),
+    Published("Swin-B", 384, 88.0, 47.0, 86.4, "swin_base_patch4_window12_384"),
+    Published("Swin-L", 384, 197.0, 103.9, 87.3, "swin_large_patch4_window12_384"),
+)
+
+
+def paper_table() -> list[tuple[Published, Cost | None]]:
+    """Every row of :data:`PAPER_TABLE` with the cost counted here; None for the residual networks, which are cited only."""
+    return [(row, count(row.name) if row.name else None) for row in PAPER_TABLE]
+
+
+def throughput(model: nn.Module, batch: int = 8, seconds: float = 3.0, warmup: int = 2) -> float:
+    """Inputs per second of the forward pass on the model's device, in inference mode: whole batches for about ``seconds``."""
+    inputs = model.example_inputs(batch)  # type: ignore[operator]
+    synchronize = torch.cuda.synchronize if inputs[0].is_cuda else lambda: None
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for _ in range(warmup):
+            model(*inputs)
+        synchronize()
+        start, done = time.perf_counter(), 0
+        while done == 0 or time.perf_counter() - start < seconds:
+            model(*inputs)
+            synchronize()
+            done += batch
+        elapsed = time.perf_counter() - start
+    model.train(was_training)
+    return done / elapsed
+
+
+def human(size: float) -> str:
+    """Bytes in decimal units."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{size:.3g} {unit}" if size < 999.5 else f"{size:.0f} {unit}"
+        size /= 1000
+    raise AssertionError
+
+
+HEADER = ("model", "input", "params (M)", "GMACs", "N", "attention naive", "attention fused")
+
+
+def rows(costs: Iterable[Cost]) -> list[tuple[str, ...]]:
+    """Table cells of costs, under :data:`HEADER`; memory is per input, in training, float32."""
+    return [
+        (
+            c.name,
+            "x".join(map(str, c.input_shape[1:])),
+            f"{c.params / 1e6:.2f}",
+            f"{c.macs / 1e9:.2f}",
+            str(c.tokens),
+            *map(human, c.memory()),
+        )
+        for c in costs
+    ]
