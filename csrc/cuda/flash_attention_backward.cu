@@ -1,0 +1,62 @@
+// Gradients of dense and packed attention: see attention.cuh for the three kernels that own queries, keys and bias.
+#include "flash_attention.cuh"
+#include "reduce.cuh"
+
+namespace pyvit::cuda {
+
+// delta = rowsum(grad_out * out) - grad_lse, what the softmax's gradient subtracts. A thread per (sequence, query, head).
+template <class T>
+__global__ void __launch_bounds__(256) attention_delta(const __grid_constant__ AttentionGradient params) {
+  const Attention& f = params.forward;
+  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int head = int(thread % f.heads), i = int(thread / f.heads % f.nq);
+  const int64_t sequence = thread / f.heads / f.nq;
+  if (sequence >= f.batch) return;
+  Dense<T> problem(params, head);
+  problem.begin(int(sequence));
+  if (i >= problem.nq) return;
+  const int64_t at = problem.statistic(head, i);
+  const float dot = dot_rows(static_cast<const T*>(problem.out(head, i)), problem.grad_out(head, i), f.dv);
+  params.delta[at] = dot - (params.grad_lse ? params.grad_lse[at] : 0.0f);
+}
+
+const char* flash_attention_backward(const AttentionGradient& params, Stream stream) {
+  const Attention& f = params.forward;
+  return with_head_dim(f.type, f.d > f.dv ? f.d : f.dv, [&](auto element, auto width) -> const char* {
+    using T = decltype(element);
+    constexpr int D = width(), NT = kBackwardColumns<T, D>;
+    const int64_t rows = int64_t(f.batch) * f.heads * f.nq;
+    if (const char* error = launch("attention_delta", attention_delta<T>, ceil_div(rows, 256), 256, 0, params, stream)) return error;
+
+    const auto query_bytes = [&](int n) { return Layout<T, D, NT>{n, 2, f.nk > 8 * NT ? 2 : 1}.bytes(); };
+    const int query_warps = choose_warps(f.nq, query_bytes);
+    const dim3 query_grid(ceil_div(f.nq, 16 * query_warps) * f.batch, f.heads);
+    if (const char* error = launch("flash_attention_backward (queries)", attention_backward_queries<Dense<T>, D, NT>, query_grid,
+                                   32 * query_warps, query_bytes(16 * query_warps), params, stream))
+      return error;
+
+    const bool streams = int64_t(f.nq) * (f.heads / f.kv_heads) > 8 * NT;
+    const auto key_bytes = [&](int n) { return Layout<T, D, NT>{n, 2, streams ? 2 : 1}.bytes(); };
+    const int key_warps = choose_warps(f.nk, key_bytes);
+    const dim3 key_grid(ceil_div(f.nk, 16 * key_warps) * f.batch, f.kv_heads);
+    if (const char* error = launch("flash_attention_backward (keys)", attention_backward_keys<Dense<T>, D, NT>, key_grid, 32 * key_warps,
+                                   key_bytes(16 * key_warps), params, stream))
+      return error;
+    if (params.grad_bias == nullptr) return nullptr;
+
+    constexpr int kRows = 64;
+    const int bytes = Layout<T, D, NT>{kRows, 2, 1}.bytes();
+    const int extent[4] = {f.batch, f.heads, ceil_div(f.nq, kRows), ceil_div(f.nk, 8 * NT)};
+    const int size[4] = {f.batch, f.heads, f.nq, f.nk};
+    int owned = 1;
+    int64_t elements = 1;
+    for (int i = 0; i < 4; ++i)
+      if (!params.bias_broadcast[i]) owned *= extent[i], elements *= size[i];
+    if (const char* error = launch("flash_attention_backward (bias)", attention_backward_bias<Dense<T>, D, NT>,
+                                   dim3(unsigned(owned) * params.chunks), 2 * kRows, bytes, params, stream))
+      return error;
+    return reduce_partials(params.partials, params.chunks, elements, f.bias_type, params.grad_bias, stream);
+  });
+}
+
+}  // namespace pyvit::cuda

@@ -1,0 +1,47 @@
+// Small reductions in a fixed order.
+#pragma once
+
+#include "kernel_launch.cuh"
+
+namespace pyvit::cuda {
+
+// Sum of products of two rows that begin on 16 bytes, n a multiple of 16 bytes' elements.
+template <class T>
+PYVIT_DEVICE float dot_rows(const T* a, const T* b, int n) {
+  constexpr int kPerChunk = 16 / int(sizeof(T));
+  float sum = 0.0f;
+  for (int c = 0; c < n; c += kPerChunk) {
+    const Bytes16 left = *reinterpret_cast<const Bytes16*>(a + c), right = *reinterpret_cast<const Bytes16*>(b + c);
+    const T *x = reinterpret_cast<const T*>(&left), *y = reinterpret_cast<const T*>(&right);
+#pragma unroll
+    for (int i = 0; i < kPerChunk; ++i) sum += widen(x[i]) * widen(y[i]);
+  }
+  return sum;
+}
+
+struct Partials {
+  const float* from;  // (count, elements)
+  int count;
+  int64_t elements;
+  Type type;
+  void* to;
+};
+
+static __global__ void __launch_bounds__(256) sum_partials(const __grid_constant__ Partials p) {
+  const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (at >= p.elements) return;
+  float sum = 0.0f;
+  for (int i = 0; i < p.count; ++i) sum += p.from[i * p.elements + at];
+  if (p.type == Type::f32)
+    static_cast<float*>(p.to)[at] = sum;
+  else if (p.type == Type::f16)
+    static_cast<f16*>(p.to)[at] = narrow<f16>(sum);
+  else
+    static_cast<bf16*>(p.to)[at] = narrow<bf16>(sum);
+}
+
+inline const char* reduce_partials(const float* from, int count, int64_t elements, Type type, void* to, Stream stream) {
+  return launch("sum_partials", sum_partials, ceil_div(elements, 256), 256, 0, Partials{from, count, elements, type, to}, stream);
+}
+
+}  // namespace pyvit::cuda
