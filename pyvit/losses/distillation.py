@@ -74,7 +74,7 @@ class DINOLoss(_Centered):
         student_prototypes: Tensor | None = None,
         teacher_prototypes: Tensor | None = None,
     ) -> Tensor:
-        """student (S, N, C) and teacher (T, N, C): scores, or features with prototypes (K, C). The first T student crops are the teacher's."""
+        """student (S, N, C), teacher (T, N, C): scores, or features with prototypes (K, C). The first T student crops are the teacher's."""
         s, t, n = student.shape[0], teacher.shape[0], student.shape[1]
         pairs = 1 - torch.eye(s, t, device=student.device)
         if not pairs.any():
