@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ def compare(
     *,
     labels: Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
+    scores: float = 0.0,
+    magnitudes: Sequence[float] | None = None,
     raises: bool = True,
 ) -> list[Comparison]:
     """Hold an operator's outputs (or gradients) to the rule.
@@ -86,6 +89,8 @@ def compare(
         factor: 2 for outputs, 3 for gradients.
         labels: names of the tensors in a sequence.
         dtype: that of the arithmetic, default the coarsest among the outputs; it sets the floor.
+        scores: largest magnitude of the exponents in a softmax whose statistics are float32: exp makes their absolute error a relative one.
+        magnitudes: of what was summed to each tensor, where sums may cancel; at least the tensor's own largest value is taken.
         raises: raise :class:`NumericsError` when a tensor fails.
 
     Shapes, dtypes and values that are not finite must agree exactly (the naive form may overflow where the operator does not).
@@ -99,7 +104,8 @@ def compare(
     refs = [r.detach().to(o.device).double() for r, o in zip(refs, ops, strict=True)]
     peaks = [_peak(r.where(r.isfinite(), 0.0)) for r in refs]
     found = []
-    for label, op, naive, ref, peak in zip(labels, ops, naives, refs, peaks, strict=True):
+    least = magnitudes or [max(peaks) if p <= 1e-9 * max(peaks) else p for p in peaks]
+    for label, op, naive, ref, peak, scale in zip(labels, ops, naives, refs, peaks, least, strict=True):
         full = f"{name} {label}".rstrip()
         if op.shape != ref.shape or op.dtype != naive.dtype:
             note = f", got {op.dtype} {tuple(op.shape)}, wanted {naive.dtype} {tuple(ref.shape)}"
@@ -108,8 +114,8 @@ def compare(
         error, note = _error(op, ref)
         sound = naive.detach().double()
         naive_error = _peak(torch.where(sound.isfinite() & ref.isfinite(), sound - ref, 0.0))
-        scale = peak if peak > 1e-9 * max(peaks) else max(peaks)
-        floor = FLOOR[coarse] * torch.finfo(coarse).eps * scale + torch.finfo(coarse).tiny
+        floor = FLOOR[coarse] * torch.finfo(coarse).eps + scores * torch.finfo(torch.float32).eps
+        floor = floor * max(scale, peak) + torch.finfo(coarse).tiny
         limit = factor * naive_error + floor
         found.append(Comparison(full, error, naive_error, limit, peak, "" if error <= limit else note))
     if raises and not all(c.passed for c in found):
@@ -219,6 +225,31 @@ def run(
     return [o.detach() for o in outputs], found
 
 
+def _gradient_magnitudes(
+    naive: Callable[..., Any],
+    wide: Mapping[str, Tensor],
+    grads: Sequence[str],
+    want: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None,
+    broadcast: Mapping[str, Sequence[int]],
+    options: Mapping[str, Any],
+) -> list[float]:
+    """What the rounding of each gradient is proportional to.
+
+    A gradient through a softmax is a difference of two numbers; with few keys the difference is small, or nothing, while the numbers are of the
+    size of the other gradients. One summed over broadcast dimensions carries the roundings of its terms, added as random numbers add.
+    """
+    peaks = [_peak(g) for g in want]
+    group = max(peaks, default=0.0)
+    found = [group if p <= 1e-9 * group else max(p, min(group, 4 * p)) for p in peaks]
+    for key, shape in broadcast.items():
+        if key in grads:
+            _, (terms,) = run(naive, {**wide, key: wide[key].expand(*shape)}, (key,), cotangents, **options)
+            at = list(grads).index(key)
+            found[at] = max(found[at], _peak(terms.square().sum_to_size(want[at].shape).sqrt()))
+    return found
+
+
 def check_op(
     op: Callable[..., Any],
     tensors: Mapping[str, Tensor],
@@ -227,6 +258,8 @@ def check_op(
     grads: Sequence[str] | None = None,
     naive: Callable[..., Any] | None = None,
     dtype: torch.dtype | None = None,
+    scores: float = 0.0,
+    broadcast: Mapping[str, Sequence[int]] | None = None,
     store: str = "contiguous",
     store_grad: str = "contiguous",
     name: str = "",
@@ -241,6 +274,8 @@ def check_op(
         grads: names of the tensors to differentiate, default every floating one; () checks the forward alone.
         naive: the naive form, default ``op`` with ``backend="reference"``.
         dtype: of the arithmetic, for the floor; default the coarsest among the floating tensors.
+        scores: see :func:`compare`.
+        broadcast: the full shape of tensors that the operator broadcasts, whose gradients are sums that may cancel.
         store, store_grad: how the tensors and the gradients of the outputs lie in memory, see :func:`layout`.
     """
     naive = naive or (lambda **kw: op(**kw, backend="reference"))
@@ -256,11 +291,10 @@ def check_op(
     with poisoned():
         got, got_grads = run(op, tensors, grads, cotangents, backend=backend, **options)
     name = name or getattr(op, "__name__", "op")
-    outputs = ["out", "lse"][: len(got)] if len(got) <= 2 else [f"out{i}" for i in range(len(got))]
-    found = compare(name, got, same, want, FORWARD_FACTOR, labels=outputs, dtype=dtype, raises=False)
-    found += compare(
-        name, got_grads, same_grads, want_grads, GRADIENT_FACTOR, labels=[f"grad_{g}" for g in grads], dtype=dtype, raises=False
-    )
+    rule = functools.partial(compare, name, dtype=dtype, scores=scores, raises=False)
+    found = rule(got, same, want, FORWARD_FACTOR, labels=["out", "lse"][: len(got)])
+    magnitudes = _gradient_magnitudes(naive, wide, grads, want_grads, cotangents, broadcast or {}, options)
+    found += rule(got_grads, same_grads, want_grads, GRADIENT_FACTOR, labels=[f"grad_{key}" for key in grads], magnitudes=magnitudes)
     if raises and not all(c.passed for c in found):
         raise NumericsError("\n".join(map(str, found)))
     return found

@@ -78,13 +78,14 @@ def test_broadcast_bias(on: Served, pattern: tuple[int, ...]) -> None:
     full = (2, 3, 18, 37)
     for dtype in {torch.float32, on.dtype}:
         bias = _bias(on, tuple(n if keep else 1 for n, keep in zip(full, pattern, strict=True)), dtype)
-        check_op(with_lse, {**qkv(on, 2, 3, 18, 37, 40), "bias": bias}, backend=on.backend)
+        check_op(with_lse, {**qkv(on, 2, 3, 18, 37, 40), "bias": bias}, backend=on.backend, broadcast={"bias": full})
 
 
 @on_every
 @pytest.mark.parametrize("shape", [(37,), (18, 37), (1, 37), (3, 1, 37), (3, 18, 37)], ids=str)
 def test_bias_of_fewer_dimensions(on: Served, shape: tuple[int, ...]) -> None:
-    check_op(with_lse, {**qkv(on, 2, 3, 18, 37, 32), "bias": _bias(on, shape, torch.float32)}, backend=on.backend)
+    tensors = {**qkv(on, 2, 3, 18, 37, 32), "bias": _bias(on, shape, torch.float32)}
+    check_op(with_lse, tensors, backend=on.backend, broadcast={"bias": (2, 3, 18, 37)})
 
 
 @on_every
@@ -129,7 +130,7 @@ def test_fully_masked_rows(on: Served, kind: str, nk: int) -> None:
     mask[:, :, rows] = False
     bias = mask if kind == "bool" else _bias(on, mask.shape, torch.float32).masked_fill(~mask, -math.inf)
     tensors = {**qkv(on, 2, 3, 20, nk, 32), "bias": bias}
-    check_op(with_lse, tensors, backend=on.backend)
+    check_op(with_lse, tensors, backend=on.backend, broadcast={"bias": (2, 3, 20, nk)})
     leaves = {name: t.clone().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
     with poisoned():
         out, lse = with_lse(**leaves, backend=on.backend)
@@ -177,7 +178,7 @@ def test_causal_with_bias_and_mask(on: Served) -> None:
 @pytest.mark.parametrize(("h", "hkv"), [(6, 2), (4, 1), (4, 4)])
 def test_grouped_queries(on: Served, h: int, hkv: int) -> None:
     tensors = {**qkv(on, 2, h, 30, 47, 40, 24, hkv), "bias": _bias(on, (1, h, 30, 47), torch.float32)}
-    check_op(with_lse, tensors, backend=on.backend, enable_gqa=True, is_causal=hkv == 2)
+    check_op(with_lse, tensors, backend=on.backend, enable_gqa=True, is_causal=hkv == 2, broadcast={"bias": (2, h, 30, 47)})
 
 
 @pytest.mark.isa
@@ -195,7 +196,8 @@ def test_magnitudes(on: Served, case: str) -> None:
         tensors = {name: t * 1e-3 for name, t in tensors.items()}
     else:
         tensors["bias"] = _bias(on, (60, 77), torch.float32) * 500 - 1e4
-    check_op(with_lse, tensors, backend=on.backend)
+    lse = with_lse(**{name: t.double() for name, t in tensors.items()}, backend="reference")[1]
+    check_op(with_lse, tensors, backend=on.backend, scores=float(lse.abs().max()))
 
 
 @on_every

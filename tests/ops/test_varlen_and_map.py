@@ -71,7 +71,8 @@ def test_varlen_bias(on: Served, pattern: tuple[int, ...], kind: str) -> None:
     tensors, options = packed(on, [9, 20, 4], [11, 6, 30])
     shape = [n if keep else 1 for n, keep in zip((3, 2, options["max_seqlen_q"], options["max_seqlen_k"]), pattern, strict=True)]
     bias = torch.randn(shape, device=on.device)
-    _check(on, {**tensors, "bias": bias > -1.0 if kind == "bool" else bias}, options)
+    full = (3, 2, options["max_seqlen_q"], options["max_seqlen_k"])
+    _check(on, {**tensors, "bias": bias > -1.0 if kind == "bool" else bias}, options, broadcast={"bias": full})
 
 
 @on_varlen
@@ -115,7 +116,7 @@ def test_map_bias(on: Served, pattern: tuple[int, ...]) -> None:
     tensors = {"q": on.randn(2, 4, 9, 32), "k": on.randn(2, 2, 21, 32)}
     bias = torch.randn([n if keep else 1 for n, keep in zip((2, 4, 9, 21), pattern, strict=True)], device=on.device)
     for given in (bias, bias > -1, bias.masked_fill(bias > 0, -math.inf), (bias * 0).bool()):
-        _maps(on, {**tensors, "bias": given}, [8, 0, 3, 3])
+        _maps(on, {**tensors, "bias": given}, [8, 0, 3, 3], broadcast={"bias": (2, 4, 9, 21)})
 
 
 @on_map
