@@ -22,7 +22,8 @@ class VisionTransformer(nn.Module):
         num_classes: 0 for features. global_pool: "token", "avg", "token_avg" (both, concatenated), "map" or "" (every token).
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias, qk_norm, activation, norm_eps: of the blocks (:class:`pyvit.nn.Block`).
         init_values: LayerScale.
-        class_token, reg_tokens: prefix tokens (registers: Darcet et al., 2024). no_embed_class: positions for patches alone.
+        class_token, dist_token, reg_tokens: prefix tokens (distillation: Touvron et al., 2021; registers: Darcet et al., 2024).
+        no_embed_class: positions for patches alone.
         pos_embed: "learn", "sincos" (fixed), "rope" (2-D rotary) or "none". rope_base: longest period of "rope".
         pre_norm: a norm before the blocks (CLIP). final_norm: one after them; with pooling "avg" it follows the pooling (``fc_norm``).
         patch_stride: overlapping patches. patch_bias: of the projection. mask_token: for masked image modelling.
@@ -50,6 +51,7 @@ class VisionTransformer(nn.Module):
         norm_eps: float = 1e-6,
         init_values: float | None = None,
         class_token: bool = True,
+        dist_token: bool = False,
         reg_tokens: int = 0,
         no_embed_class: bool = False,
         pos_embed: str = "learn",
@@ -82,18 +84,19 @@ class VisionTransformer(nn.Module):
         self.img_size, self.embed_dim, self.num_heads, self.global_pool = pair(img_size), embed_dim, num_heads, global_pool
         self.norm_eps, self.grad_checkpointing = norm_eps, False
         self.interpolation = {"antialias": interpolate_antialias, "offset": interpolate_offset}
-        self.num_prefix_tokens = int(class_token) + reg_tokens
+        self.num_prefix_tokens = int(class_token) + int(dist_token) + reg_tokens
         self.no_embed_class = no_embed_class or not class_token
 
         stride = patch_stride
         self.patch_embed = self.make_patch_embed(patch_size, in_chans, embed_dim, stride=stride, bias=patch_bias, mean=mean, std=std)
         self.grid = self.patch_embed.grid(self.img_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if dist_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim)) if mask_token else None
         self.pos_embed, self.rope = None, None
         if pos_embed in ("learn", "sincos"):
-            positions = self.grid[0] * self.grid[1] + (0 if self.no_embed_class else 1)
+            positions = self.grid[0] * self.grid[1] + (0 if self.no_embed_class else 1 + int(dist_token))
             self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim), requires_grad=pos_embed == "learn")
         elif pos_embed == "rope":
             self.rope = RotaryEmbedding(embed_dim // num_heads, rope_base)
@@ -121,7 +124,7 @@ class VisionTransformer(nn.Module):
         )
         after_pool = global_pool == "avg" if fc_norm is None else fc_norm
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps) if final_norm and not after_pool else nn.Identity()
-        self.attn_pool = AttentionPool(embed_dim, num_heads, mlp_ratio, eps=norm_eps) if global_pool == "map" else None
+        self.attn_pool = AttentionPool(embed_dim, num_heads, mlp_ratio, activation, norm_eps) if global_pool == "map" else None
         self.fc_norm = nn.LayerNorm(embed_dim, eps=norm_eps) if final_norm and after_pool else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.init_weights()
@@ -143,7 +146,7 @@ class VisionTransformer(nn.Module):
         elif self.pos_embed is not None:
             with torch.no_grad():
                 self.pos_embed[0, self.pos_embed.shape[1] - self.grid[0] * self.grid[1] :] = sincos_2d(self.embed_dim, self.grid)
-        for token in (self.cls_token, self.reg_token):
+        for token in (self.cls_token, self.dist_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)
 
@@ -172,10 +175,10 @@ class VisionTransformer(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay should leave alone, besides biases and norms."""
-        return {"pos_embed", "cls_token", "reg_token", "mask_token"}
+        return {"pos_embed", "cls_token", "dist_token", "reg_token", "mask_token"}
 
     def positions(self, grid: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
-        """Learned or fixed positions for a grid: of the patches (N, D), resampled, and of the class token (1, D)."""
+        """Learned or fixed positions for a grid: of the patches (N, D), resampled, and of class and distillation token (1 or 2, D)."""
         if self.pos_embed is None:
             return None, None
         first = self.pos_embed.shape[1] - self.grid[0] * self.grid[1]
@@ -183,10 +186,10 @@ class VisionTransformer(nn.Module):
         return resample_positions(of_patches, self.grid, grid, **self.interpolation), of_class if first else None  # type: ignore[arg-type]
 
     def prefix(self, of_class: Tensor | None) -> Tensor | None:
-        """Class token, with its position, and registers, which have none: (P, D)."""
-        tokens = []
-        if self.cls_token is not None:
-            tokens.append(self.cls_token[0] if of_class is None else self.cls_token[0] + of_class)
+        """Class and distillation token, with their positions, and registers, which have none: (P, D)."""
+        tokens = [t[0] for t in (self.cls_token, self.dist_token) if t is not None]
+        if of_class is not None:
+            tokens = [torch.cat(tokens) + of_class]
         if self.reg_token is not None:
             tokens.append(self.reg_token[0])
         return torch.cat(tokens) if tokens else None

@@ -1,0 +1,237 @@
+"""CLIP and SigLIP.
+
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021); Zhai et al., "Sigmoid Loss for Language
+Image Pre-Training" (2023).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pyvit.models.registry import register
+from pyvit.models.vit import VisionTransformer
+from pyvit.nn import Block, Linear
+
+
+class TextTransformer(nn.Module):
+    """Token ids (B, L) to embeddings (B, embed_dim); L up to ``context_length``.
+
+    Args:
+        pool: "eot", the token of the largest id (CLIP), or "last" (SigLIP). causal: each token sees those before it (CLIP).
+        proj_bias: of the output projection.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 512,
+        vocab_size: int = 49408,
+        context_length: int = 77,
+        width: int = 512,
+        num_heads: int = 8,
+        depth: int = 12,
+        mlp_ratio: float = 4.0,
+        activation: str = "quick_gelu",
+        pool: str = "eot",
+        causal: bool = True,
+        proj_bias: bool = False,
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        if pool not in ("eot", "last"):
+            raise ValueError(f"TextTransformer: pool must be 'eot' or 'last', got {pool!r}")
+        self.context_length, self.vocab_size, self.pool, self.causal, self.grad_checkpointing = (
+            context_length,
+            vocab_size,
+            pool,
+            causal,
+            False,
+        )
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
+        make = {"mlp_ratio": mlp_ratio, "activation": activation, "eps": eps}
+        self.blocks = nn.Sequential(*(Block(width, num_heads, **make) for _ in range(depth)))  # type: ignore[arg-type]
+        self.ln_final = nn.LayerNorm(width, eps=eps)
+        self.proj = Linear(width, embed_dim, bias=proj_bias)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        init_tower(self.blocks, width)
+        nn.init.normal_(self.proj.weight, std=width**-0.5)
+        if proj_bias:
+            nn.init.zeros_(self.proj.bias)
+
+    def forward(self, text: Tensor) -> Tensor:
+        if text.dim() != 2 or text.shape[1] > self.context_length:
+            raise ValueError(f"TextTransformer: text must be (B, L) with L up to {self.context_length}, got {tuple(text.shape)}")
+        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, is_causal=self.causal)
+            else:
+                x = block(x, is_causal=self.causal)
+        x = self.ln_final(x)
+        # The end-of-text token has the largest id; with causal attention it alone has read the whole text.
+        x = x[:, -1] if self.pool == "last" else x[torch.arange(x.shape[0], device=x.device), text.argmax(-1)]
+        return self.proj(x)
+
+
+class TextCBOW(nn.Module):
+    """The mean of the words' vectors, projected: (B, L) ids to (B, embed_dim). Id ``pad`` counts for nothing. Figure 3 of CLIP names it."""
+
+    def __init__(self, embed_dim: int = 512, vocab_size: int = 49408, width: int = 512, pad: int = 0) -> None:
+        super().__init__()
+        self.vocab_size, self.pad = vocab_size, pad
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.proj = Linear(width, embed_dim, bias=False)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.proj.weight, std=width**-0.5)
+
+    def forward(self, text: Tensor) -> Tensor:
+        words = (text != self.pad).unsqueeze(-1)
+        total = (self.token_embedding(text) * words).sum(1)
+        return self.proj(total / words.sum(1).clamp_min(1))
+
+
+def init_tower(blocks: nn.Sequential, width: int) -> None:
+    """CLIP's initial weights: residual projections shrink with depth (section 2.4 and its code)."""
+    shrink = width**-0.5 * (2 * len(blocks)) ** -0.5
+    for block in blocks:
+        nn.init.normal_(block.attn.qkv.weight, std=width**-0.5)
+        nn.init.normal_(block.attn.proj.weight, std=shrink)
+        nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(block.mlp.fc2.weight, std=shrink)
+        for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+            nn.init.zeros_(linear.bias)
+
+
+class CLIP(nn.Module):
+    """Two towers and a temperature (figure 3): images and texts to unit vectors whose products are similarities.
+
+    Args:
+        visual: images to (B, embed_dim); text: ids to (B, embed_dim).
+        init_scale: initial temperature's logarithm, ln(1/0.07) in CLIP and ln 10 in SigLIP. init_bias: SigLIP's bias; None for CLIP.
+    """
+
+    def __init__(self, visual: nn.Module, text: nn.Module, init_scale: float = math.log(1 / 0.07), init_bias: float | None = None) -> None:
+        super().__init__()
+        self.visual, self.text = visual, text
+        self.logit_scale = nn.Parameter(torch.tensor(init_scale))
+        self.logit_bias = None if init_bias is None else nn.Parameter(torch.tensor(init_bias))
+
+    def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
+        """(B, C, H, W) to (B, embed_dim), of length 1 unless ``normalize`` is False."""
+        x = self.visual(images)
+        return F.normalize(x, dim=-1) if normalize else x
+
+    def encode_text(self, text: Tensor, normalize: bool = True) -> Tensor:
+        """Ids (B, L) to (B, embed_dim), of length 1 unless ``normalize`` is False."""
+        x = self.text(text)
+        return F.normalize(x, dim=-1) if normalize else x
+
+    def scale(self) -> Tensor:
+        """The factor on similarities, at most 100 (section 2.5)."""
+        return self.logit_scale.clamp(max=math.log(100.0)).exp()
+
+    def forward(self, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Unit image and text embeddings (B, embed_dim), scale () and bias () or None: the arguments of the contrastive losses."""
+        return self.encode_image(images), self.encode_text(text), self.scale(), self.logit_bias
+
+    def logits(self, images: Tensor, text: Tensor) -> Tensor:
+        """Scaled similarities (images, texts)."""
+        image, words, scale, bias = self(images, text)
+        similar = scale * image @ words.T
+        return similar if bias is None else similar + bias
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks of both towers in the backward pass."""
+        for tower in (self.visual, self.text):
+            tower.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay should leave alone, besides biases and norms."""
+        inner = {f"visual.{name}" for name in getattr(self.visual, "no_weight_decay", set)()}
+        return inner | {"logit_scale", "logit_bias", "text.positional_embedding"}
+
+    def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
+        """Arguments of a forward pass."""
+        length = getattr(self.text, "context_length", 8)
+        return (*self.visual.example_inputs(batch), torch.zeros(batch, length, dtype=torch.long, device=self.logit_scale.device))  # type: ignore[operator]
+
+
+def clip_vit(
+    embed_dim: int = 512,
+    img_size: int | Sequence[int] = 224,
+    patch_size: int = 32,
+    width: int = 768,
+    depth: int = 12,
+    num_heads: int = 12,
+    mlp_ratio: float = 4.0,
+    vocab_size: int = 49408,
+    context_length: int = 77,
+    text_width: int = 512,
+    text_depth: int = 12,
+    text_heads: int = 8,
+    text: str = "transformer",
+    activation: str = "quick_gelu",
+    **visual: Any,
+) -> CLIP:
+    """CLIP with a ViT image tower (section 2.4). ``text``: "transformer" or "cbow"; ``visual``: further settings of the ViT."""
+    settings = {"pre_norm": True, "patch_bias": False, "norm_eps": 1e-5, "activation": activation, "num_classes": 0, **visual}
+    make = {"embed_dim": width, "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio}
+    tower = VisionTransformer(img_size=img_size, patch_size=patch_size, **make, **settings)
+    init_tower(tower.blocks, width)
+    for parameter in (tower.cls_token, tower.pos_embed):
+        nn.init.normal_(parameter, std=width**-0.5)
+    tower.head = Linear(width, embed_dim, bias=False)  # a projection without bias
+    nn.init.normal_(tower.head.weight, std=width**-0.5)
+    words = text_tower(text, embed_dim, vocab_size, context_length, text_width, text_heads, text_depth, mlp_ratio, activation)
+    return CLIP(tower, words)
+
+
+def text_tower(kind: str, embed_dim: int, vocab_size: int, context_length: int, width: int, *transformer: Any) -> nn.Module:
+    """The text encoder called ``kind``: "transformer" or "cbow"."""
+    if kind == "cbow":
+        return TextCBOW(embed_dim, vocab_size, width)
+    if kind != "transformer":
+        raise ValueError(f"clip: text must be 'transformer' or 'cbow', got {kind!r}")
+    return TextTransformer(embed_dim, vocab_size, context_length, width, *transformer)
+
+
+def siglip_vit(
+    img_size: int | Sequence[int] = 224,
+    patch_size: int = 16,
+    width: int = 768,
+    depth: int = 12,
+    num_heads: int = 12,
+    mlp_ratio: float = 4.0,
+    vocab_size: int = 32000,
+    context_length: int = 64,
+    **visual: Any,
+) -> CLIP:
+    """SigLIP: no class token, attention pooling, both towers of one width, a bias beside the temperature (section 3.2)."""
+    settings = {"class_token": False, "global_pool": "map", "num_classes": 0, "activation": "gelu_tanh", **visual}
+    make = {"depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio}
+    tower = VisionTransformer(img_size=img_size, patch_size=patch_size, embed_dim=width, **make, **settings)
+    words = TextTransformer(
+        width, vocab_size, context_length, width, activation="gelu_tanh", pool="last", causal=False, proj_bias=True, eps=1e-6, **make
+    )
+    return CLIP(tower, words, init_scale=math.log(10.0), init_bias=-10.0)
+
+
+register("clip_vit_base_patch32_224", clip_vit)
+register("clip_vit_base_patch16_224", clip_vit, patch_size=16)
+_LARGE = {"embed_dim": 768, "patch_size": 14, "width": 1024, "depth": 24, "num_heads": 16, "text_width": 768, "text_heads": 12}
+register("clip_vit_large_patch14_224", clip_vit, **_LARGE)
+register("clip_vit_large_patch14_336", clip_vit, **_LARGE, img_size=336)
+for _image in (224, 256, 384, 512):
+    register(f"siglip_vit_base_patch16_{_image}", siglip_vit, img_size=_image)
+for _image in (256, 384):
+    register(f"siglip_vit_large_patch16_{_image}", siglip_vit, img_size=_image, width=1024, depth=24, num_heads=16)
+_SO400M = {"width": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 4304 / 1152, "patch_size": 14}
+register("siglip_so400m_patch14_384", siglip_vit, **_SO400M, img_size=384)
