@@ -1,0 +1,29 @@
+"""Supervised fine-tuning of pre-trained weights, with the settings of MAE (He et al., 2022, appendix A.1) and BEiT."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pyvit.data import Data
+from pyvit.train.config import Config
+from pyvit.train.supervised import Supervised
+
+
+class Finetune(Supervised):
+    """As supervised training, but from ``--init``, with a rate that shrinks by ``layer_decay`` per block below the head."""
+
+    defaults: ClassVar[dict[str, Any]] = {
+        **Supervised.defaults, "epochs": 100, "layer_decay": 0.65, "warmup": 0.05, "clip": 0.0
+    }  # fmt: skip
+    base_lr, base_batch = 5e-4, 256
+
+    def __init__(self, config: Config, data: Data) -> None:
+        if config.init is None:
+            raise ValueError("finetune: init must name a run's folder or a checkpoint; to train from nothing use supervised")
+        super().__init__(config, data)
+
+    def expectation(self, results: dict[str, float]) -> str:
+        return f"test accuracy {results['accuracy']:.2f} % on {len(self.data.test)} held-out images"
+
+
+RECIPE = Finetune

@@ -1,0 +1,70 @@
+"""A linear classifier on frozen features, with the settings of MAE (He et al., 2022, appendix A.1)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyvit.data import Data
+from pyvit.eval.features import embed, labels_of, over
+from pyvit.train import augment
+from pyvit.train.config import Config
+from pyvit.train.recipe import Recipe, Views, build, initialise
+
+
+class Linear(Recipe):
+    """Features pass a batch norm without parameters, then one matrix; nothing below is touched."""
+
+    defaults: ClassVar[dict[str, Any]] = {"epochs": 90, "batch_size": 16384, "weight_decay": 0.0, "warmup": 10 / 90, "clip": 0.0}
+    options: ClassVar[dict[str, Any]] = {"crop": 0.08}
+    base_lr, base_batch, optimizer = 0.1, 256, "sgd"
+
+    def __init__(self, config: Config, data: Data) -> None:
+        super().__init__(config, data)
+        if config.init is None:
+            raise ValueError("linear: init must name a run's folder or a checkpoint whose features to use")
+        if data.classes is None:
+            raise ValueError(f"linear: data must have classes (one subfolder each), {data.name} has none")
+        self.model = build(config.model or "", data, config, num_classes=0)
+        initialise(self.model, config.init)
+        self.model.requires_grad_(False)
+        with torch.no_grad():
+            width = embed(self.model.eval(), torch.zeros(2, 3, *data.size)).shape[1]
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        self.head = nn.Linear(width, len(data.classes))
+        nn.init.trunc_normal_(self.head.weight, std=0.01)
+        self.augment = augment.mae(data.size, data.flip, (self.opt["crop"], 1.0))
+
+    def train(self, mode: bool = True) -> Linear:
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.model
+
+    def exported(self) -> nn.Module:
+        return nn.Sequential(self.norm, self.head)
+
+    def views(self, batch: Views, step: int, steps: int) -> Views:
+        return {"images": self.normalize(self.augment(batch["image"])), "labels": batch["label"]}
+
+    def forward(self, views: Views) -> dict[str, Tensor]:
+        with torch.no_grad():
+            features = embed(self.model, views["images"]).float()
+        return {"loss": F.cross_entropy(self.head(self.norm(features)), views["labels"])}
+
+    def evaluate(self, data: Data) -> dict[str, float]:
+        device = self.head.weight.device
+        logits = over(data.test, lambda b: self.head(self.norm(embed(self.model, self.normalize(b["image"])).float())), device=device)
+        return {"accuracy": 100 * (logits.argmax(1) == labels_of(data.test)).float().mean().item()}
+
+    def expectation(self, results: dict[str, float]) -> str:
+        return f"linear accuracy {results['accuracy']:.2f} % on {len(self.data.test)} held-out images"
+
+
+RECIPE = Linear

@@ -1,0 +1,76 @@
+"""Masked autoencoding (He et al., 2022): hide most patches, paint them back."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pyvit.data import Data
+from pyvit.models.mae import MaskedAutoencoder
+from pyvit.models.registry import settings_of
+from pyvit.models.vit import VisionTransformer
+from pyvit.train import augment
+from pyvit.train.config import Config, parse
+from pyvit.train.recipe import Recipe, Views, initialise
+
+
+class MAE(Recipe):
+    """The loss is the squared error of the hidden patches, each normalised by its own mean and variance."""
+
+    defaults: ClassVar[dict[str, Any]] = {"epochs": 800, "batch_size": 4096, "weight_decay": 0.05, "warmup": 40 / 800, "clip": 0.0}
+    options: ClassVar[dict[str, Any]] = {
+        "mask_ratio": 0.75,
+        "norm_pix": True,
+        "decoder_dim": 512,
+        "decoder_depth": 8,
+        "decoder_heads": 16,
+        "crop": 0.2,
+    }
+    base_lr, base_batch, betas = 1.5e-4, 256, (0.9, 0.95)
+
+    def __init__(self, config: Config, data: Data) -> None:
+        super().__init__(config, data)
+        constructor, settings = settings_of(config.model or "")
+        if not isinstance(constructor, type) or not issubclass(constructor, VisionTransformer):
+            raise ValueError(f"mae: model must be a vision transformer (vit_* or mae_*), got {config.model}")
+        decoder = {
+            f"decoder_{k}": self.opt[o]
+            for k, o in (("embed_dim", "decoder_dim"), ("depth", "decoder_depth"), ("num_heads", "decoder_heads"))
+        }
+        wanted = {**settings, "num_classes": 0, "img_size": data.size, **decoder, "norm_pix_loss": self.opt["norm_pix"]}
+        self.model = MaskedAutoencoder(**{**wanted, **parse(config.set, "set")})
+        self.model.set_grad_checkpointing(config.checkpointing)
+        if config.init is not None:
+            initialise(self.model, config.init)
+        self.augment = augment.mae(data.size, data.flip, (self.opt["crop"], 1.0))
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.model
+
+    def views(self, batch: Views, step: int, steps: int) -> Views:
+        images = self.normalize(self.augment(batch["image"]))
+        rows, columns = self.model.patch_embed.grid(images.shape[2:])
+        return {"images": images, "noise": torch.rand(len(images), rows * columns, device=images.device)}
+
+    def forward(self, views: Views) -> dict[str, Tensor]:
+        loss, _, _ = self.model(views["images"], self.opt["mask_ratio"], views["noise"])
+        return {"loss": loss}
+
+    def evaluate(self, data: Data) -> dict[str, float]:
+        """The reconstruction loss of held-out images, and how well their neighbours share their label."""
+        from pyvit.eval.knn import knn_accuracy_of
+
+        batch = data.test.fetch(range(min(len(data.test), 512)))
+        images = self.normalize(batch["image"].to(self.mean.device))
+        loss, _, _ = self.model(images, self.opt["mask_ratio"])
+        return {"test_loss": float(loss), **knn_accuracy_of(self, data)}
+
+    def expectation(self, results: dict[str, float]) -> str:
+        line = f"reconstruction loss {results['test_loss']:.3f} on held-out images (1 is what a flat patch scores)"
+        return line + (f"; k-NN accuracy {results['knn']:.2f} %" if "knn" in results else "")
+
+
+RECIPE = MAE
