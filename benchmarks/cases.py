@@ -15,7 +15,8 @@ class Target:
     """A promise about ``ours``, each part optional.
 
     ``ratio``: times as fast as the fastest of ``against``; ``ceiling``: percent of the machine's multiply-add rate; ``memory``: peak memory
-    as a part of that of the first of ``against``; ``extra_us``: microseconds a call may take beyond the fastest of ``against``.
+    as a part of that of the first of ``against``; ``extra_us``: microseconds a call may take beyond the fastest of ``against``;
+    ``roofline``: percent of what the memory bus and the arithmetic allow; ``each``: provider and how many times as fast as that one.
     """
 
     ratio: float | None = None
@@ -23,6 +24,8 @@ class Target:
     ceiling: float | None = None
     memory: float | None = None
     extra_us: float | None = None
+    roofline: float | None = None
+    each: tuple[tuple[str, float], ...] = ()
 
     def __str__(self) -> str:
         parts = []
@@ -34,6 +37,9 @@ class Target:
             parts.append(f"{self.memory:g}x memory")
         if self.extra_us is not None:
             parts.append(f"+{self.extra_us:g} us")
+        if self.roofline is not None:
+            parts.append(f"{self.roofline:g} % of roofline")
+        parts += [f"{times:g}x {name}" for name, times in self.each]
         return ", ".join(parts)
 
 

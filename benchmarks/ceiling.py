@@ -22,6 +22,10 @@ class Ceiling:
         """``gflops`` in percent of the ceiling for ``dtype``; NaN where that was not measured."""
         return 100.0 * gflops / self.gflops.get(dtype, float("nan"))
 
+    def floor_ms(self, flops: float, moved: float, dtype: str) -> float:
+        """Shortest possible time for so many flops and bytes of memory traffic: the roofline."""
+        return max(flops / self.gflops.get(dtype, float("nan")) / 1e6, moved / self.copy_gbs / 1e6)
+
     def __str__(self) -> str:
         rates = ", ".join(f"{rate:.0f} GF/s {dtype}" for dtype, rate in self.gflops.items())
         return f"{rates}, copy {self.copy_gbs:.1f} GB/s ({self.threads} threads; {self.source})"

@@ -48,7 +48,7 @@ def pixels(source: str, batch: int, size: int, seed: int = 0) -> Tensor:
 
 def normalised(images: Tensor) -> Tensor:
     """uint8 images to float32 with ImageNet's mean and deviation."""
-    mean, std = (torch.tensor(c)[:, None, None] for c in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(c, device=images.device)[:, None, None] for c in (IMAGENET_MEAN, IMAGENET_STD))
     return (images / 255.0 - mean) / std
 
 
@@ -72,13 +72,6 @@ def projected_qkv(source: str, batch: int, length: int, width: int, seed: int = 
     prefix = torch.randn(length - grid * grid, width, generator=rng).expand(batch, -1, -1)
     weight = torch.randn(3 * width, width, generator=rng) / math.sqrt(width)
     return torch.cat([prefix, x], 1) @ weight.T
-
-
-def attention_qkv(source: str, batch: int, heads: int, length: int, head_dim: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (batch, heads, length, head_dim) as strided views of one projection."""
-    qkv = projected_qkv(source, batch, length, heads * head_dim, seed)
-    q, k, v = qkv.view(batch, length, 3, heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v
 
 
 def window_qkv(source: str, batch: int, side: int, width: int, seed: int = 0) -> Tensor:

@@ -17,7 +17,7 @@ import pyvit
 from benchmarks import inputs, peers, plain
 from benchmarks.cases import Case
 from benchmarks.gate import Gate, Verdict, worst
-from benchmarks.workload import OURS, Contender, Workload
+from benchmarks.workload import OURS, Contender, Workload, raised
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -64,31 +64,33 @@ MODULES: dict[str, Callable[[str], nn.Module]] = {
     "eager SDPA": lambda name: _plain(name, "sdpa"),
     "eager naive": lambda name: _plain(name, "naive"),
     "compile": lambda name: _plain(name, "sdpa"),
+    "naive + compile": lambda name: _plain(name, "naive"),
     "ours + compile": _ours,
     "timm": lambda name: peers.timm_model(name, weights(name)),
+    "timm + compile": lambda name: peers.timm_model(name, weights(name)),
     "transformers": lambda name: peers.transformers_model(name, weights(name)),
 }
-_NEEDS = {"ours + compile": "compile"}
+_NEEDS = {"ours + compile": ("compile",), "naive + compile": ("compile",), "timm + compile": ("compile", "timm")}
+_CPU_ONLY = ("onnxruntime", "openvino")
 
 
-def _images(case: Case, source: str) -> Tensor:
-    return inputs.normalised(inputs.pixels(source, case.shape["batch"], case.shape["size"]))
+def _images(case: Case, source: str, device: str) -> Tensor:
+    return inputs.normalised(inputs.pixels(source, case.shape["batch"], case.shape["size"])).to(device)
 
 
-def _wanted(case: Case, asked: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def _wanted(case: Case, asked: Sequence[str], device: str) -> tuple[list[str], dict[str, str]]:
     """Providers to build, and for those asked for in vain the reason."""
     found, unavailable = [], {}
-    names = [*MODULES, "onnxruntime", "openvino"]
-    for name in names:
-        package = _NEEDS.get(name, name)
+    for name in (*MODULES, *(_CPU_ONLY if device == "cpu" else ())):
+        packages = _NEEDS.get(name, (name,))
         if name in (OURS, "eager SDPA", "eager naive"):
             if name == OURS and not hasattr(pyvit, "create_model"):
                 unavailable[OURS] = "this pyvit has no create_model"
             else:
                 found.append(name)
-        elif package in asked:
-            reason = peers.absent(package)
-            if reason is None and name in ("onnxruntime", "openvino") and case.mode == "train":
+        elif all(package in asked for package in packages):
+            reason = next((why for package in packages if (why := peers.absent(package))), None)
+            if reason is None and name in _CPU_ONLY and case.mode == "train":
                 reason = "cannot train"
             if reason is None and name == "onnxruntime" and case.dtype != "fp32":
                 reason = f"its CPU provider has no {case.dtype} kernels for this model"
@@ -106,7 +108,7 @@ def _inference(case: Case, name: str, images: Tensor) -> Forward:
     if name == "openvino":
         call = peers.openvino_call(_plain(case.op, "sdpa").eval(), images.float(), case.dtype, threads)
         return lambda x: call(x.float()).to(x.dtype)
-    model = MODULES[name](case.op).eval().to(dtype)
+    model = MODULES[name](case.op).eval().to(images.device, dtype)
     compiled = torch.compile(model, dynamic=False) if name.endswith("compile") else model
 
     def forward(x: Tensor) -> Tensor:
@@ -116,10 +118,10 @@ def _inference(case: Case, name: str, images: Tensor) -> Forward:
     return forward
 
 
-def _build_inference(case: Case, source: str, work: Workload, names: Sequence[str]) -> None:
+def _build_inference(case: Case, source: str, work: Workload, names: Sequence[str], device: str) -> None:
     dtype = inputs.DTYPES[case.dtype]
-    images = _images(case, source).to(dtype)
-    naive = {torch.float64: _plain(case.op, "naive").double().eval(), dtype: _plain(case.op, "naive").to(dtype).eval()}
+    images = _images(case, source, device).to(dtype)
+    naive = {kind: _plain(case.op, "naive").to(device, kind).eval() for kind in (torch.float64, dtype)}
 
     def reference(images: Tensor) -> Tensor:
         with torch.no_grad():
@@ -133,22 +135,28 @@ def _build_inference(case: Case, source: str, work: Workload, names: Sequence[st
         return worst(gate[0](name, lambda images: forward(images)))
 
     for name in names:
-        forward = _inference(case, name, images)
+        try:
+            forward = _inference(case, name, images)
+        except Exception as error:
+            if name == OURS:
+                raise
+            work.unavailable[name] = raised(error)
+            continue
         given = images.float() if name == "openvino" else images
         work.contenders[name] = Contender(lambda f=forward, x=given: f(x), lambda n=name, f=forward: verdict(n, f), peers.version(name))
 
 
-def _build_train(case: Case, source: str, work: Workload, names: Sequence[str]) -> None:
-    images = _images(case, source)
-    labels = torch.arange(images.shape[0]) * 97 % 1000
-    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=case.dtype == "bf16")
+def _build_train(case: Case, source: str, work: Workload, names: Sequence[str], device: str) -> None:
+    images = _images(case, source, device)
+    labels = torch.arange(images.shape[0], device=device) * 97 % 1000
+    autocast = functools.partial(torch.autocast, device, torch.bfloat16, enabled=case.dtype == "bf16")
     few = images[:2]
     parameters = dict(weights(case.op).items())
     naive = {torch.float64: _plain(case.op, "naive").double(), torch.float32: _plain(case.op, "naive")}
 
     def loss_of(model: nn.Module, tensors: dict[str, Tensor], low: bool) -> Tensor:
         x = tensors.pop("images")
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        with torch.autocast(device, torch.bfloat16, enabled=low):
             return F.cross_entropy(functional_call(model, tensors, (x,)).to(x.dtype), labels[: x.shape[0]])
 
     def reference(**tensors: Tensor) -> Tensor:
@@ -168,7 +176,7 @@ def _build_train(case: Case, source: str, work: Workload, names: Sequence[str]) 
         return worst(gate[0](name, lambda **tensors: loss_of(model, tensors, case.dtype == "bf16")))
 
     for name in names:
-        model = MODULES[name](case.op).train()
+        model = MODULES[name](case.op).train().to(device)
         trained = copy.deepcopy(model)
         compiled = torch.compile(trained, dynamic=False) if name.endswith("compile") else trained
         optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-6, fused=True)
@@ -180,13 +188,14 @@ def _build_train(case: Case, source: str, work: Workload, names: Sequence[str]) 
             loss.backward()
             optimizer.step()
 
-        work.contenders[name] = Contender(step, lambda n=name, m=model: verdict(n, m), peers.version(name))
+        held = 4 * sum(p.nbytes for p in trained.parameters()) / 2**20  # weights, gradients and AdamW's two moments
+        work.contenders[name] = Contender(step, lambda n=name, m=model: verdict(n, m), peers.version(name), held)
 
 
-def build(case: Case, source: str, asked: Sequence[str]) -> Workload:
+def build(case: Case, source: str, asked: Sequence[str], device: str = "cpu") -> Workload:
     """The workload of a model's case with the peers of ``asked``."""
-    names, unavailable = _wanted(case, asked)
+    names, unavailable = _wanted(case, asked, device)
     train = case.mode == "train"
     work = Workload(case, source, flops(case.op, case.shape["batch"], train), unavailable=unavailable)
-    (_build_train if train else _build_inference)(case, source, work, names)
+    (_build_train if train else _build_inference)(case, source, work, names, device)
     return work

@@ -1,6 +1,6 @@
 """The libraries a user could reach for instead, each with the same weights; one that is missing says why.
 
-timm asks for torchvision only to load and augment images, and torchvision's wheels need the torch build they were made for. Where torchvision
+timm asks for torchvision only to load and augment images, and its wheels need the torch build they were made for. Where torchvision
 does not import, timm is imported with empty modules in its place, which are gone again afterwards: its models and layers are its own.
 """
 
@@ -39,7 +39,8 @@ def absent(peer: str) -> str | None:
 
 
 def version(peer: str) -> str:
-    return f"{peer} {importlib.metadata.version(peer)}" if peer in _PACKAGES else ""
+    package = peer.partition(" ")[0]
+    return f"{package} {importlib.metadata.version(package)}" if package in _PACKAGES else ""
 
 
 class _EmptyTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -1,6 +1,6 @@
 """ViT and Swin in plain PyTorch, and the arithmetic of their attention as it is usually written: what the ops are compared with.
 
-Written from the papers with timm's parameter names, so that weights pass between timm, pyvit and these; the tests hold them to timm's outputs
+Written from the papers with timm's parameter names, so that weights pass between timm, pyvit and these; tests hold them to timm's outputs
 where timm is installed. ``attention`` is "sdpa" or "naive".
 """
 

@@ -1,269 +1,28 @@
-"""Every way of computing an op: ours, the naive form, PyTorch's own, and the compiler's. Models are in :mod:`benchmarks.models`."""
+"""From an op's case to calls that can be gated and timed."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import pyvit
-from benchmarks import inputs, plain
+from benchmarks import inputs
 from benchmarks.cases import Case
 from benchmarks.gate import Gate, Verdict, worst
-from benchmarks.workload import OURS, Contender, Workload
-from pyvit.ops import reference
+from benchmarks.specs import SPECS, Provider, Spec, Tensors
+from benchmarks.workload import OURS, Contender, Workload, raised
 
-Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Provider:
-    """``fn(**tensors)`` gives the output, or a tuple that starts with it.
-
-    ``prepare`` brings the inputs into the provider's own layout before the clock starts: what a model would have at hand there.
-    """
-
-    name: str
-    fn: Callable[..., Any]
-    prepare: Callable[[Tensors], Tensors] | None = None
-
-    def whole(self, **tensors: Tensor) -> Tensor:
-        """The output from the op's inputs, differentiable: what the gate checks."""
-        out = self.fn(**(self.prepare(tensors) if self.prepare else tensors))
-        return out if isinstance(out, Tensor) else out[0]
-
-
-@dataclass(frozen=True)
-class Spec:
-    """An op on one case: its inputs, its definition, who computes it, and the useful flops of the forward."""
-
-    tensors: Tensors
-    naive: Callable[..., Tensor]
-    providers: Sequence[Provider]
-    grads: Sequence[str]
-    flops: float
-    backward: float
-    items: Sequence[int] | None = None
-    unavailable: Mapping[str, str] | None = None
-
-
-def _cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
-    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-
-
-def _flash_attention(case: Case, source: str, dtype: torch.dtype) -> Spec:
-    b, h, n, d = (case.shape[key] for key in ("batch", "heads", "length", "dim"))
-    causal = case.shape.get("causal", False)
-    q, k, v = inputs.attention_qkv(source, b, h, n, d)
-    tensors = _cast({"q": q, "k": k, "v": v}, dtype)
-    if case.shape.get("bias"):
-        tensors["bias"] = torch.randn(1, h, n, n, generator=torch.Generator().manual_seed(5)).to(dtype)
-    mask = torch.ones(n, n, dtype=torch.bool).tril()
-
-    def definition(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        return reference.flash_attention(q, k, v, bias, causal, d**-0.5, 0.0, None)[0]
-
-    def naive(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        return plain.naive_attention(q, k, v, torch.zeros(n, n, dtype=q.dtype).masked_fill(~mask, -math.inf) if causal else bias)
-
-    providers = [
-        Provider(OURS, lambda q, k, v, bias=None: pyvit.ops.flash_attention(q, k, v, bias=bias, is_causal=causal)),
-        Provider("naive", naive),
-        Provider("sdpa", lambda q, k, v, bias=None: F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)),
-        Provider("compile", torch.compile(naive, dynamic=False)),
-    ]
-    flops = 4 * b * h * n * n * d / (2 if causal else 1)
-    return Spec(tensors, definition, providers, ("q", "k", "v"), flops, 3.5, (0, b - 1) if b > 1 else None)
-
-
-def _flash_attention_varlen(case: Case, source: str, dtype: torch.dtype) -> Spec:
-    lengths, h, d = case.shape["lengths"], case.shape["heads"], case.shape["dim"]
-    ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    longest = max(lengths)
-    packed = torch.cat([inputs.projected_qkv(source, 1, n, h * d, seed=i)[0] for i, n in enumerate(lengths)]).view(-1, 3, h, d)
-    tensors = _cast(dict(zip("qkv", packed.unbind(1), strict=True)), dtype)
-    groups = {n: [i for i, m in enumerate(lengths) if m == n] for n in lengths}  # equal lengths stand together, as crops do
-
-    def per_length(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            outs, at = [], 0
-            for n, members in groups.items():
-                rows = slice(at, at + n * len(members))
-                crops = [t[rows].view(len(members), n, h, d).transpose(1, 2) for t in (q, k, v)]
-                outs.append(attend(*crops).transpose(1, 2).reshape(-1, h, d))
-                at = rows.stop
-            return torch.cat(outs)
-
-        return run
-
-    def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return reference.flash_attention_varlen(q, k, v, ends, ends, longest, longest, None, False, d**-0.5)[0]
-
-    providers = [
-        Provider(OURS, lambda q, k, v: pyvit.ops.flash_attention_varlen(q, k, v, ends, ends, longest, longest)),
-        Provider("naive", per_length(plain.naive_attention)),
-        Provider("sdpa", per_length(plain.sdpa)),
-    ]
-    return Spec(tensors, definition, providers, ("q", "k", "v"), sum(4 * h * n * n * d for n in lengths), 3.5)
-
-
-def _window_attention(case: Case, source: str, dtype: torch.dtype) -> Spec:
-    b, side, width, heads, window, shift, version = (
-        case.shape[key] for key in ("batch", "side", "width", "heads", "window", "shift", "version")
-    )
-    rng = torch.Generator().manual_seed(6)
-    table = torch.randn((2 * window - 1) ** 2, heads, generator=rng)
-    tensors = {"qkv": inputs.window_qkv(source, b, side, width), "bias_table": table}
-    if version == 2:
-        tensors["logit_scale"] = torch.full((heads,), math.log(10.0))
-    tensors = _cast(tensors, dtype)
-    scale = (width // heads) ** -0.5
-    index = reference.relative_position_index((window, window))
-    mask = plain.shift_mask(side, side, window, shift).to(dtype) if shift else None
-
-    def definition(qkv: Tensor, bias_table: Tensor, logit_scale: Tensor | None = None) -> Tensor:
-        return reference.window_attention(qkv, [window] * 2, [shift] * 2, heads, bias_table, logit_scale, None, scale, 0.0, None)[0]
-
-    def ours(qkv: Tensor, bias_table: Tensor, logit_scale: Tensor | None = None) -> Tensor:
-        return pyvit.ops.window_attention(qkv, window, shift, num_heads=heads, bias_table=bias_table, logit_scale=logit_scale)
-
-    def prepare(given: Tensors) -> Tensors:
-        # A model rolls and partitions the C channels before the projection, not its 3C: the clock sees that on a map of C channels.
-        qkv = given["qkv"]
-        rolled = qkv.roll((-shift, -shift), (1, 2)) if shift else qkv
-        return {**given, "qkv": plain.partition(rolled, window), "x": qkv[..., :width].contiguous()}
-
-    def timm_path(attend: plain.Attend) -> Callable[..., tuple[Tensor, Tensor]]:
-        def run(qkv: Tensor, x: Tensor, bias_table: Tensor, logit_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            windows = plain.partition(x.roll((-shift, -shift), (1, 2)) if shift else x, window)
-            out = plain.window_core(qkv, heads, bias_table, index, mask, attend, logit_scale)
-            out = plain.reverse(out, window, side, side)
-            return out.roll((shift, shift), (1, 2)) if shift else out, windows
-
-        return run
-
-    naive = timm_path(plain.naive_attention)
-    providers = [Provider(OURS, ours), Provider("timm path", naive, prepare)]
-    if version == 1:
-        providers.append(Provider("timm path, SDPA", timm_path(plain.sdpa), prepare))
-    providers += [Provider("reference", definition), Provider("compile", torch.compile(naive, dynamic=False), prepare)]
-    flops = 4 * b * side * side * window * window * width
-    return Spec(tensors, definition, providers, tuple(tensors), flops, 3.5)
-
-
-def _patch_embed(case: Case, source: str, dtype: torch.dtype) -> Spec:
-    b, size, patch, width = (case.shape[key] for key in ("batch", "size", "patch", "width"))
-    kept, uint8 = case.shape.get("keep"), case.shape.get("uint8", False)
-    rng = torch.Generator().manual_seed(8)
-    count = (size // patch) ** 2
-    images = inputs.pixels(source, b, size)
-    mean, std = (torch.tensor(c) for c in (inputs.IMAGENET_MEAN, inputs.IMAGENET_STD))
-    tensors = {
-        "images": images if uint8 else inputs.normalised(images),
-        "weight": torch.randn(width, 3, patch, patch, generator=rng) / math.sqrt(3 * patch * patch),
-        "bias": torch.randn(width, generator=rng) * 0.1,
-        "pos_embed": torch.randn(count, width, generator=rng) * 0.2,
-        "prefix": torch.randn(1, width, generator=rng),
-    }
-    if kept:
-        tensors["keep"] = torch.rand(b, count, generator=rng).argsort(1)[:, :kept].contiguous()
-    tensors = _cast(tensors, dtype)
-    norm = {"mean": mean, "std": std} if uint8 else {}
-
-    def definition(images: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, prefix: Tensor, keep: Tensor | None = None) -> Tensor:
-        return reference.patch_embed(images, weight, bias, [patch, patch], pos_embed, prefix, keep, norm.get("mean"), norm.get("std"))
-
-    def ours(images: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, prefix: Tensor, keep: Tensor | None = None) -> Tensor:
-        return pyvit.ops.patch_embed(images, weight, bias, pos_embed=pos_embed, prefix=prefix, keep=keep, **norm)
-
-    def floats(images: Tensor, dtype: torch.dtype) -> Tensor:
-        return inputs.normalised(images).to(dtype) if images.dtype == torch.uint8 else images
-
-    def assembled(project: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-        def run(images: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, prefix: Tensor, keep: Tensor | None = None) -> Tensor:
-            x = project(floats(images, weight.dtype), weight, bias) + pos_embed
-            if keep is not None:
-                x = x.gather(1, keep[:, :, None].expand(-1, -1, width))
-            return torch.cat([prefix.expand(b, -1, -1), x], 1)
-
-        return run
-
-    def linear(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        g = size // patch
-        rows = images.view(b, 3, g, patch, g, patch).permute(0, 2, 4, 1, 3, 5).reshape(b, g * g, -1)
-        return F.linear(rows, weight.flatten(1), bias)
-
-    conv = assembled(lambda x, w, bias: F.conv2d(x, w, bias, patch).flatten(2).transpose(1, 2))
-    providers = [Provider(OURS, ours), Provider("conv2d", conv), Provider("reshape + linear", assembled(linear))]
-    if uint8:  # what the bytes are compared with: our own op on pixels that were normalised beforehand
-        float_op = lambda images, **kw: pyvit.ops.patch_embed(images, kw.pop("weight"), kw.pop("bias"), **kw)  # noqa: E731
-        providers.append(Provider("ours, float pixels", float_op, lambda given: {**given, "images": floats(given["images"], dtype)}))
-    providers.append(Provider("compile", torch.compile(conv, dynamic=False)))
-    flops = 2 * b * (kept or count) * width * 3 * patch * patch
-    return Spec(tensors, definition, providers, ("weight", "bias", "pos_embed", "prefix"), flops, 2.0)
-
-
-def _linear(case: Case, source: str, dtype: torch.dtype) -> Spec:
-    m, k, n, activation = (case.shape[key] for key in ("m", "k", "n", "activation"))
-    rng = torch.Generator().manual_seed(9)
-    tensors = {
-        "x": torch.randn(m, k, generator=rng),
-        "weight": torch.randn(n, k, generator=rng) / math.sqrt(k),
-        "bias": torch.randn(n, generator=rng) * 0.1,
-    }
-    naive = lambda x, weight, bias: reference.linear(x, weight, bias, activation)  # noqa: E731
-    providers = [
-        Provider(OURS, lambda x, weight, bias: pyvit.ops.linear(x, weight, bias, activation=activation)),
-        Provider("F.linear", naive),
-        Provider("compile", torch.compile(naive, dynamic=False)),
-    ]
-    return Spec(_cast(tensors, dtype), naive, providers, ("x", "weight", "bias"), 2 * m * k * n, 3.0)
-
-
-def _info_nce(case: Case, source: str, dtype: torch.dtype) -> Spec:
-    n, d = case.shape["batch"], case.shape["dim"]
-    rng = torch.Generator().manual_seed(10)
-    a = torch.randn(n, d, generator=rng)
-    b = a + 3 * torch.randn(n, d, generator=rng)  # pairs are closer than strangers, as early in training
-    tensors = _cast({"a": F.normalize(a, dim=1), "b": F.normalize(b, dim=1), "scale": torch.tensor(1 / 0.07)}, dtype)
-
-    def naive(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-        logits = scale * a @ b.T
-        labels = torch.arange(len(a))
-        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-
-    providers, unavailable = [Provider("naive", naive), Provider("compile", torch.compile(naive, dynamic=False))], {}
-    ours = getattr(pyvit.ops, "info_nce", None)
-    if ours is None:
-        unavailable[OURS] = "this pyvit has no ops.info_nce"
-    else:
-        providers.insert(0, Provider(OURS, ours))
-    return Spec(tensors, naive, providers, ("a", "b", "scale"), 2 * n * n * d, 3.0, unavailable=unavailable)
-
-
-SPECS: dict[str, Callable[[Case, str, torch.dtype], Spec]] = {
-    "flash_attention": _flash_attention,
-    "flash_attention_varlen": _flash_attention_varlen,
-    "window_attention": _window_attention,
-    "patch_embed": _patch_embed,
-    "linear": _linear,
-    "info_nce": _info_nce,
-}
 #: Largest batch at which a loss is held to its float64 reference, whose logits are of the batch squared.
 LOSS_CHECK = 2048
 #: GiB that the naive form of a large case needs; a machine without them skips it with that reason.
 NEEDS_GIB = {"info_nce batch 32768 d 512 fp32 forward+backward": 20.0}
 
 
-def timed(provider: Provider, tensors: Tensors, grads: Sequence[str], backward: bool) -> Callable[[], object]:
-    """The call the clock sees: forward without a graph, or forward and the gradients of ``grads`` and of prepared tensors."""
+def timed(provider: Provider, tensors: Tensors, grads: Sequence[str], mode: str) -> Callable[[], object]:
+    """The call the clock sees: forward without a graph, with the gradients of ``grads`` and of prepared tensors, or those alone."""
     given = {name: t.detach() for name, t in (provider.prepare(tensors) if provider.prepare else tensors).items()}
-    if not backward:
+    if not mode.endswith("backward"):
 
         def forward() -> object:
             with torch.no_grad():
@@ -276,12 +35,32 @@ def timed(provider: Provider, tensors: Tensors, grads: Sequence[str], backward: 
         probe = provider.fn(**leaves)
     outs = [probe] if isinstance(probe, Tensor) else list(probe)
     cotangents = [torch.randn_like(o) for o in outs]
+    sources = [leaves[name] for name in wanted]
+    if mode == "backward":
+        graph: list[object] = []  # made by the first call, which is never timed
+
+        def alone() -> object:
+            if not graph:
+                graph.append(provider.fn(**leaves))
+            return torch.autograd.grad(graph[0], sources, cotangents, retain_graph=True)  # type: ignore[arg-type]
+
+        return alone
 
     def both() -> object:
         out = provider.fn(**leaves)
-        return torch.autograd.grad(out, [leaves[name] for name in wanted], cotangents)
+        return torch.autograd.grad(out, sources, cotangents)
 
     return both
+
+
+def work_of(spec: Spec, mode: str) -> tuple[float, float]:
+    """Useful flops, and the bytes that must cross the memory bus whatever the kernel: inputs and outputs once, the same of the backward."""
+    read = sum(t.nbytes for t in spec.tensors.values())
+    written = spec.output * next(t.itemsize for t in spec.tensors.values() if t.is_floating_point())
+    gradients = sum(spec.tensors[name].nbytes for name in spec.grads)
+    forward, backward = (spec.flops, read + written), (spec.flops * spec.backward, read + 2 * written + gradients)
+    parts = {"forward+backward": (forward, backward), "backward": (backward,)}.get(mode, (forward,))
+    return sum(flops for flops, _ in parts), float(sum(moved for _, moved in parts))
 
 
 def available_gib() -> float:
@@ -290,15 +69,17 @@ def available_gib() -> float:
         return next(int(line.split()[1]) for line in info if line.startswith("MemAvailable")) / 2**20
 
 
-def build(case: Case, source: str, peers: Sequence[str]) -> Workload:
-    """The workload of an op's case: gate and calls of every provider, and why some are missing."""
-    dtype, backward = inputs.DTYPES[case.dtype], case.mode == "forward+backward"
-    spec = SPECS[case.op](case, source, dtype)
-    work = Workload(case, source, spec.flops * (spec.backward if backward else 1.0), unavailable=dict(spec.unavailable or {}))
+def build(
+    case: Case, source: str, peers: Sequence[str], device: str = "cpu", extra: Callable[[Case, Spec], Sequence[Provider]] | None = None
+) -> Workload:
+    """The workload of an op's case: gate and calls of every provider, and why some are missing. ``extra`` adds a device's own providers."""
+    dtype, backward = inputs.DTYPES[case.dtype], case.mode.endswith("backward")
+    spec = SPECS[case.op](case, source, dtype, device)
+    work = Workload(case, source, *work_of(spec, case.mode), unavailable=dict(spec.unavailable or {}))
     checked = spec
     if case.op == "info_nce" and case.shape["batch"] > LOSS_CHECK:
         smaller = Case(case.op, case.label, case.dtype, case.mode, dict(case.shape, batch=LOSS_CHECK))
-        checked = SPECS[case.op](smaller, source, dtype)
+        checked = SPECS[case.op](smaller, source, dtype, device)
     gate: list[Gate] = []
 
     def verdict(provider: Provider) -> Verdict:
@@ -307,16 +88,19 @@ def build(case: Case, source: str, peers: Sequence[str]) -> Workload:
         return worst(gate[0](provider.name, provider.whole))
 
     need = NEEDS_GIB.get(case.id, 0.0)
-    for provider, in_check in _paired(spec, checked):
+    added = list(extra(case, spec)) if extra else []
+    for provider, in_check in zip([*spec.providers, *added], [*checked.providers, *added], strict=True):
         if provider.name == "compile" and "compile" not in peers:
             continue
         if provider.name != OURS and need > available_gib():
             work.unavailable[provider.name] = f"needs {need:g} GiB of memory, {available_gib():.0f} available"
             continue
-        run = timed(provider, spec.tensors, spec.grads, backward)
+        try:
+            run = timed(provider, spec.tensors, spec.grads, case.mode)
+        except Exception as error:
+            if provider.name == OURS:
+                raise
+            work.unavailable[provider.name] = raised(error)
+            continue
         work.contenders[provider.name] = Contender(run, lambda p=in_check: verdict(p))
     return work
-
-
-def _paired(spec: Spec, checked: Spec) -> Iterator[tuple[Provider, Provider]]:
-    return zip(spec.providers, checked.providers, strict=True)

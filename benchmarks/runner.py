@@ -15,7 +15,8 @@ from benchmarks.cases import Case
 from benchmarks.ceiling import Ceiling
 from benchmarks.gate import Verdict
 from benchmarks.inputs import SOURCES
-from benchmarks.workload import OURS, Contender, Workload
+from benchmarks.specs import Provider, Spec
+from benchmarks.workload import OURS, Contender, Workload, raised
 
 NAN = math.nan
 #: Providers with a thread pool of their own, which like torch's spins for a while after each call.
@@ -47,6 +48,7 @@ class Row:
     peak_mem: float = NAN
     versions: str = ""
     data: str = ""
+    percent_of_roofline: float = NAN
     baseline: str = ""
     status: str = "ok"
 
@@ -82,7 +84,7 @@ class Results:
 class Settings:
     """``seconds``: time for the clock per case and source; ``rounds``: fewest and most; ``peers``: see workload.PEERS.
 
-    ``both_sources``: ours passes the gate on photographs and on random tensors before either is timed.
+    ``both_sources``: ours passes the gate on photographs and on random tensors before either is timed. ``extra``: see providers.build.
     """
 
     seconds: float = 1.0
@@ -90,6 +92,7 @@ class Settings:
     peers: tuple[str, ...] = ()
     device: str = "cpu"
     both_sources: bool = True
+    extra: Callable[[Case, Spec], Sequence[Provider]] | None = None
 
 
 def versions(contender: Contender) -> str:
@@ -98,11 +101,14 @@ def versions(contender: Contender) -> str:
 
 
 def _build(case: Case, source: str, settings: Settings) -> Workload:
+    if "compile" in settings.peers:  # every case starts afresh, and a peer that stops being compiled fails instead of slowing down
+        torch._dynamo.reset()
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     if case.op in providers.SPECS:
-        return providers.build(case, source, settings.peers)
+        return providers.build(case, source, settings.peers, settings.device, settings.extra)
     from benchmarks import models
 
-    return models.build(case, source, settings.peers)
+    return models.build(case, source, settings.peers, settings.device)
 
 
 def _judge(row: Row, verdict: Verdict) -> None:
@@ -120,7 +126,7 @@ def _gate(work: Workload, rows: dict[str, Row], settings: Settings) -> dict[str,
         try:
             _judge(row, contender.verdict())
         except Exception as error:
-            row.status = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            row.status = f"failed: {raised(error)}"
             if name.startswith(OURS):
                 traceback.print_exc()
             continue
@@ -163,7 +169,8 @@ def run_workload(work: Workload, settings: Settings, ceiling: Ceiling) -> list[R
         row.median_ms, row.p20, row.p80 = timing.median, timing.quantile(0.2), timing.quantile(0.8)
         row.gflops = work.flops / timing.median / 1e6
         row.percent_of_ceiling = ceiling.percent(row.gflops, case.dtype)
-        row.peak_mem = measure.peak_memory(calls[name], settings.device)
+        row.percent_of_roofline = 100 * ceiling.floor_ms(work.flops, work.bytes, case.dtype) / timing.median
+        row.peak_mem = measure.peak_memory(calls[name], settings.device) + work.contenders[name].held
         row.versions = versions(work.contenders[name])
         if baseline is not None:
             row.baseline, row.ratio = baseline, measure.ratio(timings[baseline], timing)
@@ -192,15 +199,25 @@ def hold(case: Case, rows: Sequence[Row]) -> Outcome | None:
     if target.ceiling is not None:
         said.append(f"{ours.percent_of_ceiling:.0f} %")
         verdicts.append(ours.percent_of_ceiling >= target.ceiling)
+    if target.roofline is not None:
+        said.append(f"{ours.percent_of_roofline:.0f} % of roofline")
+        verdicts.append(ours.percent_of_roofline >= target.roofline)
+    for name, wanted in target.each:
+        if name in by_name and by_name[name].timed:
+            times = by_name[name].median_ms / ours.median_ms
+            said.append(f"{times:.2f}x {name}")
+            verdicts.append(times >= wanted)
+        else:
+            said.append(f"{name} not measured")
     if target.memory is not None:
-        part = ours.peak_mem / by_name[target.against[0]].peak_mem
-        said.append(f"{part:.3f}x memory")
+        part = ours.peak_mem / others[0].peak_mem
+        said.append(f"{part:.3f}x memory of {others[0].provider}")
         verdicts.append(part <= target.memory)
     if target.extra_us is not None and best is not None:
         extra = (ours.median_ms - best.median_ms) * 1e3
         said.append(f"{extra:+.1f} us over {best.provider}")
         verdicts.append(extra <= target.extra_us)
-    return Outcome(case, ", ".join(said), all(verdicts))
+    return Outcome(case, ", ".join(said), all(verdicts) if verdicts else None)
 
 
 def run(cases: Sequence[Case], settings: Settings, ceiling: Ceiling, progress: Callable[[str], None]) -> Results:
@@ -213,7 +230,7 @@ def run(cases: Sequence[Case], settings: Settings, ceiling: Ceiling, progress: C
                 rows = run_workload(_build(case, source, settings), settings, ceiling)
             except Exception as error:  # a case that cannot be set up is a red row, and the others still run
                 traceback.print_exc()
-                reason = f"failed: {type(error).__name__}: {error}"
+                reason = f"failed: {raised(error)}"
                 rows = [Row(case.op, case.label, OURS, case.dtype, case.mode, torch.get_num_threads(), data=source, status=reason)]
             results.rows += rows
             outcome = hold(case, rows)

@@ -1,0 +1,126 @@
+"""What ``make gpu`` measures: the GPU shapes and their targets, and the providers that exist only there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import plain
+from benchmarks.cases import Case, Target
+from benchmarks.specs import Provider, Spec
+from pyvit.ops.reference import relative_position_index
+
+PINNED = {
+    "sdpa cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa math": SDPBackend.MATH,
+}
+_RIVALS = ("sdpa cuDNN", "sdpa flash", "sdpa efficient")
+#: window: (side of the map, width, heads, batch), head dimension 32 as in every Swin.
+_WINDOWS = {7: (56, 96, 3, 128), 8: (64, 96, 3, 128), 12: (96, 128, 4, 32), 16: (64, 96, 3, 128), 24: (96, 128, 4, 32)}
+#: tokens: batch, for 12 heads of 64; every input is larger than the L2 cache.
+_TOKENS = {197: 256, 257: 192, 577: 64, 1025: 32}
+
+
+def ops() -> list[Case]:
+    """Attention, windows and patch embedding in bfloat16, forward, backward and both."""
+    found = []
+    for n, batch in _TOKENS.items():
+        shape = {"batch": batch, "heads": 12, "length": n, "dim": 64}
+        label = f"{batch}x12x{n}x64"
+        found.append(Case("flash_attention", label, "bf16", "forward+backward", shape, Target(1.2, _RIVALS), sources=("random",)))
+        found.append(Case("flash_attention", label, "bf16", "forward", shape, sources=("random",), against=_RIVALS))
+    each = (("compile", 2.0), ("timm path", 5.0))
+    for window, (side, width, heads, batch) in _WINDOWS.items():
+        shape = {"batch": batch, "side": side, "width": width, "heads": heads, "window": window, "shift": window // 2, "version": 1}
+        label = f"{batch}x{side}x{side}x{width} window {window} shift {window // 2}"
+        for mode, percent in (("forward", 60), ("backward", 40)):
+            target = Target(against=("timm path",), roofline=percent, each=each)
+            found.append(Case("window_attention", label, "bf16", mode, shape, target, sources=("random",)))
+    shape = {"batch": 256, "size": 224, "patch": 16, "width": 768}
+    target = Target(against=("conv2d",), roofline=80)
+    found.append(Case("patch_embed", "256x224 patch 16", "bf16", "forward", shape, target, sources=("random",)))
+    found.append(Case("patch_embed", "256x224 patch 16 uint8", "bf16", "forward", dict(shape, uint8=True), sources=("random",)))
+    found.append(Case("patch_embed", "256x224 patch 16 keep 25 %", "bf16", "forward", dict(shape, keep=49), sources=("random",)))
+    return found
+
+
+def models() -> list[Case]:
+    """Swin-B throughput and Swin-T training memory, and ViT-B beside them."""
+    compiled, eager = ("timm + compile", "naive + compile", "compile"), ("eager SDPA", "eager naive")
+    big, swin = {"batch": 128, "size": 224}, "swin_tiny_patch4_window7_224"
+    memory = Target(memory=0.7, against=("timm", "eager naive"))
+    return [
+        Case(
+            "swin_base_patch4_window7_224", "batch 128", "bf16", "inference", big, Target(1.5, compiled), sources=("random",), against=eager
+        ),
+        Case("vit_base_patch16_224", "batch 128", "bf16", "inference", big, sources=("random",), against=eager),
+        Case(swin, "batch 64", "bf16", "train", {"batch": 64, "size": 224}, memory, sources=("random",), against=eager),
+    ]
+
+
+def tiny() -> list[Case]:
+    """The same kinds of cases, small enough for the interpreter and the tests."""
+    attention = {"batch": 2, "heads": 2, "length": 33, "dim": 32}
+    window = {"batch": 1, "side": 14, "width": 64, "heads": 2, "window": 7, "shift": 3, "version": 1}
+    patch = {"batch": 2, "size": 32, "patch": 16, "width": 32}
+    against, each = ("timm path",), (("timm path", 5.0),)
+    return [
+        Case("flash_attention", "tiny", "fp32", "forward+backward", attention, Target(1.2, _RIVALS), sources=("random",)),
+        Case("window_attention", "tiny", "fp32", "forward", window, Target(against=against, roofline=60, each=each), sources=("random",)),
+        Case("window_attention", "tiny", "fp32", "backward", window, Target(against=against, roofline=40, each=each), sources=("random",)),
+        Case("patch_embed", "tiny", "fp32", "forward", patch, Target(against=("conv2d",), roofline=80), sources=("random",)),
+    ]
+
+
+def _pinned(backend: SDPBackend, causal: bool) -> Callable[..., Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+
+    return run
+
+
+def _flex_attention() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(lambda q, k, v, bias=None: flex_attention(q, k, v), dynamic=False)
+
+
+def _flex_windows(case: Case, spec: Spec) -> Callable[..., Any]:
+    """The window core on FlexAttention: bias and shift mask as a score modification, roll and partition around it."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    side, heads, window, shift = (case.shape[key] for key in ("side", "heads", "window", "shift"))
+    device = spec.tensors["qkv"].device
+    index = relative_position_index((window, window)).to(device)
+    mask = plain.shift_mask(side, side, window, shift).to(device)
+    count, n = mask.shape[0], window * window
+
+    def run(qkv: Tensor, x: Tensor, bias_table: Tensor) -> tuple[Tensor, Tensor]:
+        def biased(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score + bias_table[index[i, j], h] + mask[b % count, i, j]
+
+        windows = plain.partition(x.roll((-shift, -shift), (1, 2)), window)
+        q, k, v = qkv.view(-1, n, 3, heads, qkv.shape[-1] // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        out = flex_attention(q, k, v, score_mod=biased).transpose(1, 2).reshape(-1, n, qkv.shape[-1] // 3)
+        return plain.reverse(out, window, side, side).roll((shift, shift), (1, 2)), windows
+
+    return torch.compile(run, dynamic=False)
+
+
+def extra(case: Case, spec: Spec) -> Sequence[Provider]:
+    """Each SDPA backend pinned, and FlexAttention."""
+    if case.op == "flash_attention":
+        pinned = [Provider(name, _pinned(backend, case.shape.get("causal", False))) for name, backend in PINNED.items()]
+        return [*pinned, Provider("flex", _flex_attention())]
+    if case.op == "window_attention" and case.shape["version"] == 1 and case.shape["shift"]:
+        path = next(p for p in spec.providers if p.name == "timm path")
+        return [Provider("flex", _flex_windows(case, spec), path.prepare)]
+    return []
