@@ -1,6 +1,20 @@
 """Vision transformers by name: ``create_model("vit_base_patch16_224")``."""
 
-from pyvit.models import audio, clip, deit, mae, swin, vit
+from pyvit.models import audio, clip, deit, dino, hybrid, mae, resnet, simclr, swin, vit
 from pyvit.models.registry import create_model, list_models, register
 
-__all__ = ["audio", "clip", "create_model", "deit", "list_models", "mae", "register", "swin", "vit"]
+__all__ = [
+    "audio",
+    "clip",
+    "create_model",
+    "deit",
+    "dino",
+    "hybrid",
+    "list_models",
+    "mae",
+    "register",
+    "resnet",
+    "simclr",
+    "swin",
+    "vit",
+]

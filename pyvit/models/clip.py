@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyvit.models.registry import register
+from pyvit.models.resnet import CLIPResNet
 from pyvit.models.vit import VisionTransformer
 from pyvit.nn import Block, Linear
 
@@ -224,6 +225,27 @@ def siglip_vit(
     return CLIP(tower, words, init_scale=math.log(10.0), init_bias=-10.0)
 
 
+def clip_resnet(
+    layers: Sequence[int] = (3, 4, 6, 3),
+    embed_dim: int = 1024,
+    img_size: int = 224,
+    width: int = 64,
+    num_heads: int = 32,
+    vocab_size: int = 49408,
+    context_length: int = 77,
+    text_width: int = 512,
+    text_depth: int = 12,
+    text_heads: int = 8,
+    mlp_ratio: float = 4.0,
+    text: str = "transformer",
+) -> CLIP:
+    """CLIP with a residual image tower and attention pooling (section 2.4)."""
+    tower = CLIPResNet(layers, embed_dim, num_heads, img_size, width)
+    return CLIP(tower, text_tower(text, embed_dim, vocab_size, context_length, text_width, text_heads, text_depth, mlp_ratio, "quick_gelu"))
+
+
+register("clip_resnet50_224", clip_resnet)
+register("clip_resnet101_224", clip_resnet, layers=(3, 4, 23, 3), embed_dim=512)
 register("clip_vit_base_patch32_224", clip_vit)
 register("clip_vit_base_patch16_224", clip_vit, patch_size=16)
 _LARGE = {"embed_dim": 768, "patch_size": 14, "width": 1024, "depth": 24, "num_heads": 16, "text_width": 768, "text_heads": 12}

@@ -1,7 +1,7 @@
 """Checkpoint layouts as data: how each library names the parameters that pyvit names as timm does.
 
 A :class:`Rule` reads both ways, so one table serves loading and ``pyvit convert``. In a key, ``{i}`` and ``{j}`` stand for block numbers
-and ``{p}`` for ``weight`` or ``bias``; ``@`` is the name of the base model, which a checkpoint may lack.
+and ``{p}`` for ``weight`` or ``bias``, ``{r}`` for any rest; ``@`` is the name of the base model, which a checkpoint may lack.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Format:
 def pattern(template: str, bases: tuple[str, ...] = ("",)) -> re.Pattern[str]:
     """Regular expression of a key template."""
     text = re.escape(template).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)").replace(r"\{p\}", "(?P<p>weight|bias)")
+    text = text.replace(r"\{r\}", "(?P<r>.+)")
     return re.compile(text.replace("@", "(?P<base>" + "|".join(map(re.escape, sorted(bases, key=len, reverse=True))) + ")"))
 
 
@@ -238,6 +239,9 @@ def _hf_clip(siglip: bool) -> Format:
     )
 
 
+_CLIP_BUFFERS = (r"input_resolution|context_length|vocab_size", r".*attn_mask")
+
+
 def _openai_clip(text: str, name: str) -> Format:
     """OpenAI's CLIP and open_clip; ``text`` is the prefix of the text tower."""
     names = {"norm1": "ln_1", "qkv": "attn.in_proj", "proj": "attn.out_proj", "norm2": "ln_2", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}
@@ -260,8 +264,15 @@ def _openai_clip(text: str, name: str) -> Format:
             rule("logit_scale", "logit_scale"),
             rule("logit_bias", "logit_bias"),
         ),
-        drop=(r"input_resolution|context_length|vocab_size", r".*attn_mask"),
+        drop=_CLIP_BUFFERS,
     )
+
+
+def _openai_clip_resnet() -> Format:
+    """OpenAI's CLIP with a residual image tower, whose names are pyvit's; the text tower as above."""
+    text = tuple(r for r in _openai_clip("", "").rules if not r.native[0].startswith("visual."))
+    mark = "visual.attnpool.positional_embedding"
+    return Format("OpenAI CLIP ResNet", (mark,), (rule("visual.{r}", "visual.{r}"), *text), drop=_CLIP_BUFFERS)
 
 
 def _torchvision_vit(fc1: str, fc2: str, name: str) -> Format:
@@ -357,6 +368,7 @@ FORMATS: tuple[Format, ...] = (
     *(_hf_dinov2(new) for new in (True, False)),
     *(_hf_vit(new) for new in (True, False)),
     *(_hf_clip(siglip) for siglip in (True, False)),
+    _openai_clip_resnet(),
     _openai_clip("", "OpenAI CLIP"),
     _openai_clip("text.", "open_clip"),
     _torchvision_vit("mlp.0", "mlp.3", "torchvision ViT"),

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyvit.losses.masked import masked_pixel_loss, patchify, unpatchify
 from pyvit.models.registry import register
 from pyvit.models.vit import SIZES, VisionTransformer
 from pyvit.nn import Block, Linear, resample_positions, sincos_2d
@@ -29,6 +30,8 @@ class MaskedAutoencoder(VisionTransformer):
     ) -> None:
         super().__init__(**{"num_classes": 0, "global_pool": "token", "pos_embed": "sincos", **encoder})
         (ph, pw), c, eps = self.patch_embed.patch_size, self.patch_embed.in_chans, self.norm_eps
+        if ph != pw:
+            raise ValueError(f"MaskedAutoencoder: patch_size must be square, got {(ph, pw)}")
         self.norm_pix_loss = norm_pix_loss
         self.decoder_embed = Linear(self.embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
@@ -77,30 +80,6 @@ class MaskedAutoencoder(VisionTransformer):
             x = self.run_block(block, x)
         return self.decoder_pred(self.decoder_norm(x))[:, self.num_prefix_tokens :]
 
-    def patchify(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, N, ph * pw * C), pixels in the order (row, column, channel)."""
-        ph, pw = self.patch_embed.patch_size
-        return F.unfold(images, (ph, pw), stride=(ph, pw)).transpose(1, 2).unflatten(2, (-1, ph * pw)).transpose(2, 3).flatten(2)
-
-    def unpatchify(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The inverse of :meth:`patchify`."""
-        ph, pw = self.patch_embed.patch_size
-        columns = patches.unflatten(2, (ph * pw, -1)).transpose(2, 3).flatten(2).transpose(1, 2)
-        return F.fold(columns, (grid[0] * ph, grid[1] * pw), (ph, pw), stride=(ph, pw))
-
-    def target(self, images: Tensor) -> Tensor:
-        """What the decoder should predict, (B, N, ph * pw * C)."""
-        patches = self.patchify(images)
-        if self.norm_pix_loss:
-            var, mean = torch.var_mean(patches, -1, keepdim=True)
-            patches = (patches - mean) / (var + 1e-6).sqrt()
-        return patches
-
-    def loss(self, images: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error over the hidden patches."""
-        error = (prediction - self.target(images)).square().mean(-1)
-        return (error * mask).sum() / mask.sum()
-
     def forward(self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, C, H, W), floating and normalised, to loss (), predicted patches (B, N, ph * pw * C) and mask (B, N)."""
         if not 0.0 < mask_ratio < 1.0:
@@ -109,19 +88,21 @@ class MaskedAutoencoder(VisionTransformer):
         keep, restore, mask = self.random_masking(images.shape[0], grid[0] * grid[1], mask_ratio, noise)
         latent = self.forward_features(images, keep=keep)  # the encoder never computes a hidden patch
         prediction = self.decode(latent, restore, grid)
-        return self.loss(images, prediction, mask), prediction, mask
+        patch = self.patch_embed.patch_size[0]
+        return masked_pixel_loss(prediction, images, mask, patch, self.norm_pix_loss), prediction, mask
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Images with their hidden patches painted (B, C, H, W), and the mask as an image (B, 1, H, W)."""
         _, prediction, mask = self(images, mask_ratio, noise)
-        patches, grid = self.patchify(images), self.patch_embed.grid(images.shape[2:])
+        patch, grid = self.patch_embed.patch_size[0], self.patch_embed.grid(images.shape[2:])
+        patches = patchify(images, patch)
         if self.norm_pix_loss:
             var, mean = torch.var_mean(patches, -1, keepdim=True)
             prediction = prediction * (var + 1e-6).sqrt() + mean
         painted = torch.where(mask[:, :, None] > 0, prediction, patches)
         shape = (mask.shape[0], 1, *grid)
-        return self.unpatchify(painted, grid), F.interpolate(mask.view(shape), size=images.shape[2:], mode="nearest")
+        return unpatchify(painted, patch, grid), F.interpolate(mask.view(shape), size=images.shape[2:], mode="nearest")
 
 
 for _size, _patch in (("base", 16), ("large", 16), ("huge", 14)):

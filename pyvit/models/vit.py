@@ -230,12 +230,13 @@ class VisionTransformer(nn.Module):
             x = self.run_block(block, x, rope=rope)
         return self.norm(x)
 
-    def forward_packed(self, batches: Sequence[Tensor]) -> list[Tensor]:
+    def forward_packed(self, batches: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None) -> list[Tensor]:
         """Features of batches of different image sizes in one pass of packed sequences: [(B_i, C, H_i, W_i)] -> [(B_i, P + N_i, D)].
 
         Every linear layer runs once over all tokens and attention is one variable-length call (multi-crop training, mixed image sizes).
+        ``masks``: for each batch, as in :meth:`embed`, or None.
         """
-        tokens = [self.embed(images) for images in batches]
+        tokens = [self.embed(images, mask) for images, mask in zip(batches, masks or [None] * len(batches), strict=True)]
         packing = Packing.of([n for t in tokens for n in [t.shape[1]] * t.shape[0]], tokens[0].device)
         rope = None
         if self.rope is not None:
