@@ -66,12 +66,18 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "flash_attention": {"cpu": Capability((F32, BF16, F16), _ATTENTION, (1, 256, 1))},
     "flash_attention_varlen": {"cpu": Capability((F32, BF16, F16), _VARLEN, (1, 256, 1))},
     "attention_map": {"cpu": Capability((F32, BF16, F16), frozenset({"bias", "bool_mask", "gqa"}), (1, 256, 1))},
+    "patch_embed": {"cpu": Capability((F32, BF16, F16), _PATCH)},
 }
 _TILED = Capability((F32, BF16, F16, F64), frozenset({"grad", "group", "prototypes", "center"}), pure=True)
 for _loss in ("info_nce", "nt_xent", "sigmoid_contrastive", "distillation_cross_entropy", "nearest_neighbor"):
     CAPABILITIES[_loss] = {"cuda": _TILED, "cpu": _TILED}
 for _op in ("window_attention", "patch_embed"):
     CAPABILITIES.setdefault(_op, {})
+# 16-byte rows and the head dimensions that the tile widths cover; dropout is refused.
+CAPABILITIES["flash_attention"]["cuda"] = Capability((F32, F16, BF16), _ATTENTION, (8, 128, 8))
+CAPABILITIES["flash_attention_varlen"]["cuda"] = Capability((F32, F16, BF16), _VARLEN, (8, 128, 8))
+CAPABILITIES["window_attention"]["cuda"] = Capability((F32, F16, BF16), _WINDOW, (8, 64, 8))
+CAPABILITIES["patch_embed"]["cuda"] = Capability((F32, F16, BF16), _PATCH)
 for _table in CAPABILITIES.values():
     _table["reference"] = _REFERENCE
 
