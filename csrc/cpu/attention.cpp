@@ -89,7 +89,8 @@ class KeyPanels {
 
 template <class D, class T>
 void forward_rows(const Attention& a, const Head& head, const KeyPanels<D, T>& panels, int64_t first, int64_t last,
-                  int64_t rows_at_once, uint32_t* queries, float* scores, float* out, float* bias_buffer) {
+                  int64_t rows_at_once, uint32_t* queries, float* scores, float* out, float* bias_buffer,
+                  Prefetch& next) {
   const int64_t block = std::min(KEY_BLOCK, std::max<int64_t>(head.nk, 1)), ld = round_up(block, W),
                 ldo = round_up(a.dv, W);
   const float scale2 = a.scale * LOG2E;
@@ -107,7 +108,8 @@ void forward_rows(const Attention& a, const Head& head, const KeyPanels<D, T>& p
     for (int64_t j = 0; j < keys; j += KEY_BLOCK) {
       const int64_t n = std::min(KEY_BLOCK, keys - j);
       const int64_t packed = std::min(KEY_BLOCK, head.nk - j);
-      gemm<D>(rows, std::min(packed, round_up(n, NR)), lanes, queries, lanes, 1, panels.keys(j), lanes, scores, ld);
+      gemm<D>(rows, std::min(packed, round_up(n, NR)), lanes, queries, lanes, 1, panels.keys(j), lanes, scores, ld,
+              next);
       for (int64_t r = 0; r < rows; r++) {
         const int64_t valid = a.causal ? std::clamp<int64_t>(i + r + 1 - j, 0, n) : n;
         const float factor = softmax_row<D>(scores + r * ld, n, valid, bias.row(i + r, j, n), scale2, state[r]);
@@ -116,9 +118,9 @@ void forward_rows(const Attention& a, const Head& head, const KeyPanels<D, T>& p
       }
       const uint32_t* p = reinterpret_cast<const uint32_t*>(scores);
       if (j) {
-        gemm<D, true>(rows, a.dv, lanes_of<D>(n), p, ld, 1, panels.values(j), lanes_of<D>(packed), out, ldo);
+        gemm<D, true>(rows, a.dv, lanes_of<D>(n), p, ld, 1, panels.values(j), lanes_of<D>(packed), out, ldo, next);
       } else {
-        gemm<D, false>(rows, a.dv, lanes_of<D>(n), p, ld, 1, panels.values(j), lanes_of<D>(packed), out, ldo);
+        gemm<D, false>(rows, a.dv, lanes_of<D>(n), p, ld, 1, panels.values(j), lanes_of<D>(packed), out, ldo, next);
       }
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -146,12 +148,29 @@ void forward(const Attention& a) {
     float* scores = memory.take<float>(rows * ld);
     float* out = memory.take<float>(rows * round_up(a.dv, W));
     float* bias = memory.take<float>(ld);
-    for (int64_t unit; (unit = queue.next()) >= 0;) {
-      const Head head(a, unit / pieces / a.heads, unit / pieces % a.heads);
-      const int64_t first = unit % pieces * piece, last = std::min(first + piece, head.nq);
+    const auto head_of = [&](int64_t unit) { return Head(a, unit / pieces / a.heads, unit / pieces % a.heads); };
+    const auto rows_of = [&](int64_t unit, const Head& head) {
+      const int64_t first = unit % pieces * piece;
+      return std::pair(first, std::min(first + piece, head.nq));
+    };
+    for (int64_t unit = queue.next(), after; unit >= 0; unit = after) {
+      after = queue.next();
+      const Head head = head_of(unit);
+      const auto [first, last] = rows_of(unit, head);
+      Prefetch next;
+      next.add(head.query<T>(a.out) + first * a.out.n, a.out.n, std::min(rows_at_once, last - first), a.dv, true);
+      if (after >= 0) {
+        const Head coming = head_of(after);
+        const auto [from, to] = rows_of(after, coming);
+        if (coming.b != head.b || coming.hk != head.hk) {
+          next.add(coming.key<T>(a.k, coming.hk), a.k.n, coming.nk, a.d);
+          next.add(coming.key<T>(a.v, coming.hk), a.v.n, coming.nk, a.dv);
+        }
+        next.add(coming.query<T>(a.q) + from * a.q.n, a.q.n, to - from, a.d);
+      }
       if (first >= last) continue;
       panels.pack(head);
-      forward_rows<D, T>(a, head, panels, first, last, rows_at_once, queries, scores, out, bias);
+      forward_rows<D, T>(a, head, panels, first, last, rows_at_once, queries, scores, out, bias, next);
     }
   });
 }

@@ -103,12 +103,49 @@ inline void tile_rows(int rows, const uint32_t* a, int64_t a_row, int64_t a_k, c
   }
 }
 
+// What to fetch while a product runs: rows of up to 8 matrices, some cache lines at a time. Rows far apart in memory
+// (one head of an interleaved qkv) are beyond the reach of the hardware's prefetchers.
+class Prefetch {
+ public:
+  void clear() { count_ = at_ = 0; }
+  template <class T>
+  void add(const T* first, int64_t ld, int64_t rows, int64_t cols, bool write = false) {
+    if (rows > 0)
+      streams_[count_++] = {reinterpret_cast<const char*>(first), ld * int64_t(sizeof(T)), rows,
+                            cols * int64_t(sizeof(T)), write};
+  }
+  // Called between tiles.
+  void operator()() {
+    for (int lines = 0; lines < PER_TILE && at_ < count_;) {
+      Stream& s = streams_[at_];
+      for (int64_t byte = 0; byte < s.bytes; byte += 64, lines++) {
+        if (s.write) {
+          __builtin_prefetch(s.row + byte, 1, 2);
+        } else {
+          __builtin_prefetch(s.row + byte, 0, 2);
+        }
+      }
+      s.row += s.ld;
+      if (!--s.rows) at_++;
+    }
+  }
+
+ private:
+  static constexpr int PER_TILE = 12;  // fewer than the line fill buffers of a core
+  struct Stream {
+    const char* row;
+    int64_t ld, rows, bytes;
+    bool write;
+  } streams_[8];
+  int count_ = 0, at_ = 0;
+};
+
 // C (rows x cols) = or += A B. C holds round_up(cols, W) columns. Panels are the outer loop: one stays in L1 while the
 // rows of A pass. B was packed with `packed_lanes` >= lanes, and with cols columns, or more where cols is a multiple of
-// NR.
-template <class D, bool ACC = false>
+// NR. `between` runs after each tile.
+template <class D, bool ACC = false, class Between>
 inline void gemm(int64_t rows, int64_t cols, int64_t lanes, const uint32_t* a, int64_t a_row, int64_t a_k,
-                 const uint32_t* b, int64_t packed_lanes, float* c, int64_t ldc) {
+                 const uint32_t* b, int64_t packed_lanes, float* c, int64_t ldc, Between& between) {
   for (int64_t n = 0; n < cols; n += NR) {
     const int64_t width = std::min<int64_t>(NR, round_up(cols - n, W));
     const uint32_t* panel = b + n * packed_lanes;
@@ -127,8 +164,15 @@ inline void gemm(int64_t rows, int64_t cols, int64_t lanes, const uint32_t* a, i
           tile_rows<D, 2, ACC>(left, am, a_row, a_k, panel, width, lanes, cm, ldc);
           if (width == 3 * W) tile_rows<D, 1, ACC>(left, am, a_row, a_k, panel + 2 * W, width, lanes, cm + 2 * W, ldc);
       }
+      between();
     }
   }
+}
+template <class D, bool ACC = false>
+inline void gemm(int64_t rows, int64_t cols, int64_t lanes, const uint32_t* a, int64_t a_row, int64_t a_k,
+                 const uint32_t* b, int64_t packed_lanes, float* c, int64_t ldc) {
+  auto nothing = [] {};
+  gemm<D, ACC>(rows, cols, lanes, a, a_row, a_k, b, packed_lanes, c, ldc, nothing);
 }
 
 inline uint32_t as_lane(float x) {
