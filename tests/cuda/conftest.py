@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import itertools
 import os
 import pickle
@@ -16,7 +18,13 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
+from pyvit import backends, dispatch
 from pyvit.ops.schemas import SCHEMAS
+
+# The package's attributes of these names are the functions.
+flash_attention, window_attention, patch_embed = (
+    importlib.import_module(f"pyvit.ops.{name}") for name in ("flash_attention", "window_attention", "patch_embed")
+)
 
 ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "csrc" / "cuda"
@@ -126,3 +134,26 @@ def emulator() -> Iterator[Emulator]:
     emulator = Emulator(build_emulation())
     yield emulator
     emulator.close()
+
+
+@pytest.fixture
+def cuda_on_host(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Emulator:
+    """pyvit.ops serve backend="cuda" on CPU tensors, through the emulation: contract, capabilities and autograd are the real ones."""
+    monkeypatch.setitem(backends.MISSING, ("cuda", "cpu"), None)
+    monkeypatch.setattr(dispatch, "_choices", {})
+    for operator in (
+        flash_attention.ATTENTION,
+        flash_attention.ATTENTION_BACKWARD,
+        flash_attention.VARLEN,
+        flash_attention.VARLEN_BACKWARD,
+        window_attention.WINDOW,
+        window_attention.WINDOW_BACKWARD,
+        patch_embed.PATCH,
+        patch_embed.PATCH_BACKWARD,
+    ):
+        monkeypatch.setitem(operator._kernels, "cuda", functools.partial(_emulated, emulator, operator.name))
+    return emulator
+
+
+def _emulated(emulator: Emulator, name: str, *args: Any) -> Any:
+    return emulator.op(name, *(a.detach() if isinstance(a, torch.Tensor) else a for a in args))

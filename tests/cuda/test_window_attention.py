@@ -1,0 +1,88 @@
+"""The CUDA window-attention kernels in the emulation, against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyvit import testing
+from pyvit.ops import window_attention
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+pytestmark = pytest.mark.usefixtures("cuda_on_host")
+
+
+def _tensors(dtype, b, h, w, heads, d, window, *, cosine=False, pad=False, parameters=torch.float32):
+    tensors = {"qkv": torch.randn(b, h, w, 3 * heads * d).to(dtype)}
+    tensors["bias_table"] = torch.randn((2 * window[0] - 1) * (2 * window[1] - 1), heads).to(parameters)
+    if cosine:
+        tensors["logit_scale"] = torch.randn(heads).to(parameters) + 1
+    if pad:
+        tensors["pad_qkv"] = torch.randn(3 * heads * d).to(parameters)
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [7, 8, 12])
+def test_shifted_windows(dtype, window):
+    tensors = _tensors(dtype, 1, 2 * window, 2 * window, 2, 32, (window, window))
+    testing.check_op(window_attention, tensors, backend="cuda", window_size=window, shift_size=window // 2, num_heads=2)
+
+
+def test_window_16():
+    tensors = _tensors(torch.bfloat16, 1, 16, 32, 1, 32, (16, 16), cosine=True)
+    testing.check_op(window_attention, tensors, backend="cuda", window_size=16, shift_size=8, num_heads=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("pad", [False, True])
+def test_padding(dtype, cosine, pad):
+    tensors = _tensors(dtype, 2, 10, 12, 2, 32, (7, 7), cosine=cosine, pad=pad)
+    testing.check_op(window_attention, tensors, backend="cuda", window_size=7, shift_size=3, num_heads=2)
+
+
+def test_oblong_windows_and_small_heads():
+    tensors = _tensors(torch.float32, 1, 9, 8, 3, 8, (3, 4), pad=True)
+    testing.check_op(window_attention, tensors, backend="cuda", window_size=(3, 4), shift_size=(1, 2), num_heads=3)
+
+
+def test_an_axis_of_one_window_is_not_shifted():
+    tensors = _tensors(torch.bfloat16, 2, 5, 14, 2, 64, (7, 7), parameters=torch.bfloat16)
+    testing.check_op(window_attention, tensors, backend="cuda", window_size=7, shift_size=3, num_heads=2)
+
+
+def test_without_a_table():
+    qkv = torch.randn(1, 14, 14, 96)
+    testing.check_op(window_attention, {"qkv": qkv}, backend="cuda", window_size=7, num_heads=1, scale=0.3)
+
+
+@pytest.mark.parametrize("store", ["transposed", "permuted", "sliced", "shifted", "expanded"])
+def test_strides(store):
+    tensors = {"qkv": torch.randn(2, 8, 8, 48).bfloat16()}
+    testing.check_op(window_attention, tensors, backend="cuda", window_size=4, shift_size=2, num_heads=2, store=store, store_grad=store)
+
+
+def test_temperature_beyond_its_clamp_has_no_gradient():
+    qkv, logit_scale = torch.randn(1, 8, 8, 96), torch.tensor([5.0], requires_grad=True)
+    window_attention(qkv, 4, num_heads=1, logit_scale=logit_scale, backend="cuda").square().sum().backward()
+    assert logit_scale.grad.item() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_keys_in_padding_under_cosine_attention(dtype):
+    """Swin V2's key bias is zero: padding keys have no direction, and must not become NaN."""
+    tensors = _tensors(dtype, 1, 5, 7, 1, 32, (7, 7), cosine=True)
+    pad = torch.randn(96)
+    pad[32:64] = 0
+    testing.check_op(window_attention, tensors, backend="cuda", window_size=7, num_heads=1, pad_qkv=pad)
+
+
+def test_same_bits_in_every_order_of_threads():
+    tensors = {name: t.requires_grad_() for name, t in _tensors(torch.bfloat16, 3, 9, 14, 2, 32, (7, 7), cosine=True, pad=True).items()}
+
+    def run():
+        out = window_attention(**tensors, window_size=7, shift_size=3, num_heads=2, backend="cuda")
+        return [out, *torch.autograd.grad(out.float().square().sum(), list(tensors.values()))]
+
+    assert all(map(torch.equal, run(), run()))
