@@ -1,23 +1,72 @@
 # Everything starts from a bare clone: each target makes the environment and the build it needs.
 PYTHON ?= python3
 VENV   ?= .venv
-BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
-PYTEST := $(BIN)/python -m pytest -q
+BIN    := $(VENV)/bin
+PY     := $(BIN)/python
+JOBS   ?= $(shell nproc)
+# One thread per worker: the suite runs on all cores already.
+PYTEST := OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) -m pytest -q
+SPREAD := -n $(JOBS) --dist worksteal
+ISAS   := $(shell grep -q avx512_bf16 /proc/cpuinfo 2>/dev/null && echo avx512) $(shell grep -q avx512bw /proc/cpuinfo 2>/dev/null && echo avx2) portable
+NATIVE := PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py -q build_ext --inplace
 
 .DEFAULT_GOAL := build
-.PHONY: build test test-fast bench lint format gpu results docs clean
+.PHONY: help build test test-fast test-isa test-triton bench gpu results docs lint format clean
+
+help:             ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */ \t/' | sort
 
 # The environment, remade when its definition changes. torch first: the rest builds against it.
 $(VENV)/.ready: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install -q "$(TORCH)" numpy ninja "pybind11>=2.13"
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test,lint]"
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c 'import sys; assert sys.version_info >= (3, 10), f"pyvit needs Python >= 3.10, found {sys.version}"'
+	$(PY) -m pip install -q --upgrade pip "setuptools>=77" wheel
+	$(PY) -m pip install -q "$(TORCH)" numpy ninja "pybind11>=2.13"
+	PATH="$(abspath $(BIN)):$$PATH" $(PY) -m pip install -q --no-build-isolation -e ".[test,lint]"
 	touch $@
 
-build: $(VENV)/.ready
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext --inplace
+build: $(VENV)/.ready ## the environment and the compiled library
+	@$(NATIVE)
 
-clean:
+test: build       ## everything that needs no GPU
+	$(PYTEST) $(SPREAD) tests --ignore tests/triton
+	$(MAKE) test-isa test-triton
+
+test-isa: build   ## the operators again, on every lesser instruction set of this processor
+	for isa in $(ISAS); do echo "PYVIT_CPU_ISA=$$isa"; PYVIT_CPU_ISA=$$isa $(PYTEST) $(SPREAD) -m isa tests/ops || exit 1; done
+
+test-triton: build ## Triton kernels in the interpreter, then compiled ahead of time for every architecture
+	TRITON_INTERPRET=1 $(PYTEST) $(SPREAD) tests/triton
+	$(PYTEST) $(SPREAD) tests/triton
+
+test-fast: build  ## the quick part, under three minutes
+	$(PYTEST) $(SPREAD) -m "not slow" tests/ops tests/models tests/losses tests/test_dispatch.py tests/test_library.py
+
+bench: build      ## check and time every operator and both models on this machine; results/
+	$(PY) -m benchmarks
+
+gpu: build        ## the same on a GPU: tests, tuning, timing; benchmarks/results/<gpu>/
+	$(PY) -m benchmarks.gpu
+
+results: build    ## regenerate docs/results.md: what each recipe reaches on real images
+	$(PY) -m pyvit.train.results
+
+docs: build       ## regenerate the tables in docs/
+	$(PY) -m pyvit.triton_kernels.matrix
+	$(PY) csrc/cuda/resources.py
+	$(PY) -m pyvit docs
+
+lint: $(VENV)/.ready ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+format: $(VENV)/.ready ## rewrite sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+clean:            ## remove what was built
 	rm -rf build pyvit/lib pyvit/_C*.so

@@ -73,11 +73,12 @@ class Ninja(build_ext):
 
         if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10):
             sys.exit(f"pyvit needs torch >= 2.10 (stable ABI), found {torch.__version__}")
-        build = Path(self.build_temp).resolve()
+        in_tree = self.editable_mode or self.inplace
+        build = ROOT / "build/native" if in_tree else Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         lines = [f'  m.def("{name}{schema}");' for name, schema in schemas().items()]
         write(build / "schemas.inc", "\n".join(lines) + "\n")
-        destination = ROOT if self.editable_mode or self.inplace else Path(self.build_lib).resolve()
+        destination = ROOT if in_tree else Path(self.build_lib).resolve()
         library = destination / "pyvit/lib/libpyvit_ops.so"
         module = destination / "pyvit" / ("_C" + sysconfig.get_config_var("EXT_SUFFIX"))
         for path in (library, module):
