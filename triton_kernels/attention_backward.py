@@ -1,0 +1,457 @@
+"""Backward kernels of attention: probabilities are computed again from the log-sum-exp, and every gradient has one owner, so no atomics.
+
+Where keys are rows (scores transposed, (keys, queries)), the products for dK and dV take the probabilities as they lie in registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pyvit.triton_kernels.common import (
+    LOG2E,
+    add_products,
+    biased,
+    dot_parts,
+    dot_rows,
+    kept,
+    load_rows,
+    sequence,
+    span,
+    store_rows,
+    zero_parts,
+)
+
+
+@triton.jit
+def load_lse(lse, rows, n):
+    """Log-sum-exp in powers of two, such that exp2(score - it) is 0 in rows past the end and in rows that may attend to nothing."""
+    value = tl.load(lse + rows, mask=rows < n, other=float("inf")) * LOG2E
+    return tl.where(value == float("-inf"), 0.0, value)
+
+
+@triton.jit
+def row_delta(out, grad, grad_lse, rows, n, stride, DV: tl.constexpr, DV_PARTS: tl.constexpr):
+    """Row sums of out * grad_out, less the gradient of the log-sum-exp: what softmax's backward subtracts from dP."""
+    delta = dot_rows(load_rows(out, rows, rows < n, stride, DV, DV_PARTS), grad)
+    if grad_lse is not None:
+        delta -= tl.load(grad_lse + rows, mask=rows < n, other=0.0)
+    return delta
+
+
+@triton.jit
+def backward_short(
+    grad_out,
+    q,
+    k,
+    v,
+    bias,
+    out,
+    lse,
+    delta,
+    grad_lse,
+    dq_sum,
+    grad_q,
+    grad_k,
+    grad_v,
+    cu_q,
+    cu_k,
+    seed,
+    grad_out_strides,
+    q_strides,
+    k_strides,
+    v_strides,
+    bias_strides,
+    out_strides,
+    lse_strides,
+    grad_q_strides,
+    grad_k_strides,
+    grad_v_strides,
+    H,
+    n_q,
+    n_k,
+    scale,
+    factor,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D_PARTS: tl.constexpr,
+    DV_PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """All gradients of one head by one program: five products per tile, where a pass for dQ and another for dK and dV take seven.
+
+    dK and dV of BLOCK_N keys stay in registers while the queries pass by. The running dQ (n_q, D) belongs to this program alone, which
+    alone adds to it, in order; it is small enough to stay in cache.
+    """
+    pid = tl.program_id(0)
+    b, h = (pid // H).to(tl.int64), (pid % H).to(tl.int64)
+    q_first, q_len = sequence(cu_q, b, n_q, VARLEN)
+    k_first, k_len = sequence(cu_k, b, n_k, VARLEN)
+    q += b * q_strides[0] + h * q_strides[1] + q_first * q_strides[2]
+    k += b * k_strides[0] + h * k_strides[1] + k_first * k_strides[2]
+    v += b * v_strides[0] + h * v_strides[1] + k_first * v_strides[2]
+    out += b * out_strides[0] + h * out_strides[1] + q_first * out_strides[2]
+    grad_out += b * grad_out_strides[0] + h * grad_out_strides[1] + q_first * grad_out_strides[2]
+    grad_q += b * grad_q_strides[0] + h * grad_q_strides[1] + q_first * grad_q_strides[2]
+    grad_k += b * grad_k_strides[0] + h * grad_k_strides[1] + k_first * grad_k_strides[2]
+    grad_v += b * grad_v_strides[0] + h * grad_v_strides[1] + k_first * grad_v_strides[2]
+    bias += b * bias_strides[0] + h * bias_strides[1]
+    row_at = b * lse_strides[0] + h * lse_strides[1] + q_first
+    if grad_lse is not None:
+        grad_lse += row_at
+    draw = 0
+    if DROPOUT:
+        draw = tl.load(seed)
+
+    tiles = tl.cdiv(q_len, BLOCK_M)
+    for tile in range(tiles):
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        grad = load_rows(grad_out, rows, rows < q_len, grad_out_strides[2], DV, DV_PARTS)
+        row_sum = row_delta(out, grad, grad_lse, rows, q_len, out_strides[2], DV, DV_PARTS)
+        tl.store(delta + row_at + rows, row_sum, mask=rows < q_len)
+    tl.debug_barrier()  # what follows reads rows that other threads of this program wrote
+    running = dq_sum + pid.to(tl.int64) * n_q * D
+    for first_col in range(0, tl.maximum(k_len, 1), BLOCK_N):  # without keys, dQ is still to be zeroed
+        cols = first_col + tl.arange(0, BLOCK_N)
+        inside = cols < k_len
+        earlier, later = first_col > 0, first_col + BLOCK_N < k_len
+        keys = load_rows(k, cols, inside, k_strides[2], D, D_PARTS)
+        values = load_rows(v, cols, inside, v_strides[2], DV, DV_PARTS)
+        dk = zero_parts((BLOCK_N,), D_PARTS)
+        dv = zero_parts((BLOCK_N,), DV_PARTS)
+        for tile in range(tiles):
+            rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+            valid = rows < q_len
+            queries = load_rows(q, rows, valid, q_strides[2], D, D_PARTS)
+            grad = load_rows(grad_out, rows, valid, grad_out_strides[2], DV, DV_PARTS)
+            dq = load_rows(running, rows, valid & earlier, D, D, D_PARTS)
+            row_sum = tl.load(delta + row_at + rows, mask=valid, other=0.0)
+            log_sum = load_lse(lse + row_at, rows, q_len)
+            s = dot_parts(keys, queries, BLOCK_N, BLOCK_M, PRECISION) * scale
+            s = biased(s, bias, rows[None, :], cols[:, None], q_len, k_len, bias_strides, BIAS, CAUSAL, True)
+            p = tl.exp2(s - log_sum[None, :])
+            dp = dot_parts(values, grad, BLOCK_N, BLOCK_M, PRECISION)
+            dropped = p
+            if DROPOUT:
+                keep = kept(draw, pid, rows[None, :], cols[:, None], threshold)
+                dropped = tl.where(keep, p * keep_scale, 0.0)
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            dv = add_products(dv, dropped.to(v.dtype.element_ty), grad, 0, PRECISION)
+            ds = (p * (dp - row_sum[None, :])).to(q.dtype.element_ty)
+            dk = add_products(dk, ds, queries, 0, PRECISION)
+            dq = add_products(dq, tl.trans(ds), keys, 0, PRECISION)
+            store_rows(running, dq, 0, 1.0, rows, valid & later, D, D, D_PARTS)
+            store_rows(grad_q, dq, 0, factor, rows, valid & (not later), grad_q_strides[2], D, D_PARTS)
+        store_rows(grad_k, dk, 0, factor, cols, inside, grad_k_strides[2], D, D_PARTS)
+        store_rows(grad_v, dv, 0, 1.0, cols, inside, grad_v_strides[2], DV, DV_PARTS)
+        tl.debug_barrier()
+
+
+@triton.jit
+def backward_dq(
+    grad_out,
+    q,
+    k,
+    v,
+    bias,
+    out,
+    lse,
+    delta,
+    grad_lse,
+    grad_q,
+    cu_q,
+    cu_k,
+    seed,
+    grad_out_strides,
+    q_strides,
+    k_strides,
+    v_strides,
+    bias_strides,
+    out_strides,
+    lse_strides,
+    grad_q_strides,
+    H,
+    GROUPS,
+    n_q,
+    n_k,
+    scale,
+    factor,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D_PARTS: tl.constexpr,
+    DV_PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dQ of one query tile, walking the keys; also writes the row sums (delta) that :func:`backward_dkdv` reads."""
+    blocks = tl.cdiv(n_q, BLOCK_M)
+    pid = tl.program_id(0)
+    head = pid // blocks
+    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    q_first, q_len = sequence(cu_q, b, n_q, VARLEN)
+    k_first, k_len = sequence(cu_k, b, n_k, VARLEN)
+    q += b * q_strides[0] + h * q_strides[1] + q_first * q_strides[2]
+    k += b * k_strides[0] + h // GROUPS * k_strides[1] + k_first * k_strides[2]
+    v += b * v_strides[0] + h // GROUPS * v_strides[1] + k_first * v_strides[2]
+    out += b * out_strides[0] + h * out_strides[1] + q_first * out_strides[2]
+    grad_out += b * grad_out_strides[0] + h * grad_out_strides[1] + q_first * grad_out_strides[2]
+    grad_q += b * grad_q_strides[0] + h * grad_q_strides[1] + q_first * grad_q_strides[2]
+    row_at = b * lse_strides[0] + h * lse_strides[1] + q_first
+    bias += b * bias_strides[0] + h * bias_strides[1]
+    if grad_lse is not None:
+        grad_lse += row_at
+    draw = 0
+    if DROPOUT:
+        draw = tl.load(seed)
+
+    first_row = pid % blocks * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    inside = rows < q_len
+    queries = load_rows(q, rows, inside, q_strides[2], D, D_PARTS)
+    grad = load_rows(grad_out, rows, inside, grad_out_strides[2], DV, DV_PARTS)
+    log_sum = load_lse(lse + row_at, rows, q_len)
+    row_sum = row_delta(out, grad, grad_lse, rows, q_len, out_strides[2], DV, DV_PARTS)
+    tl.store(delta + row_at + rows, row_sum, mask=inside)
+    dq = zero_parts((BLOCK_M,), D_PARTS)
+    end = k_len
+    whole = k_len // WIDTHS[0] * WIDTHS[0]
+    if CAUSAL:
+        end = tl.minimum(k_len, first_row + BLOCK_M)
+        whole = tl.minimum(whole, first_row // WIDTHS[0] * WIDTHS[0])
+    if VARLEN:  # tiles past the sequence's end walk nothing
+        end = tl.where(first_row < q_len, end, 0)
+        whole = tl.where(first_row < q_len, whole, 0)
+    for edge in tl.static_range(2):
+        for start in range(whole if edge else 0, end if edge else whole, WIDTHS[edge]):
+            cols = span(start, WIDTHS[edge])
+            keys = load_rows(k, cols, cols < k_len, k_strides[2], D, D_PARTS)
+            values = load_rows(v, cols, cols < k_len, v_strides[2], DV, DV_PARTS)
+            s = dot_parts(queries, keys, BLOCK_M, WIDTHS[edge], PRECISION) * scale
+            s = biased(s, bias, rows[:, None], cols[None, :], q_len, k_len, bias_strides, BIAS, CAUSAL, edge == 1)
+            p = tl.exp2(s - log_sum[:, None])
+            dp = dot_parts(grad, values, BLOCK_M, WIDTHS[edge], PRECISION)
+            if DROPOUT:
+                keep = kept(draw, head, rows[:, None], cols[None, :], threshold)
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            ds = (p * (dp - row_sum[:, None])).to(queries[0].dtype)
+            dq = add_products(dq, ds, keys, 0, PRECISION)
+    store_rows(grad_q, dq, 0, factor, rows, inside, grad_q_strides[2], D, D_PARTS)
+
+
+@triton.jit
+def backward_dkdv(
+    grad_out,
+    q,
+    k,
+    v,
+    bias,
+    lse,
+    delta,
+    grad_k,
+    grad_v,
+    cu_q,
+    cu_k,
+    seed,
+    grad_out_strides,
+    q_strides,
+    k_strides,
+    v_strides,
+    bias_strides,
+    lse_strides,
+    grad_k_strides,
+    grad_v_strides,
+    H,
+    GROUPS,
+    n_q,
+    n_k,
+    scale,
+    factor,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D_PARTS: tl.constexpr,
+    DV_PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dK and dV of BLOCK_N keys of one key head, walking the queries of its group in blocks of BLOCK_M."""
+    blocks = tl.cdiv(n_k, BLOCK_N)
+    pid = tl.program_id(0)
+    kv_heads = H // GROUPS
+    head = pid // blocks
+    b, kv_head = (head // kv_heads).to(tl.int64), (head % kv_heads).to(tl.int64)
+    q_first, q_len = sequence(cu_q, b, n_q, VARLEN)
+    k_first, k_len = sequence(cu_k, b, n_k, VARLEN)
+    k += b * k_strides[0] + kv_head * k_strides[1] + k_first * k_strides[2]
+    v += b * v_strides[0] + kv_head * v_strides[1] + k_first * v_strides[2]
+    grad_k += b * grad_k_strides[0] + kv_head * grad_k_strides[1] + k_first * grad_k_strides[2]
+    grad_v += b * grad_v_strides[0] + kv_head * grad_v_strides[1] + k_first * grad_v_strides[2]
+    draw = 0
+    if DROPOUT:
+        draw = tl.load(seed)
+
+    first_col = pid % blocks * BLOCK_N
+    cols = first_col + tl.arange(0, BLOCK_N)
+    inside = cols < k_len
+    keys = load_rows(k, cols, inside, k_strides[2], D, D_PARTS)
+    values = load_rows(v, cols, inside, v_strides[2], DV, DV_PARTS)
+    dk = zero_parts((BLOCK_N,), D_PARTS)
+    dv = zero_parts((BLOCK_N,), DV_PARTS)
+    from_row = 0
+    if CAUSAL:
+        from_row = first_col // BLOCK_M * BLOCK_M
+    steps = tl.maximum(tl.cdiv(q_len - from_row, BLOCK_M), 0)
+    if VARLEN:
+        steps = tl.where(first_col < k_len, steps, 0)
+    for step in range(0, GROUPS * steps):
+        h = kv_head * GROUPS + step // steps
+        rows = from_row + step % steps * BLOCK_M + tl.arange(0, BLOCK_M)
+        at = q + b * q_strides[0] + h * q_strides[1] + q_first * q_strides[2]
+        queries = load_rows(at, rows, rows < q_len, q_strides[2], D, D_PARTS)
+        at = grad_out + b * grad_out_strides[0] + h * grad_out_strides[1] + q_first * grad_out_strides[2]
+        grad = load_rows(at, rows, rows < q_len, grad_out_strides[2], DV, DV_PARTS)
+        row_at = b * lse_strides[0] + h * lse_strides[1] + q_first
+        log_sum = load_lse(lse + row_at, rows, q_len)
+        row_sum = tl.load(delta + row_at + rows, mask=rows < q_len, other=0.0)
+        s = dot_parts(keys, queries, BLOCK_N, BLOCK_M, PRECISION) * scale
+        where = bias + b * bias_strides[0] + h * bias_strides[1]
+        s = biased(s, where, rows[None, :], cols[:, None], q_len, k_len, bias_strides, BIAS, CAUSAL, True)
+        p = tl.exp2(s - log_sum[None, :])
+        dp = dot_parts(values, grad, BLOCK_N, BLOCK_M, PRECISION)
+        dropped = p
+        if DROPOUT:
+            keep = kept(draw, b * H + h, rows[None, :], cols[:, None], threshold)
+            dropped = tl.where(keep, p * keep_scale, 0.0)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        dv = add_products(dv, dropped.to(v.dtype.element_ty), grad, 0, PRECISION)
+        ds = (p * (dp - row_sum[None, :])).to(q.dtype.element_ty)
+        dk = add_products(dk, ds, queries, 0, PRECISION)
+    store_rows(grad_k, dk, 0, factor, cols, inside, grad_k_strides[2], D, D_PARTS)
+    store_rows(grad_v, dv, 0, 1.0, cols, inside, grad_v_strides[2], DV, DV_PARTS)
+
+
+@triton.jit
+def bias_gradient(
+    grad_out,
+    q,
+    k,
+    v,
+    bias,
+    lse,
+    delta,
+    grad_bias,
+    cu_q,
+    cu_k,
+    seed,
+    grad_out_strides,
+    q_strides,
+    k_strides,
+    v_strides,
+    bias_strides,
+    lse_strides,
+    bias_shape,
+    walk,
+    splits,
+    steps,
+    H,
+    GROUPS,
+    n_q,
+    n_k,
+    scale,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D_PARTS: tl.constexpr,
+    DV_PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of the bias gradient: the sum of dS over ``walk`` = (batch, heads, row tiles, column tiles), whatever the bias broadcasts over.
+
+    With ``splits`` > 1 each program takes a share of the ``steps`` and writes to its own copy, (splits, *bias_shape).
+    """
+    row_tiles = tl.cdiv(n_q, BLOCK_M) if ROWS else 1
+    col_tiles = tl.cdiv(n_k, BLOCK_N) if COLS else 1
+    pid = tl.program_id(0)
+    split, tile = pid % splits, pid // splits
+    col_tile, tile = tile % col_tiles, tile // col_tiles
+    row_tile, tile = tile % row_tiles, tile // row_tiles
+    bias_h, bias_b = tile % bias_shape[1], tile // bias_shape[1]
+    draw = 0
+    if DROPOUT:
+        draw = tl.load(seed)
+    share = tl.cdiv(steps, splits)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(split * share, tl.minimum(split * share + share, steps)):
+        rest = step // walk[3]
+        i = row_tile + rest % walk[2]
+        j = col_tile + step % walk[3]
+        rest = rest // walk[2]
+        h = (bias_h + rest % walk[1]).to(tl.int64)
+        b = (bias_b + rest // walk[1]).to(tl.int64)
+        q_first, q_len = sequence(cu_q, b, n_q, VARLEN)
+        k_first, k_len = sequence(cu_k, b, n_k, VARLEN)
+        rows = i * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = j * BLOCK_N + tl.arange(0, BLOCK_N)
+        at = q + b * q_strides[0] + h * q_strides[1] + q_first * q_strides[2]
+        queries = load_rows(at, rows, rows < q_len, q_strides[2], D, D_PARTS)
+        at = k + b * k_strides[0] + h // GROUPS * k_strides[1] + k_first * k_strides[2]
+        keys = load_rows(at, cols, cols < k_len, k_strides[2], D, D_PARTS)
+        at = grad_out + b * grad_out_strides[0] + h * grad_out_strides[1] + q_first * grad_out_strides[2]
+        grad = load_rows(at, rows, rows < q_len, grad_out_strides[2], DV, DV_PARTS)
+        at = v + b * v_strides[0] + h // GROUPS * v_strides[1] + k_first * v_strides[2]
+        values = load_rows(at, cols, cols < k_len, v_strides[2], DV, DV_PARTS)
+        row_at = b * lse_strides[0] + h * lse_strides[1] + q_first
+        log_sum = load_lse(lse + row_at, rows, q_len)
+        row_sum = tl.load(delta + row_at + rows, mask=rows < q_len, other=0.0)
+        s = dot_parts(queries, keys, BLOCK_M, BLOCK_N, PRECISION) * scale
+        where = bias + b * bias_strides[0] + h * bias_strides[1]
+        s = biased(s, where, rows[:, None], cols[None, :], q_len, k_len, bias_strides, BIAS, CAUSAL, True)
+        p = tl.exp2(s - log_sum[:, None])
+        dp = dot_parts(grad, values, BLOCK_M, BLOCK_N, PRECISION)
+        if DROPOUT:
+            keep = kept(draw, b * H + h, rows[:, None], cols[None, :], threshold)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        acc += p * (dp - row_sum[:, None])
+    plane = (split * bias_shape[0] + bias_b).to(tl.int64) * bias_shape[1] + bias_h
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    base = grad_bias + plane * bias_shape[2] * bias_shape[3]
+    if ROWS and COLS:
+        at = base + rows.to(tl.int64)[:, None] * n_k + cols[None, :]
+        tl.store(at, acc, mask=(rows[:, None] < n_q) & (cols[None, :] < n_k))
+    elif ROWS:
+        tl.store(base + rows, tl.sum(acc, 1), mask=rows < n_q)
+    elif COLS:
+        tl.store(base + cols, tl.sum(acc, 0), mask=cols < n_k)
+    else:
+        tl.store(base, tl.sum(tl.sum(acc, 1), 0))

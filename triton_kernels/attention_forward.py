@@ -1,0 +1,215 @@
+"""Forward kernels of attention, after Dao et al., "FlashAttention-2" (2023).
+
+Both compute softmax in powers of two with log2(e) folded into the scale, and store only the output and the log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pyvit.triton_kernels.common import (
+    LN2,
+    add_products,
+    biased,
+    dot_parts,
+    kept,
+    load_rows,
+    sequence,
+    span,
+    store_rows,
+    zero_parts,
+)
+
+
+@triton.jit
+def load_blocks(base, n, stride, D: tl.constexpr, PARTS: tl.constexpr, ROW_PARTS: tl.constexpr):
+    """All ``n`` rows as a tuple over ROW_PARTS of tuples over PARTS."""
+    out = ()
+    start: tl.constexpr = 0
+    for j in tl.static_range(len(ROW_PARTS)):
+        rows = start + tl.arange(0, ROW_PARTS[j])
+        out = out + (load_rows(base, rows, rows < n, stride, D, PARTS),)  # noqa: RUF005
+        start = start + ROW_PARTS[j]
+    return out
+
+
+@triton.jit
+def forward_short(
+    q,
+    k,
+    v,
+    bias,
+    out,
+    lse,
+    cu_q,
+    cu_k,
+    seed,
+    q_strides,
+    k_strides,
+    v_strides,
+    bias_strides,
+    out_strides,
+    lse_strides,
+    H,
+    GROUPS,
+    n_q,
+    n_k,
+    scale,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D_PARTS: tl.constexpr,
+    DV_PARTS: tl.constexpr,
+    KEY_PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    GROUP: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """GROUP query tiles of one head against keys and values that stay on chip: one softmax over whole rows, no rescaling."""
+    blocks = tl.cdiv(n_q, BLOCK_M * GROUP)
+    pid = tl.program_id(0)
+    head = pid // blocks
+    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    q_first, q_len = sequence(cu_q, b, n_q, VARLEN)
+    k_first, k_len = sequence(cu_k, b, n_k, VARLEN)
+    q += b * q_strides[0] + h * q_strides[1] + q_first * q_strides[2]
+    k += b * k_strides[0] + h // GROUPS * k_strides[1] + k_first * k_strides[2]
+    v += b * v_strides[0] + h // GROUPS * v_strides[1] + k_first * v_strides[2]
+    out += b * out_strides[0] + h * out_strides[1] + q_first * out_strides[2]
+    lse += b * lse_strides[0] + h * lse_strides[1] + q_first
+    bias += b * bias_strides[0] + h * bias_strides[1]
+    draw = 0
+    if DROPOUT:
+        draw = tl.load(seed)
+
+    keys = load_blocks(k, k_len, k_strides[2], D, D_PARTS, KEY_PARTS)
+    values = load_blocks(v, k_len, v_strides[2], DV, DV_PARTS, KEY_PARTS)
+    for tile in range(GROUP):
+        rows = (pid % blocks * GROUP + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+        queries = load_rows(q, rows, rows < q_len, q_strides[2], D, D_PARTS)
+        top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        scores = ()
+        first: tl.constexpr = 0
+        for j in tl.static_range(len(KEY_PARTS)):
+            cols = first + tl.arange(0, KEY_PARTS[j])
+            s = dot_parts(queries, keys[j], BLOCK_M, KEY_PARTS[j], PRECISION) * scale
+            s = biased(s, bias, rows[:, None], cols[None, :], q_len, k_len, bias_strides, BIAS, CAUSAL, True)
+            top = tl.maximum(top, tl.max(s, 1))
+            scores = scores + (s,)  # noqa: RUF005
+            first = first + KEY_PARTS[j]
+        top = tl.where(top == float("-inf"), 0.0, top)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        acc = zero_parts((BLOCK_M,), DV_PARTS)
+        start: tl.constexpr = 0
+        for j in tl.static_range(len(KEY_PARTS)):
+            p = tl.exp2(scores[j] - top[:, None])
+            total += tl.sum(p, 1)
+            if DROPOUT:
+                cols = start + tl.arange(0, KEY_PARTS[j])
+                p = tl.where(kept(draw, head, rows[:, None], cols[None, :], threshold), p, 0.0)
+            start = start + KEY_PARTS[j]
+            acc = add_products(acc, p.to(v.dtype.element_ty), values[j], 0, PRECISION)
+        empty = total == 0.0
+        total = tl.where(empty, 1.0, total)
+        factor = keep_scale / total
+        store_rows(out, acc, 0, factor[:, None], rows, rows < q_len, out_strides[2], DV, DV_PARTS)
+        tl.store(lse + rows, tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2), mask=rows < q_len)
+
+
+@triton.jit
+def forward_long(
+    q,
+    k,
+    v,
+    bias,
+    out,
+    lse,
+    cu_q,
+    cu_k,
+    seed,
+    q_strides,
+    k_strides,
+    v_strides,
+    bias_strides,
+    out_strides,
+    lse_strides,
+    H,
+    GROUPS,
+    n_q,
+    n_k,
+    scale,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D_PARTS: tl.constexpr,
+    DV_PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One query tile of one head, walking the keys with an online softmax (Milakov and Gimelshein, 2018)."""
+    blocks = tl.cdiv(n_q, BLOCK_M)
+    pid = tl.program_id(0)
+    head = pid // blocks
+    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    q_first, q_len = sequence(cu_q, b, n_q, VARLEN)
+    k_first, k_len = sequence(cu_k, b, n_k, VARLEN)
+    q += b * q_strides[0] + h * q_strides[1] + q_first * q_strides[2]
+    k += b * k_strides[0] + h // GROUPS * k_strides[1] + k_first * k_strides[2]
+    v += b * v_strides[0] + h // GROUPS * v_strides[1] + k_first * v_strides[2]
+    out += b * out_strides[0] + h * out_strides[1] + q_first * out_strides[2]
+    lse += b * lse_strides[0] + h * lse_strides[1] + q_first
+    bias += b * bias_strides[0] + h * bias_strides[1]
+    draw = 0
+    if DROPOUT:
+        draw = tl.load(seed)
+
+    first_row = pid % blocks * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    queries = load_rows(q, rows, rows < q_len, q_strides[2], D, D_PARTS)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = zero_parts((BLOCK_M,), DV_PARTS)
+    end = k_len
+    whole = k_len // WIDTHS[0] * WIDTHS[0]
+    if CAUSAL:
+        end = tl.minimum(k_len, first_row + BLOCK_M)
+        whole = tl.minimum(whole, first_row // WIDTHS[0] * WIDTHS[0])
+    if VARLEN:  # tiles past the sequence's end walk nothing
+        end = tl.where(first_row < q_len, end, 0)
+        whole = tl.where(first_row < q_len, whole, 0)
+    for edge in tl.static_range(2):  # whole blocks first, then, in narrower ones, the keys that need a mask
+        for start in range(whole if edge else 0, end if edge else whole, WIDTHS[edge]):
+            cols = span(start, WIDTHS[edge])
+            keys = load_rows(k, cols, cols < k_len, k_strides[2], D, D_PARTS)
+            s = dot_parts(queries, keys, BLOCK_M, WIDTHS[edge], PRECISION) * scale
+            s = biased(s, bias, rows[:, None], cols[None, :], q_len, k_len, bias_strides, BIAS, CAUSAL, edge == 1)
+            higher = tl.maximum(top, tl.max(s, 1))
+            against = tl.where(higher == float("-inf"), 0.0, higher)
+            p = tl.exp2(s - against[:, None])
+            shrink = tl.exp2(top - against)
+            total = total * shrink + tl.sum(p, 1)
+            top = higher
+            if DROPOUT:
+                p = tl.where(kept(draw, head, rows[:, None], cols[None, :], threshold), p, 0.0)
+            values = load_rows(v, cols, cols < k_len, v_strides[2], DV, DV_PARTS)
+            shrunk = ()
+            for i in tl.static_range(len(DV_PARTS)):
+                shrunk = shrunk + (acc[i] * shrink[:, None],)  # noqa: RUF005
+            acc = add_products(shrunk, p.to(v.dtype.element_ty), values, 0, PRECISION)
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    factor = keep_scale / total
+    store_rows(out, acc, 0, factor[:, None], rows, rows < q_len, out_strides[2], DV, DV_PARTS)
+    tl.store(lse + rows, tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2), mask=rows < q_len)

@@ -1,0 +1,125 @@
+"""Compiling a recorded launch ahead of time, for a GPU that need not be there, and reading what the compiler made of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pyvit.triton_kernels.common import Launch
+
+#: Shared memory one program may use, bytes: the parts' opt-in limits.
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.bool: "*i1",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+_TENSOR_CORE = {
+    "sm_80": r"\bmma\.sync",
+    "sm_90": r"\b(?:wgmma\.mma|mma\.sync)",
+    "sm_100": r"\b(?:tcgen05\.mma|mma\.sync)",
+    "gfx942": r"\bv_mfma_",
+}
+_ATOMIC = re.compile(
+    r"^\s*(?:@%\w+\s+)?(?:atom\.|red\.(?:global|shared|relaxed|async)|global_atomic|flat_atomic|buffer_atomic|ds_add|ds_max)", re.MULTILINE
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compiled launch uses: registers per thread, bytes spilled per thread, bytes of shared memory, static counts of instructions."""
+
+    kernel: str
+    arch: str
+    registers: int
+    spilled: int
+    shared: int
+    tensor_core: int
+    warpgroup: int
+    atomics: int
+    dot_types: frozenset[str]
+
+
+def target(arch: str) -> GPUTarget:
+    """The compiler's target for "sm_80", ..., "gfx942"."""
+    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
+
+
+def _specialise(value: Any, path: tuple[int, ...], attrs: dict[tuple[int, ...], Any], constants: dict[Any, Any], key: Any) -> Any:
+    """The compiler's type of one argument, as a call with that value would specialise it."""
+    if isinstance(value, tuple):
+        return tuple(_specialise(v, (*path, i), attrs, constants, (*path, i)) for i, v in enumerate(value))
+    if value is None or (isinstance(value, int) and value == 1):
+        constants[key] = value
+        return "constexpr"
+    if isinstance(value, Tensor):
+        attrs[path] = [["tt.divisibility", 16]]
+        return _POINTERS[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if value % 16 == 0:
+        attrs[path] = [["tt.divisibility", 16]]
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def build(launch: Launch, arch: str) -> Any:
+    """The compiled kernel (Triton's object, with ``asm`` and ``metadata``)."""
+    signature: dict[str, Any] = {}
+    attrs: dict[tuple[int, ...], Any] = {}
+    constants: dict[Any, Any] = {}
+    for at, parameter in enumerate(launch.kernel.params):
+        value = launch.args[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(at,)] = "constexpr", value
+        else:
+            signature[parameter.name] = _specialise(value, (at,), attrs, constants, (at,))
+    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attrs)
+    return triton.compile(source, target=target(arch), options=dict(launch.options))
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found.group(1)) if found else 0
+
+
+def inspect(launch: Launch, arch: str) -> Report:
+    """Compile ``launch`` for ``arch`` and count."""
+    kernel = build(launch, arch)
+    dots = frozenset(re.findall(r"tt\.dot [^\n]*: tensor<[\dx]+x(\w+)", kernel.asm["ttir"]))
+    if arch.startswith("sm_"):
+        text = kernel.asm["ptx"]
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(kernel.asm["cubin"])
+            cubin.flush()
+            tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+            usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+        registers, spilled = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
+    else:
+        text = kernel.asm["amdgcn"]
+        registers, spilled = _number(r"\.vgpr_count:\s+(\d+)", text), 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text)
+    return Report(
+        kernel=launch.kernel.__name__,
+        arch=arch,
+        registers=registers,
+        spilled=spilled,
+        shared=kernel.metadata.shared,
+        tensor_core=len(re.findall(_TENSOR_CORE[arch], text)),
+        warpgroup=len(re.findall(r"\b(?:wgmma\.mma|tcgen05\.mma)", text)),
+        atomics=len(_ATOMIC.findall(text)),
+        dot_types=dots,
+    )

@@ -1,0 +1,164 @@
+"""Which tiles each kernel uses, as data: per kernel, architecture, element size, head dimension and length.
+
+An entry says how it was chosen: a measurement, or "unmeasured" for one picked from register and shared-memory counts alone. A tuning run
+(:mod:`pyvit.triton_kernels.tune`) writes entries for the GPU at hand to a file that takes precedence; nothing is searched in a training step.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+#: Longest key sequence that the single-pass kernels hold on chip.
+SHORT = 288
+
+
+@dataclass(frozen=True)
+class Config:
+    """``block_m`` rows of the side a program owns, ``block_n`` of the side it walks, ``edge_n`` the narrower block for the part that needs a
+    mask; ``group`` pieces of work (query tiles, windows) per program."""
+
+    block_m: int = 64
+    block_n: int = 64
+    edge_n: int = 32
+    group: int = 1
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Serves calls of ``kernel`` on ``arch`` (a prefix) with at most these bytes per element, head dimension and length."""
+
+    kernel: str
+    config: Config
+    arch: str = ""
+    itemsize: int = 4
+    head_dim: int = 256
+    length: int = 1 << 30
+    measured: str = "unmeasured"
+
+    def serves(self, kernel: str, arch: str, itemsize: int, head_dim: int, length: int) -> bool:
+        return (
+            kernel == self.kernel
+            and arch.startswith(self.arch)
+            and itemsize <= self.itemsize
+            and head_dim <= self.head_dim
+            and length <= self.length
+        )
+
+
+#: First match wins.
+TABLE = (
+    Entry("forward_short", Config(block_m=64, group=2, warps=4), itemsize=2, head_dim=64),
+    Entry("forward_short", Config(block_m=64, group=2, warps=8), itemsize=2),
+    Entry("forward_short", Config(block_m=32, group=2, warps=4)),
+    Entry("forward_long", Config(block_m=128, block_n=64, edge_n=16, warps=4, stages=3), itemsize=2, head_dim=64),
+    Entry("forward_long", Config(block_m=128, block_n=64, edge_n=16, warps=8, stages=2), itemsize=2, head_dim=128),
+    Entry("forward_long", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=2)),
+    Entry("backward_short", Config(block_m=64, block_n=64, warps=4, stages=1), itemsize=2, length=64),
+    Entry("backward_short", Config(block_m=64, block_n=128, warps=8, stages=1), itemsize=2),
+    Entry("backward_short", Config(block_m=32, block_n=64, warps=8, stages=1)),
+    Entry("backward_dq", Config(block_m=64, block_n=64, edge_n=16, warps=4), itemsize=2, head_dim=128),
+    Entry("backward_dq", Config(block_m=32, block_n=32, edge_n=16, warps=4)),
+    Entry("backward_dkdv", Config(block_m=64, block_n=64, warps=4), itemsize=2, head_dim=64),
+    Entry("backward_dkdv", Config(block_m=64, block_n=32, warps=8), itemsize=2, head_dim=128),
+    Entry("backward_dkdv", Config(block_m=32, block_n=32, warps=4)),
+    Entry("bias_grad", Config(block_m=64, block_n=64, warps=4, stages=1), itemsize=2, head_dim=128),
+    Entry("bias_grad", Config(block_m=32, block_n=32, warps=4, stages=1)),
+    # Windows: "length" is the rows of a tile's piece, "group" the programs per processor.
+    Entry("window_forward", Config(block_m=64, group=8, warps=4, stages=2), itemsize=2, length=64),
+    Entry("window_forward", Config(block_m=64, group=4, warps=4, stages=1), itemsize=2, length=160),
+    Entry("window_forward", Config(block_m=32, group=4, warps=4, stages=1), itemsize=2, length=288),
+    Entry("window_forward", Config(block_m=64, group=4, warps=4, stages=1), length=64),
+    Entry("window_forward", Config(block_m=16, group=4, warps=4, stages=1)),
+    Entry("window_backward_keys", Config(block_m=64, group=4, warps=4, stages=1), length=64),
+    Entry("window_backward_keys", Config(block_m=64, group=4, warps=4, stages=1), itemsize=2),
+    Entry("window_backward_keys", Config(block_m=32, group=4, warps=4, stages=1)),
+    Entry("window_backward_queries", Config(block_m=32, block_n=64, group=4, warps=4, stages=1), length=160),
+    Entry("window_backward_queries", Config(block_m=16, block_n=64, group=4, warps=4, stages=1)),
+)
+
+
+def overrides_path() -> Path:
+    """Where tuned entries live: ``PYVIT_TILES``, else a file in the user's cache directory."""
+    if path := os.environ.get("PYVIT_TILES"):
+        return Path(path)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pyvit" / "tiles.json"
+
+
+@functools.cache
+def tuned() -> tuple[Entry, ...]:
+    """Entries of the tuning file; none where there is no file. Read once per process."""
+    path = overrides_path()
+    if not path.exists():
+        return ()
+    try:
+        return tuple(Entry(**{**e, "config": Config(**e["config"])}) for e in json.loads(path.read_text()))
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not a tuning file of this version ({error}); remove it or tune again") from error
+
+
+def save(entries: tuple[Entry, ...]) -> Path:
+    """Write ``entries`` as the tuning file, most specific first, and use them from now on."""
+    path = overrides_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ordered = sorted(entries, key=lambda e: (e.kernel, e.arch, e.itemsize, e.head_dim, e.length))
+    path.write_text(json.dumps([asdict(e) for e in ordered], indent=1) + "\n")
+    tuned.cache_clear()
+    choose.cache_clear()
+    return path
+
+
+_forced: dict[str, Config] = {}
+
+
+def force(kernel: str, config: Config | None) -> None:
+    """Use ``config`` for every launch of ``kernel`` (a tuning candidate, a test), until forced to None."""
+    if config is None:
+        _forced.pop(kernel, None)
+    else:
+        _forced[kernel] = config
+    choose.cache_clear()
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(kernel: str, arch: str, itemsize: int, head_dim: int, length: int) -> Config:
+    """The configuration for one launch."""
+    if kernel in _forced:
+        return _forced[kernel]
+    for entry in (*tuned(), *TABLE):
+        if entry.serves(kernel, arch, itemsize, head_dim, length):
+            return entry.config
+    raise KeyError(f"tiles: no entry serves {kernel} on {arch} with {itemsize}-byte elements, head dimension {head_dim}, length {length}")
+
+
+@functools.cache
+def parts(n: int, most: int = 128) -> tuple[int, ...]:
+    """``n`` rounded up to 16 as descending powers of two, at most ``most``: 197 -> (128, 64, 16). The part below ``most`` is cut in two at most."""
+    whole, rest = divmod(-(-max(n, 1) // 16) * 16, most)
+    tail: tuple[int, ...] = ()
+    if rest:
+        power = 1 << (rest.bit_length() - 1)
+        left = rest - power
+        if left == 0:
+            tail = (power,)
+        elif 1 << (left - 1).bit_length() < power:
+            tail = (power, 1 << (left - 1).bit_length())
+        else:
+            tail = (2 * power,)
+    return (most,) * whole + tail
+
+
+def forward_short_fits(arch: str, itemsize: int, head_dims: tuple[int, int], n_k: int) -> bool:
+    """Whether keys and values of one head stay in shared memory."""
+    width, rows = sum(sum(parts(d)) for d in head_dims), sum(parts(n_k))
+    return 0 < n_k <= SHORT and rows * width * itemsize <= (48 << 10 if arch.startswith("gfx") else 80 << 10)
+
+
+def backward_short_fits(head_dim: int, n_q: int, n_k: int) -> bool:
+    """Whether one program takes all gradients of a head: few tiles of keys, and dK and dV of one of them in registers."""
+    return 0 < n_q <= SHORT and 0 < n_k <= SHORT and head_dim <= 96

@@ -1,0 +1,192 @@
+"""Shifted-window attention on Triton: how windows are spread over programs, and the partial sums they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyvit.ops.reference import window_padding
+from pyvit.triton_kernels.common import arch_of, dropout_args, launch, precision, processors, rows_unit
+from pyvit.triton_kernels.tiles import Config, choose, parts
+from pyvit.triton_kernels.window_kernels import table_gradient, window_backward_keys, window_backward_queries, window_forward
+
+#: Windows of at most this many tokens are put side by side in one tile of PACKED rows.
+_PACK_AREA, _PACKED = 32, 64
+
+
+class _Map:
+    """One call's geometry, as the kernels take it."""
+
+    def __init__(
+        self,
+        qkv: Tensor,
+        window_size: Sequence[int],
+        shift_size: Sequence[int],
+        num_heads: int,
+        bias_table: Tensor | None,
+        logit_scale: Tensor | None,
+        pad_qkv: Tensor | None,
+        scale: float,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> None:
+        self.qkv = rows_unit(qkv)
+        self.batch, h, w, c3 = qkv.shape
+        self.channels, self.heads, self.d = c3 // 3, num_heads, c3 // 3 // num_heads
+        self.window = (window_size[0], window_size[1])
+        self.area = self.window[0] * self.window[1]
+        hp, wp, sy, sx = window_padding((h, w), self.window, (shift_size[0], shift_size[1]))
+        self.windows = hp // self.window[0] * (wp // self.window[1])
+        self.total = self.batch * self.windows
+        self.pack = max(1, min(_PACKED // self.area, self.total)) if self.area <= _PACK_AREA else 1
+        self.rows = self.pack * self.area
+        self.pieces = -(-self.total // self.pack)
+        self.arch, self.itemsize = arch_of(qkv), qkv.element_size()
+        self.common: dict[str, Any] = {
+            "qkv": self.qkv,
+            "qkv_strides": self.qkv.stride()[:3],
+            "table": None if bias_table is None else bias_table.contiguous(),
+            "logit_scale": None if logit_scale is None else logit_scale.contiguous(),
+            # A map without padding has no padding tokens for the value to fill.
+            "pad": None if pad_qkv is None or (hp, wp) == (h, w) else pad_qkv.contiguous(),
+            "size": (h, w),
+            "padded": (hp, wp),
+            "shift": (sy, sx),
+            "windows": self.windows,
+            "windows_x": wp // self.window[1],
+            "total": self.total,
+            "HEADS": self.heads,
+            "scale": scale,
+            **dropout_args(dropout_p, seed),
+            "D": self.d,
+            "D_PARTS": parts(self.d),
+            "WINDOW": self.window,
+            "PACK": self.pack,
+            "PRECISION": precision(qkv),
+        }
+
+    def choose(self, kernel: str) -> Config:
+        return choose(kernel, self.arch, self.itemsize, self.d, self.rows)
+
+    def spread(self, config: Config, tiles: int) -> tuple[int, int]:
+        """Groups of pieces, and pieces in each: ``config.group`` programs for every processor."""
+        groups = max(1, min(self.pieces, config.group * processors(self.qkv) // (self.heads * tiles)))
+        share = max(1, -(-self.pieces // groups))
+        return -(-self.pieces // share), share
+
+
+def window_attention(
+    qkv: Tensor,
+    window_size: Sequence[int],
+    shift_size: Sequence[int],
+    num_heads: int,
+    bias_table: Tensor | None,
+    logit_scale: Tensor | None,
+    pad_qkv: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str = "triton",
+) -> tuple[Tensor, Tensor]:
+    """out (B, H, W, C) and lse (B, windows, heads, area), as :func:`pyvit.ops.window_attention` states them."""
+    m = _Map(qkv, window_size, shift_size, num_heads, bias_table, logit_scale, pad_qkv, scale, dropout_p, seed)
+    out = qkv.new_empty(*qkv.shape[:3], m.channels)
+    lse = qkv.new_empty(m.batch, m.windows, m.heads, m.area, dtype=torch.float32)
+    c = m.choose("window_forward")
+    tiles = -(-m.rows // c.block_m)
+    groups, share = m.spread(c, tiles)
+    args = m.common | {
+        "out": out,
+        "out_strides": out.stride()[:3],
+        "lse": lse,
+        "share": share,
+        "KEY_PARTS": parts(m.rows),
+        "BLOCK_M": c.block_m,
+        "HOLD_BIAS": c.block_m * sum(parts(m.rows)) * 4 <= 32 << 10,
+    }
+    launch(window_forward, m.heads * tiles * groups, args, c.warps, c.stages)
+    return out, lse
+
+
+def window_attention_backward(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    qkv: Tensor,
+    window_size: Sequence[int],
+    shift_size: Sequence[int],
+    num_heads: int,
+    bias_table: Tensor | None,
+    logit_scale: Tensor | None,
+    pad_qkv: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str = "triton",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qkv, bias_table, logit_scale and pad_qkv; empty for those not given."""
+    m = _Map(qkv, window_size, shift_size, num_heads, bias_table, logit_scale, pad_qkv, scale, dropout_p, seed)
+    grad_out, out = rows_unit(grad_out), rows_unit(out)
+    grad_qkv = qkv.new_empty(qkv.shape)
+    args = m.common | {
+        "grad_out": grad_out,
+        "grad_out_strides": grad_out.stride()[:3],
+        "out": out,
+        "out_strides": out.stride()[:3],
+        "lse": lse.contiguous(),
+        "grad_qkv": grad_qkv,
+        "grad_qkv_strides": grad_qkv.stride()[:3],
+    }
+    c = m.choose("window_backward_keys")
+    whole = m.rows <= c.block_m
+    tiles = -(-m.rows // c.block_m)
+    groups, share = m.spread(c, tiles)
+    sums = _Sums(m, groups, tiles)
+    shape = {"share": share, "QUERY_PARTS": (c.block_m,) if whole else parts(m.rows, 64), "BLOCK_M": c.block_m, "ALL": whole}
+    pad_partial = m.qkv.new_zeros((groups, tiles, 2, m.heads, m.d), dtype=torch.float32)
+    both = sums.args() if whole else {"bias_partial": None, "logit_partial": None}
+    launch(window_backward_keys, m.heads * tiles * groups, args | shape | both | {"pad_partial": pad_partial}, c.warps, c.stages)
+    if not whole:
+        c = m.choose("window_backward_queries")
+        tiles = -(-m.rows // c.block_m)
+        groups, share = m.spread(c, tiles)
+        sums = _Sums(m, groups, tiles)
+        shape = {"share": share, "KEY_PARTS": parts(m.rows, c.block_n), "BLOCK_M": c.block_m}
+        launch(window_backward_queries, m.heads * tiles * groups, args | shape | sums.args(), c.warps, c.stages)
+    grad_pad = qkv.new_empty(0)
+    if pad_qkv is not None:  # padding queries are cropped from the output: theirs is zero
+        grad_pad = torch.cat([pad_partial.new_zeros(m.channels), pad_partial.sum((0, 1)).flatten()]).to(pad_qkv.dtype)
+    return grad_qkv, sums.table_grad(bias_table, m), sums.logit_grad(logit_scale, m), grad_pad
+
+
+class _Sums:
+    """Partial sums of the table's and the temperature's gradients, one per group of windows; added in order afterwards."""
+
+    def __init__(self, m: _Map, groups: int, tiles: int) -> None:
+        empty = torch.zeros if m.total == 0 else torch.empty
+        like: dict[str, Any] = {"dtype": torch.float32, "device": m.qkv.device}
+        table, logit = m.common["table"] is not None, m.common["logit_scale"] is not None
+        self.bias = empty((groups, m.heads, m.rows, m.rows), **like) if table else None
+        self.logit = empty((groups, tiles, m.heads), **like) if logit else None
+
+    def args(self) -> dict[str, Any]:
+        return {"bias_partial": self.bias, "logit_partial": self.logit}
+
+    def table_grad(self, table: Tensor | None, m: _Map) -> Tensor:
+        if table is None or self.bias is None:
+            return m.qkv.new_empty(0)
+        grad = table.new_empty(table.shape)
+        args = {"grad_bias": self.bias.sum(0), "grad_table": grad, "HEADS": m.heads, "WINDOW": m.window, "PACK": m.pack}
+        entries, block = 16, 1 << (m.rows - 1).bit_length()
+        grid = -(-table.shape[0] // entries) * m.heads
+        launch(table_gradient, grid, args | {"ENTRIES": entries, "BLOCK": block}, 4, 1)
+        return grad
+
+    def logit_grad(self, logit_scale: Tensor | None, m: _Map) -> Tensor:
+        if logit_scale is None or self.logit is None:
+            return m.qkv.new_empty(0)
+        # exp(min(scale, ln 100)) is flat above ln 100
+        return torch.where(logit_scale.float() <= 4.605170185988092, self.logit.sum((0, 1)), 0.0).to(logit_scale.dtype)

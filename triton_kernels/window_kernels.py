@@ -1,0 +1,516 @@
+"""Kernels of shifted-window attention: each program takes one head and a run of windows, straight from the feature map.
+
+A tile's rows are the tokens of a window, or of PACK small windows side by side, which the mask keeps apart like the regions of a shifted map.
+Names: ``window`` counts over the batch; a token's ``region`` is what it may attend within; ``real`` tokens lie on the unpadded map.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pyvit.triton_kernels.common import LN2, LOG2E, add_products, dot, dot_parts, dot_rows, kept, load_rows, span, zero_parts, zeros_of
+
+LN100 = tl.constexpr(4.605170185988092)
+NORM_EPS = tl.constexpr(1e-12)
+
+
+@triton.jit
+def place(r, piece, size, padded, shift, windows, windows_x, total, WINDOW: tl.constexpr, PACK: tl.constexpr):
+    """Of tile rows ``r``: the window, the row and column of the map, whether they are inside (not beyond the windows) and real, the region."""
+    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
+    t = r % AREA
+    window = piece * PACK + r // AREA
+    inside = (r < PACK * AREA) & (window < total)
+    at = window % windows
+    y, x = at // windows_x * WINDOW[0] + t // WINDOW[1], at % windows_x * WINDOW[1] + t % WINDOW[1]
+    region = (r // AREA) * 4 + tl.where(y >= padded[0] - shift[0], 2, 0) + tl.where(x >= padded[1] - shift[1], 1, 0)
+    y, x = y + shift[0], x + shift[1]  # undo the cyclic shift
+    y, x = tl.where(y >= padded[0], y - padded[0], y), tl.where(x >= padded[1], x - padded[1], x)
+    return window, y, x, inside, inside & (y < size[0]) & (x < size[1]), region
+
+
+@triton.jit
+def row_offset(window, y, x, windows, strides):
+    return (window // windows).to(tl.int64) * strides[0] + y.to(tl.int64) * strides[1] + x.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def gather(base, pad, offset, real, D: tl.constexpr, PARTS: tl.constexpr):
+    """Tokens' channels as a tuple of blocks; padding tokens take ``pad`` (D,), or zeros without it."""
+    loaded = load_rows(base, offset, real, 1, D, PARTS)
+    if pad is None:
+        out = loaded
+    else:
+        out = ()
+        start: tl.constexpr = 0
+        for i in tl.static_range(len(PARTS)):
+            cols = start + tl.arange(0, PARTS[i])
+            fill = tl.load(pad + cols, mask=cols < D, other=0.0).to(loaded[i].dtype)
+            out = out + (tl.where(real[:, None], loaded[i], fill[None, :]),)  # noqa: RUF005
+            start = start + PARTS[i]
+    return out
+
+
+@triton.jit
+def scatter(base, values, offset, real, D: tl.constexpr, PARTS: tl.constexpr):
+    start: tl.constexpr = 0
+    for i in tl.static_range(len(PARTS)):
+        cols = start + tl.arange(0, PARTS[i])
+        at = base + offset[:, None] + cols[None, :]
+        tl.store(at, values[i].to(base.dtype.element_ty), mask=real[:, None] & (cols[None, :] < D))
+        start = start + PARTS[i]
+
+
+@triton.jit
+def times(values, factor):
+    out = ()
+    for i in tl.static_range(len(values)):
+        out = out + (values[i] * factor,)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def normalised(values, COSINE: tl.constexpr):
+    """Unit rows and 1 / norm, as F.normalize; without COSINE the rows as they are."""
+    if COSINE:
+        inverse = 1.0 / tl.maximum(tl.sqrt(dot_rows(values, values)), NORM_EPS)
+        unit = ()
+        for i in tl.static_range(len(values)):
+            unit = unit + ((values[i].to(tl.float32) * inverse[:, None]).to(values[i].dtype),)  # noqa: RUF005
+    else:
+        unit = values
+        inverse = tl.zeros((values[0].shape[0],), tl.float32)
+    return unit, inverse
+
+
+@triton.jit
+def normalised_backward(grads, unit, inverse, COSINE: tl.constexpr):
+    """Gradient of the rows from that of the unit rows."""
+    if COSINE:
+        along = tl.where(inverse < 1.0 / NORM_EPS, dot_rows(grads, unit), 0.0)  # a clamped norm is a constant
+        out = ()
+        for i in tl.static_range(len(grads)):
+            out = out + ((grads[i] - unit[i].to(tl.float32) * along[:, None]) * inverse[:, None],)  # noqa: RUF005
+    else:
+        out = grads
+    return out
+
+
+@triton.jit
+def table_bias(table, i, j, h, HEADS, WINDOW: tl.constexpr, PACK: tl.constexpr):
+    """Relative-position bias of queries ``i`` and keys ``j`` (index tensors that broadcast), in powers of two."""
+    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
+    ti, tj = i % AREA, j % AREA
+    dy, dx = ti // WINDOW[1] - tj // WINDOW[1], ti % WINDOW[1] - tj % WINDOW[1]
+    row = (dy + WINDOW[0] - 1) * (2 * WINDOW[1] - 1) + dx + WINDOW[1] - 1
+    return tl.load(table + row * HEADS + h, mask=(i < PACK * AREA) & (j < PACK * AREA), other=0.0).to(tl.float32) * LOG2E
+
+
+@triton.jit
+def bias_parts(table, rows, h, HEADS, KEY_PARTS: tl.constexpr, WINDOW: tl.constexpr, PACK: tl.constexpr):
+    out = ()
+    first: tl.constexpr = 0
+    for j in tl.static_range(len(KEY_PARTS)):
+        out = out + (table_bias(table, rows[:, None], (first + span(0, KEY_PARTS[j]))[None, :], h, HEADS, WINDOW, PACK),)  # noqa: RUF005
+        first = first + KEY_PARTS[j]
+    return out
+
+
+@triton.jit
+def score_factor(logit_scale, scale, h):
+    """What multiplies q k^T, natural: ``scale``, or Swin V2's clamped temperature."""
+    if logit_scale is not None:
+        scale = tl.exp(tl.minimum(tl.load(logit_scale + h).to(tl.float32), LN100))
+    return scale
+
+
+@triton.jit
+def window_forward(
+    qkv,
+    table,
+    logit_scale,
+    pad,
+    out,
+    lse,
+    seed,
+    qkv_strides,
+    out_strides,
+    size,
+    padded,
+    shift,
+    windows,
+    windows_x,
+    total,
+    share,
+    HEADS,
+    scale,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    D_PARTS: tl.constexpr,
+    KEY_PARTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PACK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HOLD_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``share`` pieces (of PACK windows) for BLOCK_M of their queries: the bias is read once and held, softmax is single-pass."""
+    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
+    COSINE: tl.constexpr = logit_scale is not None
+    tiles = tl.cdiv(PACK * AREA, BLOCK_M)
+    pid = tl.program_id(0)
+    h, tile, group = pid % HEADS, pid // HEADS % tiles, pid // HEADS // tiles
+    channels = HEADS * D
+    q = qkv + h * D
+    k, v = q + channels, q + 2 * channels
+    pad_q, pad_k, pad_v = None, None, None
+    if pad is not None:
+        pad_q, pad_k, pad_v = pad + h * D, pad + channels + h * D, pad + 2 * channels + h * D
+    factor = score_factor(logit_scale, scale, h) * LOG2E
+    draw = 0
+    if DROPOUT:
+        draw = tl.load(seed)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    held = ()
+    if table is not None and HOLD_BIAS:
+        held = bias_parts(table, rows, h, HEADS, KEY_PARTS, WINDOW, PACK)
+    for piece in range(group * share, tl.minimum(group * share + share, tl.cdiv(total, PACK))):
+        window, y, x, inside, real, region = place(rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
+        queries, _ = normalised(gather(q, pad_q, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE)
+        top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        scores, values = (), ()
+        first: tl.constexpr = 0
+        for j in tl.static_range(len(KEY_PARTS)):
+            cols = first + span(0, KEY_PARTS[j])
+            key_window, ky, kx, key_inside, key_real, key_region = place(
+                cols, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK
+            )
+            offset = row_offset(key_window, ky, kx, windows, qkv_strides)
+            keys, _ = normalised(gather(k, pad_k, offset, key_real, D, D_PARTS), COSINE)
+            values = values + (gather(v, pad_v, offset, key_real, D, D_PARTS),)  # noqa: RUF005
+            s = dot_parts(queries, keys, BLOCK_M, KEY_PARTS[j], PRECISION) * factor
+            if table is not None:
+                if HOLD_BIAS:
+                    s += held[j]
+                else:
+                    s += table_bias(table, rows[:, None], cols[None, :], h, HEADS, WINDOW, PACK)
+            allowed = key_real if pad is None else key_inside
+            s = tl.where((region[:, None] == key_region[None, :]) & allowed[None, :], s, float("-inf"))
+            top = tl.maximum(top, tl.max(s, 1))
+            scores = scores + (s,)  # noqa: RUF005
+            first = first + KEY_PARTS[j]
+        top = tl.where(top == float("-inf"), 0.0, top)
+        sum_p = tl.zeros((BLOCK_M,), tl.float32)
+        acc = zero_parts((BLOCK_M,), D_PARTS)
+        start: tl.constexpr = 0
+        for j in tl.static_range(len(KEY_PARTS)):
+            p = tl.exp2(scores[j] - top[:, None])
+            sum_p += tl.sum(p, 1)
+            if DROPOUT:
+                cols = start + span(0, KEY_PARTS[j])
+                p = tl.where(kept(draw, (window * HEADS + h)[:, None], rows[:, None] % AREA, cols[None, :] % AREA, threshold), p, 0.0)
+            start = start + KEY_PARTS[j]
+            acc = add_products(acc, p.to(qkv.dtype.element_ty), values[j], 0, PRECISION)
+        empty = sum_p == 0.0
+        sum_p = tl.where(empty, 1.0, sum_p)
+        scatter(out + h * D, times(acc, (keep_scale / sum_p)[:, None]), row_offset(window, y, x, windows, out_strides), real, D, D_PARTS)
+        at = lse + (window.to(tl.int64) * HEADS + h) * AREA + rows % AREA
+        tl.store(at, tl.where(empty, float("-inf"), (top + tl.log2(sum_p)) * LN2), mask=inside)
+
+
+@triton.jit
+def window_log_sum(lse, window, rows, inside, h, HEADS, AREA: tl.constexpr):
+    """Log-sum-exp in powers of two; infinite beyond the windows and finite in rows that attend to nothing, so that probabilities there are 0."""
+    value = tl.load(lse + (window.to(tl.int64) * HEADS + h) * AREA + rows % AREA, mask=inside, other=float("inf")) * LOG2E
+    return tl.where(value == float("-inf"), 0.0, value)
+
+
+@triton.jit
+def accumulate_pad(acc, values, padding):
+    """Add the padding tokens' rows to the gradient of the value they share."""
+    out = ()
+    for i in tl.static_range(len(values)):
+        out = out + (acc[i] + tl.sum(tl.where(padding[:, None], values[i], 0.0), 0),)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def zero_vector(N: tl.constexpr):
+    return tl.zeros((N,), tl.float32)
+
+
+@triton.jit
+def zero_vectors(PARTS: tl.constexpr):
+    out = ()
+    for i in tl.static_range(len(PARTS)):
+        out = out + (zero_vector(PARTS[i]),)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def store_vectors(base, values, D: tl.constexpr, PARTS: tl.constexpr):
+    start: tl.constexpr = 0
+    for i in tl.static_range(len(PARTS)):
+        cols = start + tl.arange(0, PARTS[i])
+        tl.store(base + cols, values[i], mask=cols < D)
+        start = start + PARTS[i]
+
+
+@triton.jit
+def window_backward_keys(
+    grad_out,
+    qkv,
+    table,
+    logit_scale,
+    pad,
+    out,
+    lse,
+    grad_qkv,
+    bias_partial,
+    logit_partial,
+    pad_partial,
+    seed,
+    grad_out_strides,
+    qkv_strides,
+    out_strides,
+    grad_qkv_strides,
+    size,
+    padded,
+    shift,
+    windows,
+    windows_x,
+    total,
+    share,
+    HEADS,
+    scale,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    D_PARTS: tl.constexpr,
+    QUERY_PARTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PACK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ALL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dK and dV of BLOCK_M keys of ``share`` pieces; ALL, where one tile is the whole piece: dQ, dBias and dScale too.
+
+    Scores lie transposed, (keys, queries). dBias, dScale and the pad's gradient add up on chip over the windows; each program writes its sum.
+    """
+    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
+    ROWS: tl.constexpr = PACK * AREA
+    COSINE: tl.constexpr = logit_scale is not None
+    tiles = tl.cdiv(ROWS, BLOCK_M)
+    pid = tl.program_id(0)
+    h, tile, group = pid % HEADS, pid // HEADS % tiles, pid // HEADS // tiles
+    channels = HEADS * D
+    q = qkv + h * D
+    k, v = q + channels, q + 2 * channels
+    pad_q, pad_k, pad_v = None, None, None
+    if pad is not None:
+        pad_q, pad_k, pad_v = pad + h * D, pad + channels + h * D, pad + 2 * channels + h * D
+    natural = score_factor(logit_scale, scale, h)
+    factor = natural * LOG2E
+    draw = 0
+    if DROPOUT:
+        draw = tl.load(seed)
+    cols = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    held = zeros_of(BLOCK_M, QUERY_PARTS[0])
+    if table is not None and ALL:
+        held = table_bias(table, span(0, QUERY_PARTS[0])[None, :], cols[:, None], h, HEADS, WINDOW, PACK)
+    grad_bias = zeros_of(BLOCK_M, QUERY_PARTS[0])
+    grad_logit = zero_vector(BLOCK_M)
+    grad_pad_k, grad_pad_v = zero_vectors(D_PARTS), zero_vectors(D_PARTS)
+    for piece in range(group * share, tl.minimum(group * share + share, tl.cdiv(total, PACK))):
+        window, y, x, inside, real, region = place(cols, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
+        offset = row_offset(window, y, x, windows, qkv_strides)
+        keys, key_inverse = normalised(gather(k, pad_k, offset, real, D, D_PARTS), COSINE)
+        values = gather(v, pad_v, offset, real, D, D_PARTS)
+        allowed = real if pad is None else inside
+        dk, dv = zero_parts((BLOCK_M,), D_PARTS), zero_parts((BLOCK_M,), D_PARTS)
+        first: tl.constexpr = 0
+        for i in tl.static_range(len(QUERY_PARTS)):
+            rows = first + span(0, QUERY_PARTS[i])
+            first = first + QUERY_PARTS[i]
+            q_window, qy, qx, q_inside, q_real, q_region = place(rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
+            queries, q_inverse = normalised(
+                gather(q, pad_q, row_offset(q_window, qy, qx, windows, qkv_strides), q_real, D, D_PARTS), COSINE
+            )
+            grad = load_rows(grad_out + h * D, row_offset(q_window, qy, qx, windows, grad_out_strides), q_real, 1, D, D_PARTS)
+            o = load_rows(out + h * D, row_offset(q_window, qy, qx, windows, out_strides), q_real, 1, D, D_PARTS)
+            row_sum = dot_rows(o, grad)
+            log_sum = window_log_sum(lse, q_window, rows, q_inside, h, HEADS, AREA)
+            raw = dot_parts(keys, queries, BLOCK_M, QUERY_PARTS[i], PRECISION) * factor
+            s = raw
+            if table is not None:
+                if ALL:
+                    s += held
+                else:
+                    s += table_bias(table, rows[None, :], cols[:, None], h, HEADS, WINDOW, PACK)
+            s = tl.where((region[:, None] == q_region[None, :]) & allowed[:, None], s, float("-inf"))
+            p = tl.exp2(s - log_sum[None, :])
+            dp = dot_parts(values, grad, BLOCK_M, QUERY_PARTS[i], PRECISION)
+            dropped = p
+            if DROPOUT:
+                keep = kept(draw, (q_window * HEADS + h)[None, :], rows[None, :] % AREA, cols[:, None] % AREA, threshold)
+                dropped = tl.where(keep, p * keep_scale, 0.0)
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            dv = add_products(dv, dropped.to(qkv.dtype.element_ty), grad, 0, PRECISION)
+            ds = p * (dp - row_sum[None, :])
+            rounded = ds.to(qkv.dtype.element_ty)
+            dk = add_products(dk, rounded, queries, 0, PRECISION)
+            if ALL:
+                if table is not None:
+                    grad_bias += ds
+                if COSINE:
+                    grad_logit += tl.sum(ds * raw, 1)
+                dq = times(add_products(zero_parts((QUERY_PARTS[i],), D_PARTS), tl.trans(rounded), keys, 0, PRECISION), natural)
+                at = row_offset(q_window, qy, qx, windows, grad_qkv_strides)
+                scatter(grad_qkv + h * D, normalised_backward(dq, queries, q_inverse, COSINE), at, q_real, D, D_PARTS)
+        dk = normalised_backward(times(dk, natural), keys, key_inverse, COSINE)
+        at = row_offset(window, y, x, windows, grad_qkv_strides)
+        scatter(grad_qkv + channels + h * D, dk, at, real, D, D_PARTS)
+        scatter(grad_qkv + 2 * channels + h * D, dv, at, real, D, D_PARTS)
+        if pad is not None:
+            grad_pad_k = accumulate_pad(grad_pad_k, dk, inside & ~real)
+            grad_pad_v = accumulate_pad(grad_pad_v, dv, inside & ~real)
+    if pad is not None:  # (groups, tiles, 2, heads, D)
+        at = pad_partial + ((group * tiles + tile) * 2 * HEADS + h).to(tl.int64) * D
+        store_vectors(at, grad_pad_k, D, D_PARTS)
+        store_vectors(at + channels, grad_pad_v, D, D_PARTS)
+    if ALL:
+        if table is not None:  # (groups, heads, queries, keys)
+            rows = span(0, QUERY_PARTS[0])
+            at = bias_partial + (group * HEADS + h).to(tl.int64) * ROWS * ROWS + rows[None, :] * ROWS + cols[:, None]
+            tl.store(at, grad_bias, mask=(rows[None, :] < ROWS) & (cols[:, None] < ROWS))
+        if COSINE:  # (groups, tiles, heads)
+            tl.store(logit_partial + pid, tl.sum(grad_logit, 0) * LN2)
+
+
+@triton.jit
+def window_backward_queries(
+    grad_out,
+    qkv,
+    table,
+    logit_scale,
+    pad,
+    out,
+    lse,
+    grad_qkv,
+    bias_partial,
+    logit_partial,
+    seed,
+    grad_out_strides,
+    qkv_strides,
+    out_strides,
+    grad_qkv_strides,
+    size,
+    padded,
+    shift,
+    windows,
+    windows_x,
+    total,
+    share,
+    HEADS,
+    scale,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    D_PARTS: tl.constexpr,
+    KEY_PARTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PACK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dQ of BLOCK_M queries of ``share`` pieces; their rows of dBias (BLOCK_M, keys) add up on chip over the windows."""
+    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
+    ROWS: tl.constexpr = PACK * AREA
+    COSINE: tl.constexpr = logit_scale is not None
+    tiles = tl.cdiv(ROWS, BLOCK_M)
+    pid = tl.program_id(0)
+    h, tile, group = pid % HEADS, pid // HEADS % tiles, pid // HEADS // tiles
+    channels = HEADS * D
+    q = qkv + h * D
+    k, v = q + channels, q + 2 * channels
+    pad_q, pad_k, pad_v = None, None, None
+    if pad is not None:
+        pad_q, pad_k, pad_v = pad + h * D, pad + channels + h * D, pad + 2 * channels + h * D
+    natural = score_factor(logit_scale, scale, h)
+    factor = natural * LOG2E
+    draw = 0
+    if DROPOUT:
+        draw = tl.load(seed)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    grad_bias = zero_parts((BLOCK_M,), KEY_PARTS)
+    grad_logit = zero_vector(BLOCK_M)
+    for piece in range(group * share, tl.minimum(group * share + share, tl.cdiv(total, PACK))):
+        window, y, x, inside, real, region = place(rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
+        queries, inverse = normalised(gather(q, pad_q, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE)
+        grad = load_rows(grad_out + h * D, row_offset(window, y, x, windows, grad_out_strides), real, 1, D, D_PARTS)
+        row_sum = dot_rows(load_rows(out + h * D, row_offset(window, y, x, windows, out_strides), real, 1, D, D_PARTS), grad)
+        log_sum = window_log_sum(lse, window, rows, inside, h, HEADS, AREA)
+        dq = zero_parts((BLOCK_M,), D_PARTS)
+        new_bias = ()
+        first: tl.constexpr = 0
+        for j in tl.static_range(len(KEY_PARTS)):
+            cols = first + span(0, KEY_PARTS[j])
+            first = first + KEY_PARTS[j]
+            key_window, ky, kx, key_inside, key_real, key_region = place(
+                cols, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK
+            )
+            offset = row_offset(key_window, ky, kx, windows, qkv_strides)
+            keys, _ = normalised(gather(k, pad_k, offset, key_real, D, D_PARTS), COSINE)
+            values = gather(v, pad_v, offset, key_real, D, D_PARTS)
+            raw = dot_parts(queries, keys, BLOCK_M, KEY_PARTS[j], PRECISION) * factor
+            s = raw
+            if table is not None:
+                s += table_bias(table, rows[:, None], cols[None, :], h, HEADS, WINDOW, PACK)
+            allowed = key_real if pad is None else key_inside
+            s = tl.where((region[:, None] == key_region[None, :]) & allowed[None, :], s, float("-inf"))
+            p = tl.exp2(s - log_sum[:, None])
+            dp = dot_parts(grad, values, BLOCK_M, KEY_PARTS[j], PRECISION)
+            if DROPOUT:
+                keep = kept(draw, (window * HEADS + h)[:, None], rows[:, None] % AREA, cols[None, :] % AREA, threshold)
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            ds = p * (dp - row_sum[:, None])
+            new_bias = new_bias + (grad_bias[j] + ds if table is not None else grad_bias[j],)  # noqa: RUF005
+            if COSINE:
+                grad_logit += tl.sum(ds * raw, 1)
+            dq = add_products(dq, ds.to(qkv.dtype.element_ty), keys, 0, PRECISION)
+        grad_bias = new_bias
+        at = row_offset(window, y, x, windows, grad_qkv_strides)
+        scatter(grad_qkv + h * D, normalised_backward(times(dq, natural), queries, inverse, COSINE), at, real, D, D_PARTS)
+    if table is not None:
+        start: tl.constexpr = 0
+        for j in tl.static_range(len(KEY_PARTS)):
+            cols = start + span(0, KEY_PARTS[j])
+            start = start + KEY_PARTS[j]
+            at = bias_partial + (group * HEADS + h).to(tl.int64) * ROWS * ROWS + rows[:, None] * ROWS + cols[None, :]
+            tl.store(at, grad_bias[j], mask=(rows[:, None] < ROWS) & (cols[None, :] < ROWS))
+    if COSINE:
+        tl.store(logit_partial + pid, tl.sum(grad_logit, 0) * LN2)
+
+
+@triton.jit
+def table_gradient(grad_bias, grad_table, HEADS, WINDOW: tl.constexpr, PACK: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
+    """ENTRIES rows of the table's gradient for one head: sums of dBias (heads, queries, keys) over the pairs at each offset, in a fixed order."""
+    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
+    ROWS: tl.constexpr = PACK * AREA
+    pid = tl.program_id(0)
+    h = pid % HEADS
+    row = pid // HEADS * ENTRIES + tl.arange(0, ENTRIES)[:, None]
+    dy, dx = row // (2 * WINDOW[1] - 1) - WINDOW[0] + 1, row % (2 * WINDOW[1] - 1) - WINDOW[1] + 1
+    i = tl.arange(0, BLOCK)[None, :]
+    y, x = i % AREA // WINDOW[1] - dy, i % WINDOW[1] - dx  # AREA is a multiple of the width
+    inside = row < (2 * WINDOW[0] - 1) * (2 * WINDOW[1] - 1)
+    valid = inside & (i < ROWS) & (y >= 0) & (y < WINDOW[0]) & (x >= 0) & (x < WINDOW[1])
+    at = grad_bias + h.to(tl.int64) * ROWS * ROWS + i * ROWS + i - (dy * WINDOW[1] + dx)
+    total = tl.sum(tl.load(at, mask=valid, other=0.0), 1)[:, None]
+    tl.store(grad_table + row * HEADS + h, total.to(grad_table.dtype.element_ty), mask=inside)
