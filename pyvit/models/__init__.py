@@ -1,6 +1,6 @@
 """Vision transformers by name: ``create_model("vit_base_patch16_224")``."""
 
-from pyvit.models import audio, clip, deit, dino, hybrid, mae, resnet, simclr, swin, vit
+from pyvit.models import audio, clip, deit, detection, dino, finetune, hybrid, mae, resnet, simclr, swin, vit
 from pyvit.models.registry import create_model, list_models, register
 
 __all__ = [
@@ -8,7 +8,9 @@ __all__ = [
     "clip",
     "create_model",
     "deit",
+    "detection",
     "dino",
+    "finetune",
     "hybrid",
     "list_models",
     "mae",

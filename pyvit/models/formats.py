@@ -316,6 +316,19 @@ def _torchvision_swin(version: int) -> Format:
     return Format(f"torchvision Swin{'V2' if version == 2 else ''}", (mark,), tuple(rules), drop=drop)
 
 
+_VITDET_LAYER = "@encoder.layer.{i}."
+VITDET = Format(
+    "transformers ViTDet",
+    (_VITDET_LAYER + "attention.qkv.weight", "@embeddings.projection.weight"),
+    (
+        rule("pos_embed", "@embeddings.position_embeddings"),
+        rule("patch_embed.proj.{p}", "@embeddings.projection.{p}"),
+        *(rule(f"blocks.{{i}}.attn.{k}", f"{_VITDET_LAYER}attention.{k}") for k in ("qkv.{p}", "proj.{p}", "rel_pos_h", "rel_pos_w")),
+        *(rule(f"blocks.{{i}}.{k}.{{p}}", f"{_VITDET_LAYER}{k}.{{p}}") for k in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")),
+    ),
+    ("vitdet.", ""),
+)
+
 _MICROSOFT_BLOCK = (
     "norm1.{p}", "norm2.{p}", "attn.proj.{p}", "attn.qkv.{p}", "attn.q_bias", "attn.v_bias", "attn.relative_position_bias_table",
     "attn.logit_scale", "attn.cpb_mlp.0.{p}", "attn.cpb_mlp.2.weight", "mlp.fc1.{p}", "mlp.fc2.{p}",
@@ -374,6 +387,7 @@ FORMATS: tuple[Format, ...] = (
     _torchvision_vit("mlp.0", "mlp.3", "torchvision ViT"),
     _torchvision_vit("mlp.linear_1", "mlp.linear_2", "torchvision<0.12 ViT"),
     *(_torchvision_swin(version) for version in (1, 2)),
+    VITDET,
     MICROSOFT_SWIN,
     DINOV2,
     NATIVE,
