@@ -136,8 +136,12 @@ class IBOTLoss(_Centered):
 
 
 class KoLeoLoss(nn.Module):
-    """KoLeo of normalised features, in float32 (Sablayrolles et al., 2019; DINOv2, appendix A)."""
+    """KoLeo of normalised features, in float32 (Sablayrolles et al., 2019; DINOv2, appendix A). group: ranks that share a batch."""
+
+    def __init__(self, group: Any = None) -> None:
+        super().__init__()
+        self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, D): the class tokens of one crop; a crop's neighbour must not be another crop of its image."""
-        return koleo(F.normalize(x.float(), dim=-1))
+        return koleo(F.normalize(x.float(), dim=-1), group=self.group)

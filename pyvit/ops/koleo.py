@@ -6,27 +6,34 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
 from pyvit.ops import checks, reference_losses, streaming
-from pyvit.ops.streaming import product, spans, widen
+from pyvit.ops.streaming import Ring, product, spans, widen
 
 
-def koleo(x: Tensor, *, eps: float = 1e-8, backend: str | None = None) -> Tensor:
+def koleo(x: Tensor, *, eps: float = 1e-8, group: dist.ProcessGroup | None = None, backend: str | None = None) -> Tensor:
     """-mean_i log(||x_i - x_nn(i)|| + eps), nn(i) the row of the largest inner product with x_i, itself left out.
 
     Args:
         x: embeddings (N, D), N at least 2, used as they are (DINOv2 normalises them first, which makes nn the nearest).
         eps: keeps the logarithm and its gradient finite for rows that coincide.
+        group: ranks that share one batch, each with as many rows: neighbours are sought on all of them. Every rank returns the loss of the
+            whole batch, and receives the gradient of the sum of those copies.
         backend: force one backend for the search.
 
     Returns a float32 scalar (float64 for float64). Raises ValueError or TypeError naming the argument that does not fit.
 
     Source: Sablayrolles et al., "Spreading vectors for similarity search" (2019), equation 5.
     """
-    call = _check(x)
+    call = _check(x, 1 if group is not None else 2)
+    if group is not None:
+        Ring(group).check_equal("koleo", "x", x.shape[0], x.device)
+        x = torch.cat(dist_nn.all_gather(x.contiguous(), group=group))
     chosen = dispatch.select(call, backend)
     with torch.autocast(x.device.type, enabled=False):
         wide = widen(x)
@@ -41,10 +48,10 @@ def _describe(x: Tensor, **_: Any) -> tuple[Call, list[str]]:
     return _check(x), []
 
 
-def _check(x: Tensor) -> Call:
+def _check(x: Tensor, least: int = 2) -> Call:
     checks.tensor("koleo", "x", x, "(N, D)", 2)
     checks.floating("koleo", "x", x)
-    if x.shape[0] < 2:
+    if x.shape[0] < least:
         checks.fail("koleo", "x", "of at least two rows, else none has a neighbour", checks.shape(x))
     return Call("nearest_neighbor", x.device.type, x.dtype, tuple(streaming.features(x)))
 

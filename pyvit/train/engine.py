@@ -197,6 +197,7 @@ class Run:
                 self.accelerator.backward(found["loss"] / c.accumulate)
             for key, value in found.items():
                 totals[key] = totals.get(key, 0.0) + float(value.detach()) / c.accumulate
+        self.recipe.gradients(step, self.steps)
         if c.clip:
             totals["grad_norm"] = float(self.accelerator.clip_grad_norm_(self.model.parameters(), c.clip))
         if not all(map(_finite, totals.values())):

@@ -65,6 +65,9 @@ class Recipe(nn.Module):
         """{"loss": ..., and anything worth logging}."""
         raise NotImplementedError
 
+    def gradients(self, step: int, steps: int) -> None:
+        """Between the backward pass and the optimizer's step."""
+
     def update(self, step: int, steps: int) -> None:
         """After the optimizer's step number ``step``."""
 

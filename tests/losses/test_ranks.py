@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from pyvit.ops import info_nce, nt_xent, sigmoid_contrastive, sinkhorn_knopp, streaming
+from pyvit.ops import info_nce, koleo, nt_xent, sigmoid_contrastive, sinkhorn_knopp, streaming
 
 N, D = 36, 8
 
@@ -21,6 +21,7 @@ def losses(x, group):
         "info_nce": info_nce(x["a"], x["b"], x["scale"], group=group),
         "nt_xent": nt_xent(x["a"], x["b"], x["scale"] / 10, group=group),
         "sigmoid_contrastive": sigmoid_contrastive(x["a"], x["b"], x["scale"], x["bias"], group=group),
+        "koleo": koleo(x["a"], group=group),
     }
 
 

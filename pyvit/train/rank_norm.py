@@ -1,0 +1,38 @@
+"""Batch norm over the batches of all ranks, on any device (torch's SyncBatchNorm wants a GPU)."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+from torch import Tensor, nn
+
+
+class RankNorm(nn.BatchNorm1d):
+    """``nn.BatchNorm1d`` whose statistics in training are those of every rank's rows together; (B, D), B equal on every rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(x)
+        wide = x.float()
+        sums = dist_nn.all_reduce(torch.cat([wide.mean(0), wide.square().mean(0)])) / dist.get_world_size()
+        mean, square = sums.chunk(2)
+        var = (square - mean.square()).clamp(min=0)
+        if self.running_mean is not None and self.running_var is not None:
+            n = len(x) * dist.get_world_size()
+            with torch.no_grad():
+                self.num_batches_tracked += 1  # type: ignore[operator]
+                self.running_mean.lerp_(mean.detach(), self.momentum or 0.0)
+                self.running_var.lerp_(var.detach() * n / max(n - 1, 1), self.momentum or 0.0)
+        y = (wide - mean) * torch.rsqrt(var + self.eps)
+        if self.affine:
+            y = y * self.weight + self.bias
+        return y.to(x.dtype)
+
+    @staticmethod
+    def convert(module: nn.Sequential) -> nn.Sequential:
+        """Replace the BatchNorm1d layers of a new ``module`` (their parameters still at their start)."""
+        for i, layer in enumerate(module):
+            if type(layer) is nn.BatchNorm1d:
+                module[i] = RankNorm(layer.num_features, layer.eps, layer.momentum, layer.affine)
+        return module

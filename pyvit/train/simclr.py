@@ -1,0 +1,62 @@
+"""Contrastive learning of two views (Chen et al., 2020)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pyvit.data import Data
+from pyvit.eval.features import embed
+from pyvit.losses import NTXentLoss
+from pyvit.train import augment
+from pyvit.train.config import Config
+from pyvit.train.heads import projection
+from pyvit.train.rank_norm import RankNorm
+from pyvit.train.recipe import Recipe, Views, build, initialise
+
+
+class SimCLR(Recipe):
+    """Each view picks its partner among all views of the batch."""
+
+    defaults: ClassVar[dict[str, Any]] = {"epochs": 100, "batch_size": 4096, "weight_decay": 1e-6, "warmup": 0.1, "clip": 0.0}
+    options: ClassVar[dict[str, Any]] = {"temperature": 0.1, "hidden": 2048, "out": 128, "crop": 0.08, "strength": 1.0, "optimizer": "lars"}
+    base_lr, base_batch = 0.3, 256
+
+    def __init__(self, config: Config, data: Data) -> None:
+        super().__init__(config, data)
+        self.optimizer = self.opt["optimizer"]  # type: ignore[misc]
+        self.model = build(config.model or "", data, config, num_classes=0)
+        if config.init is not None:
+            initialise(self.model, config.init)
+        with torch.no_grad():
+            width = embed(self.model, torch.zeros(2, 3, *data.size)).shape[1]
+        self.head = projection(width, self.opt["hidden"], self.opt["out"])
+        self.loss = NTXentLoss(self.opt["temperature"], group=self.group)
+        if self.group is not None:
+            self.head = nn.SyncBatchNorm.convert_sync_batchnorm(self.head) if torch.cuda.is_available() else RankNorm.convert(self.head)
+        self.augment = augment.simclr(data.size, data.flip, (self.opt["crop"], 1.0), self.opt["strength"])
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.model
+
+    def views(self, batch: Views, step: int, steps: int) -> Views:
+        return {"one": self.normalize(self.augment(batch["image"])), "two": self.normalize(self.augment(batch["image"]))}
+
+    def forward(self, views: Views) -> dict[str, Tensor]:
+        both = torch.cat([views["one"], views["two"]])
+        z1, z2 = self.head(embed(self.model, both)).chunk(2)
+        return {"loss": self.loss(z1, z2)}
+
+    def evaluate(self, data: Data) -> dict[str, float]:
+        from pyvit.eval.knn import knn_accuracy_of
+
+        return knn_accuracy_of(self, data)
+
+    def expectation(self, results: dict[str, float]) -> str:
+        return f"k-NN accuracy {results['knn']:.2f} %" if results else "done"
+
+
+RECIPE = SimCLR
