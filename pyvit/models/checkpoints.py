@@ -134,8 +134,8 @@ def read_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, 
     state = {k: v for k, v in source.items() if isinstance(v, Tensor)}
     while True:
         prefix = next((p for p in PREFIXES if any(k.startswith(p) for k in state)), None)
-        if prefix is None:
-            return state
+        if prefix is None:  # DINOv2 trains in chunks of blocks: blocks.chunk.i
+            return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}
         # A DINO checkpoint holds heads beside the backbone: keys without the prefix stay as they are.
         state = {k.removeprefix(prefix): v for k, v in state.items()}
 
@@ -150,7 +150,6 @@ def recognise(state: Mapping[str, Tensor]) -> Format:
 
 def to_native(state: Mapping[str, Tensor], layout: Format) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """Native state dict, the keys no rule knows, and the keys left out by design."""
-    state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}  # DINOv2 trains in chunks of blocks
     dropped = [re.compile(p) for p in layout.drop]
     unused = [k for k in state if any(p.fullmatch(k) for p in dropped)]
     left = {k: v for k, v in state.items() if k not in set(unused)}
@@ -179,7 +178,11 @@ def from_native(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     if not layout.rules:
         return dict(state)
     left, found = dict(state), {}
+    pairs = ((state[k], state.get(k.replace("fc1", "fc2"))) for k in state if k.endswith("blocks.0.mlp.fc1.weight"))
+    swiglu = any(b is not None and a.shape[0] == 2 * b.shape[1] for a, b in pairs)
     for rule in layout.rules:
+        if rule.swiglu not in (None, swiglu):
+            continue
         first = pattern(rule.native[0])
         for match in [m for m in map(first.fullmatch, list(left)) if m]:
             fields = match.groupdict()

@@ -1,6 +1,7 @@
 """Backbones for detection: a plain ViT with windows, and Swin.
 
-Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection" (ViTDet, 2022). Both give the ordered dictionary of maps, and the ``out_channels``, that torchvision's ``MaskRCNN`` and ``FasterRCNN`` take.
+Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection" (ViTDet, 2022). Both give the ordered dictionary of maps, and
+the ``out_channels``, that torchvision's ``MaskRCNN`` and ``FasterRCNN`` take.
 """
 
 from __future__ import annotations

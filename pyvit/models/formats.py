@@ -45,12 +45,13 @@ class Rule:
     native: tuple[str, ...]
     foreign: tuple[str, ...]
     op: Op = SAME
+    swiglu: bool | None = None  # for models with (without) a gated MLP alone, where both have the same native names
 
 
-def rule(native: str, foreign: str, op: Op | None = None) -> Rule:
+def rule(native: str, foreign: str, op: Op | None = None, swiglu: bool | None = None) -> Rule:
     """Space-separated keys on either side; several foreign keys for one native are concatenated unless ``op`` says otherwise."""
     natives, foreigns = tuple(native.split()), tuple(foreign.split())
-    return Rule(natives, foreigns, op or (SAME if len(foreigns) == 1 else cat(len(foreigns))))
+    return Rule(natives, foreigns, op or (SAME if len(foreigns) == 1 else cat(len(foreigns))), swiglu)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def pattern(template: str, bases: tuple[str, ...] = ("",)) -> re.Pattern[str]:
 def block(native: str, foreign: str, *, norm1: str, qkv: str, proj: str, norm2: str, fc1: str, fc2: str, joint: bool = False) -> list[Rule]:
     """Rules of a transformer block; ``qkv`` names three projections, or with ``joint`` one."""
     pairs = {"norm1": norm1, "attn.proj": proj, "norm2": norm2, "mlp.fc1": fc1, "mlp.fc2": fc2}
-    rules = [rule(f"{native}{ours}.{{p}}", f"{foreign}{theirs}.{{p}}") for ours, theirs in pairs.items()]
+    rules = [rule(f"{native}{a}.{{p}}", f"{foreign}{b}.{{p}}", swiglu=False if "mlp" in a else None) for a, b in pairs.items()]
     if joint:  # torch.nn.MultiheadAttention: in_proj_weight, in_proj_bias
         return [*rules, *(rule(f"{native}attn.qkv.{p}", f"{foreign}{qkv}_{p}") for p in ("weight", "bias"))]
     return [*rules, rule(f"{native}attn.qkv.{{p}}", " ".join(f"{foreign}{part}.{{p}}" for part in qkv.split()))]
@@ -144,8 +145,8 @@ def _hf_dinov2(new: bool) -> Format:
             rule("pos_embed", "@embeddings.position_embeddings"),
             rule("patch_embed.proj.{p}", "@embeddings.patch_embeddings.projection.{p}"),
             *block("blocks.{i}.", layer, norm1="norm1", qkv=names, proj=proj, norm2="norm2", fc1="mlp.fc1", fc2="mlp.fc2"),
-            rule("blocks.{i}.mlp.fc1.{p}", glu[0]),
-            rule("blocks.{i}.mlp.fc2.{p}", f"{layer}mlp.{glu[1]}.{{p}}"),
+            rule("blocks.{i}.mlp.fc1.{p}", glu[0], swiglu=True),
+            rule("blocks.{i}.mlp.fc2.{p}", f"{layer}mlp.{glu[1]}.{{p}}", swiglu=True),
             rule("blocks.{i}.ls1.gamma", f"{layer}layer_scale1.lambda1"),
             rule("blocks.{i}.ls2.gamma", f"{layer}layer_scale2.lambda1"),
             rule("norm.{p}", "@layernorm.{p}"),
@@ -358,9 +359,10 @@ DINOV2 = Format(
     (
         *(rule(k, k) for k in ("cls_token", "pos_embed", "mask_token", "patch_embed.proj.{p}", "norm.{p}", "head.{p}")),
         rule("reg_token", "register_tokens"),
-        *(rule(f"blocks.{{i}}.{k}", f"blocks.{{i}}.{k}") for k in _TIMM_BLOCK),
-        rule("blocks.{i}.mlp.fc1.{p}", "blocks.{i}.mlp.w12.{p}"),
-        rule("blocks.{i}.mlp.fc2.{p}", "blocks.{i}.mlp.w3.{p}"),
+        rule("reg_token", "reg_token"),  # timm's, whose keys are otherwise the same
+        *(rule(f"blocks.{{i}}.{k}", f"blocks.{{i}}.{k}", swiglu=False if "mlp" in k else None) for k in _TIMM_BLOCK),
+        rule("blocks.{i}.mlp.fc1.{p}", "blocks.{i}.mlp.w12.{p}", swiglu=True),
+        rule("blocks.{i}.mlp.fc2.{p}", "blocks.{i}.mlp.w3.{p}", swiglu=True),
     ),
     extra=(r"(dino_head|ibot_head)\..*",),
 )

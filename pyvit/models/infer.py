@@ -1,0 +1,160 @@
+"""A model from a checkpoint alone: its kind and settings are read off the shapes of its weights."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from pyvit.models import swin, vit
+from pyvit.models.checkpoints import LoadReport, load_checkpoint, read_state, recognise, to_native
+from pyvit.models.clip import clip_vit, siglip_vit
+from pyvit.models.deit import DistilledVisionTransformer
+from pyvit.models.mae import MaskedAutoencoder
+
+
+def model_from_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any], **overrides: Any) -> tuple[nn.Module, LoadReport]:
+    """A ViT, DeiT, MAE, Swin, CLIP or SigLIP model with the weights of ``source``, and the report of loading it.
+
+    Heads of attention do not show in a ViT's shapes: widths of the published sizes take theirs, others 64 channels per head; give
+    ``num_heads`` where that is wrong. Nor does Swin V2's window: give ``window_size``. ``overrides`` win over what was inferred.
+
+    Raises ValueError when the layout is of no known kind of model.
+    """
+    state = read_state(source)
+    native, _, _ = to_native(state, recognise(state))
+    constructor, settings = infer(native)
+    model = constructor(**{**settings, **overrides})
+    return model, load_checkpoint(model, state)
+
+
+def infer(state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:
+    """Constructor and settings for a native state dict."""
+    if "visual.patch_embed.proj.weight" in state:
+        return _clip(state)
+    if "patch_embed.proj.weight" in state and any(k.startswith("layers.0.blocks.0.") for k in state):
+        return swin.SwinTransformer, _swin(state)
+    if "patch_embed.proj.weight" in state and "blocks.0.attn.qkv.weight" in state:
+        settings = _vit(state, "")
+        if "decoder_embed.weight" in state:
+            return MaskedAutoencoder, settings | _decoder(state)
+        return DistilledVisionTransformer if "head_dist.weight" in state else vit.VisionTransformer, settings
+    raise ValueError(f"model_from_checkpoint: source is not a ViT, Swin or CLIP; its keys begin with {list(state)[:5]}")
+
+
+def heads_of(width: int) -> int:
+    """Attention heads of a transformer of this width."""
+    published = {size["embed_dim"]: size["num_heads"] for size in vit.SIZES.values()}
+    return published.get(width, max(width // 64, 1))
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    return 1 + max((int(m[1]) for m in (re.match(pattern, k) for k in state) if m), default=-1)
+
+
+def _mlp(state: Mapping[str, Tensor], block: str, width: int) -> dict[str, Any]:
+    wide, hidden = state[block + "mlp.fc1.weight"].shape[0], state[block + "mlp.fc2.weight"].shape[1]
+    return {"activation": "swiglu", "mlp_ratio": hidden * 1.5 / width} if wide == 2 * hidden else {"mlp_ratio": hidden / width}
+
+
+def _vit(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
+    at = lambda key: state.get(prefix + key)  # noqa: E731
+    width, chans, ph, pw = state[prefix + "patch_embed.proj.weight"].shape
+    registers, head = at("reg_token"), at("head.weight")
+    settings: dict[str, Any] = {
+        "patch_size": (ph, pw),
+        "in_chans": chans,
+        "embed_dim": width,
+        "depth": _count(state, re.escape(prefix) + r"blocks\.(\d+)\."),
+        "num_heads": heads_of(width),
+        "num_classes": 0 if head is None else head.shape[0],
+        "qkv_bias": at("blocks.0.attn.qkv.bias") is not None,
+        "qk_norm": at("blocks.0.attn.q_norm.weight") is not None,
+        "init_values": None if at("blocks.0.ls1.gamma") is None else 1.0,
+        "class_token": at("cls_token") is not None,
+        "dist_token": at("dist_token") is not None,
+        "reg_tokens": 0 if registers is None else registers.shape[1],
+        "mask_token": at("mask_token") is not None and at("decoder_embed.weight") is None,
+        "pre_norm": at("norm_pre.weight") is not None,
+        "patch_bias": at("patch_embed.proj.bias") is not None,
+        **_mlp(state, prefix + "blocks.0.", width),
+    }
+    tokens = int(settings["class_token"]) + int(settings["dist_token"])
+    if at("attn_pool.latent") is not None:
+        settings["global_pool"] = "map"
+    elif at("fc_norm.weight") is not None:
+        settings["global_pool"] = "avg"
+    elif head is not None and head.shape[1] == 2 * width:
+        settings["global_pool"] = "token_avg"
+    elif not tokens:
+        settings["global_pool"] = "avg"
+    pos = at("pos_embed")
+    if pos is None:
+        return settings | {"pos_embed": "none"}
+    found = [t for t in (tokens, 0) if math.isqrt(pos.shape[1] - t) ** 2 == pos.shape[1] - t]
+    if not found:
+        raise ValueError(
+            f"model_from_checkpoint: {prefix}pos_embed of {pos.shape[1]} positions is no square grid; create the model by name"
+        )
+    side = math.isqrt(pos.shape[1] - found[0])
+    return settings | {"img_size": (side * ph, side * pw), "no_embed_class": found[0] == 0}
+
+
+def _decoder(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    width = state["decoder_embed.weight"].shape[0]
+    depth = _count(state, r"decoder_blocks\.(\d+)\.")
+    return {"decoder_embed_dim": width, "decoder_depth": depth, "decoder_num_heads": max(width // 32, 1), "num_classes": 0}
+
+
+def _swin(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    width, chans, patch, _ = state["patch_embed.proj.weight"].shape
+    stages = _count(state, r"layers\.(\d+)\.blocks")
+    first = [f"layers.{s}.blocks.0.attn." for s in range(stages)]
+    second = first[0] + "logit_scale" in state
+    key = "logit_scale" if second else "relative_position_bias_table"
+    heads = [state[f + key].shape[0 if second else 1] for f in first]
+    head = state.get("head.fc.weight")
+    settings = {
+        "patch_size": patch,
+        "in_chans": chans,
+        "embed_dim": width,
+        "depths": [_count(state, rf"layers\.{s}\.blocks\.(\d+)\.") for s in range(stages)],
+        "num_heads": heads,
+        "num_classes": 0 if head is None else head.shape[0],
+        "version": 2 if second else 1,
+        "qkv_bias": first[0] + ("q_bias" if second else "qkv.bias") in state,
+    } | _mlp(state, "layers.0.blocks.0.", width)
+    if not second:
+        windows = [(math.isqrt(state[f + key].shape[0]) + 1) // 2 for f in first]
+        settings["window_size"] = max(windows)
+        # A last stage of one smaller window tells the size of the images the windows were planned for.
+        settings["img_size"] = windows[-1] * 2 ** (stages - 1) * patch
+    return settings
+
+
+def _clip(state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:
+    visual = _vit(state, "visual.")
+    words = state["text.token_embedding.weight"].shape
+    shared = {
+        "img_size": visual["img_size"],
+        "patch_size": visual["patch_size"][0],
+        "width": visual["embed_dim"],
+        "depth": visual["depth"],
+        "num_heads": visual["num_heads"],
+        "mlp_ratio": visual["mlp_ratio"],
+        "vocab_size": words[0],
+        "context_length": state["text.positional_embedding"].shape[0],
+    }
+    if "visual.attn_pool.latent" in state:
+        return siglip_vit, shared
+    text = {
+        "text_width": words[1],
+        "text_heads": heads_of(words[1]),
+        "text_depth": _count(state, r"text\.blocks\.(\d+)\."),
+        "embed_dim": state["text.proj.weight"].shape[0],
+    }
+    return clip_vit, shared | text
