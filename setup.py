@@ -30,7 +30,7 @@ if X86:
     ISAS["avx2"] = ["-march=x86-64-v3"]
     ISAS["avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
     ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
-KERNEL_UNITS = ["attention", "window_attention", "patch_embed", "table"]
+KERNEL_UNITS = sorted(path.stem for path in (CSRC / "cpu").glob("*.cpp") if path.stem != "isa")  # each once per instruction set
 
 
 def schemas() -> dict[str, str]:
@@ -104,11 +104,14 @@ class Ninja(build_ext):
         kernels, isa = [], str(build / "isa.o")
         for name, extra in ISAS.items():
             for unit in KERNEL_UNITS:
-                kernels.append(target(build / f"{unit}.{name}.o", CSRC / f"cpu/{unit}.cpp", [*KERNEL_FLAGS, *extra, f"-DPYVIT_ISA={name}"], text))
+                kernels.append(
+                    target(build / f"{unit}.{name}.o", CSRC / f"cpu/{unit}.cpp", [*KERNEL_FLAGS, *extra, f"-DPYVIT_ISA={name}"], text)
+                )
         target(Path(isa), CSRC / "cpu/isa.cpp", [], text)
         stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{build}", includes, define]
         ops = [target(build / "torch_ops.o", CSRC / "torch_ops.cpp", stable, text)]
-        libs = [f"-L{torch_lib}", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--no-undefined", "-Wl,-z,defs", "-lpthread"]
+        # libstdc++ first: torch carries parts of it, and a reference bound to those would tie the library to this torch.
+        libs = ["-lstdc++", f"-L{torch_lib}", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--no-undefined", "-Wl,-z,defs", "-lpthread"]
         if archs:
             flags = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode(archs)]
             for source in sorted((CSRC / "cuda").glob("*.cu")):

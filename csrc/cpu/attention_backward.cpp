@@ -1,0 +1,345 @@
+// Gradients of exact attention: probabilities recomputed from the log-sum-exp, block by block.
+#include <vector>
+
+#include "attention_head.h"
+
+namespace pyvit::PYVIT_ISA {
+namespace {
+
+constexpr int64_t KEY_BLOCK = 1024;  // keys whose scores and gradients of scores are held at once
+constexpr int64_t ROW_BLOCK = 48;
+
+// A piece is some rows of one query head. It owns its rows of grad_q, and a partial grad_k and grad_v over all keys;
+// where one key head has a single piece the partial is the result, otherwise the partials are added in order
+// afterwards. Pieces that share a slice of a broadcast bias form chains, worked through in order, each with its own
+// partial of that slice. All of this follows from the shape alone, so the bits do not depend on the number of threads.
+struct Plan {
+  int64_t splits, rows;               // pieces per query head, rows of each
+  int64_t partials;                   // pieces per key head
+  int64_t slices = 0, chains = 1;     // of the bias gradient: slices, chains per slice
+  std::vector<int64_t> order, start;  // pieces by chain; where each chain starts
+
+  Plan(const Attention& a, const AttentionGrad& g) {
+    constexpr int64_t ENOUGH = 32;  // pieces to keep many cores busy
+    const int64_t heads = a.batch * a.heads;
+    splits = std::clamp<int64_t>(std::min((ENOUGH + heads - 1) / heads, a.nq / 256), 1, ENOUGH);
+    rows = round_up((a.nq + splits - 1) / splits, 16);
+    splits = std::max<int64_t>(1, (a.nq + rows - 1) / rows);
+    partials = splits * (a.heads / a.kv_heads);
+    const int64_t pieces = heads * splits;
+    std::vector<std::vector<int64_t>> members;
+    if (g.grad_bias) {
+      slices = g.bias_b * g.bias_h;
+      members.resize(slices);
+      for (int64_t piece = 0; piece < pieces; piece++) members[slice(a, g, piece)].push_back(piece);
+      chains = std::clamp<int64_t>((ENOUGH + slices - 1) / slices, 1, std::max<int64_t>(1, pieces / slices));
+    }
+    for (auto& of_slice : members)
+      for (int64_t c = 0; c < chains; c++) {
+        start.push_back(int64_t(order.size()));
+        const int64_t n = int64_t(of_slice.size());
+        order.insert(order.end(), of_slice.begin() + c * n / chains, of_slice.begin() + (c + 1) * n / chains);
+      }
+    if (members.empty())
+      for (int64_t piece = 0; piece < pieces; piece++) {
+        start.push_back(piece);
+        order.push_back(piece);
+      }
+    start.push_back(int64_t(order.size()));
+  }
+  int64_t slice(const Attention& a, const AttentionGrad& g, int64_t piece) const {
+    const int64_t b = piece / splits / a.heads, h = piece / splits % a.heads;
+    return (g.bias_b > 1 ? b : 0) * g.bias_h + (g.bias_h > 1 ? h : 0);
+  }
+};
+
+// Scores and their gradients of `rows` queries and one block of keys, as the lanes the three products want.
+template <class D>
+struct Grads {
+  float *scores, *dscores;           // (rows, ld); dscores becomes A of grad_q in place
+  uint32_t *p_columns, *ds_columns;  // A of grad_v and grad_k, keys as rows: (rows lanes, ld)
+  int64_t ld;
+};
+
+// One row (float32) or a pair of rows (bf16, whose lanes hold two queries) of P and dS from scores and dP.
+// dS = P (dP - delta); columns from `valid` on are 0.
+template <class D>
+inline void gradient_rows(const Grads<D>& g, int64_t r, int64_t rows, int64_t n, const int64_t* valid,
+                          const float* const* bias, float scale2, const float* lse2, const float* delta,
+                          float* const* grad_bias, int64_t bias_k) {
+  const int64_t ld = g.ld;
+  vf bias_sum[D::K] = {};
+  for (int64_t c = 0; c < n; c += W) {
+    vf p[D::K], ds[D::K];
+    for (int k = 0; k < D::K; k++) {
+      const int left = r + k < rows ? int(std::min<int64_t>(W, valid[k] - c)) : 0;
+      if (left <= 0) {
+        p[k] = ds[k] = vf{};
+      } else {
+        vf x = load(g.scores + (r + k) * ld + c) * scale2 - lse2[k];
+        if (bias[k]) x += (left == W ? load(bias[k] + c) : load_n(bias[k] + c, left)) * LOG2E;
+        p[k] = exp2_for<D>(x);
+        ds[k] = p[k] * (load(g.dscores + (r + k) * ld + c) - delta[k]);
+        if (left < W) {
+          float kept[W];
+          store(kept, p[k]);
+          p[k] = load_n(kept, left);
+          store(kept, ds[k]);
+          ds[k] = load_n(kept, left);
+        }
+        if (grad_bias[k]) {
+          if (!bias_k) {
+            bias_sum[k] += ds[k];
+          } else if (left == W) {
+            store(grad_bias[k] + c, load(grad_bias[k] + c) + ds[k]);
+          } else {
+            store_n(grad_bias[k] + c, load_n(grad_bias[k] + c, left) + ds[k], left);
+          }
+        }
+      }
+    }
+    if constexpr (D::K == 1) {
+      store(g.scores + r * ld + c, p[0]);
+      store(g.dscores + r * ld + c, ds[0]);
+    } else {
+      store_pairs(g.p_columns + r / 2 * ld + c, p[0], p[1]);
+      store_pairs(g.ds_columns + r / 2 * ld + c, ds[0], ds[1]);
+      for (int k = 0; k < 2 && r + k < rows; k++)
+        store_lanes<D>(reinterpret_cast<uint32_t*>(g.dscores + (r + k) * ld), c, ds[k]);
+    }
+  }
+  for (int k = 0; k < D::K; k++)
+    if (grad_bias[k] && !bias_k) *grad_bias[k] += reduce_add(bias_sum[k]);
+}
+
+// The bias's gradient: the chains of each slice, added in order.
+inline void reduce_bias(const AttentionGrad& g, const Plan& plan, const float* partials, int64_t slice, Dtype dtype) {
+  parallel_units(plan.slices, [&](Queue& queue) {
+    for (int64_t s; (s = queue.next()) >= 0;)
+      for (int64_t c = 0; c < slice; c++) {
+        float sum = 0;
+        for (int64_t chain = 0; chain < plan.chains; chain++) sum += partials[(s * plan.chains + chain) * slice + c];
+        const int64_t at = s * slice + c;
+        switch (dtype) {
+          case Dtype::bf16:
+            static_cast<bf16*>(g.grad_bias)[at] = from_float<bf16>(sum);
+            break;
+          case Dtype::f16:
+            static_cast<f16*>(g.grad_bias)[at] = from_float<f16>(sum);
+            break;
+          default:
+            static_cast<float*>(g.grad_bias)[at] = sum;
+        }
+      }
+  });
+}
+
+template <class D, class T>
+class Backward {
+ public:
+  Backward(const Attention& a, const AttentionGrad& g)
+      : a_(a),
+        g_(g),
+        memory_(scratch()),
+        block_(std::min(KEY_BLOCK, std::max<int64_t>(a.nk, 1))),
+        ld_(round_up(block_, W)),
+        ldd_(round_up(a.d, W)),
+        ldv_(round_up(a.dv, W)),
+        panels_(a, memory_, KEY_BLOCK) {
+    const int64_t rows = ROW_BLOCK + 2 * MR;
+    queries_ = memory_.take<uint32_t>(rows * lanes_of<D>(a.d));
+    grads_out_ = memory_.take<uint32_t>(rows * lanes_of<D>(a.dv));
+    query_rows_ = memory_.take<uint32_t>(packed_size<D>(rows, a.d));
+    grad_rows_ = memory_.take<uint32_t>(packed_size<D>(rows, a.dv));
+    grad_q_ = memory_.take<float>(rows * ldd_);
+    bias_ = memory_.take<float>(D::K * ld_);
+    s_ = {memory_.take<float>(rows * ld_), memory_.take<float>(rows * ld_), nullptr, nullptr, ld_};
+    if (D::K == 2) {
+      s_.p_columns = memory_.take<uint32_t>(rows / 2 * ld_);
+      s_.ds_columns = memory_.take<uint32_t>(rows / 2 * ld_);
+    } else {
+      s_.p_columns = reinterpret_cast<uint32_t*>(s_.scores);
+      s_.ds_columns = reinterpret_cast<uint32_t*>(s_.dscores);
+    }
+  }
+
+  // grad_k (nk, ldd_) and grad_v (nk, ldv_) are this piece's, zeroed; grad_bias the chain's (bias_q, bias_k), or null.
+  void piece(const Head& head, int64_t first, int64_t last, float* grad_k, float* grad_v, float* grad_bias) {
+    panels_.pack(head);
+    BiasRows bias[2] = {{a_.bias, head.b, head.h, bias_}, {a_.bias, head.b, head.h, bias_ + (D::K - 1) * ld_}};
+    const int64_t at_once = row_block(last - first, ROW_BLOCK);
+    for (int64_t i = first; i < last; i += at_once)
+      block(head, i, std::min(at_once, last - i), bias, grad_k, grad_v, grad_bias);
+  }
+
+ private:
+  // K^T, V^T and K as panels.
+  struct Panels {
+    Panels(const Attention& a, Scratch& m, int64_t block) : a(a), block(block) {
+      const int64_t whole = round_up(std::max<int64_t>(a.nk, 1), block) / block,
+                    n = std::min(block, round_up(std::max<int64_t>(a.nk, 1), NR));
+      stride_k = packed_size<D>(a.d, n);
+      stride_v = packed_size<D>(a.dv, n);
+      stride_r = packed_size<D>(n, a.d);
+      k_t = m.take<uint32_t>(whole * stride_k);
+      v_t = m.take<uint32_t>(whole * stride_v);
+      k_r = m.take<uint32_t>(whole * stride_r);
+    }
+    void pack(const Head& head) {
+      if (head.b == b && head.hk == h) return;
+      b = head.b;
+      h = head.hk;
+      const T *k = head.key<T>(a.k, h), *v = head.key<T>(a.v, h);
+      for (int64_t j = 0, at = 0; j < head.nk; j += block, at++) {
+        const int64_t n = std::min(block, head.nk - j);
+        pack_cols<D>(k + j * a.k.n, a.k.n, a.d, n, k_t + at * stride_k);
+        pack_cols<D>(v + j * a.v.n, a.v.n, a.dv, n, v_t + at * stride_v);
+        pack_rows<D>(k + j * a.k.n, a.k.n, n, a.d, k_r + at * stride_r);
+      }
+    }
+    const Attention& a;
+    int64_t block, stride_k, stride_v, stride_r, b = -1, h = -1;
+    uint32_t *k_t, *v_t, *k_r;
+  };
+
+  void block(const Head& head, int64_t i, int64_t rows, BiasRows* bias, float* grad_k, float* grad_v,
+             float* grad_bias) {
+    const float scale2 = a_.scale * LOG2E;
+    const T* q = head.query<T>(a_.q) + i * a_.q.n;
+    const T* dout = head.query<T>(g_.grad_out) + i * g_.grad_out.n;
+    const int64_t lanes = lanes_of<D>(a_.d), lanes_v = lanes_of<D>(a_.dv), row_lanes = lanes_of<D>(rows);
+    pack_a<D>(q, a_.q.n, rows, a_.d, queries_);
+    pack_a<D>(dout, g_.grad_out.n, rows, a_.dv, grads_out_);
+    pack_rows<D>(q, a_.q.n, rows, a_.d, query_rows_);
+    pack_rows<D>(dout, g_.grad_out.n, rows, a_.dv, grad_rows_);
+    float delta[ROW_BLOCK + 2 * MR], lse2[ROW_BLOCK + 2 * MR];
+    statistics(head, i, rows, dout, delta, lse2);
+    const int64_t keys = a_.causal ? std::min(head.nk, i + rows) : head.nk;
+    if (!keys) std::fill(grad_q_, grad_q_ + rows * ldd_, 0.f);
+    for (int64_t j = 0, at = 0; j < keys; j += KEY_BLOCK, at++) {
+      const int64_t n = std::min(KEY_BLOCK, keys - j), packed = std::min(KEY_BLOCK, head.nk - j);
+      const int64_t computed = std::min(packed, round_up(n, NR));
+      gemm<D>(rows, computed, lanes, queries_, lanes, 1, panels_.k_t + at * panels_.stride_k, lanes, s_.scores, ld_);
+      gemm<D>(rows, computed, lanes_v, grads_out_, lanes_v, 1, panels_.v_t + at * panels_.stride_v, lanes_v, s_.dscores,
+              ld_);
+      for (int64_t r = 0; r < rows; r += D::K) {
+        int64_t valid[2];
+        const float* bias_rows[2] = {};
+        float* grad_rows[2] = {};
+        for (int k = 0; k < D::K && r + k < rows; k++) {
+          const int64_t row = i + r + k;
+          valid[k] = a_.causal ? std::clamp<int64_t>(row + 1 - j, 0, n) : n;
+          bias_rows[k] = bias[k].row(row, j, n);
+          if (grad_bias) grad_rows[k] = grad_bias + (g_.bias_q > 1 ? row * g_.bias_k : 0) + (g_.bias_k > 1 ? j : 0);
+        }
+        gradient_rows<D>(s_, r, rows, n, valid, bias_rows, scale2, lse2 + r, delta + r, grad_rows,
+                         g_.bias_k > 1 ? 1 : 0);
+      }
+      const uint32_t* ds = reinterpret_cast<const uint32_t*>(s_.dscores);
+      const uint32_t* k_rows = panels_.k_r + at * panels_.stride_r;
+      if (j) {
+        gemm<D, true>(rows, a_.d, lanes_of<D>(n), ds, ld_, 1, k_rows, lanes_of<D>(packed), grad_q_, ldd_);
+      } else {
+        gemm<D, false>(rows, a_.d, lanes_of<D>(n), ds, ld_, 1, k_rows, lanes_of<D>(packed), grad_q_, ldd_);
+      }
+      gemm<D, true>(n, a_.dv, row_lanes, s_.p_columns, 1, ld_, grad_rows_, row_lanes, grad_v + j * ldv_, ldv_);
+      gemm<D, true>(n, a_.d, row_lanes, s_.ds_columns, 1, ld_, query_rows_, row_lanes, grad_k + j * ldd_, ldd_);
+    }
+    T* result = head.query<T>(g_.grad_q) + i * g_.grad_q.n;
+    for (int64_t r = 0; r < rows; r++) store_row(result + r * g_.grad_q.n, grad_q_ + r * ldd_, a_.scale, a_.d);
+  }
+
+  // delta = sum of dO * O, less the gradient of the log-sum-exp; lse in base 2, +inf for a row without keys so that P
+  // is 0.
+  void statistics(const Head& head, int64_t i, int64_t rows, const T* dout, float* delta, float* lse2) {
+    const T* out = head.query<T>(a_.out) + i * a_.out.n;
+    const int64_t at = head.statistic(a_) + i;
+    for (int64_t r = 0; r < rows; r++) {
+      const T *o = out + r * a_.out.n, *g = dout + r * g_.grad_out.n;
+      vf sum{};
+      int64_t c = 0;
+      for (; c + W <= a_.dv; c += W) sum += load(o + c) * load(g + c);
+      if (c < a_.dv) sum += load_n(o + c, int(a_.dv - c)) * load_n(g + c, int(a_.dv - c));
+      delta[r] = reduce_add(sum) - (g_.grad_lse ? g_.grad_lse[at + r] : 0.f);
+      lse2[r] = a_.lse[at + r] == -INF ? INF : a_.lse[at + r] * LOG2E;
+    }
+    delta[rows] = lse2[rows] = 0.f;
+  }
+
+  const Attention& a_;
+  const AttentionGrad& g_;
+  Scratch& memory_;
+  int64_t block_, ld_, ldd_, ldv_;
+  Panels panels_;
+  uint32_t *queries_, *grads_out_, *query_rows_, *grad_rows_;
+  float *grad_q_, *bias_;
+  Grads<D> s_;
+};
+
+template <class T>
+void backward(const Attention& a, const AttentionGrad& g) {
+  using D = Compute<T>;
+  const Plan plan(a, g);
+  const int64_t ldd = round_up(a.d, W), ldv = round_up(a.dv, W), width = ldd + ldv, slice = g.bias_q * g.bias_k;
+  const int64_t chains = int64_t(plan.start.size()) - 1;
+  // Partials are kept only where several pieces add up; else one buffer per thread is enough.
+  std::vector<float> partials(plan.partials > 1 ? a.batch * a.kv_heads * plan.partials * a.nk * width : 0);
+  std::vector<float> bias_partials(g.grad_bias ? chains * slice : 0);
+
+  auto write = [&](const Head& head, const float* grad_k, const float* grad_v) {
+    T *dk = head.key<T>(g.grad_k, head.hk), *dv = head.key<T>(g.grad_v, head.hk);
+    for (int64_t j = 0; j < head.nk; j++) {
+      store_row(dk + j * g.grad_k.n, grad_k + j * ldd, a.scale, a.d);
+      store_row(dv + j * g.grad_v.n, grad_v + j * ldv, 1.f, a.dv);
+    }
+  };
+  parallel_units(chains, [&](Queue& queue) {
+    Backward<D, T> worker(a, g);
+    std::vector<float> own(plan.partials > 1 ? 0 : a.nk * width);
+    for (int64_t chain; (chain = queue.next()) >= 0;) {
+      float* grad_bias = g.grad_bias ? bias_partials.data() + chain * slice : nullptr;
+      for (int64_t at = plan.start[chain]; at < plan.start[chain + 1]; at++) {
+        const int64_t piece = plan.order[at], split = piece % plan.splits;
+        const Head head(a, piece / plan.splits / a.heads, piece / plan.splits % a.heads);
+        const int64_t first = split * plan.rows, last = std::min(first + plan.rows, head.nq);
+        float* grad_k = own.data();
+        if (plan.partials > 1) {
+          const int64_t of_head = (head.h % (a.heads / a.kv_heads)) * plan.splits + split;
+          grad_k = partials.data() + ((head.b * a.kv_heads + head.hk) * plan.partials + of_head) * a.nk * width;
+        } else {
+          std::fill(own.begin(), own.end(), 0.f);
+        }
+        float* grad_v = grad_k + a.nk * ldd;
+        if (first < last) worker.piece(head, first, last, grad_k, grad_v, grad_bias);
+        if (plan.partials == 1) write(head, grad_k, grad_v);
+      }
+    }
+  });
+  if (plan.partials > 1) {
+    parallel_units(a.batch * a.kv_heads, [&](Queue& queue) {
+      for (int64_t unit; (unit = queue.next()) >= 0;) {
+        float* sum = partials.data() + unit * plan.partials * a.nk * width;
+        for (int64_t p = 1; p < plan.partials; p++)
+          for (int64_t c = 0; c < a.nk * width; c += W)
+            store(sum + c, load(sum + c) + load(sum + p * a.nk * width + c));
+        const Head head(a, unit / a.kv_heads, unit % a.kv_heads * (a.heads / a.kv_heads));
+        write(head, sum, sum + a.nk * ldd);
+      }
+    });
+  }
+  if (g.grad_bias) reduce_bias(g, plan, bias_partials.data(), slice, a.bias.dtype);
+}
+
+}  // namespace
+
+void attention_backward(const Attention& a, const AttentionGrad& g) {
+  switch (a.dtype) {
+    case Dtype::bf16:
+      return backward<bf16>(a, g);
+    case Dtype::f16:
+      return backward<f16>(a, g);
+    default:
+      return backward<float>(a, g);
+  }
+}
+}  // namespace pyvit::PYVIT_ISA
