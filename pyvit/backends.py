@@ -67,6 +67,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "flash_attention_varlen": {"cpu": Capability((F32, BF16, F16), _VARLEN, (1, 256, 1))},
     "attention_map": {"cpu": Capability((F32, BF16, F16), frozenset({"bias", "bool_mask", "gqa"}), (1, 256, 1))},
     "patch_embed": {"cpu": Capability((F32, BF16, F16), _PATCH)},
+    "linear": {"cpu": Capability((F32, BF16, F16), pure=True)},
 }
 _TILED = Capability((F32, BF16, F16, F64), frozenset({"grad", "group", "prototypes", "center"}), pure=True)
 for _loss in ("info_nce", "nt_xent", "sigmoid_contrastive", "distillation_cross_entropy", "nearest_neighbor"):
@@ -78,6 +79,13 @@ CAPABILITIES["flash_attention"]["cuda"] = Capability((F32, F16, BF16), _ATTENTIO
 CAPABILITIES["flash_attention_varlen"]["cuda"] = Capability((F32, F16, BF16), _VARLEN, (8, 128, 8))
 CAPABILITIES["window_attention"]["cuda"] = Capability((F32, F16, BF16), _WINDOW, (8, 64, 8))
 CAPABILITIES["patch_embed"]["cuda"] = Capability((F32, F16, BF16), _PATCH)
+# Blocks cover any head dimension; the bound is what has been compiled and checked.
+_TRITON = (F32, F16, BF16)
+CAPABILITIES["flash_attention"]["triton"] = Capability(_TRITON, _ATTENTION | {"dropout"}, (1, 256, 1))
+CAPABILITIES["flash_attention_varlen"]["triton"] = Capability(_TRITON, _VARLEN, (1, 256, 1))
+CAPABILITIES["attention_map"]["triton"] = Capability(_TRITON, frozenset({"bias", "bool_mask", "gqa"}), (1, 256, 1))
+CAPABILITIES["window_attention"]["triton"] = Capability(_TRITON, _WINDOW | {"dropout"}, (1, 128, 1))
+CAPABILITIES["patch_embed"]["triton"] = Capability(_TRITON, _PATCH)
 for _table in CAPABILITIES.values():
     _table["reference"] = _REFERENCE
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from pyvit.triton_kernels.common import (
     LOG2E,
     add_products,
@@ -324,7 +323,7 @@ def backward_dkdv(
     steps = tl.maximum(tl.cdiv(q_len - from_row, BLOCK_M), 0)
     if VARLEN:
         steps = tl.where(first_col < k_len, steps, 0)
-    for step in range(0, GROUPS * steps):
+    for step in range(GROUPS * steps):
         h = kv_head * GROUPS + step // steps
         rows = from_row + step % steps * BLOCK_M + tl.arange(0, BLOCK_M)
         at = q + b * q_strides[0] + h * q_strides[1] + q_first * q_strides[2]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from pyvit.triton_kernels.common import (
     LN2,
     add_products,

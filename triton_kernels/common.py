@@ -206,13 +206,13 @@ def precision(tensor: Tensor) -> str:
 
 
 def launch(kernel: Any, grid: int, args: dict[str, Any], warps: int, stages: int) -> None:
-    """Run ``grid`` programs of ``kernel`` on the device of its first argument; no programs, no launch."""
+    """Run ``grid`` programs of ``kernel`` on the device of its first tensor; no programs, no launch."""
     if _recorder is not None:
         _recorder.launches.append(Launch(kernel, grid, args, {"num_warps": warps, "num_stages": stages}))
         return
     if grid == 0:
         return
-    tensor = next(iter(args.values()))
+    tensor = next(a for a in args.values() if isinstance(a, Tensor))
     if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
         with torch.cuda.device(tensor.device):
             kernel[(grid,)](**args, num_warps=warps, num_stages=stages)

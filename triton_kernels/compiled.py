@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 import triton
+from pyvit.triton_kernels.common import Launch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from pyvit.triton_kernels.common import Launch
 
 #: Shared memory one program may use, bytes: the parts' opt-in limits.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from pyvit.triton_kernels.attention_backward import backward_dkdv, backward_dq, backward_short, bias_gradient
 from pyvit.triton_kernels.attention_forward import forward_long, forward_short
 from pyvit.triton_kernels.common import (
@@ -22,6 +20,7 @@ from pyvit.triton_kernels.common import (
     rows_unit,
 )
 from pyvit.triton_kernels.tiles import backward_short_fits, choose, forward_short_fits, parts
+from torch import Tensor
 
 
 class _Problem:

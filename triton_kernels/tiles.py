@@ -69,17 +69,24 @@ TABLE = (
     Entry("backward_dkdv", Config(block_m=32, block_n=32, warps=4)),
     Entry("bias_grad", Config(block_m=64, block_n=64, warps=4, stages=1), itemsize=2, head_dim=128),
     Entry("bias_grad", Config(block_m=32, block_n=32, warps=4, stages=1)),
+    Entry("attention_map", Config(block_m=16, block_n=64, warps=4, stages=2), head_dim=128),
+    Entry("attention_map", Config(block_m=16, block_n=32, warps=4, stages=1)),
+    # Patch embedding: "length" is the rows of the result, edge_n the block of the summed dimension.
+    Entry("patch_forward", Config(block_m=128, block_n=128, edge_n=64, warps=8, stages=2), itemsize=2),
+    Entry("patch_forward", Config(block_m=64, block_n=64, edge_n=32, warps=4, stages=2)),
+    Entry("patch_weight_gradient", Config(block_m=128, block_n=64, edge_n=64, warps=8, stages=2), itemsize=2),
+    Entry("patch_weight_gradient", Config(block_m=64, block_n=64, edge_n=32, warps=4, stages=2)),
+    Entry("patch_image_gradient", Config(block_m=64, block_n=64, edge_n=64, warps=4, stages=2), itemsize=2),
+    Entry("patch_image_gradient", Config(block_m=64, block_n=64, edge_n=32, warps=4, stages=2)),
+    Entry("spread_tokens", Config(block_m=64, block_n=64, edge_n=64, warps=4, stages=2)),
     # Windows: "length" is the rows of a tile's piece, "group" the programs per processor.
     Entry("window_forward", Config(block_m=64, group=8, warps=4, stages=2), itemsize=2, length=64),
-    Entry("window_forward", Config(block_m=64, group=4, warps=4, stages=1), itemsize=2, length=160),
-    Entry("window_forward", Config(block_m=32, group=4, warps=4, stages=1), itemsize=2, length=288),
+    Entry("window_forward", Config(block_m=32, group=4, warps=8, stages=1), itemsize=2, length=288),
     Entry("window_forward", Config(block_m=64, group=4, warps=4, stages=1), length=64),
-    Entry("window_forward", Config(block_m=16, group=4, warps=4, stages=1)),
-    Entry("window_backward_keys", Config(block_m=64, group=4, warps=4, stages=1), length=64),
-    Entry("window_backward_keys", Config(block_m=64, group=4, warps=4, stages=1), itemsize=2),
-    Entry("window_backward_keys", Config(block_m=32, group=4, warps=4, stages=1)),
-    Entry("window_backward_queries", Config(block_m=32, block_n=64, group=4, warps=4, stages=1), length=160),
-    Entry("window_backward_queries", Config(block_m=16, block_n=64, group=4, warps=4, stages=1)),
+    Entry("window_forward", Config(block_m=16, group=4, warps=8, stages=1)),
+    Entry("window_backward_keys", Config(block_m=64, group=4, warps=8, stages=1), length=64),
+    Entry("window_backward_keys", Config(block_m=64, block_n=32, group=4, warps=8, stages=1)),
+    Entry("window_backward_queries", Config(block_m=16, block_n=64, group=4, warps=8, stages=1)),
 )
 
 

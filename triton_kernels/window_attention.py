@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from pyvit.ops.reference import window_padding
 from pyvit.triton_kernels.common import arch_of, dropout_args, launch, precision, processors, rows_unit
 from pyvit.triton_kernels.tiles import Config, choose, parts
 from pyvit.triton_kernels.window_kernels import table_gradient, window_backward_keys, window_backward_queries, window_forward
+from torch import Tensor
+
+from pyvit.ops.reference import window_padding
 
 #: Windows of at most this many tokens are put side by side in one tile of PACKED rows.
 _PACK_AREA, _PACKED = 32, 64
@@ -145,7 +145,7 @@ def window_attention_backward(
     tiles = -(-m.rows // c.block_m)
     groups, share = m.spread(c, tiles)
     sums = _Sums(m, groups, tiles)
-    shape = {"share": share, "QUERY_PARTS": (c.block_m,) if whole else parts(m.rows, 64), "BLOCK_M": c.block_m, "ALL": whole}
+    shape = {"share": share, "BLOCK_N": c.block_m if whole else c.block_n, "BLOCK_M": c.block_m, "ALL": whole}
     pad_partial = m.qkv.new_zeros((groups, tiles, 2, m.heads, m.d), dtype=torch.float32)
     both = sums.args() if whole else {"bias_partial": None, "logit_partial": None}
     launch(window_backward_keys, m.heads * tiles * groups, args | shape | both | {"pad_partial": pad_partial}, c.warps, c.stages)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from pyvit.triton_kernels.common import LN2, LOG2E, add_products, dot, dot_parts, dot_rows, kept, load_rows, span, zero_parts, zeros_of
+from pyvit.triton_kernels.common import LN2, LOG2E, add_products, dot_parts, dot_rows, kept, load_rows, span, zero_parts, zeros_of
 
 LN100 = tl.constexpr(4.605170185988092)
 NORM_EPS = tl.constexpr(1e-12)
@@ -290,7 +289,7 @@ def window_backward_keys(
     keep_scale,
     D: tl.constexpr,
     D_PARTS: tl.constexpr,
-    QUERY_PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
     PACK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -320,10 +319,10 @@ def window_backward_keys(
     if DROPOUT:
         draw = tl.load(seed)
     cols = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    held = zeros_of(BLOCK_M, QUERY_PARTS[0])
+    held = zeros_of(BLOCK_M, BLOCK_N)
     if table is not None and ALL:
-        held = table_bias(table, span(0, QUERY_PARTS[0])[None, :], cols[:, None], h, HEADS, WINDOW, PACK)
-    grad_bias = zeros_of(BLOCK_M, QUERY_PARTS[0])
+        held = table_bias(table, tl.arange(0, BLOCK_N)[None, :], cols[:, None], h, HEADS, WINDOW, PACK)
+    grad_bias = zeros_of(BLOCK_M, BLOCK_N)
     grad_logit = zero_vector(BLOCK_M)
     grad_pad_k, grad_pad_v = zero_vectors(D_PARTS), zero_vectors(D_PARTS)
     for piece in range(group * share, tl.minimum(group * share + share, tl.cdiv(total, PACK))):
@@ -333,10 +332,8 @@ def window_backward_keys(
         values = gather(v, pad_v, offset, real, D, D_PARTS)
         allowed = real if pad is None else inside
         dk, dv = zero_parts((BLOCK_M,), D_PARTS), zero_parts((BLOCK_M,), D_PARTS)
-        first: tl.constexpr = 0
-        for i in tl.static_range(len(QUERY_PARTS)):
-            rows = first + span(0, QUERY_PARTS[i])
-            first = first + QUERY_PARTS[i]
+        for first in range(0, ROWS, BLOCK_N):
+            rows = first + tl.arange(0, BLOCK_N)
             q_window, qy, qx, q_inside, q_real, q_region = place(rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
             queries, q_inverse = normalised(
                 gather(q, pad_q, row_offset(q_window, qy, qx, windows, qkv_strides), q_real, D, D_PARTS), COSINE
@@ -345,7 +342,7 @@ def window_backward_keys(
             o = load_rows(out + h * D, row_offset(q_window, qy, qx, windows, out_strides), q_real, 1, D, D_PARTS)
             row_sum = dot_rows(o, grad)
             log_sum = window_log_sum(lse, q_window, rows, q_inside, h, HEADS, AREA)
-            raw = dot_parts(keys, queries, BLOCK_M, QUERY_PARTS[i], PRECISION) * factor
+            raw = dot_parts(keys, queries, BLOCK_M, BLOCK_N, PRECISION) * factor
             s = raw
             if table is not None:
                 if ALL:
@@ -354,7 +351,7 @@ def window_backward_keys(
                     s += table_bias(table, rows[None, :], cols[:, None], h, HEADS, WINDOW, PACK)
             s = tl.where((region[:, None] == q_region[None, :]) & allowed[:, None], s, float("-inf"))
             p = tl.exp2(s - log_sum[None, :])
-            dp = dot_parts(values, grad, BLOCK_M, QUERY_PARTS[i], PRECISION)
+            dp = dot_parts(values, grad, BLOCK_M, BLOCK_N, PRECISION)
             dropped = p
             if DROPOUT:
                 keep = kept(draw, (q_window * HEADS + h)[None, :], rows[None, :] % AREA, cols[:, None] % AREA, threshold)
@@ -369,7 +366,7 @@ def window_backward_keys(
                     grad_bias += ds
                 if COSINE:
                     grad_logit += tl.sum(ds * raw, 1)
-                dq = times(add_products(zero_parts((QUERY_PARTS[i],), D_PARTS), tl.trans(rounded), keys, 0, PRECISION), natural)
+                dq = times(add_products(zero_parts((BLOCK_N,), D_PARTS), tl.trans(rounded), keys, 0, PRECISION), natural)
                 at = row_offset(q_window, qy, qx, windows, grad_qkv_strides)
                 scatter(grad_qkv + h * D, normalised_backward(dq, queries, q_inverse, COSINE), at, q_real, D, D_PARTS)
         dk = normalised_backward(times(dk, natural), keys, key_inverse, COSINE)
@@ -385,7 +382,7 @@ def window_backward_keys(
         store_vectors(at + channels, grad_pad_v, D, D_PARTS)
     if ALL:
         if table is not None:  # (groups, heads, queries, keys)
-            rows = span(0, QUERY_PARTS[0])
+            rows = tl.arange(0, BLOCK_N)
             at = bias_partial + (group * HEADS + h).to(tl.int64) * ROWS * ROWS + rows[None, :] * ROWS + cols[:, None]
             tl.store(at, grad_bias, mask=(rows[None, :] < ROWS) & (cols[:, None] < ROWS))
         if COSINE:  # (groups, tiles, heads)

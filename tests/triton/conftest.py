@@ -1,0 +1,75 @@
+"""Triton kernels in Triton's interpreter, on CPU tensors: run with TRITON_INTERPRET=1 in the environment, which Triton reads when imported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+interpreter = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/triton" not in str(item.path).replace(os.sep, "/"):
+            continue
+        compiles = item.path.name.startswith("test_compiled")
+        if compiles and interpreter:
+            item.add_marker(pytest.mark.skip(reason="kernels cannot be compiled where TRITON_INTERPRET=1 made them interpreted"))
+        elif item.path.name.startswith("test_interpreted") and not interpreter:
+            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1 in the environment: TRITON_INTERPRET=1 pytest tests/triton"))
+
+
+Check = Callable[..., None]
+
+
+@pytest.fixture
+def agree() -> Check:
+    """An output passes when it is at most ``factor`` times as far from float64 as the naive form in the same dtype, plus a rounding floor."""
+
+    def check(got: Sequence[Tensor], exact: Sequence[Tensor], naive: Sequence[Tensor], factors: Sequence[float]) -> None:
+        for at, (g, e, n, factor) in enumerate(zip(got, exact, naive, factors, strict=True)):
+            assert g.shape == e.shape, f"output {at}: shape {tuple(g.shape)}, expected {tuple(e.shape)}"
+            if not e.numel():
+                continue
+            finite = torch.isfinite(e)
+            assert torch.equal(torch.isfinite(g), finite), f"output {at}: finite elsewhere than the reference"
+            assert torch.equal(g[~finite].double(), e[~finite].double()), f"output {at}: differs where the reference is infinite"
+            error, allowed = ((t.double() - e)[finite].abs().max().item() if finite.any() else 0.0 for t in (g, n))
+            floor = (
+                8 * torch.finfo(g.dtype).eps * (e[finite].abs().max().item() if finite.any() else 0.0) + 4 * torch.finfo(torch.float32).eps
+            )
+            assert error <= factor * allowed + floor, f"output {at}: error {error:.2e}, naive {allowed:.2e}, floor {floor:.2e}"
+
+    return check
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Uninitialised memory holds NaN, so an element no program wrote shows."""
+    empty = Tensor.new_empty
+
+    def new_empty(self: Tensor, *size: object, **kwargs: object) -> Tensor:
+        out = empty(self, *size, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() and out.device.type == "cpu" else out
+
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+    yield
+
+
+@pytest.fixture
+def small_tiles() -> Iterator[None]:
+    """Tiles small enough for ragged edges and loops on small shapes."""
+    from pyvit.triton_kernels import tiles
+
+    names = ("forward_short", "forward_long", "backward_short", "backward_dq", "backward_dkdv", "bias_grad")
+    for name in names:
+        tiles.force(name, tiles.Config(block_m=16, block_n=32, edge_n=16, group=2))
+    yield
+    for name in names:
+        tiles.force(name, None)

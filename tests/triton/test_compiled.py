@@ -1,0 +1,85 @@
+"""The compilation matrix in small: kernels compiled ahead of time for four architectures and inspected; no GPU is needed.
+
+The whole matrix: ``python -m pyvit.triton_kernels.matrix``.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+matrix = pytest.importorskip("pyvit.triton_kernels.matrix")
+compiled = pytest.importorskip("pyvit.triton_kernels.compiled")
+
+SUBSET = [
+    ("attention N=197 d=64", "bf16", "sm_80"),
+    ("attention N=197 d=64", "bf16", "sm_90"),
+    ("attention N=197 d=64", "bf16", "sm_100"),
+    ("attention N=197 d=64", "bf16", "gfx942"),
+    ("attention N=577 d=64", "fp32", "sm_90"),
+    ("attention N=257 d=80", "fp16", "sm_90"),
+    ("window 7", "bf16", "sm_80"),
+    ("window 7", "bf16", "sm_90"),
+    ("window 7", "bf16", "gfx942"),
+    ("patches 16", "bf16", "sm_90"),
+    ("attention map N=197 d=64", "bf16", "sm_90"),
+]
+
+
+@pytest.mark.parametrize(("case", "dtype", "arch"), SUBSET, ids=[f"{a} {d} {c}" for c, d, a in SUBSET])
+def test_compiles_within_the_rules(case: str, dtype: str, arch: str) -> None:
+    found = list(matrix.reports(case, dtype, arch))
+    assert found
+    for launch, report in found:
+        assert not matrix.faults(report, dtype), (report, launch.options)
+
+
+def test_hopper_uses_warpgroup_products() -> None:
+    for _, report in matrix.reports("attention N=577 d=64", "bf16", "sm_90"):
+        assert report.warpgroup > 0, report
+
+
+def test_no_widening_outside_the_interpreter() -> None:
+    """The switch that widens bfloat16 operands in the interpreter is off in what GPUs run: products take bfloat16."""
+    (launch,) = matrix.launches("attention map N=197 d=64", "bf16", "sm_90")
+    text = compiled.build(launch, "sm_90").asm["ttir"]
+    dots = re.findall(r"tt\.dot [^\n]*", text)
+    assert dots
+    assert all("xbf16>" in dot for dot in dots)
+
+
+def test_float32_is_never_plain_tf32() -> None:
+    for arch, wanted in (("sm_80", "tf32x3"), ("sm_90", "tf32x3"), ("gfx942", None)):
+        (launch,) = matrix.launches("attention map N=197 d=64", "fp32", arch)
+        precisions = set(re.findall(r"inputPrecision = (\w+)", compiled.build(launch, arch).asm["ttir"]))
+        assert precisions == ({wanted} if wanted else set()), arch
+
+
+def test_rules_catch_what_they_are_for() -> None:
+    bad = compiled.Report("k", "sm_80", 255, 4096, 1 << 20, 0, 0, 1, frozenset({"f32"}))
+    assert len(matrix.faults(bad, "bf16")) == 5
+
+
+@pytest.mark.parametrize("case", matrix.CASES)
+def test_no_allocation_exceeds_the_inputs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A score matrix of any of these attention cases would: N is larger than the head dimension."""
+    sizes: list[int] = []
+
+    def counted(allocate):  # noqa: ANN001, ANN202
+        def allocating(*size: object, **kwargs: object) -> torch.Tensor:
+            out = allocate(*size, **kwargs)
+            sizes.append(out.numel())
+            return out
+
+        return allocating
+
+    with monkeypatch.context() as patched:
+        monkeypatch.setattr(matrix, "_empty", lambda dtype, *shape: torch.zeros(shape, dtype=dtype, device="meta"))
+        patched.setattr(torch.Tensor, "new_empty", counted(torch.Tensor.new_empty))
+        patched.setattr(torch, "empty", counted(torch.empty))
+        found = matrix.launches(case, "bf16", "sm_90")
+    inputs = max(t.numel() for launch in found for name, t in launch.args.items() if name in ("q", "k", "qkv", "images", "weight", "out"))
+    assert sizes
+    assert max(sizes) <= inputs

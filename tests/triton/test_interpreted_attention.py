@@ -1,0 +1,119 @@
+"""Attention on Triton against the reference: every feature, forward and every gradient, through both families of kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyvit.ops import reference
+from pyvit.ops.flash_attention import _reference_backward, _reference_varlen_backward
+
+flash = pytest.importorskip("pyvit.triton_kernels.flash_attention")
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+def _exact(args: list) -> list:
+    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+
+
+def _compare(agree, args: list, lse_grad: bool, bias_grad: bool) -> None:
+    out, lse = flash.flash_attention(*args)
+    assert out.transpose(1, 2).is_contiguous()
+    assert lse.dtype == F32
+    grad_out = torch.randn(out.shape).to(out.dtype)
+    grad_lse = torch.randn(lse.shape) if lse_grad else None
+    grads = flash.flash_attention_backward(grad_out, grad_lse, out, lse, bias_grad, *args)
+    forms = []
+    for cast in (_exact, list):
+        own = cast(args)
+        r_out, r_lse = reference.flash_attention(*own)
+        g = (cast([grad_out])[0], None if grad_lse is None else grad_lse.to(r_lse.dtype))
+        forms.append((r_out, r_lse, *_reference_backward(*g, r_out, r_lse, bias_grad, *own)))
+    agree((out, lse, *grads), *forms, (2, 2, 3, 3, 3, 3))
+
+
+def _inputs(dtype: torch.dtype, b: int, h: int, hk: int, nq: int, nk: int, d: int, dv: int) -> list[Tensor]:
+    q = torch.randn(b, nq, h, d).to(dtype).transpose(1, 2)
+    kv = torch.randn(b, hk, nk, d + dv).to(dtype)
+    return [q, kv[..., :d], kv[..., d:]]
+
+
+FEATURES = {
+    "plain": ((2, 2, 2, 17, 33, 24, 16), {}),
+    "one query": ((1, 2, 2, 1, 5, 16, 16), {}),
+    "causal": ((1, 2, 2, 40, 37, 16, 16), {"is_causal": True}),
+    "causal, more keys": ((1, 1, 1, 19, 70, 16, 16), {"is_causal": True}),
+    "gqa": ((1, 4, 2, 20, 35, 16, 24), {}),
+    "dropout": ((2, 2, 2, 20, 35, 16, 16), {"dropout_p": 0.3}),
+    "full bias": ((2, 2, 2, 20, 35, 16, 16), {"bias": (2, 2, 20, 35)}),
+    "head bias, dropout": ((2, 2, 2, 20, 35, 16, 16), {"bias": (1, 2, 20, 35), "dropout_p": 0.2}),
+    "key bias": ((2, 2, 2, 20, 35, 16, 16), {"bias": (2, 1, 1, 35)}),
+    "row bias, causal": ((2, 2, 2, 20, 35, 16, 16), {"bias": (1, 2, 20, 1), "is_causal": True}),
+    "one bias": ((2, 2, 1, 20, 35, 16, 16), {"bias": (1, 1, 1, 1)}),
+    "mask with empty rows": ((1, 2, 2, 20, 35, 16, 16), {"mask": True}),
+}
+
+
+@pytest.mark.parametrize("family", ["short", "long"])
+@pytest.mark.parametrize("case", FEATURES)
+def test_features(agree, small_tiles, monkeypatch, case: str, family: str) -> None:
+    if family == "long":
+        monkeypatch.setattr(flash, "forward_short_fits", lambda *_: False)
+        monkeypatch.setattr(flash, "backward_short_fits", lambda *_: False)
+    shape, options = FEATURES[case]
+    bias = torch.randn(options["bias"]) if "bias" in options else None
+    if "mask" in options:
+        bias = torch.rand(1, shape[1], shape[3], shape[4]) > 0.4
+        bias[:, :, 3] = False
+    p = options.get("dropout_p", 0.0)
+    seed = torch.randint(0, 2**62, (1,)) if p else None
+    args = [*_inputs(F32, *shape), bias, options.get("is_causal", False), 0.3, p, seed]
+    _compare(agree, args, lse_grad=True, bias_grad="bias" in options)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("d", [16, 72, 80, 88, 96, 128])
+def test_head_dimensions(agree, d: int, dtype: torch.dtype) -> None:
+    _compare(agree, [*_inputs(dtype, 1, 1, 1, 21, 50, d, d), None, False, d**-0.5, 0.0, None], lse_grad=False, bias_grad=False)
+
+
+@pytest.mark.parametrize("n", [197, 257, 300])
+def test_lengths_with_the_tiles_in_use(agree, n: int) -> None:
+    bias = torch.randn(1, 1, n, n)
+    _compare(agree, [*_inputs(F16, 1, 1, 1, n, n, 64, 64), bias, False, 0.125, 0.0, None], lse_grad=False, bias_grad=True)
+
+
+@pytest.mark.parametrize(("nq", "nk", "b"), [(3, 0, 1), (0, 3, 1), (3, 3, 0)])
+def test_empty(agree, nq: int, nk: int, b: int) -> None:
+    _compare(agree, [*_inputs(F32, b, 2, 2, nq, nk, 16, 16), None, False, 0.3, 0.0, None], lse_grad=True, bias_grad=False)
+
+
+@pytest.mark.parametrize("bias_shape", [None, (1, 2, 30, 40), (3, 1, 1, 40)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("family", ["short", "long"])
+def test_packed_sequences(agree, small_tiles, monkeypatch, bias_shape, causal: bool, family: str) -> None:
+    if family == "long":
+        monkeypatch.setattr(flash, "forward_short_fits", lambda *_: False)
+        monkeypatch.setattr(flash, "backward_short_fits", lambda *_: False)
+    cu_q, cu_k = torch.tensor([0, 5, 35, 36], dtype=torch.int32), torch.tensor([0, 40, 40, 57], dtype=torch.int32)
+    q, k, v = torch.randn(36, 2, 16), torch.randn(57, 2, 16), torch.randn(57, 2, 24)
+    bias = None if bias_shape is None else torch.randn(bias_shape)
+    args = [q, k, v, cu_q, cu_k, 30, 40, bias, causal, 0.3]
+    out, lse = flash.flash_attention_varlen(*args)
+    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
+    grads = flash.flash_attention_varlen_backward(grad_out, grad_lse, out, lse, bias is not None, *args)
+    forms = []
+    for cast in (_exact, list):
+        own = cast(args)
+        r = reference.flash_attention_varlen(*own)
+        forms.append((*r, *_reference_varlen_backward(*cast([grad_out, grad_lse]), *r, bias is not None, *own)))
+    agree((out, lse, *grads), *forms, (2, 2, 3, 3, 3, 3))
+
+
+def test_same_bits_again() -> None:
+    args = [*_inputs(F16, 2, 2, 2, 70, 70, 32, 32), torch.randn(1, 2, 70, 70), False, 0.2, 0.1, torch.tensor([7])]
+    out, lse = flash.flash_attention(*args)
+    first = flash.flash_attention_backward(out, None, out, lse, True, *args)
+    second = flash.flash_attention_backward(out, None, out, lse, True, *args)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,0 +1,118 @@
+"""Window attention, patch embedding and attention maps on Triton against the reference, forward and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyvit.ops import reference
+from pyvit.ops.patch_embed import _reference_backward as patch_reference
+from pyvit.ops.window_attention import _reference_backward as window_reference
+
+windows = pytest.importorskip("pyvit.triton_kernels.window_attention")
+patches = pytest.importorskip("pyvit.triton_kernels.patch_embed")
+maps = pytest.importorskip("pyvit.triton_kernels.attention_map")
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+def _exact(args: list) -> list:
+    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+
+
+# map, window, shift, heads, d, features
+WINDOWS = [
+    ((1, 7, 7), (7, 7), (0, 0), 2, 16, "table"),
+    ((1, 9, 10), (7, 7), (3, 3), 1, 24, "table pad dropout"),
+    ((2, 9, 6), (4, 4), (2, 1), 2, 16, "table pad"),
+    ((1, 6, 9), (4, 4), (2, 2), 1, 16, "table cosine"),
+    ((1, 5, 9), (7, 7), (3, 3), 1, 16, "table cosine pad dropout"),
+    ((1, 8, 8), (8, 8), (0, 0), 1, 16, ""),
+    ((1, 13, 12), (12, 12), (6, 6), 1, 16, "table pad dropout"),
+    ((1, 12, 13), (10, 9), (4, 4), 1, 16, "table cosine"),
+]
+
+
+def _compare_windows(agree, dtype, size, window, shift, heads, d, features) -> None:
+    qkv = torch.randn(*size, 3 * heads * d).to(dtype)
+    table = torch.randn((2 * window[0] - 1) * (2 * window[1] - 1), heads) if "table" in features else None
+    logit = torch.tensor([4.9, 1.0])[:heads] if "cosine" in features else None
+    pad = torch.randn(3 * heads * d).to(dtype) if "pad" in features else None
+    p, seed = (0.2, torch.randint(0, 2**62, (1,))) if "dropout" in features else (0.0, None)
+    args = [qkv, window, shift, heads, table, logit, pad, 0.4, p, seed]
+    out, lse = windows.window_attention(*args)
+    grad_out = torch.randn(out.shape).to(dtype)
+    grads = windows.window_attention_backward(grad_out, out, lse, *args)
+    forms = []
+    for cast in (_exact, list):
+        own = cast(args)
+        r = reference.window_attention(*own)
+        forms.append((*r, *window_reference(cast([grad_out])[0], *r, *own)))
+    agree((out, lse, *grads), *forms, (2, 2, 3, 3, 3, 3))
+
+
+@pytest.mark.parametrize("case", WINDOWS, ids=lambda c: f"{c[1][0]}x{c[1][1]} {c[5]}")
+def test_windows(agree, case) -> None:
+    _compare_windows(agree, F32, *case)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=["fp16", "bf16"])
+def test_windows_in_low_precision(agree, dtype) -> None:
+    _compare_windows(agree, dtype, (1, 8, 9), (7, 7), (3, 3), 1, 32, "table pad")
+
+
+@pytest.mark.slow
+def test_large_window(agree) -> None:
+    _compare_windows(agree, F32, (1, 24, 24), (24, 24), (0, 0), 1, 16, "table")
+
+
+# images, patch, stride, features
+PATCHES = [
+    ((2, 3, 8, 12), (4, 4), (4, 4), ""),
+    ((2, 3, 8, 12), (4, 4), (4, 4), "bytes normalise prefix position keep"),
+    ((2, 1, 11, 10), (4, 5), (3, 2), "normalise prefix position"),
+    ((1, 2, 9, 9), (3, 3), (3, 3), "position keep"),
+    ((1, 2, 9, 10), (4, 4), (2, 3), "keep bfloat"),
+    ((1, 3, 8, 8), (4, 4), (4, 4), "half prefix"),
+]
+
+
+@pytest.mark.parametrize("case", PATCHES, ids=lambda c: f"{c[1]} {c[2]} {c[3]}")
+def test_patch_embedding(agree, case) -> None:
+    (b, c, h, w), patch, stride, features = case
+    dtype = BF16 if "bfloat" in features else F16 if "half" in features else F32
+    as_bytes, d = "bytes" in features, 24
+    images = torch.randint(0, 256, (b, c, h, w), dtype=torch.uint8) if as_bytes else torch.rand(b, h, w, c).to(dtype).permute(0, 3, 1, 2)
+    n = ((h - patch[0]) // stride[0] + 1) * ((w - patch[1]) // stride[1] + 1)
+    args = [
+        images,
+        torch.randn(d, c, *patch).to(dtype),
+        torch.randn(d),
+        stride,
+        torch.randn(n, d) if "position" in features else None,
+        torch.randn(2, d) if "prefix" in features else None,
+        torch.randint(0, n, (b, 4)) if "keep" in features else None,  # may repeat a patch
+        *((torch.rand(c), torch.rand(c) + 0.5) if "normalise" in features else (None, None)),
+    ]
+    if dtype != F32:
+        args[2] = args[2].to(dtype)
+    out = patches.patch_embed(*args)
+    grad_out = torch.randn(out.shape).to(dtype)
+    grads = patches.patch_embed_backward(grad_out, not as_bytes, True, *args)
+    forms = []
+    for cast in (_exact, list):
+        own = cast(args)
+        forms.append((reference.patch_embed(*own), *patch_reference(cast([grad_out])[0], not as_bytes, True, *own)))
+    agree((out, *grads), *forms, (2, 3, 3, 3, 3, 3))
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("bias", ["none", "float", "mask"])
+def test_attention_map(agree, bias: str, dtype) -> None:
+    q, k, rows = torch.randn(2, 4, 9, 24).to(dtype), torch.randn(2, 2, 70, 24).to(dtype), torch.randint(0, 9, (2, 3))
+    added = {"none": None, "float": torch.randn(1, 4, 9, 1), "mask": torch.rand(2, 1, 9, 70) > 0.5}[bias]
+    if bias == "mask":
+        added[:, :, 2] = False
+        rows[0, 0] = 2
+    args = [q, k, rows, added, 0.3]
+    agree((maps.attention_map(*args),), (reference.attention_map(*_exact(args)),), (reference.attention_map(*args),), (2,))

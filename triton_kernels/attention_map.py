@@ -1,0 +1,129 @@
+"""Attention probabilities of chosen queries on Triton: two passes over the keys, nothing stored but the answer."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pyvit.triton_kernels.common import (
+    BOOL_BIAS,
+    FLOAT_BIAS,
+    LOG2E,
+    NO_BIAS,
+    arch_of,
+    dot_parts,
+    launch,
+    load_rows,
+    log2_scale,
+    precision,
+    rows_unit,
+)
+from pyvit.triton_kernels.tiles import choose, parts
+
+
+@triton.jit
+def map_scores(
+    queries, k, bias, at, valid, cols, n_k, stride, bias_strides, scale, D: tl.constexpr, D_PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores in powers of two of the gathered queries, whose rows of the bias are ``at``."""
+    keys = load_rows(k, cols, cols < n_k, stride, D, D_PARTS)
+    s = dot_parts(queries, keys, M, N, PRECISION) * scale
+    if BIAS != NO_BIAS:
+        where = bias + at[:, None] * bias_strides[2] + cols.to(tl.int64)[None, :] * bias_strides[3]
+        loaded = tl.load(where, mask=valid[:, None] & (cols < n_k)[None, :], other=0)
+        if BIAS == BOOL_BIAS:
+            s = tl.where(loaded != 0, s, float("-inf"))
+        else:
+            s += loaded.to(tl.float32) * LOG2E
+    return tl.where((cols < n_k)[None, :], s, float("-inf"))
+
+
+@triton.jit
+def map_rows(
+    q,
+    k,
+    rows,
+    bias,
+    out,
+    q_strides,
+    k_strides,
+    rows_stride,
+    bias_strides,
+    H,
+    GROUPS,
+    n_rows,
+    n_k,
+    scale,
+    D: tl.constexpr,
+    D_PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """BLOCK_M of the rows asked for, of one head: the log-sum-exp in the first pass over the keys, the probabilities in the second."""
+    blocks = tl.cdiv(n_rows, BLOCK_M)
+    pid = tl.program_id(0)
+    b, h = (pid // blocks // H).to(tl.int64), (pid // blocks % H).to(tl.int64)
+    r = pid % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = r < n_rows
+    at = tl.load(rows + b * rows_stride + r, mask=valid, other=0)
+    queries = load_rows(q + b * q_strides[0] + h * q_strides[1], at, valid, q_strides[2], D, D_PARTS)
+    k += b * k_strides[0] + h // GROUPS * k_strides[1]
+    bias += b * bias_strides[0] + h * bias_strides[1]
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, n_k, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        s = map_scores(
+            queries, k, bias, at, valid, cols, n_k, k_strides[2], bias_strides, scale, D, D_PARTS, BLOCK_M, BLOCK_N, BIAS, PRECISION
+        )
+        higher = tl.maximum(top, tl.max(s, 1))
+        against = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp2(top - against) + tl.sum(tl.exp2(s - against[:, None]), 1)
+        top = higher
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.where(total == 0.0, 1.0, total)
+    out += ((b * H + h) * n_rows + r.to(tl.int64))[:, None] * n_k
+    for start in range(0, n_k, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        s = map_scores(
+            queries, k, bias, at, valid, cols, n_k, k_strides[2], bias_strides, scale, D, D_PARTS, BLOCK_M, BLOCK_N, BIAS, PRECISION
+        )
+        p = tl.exp2(s - top[:, None]) / total[:, None]
+        tl.store(out + cols[None, :], p.to(out.dtype.element_ty), mask=valid[:, None] & (cols < n_k)[None, :])
+
+
+def attention_map(q: Tensor, k: Tensor, rows: Tensor, bias: Tensor | None, scale: float, backend: str = "triton") -> Tensor:
+    """Probabilities (B, H, R, Nk) of the queries ``rows`` (B, R), as :func:`pyvit.ops.attention_map` states them."""
+    q, k, rows = rows_unit(q), rows_unit(k), rows_unit(rows)
+    (batch, heads, _, d), n_k, n_rows = q.shape, k.shape[2], rows.shape[1]
+    out = q.new_empty(batch, heads, n_rows, n_k)
+    c = choose("attention_map", arch_of(q), q.element_size(), d, n_k)
+    args = {
+        "q": q,
+        "k": k,
+        "rows": rows,
+        "bias": q if bias is None else bias,  # never read without a bias
+        "out": out,
+        "q_strides": q.stride()[:3],
+        "k_strides": k.stride()[:3],
+        "rows_stride": rows.stride(0),
+        "bias_strides": (0, 0, 0, 0) if bias is None else tuple(s if n > 1 else 0 for s, n in zip(bias.stride(), bias.shape, strict=True)),
+        "H": heads,
+        "GROUPS": heads // max(k.shape[1], 1),
+        "n_rows": n_rows,
+        "n_k": n_k,
+        "scale": log2_scale(scale),
+        "D": d,
+        "D_PARTS": parts(d),
+        "BLOCK_M": c.block_m,
+        "BLOCK_N": c.block_n,
+        "BIAS": (NO_BIAS if bias is None else BOOL_BIAS if bias.dtype == torch.bool else FLOAT_BIAS).value,
+        "PRECISION": precision(q),
+    }
+    launch(map_rows, -(-n_rows // c.block_m) * heads * batch if n_k else 0, args, c.warps, c.stages)
+    return out
