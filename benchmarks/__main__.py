@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 import warnings
@@ -27,7 +28,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", default="none", help=f"none, all, or a comma-separated list of: {', '.join(PEERS)}")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains TEXT (of every level)")
     parser.add_argument("--threads", type=int, default=0, help="threads for every contender (default: torch's choice)")
-    parser.add_argument("--seconds", type=float, default=0.0, help="time for the clock per case (default: 0.7, --quick 0.05, --full 2)")
+    parser.add_argument("--seconds", type=float, default=0.0, help="time for the clock per case (default: 0.4, --quick 0.05, --full 2)")
+    parser.add_argument(
+        "--minutes", type=float, default=0.0, help="stop starting cases after so long (default: 4.5; none with --full, --only or peers)"
+    )
     parser.add_argument("--out", type=Path, default=Path("results"), help="where results.csv, results.md and plots go")
     parser.add_argument("--no-plots", action="store_true", help="write no pictures")
     args = parser.parse_args(argv)
@@ -40,7 +44,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if strangers:
         parser.error(f"unknown peer {', '.join(strangers)}; choose from {', '.join(PEERS)}")
     args.level = args.level or "default"
-    args.seconds = args.seconds or {"quick": 0.05, "default": 0.7, "full": 2.0}[args.level]
+    args.seconds = args.seconds or {"quick": 0.05, "default": 0.4, "full": 2.0}[args.level]
+    args.minutes = args.minutes or (4.5 if args.level == "default" and not args.only and not args.peers else math.inf)
     return args
 
 
@@ -55,18 +60,23 @@ def main(argv: list[str] | None = None) -> int:
     print("\n".join(report.machine(top)), flush=True)
     settings = runner.Settings(seconds=args.seconds, rounds=(3, 5) if args.level == "quick" else (5, 101), peers=args.peers)
     chosen = cases.select(tuple(s for s in args.suites if s in cases.SUITES), args.level, args.only)
-    results = runner.run(chosen, settings, top, lambda line: print(f"{time.perf_counter() - start:6.1f} s  {line}", flush=True))
+    clock = lambda: time.perf_counter() - start  # noqa: E731
+    left = lambda: 60 * args.minutes - clock()  # noqa: E731
+    results = runner.run(chosen, settings, top, lambda line: print(f"{clock():6.1f} s  {line}", flush=True), left)
     pictures: list[Path] = []
     if "scaling" in args.suites and not args.only:
         from benchmarks import scaling
 
-        rows, pictures = scaling.run(args.level, settings, top, args.out, not args.no_plots)
+        rows, pictures, late = scaling.run(args.level, settings, top, args.out, not args.no_plots, left)
         results.rows += rows
+        results.left_out += late
     report.show_rows(results.rows)
     if results.outcomes:
         report.show_outcomes(results.outcomes)
     written = report.write(results, top, args.out, plots=not args.no_plots) + pictures
-    print(f"wrote {', '.join(str(path) for path in written)} in {time.perf_counter() - start:.0f} s")
+    print(f"wrote {', '.join(str(path) for path in written)} in {clock():.0f} s")
+    if results.left_out:
+        print(f"not run within {args.minutes:g} minutes (--minutes): {'; '.join(results.left_out)}")
     for row in results.red:
         print(f"RED {row.op} {row.case} {row.dtype} {row.mode} {row.provider}: {row.status}", file=sys.stderr)
     return 1 if results.red else 0

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import plain
 from benchmarks.cases import Case, Target
-from benchmarks.specs import Provider, Spec
+from benchmarks.specs import Provider, Spec, compiled
 from pyvit.ops.reference import relative_position_index
 
 PINNED = {
@@ -90,7 +89,7 @@ def _pinned(backend: SDPBackend, causal: bool) -> Callable[..., Tensor]:
 def _flex_attention() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(lambda q, k, v, bias=None: flex_attention(q, k, v), dynamic=False)
+    return compiled(lambda q, k, v, bias=None: flex_attention(q, k, v))
 
 
 def _flex_windows(case: Case, spec: Spec) -> Callable[..., Any]:
@@ -112,7 +111,7 @@ def _flex_windows(case: Case, spec: Spec) -> Callable[..., Any]:
         out = flex_attention(q, k, v, score_mod=biased).transpose(1, 2).reshape(-1, n, qkv.shape[-1] // 3)
         return plain.reverse(out, window, side, side).roll((shift, shift), (1, 2)), windows
 
-    return torch.compile(run, dynamic=False)
+    return compiled(run)
 
 
 def extra(case: Case, spec: Spec) -> Sequence[Provider]:

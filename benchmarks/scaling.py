@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from benchmarks.ceiling import measure as measure_ceiling
 from benchmarks.runner import Row, Settings
 from benchmarks.workload import OURS, Contender, Workload
 
-_SIZES = {"quick": (224,), "default": (224, 448, 672), "full": (224, 320, 448, 576, 672, 800, 896, 1024)}
+_SIZES = {"quick": (224,), "default": (224, 448), "full": (224, 320, 448, 576, 672, 800, 896, 1024)}
 _LENGTHS = {"quick": (49, 197), "default": (49, 197, 577, 1025), "full": (16, 49, 197, 257, 577, 1025, 2048, 4096)}
-_BATCHES = {"quick": (1, 2), "default": (1, 2, 4, 8), "full": (1, 2, 4, 8, 16, 32)}
+_BATCHES = {"quick": (1, 2), "default": (1, 2, 8), "full": (1, 2, 4, 8, 16, 32)}
 
 
 def _attention_rows(batch: int, length: int, dtype: str, settings: Settings, ceiling: Ceiling, note: str = "") -> list[Row]:
@@ -67,12 +67,15 @@ def _curves(rows: Sequence[Row], x: Callable[[Row], float]) -> dict[str, tuple[l
     return found
 
 
-def _sweeps(level: str, settings: Settings, ceiling: Ceiling) -> Iterator[tuple[str, str, str, Callable[[Row], float], list[Row]]]:
-    dtypes = ("fp32",) if level == "quick" else ("fp32", "bf16")
-    rows = [r for n in _LENGTHS[level] for dtype in dtypes for r in _attention_rows(1, n, dtype, settings, ceiling)]
-    yield "tokens", "attention of one image, 12 heads of 64", "tokens N", lambda row: int(row.case.split("x")[2]), rows
-    rows = [r for b in _BATCHES[level] for dtype in dtypes for r in _attention_rows(b, 197, dtype, settings, ceiling)]
-    yield "batch", "attention, N = 197, 12 heads of 64", "batch", lambda row: int(row.case.split("x")[0]), rows
+def _sweep(name: str, level: str, settings: Settings, ceiling: Ceiling) -> list[Row]:
+    """The rows of one of :data:`SWEEPS`. In the default run only the sweep over tokens has bfloat16."""
+    dtypes = ("fp32", "bf16") if level == "full" or (level == "default" and name == "tokens") else ("fp32",)
+    if name == "tokens":
+        return [r for n in _LENGTHS[level] for dtype in dtypes for r in _attention_rows(1, n, dtype, settings, ceiling)]
+    if name == "batch":
+        return [r for b in _BATCHES[level] for dtype in dtypes for r in _attention_rows(b, 197, dtype, settings, ceiling)]
+    if name == "area":
+        return [r for size in _SIZES[level] for dtype in dtypes for r in _swin_rows(size, dtype, settings, ceiling)]
     rows, most = [], torch.get_num_threads()
     try:
         for threads in sorted({1, *(2**i for i in range(1, 8) if 2**i <= most), most}):
@@ -83,9 +86,16 @@ def _sweeps(level: str, settings: Settings, ceiling: Ceiling) -> Iterator[tuple[
                 rows += _attention_rows(8, 197, dtype, settings, top, note)
     finally:
         torch.set_num_threads(most)
-    yield "threads", "attention, batch 8, N = 197", "threads", lambda row: row.threads, rows
-    rows = [r for size in _SIZES[level] for dtype in dtypes for r in _swin_rows(size, dtype, settings, ceiling)]
-    yield "area", "Swin-T, one image", "pixels", lambda row: int(row.case.split("x")[1]) ** 2, rows
+    return rows
+
+
+#: Sweep: title, label of the axis, and where a row lies on it.
+SWEEPS: dict[str, tuple[str, str, Callable[[Row], float]]] = {
+    "tokens": ("attention of one image, 12 heads of 64", "tokens N", lambda row: int(row.case.split("x")[2])),
+    "batch": ("attention, N = 197, 12 heads of 64", "batch", lambda row: int(row.case.split("x")[0])),
+    "threads": ("attention, batch 8, N = 197", "threads", lambda row: row.threads),
+    "area": ("Swin-T, one image", "pixels", lambda row: int(row.case.split("x")[1]) ** 2),
+}
 
 
 def linearity(rows: Sequence[Row], dtype: str) -> float:
@@ -94,12 +104,19 @@ def linearity(rows: Sequence[Row], dtype: str) -> float:
     return max(per_pixel) / min(per_pixel)
 
 
-def run(level: str, settings: Settings, ceiling: Ceiling, out: Path, draw: bool) -> tuple[list[Row], list[Path]]:
-    """Rows of mode "scaling" and the plots written."""
+def run(
+    level: str, settings: Settings, ceiling: Ceiling, out: Path, draw: bool, left: Callable[[], float]
+) -> tuple[list[Row], list[Path], list[str]]:
+    """Rows of mode "scaling", the plots written, and the sweeps that ``left()`` seconds did not allow."""
     settings = replace(settings, seconds=min(settings.seconds, 0.5), rounds=(3, 41), both_sources=False)
     everything: list[Row] = []
     written: list[Path] = []
-    for name, title, label, x, rows in _sweeps(level, settings, ceiling):
+    late: list[str] = []
+    for name, (title, label, x) in SWEEPS.items():
+        if left() < 0:
+            late.append(f"scaling with {name}")
+            continue
+        rows = _sweep(name, level, settings, ceiling)
         print(f"scaling with {name}: {len(rows)} points", flush=True)
         everything += rows
         curves = _curves(rows, x)
@@ -111,4 +128,4 @@ def run(level: str, settings: Settings, ceiling: Ceiling, out: Path, draw: bool)
         if draw and curves:
             out.mkdir(parents=True, exist_ok=True)
             written.append(plots.lines(curves, out / f"scaling_{name}.png", title, label, "milliseconds"))
-    return everything, written
+    return everything, written, late

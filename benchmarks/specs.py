@@ -37,6 +37,18 @@ class Provider:
         return out if isinstance(out, Tensor) else out[0]
 
 
+def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile(fn)`` at the first call: the compiler alone takes seconds to import, and most runs do not ask for it."""
+    made: list[Callable[..., Any]] = []
+
+    def run(**tensors: Tensor) -> Any:
+        if not made:
+            made.append(torch.compile(fn, dynamic=False))
+        return made[0](**tensors)
+
+    return run
+
+
 @dataclass(frozen=True)
 class Spec:
     """An op on one case: its inputs, its definition, who computes it.
@@ -78,10 +90,11 @@ def _flash_attention(case: Case, source: str, dtype: torch.dtype, device: str) -
         Provider(OURS, lambda q, k, v, bias=None: pyvit.ops.flash_attention(q, k, v, bias=bias, is_causal=causal)),
         Provider("naive", naive),
         Provider("sdpa", lambda q, k, v, bias=None: F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)),
-        Provider("compile", torch.compile(naive, dynamic=False)),
+        Provider("compile", compiled(naive)),
     ]
     flops = 4 * b * h * n * n * d / (2 if causal else 1)
-    return Spec(tensors, definition, providers, ("q", "k", "v"), flops, 2.5, b * h * n * d, (0, b - 1) if b > 1 else None)
+    items = None if b == 1 else (0, b - 1) if n < 512 else (b - 1,)
+    return Spec(tensors, definition, providers, ("q", "k", "v"), flops, 2.5, b * h * n * d, items)
 
 
 def _flash_attention_varlen(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
@@ -155,7 +168,7 @@ def _window_attention(case: Case, source: str, dtype: torch.dtype, device: str) 
     providers = [Provider(OURS, ours), Provider("timm path", naive, prepare)]
     if version == 1:
         providers.append(Provider("timm path, SDPA", timm_path(plain.sdpa), prepare))
-    providers += [Provider("reference", definition), Provider("compile", torch.compile(naive, dynamic=False), prepare)]
+    providers += [Provider("reference", definition), Provider("compile", compiled(naive), prepare)]
     flops = 4 * b * side * side * window * window * width
     return Spec(tensors, definition, providers, tuple(tensors), flops, 2.5, b * side * side * width)
 
@@ -207,7 +220,7 @@ def _patch_embed(case: Case, source: str, dtype: torch.dtype, device: str) -> Sp
     if uint8:  # what the bytes are compared with: our own op on pixels that were normalised beforehand
         float_op = lambda images, **kw: pyvit.ops.patch_embed(images, kw.pop("weight"), kw.pop("bias"), **kw)  # noqa: E731
         providers.append(Provider("ours, float pixels", float_op, lambda given: {**given, "images": floats(given["images"], dtype)}))
-    providers.append(Provider("compile", torch.compile(conv, dynamic=False)))
+    providers.append(Provider("compile", compiled(conv)))
     flops = 2 * b * (kept or count) * width * 3 * patch * patch
     output = b * ((kept or count) + 1) * width
     return Spec(tensors, definition, providers, ("weight", "bias", "pos_embed", "prefix"), flops, 1.0, output)
@@ -225,7 +238,7 @@ def _linear(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
     providers = [
         Provider(OURS, lambda x, weight, bias: pyvit.ops.linear(x, weight, bias, activation=activation)),
         Provider("F.linear", naive),
-        Provider("compile", torch.compile(naive, dynamic=False)),
+        Provider("compile", compiled(naive)),
     ]
     return Spec(_cast(tensors, dtype, device), naive, providers, ("x", "weight", "bias"), 2 * m * k * n, 2.0, m * n)
 
@@ -242,7 +255,7 @@ def _info_nce(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
         labels = torch.arange(len(a), device=a.device)
         return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
-    providers, unavailable = [Provider("naive", naive), Provider("compile", torch.compile(naive, dynamic=False))], {}
+    providers, unavailable = [Provider("naive", naive), Provider("compile", compiled(naive))], {}
     ours = getattr(pyvit.ops, "info_nce", None)
     if ours is None:
         unavailable[OURS] = "this pyvit has no ops.info_nce"
