@@ -1,7 +1,134 @@
-"""The subcommands of ``pyvit eval``."""
+"""The subcommands of ``pyvit eval``: each loads a finished run, prints its figures, and writes pictures as PNG into the run's folder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-COMMANDS: dict[str, Callable[..., None]] = {}
+import torch
+
+from pyvit.eval import knn as knn_module
+from pyvit.eval import linear as linear_module
+from pyvit.eval import look, retrieval, sheet, zero_shot
+from pyvit.eval.features import features
+from pyvit.eval.runs import load_run
+
+
+def _features(recipe: Any, data: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [features(recipe.exported(), part, recipe.normalize) for part in (data.train, data.test)]
+
+
+def knn(run: str, data: str | None = None, temperature: float = 0.07) -> dict[str, float]:
+    """Weighted k-nearest neighbours on frozen features, k of 10, 20, 100 and 200."""
+    recipe, chosen = load_run(run, data)
+    train, test = _features(recipe, chosen)
+    found = {f"k={k}": knn_module.knn_accuracy(train, test, k, temperature) for k in (10, 20, 100, 200) if k <= len(train[0])}
+    print(f"{run}: k-NN accuracy " + ", ".join(f"{v:.2f} % ({k})" for k, v in found.items()))
+    return found
+
+
+def linear(run: str, data: str | None = None, epochs: int = 50) -> dict[str, float]:
+    """Linear probe on frozen features over a grid of rates."""
+    recipe, chosen = load_run(run, data)
+    found = linear_module.linear_probe(*_features(recipe, chosen), epochs=epochs)
+    print(f"{run}: linear accuracy {found['linear']:.2f} % (rate {found['rate']:g})")
+    return found
+
+
+def zero_shot_command(
+    run: str, data: str | None = None, template: list[str] | None = None, out: str | None = None, count: int = 6
+) -> float:
+    """Accuracy of a classifier made of class names, and a sheet of ranked probabilities per image."""
+    recipe, chosen = load_run(run, data)
+    if not chosen.classes:
+        raise ValueError("zero-shot: data must have classes")
+    model, templates = recipe.exported(), template or list(zero_shot.OF_DATA.get(chosen.name, zero_shot.TEMPLATES))
+    classifier = zero_shot.text_classifier(model, recipe.tokenizer, chosen.classes, templates)
+    probabilities = zero_shot.zero_shot(model, chosen.test, classifier, recipe.normalize)
+    labels = torch.as_tensor(chosen.test.labels)
+    accuracy = 100 * (probabilities.argmax(1) == labels).float().mean().item()
+    at = look.choose(count, len(labels))
+    images = sheet.enlarge(chosen.test.fetch(at)["image"] / 255, 128)
+    captions = []
+    for i in at:
+        best = probabilities[i].topk(min(3, len(chosen.classes)))
+        ranked = ", ".join(f"{chosen.classes[int(c)]} {100 * p:.0f} %" for p, c in zip(best.values.tolist(), best.indices, strict=True))
+        captions.append(f"{chosen.classes[int(labels[i])]}: {ranked}")
+    path = sheet.save_sheet(_path(run, out, "zero_shot"), [("image", images)], captions, "truth: ranked guesses", side=2)
+    print(f"{run}: zero-shot accuracy {accuracy:.2f} % from {len(templates)} prompts per class; wrote {path}")
+    return accuracy
+
+
+def retrieval_command(run: str, data: str | None = None, out: str | None = None, count: int = 6) -> dict[str, float]:
+    """Recall@k of images by caption and captions by image; of drawn scenes, the parts that phrases point at, with a sheet of maps."""
+    recipe, chosen = load_run(run, data)
+    found = retrieval.recall_of(recipe, chosen, (1, 5, 10))
+    print(f"{run}: recall " + (", ".join(f"{k} {v:.1f} %" for k, v in found.items()) or "not measured: too few captions are distinct"))
+    if "parts" in chosen.extra:
+        found["parts"] = retrieval.quarter_accuracy(recipe, chosen)
+        print(f"{run}: phrase points at the right quarter in {found['parts']:.1f} % (chance: 25 %)")
+    batch = chosen.test.fetch(look.choose(count, len(chosen.test)))
+    phrases = (
+        [chosen.extra["parts"][i][0][0] for i in look.choose(count, len(chosen.test))] if "parts" in chosen.extra else batch["caption"]
+    )
+    maps = retrieval.part_map(recipe.exported(), recipe.normalize(batch["image"]), recipe.tokenizer(phrases))
+    picture = sheet.enlarge(batch["image"] / 255, 128)
+    columns = [("image", picture), ("similarity of patches", sheet.enlarge(sheet.heat(maps), 128))]
+    print(f"wrote {sheet.save_sheet(_path(run, out, 'parts'), columns, phrases, 'where the text is', side=2)}")
+    return found
+
+
+def attention(run: str, data: str | None = None, mass: float = 0.6, out: str | None = None, count: int = 8) -> Path:
+    """Sheet of the class token's attention in the last block, per head, and what holds most of its mass."""
+    recipe, images, normalised = _pictures(run, data, count)
+    with torch.no_grad():
+        columns = look.attention_columns(_tower(recipe), images, normalised, mass)
+    return _said(sheet.save_sheet(_path(run, out, "attention"), columns, title="attention of the class token"))
+
+
+def reconstruct(run: str, data: str | None = None, mask_ratio: float = 0.75, out: str | None = None, count: int = 8, seed: int = 0) -> Path:
+    """Sheet of an MAE's reconstructions."""
+    recipe, images, _ = _pictures(run, data, count)
+    torch.manual_seed(seed)
+    columns = look.reconstruction_columns(recipe, images, mask_ratio)
+    return _said(sheet.save_sheet(_path(run, out, "reconstruct"), columns, title=f"{100 * mask_ratio:.0f} % hidden"))
+
+
+def patches(run: str, data: str | None = None, out: str | None = None, count: int = 8) -> Path:
+    """Sheet of patch features, their first three principal components as colours."""
+    recipe, images, normalised = _pictures(run, data, count)
+    colors = look.pca_colors(look.patch_features(_tower(recipe), normalised))
+    columns = [("image", sheet.enlarge(images, 128)), ("principal components", sheet.enlarge(colors, 128))]
+    return _said(sheet.save_sheet(_path(run, out, "patches"), columns, title="patch features"))
+
+
+def _tower(recipe: Any) -> Any:
+    model = recipe.exported()
+    return getattr(model, "visual", model)
+
+
+def _pictures(run: str, data: str | None, count: int) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    recipe, chosen = load_run(run, data)
+    images = chosen.test.fetch(look.choose(count, len(chosen.test)))["image"] / 255
+    return recipe, images, recipe.normalize(images)
+
+
+def _path(run: str, out: str | None, name: str) -> Path:
+    return Path(out) if out else Path(run) / f"{name}.png"
+
+
+def _said(path: Path) -> Path:
+    print(f"wrote {path}")
+    return path
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "knn": knn,
+    "linear": linear,
+    "zero-shot": zero_shot_command,
+    "retrieval": retrieval_command,
+    "attention": attention,
+    "reconstruct": reconstruct,
+    "patches": patches,
+}

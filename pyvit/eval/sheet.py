@@ -1,0 +1,55 @@
+"""Contact sheets: labelled rows of pictures, as one PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def heat(values: Tensor) -> Tensor:
+    """(..., H, W) numbers to RGB (..., 3, H, W) in [0, 1], each map from its least to its greatest, dark blue to yellow."""
+    low, high = values.amin((-2, -1), keepdim=True), values.amax((-2, -1), keepdim=True)
+    from matplotlib import colormaps
+
+    scaled = ((values - low) / (high - low).clamp(min=1e-12)).cpu()
+    return torch.from_numpy(colormaps["viridis"](scaled.numpy())[..., :3]).float().movedim(-1, -3)
+
+
+def enlarge(images: Tensor, side: int, smooth: bool = False) -> Tensor:
+    """(N, C, H, W) to about ``side`` pixels; without ``smooth`` each pixel stays a square."""
+    size = (side, max(round(side * images.shape[3] / images.shape[2]), 1))
+    mode = {"mode": "bilinear", "align_corners": False} if smooth else {"mode": "nearest"}
+    return torch.nn.functional.interpolate(images.float(), size, **mode)
+
+
+def save_sheet(
+    path: Path, columns: Sequence[tuple[str, Tensor]], captions: Sequence[str] | None = None, title: str = "", side: int = 1
+) -> Path:
+    """One row per image, one titled column per entry (title, (N, 3, H, W) in [0, 1]), a caption under each row; returns ``path``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = len(columns[0][1])
+    wide = 1.5 * side
+    figure, axes = plt.subplots(
+        rows, len(columns), figsize=(wide * len(columns), (wide + (0.25 if captions else 0)) * rows + 0.5), squeeze=False
+    )
+    for c, (name, images) in enumerate(columns):
+        for r in range(rows):
+            axes[r, c].imshow(images[r].clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+            axes[r, c].set_xticks([])
+            axes[r, c].set_yticks([])
+        axes[0, c].set_title(name, fontsize=9)
+    for r, caption in enumerate(captions or ()):
+        axes[r, 0].set_xlabel(caption, fontsize=7, loc="left")
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

@@ -1,0 +1,177 @@
+"""Order of images, schedules, parameter groups, data sets, settings."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import pyvit
+from pyvit.data import ByteTokenizer, load_data
+from pyvit.train import RECIPES, Config, schedules, train
+from pyvit.train.config import parse
+from pyvit.train.engine import Plan
+from pyvit.train.optim import LARS, parameter_groups
+from pyvit.train.recipe import load_recipe
+
+
+def test_plan_covers_each_epoch_once_and_differs():
+    epochs = [[i for batch in list(Plan(20, 5, 0, 8, seed=1))[e * 4 : e * 4 + 4] for i in batch] for e in (0, 1)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20))
+    assert epochs[0] != epochs[1]
+
+
+def test_plan_resumes_and_splits():
+    whole = list(Plan(50, 12, 0, 10, seed=3))
+    assert list(Plan(50, 12, 7, 10, seed=3)) == whole[7:]
+    ranks = [list(Plan(50, 12, 0, 10, seed=3, rank=r, world=2, accumulate=3)) for r in range(2)]
+    joined = [[i for m in range(3) for r in range(2) for i in ranks[r][s * 3 + m]] for s in range(10)]
+    assert joined == whole
+
+
+def test_cosine_with_warmup():
+    rates = [schedules.cosine(s, 100, 1.0, 0.1, 10) for s in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == rates[10] == 1.0
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[55] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 45 / 89)) / 2)
+    assert schedules.linear(5, 10, 0.0, 1.0) == 0.5
+    assert schedules.linear(50, 10, 0.0, 1.0) == 1.0
+
+
+@pytest.mark.parametrize("name", ["vit_pico_patch4_32", "swin_pico_patch2_window4_32"])
+def test_layer_decay(name):
+    model = pyvit.create_model(name, num_classes=3)
+    groups = parameter_groups(model, model, 0.5)
+    scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
+    decays = {id(p): g["decays"] for g in groups for p in g["params"]}
+    named = dict(model.named_parameters())
+    assert set(scale) == {id(p) for p in named.values()}
+    depth = 4 if name.startswith("vit") else 6
+    head, first, embedding = ("head.weight", "blocks.0.attn.qkv.weight", "patch_embed.proj.weight")
+    if name.startswith("swin"):
+        head, first = "head.fc.weight", "layers.0.blocks.0.attn.qkv.weight"
+        assert scale[id(named["layers.1.blocks.0.attn.qkv.weight"])] == 0.5 ** (depth + 1 - 3)
+    assert scale[id(named[head])] == 1.0
+    assert scale[id(named[first])] == 0.5**depth
+    assert scale[id(named[embedding])] == 0.5 ** (depth + 1)
+    assert not any(decays[id(p)] for n, p in named.items() if n.endswith("bias") or "norm" in n or n in ("cls_token", "pos_embed"))
+    assert decays[id(named[head])]
+
+
+def test_lars_step():
+    p = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    p.grad = torch.tensor([[0.0, 2.0]])
+    LARS([p], lr=2.0, momentum=0.9, weight_decay=0.0, trust=0.1).step()
+    torch.testing.assert_close(p.data, torch.tensor([[3.0, 4.0 - 2.0 * 0.1 * 5 / 2 * 2]]))
+
+
+def test_parse():
+    assert parse(["a=4", "b=x", "c=(1,2)", "d=0.5"], "set") == {"a": 4, "b": "x", "c": (1, 2), "d": 0.5}
+    with pytest.raises(ValueError, match="set must be KEY=VALUE, got 'x'"):
+        parse(["x"], "set")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_unknown_options_are_refused(recipe, tmp_path):
+    (tmp_path / "none").write_text("")
+    with pytest.raises(ValueError, match="option must be one of"):
+        load_recipe(recipe)(Config(recipe=recipe, option=["nonsense=1"], init="x", model="vit_pico_patch4_32"), load_data("digits"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"recipe": "sleep"}, "recipe must be one of"),
+        ({"data": "nowhere"}, "data: must be a folder"),
+        ({"batch_size": 5000}, "batch_size must be at most the 1442 images"),
+        ({"batch_size": 15, "accumulate": 2}, "batch_size must be"),
+        ({"model": "vit_huge"}, "name must be a registered model"),
+        ({"recipe": "finetune"}, "init must name"),
+        ({"recipe": "clip", "data": "synthetic", "model": "vit_pico_patch4_32", "image_size": 32, "batch_size": 8}, "two towers"),
+        ({"option": ["augment=wild"]}, "option augment must be one of"),
+    ],
+)
+def test_bad_settings_are_refused_before_training(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train(Config(**{"out": str(tmp_path), "steps": 1, "batch_size": 16, **settings}))
+
+
+def test_digits_are_split_without_overlap():
+    data = load_data("digits")
+    assert (len(data.train), len(data.test)) == (1442, 355)
+    train_images, test_images = ({t.numpy().tobytes() for t in part.images} for part in (data.train, data.test))
+    assert len(train_images & test_images) <= 1  # the set itself has few repeated drawings
+
+
+def test_scenes_say_what_they_show():
+    data = load_data("scenes", 64, count=30)
+    captions, parts = data.test.captions, data.extra["parts"]
+    places = ("top left", "top right", "bottom left", "bottom right")
+    for caption, objects in zip(captions, parts, strict=True):
+        for phrase, quarter in objects:
+            assert f"{phrase} in the {places[quarter]}" in caption
+
+
+def test_words_are_learnable_spectrograms():
+    data = load_data("words", 32, per_word=5, voice="tones")
+    assert data.train.images.shape == (32, 3, 32, 32)
+    assert len(data.test) == 8
+    flat = data.train.images.float().flatten(1)
+    within = torch.stack([flat[data.train.labels == c].std(0).mean() for c in range(8)]).mean()
+    assert within < flat.std(0).mean()
+
+
+def test_csv_and_byte_tokenizer(tmp_path):
+    from PIL import Image
+
+    rows = ["image,caption"]
+    for i in range(10):
+        Image.new("RGB", (30, 20), (i * 20, 0, 0)).save(tmp_path / f"{i}.png")
+        rows.append(f'{i}.png,"shade, number {i}"')
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    data = load_data(str(tmp_path / "pairs.csv"), 16)
+    batch = data.train.fetch([2, 5])
+    assert batch["caption"] == ["shade, number 2", "shade, number 5"]
+    assert batch["image"][:, 0, 8, 8].tolist() == [40, 100]
+    ids = ByteTokenizer(8)(["Hé", "a long caption"])
+    assert ids.tolist()[0] == [256, 104, 195, 169, 257, 0, 0, 0]
+    assert ids[1].argmax() == 7
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="columns image and caption, got a, b"):
+        load_data(str(tmp_path / "bad.csv"))
+
+
+def test_wave_folder(tmp_path):
+    import wave
+
+    for kind, pitch in (("low", 200), ("high", 1500)):
+        (tmp_path / kind).mkdir()
+        for i in range(10):
+            tone = (torch.sin(torch.arange(8000) * 2 * math.pi * pitch / 16000) * 20000).to(torch.int16)
+            with wave.open(str(tmp_path / kind / f"{i}.wav"), "wb") as file:
+                file.setnchannels(1)
+                file.setsampwidth(2)
+                file.setframerate(16000)
+                file.writeframes(tone.numpy().tobytes())
+    data = load_data(str(tmp_path), 32)
+    assert data.classes == ["high", "low"]
+    assert not data.flip
+    batch = data.train.fetch([0, len(data.train) - 1])
+    rows = batch["image"][:, 0, :, 10].float().argmax(1)
+    assert rows[0] < rows[1]  # the higher tone is nearer the top
+
+
+def test_hugging_face_folder(tmp_path):
+    pytest.importorskip("datasets")
+    from PIL import Image
+
+    for kind in ("a", "b"):
+        (tmp_path / "set" / "train" / kind).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (20, 20), (i, 0, 9)).save(tmp_path / "set" / "train" / kind / f"{i}.png")
+    data = load_data(f"hf:{tmp_path / 'set'}", 16)
+    assert data.classes == ["a", "b"]
+    assert len(data.train) + len(data.test) == 12
+    assert data.train.fetch([0])["image"].shape == (1, 3, 16, 16)
