@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from pyvit.triton_kernels.common import (
     BOOL_BIAS,
     FLOAT_BIAS,
@@ -21,13 +19,28 @@ from pyvit.triton_kernels.common import (
     rows_unit,
 )
 from pyvit.triton_kernels.tiles import choose, parts
+from torch import Tensor
 
 
 @triton.jit
 def map_scores(
-    queries, k, bias, at, valid, cols, n_k, stride, bias_strides, scale, D: tl.constexpr, D_PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BIAS: tl.constexpr,
+    queries,
+    k,
+    bias,
+    at,
+    valid,
+    cols,
+    n_k,
+    stride,
+    bias_strides,
+    scale,
+    D: tl.constexpr,
+    D_PARTS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Scores in powers of two of the gathered queries, whose rows of the bias are ``at``."""
     keys = load_rows(k, cols, cols < n_k, stride, D, D_PARTS)
     s = dot_parts(queries, keys, M, N, PRECISION) * scale

@@ -41,7 +41,7 @@ _ATOMIC = re.compile(
 
 @dataclass(frozen=True)
 class Report:
-    """What one compiled launch uses: registers per thread, bytes spilled per thread, bytes of shared memory, static counts of instructions."""
+    """What one compiled launch uses: registers and spilled bytes per thread, bytes of shared memory, static counts of instructions."""
 
     kernel: str
     arch: str

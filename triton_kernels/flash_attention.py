@@ -135,7 +135,8 @@ def _backward(
     if p.heads == p.kv_heads and backward_short_fits(max(p.d, p.dv), p.n_q, p.n_k):
         c = p.choose("backward_short")
         dq_sum = p.q.new_empty((p.batch, p.heads, p.n_q, p.d) if p.n_k > c.block_n else (1,), dtype=torch.float32)
-        shape = {"dq_sum": dq_sum, "BLOCK_M": c.block_m, "BLOCK_N": c.block_n}
+        # The bias tile takes registers that half as many queries leave free.
+        shape = {"dq_sum": dq_sum, "BLOCK_M": c.block_m if p.bias is None else max(16, c.block_m // 2), "BLOCK_N": c.block_n}
         launch(backward_short, p.batch * p.heads, args | own | outputs | shape, c.warps, c.stages)
     else:
         c = p.choose("backward_dq")
@@ -152,7 +153,7 @@ def _backward(
 
 
 def _bias_backward(args: dict[str, Any], p: _Problem) -> Tensor:
-    """The bias gradient, each element by one program that walks whatever the bias was broadcast over; long walks are cut and summed in order."""
+    """The bias gradient: one program per element walks what the bias was broadcast over; long walks are cut and summed in order."""
     assert p.bias is not None
     c = p.choose("bias_grad")
     bb, bh, bi, bj = p.bias.shape

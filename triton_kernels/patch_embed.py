@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from pyvit.triton_kernels.common import arch_of, launch, precision, processors, rows_unit
 from pyvit.triton_kernels.patch_kernels import patch_forward, patch_image_gradient, patch_weight_gradient, spread_tokens
 from pyvit.triton_kernels.tiles import Config, choose
+from torch import Tensor
 
 
 class _Patches:
@@ -106,7 +105,8 @@ def _weight_grad(p: _Patches, grad_tokens: Tensor) -> Tensor:
     c, blocks = p.choose("patch_weight_gradient", rows)
     tiles = -(-p.d // c.block_m) * -(-p.depth // c.block_n)
     splits = max(1, min(-(-rows // (4 * c.edge_n)), 2 * processors(p.images) // tiles))
-    share = -(-(-(-rows // splits)) // c.edge_n) * c.edge_n
+    blocks_each = -(-rows // (splits * c.edge_n))
+    share = blocks_each * c.edge_n
     splits = -(-rows // max(share, 1))
     partial = p.weight.new_empty((splits, p.d, p.depth), dtype=torch.float32)
     args = p.pixels | blocks | {"grad_out": grad_tokens, "grad_strides": grad_tokens.stride()[:2], "images": p.images, "partial": partial}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from pyvit.triton_kernels.common import dot
 
 
@@ -170,7 +169,7 @@ def patch_image_gradient(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Pixels of BLOCK_M cells of one stride each (b, row, column): the sum over the patches that cover a cell, so each pixel has one owner."""
+    """Pixels of BLOCK_M cells of one stride each (b, row, column), summed over the patches that cover them: each pixel has one owner."""
     CELL: tl.constexpr = STEP[0] * STEP[1]
     across = tl.cdiv(CHANNELS * CELL, BLOCK_N)
     pid = tl.program_id(0)

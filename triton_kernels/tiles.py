@@ -1,14 +1,16 @@
 """Which tiles each kernel uses, as data: per kernel, architecture, element size, head dimension and length.
 
 An entry says how it was chosen: a measurement, or "unmeasured" for one picked from register and shared-memory counts alone. A tuning run
-(:mod:`pyvit.triton_kernels.tune`) writes entries for the GPU at hand to a file that takes precedence; nothing is searched in a training step.
+(:mod:`pyvit.triton_kernels.tune`) writes entries for the GPU at hand to a file that comes first; no training step searches anything.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,8 +20,8 @@ SHORT = 288
 
 @dataclass(frozen=True)
 class Config:
-    """``block_m`` rows of the side a program owns, ``block_n`` of the side it walks, ``edge_n`` the narrower block for the part that needs a
-    mask; ``group`` pieces of work (query tiles, windows) per program."""
+    """``block_m`` rows of the side a program owns, ``block_n`` of the side it walks, ``edge_n`` the narrower block where a mask is needed;
+    ``group`` pieces of work (query tiles, windows) per program."""
 
     block_m: int = 64
     block_n: int = 64
@@ -116,11 +118,12 @@ def save(entries: tuple[Entry, ...]) -> Path:
     ordered = sorted(entries, key=lambda e: (e.kernel, e.arch, e.itemsize, e.head_dim, e.length))
     path.write_text(json.dumps([asdict(e) for e in ordered], indent=1) + "\n")
     tuned.cache_clear()
-    choose.cache_clear()
+    _look_up.cache_clear()
     return path
 
 
 _forced: dict[str, Config] = {}
+_asked: list[tuple[str, str, int, int, int]] | None = None
 
 
 def force(kernel: str, config: Config | None) -> None:
@@ -129,14 +132,28 @@ def force(kernel: str, config: Config | None) -> None:
         _forced.pop(kernel, None)
     else:
         _forced[kernel] = config
-    choose.cache_clear()
+
+
+@contextlib.contextmanager
+def asking() -> Iterator[list[tuple[str, str, int, int, int]]]:
+    """List the arguments of every :func:`choose` within the block."""
+    global _asked
+    previous, _asked = _asked, []
+    try:
+        yield _asked
+    finally:
+        _asked = previous
+
+
+def choose(kernel: str, arch: str, itemsize: int, head_dim: int, length: int) -> Config:
+    """The configuration for one launch. Raises KeyError where no entry serves it."""
+    if _asked is not None:
+        _asked.append((kernel, arch, itemsize, head_dim, length))
+    return _forced.get(kernel) or _look_up(kernel, arch, itemsize, head_dim, length)
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(kernel: str, arch: str, itemsize: int, head_dim: int, length: int) -> Config:
-    """The configuration for one launch."""
-    if kernel in _forced:
-        return _forced[kernel]
+def _look_up(kernel: str, arch: str, itemsize: int, head_dim: int, length: int) -> Config:
     for entry in (*tuned(), *TABLE):
         if entry.serves(kernel, arch, itemsize, head_dim, length):
             return entry.config
@@ -145,7 +162,7 @@ def choose(kernel: str, arch: str, itemsize: int, head_dim: int, length: int) ->
 
 @functools.cache
 def parts(n: int, most: int = 128) -> tuple[int, ...]:
-    """``n`` rounded up to 16 as descending powers of two, at most ``most``: 197 -> (128, 64, 16). The part below ``most`` is cut in two at most."""
+    """``n`` rounded up to 16 as descending powers of two up to ``most``: 197 -> (128, 64, 16). Below ``most`` at most two."""
     whole, rest = divmod(-(-max(n, 1) // 16) * 16, most)
     tail: tuple[int, ...] = ()
     if rest:
@@ -168,4 +185,4 @@ def forward_short_fits(arch: str, itemsize: int, head_dims: tuple[int, int], n_k
 
 def backward_short_fits(head_dim: int, n_q: int, n_k: int) -> bool:
     """Whether one program takes all gradients of a head: few tiles of keys, and dK and dV of one of them in registers."""
-    return 0 < n_q <= SHORT and 0 < n_k <= SHORT and head_dim <= 96
+    return 0 < n_q <= SHORT and 0 < n_k <= SHORT and head_dim <= 64

@@ -1,6 +1,6 @@
 """Kernels of shifted-window attention: each program takes one head and a run of windows, straight from the feature map.
 
-A tile's rows are the tokens of a window, or of PACK small windows side by side, which the mask keeps apart like the regions of a shifted map.
+A tile's rows are the tokens of a window, or of PACK small ones side by side, which the mask keeps apart like a shifted map's regions.
 Names: ``window`` counts over the batch; a token's ``region`` is what it may attend within; ``real`` tokens lie on the unpadded map.
 """
 
@@ -16,7 +16,7 @@ NORM_EPS = tl.constexpr(1e-12)
 
 @triton.jit
 def place(r, piece, size, padded, shift, windows, windows_x, total, WINDOW: tl.constexpr, PACK: tl.constexpr):
-    """Of tile rows ``r``: the window, the row and column of the map, whether they are inside (not beyond the windows) and real, the region."""
+    """Of tile rows ``r``: the window, row and column on the map, whether they are inside (not past the windows) and real, the region."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     t = r % AREA
     window = piece * PACK + r // AREA
@@ -222,7 +222,7 @@ def window_forward(
 
 @triton.jit
 def window_log_sum(lse, window, rows, inside, h, HEADS, AREA: tl.constexpr):
-    """Log-sum-exp in powers of two; infinite beyond the windows and finite in rows that attend to nothing, so that probabilities there are 0."""
+    """Log-sum-exp in powers of two; infinite past the windows, finite in rows that attend to nothing: probabilities there become 0."""
     value = tl.load(lse + (window.to(tl.int64) * HEADS + h) * AREA + rows % AREA, mask=inside, other=float("inf")) * LOG2E
     return tl.where(value == float("-inf"), 0.0, value)
 
@@ -299,7 +299,7 @@ def window_backward_keys(
 ):
     """dK and dV of BLOCK_M keys of ``share`` pieces; ALL, where one tile is the whole piece: dQ, dBias and dScale too.
 
-    Scores lie transposed, (keys, queries). dBias, dScale and the pad's gradient add up on chip over the windows; each program writes its sum.
+    Scores lie transposed, (keys, queries). dBias, dScale and the pad's gradient add up on chip over the windows; a program writes its sum.
     """
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     ROWS: tl.constexpr = PACK * AREA
@@ -497,7 +497,7 @@ def window_backward_queries(
 
 @triton.jit
 def table_gradient(grad_bias, grad_table, HEADS, WINDOW: tl.constexpr, PACK: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
-    """ENTRIES rows of the table's gradient for one head: sums of dBias (heads, queries, keys) over the pairs at each offset, in a fixed order."""
+    """ENTRIES rows of the table's gradient for one head: dBias (heads, queries, keys) summed over the pairs at each offset, in order."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     ROWS: tl.constexpr = PACK * AREA
     pid = tl.program_id(0)

@@ -1,0 +1,154 @@
+"""What a call must cost at least: bytes that have to move, flops that have to be done, and the time below which no GPU can be.
+
+The bytes are each input and output once (what no fusion avoids), the flops those of the matrix products without recomputation. A kernel's
+share of the roofline is ``floor / measured``. Parts' rates are their data sheets' dense figures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Part:
+    """Peak rates: bytes per second, dense flops per second by element size in bytes, and seconds to start one kernel."""
+
+    name: str
+    bandwidth: float
+    flops_16: float
+    flops_32: float
+    launch: float = 2e-6
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """Flops per second of matrix products. float32 on NVIDIA is three TF32 products, so a third of TF32's rate."""
+        return self.flops_32 if dtype == torch.float32 else self.flops_16
+
+
+PARTS = {
+    "A100": Part("A100-80GB", 2.04e12, 312e12, 156e12 / 3),
+    "H100": Part("H100-SXM", 3.35e12, 989e12, 495e12 / 3),
+    "H200": Part("H200", 4.8e12, 989e12, 495e12 / 3),
+    "MI300X": Part("MI300X", 5.3e12, 1307e12, 163e12),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes and flops of one call."""
+
+    bytes: float
+    flops: float
+    dtype: torch.dtype
+
+    def floor(self, part: Part | str) -> float:
+        """Seconds below which the call cannot finish on ``part``: the larger of its memory time and its arithmetic time."""
+        p = part_named(part) if isinstance(part, str) else part
+        return max(self.bytes / p.bandwidth, self.flops / p.rate(self.dtype))
+
+    def bound(self, part: Part | str) -> str:
+        """ "memory" or "compute": which of the two sets the floor."""
+        p = part_named(part) if isinstance(part, str) else part
+        return "memory" if self.bytes / p.bandwidth >= self.flops / p.rate(self.dtype) else "compute"
+
+
+def part_named(name: str) -> Part:
+    """The part whose key occurs in a device name ("NVIDIA H200" -> H200). Raises KeyError listing the parts known."""
+    for key in sorted(PARTS, key=len, reverse=True):
+        if key.lower() in name.lower().replace(" ", ""):
+            return PARTS[key]
+    raise KeyError(f"cost: no rates for {name!r}; known are {', '.join(PARTS)}")
+
+
+def attention(
+    batch: int,
+    heads: int,
+    n_q: int,
+    n_k: int,
+    d: int,
+    dtype: torch.dtype,
+    *,
+    kv_heads: int | None = None,
+    bias: int = 0,
+    bias_itemsize: int = 4,
+    bias_grad: bool = True,
+    causal: bool = False,
+    backward: bool = False,
+) -> Cost:
+    """One call of flash_attention, forward or (``backward``) its gradients alone. ``bias``: elements of the bias as given, unexpanded."""
+    size, kv = dtype.itemsize, kv_heads or heads
+    queries, keys, rows = batch * heads * n_q * d, batch * kv * n_k * d, batch * heads * n_q
+    pairs = batch * heads * (sum(min(i + 1, n_k) for i in range(n_q)) if causal else n_q * n_k)
+    if not backward:  # q, k, v, out; lse
+        return Cost(2 * (queries + keys) * size + 4 * rows + bias * bias_itemsize, 4.0 * pairs * d, dtype)
+    # q, out, grad_out, grad_q; k, v and their gradients; lse
+    moved = 4 * (queries + keys) * size + 4 * rows + bias * bias_itemsize * (2 if bias_grad else 1)
+    return Cost(moved, 10.0 * pairs * d, dtype)
+
+
+def attention_map(batch: int, heads: int, rows: int, n_k: int, d: int, dtype: torch.dtype, *, kv_heads: int | None = None) -> Cost:
+    """One call of attention_map: the chosen queries, every key, the probabilities."""
+    size = dtype.itemsize
+    moved = (batch * heads * rows * d + batch * (kv_heads or heads) * n_k * d + batch * heads * rows * n_k) * size + 8 * batch * rows
+    return Cost(moved, 2.0 * batch * heads * rows * n_k * d, dtype)
+
+
+def window_attention(
+    batch: int, height: int, width: int, window: tuple[int, int], heads: int, d: int, dtype: torch.dtype, *, backward: bool = False
+) -> Cost:
+    """One call of window_attention on a (height, width) map, padding included in the flops but not in the bytes."""
+    area = window[0] * window[1]
+    windows = batch * -(-height // window[0]) * -(-width // window[1])
+    tokens, channels, size = batch * height * width, heads * d, dtype.itemsize
+    table = (2 * window[0] - 1) * (2 * window[1] - 1) * heads * 4
+    rows = 4 * windows * area * heads
+    if not backward:  # qkv, out
+        return Cost(4 * tokens * channels * size + rows + table, 4.0 * windows * heads * area * area * d, dtype)
+    # qkv and its gradient, out, grad_out
+    return Cost(8 * tokens * channels * size + rows + 2 * table, 10.0 * windows * heads * area * area * d, dtype)
+
+
+def patch_embed(
+    batch: int,
+    channels: int,
+    patch: tuple[int, int],
+    patches: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    prefix: int = 0,
+    pixel_bytes: int | None = None,
+    images_grad: bool = False,
+    backward: bool = False,
+) -> Cost:
+    """One call of patch_embed for ``patches`` patches of each image (those kept), not overlapping. ``pixel_bytes``: 1 for uint8."""
+    depth, size = channels * patch[0] * patch[1], dtype.itemsize
+    pixels = batch * patches * depth * (pixel_bytes or size)
+    weight, tokens = width * depth * size, batch * (patches + prefix) * width * size
+    product = 2.0 * batch * patches * depth * width
+    if not backward:
+        return Cost(pixels + weight + tokens + patches * width * size, product, dtype)
+    moved = pixels + tokens + weight + patches * width * size
+    if images_grad:
+        return Cost(moved + pixels + weight, 2 * product, dtype)
+    return Cost(moved, product, dtype)
+
+
+def useful_fraction(n: int, covered: int) -> float:
+    """Share of a tiled extent that is not padding: 197 rows in 4 tiles of 64 use 77 %."""
+    return n / covered if covered else 1.0
+
+
+def predicted(
+    cost: Cost, part: Part | str, n_q: int, n_k: int, block_m: int, key_columns: int, programs_per_wave: int, programs: int
+) -> float:
+    """Seconds a tiling should take: the arithmetic grows with padded rows and columns and with the last, partly filled wave of programs.
+
+    Ranks configurations where there is no GPU to time them; ``key_columns`` is the width the key tiles cover.
+    """
+    p = part_named(part) if isinstance(part, str) else part
+    rows = -(-n_q // block_m) * block_m
+    padded = cost.flops / (useful_fraction(n_q, rows) * useful_fraction(n_k, key_columns))
+    waves = -(-programs // programs_per_wave) * programs_per_wave / max(programs, 1)
+    return max(cost.bytes / p.bandwidth, padded * waves / p.rate(cost.dtype))

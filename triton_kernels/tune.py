@@ -1,0 +1,176 @@
+"""Timing candidate tiles on the GPU at hand, and keeping the winners. Runs only when asked: ``python -m pyvit.triton_kernels.tune``.
+
+A candidate is timed inside the whole call it serves, forward and backward, and counts only when its results agree with those of the tiles
+in use. Winners go to the file that :func:`pyvit.triton_kernels.tiles.tuned` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from pyvit.triton_kernels import tiles
+from pyvit.triton_kernels.cost import useful_fraction
+from pyvit.triton_kernels.tiles import Config, Entry
+from pyvit.triton_kernels.workloads import CASES, Run, prepare
+from torch import Tensor
+from triton.runtime.errors import OutOfResources, PTXASError
+
+#: Values worth trying for each field, per kernel; everything else stays as the table has it.
+SPACE: dict[str, dict[str, Sequence[int]]] = {
+    "forward_short": {"block_m": (32, 64, 128), "group": (1, 2, 4), "warps": (4, 8), "stages": (1, 2)},
+    "forward_long": {"block_m": (64, 128), "block_n": (32, 64, 128), "edge_n": (16, 64), "warps": (4, 8), "stages": (2, 3, 4)},
+    "backward_short": {"block_m": (32, 64), "block_n": (64, 128), "warps": (4, 8), "stages": (1, 2)},
+    "backward_dq": {"block_m": (64, 128), "block_n": (32, 64), "edge_n": (16, 32), "warps": (4, 8), "stages": (1, 2, 3)},
+    "backward_dkdv": {"block_m": (64, 128), "block_n": (32, 64), "warps": (4, 8), "stages": (1, 2, 3)},
+    "bias_grad": {"block_m": (32, 64), "block_n": (32, 64, 128), "warps": (4, 8), "stages": (1, 2)},
+    "attention_map": {"block_n": (32, 64, 128), "warps": (2, 4), "stages": (1, 2, 3)},
+    "window_forward": {"block_m": (16, 32, 64), "group": (4, 8, 16), "warps": (2, 4, 8), "stages": (1, 2)},
+    "window_backward_keys": {"block_m": (32, 64), "block_n": (16, 32, 64), "group": (2, 4, 8), "warps": (4, 8), "stages": (1, 2)},
+    "window_backward_queries": {"block_m": (16, 32), "block_n": (32, 64, 128), "group": (2, 4, 8), "warps": (4, 8)},
+    "patch_forward": {"block_m": (64, 128), "block_n": (64, 128, 256), "edge_n": (32, 64), "warps": (4, 8), "stages": (2, 3, 4)},
+    "patch_weight_gradient": {"block_m": (64, 128), "block_n": (64, 128), "edge_n": (32, 64), "warps": (4, 8), "stages": (2, 3)},
+    "patch_image_gradient": {"block_m": (64, 128), "block_n": (64, 128), "edge_n": (32, 64), "warps": (4, 8), "stages": (2, 3)},
+    "spread_tokens": {"block_m": (32, 64), "block_n": (64, 128), "edge_n": (32, 64), "warps": (4, 8)},
+}
+
+
+def candidates(kernel: str, now: Config, length: int) -> Iterator[Config]:
+    """Configurations to try, the least padded first, those nearest to ``now`` before others: a budget cuts the list from its end."""
+    space = SPACE[kernel]
+    found = [replace(now, **dict(zip(space, values, strict=True))) for values in itertools.product(*space.values())]
+
+    def order(c: Config) -> tuple[float, int]:
+        padding = 1.0
+        for field in ("block_m", "block_n"):
+            if field in space:
+                block = getattr(c, field)
+                padding /= useful_fraction(length, -(-length // block) * block)
+        return round(padding, 2), sum(getattr(c, f) != getattr(now, f) for f in space)
+
+    yield from (c for c in sorted(found, key=order) if c != now)
+
+
+def milliseconds(run: Run, repeats: int = 10) -> float:
+    """Median time of ``run`` on the GPU."""
+    for _ in range(2):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def _agree(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
+    """Equal but for the rounding of a different order of summation."""
+    for g, w in zip(got, wanted, strict=True):
+        if g.numel() and not (g.float() - w.float()).abs().max() <= 0.02 * w.float().abs().max() + 1e-6:
+            return False
+    return True
+
+
+def tune(
+    cases: Sequence[str] | None = None,
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
+    *,
+    budget: float = 240.0,
+    report: Callable[[str], None] = print,
+    time_of: Callable[[Run], float] = milliseconds,
+    device: str = "cuda",
+) -> tuple[Entry, ...]:
+    """Search tiles for ``cases`` (of ``workloads.CASES``; all by default) within ``budget`` seconds, save the winners and return them.
+
+    Entries saved earlier for other calls are kept. Raises RuntimeError without a GPU, ValueError for an unknown case.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("tune: needs a GPU that torch can see (torch.cuda.is_available() is False)")
+    names = list(CASES if cases is None else cases)
+    if unknown := [n for n in names if n not in CASES]:
+        raise ValueError(f"tune: cases must be among {', '.join(CASES)}, got {', '.join(unknown)}")
+    where = torch.cuda.get_device_name() if device == "cuda" else device
+    deadline, found = time.monotonic() + budget, {}
+    work = [(name, dtype) for name in names for dtype in dtypes]
+    for at, (name, dtype) in enumerate(work):
+        run = prepare(name, dtype, device)
+        with tiles.asking() as asked:
+            wanted = run()
+        share = time.monotonic() + max(0.0, deadline - time.monotonic()) / (len(work) - at)
+        kernels = dict.fromkeys(asked)
+        for done, call in enumerate(kernels):
+            until = time.monotonic() + max(0.0, share - time.monotonic()) / (len(kernels) - done)
+            entry = _search(name, run, wanted, call, until, where, time_of, report)
+            if entry is not None:
+                found[call] = entry
+    kept = {(e.kernel, e.arch, e.itemsize, e.head_dim, e.length): e for e in tiles.tuned()}
+    entries = tuple((kept | found).values())
+    report(f"saved {len(entries)} entries to {tiles.save(entries)}")
+    return entries
+
+
+def _search(
+    case: str,
+    run: Run,
+    wanted: Sequence[Tensor],
+    call: tuple[str, str, int, int, int],
+    until: float,
+    where: str,
+    time_of: Callable[[Run], float],
+    report: Callable[[str], None],
+) -> Entry | None:
+    """The best configuration for one kernel of ``case``, or None when the time left allowed no comparison."""
+    kernel, arch, itemsize, head_dim, length = call
+    now = tiles.choose(*call)
+    best, first, tried = now, time_of(run), 0
+    least = first
+    try:
+        for candidate in candidates(kernel, now, length):
+            if time.monotonic() >= until:
+                break
+            tiles.force(kernel, candidate)
+            try:
+                got = run()
+            except (OutOfResources, PTXASError) as error:
+                report(f"  {kernel} {candidate}: {type(error).__name__}")
+                continue
+            if not _agree(got, wanted):
+                report(f"  {kernel} {candidate}: wrong results, left out")
+                continue
+            tried += 1
+            if (spent := time_of(run)) < least:
+                best, least = candidate, spent
+    finally:
+        tiles.force(kernel, None)
+    report(f"{case}: {kernel} {first:.3f} -> {least:.3f} ms for the call, {tried} candidates, {best}")
+    if not tried:
+        return None
+    measured = f"{case} forward and backward on {where}: {least:.3f} ms, {first:.3f} before, {tried} candidates"
+    return Entry(kernel, best, arch, itemsize, head_dim, length, measured)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pyvit.triton_kernels.tune", description=__doc__)
+    parser.add_argument("--case", nargs="+", choices=list(CASES))
+    parser.add_argument("--dtype", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16"])
+    parser.add_argument("--budget", type=float, default=240.0, help="seconds")
+    options = parser.parse_args(argv)
+    try:
+        tune(options.case, [getattr(torch, d) for d in options.dtype], budget=options.budget)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
