@@ -255,5 +255,5 @@ for _image in (224, 256, 384, 512):
     register(f"siglip_vit_base_patch16_{_image}", siglip_vit, img_size=_image)
 for _image in (256, 384):
     register(f"siglip_vit_large_patch16_{_image}", siglip_vit, img_size=_image, width=1024, depth=24, num_heads=16)
-_SO400M = {"width": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 4304 / 1152, "patch_size": 14}
-register("siglip_so400m_patch14_384", siglip_vit, **_SO400M, img_size=384)
+_SO400M = {"width": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 4304.5 / 1152, "patch_size": 14}
+register("siglip_so400m_patch14_378", siglip_vit, **_SO400M, img_size=378)  # 27 x 27 patches, as of the 384-pixel checkpoints

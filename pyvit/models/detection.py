@@ -59,6 +59,13 @@ class DecomposedAttention(nn.Module):
         out = self.attend(self.qkv(windows)).view(b, -1, n * n, c)
         return self.proj(window_reverse(out, (n, n), size)[:, :h, :w])
 
+    def score_shape(self, x: Tensor) -> tuple[int, int, int]:
+        """Sequences times heads, queries and keys of the scores that x (B, H, W, C) stands for."""
+        b, h, w, _ = x.shape
+        n = self.window_size
+        tokens = n * n if n else h * w
+        return b * (-(-h // n) * -(-w // n) if n else 1) * self.num_heads, tokens, tokens
+
     def attend(self, qkv: Tensor) -> Tensor:
         """(B, H, W, 3C) to (B, H, W, C)."""
         b, h, w, c3 = qkv.shape

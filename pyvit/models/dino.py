@@ -159,6 +159,10 @@ class SelfDistillation(nn.Module):
         """Parameters that weight decay should leave alone, besides biases and norms."""
         return {f"student.backbone.{name}" for name in self.student["backbone"].no_weight_decay()}
 
+    def encoder_of(self) -> VisionTransformer:
+        """The network that is used after training: the teacher's backbone, better than the student's throughout (DINO, section 5.2)."""
+        return self.teacher["backbone"]
+
     def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
         """Arguments of a forward pass with two global crops."""
         crop = self.student["backbone"].example_inputs(batch)[0]

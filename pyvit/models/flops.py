@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyvit.dispatch import use_backend
 from pyvit.models.registry import create_model
-from pyvit.nn import Attention, WindowAttention
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,13 @@ class Cost:
 
 
 def count(model: str, **overrides: Any) -> Cost:
-    """Cost of a registered model for one input, with settings overridden (``img_size=384``); nothing is allocated or computed."""
+    """Cost of a registered model for one input, with settings overridden (``img_size=384``); nothing is allocated or computed.
+
+    Of models that exist to train an encoder by comparison (DINO, SimCLR), the encoder is counted.
+    """
     with torch.device("meta"):
-        made = create_model(model, **overrides)
+        made = create_model(model, **overrides).eval()
+        made = getattr(made, "encoder_of", lambda: made)()
     with FakeTensorMode():
         for module in made.modules():
             for name, p in module.named_parameters(recurse=False):
@@ -64,16 +68,12 @@ def count_module(model: nn.Module, inputs: Sequence[Any] | None = None, name: st
     seen: list[tuple[int, int, int]] = []  # (sequences x heads, queries, keys) of each attention call
 
     def record(module: nn.Module, args: tuple[Any, ...], _out: Any) -> None:
-        x = args[0]
-        if isinstance(module, WindowAttention):
-            (b, h, w, _), (wh, ww) = x.shape, module.window_size
-            seen.append((b * -(-h // wh) * -(-w // ww) * module.num_heads, wh * ww, wh * ww))
-        elif isinstance(module, Attention):
-            seen.append((x.shape[0] * module.num_heads, x.shape[1], x.shape[1]))
+        seen.append(module.score_shape(args[0]))  # type: ignore[operator]
 
-    handles = [m.register_forward_hook(record) for m in model.modules() if isinstance(m, Attention | WindowAttention)]
+    handles = [m.register_forward_hook(record) for m in model.modules() if hasattr(m, "score_shape")]
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-    device = next((t.device.type for t in inputs if isinstance(t, torch.Tensor)), "cpu")
+    first = tree_leaves(inputs)[0]
+    device = first.device.type
     try:
         # The counter sees the dispatcher's operators, which are those of the CPU; the reference is made of products it knows.
         with torch.no_grad(), counter, use_backend(None if device == "cpu" else "reference"):
@@ -83,7 +83,7 @@ def count_module(model: nn.Module, inputs: Sequence[Any] | None = None, name: st
             handle.remove()
     return Cost(
         name or type(model).__name__,
-        tuple(inputs[0].shape),
+        tuple(first.shape),
         sum(p.numel() for p in model.parameters()),
         counter.get_total_flops() // 2,
         max((k for _, _, k in seen), default=0),

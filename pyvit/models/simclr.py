@@ -41,6 +41,10 @@ class SimCLR(nn.Module):
         """Parameters that weight decay should leave alone, besides biases and norms."""
         return {f"encoder.{name}" for name in getattr(self.encoder, "no_weight_decay", set)()}
 
+    def encoder_of(self) -> nn.Module:
+        """The network that is used after training; the projection head is thrown away (section 4.2)."""
+        return self.encoder
+
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
         """Arguments of a forward pass."""
         return self.encoder.example_inputs(batch) * 2  # type: ignore[operator]

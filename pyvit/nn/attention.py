@@ -109,6 +109,10 @@ class Attention(nn.Module):
             out = flash_attention_varlen(q, k, v, cu, cu, longest, longest, bias=attn_mask, is_causal=is_causal)  # type: ignore[assignment]
         return self.proj_drop(self.proj(self.norm(out.flatten(-2))))
 
+    def score_shape(self, x: Tensor) -> tuple[int, int, int]:
+        """Sequences times heads, queries and keys of the scores that x (B, N, C) stands for."""
+        return x.shape[0] * self.num_heads, x.shape[1], x.shape[1]
+
     def attention_map(self, x: Tensor, rows: int | list[int] | Tensor = 0, rope: Tensor | None = None) -> Tensor:
         """Probabilities (B, H, R, N) that the queries ``rows`` of x (B, N, C) give to every token."""
         q, k, _ = self.project(x, rope)

@@ -82,6 +82,11 @@ class WindowAttention(nn.Module):
         )
         return self.proj_drop(self.proj(out))
 
+    def score_shape(self, x: Tensor) -> tuple[int, int, int]:
+        """Windows times heads, queries and keys of the scores that x (B, H, W, C) stands for."""
+        (b, h, w, _), (wh, ww) = x.shape, self.window_size
+        return b * -(-h // wh) * -(-w // ww) * self.num_heads, wh * ww, wh * ww
+
     def _logit_scale(self) -> Tensor | None:
         return None
 
