@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -72,8 +71,9 @@ def tune(limit: float) -> str:
     """A tuning run, which writes the table of tiles for the GPU at hand."""
     if importlib.util.find_spec("pyvit.triton_kernels.tune") is None:
         return "this pyvit has no pyvit.triton_kernels.tune"
+    command = [sys.executable, "-m", "pyvit.triton_kernels.tune", "--budget", f"{0.8 * limit:.0f}"]
     try:
-        done = subprocess.run([sys.executable, "-m", "pyvit.triton_kernels.tune"], cwd=_REPOSITORY, text=True, timeout=limit)
+        done = subprocess.run(command, cwd=_REPOSITORY, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         return f"stopped after {limit:.0f} s; the tiles are those it had"
     return "done" if done.returncode == 0 else f"FAIL: exit status {done.returncode}"
@@ -86,15 +86,6 @@ def folder(name: str) -> str:
 
 def _peers() -> tuple[str, ...]:
     return ("compile", *(name for name in ("timm", "transformers") if importlib.util.find_spec(name)))
-
-
-def cost_lines(cases: Sequence[object]) -> list[str]:
-    """The cost model's floor for each case, where this pyvit carries one."""
-    if importlib.util.find_spec("pyvit.triton_kernels.cost") is None:
-        return ["no cost model in this pyvit: the roofline column is from the measured ceilings alone"]
-    from benchmarks import gpu_cost
-
-    return gpu_cost.lines(cases)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -119,11 +110,14 @@ def main(argv: list[str] | None = None) -> int:
     if "tune" in steps:
         said["tune"] = tune(0.25 * left())
         print(f"tune: {said['tune']}", flush=True)
+    from benchmarks import gpu_cost
+
     results, top = Results(), measure_ceiling()
     print("\n".join(report.machine(top)), flush=True)
     chosen = (gpu_cases.ops() if "ops" in steps else []) + (gpu_cases.models() if "models" in steps else [])
-    print("\n".join(cost_lines(chosen)))
-    settings = runner.Settings(seconds=0.3, rounds=(5, 31), peers=_peers(), device="cuda", both_sources=False, extra=gpu_cases.extra)
+    settings = runner.Settings(
+        seconds=0.3, rounds=(5, 31), peers=_peers(), device="cuda", both_sources=False, extra=gpu_cases.extra, floor=gpu_cost.floor_ms
+    )
     for i, case in enumerate(chosen):
         if left() < 10:
             said["not run for lack of time"] = "; ".join(case.id for case in chosen[i:])

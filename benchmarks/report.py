@@ -73,7 +73,7 @@ def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         return
     table = Table(title=title, title_justify="left", header_style="bold", show_edge=False)
     for heading in headings:
-        table.add_column(heading, justify="right" if heading in _HEADINGS[1:-1] else "left", overflow="fold")
+        table.add_column(heading, justify="right" if heading in (*_HEADINGS[1:-1], "floor ms", "% roofline") else "left", overflow="fold")
     for i, row in enumerate(rows):
         if i and row[0]:
             table.add_section()
@@ -86,17 +86,22 @@ def show_rows(rows: Sequence[Row]) -> None:
     """A table for each op, every provider case by case; what went wrong or is missing is spelled out below."""
     ops: dict[str, list[list[str]]] = {}
     notes, last = [], ""
+    floors = any(
+        not math.isnan(row.floor_ms) for row in rows
+    )  # on a GPU: what the cost model allows, and the share of the measured roofline
+    headings = (*_HEADINGS[:-1], "floor ms", "% roofline", _HEADINGS[-1]) if floors else _HEADINGS
     for row in rows:
         case = f"{row.case} {row.dtype} {row.mode}" + (", random" if row.data == "random" else "")
         short, _, why = row.status.partition(": ")
         cells = _cells(row)
         cells[-1] = "" if short == "ok" else short
+        cells[-1:-1] = [_number(row.floor_ms), _number(row.percent_of_roofline)] if floors else []
         ops.setdefault(row.op, []).append([case if row.op + case != last else "", *cells])
         last = row.op + case
         if why:
             notes.append(f"{short}: {row.op} {case}, {row.provider}: {why}")
     for op, table in ops.items():
-        show(op, ("case", *_HEADINGS), table)
+        show(op, ("case", *headings), table)
     print("\n".join(["", *notes]))
 
 

@@ -49,6 +49,7 @@ class Row:
     versions: str = ""
     data: str = ""
     percent_of_roofline: float = NAN
+    floor_ms: float = NAN
     baseline: str = ""
     status: str = "ok"
 
@@ -86,6 +87,7 @@ class Settings:
     """``seconds``: time for the clock per case and source; ``rounds``: fewest and most; ``peers``: see workload.PEERS.
 
     ``both_sources``: ours passes the gate on photographs and on random tensors before either is timed. ``extra``: see providers.build.
+    ``floor``: milliseconds that a cost model allows a case.
     """
 
     seconds: float = 1.0
@@ -94,6 +96,7 @@ class Settings:
     device: str = "cpu"
     both_sources: bool = True
     extra: Callable[[Case, Spec], Sequence[Provider]] | None = None
+    floor: Callable[[Case], float] | None = None
 
 
 def versions(contender: Contender) -> str:
@@ -163,6 +166,9 @@ def run_workload(work: Workload, settings: Settings, ceiling: Ceiling) -> list[R
         name: Row(case.op, case.label, name, case.dtype, case.mode, threads, data=work.source)
         for name in (*work.contenders, *work.unavailable)
     }
+    if settings.floor is not None:
+        for row in rows.values():
+            row.floor_ms = settings.floor(case)
     for name, reason in work.unavailable.items():
         rows[name].status = f"missing: {reason}"
     calls = _gate(work, rows, settings)

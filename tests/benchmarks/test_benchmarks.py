@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, gpu, gpu_cases, inputs, measure, peers, plain, providers, report, runner, specs
+from benchmarks import cases, gpu, gpu_cases, gpu_cost, inputs, measure, peers, plain, providers, report, runner, specs
 from benchmarks.__main__ import main, parse
 from benchmarks.cases import Case, Target
 from benchmarks.ceiling import Ceiling
@@ -307,17 +307,32 @@ def test_gpu_run_says_what_it_needs(capsys):
     assert "needs a GPU that torch can use" in said[0]
 
 
-def test_gpu_cases_run_on_any_device():
+def test_gpu_cases_run_on_any_device(capsys):
     """The GPU's rows end to end at tiny size; on a CPU its SDPA backends are refused, and each says so."""
-    results = runner.run(
-        gpu_cases.tiny(), Settings(seconds=0.01, rounds=(2, 2), both_sources=False, extra=_uncompiled), TOP, lambda line: None
-    )
+    floor = lambda case: gpu_cost.floor_ms(case, "NVIDIA H200")  # noqa: E731
+    settings = Settings(seconds=0.01, rounds=(2, 2), both_sources=False, extra=_uncompiled, floor=floor)
+    results = runner.run(gpu_cases.tiny(), settings, TOP, lambda line: None)
     assert not results.red
     assert len(results.outcomes) == 4
     rows = {(row.op, row.mode, row.provider): row for row in results.rows}
     assert rows["flash_attention", "forward+backward", "sdpa math"].timed
     assert rows["flash_attention", "forward+backward", "sdpa cuDNN"].status.startswith("missing: RuntimeError")
     assert rows["window_attention", "backward", OURS].percent_of_roofline > 0
+    assert rows["window_attention", "backward", OURS].floor_ms > rows["window_attention", "forward", OURS].floor_ms > 0
+    report.show_rows(results.rows)
+    printed = capsys.readouterr().out
+    assert "floor ms" in printed
+    assert "missing: flash_attention tiny" in printed
+
+
+def test_floor_of_the_cost_model():
+    """Bytes over bandwidth for short sequences, flops over rate for long ones, NaN for a part without figures."""
+    short = next(case for case in gpu_cases.ops() if case.op == "window_attention" and case.mode == "forward")
+    moved = 4 * 128 * 56 * 56 * 96 * 2  # qkv and out
+    assert gpu_cost.floor_ms(short, "NVIDIA H200") == pytest.approx(1e3 * moved / 4.8e12, rel=0.1)
+    assert math.isnan(gpu_cost.floor_ms(short, "NVIDIA GeForce GTX 970"))
+    assert all(gpu_cost.floor_ms(case, "NVIDIA H100 80GB HBM3") > 0 for case in gpu_cases.ops())
+    assert all(math.isnan(gpu_cost.floor_ms(case, "H100")) for case in gpu_cases.models())
 
 
 def _uncompiled(case: Case, spec: specs.Spec):

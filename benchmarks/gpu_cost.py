@@ -1,0 +1,43 @@
+"""The cost model's floor for a GPU case: what the part's data sheet allows, beside what was measured."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pyvit.triton_kernels import cost
+
+from benchmarks.cases import Case
+from benchmarks.inputs import DTYPES
+
+
+def call_cost(case: Case, backward: bool) -> cost.Cost | None:
+    """Bytes and flops of one call of the case's op; None for whole models, which the cost model does not describe."""
+    s, dtype = case.shape, DTYPES[case.dtype]
+    if case.op == "flash_attention":
+        causal = s.get("causal", False)
+        return cost.attention(s["batch"], s["heads"], s["length"], s["length"], s["dim"], dtype, causal=causal, backward=backward)
+    if case.op == "window_attention":
+        window = (s["window"], s["window"])
+        return cost.window_attention(
+            s["batch"], s["side"], s["side"], window, s["heads"], s["width"] // s["heads"], dtype, backward=backward
+        )
+    if case.op == "patch_embed":
+        patches = s.get("keep") or (s["size"] // s["patch"]) ** 2
+        pixel = 1 if s.get("uint8") else None
+        patch = (s["patch"], s["patch"])
+        return cost.patch_embed(s["batch"], 3, patch, patches, s["width"], dtype, prefix=1, pixel_bytes=pixel, backward=backward)
+    return None
+
+
+def floor_ms(case: Case, device: str | None = None) -> float:
+    """Milliseconds below which the case cannot finish on ``device``, default the GPU at hand; NaN where the model has no figures."""
+    try:
+        part = cost.part_named(device or torch.cuda.get_device_name())
+    except KeyError:
+        return math.nan
+    passes = {"forward": (False,), "backward": (True,), "forward+backward": (False, True)}.get(case.mode, ())
+    costs = [call_cost(case, backward) for backward in passes]
+    if not costs or any(c is None for c in costs):
+        return math.nan
+    return 1e3 * sum(c.floor(part) for c in costs if c is not None)
