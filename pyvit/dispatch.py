@@ -182,6 +182,11 @@ def autocast(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
+def _is_dual(a: Any) -> bool:
+    """Whether ``a`` carries a forward-mode tangent, which a kernel would drop."""
+    return isinstance(a, Tensor) and torch.autograd.forward_ad.unpack_dual(a).tangent is not None
+
+
 class Operator:
     """One dispatcher operator of :data:`pyvit.ops.schemas.SCHEMAS`, with its fake kernel, gradient and kernels per backend.
 
@@ -215,10 +220,12 @@ class Operator:
         qualified = f"pyvit::{name}"
         torch.library.register_fake(qualified, fake)
         self._function: type[torch.autograd.Function] | None = None
+        self._transformed: type[torch.autograd.Function] | None = None
         if backward is not None:
             assert setup_context is not None
             torch.library.register_autograd(qualified, backward, setup_context=setup_context)
             self._function = self._make_function(setup_context, backward)
+            self._transformed = self._make_transformed(setup_context, backward)
         if library.problem() is not None or "cpu" in self._paths:
             library.FRAGMENT.impl(name, self.run, "CPU")
         library.FRAGMENT.impl(name, self.run, "CUDA")
@@ -253,8 +260,12 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         if args[-1] == "reference":  # plain PyTorch, which autograd and the compiler see through
             return self.kernel("reference")(*args)
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
             return self._op(*args)
+        if torch._C._are_functorch_transforms_active():
+            return self._op(*args) if self._transformed is None else self._transformed.apply(*args)
+        if torch.autograd.forward_ad._current_level >= 0 and any(_is_dual(a) for a in args):
+            raise NotImplementedError(f"{self.name}: forward-mode differentiation needs backend='reference', got {args[-1]!r}")
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return self._function.apply(*args) if self._function is not None else self._op(*args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -277,6 +288,38 @@ class Operator:
 
         Function.__name__ = Function.__qualname__ = self.name
         return Function
+
+    def _make_transformed(self, setup_context: Callable[..., None], backward: Callable[..., Any]) -> type[torch.autograd.Function]:
+        """The form that torch.func sees: grad and vjp as in eager mode, vmap as a loop; jvp is refused by PyTorch, having no rule."""
+        operator = self
+
+        class Transformed(torch.autograd.Function):
+            @staticmethod
+            def forward(*args: Any) -> Any:
+                return operator.kernel(args[-1])(*args)
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+                setup_context(ctx, inputs, output)
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor | None) -> Any:
+                return backward(ctx, *grads)
+
+            @staticmethod
+            def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+                def at(i: int) -> list[Any]:
+                    return [
+                        a.select(dim, i) if isinstance(a, Tensor) and dim is not None else a for a, dim in zip(args, in_dims, strict=True)
+                    ]
+
+                calls = [operator(*at(i)) for i in range(info.batch_size)]
+                if isinstance(calls[0], Tensor):
+                    return torch.stack(calls), 0
+                return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
+
+        Transformed.__name__ = Transformed.__qualname__ = self.name
+        return Transformed
 
     def _autocast(self, device: str) -> Callable[..., Any]:
         keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
@@ -313,7 +356,7 @@ def reference_backward(
         )
 
 
-def double_backward(reference: Callable[..., Any], n_grads: int, n_skipped: int, inputs: Sequence[int]) -> dict[str, Callable[..., Any]]:
+def double_backward(reference: Callable[..., Any], n_grads: int, n_skipped: int, inputs: Sequence[int]) -> dict[str, Any]:
     """Gradient of a ``*_backward`` operator by differentiating the reference formula twice.
 
     The operator's arguments are ``n_grads`` output gradients, ``n_skipped`` saved values, then the forward's, ``backend`` last;
@@ -335,14 +378,15 @@ def double_backward(reference: Callable[..., Any], n_grads: int, n_skipped: int,
             forward = args[n_grads + n_skipped : -1]
             present = [i for i in inputs if isinstance(forward[i], Tensor) and forward[i].is_floating_point()]
             firsts = dict(zip(present, reference_backward(reference, args[:n_grads], forward, present, create_graph=True), strict=True))
-            pairs = [
-                (firsts[i], g) for i, g in zip(inputs, second, strict=True) if firsts.get(i) is not None and g is not None and g.numel()
-            ]
-            pairs = [(f, g.to(f.dtype)) for f, g in pairs if f.requires_grad]
+            pairs = []
+            for i, g in zip(inputs, second, strict=True):
+                first = firsts.get(i)
+                if first is not None and first.requires_grad and g is not None and g.numel():
+                    pairs.append((first, g.to(first.dtype)))
             wrt = [g for g in args[:n_grads] if g is not None] + [forward[i] for i in present]
-            found = (
-                torch.autograd.grad([f for f, _ in pairs], wrt, [g for _, g in pairs], allow_unused=True) if pairs else [None] * len(wrt)
-            )
+            found: Sequence[Tensor | None] = [None] * len(wrt)
+            if pairs:
+                found = torch.autograd.grad([f for f, _ in pairs], wrt, [g for _, g in pairs], allow_unused=True)
         answer: list[Any] = [None] * len(args)
         results = iter(found)
         for i in range(n_grads):

@@ -12,6 +12,7 @@ SEED = int(os.environ.get("PYVIT_TEST_SEED") or int.from_bytes(os.urandom(4), "l
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "every_dtype: of the tests of every operator's contract, one to run in each dtype")
     config.addinivalue_line("markers", "isa: run again for every instruction set of the machine (tests/ops/test_isa.py)")
 
 

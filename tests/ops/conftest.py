@@ -1,0 +1,118 @@
+"""One sound call of every operator, for the tests of what all operators promise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyvit import ops
+from pyvit.testing import Served, served
+
+
+class Example(NamedTuple):
+    """``op(**tensors, **options, backend=on.backend)``; ``low`` is the same call of torch.ops.pyvit: positional, backend last."""
+
+    op: Callable[..., Any]
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+    low: tuple[Any, ...]
+
+    def __call__(self, on: Served, tensors: dict[str, Tensor] | None = None) -> list[Tensor]:
+        out = self.op(**(tensors or self.tensors), **self.options, backend=on.backend)
+        return [out] if isinstance(out, Tensor) else list(out)
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {name: t.detach().clone().requires_grad_(t.is_floating_point()) for name, t in self.tensors.items()}
+
+
+def attention(on: Served) -> Example:
+    t = {
+        "q": on.randn(2, 4, 18, 32),
+        "k": on.randn(2, 2, 25, 32),
+        "v": on.randn(2, 2, 25, 24),
+        "bias": torch.randn(2, 1, 18, 25, device=on.device),
+    }
+    options = {"enable_gqa": True, "return_lse": True, "scale": 0.2}
+    return Example(ops.flash_attention, t, options, (*t.values(), False, 0.2, 0.0, None, on.backend))
+
+
+def causal(on: Served) -> Example:
+    t = {name: on.randn(1, 2, 40, 64) for name in "qkv"}
+    return Example(ops.flash_attention, t, {"is_causal": True}, (*t.values(), None, True, 0.125, 0.0, None, on.backend))
+
+
+def varlen(on: Served) -> Example:
+    t = {"q": on.randn(30, 4, 32), "k": on.randn(36, 4, 32), "v": on.randn(36, 4, 24), "bias": torch.randn(1, 4, 1, 20, device=on.device)}
+    cu_q, cu_k = torch.tensor([0, 11, 30], device=on.device), torch.tensor([0, 20, 36], device=on.device)
+    options = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 19, "max_seqlen_k": 20, "return_lse": True, "scale": 0.2}
+    low = (t["q"], t["k"], t["v"], cu_q, cu_k, 19, 20, t["bias"], False, 0.2, on.backend)
+    return Example(ops.flash_attention_varlen, t, options, low)
+
+
+def attention_map(on: Served) -> Example:
+    t = {"q": on.randn(2, 4, 18, 32), "k": on.randn(2, 2, 25, 32), "bias": torch.randn(2, 1, 18, 25, device=on.device)}
+    rows = torch.tensor([[0, 4], [17, 4]], device=on.device)
+    return Example(ops.attention_map, t, {"rows": rows, "scale": 0.2}, (t["q"], t["k"], rows, t["bias"], 0.2, on.backend))
+
+
+def window(on: Served) -> Example:
+    t = {"qkv": on.randn(2, 9, 11, 96), "bias_table": torch.randn(49, 2, device=on.device), "pad_qkv": on.randn(96)}
+    options = {"window_size": (4, 4), "shift_size": (2, 1), "num_heads": 2}
+    low = (t["qkv"], [4, 4], [2, 1], 2, t["bias_table"], None, t["pad_qkv"], 0.25, 0.0, None, on.backend)
+    return Example(ops.window_attention, t, options, low)
+
+
+def cosine_window(on: Served) -> Example:
+    t = {"qkv": on.randn(2, 8, 6, 144), "bias_table": torch.randn(25, 3, device=on.device)}
+    t["logit_scale"] = torch.tensor([1.0, 2.3, 5.0], device=on.device)
+    options = {"window_size": 3, "num_heads": 3}
+    low = (t["qkv"], [3, 3], [0, 0], 3, t["bias_table"], t["logit_scale"], None, 0.25, 0.0, None, on.backend)
+    return Example(ops.window_attention, t, options, low)
+
+
+def patch(on: Served) -> Example:
+    t = {"images": on.randn(3, 3, 12, 20), "weight": on.randn(40, 3, 4, 4, scale=0.1), "bias": on.randn(40)}
+    t |= {"pos_embed": on.randn(15, 40), "prefix": on.randn(2, 40)}
+    keep = torch.stack([torch.randperm(15)[:5] for _ in range(3)]).to(on.device)
+    mean, std = torch.tensor([0.4, 0.5, 0.6], device=on.device), torch.tensor([0.2, 0.3, 0.2], device=on.device)
+    low = (t["images"], t["weight"], t["bias"], [4, 4], t["pos_embed"], t["prefix"], keep, mean, std, on.backend)
+    return Example(ops.patch_embed, t, {"keep": keep, "mean": mean, "std": std}, low)
+
+
+def bytes_patch(on: Served) -> Example:
+    t = {"images": torch.randint(256, (2, 1, 16, 13), dtype=torch.uint8, device=on.device), "weight": on.randn(24, 1, 5, 5, scale=0.1)}
+    return Example(ops.patch_embed, t, {"stride": 3}, (t["images"], t["weight"], None, [3, 3], *[None] * 5, on.backend))
+
+
+EXAMPLES = {
+    "flash_attention": attention,
+    "flash_attention-causal": causal,
+    "flash_attention_varlen": varlen,
+    "attention_map": attention_map,
+}
+EXAMPLES |= {"window_attention": window, "window_attention-cosine": cosine_window, "patch_embed": patch, "patch_embed-bytes": bytes_patch}
+
+
+@pytest.fixture
+def example(name: str, on: Served, seeded: int) -> Example:
+    """The call ``name`` (a key of EXAMPLES) for the backend, device and dtype ``on``."""
+    return EXAMPLES[name](on)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes ``example`` runs for every operator on every kernel in float32 (on the naive form where there is none); one
+    marked ``every_dtype`` in the other dtypes too."""
+    if "example" not in metafunc.fixturenames:
+        return
+    cases = []
+    for name in EXAMPLES:
+        every = served(name.partition("-")[0])
+        kernels = [on for on in every if on.backend != "reference"] or every
+        if not metafunc.definition.get_closest_marker("every_dtype"):
+            kernels = [on for on in kernels if on.dtype == torch.float32]
+        cases += [(name, on) for on in kernels]
+    metafunc.parametrize(("name", "on"), cases, ids=[f"{name}-{on}" for name, on in cases])

@@ -1,0 +1,34 @@
+"""The tests marked ``isa`` again under every instruction set of this processor that is not the default one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyvit import library
+
+HERE = Path(__file__).parent
+REPORT = "import torch, pyvit; print(torch.ops.pyvit.cpu_isa())"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(library.problem() is not None, reason=str(library.problem()))
+@pytest.mark.skipif(bool(os.environ.get("PYVIT_CPU_ISA")), reason="an instruction set is forced already")
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16"])
+def test_isa(isa: str, seeded: int) -> None:
+    if torch.ops.pyvit.cpu_isa() == isa:
+        pytest.skip("the default, tested by every other test")
+    environment = {**os.environ, "PYVIT_CPU_ISA": isa, "PYVIT_TEST_SEED": str(seeded)}
+    asked = subprocess.run([sys.executable, "-c", REPORT], env=environment, capture_output=True, text=True)
+    if "not supported by this processor" in asked.stderr:
+        pytest.skip("this processor does not have it")
+    assert asked.stdout.strip() == isa, asked.stderr
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "isa", "-k", "cpu-", "-p", "no:cacheprovider", str(HERE)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent.parent)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert f"PYVIT_CPU_ISA={isa}" in done.stdout or " passed" in done.stdout

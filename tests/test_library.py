@@ -1,0 +1,150 @@
+"""The compiled library and living without it: symbols, instruction sets, import where nothing is installed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pyvit import library
+from pyvit.ops.schemas import SCHEMAS
+
+needs_library = pytest.mark.skipif(library.problem() is not None, reason=str(library.problem()))
+ISAS = ("avx512bf16", "avx512", "avx2", "portable")
+
+
+def python(code: str, **environment: str) -> str:
+    """Standard output of a fresh interpreter; its error is ours."""
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+USE = """
+import torch, pyvit
+q = torch.randn(1, 2, 5, 8, requires_grad=True)
+out = pyvit.ops.flash_attention(q, q, q)
+out.sum().backward()
+out = pyvit.ops.window_attention(torch.randn(1, 5, 6, 24), 3, 1, num_heads=2)
+out = pyvit.ops.patch_embed(torch.randn(1, 3, 8, 8), torch.randn(4, 3, 4, 4))
+torch.ops.pyvit.flash_attention(q, q, q, None, False, 1.0, 0.0, None, "auto")[0].sum().backward()
+assert not torch.cuda.is_initialized()
+print(pyvit.explain("flash_attention", q, q, q))
+"""
+
+
+def test_without_the_library() -> None:
+    """Everything works on the reference path, and explain says what is missing."""
+    report = python(USE, PYVIT_NO_LIBRARY="1")
+    assert "-> reference" in report
+    assert "PYVIT_NO_LIBRARY=1 is set" in report
+
+
+def test_without_triton() -> None:
+    """Import and use with the package absent, as on a machine that never had it."""
+    hide = """
+import sys, importlib.abc, importlib.util
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] == 'triton':
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hide())
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.partition('.')[0] == 'triton' else find(name, *rest)
+"""
+    report = python(hide + USE)
+    assert "the package 'triton' is not installed" in report
+
+
+def test_import_is_light() -> None:
+    """No GPU is touched, and no optional package comes along."""
+    loaded = set(python("import sys, torch; had = set(sys.modules); import pyvit; print(*(set(sys.modules) - had))").split())
+    loaded = {name.partition(".")[0] for name in loaded}
+    assert not loaded & {
+        "triton",
+        "timm",
+        "transformers",
+        "torchvision",
+        "datasets",
+        "matplotlib",
+        "sklearn",
+        "accelerate",
+        "typer",
+        "rich",
+    }, loaded
+
+
+def test_a_library_that_does_not_load_is_reported(tmp_path: object) -> None:
+    """A file that is no library leaves the reference path, and its reason in the report."""
+    code = f"""
+import pathlib, pyvit.library as library
+library.PATH = pathlib.Path({str(tmp_path)!r}) / 'x.so'
+for content in (None, 'no'):
+    if content:
+        library.PATH.write_text(content)
+    library.problem.cache_clear()
+    print(library.problem())
+"""
+    missing, broken = python(code).splitlines()[-2:]
+    assert "is missing (x.so); build it with" in missing
+    assert "does not load" in broken
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
+def test_only_the_stable_abi() -> None:
+    """Nothing undefined but the stable shims of torch and the C and C++ runtimes: no Python, no ATen, no c10."""
+    listed = subprocess.run(["nm", "-D", "--undefined-only", str(library.PATH)], capture_output=True, text=True, check=True).stdout
+    symbols = {line.split()[-1].partition("@") for line in listed.splitlines() if line.strip()}
+    foreign = sorted(
+        name
+        for name, _, version in symbols
+        if not version and not re.match(r"aoti_torch_|torch_|_ITM_|__gmon_start__|__cxa_finalize", name)
+    )
+    demangled = subprocess.run(["c++filt", *foreign], capture_output=True, text=True).stdout.split("\n") if foreign else []
+    assert not foreign, demangled
+    versions = {re.match(r"@?([A-Z]+)", version)[1] for _, _, version in symbols if version}
+    assert versions <= {"GLIBC", "GLIBCXX", "CXXABI", "GCC", "GOMP"}, versions
+    names = {name for name, _, _ in symbols}
+    assert not [n for n in names if n.startswith(("Py", "_Py")) or "2at" in n or "3c10" in n]
+    needed = subprocess.run(["readelf", "-d", str(library.PATH)], capture_output=True, text=True, check=True).stdout
+    assert "libpython" not in needed
+
+
+@needs_library
+def test_the_library_defines_every_operator() -> None:
+    for name, schema in SCHEMAS.items():
+        defined = str(getattr(torch.ops.pyvit, name).default._schema)
+        assert defined.removeprefix(f"pyvit::{name}").replace("SymInt", "int") == str(torch._C.parse_schema(name + schema)).removeprefix(
+            name
+        )
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvit::{name}", "CPU"), name
+
+
+@needs_library
+def test_the_library_loads_without_python_code() -> None:
+    """As a C++ program sees it: load, call, no pyvit package."""
+    code = f"""
+import torch
+torch.ops.load_library({str(library.PATH)!r})
+q = torch.randn(1, 2, 50, 64)
+out, lse = torch.ops.pyvit.flash_attention(q, q, q, None, False, 0.125, 0.0, None, "auto")
+print(float((out - torch.nn.functional.scaled_dot_product_attention(q, q, q)).abs().max()) < 1e-5)
+"""
+    assert python(code) == "True"
+
+
+@needs_library
+def test_instruction_sets() -> None:
+    """PYVIT_CPU_ISA picks a set this processor has, and an unknown one is refused by name."""
+    use = "import torch, pyvit; q = torch.randn(1, 1, 9, 8); pyvit.ops.flash_attention(q, q, q); print(torch.ops.pyvit.cpu_isa())"
+    assert python(use, PYVIT_CPU_ISA="") in ISAS
+    assert python(use, PYVIT_CPU_ISA="portable") == "portable"
+    done = subprocess.run([sys.executable, "-c", use], env={**os.environ, "PYVIT_CPU_ISA": "sse9"}, capture_output=True, text=True)
+    assert done.returncode
+    assert "PYVIT_CPU_ISA must be portable, avx2, avx512 or avx512bf16, got sse9" in done.stderr
