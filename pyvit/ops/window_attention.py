@@ -127,8 +127,8 @@ def _describe(
     qkv: Tensor, window_size: int | Sequence[int], shift_size: int | Sequence[int] = (0, 0), *, num_heads: int, **kw: Any
 ) -> tuple[Call, list[str]]:
     qkv = _prepare(qkv)
-    optional = [kw.get(name) for name in ("bias_table", "logit_scale", "pad_qkv", "scale")]
-    call, *_ = _check(qkv, window_size, shift_size, num_heads, *optional, kw.get("dropout_p", 0.0))
+    table, logit_scale, pad, scale = (kw.get(name) for name in ("bias_table", "logit_scale", "pad_qkv", "scale"))
+    call, *_ = _check(qkv, window_size, shift_size, num_heads, table, logit_scale, pad, scale, kw.get("dropout_p", 0.0))
     return call, dispatch.copy_notes(qkv=qkv)
 
 
