@@ -13,6 +13,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import io
+import logging
 import sys
 import types
 import warnings
@@ -178,6 +179,7 @@ def onnxruntime_call(model: nn.Module, images: Tensor, threads: int) -> Callable
     """An ONNX Runtime session of ``model`` at the shape of ``images``, with every graph optimisation."""
     import onnxruntime
 
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision's absence, which no model here uses
     buffer = io.BytesIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

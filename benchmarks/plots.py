@@ -62,6 +62,9 @@ def lines(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: P
     if log:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+    ticks = sorted({value for at, _ in curves.values() for value in at})
+    axes.set_xticks(ticks, [f"{value:g}" if value < 1e4 else f"{value / 1e6:.2g}M" for value in ticks], fontsize=7, rotation=30)
+    axes.minorticks_off()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_title(title, fontsize=9)

@@ -63,7 +63,7 @@ def _parameters() -> Iterator[Any]:
                 yield pytest.param(case, name, id=f"{case.id} {name}".replace(" ", "-"))
 
 
-@pytest.mark.parametrize(("case", "provider"), _parameters())
+@pytest.mark.parametrize(("case", "provider"), list(_parameters()))
 def test_benchmark(benchmark: Any, case: Case, provider: str) -> None:
     work = workload(case.id, case.sources[0])
     if provider not in work.contenders:
