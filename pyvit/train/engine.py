@@ -21,7 +21,7 @@ from pyvit.train.config import FREE, Config, parse
 from pyvit.train.log import Log, Progress, active_kernels, say
 from pyvit.train.optim import LARS, parameter_groups
 from pyvit.train.recipe import Recipe, load_recipe
-from pyvit.train.small import MODELS, PRESETS
+from pyvit.train.small import MODELS, PRESETS, TOWERS
 
 
 def step_seed(seed: int, step: int, rank: int, part: int = 0) -> int:
@@ -68,7 +68,7 @@ def _settle(config: Config) -> Config:
     given = parse(config.option, "option")
     options = {**preset.pop("option", {}), **given}
     config = dataclasses.replace(config, option=[f"{k}={v!r}" for k, v in options.items()])
-    config = config.resolved({"model": MODELS.get(config.data, "vit_small_patch16_224")})
+    config = config.resolved({"model": TOWERS.get((config.recipe, config.data)) or MODELS.get(config.data, "vit_small_patch16_224")})
     config = config.resolved({k: v for k, v in preset.items() if k not in ("epochs",) or config.steps is None})
     config = config.resolved(recipe.defaults)
     if config.lr is None:

@@ -9,32 +9,57 @@ from pyvit.models.registry import REGISTRY, register
 from pyvit.models.swin import SwinTransformer
 from pyvit.models.vit import VisionTransformer
 
-if "vit_pico_patch4_32" not in REGISTRY:
-    _TEXT = {"embed_dim": 64, "text_width": 96, "text_depth": 2, "text_heads": 3}
-    _VIT = {"embed_dim": 96, "depth": 4, "num_heads": 3}
-    register("vit_pico_patch4_32", VisionTransformer, img_size=32, patch_size=4, **_VIT)
-    register("vit_pico_patch8_64", VisionTransformer, img_size=64, patch_size=8, **_VIT)
-    register(
-        "swin_pico_patch2_window4_32",
-        SwinTransformer,
-        img_size=32,
-        patch_size=2,
-        embed_dim=32,
-        depths=(2, 2, 2),
-        num_heads=(1, 2, 4),
-        window_size=4,
-        drop_path_rate=0.0,
-    )
-    register("clip_pico_patch4_32", clip_vit, img_size=32, patch_size=4, width=96, depth=4, num_heads=3, **_TEXT)
-    register("clip_pico_patch8_64", clip_vit, img_size=64, patch_size=8, width=96, depth=4, num_heads=3, **_TEXT)
-    register("siglip_pico_patch8_64", siglip_vit, img_size=64, patch_size=8, width=96, depth=4, num_heads=3)
+_VIT = {"embed_dim": 96, "depth": 4, "num_heads": 3}
+_TOWERS = {"width": 96, "depth": 4, "num_heads": 3}
+_TEXT = {"embed_dim": 64, "text_width": 96, "text_depth": 2, "text_heads": 3}
+_SWIN = {"embed_dim": 48, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "drop_path_rate": 0.0}
 
-#: The model that a built-in set trains when none is named.
-MODELS = {"digits": "vit_pico_patch4_32", "scenes": "vit_pico_patch8_64", "words": "vit_pico_patch8_64"}
+if "vit_pico_patch4_32" not in REGISTRY:
+    register("vit_pico_patch4_32", VisionTransformer, img_size=32, patch_size=4, **_VIT)
+    register("vit_pico_patch8_32", VisionTransformer, img_size=32, patch_size=8, **_VIT)
+    register("vit_pico_patch8_64", VisionTransformer, img_size=64, patch_size=8, **_VIT)
+    register("swin_pico_patch4_window4_32", SwinTransformer, img_size=32, patch_size=4, **_SWIN)
+    register("clip_pico_patch8_32", clip_vit, img_size=32, patch_size=8, **_TOWERS, **_TEXT)
+    register("clip_pico_patch8_64", clip_vit, img_size=64, patch_size=8, **_TOWERS, **_TEXT)
+    register("siglip_pico_patch8_32", siglip_vit, img_size=32, patch_size=8, **_TOWERS)
+    register("siglip_pico_patch8_64", siglip_vit, img_size=64, patch_size=8, **_TOWERS)
+
+#: The model that a built-in set trains when none is named, for one tower and for two.
+MODELS = {
+    "digits": "vit_pico_patch8_32",
+    "scenes": "vit_pico_patch8_64",
+    "words": "vit_pico_patch8_64",
+    "synthetic": "vit_small_patch16_224",
+}
+TOWERS = {
+    ("clip", "digits"): "clip_pico_patch8_32",
+    ("clip", "scenes"): "clip_pico_patch8_64",
+    ("siglip", "digits"): "siglip_pico_patch8_32",
+    ("siglip", "scenes"): "siglip_pico_patch8_64",
+}
 
 _MILD = {"augment": "mild", "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}
+_SELF = {
+    "prototypes": 512, "hidden": 256, "bottleneck": 64, "local_crops": 4, "local_size": 16, "global_crop": 0.5, "local_crop": 0.25,
+    "drop_path": 0.0, "flip_colors": False, "momentum": 0.99, "weight_decay_end": 0.1,
+}  # fmt: skip
+_SHORT = {"epochs": 60, "batch_size": 128, "lr": 1e-3, "warmup": 0.1}
+
 #: PRESETS[recipe, data]: Config fields, and recipe options under "option", that replace the recipe's canonical ones.
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
-    ("supervised", "digits"): {"epochs": 30, "batch_size": 128, "lr": 2e-3, "warmup": 0.1, "option": _MILD},
+    ("supervised", "digits"): {"epochs": 60, "batch_size": 64, "lr": 1.5e-3, "warmup": 0.1, "option": _MILD},
     ("supervised", "words"): {"epochs": 25, "batch_size": 64, "lr": 1e-3, "warmup": 0.1, "option": _MILD},
+    ("finetune", "digits"): {"epochs": 30, "batch_size": 64, "lr": 1e-3, "option": _MILD},
+    ("linear", "digits"): {"epochs": 30, "batch_size": 128, "lr": 0.1, "option": {"crop": 0.8}},
+    ("mae", "digits"): {**_SHORT, "option": {"decoder_dim": 48, "decoder_depth": 2, "decoder_heads": 3, "crop": 0.6}},
+    ("simclr", "digits"): {
+        **_SHORT,
+        "option": {"hidden": 256, "out": 64, "crop": 0.4, "strength": 0.5, "optimizer": "adamw", "temperature": 0.2},
+    },
+    ("dino", "digits"): {**_SHORT, "option": _SELF},
+    ("dinov2", "digits"): {**_SHORT, "option": {**_SELF, "layer_scale": 1e-2}},
+    ("clip", "digits"): {**_SHORT, "weight_decay": 0.1, "option": {"context": 40}},
+    ("siglip", "digits"): {**_SHORT, "option": {"context": 40}},
+    ("clip", "scenes"): {**_SHORT, "epochs": 30, "weight_decay": 0.1},
+    ("siglip", "scenes"): {**_SHORT, "epochs": 30},
 }

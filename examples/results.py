@@ -1,0 +1,112 @@
+"""Train every recipe at the scale of a laptop and write docs/results.md: ``python examples/results.py [NAME ...]``.
+
+Runs land in ``runs/results``; one that was interrupted continues, one that is finished is read. Seeds are fixed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from pyvit.data import load_data
+from pyvit.eval.features import features, labels_of
+from pyvit.eval.knn import knn_accuracy
+from pyvit.eval.linear import linear_probe
+from pyvit.eval.runs import load_run
+from pyvit.train import Config, train
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "runs" / "results"
+
+#: name -> arguments of ``pyvit train``, as on the command line.
+TRAINED = {
+    "supervised-vit": "supervised --data digits",
+    "supervised-swin": "supervised --data digits --model swin_pico_patch4_window4_32",
+    "mae": "mae --data digits",
+    "dino": "dino --data digits",
+    "dinov2": "dinov2 --data digits",
+    "simclr": "simclr --data digits",
+    "clip": "clip --data digits",
+    "scenes": "clip --data scenes",
+}
+
+#: Rows of DINOv2's table 1 at toy scale: each removes one switch from the full recipe.
+ABLATION = {
+    "ablation-no-koleo": "koleo=0.0",
+    "ablation-no-ibot": "ibot=0.0",
+    "ablation-shared-head": "separate_head=False",
+    "ablation-centering": "centering='centering'",
+}
+SELF_SUPERVISED = ("mae", "dino", "dinov2", "simclr", *ABLATION)
+
+
+def config(name: str) -> tuple[Config, str]:
+    """The settings of a run and its command line."""
+    line = TRAINED.get(name) or f"dinov2 --data digits --option {ABLATION[name]}"
+    words = line.split()
+    settings: dict[str, object] = {"recipe": words[0], "out": str(RUNS / name), "save_every": 50}
+    for flag, value in zip(words[1::2], words[2::2], strict=True):
+        settings[flag[2:]] = [value] if flag == "--option" else value
+    return Config(**settings), f"pyvit train {line}"
+
+
+def measure(name: str) -> str:
+    """Train (or read) one run; its row of the table."""
+    settings, line = config(name)
+    folder = RUNS / name
+    if not (folder / "results.json").exists():
+        train(settings)
+    results = json.loads((folder / "results.json").read_text())
+    if name in SELF_SUPERVISED:
+        recipe, data = load_run(folder)
+        train_set, test_set = (features(recipe.exported(), part, recipe.normalize) for part in (data.train, data.test))
+        results["linear"] = linear_probe(train_set, test_set)["linear"]
+        torch.manual_seed(0)
+        fresh = type(recipe)(recipe.config, data).eval()
+        untrained = [features(fresh.exported(), part, recipe.normalize) for part in (data.train, data.test)]
+        results["untrained knn"], results["untrained linear"] = knn_accuracy(*untrained), linear_probe(*untrained)["linear"]
+    if name == "scenes":
+        from pyvit.eval.retrieval import quarter_accuracy
+
+        results["phrase finds its quarter"] = quarter_accuracy(*load_run(folder))
+    times = [json.loads(record)["time"] for record in (folder / "log.jsonl").read_text().splitlines() if '"time"' in record]
+    figures = ", ".join(f"{k} {v:.3g}" if k == "test_loss" else f"{k} {v:.1f} %" for k, v in results.items())
+    return f"| {name} | `{line}` | {figures} | {times[-1] - times[0]:.0f} s |"
+
+
+def raw_pixels() -> str:
+    """What k-NN and a linear probe make of the pixels themselves."""
+    data = load_data("digits")
+    pair = [(part.images[:, :1].flatten(1).float(), labels_of(part)) for part in (data.train, data.test)]
+    return f"| raw pixels | | knn {knn_accuracy(*pair):.1f} %, linear {linear_probe(*pair)['linear']:.1f} % | |"
+
+
+def main(names: list[str]) -> None:
+    began = time.perf_counter()
+    wanted = names or [*TRAINED, *ABLATION]
+    unknown = set(wanted) - {*TRAINED, *ABLATION}
+    if unknown:
+        sys.exit(f"results: NAME must be one of {', '.join([*TRAINED, *ABLATION])}, got {', '.join(sorted(unknown))}")
+    rows = []
+    for name in wanted:
+        rows.append(measure(name))
+        print(rows[-1], flush=True)
+    stored = RUNS / "rows.json"
+    known = json.loads(stored.read_text()) if stored.exists() else {}
+    known.update(zip(wanted, rows, strict=True))
+    stored.write_text(json.dumps(known, indent=1))
+    table = [known[n] for n in (*TRAINED, *ABLATION) if n in known]
+    page = ROOT / "docs" / "results.md"
+    before = page.read_text().partition("<!-- table -->")
+    after = before[2].partition("<!-- end -->")
+    head = "| run | command | held-out figures | wall time |\n|---|---|---|---|"
+    page.write_text(f"{before[0]}<!-- table -->\n" + "\n".join([head, raw_pixels(), *table]) + f"\n<!-- end -->{after[2]}")
+    print(f"wrote {page} in {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
