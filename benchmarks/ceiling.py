@@ -67,6 +67,6 @@ def measure(threads: int, seconds: float = 0.5) -> Ceiling:
 
         gflops = {"fp32": _C.fma_peak("float32", threads, seconds), "bf16": _C.fma_peak("bfloat16", threads, seconds)}
         return Ceiling(gflops, _C.copy_bandwidth(threads, seconds), threads, "register-only multiply-adds")
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError) as error:
         gflops = {"fp32": _matmul_peak(torch.float32, seconds), "bf16": _matmul_peak(torch.bfloat16, seconds)}
-        return Ceiling(gflops, _torch_copy(seconds), threads, "pyvit._C not built: oneDNN matrix product, below the true ceiling")
+        return Ceiling(gflops, _torch_copy(seconds), threads, f"oneDNN's matrix product, below the true ceiling; pyvit._C: {error}")
