@@ -1,5 +1,5 @@
-// torch.ops.pyvit_cuda: the CUDA kernels under the schemas of torch.ops.pyvit, on LibTorch's stable ABI. Results and scratch are
-// allocated here, by torch; the launchers get pointers, strides and torch's current stream.
+// torch.ops.pyvit_cuda: the CUDA kernels under the schemas of torch.ops.pyvit, on LibTorch's stable ABI. Results and
+// scratch are allocated here, by torch; the launchers get pointers, strides and torch's current stream.
 //
 // PYVIT_CUDA_DISPATCH names the dispatch key: CUDA, or CPU when the kernels are built for the host emulation.
 #include <torch/csrc/stable/library.h>
@@ -20,7 +20,8 @@
 #define PYVIT_CUDA_DISPATCH CUDA
 // Part of the stable ABI, but of the CUDA library: absent, and then null, where torch was built without it.
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
-#define PYVIT_CUDA_STREAM(device, stream) (aoti_torch_get_current_cuda_stream && aoti_torch_get_current_cuda_stream(device, stream) == 0)
+#define PYVIT_CUDA_STREAM(device, stream) \
+  (aoti_torch_get_current_cuda_stream && aoti_torch_get_current_cuda_stream(device, stream) == 0)
 #else
 #define PYVIT_CUDA_STREAM(device, stream) true
 #endif
@@ -38,11 +39,16 @@ using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Type type_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return Type::f32;
-    case ScalarType::Half: return Type::f16;
-    case ScalarType::BFloat16: return Type::bf16;
-    case ScalarType::Bool: return Type::boolean;
-    default: STD_TORCH_CHECK(false, "pyvit: the cuda kernels take float32, float16 and bfloat16 tensors");
+    case ScalarType::Float:
+      return Type::f32;
+    case ScalarType::Half:
+      return Type::f16;
+    case ScalarType::BFloat16:
+      return Type::bf16;
+    case ScalarType::Bool:
+      return Type::boolean;
+    default:
+      STD_TORCH_CHECK(false, "pyvit: the cuda kernels take float32, float16 and bfloat16 tensors");
   }
 }
 Tensor make(const Tensor& like, const Ints& shape, std::optional<ScalarType> dtype = std::nullopt) {
@@ -59,12 +65,15 @@ Tensor make_heads(const Tensor& like, int64_t b, int64_t h, int64_t n, int64_t d
 }
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 Maybe dense(const Maybe& t) { return t ? Maybe(dense(*t)) : t; }
-Maybe as(const Maybe& t, ScalarType dtype) { return t ? Maybe(dense(t->scalar_type() == dtype ? *t : torch::stable::to(*t, dtype))) : t; }
+Maybe as(const Maybe& t, ScalarType dtype) {
+  return t ? Maybe(dense(t->scalar_type() == dtype ? *t : torch::stable::to(*t, dtype))) : t;
+}
 
 // Rows of the last dimension that begin on 16 bytes, by a copy where they do not.
 bool aligned(const Tensor& t) {
   const int64_t step = 16 / int64_t(t.element_size());
-  if (reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 || (t.size(t.dim() - 1) > 1 && t.stride(t.dim() - 1) != 1)) return false;
+  if (reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 || (t.size(t.dim() - 1) > 1 && t.stride(t.dim() - 1) != 1))
+    return false;
   for (int64_t i = 0; i + 1 < t.dim(); ++i)
     if (t.size(i) > 1 && t.stride(i) % step) return false;
   return true;
@@ -90,17 +99,19 @@ void set(int64_t (&to)[N], const Ints& from) {
 
 cuda::Stream stream_of(const Tensor& t) {
   cuda::Stream stream{nullptr, std::max<int>(t.get_device(), 0)};
-  STD_TORCH_CHECK(PYVIT_CUDA_STREAM(stream.device, &stream.handle), "pyvit: torch gives no CUDA stream; this torch is built without CUDA");
+  STD_TORCH_CHECK(PYVIT_CUDA_STREAM(stream.device, &stream.handle),
+                  "pyvit: torch gives no CUDA stream; this torch is built without CUDA");
   return stream;
 }
 void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "pyvit cuda: ", error); }
 void check_call(const std::string& backend, double dropout_p) {
-  STD_TORCH_CHECK(backend == "cuda" || backend == "auto", "pyvit: backend '", backend, "' cannot run through torch.ops.pyvit_cuda");
+  STD_TORCH_CHECK(backend == "cuda" || backend == "auto", "pyvit: backend '", backend,
+                  "' cannot run through torch.ops.pyvit_cuda");
   STD_TORCH_CHECK(dropout_p == 0, "pyvit: the cuda kernels have no dropout");
 }
 void check_head_dim(const char* op, int64_t d, int64_t most) {
-  STD_TORCH_CHECK(d % 8 == 0 && d >= 8 && d <= most, op, ": the cuda kernels take head dimensions that are multiples of 8 up to ", most,
-                  ", got ", d);
+  STD_TORCH_CHECK(d % 8 == 0 && d >= 8 && d <= most, op,
+                  ": the cuda kernels take head dimensions that are multiples of 8 up to ", most, ", got ", d);
 }
 
 // Dense tensors are (B, H, N, D); packed ones (T, H, D), as if of one batch.
@@ -136,9 +147,10 @@ struct AttentionCall {
     set(a.q_stride, strides(q)), set(a.k_stride, strides(k)), set(a.v_stride, strides(v));
     if (packed) {
       packing->cu_seqlens_q = dense(packing->cu_seqlens_q);
-      packing->cu_seqlens_k = dense(packing->cu_seqlens_k.scalar_type() == packing->cu_seqlens_q.scalar_type()
-                                        ? packing->cu_seqlens_k
-                                        : torch::stable::to(packing->cu_seqlens_k, packing->cu_seqlens_q.scalar_type()));
+      packing->cu_seqlens_k =
+          dense(packing->cu_seqlens_k.scalar_type() == packing->cu_seqlens_q.scalar_type()
+                    ? packing->cu_seqlens_k
+                    : torch::stable::to(packing->cu_seqlens_k, packing->cu_seqlens_q.scalar_type()));
       a.cu_seqlens_q = packing->cu_seqlens_q.data_ptr(), a.cu_seqlens_k = packing->cu_seqlens_k.data_ptr();
       a.cu_int64 = packing->cu_seqlens_q.scalar_type() == ScalarType::Long;
     }
@@ -157,7 +169,8 @@ struct AttentionCall {
     return {out, lse};
   }
 
-  Four backward(const Tensor& grad_out_, const Maybe& grad_lse_, const Tensor& out_, const Tensor& lse_, bool bias_grad) {
+  Four backward(const Tensor& grad_out_, const Maybe& grad_lse_, const Tensor& out_, const Tensor& lse_,
+                bool bias_grad) {
     const Tensor grad_out = rows(grad_out_), out = rows(out_), lse = dense(lse_);
     const Maybe grad_lse = as(grad_lse_, ScalarType::Float);
     set_results(out, lse);
@@ -170,7 +183,8 @@ struct AttentionCall {
     const auto like = [&](const Tensor& t) {
       return packing ? make_like(t) : make_heads(t, t.size(0), t.size(1), t.size(2), t.size(3));
     };
-    Tensor grad_q = like(q), grad_k = like(k), grad_v = like(v), grad_bias = bias && bias_grad ? make_like(*bias) : none(q);
+    Tensor grad_q = like(q), grad_k = like(k), grad_v = like(v),
+           grad_bias = bias && bias_grad ? make_like(*bias) : none(q);
     g.grad_q = grad_q.data_ptr(), g.grad_k = grad_k.data_ptr(), g.grad_v = grad_v.data_ptr();
     set(g.grad_q_stride, strides(grad_q)), set(g.grad_k_stride, strides(grad_k)), set(g.grad_v_stride, strides(grad_v));
     Tensor partials = none(q);
@@ -181,7 +195,8 @@ struct AttentionCall {
         g.bias_broadcast[i] = bias->size(i) == 1;
         (g.bias_broadcast[i] ? summed : owned) *= std::max<int64_t>(extent[i], 1);
       }
-      // Enough blocks to fill a GPU; a function of the shapes alone, so that the order of the sums, and the bits, are too.
+      // Enough blocks to fill a GPU; a function of the shapes alone, so that the order of the sums, and the bits, are
+      // too.
       g.chunks = int(std::min(summed, std::max<int64_t>(1, cuda::kTargetBlocks / owned)));
       partials = make(q, {g.chunks, bias->numel()}, ScalarType::Float);
       g.partials = data<float>(partials), g.grad_bias = grad_bias.data_ptr();
@@ -198,29 +213,33 @@ struct AttentionCall {
   }
 };
 
-std::tuple<Tensor, Tensor> flash_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& bias, bool is_causal,
-                                           double scale, double dropout_p, const Maybe&, const std::string& backend) {
+std::tuple<Tensor, Tensor> flash_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& bias,
+                                           bool is_causal, double scale, double dropout_p, const Maybe&,
+                                           const std::string& backend) {
   check_call(backend, dropout_p);
   return AttentionCall(q, k, v, bias, is_causal, scale).forward();
 }
 
-Four flash_attention_backward(const Tensor& grad_out, const Maybe& grad_lse, const Tensor& out, const Tensor& lse, bool bias_grad,
-                              const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& bias, bool is_causal, double scale,
-                              double dropout_p, const Maybe&, const std::string& backend) {
+Four flash_attention_backward(const Tensor& grad_out, const Maybe& grad_lse, const Tensor& out, const Tensor& lse,
+                              bool bias_grad, const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& bias,
+                              bool is_causal, double scale, double dropout_p, const Maybe&,
+                              const std::string& backend) {
   check_call(backend, dropout_p);
   return AttentionCall(q, k, v, bias, is_causal, scale).backward(grad_out, grad_lse, out, lse, bias_grad);
 }
 
 std::tuple<Tensor, Tensor> flash_attention_varlen(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q,
-                                                  const Tensor& cu_k, int64_t longest_q, int64_t longest_k, const Maybe& bias,
-                                                  bool is_causal, double scale, const std::string& backend) {
+                                                  const Tensor& cu_k, int64_t longest_q, int64_t longest_k,
+                                                  const Maybe& bias, bool is_causal, double scale,
+                                                  const std::string& backend) {
   check_call(backend, 0);
   return AttentionCall(q, k, v, bias, is_causal, scale, Packing{cu_q, cu_k, longest_q, longest_k}).forward();
 }
 
-Four flash_attention_varlen_backward(const Tensor& grad_out, const Maybe& grad_lse, const Tensor& out, const Tensor& lse, bool bias_grad,
-                                     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q, const Tensor& cu_k,
-                                     int64_t longest_q, int64_t longest_k, const Maybe& bias, bool is_causal, double scale,
+Four flash_attention_varlen_backward(const Tensor& grad_out, const Maybe& grad_lse, const Tensor& out,
+                                     const Tensor& lse, bool bias_grad, const Tensor& q, const Tensor& k,
+                                     const Tensor& v, const Tensor& cu_q, const Tensor& cu_k, int64_t longest_q,
+                                     int64_t longest_k, const Maybe& bias, bool is_causal, double scale,
                                      const std::string& backend) {
   check_call(backend, 0);
   AttentionCall call(q, k, v, bias, is_causal, scale, Packing{cu_q, cu_k, longest_q, longest_k});
@@ -232,8 +251,8 @@ struct WindowCall {
   Maybe table, logit_scale, pad;
   cuda::Window w{};
 
-  WindowCall(const Tensor& qkv_, const Ints& window, const Ints& shift, int64_t heads, const Maybe& table_, const Maybe& logit_scale_,
-             const Maybe& pad_, double scale)
+  WindowCall(const Tensor& qkv_, const Ints& window, const Ints& shift, int64_t heads, const Maybe& table_,
+             const Maybe& logit_scale_, const Maybe& pad_, double scale)
       : qkv(rows(qkv_)), table(as(table_, ScalarType::Float)), logit_scale(as(logit_scale_, ScalarType::Float)) {
     if (pad_) pad = rows(*as(pad_, qkv.scalar_type()));
     w.type = type_of(qkv);
@@ -252,9 +271,9 @@ struct WindowCall {
   int64_t area() const { return int64_t(w.window_h) * w.window_w; }
 };
 
-std::tuple<Tensor, Tensor> window_attention(const Tensor& qkv, const Ints& window, const Ints& shift, int64_t heads, const Maybe& table,
-                                            const Maybe& logit_scale, const Maybe& pad, double scale, double dropout_p, const Maybe&,
-                                            const std::string& backend) {
+std::tuple<Tensor, Tensor> window_attention(const Tensor& qkv, const Ints& window, const Ints& shift, int64_t heads,
+                                            const Maybe& table, const Maybe& logit_scale, const Maybe& pad,
+                                            double scale, double dropout_p, const Maybe&, const std::string& backend) {
   check_call(backend, dropout_p);
   WindowCall call(qkv, window, shift, heads, table, logit_scale, pad, scale);
   Tensor out = make(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3) / 3});
@@ -264,9 +283,10 @@ std::tuple<Tensor, Tensor> window_attention(const Tensor& qkv, const Ints& windo
   return {out, lse};
 }
 
-Four window_attention_backward(const Tensor& grad_out_, const Tensor& out_, const Tensor& lse_, const Tensor& qkv, const Ints& window,
-                               const Ints& shift, int64_t heads, const Maybe& table, const Maybe& logit_scale, const Maybe& pad,
-                               double scale, double dropout_p, const Maybe&, const std::string& backend) {
+Four window_attention_backward(const Tensor& grad_out_, const Tensor& out_, const Tensor& lse_, const Tensor& qkv,
+                               const Ints& window, const Ints& shift, int64_t heads, const Maybe& table,
+                               const Maybe& logit_scale, const Maybe& pad, double scale, double dropout_p, const Maybe&,
+                               const std::string& backend) {
   check_call(backend, dropout_p);
   WindowCall call(qkv, window, shift, heads, table, logit_scale, pad, scale);
   const Tensor grad_out = rows(grad_out_), out = rows(dense(out_)), lse = dense(lse_);
@@ -280,18 +300,24 @@ Four window_attention_backward(const Tensor& grad_out_, const Tensor& out_, cons
   Tensor grad_qkv = make(qkv, shape_of(qkv));
   g.delta = data<float>(delta), g.grad_qkv = grad_qkv.data_ptr();
   const int64_t tiles = cuda::window_query_tiles(call.w);
-  // Groups of windows: enough blocks to fill a GPU; a function of the shapes alone, so that the order of the sums, and the bits, are too.
+  // Groups of windows: enough blocks to fill a GPU; a function of the shapes alone, so that the order of the sums, and
+  // the bits, are too.
   g.chunks = int(std::max<int64_t>(1, std::min(count, cuda::kTargetBlocks / std::max<int64_t>(heads * tiles, 1))));
-  const auto scratch = [&](bool wanted, const Ints& shape) { return wanted ? make(qkv, shape, ScalarType::Float) : none(qkv); };
+  const auto scratch = [&](bool wanted, const Ints& shape) {
+    return wanted ? make(qkv, shape, ScalarType::Float) : none(qkv);
+  };
   const auto result = [&](const Maybe& t) { return t ? zeros(qkv, shape_of(*t), ScalarType::Float) : none(qkv); };
   const int64_t padded = call.windows() * n - h * w;
   const bool pads = pad && padded > 0;
-  const Tensor partials = scratch(table.has_value(), {g.chunks, heads, n, n}), logits = scratch(logit_scale.has_value(), {heads, g.chunks * tiles}),
-               pad_rows = scratch(pads, {b, padded, 2 * qkv.size(3) / 3}), pad_partials = scratch(pads, {cuda::kPadChunks, 2 * qkv.size(3) / 3});
+  const Tensor partials = scratch(table.has_value(), {g.chunks, heads, n, n}),
+               logits = scratch(logit_scale.has_value(), {heads, g.chunks * tiles}),
+               pad_rows = scratch(pads, {b, padded, 2 * qkv.size(3) / 3}),
+               pad_partials = scratch(pads, {cuda::kPadChunks, 2 * qkv.size(3) / 3});
   Tensor grad_table = result(table), grad_logit = result(logit_scale), grad_pad = result(pad);
   if (table) g.grad_bias_table = data<float>(grad_table), g.partials = data<float>(partials);
   if (logit_scale) g.grad_logit_scale = data<float>(grad_logit), g.logit_partials = data<float>(logits);
-  if (pads) g.grad_pad = data<float>(grad_pad), g.pad_rows = data<float>(pad_rows), g.pad_partials = data<float>(pad_partials);
+  if (pads)
+    g.grad_pad = data<float>(grad_pad), g.pad_rows = data<float>(pad_rows), g.pad_partials = data<float>(pad_partials);
   check(cuda::window_attention_backward(g, stream_of(qkv)));
   const auto narrowed = [](const Tensor& grad, const Maybe& t) {
     return t && t->scalar_type() != ScalarType::Float ? torch::stable::to(grad, t->scalar_type()) : grad;
@@ -304,12 +330,19 @@ struct PatchCall {
   Maybe bias, pos_embed, prefix, keep, mean, std;
   cuda::PatchEmbed p{};
 
-  PatchCall(const Tensor& images_, const Tensor& weight_, const Maybe& bias_, const Ints& stride, const Maybe& pos_, const Maybe& prefix_,
-            const Maybe& keep_, const Maybe& mean_, const Maybe& std_)
-      : images(images_), weight(rows(dense(weight_))), bias(dense(bias_)), pos_embed(dense(pos_)), prefix(dense(prefix_)), keep(dense(keep_)),
-        mean(dense(mean_)), std(dense(std_)) {
+  PatchCall(const Tensor& images_, const Tensor& weight_, const Maybe& bias_, const Ints& stride, const Maybe& pos_,
+            const Maybe& prefix_, const Maybe& keep_, const Maybe& mean_, const Maybe& std_)
+      : images(images_),
+        weight(rows(dense(weight_))),
+        bias(dense(bias_)),
+        pos_embed(dense(pos_)),
+        prefix(dense(prefix_)),
+        keep(dense(keep_)),
+        mean(dense(mean_)),
+        std(dense(std_)) {
     p.type = type_of(weight);
-    p.batch = int(images.size(0)), p.channels = int(images.size(1)), p.height = int(images.size(2)), p.width = int(images.size(3));
+    p.batch = int(images.size(0)), p.channels = int(images.size(1)), p.height = int(images.size(2)),
+    p.width = int(images.size(3));
     p.dim = int(weight.size(0)), p.patch_h = int(weight.size(2)), p.patch_w = int(weight.size(3));
     p.stride_h = int(stride[0]), p.stride_w = int(stride[1]);
     p.images = images.data_ptr(), p.bytes = images.scalar_type() == ScalarType::Byte;
@@ -328,8 +361,9 @@ struct PatchCall {
   }
 };
 
-Tensor patch_embed(const Tensor& images, const Tensor& weight, const Maybe& bias, const Ints& stride, const Maybe& pos_embed,
-                   const Maybe& prefix, const Maybe& keep, const Maybe& mean, const Maybe& std, const std::string& backend) {
+Tensor patch_embed(const Tensor& images, const Tensor& weight, const Maybe& bias, const Ints& stride,
+                   const Maybe& pos_embed, const Maybe& prefix, const Maybe& keep, const Maybe& mean, const Maybe& std,
+                   const std::string& backend) {
   check_call(backend, 0);
   PatchCall call(images, weight, bias, stride, pos_embed, prefix, keep, mean, std);
   Tensor out = make(weight, {call.p.batch, call.p.prefix_rows + call.p.kept, call.p.dim});
@@ -338,20 +372,19 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const Maybe& bias
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(const Tensor& grad_out_, bool images_grad, bool weight_grad,
-                                                                        const Tensor& images, const Tensor& weight, const Maybe& bias,
-                                                                        const Ints& stride, const Maybe& pos_embed, const Maybe& prefix,
-                                                                        const Maybe& keep, const Maybe& mean, const Maybe& std,
-                                                                        const std::string& backend) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(
+    const Tensor& grad_out_, bool images_grad, bool weight_grad, const Tensor& images, const Tensor& weight,
+    const Maybe& bias, const Ints& stride, const Maybe& pos_embed, const Maybe& prefix, const Maybe& keep,
+    const Maybe& mean, const Maybe& std, const std::string& backend) {
   check_call(backend, 0);
   PatchCall call(images, weight, bias, stride, pos_embed, prefix, keep, mean, std);
   const Tensor grad_out = rows(dense(grad_out_));
   cuda::PatchEmbedGradient g{};
   const int64_t tokens = int64_t(call.p.batch) * call.p.kept, dim = call.p.dim;
   const auto result = [&](bool wanted, const Maybe& t) { return wanted && t ? make(*t, shape_of(*t)) : none(weight); };
-  Tensor grad_images = result(images_grad, images), grad_weight = result(weight_grad, call.weight), grad_bias = result(true, bias),
-         grad_pos = result(true, pos_embed), grad_prefix = result(true, prefix), grad_tokens = none(weight), weight_partials = none(weight),
-         bias_partials = none(weight);
+  Tensor grad_images = result(images_grad, images), grad_weight = result(weight_grad, call.weight),
+         grad_bias = result(true, bias), grad_pos = result(true, pos_embed), grad_prefix = result(true, prefix),
+         grad_tokens = none(weight), weight_partials = none(weight), bias_partials = none(weight);
   g.forward = call.p;
   g.grad_out = grad_out.data_ptr();
   if (images_grad) {
@@ -360,7 +393,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(const Te
   }
   if (weight_grad) {
     const int64_t owned = ((dim + 127) / 128) * ((call.weight.numel() / std::max<int64_t>(dim, 1) + 127) / 128);
-    g.weight_chunks = int(std::max<int64_t>(1, std::min(tokens / cuda::kLeastSum, cuda::kTargetBlocks / std::max<int64_t>(owned, 1))));
+    g.weight_chunks = int(
+        std::max<int64_t>(1, std::min(tokens / cuda::kLeastSum, cuda::kTargetBlocks / std::max<int64_t>(owned, 1))));
     weight_partials = make(weight, {g.weight_chunks, call.weight.numel()}, ScalarType::Float);
     g.grad_weight = grad_weight.data_ptr(), g.weight_partials = data<float>(weight_partials);
   }

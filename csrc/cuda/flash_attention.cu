@@ -1,4 +1,6 @@
-// Forward of dense and packed attention (Dao et al., "FlashAttention-2", 2023): see attention.cuh for the algorithm.
+// Forward of dense and packed attention (Dao et al., "FlashAttention-2", 2023): see attention_forward.cuh for the
+// algorithm.
+#include "attention_forward.cuh"
 #include "flash_attention.cuh"
 
 namespace pyvit::cuda {
@@ -13,7 +15,8 @@ const char* flash_attention(const Attention& forward, Stream stream) {
     const auto bytes = [&](int rows) { return Layout<T, D, NT>{rows, 1, stages}.bytes(); };
     const int warps = choose_warps(forward.nq, bytes);
     const dim3 grid(ceil_div(forward.nq, 16 * warps) * forward.batch, forward.heads);
-    return launch("flash_attention", attention_forward<Dense<T>, D, NT>, grid, 32 * warps, bytes(16 * warps), params, stream);
+    return launch("flash_attention", attention_forward<Dense<T>, D, NT>, grid, 32 * warps, bytes(16 * warps), params,
+                  stream);
   });
 }
 

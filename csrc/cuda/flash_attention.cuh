@@ -17,7 +17,12 @@ struct Dense {
   int64_t q_first = 0, k_first = 0;
 
   PYVIT_DEVICE Dense(const Params& params, int first_head)
-      : p(params), nq(params.forward.nq), nk(params.forward.nk), d(params.forward.d), dv(params.forward.dv), scale(params.forward.scale),
+      : p(params),
+        nq(params.forward.nq),
+        nk(params.forward.nk),
+        d(params.forward.d),
+        dv(params.forward.dv),
+        scale(params.forward.scale),
         scale_log2(params.forward.scale * kLog2e) {
     set_head(first_head);
   }
@@ -26,7 +31,9 @@ struct Dense {
     kv_head = h / queries_per_key_head(p);
   }
   PYVIT_DEVICE void use(char*) {}
-  PYVIT_DEVICE static int queries_per_key_head(const Params& params) { return params.forward.heads / params.forward.kv_heads; }
+  PYVIT_DEVICE static int queries_per_key_head(const Params& params) {
+    return params.forward.heads / params.forward.kv_heads;
+  }
   PYVIT_DEVICE int count() const { return p.forward.batch; }
   PYVIT_DEVICE int heads() const { return p.forward.heads; }
   PYVIT_DEVICE int most_queries() const { return p.forward.nq; }
@@ -50,26 +57,40 @@ struct Dense {
     return base + sequence * stride[0] + h * stride[1] + i * stride[2];
   }
   PYVIT_DEVICE const void* any() const { return p.forward.q; }
-  PYVIT_DEVICE const T* q(int h, int i) const { return row(static_cast<const T*>(p.forward.q), p.forward.q_stride, h, q_first + i); }
-  PYVIT_DEVICE const T* k(int j) const { return row(static_cast<const T*>(p.forward.k), p.forward.k_stride, kv_head, k_first + j); }
-  PYVIT_DEVICE const T* v(int j) const { return row(static_cast<const T*>(p.forward.v), p.forward.v_stride, kv_head, k_first + j); }
-  PYVIT_DEVICE T* out(int h, int i) const { return row(static_cast<T*>(p.forward.out), p.forward.out_stride, h, q_first + i); }
-  PYVIT_DEVICE const T* grad_out(int h, int i) const { return row(static_cast<const T*>(p.grad_out), p.grad_out_stride, h, q_first + i); }
+  PYVIT_DEVICE const T* q(int h, int i) const {
+    return row(static_cast<const T*>(p.forward.q), p.forward.q_stride, h, q_first + i);
+  }
+  PYVIT_DEVICE const T* k(int j) const {
+    return row(static_cast<const T*>(p.forward.k), p.forward.k_stride, kv_head, k_first + j);
+  }
+  PYVIT_DEVICE const T* v(int j) const {
+    return row(static_cast<const T*>(p.forward.v), p.forward.v_stride, kv_head, k_first + j);
+  }
+  PYVIT_DEVICE T* out(int h, int i) const {
+    return row(static_cast<T*>(p.forward.out), p.forward.out_stride, h, q_first + i);
+  }
+  PYVIT_DEVICE const T* grad_out(int h, int i) const {
+    return row(static_cast<const T*>(p.grad_out), p.grad_out_stride, h, q_first + i);
+  }
   PYVIT_DEVICE T* grad_q(int h, int i) const { return row(static_cast<T*>(p.grad_q), p.grad_q_stride, h, q_first + i); }
   PYVIT_DEVICE T* grad_k(int j) const { return row(static_cast<T*>(p.grad_k), p.grad_k_stride, kv_head, k_first + j); }
   PYVIT_DEVICE T* grad_v(int j) const { return row(static_cast<T*>(p.grad_v), p.grad_v_stride, kv_head, k_first + j); }
-  PYVIT_DEVICE int64_t statistic(int h, int i) const { return sequence * p.forward.lse_stride[0] + h * p.forward.lse_stride[1] + q_first + i; }
+  PYVIT_DEVICE int64_t statistic(int h, int i) const {
+    return sequence * p.forward.lse_stride[0] + h * p.forward.lse_stride[1] + q_first + i;
+  }
   PYVIT_DEVICE float* lse(int h, int i) const { return p.forward.lse + statistic(h, i); }
   PYVIT_DEVICE float delta(int h, int i) const { return p.delta[statistic(h, i)]; }
 
-  // From a product times scale, in powers of two, to the score; -inf where query i does not attend to key j or one does not exist.
+  // From a product times scale, in powers of two, to the score; -inf where query i does not attend to key j or one does
+  // not exist.
   PYVIT_DEVICE float score(float scaled, int h, int i, int j) const {
     const Attention& f = p.forward;
     if (i >= nq || j >= nk || (f.causal && j > i)) return -infinity();
     if (f.bias == nullptr) return scaled;
     const int64_t at = sequence * f.bias_stride[0] + h * f.bias_stride[1] + i * f.bias_stride[2] + j * f.bias_stride[3];
     if (f.bias_type == Type::boolean) return static_cast<const uint8_t*>(f.bias)[at] ? scaled : -infinity();
-    const float bias = f.bias_type == Type::f32 ? static_cast<const float*>(f.bias)[at] : widen(static_cast<const T*>(f.bias)[at]);
+    const float bias =
+        f.bias_type == Type::f32 ? static_cast<const float*>(f.bias)[at] : widen(static_cast<const T*>(f.bias)[at]);
     return scaled + bias * kLog2e;
   }
   PYVIT_DEVICE bool cosine() const { return false; }
@@ -80,7 +101,8 @@ struct Dense {
   PYVIT_DEVICE float* bias_partials() const { return p.partials; }
 };
 
-// Calls use(element, width) for the dtype and the smallest head-dimension bucket that holds d; nullptr-returning launchers all fit.
+// Calls use(element, width) for the dtype and the smallest head-dimension bucket that holds d; nullptr-returning
+// launchers all fit.
 template <class Use>
 const char* with_head_dim(Type type, int d, Use use) {
   const auto by_width = [&](auto element) -> const char* {

@@ -1,10 +1,13 @@
-// Gradients of dense and packed attention: see attention.cuh for the three kernels that own queries, keys and bias.
+// Gradients of dense and packed attention: see attention.cuh for the kernels that own queries, keys and bias.
+#include "attention_backward.cuh"
+#include "attention_bias.cuh"
 #include "flash_attention.cuh"
 #include "reduce.cuh"
 
 namespace pyvit::cuda {
 
-// delta = rowsum(grad_out * out) - grad_lse, what the softmax's gradient subtracts. A thread per (sequence, query, head).
+// delta = rowsum(grad_out * out) - grad_lse, what the softmax's gradient subtracts. A thread per (sequence, query,
+// head).
 template <class T>
 __global__ void __launch_bounds__(256) attention_delta(const __grid_constant__ AttentionGradient params) {
   const Attention& f = params.forward;
@@ -26,21 +29,22 @@ const char* flash_attention_backward(const AttentionGradient& params, Stream str
     using T = decltype(element);
     constexpr int D = width(), NT = kBackwardColumns<T, D>;
     const int64_t rows = int64_t(f.batch) * f.heads * f.nq;
-    if (const char* error = launch("attention_delta", attention_delta<T>, ceil_div(rows, 256), 256, 0, params, stream)) return error;
+    if (const char* error = launch("attention_delta", attention_delta<T>, ceil_div(rows, 256), 256, 0, params, stream))
+      return error;
 
     const auto query_bytes = [&](int n) { return Layout<T, D, NT>{n, 2, f.nk > 8 * NT ? 2 : 1}.bytes(); };
     const int query_warps = choose_warps(f.nq, query_bytes);
     const dim3 query_grid(ceil_div(f.nq, 16 * query_warps) * f.batch, f.heads);
-    if (const char* error = launch("flash_attention_backward (queries)", attention_backward_queries<Dense<T>, D, NT>, query_grid,
-                                   32 * query_warps, query_bytes(16 * query_warps), params, stream))
+    if (const char* error = launch("flash_attention_backward (queries)", attention_backward_queries<Dense<T>, D, NT>,
+                                   query_grid, 32 * query_warps, query_bytes(16 * query_warps), params, stream))
       return error;
 
     const bool streams = int64_t(f.nq) * (f.heads / f.kv_heads) > 8 * NT;
     const auto key_bytes = [&](int n) { return Layout<T, D, NT>{n, 2, streams ? 2 : 1}.bytes(); };
     const int key_warps = choose_warps(f.nk, key_bytes);
     const dim3 key_grid(ceil_div(f.nk, 16 * key_warps) * f.batch, f.kv_heads);
-    if (const char* error = launch("flash_attention_backward (keys)", attention_backward_keys<Dense<T>, D, NT>, key_grid, 32 * key_warps,
-                                   key_bytes(16 * key_warps), params, stream))
+    if (const char* error = launch("flash_attention_backward (keys)", attention_backward_keys<Dense<T>, D, NT>,
+                                   key_grid, 32 * key_warps, key_bytes(16 * key_warps), params, stream))
       return error;
     if (params.grad_bias == nullptr) return nullptr;
 

@@ -1,4 +1,5 @@
-// A 128 x 128 tile of a matrix product whose operands are gathered by index arithmetic: implicit matrices, never in memory.
+// A 128 x 128 tile of a matrix product whose operands are gathered by index arithmetic: implicit matrices, never in
+// memory.
 #pragma once
 
 #include "kernel_launch.cuh"
@@ -21,16 +22,22 @@ PYVIT_DEVICE Bytes16 load_chunk(const T* from, int64_t valid) {
 constexpr int kGemmTile = 128, kGemmThreads = 256;
 constexpr int kGemmBytes = 2 * 2 * kGemmTile * 64;  // two stages of two tiles, 64 bytes of k
 
-// C[m0 ..., n0 ...] = A B over k in [k_first, k_last). An operand names a line by `line(i)` and 16 bytes of it by `load(line, first)`,
-// zeros outside. Lines of A are m (or k when A_BY_K), lines of B are n (or k when B_BY_K). A warp computes 32 x 64; store(m, n, value).
+// C[m0 ..., n0 ...] = A B over k in [k_first, k_last). An operand names a line by `line(i)` and 16 bytes of it by
+// `load(line, first)`, zeros outside. Lines of A are m (or k when A_BY_K), lines of B are n (or k when B_BY_K). A warp
+// computes 32 x 64; store(m, n, value).
 template <class T, bool A_BY_K, bool B_BY_K, class A, class B, class Store>
-PYVIT_DEVICE void multiply_tile(const A& a, const B& b, int64_t m0, int64_t n0, int64_t k_first, int64_t k_last, Store store) {
+PYVIT_DEVICE void multiply_tile(const A& a, const B& b, int64_t m0, int64_t n0, int64_t k_first, int64_t k_last,
+                                Store store) {
   constexpr int kStep = 64 / int(sizeof(T)), kPerChunk = 16 / int(sizeof(T)), kChunks = kGemmTile * 4 / kGemmThreads;
   using TileA = Tile<T, A_BY_K ? kGemmTile : kStep>;
   using TileB = Tile<T, B_BY_K ? kGemmTile : kStep>;
   const int thread = threadIdx.x, warp = warp_of(thread), lane = lane_of(thread), g = lane >> 2, t = lane & 3;
-  const auto tile_a = [&](int stage) { return TileA{reinterpret_cast<T*>(shared_memory() + stage * 2 * kGemmTile * 64)}; };
-  const auto tile_b = [&](int stage) { return TileB{reinterpret_cast<T*>(shared_memory() + (stage * 2 + 1) * kGemmTile * 64)}; };
+  const auto tile_a = [&](int stage) {
+    return TileA{reinterpret_cast<T*>(shared_memory() + stage * 2 * kGemmTile * 64)};
+  };
+  const auto tile_b = [&](int stage) {
+    return TileB{reinterpret_cast<T*>(shared_memory() + (stage * 2 + 1) * kGemmTile * 64)};
+  };
 
   // The lines of an operand by m or n are the same at every step, so what is known of them is kept.
   decltype(a.line(0)) lines_a[kChunks];

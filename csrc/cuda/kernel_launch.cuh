@@ -1,4 +1,5 @@
-// Launching a kernel on a stream of a device, under nvcc and in the emulation, with errors as text that names the kernel.
+// Launching a kernel on a stream of a device, under nvcc and in the emulation, with errors as text that names the
+// kernel.
 #pragma once
 
 #include <cstdio>
@@ -14,8 +15,8 @@ namespace pyvit::cuda {
 
 inline const char* describe(const char* kernel, const char* call, cudaError_t code, dim3 grid, dim3 block, int shared) {
   static thread_local char text[256];
-  snprintf(text, sizeof text, "%s: %s failed: %s (grid %u x %u x %u, block %u, %d bytes of shared memory)", kernel, call,
-           cudaGetErrorString(code), grid.x, grid.y, grid.z, block.x, shared);
+  snprintf(text, sizeof text, "%s: %s failed: %s (grid %u x %u x %u, block %u, %d bytes of shared memory)", kernel,
+           call, cudaGetErrorString(code), grid.x, grid.y, grid.z, block.x, shared);
   return text;
 }
 
@@ -33,7 +34,8 @@ class OnDevice {
 };
 
 template <class Params>
-const char* launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, int shared, const Params& params, Stream stream) {
+const char* launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, int shared, const Params& params,
+                   Stream stream) {
   if (uint64_t(grid.x) * grid.y * grid.z == 0) return nullptr;
   OnDevice guard(stream.device);
   if (shared > 48 << 10) {
@@ -48,7 +50,8 @@ const char* launch(const char* name, void (*kernel)(Params), dim3 grid, int thre
 #else
 
 template <class Params>
-const char* launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, int shared, const Params& params, Stream) {
+const char* launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, int shared, const Params& params,
+                   Stream) {
   if (uint64_t(grid.x) * grid.y * grid.z == 0) return nullptr;
   return emulation::launch(name, [&] { kernel(params); }, grid, dim3(threads), shared);
 }

@@ -1,13 +1,14 @@
-// What the host calls: launchers that take raw pointers, sizes, strides (in elements) and a stream. They allocate nothing, so they can
-// be captured into a CUDA graph. Each returns nullptr, or what failed (valid until the thread's next call).
+// What the host calls: launchers that take raw pointers, sizes, strides (in elements) and a stream. They allocate
+// nothing, so they can be captured into a CUDA graph. Each returns nullptr, or what failed (valid until the thread's
+// next call).
 #pragma once
 
 #include <cstdint>
 
 namespace pyvit::cuda {
 
-// Work is cut into about so many blocks where it could be cut finer, and sums of fewer terms are not cut: a few waves of the largest
-// GPU. The emulation takes other values, so that small problems go the ways of large ones.
+// Work is cut into about so many blocks where it could be cut finer, and sums of fewer terms are not cut: a few waves
+// of the largest GPU. The emulation takes other values, so that small problems go the ways of large ones.
 #ifndef PYVIT_TARGET_BLOCKS
 #define PYVIT_TARGET_BLOCKS 1024
 #define PYVIT_LEAST_SUM 512
@@ -21,9 +22,9 @@ struct Stream {
   int device;
 };
 
-// Attention over a dense batch, or over packed sequences when cu_seqlens are given (then batch counts sequences, the batch strides of
-// the packed tensors are 0, and nq and nk are the longest lengths). Strides are (batch, head, row); rows of channels are contiguous,
-// and rows of q, k, v, grad_out and of every result begin on 16 bytes.
+// Attention over a dense batch, or over packed sequences when cu_seqlens are given (then batch counts sequences, the
+// batch strides of the packed tensors are 0, and nq and nk are the longest lengths). Strides are (batch, head, row);
+// rows of channels are contiguous, and rows of q, k, v, grad_out and of every result begin on 16 bytes.
 struct Attention {
   Type type;
   int batch, heads, kv_heads, nq, nk, d, dv;
@@ -50,10 +51,10 @@ struct AttentionGradient {
   float* delta;           // laid out as lse: scratch
   void *grad_q, *grad_k, *grad_v;
   int64_t grad_q_stride[3], grad_k_stride[3], grad_v_stride[3];
-  void* grad_bias;       // contiguous, or null
+  void* grad_bias;         // contiguous, or null
   bool bias_broadcast[4];  // which of (batch, head, query, key) the bias lacks
-  int chunks;            // bias gradient: partial sums per element
-  float* partials;       // (chunks, elements of bias) scratch
+  int chunks;              // bias gradient: partial sums per element
+  float* partials;         // (chunks, elements of bias) scratch
 };
 
 // Windows of a (batch, height, width, 3 heads d) map; out and grad_out (batch, height, width, heads d).
@@ -73,15 +74,15 @@ struct WindowGradient {
   Window forward;
   const void* grad_out;
   int64_t grad_out_stride[3];
-  float* delta;     // (batch, height, width, heads) scratch
-  void* grad_qkv;   // contiguous
+  float* delta;                                          // (batch, height, width, heads) scratch
+  void* grad_qkv;                                        // contiguous
   float *grad_bias_table, *grad_logit_scale, *grad_pad;  // or null
-  int chunks;       // groups of windows: each sums its windows in order
-  int query_tiles;  // set by the launcher
-  float* partials;        // (chunks, heads, area, area) scratch for the table
-  float* logit_partials;  // (heads, chunks x query tiles) scratch
-  float* pad_rows;        // (batch, padding tokens per image, 2 heads d) scratch
-  float* pad_partials;    // (kPadChunks, 2 heads d) scratch
+  int chunks;                                            // groups of windows: each sums its windows in order
+  int query_tiles;                                       // set by the launcher
+  float* partials;                                       // (chunks, heads, area, area) scratch for the table
+  float* logit_partials;                                 // (heads, chunks x query tiles) scratch
+  float* pad_rows;                                       // (batch, padding tokens per image, 2 heads d) scratch
+  float* pad_partials;                                   // (kPadChunks, 2 heads d) scratch
 };
 constexpr int kPadChunks = 64;
 int window_query_tiles(const Window&);
@@ -104,7 +105,7 @@ struct PatchEmbed {
 
 struct PatchEmbedGradient {
   PatchEmbed forward;
-  const void* grad_out;  // contiguous
+  const void* grad_out;                                                        // contiguous
   void *grad_images, *grad_weight, *grad_bias, *grad_pos_embed, *grad_prefix;  // or null, contiguous
   void* grad_tokens;  // (batch, grid, dim) scratch of `type`, when grad_images and keep
   int weight_chunks;

@@ -1,4 +1,5 @@
-// The instructions that the kernels are written in: 16-bit types, swizzled shared-memory tiles, cp.async, ldmatrix and mma.sync.
+// The instructions that the kernels are written in: 16-bit types, swizzled shared-memory tiles, cp.async, ldmatrix and
+// mma.sync.
 //
 // Under nvcc these are PTX of sm_80; elsewhere emulation/emulation.h supplies the same meaning on fibers.
 #pragma once
@@ -70,7 +71,8 @@ PYVIT_DEVICE void warp_barrier() { __syncwarp(); }
 
 PYVIT_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 PYVIT_DEVICE void copy_async(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
 }
 PYVIT_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int Pending>
@@ -90,9 +92,10 @@ PYVIT_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 PYVIT_DEVICE void mma(bf16, float (&c)[4], const uint32_t (&a)[4], const uint32_t* b) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 PYVIT_DEVICE void mma(f16, float (&c)[4], const uint32_t (&a)[4], const uint32_t* b) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -100,9 +103,10 @@ PYVIT_DEVICE void mma(f16, float (&c)[4], const uint32_t (&a)[4], const uint32_t
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 PYVIT_DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 #else
@@ -127,7 +131,9 @@ inline float widen(f16 x) { return emulation::half_to_float(x.bits); }
 inline uint32_t pack(bf16, float low, float high) {
   return emulation::float_to_bfloat16(low) | uint32_t(emulation::float_to_bfloat16(high)) << 16;
 }
-inline uint32_t pack(f16, float low, float high) { return emulation::float_to_half(low) | uint32_t(emulation::float_to_half(high)) << 16; }
+inline uint32_t pack(f16, float low, float high) {
+  return emulation::float_to_half(low) | uint32_t(emulation::float_to_half(high)) << 16;
+}
 inline uint32_t round_tf32(float x) {
   const uint32_t bits = bits_of(x);
   return (bits & 0x7F800000) == 0x7F800000 ? bits : (bits + 0x1000) & 0xFFFFE000u;
@@ -197,8 +203,8 @@ struct alignas(16) Bytes16 {
   uint32_t words[4];
 };
 
-// Rows of COLS elements in shared memory. 16-byte chunks are permuted within a row so that the same chunk of eight consecutive rows
-// lies in eight different bank groups, whatever the row's length; no row is padded.
+// Rows of COLS elements in shared memory. 16-byte chunks are permuted within a row so that the same chunk of eight
+// consecutive rows lies in eight different bank groups, whatever the row's length; no row is padded.
 template <class T, int COLS>
 struct Tile {
   static constexpr int kPerChunk = 16 / int(sizeof(T)), kChunks = COLS / kPerChunk;
@@ -209,13 +215,16 @@ struct Tile {
 
   T* data;
 
-  PYVIT_DEVICE T* chunk(int row, int c) const { return data + (row * kChunks + (c ^ ((row >> kShift) & kMask))) * kPerChunk; }
+  PYVIT_DEVICE T* chunk(int row, int c) const {
+    return data + (row * kChunks + (c ^ ((row >> kShift) & kMask))) * kPerChunk;
+  }
   PYVIT_DEVICE T* at(int row, int col) const { return chunk(row, col / kPerChunk) + col % kPerChunk; }
 };
 
-// Operands of one multiply: A is 16 x kK, B is kK x 8 (here two of them, 16 columns). 32-bit floats are multiplied as three TF32
-// products of high and low parts, which keeps float32's accuracy; their k order is permuted alike in A and B (lane t of a quad
-// holds k = 2t and 2t + 1), so that accumulators are operands of the next product without an exchange between lanes.
+// Operands of one multiply: A is 16 x kK, B is kK x 8 (here two of them, 16 columns). 32-bit floats are multiplied as
+// three TF32 products of high and low parts, which keeps float32's accuracy; their k order is permuted alike in A and B
+// (lane t of a quad holds k = 2t and 2t + 1), so that accumulators are operands of the next product without an exchange
+// between lanes.
 template <class T>
 struct Fragments {
   static constexpr int kK = 16;
@@ -267,7 +276,7 @@ struct Fragments<float> {
     for (int i = 0; i < 4; ++i) split(a[i], a_high[i], a_low[i]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float(&c)[4] = half ? c1 : c0;
+      float (&c)[4] = half ? c1 : c0;
       split(b[2 * half], b_high[0], b_low[0]);
       split(b[2 * half + 1], b_high[1], b_low[1]);
       mma_tf32(c, a_low, b_high);
@@ -298,7 +307,7 @@ struct Fragments<float> {
     b[0] = *tile.at(k, n), b[1] = *tile.at(k + 1, n), b[2] = *tile.at(k, n + 8), b[3] = *tile.at(k + 1, n + 8);
   }
   PYVIT_DEVICE void take_a(const float (&left)[4], const float (&right)[4], int step) {
-    const float(&c)[4] = step ? right : left;
+    const float (&c)[4] = step ? right : left;
     a[0] = c[0], a[1] = c[2], a[2] = c[1], a[3] = c[3];
   }
 };

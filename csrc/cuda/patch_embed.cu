@@ -1,5 +1,5 @@
-// Patch embedding as one matrix product over gathered pixels, with bias, positions, prefix tokens and the choice of patches in its
-// epilogue (Dosovitskiy et al., 2021; kept patches: He et al., "Masked Autoencoders", 2022).
+// Patch embedding as one matrix product over gathered pixels, with bias, positions, prefix tokens and the choice of
+// patches in its epilogue (Dosovitskiy et al., 2021; kept patches: He et al., "Masked Autoencoders", 2022).
 #include "patch_embed.cuh"
 
 namespace pyvit::cuda {
@@ -16,7 +16,8 @@ __global__ void __launch_bounds__(kGemmThreads) patch_embed_forward(const __grid
     if (p.bias) value += read_as(p.bias_type, p.bias, n);
     if (p.pos_embed && patch >= 0) value += read_as(p.pos_type, p.pos_embed, patch * p.dim + n);
     if (patch < 0) value = infinity() - infinity();  // keep names a patch that does not exist
-    static_cast<T*>(p.out)[((m / p.kept) * (p.prefix_rows + p.kept) + p.prefix_rows + m % p.kept) * p.dim + n] = narrow<T>(value);
+    static_cast<T*>(p.out)[((m / p.kept) * (p.prefix_rows + p.kept) + p.prefix_rows + m % p.kept) * p.dim + n] =
+        narrow<T>(value);
   });
 }
 
@@ -24,7 +25,8 @@ template <class T>
 __global__ void __launch_bounds__(256) copy_prefix(const __grid_constant__ PatchEmbed p) {
   const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, row = int64_t(p.prefix_rows) * p.dim;
   if (at >= p.batch * row) return;
-  static_cast<T*>(p.out)[at / row * (p.prefix_rows + p.kept) * p.dim + at % row] = narrow<T>(read_as(p.prefix_type, p.prefix, at % row));
+  static_cast<T*>(p.out)[at / row * (p.prefix_rows + p.kept) * p.dim + at % row] =
+      narrow<T>(read_as(p.prefix_type, p.prefix, at % row));
 }
 
 const char* patch_embed(const PatchEmbed& p, Stream stream) {

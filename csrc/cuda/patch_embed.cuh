@@ -10,7 +10,9 @@ struct PatchGrid {
   int down, across, pixels;  // patches, and values per patch
 
   __host__ __device__ explicit PatchGrid(const PatchEmbed& p)
-      : down((p.height - p.patch_h) / p.stride_h + 1), across((p.width - p.patch_w) / p.stride_w + 1), pixels(p.channels * p.patch_h * p.patch_w) {}
+      : down((p.height - p.patch_h) / p.stride_h + 1),
+        across((p.width - p.patch_w) / p.stride_w + 1),
+        pixels(p.channels * p.patch_h * p.patch_w) {}
 };
 
 PYVIT_DEVICE float read_as(Type type, const void* from, int64_t at) {
@@ -50,7 +52,8 @@ struct Pixels {
             patch % grid.across * p.stride_w * p.image_stride[3]};
   }
   PYVIT_DEVICE float value(int64_t at, int channel) const {
-    float x = p.bytes ? float(static_cast<const uint8_t*>(p.images)[at]) / 255.0f : widen(static_cast<const T*>(p.images)[at]);
+    float x = p.bytes ? float(static_cast<const uint8_t*>(p.images)[at]) / 255.0f
+                      : widen(static_cast<const T*>(p.images)[at]);
     if (p.mean) x = (x - p.mean[channel]) / p.std[channel];
     return x;
   }
@@ -60,7 +63,9 @@ struct Pixels {
     if (line.offset < 0 || first >= grid.pixels) return chunk;
     const int area = p.patch_h * p.patch_w;
     int channel = int(first) / area, row = int(first) % area / p.patch_w, column = int(first) % p.patch_w;
-    const auto at = [&] { return line.offset + channel * p.image_stride[1] + row * p.image_stride[2] + column * p.image_stride[3]; };
+    const auto at = [&] {
+      return line.offset + channel * p.image_stride[1] + row * p.image_stride[2] + column * p.image_stride[3];
+    };
     if (!p.bytes && p.mean == nullptr && p.image_stride[3] == 1 && column + kPerChunk <= p.patch_w)
       return load_chunk(static_cast<const T*>(p.images) + at(), kPerChunk);
     T* to = reinterpret_cast<T*>(&chunk);
@@ -72,7 +77,8 @@ struct Pixels {
         for (int i = 0; i < kPerChunk / 4; ++i) words[i] = reinterpret_cast<const uint32_t*>(from)[i];
         const float mean = p.mean ? p.mean[channel] : 0.0f, deviation = p.mean ? p.std[channel] : 1.0f;
 #pragma unroll
-        for (int i = 0; i < kPerChunk; ++i) to[i] = narrow<T>((float(words[i / 4] >> (i % 4 * 8) & 255) / 255.0f - mean) / deviation);
+        for (int i = 0; i < kPerChunk; ++i)
+          to[i] = narrow<T>((float(words[i / 4] >> (i % 4 * 8) & 255) / 255.0f - mean) / deviation);
         return chunk;
       }
     }
@@ -121,23 +127,28 @@ struct TokenGradients {
   }
 };
 
-// The gradient of the images, a cell of stride_h x stride_w pixels at a time: up to reach_h x reach_w patches overlap a cell, and the
-// product runs over (patch of the cell, channel of the token), so that every pixel has one owner.
+// The gradient of the images, a cell of stride_h x stride_w pixels at a time: up to reach_h x reach_w patches overlap a
+// cell, and the product runs over (patch of the cell, channel of the token), so that every pixel has one owner.
 struct Cells {
   const PatchEmbed& p;
   PatchGrid grid;
   int down, across, reach_h, reach_w, dim;  // dim in whole 16-byte chunks
 
   __host__ __device__ explicit Cells(const PatchEmbed& params)
-      : p(params), grid(params), down((params.height + params.stride_h - 1) / params.stride_h),
-        across((params.width + params.stride_w - 1) / params.stride_w), reach_h((params.patch_h + params.stride_h - 1) / params.stride_h),
-        reach_w((params.patch_w + params.stride_w - 1) / params.stride_w), dim((params.dim + 7) / 8 * 8) {}
+      : p(params),
+        grid(params),
+        down((params.height + params.stride_h - 1) / params.stride_h),
+        across((params.width + params.stride_w - 1) / params.stride_w),
+        reach_h((params.patch_h + params.stride_h - 1) / params.stride_h),
+        reach_w((params.patch_w + params.stride_w - 1) / params.stride_w),
+        dim((params.dim + 7) / 8 * 8) {}
   __host__ __device__ int64_t rows() const { return int64_t(p.batch) * down * across; }
   __host__ __device__ int64_t columns() const { return int64_t(p.channels) * p.stride_h * p.stride_w; }
   __host__ __device__ int64_t depth() const { return int64_t(reach_h) * reach_w * dim; }
 };
 
-// Line m: over the patches that reach cell m, the gradients of their tokens (laid out as batch x grid, `prefix` rows before each image).
+// Line m: over the patches that reach cell m, the gradients of their tokens (laid out as batch x grid, `prefix` rows
+// before each image).
 template <class T>
 struct CellGradients {
   Cells cells;
@@ -154,7 +165,8 @@ struct CellGradients {
   PYVIT_DEVICE Bytes16 load(Line line, int64_t first) const {
     const int which = int(first / cells.dim), d = int(first % cells.dim);
     const int y = line.y - which / cells.reach_w, x = line.x - which % cells.reach_w;
-    if (line.image < 0 || first >= cells.depth() || d >= cells.p.dim || y < 0 || x < 0 || y >= cells.grid.down || x >= cells.grid.across)
+    if (line.image < 0 || first >= cells.depth() || d >= cells.p.dim || y < 0 || x < 0 || y >= cells.grid.down ||
+        x >= cells.grid.across)
       return {};
     const int64_t patches = int64_t(cells.grid.down) * cells.grid.across;
     const int64_t token = line.image * (prefix + patches) + prefix + int64_t(y) * cells.grid.across + x;
@@ -162,7 +174,8 @@ struct CellGradients {
   }
 };
 
-// Line k: (patch of the cell, channel of the token); its elements are the weights of the cell's pixels (channel, row, column).
+// Line k: (patch of the cell, channel of the token); its elements are the weights of the cell's pixels (channel, row,
+// column).
 template <class T>
 struct CellWeights {
   Cells cells;

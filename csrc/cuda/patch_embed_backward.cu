@@ -1,4 +1,5 @@
-// Gradients of patch embedding: weight (token chunks, summed in order), images (one owner per pixel), bias, positions and prefix.
+// Gradients of patch embedding: weight (token chunks, summed in order), images (one owner per pixel), bias, positions
+// and prefix.
 #include "patch_embed.cuh"
 
 namespace pyvit::cuda {
@@ -12,8 +13,9 @@ __global__ void __launch_bounds__(kGemmThreads) patch_embed_weight(const __grid_
   const int chunk = blockIdx.x / (down * across), tile = blockIdx.x % (down * across);
   const int64_t tokens = int64_t(p.batch) * p.kept, pixels_per_patch = pixels.grid.pixels;
   float* partial = g.weight_partials + chunk * p.dim * pixels_per_patch;
-  multiply_tile<T, true, true>(gradients, pixels, int64_t(tile / across) * kGemmTile, int64_t(tile % across) * kGemmTile,
-                               tokens * chunk / g.weight_chunks, tokens * (chunk + 1) / g.weight_chunks, [&](int64_t m, int64_t n, float value) {
+  multiply_tile<T, true, true>(gradients, pixels, int64_t(tile / across) * kGemmTile,
+                               int64_t(tile % across) * kGemmTile, tokens * chunk / g.weight_chunks,
+                               tokens * (chunk + 1) / g.weight_chunks, [&](int64_t m, int64_t n, float value) {
                                  if (m < p.dim && n < pixels_per_patch) partial[m * pixels_per_patch + n] = value;
                                });
 }
@@ -23,23 +25,27 @@ __global__ void __launch_bounds__(kGemmThreads) patch_embed_images(const __grid_
   const PatchEmbed& p = g.forward;
   const Cells cells(p);
   const bool gathered = g.grad_tokens != nullptr;
-  const CellGradients<T> gradients{cells, static_cast<const T*>(gathered ? g.grad_tokens : g.grad_out), gathered ? 0 : p.prefix_rows};
+  const CellGradients<T> gradients{cells, static_cast<const T*>(gathered ? g.grad_tokens : g.grad_out),
+                                   gathered ? 0 : p.prefix_rows};
   const CellWeights<T> weights{cells, static_cast<const T*>(p.weight)};
   const int tiles = int((cells.columns() + kGemmTile - 1) / kGemmTile);
   multiply_tile<T, false, true>(
-      gradients, weights, int64_t(blockIdx.x / tiles) * kGemmTile, int64_t(blockIdx.x % tiles) * kGemmTile, 0, cells.depth(),
-      [&](int64_t m, int64_t n, float value) {
+      gradients, weights, int64_t(blockIdx.x / tiles) * kGemmTile, int64_t(blockIdx.x % tiles) * kGemmTile, 0,
+      cells.depth(), [&](int64_t m, int64_t n, float value) {
         if (m >= cells.rows() || n >= cells.columns()) return;
         const int area = p.stride_h * p.stride_w, channel = int(n / area);
-        const int64_t image = m / cells.across / cells.down, y = m / cells.across % cells.down * p.stride_h + n % area / p.stride_w;
+        const int64_t image = m / cells.across / cells.down,
+                      y = m / cells.across % cells.down * p.stride_h + n % area / p.stride_w;
         const int64_t x = m % cells.across * p.stride_w + n % p.stride_w;
         if (y >= p.height || x >= p.width) return;
         if (p.std) value /= p.std[channel];
-        static_cast<T*>(g.grad_images)[((image * p.channels + channel) * p.height + y) * p.width + x] = narrow<T>(value);
+        static_cast<T*>(g.grad_images)[((image * p.channels + channel) * p.height + y) * p.width + x] =
+            narrow<T>(value);
       });
 }
 
-// With keep: gradients by patch, the sum of the tokens that name it (zero where none does). A thread per (image, patch, channel).
+// With keep: gradients by patch, the sum of the tokens that name it (zero where none does). A thread per (image, patch,
+// channel).
 template <class T>
 __global__ void __launch_bounds__(256) gather_tokens(const __grid_constant__ PatchEmbedGradient g) {
   const PatchEmbed& p = g.forward;
@@ -79,7 +85,8 @@ __global__ void __launch_bounds__(256) prefix_gradient(const __grid_constant__ P
   const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, rows = p.prefix_rows + p.kept;
   if (at >= int64_t(p.prefix_rows) * p.dim) return;
   float sum = 0.0f;
-  for (int64_t image = 0; image < p.batch; ++image) sum += widen(static_cast<const T*>(g.grad_out)[image * rows * p.dim + at]);
+  for (int64_t image = 0; image < p.batch; ++image)
+    sum += widen(static_cast<const T*>(g.grad_out)[image * rows * p.dim + at]);
   write_as(p.prefix_type, g.grad_prefix, at, sum);
 }
 
@@ -105,26 +112,36 @@ const char* patch_embed_backward(const PatchEmbedGradient& g, Stream stream) {
     const int64_t patches = int64_t(grid.down) * grid.across;
     if (g.grad_weight) {
       const int blocks = ceil_div(p.dim, kGemmTile) * ceil_div(grid.pixels, kGemmTile) * g.weight_chunks;
-      if (const char* error = launch("patch_embed_backward (weight)", patch_embed_weight<T>, blocks, kGemmThreads, kGemmBytes, g, stream))
+      if (const char* error = launch("patch_embed_backward (weight)", patch_embed_weight<T>, blocks, kGemmThreads,
+                                     kGemmBytes, g, stream))
         return error;
-      if (const char* error = reduce_partials(g.weight_partials, g.weight_chunks, int64_t(p.dim) * grid.pixels, p.type, g.grad_weight, stream))
+      if (const char* error = reduce_partials(g.weight_partials, g.weight_chunks, int64_t(p.dim) * grid.pixels, p.type,
+                                              g.grad_weight, stream))
         return error;
     }
     if (g.grad_images) {
       const Cells cells(p);
       if (g.grad_tokens)
-        if (const char* error = launch("gather_tokens", gather_tokens<T>, ceil_div(p.batch * patches * p.dim, 256), 256, 0, g, stream)) return error;
+        if (const char* error =
+                launch("gather_tokens", gather_tokens<T>, ceil_div(p.batch * patches * p.dim, 256), 256, 0, g, stream))
+          return error;
       const int blocks = ceil_div(cells.rows(), kGemmTile) * ceil_div(cells.columns(), kGemmTile);
-      if (const char* error = launch("patch_embed_backward (images)", patch_embed_images<T>, blocks, kGemmThreads, kGemmBytes, g, stream))
+      if (const char* error = launch("patch_embed_backward (images)", patch_embed_images<T>, blocks, kGemmThreads,
+                                     kGemmBytes, g, stream))
         return error;
     }
     if (g.grad_pos_embed)
-      if (const char* error = launch("position_gradient", position_gradient<T>, ceil_div(patches * p.dim, 256), 256, 0, g, stream)) return error;
+      if (const char* error =
+              launch("position_gradient", position_gradient<T>, ceil_div(patches * p.dim, 256), 256, 0, g, stream))
+        return error;
     if (g.grad_prefix)
-      if (const char* error = launch("prefix_gradient", prefix_gradient<T>, ceil_div(int64_t(p.prefix_rows) * p.dim, 256), 256, 0, g, stream))
+      if (const char* error = launch("prefix_gradient", prefix_gradient<T>,
+                                     ceil_div(int64_t(p.prefix_rows) * p.dim, 256), 256, 0, g, stream))
         return error;
     if (g.grad_bias == nullptr) return nullptr;
-    if (const char* error = launch("bias_gradient", bias_gradient<T>, dim3(ceil_div(p.dim, 256), g.bias_chunks), 256, 0, g, stream)) return error;
+    if (const char* error =
+            launch("bias_gradient", bias_gradient<T>, dim3(ceil_div(p.dim, 256), g.bias_chunks), 256, 0, g, stream))
+      return error;
     return reduce_partials(g.bias_partials, g.bias_chunks, p.dim, p.bias_type, g.grad_bias, stream);
   });
 }

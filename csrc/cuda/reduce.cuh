@@ -41,7 +41,8 @@ static __global__ void __launch_bounds__(256) sum_partials(const __grid_constant
 }
 
 inline const char* reduce_partials(const float* from, int count, int64_t elements, Type type, void* to, Stream stream) {
-  return launch("sum_partials", sum_partials, ceil_div(elements, 256), 256, 0, Partials{from, count, elements, type, to}, stream);
+  return launch("sum_partials", sum_partials, ceil_div(elements, 256), 256, 0,
+                Partials{from, count, elements, type, to}, stream);
 }
 
 }  // namespace pyvit::cuda

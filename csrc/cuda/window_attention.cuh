@@ -1,5 +1,5 @@
-// Windows of a feature map as a Problem of attention.cuh. Shift, partition, padding, the relative-position bias, the shift mask and the
-// reverse are index arithmetic on the (B, H, W, 3C) map: no window, index or mask tensor exists.
+// Windows of a feature map as a Problem of attention.cuh. Shift, partition, padding, the relative-position bias, the
+// shift mask and the reverse are index arithmetic on the (B, H, W, 3C) map: no window, index or mask tensor exists.
 //
 // Liu et al., "Swin Transformer" (2021) and "Swin Transformer V2" (2022: cosine attention).
 #pragma once
@@ -18,7 +18,8 @@ template <class Element>
 struct Windows {
   using T = Element;
   using Params = WindowGradient;
-  // A token's code: its place in the bias table's index arithmetic, the region it attends within, and whether it is padding.
+  // A token's code: its place in the bias table's index arithmetic, the region it attends within, and whether it is
+  // padding.
   static constexpr int kPlace = (1 << 20) - 1, kRegion = 3 << 20, kPadding = 1 << 22;
 
   const Params& p;
@@ -60,7 +61,8 @@ struct Windows {
   }
   PYVIT_DEVICE void read_table() {
     if (p.forward.bias_table == nullptr) return;
-    for (int i = threadIdx.x; i < table_rows; i += blockDim.x) table[i] = p.forward.bias_table[int64_t(i) * p.forward.heads + head] * kLog2e;
+    for (int i = threadIdx.x; i < table_rows; i += blockDim.x)
+      table[i] = p.forward.bias_table[int64_t(i) * p.forward.heads + head] * kLog2e;
   }
   PYVIT_DEVICE static int queries_per_key_head(const Params&) { return 1; }
   PYVIT_DEVICE int count() const { return p.forward.batch * down * across; }
@@ -76,13 +78,15 @@ struct Windows {
     const Window& w = p.forward;
     for (int i = threadIdx.x; i < nq; i += blockDim.x) {
       const int y = i / w.window_w, x = i % w.window_w;
-      const int region = (window / across * w.window_h + y >= rows - shift_y ? 2 : 0) + (window % across * w.window_w + x >= columns - shift_x ? 1 : 0);
+      const int region = (window / across * w.window_h + y >= rows - shift_y ? 2 : 0) +
+                         (window % across * w.window_w + x >= columns - shift_x ? 1 : 0);
       codes[i] = (y * (2 * w.window_w - 1) + x) | region << 20 | (token(i).real ? 0 : kPadding);
     }
   }
   PYVIT_DEVICE Token token(int i) const {
     const Window& w = p.forward;
-    int y = window / across * w.window_h + i / w.window_w + shift_y, x = window % across * w.window_w + i % w.window_w + shift_x;
+    int y = window / across * w.window_h + i / w.window_w + shift_y,
+        x = window % across * w.window_w + i % w.window_w + shift_x;
     if (y >= rows) y -= rows;
     if (x >= columns) x -= columns;
     return {y, x, y < w.height && x < w.width};
@@ -94,7 +98,7 @@ struct Windows {
     const Token at = token(i);
     const T* base = static_cast<const T*>(p.forward.pad);
     if (at.real) {
-      const int64_t(&stride)[3] = p.forward.qkv_stride;
+      const int64_t (&stride)[3] = p.forward.qkv_stride;
       base = static_cast<const T*>(p.forward.qkv) + image * stride[0] + at.y * stride[1] + at.x * stride[2];
     }
     return base ? base + which * width() + h * d : nullptr;
@@ -102,7 +106,9 @@ struct Windows {
   PYVIT_DEVICE const T* q(int h, int i) const { return part(0, h, i); }
   PYVIT_DEVICE const T* k(int j) const { return part(1, head, j); }
   PYVIT_DEVICE const T* v(int j) const { return part(2, head, j); }
-  PYVIT_DEVICE int64_t place(Token at) const { return (int64_t(image) * p.forward.height + at.y) * p.forward.width + at.x; }
+  PYVIT_DEVICE int64_t place(Token at) const {
+    return (int64_t(image) * p.forward.height + at.y) * p.forward.width + at.x;
+  }
   PYVIT_DEVICE T* out(int h, int i) const {
     const Token at = token(i);
     return at.real ? static_cast<T*>(p.forward.out) + place(at) * width() + h * d : nullptr;
@@ -110,7 +116,8 @@ struct Windows {
   PYVIT_DEVICE const T* grad_out(int h, int i) const {
     const Token at = token(i);
     if (!at.real) return nullptr;
-    return static_cast<const T*>(p.grad_out) + image * p.grad_out_stride[0] + at.y * p.grad_out_stride[1] + at.x * p.grad_out_stride[2] + h * d;
+    return static_cast<const T*>(p.grad_out) + image * p.grad_out_stride[0] + at.y * p.grad_out_stride[1] +
+           at.x * p.grad_out_stride[2] + h * d;
   }
   PYVIT_DEVICE T* grad_part(int which, int i) const {
     const Token at = token(i);
@@ -119,7 +126,9 @@ struct Windows {
   PYVIT_DEVICE T* grad_q(int, int i) const { return grad_part(0, i); }
   PYVIT_DEVICE T* grad_k(int j) const { return grad_part(1, j); }
   PYVIT_DEVICE T* grad_v(int j) const { return grad_part(2, j); }
-  PYVIT_DEVICE float* lse(int h, int i) const { return p.forward.lse + (int64_t(index) * p.forward.heads + h) * nq + i; }
+  PYVIT_DEVICE float* lse(int h, int i) const {
+    return p.forward.lse + (int64_t(index) * p.forward.heads + h) * nq + i;
+  }
   PYVIT_DEVICE float delta(int h, int i) const {
     const Token at = token(i);
     return at.real ? p.delta[place(at) * p.forward.heads + h] : 0.0f;
@@ -139,14 +148,17 @@ struct Windows {
     if (at.real || p.grad_pad == nullptr) return nullptr;
     const Window& w = p.forward;
     const int right = columns - w.width, padded = rows * columns - w.height * w.width;
-    const int which = at.y < w.height ? at.y * right + at.x - w.width : w.height * right + (at.y - w.height) * columns + at.x;
+    const int which =
+        at.y < w.height ? at.y * right + at.x - w.width : w.height * right + (at.y - w.height) * columns + at.x;
     return p.pad_rows + (int64_t(image) * padded + which) * 2 * width() + head * d;
   }
   PYVIT_DEVICE void store_pad(float* row, int column, float dk, float dv_) const {
     row[column] = dk;
     row[width() + column] = dv_;
   }
-  PYVIT_DEVICE void store_logit_partial(int block, int blocks, float sum) const { p.logit_partials[int64_t(head) * blocks + block] = sum; }
+  PYVIT_DEVICE void store_logit_partial(int block, int blocks, float sum) const {
+    p.logit_partials[int64_t(head) * blocks + block] = sum;
+  }
   bool over_windows[4] = {true, false, false, false};  // the table is one for all windows
   PYVIT_DEVICE const bool (&bias_broadcast() const)[4] { return over_windows; }
   PYVIT_DEVICE float* bias_partials() const { return p.partials; }

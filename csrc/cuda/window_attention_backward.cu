@@ -1,4 +1,6 @@
 // Gradients of window attention: map, bias table, temperature and padding value, none with atomics.
+#include "attention_backward.cuh"
+#include "attention_bias.cuh"
 #include "reduce.cuh"
 #include "window_attention.cuh"
 
@@ -10,13 +12,16 @@ __global__ void __launch_bounds__(256) window_delta(const __grid_constant__ Wind
   const Window& w = params.forward;
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, token = thread / w.heads;
   if (token >= int64_t(w.batch) * w.height * w.width) return;
-  const int head = int(thread % w.heads), x = int(token % w.width), y = int(token / w.width % w.height), image = int(token / w.width / w.height);
-  const int64_t(&stride)[3] = params.grad_out_stride;
-  const T* grad_out = static_cast<const T*>(params.grad_out) + image * stride[0] + y * stride[1] + x * stride[2] + head * w.d;
+  const int head = int(thread % w.heads), x = int(token % w.width), y = int(token / w.width % w.height),
+            image = int(token / w.width / w.height);
+  const int64_t (&stride)[3] = params.grad_out_stride;
+  const T* grad_out =
+      static_cast<const T*>(params.grad_out) + image * stride[0] + y * stride[1] + x * stride[2] + head * w.d;
   params.delta[thread] = dot_rows(static_cast<const T*>(w.out) + thread * w.d, grad_out, w.d);
 }
 
-// One warp per (row of the table, head): its lanes share the (query, key) pairs of that offset, and sum the partials of every group.
+// One warp per (row of the table, head): its lanes share the (query, key) pairs of that offset, and sum the partials of
+// every group.
 static __global__ void __launch_bounds__(128) table_gradient(const __grid_constant__ WindowGradient params) {
   const Window& w = params.forward;
   const int width = 2 * w.window_w - 1, n = w.window_h * w.window_w, lane = lane_of(threadIdx.x);
@@ -30,7 +35,8 @@ static __global__ void __launch_bounds__(128) table_gradient(const __grid_consta
     for (int pair = lane; pair < high * wide; pair += 32) {
       const int y = pair / wide + max(0, -dy), x = pair % wide + max(0, -dx);
       const int query = (y + dy) * w.window_w + x + dx, key = y * w.window_w + x;
-      for (int c = 0; c < params.chunks; ++c) sum += params.partials[((int64_t(c) * w.heads + head) * n + query) * n + key];
+      for (int c = 0; c < params.chunks; ++c)
+        sum += params.partials[((int64_t(c) * w.heads + head) * n + query) * n + key];
     }
   }
   sum = warp_sum(sum);
@@ -43,7 +49,8 @@ static __global__ void __launch_bounds__(32) logit_gradient(const __grid_constan
   float sum = 0.0f;
   for (int i = lane_of(threadIdx.x); i < count; i += 32) sum += params.logit_partials[int64_t(head) * count + i];
   sum = warp_sum(sum);
-  if (threadIdx.x == 0) params.grad_logit_scale[head] = params.forward.logit_scale[head] <= 4.605170185988092f ? sum : 0.0f;
+  if (threadIdx.x == 0)
+    params.grad_logit_scale[head] = params.forward.logit_scale[head] <= 4.605170185988092f ? sum : 0.0f;
 }
 
 // Column sums of the padding tokens' rows, in kPadChunks parts; then grad_pad is their sum. A thread per column.
@@ -51,10 +58,12 @@ static __global__ void __launch_bounds__(256) pad_gradient(const __grid_constant
   const Window& w = params.forward;
   const int columns = 2 * w.heads * w.d, column = blockIdx.x * blockDim.x + threadIdx.x;
   if (column >= columns) return;
-  const int high = (w.height + w.window_h - 1) / w.window_h * w.window_h, wide = (w.width + w.window_w - 1) / w.window_w * w.window_w;
+  const int high = (w.height + w.window_h - 1) / w.window_h * w.window_h,
+            wide = (w.width + w.window_w - 1) / w.window_w * w.window_w;
   const int64_t rows = int64_t(w.batch) * (int64_t(high) * wide - int64_t(w.height) * w.width);
   float sum = 0.0f;
-  for (int64_t row = rows * blockIdx.y / gridDim.y; row < rows * (blockIdx.y + 1) / gridDim.y; ++row) sum += params.pad_rows[row * columns + column];
+  for (int64_t row = rows * blockIdx.y / gridDim.y; row < rows * (blockIdx.y + 1) / gridDim.y; ++row)
+    sum += params.pad_rows[row * columns + column];
   params.pad_partials[int64_t(blockIdx.y) * columns + column] = sum;
 }
 
@@ -64,7 +73,9 @@ template <class T, int D>
 int query_warps(const Window& w) {
   constexpr int NT = kBackwardColumns<T, D>;
   const int n = w.window_h * w.window_w;
-  return choose_warps(n, [&](int rows) { return Layout<T, D, NT>{rows, 2, n > 8 * NT ? 2 : 1}.bytes() + Windows<T>::scratch_bytes(w); });
+  return choose_warps(n, [&](int rows) {
+    return Layout<T, D, NT>{rows, 2, n > 8 * NT ? 2 : 1}.bytes() + Windows<T>::scratch_bytes(w);
+  });
 }
 
 }  // namespace
@@ -90,28 +101,34 @@ const char* window_attention_backward(const WindowGradient& given, Stream stream
     const int warps = query_warps<T, D>(w), tiles = ceil_div(n, 16 * warps), scratch = Windows<T>::scratch_bytes(w);
     const int bytes = Layout<T, D, NT>{16 * warps, 2, n > 8 * NT ? 2 : 1}.bytes() + scratch;
     params.query_tiles = tiles;
-    if (const char* error = launch("window_delta", window_delta<T>, ceil_div(tokens * w.heads, 256), 256, 0, params, stream)) return error;
-    const dim3 grid(unsigned(params.chunks) * tiles, w.heads);
-    if (const char* error = launch("window_attention_backward (queries)", attention_backward_queries<Windows<T>, D, NT>, grid, 32 * warps,
-                                   bytes, params, stream))
+    if (const char* error =
+            launch("window_delta", window_delta<T>, ceil_div(tokens * w.heads, 256), 256, 0, params, stream))
       return error;
-    if (const char* error = launch("window_attention_backward (keys)", attention_backward_keys<Windows<T>, D, NT>, grid, 32 * warps, bytes,
-                                   params, stream))
+    const dim3 grid(unsigned(params.chunks) * tiles, w.heads);
+    if (const char* error = launch("window_attention_backward (queries)", attention_backward_queries<Windows<T>, D, NT>,
+                                   grid, 32 * warps, bytes, params, stream))
+      return error;
+    if (const char* error = launch("window_attention_backward (keys)", attention_backward_keys<Windows<T>, D, NT>, grid,
+                                   32 * warps, bytes, params, stream))
       return error;
     if (params.grad_bias_table) {
       constexpr int kRows = 64;
       const dim3 tiles_grid(unsigned(params.chunks) * w.heads * ceil_div(n, kRows) * ceil_div(n, 8 * NT));
-      if (const char* error = launch("window_attention_backward (bias)", attention_backward_bias<Windows<T>, D, NT>, tiles_grid, 2 * kRows,
-                                     Layout<T, D, NT>{kRows, 2, 1}.bytes() + scratch, params, stream))
+      if (const char* error =
+              launch("window_attention_backward (bias)", attention_backward_bias<Windows<T>, D, NT>, tiles_grid,
+                     2 * kRows, Layout<T, D, NT>{kRows, 2, 1}.bytes() + scratch, params, stream))
         return error;
       const int64_t entries = int64_t(2 * w.window_h - 1) * (2 * w.window_w - 1) * w.heads;
-      if (const char* error = launch("table_gradient", table_gradient, ceil_div(entries, 4), 128, 0, params, stream)) return error;
+      if (const char* error = launch("table_gradient", table_gradient, ceil_div(entries, 4), 128, 0, params, stream))
+        return error;
     }
     if (params.grad_logit_scale)
       if (const char* error = launch("logit_gradient", logit_gradient, w.heads, 32, 0, params, stream)) return error;
     if (params.grad_pad == nullptr) return nullptr;
     const int columns = 2 * w.heads * w.d;
-    if (const char* error = launch("pad_gradient", pad_gradient, dim3(ceil_div(columns, 256), kPadChunks), 256, 0, params, stream)) return error;
+    if (const char* error =
+            launch("pad_gradient", pad_gradient, dim3(ceil_div(columns, 256), kPadChunks), 256, 0, params, stream))
+      return error;
     return reduce_partials(params.pad_partials, kPadChunks, columns, Type::f32, params.grad_pad + columns / 2, stream);
   });
 }

@@ -105,9 +105,15 @@ __global__ void fault(const __grid_constant__ Fault p) {
     case 5:  // a collective that some lanes do not join
       if (thread % 32 < 20) p.out[thread] = shuffle_xor(1.0f, 1);
       break;
-    case 6: shared[64] = 1.0f; break;
-    case 7: p.out[thread + 1] = p.in[thread]; break;
-    case 8: p.out[thread] = float(*reinterpret_cast<const int64_t*>(reinterpret_cast<const char*>(p.in) + 4)); break;
+    case 6:
+      shared[64] = 1.0f;
+      break;
+    case 7:
+      p.out[thread + 1] = p.in[thread];
+      break;
+    case 8:
+      p.out[thread] = float(*reinterpret_cast<const int64_t*>(reinterpret_cast<const char*>(p.in) + 4));
+      break;
     case 9:  // shared memory that nobody wrote
       p.out[thread] = shared[thread];
       break;
@@ -122,7 +128,9 @@ const char* run(const char* name, void (*kernel)(Params), int threads, int share
 }  // namespace
 
 extern "C" {
-const char* probe_mma(int which, const uint32_t* a, const uint32_t* b, float* c) { return run("one_mma", one_mma, 32, 0, Registers{which, a, b, c}); }
+const char* probe_mma(int which, const uint32_t* a, const uint32_t* b, float* c) {
+  return run("one_mma", one_mma, 32, 0, Registers{which, a, b, c});
+}
 const char* probe_ldmatrix(int transposed, const uint16_t* rows, uint32_t* registers) {
   return run("one_ldmatrix", one_ldmatrix, 32, 512, Matrices{transposed, rows, registers});
 }
@@ -135,10 +143,14 @@ const char* probe_product_f16(const f16* a, const f16* b, float* c, int a_by_k, 
 const char* probe_product_bf16(const bf16* a, const bf16* b, float* c, int a_by_k, int b_by_k) {
   return run("one_product", one_product<bf16>, 32, 2048, Product<bf16>{a, b, c, a_by_k, b_by_k});
 }
-const char* probe_fault(int which, const float* in, float* out, int shared) { return run("fault", fault, 64, shared, Fault{which, in, out}); }
+const char* probe_fault(int which, const float* in, float* out, int shared) {
+  return run("fault", fault, 64, shared, Fault{which, in, out});
+}
 const char* probe_round(int type, const float* in, float* out, int count) {
   for (int i = 0; i < count; ++i)
-    out[i] = type == 0 ? widen(narrow<bf16>(in[i])) : type == 1 ? widen(narrow<f16>(in[i])) : float_of(round_tf32(in[i]));
+    out[i] = type == 0   ? widen(narrow<bf16>(in[i]))
+             : type == 1 ? widen(narrow<f16>(in[i]))
+                         : float_of(round_tf32(in[i]));
   return nullptr;
 }
 }

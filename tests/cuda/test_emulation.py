@@ -70,7 +70,9 @@ def test_fragments_multiply(emulator, dtype, a_by_k, b_by_k):
 
 
 def test_roundings(emulator):
-    x = torch.cat([torch.randn(500), torch.randn(200) * 1e-6, torch.randn(100) * 1e5, torch.tensor([0.0, -0.0, 65519.0, 65520.0, 2.0**-25])])
+    x = torch.cat(
+        [torch.randn(500), torch.randn(200) * 1e-6, torch.randn(100) * 1e5, torch.tensor([0.0, -0.0, 65519.0, 65520.0, 2.0**-25])]
+    )
     for i, dtype in enumerate((torch.bfloat16, torch.float16)):
         _, (_, got) = emulator.call("probe_round", i, x, torch.empty_like(x), len(x))
         assert torch.equal(got, x.to(dtype).float())

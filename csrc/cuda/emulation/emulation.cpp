@@ -58,10 +58,10 @@ struct Warp {
   void* operands[32] = {};
 };
 
-
 std::vector<Fiber> fibers(kMaxThreads);
 std::vector<Warp> warps(kMaxThreads / 32);
-std::vector<int> ready;
+std::vector<std::vector<int>> ready(kMaxThreads / 32);  // per warp
+std::vector<int> turns;                                 // warps, the favoured first
 Context scheduler;
 Fiber* running = nullptr;
 const std::function<void()>* body = nullptr;
@@ -71,6 +71,7 @@ int threads = 0, at_barrier = 0, finished = 0;
 std::string error;
 uint64_t random_state = 0x9E3779B97F4A7C15u;
 std::map<std::pair<std::string, int>, uint64_t> sites;
+std::string launches;
 std::string skipped_file;
 int skipped_line = 0;
 
@@ -134,7 +135,7 @@ void leave(State state) {
 
 void wake(Fiber& fiber) {
   fiber.state = State::ready;
-  ready.push_back(int(&fiber - fibers.data()));
+  ready[fiber.warp].push_back(int(&fiber - fibers.data()));
 }
 
 void fiber_main() {
@@ -149,17 +150,20 @@ void fiber_main() {
 
 void prepare(Fiber& fiber) {
   if (!fiber.stack) {
-    fiber.stack = static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    fiber.stack = static_cast<char*>(
+        mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     mprotect(fiber.stack, 4096, PROT_NONE);
   }
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(fiber.stack + 4096, kStack - 4096);  // a fiber abandoned after an error leaves its frames poisoned
+  __asan_unpoison_memory_region(fiber.stack + 4096,
+                                kStack - 4096);  // a fiber abandoned after an error leaves its frames poisoned
 #endif
   fiber.context.fake_stack = nullptr;
   fiber.context.bottom = fiber.stack + 4096;
   fiber.context.size = kStack - 4096;
 #if defined(__x86_64__)
-  auto** top = reinterpret_cast<void**>(fiber.stack + kStack) - 2;  // at entry the stack is 16-byte aligned plus a return address
+  auto** top = reinterpret_cast<void**>(fiber.stack + kStack) -
+               2;  // at entry the stack is 16-byte aligned plus a return address
   *top = reinterpret_cast<void*>(fiber_main);
   top[1] = nullptr;
   fiber.context.stack_pointer = top - 6;
@@ -186,10 +190,30 @@ std::string waiting() {
   return text;
 }
 
+// Warps take turns in an order that is drawn anew about every `patience` steps: with little patience they advance
+// together, with much one runs as far ahead of the others as the barriers let it. Within a warp any lane may be next.
+Fiber* next_fiber(uint64_t patience) {
+  if (draw() % patience == 0)
+    for (size_t i = turns.size(); i > 1; --i) std::swap(turns[i - 1], turns[draw() % i]);
+  for (int warp : turns) {
+    auto& list = ready[warp];
+    if (list.empty()) continue;
+    const size_t at = draw() % list.size();
+    Fiber* fiber = &fibers[list[at]];
+    list[at] = list.back();
+    list.pop_back();
+    return fiber;
+  }
+  return nullptr;
+}
+
 void run_block(dim3 block_index, dim3 grid, dim3 block) {
   memset(shared, 0xFF, shared_size);
   finished = at_barrier = 0;
-  ready.clear();
+  for (auto& list : ready) list.clear();
+  turns.resize(threads / 32);
+  for (int i = 0; i < int(turns.size()); ++i) turns[i] = i;
+  const uint64_t patience = draw() % 3 == 0 ? 1 : 1 + draw() % 4096;
   for (auto& warp : warps) warp.arrived = 0;
   for (int i = 0; i < threads; ++i) {
     Fiber& f = fibers[i];
@@ -199,11 +223,9 @@ void run_block(dim3 block_index, dim3 grid, dim3 block) {
     f.thread = {dim3(u % block.x, u / block.x % block.y, u / (block.x * block.y)), block_index, block, grid};
     wake(f);
   }
-  while (!ready.empty() && error.empty()) {
-    const size_t at = draw() % ready.size();
-    running = &fibers[ready[at]];
-    ready[at] = ready.back();
-    ready.pop_back();
+  while (error.empty()) {
+    running = next_fiber(patience);
+    if (!running) break;
     switch_context(scheduler, running->context, false);
   }
   running = nullptr;
@@ -222,8 +244,11 @@ const char* launch(const char* name, const std::function<void()>& kernel, dim3 g
   error.clear();
   threads = int(block.x * block.y * block.z);
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-  if (threads < 32 || threads % 32 || threads > kMaxThreads) error = "a block of " + std::to_string(threads) + " threads";
-  if (shared_bytes > kSharedLimit) error = std::to_string(shared_bytes) + " bytes of shared memory, more than a block may have";
+  launches += std::string(name) + ";" + std::to_string(threads) + ";" + std::to_string(shared_bytes) + "\n";
+  if (threads < 32 || threads % 32 || threads > kMaxThreads)
+    error = "a block of " + std::to_string(threads) + " threads";
+  if (shared_bytes > kSharedLimit)
+    error = std::to_string(shared_bytes) + " bytes of shared memory, more than a block may have";
   if (blocks == 0 || grid.y > 65535 || grid.z > 65535) error = "an impossible grid";
   if (error.empty()) {
     body = &kernel;
@@ -263,7 +288,8 @@ void block_barrier(const char* file, int line) {
   if (++at_barrier == threads) {
     at_barrier = 0;
     for (int i = 0; i < threads; ++i) {
-      if (fibers[i].line != line || strcmp(fibers[i].file, file) != 0) fail("threads wait at different barriers: " + waiting());
+      if (fibers[i].line != line || strcmp(fibers[i].file, file) != 0)
+        fail("threads wait at different barriers: " + waiting());
       if (&fibers[i] != running) wake(fibers[i]);
     }
     wake(*running);
@@ -289,7 +315,8 @@ void collective(Combine combine, void* operand) {
 void copy_async(void* to, const void* from, int bytes) {
   char* target = static_cast<char*>(to);
   if (target < shared || target + 16 > shared + shared_size) fail("cp.async writes outside shared memory");
-  if (reinterpret_cast<uintptr_t>(to) % 16 || (bytes && reinterpret_cast<uintptr_t>(from) % 16)) fail("cp.async on a misaligned address");
+  if (reinterpret_cast<uintptr_t>(to) % 16 || (bytes && reinterpret_cast<uintptr_t>(from) % 16))
+    fail("cp.async on a misaligned address");
   memset(target, 0xFF, 16);  // from here to the wait the bytes may be anything
   running->copies.push_back({target, static_cast<const char*>(from), bytes, running->groups});
 }
@@ -310,11 +337,15 @@ void copy_wait(int pending_groups) {
 }
 
 extern "C" {
-// For the tests: the order of threads, the barriers met so far, and one barrier to leave out.
-__attribute__((visibility("default"))) void pyvit_emulation_seed(uint64_t seed) { random_state = seed * 0x9E3779B97F4A7C15u + 0x5851F42D4C957F2Du; }
-__attribute__((visibility("default"))) void pyvit_emulation_skip(const char* file, int line) { skipped_file = file, skipped_line = line; }
-__attribute__((visibility("default"))) void pyvit_emulation_forget_sites() { sites.clear(); }
-__attribute__((visibility("default"))) const char* pyvit_emulation_sites() {
+// For the tests: the order of threads, the barriers and launches met so far, and one barrier to leave out.
+void pyvit_emulation_seed(uint64_t seed) { random_state = seed * 0x9E3779B97F4A7C15u + 0x5851F42D4C957F2Du; }
+void pyvit_emulation_skip(const char* file, int line) { skipped_file = file, skipped_line = line; }
+void pyvit_emulation_forget_sites() {
+  sites.clear();
+  launches.clear();
+}
+const char* pyvit_emulation_launches() { return launches.c_str(); }
+const char* pyvit_emulation_sites() {
   static std::string text;
   text.clear();
   for (auto& [site, visits] : sites) text += site.first + ":" + std::to_string(site.second) + "\n";

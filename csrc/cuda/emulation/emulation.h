@@ -1,8 +1,9 @@
 // CUDA's execution model on the host, so that the kernels of this directory run unchanged where there is no GPU.
 //
-// A block's threads are fibers on one host thread. A fiber runs until it needs others (a block barrier, a warp collective), and the next
-// one is drawn at random, so an order that a kernel relies on without a barrier is broken sooner or later. Shared memory is a heap
-// block of exactly the bytes asked for, filled with NaN patterns before each block; cp.async lands at the wait and not before.
+// A block's threads are fibers on one host thread. A fiber runs until it needs others (a block barrier, a warp
+// collective), and the next one is drawn at random, so an order that a kernel relies on without a barrier is broken
+// sooner or later. Shared memory is a heap block of exactly the bytes asked for, filled with NaN patterns before each
+// block; cp.async lands at the wait and not before.
 #pragma once
 
 #include <cstddef>
@@ -32,8 +33,9 @@ struct Thread {
 const Thread& current();
 char* shared_memory();
 
-// Runs `kernel` for every thread of the grid. Returns nullptr, or what went wrong (too much shared memory, a barrier that not all
-// threads reach, a collective that not all lanes join, a copy never waited for), valid until the next launch.
+// Runs `kernel` for every thread of the grid. Returns nullptr, or what went wrong (too much shared memory, a barrier
+// that not all threads reach, a collective that not all lanes join, a copy never waited for), valid until the next
+// launch.
 const char* launch(const char* name, const std::function<void()>& kernel, dim3 grid, dim3 block, size_t shared_bytes);
 
 void block_barrier(const char* file, int line);

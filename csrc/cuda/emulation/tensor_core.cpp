@@ -3,8 +3,8 @@
 
 #include "emulation.h"
 
-// The arithmetic below touches only arrays of fixed size on its own stack and registers that lanes brought: without the sanitizers'
-// checks on each element it is ten times faster, and the checks of interest are those in the kernels.
+// The arithmetic below touches only arrays of fixed size on its own stack and registers that lanes brought: without the
+// sanitizers' checks on each element it is ten times faster, and the checks of interest are those in the kernels.
 #define UNCHECKED __attribute__((no_sanitize("address", "undefined")))
 
 namespace pyvit::emulation {

@@ -1,0 +1,211 @@
+// Gradients of queries, and of keys and values: two kernels, each the owner of the rows that it writes.
+#pragma once
+
+#include "attention.cuh"
+
+namespace pyvit::cuda {
+
+template <class Problem, int D, int NT>
+__global__ void __launch_bounds__(256)
+    attention_backward_queries(const __grid_constant__ typename Problem::Params params) {
+  using T = typename Problem::T;
+  const int thread = threadIdx.x, warp = warp_of(thread), lane = lane_of(thread), g = lane >> 2, t = lane & 3;
+  const int rows = blockDim.x / 2, row0 = warp * 16;
+  Problem problem(params, blockIdx.y);
+  const Layout<T, D, NT> memory{rows, 2, problem.most_keys() > 8 * NT ? 2 : 1};
+  problem.use(memory.rest());
+  const int tiles = (problem.most_queries() + rows - 1) / rows, q0 = int(blockIdx.x % tiles) * rows;
+  const int groups = gridDim.x / tiles, group = blockIdx.x / tiles;
+  const Range range = range_of(problem.count(), group, groups);
+  const Tile<T, D> q = memory.own(0), grad_out = memory.own(1);
+  const int head = problem.head;
+  float logit_sum = 0.0f;
+  for (int index = range.first; index < range.last; ++index) {
+    problem.begin(index);
+    if (q0 >= problem.nq) continue;
+    const auto load_keys = [&](int kt) {
+      const Stage<T, D> to = memory.stage(kt & 1);
+      load_rows(to.first, 8 * NT, kt * 8 * NT, problem.nk, problem.d, problem.any(),
+                [&](int j) { return problem.k(j); });
+      load_rows(to.second, 8 * NT, kt * 8 * NT, problem.nk, problem.dv, problem.any(),
+                [&](int j) { return problem.v(j); });
+      copy_commit();
+    };
+    const int keys = problem.last_key(q0 + rows), key_tiles = (keys + 8 * NT - 1) / (8 * NT);
+    if (key_tiles) {
+      load_rows(q, rows, q0, problem.nq, problem.d, problem.any(), [&](int i) { return problem.q(head, i); });
+      load_rows(grad_out, rows, q0, problem.nq, problem.dv, problem.any(),
+                [&](int i) { return problem.grad_out(head, i); });
+      load_keys(0);
+    }
+    float lse[2], delta[2], dq[D / 8][4] = {}, dots[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = q0 + row0 + g + 8 * half;
+      lse[half] = i < problem.nq ? backward_lse(*problem.lse(head, i)) : infinity();
+      delta[half] = i < problem.nq ? problem.delta(head, i) : 0.0f;
+    }
+    for (int kt = 0; kt < key_tiles; ++kt) {
+      copy_wait<0>();
+      PYVIT_BARRIER();
+      if (kt + 1 < key_tiles) load_keys(kt + 1);
+      const Stage<T, D> stage = memory.stage(kt & 1);
+      if (problem.cosine()) {
+        if (kt == 0) inverse_norms(q, rows, memory.row_norms());
+        inverse_norms(stage.first, 8 * NT, memory.column_norms(kt & 1));
+        PYVIT_BARRIER();
+      }
+      if (q0 + row0 >= problem.nq) continue;
+      const int k0 = kt * 8 * NT, pairs = pairs_of(keys - k0, 8 * NT);
+      float s[NT][4], dp[NT][4];
+      multiply_rows<T, D, NT>(s, q, row0, stage.first, pairs, lane);
+      multiply_rows<T, D, NT>(dp, grad_out, row0, stage.second, pairs, lane);
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int half = e >> 1, row = row0 + g + half * 8, column = n * 8 + 2 * t + (e & 1);
+          const float key_norm = problem.cosine() ? memory.column_norms(kt & 1)[column] : 1.0f;
+          const float scaled =
+              s[n][e] * problem.scale_log2 * (problem.cosine() ? memory.row_norms()[row] * key_norm : 1.0f);
+          const float p = exp2_fast(problem.score(scaled, head, q0 + row, k0 + column) - lse[half]);
+          const float ds = p * (dp[n][e] - delta[half]);
+          dots[half] += ds * scaled;
+          s[n][e] = operand<T>(ds * key_norm);
+        }
+      }
+      accumulate_rows<T, D, NT>(dq, s, stage.first, pairs, lane);
+    }
+    if (q0 + row0 < problem.nq) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = row0 + g + 8 * half;
+        const float along = row_sum(dots[half]) * kLn2, norm = problem.cosine() ? memory.row_norms()[row] : 1.0f;
+        if (t == 0) logit_sum += along;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e) {
+            dq[n][e] *= problem.scale * norm;
+            if (problem.cosine()) dq[n][e] -= widen(*q.at(row, n * 8 + 2 * t + (e & 1))) * norm * norm * along;
+          }
+        }
+      }
+      store_rows(q, row0, dq, problem.d, lane,
+                 [&](int row) { return q0 + row < problem.nq ? problem.grad_q(head, q0 + row) : nullptr; });
+    }
+    if (index + 1 < range.last) PYVIT_BARRIER();
+  }
+  if (problem.cosine()) {
+    logit_sum = warp_sum(logit_sum);
+    float* sums = memory.row_norms();
+    PYVIT_BARRIER();
+    if (lane == 0) sums[warp] = logit_sum;
+    PYVIT_BARRIER();
+    if (thread == 0) {
+      float sum = 0.0f;
+      for (int w = 0; w < int(blockDim.x) / 32; ++w) sum += sums[w];
+      problem.store_logit_partial(int(blockIdx.x), int(gridDim.x), sum);
+    }
+  }
+}
+
+template <class Problem, int D, int NT>
+__global__ void __launch_bounds__(256)
+    attention_backward_keys(const __grid_constant__ typename Problem::Params params) {
+  using T = typename Problem::T;
+  const int thread = threadIdx.x, warp = warp_of(thread), lane = lane_of(thread), g = lane >> 2, t = lane & 3;
+  const int rows = blockDim.x / 2, row0 = warp * 16;
+  Problem problem(params, blockIdx.y * Problem::queries_per_key_head(params));
+  const int passes = Problem::queries_per_key_head(params);
+  const Layout<T, D, NT> memory{rows, 2, problem.most_queries() * passes > 8 * NT ? 2 : 1};
+  problem.use(memory.rest());
+  const int tiles = (problem.most_keys() + rows - 1) / rows, k0 = int(blockIdx.x % tiles) * rows;
+  const Range range = range_of(problem.count(), blockIdx.x / tiles, gridDim.x / tiles);
+  const Tile<T, D> k = memory.own(0), v = memory.own(1);
+  for (int index = range.first; index < range.last; ++index) {
+    problem.begin(index);
+    if (k0 >= problem.nk) continue;
+    const int first_tile = problem.first_query(k0) / (8 * NT), end_tile = (problem.nq + 8 * NT - 1) / (8 * NT);
+    const int per_pass = max(end_tile - first_tile, 0), steps = per_pass * passes;
+    const auto load_queries = [&](int step) {
+      const int head = problem.head + step / per_pass, q0 = (first_tile + step % per_pass) * 8 * NT;
+      const Stage<T, D> to = memory.stage(step & 1);
+      load_rows(to.first, 8 * NT, q0, problem.nq, problem.d, problem.any(), [&](int i) { return problem.q(head, i); });
+      load_rows(to.second, 8 * NT, q0, problem.nq, problem.dv, problem.any(),
+                [&](int i) { return problem.grad_out(head, i); });
+      copy_commit();
+      for (int i = thread; i < 8 * NT; i += blockDim.x) {
+        const bool real = q0 + i < problem.nq;
+        memory.column_lse(step & 1)[i] = real ? backward_lse(*problem.lse(head, q0 + i)) : infinity();
+        memory.column_delta(step & 1)[i] = real ? problem.delta(head, q0 + i) : 0.0f;
+      }
+    };
+    if (steps) {
+      load_rows(k, rows, k0, problem.nk, problem.d, problem.any(), [&](int j) { return problem.k(j); });
+      load_rows(v, rows, k0, problem.nk, problem.dv, problem.any(), [&](int j) { return problem.v(j); });
+      load_queries(0);
+    }
+    float dk[D / 8][4] = {}, dv[D / 8][4] = {}, dots[2] = {0.0f, 0.0f};
+    for (int step = 0; step < steps; ++step) {
+      copy_wait<0>();
+      PYVIT_BARRIER();
+      if (step + 1 < steps) load_queries(step + 1);
+      const Stage<T, D> stage = memory.stage(step & 1);
+      if (problem.cosine()) {
+        if (step == 0) inverse_norms(k, rows, memory.row_norms());
+        inverse_norms(stage.first, 8 * NT, memory.column_norms(step & 1));
+        PYVIT_BARRIER();
+      }
+      if (k0 + row0 >= problem.nk) continue;
+      const int head = problem.head + step / per_pass, q0 = (first_tile + step % per_pass) * 8 * NT,
+                pairs = pairs_of(problem.nq - q0, 8 * NT);
+      const float *lse = memory.column_lse(step & 1), *delta = memory.column_delta(step & 1);
+      float s[NT][4], dp[NT][4];
+      multiply_rows<T, D, NT>(s, k, row0, stage.first, pairs, lane);
+      multiply_rows<T, D, NT>(dp, v, row0, stage.second, pairs, lane);
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int half = e >> 1, row = row0 + g + half * 8, column = n * 8 + 2 * t + (e & 1);
+          const float query_norm = problem.cosine() ? memory.column_norms(step & 1)[column] : 1.0f;
+          const float scaled =
+              s[n][e] * problem.scale_log2 * (problem.cosine() ? memory.row_norms()[row] * query_norm : 1.0f);
+          const float p = exp2_fast(problem.score(scaled, head, q0 + column, k0 + row) - lse[column]);
+          const float ds = p * (dp[n][e] - delta[column]);
+          dots[half] += ds * scaled;
+          s[n][e] = p;
+          dp[n][e] = operand<T>(ds * query_norm);
+        }
+      }
+      accumulate_rows<T, D, NT>(dv, s, stage.second, pairs, lane);
+      accumulate_rows<T, D, NT>(dk, dp, stage.first, pairs, lane);
+    }
+    if (k0 + row0 < problem.nk) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = row0 + g + 8 * half;
+        const float along = row_sum(dots[half]) * kLn2, norm = problem.cosine() ? memory.row_norms()[row] : 1.0f;
+        float* pad = k0 + row < problem.nk ? problem.pad_row(k0 + row) : nullptr;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e) {
+            const int column = n * 8 + 2 * t + (e & 1);
+            dk[n][e] *= problem.scale * norm;
+            if (problem.cosine()) dk[n][e] -= widen(*k.at(row, column)) * norm * norm * along;
+            if (pad && column < problem.d) problem.store_pad(pad, column, dk[n][e], dv[n][e]);
+          }
+        }
+      }
+      store_rows(k, row0, dk, problem.d, lane,
+                 [&](int row) { return k0 + row < problem.nk ? problem.grad_k(k0 + row) : nullptr; });
+      store_rows(v, row0, dv, problem.dv, lane,
+                 [&](int row) { return k0 + row < problem.nk ? problem.grad_v(k0 + row) : nullptr; });
+    }
+    if (index + 1 < range.last) PYVIT_BARRIER();
+  }
+}
+
+}  // namespace pyvit::cuda
