@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
 
 from pyvit import dispatch
@@ -33,7 +32,7 @@ def koleo(x: Tensor, *, eps: float = 1e-8, group: dist.ProcessGroup | None = Non
     call = _check(x, 1 if group is not None else 2)
     if group is not None:
         Ring(group).check_equal("koleo", "x", x.shape[0], x.device)
-        x = torch.cat(dist_nn.all_gather(x.contiguous(), group=group))
+        x = streaming.all_rows(x, group)
     chosen = dispatch.select(call, backend)
     with torch.autocast(x.device.type, enabled=False):
         wide = widen(x)

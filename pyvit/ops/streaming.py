@@ -140,6 +140,40 @@ class Ring:
         return carry
 
 
+class _AllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return Ring(group).sum(t)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return Ring(ctx.group).sum(grad), None
+
+
+class _AllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.ring = Ring(group)
+        parts = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(ctx.ring.size)]
+        dist.all_gather(parts, t.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.ring.sum(grad).chunk(ctx.ring.size)[ctx.ring.rank], None
+
+
+def all_sum(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of ``t`` over ranks, with the gradient of the sum of every rank's copy."""
+    return _AllSum.apply(t, group)
+
+
+def all_rows(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The rows of every rank in order of rank, with the gradient of the sum of every rank's copy."""
+    return _AllRows.apply(t, group)
+
+
 def scalar(op: str, argument: str, value: float | Tensor, like: Tensor) -> Tensor:
     """A number or a one-element tensor as a 0-d tensor in the accumulation dtype; gradients flow to it."""
     dtype = checks.wide(like.dtype)

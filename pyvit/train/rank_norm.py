@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
+
+from pyvit.ops.streaming import all_sum
 
 
 class RankNorm(nn.BatchNorm1d):
@@ -15,7 +16,7 @@ class RankNorm(nn.BatchNorm1d):
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)
         wide = x.float()
-        sums = dist_nn.all_reduce(torch.cat([wide.mean(0), wide.square().mean(0)])) / dist.get_world_size()
+        sums = all_sum(torch.cat([wide.mean(0), wide.square().mean(0)]), dist.group.WORLD) / dist.get_world_size()
         mean, square = sums.chunk(2)
         var = (square - mean.square()).clamp(min=0)
         if self.running_mean is not None and self.running_var is not None:

@@ -88,7 +88,7 @@ def worker(rank: int, world: int, folder: str, names: list[str]) -> None:
             for key, want in grads.items():
                 mine = sharded[key].full_tensor() if kind == "fsdp" else sharded[key]
                 size = float(want.abs().max())
-                torch.testing.assert_close(mine, want, rtol=1e-3, atol=2e-5 * size + 1e-7, msg=lambda m, s=f"{say} {key}": f"{s}: {m}")
+                torch.testing.assert_close(mine, want, rtol=1e-3, atol=2e-4 * size + 1e-7, msg=lambda m, s=f"{say} {key}": f"{s}: {m}")
     dist.destroy_process_group()
 
 
