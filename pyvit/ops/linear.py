@@ -1,12 +1,20 @@
-"""A linear layer with its activation, on the vendor's matrix product; fused where the library can."""
+"""A linear layer with its activation, on the vendor's matrix product; fused where the library can.
+
+On a CPU torch's default product is not always the fastest it ships: oneDNN, inside torch, may be twice as fast and applies the activation
+while the result is in registers. Which is faster depends on processor and shape, so it is measured (:mod:`pyvit.ops.products`).
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyvit import dispatch
-from pyvit.ops import checks, reference
+from pyvit.dispatch import Call
+from pyvit.ops import checks, products, reference
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None, backend: str | None = None) -> Tensor:
@@ -16,10 +24,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
         x: (..., K).
         weight: (M, K); bias: (M,).
         activation: None, "gelu" (exact), "gelu_tanh", "quick_gelu" (x sigmoid(1.702 x)), "silu" or "relu".
-        backend: force one backend.
+        backend: "cpu" (the measured choice), "reference" (the plain formula), or None: "cpu" where it can serve.
 
-    Returns (..., M). Raises ValueError or TypeError naming the argument that does not fit.
+    Returns (..., M). Raises ValueError or TypeError naming the argument that does not fit, BackendError where ``backend`` cannot serve.
+
+    The first call of a kind (rows to the next power of two, M, K, dtype, activation, threads) measures torch's product against oneDNN's
+    for a few milliseconds and the process keeps the faster. The environment variable ``PYVIT_LINEAR`` pins ``onednn`` or ``torch``
+    (default ``auto``); under ``torch.use_deterministic_algorithms`` nothing is measured and oneDNN is taken wherever it can. Compiled
+    graphs and tensors that are traced hold the plain formula.
     """
+    x, weight, bias, call = _prepare(x, weight, bias, activation)
+    if _select(call, backend) == "reference" or _traced(x, weight):
+        return reference.linear(x, weight, bias, activation)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Linear.apply(x, weight, bias, activation)
+    return products.forward(x, weight, bias, activation)
+
+
+def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> tuple[Tensor, Tensor, Tensor | None, Call]:
     op = "linear"
     if activation is not None and activation not in reference.ACTIVATIONS:
         checks.fail(op, "activation", f"None or one of {', '.join(reference.ACTIVATIONS)}", repr(activation))
@@ -29,6 +51,81 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
         checks.fail(op, "x", f"of shape (..., {weight.shape[1]}) to fit weight {tuple(weight.shape)}", checks.shape(x))
     if bias is not None and bias.shape != weight.shape[:1]:
         checks.fail(op, "bias", f"of shape ({weight.shape[0]},)", checks.shape(bias))
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         x, weight, bias = dispatch.autocast(device, x, weight, bias)  # type: ignore[assignment]
-    return reference.linear(x, weight, bias, activation)
+    checks.same(op, "weight", weight, "x", x)
+    if bias is not None:
+        checks.same(op, "bias", bias, "x", x)
+    return x, weight, bias, Call(op, device, x.dtype, ())
+
+
+def _select(call: Call, backend: str | None) -> str:
+    """As every operator, but where a GPU backend is set for all operators this one stays with the vendor's library."""
+    if backend is None and (dispatch._override in ("cuda", "triton") or call.device not in ("cpu", "cuda")):
+        return "reference"
+    return dispatch.select(call, backend)
+
+
+def _traced(x: Tensor, weight: Tensor) -> bool:
+    """Whether something watches the operations: a compiler, a functorch transform, a dispatch mode (flop counters), dual numbers."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in _PLAIN
+        or type(weight) not in _PLAIN
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+@dispatch.describes("linear")
+def _describe(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None, **_: Any) -> tuple[Call, list[str]]:
+    x, weight, bias, call = _prepare(x, weight, bias, activation)
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    return call, products.explain(x, weight, bias, None if grad else activation) if call.device == "cpu" else []
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps the input and, for an activation, what it was applied to (relu: its result), and takes gradients by the faster products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+        fused = activation if activation == "relu" else None
+        inner = products.forward(x, weight, bias, fused)
+        out = inner if activation == fused else reference.ACTIVATIONS[activation](inner)
+        ctx.activation = activation
+        ctx.save_for_backward(x, weight, bias, None if activation is None else inner)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, inner = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # a gradient of the gradient was asked for: by the plain formula, which autograd sees through
+            given = [t for t, need in zip((x, weight, bias), needs, strict=False) if need]
+            found = iter(torch.autograd.grad(reference.linear(x, weight, bias, ctx.activation), given, grad, create_graph=True))
+            return tuple(next(found) if need else None for need in needs)
+        if inner is not None:
+            grad = _ACTIVATION_GRADIENTS[ctx.activation](grad, inner)
+        rows = grad.reshape(-1, grad.shape[-1])
+        return (
+            products.grad_input(rows, weight).view(x.shape) if needs[0] else None,
+            products.grad_weight(rows, x.reshape(-1, x.shape[-1]).contiguous()) if needs[1] else None,
+            rows.sum(0) if needs[2] else None,
+            None,
+        )
+
+
+_aten = torch.ops.aten
+
+#: d activation(inner) / d inner times the gradient; relu's from its result. As x sigmoid(a x) = silu(a x) / a, its slope is silu's at a x.
+_ACTIVATION_GRADIENTS = {
+    "gelu": lambda grad, inner: _aten.gelu_backward(grad, inner),
+    "gelu_tanh": lambda grad, inner: _aten.gelu_backward(grad, inner, approximate="tanh"),
+    "quick_gelu": lambda grad, inner: _aten.silu_backward(grad, inner * 1.702),
+    "silu": lambda grad, inner: _aten.silu_backward(grad, inner),
+    "relu": lambda grad, out: _aten.threshold_backward(grad, out, 0),
+}

@@ -1,0 +1,170 @@
+"""Matrix products on a CPU by whichever of torch's libraries is faster for the shape: measured once, remembered for the process."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+POLICIES = ("auto", "onednn", "torch")
+_policy = os.environ.get("PYVIT_LINEAR") or "auto"
+if _policy not in POLICIES:
+    raise ValueError(f"PYVIT_LINEAR must be one of {', '.join(POLICIES)}, got {_policy!r}")
+
+Way = Callable[..., Tensor]
+_PROBE_FLOPS = 1 << 27  # of one timed product: about a millisecond of one core
+_PROBE_ROWS, _ROUNDS = 64, 3
+
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": torch.ops.aten.gelu_.default,
+    "gelu_tanh": lambda y: torch.ops.aten.gelu_(y, approximate="tanh"),
+    "quick_gelu": lambda y: y.mul_(torch.sigmoid_(y * 1.702)),
+    "silu": torch.ops.aten.silu_.default,
+    "relu": torch.ops.aten.relu_.default,
+}
+#: What oneDNN applies before the result leaves its registers: attribute, algorithm. Not its relu, which turns NaN into 0.
+_FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
+
+
+def _find_onednn() -> Callable[..., Tensor] | None:
+    """torch's private operator on oneDNN, if this torch has it and it computes what is expected."""
+    try:
+        op = torch.ops.mkldnn._linear_pointwise.default
+        x, w, b = torch.arange(6.0).view(2, 3), torch.arange(-6.0, 6.0).view(4, 3), torch.arange(4.0)
+        return op if torch.equal(op(x, w, b, "none", [], ""), F.linear(x, w, b)) else None
+    except (AttributeError, RuntimeError):
+        return None
+
+
+_onednn: Callable[..., Tensor] | None = None
+_looked = False
+
+
+def onednn() -> Callable[..., Tensor] | None:
+    global _onednn, _looked
+    if not _looked:
+        _onednn, _looked = _find_onednn(), True
+    return _onednn
+
+
+def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    y = F.linear(x, weight, bias)
+    return y if activation is None else _IN_PLACE[activation](y)
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    y = _onednn(x, weight, bias, "none", [], "")  # type: ignore[misc]
+    return y if activation is None else _IN_PLACE[activation](y)
+
+
+def _by_onednn_fused(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    attribute, algorithm = _FUSED[activation]
+    return _onednn(x, weight, bias, attribute, [], algorithm)  # type: ignore[misc]
+
+
+#: For each product, its ways in order of preference where nothing is measured.
+_FORWARD: Mapping[str, Way] = {"onednn, activation fused": _by_onednn_fused, "onednn": _by_onednn, "torch": _by_torch}
+_GRAD_INPUT: Mapping[str, Way] = {
+    "onednn": lambda grad, weight: _onednn(grad, weight.t(), None, "none", [], ""),  # type: ignore[misc]
+    "torch": lambda grad, weight: grad @ weight,
+}
+_GRAD_WEIGHT: Mapping[str, Way] = {
+    "onednn": lambda grad, x: _onednn(grad.t(), x.t(), None, "none", [], ""),  # type: ignore[misc]
+    "torch": lambda grad, x: grad.t() @ x,
+}
+
+_chosen: dict[tuple[Any, ...], tuple[Way, str]] = {}
+
+
+def _key(kind: str, rows: int, *rest: Any) -> tuple[Any, ...]:
+    return (kind, rows.bit_length(), *rest, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+
+
+def _forward_key(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> tuple[Any, ...]:
+    return _key("forward", x.numel() // max(x.shape[-1], 1), weight.shape, weight.is_contiguous(), x.dtype, activation, bias is None)
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """activation(x weight^T + bias); x (..., K), weight (M, K). No gradient is recorded."""
+    key = _forward_key(x, weight, bias, activation)
+    found = _chosen.get(key)
+    if found is None:
+        ways = {n: w for n, w in _FORWARD.items() if n != "onednn, activation fused" or activation in _FUSED}
+        few = x if x.dim() < 2 else x.reshape(-1, x.shape[-1])
+        found = _chosen[key] = _choose(ways, lambda rows: (few[:rows], weight, bias, activation), few.shape[0], weight, x)
+    return found[0](x, weight, bias, activation)
+
+
+def grad_input(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad (N, M) weight (M, K) -> (N, K)."""
+    key = _key("grad_input", grad.shape[0], weight.shape, weight.is_contiguous(), grad.dtype)
+    found = _chosen.get(key)
+    if found is None:
+        found = _chosen[key] = _choose(_GRAD_INPUT, lambda rows: (grad[:rows], weight), grad.shape[0], weight, grad)
+    return found[0](grad, weight)
+
+
+def grad_weight(grad: Tensor, x: Tensor) -> Tensor:
+    """grad (N, M), x (N, K) -> grad^T x (M, K)."""
+    key = _key("grad_weight", grad.shape[0], grad.shape[1], x.shape[1], grad.dtype)
+    found = _chosen.get(key)
+    if found is None:
+        shape = torch.empty(grad.shape[1], x.shape[1], device="meta")
+        found = _chosen[key] = _choose(_GRAD_WEIGHT, lambda rows: (grad[:rows], x[:rows]), grad.shape[0], shape, grad)
+    return found[0](grad, x)
+
+
+def _choose(ways: Mapping[str, Way], arguments: Callable[[int], tuple[Any, ...]], rows: int, weight: Tensor, x: Tensor) -> tuple[Way, str]:
+    """The fastest of ``ways`` on the first rows of the call's own tensors, and how it was found."""
+    plain = ways["torch"]
+    if _policy == "torch":
+        return plain, "torch (PYVIT_LINEAR)"
+    if (
+        onednn() is None
+        or x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+        or x.dim() < 2
+        or not x.numel() * weight.numel()
+        or not weight.is_contiguous()
+    ):
+        return plain, "torch (oneDNN cannot take this call)"
+    few = min(rows, max(_PROBE_ROWS, _PROBE_FLOPS // (2 * weight.numel())))
+    args = arguments(few)
+    wanted = plain(*args)
+    able = {name: way for name, way in ways.items() if way is plain or _agrees(way, args, wanted)}
+    if len(able) == 1:
+        return plain, "torch (oneDNN cannot take this call)"
+    name = next(iter(able))
+    if _policy == "onednn" or torch.are_deterministic_algorithms_enabled():
+        return able[name], f"{name} ({'PYVIT_LINEAR' if _policy == 'onednn' else 'deterministic algorithms: not measured'})"
+    best = dict.fromkeys(able, float("inf"))
+    for _ in range(_ROUNDS):  # interleaved, so that another process disturbs all alike
+        for name, way in able.items():
+            start = time.perf_counter()
+            way(*args)
+            best[name] = min(best[name], time.perf_counter() - start)
+    name = min(best, key=best.__getitem__)
+    figures = ", ".join(f"{n} {t * 1e3:.3f} ms" for n, t in best.items())
+    return able[name], f"{name} (measured on {few} rows: {figures})"
+
+
+def _agrees(way: Way, args: tuple[Any, ...], wanted: Tensor) -> bool:
+    """Whether ``way`` takes the call and gives the result but for rounding."""
+    try:
+        found = way(*args)
+    except RuntimeError:  # oneDNN refuses a dtype or an attribute on this processor
+        return False
+    tolerance = 64 * torch.finfo(wanted.dtype).eps * float(wanted.abs().nan_to_num(0.0, 0.0, 0.0).max())
+    return found.shape == wanted.shape and bool(((found - wanted).abs().nan_to_num(0.0) <= tolerance).all())
+
+
+def explain(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> list[str]:
+    """What is known of the choice for a call, for :func:`pyvit.explain`; nothing is computed."""
+    found = _chosen.get(_forward_key(x, weight, bias, activation))
+    if found is not None:
+        return [f"matrix product by {found[1]}"]
+    return [f"matrix product not chosen yet: PYVIT_LINEAR={_policy}" + ("; the first call measures" if _policy == "auto" else "")]

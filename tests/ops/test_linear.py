@@ -1,0 +1,273 @@
+"""linear: activations and gradients under the numerics rule, the choice of the product, and what must see the plain formula."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import pyvit
+from pyvit.nn.linear import Linear
+from pyvit.ops import linear, products, reference
+from pyvit.testing import compare, layout
+
+ACTIVATIONS = [None, *reference.ACTIVATIONS]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_compiling.*")
+
+
+@pytest.fixture(params=["onednn", "torch", "auto"])
+def policy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each policy, with nothing remembered."""
+    monkeypatch.setattr(products, "_policy", request.param)
+    monkeypatch.setattr(products, "_chosen", {})
+    return request.param
+
+
+def inputs(dtype: torch.dtype, *leading: int, k: int = 40, m: int = 24) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(*leading, k).to(dtype), (torch.randn(m, k) * k**-0.5).to(dtype), torch.randn(m).to(dtype)
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
+    """Output and every gradient, against float64, as far off as the plain formula at most."""
+    grad = torch.randn(*x.shape[:-1], weight.shape[0]).to(x.dtype)
+
+    def run(function: object, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
+        if dtype == x.dtype and function is linear:
+            leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
+        out = function(*leaves, activation=activation)
+        return [out, *torch.autograd.grad(out, [t for t in leaves if t is not None], grad.to(dtype))]
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+        return reference.linear(x, weight, bias, activation)
+
+    labels = ["out", "grad_x", "grad_weight", "grad_bias"][: 4 if bias is not None else 3]
+    ours, naive, exact = run(linear, x.dtype), run(plain, x.dtype), run(plain, torch.float64)
+    compare(f"linear {activation}", ours[:1], naive[:1], exact[:1], labels=labels[:1])
+    compare(f"linear {activation}", ours[1:], naive[1:], exact[1:], factor=3.0, labels=labels[1:])
+    with torch.no_grad():
+        compare(f"linear {activation} without gradient", linear(x, weight, bias, activation=activation), naive[0], exact[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_numerics(policy: str, activation: str | None, dtype: torch.dtype) -> None:
+    for leading, with_bias in itertools.product([(33,), (2, 3, 5)], [True, False]):
+        x, weight, bias = inputs(dtype, *leading)
+        check(x, weight, bias if with_bias else None, activation)
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (0,), (0, 3), (1, 1, 7, 1)], ids=str)
+def test_leading_dimensions(policy: str, leading: tuple[int, ...]) -> None:
+    x, weight, bias = (t.requires_grad_() for t in inputs(torch.float32, *leading))
+    out = linear(x, weight, bias, activation="gelu")
+    assert out.shape == (*leading, 24)
+    out.sum().backward()
+    assert all(t.grad.shape == t.shape for t in (x, weight, bias))
+    torch.testing.assert_close(out, F.gelu(F.linear(x, weight, bias)))
+
+
+@pytest.mark.parametrize("store", ["transposed", "sliced", "stepped", "shifted", "expanded"])
+@pytest.mark.parametrize("which", ["x", "weight", "both"])
+def test_strides(policy: str, store: str, which: str) -> None:
+    x, weight, bias = inputs(torch.float32, 4, 9)
+    check(layout(x, store) if which != "weight" else x, layout(weight, store) if which != "x" else weight, bias, "gelu")
+
+
+def test_expanded_gradient(policy: str) -> None:
+    x, weight, bias = (t.requires_grad_() for t in inputs(torch.float32, 5, 7))
+    linear(x, weight, bias).sum().backward()
+    torch.testing.assert_close(weight.grad, x.detach().sum((0, 1)).expand(24, 40))
+    torch.testing.assert_close(bias.grad, torch.full((24,), 35.0))
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3))[1:], ids=str)
+def test_only_the_gradients_asked_for(needs: tuple[bool, ...]) -> None:
+    leaves = [t.requires_grad_(need) for t, need in zip(inputs(torch.float32, 6), needs, strict=True)]
+    linear(*leaves, activation="silu").sum().backward()
+    assert [t.grad is not None for t in leaves] == list(needs)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck_in_float64_and_double_backward(activation: str | None) -> None:
+    leaves = [t.requires_grad_() for t in inputs(torch.float64, 2, 3, k=4, m=3)]
+    assert torch.autograd.gradgradcheck(lambda *t: linear(*t, activation=activation), leaves)
+    single = [t.detach().float().requires_grad_() for t in leaves]
+    seconds = []
+    for function, tensors in ((linear, single), (reference.linear, leaves)):
+        out = function(*tensors, activation=activation) if function is linear else function(*tensors, activation)
+        first = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(g.square().sum() for g in first), tensors))
+    for ours, exact in zip(*seconds, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast() -> None:
+    x, weight, bias = (t.requires_grad_() for t in inputs(torch.float32, 6))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = linear(x, weight, bias, activation="gelu")
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert x.grad.dtype == weight.grad.dtype == bias.grad.dtype == torch.float32
+    torch.testing.assert_close(out.float(), F.gelu(F.linear(x, weight, bias)), rtol=0.03, atol=0.03)
+
+
+def test_same_bits_twice_and_under_checkpointing() -> None:
+    x, weight, bias = (t.requires_grad_() for t in inputs(torch.float32, 50))
+    grads = []
+    for keep in (True, True, False):
+        run = (lambda: linear(x, weight, bias, activation="gelu")) if keep else None
+        out = run() if run else checkpoint(linear, x, weight, bias, activation="gelu", use_reentrant=False)
+        grads.append(torch.autograd.grad(out.square().sum(), (x, weight, bias)))
+    for other in grads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "quick_gelu"])
+def test_compiled_graphs_hold_the_plain_formula(activation: str | None) -> None:
+    leaves = [t.requires_grad_() for t in inputs(torch.float32, 6)]
+    compiled = torch.compile(lambda *t: linear(*t, activation=activation), fullgraph=True, backend="aot_eager")
+    ours, eager = compiled(*leaves), reference.linear(*leaves, activation)
+    torch.testing.assert_close(ours, eager)
+    for a, b in zip(*(torch.autograd.grad(o.square().sum(), leaves) for o in (ours, eager)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_transforms_modes_and_subclasses_see_the_plain_formula() -> None:
+    x, weight, bias = inputs(torch.float32, 5, 6)
+    torch.testing.assert_close(torch.vmap(lambda t: linear(t, weight, bias))(x), F.linear(x, weight, bias))
+    _, tangent = torch.func.jvp(lambda t: linear(t, weight, bias), (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, weight.sum(1).expand(5, 6, 24), rtol=1e-4, atol=1e-4)
+    with FlopCounterMode(display=False) as counter:
+        linear(x, weight, bias, activation="gelu")
+    assert counter.get_total_flops() == 2 * 30 * 40 * 24
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert linear(*(mode.from_tensor(t) for t in (x, weight, bias))).shape == (5, 6, 24)
+    assert linear(*(t.to("meta") for t in (x, weight, bias))).shape == (5, 6, 24)
+
+
+def test_measured_once_per_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_policy", "auto")
+    monkeypatch.setattr(products, "_chosen", {})
+    seen = []
+    choose = products._choose
+    monkeypatch.setattr(products, "_choose", lambda *args: seen.append(1) or choose(*args))
+    x, weight, bias = inputs(torch.float32, 100)
+    for rows in (100, 99, 70, 100):
+        linear(x[:rows], weight, bias)
+    assert len(seen) == 1
+    linear(x[:30], weight, bias)
+    linear(x, weight, bias, activation="relu")
+    assert len(seen) == 3
+
+
+@pytest.mark.skipif(products.onednn() is None, reason="this torch has no oneDNN product")
+def test_explain_says_which(policy: str) -> None:
+    x, weight, bias = inputs(torch.float32, 100)
+    assert "not chosen yet" in str(pyvit.explain("linear", x, weight, bias, activation="gelu"))
+    linear(x, weight, bias, activation="gelu")
+    report = pyvit.explain(linear, x, weight, bias, activation="gelu")
+    assert report.chosen == "cpu"
+    wanted = {"onednn": "onednn, activation fused (PYVIT_LINEAR)", "torch": "torch (PYVIT_LINEAR)", "auto": "measured on 100 rows"}
+    assert wanted[policy] in str(report)
+    assert pyvit.explain("linear", x.double(), weight.double()).chosen == "reference"
+
+
+def test_deterministic_algorithms_take_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_policy", "auto")
+    monkeypatch.setattr(products, "_chosen", {})
+    x, weight, bias = inputs(torch.float32, 100)
+    torch.use_deterministic_algorithms(True)
+    try:
+        linear(x, weight, bias)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    ((_, how),) = products._chosen.values()
+    assert "measured on" not in how
+
+
+def test_a_wrong_library_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product that returns something else, or raises, is dropped for torch's."""
+    x, weight, bias = inputs(torch.float32, 100)
+    monkeypatch.setattr(products, "_looked", True)
+
+    def refuses(*_: object) -> Tensor:
+        raise RuntimeError("could not create a primitive")
+
+    for broken in (lambda x, w, *_: torch.zeros(x.shape[0], w.shape[0]), refuses, None):
+        monkeypatch.setattr(products, "_onednn", broken)
+        monkeypatch.setattr(products, "_chosen", {})
+        torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=0, atol=0)
+        assert all(how.startswith("torch") for _, how in products._chosen.values())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_values_that_are_not_finite_pass_through(policy: str, activation: str | None) -> None:
+    x, weight, bias = inputs(torch.float32, 8)
+    x[3] = float("nan")
+    out, wanted = linear(x, weight, bias, activation=activation), reference.linear(x, weight, bias, activation)
+    torch.testing.assert_close(out, wanted, equal_nan=True)
+
+
+def test_environment() -> None:
+    command = (
+        "import torch, pyvit; from pyvit.ops import linear, products; t = torch.ones(8, 8); linear(t, t); print(products._chosen.values())"
+    )
+
+    def run(value: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYVIT_LINEAR": value}
+        return subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=False)
+
+    assert "torch (PYVIT_LINEAR)" in run("torch").stdout
+    assert "PYVIT_LINEAR must be one of auto, onednn, torch, got 'mkl'" in run("mkl").stderr
+
+
+def test_module_is_a_linear_layer_that_can_be_copied() -> None:
+    layer = Linear(40, 24, activation="gelu")
+    x = torch.randn(3, 40)
+    out = layer(x)
+    out.sum().backward()
+    torch.testing.assert_close(copy.deepcopy(layer)(x), out)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"activation": "tanh"}, ValueError, "activation must be None or one of gelu"),
+        ({"weight": torch.ones(24, 41)}, ValueError, "x must be of shape"),
+        ({"weight": torch.ones(24)}, ValueError, "weight must be of shape"),
+        ({"weight": torch.ones(24, 40, dtype=torch.bfloat16)}, TypeError, "weight must have the dtype of x"),
+        ({"bias": torch.ones(23)}, ValueError, "bias must be of shape"),
+        ({"bias": torch.ones(24, dtype=torch.float16)}, TypeError, "bias must have the dtype of x"),
+        ({"x": [1.0]}, TypeError, "x must be a Tensor"),
+        ({"backend": "mkl"}, ValueError, "backend must be one of"),
+        ({"backend": "triton"}, pyvit.BackendError, "backend 'triton' cannot serve"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_errors(change: dict[str, object], error: type[Exception], message: str) -> None:
+    x, weight, bias = inputs(torch.float32, 4)
+    with pytest.raises(error, match=message):
+        linear(**{"x": x, "weight": weight, "bias": bias, **change})
+
+
+def test_backends() -> None:
+    x, weight, bias = inputs(torch.float32, 4)
+    plain = F.linear(x, weight, bias)
+    assert torch.equal(linear(x, weight, bias, backend="reference"), plain)
+    torch.testing.assert_close(linear(x, weight, bias, backend="cpu"), plain)
+    with pyvit.use_backend("reference"):
+        assert torch.equal(linear(x, weight, bias), plain)
+    with pyvit.use_backend("triton"):
+        assert torch.equal(linear(x, weight, bias), plain)
