@@ -117,7 +117,7 @@ def backward_short(
         row_sum = row_delta(out, grad, grad_lse, rows, q_len, out_strides[2], DV, DV_PARTS)
         tl.store(delta + row_at + rows, row_sum, mask=rows < q_len)
     tl.debug_barrier()  # what follows reads rows that other threads of this program wrote
-    running = dq_sum + pid.to(tl.int64) * n_q * D
+    running = dq_sum + row_at * D
     for first_col in range(0, tl.maximum(k_len, 1), BLOCK_N):  # without keys, dQ is still to be zeroed
         cols = first_col + tl.arange(0, BLOCK_N)
         inside = cols < k_len

@@ -134,7 +134,7 @@ def _backward(
     only = lambda *names: {k: v for k, v in outputs.items() if k.removesuffix("_strides") in names}  # noqa: E731
     if p.heads == p.kv_heads and backward_short_fits(max(p.d, p.dv), p.n_q, p.n_k):
         c = p.choose("backward_short")
-        dq_sum = p.q.new_empty((p.batch, p.heads, p.n_q, p.d) if p.n_k > c.block_n else (1,), dtype=torch.float32)
+        dq_sum = p.q.new_empty((*delta.shape, p.d) if p.n_k > c.block_n else (1,), dtype=torch.float32)
         # The bias tile takes registers that half as many queries leave free.
         shape = {"dq_sum": dq_sum, "BLOCK_M": c.block_m if p.bias is None else max(16, c.block_m // 2), "BLOCK_N": c.block_n}
         launch(backward_short, p.batch * p.heads, args | own | outputs | shape, c.warps, c.stages)

@@ -86,3 +86,32 @@ def test_no_allocation_exceeds_the_inputs(case: str, monkeypatch: pytest.MonkeyP
     inputs = max(t.numel() for launch in found for name, t in launch.args.items() if name in ("q", "k", "qkv", "images", "weight", "out"))
     assert sizes
     assert max(sizes) <= inputs
+
+
+def _meta(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+
+def test_arguments_equal_to_one() -> None:
+    """Triton turns integers equal to 1 into constants: the kernels compile with every size at 1."""
+    from pyvit.triton_kernels import attention_map, flash_attention, patch_embed, window_attention
+
+    with common.recording("sm_90") as found:
+        q = _meta(1, 1, 1, 16)
+        bias = _meta(1, 1, 1, 1)
+        out, lse = flash_attention.flash_attention(q, q, q, bias, True, 1.0, 0.0, None)
+        flash_attention.flash_attention_backward(out, lse, out, lse, True, q, q, q, bias, True, 1.0, 0.0, None)
+        packed, cu = _meta(1, 1, 16), torch.empty(2, dtype=torch.int32, device="meta")
+        long = (cu, cu, 1, 1000, None, False, 1.0)
+        out, lse = flash_attention.flash_attention_varlen(packed, packed, packed, *long)
+        flash_attention.flash_attention_varlen_backward(out, None, out, lse, False, packed, packed, packed, *long)
+        attention_map.attention_map(q, q, torch.empty(1, 1, dtype=torch.int64, device="meta"), None, 1.0)
+        rest = ((1, 1), (0, 0), 1, _meta(1, 1), None, None, 1.0, 0.0, None)
+        out, lse = window_attention.window_attention(_meta(1, 1, 1, 48), *rest)
+        window_attention.window_attention_backward(out, out, lse, _meta(1, 1, 1, 48), *rest)
+        keep = torch.empty(1, 1, dtype=torch.int64, device="meta")
+        rest = (_meta(1, 1, 1, 1), None, (1, 1), _meta(1, 1), _meta(1, 1), keep, None, None)
+        patch_embed.patch_embed_backward(patch_embed.patch_embed(_meta(1, 1, 1, 1), *rest), True, True, _meta(1, 1, 1, 1), *rest)
+    assert len({launch.kernel.__name__ for launch in found}) >= 10
+    for launch in found:
+        compiled.build(launch, "sm_90")

@@ -1,0 +1,83 @@
+"""Tile tables, tuning files and the cost model: plain Python, with or without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+tiles = pytest.importorskip("pyvit.triton_kernels.tiles")
+cost = pytest.importorskip("pyvit.triton_kernels.cost")
+tune = pytest.importorskip("pyvit.triton_kernels.tune")
+
+
+@pytest.mark.parametrize("n", range(1, 600, 7))
+def test_parts_cover_without_much_waste(n: int) -> None:
+    found = tiles.parts(n)
+    assert n <= sum(found) <= max(16, 1.34 * n, n + 15)
+    assert all(p >= 16 and p & (p - 1) == 0 for p in found)
+
+
+def test_every_kernel_has_an_entry_for_every_call() -> None:
+    for kernel in {e.kernel for e in tiles.TABLE}:
+        for arch in ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter"):
+            assert isinstance(tiles.choose(kernel, arch, 4, 256, 1 << 20), tiles.Config)
+    assert {e.kernel for e in tiles.TABLE} == set(tune.SPACE)
+
+
+def test_tuning_file_comes_first_and_a_broken_one_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "tiles.json"
+    monkeypatch.setenv("PYVIT_TILES", str(path))
+    tiles.tuned.cache_clear()
+    won = tiles.Config(block_m=32, warps=2)
+    assert tiles.save((tiles.Entry("forward_short", won, "sm_90", 2, 64, 197, "measured"),)) == path
+    assert tiles.choose("forward_short", "sm_90", 2, 64, 197) == won
+    assert tiles.choose("forward_short", "sm_80", 2, 64, 197) != won
+    assert tiles.choose("forward_short", "sm_90", 2, 64, 257) != won
+    path.write_text('[{"kernel": 1}]')
+    tiles.tuned.cache_clear()
+    tiles._look_up.cache_clear()
+    with pytest.raises(ValueError, match=r"tiles\.json: not a tuning file"):
+        tiles.choose("forward_short", "sm_90", 2, 64, 197)
+    path.unlink()
+    tiles.tuned.cache_clear()
+    tiles._look_up.cache_clear()
+
+
+def test_candidates_differ_from_the_present_and_pad_least_first() -> None:
+    now = tiles.choose("forward_long", "sm_90", 2, 64, 576)
+    found = list(tune.candidates("forward_long", now, 576))
+    assert now not in found
+    assert len(found) == len(set(found))
+    assert all(576 % c.block_m == 0 and 576 % c.block_n == 0 for c in found[:5])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where no GPU is")
+def test_tuning_without_a_gpu_says_so() -> None:
+    with pytest.raises(RuntimeError, match="needs a GPU"):
+        tune.tune()
+
+
+def test_cost_of_known_calls() -> None:
+    window = cost.window_attention(64, 56, 56, (7, 7), 3, 32, torch.bfloat16)
+    assert window.flops == 4 * 64 * 64 * 3 * 49 * 49 * 32
+    assert window.bytes == pytest.approx(4 * 64 * 56 * 56 * 96 * 2, rel=0.05)
+    assert window.bound("H200") == "memory"
+    long = cost.attention(16, 16, 4096, 4096, 64, torch.bfloat16)
+    assert long.bound("H200") == "compute"
+    assert long.floor("NVIDIA H200") == pytest.approx(long.flops / 989e12)
+    causal = cost.attention(1, 1, 4, 4, 8, torch.bfloat16, causal=True)
+    assert causal.flops == 4 * 10 * 8
+    assert (
+        cost.attention(1, 1, 64, 64, 64, torch.float32, backward=True).flops == 2.5 * cost.attention(1, 1, 64, 64, 64, torch.float32).flops
+    )
+    assert cost.patch_embed(8, 3, (16, 16), 49, 768, torch.bfloat16).flops == 2 * 8 * 49 * 768 * 768
+    with pytest.raises(KeyError, match="no rates for 'T4'"):
+        cost.part_named("T4")
+
+
+def test_prediction_prefers_the_tiling_with_less_padding() -> None:
+    call = cost.attention(256, 12, 577, 577, 64, torch.bfloat16)
+    times = [cost.predicted(call, "H200", 577, 577, m, -(-577 // m) * m, 264, 256 * 12 * -(-577 // m)) for m in (64, 256)]
+    assert times[0] < times[1]
