@@ -236,12 +236,12 @@ def _gradient_magnitudes(
 ) -> list[float]:
     """What the rounding of each gradient is proportional to.
 
-    A gradient through a softmax is a difference of two numbers; with few keys the difference is small, or nothing, while the numbers are of the
-    size of the other gradients. One summed over broadcast dimensions carries the roundings of its terms, added as random numbers add.
+    A gradient through a softmax is a difference of two numbers; with few keys the difference is small, or nothing, while the numbers are of
+    the size of the other gradients. One summed over broadcast dimensions carries the roundings of its terms, added as random numbers add.
     """
     peaks = [_peak(g) for g in want]
     group = max(peaks, default=0.0)
-    found = [group if p <= 1e-9 * group else max(p, min(group, 4 * p)) for p in peaks]
+    found = [8 * group if p <= 1e-9 * group else max(p, min(group, 4 * p)) for p in peaks]  # nothing is left of sums over the channels
     for key, shape in broadcast.items():
         if key in grads:
             _, (terms,) = run(naive, {**wide, key: wide[key].expand(*shape)}, (key,), cotangents, **options)
