@@ -58,26 +58,37 @@ class Gather {
   // Kept patches at .. at + n of an image. Rows are written in ascending order, each with up to W - 1 elements too
   // many: `out` holds W more than n * ld.
   void rows(int64_t image, int64_t at, int64_t n, E* out, int64_t ld) const {
+    Place here = place(image, at);
     for (int64_t r = 0; r < n; r++, out += ld) {
-      const int64_t patch = Geometry::patch(p_, image, at + r), x = patch % g_.columns * p_.sw;
-      const int64_t offset = image * p_.image_b + patch / g_.columns * p_.sh * p_.image_y + x * p_.image_x;
+      const Place next = r + 1 < n ? place(image, at + r + 1) : here;
       if (p_.bytes) {
-        row(static_cast<const uint8_t*>(p_.images) + offset, p_.width - x, out);
+        row(static_cast<const uint8_t*>(p_.images) + here.offset, p_.width - here.x, next.offset - here.offset, out);
       } else {
-        row(static_cast<const T*>(p_.images) + offset, p_.width - x, out);
+        row(static_cast<const T*>(p_.images) + here.offset, p_.width - here.x, next.offset - here.offset, out);
       }
       for (int64_t k = g_.k; k < ld; k++) out[k] = from_float<E>(0.f);
+      here = next;
     }
   }
 
  private:
-  // `right`: pixels from the patch's first to the end of the image's row, which may be read.
+  struct Place {
+    int64_t x, offset;  // first column of the patch; its first pixel
+  };
+  Place place(int64_t image, int64_t at) const {
+    const int64_t patch = Geometry::patch(p_, image, at), x = patch % g_.columns * p_.sw;
+    return {x, image * p_.image_b + patch / g_.columns * p_.sh * p_.image_y + x * p_.image_x};
+  }
+
+  // `right`: pixels from the patch's first to the end of the image's row, which may be read; `next`: elements to the
+  // patch that follows, fetched meanwhile, since its lines are too far apart for the processor to foresee.
   template <class P>
-  void row(const P* source, int64_t right, E* out) const {
+  void row(const P* source, int64_t right, int64_t next, E* out) const {
     for (int64_t c = 0; c < p_.channels; c++) {
       const float scale = scale_[c], shift = shift_[c];
       for (int64_t y = 0; y < p_.ph; y++, out += p_.pw) {
         const P* s = source + c * p_.image_c + y * p_.image_y;
+        __builtin_prefetch(s + next);
         if (p_.image_x == 1) {
           for (int64_t x = 0; x < p_.pw; x += W) {
             vf v;
