@@ -177,7 +177,7 @@ def from_native(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     layout = _format(name)
     if not layout.rules:
         return dict(state)
-    left, found = dict(state), {}
+    left, found = dict(state), dict[str, Tensor]()
     pairs = ((state[k], state.get(k.replace("fc1", "fc2"))) for k in state if k.endswith("blocks.0.mlp.fc1.weight"))
     swiglu = any(b is not None and a.shape[0] == 2 * b.shape[1] for a, b in pairs)
     for rule in layout.rules:

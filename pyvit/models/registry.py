@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,7 +37,8 @@ def create_model(name: str, *, checkpoint: str | os.PathLike[str] | Mapping[str,
 
     Args:
         name: one of :func:`list_models`; names follow timm.
-        checkpoint: a file or state dict for :func:`pyvit.load_checkpoint`, of any format it recognises.
+        checkpoint: a file or state dict for :func:`pyvit.load_checkpoint`, of any format it recognises. With ``num_classes`` given,
+            a head of another size stays as initialised, and a warning says so.
         overrides: settings of the constructor to change, such as ``num_classes``, ``img_size``, ``patch_size``, ``embed_dim``, ``depth``,
             ``drop_path_rate``.
 
@@ -47,7 +49,9 @@ def create_model(name: str, *, checkpoint: str | os.PathLike[str] | Mapping[str,
     if checkpoint is not None:
         from pyvit.models.checkpoints import load_checkpoint
 
-        load_checkpoint(model, checkpoint)
+        report = load_checkpoint(model, checkpoint, allow=(r"head.*",) if "num_classes" in overrides else ())
+        if report.missing or report.unexpected or report.mismatched:
+            warnings.warn(f"create_model({name!r}): {report}", stacklevel=2)
     return model
 
 

@@ -76,4 +76,6 @@ class PatchEmbed(nn.Module):
             mean=None if self.mean is None else self.mean.float(),
             std=None if self.std is None else self.std.float(),
         )
+        # Under autocast the product is in its dtype; the residual stream stays in the parameters', or sums over tokens lose their bits.
+        x = x.to(self.proj.weight.dtype)
         return x if self.norm is None else self.norm(x)

@@ -269,6 +269,12 @@ def test_create_model_with_checkpoint():
     state = vit().state_dict()
     model = pyvit.create_model("vit_tiny_patch16_224", **VIT, checkpoint=state)
     assert torch.equal(model.blocks[1].attn.qkv.weight, state["blocks.1.attn.qkv.weight"])
+    with pytest.warns(UserWarning, match=r"mismatched.*head\.weight"):
+        model = pyvit.create_model("vit_tiny_patch16_224", **{**VIT, "num_classes": 9}, checkpoint=state)
+    assert not model.head.weight.any()
+    settings = {k: v for k, v in VIT.items() if k != "num_classes"}
+    with pytest.raises(CheckpointError):
+        pyvit.create_model("vit_tiny_patch16_224", **settings, checkpoint=state)
 
 
 def test_unknown_key_of_a_layout_is_reported():
