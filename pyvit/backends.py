@@ -66,6 +66,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "flash_attention": {"cpu": Capability((F32, BF16, F16), _ATTENTION, (1, 256, 1))},
     "flash_attention_varlen": {"cpu": Capability((F32, BF16, F16), _VARLEN, (1, 256, 1))},
     "attention_map": {"cpu": Capability((F32, BF16, F16), frozenset({"bias", "bool_mask", "gqa"}), (1, 256, 1))},
+    "window_attention": {"cpu": Capability((F32, BF16, F16), _WINDOW)},
     "patch_embed": {"cpu": Capability((F32, BF16, F16), _PATCH)},
     "linear": {"cpu": Capability((F32, BF16, F16), pure=True)},
 }

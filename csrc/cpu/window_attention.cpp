@@ -1,5 +1,188 @@
-#include "softmax.h"
+// Shifted-window attention, forward: one (image, window, head) at a time, straight from and to the map.
+#include "window.h"
+
 namespace pyvit::PYVIT_ISA {
-void window(const Window&) {}
-void window_backward(const Window&, const WindowGrad&) {}
+namespace {
+
+// The packed operands of one head in one window, and their attention.
+template <class D>
+class Forward {
+  using E = typename D::element;
+
+ public:
+  Forward(const Window& w, const Windows& g, Scratch& memory)
+      : d(w.d),
+        n(g.area),
+        g_(g),
+        ldk_(ld_of_rows<D>(d)),
+        ldv_(round_up(d, W)),
+        queries_(memory.take<uint32_t>(lanes_of<D>(d) * g.ld)),
+        keys_(memory.take<uint32_t>(n * ldk_)),
+        values_(memory.take<uint32_t>(lanes_of<D>(n) * ldv_)),
+        last_(memory.take<uint32_t>(ldk_)),
+        scores_(memory.take<float>(n * WIDEST * W)),
+        row_(memory.take<float>(g.ld)) {}
+
+  template <class T>
+  void pack(const Operands<D, T>& in) {
+    in.queries_and_keys([&](const auto& q, const auto& k) {
+      pack_columns<D>(q, queries_, g_.ld, g_.apart, last_);
+      pack_rows<D>(k, keys_);
+    });
+    pack_pairs<D>(in.part(2), values_);
+  }
+
+  // out: pointers to the rows of the result.
+  void run(const float* bias, float scale2, float* lse, float* const* out) {
+    const int64_t cols = g_.apart ? n - 1 : g_.ld;
+    for (int64_t i = 0; i < cols;)
+      i += W * next_group((cols - i) / W,
+                          [&](auto v) { queries<decltype(v)::value>(i, bias + i, scale2, lse + i, out + i); });
+    if (g_.apart) last_query(bias + n * g_.ld, scale2, lse + n - 1, out[n - 1]);
+  }
+
+ private:
+  // V vectors of queries from `first` on: all their scores, in L1, then softmax, then the output.
+  template <int V>
+  void queries(int64_t first, const float* bias, float scale2, float* lse, float* const* out) {
+    constexpr int64_t ld = V * W;
+    const int64_t count = std::min(ld, n - first);
+    vf top[V], sum[V];
+    for (int v = 0; v < V; v++)
+      top[v] = set1(-1e30f), sum[v] = vf{};  // finite, so that a row without keys sums to zero
+    product<D, V, false>(n, lanes_of<D>(d), keys_, ldk_, queries_ + first, g_.ld,
+                         [&](int64_t j, int v, vf x) __attribute__((always_inline)) {
+                           x = x * scale2 + load(bias + j * g_.ld + v * W);
+                           store(scores_ + j * ld + v * W, x);
+                           top[v] = vmax(top[v], x);
+                         });
+    uint32_t* p = reinterpret_cast<uint32_t*>(scores_);
+    for (int64_t j = 0; j < n; j += D::K)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) {
+        const float* s = scores_ + j * ld + v * W;
+        const vf e = exp2v<D::K == 2>(load(s) - top[v]);
+        sum[v] += e;
+        if constexpr (D::K == 1) {
+          store_as(p + j * ld + v * W, e);
+        } else {
+          const vf next = j + 1 < n ? exp2v<true>(load(s + ld) - top[v]) : vf{};
+          sum[v] += next;
+          store_as(p + j / 2 * ld + v * W, pair_lanes(e, next));
+        }
+      }
+    float inverse[V * W];
+    for (int v = 0; v < V; v++) {
+      store(inverse + v * W, 1.f / sum[v]);
+      const vf l = sum[v] == 0.f ? set1(-INF) : (top[v] + log2v(sum[v])) * LN2;
+      if (count > v * W) store_up_to(lse + v * W, l, count - v * W);
+    }
+    product_then<D, true>(count, d, lanes_of<D>(n), p, ld, values_, ldv_,
+                          [&](int64_t i, int64_t c, vf x)
+                              __attribute__((always_inline)) { store_up_to(out[i] + c, x * inverse[i], d - c); });
+  }
+
+  void last_query(const float* bias, float scale2, float* lse, float* out) {
+    dots<D>(keys_, n, ldk_, last_, row_);
+    vf top = set1(-1e30f), sum{};
+    for (int64_t j = 0; j < n; j += W) {
+      const vf x = load(row_ + j) * scale2 + load(bias + j);
+      store(row_ + j, x);
+      top = vmax(top, x);
+    }
+    const float most = reduce_max(top);
+    E* p = reinterpret_cast<E*>(row_);
+    for (int64_t j = 0; j < n; j += W) {
+      const vf e = exp2v<D::K == 2>(load(row_ + j) - most);
+      sum += e;
+      store(p + j, e);
+    }
+    const float total = reduce_add(sum), inverse = 1.f / total;
+    *lse = total == 0 ? -INF : (most + std::log2(total)) * LN2;
+    product_then<D, false>(1, d, lanes_of<D>(n), reinterpret_cast<uint32_t*>(row_), 0, values_, ldv_,
+                           [&](int64_t, int64_t c, vf x)
+                               __attribute__((always_inline)) { store_up_to(out + c, x * inverse, d - c); });
+  }
+
+  const int64_t d, n;
+  const Windows& g_;
+  int64_t ldk_, ldv_;
+  uint32_t *queries_, *keys_, *values_, *last_;
+  float *scores_, *row_;
+};
+
+// float32 results go straight to the map, others through a buffer.
+template <class T>
+class Worker {
+  using D = Compute<T>;
+
+ public:
+  Worker(const Window& w, const Windows& g, const Shared<T>& shared)
+      : w_(w),
+        n_(g.area),
+        ld_(round_up(w.d, W)),
+        shared_(shared),
+        memory_(scratch()),
+        place_(w, g, memory_),
+        operands_(w, n_, memory_),
+        attention_(w, g, memory_),
+        out_(memory_.take<T*>(n_)),
+        sink_(memory_.take<T>(w.heads * w.d)),
+        results_(memory_.take<float*>(n_)),
+        buffer_(memory_.take<float>(n_ * ld_)) {
+    for (int64_t i = 0; i < n_; i++) results_[i] = buffer_ + i * ld_;
+  }
+  void window(int64_t index, int64_t head) {
+    place_.set(index);
+    place_.rows(w_.out, sink_, out_);
+    operands_.set(place_, shared_.padding(), head);
+    attention_.pack(operands_);
+    if constexpr (std::is_same_v<T, float>)
+      for (int64_t i = 0; i < n_; i++) results_[i] = out_[i] + head * w_.d;
+    attention_.run(place_.bias(shared_.bias(head)), shared_.scale2(head), w_.lse + (index * w_.heads + head) * n_,
+                   results_);
+    if constexpr (!std::is_same_v<T, float>)
+      for (int64_t i = 0; i < n_; i++)
+        for (int64_t c = 0; c < w_.d; c += W) store_up_to(out_[i] + head * w_.d + c, load(results_[i] + c), w_.d - c);
+  }
+
+ private:
+  const Window& w_;
+  int64_t n_, ld_;
+  const Shared<T>& shared_;
+  Scratch& memory_;
+  Place place_;
+  Operands<D, T> operands_;
+  Forward<D> attention_;
+  T **out_, *sink_;
+  float **results_, *buffer_;
+};
+
+template <class T>
+void forward(const Window& w) {
+  const Windows g(w);
+  const Shared<T> shared(w, g);
+  const int64_t windows = w.batch * g.per_image(), each = windows_per_unit(w, g), ranges = (windows + each - 1) / each;
+  parallel_units(ranges * w.heads, [&](Queue& queue) {
+    Worker<T> worker(w, g, shared);
+    for (int64_t unit; (unit = queue.next()) >= 0;) {
+      const int64_t first = unit / w.heads * each, last = std::min(first + each, windows);
+      for (int64_t i = first; i < last; i++) worker.window(i, unit % w.heads);
+    }
+  });
+}
+
+}  // namespace
+
+void window(const Window& w) {
+  switch (w.dtype) {
+    case Dtype::bf16:
+      return forward<bf16>(w);
+    case Dtype::f16:
+      return forward<f16>(w);
+    default:
+      return forward<float>(w);
+  }
+}
+
 }  // namespace pyvit::PYVIT_ISA

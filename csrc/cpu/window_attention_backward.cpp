@@ -1,0 +1,367 @@
+// Shifted-window attention, backward: the probabilities of one (image, window, head) again from the log-sum-exp, and
+// the five products of its gradients while everything is in cache.
+//
+// A real token is in exactly one window, so its gradient is written once. What several windows add to (bias table,
+// logit scale, padding token) is summed per unit of work, units follow from the shapes alone, and their sums are added
+// in order: the bits do not depend on the number of threads.
+#include "window.h"
+
+namespace pyvit::PYVIT_ISA {
+namespace {
+
+// Results, rows of round_up(d, W) floats: dq and dk lack the factor on the scores.
+template <class D>
+class Backward {
+  using E = typename D::element;
+
+ public:
+  Backward(const Window& w, const Windows& g, Scratch& memory)
+      : d(w.d),
+        n(g.area),
+        ld(round_up(w.d, W)),
+        g_(g),
+        lda_(ld_of_rows<D>(w.d)),
+        ldp_((WIDEST + 1) * W),
+        cosine_(w.logit_scale) {
+    queries_ = memory.take<uint32_t>(lanes_of<D>(d) * g.ld);
+    grads_ = memory.take<uint32_t>(lanes_of<D>(d) * g.ld);
+    keys_ = memory.take<uint32_t>(n * lda_);
+    values_ = memory.take<uint32_t>(n * lda_);
+    last_query_ = memory.take<uint32_t>(lda_);
+    last_grad_ = memory.take<uint32_t>(lda_);
+    query_pairs_ = memory.take<uint32_t>(lanes_of<D>(n) * ld);
+    grad_pairs_ = memory.take<uint32_t>(lanes_of<D>(n) * ld);
+    key_pairs_ = D::K == 1 ? keys_ : memory.take<uint32_t>(lanes_of<D>(n) * ld);
+    s_ = memory.take<float>(n * ldp_);
+    ds_ = memory.take<float>(n * ldp_);
+    row_ = memory.take<float>(2 * g.ld);
+    if (D::K == 2) {
+      p_rows_ = memory.take<uint32_t>(n * ldp_ / 2);
+      ds_rows_ = memory.take<uint32_t>(n * ldp_ / 2);
+      ds_pairs_ = memory.take<uint32_t>(lanes_of<D>(n) * ldp_);
+    } else {
+      p_rows_ = reinterpret_cast<uint32_t*>(s_);
+      ds_rows_ = ds_pairs_ = reinterpret_cast<uint32_t*>(ds_);
+    }
+    dq = memory.take<float>(n * ld);
+    dk = memory.take<float>(n * ld);
+    dv = memory.take<float>(n * ld);
+  }
+
+  template <class T>
+  void pack(const Operands<D, T>& in, const Rows<T>& grad_out) {
+    in.queries_and_keys([&](const auto& q, const auto& k) {
+      pack_columns<D>(q, queries_, g_.ld, g_.apart, last_query_);
+      pack_pairs<D>(q, query_pairs_);
+      pack_rows<D>(k, keys_);
+      if (D::K == 2) pack_pairs<D>(k, key_pairs_);
+    });
+    pack_rows<D>(in.part(2), values_);
+    pack_columns<D>(grad_out, grads_, g_.ld, g_.apart, last_grad_);
+    pack_pairs<D>(grad_out, grad_pairs_);
+  }
+
+  // lse2 (base 2, +inf where there is no query) holds round_up(n, W) values; grad_bias, a tile like the bias, is added
+  // to, or null.
+  void run(const float* bias, float scale2, const float* lse2, float* grad_bias) {
+    const int64_t cols = g_.apart ? n - 1 : g_.ld;
+    for (int64_t i = 0; i < cols;)
+      i += W * next_group((cols - i) / W, [&](auto v) {
+             constexpr int V = decltype(v)::value;
+             const bool apart = g_.apart && i + V * W == cols;
+             probabilities<V>(i, bias + i, scale2, lse2 + i, grad_bias ? grad_bias + i : nullptr);
+             if (apart) last_query(V * W, bias + n * g_.ld, scale2, lse2[n - 1], grad_bias);
+             products(i, apart ? V * W + 1 : std::min<int64_t>(V * W, n - i));
+           });
+  }
+
+  const int64_t d, n, ld;
+  float *dq, *dk, *dv;
+
+ private:
+  // P and dS = P (dP - delta) of V vectors of queries. delta = sum of P dP, and the sum of P once more: what rounding
+  // left in the log-sum-exp, or in a 16-bit output, does not enter the gradients.
+  template <int V>
+  void probabilities(int64_t first, const float* bias, float scale2, const float* lse2, float* grad_bias) {
+    product<D, V, false>(n, lanes_of<D>(d), keys_, lda_, queries_ + first, g_.ld,
+                         [&](int64_t j, int v, vf x) __attribute__((always_inline)) {
+                           x = x * scale2 + (load(bias + j * g_.ld + v * W) - load(lse2 + v * W));
+                           store(s_ + j * ldp_ + v * W, x);
+                         });
+    product<D, V, false>(n, lanes_of<D>(d), values_, lda_, grads_ + first, g_.ld,
+                         [&](int64_t j, int v, vf x)
+                             __attribute__((always_inline)) { store(ds_ + j * ldp_ + v * W, x); });
+    vf sum[V], delta[V];
+    for (int v = 0; v < V; v++) sum[v] = delta[v] = vf{};
+    for (int64_t j = 0; j < n; j++)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) {
+        float* s = s_ + j * ldp_ + v * W;
+        const vf e = exp2v<D::K == 2>(load(s));
+        sum[v] += e;
+        delta[v] += e * load(ds_ + j * ldp_ + v * W);
+        store(s, e);
+      }
+    for (int v = 0; v < V; v++) {
+      sum[v] = inverse(sum[v]);
+      delta[v] *= sum[v];
+    }
+    if (cosine_) {  // the gradient of a temperature sums dS times the scores, where a rounded delta would show: refine
+                    // it
+      vf rest[V];
+      for (int v = 0; v < V; v++) rest[v] = vf{};
+      for (int64_t j = 0; j < n; j++)
+        for (int v = 0; v < V; v++) rest[v] += load(s_ + j * ldp_ + v * W) * (load(ds_ + j * ldp_ + v * W) - delta[v]);
+      for (int v = 0; v < V; v++) delta[v] += rest[v] * sum[v];
+    }
+    for (int64_t j = 0; j < n; j += D::K)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) {
+        vf p[2], ds[2] = {};
+        for (int k = 0; k < D::K && j + k < n; k++) {
+          const int64_t at = (j + k) * ldp_ + v * W;
+          p[k] = load(s_ + at) * sum[v];
+          ds[k] = p[k] * (load(ds_ + at) - delta[v]);
+          if (grad_bias) {
+            float* total = grad_bias + (j + k) * g_.ld + v * W;
+            store(total, load(total) + ds[k]);
+          }
+          store(reinterpret_cast<E*>(p_rows_) + at, p[k]);
+          store(reinterpret_cast<E*>(ds_rows_) + at, ds[k]);
+        }
+        if constexpr (D::K == 2) store_as(ds_pairs_ + j / 2 * ldp_ + v * W, pair_lanes(ds[0], ds[1]));
+      }
+  }
+  static vf inverse(vf sum) { return sum == 0.f ? vf{} : 1.f / sum; }
+
+  // The query done apart becomes the column `at`.
+  void last_query(int64_t at, const float* bias, float scale2, float lse2, float* grad_bias) {
+    float *p = row_, *ds = row_ + g_.ld;
+    dots<D>(keys_, n, lda_, last_query_, p);
+    dots<D>(values_, n, lda_, last_grad_, ds);
+    vf sum{}, delta{};
+    for (int64_t j = 0; j < n; j += W) {
+      const vf e = exp2v<D::K == 2>(load(p + j) * scale2 + (load(bias + j) - lse2));
+      sum += e;
+      delta += e * load(ds + j);
+      store(p + j, e);
+    }
+    const float factor = reduce_add(sum) == 0 ? 0.f : 1.f / reduce_add(sum), rough = reduce_add(delta) * factor;
+    vf rest{};
+    for (int64_t j = 0; j < n; j += W) rest += load(p + j) * (load(ds + j) - rough);
+    const float mean = rough + reduce_add(rest) * factor;
+    for (int64_t j = 0; j < n; j += W) {
+      const vf e = load(p + j) * factor, x = e * (load(ds + j) - mean);
+      store(p + j, e);
+      store(ds + j, x);
+      if (grad_bias) store(grad_bias + n * g_.ld + j, load(grad_bias + n * g_.ld + j) + x);
+    }
+    E *p_rows = reinterpret_cast<E*>(p_rows_) + at, *ds_rows = reinterpret_cast<E*>(ds_rows_) + at;
+    for (int64_t j = 0; j < n; j++) {
+      p_rows[j * ldp_] = from_float<E>(p[j]);
+      ds_rows[j * ldp_] = from_float<E>(ds[j]);
+      if constexpr (D::K == 2) {  // the second of a pair of queries does not exist
+        p_rows[j * ldp_ + 1] = ds_rows[j * ldp_ + 1] = E{};
+        if (j % 2 == 0) ds_pairs_[j / 2 * ldp_ + at] = as_lane(from_float<E>(ds[j]), from_float<E>(ds[j + 1]));
+      }
+    }
+  }
+
+  // What `count` queries from `first` on give to dq, and add to dk and dv.
+  void products(int64_t first, int64_t count) {
+    product_then<D, true>(count, d, lanes_of<D>(n), ds_pairs_, ldp_, key_pairs_, ld,
+                          [&](int64_t i, int64_t c, vf x)
+                              __attribute__((always_inline)) { store(dq + (first + i) * ld + c, x); });
+    add(dv, p_rows_, grad_pairs_ + first / D::K * ld, first, count);
+    add(dk, ds_rows_, query_pairs_ + first / D::K * ld, first, count);
+  }
+  void add(float* sum, const uint32_t* a, const uint32_t* b, int64_t first, int64_t count) {
+    product_then<D, false>(n, d, lanes_of<D>(count), a, ldp_ / D::K, b, ld,
+                           [&](int64_t j, int64_t c, vf x) __attribute__((always_inline)) {
+                             float* p = sum + j * ld + c;
+                             store(p, first ? load(p) + x : x);
+                           });
+  }
+
+  const Windows& g_;
+  int64_t lda_, ldp_;
+  bool cosine_;
+  uint32_t *queries_, *grads_, *keys_, *values_, *last_query_, *last_grad_, *query_pairs_, *grad_pairs_, *key_pairs_;
+  uint32_t *p_rows_, *ds_rows_, *ds_pairs_;
+  float *s_, *ds_, *row_;
+};
+
+// Sums of one unit of work: bias table of the head, padding token's k and v of the head, logit scale.
+struct Record {
+  float *table, *pad;
+  double* logit;
+};
+
+template <class T>
+class Worker {
+  using D = Compute<T>;
+
+ public:
+  Worker(const Window& w, const Windows& g, const Shared<T>& shared, const WindowGrad& grad)
+      : w_(w),
+        g_(g),
+        grad_(grad),
+        shared_(shared),
+        memory_(scratch()),
+        place_(w, g, memory_),
+        operands_(w, g.area, memory_),
+        gradients_(w, g, memory_),
+        tile_(grad.grad_table ? memory_.take<float>((g.area + 1) * g.ld) : nullptr),
+        lse2_(memory_.take<float>(g.ld)),
+        zeros_(memory_.take<T>(w.heads * w.d)) {
+    for (T*** rows : {&grad_out_, &result_}) *rows = memory_.take<T*>(g.area);
+    std::fill(zeros_, zeros_ + w.heads * w.d, T{});
+  }
+
+  void unit(int64_t first, int64_t last, int64_t head, const Record& record) {
+    const int64_t tile = (g_.area + 1) * g_.ld;
+    if (tile_) std::fill(tile_, tile_ + tile, 0.f);
+    for (int64_t i = first; i < last; i++) window(i, head, record);
+    if (tile_) reduce_tile(record.table);
+  }
+
+ private:
+  void window(int64_t index, int64_t head, const Record& record) {
+    const int64_t n = g_.area, d = w_.d, channels = w_.heads * d;
+    place_.set(index);
+    place_.rows(grad_.grad_out, zeros_, grad_out_);
+    place_.rows<T>(grad_.grad_qkv, nullptr, result_);
+    operands_.set(place_, shared_.padding(), head);
+    const Rows<T> grad_out{grad_out_, head * d, n, d};
+    gradients_.pack(operands_, grad_out);
+    const float* lse = w_.lse + (index * w_.heads + head) * n;
+    for (int64_t i = 0; i < g_.ld; i += W) {
+      const vf l = i + W <= n ? load(lse + i) : load_n(lse + i, int(n - i), -INF);
+      store(lse2_ + i, l == set1(-INF) ? set1(INF) : l * LOG2E);
+    }
+    gradients_.run(place_.bias(shared_.bias(head)), shared_.scale2(head), lse2_, tile_);
+    const float scale = shared_.scale(head);
+    if (w_.logit_scale) {
+      *record.logit += through_normalisation(0, gradients_.dq, scale);
+      through_normalisation(1, gradients_.dk, scale);
+    }
+    const float factor = w_.logit_scale ? 1.f : scale;
+    for (int64_t i = 0; i < n; i++) {
+      const float *dq = gradients_.dq + i * gradients_.ld, *dk = gradients_.dk + i * gradients_.ld,
+                  *dv = gradients_.dv + i * gradients_.ld;
+      for (int64_t c = 0; c < d; c += W) {
+        const vf k = load(dk + c) * factor, v = load(dv + c);
+        if (T* to = result_[i]) {
+          to += head * d + c;
+          store_up_to(to, load(dq + c) * factor, d - c);
+          store_up_to(to + channels, k, d - c);
+          store_up_to(to + 2 * channels, v, d - c);
+        } else if (record.pad) {
+          float *pk = record.pad + c, *pv = pk + gradients_.ld;
+          store(pk, load(pk) + k);
+          store(pv, load(pv) + v);
+        }
+      }
+    }
+  }
+
+  // Rows g = d loss / d x^ become those of x, x^ = x / max(|x|, eps): (g - x^ (x^ . g)) / |x|. Returns the sum of x^ .
+  // g.
+  double through_normalisation(int64_t which, float* rows, float scale) {
+    const Rows<T> in = operands_.part(which);
+    double total = 0;
+    for (int64_t i = 0; i < g_.area; i++) {
+      const float inverse = operands_.inverse(which)[i];
+      float* row = rows + i * gradients_.ld;
+      const auto unit = [&](int64_t c) {
+        return (w_.d - c >= W ? load(in[i] + c) : load_n(in[i] + c, int(w_.d - c))) * inverse;
+      };
+      vf sum{};
+      for (int64_t c = 0; c < w_.d; c += W) sum += unit(c) * load(row + c);
+      const float along = reduce_add(sum) * scale;
+      total += along;
+      const float back = inverse < 1e12f ? along : 0.f;  // a constant length has no gradient
+      for (int64_t c = 0; c < w_.d; c += W) store(row + c, (load(row + c) * scale - unit(c) * back) * inverse);
+    }
+    return total;
+  }
+
+  // The tile's entries by their row of the table; queries of one window row are neighbours there.
+  void reduce_tile(float* table) {
+    const int64_t n = g_.area, ww = w_.ww, width = 2 * ww - 1;
+    for (int64_t j = 0; j < n; j++)
+      for (int64_t y = 0; y < w_.wh; y++)
+        for (int64_t x = 0; x < ww; x += W) {
+          const int left = int(std::min<int64_t>(W, ww - x));
+          float* sum = table + (y - j / ww + w_.wh - 1) * width + x - j % ww + ww - 1;
+          store_n(sum, load_n(sum, left) + load_n(tile_ + j * g_.ld + y * ww + x, left), left);
+        }
+    if (!g_.apart) return;
+    const float* last = tile_ + n * g_.ld;
+    for (int64_t j = 0; j < n; j++) table[(w_.wh - 1 - j / ww + w_.wh - 1) * width + 2 * (ww - 1) - j % ww] += last[j];
+  }
+
+  const Window& w_;
+  const Windows& g_;
+  const WindowGrad& grad_;
+  const Shared<T>& shared_;
+  Scratch& memory_;
+  Place place_;
+  Operands<D, T> operands_;
+  Backward<D> gradients_;
+  float *tile_, *lse2_;
+  T **grad_out_, **result_, *zeros_;
+};
+
+template <class T>
+void backward(const Window& w, const WindowGrad& grad) {
+  const Windows g(w);
+  const Shared<T> shared(w, g);
+  const int64_t windows = w.batch * g.per_image(), each = windows_per_unit(w, g), ranges = (windows + each - 1) / each;
+  const int64_t table = (2 * w.wh - 1) * (2 * w.ww - 1), ldd = round_up(w.d, W), units = ranges * w.heads;
+  float* tables = grad.grad_table ? shared.template take<float>(units * table) : nullptr;
+  float* pads = grad.grad_pad ? shared.template take<float>(units * 2 * ldd) : nullptr;
+  double* logits = shared.template take<double>(units);
+  parallel_units(units, [&](Queue& queue) {
+    Worker<T> worker(w, g, shared, grad);
+    for (int64_t unit; (unit = queue.next()) >= 0;) {
+      const Record record{tables ? tables + unit * table : nullptr, pads ? pads + unit * 2 * ldd : nullptr,
+                          logits + unit};
+      if (tables) std::fill(record.table, record.table + table, 0.f);
+      if (pads) std::fill(record.pad, record.pad + 2 * ldd, 0.f);
+      *record.logit = 0;
+      const int64_t first = unit / w.heads * each;
+      worker.unit(first, std::min(first + each, windows), unit % w.heads, record);
+    }
+  });
+  for (int64_t range = 0; range < ranges; range++)
+    for (int64_t h = 0; h < w.heads; h++) {
+      const int64_t unit = range * w.heads + h;
+      if (tables)
+        for (int64_t r = 0; r < table; r++) grad.grad_table[r * w.heads + h] += tables[unit * table + r];
+      for (int64_t part = 1; pads && part < 3;
+           part++)  // the output at a padding token is dropped: its q has no gradient
+        for (int64_t c = 0; c < w.d; c++)
+          grad.grad_pad[(part * w.heads + h) * w.d + c] += pads[(unit * 2 + part - 1) * ldd + c];
+    }
+  for (int64_t h = 0; grad.grad_logit_scale && h < w.heads; h++) {
+    double sum = 0;
+    for (int64_t range = 0; range < ranges; range++) sum += logits[range * w.heads + h];
+    grad.grad_logit_scale[h] = w.logit_scale[h] <= Shared<T>::LN100 ? float(sum) : 0.f;
+  }
+}
+
+}  // namespace
+
+void window_backward(const Window& w, const WindowGrad& g) {
+  switch (w.dtype) {
+    case Dtype::bf16:
+      return backward<bf16>(w, g);
+    case Dtype::f16:
+      return backward<f16>(w, g);
+    default:
+      return backward<float>(w, g);
+  }
+}
+
+}  // namespace pyvit::PYVIT_ISA
