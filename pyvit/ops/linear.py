@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pyvit import dispatch
+from pyvit.backends import CAPABILITIES
 from pyvit.dispatch import Call
 from pyvit.ops import checks, products, reference
 
@@ -33,15 +34,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     (default ``auto``); under ``torch.use_deterministic_algorithms`` nothing is measured and oneDNN is taken wherever it can. Compiled
     graphs and tensors that are traced hold the plain formula.
     """
-    x, weight, bias, call = _prepare(x, weight, bias, activation)
-    if _select(call, backend) == "reference" or _traced(x, weight):
+    x, weight, bias, device = _prepare(x, weight, bias, activation)
+    if _select(device, x.dtype, backend) == "reference" or _traced(x, weight):
         return reference.linear(x, weight, bias, activation)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, weight, bias, activation)
     return products.forward(x, weight, bias, activation)
 
 
-def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> tuple[Tensor, Tensor, Tensor | None, Call]:
+def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> tuple[Tensor, Tensor, Tensor | None, str]:
     op = "linear"
     if activation is not None and activation not in reference.ACTIVATIONS:
         checks.fail(op, "activation", f"None or one of {', '.join(reference.ACTIVATIONS)}", repr(activation))
@@ -53,17 +54,21 @@ def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | N
         checks.fail(op, "bias", f"of shape ({weight.shape[0]},)", checks.shape(bias))
     if device != "meta" and torch.is_autocast_enabled(device):
         x, weight, bias = dispatch.autocast(device, x, weight, bias)  # type: ignore[assignment]
-    checks.same(op, "weight", weight, "x", x)
-    if bias is not None:
+    if weight.dtype != x.dtype or weight.device != x.device:
+        checks.same(op, "weight", weight, "x", x)
+    if bias is not None and (bias.dtype != x.dtype or bias.device != x.device):
         checks.same(op, "bias", bias, "x", x)
-    return x, weight, bias, Call(op, device, x.dtype, ())
+    return x, weight, bias, device
 
 
-def _select(call: Call, backend: str | None) -> str:
+def _select(device: str, dtype: torch.dtype, backend: str | None) -> str:
     """As every operator, but where a GPU backend is set for all operators this one stays with the vendor's library."""
-    if backend is None and (dispatch._override in ("cuda", "triton") or call.device not in ("cpu", "cuda")):
-        return "reference"
-    return dispatch.select(call, backend)
+    if backend is None and dispatch._override in (None, "cuda", "triton"):
+        return "cpu" if device == "cpu" and dtype in _DTYPES else "reference"
+    return dispatch.select(Call("linear", device, dtype, ()), backend)
+
+
+_DTYPES = CAPABILITIES["linear"]["cpu"].dtypes
 
 
 def _traced(x: Tensor, weight: Tensor) -> bool:
@@ -83,9 +88,10 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 @dispatch.describes("linear")
 def _describe(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None, **_: Any) -> tuple[Call, list[str]]:
-    x, weight, bias, call = _prepare(x, weight, bias, activation)
+    x, weight, bias, device = _prepare(x, weight, bias, activation)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    return call, products.explain(x, weight, bias, None if grad else activation) if call.device == "cpu" else []
+    notes = products.explain(x, weight, bias, None if grad else activation) if device == "cpu" else []
+    return Call("linear", device, x.dtype, ()), notes
 
 
 class _Linear(torch.autograd.Function):
