@@ -237,6 +237,6 @@ def spread_tokens(
             chosen = at[None, :] == patch[:, None]
             where = grad_out + b * grad_strides[0] + k.to(tl.int64) * grad_strides[1]
             g = tl.load(where[:, None] + col[None, :], mask=(k < kept)[:, None] & (col < WIDTH)[None, :], other=0.0)
-            acc = dot(chosen.to(g.dtype), g, acc, PRECISION)
+            acc = dot(tl.where(chosen, 1.0, 0.0).to(g.dtype), g, acc, PRECISION)
     at = out + (image * patches + patch)[:, None] * WIDTH + col[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=(patch < patches)[:, None] & (col < WIDTH)[None, :])
