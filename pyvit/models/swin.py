@@ -35,8 +35,8 @@ class SwinBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.post_norm:
-            x = x + self.drop_path1(self.norm1(self.attn(x)))
-            return x + self.drop_path2(self.norm2(self.mlp(x)))
+            x = x + self.drop_path1(self.norm1(self.attn(x).to(x.dtype)))
+            return x + self.drop_path2(self.norm2(self.mlp(x).to(x.dtype)))
         x = x + self.drop_path1(self.attn(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
@@ -59,7 +59,9 @@ class PatchMerging(nn.Module):
             x = F.pad(x, (0, 0, 0, w % 2, 0, h % 2))
         # Neighbours in the order (0, 0), (1, 0), (0, 1), (1, 1): row offset runs fastest.
         x = x.view(b, (h + 1) // 2, 2, (w + 1) // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, H/2, W/2, 4C)
-        return self.norm(self.reduction(x)) if self.post_norm else self.reduction(self.norm(x))
+        x = self.reduction(x if self.post_norm else self.norm(x))
+        x = x.to(self.reduction.weight.dtype)  # under autocast too: see PatchEmbed
+        return self.norm(x) if self.post_norm else x
 
 
 class SwinStage(nn.Module):

@@ -123,7 +123,9 @@ class WindowAttentionV2(WindowAttention):
         return F.linear(x, self.qkv.weight, bias), bias
 
     def bias_table(self) -> Tensor:
-        return 16.0 * torch.sigmoid(self.cpb_mlp(self.coords.to(self.cpb_mlp[0].weight.dtype)))
+        # A few thousand numbers, every window's bias: not worth autocast's rounding.
+        with torch.autocast(self.coords.device.type, enabled=False):
+            return 16.0 * torch.sigmoid(self.cpb_mlp(self.coords.to(self.cpb_mlp[0].weight.dtype)))
 
     def _logit_scale(self) -> Tensor | None:
         return self.logit_scale.flatten()

@@ -60,3 +60,23 @@ def test_compiles_without_a_break(name):
     model, images = _make(name)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert relative_error(compiled(images), model(images)) < 1e-5
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_autocast_gradients(name):
+    """The residual stream stays in float32 under autocast: LayerNorm's sums over tokens in bfloat16 were up to half wrong."""
+    model, images = _make(name)
+    weights = torch.randn(2, 5)
+
+    def gradients(m, x):
+        m.zero_grad()
+        (m(x).to(x.dtype) * weights.to(x.dtype)).sum().backward()
+        return {n: p.grad.double() for n, p in m.named_parameters() if p.grad is not None}
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(model, images)
+    with pyvit.use_backend("reference"):
+        exact = gradients(model.double(), images.double())
+    largest = max(g.abs().max() for g in exact.values())
+    for n, g in exact.items():
+        assert (found[n] - g).abs().max() < 0.03 * max(g.abs().max(), 0.05 * largest), n
