@@ -130,6 +130,11 @@ class Run:
         self.steps = config.steps or max(round((config.epochs or 1) * self.per_epoch), 1)
         torch.manual_seed(config.seed)
         self.recipe = load_recipe(config.recipe)(config, self.data)
+        scalars = [name for name, p in self.recipe.named_parameters() if p.dim() == 0]
+        if config.fsdp and scalars:
+            raise ValueError(
+                f"fsdp: FSDP2 cannot shard scalar parameters, and {config.model} has {', '.join(scalars)}; train without --fsdp"
+            )
         self.model, self.optimizer = self.accelerator.prepare(self.recipe, _optimizer(self.recipe, config))
         if config.compile:
             self.model.compile()

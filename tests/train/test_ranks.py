@@ -76,7 +76,10 @@ def worker(rank: int, world: int, folder: str, names: list[str]) -> None:
 
     mesh = init_device_mesh("cpu", (world,))
     for name, (config, data, start, views, loss, grads) in singles.items():
-        for kind in ("ddp", "fsdp"):
+        scalars = any(
+            v.dim() == 0 and v.is_floating_point() for v in start.values()
+        )  # FSDP2 takes no scalar parameter (CLIP's temperature)
+        for kind in ("ddp",) if scalars else ("ddp", "fsdp"):
             recipe = load_recipe(name)(config, data).train()
             recipe.load_state_dict(start)
             model = DistributedDataParallel(recipe) if kind == "ddp" else fully_shard(recipe, mesh=mesh)
@@ -85,10 +88,13 @@ def worker(rank: int, world: int, folder: str, names: list[str]) -> None:
             say = f"{name} {kind}"
             torch.testing.assert_close(got / world, loss, rtol=2e-5, atol=1e-6, msg=lambda m, say=say: f"{say} loss: {m}")
             assert sharded.keys() == grads.keys(), say
+            most = max(float(g.abs().max()) for g in grads.values())  # a gradient of zero carries the rounding of the others
             for key, want in grads.items():
                 mine = sharded[key].full_tensor() if kind == "fsdp" else sharded[key]
                 size = float(want.abs().max())
-                torch.testing.assert_close(mine, want, rtol=1e-3, atol=2e-4 * size + 1e-7, msg=lambda m, s=f"{say} {key}": f"{s}: {m}")
+                torch.testing.assert_close(
+                    mine, want, rtol=1e-3, atol=2e-4 * size + 1e-5 * most, msg=lambda m, s=f"{say} {key}": f"{s}: {m}"
+                )
     dist.destroy_process_group()
 
 
@@ -101,7 +107,7 @@ def launch(commands: list[list[str]], **env: str) -> None:
         )
         for i, c in enumerate(commands)
     ]
-    errors = [p.communicate(timeout=200)[1] for p in running]
+    errors = [p.communicate(timeout=600)[1] for p in running]
     assert [p.returncode for p in running] == [0] * len(running), "\n".join(errors)
 
 
