@@ -37,10 +37,11 @@ struct Geometry {
   int64_t area, k, columns, tokens;  // pixels of a patch in one channel and in all, patches per row, tokens per image
 
   explicit Geometry(const Patch& p)
-      : area(p.ph * p.pw), k(p.channels * area), columns((p.width - p.pw) / p.sw + 1), tokens(p.prefix_tokens + p.kept) {}
-  static int64_t patch(const Patch& p, int64_t image, int64_t at) {
-    return p.keep ? p.keep[image * p.kept + at] : at;
-  }
+      : area(p.ph * p.pw),
+        k(p.channels * area),
+        columns((p.width - p.pw) / p.sw + 1),
+        tokens(p.prefix_tokens + p.kept) {}
+  static int64_t patch(const Patch& p, int64_t image, int64_t at) { return p.keep ? p.keep[image * p.kept + at] : at; }
 };
 
 // Gathers patches as rows of pixels (channel, y, x), normalised, in the element type E of the product.
@@ -101,8 +102,7 @@ class Gather {
             store(out + x, v * scale + shift);
           }
         } else {
-          for (int64_t x = 0; x < p_.pw; x++)
-            out[x] = from_float<E>(to_float(s[x * p_.image_x]) * scale + shift);
+          for (int64_t x = 0; x < p_.pw; x++) out[x] = from_float<E>(to_float(s[x * p_.image_x]) * scale + shift);
         }
       }
     }
@@ -283,7 +283,8 @@ void token_gradients(const Patch& p, const PatchGrad& grad) {
         for (int64_t image = 0; image < p.batch; image++) {
           const T* rows = static_cast<const T*>(grad.grad_out) + image * g.tokens * p.dim + col;
           if (grad.grad_prefix)
-            for (int64_t i = 0; i < p.prefix_tokens; i++) add(grad.grad_prefix + i * p.dim + col, read(rows + i * p.dim));
+            for (int64_t i = 0; i < p.prefix_tokens; i++)
+              add(grad.grad_prefix + i * p.dim + col, read(rows + i * p.dim));
           rows += p.prefix_tokens * p.dim;
           vf sum{};  // of one image: bounds the rounding error of a long sum
           for (int64_t i = 0; i < p.kept; i++) {
