@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -124,7 +125,8 @@ class WindowAttentionV2(WindowAttention):
 
     def bias_table(self) -> Tensor:
         # A few thousand numbers, every window's bias: not worth autocast's rounding.
-        with torch.autocast(self.coords.device.type, enabled=False):
+        kind = self.coords.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
             return 16.0 * torch.sigmoid(self.cpb_mlp(self.coords.to(self.cpb_mlp[0].weight.dtype)))
 
     def _logit_scale(self) -> Tensor | None:
