@@ -221,8 +221,7 @@ def run(
         return [o.detach() for o in outputs], []
     pairs = [(o, c.to(o.dtype)) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     found = torch.autograd.grad([o for o, _ in pairs], [leaves[n] for n in grads], [c for _, c in pairs], allow_unused=True)
-    found = [torch.zeros_like(tensors[n]) if g is None else g for n, g in zip(grads, found, strict=True)]
-    return [o.detach() for o in outputs], found
+    return [o.detach() for o in outputs], [torch.zeros_like(tensors[n]) if g is None else g for n, g in zip(grads, found, strict=True)]
 
 
 def _gradient_magnitudes(

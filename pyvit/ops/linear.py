@@ -101,7 +101,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
         fused = activation if activation == "relu" else None
         inner = products.forward(x, weight, bias, fused)
-        out = inner if activation == fused else reference.ACTIVATIONS[activation](inner)
+        out = inner if activation is None or activation == fused else reference.ACTIVATIONS[activation](inner)
         ctx.activation = activation
         ctx.save_for_backward(x, weight, bias, None if activation is None else inner)
         return out

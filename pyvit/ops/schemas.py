@@ -1,11 +1,11 @@
 """Dispatcher schemas of every pyvit operator: the one place they are written.
 
-``setup.py`` turns this dictionary into ``schemas.inc``, so that the compiled library defines the operators by itself (a C++ program
-needs no Python); without the library, :mod:`pyvit.dispatch` defines them from here. The module imports nothing, so that the build can read it.
+``setup.py`` turns SCHEMAS into ``schemas.inc``, so that the compiled library defines the operators by itself (a C++ program needs no
+Python); without the library, :mod:`pyvit.library` defines them from here. The module imports nothing, so that the build can read it.
 
-``backend`` is ``"auto"`` or a name from :data:`pyvit.dispatch.BACKENDS`; it is part of the schema because gradients run in other threads and
-compiled graphs outlive the context that chose it. ``seed`` (1,) int64 seeds dropout, see :func:`pyvit.ops.reference.dropout_keep`.
-Gradients that were not asked for come back as empty tensors.
+``backend`` is ``"auto"`` or a name from :data:`pyvit.backends.BACKENDS`; it is part of the schema because gradients run in other
+threads and compiled graphs outlive the context that chose it. ``seed`` (1,) int64 seeds dropout, see
+:func:`pyvit.ops.reference.dropout_keep`. Gradients that were not asked for come back as empty tensors.
 """
 
 _ATTENTION = "Tensor q, Tensor k, Tensor v, Tensor? bias, bool is_causal, float scale, float dropout_p, Tensor? seed, str backend"

@@ -83,7 +83,7 @@ class Ring:
         self.group = group
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
-        if self.size > 1:
+        if group is not None and self.size > 1:
             self._next = dist.get_global_rank(group, (self.rank + 1) % self.size)
             self._previous = dist.get_global_rank(group, (self.rank - 1) % self.size)
 

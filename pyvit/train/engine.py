@@ -190,7 +190,7 @@ class Run:
 
     def step(self, step: int, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
         """One optimizer step; returns the figures to log."""
-        c, totals = self.config, {}
+        c, totals = self.config, dict[str, Any]()
         lr = _rates(self.optimizer, self.recipe, c, step, self.steps)
         for part in range(c.accumulate):
             batch = {k: v.to(self.accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in next(batches).items()}
