@@ -127,11 +127,11 @@ class Shared {
 
   const float* bias(int64_t head) const { return bias_ + (w_.table ? head * stride_ : 0); }
   T* padding() const { return pad_; }
-  // The factor on the products of queries and keys, in units of log2.
-  float scale2(int64_t head) const { return scale(head) * LOG2E; }
-  float scale(int64_t head) const {
-    return w_.logit_scale ? std::exp(std::min(w_.logit_scale[head], LN100)) : w_.scale;
+  // The factor on the products of queries and keys; in units of log2.
+  double scale(int64_t head) const {
+    return w_.logit_scale ? std::exp(double(std::min(w_.logit_scale[head], LN100))) : w_.scale;
   }
+  double scale2(int64_t head) const { return scale(head) * 1.4426950408889634; }
 
   // More memory that every thread may use until the call ends.
   template <class U>

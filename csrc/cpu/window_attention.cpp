@@ -33,7 +33,7 @@ class Forward {
   }
 
   // out: pointers to the rows of the result.
-  void run(const float* bias, float scale2, float* lse, float* const* out) {
+  void run(const float* bias, double scale2, float* lse, float* const* out) {
     const int64_t cols = g_.apart ? n - 1 : g_.ld;
     for (int64_t i = 0; i < cols;)
       i += W * next_group((cols - i) / W,
@@ -42,17 +42,21 @@ class Forward {
   }
 
  private:
+  // In two floats: the error of one would shift every score of a row by as much as the largest is rounded.
+  static std::pair<float, float> split(double x) { return {float(x), float(x - float(x))}; }
+
   // V vectors of queries from `first` on: all their scores, in L1, then softmax, then the output.
   template <int V>
-  void queries(int64_t first, const float* bias, float scale2, float* lse, float* const* out) {
+  void queries(int64_t first, const float* bias, double scale2, float* lse, float* const* out) {
     constexpr int64_t ld = V * W;
     const int64_t count = std::min(ld, n - first);
+    const std::pair<float, float> scale = split(scale2);
     vf top[V], sum[V];
     for (int v = 0; v < V; v++)
       top[v] = set1(-1e30f), sum[v] = vf{};  // finite, so that a row without keys sums to zero
     product<D, V, false>(n, lanes_of<D>(d), keys_, ldk_, queries_ + first, g_.ld,
                          [&](int64_t j, int v, vf x) __attribute__((always_inline)) {
-                           x = x * scale2 + load(bias + j * g_.ld + v * W);
+                           x = x * scale.first + (x * scale.second + load(bias + j * g_.ld + v * W));
                            store(scores_ + j * ld + v * W, x);
                            top[v] = vmax(top[v], x);
                          });
@@ -82,11 +86,12 @@ class Forward {
                               __attribute__((always_inline)) { store_up_to(out[i] + c, x * inverse[i], d - c); });
   }
 
-  void last_query(const float* bias, float scale2, float* lse, float* out) {
+  void last_query(const float* bias, double scale2, float* lse, float* out) {
+    const std::pair<float, float> scale = split(scale2);
     dots<D>(keys_, n, ldk_, last_, row_);
     vf top = set1(-1e30f), sum{};
     for (int64_t j = 0; j < n; j += W) {
-      const vf x = load(row_ + j) * scale2 + load(bias + j);
+      const vf x = load(row_ + j) * scale.first + (load(row_ + j) * scale.second + load(bias + j));
       store(row_ + j, x);
       top = vmax(top, x);
     }

@@ -239,8 +239,8 @@ class Worker {
       const vf l = i + W <= n ? load(lse + i) : load_n(lse + i, int(n - i), -INF);
       store(lse2_ + i, l == set1(-INF) ? set1(INF) : l * LOG2E);
     }
-    gradients_.run(place_.bias(shared_.bias(head)), shared_.scale2(head), lse2_, tile_);
-    const float scale = shared_.scale(head);
+    gradients_.run(place_.bias(shared_.bias(head)), float(shared_.scale2(head)), lse2_, tile_);
+    const float scale = float(shared_.scale(head));
     if (w_.logit_scale) {
       *record.logit += through_normalisation(0, gradients_.dq, scale);
       through_normalisation(1, gradients_.dk, scale);
