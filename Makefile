@@ -50,7 +50,7 @@ gpu: build        ## the same on a GPU: tests, tuning, timing; benchmarks/result
 	$(PY) -m benchmarks.gpu
 
 results: build    ## regenerate docs/results.md: what each recipe reaches on real images
-	$(PY) -m pyvit.train.results
+	$(PY) examples/results.py
 
 docs: build       ## regenerate the tables in docs/
 	$(PY) -m pyvit.triton_kernels.matrix

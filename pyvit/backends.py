@@ -1,4 +1,4 @@
-"""What each backend serves, as data. Dispatch, ``explain``, error messages, the documentation's table and the tests' parameters all read this."""
+"""What each backend serves, as data: dispatch, ``explain``, errors, the documentation's table and the tests' parameters read it."""
 
 from __future__ import annotations
 

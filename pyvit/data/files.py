@@ -152,7 +152,8 @@ def captioned_csv(path: Path, size: int) -> Data:
         labels = [classes.index(rows[i]["label"]) for i in at] if classes else None
         return DecodedImages([path.parent / rows[i]["image"] for i in at], _DecodeImage(size), labels, [rows[i]["caption"] for i in at])
 
-    return Data(path.stem, *(part(at) for at in _split(len(rows))), (size, size), classes)
+    train, test = (part(at) for at in _split(len(rows)))
+    return Data(path.stem, train, test, (size, size), classes)
 
 
 class _Column(Sequence[Any]):

@@ -45,7 +45,7 @@ def words(size: int = 64, per_word: int = 60, seed: int = 0, voice: str = "auto"
     held[torch.arange(len(target)) % per_word >= per_word - max(per_word // 5, 1)] = True
     parts = [TensorImages(images[m], target[m], [WORDS[c] for c in target[m].tolist()]) for m in (~held, held)]
     extra = {"voice": "espeak" if spoken else "tones"}
-    return Data("words", *parts, (size, size), WORDS, flip=False, mean=(0.5,) * 3, std=(0.25,) * 3, extra=extra)
+    return Data("words", parts[0], parts[1], (size, size), WORDS, flip=False, mean=(0.5,) * 3, std=(0.25,) * 3, extra=extra)
 
 
 def _say(program: str, word: str, draw: list[float]) -> Tensor:

@@ -63,7 +63,7 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
 
 
 def _by_onednn_fused(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    attribute, algorithm = _FUSED[activation]
+    attribute, algorithm = _FUSED[activation or ""]
     return _onednn(x, weight, bias, attribute, [], algorithm)  # type: ignore[misc]
 
 
