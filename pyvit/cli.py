@@ -1,4 +1,4 @@
-"""The command ``pyvit``: info, train, eval, flops, bench."""
+"""The command ``pyvit``: info, models, flops, convert, train, eval, bench."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def application() -> Any:
 
     app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
     app.command("info", help="Say what this installation has, what it lacks and how to get it.")(_info)
-    app.command("flops", help="Parameters, multiply-accumulates and attention memory of models (names or wildcards).")(_flops)
+    app.command("flops", help="Parameters, multiply-accumulates and attention memory of models, and the published comparison.")(_flops)
+    app.command("models", help="Names of the models, or of those that match a wildcard.")(_models)
+    app.command("convert", help="Rewrite a checkpoint in another library's layout.")(_convert)
     passes_on = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
     app.command(
         "bench", help="Check and time the kernels; from a checkout. Arguments go to 'python -m benchmarks'.", context_settings=passes_on
@@ -106,27 +108,66 @@ def _trainer(recipe: str) -> Callable[..., None]:
     return command
 
 
-def _flops(models: list[str], size: int = 0) -> None:
-    """``size``: side of the images, default each model's own."""
+def _flops(models: Any = None, size: int = 0, table: bool = False, throughput: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pyvit.models.flops import count
+    from pyvit.models import flops
+    from pyvit.models.registry import create_model, list_models
+
+    if not models and not table:
+        raise ValueError("flops: name models ('vit_base*'), or ask for the published comparison with --table")
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if table:
+        published = Table("model", "pixels", "params, published", "counted", "GMACs, published", "counted", "top-1 %, published")
+        for row, cost in flops.paper_table():
+            params, macs = ("cited only", "") if cost is None else (f"{cost.params / 1e6:.1f} M", f"{cost.macs / 1e9:.1f}")
+            published.add_row(row.label, f"{row.img_size}", f"{row.params:g} M", params, f"{row.gmacs:g}", macs, f"{row.top1:g}")
+        console.print(published)
+        for question, memory in flops.PIXELS_OR_PATCHES:
+            console.print(f"attention matrices, float32: {question}: {flops.human(memory)}")
+    if models:
+        names = [n for pattern in models for n in (list_models(pattern) or [pattern])]
+        options = {"img_size": size} if size else {}
+        costs = [flops.count(name, **options) for name in names]
+        counted = Table(*flops.HEADER, *(["images/s here"] if throughput else []))
+        for name, cells in zip(names, flops.rows(costs), strict=True):
+            counted.add_row(*cells, *([f"{flops.throughput(create_model(name, **options)):.1f}"] if throughput else []))
+        console.print(counted)
+    console.print(
+        "GMACs count a multiply and an add as one; N is the longest sequence; attention memory is of one input, in training, float32"
+    )
+
+
+def _models(pattern: str = "*") -> None:
     from pyvit.models.registry import list_models
 
-    names = [n for pattern in models for n in (list_models(pattern) or [pattern])]
-    table = Table("model", "params", "GMACs", "tokens", "attention memory, naive", "fused")
-    for name in names:
-        cost = count(name, **({"img_size": size} if size else {}))
-        naive, fused = cost.memory()
-        table.add_row(
-            name, f"{cost.params:,}", f"{cost.macs / 1e9:.2f}", str(cost.tokens), f"{naive / 1e6:.1f} MB", f"{fused / 1e6:.2f} MB"
-        )
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table)
-    console.print(
-        "per image; GMACs count a multiply and an add as one; attention memory is float32 probabilities kept for the backward pass"
-    )
+    names = list_models(pattern)
+    if not names:
+        raise ValueError(f"models: no model matches {pattern!r}; 'pyvit models' lists all")
+    print("\n".join(names))
+
+
+def _convert(source: Path, target: Path, to: str) -> None:
+    import torch
+
+    from pyvit.models.checkpoints import from_native, read_state, recognise, to_native
+
+    if target.suffix not in (".safetensors", ".pth", ".pt"):
+        raise ValueError(f"convert: target must end in .safetensors, .pth or .pt, got {target.name}")
+    state = read_state(source)
+    layout = recognise(state)
+    native, unknown, _ = to_native(state, layout)
+    if unknown:
+        raise ValueError(f"convert: the {layout.name} layout has no rule for {', '.join(unknown)}")
+    found = {k: v.contiguous() for k, v in from_native(native, to).items()}
+    if target.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file(found, target)
+    else:
+        torch.save(found, target)
+    print(f"{source} ({layout.name}, {len(state)} tensors) -> {target} ({to}, {len(found)} tensors)")
 
 
 def _bench(ctx: Any) -> None:
@@ -145,9 +186,21 @@ def _annotate() -> None:
     except ImportError:
         return
     _bench.__annotations__["ctx"] = typer.Context
-    argument = typer.Argument(help="names or wildcards, such as 'vit_base*'")
-    option = typer.Option("--size", help="side of the images; default each model's own")
-    _flops.__annotations__.update(models=Annotated[list[str], argument], size=Annotated[int, option])
+    names = typer.Argument(help="names or wildcards, such as 'vit_base*'")
+    _flops.__annotations__.update(
+        models=Annotated[list[str] | None, names],
+        size=Annotated[int, typer.Option(help="side of the images; default each model's own")],
+        table=Annotated[bool, typer.Option("--table", help="the Swin paper's comparison and the memory of pixels against patches")],
+        throughput=Annotated[bool, typer.Option("--throughput", help="also measure images per second on this machine (float32, batch 8)")],
+    )
+    _models.__annotations__.update(pattern=Annotated[str, typer.Argument(help="wildcard, such as 'swin*'")])
+    from pyvit.models.checkpoints import formats
+
+    _convert.__annotations__.update(
+        source=Annotated[Path, typer.Argument(help=".pth (weights only) or .safetensors, in any layout load_checkpoint reads")],
+        target=Annotated[Path, typer.Argument(help="file to write: .safetensors, .pth or .pt")],
+        to=Annotated[str, typer.Option(help=f"layout: {', '.join(formats())}")],
+    )
 
 
 _annotate()
