@@ -128,7 +128,7 @@ def _flops(models: Any = None, size: int = 0, table: bool = False, throughput: b
             console.print(f"attention matrices, float32: {question}: {flops.human(memory)}")
     if models:
         names = [n for pattern in models for n in (list_models(pattern) or [pattern])]
-        options = {"img_size": size} if size else {}
+        options: dict[str, Any] = {"img_size": size} if size else {}
         costs = [flops.count(name, **options) for name in names]
         counted = Table(*flops.HEADER, *(["images/s here"] if throughput else []))
         for name, cells in zip(names, flops.rows(costs), strict=True):
