@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(256)
                 [&](int i) { return problem.grad_out(head, i); });
       load_keys(0);
     }
-    float lse[2], delta[2], dq[D / 8][4] = {}, dots[2] = {0.0f, 0.0f};
+    float lse[2], delta[2], dq[D / 8][4] = {}, dots[2] = {0.0f, 0.0f}, slip[2] = {0.0f, 0.0f}, mean[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = q0 + row0 + g + 8 * half;
@@ -71,6 +71,8 @@ __global__ void __launch_bounds__(256)
           const float p = exp2_fast(problem.score(scaled, head, q0 + row, k0 + column) - lse[half]);
           const float ds = p * (dp[n][e] - delta[half]);
           dots[half] += ds * scaled;
+          slip[half] += ds;
+          mean[half] += p * scaled;
           s[n][e] = operand<T>(ds * key_norm);
         }
       }
@@ -80,7 +82,9 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = row0 + g + 8 * half;
-        const float along = row_sum(dots[half]) * kLn2, norm = problem.cosine() ? memory.row_norms()[row] : 1.0f;
+        // A row's ds sum to zero; what they do sum to is delta's rounding, which the scores would multiply.
+        const float along = (row_sum(dots[half]) - row_sum(slip[half]) * row_sum(mean[half])) * kLn2,
+                    norm = problem.cosine() ? memory.row_norms()[row] : 1.0f;
         if (t == 0) logit_sum += along;
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {
