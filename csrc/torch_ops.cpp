@@ -47,8 +47,22 @@ void check_backend(const std::string& backend) {
                   "' cannot run on cpu tensors through torch.ops");
 }
 
+// Straight through the C interface: the dispatcher's way to `new_empty` and `transpose` costs microseconds.
+Tensor make_strided(const Tensor& like, const int64_t* shape, const int64_t* strides, int64_t dims, ScalarType dtype) {
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, shape, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), like.get_device_index(), &made));
+  return Tensor(made);
+}
 Tensor make(const Tensor& like, const Ints& shape, std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::new_empty(like, Shape(shape.data(), shape.size()), dtype);
+  Ints strides(shape.size());
+  int64_t step = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = step;
+    step *= shape[i] ? shape[i] : 1;
+  }
+  return make_strided(like, shape.data(), strides.data(), int64_t(shape.size()), dtype.value_or(like.scalar_type()));
 }
 Tensor zeros(const Tensor& like, const Ints& shape, std::optional<ScalarType> dtype = std::nullopt) {
   return torch::stable::new_zeros(like, Shape(shape.data(), shape.size()), dtype);
@@ -78,7 +92,8 @@ Tokens tokens(const Tensor& t) {
 }
 // Heads merge without a copy when tokens come before heads in memory.
 Tensor make_heads(const Tensor& like, int64_t b, int64_t h, int64_t n, int64_t d) {
-  return torch::stable::transpose(make(like, {b, n, h, d}), 1, 2);
+  const int64_t shape[] = {b, h, n, d}, strides[] = {n * h * d, d, h * d, 1};
+  return make_strided(like, shape, strides, 4, like.scalar_type());
 }
 
 Bias bias_of(const Maybe& bias) {

@@ -174,9 +174,9 @@ def copy_notes(**tensors: Tensor | None) -> list[str]:
     ]
 
 
-def autocast(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under ``torch.autocast`` for ``device``, the floating tensors in its dtype; otherwise as they are."""
-    if not torch.is_autocast_enabled(device):
+def autocast(device: str, *tensors: Any) -> Any:
+    """Under ``torch.autocast`` for ``device``, the floating tensors in its dtype; otherwise as they are. None stays None."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

@@ -23,7 +23,7 @@ from pyvit.backends import BACKENDS, CAPABILITIES
 FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
 
 #: Roundings of the largest value that are always allowed: float32 results are sums of rounded products, 16-bit ones are rounded at the end.
-FLOOR = {torch.float64: 16.0, torch.float32: 8.0, torch.float16: 1.0, torch.bfloat16: 1.0}
+FLOOR = {torch.float64: 16.0, torch.float32: 16.0, torch.float16: 1.0, torch.bfloat16: 1.0}
 
 
 class NumericsError(AssertionError):

@@ -183,7 +183,7 @@ def human(size: float) -> str:
     raise AssertionError
 
 
-HEADER = ("model", "input", "params (M)", "GMACs", "N", "attention naive", "attention fused")
+HEADER = ("model", "input", "params", "GMACs", "N", "attention naive", "attention fused")
 
 
 def rows(costs: Iterable[Cost]) -> list[tuple[str, ...]]:
@@ -192,7 +192,7 @@ def rows(costs: Iterable[Cost]) -> list[tuple[str, ...]]:
         (
             c.name,
             "x".join(map(str, c.input_shape[1:])),
-            f"{c.params / 1e6:.2f}",
+            f"{c.params:,}",
             f"{c.macs / 1e9:.2f}",
             str(c.tokens),
             *map(human, c.memory()),

@@ -48,8 +48,7 @@ def attention_map(
 def _prepare(q: Tensor, k: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Operands in autocast's dtype, bias with its leading dimensions."""
     device = checks.device("attention_map", "q", q)
-    if torch.is_autocast_enabled(device):
-        q, k = dispatch.autocast(device, q, k)  # type: ignore[assignment]
+    q, k = dispatch.autocast(device, q, k)
     if bias is not None and bias.dim() < 4:
         bias = bias[(None,) * (4 - bias.dim())]
     return q, k, bias

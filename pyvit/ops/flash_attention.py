@@ -135,8 +135,7 @@ def flash_attention_varlen(
 def _prepare(op: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Operands in autocast's dtype, bias with its leading dimensions."""
     device = checks.device(op, "q", q)
-    if torch.is_autocast_enabled(device):
-        q, k, v = dispatch.autocast(device, q, k, v)  # type: ignore[assignment]
+    q, k, v = dispatch.autocast(device, q, k, v)
     if bias is not None and bias.dim() < 4:
         bias = bias[(None,) * (4 - bias.dim())]
     return q, k, v, bias

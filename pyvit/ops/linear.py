@@ -52,8 +52,7 @@ def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | N
         checks.fail(op, "x", f"of shape (..., {weight.shape[1]}) to fit weight {tuple(weight.shape)}", checks.shape(x))
     if bias is not None and bias.shape != weight.shape[:1]:
         checks.fail(op, "bias", f"of shape ({weight.shape[0]},)", checks.shape(bias))
-    if device != "meta" and torch.is_autocast_enabled(device):
-        x, weight, bias = dispatch.autocast(device, x, weight, bias)  # type: ignore[assignment]
+    x, weight, bias = dispatch.autocast(device, x, weight, bias)
     if weight.dtype != x.dtype or weight.device != x.device:
         checks.same(op, "weight", weight, "x", x)
     if bias is not None and (bias.dtype != x.dtype or bias.device != x.device):

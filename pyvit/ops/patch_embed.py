@@ -61,9 +61,7 @@ def patch_embed(
 def _prepare(images: Tensor, weight: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
     """Images, parameters and tokens in autocast's dtype; bytes stay bytes."""
     device = checks.device("patch_embed", "images", images)
-    if torch.is_autocast_enabled(device):
-        return dispatch.autocast(device, images, weight, *rest)
-    return images, weight, *rest
+    return dispatch.autocast(device, images, weight, *rest)
 
 
 def grid_size(size: Sequence[int], patch: Sequence[int], stride: Sequence[int]) -> tuple[int, int]:

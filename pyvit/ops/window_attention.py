@@ -64,8 +64,7 @@ def window_attention(
 def _prepare(qkv: Tensor) -> Tensor:
     """qkv in autocast's dtype."""
     device = checks.device("window_attention", "qkv", qkv)
-    if torch.is_autocast_enabled(device):
-        (qkv,) = dispatch.autocast(device, qkv)  # type: ignore[assignment]
+    (qkv,) = dispatch.autocast(device, qkv)
     return qkv
 
 

