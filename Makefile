@@ -8,11 +8,10 @@ JOBS   ?= $(shell nproc)
 # One thread per worker: the suite runs on all cores already.
 PYTEST := OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) -m pytest -q
 SPREAD := -n $(JOBS) --dist worksteal
-ISAS   := $(shell grep -q avx512_bf16 /proc/cpuinfo 2>/dev/null && echo avx512) $(shell grep -q avx512bw /proc/cpuinfo 2>/dev/null && echo avx2) portable
 NATIVE := PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py -q build_ext --inplace
 
 .DEFAULT_GOAL := build
-.PHONY: help build test test-fast test-isa test-triton bench gpu results docs lint format clean
+.PHONY: help build test test-fast test-triton bench gpu results docs lint format clean
 
 help:             ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */ \t/' | sort
@@ -31,10 +30,7 @@ build: $(VENV)/.ready ## the environment and the compiled library
 
 test: build       ## everything that needs no GPU
 	$(PYTEST) $(SPREAD) tests --ignore tests/triton
-	$(MAKE) test-isa test-triton
-
-test-isa: build   ## the operators again, on every lesser instruction set of this processor
-	for isa in $(ISAS); do echo "PYVIT_CPU_ISA=$$isa"; PYVIT_CPU_ISA=$$isa $(PYTEST) $(SPREAD) -m isa tests/ops || exit 1; done
+	$(MAKE) test-triton
 
 test-triton: build ## Triton kernels in the interpreter, then compiled ahead of time for every architecture
 	TRITON_INTERPRET=1 $(PYTEST) $(SPREAD) tests/triton
@@ -52,10 +48,9 @@ gpu: build        ## the same on a GPU: tests, tuning, timing; benchmarks/result
 results: build    ## regenerate docs/results.md: what each recipe reaches on real images
 	$(PY) examples/results.py
 
-docs: build       ## regenerate the tables in docs/
-	$(PY) -m pyvit.triton_kernels.matrix
+docs: build       ## regenerate the tables in docs/ (compiles every GPU kernel: half an hour)
+	$(PY) -m pyvit.triton_kernels.matrix --dtype bf16 fp32
 	$(PY) csrc/cuda/resources.py
-	$(PY) -m pyvit docs
 
 lint: $(VENV)/.ready ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

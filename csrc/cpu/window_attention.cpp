@@ -137,18 +137,21 @@ class Worker {
         buffer_(memory_.take<float>(n_ * ld_)) {
     for (int64_t i = 0; i < n_; i++) results_[i] = buffer_ + i * ld_;
   }
-  void window(int64_t index, int64_t head) {
+  // All heads of one window: its tokens' rows are read whole, one head's channels after another's.
+  void window(int64_t index) {
     place_.set(index);
     place_.rows(w_.out, sink_, out_);
-    operands_.set(place_, shared_.padding(), head);
-    attention_.pack(operands_);
-    if constexpr (std::is_same_v<T, float>)
-      for (int64_t i = 0; i < n_; i++) results_[i] = out_[i] + head * w_.d;
-    attention_.run(place_.bias(shared_.bias(head)), shared_.scale2(head), w_.lse + (index * w_.heads + head) * n_,
-                   results_);
-    if constexpr (!std::is_same_v<T, float>)
-      for (int64_t i = 0; i < n_; i++)
-        for (int64_t c = 0; c < w_.d; c += W) store_up_to(out_[i] + head * w_.d + c, load(results_[i] + c), w_.d - c);
+    for (int64_t head = 0; head < w_.heads; head++) {
+      operands_.set(place_, shared_.padding(), head);
+      attention_.pack(operands_);
+      if constexpr (std::is_same_v<T, float>)
+        for (int64_t i = 0; i < n_; i++) results_[i] = out_[i] + head * w_.d;
+      attention_.run(place_.bias(shared_.bias(head)), shared_.scale2(head), w_.lse + (index * w_.heads + head) * n_,
+                     results_);
+      if constexpr (!std::is_same_v<T, float>)
+        for (int64_t i = 0; i < n_; i++)
+          for (int64_t c = 0; c < w_.d; c += W) store_up_to(out_[i] + head * w_.d + c, load(results_[i] + c), w_.d - c);
+    }
   }
 
  private:
@@ -167,13 +170,9 @@ template <class T>
 void forward(const Window& w) {
   const Windows g(w);
   const Shared<T> shared(w, g);
-  const int64_t windows = w.batch * g.per_image(), each = windows_per_unit(w, g), ranges = (windows + each - 1) / each;
-  parallel_units(ranges * w.heads, [&](Queue& queue) {
+  parallel_units(w.batch * g.per_image(), [&](Queue& queue) {
     Worker<T> worker(w, g, shared);
-    for (int64_t unit; (unit = queue.next()) >= 0;) {
-      const int64_t first = unit / w.heads * each, last = std::min(first + each, windows);
-      for (int64_t i = first; i < last; i++) worker.window(i, unit % w.heads);
-    }
+    for (int64_t unit; (unit = queue.next()) >= 0;) worker.window(unit);
   });
 }
 

@@ -248,7 +248,7 @@ def patch_embed(
         x = x / 255.0
     if mean is not None and std is not None:
         x = (x - mean.to(x.dtype)[:, None, None]) / std.to(x.dtype)[:, None, None]
-    tokens = F.conv2d(x, weight, bias, tuple(stride)).flatten(2).transpose(1, 2)  # (B, N, D)
+    tokens = F.conv2d(x, weight, None if bias is None else bias.to(weight.dtype), tuple(stride)).flatten(2).transpose(1, 2)  # (B, N, D)
     if pos_embed is not None:
         tokens = tokens + pos_embed.to(tokens.dtype)
     if keep is not None:
