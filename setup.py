@@ -9,6 +9,7 @@ Environment: PYVIT_CUDA=0|1 (forbid or require CUDA), TORCH_CUDA_ARCH_LIST (defa
 import ast
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,12 @@ def cuda_archs() -> list[str]:
             sys.exit("PYVIT_CUDA=1, but nvcc is not on PATH")
         return []
     return os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0a").replace(" ", ";").split(";")
+
+
+def cuda_library_paths() -> list[str]:
+    """Where the toolkit's libraries are, by nvcc's own account: the command on PATH may be a wrapper elsewhere."""
+    said = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True).stderr
+    return re.findall(r'"(-L[^"]+)"', next(line for line in said.splitlines() if "LIBRARIES=" in line))
 
 
 def gencode(archs: list[str]) -> list[str]:
@@ -117,8 +124,7 @@ class Ninja(build_ext):
             for source in sorted((CSRC / "cuda").glob("*.cu")):
                 ops.append(target(build / f"{source.stem}.cuda.o", source, flags, text, "nvcc"))
             ops.append(target(build / "torch_ops_cuda.o", CSRC / "torch_ops_cuda.cpp", stable, text))
-            home = Path(shutil.which("nvcc")).resolve().parent.parent  # type: ignore[arg-type]
-            libs += [f"-L{home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt"]
+            libs += [*cuda_library_paths(), "-lcudart_static", "-ldl", "-lrt"]
         python = ["-std=c++17", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", define]
         module_object = target(build / "module.o", CSRC / "module.cpp", python, text)
         text.append(f"build {library}: link {' '.join([*ops, *kernels, isa])}\n  libs = {' '.join(libs)}")
