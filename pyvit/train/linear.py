@@ -12,6 +12,7 @@ from pyvit.data import Data
 from pyvit.eval.features import embed, labels_of, over
 from pyvit.train import augment
 from pyvit.train.config import Config
+from pyvit.train.rank_norm import RankNorm
 from pyvit.train.recipe import Recipe, Views, build, initialise
 
 
@@ -33,7 +34,7 @@ class Linear(Recipe):
         self.model.requires_grad_(False)
         with torch.no_grad():
             width = embed(self.model.eval(), torch.zeros(2, 3, *data.size)).shape[1]
-        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        self.norm = RankNorm(width, affine=False, eps=1e-6)
         self.head = nn.Linear(width, len(data.classes))
         nn.init.trunc_normal_(self.head.weight, std=0.01)
         self.augment = augment.mae(data.size, data.flip, (self.opt["crop"], 1.0))
