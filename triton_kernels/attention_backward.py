@@ -121,7 +121,10 @@ def backward_short(
     for first_col in range(0, tl.maximum(k_len, 1), BLOCK_N):  # without keys, dQ is still to be zeroed
         cols = first_col + tl.arange(0, BLOCK_N)
         inside = cols < k_len
-        earlier, later = first_col > 0, first_col + BLOCK_N < k_len
+        # Rows of the running dQ to read (none for the first keys) and to leave for the keys to come (none after the last).
+        earlier_rows = q_len * (first_col > 0)
+        later_rows = q_len * (first_col + BLOCK_N < k_len)
+        last_rows = q_len - later_rows
         keys = load_rows(k, cols, inside, k_strides[2], D, D_PARTS)
         values = load_rows(v, cols, inside, v_strides[2], DV, DV_PARTS)
         dk = zero_parts((BLOCK_N,), D_PARTS)
@@ -131,7 +134,7 @@ def backward_short(
             valid = rows < q_len
             queries = load_rows(q, rows, valid, q_strides[2], D, D_PARTS)
             grad = load_rows(grad_out, rows, valid, grad_out_strides[2], DV, DV_PARTS)
-            dq = load_rows(running, rows, valid & earlier, D, D, D_PARTS)
+            dq = load_rows(running, rows, rows < earlier_rows, D, D, D_PARTS)
             row_sum = tl.load(delta + row_at + rows, mask=valid, other=0.0)
             log_sum = load_lse(lse + row_at, rows, q_len)
             s = dot_parts(keys, queries, BLOCK_N, BLOCK_M, PRECISION) * scale
@@ -147,8 +150,8 @@ def backward_short(
             ds = (p * (dp - row_sum[None, :])).to(q.dtype.element_ty)
             dk = add_products(dk, ds, queries, 0, PRECISION)
             dq = add_products(dq, tl.trans(ds), keys, 0, PRECISION)
-            store_rows(running, dq, 0, 1.0, rows, valid & later, D, D, D_PARTS)
-            store_rows(grad_q, dq, 0, factor, rows, valid & (not later), grad_q_strides[2], D, D_PARTS)
+            store_rows(running, dq, 0, 1.0, rows, rows < later_rows, D, D, D_PARTS)
+            store_rows(grad_q, dq, 0, factor, rows, rows < last_rows, grad_q_strides[2], D, D_PARTS)
         store_rows(grad_k, dk, 0, factor, cols, inside, grad_k_strides[2], D, D_PARTS)
         store_rows(grad_v, dv, 0, 1.0, cols, inside, grad_v_strides[2], DV, DV_PARTS)
         tl.debug_barrier()

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyvit.testing import FLOOR
+
 pytest.importorskip("triton")
 
 interpreter = os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,9 +43,8 @@ def agree() -> Check:
             assert torch.equal(torch.isfinite(g), finite), f"output {at}: finite elsewhere than the reference"
             assert torch.equal(g[~finite].double(), e[~finite].double()), f"output {at}: differs where the reference is infinite"
             error, allowed = ((t.double() - e)[finite].abs().max().item() if finite.any() else 0.0 for t in (g, n))
-            floor = (
-                8 * torch.finfo(g.dtype).eps * (e[finite].abs().max().item() if finite.any() else 0.0) + 4 * torch.finfo(torch.float32).eps
-            )
+            largest = e[finite].abs().max().item() if finite.any() else 0.0
+            floor = max(FLOOR[g.dtype], 8.0) * torch.finfo(g.dtype).eps * largest + 4 * torch.finfo(torch.float32).eps
             assert error <= factor * allowed + floor, f"output {at}: error {error:.2e}, naive {allowed:.2e}, floor {floor:.2e}"
 
     return check
