@@ -1,170 +1,14 @@
-// What forward and backward of window attention share: where the tokens of a window lie, packing through pointers to
-// rows, products with an epilogue, the bias as a tile per head.
+// What forward and backward of window attention share: packing through pointers to rows, products with an epilogue that
+// fetch what comes next.
 //
 // Scores are held transposed, keys as rows and queries as columns: maximum and sum of the softmax run down the columns,
 // one query per vector lane, and no window size needs a horizontal reduction. A window of W k + 1 tokens (7 x 7) would
 // waste a vector on its last query, so that one is done apart, by dot products.
 #pragma once
 
-#include "gemm_tile.h"
-#include "kernels.h"
+#include "window_places.h"
 
 namespace pyvit::PYVIT_ISA {
-
-// Geometry
-
-struct Windows {
-  explicit Windows(const Window& w)
-      : rows((w.height + w.wh - 1) / w.wh),
-        cols((w.width + w.ww - 1) / w.ww),
-        sy(rows > 1 ? w.sy : 0),
-        sx(cols > 1 ? w.sx : 0),
-        area(w.wh * w.ww),
-        ld(round_up(area, W)),
-        apart(area % W == 1 && area > W) {}
-
-  int64_t per_image() const { return rows * cols; }
-
-  int64_t rows, cols, sy, sx;  // windows of a map; the shift in force
-  int64_t area, ld;
-  bool apart;  // the last query is done by itself
-};
-
-// One window of one image: coordinates of its rows and columns, -1 in the padding, and the regions they belong to.
-class Place {
- public:
-  Place(const Window& w, const Windows& windows, Scratch& memory)
-      : w_(w),
-        g_(windows),
-        y_(memory.take<int64_t>(w.wh)),
-        x_(memory.take<int64_t>(w.ww)),
-        ids_(memory.take<float>(2 * windows.ld)),
-        masked_(memory.take<float>((windows.area + 1) * windows.ld)) {
-    std::fill(ids_, ids_ + 2 * windows.ld, -2.f);
-  }
-
-  void set(int64_t index) {
-    image_ = index / g_.per_image();
-    index %= g_.per_image();
-    const bool seam_y = axis(index / g_.cols, g_.rows, w_.wh, w_.height, g_.sy, y_);
-    const bool seam_x = axis(index % g_.cols, g_.cols, w_.ww, w_.width, g_.sx, x_);
-    const bool padded = std::count(y_, y_ + w_.wh, -1) || std::count(x_, x_ + w_.ww, -1);
-    mixed_ = seam_y || seam_x || (padded && !w_.pad);
-    if (!mixed_) return;
-    for (int64_t t = 0; t < g_.area; t++) {
-      const int64_t ty = t / w_.ww, tx = t % w_.ww;
-      const bool real = y_[ty] >= 0 && x_[tx] >= 0;
-      const int region = 2 * (seam_y && ty >= w_.wh - g_.sy) + (seam_x && tx >= w_.ww - g_.sx);
-      query_ids()[t] = float(region);
-      key_ids()[t] = real || w_.pad ? float(region) : -1.f;
-    }
-  }
-
-  // Pointers to the channels of every token; `padding` stands for those outside the map.
-  template <class T>
-  void rows(const Map& map, T* padding, T** out) const {
-    T* base = static_cast<T*>(map.data) + image_ * map.b;
-    for (int64_t ty = 0; ty < w_.wh; ty++)
-      for (int64_t tx = 0; tx < w_.ww; tx++)
-        *out++ = y_[ty] < 0 || x_[tx] < 0 ? padding : base + y_[ty] * map.y + x_[tx] * map.x;
-  }
-
-  // The head's bias, with -inf where a query may not attend to a key.
-  const float* bias(const float* tile) const {
-    if (!mixed_) return tile;
-    const int64_t n = g_.area, ld = g_.ld;
-    for (int64_t j = 0; j < n; j++) select(tile + j * ld, query_ids(), key_ids()[j], masked_ + j * ld);
-    if (g_.apart) select(tile + n * ld, key_ids(), query_ids()[n - 1], masked_ + n * ld);
-    return masked_;
-  }
-
- private:
-  // Tokens of window `at` of `count` along one axis of `size` tokens; returns whether the seam of the shift crosses it.
-  static bool axis(int64_t at, int64_t count, int64_t window, int64_t size, int64_t shift, int64_t* out) {
-    const int64_t whole = count * window;
-    for (int64_t i = 0; i < window; i++) {
-      int64_t token = at * window + i + shift;
-      if (token >= whole) token -= whole;
-      out[i] = token < size ? token : -1;
-    }
-    return shift && at == count - 1;
-  }
-  float* query_ids() const { return ids_; }
-  float* key_ids() const { return ids_ + g_.ld; }
-  void select(const float* bias, const float* ids, float id, float* out) const {
-    for (int64_t c = 0; c < g_.ld; c += W) store(out + c, load(ids + c) == set1(id) ? load(bias + c) : set1(-INF));
-  }
-
-  const Window& w_;
-  const Windows& g_;
-  int64_t *y_, *x_;
-  float *ids_, *masked_;
-  int64_t image_ = 0;
-  bool mixed_ = false;
-};
-
-// What a call prepares once: the bias of every head in units of log2, expanded to (keys, queries), for the query done
-// apart one more row over the keys; the padding token; the factors on the scores.
-template <class T>
-class Shared {
- public:
-  Shared(const Window& w, const Windows& g) : w_(w), g_(g), stride_((g.area + 1) * g.ld) {
-    static thread_local Scratch memory;  // lives through the call, as the scratch memory of a thread does not
-    memory.reset();
-    const int64_t heads = w.table ? w.heads : 1, rows = (2 * w.wh - 1) * (2 * w.ww - 1);
-    bias_ = memory.take<float>(heads * stride_ + W);
-    pad_ = memory.take<T>(3 * w.heads * w.d);
-    for (int64_t c = 0; c < 3 * w.heads * w.d; c++) pad_[c] = from_float<T>(w.pad ? w.pad[c] : 0.f);
-    float* column = memory.take<float>(rows + W);
-    std::fill(column, column + rows + W, 0.f);
-    for (int64_t h = 0; h < heads; h++) {
-      if (w.table)
-        for (int64_t r = 0; r < rows; r++) column[r] = w.table[r * w.heads + h] * LOG2E;
-      expand(column, bias_ + h * stride_);
-    }
-    memory_ = &memory;
-  }
-
-  const float* bias(int64_t head) const { return bias_ + (w_.table ? head * stride_ : 0); }
-  T* padding() const { return pad_; }
-  // The factor on the products of queries and keys; in units of log2.
-  double scale(int64_t head) const {
-    return w_.logit_scale ? std::exp(double(std::min(w_.logit_scale[head], LN100))) : w_.scale;
-  }
-  double scale2(int64_t head) const { return scale(head) * 1.4426950408889634; }
-
-  // More memory that every thread may use until the call ends.
-  template <class U>
-  U* take(int64_t n) const {
-    return memory_->take<U>(n);
-  }
-
-  static constexpr float LN100 = 4.605170185988092f;
-
- private:
-  // Queries of one window row are neighbours in the table. Whole vectors are written: what goes too far is overwritten.
-  void expand(const float* column, float* tile) const {
-    for (int64_t j = 0; j < g_.area; j++) {
-      float* row = tile + j * g_.ld;
-      for (int64_t y = 0; y < w_.wh; y++) {
-        const float* from = column + (y - j / w_.ww + w_.wh - 1) * (2 * w_.ww - 1) - j % w_.ww + w_.ww - 1;
-        for (int64_t x = 0; x < w_.ww; x += W) store(row + y * w_.ww + x, load(from + x));
-      }
-      std::fill(row + g_.area, row + g_.ld, 0.f);
-    }
-    if (!g_.apart) return;
-    float* last = tile + g_.area * g_.ld;  // query n - 1 less key j is key n - 1 - j less query 0, mirrored
-    for (int64_t j = 0; j < g_.area; j++) last[j] = tile[g_.area - 1 - j];
-    std::fill(last + g_.area, last + g_.ld, -INF);
-  }
-
-  const Window& w_;
-  const Windows& g_;
-  int64_t stride_;
-  float* bias_;
-  T* pad_;
-  Scratch* memory_;
-};
 
 // Packing. Row i of an operand is rows[i] + at, d channels.
 
@@ -218,11 +62,7 @@ inline void pack_pairs(const Rows<T>& in, uint32_t* out) {
   } else {
     for (int64_t i = 0; i < in.n; i += 2)
       for (int64_t c = 0; c < in.d; c += W, out += W) {
-        const int64_t bytes = 2 * std::min<int64_t>(W, in.d - c);
-        vh low{}, high{};
-        std::memcpy(&low, in[i] + c, bytes);
-        if (i + 1 < in.n) std::memcpy(&high, in[i + 1] + c, bytes);
-        store_as(out, __builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16);
+        store_as(out, lanes_of_rows<D>(in[i] + c, i + 1 < in.n ? in[i + 1] - in[i] : 0, in.d - c, i + 1 < in.n));
       }
   }
 }
@@ -242,6 +82,57 @@ inline vu pair_lanes(vf low, vf high) {
 #endif
 }
 
+// The cache lines of one head's rows in one window, in the order they are needed; those of the next head lie `offset`
+// bytes further. Rows far apart in the map are beyond the reach of the hardware's prefetchers, so the products fetch
+// the lines of the head to come, one for every lane they go through.
+class Lines {
+ public:
+  // At most `most` lines; `lanes`: of the longest product, which may run past the last line.
+  Lines(int64_t most, int64_t lanes, Scratch& memory) : list_(memory.take<const char*>(most + lanes)), most_(most) {
+    const char* nowhere = reinterpret_cast<const char*>(list_);
+    std::fill(list_ + most, list_ + most + lanes, nowhere);
+  }
+  void clear() { count_ = 0; }
+  // n rows of d elements from rows[i] + at on.
+  template <class T>
+  void add(T* const* rows, int64_t n, int64_t at, int64_t d) {
+    for (int64_t byte = at * int64_t(sizeof(T)), end = byte + d * int64_t(sizeof(T)); byte < end; byte += LINE)
+      for (int64_t i = 0; i < n; i++) list_[count_++] = reinterpret_cast<const char*>(rows[i]) + byte;
+  }
+  template <class T>
+  static int64_t per_row(int64_t d) {
+    return (d * int64_t(sizeof(T)) + LINE - 1) / LINE;
+  }
+
+ private:
+  friend class Ahead;
+  static constexpr int64_t LINE = 64;
+  const char** list_;
+  int64_t most_, count_ = 0;
+};
+class Ahead {
+ public:
+  explicit Ahead(int64_t lanes, Scratch& memory) : none_(0, lanes, memory) { clear(); }
+  void clear() { set(none_, 0); }
+  void set(const Lines& lines, int64_t offset) {
+    next_ = lines.list_;
+    end_ = lines.list_ + lines.most_;
+    offset_ = offset;
+  }
+  int64_t offset() const { return offset_; }
+  // Where the lines for the next product's `lanes` lanes are listed.
+  const char* const* take(int64_t lanes) {
+    const char* const* from = next_;
+    next_ = std::min(next_ + lanes, end_);
+    return from;
+  }
+
+ private:
+  Lines none_;
+  const char *const *next_, *const *end_;
+  int64_t offset_;
+};
+
 // Products
 
 #if defined(__AVX512F__)
@@ -255,10 +146,12 @@ constexpr int WIDEST = 2;
 constexpr int tile_height(int) { return 4; }
 #endif
 
+inline int64_t group(int64_t left) { return left <= WIDEST ? left : WIDEST == 4 && left % 4 ? 3 : WIDEST; }
+
 // f(v) with the number of vectors of the next group of columns as a constant; returns it.
 template <class F>
 inline int64_t next_group(int64_t left, const F& f) {
-  const int64_t v = left <= WIDEST ? left : WIDEST == 4 && left % 4 ? 3 : WIDEST;
+  const int64_t v = group(left);
   switch (v) {
     case 1:
       f(std::integral_constant<int, 1>{});
@@ -278,16 +171,28 @@ inline int64_t next_group(int64_t left, const F& f) {
   return v;
 }
 
+// The most vectors of queries that are taken together.
+inline int64_t widest_group(const Windows& g) {
+  int64_t most = 0;
+  for (int64_t left = (g.apart ? g.area - 1 : g.ld) / W; left > 0; left -= group(left))
+    most = std::max(most, group(left));
+  return most;
+}
+
 // M rows, V vectors of columns of A B; lane k of row m of A is a[m * lda + k], or a[m + k * lda] if it lies in COLUMNS.
 // done(m, v, sums).
 template <class D, int M, int V, bool COLUMNS, class Done>
-inline void tile_then(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t lanes, const Done& done) {
+inline void tile_then(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t lanes, const Done& done,
+                      Ahead& ahead) {
+  const char* const* next = ahead.take(lanes);
+  const int64_t offset = ahead.offset();
   vf acc[M][V];
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) acc[m][v] = vf{};
   for (int64_t k = 0; k < lanes; k++) {
+    __builtin_prefetch(next[k] + offset, 0, 2);
     vu bv[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) bv[v] = load_as<vu>(b + k * ldb + v * W);
@@ -307,23 +212,25 @@ inline void tile_then(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t
 // All rows of one group of columns; done(row, v, sums).
 template <class D, int V, bool COLUMNS, int M = tile_height(V), class Done>
 inline void product(int64_t rows, int64_t lanes, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
-                    const Done& done, int64_t row = 0) {
-  for (; row + M <= rows; row += M)
-    tile_then<D, M, V, COLUMNS>(a + (COLUMNS ? row : row * lda), lda, b, ldb, lanes,
-                                [&](int m, int v, vf x) __attribute__((always_inline)) { done(row + m, v, x); });
+                    const Done& done, Ahead& ahead, int64_t row = 0) {
+  for (; row + M <= rows; row += M) {
+    tile_then<D, M, V, COLUMNS>(
+        a + (COLUMNS ? row : row * lda), lda, b, ldb, lanes,
+        [&](int m, int v, vf x) __attribute__((always_inline)) { done(row + m, v, x); }, ahead);
+  }
   if constexpr (M > 1)
-    if (row < rows) product<D, V, COLUMNS, (M > 4 ? 4 : M / 2)>(rows, lanes, a, lda, b, ldb, done, row);
+    if (row < rows) product<D, V, COLUMNS, (M > 4 ? 4 : M / 2)>(rows, lanes, a, lda, b, ldb, done, ahead, row);
 }
 
 // All columns: done(row, column, sums).
 template <class D, bool COLUMNS, class Done>
 inline void product_then(int64_t rows, int64_t cols, int64_t lanes, const uint32_t* a, int64_t lda, const uint32_t* b,
-                         int64_t ldb, const Done& done) {
+                         int64_t ldb, const Done& done, Ahead& ahead) {
   for (int64_t c = 0; c < cols;)
     c += W * next_group((cols - c + W - 1) / W, [&](auto v) {
-           product<D, decltype(v)::value, COLUMNS>(rows, lanes, a, lda, b + c, ldb,
-                                                   [&](int64_t row, int u, vf x)
-                                                       __attribute__((always_inline)) { done(row, c + u * W, x); });
+           product<D, decltype(v)::value, COLUMNS>(
+               rows, lanes, a, lda, b + c, ldb,
+               [&](int64_t row, int u, vf x) __attribute__((always_inline)) { done(row, c + u * W, x); }, ahead);
          });
 }
 
@@ -386,16 +293,15 @@ class Operands {
   using E = typename D::element;
 
  public:
-  Operands(const Window& w, int64_t n, Scratch& memory)
-      : w_(w), n_(n), ld_(round_up(w.d, W)), rows_(memory.take<T*>(n)) {
+  Operands(const Window& w, int64_t n, Scratch& memory) : w_(w), n_(n), ld_(round_up(w.d, W)) {
     if (!w.logit_scale) return;
     inverse_ = memory.take<float>(2 * n);
     unit_rows_ = memory.take<E*>(2 * n);
     E* unit = memory.take<E>(2 * n * ld_);
     for (int64_t i = 0; i < 2 * n; i++) unit_rows_[i] = unit + i * ld_;
   }
-  void set(const Place& place, T* padding, int64_t head) {
-    place.rows(w_.qkv, padding, rows_);
+  void set(T* const* rows, int64_t head) {
+    rows_ = rows;
     channel_ = head * w_.d;
     if (!w_.logit_scale) return;
     normalise(part(0), unit_rows_[0], inverse_);
@@ -417,7 +323,7 @@ class Operands {
  private:
   const Window& w_;
   int64_t n_, ld_, channel_ = 0;
-  T** rows_;
+  T* const* rows_ = nullptr;
   E** unit_rows_ = nullptr;
   float* inverse_ = nullptr;
 };
@@ -442,11 +348,6 @@ inline vf log2v(vf x) {
   p = p * u + 2.f / 3.f * LOG2E;
   p = p * u + 2.f * LOG2E;
   return t * p + __builtin_convertvector(e, vf);
-}
-
-// Windows per unit of work, so that there are units enough for many cores, and the same for any number of them.
-inline int64_t windows_per_unit(const Window& w, const Windows& g) {
-  return std::max<int64_t>(1, w.batch * g.per_image() * w.heads / 256);
 }
 
 }  // namespace pyvit::PYVIT_ISA

@@ -11,7 +11,8 @@ class Forward {
 
  public:
   Forward(const Window& w, const Windows& g, Scratch& memory)
-      : d(w.d),
+      : ahead(std::max(g.area, w.d), memory),
+        d(w.d),
         n(g.area),
         g_(g),
         ldk_(ld_of_rows<D>(d)),
@@ -41,6 +42,8 @@ class Forward {
     if (g_.apart) last_query(bias + n * g_.ld, scale2, lse + n - 1, out[n - 1]);
   }
 
+  Ahead ahead;
+
  private:
   // In two floats: the error of one would shift every score of a row by as much as the largest is rounded.
   static std::pair<float, float> split(double x) { return {float(x), float(x - float(x))}; }
@@ -54,12 +57,14 @@ class Forward {
     vf top[V], sum[V];
     for (int v = 0; v < V; v++)
       top[v] = set1(-1e30f), sum[v] = vf{};  // finite, so that a row without keys sums to zero
-    product<D, V, false>(n, lanes_of<D>(d), keys_, ldk_, queries_ + first, g_.ld,
-                         [&](int64_t j, int v, vf x) __attribute__((always_inline)) {
-                           x = x * scale.first + (x * scale.second + load(bias + j * g_.ld + v * W));
-                           store(scores_ + j * ld + v * W, x);
-                           top[v] = vmax(top[v], x);
-                         });
+    product<D, V, false>(
+        n, lanes_of<D>(d), keys_, ldk_, queries_ + first, g_.ld,
+        [&](int64_t j, int v, vf x) __attribute__((always_inline)) {
+          x = x * scale.first + (x * scale.second + load(bias + j * g_.ld + v * W));
+          store(scores_ + j * ld + v * W, x);
+          top[v] = vmax(top[v], x);
+        },
+        ahead);
     uint32_t* p = reinterpret_cast<uint32_t*>(scores_);
     for (int64_t j = 0; j < n; j += D::K)
 #pragma GCC unroll 4
@@ -81,9 +86,11 @@ class Forward {
       const vf l = sum[v] == 0.f ? set1(-INF) : (top[v] + log2v(sum[v])) * LN2;
       if (count > v * W) store_up_to(lse + v * W, l, count - v * W);
     }
-    product_then<D, true>(count, d, lanes_of<D>(n), p, ld, values_, ldv_,
-                          [&](int64_t i, int64_t c, vf x)
-                              __attribute__((always_inline)) { store_up_to(out[i] + c, x * inverse[i], d - c); });
+    product_then<D, true>(
+        count, d, lanes_of<D>(n), p, ld, values_, ldv_,
+        [&](int64_t i, int64_t c, vf x)
+            __attribute__((always_inline)) { store_up_to(out[i] + c, x * inverse[i], d - c); },
+        ahead);
   }
 
   void last_query(const float* bias, double scale2, float* lse, float* out) {
@@ -104,9 +111,10 @@ class Forward {
     }
     const float total = reduce_add(sum), inverse = 1.f / total;
     *lse = total == 0 ? -INF : (most + std::log2(total)) * LN2;
-    product_then<D, false>(1, d, lanes_of<D>(n), reinterpret_cast<uint32_t*>(row_), 0, values_, ldv_,
-                           [&](int64_t, int64_t c, vf x)
-                               __attribute__((always_inline)) { store_up_to(out + c, x * inverse, d - c); });
+    product_then<D, false>(
+        1, d, lanes_of<D>(n), reinterpret_cast<uint32_t*>(row_), 0, values_, ldv_,
+        [&](int64_t, int64_t c, vf x) __attribute__((always_inline)) { store_up_to(out + c, x * inverse, d - c); },
+        ahead);
   }
 
   const int64_t d, n;
@@ -128,41 +136,60 @@ class Worker {
         ld_(round_up(w.d, W)),
         shared_(shared),
         memory_(scratch()),
-        place_(w, g, memory_),
+        sites_{{w, g, memory_}, {w, g, memory_}},
         operands_(w, n_, memory_),
         attention_(w, g, memory_),
-        out_(memory_.take<T*>(n_)),
         sink_(memory_.take<T>(w.heads * w.d)),
         results_(memory_.take<float*>(n_)),
         buffer_(memory_.take<float>(n_ * ld_)) {
     for (int64_t i = 0; i < n_; i++) results_[i] = buffer_ + i * ld_;
   }
-  // All heads of one window: its tokens' rows are read whole, one head's channels after another's.
-  void window(int64_t index) {
-    place_.set(index);
-    place_.rows(w_.out, sink_, out_);
-    for (int64_t head = 0; head < w_.heads; head++) {
-      operands_.set(place_, shared_.padding(), head);
-      attention_.pack(operands_);
-      if constexpr (std::is_same_v<T, float>)
-        for (int64_t i = 0; i < n_; i++) results_[i] = out_[i] + head * w_.d;
-      attention_.run(place_.bias(shared_.bias(head)), shared_.scale2(head), w_.lse + (index * w_.heads + head) * n_,
-                     results_);
-      if constexpr (!std::is_same_v<T, float>)
-        for (int64_t i = 0; i < n_; i++)
-          for (int64_t c = 0; c < w_.d; c += W) store_up_to(out_[i] + head * w_.d + c, load(results_[i] + c), w_.d - c);
-    }
+  void set(int at, int64_t index) {
+    Site& site = sites_[at];
+    site.place.set(index);
+    site.place.rows(w_.qkv, shared_.padding(), site.qkv);
+    site.place.rows(w_.out, sink_, site.out);
+    site.lines.clear();
+    for (int part = 0; part < 3; part++) site.lines.add(site.qkv, n_, part * w_.heads * w_.d, w_.d);
+    site.lines.add(site.out, n_, 0, w_.d);
+  }
+  void fetch() { attention_.ahead.clear(); }
+  void fetch(int at, int64_t head) { attention_.ahead.set(sites_[at].lines, head * w_.d * sizeof(T)); }
+  void begin(int64_t) {}
+  void end(int64_t) {}
+  void head(int at, int64_t index, int64_t head) {
+    const Site& site = sites_[at];
+    operands_.set(site.qkv, head);
+    attention_.pack(operands_);
+    if constexpr (std::is_same_v<T, float>)
+      for (int64_t i = 0; i < n_; i++) results_[i] = site.out[i] + head * w_.d;
+    attention_.run(site.place.bias(shared_.bias(head)), shared_.scale2(head), w_.lse + (index * w_.heads + head) * n_,
+                   results_);
+    if constexpr (!std::is_same_v<T, float>)
+      for (int64_t i = 0; i < n_; i++)
+        for (int64_t c = 0; c < w_.d; c += W)
+          store_up_to(site.out[i] + head * w_.d + c, load(results_[i] + c), w_.d - c);
   }
 
  private:
+  struct Site {
+    Site(const Window& w, const Windows& g, Scratch& memory)
+        : place(w, g, memory),
+          qkv(memory.take<T*>(g.area)),
+          out(memory.take<T*>(g.area)),
+          lines(4 * g.area * Lines::per_row<T>(w.d), std::max(g.area, w.d), memory) {}
+    Place place;
+    T **qkv, **out;
+    Lines lines;
+  };
   const Window& w_;
   int64_t n_, ld_;
   const Shared<T>& shared_;
   Scratch& memory_;
-  Place place_;
+  Site sites_[2];
   Operands<D, T> operands_;
   Forward<D> attention_;
-  T **out_, *sink_;
+  T* sink_;
   float **results_, *buffer_;
 };
 
@@ -170,9 +197,10 @@ template <class T>
 void forward(const Window& w) {
   const Windows g(w);
   const Shared<T> shared(w, g);
-  parallel_units(w.batch * g.per_image(), [&](Queue& queue) {
+  const Units units(w, g, 64, false);
+  parallel_units(units.count(), [&](Queue& queue) {
     Worker<T> worker(w, g, shared);
-    for (int64_t unit; (unit = queue.next()) >= 0;) worker.window(unit);
+    walk(queue, units, worker);
   });
 }
 

@@ -4,6 +4,8 @@
 // A real token is in exactly one window, so its gradient is written once. What several windows add to (bias table,
 // logit scale, padding token) is summed per unit of work, units follow from the shapes alone, and their sums are added
 // in order: the bits do not depend on the number of threads.
+#include <tuple>
+
 #include "window.h"
 
 namespace pyvit::PYVIT_ISA {
@@ -16,12 +18,13 @@ class Backward {
 
  public:
   Backward(const Window& w, const Windows& g, Scratch& memory)
-      : d(w.d),
+      : ahead(std::max(g.area, w.d), memory),
+        d(w.d),
         n(g.area),
         ld(round_up(w.d, W)),
         g_(g),
         lda_(ld_of_rows<D>(w.d)),
-        ldp_((WIDEST + 1) * W),
+        ldp_((widest_group(g) + g.apart) * W),
         cosine_(w.logit_scale) {
     queries_ = memory.take<uint32_t>(lanes_of<D>(d) * g.ld);
     grads_ = memory.take<uint32_t>(lanes_of<D>(d) * g.ld);
@@ -75,6 +78,7 @@ class Backward {
            });
   }
 
+  Ahead ahead;
   const int64_t d, n, ld;
   float *dq, *dk, *dv;
 
@@ -83,14 +87,16 @@ class Backward {
   // left in the log-sum-exp, or in a 16-bit output, does not enter the gradients.
   template <int V>
   void probabilities(int64_t first, const float* bias, float scale2, const float* lse2, float* grad_bias) {
-    product<D, V, false>(n, lanes_of<D>(d), keys_, lda_, queries_ + first, g_.ld,
-                         [&](int64_t j, int v, vf x) __attribute__((always_inline)) {
-                           x = x * scale2 + (load(bias + j * g_.ld + v * W) - load(lse2 + v * W));
-                           store(s_ + j * ldp_ + v * W, x);
-                         });
-    product<D, V, false>(n, lanes_of<D>(d), values_, lda_, grads_ + first, g_.ld,
-                         [&](int64_t j, int v, vf x)
-                             __attribute__((always_inline)) { store(ds_ + j * ldp_ + v * W, x); });
+    product<D, V, false>(
+        n, lanes_of<D>(d), keys_, lda_, queries_ + first, g_.ld,
+        [&](int64_t j, int v, vf x) __attribute__((always_inline)) {
+          x = x * scale2 + (load(bias + j * g_.ld + v * W) - load(lse2 + v * W));
+          store(s_ + j * ldp_ + v * W, x);
+        },
+        ahead);
+    product<D, V, false>(
+        n, lanes_of<D>(d), values_, lda_, grads_ + first, g_.ld,
+        [&](int64_t j, int v, vf x) __attribute__((always_inline)) { store(ds_ + j * ldp_ + v * W, x); }, ahead);
     vf sum[V], delta[V];
     for (int v = 0; v < V; v++) sum[v] = delta[v] = vf{};
     for (int64_t j = 0; j < n; j++)
@@ -169,18 +175,20 @@ class Backward {
 
   // What `count` queries from `first` on give to dq, and add to dk and dv.
   void products(int64_t first, int64_t count) {
-    product_then<D, true>(count, d, lanes_of<D>(n), ds_pairs_, ldp_, key_pairs_, ld,
-                          [&](int64_t i, int64_t c, vf x)
-                              __attribute__((always_inline)) { store(dq + (first + i) * ld + c, x); });
+    product_then<D, true>(
+        count, d, lanes_of<D>(n), ds_pairs_, ldp_, key_pairs_, ld,
+        [&](int64_t i, int64_t c, vf x) __attribute__((always_inline)) { store(dq + (first + i) * ld + c, x); }, ahead);
     add(dv, p_rows_, grad_pairs_ + first / D::K * ld, first, count);
     add(dk, ds_rows_, query_pairs_ + first / D::K * ld, first, count);
   }
   void add(float* sum, const uint32_t* a, const uint32_t* b, int64_t first, int64_t count) {
-    product_then<D, false>(n, d, lanes_of<D>(count), a, ldp_ / D::K, b, ld,
-                           [&](int64_t j, int64_t c, vf x) __attribute__((always_inline)) {
-                             float* p = sum + j * ld + c;
-                             store(p, first ? load(p) + x : x);
-                           });
+    product_then<D, false>(
+        n, d, lanes_of<D>(count), a, ldp_ / D::K, b, ld,
+        [&](int64_t j, int64_t c, vf x) __attribute__((always_inline)) {
+          float* p = sum + j * ld + c;
+          store(p, first ? load(p) + x : x);
+        },
+        ahead);
   }
 
   const Windows& g_;
@@ -191,10 +199,11 @@ class Backward {
   float *s_, *ds_, *row_;
 };
 
-// Sums of one unit of work: bias table of the head, padding token's k and v of the head, logit scale.
-struct Record {
-  float *table, *pad;
-  double* logit;
+// Sums of every range of windows and every head: bias table; k and v of the padding token; logit scale.
+struct Records {
+  float *tables, *pads;  // or null
+  double* logits;
+  int64_t table, pad;  // sizes of one
 };
 
 template <class T>
@@ -202,68 +211,100 @@ class Worker {
   using D = Compute<T>;
 
  public:
-  Worker(const Window& w, const Windows& g, const Shared<T>& shared, const WindowGrad& grad)
+  Worker(const Window& w, const Windows& g, const Shared<T>& shared, const WindowGrad& grad, const Units& units,
+         const Records& records)
       : w_(w),
         g_(g),
         grad_(grad),
         shared_(shared),
+        units_(units),
+        records_(records),
         memory_(scratch()),
-        place_(w, g, memory_),
+        sites_{{w, g, memory_}, {w, g, memory_}},
         operands_(w, g.area, memory_),
         gradients_(w, g, memory_),
-        tile_(grad.grad_table ? memory_.take<float>((g.area + 1) * g.ld) : nullptr),
+        tile_((g.area + 1) * g.ld),
+        tiles_(grad.grad_table ? memory_.take<float>(units.heads() * tile_ + W) : nullptr),
+        shifted_(memory_.take<float>(w.ww * round_up(2 * w.ww - 1, W))),
         lse2_(memory_.take<float>(g.ld)),
-        zeros_(memory_.take<T>(w.heads * w.d)) {
-    for (T*** rows : {&grad_out_, &result_}) *rows = memory_.take<T*>(g.area);
+        zeros_(memory_.take<T>(w.heads * w.d)),
+        sink_(memory_.take<T>(3 * w.heads * w.d)) {
     std::fill(zeros_, zeros_ + w.heads * w.d, T{});
+    std::fill(shifted_, shifted_ + w.ww * round_up(2 * w.ww - 1, W), 0.f);
   }
 
-  void unit(int64_t first, int64_t last, int64_t head, const Record& record) {
-    const int64_t tile = (g_.area + 1) * g_.ld;
-    if (tile_) std::fill(tile_, tile_ + tile, 0.f);
-    for (int64_t i = first; i < last; i++) window(i, head, record);
-    if (tile_) reduce_tile(record.table);
+  void set(int at, int64_t index) {
+    Site& site = sites_[at];
+    const int64_t n = g_.area, channels = w_.heads * w_.d;
+    site.place.set(index);
+    site.place.rows(w_.qkv, shared_.padding(), site.qkv);
+    site.place.rows(grad_.grad_out, zeros_, site.grad_out);
+    site.place.rows(grad_.grad_qkv, sink_, site.result);
+    site.lines.clear();
+    for (int part = 0; part < 3; part++) site.lines.add(site.qkv, n, part * channels, w_.d);
+    site.lines.add(site.grad_out, n, 0, w_.d);
+    for (int part = 0; part < 3; part++) site.lines.add(site.result, n, part * channels, w_.d);
   }
+  void fetch() { gradients_.ahead.clear(); }
+  void fetch(int at, int64_t head) { gradients_.ahead.set(sites_[at].lines, head * w_.d * sizeof(T)); }
 
- private:
-  void window(int64_t index, int64_t head, const Record& record) {
-    const int64_t n = g_.area, d = w_.d, channels = w_.heads * d;
-    place_.set(index);
-    place_.rows(grad_.grad_out, zeros_, grad_out_);
-    place_.rows<T>(grad_.grad_qkv, nullptr, result_);
-    operands_.set(place_, shared_.padding(), head);
-    const Rows<T> grad_out{grad_out_, head * d, n, d};
-    gradients_.pack(operands_, grad_out);
+  void begin(int64_t unit) {
+    first_head_ = units_.first_head(unit);
+    record_ = units_.range(unit) * w_.heads;
+    if (tiles_) std::fill(tiles_, tiles_ + units_.heads() * tile_, 0.f);
+  }
+  void head(int at, int64_t index, int64_t head) {
+    const Site& site = sites_[at];
+    const int64_t n = g_.area, d = w_.d, channels = w_.heads * d, record = record_ + head;
+    operands_.set(site.qkv, head);
+    gradients_.pack(operands_, Rows<T>{site.grad_out, head * d, n, d});
     const float* lse = w_.lse + (index * w_.heads + head) * n;
     for (int64_t i = 0; i < g_.ld; i += W) {
       const vf l = i + W <= n ? load(lse + i) : load_n(lse + i, int(n - i), -INF);
       store(lse2_ + i, l == set1(-INF) ? set1(INF) : l * LOG2E);
     }
-    gradients_.run(place_.bias(shared_.bias(head)), float(shared_.scale2(head)), lse2_, tile_);
+    gradients_.run(site.place.bias(shared_.bias(head)), float(shared_.scale2(head)), lse2_,
+                   tiles_ ? tiles_ + (head - first_head_) * tile_ : nullptr);
     const float scale = float(shared_.scale(head));
     if (w_.logit_scale) {
-      *record.logit += through_normalisation(0, gradients_.dq, scale);
+      records_.logits[record] += through_normalisation(0, gradients_.dq, scale);
       through_normalisation(1, gradients_.dk, scale);
     }
     const float factor = w_.logit_scale ? 1.f : scale;
     for (int64_t i = 0; i < n; i++) {
-      const float *dq = gradients_.dq + i * gradients_.ld, *dk = gradients_.dk + i * gradients_.ld,
-                  *dv = gradients_.dv + i * gradients_.ld;
+      T* to = site.result[i] + head * d;
       for (int64_t c = 0; c < d; c += W) {
-        const vf k = load(dk + c) * factor, v = load(dv + c);
-        if (T* to = result_[i]) {
-          to += head * d + c;
-          store_up_to(to, load(dq + c) * factor, d - c);
-          store_up_to(to + channels, k, d - c);
-          store_up_to(to + 2 * channels, v, d - c);
-        } else if (record.pad) {
-          float *pk = record.pad + c, *pv = pk + gradients_.ld;
-          store(pk, load(pk) + k);
-          store(pv, load(pv) + v);
-        }
+        const int64_t at = i * gradients_.ld + c;
+        store_up_to(to + c, load(gradients_.dq + at) * factor, d - c);
+        store_up_to(to + channels + c, load(gradients_.dk + at) * factor, d - c);
+        store_up_to(to + 2 * channels + c, load(gradients_.dv + at), d - c);
       }
+      if (records_.pads && site.result[i] == sink_)
+        for (int64_t c = 0; c < d; c += W) {
+          float* sum = records_.pads + record * records_.pad + c;
+          const int64_t at = i * gradients_.ld + c;
+          store(sum, load(sum) + load(gradients_.dk + at) * factor);
+          store(sum + gradients_.ld, load(sum + gradients_.ld) + load(gradients_.dv + at));
+        }
     }
   }
+  void end(int64_t) {
+    for (int64_t h = 0; tiles_ && h < units_.heads(); h++)
+      reduce_tile(tiles_ + h * tile_, records_.tables + (record_ + first_head_ + h) * records_.table);
+  }
+
+ private:
+  struct Site {
+    Site(const Window& w, const Windows& g, Scratch& memory)
+        : place(w, g, memory),
+          qkv(memory.take<T*>(g.area)),
+          grad_out(memory.take<T*>(g.area)),
+          result(memory.take<T*>(g.area)),
+          lines(7 * g.area * Lines::per_row<T>(w.d), std::max(g.area, w.d), memory) {}
+    Place place;
+    T **qkv, **grad_out, **result;
+    Lines lines;
+  };
 
   // Rows g = d loss / d x^ become those of x, x^ = x / max(|x|, eps): (g - x^ (x^ . g)) / |x|. Returns the sum of x^ .
   // g.
@@ -286,67 +327,81 @@ class Worker {
     return total;
   }
 
-  // The tile's entries by their row of the table; queries of one window row are neighbours there.
-  void reduce_tile(float* table) {
-    const int64_t n = g_.area, ww = w_.ww, width = 2 * ww - 1;
-    for (int64_t j = 0; j < n; j++)
-      for (int64_t y = 0; y < w_.wh; y++)
+  // The tile's entries by their row of the table. Queries (y, x) of key (jy, jx) with the same dy = y - jy and jx are
+  // summed first: neighbours in x, they go to neighbours of the table, a row of `shifted_` that is zero elsewhere.
+  void reduce_tile(const float* tile, float* table) {
+    const int64_t n = g_.area, wh = w_.wh, ww = w_.ww, width = 2 * ww - 1, ld = round_up(width, W);
+    for (int64_t dy = 1 - wh; dy < wh; dy++) {
+      for (int64_t jx = 0; jx < ww; jx++)
         for (int64_t x = 0; x < ww; x += W) {
           const int left = int(std::min<int64_t>(W, ww - x));
-          float* sum = table + (y - j / ww + w_.wh - 1) * width + x - j % ww + ww - 1;
-          store_n(sum, load_n(sum, left) + load_n(tile_ + j * g_.ld + y * ww + x, left), left);
+          vf sum{};
+          for (int64_t jy = std::max<int64_t>(0, -dy); jy < std::min(wh, wh - dy); jy++)
+            sum += load(tile + (jy * ww + jx) * g_.ld + (jy + dy) * ww + x);
+          store_up_to(shifted_ + jx * ld + ww - 1 - jx + x, sum, left);
         }
+      for (int64_t c = 0; c < width; c += W) {
+        vf sum{};
+        for (int64_t jx = 0; jx < ww; jx++) sum += load(shifted_ + jx * ld + c);
+        float* to = table + (dy + wh - 1) * width + c;
+        if (width - c >= W) {
+          store(to, load(to) + sum);
+        } else {
+          store_n(to, load_n(to, int(width - c)) + sum, int(width - c));
+        }
+      }
+    }
     if (!g_.apart) return;
-    const float* last = tile_ + n * g_.ld;
-    for (int64_t j = 0; j < n; j++) table[(w_.wh - 1 - j / ww + w_.wh - 1) * width + 2 * (ww - 1) - j % ww] += last[j];
+    const float* last = tile + n * g_.ld;
+    for (int64_t j = 0; j < n; j++) table[(wh - 1 - j / ww + wh - 1) * width + 2 * (ww - 1) - j % ww] += last[j];
   }
 
   const Window& w_;
   const Windows& g_;
   const WindowGrad& grad_;
   const Shared<T>& shared_;
+  const Units& units_;
+  const Records& records_;
   Scratch& memory_;
-  Place place_;
+  Site sites_[2];
   Operands<D, T> operands_;
   Backward<D> gradients_;
-  float *tile_, *lse2_;
-  T **grad_out_, **result_, *zeros_;
+  int64_t tile_;
+  float *tiles_, *shifted_, *lse2_;
+  T *zeros_, *sink_;
+  int64_t first_head_ = 0, record_ = 0;  // of the unit: its first head, and the record of head 0
 };
 
 template <class T>
 void backward(const Window& w, const WindowGrad& grad) {
   const Windows g(w);
   const Shared<T> shared(w, g);
-  const int64_t windows = w.batch * g.per_image(), each = windows_per_unit(w, g), ranges = (windows + each - 1) / each;
-  const int64_t table = (2 * w.wh - 1) * (2 * w.ww - 1), ldd = round_up(w.d, W), units = ranges * w.heads;
-  float* tables = grad.grad_table ? shared.template take<float>(units * table) : nullptr;
-  float* pads = grad.grad_pad ? shared.template take<float>(units * 2 * ldd) : nullptr;
-  double* logits = shared.template take<double>(units);
-  parallel_units(units, [&](Queue& queue) {
-    Worker<T> worker(w, g, shared, grad);
-    for (int64_t unit; (unit = queue.next()) >= 0;) {
-      const Record record{tables ? tables + unit * table : nullptr, pads ? pads + unit * 2 * ldd : nullptr,
-                          logits + unit};
-      if (tables) std::fill(record.table, record.table + table, 0.f);
-      if (pads) std::fill(record.pad, record.pad + 2 * ldd, 0.f);
-      *record.logit = 0;
-      const int64_t first = unit / w.heads * each;
-      worker.unit(first, std::min(first + each, windows), unit % w.heads, record);
+  const Units units(w, g, 128, true);
+  const int64_t count = units.ranges() * w.heads, ldd = round_up(w.d, W);
+  Records records{nullptr, nullptr, shared.template take<double>(count), (2 * w.wh - 1) * (2 * w.ww - 1), 2 * ldd};
+  std::fill(records.logits, records.logits + count, 0.0);
+  for (auto [wanted, sums, size] : {std::tuple{grad.grad_table, &records.tables, records.table},
+                                    std::tuple{grad.grad_pad, &records.pads, records.pad}})
+    if (wanted) {
+      *sums = shared.template take<float>(count * size);
+      std::fill(*sums, *sums + count * size, 0.f);
     }
+  parallel_units(units.count(), [&](Queue& queue) {
+    Worker<T> worker(w, g, shared, grad, units, records);
+    walk(queue, units, worker);
   });
-  for (int64_t range = 0; range < ranges; range++)
-    for (int64_t h = 0; h < w.heads; h++) {
-      const int64_t unit = range * w.heads + h;
-      if (tables)
-        for (int64_t r = 0; r < table; r++) grad.grad_table[r * w.heads + h] += tables[unit * table + r];
-      for (int64_t part = 1; pads && part < 3;
-           part++)  // the output at a padding token is dropped: its q has no gradient
-        for (int64_t c = 0; c < w.d; c++)
-          grad.grad_pad[(part * w.heads + h) * w.d + c] += pads[(unit * 2 + part - 1) * ldd + c];
-    }
+  for (int64_t record = 0; record < count; record++) {
+    const int64_t h = record % w.heads;
+    for (int64_t r = 0; records.tables && r < records.table; r++)
+      grad.grad_table[r * w.heads + h] += records.tables[record * records.table + r];
+    // The output at a padding token is dropped: its q has no gradient.
+    for (int64_t part = 1; records.pads && part < 3; part++)
+      for (int64_t c = 0; c < w.d; c++)
+        grad.grad_pad[(part * w.heads + h) * w.d + c] += records.pads[record * records.pad + (part - 1) * ldd + c];
+  }
   for (int64_t h = 0; grad.grad_logit_scale && h < w.heads; h++) {
     double sum = 0;
-    for (int64_t range = 0; range < ranges; range++) sum += logits[range * w.heads + h];
+    for (int64_t record = h; record < count; record += w.heads) sum += records.logits[record];
     grad.grad_logit_scale[h] = w.logit_scale[h] <= Shared<T>::LN100 ? float(sum) : 0.f;
   }
 }
