@@ -93,7 +93,7 @@ def import_timm() -> types.ModuleType:
 
 
 def timm_model(name: str, state: dict[str, Tensor]) -> nn.Module:
-    model = import_timm().create_model(name)
+    model = import_timm().create_model(name, drop_path_rate=0.0)
     model.load_state_dict(state)
     return model
 
