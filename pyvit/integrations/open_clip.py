@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from pyvit.integrations.parts import Left, Replacement, Rule, known, patch_conv, project, sequential
+from pyvit.integrations.parts import Left, Replacement, Rule, hooked, known, patch_conv, project, sequential, torch_mask
 from pyvit.ops import flash_attention, linear
 
 
@@ -25,15 +24,12 @@ def attention(module: Any) -> Iterator[Replacement | Left]:
 
 
 def _attention(module: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    q, k, v = (
-        linear(x, module.in_proj_weight, module.in_proj_bias).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    )
-    if attn_mask is not None:
-        attn_mask = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q.dtype)  # True means masked there
-        if attn_mask.dim() == 3:
-            attn_mask = attn_mask.unflatten(0, (-1, module.num_heads))
-    dropout = module.attn_drop.p if module.training else 0.0
-    out = flash_attention(module.ln_q(q), module.ln_k(k), v, bias=attn_mask, dropout_p=dropout)  # (B, H, N, d)
+    if hooked(module.attn_drop) and not module.use_fsdpa:
+        return type(module).forward(module, x, attn_mask)
+    qkv = linear(x, module.in_proj_weight, module.in_proj_bias)
+    q, k, v = qkv.unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d)
+    bias = None if attn_mask is None else torch_mask(attn_mask, q)
+    out = flash_attention(module.ln_q(q), module.ln_k(k), v, bias=bias, dropout_p=module.attn_drop.p if module.training else 0.0)
     if module.head_scale is not None:
         out = out * module.head_scale
     out = module.ln_inner(out.transpose(1, 2).flatten(2))  # type: ignore[union-attr]

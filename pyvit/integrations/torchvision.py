@@ -20,7 +20,7 @@ def swin(module: nn.Module) -> Iterator[Replacement]:
 def _swin(module: Any, x: Tensor) -> Tensor:
     """Of either version, x (B, H, W, C) -> (B, H, W, C); what pads the map holds the qkv bias."""
     window, heads, bias = tuple(module.window_size), module.num_heads, module.qkv.bias
-    cosine = hasattr(module, "v2_logit_scale")
+    cosine = hasattr(module, "logit_scale")
     if cosine and bias is not None:
         q, k, v = bias.chunk(3)
         bias = torch.cat((q, torch.zeros_like(k), v))
@@ -32,7 +32,7 @@ def _swin(module: Any, x: Tensor) -> Tensor:
         tuple(module.shift_size),
         num_heads=heads,
         bias_table=cosine_table(module.cpb_mlp, module.relative_coords_table, heads) if cosine else module.relative_position_bias_table,
-        logit_scale=module.v2_logit_scale.flatten() if cosine else None,
+        logit_scale=module.logit_scale.flatten() if cosine else None,
         pad_qkv=None if divides else qkv.new_zeros(qkv.shape[-1]) if bias is None else bias,
         dropout_p=module.attention_dropout if module.training else 0.0,
     )
