@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
 from collections import Counter
 from collections.abc import Callable
-from types import ModuleType
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 import pyvit
-from benchmarks.peers import import_peer
 from tests.models.parity import relative_error
-
-
-def peer(name: str) -> ModuleType:
-    """A library to accelerate, or a skipped file."""
-    if name not in sys.modules and importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed", allow_module_level=True)
-    return import_peer(name)
 
 
 def counts(report: pyvit.integrations.Report) -> dict[str, int]:

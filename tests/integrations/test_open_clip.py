@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from tests.integrations.checks import check_accelerated, peer
+from tests.integrations.checks import check_accelerated
 from tests.models.parity import randomise
+from tests.peers import peer
 
 open_clip = peer("open_clip")
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import pyvit
-from tests.integrations.checks import check_accelerated, counts, peer
+from tests.integrations.checks import check_accelerated, counts
 from tests.models.parity import randomise, relative_error
+from tests.peers import peer
 
 timm = peer("timm")
 

@@ -1,38 +1,13 @@
 """torchvision's models accelerated."""
 
-import re
-import sys
-
 import pytest
 import torch
 
+from tests import peers
 from tests.integrations.checks import check_accelerated
 from tests.models.parity import randomise
 
-
-def _torchvision():
-    """torchvision's Python part, which is all that these models are of.
-
-    One that was built for another torch lacks compiled operators (of detection), whose names it asks for at import.
-    """
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    while True:
-        try:
-            import torchvision
-
-            return torchvision, library
-        except ImportError:
-            pytest.skip("torchvision is not installed", allow_module_level=True)
-        except RuntimeError as error:
-            missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
-            if missing is None:
-                raise
-            library.define(f"{missing[1]}(Tensor x) -> Tensor")
-            for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-                del sys.modules[name]
-
-
-torchvision, _library = _torchvision()
+torchvision = peers.torchvision()
 
 
 def on(*size):
