@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import sys
@@ -19,6 +20,8 @@ def peer(name: str) -> ModuleType:
     """timm or open_clip, which import torchvision and do without it; or a skipped file."""
     if name not in sys.modules and importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed", allow_module_level=True)
+    if importlib.util.find_spec("transformers") is not None:  # it remembers whether torchvision is there: ask before a stand-in is
+        importlib.import_module("transformers.image_utils")
     return import_peer(name)
 
 
