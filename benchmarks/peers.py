@@ -80,16 +80,21 @@ def _without_torchvision() -> Iterator[None]:
 
 def import_timm() -> types.ModuleType:
     """timm, whether or not torchvision works beside this torch."""
-    if "timm" in sys.modules:
-        return sys.modules["timm"]
+    return import_peer("timm")
+
+
+def import_peer(name: str) -> types.ModuleType:
+    """A library that imports torchvision, whether or not torchvision works beside this torch."""
+    if name in sys.modules:
+        return sys.modules[name]
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError):
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
+        for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == "torchvision"]:
+            del sys.modules[loaded]
         with _without_torchvision():
-            return importlib.import_module("timm")
-    return importlib.import_module("timm")
+            return importlib.import_module(name)
+    return importlib.import_module(name)
 
 
 def timm_model(name: str, state: dict[str, Tensor]) -> nn.Module:

@@ -1,5 +1,7 @@
 """pyvit: fast vision transformers. Fused kernels as PyTorch operators, and the models that use them."""
 
+from typing import Any
+
 from pyvit import ops
 from pyvit.dispatch import BackendError, explain, use_backend
 from pyvit.info import info
@@ -7,4 +9,24 @@ from pyvit.models.checkpoints import load_checkpoint
 from pyvit.models.registry import create_model, list_models
 from pyvit.version import __version__
 
-__all__ = ["BackendError", "__version__", "create_model", "explain", "info", "list_models", "load_checkpoint", "ops", "use_backend"]
+__all__ = [
+    "BackendError",
+    "__version__",
+    "accelerate",
+    "create_model",
+    "explain",
+    "info",
+    "list_models",
+    "load_checkpoint",
+    "ops",
+    "restore",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("accelerate", "restore"):  # only for those who have another library's model
+        from pyvit import integrations
+
+        return getattr(integrations, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,1 +1,134 @@
+"""Other libraries' models on pyvit's kernels: :func:`accelerate` replaces forwards in place, per instance; :func:`restore` undoes it.
 
+Each library has a module here with one table, RULES: a class's full name -> a function that says what to replace in an instance of it.
+Classes are known by name, so that nothing is imported that the model at hand has not imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+from collections import Counter
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from pyvit.integrations.parts import Left, Replacement, Rule, kind
+
+__all__ = ["AccelerateError", "Report", "Row", "accelerate", "restore"]
+
+_LIBRARIES = ("timm", "transformers", "torchvision", "open_clip")
+
+
+class AccelerateError(RuntimeError):
+    """``accelerate(model, strict=True)`` would have left something; the message carries every reason. The model is as it was."""
+
+
+class Row(NamedTuple):
+    """One module: where it is, its class, and what serves it now or why nothing does."""
+
+    path: str
+    kind: str
+    note: str
+
+
+class Report:
+    """What :func:`accelerate` did: ``replaced`` and ``left``, lists of :class:`Row`. As a context manager it restores at the end."""
+
+    def __init__(self, model: nn.Module, replaced: list[Row], left: list[Row]) -> None:
+        self.model, self.replaced, self.left = model, replaced, left
+
+    def __str__(self) -> str:
+        lines = [f"replaced {len(self.replaced)}, left {len(self.left)}"]
+        if not self.replaced:
+            lines.append(f"nothing in {kind(self.model)} is a module of {', '.join(_LIBRARIES)} or torch that pyvit replaces")
+        for title, rows in (("replaced", self.replaced), ("left", self.left)):
+            first: dict[tuple[str, str], str] = {}
+            counts = Counter((row.kind, row.note) for row in rows)
+            for row in rows:
+                first.setdefault((row.kind, row.note), row.path or "(the model)")
+            for (what, note), count in counts.items():
+                lines.append(f"  {title} {count} x {what.rpartition('.')[2]} ({first[what, note]}{', ...' if count > 1 else ''}): {note}")
+        return "\n".join(lines)
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        restore(self.model)
+
+
+def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
+    """Put attention, windows, patch embeddings and MLPs of a timm, transformers, torchvision or open_clip model on pyvit's ops.
+
+    In place and per instance: the same parameters and buffers under the same names, the same outputs and gradients up to rounding (dropout
+    draws other numbers), training and evaluation, autocast, ``torch.compile``, ``copy.deepcopy`` and ``pickle``. Call it after weights are
+    loaded and adapters are put in, before ``torch.compile`` and wrappers for distributed training. A call that a replacement cannot serve
+    (attention probabilities asked for, hooks on a bypassed module, an unusual mask) runs the original forward.
+
+    Args:
+        model: any module; classes that pyvit does not know are not touched.
+        strict: raise where an attention module was left, or nothing was replaced.
+
+    Returns a :class:`Report`; ``print`` it. ``with pyvit.accelerate(model):`` restores at the end.
+
+    Raises TypeError if ``model`` is no module, :class:`AccelerateError` with every reason under ``strict``, the model as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
+    restore(model)
+    found: list[tuple[str, Replacement]] = []
+    left: list[tuple[str, Left]] = []
+    paths = {id(module): path for path, module in model.named_modules()}
+    for path, module in model.named_modules():
+        rule = _rule(kind(module))
+        if rule is None:
+            if _is_attention(module):
+                left.append((path, Left(module, "not a class that pyvit knows")))
+            continue
+        for item in rule(module):
+            where = paths.get(id(item.module), path)
+            if isinstance(item, Left):
+                left.append((where, item))
+            elif item.method in vars(item.module):
+                left.append((where, Left(item.module, f"its {item.method} is already replaced on this instance, by something else")))
+            else:
+                found.append((where, item))
+    served = {id(item.module) for _, item in found}
+    report = Report(
+        model,
+        [Row(path, kind(item.module), item.by) for path, item in found],
+        [Row(path, kind(item.module), item.reason) for path, item in left if id(item.module) not in served],
+    )
+    if strict and (report.left or not report.replaced):
+        raise AccelerateError(f"accelerate: strict, and not everything can be replaced\n{report}")
+    for _, item in found:
+        setattr(item.module, item.method, functools.partial(item.function, item.module))
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Undo :func:`accelerate`: every module of ``model``, which may be a copy, has its class's methods again."""
+    for module in model.modules():
+        for name in [name for name, value in vars(module).items() if _is_ours(value)]:
+            delattr(module, name)
+
+
+def _is_ours(value: Any) -> bool:
+    return isinstance(value, functools.partial) and getattr(value.func, "__module__", "").startswith(__name__ + ".")
+
+
+def _rule(name: str) -> Rule | None:
+    library = name.partition(".")[0]
+    if library not in (*_LIBRARIES, "torch"):
+        return None
+    rules = importlib.import_module(f"{__name__}.{'parts' if library == 'torch' else library}").RULES
+    return rules.get(name)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Whether something of an unknown class looks like attention with weights of its own."""
+    name = type(module).__name__.lower()
+    parameters = any(True for _ in itertools.chain(module.parameters(recurse=False), module.children()))
+    return "attention" in name and parameters and not type(module).__module__.startswith("pyvit.")

@@ -59,12 +59,14 @@ class Bottleneck(nn.Module):
 
 
 class ResNetV2Stem(nn.Module):
-    """(B, C, H, W) to a map at stride 2^(stages + 1), with timm's names; no stages: one convolution, at stride 2."""
+    """(B, C, H, W) to a map at stride 2^(stages + 1), with timm's names; no stages: one convolution and the pooling, at stride 4."""
 
     def __init__(self, layers: Sequence[int], in_chans: int = 3) -> None:
         super().__init__()
-        self.stem = nn.Module()
-        self.stem.conv, self.stem.norm = StdConv2d(in_chans, 64, 7, 2), nn.GroupNorm(32, 64)
+        root = nn.Module() if layers else self
+        root.conv, root.norm = StdConv2d(in_chans, 64, 7, 2), nn.GroupNorm(32, 64)
+        if layers:
+            self.stem = root
         made, cin = [], 64
         for s, depth in enumerate(layers):
             stage = nn.Module()
@@ -73,12 +75,12 @@ class ResNetV2Stem(nn.Module):
             )
             made.append(stage)
             cin = 256 * 2**s
-        self.stages, self.channels, self.stride = nn.ModuleList(made), cin, 2 ** (len(layers) + 1)
+        self.stages, self.channels, self.stride = nn.ModuleList(made), cin, 2 ** (max(len(layers), 1) + 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem.norm(self.stem.conv(x)))
-        if len(self.stages):
-            x = F.max_pool2d(same_pad(x, 3, 2, -float("inf")), 3, 2)
+        root = self.stem if len(self.stages) else self
+        x = F.relu(root.norm(root.conv(x)))
+        x = F.max_pool2d(same_pad(x, 3, 2, -float("inf")), 3, 2)
         for stage in self.stages:
             x = stage.blocks(x)
         return x

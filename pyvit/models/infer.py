@@ -21,13 +21,18 @@ def model_from_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any], **
     """A ViT, DeiT, MAE, Swin, CLIP or SigLIP model with the weights of ``source``, and the report of loading it.
 
     Heads of attention do not show in a ViT's shapes: widths of the published sizes take theirs, others 64 channels per head; give
-    ``num_heads`` where that is wrong. Nor does Swin V2's window: give ``window_size``. ``overrides`` win over what was inferred.
+    ``num_heads`` where that is wrong. Swin V2's windows show in the buffers that Microsoft's and torchvision's checkpoints hold; timm's and
+    transformers' have none and need ``window_size`` (and ``img_size``). ``overrides`` win over what was inferred.
 
-    Raises ValueError when the layout is of no known kind of model.
+    Raises ValueError when the layout is of no known kind of model, or is of a Swin V2 whose window nothing tells.
     """
     state = read_state(source)
     native, _, _ = to_native(state, recognise(state))
     constructor, settings = infer(native)
+    if settings.get("version") == 2:
+        settings |= _windows_v2(state, settings)
+        if "window_size" not in {**settings, **overrides}:
+            raise ValueError("model_from_checkpoint: nothing in this Swin V2 checkpoint tells its window: give window_size (and img_size)")
     model = constructor(**{**settings, **overrides})
     return model, load_checkpoint(model, state)
 
@@ -134,6 +139,24 @@ def _swin(state: Mapping[str, Tensor]) -> dict[str, Any]:
         # A last stage of one smaller window tells the size of the images the windows were planned for.
         settings["img_size"] = windows[-1] * 2 ** (stages - 1) * patch
     return settings
+
+
+def _windows_v2(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Swin V2's windows, image and pre-training windows, from the buffers of offsets (1, 2 wh - 1, 2 ww - 1, 2); {} without them.
+
+    The largest coordinate, log2(1 + 8 (window - 1) / (trained - 1)) / 3, tells the window at pre-training.
+    """
+    tables = [value for key, value in state.items() if key.endswith("relative_coords_table")]
+    if not tables:
+        return {}
+    depths, windows, trained = settings["depths"], [], []
+    for stage in range(len(depths)):
+        table = tables[sum(depths[:stage])].float()
+        windows.append((table.shape[1] + 1) // 2)
+        reach = 2.0 ** (3.0 * float(table.max())) - 1.0
+        trained.append(1 + round(8.0 * (windows[-1] - 1) / reach) if reach else 0)
+    found = {"window_size": max(windows), "img_size": windows[-1] * 2 ** (len(depths) - 1) * settings["patch_size"]}
+    return found | ({} if trained == windows else {"pretrained_window_sizes": trained})
 
 
 def _clip(state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:

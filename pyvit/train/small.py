@@ -1,28 +1,8 @@
-"""Small models for small images, and the settings under which the built-in sets train in minutes on a laptop."""
+"""The settings under which the built-in sets train in minutes on a laptop, with the models of :mod:`pyvit.models.small`."""
 
 from __future__ import annotations
 
 from typing import Any
-
-from pyvit.models.clip import clip_vit, siglip_vit
-from pyvit.models.registry import REGISTRY, register
-from pyvit.models.swin import SwinTransformer
-from pyvit.models.vit import VisionTransformer
-
-_VIT = {"embed_dim": 96, "depth": 4, "num_heads": 3}
-_TOWERS = {"width": 96, "depth": 4, "num_heads": 3}
-_TEXT = {"embed_dim": 64, "text_width": 96, "text_depth": 2, "text_heads": 3}
-_SWIN = {"embed_dim": 48, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "drop_path_rate": 0.0}
-
-if "vit_pico_patch4_32" not in REGISTRY:
-    register("vit_pico_patch4_32", VisionTransformer, img_size=32, patch_size=4, **_VIT)
-    register("vit_pico_patch8_32", VisionTransformer, img_size=32, patch_size=8, **_VIT)
-    register("vit_pico_patch8_64", VisionTransformer, img_size=64, patch_size=8, **_VIT)
-    register("swin_pico_patch4_window4_32", SwinTransformer, img_size=32, patch_size=4, **_SWIN)
-    register("clip_pico_patch8_32", clip_vit, img_size=32, patch_size=8, **_TOWERS, **_TEXT)
-    register("clip_pico_patch8_64", clip_vit, img_size=64, patch_size=8, **_TOWERS, **_TEXT)
-    register("siglip_pico_patch8_32", siglip_vit, img_size=32, patch_size=8, **_TOWERS)
-    register("siglip_pico_patch8_64", siglip_vit, img_size=64, patch_size=8, **_TOWERS)
 
 #: The model that a built-in set trains when none is named, for one tower and for two.
 MODELS = {

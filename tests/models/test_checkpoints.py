@@ -305,6 +305,23 @@ def test_settings_are_inferred_from_shapes(layout):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("trained", [None, (3, 3)])
+def test_swin_v2s_windows_are_inferred_from_buffers(trained):
+    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4, "num_classes": 5}
+    source = pyvit.create_model("swinv2_tiny_window8_256", **sizes, pretrained_window_sizes=trained).eval()
+    state = source.state_dict()
+    with pytest.raises(ValueError, match="give window_size"):
+        model_from_checkpoint(state)
+    for name, module in source.named_modules():
+        if hasattr(module, "coords"):  # as Microsoft's and torchvision's checkpoints hold it
+            wh, ww = module.window_size
+            state[name + ".relative_coords_table"] = module.coords.view(1, 2 * wh - 1, 2 * ww - 1, 2)
+    model, report = model_from_checkpoint(state)
+    assert not report.missing
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(model.eval()(images), source(images), atol=1e-6)
+
+
 def flat(out):
     return [t for t in out if t is not None] if isinstance(out, tuple) else [out]
 

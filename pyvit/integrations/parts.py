@@ -1,0 +1,193 @@
+"""What the libraries' replacements share: when a submodule may be bypassed, and the parts most of them are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyvit.ops import flash_attention, linear, patch_embed
+from pyvit.ops.patch_embed import grid_size
+
+
+class Replacement(NamedTuple):
+    """``module.method`` becomes ``function(module, ...)``; ``by`` says what of pyvit serves it."""
+
+    module: nn.Module
+    function: Callable[..., Any]
+    by: str
+    method: str = "forward"
+
+
+class Left(NamedTuple):
+    """A module that stays as it is, and why."""
+
+    module: nn.Module
+    reason: str
+
+
+#: What to replace in an instance of a class.
+Rule = Callable[[Any], Iterator[Replacement | Left]]
+
+
+def kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def hooked(*modules: nn.Module | None) -> bool:
+    """Whether anything watches calls of these modules, and so would notice that they are bypassed."""
+    return any(
+        m is not None and bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks) for m in modules
+    )
+
+
+def plain(module: nn.Module) -> bool:
+    """A torch Linear with nothing in or around it (adapters, quantisation, hooks): its weights may be used directly."""
+    return type(module) is nn.Linear and not hooked(module) and "forward" not in vars(module)
+
+
+def project(layer: nn.Module, x: Tensor, activation: nn.Module | None = None) -> Tensor:
+    """activation(layer(x)), in one product where both are what they seem."""
+    name = None if activation is None else activation_name(activation)
+    if not plain(layer) or (activation is not None and name is None):
+        x = layer(x) if not plain(layer) else linear(x, layer.weight, layer.bias)
+        return x if activation is None else activation(x)
+    return linear(x, layer.weight, layer.bias, activation=name)
+
+
+_ACTIVATIONS = {
+    "torch.nn.modules.activation.SiLU": "silu",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.NewGELUActivation": "gelu_tanh",
+    "transformers.activations.QuickGELUActivation": "quick_gelu",
+    "transformers.activations.SiLUActivation": "silu",
+    "open_clip.transformer.QuickGELU": "quick_gelu",
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "timm.layers.activations.QuickGELU": "quick_gelu",
+}
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """The name by which :func:`pyvit.ops.linear` knows an activation, or None."""
+    if hooked(module) or "forward" in vars(module):
+        return None
+    if type(module) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}[module.approximate]
+    return _ACTIVATIONS.get(kind(module))
+
+
+def mlp(module: nn.Module) -> Iterator[Replacement]:
+    """fc1, activation_fn, fc2."""
+    yield Replacement(module, _mlp, "linear")
+
+
+def _mlp(module: Any, x: Tensor) -> Tensor:
+    return project(module.fc2, project(module.fc1, x, module.activation_fn))
+
+
+def sequential(module: nn.Sequential) -> Iterator[Replacement]:
+    """Linear layers, each with the activation after it, among others."""
+    yield Replacement(module, _sequential, "linear")
+
+
+def _sequential(module: nn.Sequential, x: Tensor) -> Tensor:
+    layers = list(module)
+    while layers:
+        layer = layers.pop(0)
+        if not plain(layer):
+            x = layer(x)
+        elif layers and activation_name(layers[0]) is not None:
+            x = project(layer, x, layers.pop(0))
+        else:
+            x = project(layer, x)
+    return x
+
+
+def patch_conv(name: str) -> Rule:
+    """The convolution ``name`` of a module, if it cuts an image into patches."""
+
+    def rule(module: nn.Module) -> Iterator[Replacement]:
+        conv = getattr(module, name, None)
+        if type(conv) is not nn.Conv2d or conv.groups != 1 or conv.dilation != (1, 1) or conv.padding not in ((0, 0), "valid"):
+            return
+        if conv.kernel_size != (1, 1) and all(s <= k for s, k in zip(conv.stride, conv.kernel_size, strict=True)):
+            yield Replacement(conv, _patch_conv, "patch_embed")
+
+    return rule
+
+
+def _patch_conv(conv: nn.Conv2d, images: Tensor) -> Tensor:
+    size, patch, stride = images.shape[-2:], conv.kernel_size, conv.stride
+    cut = any(s == p and n % p for n, p, s in zip(size, patch, stride, strict=True))
+    if cut or images.dim() != 4 or images.dtype == torch.uint8:
+        return nn.Conv2d.forward(conv, images)
+    tokens = patch_embed(images, conv.weight, conv.bias, stride=stride)
+    return tokens.transpose(1, 2).unflatten(2, grid_size(size, patch, stride))
+
+
+def windows_match(size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> bool:
+    """Whether every shifted axis of a map has more than one window: pyvit does not shift one that is a single window."""
+    return all(s == 0 or n > w for n, w, s in zip(size, window, shift, strict=True))
+
+
+def cosine_table(network: nn.Module, coords: Tensor, heads: int) -> Tensor:
+    """Swin V2's bias table ((2 wh - 1) (2 ww - 1), heads) from its network and its coordinates (1, 2 wh - 1, 2 ww - 1, 2)."""
+    return 16 * torch.sigmoid(network(coords).view(-1, heads))
+
+
+def torch_mask(mask: Tensor, q: Tensor) -> Tensor:
+    """A mask of torch's MultiheadAttention, (L, S) or (B H, L, S), with True where attention is forbidden, for q (B, H, L, d)."""
+    mask = ~mask if mask.dtype == torch.bool else mask.to(q.dtype)
+    return mask if mask.dim() == 2 else mask.unflatten(0, q.shape[:2])
+
+
+def multihead(module: nn.MultiheadAttention) -> Iterator[Replacement | Left]:
+    if not module._qkv_same_embed_dim:
+        yield Left(module, "keys or values are of another width than queries")
+    elif module.bias_k is not None or module.add_zero_attn:
+        yield Left(module, "add_bias_kv or add_zero_attn")
+    else:
+        yield Replacement(module, _multihead, "flash_attention, in calls with need_weights=False")
+
+
+def _multihead(
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    if need_weights or key_padding_mask is not None or query.dim() != 3 or query.is_nested or (is_causal and attn_mask is None):
+        return nn.MultiheadAttention.forward(
+            module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+    weight, bias = module.in_proj_weight, module.in_proj_bias
+    if query is key and key is value:
+        q, k, v = linear(query, weight, bias).chunk(3, -1)
+    else:
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        q, k, v = (linear(x, w, b) for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True))
+    batch = 0 if module.batch_first else 1
+    # (B, N, C) or (N, B, C) to (B, H, N, d)
+    q, k, v = (t.unflatten(-1, (module.num_heads, module.head_dim)).movedim(batch, 0).transpose(1, 2) for t in (q, k, v))
+    bias = None if attn_mask is None else torch_mask(attn_mask, q)
+    out = flash_attention(q, k, v, bias=bias, dropout_p=module.dropout if module.training else 0.0)
+    out = out.transpose(1, 2).flatten(2).movedim(0, batch)  # type: ignore[union-attr]
+    return linear(out, module.out_proj.weight, module.out_proj.bias), None
+
+
+def known(module: nn.Module) -> Iterator[Replacement]:
+    """A class that is nothing by itself: its parts, or what holds it, are replaced."""
+    return iter(())
+
+
+RULES: dict[str, Rule] = {"torch.nn.modules.activation.MultiheadAttention": multihead}

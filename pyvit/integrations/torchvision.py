@@ -1,0 +1,48 @@
+"""torchvision: ViT, Swin and Swin V2. ViT's attention is torch's own module, see :func:`pyvit.integrations.parts.multihead`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from pyvit.integrations.parts import Replacement, Rule, cosine_table, patch_conv, sequential
+from pyvit.ops import linear, window_attention
+
+
+def swin(module: nn.Module) -> Iterator[Replacement]:
+    yield Replacement(module, _swin, "window_attention")
+
+
+def _swin(module: Any, x: Tensor) -> Tensor:
+    """Of either version, x (B, H, W, C) -> (B, H, W, C); what pads the map holds the qkv bias."""
+    window, heads, bias = tuple(module.window_size), module.num_heads, module.qkv.bias
+    cosine = hasattr(module, "logit_scale")
+    if cosine and bias is not None:
+        q, k, v = bias.chunk(3)
+        bias = torch.cat((q, torch.zeros_like(k), v))
+    qkv = linear(x, module.qkv.weight, bias)
+    divides = all(n % w == 0 for n, w in zip(x.shape[1:3], window, strict=True))
+    out = window_attention(
+        qkv,
+        window,
+        tuple(module.shift_size),
+        num_heads=heads,
+        bias_table=cosine_table(module.cpb_mlp, module.relative_coords_table, heads) if cosine else module.relative_position_bias_table,
+        logit_scale=module.logit_scale.flatten() if cosine else None,
+        pad_qkv=None if divides else qkv.new_zeros(qkv.shape[-1]) if bias is None else bias,
+        dropout_p=module.attention_dropout if module.training else 0.0,
+    )
+    return dropout(linear(out, module.proj.weight, module.proj.bias), module.dropout, module.training)
+
+
+RULES: dict[str, Rule] = {
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": swin,
+    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": swin,
+    "torchvision.models.vision_transformer.MLPBlock": sequential,
+    "torchvision.models.vision_transformer.VisionTransformer": patch_conv("conv_proj"),
+    "torchvision.ops.misc.MLP": sequential,
+}

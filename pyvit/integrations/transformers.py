@@ -1,0 +1,204 @@
+"""transformers (5 and later): ViT, DeiT, DINOv2, ViTMAE, CLIP, SigLIP, AST, Swin and Swin V2."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyvit.integrations.parts import Left, Replacement, Rule, cosine_table, hooked, known, mlp, patch_conv, plain, project, windows_match
+from pyvit.ops import flash_attention, linear, window_attention
+
+#: Arguments that a model hands down to its attention and that change nothing there.
+_IDLE = {"output_attentions", "output_hidden_states", "return_dict", "is_causal", "interpolate_pos_encoding"}
+
+
+def _implementation(module: Any) -> str:
+    return module.config._attn_implementation or "eager"
+
+
+def _weights_wanted(module: Any, config: Any, *, eager: bool) -> bool:
+    """Whether a call's probabilities are to be returned: asked for, or there for a hook to see."""
+    if getattr(config, "output_attentions", False):
+        return True
+    return eager and any(not _is_idle(hook) for hook in module._forward_hooks.values())
+
+
+def _is_idle(hook: Any) -> bool:
+    """Whether a hook is transformers' own collector of outputs, and does not collect probabilities at the moment."""
+    if "output_capturing_hook" not in getattr(hook, "__qualname__", ""):
+        return False
+    active = sys.modules["transformers.utils.output_capturing"]._active_collector.get()  # type: ignore[attr-defined]
+    return active is None or "attentions" not in active
+
+
+def attention(module: Any) -> Iterator[Replacement | Left]:
+    if not hasattr(module, "q_proj"):
+        yield Left(module, "laid out as before transformers 5")
+    elif _implementation(module) not in ("eager", "sdpa"):
+        yield Left(module, f"the attention implementation {_implementation(module)!r} was chosen; set_attn_implementation('sdpa') first")
+    else:
+        yield Replacement(module, _attention, "flash_attention")
+
+
+def _attention(module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    implementation = _implementation(module)
+    unknown = implementation not in ("eager", "sdpa") or any(v is not None for name, v in kwargs.items() if name not in _IDLE)
+    if unknown or kwargs.get("output_attentions") or _weights_wanted(module, module.config, eager=implementation == "eager"):
+        return type(module).forward(module, hidden_states, attention_mask, **kwargs)
+    q, k, v = (
+        project(layer, hidden_states).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)  # (B, H, N, d)
+        for layer in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    # As sdpa: the mask, or else causal if the call, or the module, says so.
+    causal = kwargs.get("is_causal")
+    dropout = module.attention_dropout if hasattr(module, "attention_dropout") else module.dropout
+    out = flash_attention(
+        q,
+        k,
+        v,
+        bias=attention_mask,
+        is_causal=attention_mask is None and bool(module.is_causal if causal is None else causal),
+        scale=module.scaling if hasattr(module, "scaling") else module.scale,
+        dropout_p=dropout if module.training else 0.0,
+    )
+    out = out.transpose(1, 2).flatten(2)  # type: ignore[union-attr]
+    return project(module.o_proj if hasattr(module, "o_proj") else module.out_proj, out), None
+
+
+def _projections(layer: Any, version: int) -> tuple[nn.Module, ...]:
+    """q, k, v and the output projection of a Swin layer."""
+    attn = layer.attention
+    if version == 1:
+        return attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj
+    return attn.self.query, attn.self.key, attn.self.value, attn.output.dense
+
+
+def swin(layer: Any, version: int) -> Iterator[Replacement | Left]:
+    if version == 1 and not hasattr(layer.attention, "q_proj"):
+        yield Left(layer, "laid out as before transformers 5")
+    elif not all(map(plain, _projections(layer, version))):
+        yield Left(layer, "its projections are not plain Linear layers")
+    else:
+        yield Replacement(layer, _swin if version == 1 else _swin_v2, "window_attention")
+
+
+def _windows(layer: Any, x: Tensor, version: int, **options: Any) -> Tensor:
+    """Of either version: pad, roll, partition, attention and the reverse, x (B, H, W, C) -> (B, H, W, C)."""
+    q, k, v, output = _projections(layer, version)
+    weight = torch.cat((q.weight, k.weight, v.weight))
+    bias = None if q.bias is None else torch.cat((q.bias, torch.zeros_like(q.bias) if k.bias is None else k.bias, v.bias))
+    qkv = linear(x, weight, bias)
+    window = layer.window_size
+    if any(n % window for n in x.shape[1:3]):
+        options["pad_qkv"] = qkv.new_zeros(qkv.shape[-1]) if bias is None else bias
+    return linear(window_attention(qkv, window, layer.shift_size, **options), output.weight, output.bias)
+
+
+def _same_windows(layer: Any, trained: int, size: tuple[int, int], version: int) -> bool:
+    """Whether a layer's windows, which may shrink with the map, are those of its table, shifted as pyvit shifts and watched by nobody."""
+    window, shift, attn = layer.window_size, layer.shift_size, layer.attention
+    inner = () if version == 1 else (attn.self, attn.output, attn.self.dropout)
+    eager = version == 2 or _implementation(attn) == "eager"
+    watched = hooked(*inner) or _weights_wanted(attn, getattr(attn, "config", None), eager=eager) or bool(attn._forward_pre_hooks)
+    same = window == trained and windows_match(size, (window, window), (shift, shift))
+    return same and not watched and all(map(plain, _projections(layer, version)))
+
+
+def _checkpointed(layer: Any, call: functools.partial[Any], *args: Any) -> Any:
+    """``call`` recomputed in the backward pass if the layer is set to, as its class's forward does."""
+    if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
+        return layer._gradient_checkpointing_func(call, *args)
+    return call(*args)
+
+
+def _swin(
+    layer: Any, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs: Any
+) -> tuple[Tensor, None]:
+    if not always_partition:
+        layer.set_shift_and_window_size(input_dimensions)
+    trained = layer.attention.relative_position_bias.window_size[0]
+    idle = all(v is None for name, v in kwargs.items() if name not in _IDLE) and not kwargs.get("output_attentions")
+    if not idle or not _same_windows(layer, trained, input_dimensions, 1):
+        return type(layer).forward(layer, hidden_states, input_dimensions, always_partition=always_partition, **kwargs)
+    return _checkpointed(layer, functools.partial(_swin_block, layer, input_dimensions), hidden_states), None
+
+
+def _swin_block(layer: Any, size: tuple[int, int], x: Tensor) -> Tensor:
+    attn, shortcut = layer.attention, x
+    out = _windows(
+        layer,
+        layer.layernorm_before(x).unflatten(1, size),
+        1,
+        num_heads=attn.num_attention_heads,
+        bias_table=attn.relative_position_bias.relative_position_bias_table,
+        scale=attn.scaling,
+        dropout_p=attn.attention_dropout if attn.training else 0.0,
+    )
+    x = shortcut + layer.drop_path(layer.dropout(out.flatten(1, 2)))
+    return layer.dropout(layer.mlp(layer.layernorm_after(x))) + x
+
+
+def _swin_v2(
+    layer: Any, hidden_states: Tensor, input_dimensions: tuple[int, int], output_attentions: bool | None = False
+) -> tuple[Tensor, ...]:
+    attn = layer.attention.self
+    if output_attentions or not _same_windows(layer, attn.window_size[0], input_dimensions, 2):
+        return type(layer).forward(layer, hidden_states, input_dimensions, output_attentions)
+    out = _windows(
+        layer,
+        hidden_states.unflatten(1, input_dimensions),
+        2,
+        num_heads=attn.num_attention_heads,
+        bias_table=cosine_table(attn.continuous_position_bias_mlp, attn.relative_coords_table, attn.num_attention_heads),
+        logit_scale=attn.logit_scale.flatten(),
+        dropout_p=attn.dropout.p if attn.training else 0.0,
+    )
+    out = layer.attention.output.dropout(out.flatten(1, 2))
+    x = hidden_states + layer.drop_path(layer.layernorm_before(out))
+    return (x + layer.drop_path(layer.layernorm_after(layer.output(layer.intermediate(x)))),)
+
+
+def intermediate(module: nn.Module) -> Iterator[Replacement]:
+    yield Replacement(module, _intermediate, "linear")
+
+
+def _intermediate(module: Any, x: Tensor) -> Tensor:
+    act = module.intermediate_act_fn
+    return project(module.dense, x, act) if isinstance(act, nn.Module) else act(project(module.dense, x))
+
+
+def output(module: nn.Module) -> Iterator[Replacement]:
+    yield Replacement(module, _output, "linear")
+
+
+def _output(module: Any, x: Tensor) -> Tensor:
+    return module.dropout(project(module.dense, x))
+
+
+def _rules(package: str, prefix: str, **rules: Rule) -> dict[str, Rule]:
+    return {f"transformers.models.{package}.modeling_{package}.{prefix}{name}": rule for name, rule in rules.items()}
+
+
+def _vit(package: str, prefix: str, patches: str = "PatchEmbeddings", conv: str = "projection") -> dict[str, Rule]:
+    return _rules(package, prefix, Attention=attention, MLP=mlp, **{patches: patch_conv(conv)})
+
+
+RULES: dict[str, Rule] = {
+    **_vit("vit", "ViT"),
+    **_vit("deit", "DeiT"),
+    **_vit("dinov2", "Dinov2"),
+    **_vit("dinov2_with_registers", "Dinov2WithRegisters"),
+    **_vit("vit_mae", "ViTMAE"),
+    **_vit("audio_spectrogram_transformer", "AST"),
+    **_vit("clip", "CLIP", "VisionEmbeddings", "patch_embedding"),
+    **_vit("siglip", "Siglip", "VisionEmbeddings", "patch_embedding"),
+    **_rules("siglip", "Siglip", MultiheadAttentionPoolingHead=known),
+    **_rules("swin", "Swin", Layer=functools.partial(swin, version=1), Attention=known, MLP=mlp, PatchEmbeddings=patch_conv("projection")),
+    **_rules("swinv2", "Swinv2", Layer=functools.partial(swin, version=2), Attention=known, SelfAttention=known),
+    **_rules("swinv2", "Swinv2", Intermediate=intermediate, Output=output, PatchEmbeddings=patch_conv("projection")),
+}

@@ -1,0 +1,63 @@
+"""An accelerated model against itself: outputs, gradients, weights, copies, and what restoring brings back."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import pyvit
+from tests.models.parity import relative_error
+
+
+def counts(report: pyvit.integrations.Report) -> dict[str, int]:
+    """How many modules of each class were replaced."""
+    return dict(Counter(row.kind.rpartition(".")[2] for row in report.replaced))
+
+
+def _results(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    out = call(model)
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)).sum().backward()
+    return out.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_accelerated(model: nn.Module, call: Callable[[nn.Module], Tensor], replaced: dict[str, int], rtol: float = 1e-4) -> None:
+    """``call`` gives the same before and after, in float32 and bfloat16, with ``replaced`` modules of each class replaced."""
+    expected, gradients = _results(model, call)
+    exact = call(copy.deepcopy(model).double()).detach()
+    rounded = call(copy.deepcopy(model).bfloat16()).detach()
+    state = {name: (id(value), value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
+
+    report = pyvit.accelerate(model)
+    assert not report.left, report
+    assert counts(report) == replaced
+    found, ours = _results(model, call)
+    assert relative_error(found, expected) < rtol
+    assert ours.keys() == gradients.keys()
+    scale = max(float(g.abs().max()) for g in gradients.values())
+    for name, theirs in gradients.items():
+        difference = float((ours[name] - theirs).abs().max())
+        assert difference < rtol * max(float(theirs.abs().max()), 1e-3 * scale), f"gradient of {name} differs by {difference:.2e}"
+
+    # bfloat16 as every operator is held to: at most twice the original's error, and a rounding.
+    short = call(copy.deepcopy(model).bfloat16()).detach()
+    floor = torch.finfo(torch.bfloat16).eps * float(exact.abs().max())
+    assert float((short - exact).abs().max()) <= 2 * float((rounded - exact).abs().max()) + floor
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(call(model).detach().float(), expected) < 0.1
+
+    after = model.state_dict(keep_vars=True)
+    assert {name: id(value) for name, value in after.items()} == {name: pair[0] for name, pair in state.items()}
+    assert all(torch.equal(after[name], pair[1]) for name, pair in state.items())
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(call(other), call(model))
+        pyvit.restore(other)
+        assert not torch.equal(call(other), call(model)), "nothing distinguishes the accelerated model from the original"
+    pyvit.restore(model)
+    assert torch.equal(_results(model, call)[0], expected)
+    assert not any({"forward", "_attn"} & set(vars(m)) for m in (*model.modules(), *other.modules()))

@@ -1,0 +1,79 @@
+"""timm's models accelerated."""
+
+import pytest
+import torch
+
+import pyvit
+from tests.integrations.checks import check_accelerated, counts
+from tests.models.parity import randomise, relative_error
+from tests.peers import peer
+
+timm = peer("timm")
+
+VIT = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": 7}
+SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "num_classes": 7}
+
+
+def make(name, **config):
+    torch.manual_seed(0)
+    return randomise(timm.create_model(name, **config))
+
+
+def on(*size):
+    images = torch.randn(2, 3, *size)
+    return lambda m: m(images.to(next(m.parameters()).dtype))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "init_values": 0.1, "qkv_bias": False}, {"act_layer": "quick_gelu"}], ids=str)
+def test_vit(options, fused):
+    model = make("vit_tiny_patch16_224", **VIT, **options)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    check_accelerated(model, on(32, 32), {"Conv2d": 1, "Attention": 2, "Mlp": 2})
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+@pytest.mark.parametrize("size", [(64, 64), (32, 64)], ids=str)
+def test_swin(name, size):
+    block = "SwinTransformerV2Block" if "v2" in name else "SwinTransformerBlock"
+    check_accelerated(make(name, **SWIN, img_size=size), on(*size), {"Conv2d": 1, block: 4, "Mlp": 4})
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+@pytest.mark.parametrize("always", [True, False])
+def test_swin_on_maps_that_do_not_divide(name, always):
+    model = make(name, **SWIN, img_size=(56, 72), always_partition=always, strict_img_size=False)
+    images = on(56, 72)
+    expected = images(model)
+    pyvit.accelerate(model, strict=True)
+    assert relative_error(images(model), expected) < 1e-4
+
+
+def test_masks_and_hooks_of_attention():
+    model = make("vit_tiny_patch16_224", **VIT).blocks[0].attn
+    x, seen = torch.randn(2, 6, 48), []
+    calls = ({"attn_mask": torch.randn(6, 6)}, {"attn_mask": torch.ones(6, 6).tril().bool()}, {"is_causal": True})
+    expected = [model(x, **options) for options in calls]
+    pyvit.accelerate(model)
+    for options, out in zip(calls, expected, strict=True):
+        assert relative_error(model(x, **options), out) < 1e-5
+    assert relative_error(expected[1], expected[2]) < 1e-5
+    model.fused_attn = False  # as people do to look at the probabilities
+    model.attn_drop.register_forward_hook(lambda *call: seen.append(call[2].shape))
+    model(x)
+    assert seen == [(2, 3, 6, 6)]
+
+
+def test_what_is_not_known_is_said():
+    report = pyvit.accelerate(timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=28))
+    assert [row.note for row in report.left] == ["not a class that pyvit knows"]
+    assert counts(report)["Conv2d"] == 1
+
+
+@pytest.mark.slow
+def test_compiles_without_a_break():
+    model, images = make("vit_tiny_patch16_224", **VIT), on(32, 32)
+    expected = images(model)
+    pyvit.accelerate(model)
+    assert relative_error(images(torch.compile(model, fullgraph=True)), expected) < 1e-4
