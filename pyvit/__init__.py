@@ -7,6 +7,7 @@ from pyvit.dispatch import BackendError, explain, use_backend
 from pyvit.info import info
 from pyvit.models.checkpoints import load_checkpoint
 from pyvit.models.registry import create_model, list_models
+from pyvit.nn.packed_weights import pack_weights, unpack_weights
 from pyvit.version import __version__
 
 __all__ = [
@@ -19,7 +20,9 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "ops",
+    "pack_weights",
     "restore",
+    "unpack_weights",
     "use_backend",
 ]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 POLICIES = ("auto", "onednn", "torch")
 _policy = os.environ.get("PYVIT_LINEAR") or "auto"
@@ -89,8 +90,56 @@ def _forward_key(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
     return _key("forward", x.numel() // max(x.shape[-1], 1), weight.shape, weight.is_contiguous(), x.dtype, activation, bias is None)
 
 
+class _Pack:
+    """A weight in the order oneDNN multiplies it in, which a plain weight is brought into by every call."""
+
+    def __init__(self) -> None:
+        self.packed: Tensor | None = None
+        self.of: tuple[Any, ...] = ()
+
+    def of_weight(self, weight: Tensor, rows: int) -> Tensor:
+        of = (weight._version, weight.data_ptr(), weight.dtype)
+        if self.packed is None or self.of != of:
+            self.packed, self.of = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), of
+        return self.packed
+
+
+_packs: Any = WeakIdKeyDictionary()  # weight -> _Pack
+
+
+def keep_packed(weight: Tensor) -> bool:
+    """Keep a packed copy of ``weight`` from the next product without a gradient on; False where oneDNN cannot take it."""
+    able = onednn() is not None and weight.dim() == 2 and weight.is_contiguous() and weight.numel() > 0 and weight.device.type == "cpu"
+    if able and weight.dtype in (torch.float32, torch.bfloat16) and not weight.is_inference():
+        _packs[weight] = _Pack()
+        return True
+    return False
+
+
+def drop_packed(weight: Tensor) -> None:
+    _packs.pop(weight, None)
+
+
+def _forward_packed(pack: _Pack, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor | None:
+    """The product with the packed weight, or None where it is not the faster one."""
+    few = x if x.dim() < 2 else x.reshape(-1, x.shape[-1])
+    packed = pack.of_weight(weight, few.shape[0])
+    key = ("packed", *_forward_key(x, weight, bias, activation))
+    if key not in _chosen:
+        ways: dict[str, Way] = {"onednn, activation fused": _by_onednn_fused} if activation in _FUSED else {}
+        ways |= {"onednn": _by_onednn, "torch": lambda x, _, bias, activation: _by_torch(x, weight, bias, activation)}
+        way, name = _choose(ways, lambda rows: (few[:rows], packed, bias, activation), few.shape[0], weight, x)
+        _chosen[key] = (way, f"{name}, weight kept packed") if way in (_by_onednn, _by_onednn_fused) else (_by_torch, name)
+    way = _chosen[key][0]
+    return None if way is _by_torch else way(x, packed, bias, activation)
+
+
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """activation(x weight^T + bias); x (..., K), weight (M, K). No gradient is recorded."""
+    if _packs and not torch.is_grad_enabled() and (pack := _packs.get(weight)) is not None:
+        out = _forward_packed(pack, x, weight, bias, activation)
+        if out is not None:
+            return out
     key = _forward_key(x, weight, bias, activation)
     found = _chosen.get(key)
     if found is None:
@@ -164,7 +213,8 @@ def _agrees(way: Way, args: tuple[Any, ...], wanted: Tensor) -> bool:
 
 def explain(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> list[str]:
     """What is known of the choice for a call, for :func:`pyvit.explain`; nothing is computed."""
-    found = _chosen.get(_forward_key(x, weight, bias, activation))
+    key = _forward_key(x, weight, bias, activation)
+    found = (_chosen.get(("packed", *key)) if weight in _packs else None) or _chosen.get(key)
     if found is not None:
         return [f"matrix product by {found[1]}"]
     return [f"matrix product not chosen yet: PYVIT_LINEAR={_policy}" + ("; the first call measures" if _policy == "auto" else "")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import os
 import subprocess
@@ -271,3 +272,50 @@ def test_backends() -> None:
         assert torch.equal(linear(x, weight, bias), plain)
     with pyvit.use_backend("triton"):
         assert torch.equal(linear(x, weight, bias), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [None, "gelu", "relu"])
+def test_packed_weights_follow_the_weights(dtype: torch.dtype, activation: str | None) -> None:
+    model = torch.nn.Linear(48, 80).to(dtype)
+    x = torch.randn(3, 70, 48, dtype=dtype)
+
+    def check() -> None:
+        with torch.no_grad():
+            wanted = linear(x, model.weight.clone(), model.bias, activation=activation)
+            torch.testing.assert_close(linear(x, model.weight, model.bias, activation=activation), wanted)
+
+    packed = pyvit.pack_weights(model)
+    check()
+    with torch.no_grad():
+        model.weight.mul_(-2)  # in place, as an optimizer does
+    check()
+    model.load_state_dict({"weight": torch.randn(80, 48), "bias": torch.randn(80)})
+    check()
+    model.weight.data = torch.randn(80, 48).to(dtype)  # another tensor
+    check()
+    model.weight.data.mul_(3)  # out of autograd's sight: as documented, said by packing again
+    assert pyvit.pack_weights(model) == packed
+    check()
+    grad_x = x.clone().requires_grad_()
+    linear(grad_x, model.weight, model.bias, activation=activation).sum().backward()
+    assert model.weight.grad is not None
+    assert grad_x.grad is not None
+    with torch.no_grad():
+        held = len(products._packs)
+        pyvit.unpack_weights(model)
+        assert len(products._packs) == held - packed
+    check()
+
+
+def test_packed_weights_die_with_the_model() -> None:
+    gc.collect()
+    before = len(products._packs)
+    model = torch.nn.Linear(16, 16)
+    packed = pyvit.pack_weights(model)
+    with torch.no_grad():
+        linear(torch.randn(4, 16), model.weight)
+    assert len(products._packs) == before + packed
+    del model
+    gc.collect()
+    assert len(products._packs) == before
