@@ -69,9 +69,11 @@ void forward_rows(const Attention& a, const Head& head, const KeyPanels<D, T>& p
       const int64_t packed = std::min(KEY_BLOCK, head.nk - j);
       gemm<D>(rows, std::min(packed, round_up(n, NR)), lanes, queries, lanes, 1, panels.keys(j), lanes, scores, ld,
               next);
+      const auto valid = [&](int64_t r) { return a.causal ? std::clamp<int64_t>(i + r + 1 - j, 0, n) : n; };
+      float top[ROW_BLOCK + 2 * MR];
+      for (int64_t r = 0; r < rows; r++) top[r] = row_max(scores + r * ld, valid(r), bias.row(i + r, j, n), scale2);
       for (int64_t r = 0; r < rows; r++) {
-        const int64_t valid = a.causal ? std::clamp<int64_t>(i + r + 1 - j, 0, n) : n;
-        const float factor = softmax_row<D>(scores + r * ld, n, valid, bias.row(i + r, j, n), scale2, state[r]);
+        const float factor = row_exp<D>(scores + r * ld, n, valid(r), a.bias.data ? 1.f : scale2, top[r], state[r]);
         if (j && factor != 1.f)
           for (int64_t c = 0; c < ldo; c += W) store(out + r * ldo + c, load(out + r * ldo + c) * factor);
       }
@@ -153,7 +155,8 @@ void map_rows(const AttentionMap& m) {
         pack_a<D>(static_cast<const T*>(m.q.data) + b * m.q.b + h * m.q.h + i * m.q.n, 0, 1, m.d, query);
         gemm<D>(1, m.nk, lanes, query, lanes, 1, keys, lanes, scores, ld);
         RowState state;
-        softmax_row<F32>(scores, m.nk, m.nk, bias.row(i, 0, m.nk), m.scale * LOG2E, state);
+        const float scale2 = m.scale * LOG2E, top = row_max(scores, m.nk, bias.row(i, 0, m.nk), scale2);
+        row_exp<F32>(scores, m.nk, m.nk, m.bias.data ? 1.f : scale2, top, state);
         T* out = static_cast<T*>(m.out.data) + b * m.out.b + h * m.out.h + r * m.out.n;
         store_row(out, scores, state.sum == 0 ? 0.f : 1.f / state.sum, m.nk);
       }

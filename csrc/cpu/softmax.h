@@ -80,11 +80,10 @@ struct RowState {
   float max = -INF, sum = 0.f;
 };
 
-// One row of scores (n columns, the first `valid` of them allowed) becomes probabilities relative to the new running
-// maximum, as lanes in place; columns from `valid` to round_up(n, W) become 0. Returns the factor by which earlier sums
-// must shrink.
-template <class D>
-inline float softmax_row(float* s, int64_t n, int64_t valid, const float* bias, float scale2, RowState& state) {
+// One row of scores (n columns, the first `valid` of them allowed) in two steps, each over all rows of a block before
+// the next, so that no row waits for another's reductions. First: the largest, in units of log2; with a bias the scores
+// stay scaled and the bias added (scale2 is 1 from then on).
+inline float row_max(float* s, int64_t valid, const float* bias, float scale2) {
   const int64_t whole = valid / W * W;
   const int tail = int(valid - whole);
   vf top = set1(-INF);
@@ -99,12 +98,20 @@ inline float softmax_row(float* s, int64_t n, int64_t valid, const float* bias, 
       store(s + whole, x);
       top = vmax(top, load_n(s + whole, tail, -INF));
     }
-    scale2 = 1.f;
   } else {
     for (int64_t c = 0; c < whole; c += W) top = vmax(top, load(s + c) * scale2);
     if (tail) top = vmax(top, load_n(s + whole, tail, scale2 < 0 ? INF : -INF) * scale2);
   }
-  const float before = state.max, here = reduce_max(top), now = here <= before ? before : here;  // a NaN wins
+  return reduce_max(top);
+}
+
+// Then: probabilities relative to the new running maximum, as lanes in place; columns from `valid` to round_up(n, W)
+// become 0. Returns the factor by which earlier sums must shrink.
+template <class D>
+inline float row_exp(float* s, int64_t n, int64_t valid, float scale2, float here, RowState& state) {
+  const int64_t whole = valid / W * W;
+  const int tail = int(valid - whole);
+  const float before = state.max, now = here <= before ? before : here;  // a NaN wins
   uint32_t* lanes = reinterpret_cast<uint32_t*>(s);
   if (now == -INF) {  // nothing to attend to so far
     for (int64_t c = 0; c < n; c += W) store_lanes<D>(lanes, c, vf{});
