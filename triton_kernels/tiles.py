@@ -70,7 +70,7 @@ TABLE = (
     Entry("backward_dkdv", Config(block_m=64, block_n=64, warps=4), itemsize=2, head_dim=64),
     Entry("backward_dkdv", Config(block_m=64, block_n=32, warps=8), itemsize=2, head_dim=128),
     Entry("backward_dkdv", Config(block_m=32, block_n=32, warps=4), head_dim=64),
-    Entry("backward_dkdv", Config(block_m=16, block_n=32, warps=4)),
+    Entry("backward_dkdv", Config(block_m=32, block_n=16, warps=4)),
     Entry("bias_grad", Config(block_m=64, block_n=64, warps=4, stages=1), itemsize=2, head_dim=128),
     Entry("bias_grad", Config(block_m=32, block_n=32, warps=4, stages=1)),
     Entry("attention_map", Config(block_m=16, block_n=64, warps=4, stages=2), head_dim=128),
