@@ -10,7 +10,7 @@ import torch
 
 from pyvit import library
 
-#: In order of preference; the first that serves a call is chosen.
+#: In declared order of preference, see :func:`preference`.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -59,7 +59,7 @@ _VARLEN = _ATTENTION
 _WINDOW = frozenset({"bias_table", "logit_scale", "pad_qkv", "shift", "padding", "grad"})
 _PATCH = frozenset({"uint8", "normalize", "overlap", "pos_embed", "prefix", "keep", "grad", "images_grad"})
 
-_REFERENCE = Capability((F64, F32, F16, BF16), _ATTENTION | _WINDOW | _PATCH | {"dropout", "prototypes", "center"})
+_REFERENCE = Capability((F64, F32, F16, BF16), _ATTENTION | _WINDOW | _PATCH | {"dropout", "prototypes", "center", "logits"})
 
 #: CAPABILITIES[operator][backend]
 CAPABILITIES: dict[str, dict[str, Capability]] = {
@@ -70,7 +70,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "patch_embed": {"cpu": Capability((F32, BF16, F16), _PATCH)},
     "linear": {"cpu": Capability((F32, BF16, F16), pure=True)},
 }
-_TILED = Capability((F32, BF16, F16, F64), frozenset({"grad", "group", "prototypes", "center"}), pure=True)
+_TILED = Capability((F32, BF16, F16, F64), frozenset({"grad", "group", "prototypes", "center", "logits"}), pure=True)
 for _loss in ("info_nce", "nt_xent", "sigmoid_contrastive", "distillation_cross_entropy", "nearest_neighbor"):
     CAPABILITIES[_loss] = {"cuda": _TILED, "cpu": _TILED}
 for _op in ("window_attention", "patch_embed"):
@@ -87,8 +87,24 @@ CAPABILITIES["flash_attention_varlen"]["triton"] = Capability(_TRITON, _VARLEN, 
 CAPABILITIES["attention_map"]["triton"] = Capability(_TRITON, frozenset({"bias", "bool_mask", "gqa"}), (1, 256, 1))
 CAPABILITIES["window_attention"]["triton"] = Capability(_TRITON, _WINDOW | {"dropout"}, (1, 128, 1))
 CAPABILITIES["patch_embed"]["triton"] = Capability(_TRITON, _PATCH)
+for _loss in ("info_nce", "nt_xent", "sigmoid_contrastive"):
+    CAPABILITIES[_loss]["triton"] = Capability(_TRITON, frozenset({"grad"}))
+CAPABILITIES["distillation_cross_entropy"]["triton"] = Capability(_TRITON, frozenset({"grad", "prototypes", "center"}))
 for _table in CAPABILITIES.values():
     _table["reference"] = _REFERENCE
+
+
+def preference(op: str) -> list[str]:
+    """Backends in the order in which dispatch asks them for ``op``: as declared, but a kernel before a tile loop in Python.
+
+    That much needs no measurement: such a loop multiplies float32 copies of its tiles and launches several kernels for each.
+    """
+
+    def rank(backend: str) -> tuple[bool, bool]:
+        capability = CAPABILITIES[op].get(backend)
+        return backend == "reference", capability is not None and capability.pure
+
+    return sorted(BACKENDS, key=rank)
 
 
 def absent(op: str, backend: str, device: str) -> str | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyvit import library
-from pyvit.backends import BACKENDS, CAPABILITIES, absent
+from pyvit.backends import BACKENDS, CAPABILITIES, absent, preference
 
 
 class BackendError(RuntimeError):
@@ -105,7 +105,7 @@ def select(call: Call, backend: str | None = None) -> str:
 
 def _select(call: Call, wanted: str | None) -> str:
     if wanted is None:
-        for name in BACKENDS:
+        for name in preference(call.op):
             if not reasons(call, name):
                 return name
         refusals = "; ".join(f"{name}: {', '.join(reasons(call, name))}" for name in BACKENDS)
@@ -149,7 +149,11 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanat
     inspect.signature(function).bind(*args, **kwargs)  # an argument the operator does not have is an error here too
     call, notes = _describers[name](*args, **kwargs)
     chosen = select(call, kwargs.get("backend"))
-    return Explanation(call, chosen, {b: reasons(call, b) for b in BACKENDS}, notes)
+    refusals = {b: reasons(call, b) for b in BACKENDS}
+    if not refusals["cuda"] and not refusals["triton"]:
+        order = "a tile loop in Python comes last" if CAPABILITIES[name]["cuda"].pure else "declared order, neither was measured"
+        notes = [*notes, f"between cuda and triton: {order}"]
+    return Explanation(call, chosen, refusals, notes)
 
 
 _describers: dict[str, Callable[..., tuple[Call, list[str]]]] = {}
@@ -253,7 +257,7 @@ class Operator:
         if backend == "auto":
             device = next(a.device.type for a in args if isinstance(a, Tensor))
             op = self.name.removesuffix("_backward")
-            able = [b for b in BACKENDS if absent(op, b, device) is None and b in CAPABILITIES[op]]
+            able = [b for b in preference(op) if absent(op, b, device) is None and b in CAPABILITIES[op]]
             backend = able[0]
         return self.kernel(backend)(*args)
 

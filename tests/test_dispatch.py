@@ -185,7 +185,7 @@ def test_capabilities_name_only_what_dispatch_knows() -> None:
         "keep",
         "images_grad",
     }
-    described |= {"group", "prototypes", "center"}
+    described |= {"group", "prototypes", "center", "logits"}
     for op, table in CAPABILITIES.items():
         assert table["reference"] is backends._REFERENCE, op
         for backend, capability in table.items():
@@ -204,3 +204,15 @@ def test_environment_variable() -> None:
     assert refused.returncode
     assert "BackendError: flash_attention: backend 'cuda' cannot serve this call: runs on cuda tensors, got cpu" in refused.stderr
     assert "PYVIT_BACKEND must be one of cuda, triton, cpu, reference, got 'gpu'" in _python(code, PYVIT_BACKEND="gpu").stderr
+
+
+def test_a_kernel_comes_before_a_tile_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the losses' Triton kernels are asked before the loop over torch's products; what they refuse still goes to it."""
+    monkeypatch.setitem(MISSING, ("triton", "cuda"), None)
+    monkeypatch.setattr(dispatch, "_choices", {})
+    pair = ("info_nce", "cuda", F32)
+    assert select(Call(*pair, ("grad",))) == "triton"
+    assert select(Call(*pair, ("grad", "group"))) == "cuda"
+    assert select(Call("info_nce", "cuda", torch.float64, ())) == "cuda"
+    assert backends.preference("flash_attention") == list(BACKENDS)
+    assert backends.preference("info_nce")[-1] == "reference"

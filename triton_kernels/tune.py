@@ -37,6 +37,15 @@ SPACE: dict[str, dict[str, Sequence[int]]] = {
     "patch_forward": {"block_m": (64, 128), "block_n": (64, 128, 256), "edge_n": (32, 64), "warps": (4, 8), "stages": (2, 3, 4)},
     "patch_weight_gradient": {"block_m": (64, 128), "block_n": (64, 128), "edge_n": (32, 64), "warps": (4, 8), "stages": (2, 3)},
     "patch_image_gradient": {"block_m": (64, 128), "block_n": (64, 128), "edge_n": (32, 64), "warps": (4, 8), "stages": (2, 3)},
+    "pair_sums": {"block_m": (64, 128), "block_n": (64, 128, 256), "edge_n": (32, 64), "warps": (4, 8), "stages": (2, 3, 4)},
+    "pair_gradient": {
+        "block_m": (64, 128),
+        "block_n": (32, 64, 128),
+        "edge_n": (32, 64),
+        "group": (2, 4),
+        "warps": (4, 8),
+        "stages": (1, 2, 3),
+    },
     "spread_tokens": {"block_m": (32, 64), "block_n": (64, 128), "edge_n": (32, 64), "warps": (4, 8)},
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from pyvit.triton_kernels import attention_map, flash_attention, patch_embed, window_attention
+from pyvit.triton_kernels import attention_map, contrastive, flash_attention, patch_embed, window_attention
 from torch import Tensor
 
 Run = Callable[[], tuple[Tensor, ...]]
@@ -91,6 +91,35 @@ def maps(make: _Maker, n: int) -> Run:
     return lambda: (attention_map.attention_map(q, k, rows, None, 0.125),)
 
 
+def pairs(make: _Maker, loss: str, n: int, d: int) -> Run:
+    """Forward and backward of a contrastive loss of ``n`` pairs of embeddings."""
+    a, b = (torch.nn.functional.normalize(make(n, d), dim=1) for _ in range(2))
+    numbers = [make.integers(torch.tensor(v)) for v in {"info_nce": [20.0], "nt_xent": [0.1], "sigmoid_contrastive": [10.0, -10.0]}[loss]]
+    grad = make.integers(torch.tensor(1.0))
+
+    def run() -> tuple[Tensor, ...]:
+        found = getattr(contrastive, loss)(a, b, *numbers)
+        out, *lse = (found,) if isinstance(found, Tensor) else found
+        return out, *getattr(contrastive, f"{loss}_backward")(grad, *lse, a, b, *numbers)
+
+    return run
+
+
+def distillation(make: _Maker, n: int, prototypes: int) -> Run:
+    """Forward and backward of DINO's loss: 10 crops against 2 of ``n`` images, 256 features."""
+    student, teacher = make(10, n, 256), make(2, n, 256)
+    ws, wt = make(prototypes, 256), make(prototypes, 256)
+    weights = make.integers(torch.full((10, 2, n), 1 / (20 * n)))
+    args = (student, teacher, ws, wt, make(prototypes, dtype=torch.float32), weights, 1.0, 0.4)
+    grad = make.integers(torch.tensor(1.0))
+
+    def run() -> tuple[Tensor, ...]:
+        loss, lse_s, lse_t = contrastive.distillation_cross_entropy(*args)
+        return loss, *contrastive.distillation_cross_entropy_backward(grad, lse_s, lse_t, *args)
+
+    return run
+
+
 CASES: dict[str, Callable[[_Maker], Run]] = {
     "attention N=197 d=64": lambda m: attention(m, 197, 64),
     "attention N=197 d=64 bias": lambda m: attention(m, 197, 64, bias=True),
@@ -114,6 +143,10 @@ CASES: dict[str, Callable[[_Maker], Run]] = {
     "patches 16": patches,
     "patches 16 uint8": lambda m: patches(m, as_bytes=True),
     "patches 16 keep 49": lambda m: patches(m, kept=49),
+    "info_nce 4096 d=512": lambda m: pairs(m, "info_nce", 4096, 512),
+    "nt_xent 2048 d=128": lambda m: pairs(m, "nt_xent", 2048, 128),
+    "sigmoid_contrastive 4096 d=768": lambda m: pairs(m, "sigmoid_contrastive", 4096, 768),
+    "distillation 64 K=65536": lambda m: distillation(m, 64, 65536),
 }
 
 

@@ -101,6 +101,7 @@ def _check(
         checks.fail(_OP, "weights", f"broadcastable to {wanted}", checks.shape(weights))
     found = streaming.features(student, student_prototypes)
     found += [name for name, given in (("prototypes", student_prototypes), ("center", center)) if given is not None]
+    found += ["logits"] if student_prototypes is None or teacher_prototypes is None else []
     return Call(_OP, student.device.type, student.dtype, tuple(found))
 
 
@@ -231,7 +232,11 @@ DISTILL_BACKWARD = Operator(
     f"{_OP}_backward",
     reference=_reference_backward,
     fake=_fake_backward,
-    kernels={"cpu": _TILES_BACKWARD, "cuda": _TILES_BACKWARD},
+    kernels={
+        "cpu": _TILES_BACKWARD,
+        "cuda": _TILES_BACKWARD,
+        "triton": "pyvit.triton_kernels.contrastive:distillation_cross_entropy_backward",
+    },
     **dispatch.double_backward(reference_losses.distillation_cross_entropy, n_grads=1, n_skipped=2, inputs=(0, 2)),
 )
 DISTILL = Operator(
@@ -240,5 +245,5 @@ DISTILL = Operator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    kernels={"cpu": _TILES, "cuda": _TILES},
+    kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.contrastive:distillation_cross_entropy"},
 )

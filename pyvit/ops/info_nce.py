@@ -161,7 +161,7 @@ INFO_NCE_BACKWARD = Operator(
     "info_nce_backward",
     reference=_reference_backward,
     fake=_fake_backward,
-    kernels={"cpu": _TILES_BACKWARD, "cuda": _TILES_BACKWARD},
+    kernels={"cpu": _TILES_BACKWARD, "cuda": _TILES_BACKWARD, "triton": "pyvit.triton_kernels.contrastive:info_nce_backward"},
     **dispatch.double_backward(reference_losses.info_nce, n_grads=1, n_skipped=2, inputs=(0, 1, 2)),
 )
 INFO_NCE = Operator(
@@ -170,5 +170,5 @@ INFO_NCE = Operator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    kernels={"cpu": _TILES, "cuda": _TILES},
+    kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.contrastive:info_nce"},
 )

@@ -163,7 +163,7 @@ NT_XENT_BACKWARD = Operator(
     "nt_xent_backward",
     reference=_reference_backward,
     fake=_fake_backward,
-    kernels={"cpu": _TILES_BACKWARD, "cuda": _TILES_BACKWARD},
+    kernels={"cpu": _TILES_BACKWARD, "cuda": _TILES_BACKWARD, "triton": "pyvit.triton_kernels.contrastive:nt_xent_backward"},
     **dispatch.double_backward(reference_losses.nt_xent, n_grads=1, n_skipped=1, inputs=(0, 1, 2)),
 )
 NT_XENT = Operator(
@@ -172,5 +172,5 @@ NT_XENT = Operator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    kernels={"cpu": _TILES, "cuda": _TILES},
+    kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.contrastive:nt_xent"},
 )

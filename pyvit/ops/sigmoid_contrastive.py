@@ -154,7 +154,7 @@ SIGMOID_BACKWARD = Operator(
     "sigmoid_contrastive_backward",
     reference=_reference_backward,
     fake=_fake_backward,
-    kernels={"cpu": _TILES_BACKWARD, "cuda": _TILES_BACKWARD},
+    kernels={"cpu": _TILES_BACKWARD, "cuda": _TILES_BACKWARD, "triton": "pyvit.triton_kernels.contrastive:sigmoid_contrastive_backward"},
     **dispatch.double_backward(reference_losses.sigmoid_contrastive, n_grads=1, n_skipped=0, inputs=(0, 1, 2, 3)),
 )
 SIGMOID = Operator(
@@ -163,5 +163,5 @@ SIGMOID = Operator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    kernels={"cpu": _TILES, "cuda": _TILES},
+    kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.contrastive:sigmoid_contrastive"},
 )

@@ -27,6 +27,12 @@ SUBSET = [
     ("window 7", "bf16", "gfx942"),
     ("patches 16", "bf16", "sm_90"),
     ("attention map N=197 d=64", "bf16", "sm_90"),
+    ("attention N=257 d=88", "fp32", "sm_90"),
+    ("window 7 padded", "fp32", "sm_90"),
+    ("info_nce 4096 d=512", "bf16", "sm_90"),
+    ("info_nce 4096 d=512", "bf16", "sm_100"),
+    ("nt_xent 2048 d=128", "fp32", "sm_90"),
+    ("sigmoid_contrastive 4096 d=768", "fp16", "sm_80"),
 ]
 
 

@@ -81,3 +81,69 @@ def test_prediction_prefers_the_tiling_with_less_padding() -> None:
     call = cost.attention(256, 12, 577, 577, 64, torch.bfloat16)
     times = [cost.predicted(call, "H200", 577, 577, m, -(-577 // m) * m, 264, 256 * 12 * -(-577 // m)) for m in (64, 256)]
     assert times[0] < times[1]
+
+
+class _Clock:
+    """Time that passes only while a candidate is timed."""
+
+    def __init__(self) -> None:
+        self.now, self.timed = 0.0, 0
+
+    def time_of(self, _run: object) -> float:
+        self.now, self.timed = self.now + 1.0, self.timed + 1
+        config = tiles.choose("attention_map", "interpreter", 4, 64, 9)
+        return 1.0 if (config.block_n, config.warps) == (32, 2) else 5.0
+
+
+@pytest.mark.parametrize("budget", [4.0, 1000.0])
+def test_tuning_stays_within_its_budget_and_keeps_the_winner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, budget: float) -> None:
+    clock, call = _Clock(), ("attention_map", "interpreter", 4, 64, 9)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        tiles.choose(*call)
+        return (torch.ones(3),)
+
+    path = tmp_path / "tiles.json"
+    monkeypatch.setenv("PYVIT_TILES", str(path))
+    monkeypatch.setattr(tune, "prepare", lambda *_: run)
+    monkeypatch.setattr(tune.time, "monotonic", lambda: clock.now)
+    tiles.tuned.cache_clear()
+    tiles._look_up.cache_clear()
+    try:
+        tiles.choose(*call)
+        assert not path.exists()  # looking a tile up searches and writes nothing
+        (entry,) = tune.tune(["attention map N=197 d=64"], budget=budget, report=lambda _: None, time_of=clock.time_of, device="cpu")
+        every = 1 + len(list(tune.candidates("attention_map", tiles.TABLE[0].config, 9)))
+        if budget < every:
+            assert clock.timed <= budget + 1
+        else:
+            assert (entry.config.block_n, entry.config.warps) == (32, 2)
+            assert tiles.choose(*call) == entry.config
+            timed = clock.timed
+            tiles.choose(*call)
+            assert clock.timed == timed
+        assert path.exists()
+        assert "before" in entry.measured
+    finally:
+        tiles.tuned.cache_clear()
+        tiles._look_up.cache_clear()
+
+
+def test_tuning_leaves_out_wrong_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    call = ("attention_map", "interpreter", 4, 64, 9)
+    now = tiles.choose(*call)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        return (torch.ones(3) if tiles.choose(*call) == now else torch.zeros(3),)
+
+    monkeypatch.setenv("PYVIT_TILES", str(tmp_path / "tiles.json"))
+    monkeypatch.setattr(tune, "prepare", lambda *_: run)
+    tiles.tuned.cache_clear()
+    tiles._look_up.cache_clear()
+    said: list[str] = []
+    try:
+        assert tune.tune(["attention map N=197 d=64"], report=said.append, time_of=lambda _: 1.0, device="cpu") == ()
+    finally:
+        tiles.tuned.cache_clear()
+        tiles._look_up.cache_clear()
+    assert any("wrong results" in line for line in said)

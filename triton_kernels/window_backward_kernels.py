@@ -1,0 +1,311 @@
+"""Backward kernels of shifted windows, in the terms of :mod:`pyvit.triton_kernels.window_kernels`: no atomics, sums on chip."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from pyvit.triton_kernels.common import LN2, LOG2E, add_products, dot_parts, dot_rows, kept, load_rows, span, zero_parts, zeros_of
+from pyvit.triton_kernels.window_kernels import (
+    gather,
+    normalised,
+    normalised_backward,
+    place,
+    row_offset,
+    scatter,
+    score_factor,
+    table_bias,
+    times,
+)
+
+
+@triton.jit
+def window_log_sum(lse, window, rows, inside, h, HEADS, AREA: tl.constexpr):
+    """Log-sum-exp in powers of two; infinite past the windows, finite in rows that attend to nothing: probabilities there become 0."""
+    value = tl.load(lse + (window.to(tl.int64) * HEADS + h) * AREA + rows % AREA, mask=inside, other=float("inf")) * LOG2E
+    return tl.where(value == float("-inf"), 0.0, value)
+
+
+@triton.jit
+def accumulate_pad(acc, values, padding):
+    """Add the padding tokens' rows to the gradient of the value they share."""
+    out = ()
+    for i in tl.static_range(len(values)):
+        out = out + (acc[i] + tl.sum(tl.where(padding[:, None], values[i], 0.0), 0),)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def zero_vector(N: tl.constexpr):
+    return tl.zeros((N,), tl.float32)
+
+
+@triton.jit
+def zero_vectors(PARTS: tl.constexpr):
+    out = ()
+    for i in tl.static_range(len(PARTS)):
+        out = out + (zero_vector(PARTS[i]),)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def store_vectors(base, values, D: tl.constexpr, PARTS: tl.constexpr):
+    start: tl.constexpr = 0
+    for i in tl.static_range(len(PARTS)):
+        cols = start + tl.arange(0, PARTS[i])
+        tl.store(base + cols, values[i], mask=cols < D)
+        start = start + PARTS[i]
+
+
+@triton.jit
+def window_backward_keys(
+    grad_out,
+    qkv,
+    table,
+    logit_scale,
+    pad,
+    out,
+    lse,
+    grad_qkv,
+    bias_partial,
+    logit_partial,
+    pad_partial,
+    seed,
+    grad_out_strides,
+    qkv_strides,
+    out_strides,
+    grad_qkv_strides,
+    size,
+    padded,
+    shift,
+    windows,
+    windows_x,
+    total,
+    share,
+    HEADS,
+    scale,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    D_PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PACK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ALL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dK and dV of BLOCK_M keys of ``share`` pieces; ALL, where one tile is the whole piece: dQ, dBias and dScale too.
+
+    Scores lie transposed, (keys, queries). dBias, dScale and the pad's gradient add up on chip over the windows; a program writes its sum.
+    """
+    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
+    ROWS: tl.constexpr = PACK * AREA
+    COSINE: tl.constexpr = logit_scale is not None
+    tiles = tl.cdiv(ROWS, BLOCK_M)
+    pid = tl.program_id(0)
+    h, tile, group = pid % HEADS, pid // HEADS % tiles, pid // HEADS // tiles
+    channels = HEADS * D
+    q = qkv + h * D
+    k, v = q + channels, q + 2 * channels
+    pad_q, pad_k, pad_v = None, None, None
+    if pad is not None:
+        pad_q, pad_k, pad_v = pad + h * D, pad + channels + h * D, pad + 2 * channels + h * D
+    natural = score_factor(logit_scale, scale, h)
+    factor = natural * LOG2E
+    draw = 0
+    if DROPOUT:
+        draw = tl.load(seed)
+    cols = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    held = zeros_of(BLOCK_M, BLOCK_N)
+    if table is not None and ALL:
+        held = table_bias(table, tl.arange(0, BLOCK_N)[None, :], cols[:, None], h, HEADS, WINDOW, PACK)
+    grad_bias = zeros_of(BLOCK_M, BLOCK_N)
+    grad_logit = zero_vector(BLOCK_M)
+    grad_pad_k, grad_pad_v = zero_vectors(D_PARTS), zero_vectors(D_PARTS)
+    for piece in range(group * share, tl.minimum(group * share + share, tl.cdiv(total, PACK))):
+        window, y, x, inside, real, region = place(cols, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
+        offset = row_offset(window, y, x, windows, qkv_strides)
+        keys, key_inverse = normalised(gather(k, pad_k, offset, real, D, D_PARTS), COSINE)
+        values = gather(v, pad_v, offset, real, D, D_PARTS)
+        allowed = real if pad is None else inside
+        dk, dv = zero_parts((BLOCK_M,), D_PARTS), zero_parts((BLOCK_M,), D_PARTS)
+        for first in range(0, ROWS, BLOCK_N):
+            rows = first + tl.arange(0, BLOCK_N)
+            q_window, qy, qx, q_inside, q_real, q_region = place(rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
+            queries, q_inverse = normalised(
+                gather(q, pad_q, row_offset(q_window, qy, qx, windows, qkv_strides), q_real, D, D_PARTS), COSINE
+            )
+            grad = load_rows(grad_out + h * D, row_offset(q_window, qy, qx, windows, grad_out_strides), q_real, 1, D, D_PARTS)
+            o = load_rows(out + h * D, row_offset(q_window, qy, qx, windows, out_strides), q_real, 1, D, D_PARTS)
+            row_sum = dot_rows(o, grad)
+            log_sum = window_log_sum(lse, q_window, rows, q_inside, h, HEADS, AREA)
+            raw = dot_parts(keys, queries, BLOCK_M, BLOCK_N, PRECISION) * factor
+            s = raw
+            if table is not None:
+                if ALL:
+                    s += held
+                else:
+                    s += table_bias(table, rows[None, :], cols[:, None], h, HEADS, WINDOW, PACK)
+            s = tl.where((region[:, None] == q_region[None, :]) & allowed[:, None], s, float("-inf"))
+            p = tl.exp2(s - log_sum[None, :])
+            dp = dot_parts(values, grad, BLOCK_M, BLOCK_N, PRECISION)
+            dropped = p
+            if DROPOUT:
+                keep = kept(draw, (q_window * HEADS + h)[None, :], rows[None, :] % AREA, cols[:, None] % AREA, threshold)
+                dropped = tl.where(keep, p * keep_scale, 0.0)
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            dv = add_products(dv, dropped.to(qkv.dtype.element_ty), grad, 0, PRECISION)
+            ds = p * (dp - row_sum[None, :])
+            rounded = ds.to(qkv.dtype.element_ty)
+            dk = add_products(dk, rounded, queries, 0, PRECISION)
+            if ALL:
+                if table is not None:
+                    grad_bias += ds
+                if COSINE:
+                    grad_logit += tl.sum(ds * raw, 1)
+                dq = times(add_products(zero_parts((BLOCK_N,), D_PARTS), tl.trans(rounded), keys, 0, PRECISION), natural)
+                at = row_offset(q_window, qy, qx, windows, grad_qkv_strides)
+                scatter(grad_qkv + h * D, normalised_backward(dq, queries, q_inverse, COSINE), at, q_real, D, D_PARTS)
+        dk = normalised_backward(times(dk, natural), keys, key_inverse, COSINE)
+        at = row_offset(window, y, x, windows, grad_qkv_strides)
+        scatter(grad_qkv + channels + h * D, dk, at, real, D, D_PARTS)
+        scatter(grad_qkv + 2 * channels + h * D, dv, at, real, D, D_PARTS)
+        if pad is not None:
+            grad_pad_k = accumulate_pad(grad_pad_k, dk, inside & ~real)
+            grad_pad_v = accumulate_pad(grad_pad_v, dv, inside & ~real)
+    if pad is not None:  # (groups, tiles, 2, heads, D)
+        at = pad_partial + ((group * tiles + tile) * 2 * HEADS + h).to(tl.int64) * D
+        store_vectors(at, grad_pad_k, D, D_PARTS)
+        store_vectors(at + channels, grad_pad_v, D, D_PARTS)
+    if ALL:
+        if table is not None:  # (groups, heads, queries, keys)
+            rows = tl.arange(0, BLOCK_N)
+            at = bias_partial + (group * HEADS + h).to(tl.int64) * ROWS * ROWS + rows[None, :] * ROWS + cols[:, None]
+            tl.store(at, grad_bias, mask=(rows[None, :] < ROWS) & (cols[:, None] < ROWS))
+        if COSINE:  # (groups, tiles, heads)
+            tl.store(logit_partial + pid, tl.sum(grad_logit, 0) * LN2)
+
+
+@triton.jit
+def window_backward_queries(
+    grad_out,
+    qkv,
+    table,
+    logit_scale,
+    pad,
+    out,
+    lse,
+    grad_qkv,
+    bias_partial,
+    logit_partial,
+    seed,
+    grad_out_strides,
+    qkv_strides,
+    out_strides,
+    grad_qkv_strides,
+    size,
+    padded,
+    shift,
+    windows,
+    windows_x,
+    total,
+    share,
+    HEADS,
+    scale,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    D_PARTS: tl.constexpr,
+    KEY_PARTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PACK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dQ of BLOCK_M queries of ``share`` pieces; their rows of dBias (BLOCK_M, keys) add up on chip over the windows."""
+    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
+    ROWS: tl.constexpr = PACK * AREA
+    COSINE: tl.constexpr = logit_scale is not None
+    tiles = tl.cdiv(ROWS, BLOCK_M)
+    pid = tl.program_id(0)
+    h, tile, group = pid % HEADS, pid // HEADS % tiles, pid // HEADS // tiles
+    channels = HEADS * D
+    q = qkv + h * D
+    k, v = q + channels, q + 2 * channels
+    pad_q, pad_k, pad_v = None, None, None
+    if pad is not None:
+        pad_q, pad_k, pad_v = pad + h * D, pad + channels + h * D, pad + 2 * channels + h * D
+    natural = score_factor(logit_scale, scale, h)
+    factor = natural * LOG2E
+    draw = 0
+    if DROPOUT:
+        draw = tl.load(seed)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    grad_bias = zero_parts((BLOCK_M,), KEY_PARTS)
+    grad_logit = zero_vector(BLOCK_M)
+    for piece in range(group * share, tl.minimum(group * share + share, tl.cdiv(total, PACK))):
+        window, y, x, inside, real, region = place(rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
+        queries, inverse = normalised(gather(q, pad_q, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE)
+        grad = load_rows(grad_out + h * D, row_offset(window, y, x, windows, grad_out_strides), real, 1, D, D_PARTS)
+        row_sum = dot_rows(load_rows(out + h * D, row_offset(window, y, x, windows, out_strides), real, 1, D, D_PARTS), grad)
+        log_sum = window_log_sum(lse, window, rows, inside, h, HEADS, AREA)
+        dq = zero_parts((BLOCK_M,), D_PARTS)
+        new_bias = ()
+        first: tl.constexpr = 0
+        for j in tl.static_range(len(KEY_PARTS)):
+            cols = first + span(0, KEY_PARTS[j])
+            first = first + KEY_PARTS[j]
+            key_window, ky, kx, key_inside, key_real, key_region = place(
+                cols, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK
+            )
+            offset = row_offset(key_window, ky, kx, windows, qkv_strides)
+            keys, _ = normalised(gather(k, pad_k, offset, key_real, D, D_PARTS), COSINE)
+            values = gather(v, pad_v, offset, key_real, D, D_PARTS)
+            raw = dot_parts(queries, keys, BLOCK_M, KEY_PARTS[j], PRECISION) * factor
+            s = raw
+            if table is not None:
+                s += table_bias(table, rows[:, None], cols[None, :], h, HEADS, WINDOW, PACK)
+            allowed = key_real if pad is None else key_inside
+            s = tl.where((region[:, None] == key_region[None, :]) & allowed[None, :], s, float("-inf"))
+            p = tl.exp2(s - log_sum[:, None])
+            dp = dot_parts(grad, values, BLOCK_M, KEY_PARTS[j], PRECISION)
+            if DROPOUT:
+                keep = kept(draw, (window * HEADS + h)[:, None], rows[:, None] % AREA, cols[None, :] % AREA, threshold)
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            ds = p * (dp - row_sum[:, None])
+            new_bias = new_bias + (grad_bias[j] + ds if table is not None else grad_bias[j],)  # noqa: RUF005
+            if COSINE:
+                grad_logit += tl.sum(ds * raw, 1)
+            dq = add_products(dq, ds.to(qkv.dtype.element_ty), keys, 0, PRECISION)
+        grad_bias = new_bias
+        at = row_offset(window, y, x, windows, grad_qkv_strides)
+        scatter(grad_qkv + h * D, normalised_backward(times(dq, natural), queries, inverse, COSINE), at, real, D, D_PARTS)
+    if table is not None:
+        start: tl.constexpr = 0
+        for j in tl.static_range(len(KEY_PARTS)):
+            cols = start + span(0, KEY_PARTS[j])
+            start = start + KEY_PARTS[j]
+            at = bias_partial + (group * HEADS + h).to(tl.int64) * ROWS * ROWS + rows[:, None] * ROWS + cols[None, :]
+            tl.store(at, grad_bias[j], mask=(rows[:, None] < ROWS) & (cols[None, :] < ROWS))
+    if COSINE:
+        tl.store(logit_partial + pid, tl.sum(grad_logit, 0) * LN2)
+
+
+@triton.jit
+def table_gradient(grad_bias, grad_table, HEADS, WINDOW: tl.constexpr, PACK: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
+    """ENTRIES rows of the table's gradient for one head: dBias (heads, queries, keys) summed over the pairs at each offset, in order."""
+    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
+    ROWS: tl.constexpr = PACK * AREA
+    pid = tl.program_id(0)
+    h = pid % HEADS
+    row = pid // HEADS * ENTRIES + tl.arange(0, ENTRIES)[:, None]
+    dy, dx = row // (2 * WINDOW[1] - 1) - WINDOW[0] + 1, row % (2 * WINDOW[1] - 1) - WINDOW[1] + 1
+    i = tl.arange(0, BLOCK)[None, :]
+    y, x = i % AREA // WINDOW[1] - dy, i % WINDOW[1] - dx  # AREA is a multiple of the width
+    inside = row < (2 * WINDOW[0] - 1) * (2 * WINDOW[1] - 1)
+    valid = inside & (i < ROWS) & (y >= 0) & (y < WINDOW[0]) & (x >= 0) & (x < WINDOW[1])
+    at = grad_bias + h.to(tl.int64) * ROWS * ROWS + i * ROWS + i - (dy * WINDOW[1] + dx)
+    total = tl.sum(tl.load(at, mask=valid, other=0.0), 1)[:, None]
+    tl.store(grad_table + row * HEADS + h, total.to(grad_table.dtype.element_ty), mask=inside)
