@@ -5,6 +5,7 @@ from typing import Any
 from pyvit import ops
 from pyvit.dispatch import BackendError, explain, use_backend
 from pyvit.info import info
+from pyvit.memory import keep_memory
 from pyvit.models.checkpoints import load_checkpoint
 from pyvit.models.registry import create_model, list_models
 from pyvit.nn.packed_weights import pack_weights, unpack_weights
@@ -17,6 +18,7 @@ __all__ = [
     "create_model",
     "explain",
     "info",
+    "keep_memory",
     "list_models",
     "load_checkpoint",
     "ops",

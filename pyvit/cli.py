@@ -44,13 +44,13 @@ def application() -> Any:
     app.command(
         "bench", help="Check and time the kernels; from a checkout. Arguments go to 'python -m benchmarks'.", context_settings=passes_on
     )(_bench)
-    train = typer.Typer(help="Train a model.", no_args_is_help=True)
+    train = typer.Typer(help="Train a model.", no_args_is_help=True, callback=_keep_memory)
     app.add_typer(train, name="train")
     from pyvit.train.recipe import RECIPES
 
     for recipe in RECIPES:
         train.command(recipe, help=_RECIPE_HELP[recipe])(_trainer(recipe))
-    evaluate = typer.Typer(help="Measure what a model has learned, or look at it.", no_args_is_help=True)
+    evaluate = typer.Typer(help="Measure what a model has learned, or look at it.", no_args_is_help=True, callback=_keep_memory)
     app.add_typer(evaluate, name="eval")
     from pyvit.eval import commands
 
@@ -70,6 +70,12 @@ _RECIPE_HELP = {
     "clip": "Contrastive learning of images and captions.",
     "siglip": "Images and captions with the sigmoid loss.",
 }
+
+
+def _keep_memory() -> None:
+    from pyvit.memory import keep_memory
+
+    keep_memory()
 
 
 def _info() -> None:
