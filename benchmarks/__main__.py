@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+import pyvit
 from benchmarks import cases, ceiling, report, runner
 from benchmarks.workload import PEERS
 
@@ -31,6 +32,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.0, help="time for the clock per case (default: 0.4, --quick 0.05, --full 2)")
     parser.add_argument(
         "--minutes", type=float, default=0.0, help="stop starting cases after so long (default: 4.5; none with --full, --only or peers)"
+    )
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="pyvit.keep_memory() first: every contender finds its memory ready (default: as a user's process)",
     )
     parser.add_argument("--out", type=Path, default=Path("results"), help="where results.csv, results.md and plots go")
     parser.add_argument("--no-plots", action="store_true", help="write no pictures")
@@ -56,8 +62,9 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.manual_seed(0)
+    kept = args.keep_memory and pyvit.keep_memory()
     top = ceiling.measure(torch.get_num_threads(), 0.05 if args.level == "quick" else 0.5)
-    print("\n".join(report.machine(top)), flush=True)
+    print("\n".join(report.machine(top)), *(["freed memory is kept by the process"] if kept else []), sep="\n", flush=True)
     settings = runner.Settings(seconds=args.seconds, rounds=(3, 5) if args.level == "quick" else (5, 101), peers=args.peers)
     chosen = cases.select(tuple(s for s in args.suites if s in cases.SUITES), args.level, args.only)
     clock = lambda: time.perf_counter() - start  # noqa: E731
