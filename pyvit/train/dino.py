@@ -39,7 +39,8 @@ class DINO(Recipe):
         "local_crop": 0.05,
         "drop_path": 0.1,
         "centering": "centering",
-        "flip_colors": True,
+        "distort": True,
+        "slant": 0.0,
     }
     base_lr, base_batch = 5e-4, 256
 
@@ -62,9 +63,9 @@ class DINO(Recipe):
         self.local = augment.dino((side, side), data.flip, low, blur=0.5, solarize=0.0)
         self.first = augment.dino(data.size, data.flip, high, blur=1.0, solarize=0.0)
         self.second = augment.dino(data.size, data.flip, high, blur=0.1, solarize=0.2)
-        if not o["flip_colors"]:  # drawn and scanned images whose colours carry no nuisance
-            self.local = augment.mae((side, side), data.flip, low)
-            self.first = self.second = augment.mae(data.size, data.flip, high)
+        if not o["distort"]:  # drawn and scanned images: their colours carry no nuisance, their slant may
+            self.local = augment.mae((side, side), data.flip, low, o["slant"])
+            self.first = self.second = augment.mae(data.size, data.flip, high, o["slant"])
 
     def network(self, config: Config, data: Data) -> nn.Module:
         return build(config.model or "", data, config, num_classes=0, drop_path_rate=self.opt["drop_path"])

@@ -21,6 +21,7 @@ from pyvit.train.config import FREE, Config, parse
 from pyvit.train.log import Log, Progress, active_kernels, say
 from pyvit.train.optim import LARS, parameter_groups
 from pyvit.train.recipe import Recipe, load_recipe
+from pyvit.train.sharding import shard, whole
 from pyvit.train.small import MODELS, PRESETS, TOWERS
 
 
@@ -81,13 +82,10 @@ def _settle(config: Config) -> Config:
 
 def _accelerator(config: Config) -> Any:
     try:
-        from accelerate import Accelerator, FullyShardedDataParallelPlugin
+        from accelerate import Accelerator
     except ImportError as error:
         raise ImportError("training needs accelerate: pip install 'pyvit-kernels[train]'") from error
-    plugin = None
-    if config.fsdp:
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap", reshard_after_forward=True)
-    return Accelerator(mixed_precision=config.precision, fsdp_plugin=plugin, cpu=not torch.cuda.is_available())
+    return Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
 
 
 def _optimizer(recipe: Recipe, config: Config) -> torch.optim.Optimizer:
@@ -130,12 +128,11 @@ class Run:
         self.steps = config.steps or max(round((config.epochs or 1) * self.per_epoch), 1)
         torch.manual_seed(config.seed)
         self.recipe = load_recipe(config.recipe)(config, self.data)
-        scalars = [name for name, p in self.recipe.named_parameters() if p.dim() == 0]
-        if config.fsdp and scalars:
-            raise ValueError(
-                f"fsdp: FSDP2 cannot shard scalar parameters, and {config.model} has {', '.join(scalars)}; train without --fsdp"
-            )
-        self.model, self.optimizer = self.accelerator.prepare(self.recipe, _optimizer(self.recipe, config))
+        if config.fsdp and self.world > 1:
+            self.model = shard(self.recipe, self.accelerator.device)
+            self.optimizer = self.accelerator.prepare(_optimizer(self.recipe, config))
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(self.recipe, _optimizer(self.recipe, config))
         if config.compile:
             self.model.compile()
         self.start = self._resume()
@@ -216,7 +213,7 @@ class Run:
         was = self.recipe.training
         self.recipe.eval()
         torch.manual_seed(step_seed(self.config.seed + 2, 0, 0))
-        with torch.no_grad():
+        with torch.no_grad(), whole(self.recipe):
             results = self.recipe.evaluate(self.data)
         self.recipe.train(was)
         return results

@@ -27,6 +27,7 @@ class MAE(Recipe):
         "decoder_depth": 8,
         "decoder_heads": 16,
         "crop": 0.2,
+        "slant": 0.0,
     }
     base_lr, base_batch, betas = 1.5e-4, 256, (0.9, 0.95)
 
@@ -44,7 +45,7 @@ class MAE(Recipe):
         self.model.set_grad_checkpointing(config.checkpointing)
         if config.init is not None:
             initialise(self.model, config.init)
-        self.augment = augment.mae(data.size, data.flip, (self.opt["crop"], 1.0))
+        self.augment = augment.mae(data.size, data.flip, (self.opt["crop"], 1.0), self.opt["slant"])
 
     @property
     def backbone(self) -> nn.Module:

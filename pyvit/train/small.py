@@ -41,7 +41,7 @@ TOWERS = {
 _MILD = {"augment": "mild", "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}
 _SELF = {
     "prototypes": 512, "hidden": 256, "bottleneck": 64, "local_crops": 4, "local_size": 16, "global_crop": 0.5, "local_crop": 0.25,
-    "drop_path": 0.0, "flip_colors": False, "momentum": 0.99, "weight_decay_end": 0.1,
+    "drop_path": 0.0, "distort": False, "momentum": 0.99, "weight_decay_end": 0.1,
 }  # fmt: skip
 _SHORT = {"epochs": 60, "batch_size": 128, "lr": 1e-3, "warmup": 0.1}
 
