@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyvit.data.audio import log_mel, read_wave, to_images
+from pyvit.data.audio import BANDS, MEAN, STD, read_wave, spectrogram
 from pyvit.data.sets import Batch, Data, Images
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -95,8 +95,7 @@ class _DecodeImage:
 
 class _DecodeAudio(_DecodeImage):
     def __call__(self, source: Any) -> Tensor:
-        samples, rate = read_wave(source)
-        return to_images(log_mel(samples, rate, self.size, self.size)[None])[0]
+        return spectrogram(*read_wave(source), self.size)
 
 
 def _split(n: int) -> tuple[list[int], list[int]]:
@@ -106,7 +105,7 @@ def _split(n: int) -> tuple[list[int], list[int]]:
     return [i for i in range(n) if i not in kept] or held, held
 
 
-def folder(root: Path, size: int) -> Data:
+def folder(root: Path, size: int | None = None) -> Data:
     """A folder of images or of .wav files.
 
     Subfolders are classes; ``train/`` and ``val/`` (or ``test/``) at the top are the split, else one item in ten is held out.
@@ -127,6 +126,7 @@ def folder(root: Path, size: int) -> Data:
     ]
     classes = sorted({n for part in names for n in part})
     labelled = len(classes) > 1 and "" not in classes
+    size = size or (1024 if sounds else 224)
     decode = (_DecodeAudio if sounds else _DecodeImage)(size)
 
     def part(paths: list[Path], kinds: list[str]) -> Images:
@@ -136,7 +136,10 @@ def folder(root: Path, size: int) -> Data:
         train, test = (part(p, k) for p, k in zip(found, names, strict=True))
     else:
         train, test = (part([found[0][i] for i in at], [names[0][i] for i in at]) for at in _split(len(found[0])))
-    return Data(root.name, train, test, (size, size), classes if labelled else None, flip=not sounds)
+    known = classes if labelled else None
+    if sounds:
+        return Data(root.name, train, test, (BANDS, size), known, flip=False, mean=MEAN, std=STD, sound=True)
+    return Data(root.name, train, test, (size, size), known)
 
 
 def captioned_csv(path: Path, size: int) -> Data:

@@ -34,14 +34,15 @@ def save_sheet(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = len(columns[0][1])
+    rows, sound = len(columns[0][1]), columns[0][1].shape[1] == 1  # a spectrogram has one channel, and its low bands belong at the bottom
     wide = 1.5 * side
     figure, axes = plt.subplots(
         rows, len(columns), figsize=(wide * len(columns), (wide + (0.25 if captions else 0)) * rows + 0.5), squeeze=False
     )
     for c, (name, images) in enumerate(columns):
         for r in range(rows):
-            axes[r, c].imshow(images[r].clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+            pixels = images[r].clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+            axes[r, c].imshow(pixels, interpolation="nearest", origin="lower" if sound else "upper", cmap="magma", vmin=0, vmax=1)
             axes[r, c].set_xticks([])
             axes[r, c].set_yticks([])
         axes[0, c].set_title(name, fontsize=9)

@@ -75,6 +75,32 @@ def dino(size: tuple[int, int], flip: bool, scale: tuple[float, float], blur: fl
     return Augment(*layers, *([k.RandomSolarize(0.0, 0.0, p=solarize)] if solarize else []))
 
 
+class Spectrogram(Augment):
+    """AST's: up to 10 frames earlier or later, then a band of up to 3/8 of the frequencies and of up to 3/16 of the time set to ``fill``.
+
+    Gong et al. (2021), section 3.1, after Park et al., "SpecAugment" (2019).
+    """
+
+    def __init__(self, fill: float) -> None:
+        super().__init__()
+        self.fill = fill
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        x = super().forward(images)
+        b, at = len(x), torch.arange(x.shape[3], device=x.device)
+        moved = (at + torch.randint(-10, 11, (b, 1), device=x.device)) % len(at)
+        x = x.gather(3, moved[:, None, None, :].expand_as(x))
+        for dim, share in ((2, 3 / 8), (3, 3 / 16)):
+            n = x.shape[dim]
+            width = torch.rand(b, 1, device=x.device) * share * n
+            start = torch.rand(b, 1, device=x.device) * (n - width)
+            at = torch.arange(n, device=x.device)
+            hidden = (at >= start) & (at < start + width)
+            x = x.masked_fill(hidden[:, None, :, None] if dim == 2 else hidden[:, None, None, :], self.fill)
+        return x
+
+
 def mixup(images: Tensor, targets: Tensor, mixup_alpha: float, cutmix_alpha: float) -> tuple[Tensor, Tensor]:
     """Mix each image with its mirror in the batch, pixel by pixel (mixup) or by a box (CutMix), each half of the time when both are on.
 

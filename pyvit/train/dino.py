@@ -47,11 +47,15 @@ class DINO(Recipe):
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
         o = self.opt
+        if data.sound and o["distort"]:
+            raise ValueError(
+                f"{config.recipe}: data must be images, whose colours the paper distorts, {data.name} is sound; for sound give --option distort=False"
+            )
         self.student = self.network(config, data)
         if config.init is not None:
             initialise(self.student, config.init)
         with torch.no_grad():
-            self.width = embed(self.student, torch.zeros(2, 3, *data.size)).shape[1]
+            self.width = embed(self.student, torch.zeros(2, data.channels, *data.size)).shape[1]
         self.head = PrototypeHead(self.width, o["prototypes"], o["hidden"], o["bottleneck"])
         self.teacher, self.teacher_head = (copy.deepcopy(m).requires_grad_(False) for m in (self.student, self.head))
         for block in self.teacher.modules():  # the teacher drops no path

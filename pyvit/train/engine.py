@@ -119,7 +119,7 @@ class Run:
         self.main = self.accelerator.is_main_process
         self.data: Data = load_data(config.data, config.image_size)
         if config.image_size is None:
-            self.config = config = dataclasses.replace(config, image_size=self.data.size[0])
+            self.config = config = dataclasses.replace(config, image_size=self.data.size[1])
         n, batch = len(self.data.train), config.batch_size or 1
         if batch > n or batch % (self.world * config.accumulate):
             wanted = f"at most the {n} images and a multiple of processes times accumulate, {self.world} x {config.accumulate}"

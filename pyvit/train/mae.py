@@ -40,7 +40,14 @@ class MAE(Recipe):
             f"decoder_{k}": self.opt[o]
             for k, o in (("embed_dim", "decoder_dim"), ("depth", "decoder_depth"), ("num_heads", "decoder_heads"))
         }
-        wanted = {**settings, "num_classes": 0, "img_size": data.size, **decoder, "norm_pix_loss": self.opt["norm_pix"]}
+        wanted = {
+            **settings,
+            "num_classes": 0,
+            "img_size": data.size,
+            "in_chans": data.channels,
+            **decoder,
+            "norm_pix_loss": self.opt["norm_pix"],
+        }
         self.model = MaskedAutoencoder(**{**wanted, **parse(config.set, "set")})
         self.model.set_grad_checkpointing(config.checkpointing)
         if config.init is not None:

@@ -34,12 +34,14 @@ class SimCLR(Recipe):
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
+        if data.sound:
+            raise ValueError(f"{config.recipe}: data must be images, whose colours the paper distorts, {data.name} is sound")
         self.optimizer = self.opt["optimizer"]  # type: ignore[misc]
         self.model = build(config.model or "", data, config, num_classes=0)
         if config.init is not None:
             initialise(self.model, config.init)
         with torch.no_grad():
-            width = embed(self.model, torch.zeros(2, 3, *data.size)).shape[1]
+            width = embed(self.model, torch.zeros(2, data.channels, *data.size)).shape[1]
         self.head = projection(width, self.opt["hidden"], self.opt["out"])
         self.loss = NTXentLoss(self.opt["temperature"], group=self.group)
         if self.group is not None:
