@@ -32,6 +32,10 @@ class Images(Dataset[Batch]):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         return self.fetch(indices)
 
+    def sample(self) -> Images:
+        """What nearest neighbours and probes read: these images, or the first ones of a stream."""
+        return self
+
     @property
     def problems(self) -> list[str]:
         """What could not be read so far in this process."""
@@ -100,7 +104,8 @@ def load_data(spec: str, size: int | None = None, **options: Any) -> Data:
 
     Args:
         spec: "digits", "scenes", "words" or "synthetic" (built in); a folder of images or of .wav files, one subfolder per class or none;
-            a CSV file of image paths and captions; or "hf:NAME[:SPLIT]" for Hugging Face ``datasets`` (a hub name or a folder).
+            a CSV file of image paths and captions; or "hf:NAME[:SPLIT]" for Hugging Face ``datasets`` (a hub name or a folder), "hf-stream:NAME[:SPLIT]"
+            to read them as they arrive.
         size: side of the square images to return, default the set's own, or 224; frames of a sound's spectrogram, default 1024 (10 s).
 
     Raises ValueError for a name that is neither, FileNotFoundError for a path that is not there.
@@ -110,6 +115,10 @@ def load_data(spec: str, size: int | None = None, **options: Any) -> Data:
         return builtin[spec](**({} if size is None else {"size": size}), **options)
     from pyvit.data import files
 
+    if spec.startswith("hf-stream:"):
+        from pyvit.data.stream import hugging_face_stream
+
+        return hugging_face_stream(spec[10:], size or 224, **options)
     if spec.startswith("hf:"):
         return files.hugging_face(spec[3:], size or 224, **options)
     path = Path(spec).expanduser()

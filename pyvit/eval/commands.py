@@ -16,7 +16,7 @@ from pyvit.eval.runs import load_run
 
 
 def _features(recipe: Any, data: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [features(recipe.exported(), part, recipe.normalize) for part in (data.train, data.test)]
+    return [features(recipe.exported(), part, recipe.normalize) for part in (data.train.sample(), data.test)]
 
 
 def knn(run: str, data: str | None = None, temperature: float = 0.07) -> dict[str, float]:

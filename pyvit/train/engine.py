@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from pyvit.data import Data, load_data
+from pyvit.data.stream import Stream
 from pyvit.train import checkpoint, schedules
 from pyvit.train.config import FREE, Config, parse
 from pyvit.train.log import Log, Progress, active_kernels, say
@@ -120,7 +121,8 @@ class Run:
         self.data: Data = load_data(config.data, config.image_size)
         if config.image_size is None:
             self.config = config = dataclasses.replace(config, image_size=self.data.size[1])
-        n, batch = len(self.data.train), config.batch_size or 1
+        batch, stream = config.batch_size or 1, isinstance(self.data.train, Stream)
+        n = config.steps * batch if stream and config.steps else len(self.data.train)  # a stream need not know its length
         if batch > n or batch % (self.world * config.accumulate):
             wanted = f"at most the {n} images and a multiple of processes times accumulate, {self.world} x {config.accumulate}"
             raise ValueError(f"batch_size must be {wanted}, got {batch}")
@@ -180,10 +182,13 @@ class Run:
 
     def batches(self) -> Iterator[dict[str, Any]]:
         c = self.config
-        plan = Plan(len(self.data.train), c.batch_size or 1, self.start, self.steps, c.seed, self.rank, self.world, c.accumulate)
-        dataset: Dataset[Any] = self.data.train
+        train, spread = self.data.train, (c.batch_size or 1, self.start, self.steps, c.seed, self.rank, self.world, c.accumulate)
+        if isinstance(train, Stream):
+            yield from DataLoader(train.batches(*spread), batch_size=None, num_workers=min(c.workers, 1))
+            return
+        plan = Plan(len(train), *spread)
         workers = {"num_workers": c.workers, "persistent_workers": c.workers > 0, "prefetch_factor": 4 if c.workers else None}
-        yield from DataLoader(dataset, batch_sampler=plan, collate_fn=_whole, **workers)  # type: ignore[arg-type]
+        yield from DataLoader(train, batch_sampler=plan, collate_fn=_whole, **workers)  # type: ignore[arg-type]
 
     def step(self, step: int, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
         """One optimizer step; returns the figures to log."""
