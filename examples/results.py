@@ -26,6 +26,7 @@ RUNS = ROOT / "runs" / "results"
 TRAINED = {
     "supervised-vit": "supervised --data digits",
     "supervised-swin": "supervised --data digits --model swin_pico_patch4_window4_32",
+    "words": "supervised --data words",
     "mae": "mae --data digits",
     "dino": "dino --data digits",
     "dinov2": "dinov2 --data digits",
@@ -69,6 +70,8 @@ def measure(name: str) -> str:
         fresh = type(recipe)(recipe.config, data).eval()
         untrained = [features(fresh.exported(), part, recipe.normalize) for part in (data.train, data.test)]
         results["untrained knn"], results["untrained linear"] = knn_accuracy(*untrained), linear_probe(*untrained)["linear"]
+    if name == "words":
+        results = {f"accuracy ({load_data('words').extra['voice']})": results["accuracy"]}
     if name == "scenes":
         from pyvit.eval.retrieval import quarter_accuracy
 

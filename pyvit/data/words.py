@@ -19,7 +19,7 @@ _FORMANTS = [(270, 2290), (730, 1090), (300, 870), (530, 1840), (660, 1720), (44
 _VOICES = (("en+m1", "en+m2", "en+m3", "en+m4", "en+f1", "en+f2", "en+f3"), ("en+m5", "en+f4"))
 
 
-def words(size: int = 128, per_word: int = 60, seed: int = 0, voice: str = "auto") -> Data:
+def words(size: int = 64, per_word: int = 60, seed: int = 0, voice: str = "auto") -> Data:
     """Eight words, each said ``per_word`` times at different pitch, speed and noise; a fifth is held out, in voices never heard in training.
 
     Args:

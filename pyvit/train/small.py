@@ -19,7 +19,7 @@ if "vit_pico_patch4_32" not in REGISTRY:
     register("vit_pico_patch4_32", VisionTransformer, img_size=32, patch_size=4, **_VIT)
     register("vit_pico_patch8_32", VisionTransformer, img_size=32, patch_size=8, **_VIT)
     register("vit_pico_patch8_64", VisionTransformer, img_size=64, patch_size=8, **_VIT)
-    register("ast_pico_patch16_128x128", AudioSpectrogramTransformer, img_size=(128, 128), patch_size=16, **_VIT)
+    register("ast_pico_patch16_128x64", AudioSpectrogramTransformer, img_size=(128, 64), patch_size=16, **_VIT)
     register("swin_pico_patch4_window4_32", SwinTransformer, img_size=32, patch_size=4, **_SWIN)
     register("clip_pico_patch8_32", clip_vit, img_size=32, patch_size=8, **_TOWERS, **_TEXT)
     register("clip_pico_patch8_64", clip_vit, img_size=64, patch_size=8, **_TOWERS, **_TEXT)
@@ -30,7 +30,7 @@ if "vit_pico_patch4_32" not in REGISTRY:
 MODELS = {
     "digits": "vit_pico_patch8_32",
     "scenes": "vit_pico_patch8_64",
-    "words": "ast_pico_patch16_128x128",
+    "words": "ast_pico_patch16_128x64",
     "synthetic": "vit_small_patch16_224",
 }
 TOWERS = {
@@ -50,18 +50,24 @@ _SHORT = {"epochs": 60, "batch_size": 128, "lr": 1e-3, "warmup": 0.1}
 #: PRESETS[recipe, data]: Config fields, and recipe options under "option", that replace the recipe's canonical ones.
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("supervised", "digits"): {"epochs": 60, "batch_size": 64, "lr": 1.5e-3, "warmup": 0.1, "option": _MILD},
-    ("supervised", "words"): {"epochs": 25, "batch_size": 32, "lr": 1e-3, "warmup": 0.1, "option": {**_MILD, "augment": "standard"}},
+    ("supervised", "words"): {"epochs": 60, "batch_size": 16, "lr": 1e-3, "warmup": 0.1, "option": {**_MILD, "augment": "none"}},
     ("finetune", "digits"): {"epochs": 30, "batch_size": 64, "lr": 1e-3, "option": _MILD},
     ("linear", "digits"): {"epochs": 30, "batch_size": 128, "lr": 0.1, "option": {"crop": 0.8}},
-    ("mae", "digits"): {**_SHORT, "option": {"decoder_dim": 48, "decoder_depth": 2, "decoder_heads": 3, "crop": 0.6}},
+    ("mae", "digits"): {
+        **_SHORT,
+        "epochs": 200,
+        "option": {"decoder_dim": 48, "decoder_depth": 2, "decoder_heads": 3, "crop": 0.6, "slant": 10.0},
+    },
     ("simclr", "digits"): {
         **_SHORT,
-        "option": {"hidden": 256, "out": 64, "crop": 0.4, "strength": 0.5, "optimizer": "adamw", "temperature": 0.2},
+        "epochs": 100,
+        "lr": 2e-3,
+        "option": {"hidden": 256, "out": 64, "crop": 0.6, "slant": 15.0, "strength": 0.5, "optimizer": "adamw", "temperature": 0.2},
     },
     ("dino", "digits"): {**_SHORT, "option": _SELF},
     ("dinov2", "digits"): {**_SHORT, "option": {**_SELF, "layer_scale": 1e-2}},
-    ("clip", "digits"): {**_SHORT, "weight_decay": 0.1, "option": {"context": 40}},
-    ("siglip", "digits"): {**_SHORT, "option": {"context": 40}},
-    ("clip", "scenes"): {**_SHORT, "epochs": 30, "weight_decay": 0.1},
-    ("siglip", "scenes"): {**_SHORT, "epochs": 30},
+    ("clip", "digits"): {**_SHORT, "epochs": 20, "weight_decay": 0.1, "option": {"context": 32}},
+    ("siglip", "digits"): {**_SHORT, "epochs": 20, "option": {"context": 32}},
+    ("clip", "scenes"): {**_SHORT, "epochs": 20, "weight_decay": 0.1},
+    ("siglip", "scenes"): {**_SHORT, "epochs": 20},
 }
