@@ -1,4 +1,4 @@
-"""The streaming losses beside the naive ones: time, memory and training curves, written into docs/results.md: ``python examples/losses.py``.
+"""The streaming losses beside the naive ones: time, memory and training curves, written into docs/results.md.
 
 Each measurement is a process of its own; memory is the growth of its peak over forward and backward.
 """

@@ -104,8 +104,8 @@ def load_data(spec: str, size: int | None = None, **options: Any) -> Data:
 
     Args:
         spec: "digits", "scenes", "words" or "synthetic" (built in); a folder of images or of .wav files, one subfolder per class or none;
-            a CSV file of image paths and captions; or "hf:NAME[:SPLIT]" for Hugging Face ``datasets`` (a hub name or a folder), "hf-stream:NAME[:SPLIT]"
-            to read them as they arrive.
+            a CSV file of image paths and captions; or "hf:NAME[:SPLIT]" for Hugging Face ``datasets`` (a hub name or a folder),
+            "hf-stream:NAME[:SPLIT]" to read them as they arrive.
         size: side of the square images to return, default the set's own, or 224; frames of a sound's spectrogram, default 1024 (10 s).
 
     Raises ValueError for a name that is neither, FileNotFoundError for a path that is not there.

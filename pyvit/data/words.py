@@ -20,7 +20,7 @@ _VOICES = (("en+m1", "en+m2", "en+m3", "en+m4", "en+f1", "en+f2", "en+f3"), ("en
 
 
 def words(size: int = 64, per_word: int = 60, seed: int = 0, voice: str = "auto") -> Data:
-    """Eight words, each said ``per_word`` times at different pitch, speed and noise; a fifth is held out, in voices never heard in training.
+    """Eight words, each said ``per_word`` times at different pitch, speed and noise; a fifth, in voices of its own, is held out.
 
     Args:
         size: frames of the spectrograms, 10 ms each, of 128 mel bands.

@@ -53,7 +53,7 @@ def recall_of(recipe: Any, data: Data, ks: Sequence[int] = (1, 5)) -> dict[str, 
 def part_map(model: nn.Module, images: Tensor, text: Tensor) -> Tensor:
     """Similarity of each patch to a text: images (B, C, H, W) normalised, text ids (B, L) -> (B, rows, columns).
 
-    A patch's feature is what the class token would carry into the space of texts if, in the last block, it attended to that patch alone. The
+    A patch's feature is what the class token would carry into the space of texts if, in the last block, it saw that patch alone. The
     patches' own outputs are trained for nothing and say little; values in place of them: Zhou et al., "Extract Free Dense Labels from CLIP"
     (2022).
     """

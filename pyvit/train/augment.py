@@ -29,7 +29,7 @@ class Augment(nn.Sequential):
 
 
 def crop(size: tuple[int, int], scale: tuple[float, float], flip: bool, slant: float = 0.0) -> list[nn.Module]:
-    """Random resized crop and flip; ``slant`` turns and shears by up to so many degrees first, as handwriting varies; ``scale`` (1, 1) is no crop."""
+    """Random resized crop (none for ``scale`` (1, 1)) and flip; ``slant`` turns and shears by up to so many degrees first."""
     k = _kornia()
     layers = [k.RandomResizedCrop(size, scale=scale, ratio=(3 / 4, 4 / 3), resample="BICUBIC", cropping_mode="slice")]
     turn = [k.RandomAffine(degrees=slant, translate=(0.1, 0.1), scale=(0.9, 1.1), shear=slant)] if slant else []

@@ -49,7 +49,7 @@ class DINO(Recipe):
         o = self.opt
         if data.sound and o["distort"]:
             raise ValueError(
-                f"{config.recipe}: data must be images, whose colours the paper distorts, {data.name} is sound; for sound give --option distort=False"
+                f"{config.recipe}: data must be images, whose colours the paper distorts, {data.name} is sound; give --option distort=False"
             )
         self.student = self.network(config, data)
         if config.init is not None:

@@ -133,7 +133,7 @@ def test_words_train_the_spectrogram_transformer(tmp_path):
     assert isinstance(recipe.model, AudioSpectrogramTransformer)
     assert data.size == (128, 64)
     for name, settings in (("simclr", {}), ("clip", {"model": "clip_pico_patch8_32"})):
-        with pytest.raises(ValueError, match="must be images|must take spectrograms"):
+        with pytest.raises(ValueError, match=r"must be images|must take spectrograms"):
             train(Config(recipe=name, data="words", steps=1, batch_size=16, out=str(tmp_path / name), **settings))
 
 
