@@ -47,6 +47,7 @@ gpu: build        ## the same on a GPU: tests, tuning, timing; benchmarks/result
 
 results: build    ## regenerate docs/results.md: what each recipe reaches on real images
 	$(PY) examples/results.py
+	$(PY) examples/losses.py
 
 docs: build       ## regenerate the tables in docs/ (compiles every GPU kernel: half an hour)
 	$(PY) -m pyvit.triton_kernels.matrix --dtype bf16 fp32

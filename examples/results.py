@@ -26,9 +26,10 @@ RUNS = ROOT / "runs" / "results"
 TRAINED = {
     "supervised-vit": "supervised --data digits",
     "supervised-swin": "supervised --data digits --model swin_pico_patch4_window4_32",
-    "mae": "mae --data digits",
-    "dino": "dino --data digits",
-    "dinov2": "dinov2 --data digits",
+    "words": "supervised --data words",
+    "mae": "mae --data digits --model vit_pico_patch4_32",
+    "dino": "dino --data digits --set global_pool=avg",
+    "dinov2": "dinov2 --data digits --set global_pool=avg --epochs 15",
     "simclr": "simclr --data digits",
     "clip": "clip --data digits",
     "scenes": "clip --data scenes",
@@ -46,11 +47,11 @@ SELF_SUPERVISED = ("mae", "dino", "dinov2", "simclr", *ABLATION)
 
 def config(name: str) -> tuple[Config, str]:
     """The settings of a run and its command line."""
-    line = TRAINED.get(name) or f"dinov2 --data digits --option {ABLATION[name]}"
+    line = TRAINED.get(name) or f"{TRAINED['dinov2']} --option {ABLATION[name]}"
     words = line.split()
     settings: dict[str, object] = {"recipe": words[0], "out": str(RUNS / name), "save_every": 50}
     for flag, value in zip(words[1::2], words[2::2], strict=True):
-        settings[flag[2:]] = [value] if flag == "--option" else value
+        settings[flag[2:]] = [value] if flag in ("--option", "--set") else float(value) if flag == "--epochs" else value
     return Config(**settings), f"pyvit train {line}"
 
 
@@ -69,6 +70,8 @@ def measure(name: str) -> str:
         fresh = type(recipe)(recipe.config, data).eval()
         untrained = [features(fresh.exported(), part, recipe.normalize) for part in (data.train, data.test)]
         results["untrained knn"], results["untrained linear"] = knn_accuracy(*untrained), linear_probe(*untrained)["linear"]
+    if name == "words":
+        results = {f"accuracy ({load_data('words').extra['voice']})": results["accuracy"]}
     if name == "scenes":
         from pyvit.eval.retrieval import quarter_accuracy
 

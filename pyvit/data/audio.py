@@ -1,48 +1,56 @@
-"""Sound to spectrogram images (AST: Gong et al., 2021, section 2)."""
+"""Sound to log-mel spectrograms in the units of AST (Gong et al., 2021, section 2), kept as bytes."""
 
 from __future__ import annotations
 
 import functools
 import wave
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyvit.models.audio import LogMel
+
+RATE, BANDS = 16000, 128
+
+#: What bytes 0 and 255 stand for: silence and a full-scale sound, in the units of :class:`pyvit.models.audio.LogMel`; a step is half a dB.
+LOW, HIGH = -1.3, 2.0
+
+#: ``Data.mean`` and ``Data.std`` that take bytes / 255 back to those units.
+MEAN, STD = (-LOW / (HIGH - LOW),), (1 / (HIGH - LOW),)
+
 
 @functools.cache
-def mel_filters(rate: int, n_fft: int, bands: int) -> Tensor:
-    """Triangular filters, equally spaced in mel = 1127 ln(1 + f / 700) from 20 Hz: (bands, n_fft // 2 + 1)."""
-    mel = torch.linspace(*(1127 * torch.tensor([20.0, rate / 2]).div(700).log1p()).tolist(), bands + 2)
-    bins = 1127 * (torch.linspace(0, rate / 2, n_fft // 2 + 1) / 700).log1p()
-    low, middle, high = mel[:-2, None], mel[1:-1, None], mel[2:, None]
-    return torch.minimum((bins - low) / (middle - low), (high - bins) / (high - middle)).clamp(min=0)
+def _front_end(frames: int) -> LogMel:
+    return LogMel(BANDS, frames, RATE)
 
 
-def log_mel(samples: Tensor, rate: int, bands: int = 128, frames: int = 1024) -> Tensor:
-    """Log-mel energies (bands, frames) of mono ``samples``: 25 ms Hann windows every 10 ms, cut or padded with silence at the end."""
+def spectrogram(samples: Tensor, rate: int, frames: int) -> Tensor:
+    """Mono ``samples`` (n,) in [-1, 1] at ``rate`` Hz to uint8 (1, 128 mel bands, frames), one frame per 10 ms, low bands first.
+
+    Longer sounds are cut, shorter ones filled up.
+    """
     if samples.dim() != 1 or samples.numel() == 0:
-        raise ValueError(f"log_mel: samples must be a mono signal (n,), got shape {tuple(samples.shape)}")
-    hop, width = rate // 100, rate // 40
-    n_fft = 1 << (width - 1).bit_length()
-    wanted = (frames - 1) * hop
-    samples = F.pad(samples - samples.mean(), (0, max(wanted - samples.numel(), 0)))[:wanted]
-    window = torch.hann_window(width)
-    power = torch.stft(samples, n_fft, hop, width, window, center=True, return_complex=True).abs().square()
-    return (mel_filters(rate, n_fft, bands) @ power).clamp(min=1e-8).log()[:, :frames]
+        raise ValueError(f"spectrogram: samples must be a mono signal (n,), got shape {tuple(samples.shape)}")
+    if rate != RATE:
+        samples = resample(samples, rate, RATE)
+    front = _front_end(frames)
+    samples = F.pad(samples, (0, max(front.length - samples.numel(), 0)))
+    units = front(samples[None])[0]
+    return ((units - LOW) / (HIGH - LOW) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def to_images(spectrograms: Tensor) -> Tensor:
-    """(N, bands, frames) to uint8 (N, 3, bands, frames), 80 dB below each clip's peak to black; low bands at the bottom."""
-    top = spectrograms.amax((1, 2), keepdim=True)
-    scaled = ((spectrograms - top) / (8 * torch.log(torch.tensor(10.0))) + 1).clamp(0, 1)
-    return (scaled * 255).round().to(torch.uint8).flip(1)[:, None].expand(-1, 3, -1, -1).contiguous()
+def resample(samples: Tensor, rate: int, wanted: int) -> Tensor:
+    """``samples`` (n,) at another rate, frequencies above half of either rate removed."""
+    n = max(round(samples.numel() * wanted / rate), 1)
+    return torch.fft.irfft(torch.fft.rfft(samples.double())[: n // 2 + 1], n).float() * (n / samples.numel())
 
 
-def read_wave(path: Path) -> tuple[Tensor, int]:
+def read_wave(path: Path | BinaryIO) -> tuple[Tensor, int]:
     """Mono samples in [-1, 1] and the rate of a PCM .wav file of 16 bits."""
-    with wave.open(str(path)) as file:
+    with wave.open(str(path) if isinstance(path, Path) else path) as file:
         if file.getsampwidth() != 2:
             raise ValueError(f"{path}: only 16-bit PCM is read, this file has {8 * file.getsampwidth()} bits")
         samples = torch.frombuffer(bytearray(file.readframes(file.getnframes())), dtype=torch.int16).float() / 32768

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyvit.data.audio import log_mel, read_wave, to_images
+from pyvit.data.audio import BANDS, MEAN, STD, read_wave, spectrogram
 from pyvit.data.sets import Batch, Data, Images
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -95,8 +95,7 @@ class _DecodeImage:
 
 class _DecodeAudio(_DecodeImage):
     def __call__(self, source: Any) -> Tensor:
-        samples, rate = read_wave(source)
-        return to_images(log_mel(samples, rate, self.size, self.size)[None])[0]
+        return spectrogram(*read_wave(source), self.size)
 
 
 def _split(n: int) -> tuple[list[int], list[int]]:
@@ -106,7 +105,7 @@ def _split(n: int) -> tuple[list[int], list[int]]:
     return [i for i in range(n) if i not in kept] or held, held
 
 
-def folder(root: Path, size: int) -> Data:
+def folder(root: Path, size: int | None = None) -> Data:
     """A folder of images or of .wav files.
 
     Subfolders are classes; ``train/`` and ``val/`` (or ``test/``) at the top are the split, else one item in ten is held out.
@@ -127,6 +126,7 @@ def folder(root: Path, size: int) -> Data:
     ]
     classes = sorted({n for part in names for n in part})
     labelled = len(classes) > 1 and "" not in classes
+    size = size or (1024 if sounds else 224)
     decode = (_DecodeAudio if sounds else _DecodeImage)(size)
 
     def part(paths: list[Path], kinds: list[str]) -> Images:
@@ -136,7 +136,10 @@ def folder(root: Path, size: int) -> Data:
         train, test = (part(p, k) for p, k in zip(found, names, strict=True))
     else:
         train, test = (part([found[0][i] for i in at], [names[0][i] for i in at]) for at in _split(len(found[0])))
-    return Data(root.name, train, test, (size, size), classes if labelled else None, flip=not sounds)
+    known = classes if labelled else None
+    if sounds:
+        return Data(root.name, train, test, (BANDS, size), known, flip=False, mean=MEAN, std=STD, sound=True)
+    return Data(root.name, train, test, (size, size), known)
 
 
 def captioned_csv(path: Path, size: int) -> Data:
@@ -169,25 +172,37 @@ class _Column(Sequence[Any]):
         return self.table[self.at[index]][self.name]
 
 
-def hugging_face(spec: str, size: int) -> Data:
-    """ "NAME[:SPLIT]" of ``datasets``: a hub name, a folder of images with metadata, of parquet files or of WebDataset shards."""
-    import datasets
+def open_hugging_face(name: str, streaming: bool = False) -> Any:
+    """The splits of a hub name, or of a folder of images with metadata, of parquet files or of WebDataset shards."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("data 'hf:' needs the package datasets: pip install datasets") from error
+    if not Path(name).is_dir():
+        return datasets.load_dataset(name, streaming=streaming)
+    for kind, ending in (("webdataset", "tar"), ("parquet", "parquet")):
+        shards = sorted(map(str, Path(name).glob(f"*.{ending}")))
+        if shards:
+            return datasets.load_dataset(kind, data_files={"train": shards}, streaming=streaming)
+    return datasets.load_dataset("imagefolder", data_dir=name, streaming=streaming)
 
-    name, _, split = spec.partition(":")
-    if Path(name).is_dir() and list(Path(name).glob("*.tar")):
-        loaded = datasets.load_dataset("webdataset", data_files={"train": sorted(map(str, Path(name).glob("*.tar")))})
-    elif Path(name).is_dir() and list(Path(name).glob("*.parquet")):
-        loaded = datasets.load_dataset("parquet", data_files={"train": sorted(map(str, Path(name).glob("*.parquet")))})
-    else:
-        loaded = datasets.load_dataset("imagefolder", data_dir=name) if Path(name).is_dir() else datasets.load_dataset(name)
-    train = loaded[split or "train"]
-    held = next((loaded[s] for s in ("validation", "test", "val") if s in loaded and s != split), None)
-    columns = train.column_names
-    image = next((c for c in ("image", "jpg", "png", "img") if c in columns), None)
+
+def columns_of(spec: str, columns: Sequence[str]) -> tuple[str, str | None, str | None]:
+    """Which columns hold images, labels and captions."""
+    find = lambda *names: next((c for c in names if c in columns), None)  # noqa: E731
+    image = find("image", "jpg", "jpeg", "png", "webp", "img")
     if image is None:
         raise ValueError(f"data: hf:{spec} must have a column image, jpg, png or img, got {', '.join(columns)}")
-    label = next((c for c in ("label", "labels", "cls", "fine_label") if c in columns), None)
-    caption = next((c for c in ("caption", "text", "txt") if c in columns), None)
+    return image, find("label", "labels", "cls", "fine_label"), find("caption", "text", "txt")
+
+
+def hugging_face(spec: str, size: int) -> Data:
+    """ "NAME[:SPLIT]" of ``datasets``: a hub name, a folder of images with metadata, of parquet files or of WebDataset shards."""
+    name, _, split = spec.partition(":")
+    loaded = open_hugging_face(name)
+    train = loaded[split or "train"]
+    held = next((loaded[s] for s in ("validation", "test", "val") if s in loaded and s != split), None)
+    image, label, caption = columns_of(spec, train.column_names)
     names = getattr(train.features.get(label), "names", None) if label else None
 
     def part(table: Any, at: Sequence[int]) -> Images:

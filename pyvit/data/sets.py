@@ -17,7 +17,7 @@ Batch = dict[str, Any]
 class Images(Dataset[Batch]):
     """Images of one size, read a batch at a time.
 
-    ``images.fetch(indices)`` is {"image": uint8 (B, 3, S, S), "label": int64 (B,), "caption": list of B strings}, the last two where known.
+    ``images.fetch(indices)`` is {"image": uint8 (B, C, H, W), "label": int64 (B,), "caption": list of B strings}, the last two where known.
     """
 
     def __len__(self) -> int:
@@ -32,6 +32,10 @@ class Images(Dataset[Batch]):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         return self.fetch(indices)
 
+    def sample(self) -> Images:
+        """What nearest neighbours and probes read: these images, or the first ones of a stream."""
+        return self
+
     @property
     def problems(self) -> list[str]:
         """What could not be read so far in this process."""
@@ -39,7 +43,7 @@ class Images(Dataset[Batch]):
 
 
 class TensorImages(Images):
-    """Images held in memory: uint8 (N, 3, S, S), with int64 labels (N,), captions, or both."""
+    """Images held in memory: uint8 (N, C, H, W), with int64 labels (N,), captions, or both."""
 
     def __init__(self, images: Tensor, labels: Tensor | None = None, captions: Sequence[str] | None = None) -> None:
         if images.dtype != torch.uint8 or images.dim() != 4:
@@ -67,7 +71,7 @@ class Data:
     """A training set and a held-out set.
 
     ``classes`` names the labels. ``flip``: whether a mirrored image means the same (it does not for digits or spectrograms).
-    ``mean`` and ``std`` normalise pixels in [0, 1]. ``size`` is (height, width).
+    ``mean`` and ``std`` normalise pixels in [0, 1]. ``size`` is (height, width). ``sound``: spectrograms, of one channel, low bands first.
     """
 
     name: str
@@ -78,7 +82,12 @@ class Data:
     flip: bool = True
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    sound: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.sound else 3
 
 
 def _builtin() -> dict[str, Callable[..., Data]]:
@@ -95,8 +104,9 @@ def load_data(spec: str, size: int | None = None, **options: Any) -> Data:
 
     Args:
         spec: "digits", "scenes", "words" or "synthetic" (built in); a folder of images or of .wav files, one subfolder per class or none;
-            a CSV file of image paths and captions; or "hf:NAME[:SPLIT]" for Hugging Face ``datasets`` (a hub name or a folder).
-        size: side of the square images to return; default the set's own, or 224.
+            a CSV file of image paths and captions; or "hf:NAME[:SPLIT]" for Hugging Face ``datasets`` (a hub name or a folder),
+            "hf-stream:NAME[:SPLIT]" to read them as they arrive.
+        size: side of the square images to return, default the set's own, or 224; frames of a sound's spectrogram, default 1024 (10 s).
 
     Raises ValueError for a name that is neither, FileNotFoundError for a path that is not there.
     """
@@ -105,13 +115,17 @@ def load_data(spec: str, size: int | None = None, **options: Any) -> Data:
         return builtin[spec](**({} if size is None else {"size": size}), **options)
     from pyvit.data import files
 
+    if spec.startswith("hf-stream:"):
+        from pyvit.data.stream import hugging_face_stream
+
+        return hugging_face_stream(spec[10:], size or 224, **options)
     if spec.startswith("hf:"):
         return files.hugging_face(spec[3:], size or 224, **options)
     path = Path(spec).expanduser()
     if path.suffix == ".csv" and path.exists():
         return files.captioned_csv(path, size or 224, **options)
     if path.is_dir():
-        return files.folder(path, size or 224, **options)
+        return files.folder(path, size, **options)
     if "/" in spec or path.suffix:
         raise FileNotFoundError(f"data: {spec!r} does not exist")
     raise ValueError(f"data: must be a folder, a CSV file, hf:NAME or one of {', '.join(builtin)}, got {spec!r}")

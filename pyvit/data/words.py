@@ -5,24 +5,25 @@ from __future__ import annotations
 import io
 import shutil
 import subprocess
-import wave
 
 import torch
 from torch import Tensor
 
-from pyvit.data.audio import log_mel, to_images
+from pyvit.data.audio import MEAN, RATE, STD, read_wave, resample, spectrogram
 from pyvit.data.sets import Data, TensorImages
 
 WORDS = ["yes", "no", "up", "down", "left", "right", "stop", "go"]
-_RATE = 16000
 _FORMANTS = [(270, 2290), (730, 1090), (300, 870), (530, 1840), (660, 1720), (440, 1020), (640, 1190), (490, 1350)]
+
+#: Voices of espeak-ng: those of training, those held out.
+_VOICES = (("en+m1", "en+m2", "en+m3", "en+m4", "en+f1", "en+f2", "en+f3"), ("en+m5", "en+f4"))
 
 
 def words(size: int = 64, per_word: int = 60, seed: int = 0, voice: str = "auto") -> Data:
-    """Eight words, each said ``per_word`` times at different pitch, speed and noise; a fifth is held out.
+    """Eight words, each said ``per_word`` times at different pitch, speed and noise; a fifth, in voices of its own, is held out.
 
     Args:
-        size: mel bands and frames of the spectrogram image.
+        size: frames of the spectrograms, 10 ms each, of 128 mel bands.
         voice: "espeak" (raises when it is not installed), "tones", or "auto": espeak-ng where present. ``data.extra["voice"]`` tells which.
     """
     if voice not in ("auto", "espeak", "tones"):
@@ -33,39 +34,38 @@ def words(size: int = 64, per_word: int = 60, seed: int = 0, voice: str = "auto"
     spoken = program is not None and voice != "tones"
     generator = torch.Generator().manual_seed(seed)
     clips, labels = [], []
+    held = torch.arange(per_word) >= per_word - max(per_word // 5, 1)
     for label, word in enumerate(WORDS):
-        for _ in range(per_word):
+        for again, new in enumerate(held.tolist()):
             draw = torch.rand(3, generator=generator).tolist()
-            clip = _say(str(program), word, draw) if spoken else _sing(label, draw)
+            voices = _VOICES[int(new)]
+            clip = _say(str(program), word, voices[again % len(voices)], draw) if spoken else _sing(label, new, draw)
             noise = torch.randn(clip.shape, generator=generator) * clip.std() * (0.05 + 0.25 * draw[2])
-            clips.append(log_mel(clip + noise, _RATE, bands=size, frames=size))
+            clips.append(spectrogram(0.1 * (clip + noise) / clip.std(), RATE, size))
             labels.append(label)
-    images, target = to_images(torch.stack(clips)), torch.tensor(labels)
-    held = torch.zeros(len(target), dtype=torch.bool)
-    held[torch.arange(len(target)) % per_word >= per_word - max(per_word // 5, 1)] = True
-    parts = [TensorImages(images[m], target[m], [WORDS[c] for c in target[m].tolist()]) for m in (~held, held)]
+    images, target = torch.stack(clips), torch.tensor(labels)
+    parts = [TensorImages(images[m], target[m], [WORDS[c] for c in target[m].tolist()]) for m in (~held.repeat(8), held.repeat(8))]
     extra = {"voice": "espeak" if spoken else "tones"}
-    return Data("words", parts[0], parts[1], (size, size), WORDS, flip=False, mean=(0.5,) * 3, std=(0.25,) * 3, extra=extra)
+    return Data("words", parts[0], parts[1], tuple(images.shape[2:]), WORDS, flip=False, mean=MEAN, std=STD, sound=True, extra=extra)
 
 
-def _say(program: str, word: str, draw: list[float]) -> Tensor:
-    command = [program, "--stdout", "-p", str(int(20 + 60 * draw[0])), "-s", str(int(120 + 100 * draw[1])), word]
-    with wave.open(io.BytesIO(subprocess.run(command, check=True, capture_output=True).stdout)) as file:
-        samples = torch.frombuffer(bytearray(file.readframes(file.getnframes())), dtype=torch.int16).float() / 32768
-        rate = file.getframerate()
-    return torch.nn.functional.interpolate(samples[None, None], scale_factor=_RATE / rate, mode="linear")[0, 0]
+def _say(program: str, word: str, voice: str, draw: list[float]) -> Tensor:
+    pitch, speed = str(int(20 + 60 * draw[0])), str(int(120 + 100 * draw[1]))
+    said = subprocess.run([program, "--stdout", "-v", voice, "-p", pitch, "-s", speed, word], check=True, capture_output=True)
+    samples, rate = read_wave(io.BytesIO(said.stdout))
+    return resample(samples, rate, RATE)
 
 
-def _sing(label: int, draw: list[float]) -> Tensor:
-    """Harmonics of a gliding pitch under two formants, and a syllable's rise and fall."""
-    n = int(_RATE * (0.4 + 0.3 * draw[1]))
-    t = torch.arange(n) / _RATE
-    pitch = 90 + 130 * draw[0]
+def _sing(label: int, higher: bool, draw: list[float]) -> Tensor:
+    """Harmonics of a gliding pitch under two formants, and a syllable's rise and fall; a voice held out is ``higher``."""
+    n = int(RATE * (0.4 + 0.3 * draw[1]))
+    t = torch.arange(n) / RATE
+    pitch = 210 + 50 * draw[0] if higher else 90 + 110 * draw[0]
     glide = 1 + (0.15 if label % 2 else -0.15) * t / t[-1]
     wave_ = torch.zeros(n)
     for k in range(1, 30):
         f = k * pitch
         level = sum(1 / (1 + ((f - formant) / 120) ** 2) for formant in _FORMANTS[label])
-        wave_ += level * torch.sin(2 * torch.pi * f * glide.cumsum(0) / _RATE)
+        wave_ += level * torch.sin(2 * torch.pi * f * glide.cumsum(0) / RATE)
     syllables = 1 + label % 3
     return wave_ * torch.sin(torch.pi * syllables * t / t[-1]).abs()

@@ -16,7 +16,7 @@ from pyvit.eval.runs import load_run
 
 
 def _features(recipe: Any, data: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [features(recipe.exported(), part, recipe.normalize) for part in (data.train, data.test)]
+    return [features(recipe.exported(), part, recipe.normalize) for part in (data.train.sample(), data.test)]
 
 
 def knn(run: str, data: str | None = None, temperature: float = 0.07) -> dict[str, float]:
@@ -37,7 +37,7 @@ def linear(run: str, data: str | None = None, epochs: int = 50) -> dict[str, flo
 
 
 def zero_shot_command(
-    run: str, data: str | None = None, template: list[str] | None = None, out: str | None = None, count: int = 6
+    run: str, data: str | None = None, template: list[str] | None = None, out: str | None = None, count: int = 8
 ) -> float:
     """Accuracy of a classifier made of class names, and a sheet of ranked probabilities per image."""
     recipe, chosen = load_run(run, data)
@@ -50,12 +50,12 @@ def zero_shot_command(
     accuracy = 100 * (probabilities.argmax(1) == labels).float().mean().item()
     at = look.choose(count, len(labels))
     images = sheet.enlarge(chosen.test.fetch(at)["image"] / 255, 128)
-    captions = []
+    ranked = []
     for i in at:
-        best = probabilities[i].topk(min(3, len(chosen.classes)))
-        ranked = ", ".join(f"{chosen.classes[int(c)]} {100 * p:.0f} %" for p, c in zip(best.values.tolist(), best.indices, strict=True))
-        captions.append(f"{chosen.classes[int(labels[i])]}: {ranked}")
-    path = sheet.save_sheet(_path(run, out, "zero_shot"), [("image", images)], captions, "truth: ranked guesses", side=2)
+        best = probabilities[i].topk(min(5, len(chosen.classes)))
+        ranked.append([(chosen.classes[int(c)], float(p)) for p, c in zip(best.values, best.indices, strict=True)])
+    truth = [chosen.classes[int(labels[i])] for i in at]
+    path = sheet.save_guesses(_path(run, out, "zero_shot"), images, truth, ranked, f"zero-shot: {accuracy:.1f} % right")
     print(f"{run}: zero-shot accuracy {accuracy:.2f} % from {len(templates)} prompts per class; wrote {path}")
     return accuracy
 
@@ -74,8 +74,9 @@ def retrieval_command(run: str, data: str | None = None, out: str | None = None,
     )
     maps = retrieval.part_map(recipe.exported(), recipe.normalize(batch["image"]), recipe.tokenizer(phrases))
     picture = sheet.enlarge(batch["image"] / 255, 128)
-    columns = [("image", picture), ("similarity of patches", sheet.enlarge(sheet.heat(maps), 128))]
-    print(f"wrote {sheet.save_sheet(_path(run, out, 'parts'), columns, phrases, 'where the text is', side=2)}")
+    warm = sheet.enlarge(sheet.heat(maps), 128, smooth=True)
+    columns = [("image", picture), ("similarity of patches", warm), ("both", 0.5 * picture + 0.5 * warm)]
+    print(f"wrote {sheet.save_sheet(_path(run, out, 'parts'), columns, phrases, 'where the text is')}")
     return found
 
 

@@ -39,5 +39,5 @@ def knn_accuracy_of(recipe: Any, data: Data, k: int = 20) -> dict[str, float]:
     if data.classes is None:
         return {}
     model = recipe.exported()
-    train, test = (features(model, part, recipe.normalize) for part in (data.train, data.test))
+    train, test = (features(model, part, recipe.normalize) for part in (data.train.sample(), data.test))
     return {"knn": knn_accuracy(train, test, min(k, len(train[0])))}

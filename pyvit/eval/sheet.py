@@ -25,6 +25,35 @@ def enlarge(images: Tensor, side: int, smooth: bool = False) -> Tensor:
     return torch.nn.functional.interpolate(images.float(), size, **mode)
 
 
+def save_guesses(path: Path, images: Tensor, truth: Sequence[str], ranked: Sequence[Sequence[tuple[str, float]]], title: str) -> Path:
+    """Images (N, C, H, W) in [0, 1] under their true names, each beside bars of (name, probability), best first, the right one green."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = (len(images) + 1) // 2
+    figure, axes = plt.subplots(rows, 4, figsize=(8, 1.5 * rows + 0.5), squeeze=False, gridspec_kw={"width_ratios": [1, 1.6] * 2})
+    for axis in axes.flat[2 * len(images) :]:
+        axis.set_axis_off()
+    for i, (name, guesses) in enumerate(zip(truth, ranked, strict=True)):
+        picture, bars = axes.flat[2 * i], axes.flat[2 * i + 1]
+        picture.imshow(images[i].clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest", cmap="magma", vmin=0, vmax=1)
+        picture.set_title(name, fontsize=9)
+        picture.set_axis_off()
+        for at, (guess, p) in enumerate(guesses):
+            bars.barh(at, p, height=0.75, color="#4c9f70" if guess == name else "#9aa8c7")
+            bars.text(0.02, at, f"{guess}  {100 * p:.1f} %", va="center", fontsize=8)
+        bars.set(xlim=(0, 1), ylim=(len(guesses) - 0.4, -0.6), xticks=[], yticks=[])
+        bars.spines[:].set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
 def save_sheet(
     path: Path, columns: Sequence[tuple[str, Tensor]], captions: Sequence[str] | None = None, title: str = "", side: int = 1
 ) -> Path:
@@ -34,14 +63,15 @@ def save_sheet(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = len(columns[0][1])
+    rows, sound = len(columns[0][1]), columns[0][1].shape[1] == 1  # a spectrogram has one channel, and its low bands belong at the bottom
     wide = 1.5 * side
     figure, axes = plt.subplots(
         rows, len(columns), figsize=(wide * len(columns), (wide + (0.25 if captions else 0)) * rows + 0.5), squeeze=False
     )
     for c, (name, images) in enumerate(columns):
         for r in range(rows):
-            axes[r, c].imshow(images[r].clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+            pixels = images[r].clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+            axes[r, c].imshow(pixels, interpolation="nearest", origin="lower" if sound else "upper", cmap="magma", vmin=0, vmax=1)
             axes[r, c].set_xticks([])
             axes[r, c].set_yticks([])
         axes[0, c].set_title(name, fontsize=9)

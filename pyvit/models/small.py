@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pyvit.models.audio import AudioSpectrogramTransformer
 from pyvit.models.clip import clip_vit, siglip_vit
 from pyvit.models.registry import register
 from pyvit.models.swin import SwinTransformer
@@ -15,6 +16,7 @@ _SWIN = {"embed_dim": 48, "depths": (2, 2), "num_heads": (2, 4), "window_size": 
 register("vit_pico_patch4_32", VisionTransformer, img_size=32, patch_size=4, **_VIT)
 register("vit_pico_patch8_32", VisionTransformer, img_size=32, patch_size=8, **_VIT)
 register("vit_pico_patch8_64", VisionTransformer, img_size=64, patch_size=8, **_VIT)
+register("ast_pico_patch16_128x64", AudioSpectrogramTransformer, img_size=(128, 64), patch_size=16, **_VIT)
 register("swin_pico_patch4_window4_32", SwinTransformer, img_size=32, patch_size=4, **_SWIN)
 register("clip_pico_patch8_32", clip_vit, img_size=32, patch_size=8, **_TOWERS, **_TEXT)
 register("clip_pico_patch8_64", clip_vit, img_size=64, patch_size=8, **_TOWERS, **_TEXT)

@@ -28,10 +28,12 @@ class Augment(nn.Sequential):
         return super().forward(x).clamp(0, 1)
 
 
-def crop(size: tuple[int, int], scale: tuple[float, float], flip: bool) -> list[nn.Module]:
+def crop(size: tuple[int, int], scale: tuple[float, float], flip: bool, slant: float = 0.0) -> list[nn.Module]:
+    """Random resized crop (none for ``scale`` (1, 1)) and flip; ``slant`` turns and shears by up to so many degrees first."""
     k = _kornia()
     layers = [k.RandomResizedCrop(size, scale=scale, ratio=(3 / 4, 4 / 3), resample="BICUBIC", cropping_mode="slice")]
-    return layers + ([k.RandomHorizontalFlip()] if flip else [])
+    turn = [k.RandomAffine(degrees=slant, translate=(0.1, 0.1), scale=(0.9, 1.1), shear=slant)] if slant else []
+    return [*turn, *(layers if scale[0] < 1 else []), *([k.RandomHorizontalFlip()] if flip else [])]
 
 
 def mild(flip: bool) -> Augment:
@@ -47,9 +49,9 @@ def supervised(size: tuple[int, int], flip: bool) -> Augment:
     return Augment(*crop(size, (0.08, 1.0), flip), k.ColorJitter(0.4, 0.4, 0.4, p=0.8), k.RandomErasing(p=0.25))
 
 
-def mae(size: tuple[int, int], flip: bool, scale: tuple[float, float] = (0.2, 1.0)) -> Augment:
+def mae(size: tuple[int, int], flip: bool, scale: tuple[float, float] = (0.2, 1.0), slant: float = 0.0) -> Augment:
     """Crop and flip alone (He et al., 2022, appendix A.1)."""
-    return Augment(*crop(size, scale, flip))
+    return Augment(*crop(size, scale, flip, slant))
 
 
 def _blur(size: tuple[int, int], p: float) -> nn.Module:
@@ -57,11 +59,13 @@ def _blur(size: tuple[int, int], p: float) -> nn.Module:
     return _kornia().RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=p)
 
 
-def simclr(size: tuple[int, int], flip: bool, scale: tuple[float, float] = (0.08, 1.0), strength: float = 1.0) -> Augment:
+def simclr(
+    size: tuple[int, int], flip: bool, scale: tuple[float, float] = (0.08, 1.0), strength: float = 1.0, slant: float = 0.0
+) -> Augment:
     """Crop, flip, colour distortion, grey, blur (Chen et al., 2020, appendix A)."""
     k, s = _kornia(), strength
     jitter = k.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
-    return Augment(*crop(size, scale, flip), jitter, k.RandomGrayscale(p=0.2), _blur(size, 0.5))
+    return Augment(*crop(size, scale, flip, slant), jitter, k.RandomGrayscale(p=0.2), _blur(size, 0.5))
 
 
 def dino(size: tuple[int, int], flip: bool, scale: tuple[float, float], blur: float, solarize: float) -> Augment:
@@ -69,6 +73,32 @@ def dino(size: tuple[int, int], flip: bool, scale: tuple[float, float], blur: fl
     k = _kornia()
     layers = [*crop(size, scale, flip), k.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8), k.RandomGrayscale(p=0.2), _blur(size, blur)]
     return Augment(*layers, *([k.RandomSolarize(0.0, 0.0, p=solarize)] if solarize else []))
+
+
+class Spectrogram(Augment):
+    """AST's: up to 10 frames earlier or later, then a band of up to 3/8 of the frequencies and of up to 3/16 of the time set to ``fill``.
+
+    Gong et al. (2021), section 3.1, after Park et al., "SpecAugment" (2019).
+    """
+
+    def __init__(self, fill: float) -> None:
+        super().__init__()
+        self.fill = fill
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        x = super().forward(images)
+        b, at = len(x), torch.arange(x.shape[3], device=x.device)
+        moved = (at + torch.randint(-10, 11, (b, 1), device=x.device)) % len(at)
+        x = x.gather(3, moved[:, None, None, :].expand_as(x))
+        for dim, share in ((2, 3 / 8), (3, 3 / 16)):
+            n = x.shape[dim]
+            width = torch.rand(b, 1, device=x.device) * share * n
+            start = torch.rand(b, 1, device=x.device) * (n - width)
+            at = torch.arange(n, device=x.device)
+            hidden = (at >= start) & (at < start + width)
+            x = x.masked_fill(hidden[:, None, :, None] if dim == 2 else hidden[:, None, None, :], self.fill)
+        return x
 
 
 def mixup(images: Tensor, targets: Tensor, mixup_alpha: float, cutmix_alpha: float) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ def option(default: Any, help: str) -> Any:
 class Config:
     """Settings of a run. None means the recipe's own default, see ``pyvit train RECIPE --help`` and the recipe's file."""
 
-    data: str = option("digits", "folder, CSV of captions, hf:NAME, or digits | scenes | words | synthetic")
+    data: str = option("digits", "folder, CSV of captions, hf:NAME, hf-stream:NAME, or digits | scenes | words | synthetic")
     model: str | None = option(None, "a name of pyvit.list_models(); default: a small one that suits the data, or that of --init")
     out: str | None = option(None, "folder of the run; default runs/RECIPE-DATA-MODEL. The same command resumes what it finds there")
     init: str | None = option(None, "start from the weights of a finished run's folder, or of a checkpoint file")

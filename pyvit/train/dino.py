@@ -39,18 +39,23 @@ class DINO(Recipe):
         "local_crop": 0.05,
         "drop_path": 0.1,
         "centering": "centering",
-        "flip_colors": True,
+        "distort": True,
+        "slant": 0.0,
     }
     base_lr, base_batch = 5e-4, 256
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
         o = self.opt
+        if data.sound and o["distort"]:
+            raise ValueError(
+                f"{config.recipe}: data must be images, whose colours the paper distorts, {data.name} is sound; give --option distort=False"
+            )
         self.student = self.network(config, data)
         if config.init is not None:
             initialise(self.student, config.init)
         with torch.no_grad():
-            self.width = embed(self.student, torch.zeros(2, 3, *data.size)).shape[1]
+            self.width = embed(self.student, torch.zeros(2, data.channels, *data.size)).shape[1]
         self.head = PrototypeHead(self.width, o["prototypes"], o["hidden"], o["bottleneck"])
         self.teacher, self.teacher_head = (copy.deepcopy(m).requires_grad_(False) for m in (self.student, self.head))
         for block in self.teacher.modules():  # the teacher drops no path
@@ -62,9 +67,9 @@ class DINO(Recipe):
         self.local = augment.dino((side, side), data.flip, low, blur=0.5, solarize=0.0)
         self.first = augment.dino(data.size, data.flip, high, blur=1.0, solarize=0.0)
         self.second = augment.dino(data.size, data.flip, high, blur=0.1, solarize=0.2)
-        if not o["flip_colors"]:  # drawn and scanned images whose colours carry no nuisance
-            self.local = augment.mae((side, side), data.flip, low)
-            self.first = self.second = augment.mae(data.size, data.flip, high)
+        if not o["distort"]:  # drawn and scanned images: their colours carry no nuisance, their slant may
+            self.local = augment.mae((side, side), data.flip, low, o["slant"])
+            self.first = self.second = augment.mae(data.size, data.flip, high, o["slant"])
 
     def network(self, config: Config, data: Data) -> nn.Module:
         return build(config.model or "", data, config, num_classes=0, drop_path_rate=self.opt["drop_path"])

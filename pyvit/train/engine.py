@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from pyvit.data import Data, load_data
+from pyvit.data.stream import Stream
 from pyvit.train import checkpoint, schedules
 from pyvit.train.config import FREE, Config, parse
 from pyvit.train.log import Log, Progress, active_kernels, say
 from pyvit.train.optim import LARS, parameter_groups
 from pyvit.train.recipe import Recipe, load_recipe
+from pyvit.train.sharding import shard, whole
 from pyvit.train.small import MODELS, PRESETS, TOWERS
 
 
@@ -81,13 +83,10 @@ def _settle(config: Config) -> Config:
 
 def _accelerator(config: Config) -> Any:
     try:
-        from accelerate import Accelerator, FullyShardedDataParallelPlugin
+        from accelerate import Accelerator
     except ImportError as error:
         raise ImportError("training needs accelerate: pip install 'pyvit-kernels[train]'") from error
-    plugin = None
-    if config.fsdp:
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap", reshard_after_forward=True)
-    return Accelerator(mixed_precision=config.precision, fsdp_plugin=plugin, cpu=not torch.cuda.is_available())
+    return Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
 
 
 def _optimizer(recipe: Recipe, config: Config) -> torch.optim.Optimizer:
@@ -121,8 +120,9 @@ class Run:
         self.main = self.accelerator.is_main_process
         self.data: Data = load_data(config.data, config.image_size)
         if config.image_size is None:
-            self.config = config = dataclasses.replace(config, image_size=self.data.size[0])
-        n, batch = len(self.data.train), config.batch_size or 1
+            self.config = config = dataclasses.replace(config, image_size=self.data.size[1])
+        batch, stream = config.batch_size or 1, isinstance(self.data.train, Stream)
+        n = config.steps * batch if stream and config.steps else len(self.data.train)  # a stream need not know its length
         if batch > n or batch % (self.world * config.accumulate):
             wanted = f"at most the {n} images and a multiple of processes times accumulate, {self.world} x {config.accumulate}"
             raise ValueError(f"batch_size must be {wanted}, got {batch}")
@@ -130,12 +130,11 @@ class Run:
         self.steps = config.steps or max(round((config.epochs or 1) * self.per_epoch), 1)
         torch.manual_seed(config.seed)
         self.recipe = load_recipe(config.recipe)(config, self.data)
-        scalars = [name for name, p in self.recipe.named_parameters() if p.dim() == 0]
-        if config.fsdp and scalars:
-            raise ValueError(
-                f"fsdp: FSDP2 cannot shard scalar parameters, and {config.model} has {', '.join(scalars)}; train without --fsdp"
-            )
-        self.model, self.optimizer = self.accelerator.prepare(self.recipe, _optimizer(self.recipe, config))
+        if config.fsdp and self.world > 1:
+            self.model = shard(self.recipe, self.accelerator.device)
+            self.optimizer = self.accelerator.prepare(_optimizer(self.recipe, config))
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(self.recipe, _optimizer(self.recipe, config))
         if config.compile:
             self.model.compile()
         self.start = self._resume()
@@ -183,10 +182,13 @@ class Run:
 
     def batches(self) -> Iterator[dict[str, Any]]:
         c = self.config
-        plan = Plan(len(self.data.train), c.batch_size or 1, self.start, self.steps, c.seed, self.rank, self.world, c.accumulate)
-        dataset: Dataset[Any] = self.data.train
+        train, spread = self.data.train, (c.batch_size or 1, self.start, self.steps, c.seed, self.rank, self.world, c.accumulate)
+        if isinstance(train, Stream):
+            yield from DataLoader(train.batches(*spread), batch_size=None, num_workers=min(c.workers, 1))
+            return
+        plan = Plan(len(train), *spread)
         workers = {"num_workers": c.workers, "persistent_workers": c.workers > 0, "prefetch_factor": 4 if c.workers else None}
-        yield from DataLoader(dataset, batch_sampler=plan, collate_fn=_whole, **workers)  # type: ignore[arg-type]
+        yield from DataLoader(train, batch_sampler=plan, collate_fn=_whole, **workers)  # type: ignore[arg-type]
 
     def step(self, step: int, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
         """One optimizer step; returns the figures to log."""
@@ -216,7 +218,7 @@ class Run:
         was = self.recipe.training
         self.recipe.eval()
         torch.manual_seed(step_seed(self.config.seed + 2, 0, 0))
-        with torch.no_grad():
+        with torch.no_grad(), whole(self.recipe):
             results = self.recipe.evaluate(self.data)
         self.recipe.train(was)
         return results

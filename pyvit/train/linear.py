@@ -33,7 +33,7 @@ class Linear(Recipe):
         initialise(self.model, config.init)
         self.model.requires_grad_(False)
         with torch.no_grad():
-            width = embed(self.model.eval(), torch.zeros(2, 3, *data.size)).shape[1]
+            width = embed(self.model.eval(), torch.zeros(2, data.channels, *data.size)).shape[1]
         self.norm = RankNorm(width, affine=False, eps=1e-6)
         self.head = nn.Linear(width, len(data.classes))
         nn.init.trunc_normal_(self.head.weight, std=0.01)

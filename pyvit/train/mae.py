@@ -27,6 +27,7 @@ class MAE(Recipe):
         "decoder_depth": 8,
         "decoder_heads": 16,
         "crop": 0.2,
+        "slant": 0.0,
     }
     base_lr, base_batch, betas = 1.5e-4, 256, (0.9, 0.95)
 
@@ -39,12 +40,19 @@ class MAE(Recipe):
             f"decoder_{k}": self.opt[o]
             for k, o in (("embed_dim", "decoder_dim"), ("depth", "decoder_depth"), ("num_heads", "decoder_heads"))
         }
-        wanted = {**settings, "num_classes": 0, "img_size": data.size, **decoder, "norm_pix_loss": self.opt["norm_pix"]}
+        wanted = {
+            **settings,
+            "num_classes": 0,
+            "img_size": data.size,
+            "in_chans": data.channels,
+            **decoder,
+            "norm_pix_loss": self.opt["norm_pix"],
+        }
         self.model = MaskedAutoencoder(**{**wanted, **parse(config.set, "set")})
         self.model.set_grad_checkpointing(config.checkpointing)
         if config.init is not None:
             initialise(self.model, config.init)
-        self.augment = augment.mae(data.size, data.flip, (self.opt["crop"], 1.0))
+        self.augment = augment.mae(data.size, data.flip, (self.opt["crop"], 1.0), self.opt["slant"])
 
     @property
     def backbone(self) -> nn.Module:

@@ -41,13 +41,14 @@ def parameter_groups(model: nn.Module, backbone: nn.Module, layer_decay: float) 
     stages = [len(s.blocks) for s in backbone.layers] if hasattr(backbone, "layers") and hasattr(backbone.layers[0], "blocks") else None
     depth = sum(stages) if stages is not None else len(getattr(backbone, "blocks", ()))
     exempt, inside = no_decay(model), {id(p): name for name, p in backbone.named_parameters()}
-    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, bool, bool], dict[str, Any]] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         decays = p.dim() > 1 and name not in exempt
         scale = layer_decay ** (depth + 1 - layer_of(inside[id(p)], stages, depth)) if id(p) in inside and layer_decay != 1 else 1.0
-        group = groups.setdefault((scale, decays), {"params": [], "lr_scale": scale, "decays": decays})
+        whole = p.dim() == 0  # apart: FSDP2 shards all others, and an optimizer cannot mix the two kinds in one fused step
+        group = groups.setdefault((scale, decays, whole), {"params": [], "lr_scale": scale, "decays": decays})
         group["params"].append(p)
     return list(groups.values())
 

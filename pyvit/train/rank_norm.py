@@ -16,9 +16,9 @@ class RankNorm(nn.BatchNorm1d):
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)
         wide = x.float()
-        sums = all_sum(torch.cat([wide.mean(0), wide.square().mean(0)]), dist.group.WORLD) / dist.get_world_size()
-        mean, square = sums.chunk(2)
-        var = (square - mean.square()).clamp(min=0)
+        mean = all_sum(wide.mean(0), dist.group.WORLD) / dist.get_world_size()
+        # Around the mean, not as E[x^2] - E[x]^2: that difference loses the digits of a small variance beside a large mean.
+        var = all_sum((wide - mean).square().mean(0), dist.group.WORLD) / dist.get_world_size()
         if self.running_mean is not None and self.running_var is not None:
             n = len(x) * dist.get_world_size()
             with torch.no_grad():

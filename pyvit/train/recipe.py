@@ -109,8 +109,10 @@ def build(name: str, data: Data, config: Config, **settings: Any) -> nn.Module:
     The image size is the data's; that of a model without ``img_size`` is free.
     """
     constructor, _ = settings_of(name)
-    wanted = {"img_size": data.size, **settings}
+    wanted = {"img_size": data.size, **settings, **({"in_chans": 1} if data.sound else {})}
     known = set(_parameters(constructor))
+    if data.sound and "in_chans" not in known:
+        raise ValueError(f"{config.recipe}: model must take spectrograms of one channel (ast_*, vit_*, swin_*), {name} does not")
     chosen = {k: v for k, v in wanted.items() if k in known}
     model = create_model(name, **{**chosen, **parse(config.set, "set")})
     if config.checkpointing:

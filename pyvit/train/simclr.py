@@ -21,22 +21,32 @@ class SimCLR(Recipe):
     """Each view picks its partner among all views of the batch."""
 
     defaults: ClassVar[dict[str, Any]] = {"epochs": 100, "batch_size": 4096, "weight_decay": 1e-6, "warmup": 0.1, "clip": 0.0}
-    options: ClassVar[dict[str, Any]] = {"temperature": 0.1, "hidden": 2048, "out": 128, "crop": 0.08, "strength": 1.0, "optimizer": "lars"}
+    options: ClassVar[dict[str, Any]] = {
+        "temperature": 0.1,
+        "hidden": 2048,
+        "out": 128,
+        "crop": 0.08,
+        "strength": 1.0,
+        "slant": 0.0,
+        "optimizer": "lars",
+    }
     base_lr, base_batch = 0.3, 256
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
+        if data.sound:
+            raise ValueError(f"{config.recipe}: data must be images, whose colours the paper distorts, {data.name} is sound")
         self.optimizer = self.opt["optimizer"]  # type: ignore[misc]
         self.model = build(config.model or "", data, config, num_classes=0)
         if config.init is not None:
             initialise(self.model, config.init)
         with torch.no_grad():
-            width = embed(self.model, torch.zeros(2, 3, *data.size)).shape[1]
+            width = embed(self.model, torch.zeros(2, data.channels, *data.size)).shape[1]
         self.head = projection(width, self.opt["hidden"], self.opt["out"])
         self.loss = NTXentLoss(self.opt["temperature"], group=self.group)
         if self.group is not None:
             self.head = nn.SyncBatchNorm.convert_sync_batchnorm(self.head) if torch.cuda.is_available() else RankNorm.convert(self.head)
-        self.augment = augment.simclr(data.size, data.flip, (self.opt["crop"], 1.0), self.opt["strength"])
+        self.augment = augment.simclr(data.size, data.flip, (self.opt["crop"], 1.0), self.opt["strength"], self.opt["slant"])
 
     @property
     def backbone(self) -> nn.Module:

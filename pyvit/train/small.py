@@ -8,7 +8,7 @@ from typing import Any
 MODELS = {
     "digits": "vit_pico_patch8_32",
     "scenes": "vit_pico_patch8_64",
-    "words": "vit_pico_patch8_64",
+    "words": "ast_pico_patch16_128x64",
     "synthetic": "vit_small_patch16_224",
 }
 TOWERS = {
@@ -20,26 +20,31 @@ TOWERS = {
 
 _MILD = {"augment": "mild", "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}
 _SELF = {
-    "prototypes": 512, "hidden": 256, "bottleneck": 64, "local_crops": 4, "local_size": 16, "global_crop": 0.5, "local_crop": 0.25,
-    "drop_path": 0.0, "flip_colors": False, "momentum": 0.99, "weight_decay_end": 0.1,
+    "prototypes": 512, "hidden": 256, "bottleneck": 64, "local_crops": 2, "local_size": 24, "global_crop": 0.6, "local_crop": 0.35,
+    "drop_path": 0.0, "distort": False, "slant": 15.0, "momentum": 0.99, "weight_decay_end": 0.1,
 }  # fmt: skip
 _SHORT = {"epochs": 60, "batch_size": 128, "lr": 1e-3, "warmup": 0.1}
 
 #: PRESETS[recipe, data]: Config fields, and recipe options under "option", that replace the recipe's canonical ones.
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("supervised", "digits"): {"epochs": 60, "batch_size": 64, "lr": 1.5e-3, "warmup": 0.1, "option": _MILD},
-    ("supervised", "words"): {"epochs": 25, "batch_size": 64, "lr": 1e-3, "warmup": 0.1, "option": _MILD},
+    ("supervised", "words"): {"epochs": 60, "batch_size": 16, "lr": 1e-3, "warmup": 0.1, "option": {**_MILD, "augment": "none"}},
     ("finetune", "digits"): {"epochs": 30, "batch_size": 64, "lr": 1e-3, "option": _MILD},
     ("linear", "digits"): {"epochs": 30, "batch_size": 128, "lr": 0.1, "option": {"crop": 0.8}},
-    ("mae", "digits"): {**_SHORT, "option": {"decoder_dim": 48, "decoder_depth": 2, "decoder_heads": 3, "crop": 0.6}},
+    ("mae", "digits"): {
+        **_SHORT,
+        "epochs": 300,
+        "option": {"decoder_dim": 48, "decoder_depth": 2, "decoder_heads": 3, "crop": 0.6, "slant": 10.0},
+    },
     ("simclr", "digits"): {
         **_SHORT,
-        "option": {"hidden": 256, "out": 64, "crop": 0.4, "strength": 0.5, "optimizer": "adamw", "temperature": 0.2},
+        "lr": 2e-3,
+        "option": {"hidden": 256, "out": 64, "crop": 0.6, "slant": 15.0, "strength": 0.5, "optimizer": "adamw", "temperature": 0.2},
     },
-    ("dino", "digits"): {**_SHORT, "option": _SELF},
-    ("dinov2", "digits"): {**_SHORT, "option": {**_SELF, "layer_scale": 1e-2}},
-    ("clip", "digits"): {**_SHORT, "weight_decay": 0.1, "option": {"context": 40}},
-    ("siglip", "digits"): {**_SHORT, "option": {"context": 40}},
-    ("clip", "scenes"): {**_SHORT, "epochs": 30, "weight_decay": 0.1},
-    ("siglip", "scenes"): {**_SHORT, "epochs": 30},
+    ("dino", "digits"): {**_SHORT, "batch_size": 64, "option": _SELF},
+    ("dinov2", "digits"): {**_SHORT, "batch_size": 64, "option": {**_SELF, "layer_scale": 1e-2}},
+    ("clip", "digits"): {**_SHORT, "epochs": 20, "weight_decay": 0.1, "option": {"context": 32}},
+    ("siglip", "digits"): {**_SHORT, "epochs": 20, "option": {"context": 32}},
+    ("clip", "scenes"): {**_SHORT, "epochs": 12, "weight_decay": 0.1},
+    ("siglip", "scenes"): {**_SHORT, "epochs": 12},
 }

@@ -15,7 +15,7 @@ from pyvit.train.recipe import Recipe, Views, build, initialise
 
 
 class Supervised(Recipe):
-    """Cross-entropy with smoothed labels on mixed, cropped, erased images."""
+    """Cross-entropy with smoothed labels on mixed, cropped, erased images, or on masked spectrograms (Gong et al., 2021)."""
 
     defaults: ClassVar[dict[str, Any]] = {"epochs": 300, "batch_size": 1024, "weight_decay": 0.05, "warmup": 20 / 300, "clip": 5.0}
     options: ClassVar[dict[str, Any]] = {"augment": "standard", "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "drop_path": 0.1}
@@ -29,7 +29,7 @@ class Supervised(Recipe):
         if config.init is not None:
             initialise(self.model, config.init)
         kinds = {
-            "standard": lambda: augment.supervised(data.size, data.flip),
+            "standard": lambda: augment.Spectrogram(data.mean[0]) if data.sound else augment.supervised(data.size, data.flip),
             "mild": lambda: augment.mild(data.flip),
             "none": augment.Augment,
         }

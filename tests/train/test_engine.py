@@ -9,7 +9,11 @@ import torch
 
 import pyvit
 from pyvit.data import ByteTokenizer, load_data
+from pyvit.data.audio import HIGH, LOW, MEAN, STD, spectrogram
+from pyvit.eval.runs import load_run
+from pyvit.models.audio import AudioSpectrogramTransformer, LogMel
 from pyvit.train import RECIPES, Config, schedules, train
+from pyvit.train.augment import Spectrogram
 from pyvit.train.config import parse
 from pyvit.train.engine import Plan
 from pyvit.train.optim import LARS, parameter_groups
@@ -115,12 +119,43 @@ def test_scenes_say_what_they_show():
 
 
 def test_words_are_learnable_spectrograms():
-    data = load_data("words", 32, per_word=5, voice="tones")
-    assert data.train.images.shape == (32, 3, 32, 32)
+    data = load_data("words", 64, per_word=5, voice="tones")
+    assert data.train.images.shape == (32, 1, 128, 64)
     assert len(data.test) == 8
     flat = data.train.images.float().flatten(1)
     within = torch.stack([flat[data.train.labels == c].std(0).mean() for c in range(8)]).mean()
     assert within < flat.std(0).mean()
+
+
+def test_words_train_the_spectrogram_transformer(tmp_path):
+    train(Config(data="words", steps=2, batch_size=16, set=["depth=1"], out=str(tmp_path)))
+    recipe, data = load_run(tmp_path)
+    assert isinstance(recipe.model, AudioSpectrogramTransformer)
+    assert data.size == (128, 64)
+    for name, settings in (("simclr", {}), ("clip", {"model": "clip_pico_patch8_32"})):
+        with pytest.raises(ValueError, match=r"must be images|must take spectrograms"):
+            train(Config(recipe=name, data="words", steps=1, batch_size=16, out=str(tmp_path / name), **settings))
+
+
+def test_spectrograms_keep_the_units_of_the_front_end():
+    """To half a step of a byte, at any rate of the file: a tone resampled from 44.1 kHz is the tone."""
+    tone = lambda rate: 0.3 * torch.sin(2 * math.pi * 1000 * torch.arange(rate) / rate)  # noqa: E731
+    want = LogMel(128, 98)(tone(16000)[None])[0]
+    back = (spectrogram(tone(16000), 16000, 98) / 255 - MEAN[0]) / STD[0]
+    assert (back - want).abs().max() <= 1.001 * (HIGH - LOW) / 255 / 2
+    resampled = (spectrogram(tone(44100), 44100, 98) / 255 - MEAN[0]) / STD[0]
+    loud = want > want.max() - 1
+    assert (resampled - want)[loud].abs().max() < 0.03
+
+
+def test_masked_spectrograms():
+    torch.manual_seed(0)
+    x = torch.full((8, 1, 40, 60), 255, dtype=torch.uint8)
+    hidden = (Spectrogram(0.25)(x) == 0.25)[:, 0]
+    rows, columns = hidden.all(2).sum(1), hidden.all(1).sum(1)
+    assert 0 < rows.max() <= 15  # 3/8 of 40
+    assert 0 < columns.max() <= 12  # 3/16 of 60, and the two ends
+    assert hidden.sum((1, 2)).eq(rows * 60 + columns * 40 - rows * columns).all()
 
 
 def test_csv_and_byte_tokenizer(tmp_path):
@@ -158,9 +193,11 @@ def test_wave_folder(tmp_path):
     data = load_data(str(tmp_path), 32)
     assert data.classes == ["high", "low"]
     assert not data.flip
+    assert data.sound
+    assert data.size == (128, 32)
     batch = data.train.fetch([0, len(data.train) - 1])
     rows = batch["image"][:, 0, :, 10].float().argmax(1)
-    assert rows[0] < rows[1]  # the higher tone is nearer the top
+    assert rows[0] > rows[1] + 20  # low bands come first
 
 
 def test_hugging_face_folder(tmp_path):

@@ -32,6 +32,10 @@ RECIPES = {
 }
 BATCH = 16
 
+#: Share of a gradient's largest entry that rounding may cost; 5e-6 where not said, four times what was seen. SimCLR's head begins with a
+#: batch norm, of new features whose mean is up to 57 times their deviation: one process alone is 8e-5 away from float64 there.
+ROUNDING = {"simclr": 2e-4}
+
 
 def split(views: dict, rank: int, world: int) -> dict:
     """This rank's share: crops come before the batch in the views of self-distillation, whose weights are for a whole batch."""
@@ -56,6 +60,7 @@ def worker(rank: int, world: int, folder: str, names: list[str]) -> None:
     from pyvit.data import load_data
     from pyvit.train.engine import _settle
     from pyvit.train.recipe import load_recipe
+    from pyvit.train.sharding import shard
 
     torch.set_num_threads(1)
     singles = {}
@@ -70,31 +75,23 @@ def worker(rank: int, world: int, folder: str, names: list[str]) -> None:
         views = recipe.views(data.train.fetch(range(BATCH)), 0, 10)
         singles[name] = (config, data, start, views, *one_step(recipe, recipe, views))
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    mesh = init_device_mesh("cpu", (world,))
     for name, (config, data, start, views, loss, grads) in singles.items():
-        scalars = any(
-            v.dim() == 0 and v.is_floating_point() for v in start.values()
-        )  # FSDP2 takes no scalar parameter (CLIP's temperature)
-        for kind in ("ddp",) if scalars else ("ddp", "fsdp"):
+        for kind in ("ddp", "fsdp"):
             recipe = load_recipe(name)(config, data).train()
             recipe.load_state_dict(start)
-            model = DistributedDataParallel(recipe) if kind == "ddp" else fully_shard(recipe, mesh=mesh)
+            model = DistributedDataParallel(recipe) if kind == "ddp" else shard(recipe, torch.device("cpu"))
             got, sharded = one_step(model, recipe, split(views, rank, world))
             dist.all_reduce(got)
             say = f"{name} {kind}"
             torch.testing.assert_close(got / world, loss, rtol=2e-5, atol=1e-6, msg=lambda m, say=say: f"{say} loss: {m}")
             assert sharded.keys() == grads.keys(), say
-            most = max(float(g.abs().max()) for g in grads.values())  # a gradient of zero carries the rounding of the others
+            most = max(float(g.abs().max()) for g in grads.values())  # a gradient that is zero carries the rounding of the others
             for key, want in grads.items():
-                mine = sharded[key].full_tensor() if kind == "fsdp" else sharded[key]
-                size = float(want.abs().max())
-                torch.testing.assert_close(
-                    mine, want, rtol=1e-3, atol=2e-4 * size + 1e-5 * most, msg=lambda m, s=f"{say} {key}": f"{s}: {m}"
-                )
+                mine = sharded[key].full_tensor() if hasattr(sharded[key], "full_tensor") else sharded[key]
+                atol = ROUNDING.get(name, 5e-6) * (float(want.abs().max()) + most / 10)
+                torch.testing.assert_close(mine, want, rtol=0, atol=atol, msg=lambda m, s=f"{say} {key}": f"{s}: {m}")
     dist.destroy_process_group()
 
 
@@ -121,12 +118,22 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(tmp_path: Path) -> None:
     launch([[sys.executable, __file__, str(rank), "2", str(tmp_path), json.dumps(list(RECIPES))] for rank in range(2)])
 
 
-@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_engine_on_two_ranks_ends_with_the_weights_of_one(tmp_path: Path, fsdp: bool) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "fsdp"),
+    [("supervised", False), pytest.param("supervised", True, marks=pytest.mark.slow), pytest.param("clip", True, marks=pytest.mark.slow)],
+)
+def test_the_engine_on_two_ranks_ends_with_the_weights_of_one(tmp_path: Path, recipe: str, fsdp: bool) -> None:
     """``train`` as a launcher starts it: without augmentation, three steps on two ranks are three steps on one."""
-    settings = {"set": TINY, "batch_size": 16, "steps": 3, "clip": 1.0, "option": ["augment='none'", "drop_path=0.0"], "save_every": 2}
+    plain = {"supervised": ["augment='none'", "drop_path=0.0"], "clip": ["crop=1.0", "context=24"]}[recipe]
+    settings = {**RECIPES[recipe], "recipe": recipe, "option": plain, "batch_size": 16, "steps": 3, "clip": 1.0, "save_every": 2}
     train(Config(**settings, out=str(tmp_path / "one")))
-    script = "import json, sys; from pyvit.train import *; train(Config(**json.loads(sys.argv[1])))"
+    script = """
+import json, sys, pathlib
+from pyvit.train import Config, engine
+run = engine.Run(Config(**json.loads(sys.argv[1])))
+run.run()
+pathlib.Path(run.folder.parent, "kind").write_text(str(type(run.model)))
+"""
     both = json.dumps({**settings, "out": str(tmp_path / "two"), "fsdp": fsdp})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -134,7 +141,11 @@ def test_the_engine_on_two_ranks_ends_with_the_weights_of_one(tmp_path: Path, fs
     launch([[sys.executable, "-c", script, both]] * 2, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true")
     one, two = (load_file(str(tmp_path / name / "model.safetensors")) for name in ("one", "two"))
     assert one.keys() == two.keys()
+    assert ("FSDP" in (tmp_path / "kind").read_text()) == fsdp
     for key, want in one.items():
+        if key.endswith("qkv.bias"):  # a bias of keys moves no softmax: its gradient is rounding, which Adam turns into full steps
+            for state in (one, two):
+                state[key].chunk(3)[1].zero_()
         torch.testing.assert_close(two[key], want, rtol=1e-3, atol=3e-5, msg=lambda m, key=key: f"{key}: {m}")
 
 

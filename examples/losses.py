@@ -1,0 +1,101 @@
+"""The streaming losses beside the naive ones: time, memory and training curves, written into docs/results.md.
+
+Each measurement is a process of its own; memory is the growth of its peak over forward and backward.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import pyvit
+
+ROOT = Path(__file__).resolve().parent.parent
+N, D, PROTOTYPES = 4096, 512, 32768
+STEPS = 40
+CURVES = ("clip", "simclr", "dino")
+
+
+def compute(loss: str, backend: str | None) -> torch.Tensor:
+    """One loss of ``N`` rows; of 4 crops of 64 images over PROTOTYPES for the distillation."""
+    unit = lambda *shape: F.normalize(torch.randn(*shape), dim=-1).requires_grad_()  # noqa: E731
+    if loss == "distillation_cross_entropy":
+        student, teacher, rows = unit(4, 64, 256), unit(2, 64, 256), [unit(PROTOTYPES, 256) for _ in range(2)]
+        given = {"student_prototypes": rows[0], "teacher_prototypes": rows[1].detach(), "backend": backend}
+        return pyvit.ops.distillation_cross_entropy(student, teacher.detach(), 0.1, 0.04, **given)
+    more = {"info_nce": (20.0,), "nt_xent": (0.1,), "sigmoid_contrastive": (10.0, -10.0)}[loss]
+    return getattr(pyvit.ops, loss)(unit(N, D), unit(N, D), *more, backend=backend)
+
+
+def peak() -> float:
+    """Most resident memory of this process so far, in MB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def measure(loss: str, kind: str) -> dict[str, float]:
+    backend = "reference" if kind == "naive" else None
+    torch.manual_seed(0)
+    torch.randn(8, D) @ torch.randn(D, 8)
+    before, began = peak(), time.perf_counter()
+    value = compute(loss, backend)
+    value.backward()
+    first, memory = time.perf_counter() - began, peak() - before
+    times = [first]
+    for _ in range(2):
+        torch.manual_seed(0)
+        began = time.perf_counter()
+        compute(loss, backend).backward()
+        times.append(time.perf_counter() - began)
+    return {"value": value.item(), "seconds": min(times), "memory": memory}
+
+
+def curve(recipe: str) -> list[float]:
+    """The losses of a run's first steps, by the backend that PYVIT_BACKEND names."""
+    from pyvit.train import Config, train
+
+    with tempfile.TemporaryDirectory() as folder:
+        train(Config(recipe=recipe, data="digits", batch_size=64, steps=STEPS, log_every=1, out=folder))
+        records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [r["loss"] for r in records if "loss" in r]
+
+
+def child(*arguments: str, **env: str) -> str:
+    """What this file prints last when called with ``arguments``."""
+    command = [sys.executable, __file__, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **env}).stdout.splitlines()[-1]
+
+
+def main() -> None:
+    lines = ["| loss | streaming | naive | streaming memory | naive memory | difference of values |", "|---|---|---|---|---|---|"]
+    for loss in ("info_nce", "nt_xent", "sigmoid_contrastive", "distillation_cross_entropy"):
+        ours, naive = (json.loads(child("measure", loss, kind)) for kind in ("streaming", "naive"))
+        times = f"{ours['seconds']:.2f} s | {naive['seconds']:.2f} s | {ours['memory']:.0f} MB | {naive['memory']:.0f} MB"
+        lines.append(f"| `{loss}` | {times} | {abs(ours['value'] / naive['value'] - 1):.0e} |")
+        print(lines[-1], flush=True)
+    lines += ["", "| recipe on digits | loss at first | at last | largest difference of the curves |", "|---|---|---|---|"]
+    for recipe in CURVES:
+        ours, naive = (json.loads(child("curve", recipe, **env)) for env in ({}, {"PYVIT_BACKEND": "reference"}))
+        apart = max(abs(a / b - 1) for a, b in zip(ours, naive, strict=True))
+        lines.append(f"| {recipe}, {STEPS} steps | {ours[0]:.4f} | {ours[-1]:.4f} | {apart:.0e} |")
+        print(lines[-1], flush=True)
+    page = ROOT / "docs" / "results.md"
+    before, _, rest = page.read_text().partition("<!-- losses -->")
+    page.write_text(f"{before}<!-- losses -->\n" + "\n".join(lines) + f"\n<!-- end losses -->{rest.partition('<!-- end losses -->')[2]}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["measure"]:
+        print(json.dumps(measure(*sys.argv[2:])))
+    elif sys.argv[1:2] == ["curve"]:
+        print(json.dumps(curve(sys.argv[2])))
+    else:
+        main()
