@@ -342,3 +342,17 @@ def _uncompiled(case: Case, spec: specs.Spec):
 def test_gpu_folder():
     assert gpu.folder("NVIDIA H200") == "nvidia-h200"
     assert gpu.folder("AMD Instinct MI300X (gfx942)") == "amd-instinct-mi300x-gfx942"
+
+
+def test_profile_counts_products_and_knows_kinds() -> None:
+    from benchmarks import profile
+
+    x, w, b = torch.randn(2, 5, 7), torch.randn(11, 7), torch.randn(11)
+    flops = 2.0 * 2 * 5 * 7 * 11
+    assert profile.product_flops("mkldnn::_linear_pointwise", [x.shape, w.shape, b.shape]) == flops
+    assert profile.product_flops("aten::addmm", [b.shape, (10, 7), (7, 11)]) == flops
+    assert profile.product_flops("aten::mm", [(10, 7), (7, 11)]) == flops
+    found = profile.by_kind(lambda: torch.nn.functional.gelu(torch.randn(10, 7) @ torch.randn(7, 11)), 4, rounds=1)
+    assert found["matrix products"][1] == flops
+    assert found["activation"][2] == 4 * 2 * 10 * 11
+    assert profile.attention_flops("vit_tiny_patch16_224", 2) == 2 * 12 * 4 * 197 * 197 * 192
