@@ -1,4 +1,4 @@
-"""transformers (5 and later): ViT, DeiT, DINOv2, ViTMAE, CLIP, SigLIP, AST, Swin and Swin V2."""
+"""transformers (5 and later): ViT, DeiT, DINOv2, ViTMAE, CLIP, SigLIP, AST, DINOv3, Swin and Swin V2."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvit.integrations.parts import Left, Replacement, Rule, cosine_table, hooked, known, mlp, patch_conv, plain, project, windows_match
+from pyvit.nn.attention import rotate
 from pyvit.ops import flash_attention, linear, window_attention
 
 #: Arguments that a model hands down to its attention and that change nothing there.
@@ -36,38 +38,69 @@ def _is_idle(hook: Any) -> bool:
     return active is None or "attentions" not in active
 
 
-def attention(module: Any) -> Iterator[Replacement | Left]:
+def attention(module: Any, rotary: bool = False) -> Iterator[Replacement | Left]:
     if not hasattr(module, "q_proj"):
         yield Left(module, "laid out as before transformers 5")
     elif _implementation(module) not in ("eager", "sdpa"):
         yield Left(module, f"the attention implementation {_implementation(module)!r} was chosen; set_attn_implementation('sdpa') first")
     else:
-        yield Replacement(module, _attention, "flash_attention")
+        yield Replacement(module, _rotary_attention if rotary else _attention, "flash_attention")
 
 
 def _attention(module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    if not _served(module, kwargs):
+        return type(module).forward(module, hidden_states, attention_mask, **kwargs)
+    return _fused(module, hidden_states, attention_mask, kwargs.get("is_causal")), None
+
+
+def _rotary_attention(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    if position_embeddings is None or not _served(module, kwargs):
+        return type(module).forward(module, hidden_states, attention_mask, position_embeddings, **kwargs)
+    cos, sin = position_embeddings  # (patches, d), of the last tokens: those before them are not rotated
+    prefix = (0, 0, hidden_states.shape[1] - cos.shape[0], 0)
+    rope = torch.stack((F.pad(sin, prefix), F.pad(cos, prefix, value=1.0)), 1)
+    return _fused(module, hidden_states, attention_mask, kwargs.get("is_causal"), rope), None
+
+
+def _served(module: Any, kwargs: dict[str, Any]) -> bool:
     implementation = _implementation(module)
     unknown = implementation not in ("eager", "sdpa") or any(v is not None for name, v in kwargs.items() if name not in _IDLE)
-    if unknown or kwargs.get("output_attentions") or _weights_wanted(module, module.config, eager=implementation == "eager"):
-        return type(module).forward(module, hidden_states, attention_mask, **kwargs)
-    q, k, v = (
-        project(layer, hidden_states).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)  # (B, H, N, d)
-        for layer in (module.q_proj, module.k_proj, module.v_proj)
-    )
-    # As sdpa: the mask, or else causal if the call, or the module, says so.
-    causal = kwargs.get("is_causal")
+    wanted = kwargs.get("output_attentions") or _weights_wanted(module, module.config, eager=implementation == "eager")
+    return not (unknown or wanted)
+
+
+def _fused(module: Any, x: Tensor, mask: Tensor | None, causal: bool | None, rope: Tensor | None = None) -> Tensor:
+    """x (B, N, C) -> (B, N, C), as sdpa: the mask, or else causal if the call, or the module, says so."""
+    q, k, v = (project(layer, x).unflatten(-1, (-1, module.head_dim)) for layer in (module.q_proj, module.k_proj, module.v_proj))
+    if rope is not None:
+        q, k = rotate(q, rope), rotate(k, rope)
     dropout = module.attention_dropout if hasattr(module, "attention_dropout") else module.dropout
     out = flash_attention(
-        q,
-        k,
-        v,
-        bias=attention_mask,
-        is_causal=attention_mask is None and bool(module.is_causal if causal is None else causal),
+        q.transpose(1, 2),  # (B, H, N, d)
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        bias=mask,
+        is_causal=mask is None and bool(module.is_causal if causal is None else causal),
         scale=module.scaling if hasattr(module, "scaling") else module.scale,
         dropout_p=dropout if module.training else 0.0,
     )
     out = out.transpose(1, 2).flatten(2)  # type: ignore[union-attr]
-    return project(module.o_proj if hasattr(module, "o_proj") else module.out_proj, out), None
+    return project(module.o_proj if hasattr(module, "o_proj") else module.out_proj, out)
+
+
+def up_down(module: nn.Module) -> Iterator[Replacement]:
+    """An MLP of up_proj, act_fn and down_proj."""
+    yield Replacement(module, _up_down, "linear")
+
+
+def _up_down(module: Any, x: Tensor) -> Tensor:
+    return project(module.down_proj, project(module.up_proj, x, module.act_fn))
 
 
 def _projections(layer: Any, version: int) -> tuple[nn.Module, ...]:
@@ -197,6 +230,8 @@ RULES: dict[str, Rule] = {
     **_vit("audio_spectrogram_transformer", "AST"),
     **_vit("clip", "CLIP", "VisionEmbeddings", "patch_embedding"),
     **_vit("siglip", "Siglip", "VisionEmbeddings", "patch_embedding"),
+    **_rules("dinov3_vit", "DINOv3ViT", Attention=functools.partial(attention, rotary=True), MLP=up_down),
+    **_rules("dinov3_vit", "DINOv3ViT", Embeddings=patch_conv("patch_embeddings")),
     **_rules("siglip", "Siglip", MultiheadAttentionPoolingHead=known),
     **_rules("swin", "Swin", Layer=functools.partial(swin, version=1), Attention=known, MLP=mlp, PatchEmbeddings=patch_conv("projection")),
     **_rules("swinv2", "Swinv2", Layer=functools.partial(swin, version=2), Attention=known, SelfAttention=known),

@@ -43,6 +43,17 @@ def test_image_models(kind, attention):
     check_accelerated(model, lambda m: m(pixels(m, 32, 32)).logits, {"Conv2d": 1, f"{prefix}Attention": 2, f"{prefix}MLP": 2})
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)], ids=str)
+def test_rotary(size, attention):
+    sizes = {**TINY, **IMAGE, "intermediate_size": 96, "num_register_tokens": 2}
+    model = make("DINOv3ViT", sizes, head="Model", attn_implementation=attention)
+    check_accelerated(model, lambda m: m(pixels(m, *size)).last_hidden_state, {"Conv2d": 1, "DINOv3ViTAttention": 2, "DINOv3ViTMLP": 2})
+    with pyvit.accelerate(model), torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True)(pixels(model, *size)).last_hidden_state
+        assert relative_error(compiled, model(pixels(model, *size)).last_hidden_state) < 1e-4
+
+
 def test_mae():
     decoder = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     extra = {f"decoder_{name}": value for name, value in decoder.items()}

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +21,9 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
             one = p.dim() == 1 and name.endswith("weight")  # norms
+            if p.dim() == 4 and name.endswith("weight"):  # convolutions: maps that stay of size one, or the attention after them is one-hot
+                p.copy_((2 / p[0].numel()) ** 0.5 * noise)
+                continue
             p.copy_(1.0 + 0.1 * noise if one else (0.2 if "token" in name or "position" in name else 0.15) * noise)
     return model.eval()
 
@@ -25,37 +34,90 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
         return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
 
 
+class Parity(NamedTuple):
+    """Largest differences, over the largest value of what is compared."""
+
+    output: float
+    gradient: float | None
+
+
+Gradients = dict[str, Tensor]
+
+
 def check_parity(
-    ours: nn.Module, theirs: nn.Module, our_out: Tensor, their_out: Tensor, rtol: float = 1e-4, same_names: bool = False
-) -> float:
-    """Outputs, computed from the same weights, and all gradients agree to ``rtol`` of the largest value; returns the output's error."""
-    error = relative_error(our_out, their_out)
-    assert error < rtol, f"outputs differ by {error:.2e}"
+    ours: nn.Module,
+    theirs: nn.Module,
+    our_out: Tensor,
+    their_out: Tensor,
+    *also: tuple[Tensor, Tensor],
+    rtol: float = 1e-4,
+    translate: Callable[[Gradients], Gradients] | None = None,
+) -> Parity:
+    """Outputs, computed from the same weights, and all gradients agree to ``rtol`` of the largest value.
+
+    A gradient's error is over its own largest value, or over a thousandth of the largest of all gradients where that is more. ``also``
+    are further outputs, ours and theirs. ``translate`` gives their gradients our names; without it the checkpoint loader does. Returns
+    both errors, and adds them to the file that ``PYVIT_PARITY`` names (see parity_table.py).
+    """
+    outputs = [relative_error(a, b) for a, b in ((our_out, their_out), *also)]
+    assert all(error < rtol for error in outputs), f"outputs differ by {outputs}"
     weights = torch.randn(their_out.shape, generator=torch.Generator().manual_seed(1))
     (our_out * weights).sum().backward()
     (their_out * weights).sum().backward()
-    foreign = {k: p.grad for k, p in theirs.named_parameters() if p.grad is not None}
-    expected = foreign
-    if not same_names:
-        expected, unknown, _ = to_native(foreign, recognise(theirs.state_dict()))
+    expected = {k: p.grad for k, p in theirs.named_parameters() if p.grad is not None}
+    if translate is None:
+        expected, unknown, _ = to_native(expected, recognise(theirs.state_dict()))
         assert not unknown, unknown
-    compared = 0
+    else:
+        expected = translate(expected)
+    errors = {}
     scale = max(float(g.abs().max()) for g in expected.values())
     for name, p in ours.named_parameters():
         if name not in expected:
             assert p.grad is None or not p.grad.any(), f"{name} has a gradient here alone"
             continue
         assert p.grad is not None, f"{name} has no gradient here"
-        difference = float((p.grad - expected[name].view_as(p)).abs().max())
-        limit = rtol * max(float(expected[name].abs().max()), 1e-3 * scale)
-        assert difference < limit, f"gradient of {name} differs by {difference:.2e}, limit {limit:.2e}"
-        compared += 1
-    assert compared == len(expected)
-    return error
+        difference, largest = (float(g.abs().max()) for g in (p.grad - expected[name].view_as(p), expected[name]))
+        assert p.dim() < 2 or largest > rtol * 1e-3 * scale, f"gradient of {name} is so small that none would pass for it"
+        errors[name] = difference / max(largest, 1e-3 * scale)
+        assert errors[name] < rtol, f"gradient of {name} differs by {errors[name]:.2e}"
+    assert len(errors) == len(expected)
+    parity = Parity(max(outputs), max(errors.values()))
+    _record(ours, theirs, parity)
+    return parity
 
 
-def check_same_names(ours: nn.Module, theirs: nn.Module, *inputs: Tensor, rtol: float = 1e-6) -> float:
-    """:func:`check_parity` of models whose parameters have the same names: random weights of ours go to theirs by name, buffers too."""
+def _record(ours: nn.Module, theirs: nn.Module, parity: Parity) -> None:
+    if "PYVIT_PARITY" not in os.environ:
+        return
+    library = sys.modules[type(theirs).__module__.partition(".")[0]]
+    row = {
+        "model": type(ours).__name__,
+        "peer": f"{library.__name__} {library.__version__.partition('+')[0]}",
+        "class": type(theirs).__name__,
+        "dtype": str(next(ours.parameters()).dtype).removeprefix("torch."),
+        **parity._asdict(),
+    }
+    with open(os.environ["PYVIT_PARITY"], "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def check_both_precisions(ours: nn.Module, theirs: nn.Module, *inputs: Tensor, translate: Callable[[Gradients], Gradients]) -> Parity:
+    """Outputs in float32, which runs on the kernels, then :func:`check_parity` in float64, which runs on the reference formulas.
+
+    For models with ReLU: in float32 a value that rounds to the other side of its zero is another gradient.
+    """
+    with torch.no_grad():
+        error = relative_error(ours(*inputs), theirs(*inputs))
+    assert error < 1e-4, f"outputs differ by {error:.2e} in float32"
+    _record(ours, theirs, Parity(error, None))
+    ours.double(), theirs.double()
+    inputs = tuple(x.double() for x in inputs)
+    return check_parity(ours, theirs, ours(*inputs), theirs(*inputs), rtol=1e-6, translate=translate)
+
+
+def check_same_names(ours: nn.Module, theirs: nn.Module, *inputs: Tensor, relu: bool = True) -> Parity:
+    """Models whose parameters have the same names: random weights of ours go to theirs by name, buffers too; ``relu``: they have one."""
     randomise(ours)
     with torch.no_grad():
         for name, buffer in ours.named_buffers():
@@ -65,9 +127,9 @@ def check_same_names(ours: nn.Module, theirs: nn.Module, *inputs: Tensor, rtol: 
                 buffer.uniform_(0.5, 1.5)
     theirs.load_state_dict(ours.state_dict())
     theirs.eval()
-    ours.double(), theirs.double()  # in float32 a value that rounds to the other side of a ReLU's zero is another gradient
-    inputs = tuple(x.double() for x in inputs)
-    return check_parity(ours, theirs, ours(*inputs), theirs(*inputs), rtol, same_names=True)
+    if relu:
+        return check_both_precisions(ours, theirs, *inputs, translate=dict)
+    return check_parity(ours, theirs, ours(*inputs), theirs(*inputs), translate=dict)
 
 
 def share(ours: nn.Module, theirs: nn.Module) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyvit.nn import Attention, RotaryEmbedding
-from tests.models.parity import randomise, relative_error
+from tests.models.parity import check_parity, randomise, relative_error
 
 transformers = pytest.importorskip("transformers")
 dinov3 = pytest.importorskip("transformers.models.dinov3_vit.modeling_dinov3_vit")
@@ -34,14 +34,15 @@ def test_attention(prefix):
             parts = [getattr(getattr(theirs, f"{letter}_proj"), kind) for letter in "qkv"]
             getattr(ours.qkv, kind).copy_(torch.cat(parts))
             getattr(ours.proj, kind).copy_(getattr(theirs.o_proj, kind))
-    x = torch.randn(2, prefix + 15, 48, requires_grad=True)
+    x = torch.randn(2, prefix + 15, 48)
+    mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
     cos, sin = dinov3.DINOv3ViTRopePositionEmbedding(_config()).eval()(torch.zeros(1, 3, 24, 40))
-    expected = theirs(x, position_embeddings=(cos, sin))[0]
-    found = ours(x, rope=RotaryEmbedding(16, base=100.0).eval()(grid, prefix))
-    assert relative_error(found, expected) < 1e-4
-    weights = torch.randn_like(expected)
-    grads = [
-        torch.autograd.grad((out * weights).sum(), [x, *inner])
-        for out, inner in ((found, [ours.proj.weight]), (expected, [theirs.o_proj.weight]))
-    ]
-    assert all(relative_error(a, b) < 1e-4 for a, b in zip(*grads, strict=True))
+    found = ours(mine, rope=RotaryEmbedding(16, base=100.0).eval()(grid, prefix))
+    check_parity(ours, theirs, found, theirs(other, position_embeddings=(cos, sin))[0], translate=_fused)
+    assert relative_error(mine.grad, other.grad) < 1e-4
+
+
+def _fused(theirs):
+    """Their projections' gradients as those of one layer for queries, keys and values."""
+    ours = {f"qkv.{kind}": torch.cat([theirs[f"{letter}_proj.{kind}"] for letter in "qkv"]) for kind in ("weight", "bias")}
+    return ours | {f"proj.{kind}": theirs[f"o_proj.{kind}"] for kind in ("weight", "bias")}

@@ -1,13 +1,14 @@
-"""Hybrids, residual networks and CLIP's convolutional tower against timm, torchvision and open_clip, from random weights."""
+"""Vision transformers, Swin, hybrids and residual networks against timm, torchvision and open_clip, from random weights."""
 
 import pytest
 import torch
 
 import pyvit
+from pyvit.models.checkpoints import recognise, to_native
 from pyvit.models.hybrid import HybridVisionTransformer
 from pyvit.models.resnet import CLIPResNet, ResNet
 from tests import peers
-from tests.models.parity import check_same_names, randomise, relative_error
+from tests.models.parity import check_both_precisions, check_same_names, randomise
 
 VIT = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7, "img_size": 64}
 
@@ -24,6 +25,19 @@ def test_hybrids(name, settings):
     timm = peers.peer("timm")
     theirs = timm.create_model(name, **VIT, mlp_ratio=2.0)
     check_same_names(pyvit.create_model(name, **VIT, **settings), theirs, torch.randn(2, 3, 64, 64))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_vision_transformers(name):
+    theirs = peers.peer("timm").create_model(name, **VIT, patch_size=8, mlp_ratio=2.0)
+    check_same_names(pyvit.create_model(name, **VIT, patch_size=8, mlp_ratio=2.0), theirs, torch.randn(2, 3, 64, 64), relu=False)
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+def test_swin(name):
+    sizes = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "num_classes": 7, "img_size": 64}
+    theirs = peers.peer("timm").create_model(name, **sizes)
+    check_same_names(pyvit.create_model(name, **sizes), theirs, torch.randn(2, 3, 64, 64), relu=False)
 
 
 @pytest.mark.parametrize(("layers", "bottleneck", "kind"), [((2, 2, 2, 2), False, "BasicBlock"), ((2, 1, 1, 1), True, "Bottleneck")])
@@ -51,12 +65,17 @@ def test_convolutional_stem():
     theirs = torchvision.models.VisionTransformer(32, 4, 2, 3, 48, 96, num_classes=7, conv_stem_configs=stem)
     settings = {**VIT, "img_size": 32, "mlp_ratio": 2.0, "patch_size": 1}
     ours = HybridVisionTransformer(conv_channels=(8, 16), **settings)
-    theirs = randomise(theirs).double()
-    ours = ours.double().eval()
+    theirs = randomise(theirs)
+    ours.eval()
     pyvit.load_checkpoint(ours, theirs.state_dict(), strict=False)
-    names = {"patch_embed.proj": "conv_last"}
-    names |= {f"patch_embed.backbone.convs.{3 * i + j}": f"conv_bn_relu_{i}.{j}" for i in (0, 1) for j in (0, 1)}
+    names = {"patch_embed.proj": "conv_proj.conv_last"}
+    names |= {f"patch_embed.backbone.convs.{3 * i + j}": f"conv_proj.conv_bn_relu_{i}.{j}" for i in (0, 1) for j in (0, 1)}
     for name, other in names.items():  # torchvision publishes no weights of it, and no layout here knows its names
-        ours.get_submodule(name).load_state_dict(theirs.conv_proj.get_submodule(other).state_dict())
-    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    assert relative_error(ours(images), theirs(images)) < 1e-6
+        ours.get_submodule(name).load_state_dict(theirs.get_submodule(other).state_dict())
+
+    def translate(gradients):
+        known, stem, _ = to_native(gradients, recognise(theirs.state_dict()))
+        back = {other: name for name, other in names.items()}
+        return known | {f"{back[layer]}.{kind}": gradients[f"{layer}.{kind}"] for layer, _, kind in (k.rpartition(".") for k in stem)}
+
+    check_both_precisions(ours, theirs, torch.randn(2, 3, 32, 32), translate=translate)
