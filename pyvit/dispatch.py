@@ -186,6 +186,14 @@ def autocast(device: str, *tensors: Any) -> Any:
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
+_TRACERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
+
+
+def _is_traced() -> bool:
+    """Whether tensors may have no values: under FakeTensorMode or make_fx, and while the compiler runs a backward formula to trace it."""
+    return torch._C._len_torch_dispatch_stack() > 0 and any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
+
+
 def _is_dual(a: Any) -> bool:
     """Whether ``a`` carries a forward-mode tangent, which a kernel would drop."""
     return isinstance(a, Tensor) and torch.autograd.forward_ad.unpack_dual(a).tangent is not None
@@ -195,7 +203,7 @@ class Operator:
     """One dispatcher operator of :data:`pyvit.ops.schemas.SCHEMAS`, with its fake kernel, gradient and kernels per backend.
 
     Calling it takes the shortest way to the kernel: in eager mode straight to the backend's function, through one
-    :class:`torch.autograd.Function` when a gradient is needed; while compiling or under a functorch transform, through the dispatcher.
+    :class:`torch.autograd.Function` when a gradient is needed; while traced or under a functorch transform, through the dispatcher.
 
     Args:
         name: key into SCHEMAS.
@@ -264,7 +272,7 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         if args[-1] == "reference":  # plain PyTorch, which autograd and the compiler see through
             return self.kernel("reference")(*args)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _is_traced():
             return self._op(*args)
         if torch._C._are_functorch_transforms_active():
             return self._op(*args) if self._transformed is None else self._transformed.apply(*args)

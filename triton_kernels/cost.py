@@ -136,19 +136,5 @@ def patch_embed(
 
 
 def useful_fraction(n: int, covered: int) -> float:
-    """Share of a tiled extent that is not padding: 197 rows in 4 tiles of 64 use 77 %."""
+    """Share of a tiled extent that is not padding: 197 rows in 4 tiles of 64 use 77 %. The tuner tries tilings that waste least first."""
     return n / covered if covered else 1.0
-
-
-def predicted(
-    cost: Cost, part: Part | str, n_q: int, n_k: int, block_m: int, key_columns: int, programs_per_wave: int, programs: int
-) -> float:
-    """Seconds a tiling should take: the arithmetic grows with padded rows and columns and with the last, partly filled wave of programs.
-
-    Ranks configurations where there is no GPU to time them; ``key_columns`` is the width the key tiles cover.
-    """
-    p = part_named(part) if isinstance(part, str) else part
-    rows = -(-n_q // block_m) * block_m
-    padded = cost.flops / (useful_fraction(n_q, rows) * useful_fraction(n_k, key_columns))
-    waves = -(-programs // programs_per_wave) * programs_per_wave / max(programs, 1)
-    return max(cost.bytes / p.bandwidth, padded * waves / p.rate(cost.dtype))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyvit.testing import FLOOR
+from pyvit.testing import FORWARD_FACTOR, GRADIENT_FACTOR, compare
 
 pytest.importorskip("triton")
 
@@ -27,25 +27,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1 in the environment: TRITON_INTERPRET=1 pytest tests/triton"))
 
 
-Check = Callable[..., None]
+Check = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], int], None]
 
 
 @pytest.fixture
 def agree() -> Check:
-    """An output may be ``factor`` times as far from float64 as the naive form in the same dtype, plus a rounding floor."""
+    """The numerics rule for a kernel's results, the first ``outputs`` of which are outputs and the rest gradients."""
 
-    def check(got: Sequence[Tensor], exact: Sequence[Tensor], naive: Sequence[Tensor], factors: Sequence[float]) -> None:
-        for at, (g, e, n, factor) in enumerate(zip(got, exact, naive, factors, strict=True)):
-            assert g.shape == e.shape, f"output {at}: shape {tuple(g.shape)}, expected {tuple(e.shape)}"
-            if not e.numel():
-                continue
-            finite = torch.isfinite(e)
-            assert torch.equal(torch.isfinite(g), finite), f"output {at}: finite elsewhere than the reference"
-            assert torch.equal(g[~finite].double(), e[~finite].double()), f"output {at}: differs where the reference is infinite"
-            error, allowed = ((t.double() - e)[finite].abs().max().item() if finite.any() else 0.0 for t in (g, n))
-            largest = e[finite].abs().max().item() if finite.any() else 0.0
-            floor = max(FLOOR[g.dtype], 8.0) * torch.finfo(g.dtype).eps * largest + 4 * torch.finfo(torch.float32).eps
-            assert error <= factor * allowed + floor, f"output {at}: error {error:.2e}, naive {allowed:.2e}, floor {floor:.2e}"
+    def check(got: Sequence[Tensor], exact: Sequence[Tensor], naive: Sequence[Tensor], outputs: int) -> None:
+        dtype = max((t.dtype for t in got), key=lambda d: torch.finfo(d).eps)
+        for name, part, factor in (("output", slice(outputs), FORWARD_FACTOR), ("gradient", slice(outputs, None), GRADIENT_FACTOR)):
+            compare(name, got[part], naive[part], exact[part], factor, dtype=dtype)
 
     return check
 

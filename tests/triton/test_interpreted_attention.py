@@ -30,7 +30,7 @@ def _compare(agree, args: list, lse_grad: bool, bias_grad: bool) -> None:
         r_out, r_lse = reference.flash_attention(*own)
         g = (cast([grad_out])[0], None if grad_lse is None else grad_lse.to(r_lse.dtype))
         forms.append((r_out, r_lse, *_reference_backward(*g, r_out, r_lse, bias_grad, *own)))
-    agree((out, lse, *grads), *forms, (2, 2, 3, 3, 3, 3))
+    agree((out, lse, *grads), *forms, 2)
 
 
 def _inputs(dtype: torch.dtype, b: int, h: int, hk: int, nq: int, nk: int, d: int, dv: int) -> list[Tensor]:
@@ -108,7 +108,7 @@ def test_packed_sequences(agree, small_tiles, monkeypatch, bias_shape, causal: b
         own = cast(args)
         r = reference.flash_attention_varlen(*own)
         forms.append((*r, *_reference_varlen_backward(*cast([grad_out, grad_lse]), *r, bias is not None, *own)))
-    agree((out, lse, *grads), *forms, (2, 2, 3, 3, 3, 3))
+    agree((out, lse, *grads), *forms, 2)
 
 
 def test_same_bits_again() -> None:

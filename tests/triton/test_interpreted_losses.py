@@ -112,6 +112,27 @@ def test_same_bits_again() -> None:
     assert all(torch.equal(g, h) for g, h in zip((*first, *grads[0]), (*second, *grads[1]), strict=True))
 
 
+@pytest.mark.parametrize("loss", ["info_nce", "nt_xent", "sigmoid_contrastive", "distillation_cross_entropy"])
+def test_opcheck(loss: str) -> None:
+    """Schema, fake kernel against the real one, autograd registration, and tracing of both directions with static and dynamic shapes."""
+    (a, b), number = _pair(5, 8, F32), torch.tensor(0.5)
+    args = {"info_nce": (a, b, number), "nt_xent": (a, b, number), "sigmoid_contrastive": (a, b, number, torch.tensor(-1.0))}
+    args["distillation_cross_entropy"] = (
+        torch.randn(2, 3, 8),
+        torch.randn(1, 3, 8),
+        *_pair(7, 8, F32),
+        None,
+        torch.rand(2, 1, 3),
+        0.5,
+        0.2,
+    )
+    given = [
+        v.requires_grad_(i in (0, 2) or loss != "distillation_cross_entropy") if isinstance(v, Tensor) else v
+        for i, v in enumerate(args[loss])
+    ]
+    torch.library.opcheck(getattr(torch.ops.pyvit, loss).default, (*given, "triton"))
+
+
 def test_logits_are_refused() -> None:
     from pyvit import BackendError
 

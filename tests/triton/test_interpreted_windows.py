@@ -47,7 +47,7 @@ def _compare_windows(agree, dtype, size, window, shift, heads, d, features) -> N
         own = cast(args)
         r = reference.window_attention(*own)
         forms.append((*r, *window_reference(cast([grad_out])[0], *r, *own)))
-    agree((out, lse, *grads), *forms, (2, 2, 3, 3, 3, 3))
+    agree((out, lse, *grads), *forms, 2)
 
 
 @pytest.mark.parametrize("case", WINDOWS, ids=lambda c: f"{c[1][0]}x{c[1][1]} {c[5]}")
@@ -103,7 +103,7 @@ def test_patch_embedding(agree, case) -> None:
     for cast in (_exact, list):
         own = cast(args)
         forms.append((reference.patch_embed(*own), *patch_reference(cast([grad_out])[0], not as_bytes, True, *own)))
-    agree((out, *grads), *forms, (2, 3, 3, 3, 3, 3))
+    agree((out, *grads), *forms, 1)
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["fp32", "fp16", "bf16"])
@@ -115,4 +115,4 @@ def test_attention_map(agree, bias: str, dtype) -> None:
         added[:, :, 2] = False
         rows[0, 0] = 2
     args = [q, k, rows, added, 0.3]
-    agree((maps.attention_map(*args),), (reference.attention_map(*_exact(args)),), (reference.attention_map(*args),), (2,))
+    agree((maps.attention_map(*args),), (reference.attention_map(*_exact(args)),), (reference.attention_map(*args),), 1)
