@@ -184,7 +184,9 @@ inline int64_t widest_group(const Windows& g) {
 template <class D, int M, int V, bool COLUMNS, class Done>
 inline void tile_then(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t lanes, const Done& done,
                       Ahead& ahead) {
-  const char* const* next = ahead.take(lanes);
+  // A line for about every 12 cycles: memory gives no more, and what waits for it holds up the loads.
+  constexpr int EACH = M * V >= 24 ? 1 : 2;
+  const char* const* next = ahead.take((lanes + EACH - 1) / EACH);
   const int64_t offset = ahead.offset();
   vf acc[M][V];
 #pragma GCC unroll 8
@@ -192,7 +194,7 @@ inline void tile_then(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) acc[m][v] = vf{};
   for (int64_t k = 0; k < lanes; k++) {
-    __builtin_prefetch(next[k] + offset, 0, 2);
+    if (k % EACH == 0) __builtin_prefetch(next[k / EACH] + offset, 0, 2);
     vu bv[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) bv[v] = load_as<vu>(b + k * ldb + v * W);
