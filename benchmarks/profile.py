@@ -1,7 +1,7 @@
 """``python -m benchmarks.profile [MODEL ...]``: where the time of a model goes, by kind of work, with the least each kind could take.
 
 One forward (inference) and one training step (forward, backward, AdamW; bfloat16 by autocast) of ours and of plain PyTorch with SDPA, under
-torch's profiler. The least time of products, attention and patches is their multiply-adds at the machine's rate; of everything else, its
+torch's profiler. The least time of products and attention is their multiply-adds at the machine's rate; of everything else, its
 tensors once through memory at the rate of a copy.
 """
 
