@@ -38,7 +38,8 @@ def application() -> Any:
     app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
     app.command("info", help="Say what this installation has, what it lacks and how to get it.")(_info)
     app.command("flops", help="Parameters, multiply-accumulates and attention memory of models, and the published comparison.")(_flops)
-    app.command("models", help="Names of the models, or of those that match a wildcard.")(_models)
+    for name in ("models", "list-models"):  # the command's name, and the function's
+        app.command(name, help="Names of the models, or of those that match a wildcard.", hidden=name != "models")(_models)
     app.command("convert", help="Rewrite a checkpoint in another library's layout.")(_convert)
     passes_on = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
     app.command(
