@@ -109,7 +109,14 @@ _packs: Any = WeakIdKeyDictionary()  # weight -> _Pack
 
 def keep_packed(weight: Tensor) -> bool:
     """Keep a packed copy of ``weight`` from the next product without a gradient on; False where oneDNN cannot take it."""
-    able = onednn() is not None and weight.dim() == 2 and weight.is_contiguous() and weight.numel() > 0 and weight.device.type == "cpu"
+    able = (
+        _policy != "torch"
+        and onednn() is not None
+        and weight.dim() == 2
+        and weight.is_contiguous()
+        and weight.numel() > 0
+        and weight.device.type == "cpu"
+    )
     if able and weight.dtype in (torch.float32, torch.bfloat16) and not weight.is_inference():
         _packs[weight] = _Pack()
         return True
