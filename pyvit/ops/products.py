@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -68,14 +69,31 @@ def _by_onednn_fused(x: Tensor, weight: Tensor, bias: Tensor | None, activation:
     return _onednn(x, weight, bias, attribute, [], algorithm)  # type: ignore[misc]
 
 
+def _in_float32(product: Callable[..., Tensor]) -> Way:
+    """``product`` of float32 copies, rounded: a processor without bfloat16 or float16 products takes ten times as long over them."""
+
+    def way(x: Tensor, *rest: Any) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return product(x.float(), *(r.float() if isinstance(r, Tensor) else r for r in rest)).to(x.dtype)
+
+    return way
+
+
 #: For each product, its ways in order of preference where nothing is measured.
-_FORWARD: Mapping[str, Way] = {"onednn, activation fused": _by_onednn_fused, "onednn": _by_onednn, "torch": _by_torch}
+_FORWARD: Mapping[str, Way] = {
+    "onednn, activation fused": _by_onednn_fused,
+    "onednn": _by_onednn,
+    "float32 copies": _in_float32(lambda *args: forward(*args)),
+    "torch": _by_torch,
+}
 _GRAD_INPUT: Mapping[str, Way] = {
     "onednn": lambda grad, weight: _onednn(grad, weight.t(), None, "none", [], ""),  # type: ignore[misc]
+    "float32 copies": _in_float32(lambda *args: grad_input(*args)),
     "torch": lambda grad, weight: grad @ weight,
 }
 _GRAD_WEIGHT: Mapping[str, Way] = {
     "onednn": lambda grad, x: _onednn(grad.t(), x.t(), None, "none", [], ""),  # type: ignore[misc]
+    "float32 copies": _in_float32(lambda *args: grad_weight(*args)),
     "torch": lambda grad, x: grad.t() @ x,
 }
 
@@ -107,17 +125,22 @@ class _Pack:
 _packs: Any = WeakIdKeyDictionary()  # weight -> _Pack
 
 
+@functools.cache
+def _packs_dtype(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs weights of ``dtype`` on this processor: it refuses bfloat16 without AVX-512."""
+    if onednn() is None or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype), 16)
+    except RuntimeError:
+        return False
+    return True
+
+
 def keep_packed(weight: Tensor) -> bool:
     """Keep a packed copy of ``weight`` from the next product without a gradient on; False where oneDNN cannot take it."""
-    able = (
-        _policy != "torch"
-        and onednn() is not None
-        and weight.dim() == 2
-        and weight.is_contiguous()
-        and weight.numel() > 0
-        and weight.device.type == "cpu"
-    )
-    if able and weight.dtype in (torch.float32, torch.bfloat16) and not weight.is_inference():
+    able = _policy != "torch" and weight.dim() == 2 and weight.is_contiguous() and weight.numel() > 0 and weight.device.type == "cpu"
+    if able and not weight.is_inference() and _packs_dtype(weight.dtype):
         _packs[weight] = _Pack()
         return True
     return False
@@ -191,7 +214,8 @@ def _choose(ways: Mapping[str, Way], arguments: Callable[[int], tuple[Any, ...]]
     few = min(rows, max(_PROBE_ROWS, _PROBE_FLOPS // (2 * weight.numel())))
     args = arguments(few)
     wanted = plain(*args)
-    able = {name: way for name, way in ways.items() if way is plain or _agrees(way, args, wanted)}
+    wide = x.dtype == torch.float32
+    able = {n: way for n, way in ways.items() if way is plain or (not (wide and n == "float32 copies") and _agrees(way, args, wanted))}
     if len(able) == 1:
         return plain, "torch (oneDNN cannot take this call)"
     name = next(iter(able))

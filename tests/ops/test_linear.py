@@ -319,3 +319,22 @@ def test_packed_weights_die_with_the_model() -> None:
     del model
     gc.collect()
     assert len(products._packs) == before
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_float32_copies_are_rounded_once(dtype: torch.dtype, autocast: bool) -> None:
+    """Also within autocast, which would round the copies again."""
+    x, weight, bias, grad = (torch.randn(*shape, dtype=dtype) for shape in ((70, 48), (80, 48), (80,), (70, 80)))
+    name = "float32 copies"
+    with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+        found = (
+            products._FORWARD[name](x, weight, bias, "gelu"),
+            products._GRAD_INPUT[name](grad, weight),
+            products._GRAD_WEIGHT[name](grad, x),
+        )
+    x, weight, bias, grad = (t.double() for t in (x, weight, bias, grad))
+    wanted = (torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, bias)), grad @ weight, grad.t() @ x)
+    for got, want in zip(found, wanted, strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), want, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-5)
