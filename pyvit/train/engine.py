@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.utils.data import DataLoader
@@ -22,7 +23,7 @@ from pyvit.train.config import FREE, Config, parse
 from pyvit.train.log import Log, Progress, active_kernels, say
 from pyvit.train.optim import LARS, parameter_groups
 from pyvit.train.recipe import Recipe, load_recipe
-from pyvit.train.sharding import shard, whole
+from pyvit.train.sharding import leave, shard, whole
 from pyvit.train.small import MODELS, PRESETS, TOWERS
 
 
@@ -115,6 +116,7 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config = config = _settle(config)
         self.folder = Path(config.out or "")
+        self.joined = not dist.is_initialized()  # the group is this run's to leave if it is this run that joins it
         self.accelerator = _accelerator(config)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
@@ -256,6 +258,16 @@ class Run:
             say(f"{self.folder}: {self.recipe.expectation(results)}")
         return results
 
+    def close(self) -> None:
+        """Drop the networks and leave the process group that this run joined, in that order; the run is of no use afterwards."""
+        self.accelerator.free_memory()
+        del self.model, self.optimizer, self.recipe
+        if self.joined and dist.is_initialized():
+            from accelerate.state import AcceleratorState
+
+            leave()
+            AcceleratorState._reset_state(reset_partial_state=True)  # the next run of this process joins a new group
+
     def export(self, results: dict[str, float]) -> None:
         """``model.safetensors`` and ``results.json``."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -293,4 +305,7 @@ def train(config: Config) -> dict[str, float]:
     Raises ValueError for settings that do not fit, before anything is trained.
     """
     warnings.filterwarnings("ignore", message=".*No device id is provided.*")
-    return Run(config).run()
+    run = Run(config)
+    results = run.run()
+    run.close()
+    return results

@@ -1,12 +1,18 @@
-"""FSDP2: parameters, gradients and optimizer cut over the processes, on any device."""
+"""Processes: FSDP2's cut of parameters, gradients and optimizer over them, on any device, and how they part."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
+import operator
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+
+# Before any group exists: the defaults of its functions keep the one they find for ever (DDP and FSDP import it when first used).
+import torch.distributed.nn
 from torch import nn
 
 
@@ -45,3 +51,25 @@ def whole(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.reshard()  # type: ignore[operator]
+
+
+def leave() -> None:
+    """Leave the default process group; whoever holds a model on it must have dropped that before.
+
+    ``destroy_process_group`` alone forgets the group; gloo's threads end with its last reference. One that still lets go of its last
+    message while Python ends wants the interpreter's lock, which then ends the thread and with it the process, by ``std::terminate``.
+    """
+    for module, clear in _MEMORIES:
+        with contextlib.suppress(ImportError, AttributeError):
+            operator.attrgetter(clear)(importlib.import_module(f"torch.distributed.tensor.{module}"))()
+    gc.collect()  # DDP and the groups of FSDP refer to themselves
+    dist.destroy_process_group()
+
+
+#: Where DTensor remembers layouts, plans and costs, and with them the mesh and its group.
+_MEMORIES = (
+    ("debug", "_clear_sharding_prop_cache"),
+    ("_redistribute", "clear_redistribute_planner_cache"),
+    ("_redistribute", "_gen_transform_infos.cache_clear"),
+    ("_collective_utils", "MeshTopoInfo.build_from_mesh.cache_clear"),
+)

@@ -60,7 +60,7 @@ def worker(rank: int, world: int, folder: str, names: list[str]) -> None:
     from pyvit.data import load_data
     from pyvit.train.engine import _settle
     from pyvit.train.recipe import load_recipe
-    from pyvit.train.sharding import shard
+    from pyvit.train.sharding import leave, shard
 
     torch.set_num_threads(1)
     singles = {}
@@ -92,7 +92,15 @@ def worker(rank: int, world: int, folder: str, names: list[str]) -> None:
                 mine = sharded[key].full_tensor() if hasattr(sharded[key], "full_tensor") else sharded[key]
                 atol = ROUNDING.get(name, 5e-6) * (float(want.abs().max()) + most / 10)
                 torch.testing.assert_close(mine, want, rtol=0, atol=atol, msg=lambda m, s=f"{say} {key}": f"{s}: {m}")
-    dist.destroy_process_group()
+            del recipe, model, sharded
+    leave()
+    assert not gloo_threads()
+
+
+def gloo_threads() -> list[str]:
+    """Threads of a process group; none may outlive it, since one that meets the end of Python aborts the process."""
+    names = [Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]  # none where there is no /proc
+    return [name for name in names if "gloo" in name]
 
 
 def launch(commands: list[list[str]], **env: str) -> None:
@@ -130,15 +138,26 @@ def test_the_engine_on_two_ranks_ends_with_the_weights_of_one(tmp_path: Path, re
     script = """
 import json, sys, pathlib
 from pyvit.train import Config, engine
+sys.path.insert(0, sys.argv[2])
+from test_ranks import gloo_threads
 run = engine.Run(Config(**json.loads(sys.argv[1])))
 run.run()
 pathlib.Path(run.folder.parent, "kind").write_text(str(type(run.model)))
+assert run.world == 2 and ("gloo_tcp_loop" in gloo_threads() or sys.platform != "linux")
+run.close()
+assert not gloo_threads()
 """
     both = json.dumps({**settings, "out": str(tmp_path / "two"), "fsdp": fsdp})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    launch([[sys.executable, "-c", script, both]] * 2, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true")
+    launch(
+        [[sys.executable, "-c", script, both, str(Path(__file__).parent)]] * 2,
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=port,
+        ACCELERATE_USE_CPU="true",
+    )
     one, two = (load_file(str(tmp_path / name / "model.safetensors")) for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert ("FSDP" in (tmp_path / "kind").read_text()) == fsdp
