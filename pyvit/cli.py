@@ -164,7 +164,7 @@ def _convert(source: Path, target: Path, to: str) -> None:
         raise ValueError(f"convert: target must end in .safetensors, .pth or .pt, got {target.name}")
     state = read_state(source)
     layout = recognise(state)
-    native, unknown, _ = to_native(state, layout)
+    native, unknown, unused = to_native(state, layout)
     if unknown:
         raise ValueError(f"convert: the {layout.name} layout has no rule for {', '.join(unknown)}")
     found = {k: v.contiguous() for k, v in from_native(native, to).items()}
@@ -175,6 +175,8 @@ def _convert(source: Path, target: Path, to: str) -> None:
     else:
         torch.save(found, target)
     print(f"{source} ({layout.name}, {len(state)} tensors) -> {target} ({to}, {len(found)} tensors)")
+    if unused:
+        print(f"left out, buffers and heads of pre-training: {', '.join(unused)}")
 
 
 def _bench(ctx: Any) -> None:

@@ -105,17 +105,28 @@ inline float row_max(float* s, int64_t valid, const float* bias, float scale2) {
   return reduce_max(top);
 }
 
+// Scores, in units of log2, from which on their rounding shows in a probability.
+constexpr float LARGE = 0x1p20f;
+
 // Then: probabilities relative to the new running maximum, as lanes in place; columns from `valid` to round_up(n, W)
 // become 0. Returns the factor by which earlier sums must shrink.
 template <class D>
 inline float row_exp(float* s, int64_t n, int64_t valid, float scale2, float here, RowState& state) {
   const int64_t whole = valid / W * W;
   const int tail = int(valid - whole);
-  const float before = state.max, now = here <= before ? before : here;  // a NaN wins
+  const float before = state.max;
+  float now = here <= before ? before : here;  // a NaN wins
   uint32_t* lanes = reinterpret_cast<uint32_t*>(s);
-  if (now == -INF) {  // nothing to attend to so far
-    for (int64_t c = 0; c < n; c += W) store_lanes<D>(lanes, c, vf{});
-    return 1.f;
+  if (now == -INF) {
+    if (std::none_of(s, s + valid, [](float x) { return std::isnan(x); })) {  // nothing to attend to so far
+      for (int64_t c = 0; c < n; c += W) store_lanes<D>(lanes, c, vf{});
+      return 1.f;
+    }
+    now = NAN;
+  } else if (scale2 != 1.f && std::fabs(now) > LARGE) {
+    // A product that is subtracted from before it is rounded misses the largest one by what rounding took.
+    for (int64_t c = 0; c < valid; c += W) store(s + c, load(s + c) * scale2);
+    scale2 = 1.f;
   }
   vf sum{};
   for (int64_t c = 0; c < whole; c += W) {

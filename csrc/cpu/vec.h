@@ -230,7 +230,7 @@ inline vf exp2v(vf x) {
 #else
   vi e = __builtin_convertvector(n, vi);
   vf r = (vf)((vi)p + (e << 23));
-  return e < -126 ? vf{} : r;
+  return n < -126.f ? vf{} : r;  // not asked of e, which is least for a NaN
 #endif
 }
 

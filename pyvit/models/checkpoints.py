@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
+import pickle
 import re
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +21,9 @@ from pyvit.nn import WindowAttention, WindowAttentionV2, resample_positions
 #: Dictionaries that training loops wrap a state dict in, and prefixes that wrappers put before every key.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher", "student", "model_ema", "ema", "module", "net", "backbone")
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "teacher.", "student.", "model.", "net.")
+
+#: First layer of a ViT, a Swin and a ResNet: "encoder." before one of them is a wrapper's (SimCLR), elsewhere a layout's own name.
+STEMS = ("patch_embed.proj.weight", "conv1.weight")
 
 
 @dataclass
@@ -68,14 +74,19 @@ def load_checkpoint(
 
     Args:
         model: a model of :mod:`pyvit.models`.
-        source: ``.safetensors`` or a file of ``torch.save`` (read with ``weights_only``), or a state dict, wrapped or not.
+        source: ``.safetensors``, a file of ``torch.save`` (read with ``weights_only``) or OpenAI's TorchScript archives; or a state dict,
+            wrapped or not.
         strict: raise :class:`CheckpointError` if anything is missing, unexpected or of another shape; the model is then left untouched.
         allow: regular expressions of the model's keys that may be missing, unexpected or mismatched (``("head\\\\..*",)`` to fine-tune).
         name: the format, where it should not be recognised from the keys (see :func:`formats`).
 
     Returns the report, which names every key that was not simply copied.
+
+    Raises ValueError for a file that is no checkpoint or holds objects besides tensors and plain values.
     """
-    state = read_state(source)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_checkpoint: model must be a torch.nn.Module, got {type(model).__name__}")
+    state = read_state(source, model.state_dict().keys())
     found = recognise(state) if name is None else _format(name)
     native, unknown, unused = to_native(state, found)
     report = LoadReport(found.name, unused=unused)
@@ -88,6 +99,8 @@ def load_checkpoint(
             (report.unused if any(p.fullmatch(key) for p in skipped) else unknown).append(key)
         elif value.shape != target[key].shape:
             report.mismatched.append(f"{key} {tuple(value.shape)} for {tuple(target[key].shape)}")
+        elif value.is_floating_point() != target[key].is_floating_point():
+            report.mismatched.append(f"{key} {value.dtype} for {target[key].dtype}")
         else:
             chosen[key] = value
             report.loaded.append(key)
@@ -114,30 +127,59 @@ def _format(name: str) -> Format:
     raise ValueError(f"checkpoint format must be one of {', '.join(formats())}, got {name!r}")
 
 
-def read_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a file or (wrapped) state dict, without the wrappers' dictionaries and prefixes."""
-    if isinstance(source, str | os.PathLike):
-        path = os.fspath(source)
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
+def read_state(source: str | os.PathLike[str] | Mapping[str, Any], target: Collection[str] = ()) -> dict[str, Tensor]:
+    """The tensors of a file or (wrapped) state dict, without the wrappers' dictionaries and prefixes.
 
-            source = load_file(path)
-        else:
-            source = torch.load(path, map_location="cpu", weights_only=True)
+    ``target`` are the keys of the model they are for: a prefix that they have too is no wrapper's.
+    """
+    if isinstance(source, str | os.PathLike):
+        source = _read_file(os.fspath(source))
     if not isinstance(source, Mapping):
         raise TypeError(f"load_checkpoint: source must hold a state dict, got {type(source).__name__}")
-    while not any(isinstance(v, Tensor) for v in source.values()):
-        inner = next((source[w] for w in WRAPPERS if isinstance(source.get(w), Mapping)), None)
-        if inner is None:
-            raise ValueError(f"load_checkpoint: no tensors in source, whose keys are {list(source)[:8]}")
+    while inner := next((source[w] for w in WRAPPERS if isinstance(source.get(w), Mapping)), None):
         source = inner
     state = {k: v for k, v in source.items() if isinstance(v, Tensor)}
+    if not state:
+        raise ValueError(f"load_checkpoint: no tensors in source, whose keys are {list(source)[:8]}")
+    prefixes = [p for p in PREFIXES if not any(k.startswith(p) for k in target)]
     while True:
-        prefix = next((p for p in PREFIXES if any(k.startswith(p) for k in state)), None)
+        prefix = next((p for p in prefixes if any(k.startswith(p) for k in state)), None)
+        if prefix is None and not any(k.startswith("encoder.") for k in target) and any("encoder." + stem in state for stem in STEMS):
+            prefix = "encoder."
         if prefix is None:  # DINOv2 trains in chunks of blocks: blocks.chunk.i
             return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}
+        if prefix == "teacher.":  # as among WRAPPERS, the better of the two
+            state = {k: v for k, v in state.items() if not k.startswith("student.")}
         # A DINO checkpoint holds heads beside the backbone: keys without the prefix stay as they are.
-        state = {k.removeprefix(prefix): v for k, v in state.items()}
+        stripped = {k.removeprefix(prefix): v for k, v in state.items()}
+        if len(stripped) < len(state):
+            twice = [k for k in state if k.startswith(prefix) and k.removeprefix(prefix) in state]
+            raise ValueError(f"load_checkpoint: source has keys with and without the prefix {prefix!r}: {', '.join(twice[:5])}")
+        state = stripped
+
+
+def _read_file(path: str) -> Any:
+    """What a file holds, read without running any code in it."""
+    if path.endswith(".safetensors"):
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"load_checkpoint: {path} is no safetensors file: {error}") from error
+    try:
+        if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's, DeiT's and MAE's training scripts save their arguments
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, IndexError, KeyError, RuntimeError, ValueError) as error:
+        if named := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"load_checkpoint: {path} holds objects besides tensors and plain values ({named[1]}); if you trust it, read it with "
+                "torch.load(path, weights_only=False) and give its state dict"
+            ) from error
+        raise ValueError(f"load_checkpoint: {path} is no file of torch.save: {type(error).__name__}: {error}") from error
 
 
 def recognise(state: Mapping[str, Tensor]) -> Format:
@@ -178,6 +220,7 @@ def from_native(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     if not layout.rules:
         return dict(state)
     left, found = dict(state), dict[str, Tensor]()
+    base = next((base for keys, base in layout.written if all(k in state for k in keys)), layout.bases[0])
     pairs = ((state[k], state.get(k.replace("fc1", "fc2"))) for k in state if k.endswith("blocks.0.mlp.fc1.weight"))
     swiglu = any(b is not None and a.shape[0] == 2 * b.shape[1] for a, b in pairs)
     for rule in layout.rules:
@@ -189,7 +232,7 @@ def from_native(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
             keys = [k.format(**fields) for k in rule.native]
             if all(k in left for k in keys):
                 values = rule.op.to_foreign(*(left.pop(k) for k in keys))
-                found.update(zip((k.replace("@", layout.bases[0]).format(**fields) for k in rule.foreign), values, strict=True))
+                found.update(zip((k.replace("@", base).format(**fields) for k in rule.foreign), values, strict=True))
     if left:
         raise ValueError(f"from_native: the {layout.name} layout has no name for {', '.join(left)}")
     return found

@@ -22,7 +22,8 @@ class Op(NamedTuple):
     to_foreign: Callable[..., tuple[Tensor, ...]]
 
 
-SAME = Op(lambda x: (x,), lambda x: (x,))
+#: any number of tensors that go together, as they are
+SAME = Op(lambda *xs: xs, lambda *xs: xs)
 TRANSPOSE = Op(lambda x: (x.T.contiguous(),), lambda x: (x.T.contiguous(),))
 ROW_TO_TOKEN = Op(lambda x: (x.reshape(1, 1, -1),), lambda x: (x.flatten(),))
 TABLE_TO_TOKENS = Op(lambda x: (x[None],), lambda x: (x[0],))
@@ -60,6 +61,7 @@ class Format:
 
     marks: keys (templates) that a checkpoint of this layout has; the first format whose marks are all present is taken.
     bases: names that ``@`` may stand for, the first being written. drop: keys without parameters (buffers), as regular expressions.
+    written: bases that are written instead for models that have all of some native keys.
     extra: parameters that belong to heads of pre-training, left out with a note when the model has no place for them.
     """
 
@@ -69,6 +71,7 @@ class Format:
     bases: tuple[str, ...] = ("",)
     drop: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
+    written: tuple[tuple[tuple[str, ...], str], ...] = ()
 
 
 def pattern(template: str, bases: tuple[str, ...] = ("",)) -> re.Pattern[str]:
@@ -114,18 +117,18 @@ def _hf_vit(new: bool) -> Format:
             rule("patch_embed.proj.{p}", "@embeddings.patch_embeddings.projection.{p}"),
             *_hf_block("blocks.{i}.", "@" + layer, new),
             rule("norm.{p}", "@layernorm.{p}"),
+            rule("head.{p} head_dist.{p}", "cls_classifier.{p} distillation_classifier.{p}", SAME),
+            rule("fc_norm.{p} head.{p}", "classifier.layernorm.{p} classifier.dense.{p}", SAME),
             rule("head.{p}", "classifier.{p}"),
-            rule("head.{p}", "cls_classifier.{p}"),
-            rule("head_dist.{p}", "distillation_classifier.{p}"),
-            rule("fc_norm.{p}", "classifier.layernorm.{p}"),
-            rule("head.{p}", "classifier.dense.{p}"),
             rule("mask_token", "decoder.mask_token"),
             rule("decoder_pos_embed", "decoder.decoder_pos_embed"),
             *(rule(f"decoder_{part}.{{p}}", f"decoder.decoder_{part}.{{p}}") for part in ("embed", "norm", "pred")),
             *_hf_block("decoder_blocks.{i}.", "decoder.decoder_layers.{i}.", new),
+            *([] if new else _hf_block("decoder_blocks.{i}.", "decoder.decoder_encoder.layer.{i}.", False)),  # as version 5 saves them
         ),
         ("vit.", "deit.", "audio_spectrogram_transformer.", ""),
         extra=(r"(vit\.)?pooler\..*", r"decoder\..*"),
+        written=((("dist_token", "fc_norm.weight"), "audio_spectrogram_transformer."), (("dist_token",), "deit.")),
     )
 
 
@@ -153,6 +156,7 @@ def _hf_dinov2(new: bool) -> Format:
             rule("head.{p}", "classifier.{p}"),
         ),
         ("dinov2.", "dinov2_with_registers.", ""),
+        written=((("reg_token",), "dinov2_with_registers."),),
     )
 
 
@@ -272,8 +276,8 @@ def _openai_clip(text: str, name: str) -> Format:
 def _openai_clip_resnet() -> Format:
     """OpenAI's CLIP with a residual image tower, whose names are pyvit's; the text tower as above."""
     text = tuple(r for r in _openai_clip("", "").rules if not r.native[0].startswith("visual."))
-    mark = "visual.attnpool.positional_embedding"
-    return Format("OpenAI CLIP ResNet", (mark,), (rule("visual.{r}", "visual.{r}"), *text), drop=_CLIP_BUFFERS)
+    marks = ("visual.attnpool.positional_embedding", "transformer.resblocks.{i}.attn.in_proj_weight")
+    return Format("OpenAI CLIP ResNet", marks, (rule("visual.{r}", "visual.{r}"), *text), drop=_CLIP_BUFFERS)
 
 
 def _torchvision_vit(fc1: str, fc2: str, name: str) -> Format:
@@ -373,7 +377,7 @@ NATIVE = Format(
     (),
     (),
     drop=(r".*attn_mask", r".*relative_position_index", r".*relative_coords_table"),
-    extra=(r"decoder_.*", r"mask_token", r"head\.(mlp|last_layer)\..*"),
+    extra=(r"decoder_.*", r"mask_token", r"head\.(mlp|last_layer)\..*", r"projection\..*"),
 )
 
 #: In the order they are tried.

@@ -1,5 +1,7 @@
 """load_checkpoint: every layout, both ways, with recorded key lists for the libraries that need not be installed."""
 
+import argparse
+
 import pytest
 import torch
 
@@ -337,3 +339,79 @@ def test_dinov2_and_mae_are_inferred():
 def test_unknown_model_is_refused():
     with pytest.raises(ValueError, match="not a ViT, Swin or CLIP"):
         model_from_checkpoint({"layer1.0.conv1.weight": torch.zeros(3, 3, 1, 1)})
+
+
+def test_training_scripts_checkpoints(tmp_path):
+    """As DINO saves them: both networks, wrapped, beside arguments and the optimizer; the teacher is the one to load."""
+    student, teacher = vit(num_classes=0), vit(num_classes=0)
+    head = {"head.mlp.0.weight": torch.zeros(3, 3), "head.last_layer.weight_g": torch.zeros(3, 1)}
+    saved = {
+        "student": {f"module.backbone.{k}": v for k, v in student.state_dict().items()} | {f"module.{k}": v for k, v in head.items()},
+        "teacher": {f"backbone.{k}": v for k, v in teacher.state_dict().items()} | head,
+        "optimizer": {"state": {0: {"step": 3}}},
+        "args": argparse.Namespace(lr=1.0),
+        "dino_loss": {"center": torch.zeros(1, 3)},
+    }
+    torch.save(saved, tmp_path / "checkpoint.pth")
+    model = vit(num_classes=0)
+    assert load_checkpoint(model, tmp_path / "checkpoint.pth").unused == list(head)
+    assert torch.equal(model.pos_embed, teacher.pos_embed)
+    assert not torch.equal(model.pos_embed, student.pos_embed)
+
+
+def test_own_checkpoints_of_nested_models():
+    """ "encoder.", "teacher." and "backbone." are wrappers' prefixes for a ViT and names of its own for the models around it."""
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    for name, more in {
+        "dino_vit_tiny_patch16_224": {"prototypes": 16, "head_hidden": 16, "bottleneck": 8},
+        "simclr_vit_small_patch16_224": {},
+    }.items():
+        source, target = (pyvit.create_model(name, **small, **more) for _ in range(2))
+        load_checkpoint(target, source.state_dict())
+        assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True))
+        backbone = vit(num_classes=0, depth=1)
+        load_checkpoint(backbone, source.state_dict())
+        wanted = source.teacher.backbone if name.startswith("dino") else source.encoder
+        assert torch.equal(backbone.pos_embed, wanted.pos_embed)
+
+
+def test_a_tensor_beside_the_wrapped_weights():
+    model = vit()
+    assert not load_checkpoint(model, {"model": vit().state_dict(), "scale": torch.tensor(3.0)}).unexpected
+
+
+def test_torchscript_archive(tmp_path):
+    source, target = (torch.nn.Sequential(torch.nn.Linear(3, 3)) for _ in range(2))
+    torch.jit.script(source).save(tmp_path / "archive.pt")
+    load_checkpoint(target, tmp_path / "archive.pt")
+    assert torch.equal(source[0].weight, target[0].weight)
+
+
+@pytest.mark.parametrize("name", ["junk.pth", "junk.safetensors"])
+def test_files_that_are_no_checkpoints(tmp_path, name):
+    (tmp_path / name).write_bytes(b"neither pickle nor header")
+    with pytest.raises(ValueError, match=rf"{name} is no (file of torch.save|safetensors file)"):
+        load_checkpoint(vit(), tmp_path / name)
+
+
+def test_a_whole_module_is_refused_with_its_name(tmp_path):
+    torch.save(vit(), tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"holds objects besides tensors and plain values.*VisionTransformer"):
+        load_checkpoint(vit(), tmp_path / "model.pth")
+
+
+def test_other_arguments_are_refused():
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got int"):
+        load_checkpoint(3, vit().state_dict())
+    with pytest.raises(CheckpointError, match=r"cls_token torch.int32 for torch.float32"):
+        load_checkpoint(vit(), {k: v.int() for k, v in vit().state_dict().items()})
+    twice = vit().state_dict()
+    with pytest.raises(ValueError, match=r"with and without the prefix 'module.': module.cls_token"):
+        load_checkpoint(vit(), {**twice, "module.cls_token": twice["cls_token"]})
+
+
+@pytest.mark.parametrize(("settings", "mark"), [({"dist_token": True}, "deit."), ({}, "vit.")])
+def test_bases_are_written_by_what_the_model_has(settings, mark):
+    assert any(k.startswith(mark) for k in from_native(vit(num_classes=0, **settings).state_dict(), "transformers ViT"))
+    written = from_native(dinov2(reg_tokens=4).state_dict(), "transformers DINOv2")
+    assert any(k.startswith("dinov2_with_registers.") for k in written)

@@ -254,3 +254,34 @@ def test_sdpa_twin_has_the_same_signature() -> None:
         query=leaves[0], key=leaves[1], value=leaves[2], attn_mask=mask, dropout_p=0.0, is_causal=False, scale=None
     )
     torch.testing.assert_close(named, F.scaled_dot_product_attention(*leaves, mask, 0.0, False, scale=None), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.isa
+@on_every
+@pytest.mark.parametrize("nk", [5, 33])
+def test_a_nan_is_not_lost(on: Served, nk: int) -> None:
+    """A row of queries that holds NaN gives NaN, and no other row does."""
+    tensors = qkv(on, 1, 2, 9, nk, 16)
+    tensors["q"][0, 1, 4, 3] = math.nan
+    out, lse = with_lse(**tensors, backend=on.backend)
+    wanted = torch.zeros(1, 2, 9, dtype=torch.bool)
+    wanted[0, 1, 4] = True
+    assert torch.equal(out.isnan().all(-1).cpu(), wanted)
+    assert torch.equal(out.isnan().any(-1).cpu(), wanted)
+    assert torch.equal(lse.isnan().cpu(), wanted)
+
+
+@pytest.mark.isa
+@on_every
+@pytest.mark.parametrize("scale", [1e6, 1e20])
+def test_one_key_takes_all_at_large_scales(on: Served, scale: float) -> None:
+    """The largest score alone counts: its rounding must not show as a weight other than 1."""
+    if on.backend == "reference" and on.dtype == torch.float16:
+        pytest.skip("the naive form's scores overflow")
+    tensors = qkv(on, 1, 2, 9, 33, 16)
+    scores = tensors["q"].float() @ tensors["k"].float().transpose(-1, -2)
+    wanted = tensors["v"].gather(2, scores.argmax(-1, keepdim=True).expand(-1, -1, -1, 16))
+    top = scores.topk(2).values
+    assert float((top[..., 0] - top[..., 1]).min()) * scale > 200, "one score stands out in every row"
+    out = flash_attention(**tensors, scale=scale, backend=on.backend)
+    torch.testing.assert_close(out, wanted, rtol=4 * torch.finfo(on.dtype).eps, atol=0)
