@@ -18,6 +18,8 @@ from triton.compiler import ASTSource
 
 #: Shared memory one program may use, bytes: the parts' opt-in limits.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+#: Columns of tensor memory a Blackwell processor has. A kernel that needs more is compiled to a single trap, and refused when launched.
+TENSOR_MEMORY_LIMIT = 512
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -34,6 +36,7 @@ _TENSOR_CORE = {
     "sm_100": r"\b(?:tcgen05\.mma|mma\.sync)",
     "gfx942": r"\bv_mfma_",
 }
+_STORE = {"sm": r"\bst\.global", "gf": r"\b(?:global|buffer)_store"}
 _ATOMIC = re.compile(
     r"^\s*(?:@%\w+\s+)?(?:atom\.|red\.(?:global|shared|relaxed|async)|global_atomic|flat_atomic|buffer_atomic|ds_add|ds_max)", re.MULTILINE
 )
@@ -41,15 +44,18 @@ _ATOMIC = re.compile(
 
 @dataclass(frozen=True)
 class Report:
-    """What one compiled launch uses: registers and spilled bytes per thread, bytes of shared memory, static counts of instructions."""
+    """What one compiled launch uses: registers and spilled bytes per thread, bytes of shared memory, columns of tensor memory, and static
+    counts of instructions."""
 
     kernel: str
     arch: str
     registers: int
     spilled: int
     shared: int
+    tensor_memory: int
     tensor_core: int
     warpgroup: int
+    stores: int
     atomics: int
     dot_types: frozenset[str]
 
@@ -117,8 +123,10 @@ def inspect(launch: Launch, arch: str) -> Report:
         registers=registers,
         spilled=spilled,
         shared=kernel.metadata.shared,
+        tensor_memory=getattr(kernel.metadata, "tmem_size", None) or 0,
         tensor_core=len(re.findall(_TENSOR_CORE[arch], text)),
         warpgroup=len(re.findall(r"\b(?:wgmma\.mma|tcgen05\.mma)", text)),
+        stores=len(re.findall(_STORE[arch[:2]], text)),
         atomics=len(_ATOMIC.findall(text)),
         dot_types=dots,
     )

@@ -86,7 +86,7 @@ TABLE = (
     # Losses over pairs: "head_dim" is the embedding's width, edge_n the block of it, "group" the 128-wide blocks of a gradient on chip.
     Entry("pair_sums", Config(block_m=128, block_n=128, edge_n=64, warps=8, stages=3), itemsize=2, head_dim=1 << 30),
     Entry("pair_sums", Config(block_m=64, block_n=64, edge_n=32, warps=4, stages=2), head_dim=1 << 30),
-    # With four blocks of accumulators the compiler (Triton 3.9) turns the kernel for sm_100 into an empty one.
+    # Accumulators on sm_100 lie in tensor memory: four blocks of 128 columns fill its 512, and the scores' 64 no longer fit.
     Entry("pair_gradient", Config(block_m=128, block_n=64, edge_n=64, group=2, warps=8), arch="sm_100", itemsize=2, head_dim=1 << 30),
     Entry("pair_gradient", Config(block_m=64, block_n=64, edge_n=64, group=4, warps=8, stages=2), itemsize=2, head_dim=1 << 30),
     Entry("pair_gradient", Config(block_m=64, block_n=32, edge_n=32, group=2, warps=8, stages=2), head_dim=1 << 30),

@@ -13,6 +13,7 @@ import torch
 matrix = pytest.importorskip("pyvit.triton_kernels.matrix")
 common = pytest.importorskip("pyvit.triton_kernels.common")
 compiled = pytest.importorskip("pyvit.triton_kernels.compiled")
+tiles = pytest.importorskip("pyvit.triton_kernels.tiles")
 workloads = pytest.importorskip("pyvit.triton_kernels.workloads")
 
 SUBSET = [
@@ -66,8 +67,24 @@ def test_float32_is_never_plain_tf32() -> None:
 
 
 def test_rules_catch_what_they_are_for() -> None:
-    bad = compiled.Report("k", "sm_80", 255, 4096, 1 << 20, 0, 0, 1, frozenset({"f32"}))
-    assert len(matrix.faults(bad, "bf16")) == 5
+    bad = compiled.Report("k", "sm_100", 255, 4096, 1 << 20, 576, 0, 0, 0, 1, frozenset({"f32"}))
+    assert len(matrix.faults(bad, "bf16")) == 7
+
+
+def test_a_kernel_the_compiler_gave_up_is_seen() -> None:
+    """Four accumulators of 128 columns and a tile of scores: 576 columns of tensor memory, where a Blackwell processor has 512."""
+    tiles.force("pair_gradient", tiles.Config(block_m=64, block_n=64, edge_n=64, group=4, warps=8))
+    try:
+        launch = next(found for found in matrix.launches("info_nce 4096 d=512", "bf16", "sm_100") if found.kernel.__name__ == "pair_gradient")
+    finally:
+        tiles.force("pair_gradient", None)
+    report = compiled.inspect(launch, "sm_100")
+    assert report.stores == 0
+    assert report.tensor_memory == 576
+    assert {fault.split(":")[0] for fault in matrix.faults(report, "bf16")} >= {
+        "no store to memory",
+        "576 columns of tensor memory, limit 512",
+    }
 
 
 @pytest.mark.parametrize("case", matrix.CASES)
