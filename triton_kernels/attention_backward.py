@@ -13,6 +13,7 @@ from pyvit.triton_kernels.common import (
     biased,
     dot_parts,
     dot_rows,
+    draw_of,
     kept,
     load_rows,
     sequence,
@@ -36,6 +37,47 @@ def row_delta(out, grad, grad_lse, rows, n, stride, DV: tl.constexpr, DV_PARTS: 
     if grad_lse is not None:
         delta -= tl.load(grad_lse + rows, mask=rows < n, other=0.0)
     return delta
+
+
+@triton.jit
+def score_gradient(
+    left,
+    right,
+    grad_left,
+    grad_right,
+    log_sum,
+    row_sum,
+    bias,
+    bias_strides,
+    rows,
+    cols,
+    n_q,
+    n_k,
+    scale,
+    draw,
+    head,
+    threshold,
+    keep_scale,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile (M, N) of probabilities after dropout, and of the gradients of the scores: left and right are queries and keys, grad_left and
+    grad_right output gradients and values, or the other way round; row statistics and indices broadcast to the tile."""
+    s = dot_parts(left, right, M, N, PRECISION) * scale
+    s = biased(s, bias, rows, cols, n_q, n_k, bias_strides, BIAS, CAUSAL, MASK)
+    p = tl.exp2(s - log_sum)
+    dp = dot_parts(grad_left, grad_right, M, N, PRECISION)
+    dropped = p
+    if DROPOUT:
+        keep = kept(draw, head, rows, cols, threshold)
+        dropped = tl.where(keep, p * keep_scale, 0.0)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    return dropped, p * (dp - row_sum)
 
 
 @triton.jit
@@ -106,9 +148,7 @@ def backward_short(
     row_at = b * lse_strides[0] + h * lse_strides[1] + q_first
     if grad_lse is not None:
         grad_lse += row_at
-    draw = 0
-    if DROPOUT:
-        draw = tl.load(seed)
+    draw = draw_of(seed, DROPOUT)
 
     tiles = tl.cdiv(q_len, BLOCK_M)
     for tile in range(tiles):
@@ -137,17 +177,12 @@ def backward_short(
             dq = load_rows(running, rows, rows < earlier_rows, D, D, D_PARTS)
             row_sum = tl.load(delta + row_at + rows, mask=valid, other=0.0)
             log_sum = load_lse(lse + row_at, rows, q_len)
-            s = dot_parts(keys, queries, BLOCK_N, BLOCK_M, PRECISION) * scale
-            s = biased(s, bias, rows[None, :], cols[:, None], q_len, k_len, bias_strides, BIAS, CAUSAL, True)
-            p = tl.exp2(s - log_sum[None, :])
-            dp = dot_parts(values, grad, BLOCK_N, BLOCK_M, PRECISION)
-            dropped = p
-            if DROPOUT:
-                keep = kept(draw, pid, rows[None, :], cols[:, None], threshold)
-                dropped = tl.where(keep, p * keep_scale, 0.0)
-                dp = tl.where(keep, dp * keep_scale, 0.0)
+            dropped, ds = score_gradient(
+                keys, queries, values, grad, log_sum[None, :], row_sum[None, :], bias, bias_strides, rows[None, :], cols[:, None],
+                q_len, k_len, scale, draw, pid, threshold, keep_scale, BLOCK_N, BLOCK_M, BIAS, CAUSAL, True, DROPOUT, PRECISION,
+            )  # fmt: skip
             dv = add_products(dv, dropped.to(v.dtype.element_ty), grad, 0, PRECISION)
-            ds = (p * (dp - row_sum[None, :])).to(q.dtype.element_ty)
+            ds = ds.to(q.dtype.element_ty)
             dk = add_products(dk, ds, queries, 0, PRECISION)
             dq = add_products(dq, tl.trans(ds), keys, 0, PRECISION)
             store_rows(running, dq, 0, 1.0, rows, rows < later_rows, D, D, D_PARTS)
@@ -217,9 +252,7 @@ def backward_dq(
     bias += b * bias_strides[0] + h * bias_strides[1]
     if grad_lse is not None:
         grad_lse += row_at
-    draw = 0
-    if DROPOUT:
-        draw = tl.load(seed)
+    draw = draw_of(seed, DROPOUT)
 
     first_row = pid % blocks * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -243,15 +276,11 @@ def backward_dq(
             cols = span(start, WIDTHS[edge])
             keys = load_rows(k, cols, cols < k_len, k_strides[2], D, D_PARTS)
             values = load_rows(v, cols, cols < k_len, v_strides[2], DV, DV_PARTS)
-            s = dot_parts(queries, keys, BLOCK_M, WIDTHS[edge], PRECISION) * scale
-            s = biased(s, bias, rows[:, None], cols[None, :], q_len, k_len, bias_strides, BIAS, CAUSAL, edge == 1)
-            p = tl.exp2(s - log_sum[:, None])
-            dp = dot_parts(grad, values, BLOCK_M, WIDTHS[edge], PRECISION)
-            if DROPOUT:
-                keep = kept(draw, head, rows[:, None], cols[None, :], threshold)
-                dp = tl.where(keep, dp * keep_scale, 0.0)
-            ds = (p * (dp - row_sum[:, None])).to(queries[0].dtype)
-            dq = add_products(dq, ds, keys, 0, PRECISION)
+            _, ds = score_gradient(
+                queries, keys, grad, values, log_sum[:, None], row_sum[:, None], bias, bias_strides, rows[:, None], cols[None, :],
+                q_len, k_len, scale, draw, head, threshold, keep_scale, BLOCK_M, WIDTHS[edge], BIAS, CAUSAL, edge == 1, DROPOUT, PRECISION,
+            )  # fmt: skip
+            dq = add_products(dq, ds.to(queries[0].dtype), keys, 0, PRECISION)
     store_rows(grad_q, dq, 0, factor, rows, inside, grad_q_strides[2], D, D_PARTS)
 
 
@@ -309,9 +338,7 @@ def backward_dkdv(
     v += b * v_strides[0] + kv_head * v_strides[1] + k_first * v_strides[2]
     grad_k += b * grad_k_strides[0] + kv_head * grad_k_strides[1] + k_first * grad_k_strides[2]
     grad_v += b * grad_v_strides[0] + kv_head * grad_v_strides[1] + k_first * grad_v_strides[2]
-    draw = 0
-    if DROPOUT:
-        draw = tl.load(seed)
+    draw = draw_of(seed, DROPOUT)
 
     first_col = pid % blocks * BLOCK_N
     cols = first_col + tl.arange(0, BLOCK_N)
@@ -336,124 +363,12 @@ def backward_dkdv(
         row_at = b * lse_strides[0] + h * lse_strides[1] + q_first
         log_sum = load_lse(lse + row_at, rows, q_len)
         row_sum = tl.load(delta + row_at + rows, mask=rows < q_len, other=0.0)
-        s = dot_parts(keys, queries, BLOCK_N, BLOCK_M, PRECISION) * scale
         where = bias + b * bias_strides[0] + h * bias_strides[1]
-        s = biased(s, where, rows[None, :], cols[:, None], q_len, k_len, bias_strides, BIAS, CAUSAL, True)
-        p = tl.exp2(s - log_sum[None, :])
-        dp = dot_parts(values, grad, BLOCK_N, BLOCK_M, PRECISION)
-        dropped = p
-        if DROPOUT:
-            keep = kept(draw, b * H + h, rows[None, :], cols[:, None], threshold)
-            dropped = tl.where(keep, p * keep_scale, 0.0)
-            dp = tl.where(keep, dp * keep_scale, 0.0)
+        dropped, ds = score_gradient(
+            keys, queries, values, grad, log_sum[None, :], row_sum[None, :], where, bias_strides, rows[None, :], cols[:, None],
+            q_len, k_len, scale, draw, b * H + h, threshold, keep_scale, BLOCK_N, BLOCK_M, BIAS, CAUSAL, True, DROPOUT, PRECISION,
+        )  # fmt: skip
         dv = add_products(dv, dropped.to(v.dtype.element_ty), grad, 0, PRECISION)
-        ds = (p * (dp - row_sum[None, :])).to(q.dtype.element_ty)
-        dk = add_products(dk, ds, queries, 0, PRECISION)
+        dk = add_products(dk, ds.to(q.dtype.element_ty), queries, 0, PRECISION)
     store_rows(grad_k, dk, 0, factor, cols, inside, grad_k_strides[2], D, D_PARTS)
     store_rows(grad_v, dv, 0, 1.0, cols, inside, grad_v_strides[2], DV, DV_PARTS)
-
-
-@triton.jit
-def bias_gradient(
-    grad_out,
-    q,
-    k,
-    v,
-    bias,
-    lse,
-    delta,
-    grad_bias,
-    cu_q,
-    cu_k,
-    seed,
-    grad_out_strides,
-    q_strides,
-    k_strides,
-    v_strides,
-    bias_strides,
-    lse_strides,
-    bias_shape,
-    walk,
-    splits,
-    steps,
-    H,
-    GROUPS,
-    n_q,
-    n_k,
-    scale,
-    threshold,
-    keep_scale,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    D_PARTS: tl.constexpr,
-    DV_PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    BIAS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    VARLEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One tile of the bias gradient: dS summed over ``walk`` = (batch, heads, row tiles, column tiles), what the bias broadcasts over.
-
-    With ``splits`` > 1 each program takes a share of the ``steps`` and writes to its own copy, (splits, *bias_shape).
-    """
-    row_tiles = tl.cdiv(n_q, BLOCK_M) if ROWS else 1
-    col_tiles = tl.cdiv(n_k, BLOCK_N) if COLS else 1
-    pid = tl.program_id(0)
-    split, tile = pid % splits, pid // splits
-    col_tile, tile = tile % col_tiles, tile // col_tiles
-    row_tile, tile = tile % row_tiles, tile // row_tiles
-    bias_h, bias_b = tile % bias_shape[1], tile // bias_shape[1]
-    draw = 0
-    if DROPOUT:
-        draw = tl.load(seed)
-    share = tl.cdiv(steps, splits)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(split * share, tl.minimum(split * share + share, steps)):
-        rest = step // walk[3]
-        i = row_tile + rest % walk[2]
-        j = col_tile + step % walk[3]
-        rest = rest // walk[2]
-        h = (bias_h + rest % walk[1]).to(tl.int64)
-        b = (bias_b + rest // walk[1]).to(tl.int64)
-        q_first, q_len = sequence(cu_q, b, n_q, VARLEN)
-        k_first, k_len = sequence(cu_k, b, n_k, VARLEN)
-        rows = i * BLOCK_M + tl.arange(0, BLOCK_M)
-        cols = j * BLOCK_N + tl.arange(0, BLOCK_N)
-        at = q + b * q_strides[0] + h * q_strides[1] + q_first * q_strides[2]
-        queries = load_rows(at, rows, rows < q_len, q_strides[2], D, D_PARTS)
-        at = k + b * k_strides[0] + h // GROUPS * k_strides[1] + k_first * k_strides[2]
-        keys = load_rows(at, cols, cols < k_len, k_strides[2], D, D_PARTS)
-        at = grad_out + b * grad_out_strides[0] + h * grad_out_strides[1] + q_first * grad_out_strides[2]
-        grad = load_rows(at, rows, rows < q_len, grad_out_strides[2], DV, DV_PARTS)
-        at = v + b * v_strides[0] + h // GROUPS * v_strides[1] + k_first * v_strides[2]
-        values = load_rows(at, cols, cols < k_len, v_strides[2], DV, DV_PARTS)
-        row_at = b * lse_strides[0] + h * lse_strides[1] + q_first
-        log_sum = load_lse(lse + row_at, rows, q_len)
-        row_sum = tl.load(delta + row_at + rows, mask=rows < q_len, other=0.0)
-        s = dot_parts(queries, keys, BLOCK_M, BLOCK_N, PRECISION) * scale
-        where = bias + b * bias_strides[0] + h * bias_strides[1]
-        s = biased(s, where, rows[:, None], cols[None, :], q_len, k_len, bias_strides, BIAS, CAUSAL, True)
-        p = tl.exp2(s - log_sum[:, None])
-        dp = dot_parts(grad, values, BLOCK_M, BLOCK_N, PRECISION)
-        if DROPOUT:
-            keep = kept(draw, b * H + h, rows[:, None], cols[None, :], threshold)
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-        acc += p * (dp - row_sum[:, None])
-    plane = (split * bias_shape[0] + bias_b).to(tl.int64) * bias_shape[1] + bias_h
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    base = grad_bias + plane * bias_shape[2] * bias_shape[3]
-    if ROWS and COLS:
-        at = base + rows.to(tl.int64)[:, None] * n_k + cols[None, :]
-        tl.store(at, acc, mask=(rows[:, None] < n_q) & (cols[None, :] < n_k))
-    elif ROWS:
-        tl.store(base + rows, tl.sum(acc, 1), mask=rows < n_q)
-    elif COLS:
-        tl.store(base + cols, tl.sum(acc, 0), mask=cols < n_k)
-    else:
-        tl.store(base, tl.sum(tl.sum(acc, 1), 0))

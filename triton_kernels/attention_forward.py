@@ -12,6 +12,7 @@ from pyvit.triton_kernels.common import (
     add_products,
     biased,
     dot_parts,
+    draw_of,
     kept,
     load_rows,
     sequence,
@@ -83,9 +84,7 @@ def forward_short(
     out += b * out_strides[0] + h * out_strides[1] + q_first * out_strides[2]
     lse += b * lse_strides[0] + h * lse_strides[1] + q_first
     bias += b * bias_strides[0] + h * bias_strides[1]
-    draw = 0
-    if DROPOUT:
-        draw = tl.load(seed)
+    draw = draw_of(seed, DROPOUT)
 
     keys = load_blocks(k, k_len, k_strides[2], D, D_PARTS, KEY_PARTS)
     values = load_blocks(v, k_len, v_strides[2], DV, DV_PARTS, KEY_PARTS)
@@ -170,9 +169,7 @@ def forward_long(
     out += b * out_strides[0] + h * out_strides[1] + q_first * out_strides[2]
     lse += b * lse_strides[0] + h * lse_strides[1] + q_first
     bias += b * bias_strides[0] + h * bias_strides[1]
-    draw = 0
-    if DROPOUT:
-        draw = tl.load(seed)
+    draw = draw_of(seed, DROPOUT)
 
     first_row = pid % blocks * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)

@@ -136,6 +136,15 @@ def biased(s, bias, rows, cols, n_q, n_k, strides, BIAS: tl.constexpr, CAUSAL: t
 
 
 @triton.jit
+def draw_of(seed, DROPOUT: tl.constexpr):
+    """The number dropout starts from; nothing is read without dropout."""
+    draw = 0
+    if DROPOUT:
+        draw = tl.load(seed)
+    return draw
+
+
+@triton.jit
 def kept(seed, head, rows, cols, threshold):
     """Which probabilities dropout keeps: see :func:`pyvit.ops.reference.dropout_keep`."""
     zero = rows * 0 + cols * 0
@@ -152,6 +161,10 @@ class Launch:
     grid: int
     args: dict[str, Any]
     options: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        return getattr(self.kernel, "fn", self.kernel).__name__
 
 
 @dataclass
@@ -193,11 +206,15 @@ def arch_of(tensor: Tensor) -> str:
     return found
 
 
+#: Streaming multiprocessors (compute units) of the parts that kernels are compiled for.
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+
+
 def processors(tensor: Tensor) -> int:
     """Streaming multiprocessors (compute units) to keep busy."""
     if _recorder is None and tensor.device.type == "cuda":
         return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-    return {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}.get(arch_of(tensor), 2)
+    return PROCESSORS.get(arch_of(tensor), 2)
 
 
 def precision(tensor: Tensor) -> str:
@@ -207,19 +224,21 @@ def precision(tensor: Tensor) -> str:
 
 def launch(kernel: Any, grid: int, args: dict[str, Any], warps: int, stages: int) -> None:
     """Run ``grid`` programs of ``kernel`` on the device of its first tensor; no programs, no launch."""
+    # Fused multiply-adds are asked for: Triton's default for them changes between its versions.
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     if _recorder is not None:
-        _recorder.launches.append(Launch(kernel, grid, args, {"num_warps": warps, "num_stages": stages}))
+        _recorder.launches.append(Launch(kernel, grid, args, options))
         return
     if grid == 0:
         return
     tensor = next(a for a in args.values() if isinstance(a, Tensor))
     if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
         with torch.cuda.device(tensor.device):
-            kernel[(grid,)](**args, num_warps=warps, num_stages=stages)
+            kernel[(grid,)](**args, **options)
     elif tensor.device.type == "cuda":
-        kernel[(grid,)](**args, num_warps=warps, num_stages=stages)
+        kernel[(grid,)](**args, **options)
     else:
-        kernel[(grid,)](**args)
+        kernel[(grid,)](**args)  # the interpreter takes no options
 
 
 def rows_unit(t: Tensor) -> Tensor:

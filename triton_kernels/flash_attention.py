@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pyvit.triton_kernels.attention_backward import backward_dkdv, backward_dq, backward_short, bias_gradient
+from pyvit.triton_kernels.attention_backward import backward_dkdv, backward_dq, backward_short
+from pyvit.triton_kernels.attention_bias import bias_gradient
 from pyvit.triton_kernels.attention_forward import forward_long, forward_short
 from pyvit.triton_kernels.common import (
     BOOL_BIAS,

@@ -151,7 +151,7 @@ instructions on operands of the input's type; something is stored; no atomics; s
 Other budgets: {extra}.
 Nothing here was run or timed on a GPU.
 
-| part | type | case | kernel | programs | warps | stages | registers | spilled | shared | tensor memory | tensor core | warpgroup | verdict |
+| part | type | case | kernel | programs | warps | stages | registers | spilled | shared | tensor memory | dots | warpgroup | verdict |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 {rows}
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from pyvit.triton_kernels.common import LN2, LOG2E, add_products, dot_parts, dot_rows, kept, load_rows, span, zero_parts, zeros_of
+from pyvit.triton_kernels.common import LN2, LOG2E, add_products, dot_parts, dot_rows, draw_of, kept, load_rows, span, zero_parts, zeros_of
 from pyvit.triton_kernels.window_kernels import (
     gather,
     normalised,
@@ -19,10 +19,39 @@ from pyvit.triton_kernels.window_kernels import (
 
 
 @triton.jit
-def window_log_sum(lse, window, rows, inside, h, HEADS, AREA: tl.constexpr):
-    """Log-sum-exp in powers of two; infinite past the windows, finite in rows that attend to nothing: probabilities there become 0."""
-    value = tl.load(lse + (window.to(tl.int64) * HEADS + h) * AREA + rows % AREA, mask=inside, other=float("inf")) * LOG2E
-    return tl.where(value == float("-inf"), 0.0, value)
+def query_side(
+    qkv,
+    pad,
+    grad_out,
+    out,
+    lse,
+    window,
+    y,
+    x,
+    rows,
+    inside,
+    real,
+    h,
+    HEADS,
+    windows,
+    qkv_strides,
+    grad_out_strides,
+    out_strides,
+    D: tl.constexpr,
+    D_PARTS: tl.constexpr,
+    AREA: tl.constexpr,
+    COSINE: tl.constexpr,
+):
+    """Of placed queries: their rows and 1 / norm, the gradients of their outputs, the row sums of both, and the log-sum-exps.
+
+    These are in powers of two, infinite past the windows and finite in rows that attend to nothing: probabilities there become 0.
+    """
+    first = h * D
+    queries, inverse = normalised(gather(qkv, pad, first, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE)
+    grad = load_rows(grad_out + first, row_offset(window, y, x, windows, grad_out_strides), real, 1, D, D_PARTS)
+    row_sum = dot_rows(load_rows(out + first, row_offset(window, y, x, windows, out_strides), real, 1, D, D_PARTS), grad)
+    log_sum = tl.load(lse + (window.to(tl.int64) * HEADS + h) * AREA + rows % AREA, mask=inside, other=float("inf")) * LOG2E
+    return queries, inverse, grad, row_sum, tl.where(log_sum == float("-inf"), 0.0, log_sum)
 
 
 @triton.jit
@@ -105,17 +134,10 @@ def window_backward_keys(
     tiles = tl.cdiv(ROWS, BLOCK_M)
     pid = tl.program_id(0)
     h, tile, group = pid % HEADS, pid // HEADS % tiles, pid // HEADS // tiles
-    channels = HEADS * D
-    q = qkv + h * D
-    k, v = q + channels, q + 2 * channels
-    pad_q, pad_k, pad_v = None, None, None
-    if pad is not None:
-        pad_q, pad_k, pad_v = pad + h * D, pad + channels + h * D, pad + 2 * channels + h * D
+    at_q, at_k, at_v = h * D, (HEADS + h) * D, (2 * HEADS + h) * D
     natural = score_factor(logit_scale, scale, h)
     factor = natural * LOG2E
-    draw = 0
-    if DROPOUT:
-        draw = tl.load(seed)
+    draw = draw_of(seed, DROPOUT)
     cols = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     held = zeros_of(BLOCK_M, BLOCK_N)
     if table is not None and ALL:
@@ -126,20 +148,17 @@ def window_backward_keys(
     for piece in range(group * share, tl.minimum(group * share + share, tl.cdiv(total, PACK))):
         window, y, x, inside, real, region = place(cols, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
         offset = row_offset(window, y, x, windows, qkv_strides)
-        keys, key_inverse = normalised(gather(k, pad_k, offset, real, D, D_PARTS), COSINE)
-        values = gather(v, pad_v, offset, real, D, D_PARTS)
+        keys, key_inverse = normalised(gather(qkv, pad, at_k, offset, real, D, D_PARTS), COSINE)
+        values = gather(qkv, pad, at_v, offset, real, D, D_PARTS)
         allowed = real if pad is None else inside
         dk, dv = zero_parts((BLOCK_M,), D_PARTS), zero_parts((BLOCK_M,), D_PARTS)
         for first in range(0, ROWS, BLOCK_N):
             rows = first + tl.arange(0, BLOCK_N)
             q_window, qy, qx, q_inside, q_real, q_region = place(rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
-            queries, q_inverse = normalised(
-                gather(q, pad_q, row_offset(q_window, qy, qx, windows, qkv_strides), q_real, D, D_PARTS), COSINE
-            )
-            grad = load_rows(grad_out + h * D, row_offset(q_window, qy, qx, windows, grad_out_strides), q_real, 1, D, D_PARTS)
-            o = load_rows(out + h * D, row_offset(q_window, qy, qx, windows, out_strides), q_real, 1, D, D_PARTS)
-            row_sum = dot_rows(o, grad)
-            log_sum = window_log_sum(lse, q_window, rows, q_inside, h, HEADS, AREA)
+            queries, q_inverse, grad, row_sum, log_sum = query_side(
+                qkv, pad, grad_out, out, lse, q_window, qy, qx, rows, q_inside, q_real, h, HEADS,
+                windows, qkv_strides, grad_out_strides, out_strides, D, D_PARTS, AREA, COSINE,
+            )  # fmt: skip
             raw = dot_parts(keys, queries, BLOCK_M, BLOCK_N, PRECISION) * factor
             s = raw
             if table is not None:
@@ -166,18 +185,18 @@ def window_backward_keys(
                     grad_logit += tl.sum(ds * raw, 1)
                 dq = times(add_products(zero_parts((BLOCK_N,), D_PARTS), tl.trans(rounded), keys, 0, PRECISION), natural)
                 at = row_offset(q_window, qy, qx, windows, grad_qkv_strides)
-                scatter(grad_qkv + h * D, normalised_backward(dq, queries, q_inverse, COSINE), at, q_real, D, D_PARTS)
+                scatter(grad_qkv + at_q, normalised_backward(dq, queries, q_inverse, COSINE), at, q_real, D, D_PARTS)
         dk = normalised_backward(times(dk, natural), keys, key_inverse, COSINE)
         at = row_offset(window, y, x, windows, grad_qkv_strides)
-        scatter(grad_qkv + channels + h * D, dk, at, real, D, D_PARTS)
-        scatter(grad_qkv + 2 * channels + h * D, dv, at, real, D, D_PARTS)
+        scatter(grad_qkv + at_k, dk, at, real, D, D_PARTS)
+        scatter(grad_qkv + at_v, dv, at, real, D, D_PARTS)
         if pad is not None:
             grad_pad_k = accumulate_pad(grad_pad_k, dk, inside & ~real)
             grad_pad_v = accumulate_pad(grad_pad_v, dv, inside & ~real)
     if pad is not None:  # (groups, tiles, 2, heads, D)
         at = pad_partial + ((group * tiles + tile) * 2 * HEADS + h).to(tl.int64) * D
         store_vectors(at, grad_pad_k, D, D_PARTS)
-        store_vectors(at + channels, grad_pad_v, D, D_PARTS)
+        store_vectors(at + HEADS * D, grad_pad_v, D, D_PARTS)
     if ALL:
         if table is not None:  # (groups, heads, queries, keys)
             rows = tl.arange(0, BLOCK_N)
@@ -231,26 +250,19 @@ def window_backward_queries(
     tiles = tl.cdiv(ROWS, BLOCK_M)
     pid = tl.program_id(0)
     h, tile, group = pid % HEADS, pid // HEADS % tiles, pid // HEADS // tiles
-    channels = HEADS * D
-    q = qkv + h * D
-    k, v = q + channels, q + 2 * channels
-    pad_q, pad_k, pad_v = None, None, None
-    if pad is not None:
-        pad_q, pad_k, pad_v = pad + h * D, pad + channels + h * D, pad + 2 * channels + h * D
+    at_q, at_k, at_v = h * D, (HEADS + h) * D, (2 * HEADS + h) * D
     natural = score_factor(logit_scale, scale, h)
     factor = natural * LOG2E
-    draw = 0
-    if DROPOUT:
-        draw = tl.load(seed)
+    draw = draw_of(seed, DROPOUT)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     grad_bias = zero_parts((BLOCK_M,), KEY_PARTS)
     grad_logit = zero_vector(BLOCK_M)
     for piece in range(group * share, tl.minimum(group * share + share, tl.cdiv(total, PACK))):
         window, y, x, inside, real, region = place(rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
-        queries, inverse = normalised(gather(q, pad_q, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE)
-        grad = load_rows(grad_out + h * D, row_offset(window, y, x, windows, grad_out_strides), real, 1, D, D_PARTS)
-        row_sum = dot_rows(load_rows(out + h * D, row_offset(window, y, x, windows, out_strides), real, 1, D, D_PARTS), grad)
-        log_sum = window_log_sum(lse, window, rows, inside, h, HEADS, AREA)
+        queries, inverse, grad, row_sum, log_sum = query_side(
+            qkv, pad, grad_out, out, lse, window, y, x, rows, inside, real, h, HEADS,
+            windows, qkv_strides, grad_out_strides, out_strides, D, D_PARTS, AREA, COSINE,
+        )  # fmt: skip
         dq = zero_parts((BLOCK_M,), D_PARTS)
         new_bias = ()
         first: tl.constexpr = 0
@@ -261,8 +273,8 @@ def window_backward_queries(
                 cols, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK
             )
             offset = row_offset(key_window, ky, kx, windows, qkv_strides)
-            keys, _ = normalised(gather(k, pad_k, offset, key_real, D, D_PARTS), COSINE)
-            values = gather(v, pad_v, offset, key_real, D, D_PARTS)
+            keys, _ = normalised(gather(qkv, pad, at_k, offset, key_real, D, D_PARTS), COSINE)
+            values = gather(qkv, pad, at_v, offset, key_real, D, D_PARTS)
             raw = dot_parts(queries, keys, BLOCK_M, KEY_PARTS[j], PRECISION) * factor
             s = raw
             if table is not None:
@@ -281,7 +293,7 @@ def window_backward_queries(
             dq = add_products(dq, ds.to(qkv.dtype.element_ty), keys, 0, PRECISION)
         grad_bias = new_bias
         at = row_offset(window, y, x, windows, grad_qkv_strides)
-        scatter(grad_qkv + h * D, normalised_backward(times(dq, natural), queries, inverse, COSINE), at, real, D, D_PARTS)
+        scatter(grad_qkv + at_q, normalised_backward(times(dq, natural), queries, inverse, COSINE), at, real, D, D_PARTS)
     if table is not None:
         start: tl.constexpr = 0
         for j in tl.static_range(len(KEY_PARTS)):

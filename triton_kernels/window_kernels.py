@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from pyvit.triton_kernels.common import LN2, LOG2E, add_products, dot_parts, dot_rows, kept, load_rows, span, zero_parts
+from pyvit.triton_kernels.common import LN2, LOG2E, add_products, dot_parts, dot_rows, draw_of, kept, load_rows, span, zero_parts
 
 LN100 = tl.constexpr(4.605170185988092)
 NORM_EPS = tl.constexpr(1e-12)
@@ -35,9 +35,9 @@ def row_offset(window, y, x, windows, strides):
 
 
 @triton.jit
-def gather(base, pad, offset, real, D: tl.constexpr, PARTS: tl.constexpr):
-    """Tokens' channels as a tuple of blocks; padding tokens take ``pad`` (D,), or zeros without it."""
-    loaded = load_rows(base, offset, real, 1, D, PARTS)
+def gather(base, pad, first, offset, real, D: tl.constexpr, PARTS: tl.constexpr):
+    """Tokens' channels from ``first`` on, a tuple of blocks; padding tokens take those of ``pad``, or zeros without it."""
+    loaded = load_rows(base + first, offset, real, 1, D, PARTS)
     if pad is None:
         out = loaded
     else:
@@ -45,7 +45,7 @@ def gather(base, pad, offset, real, D: tl.constexpr, PARTS: tl.constexpr):
         start: tl.constexpr = 0
         for i in tl.static_range(len(PARTS)):
             cols = start + tl.arange(0, PARTS[i])
-            fill = tl.load(pad + cols, mask=cols < D, other=0.0).to(loaded[i].dtype)
+            fill = tl.load(pad + first + cols, mask=cols < D, other=0.0).to(loaded[i].dtype)
             out = out + (tl.where(real[:, None], loaded[i], fill[None, :]),)  # noqa: RUF005
             start = start + PARTS[i]
     return out
@@ -162,23 +162,16 @@ def window_forward(
     tiles = tl.cdiv(PACK * AREA, BLOCK_M)
     pid = tl.program_id(0)
     h, tile, group = pid % HEADS, pid // HEADS % tiles, pid // HEADS // tiles
-    channels = HEADS * D
-    q = qkv + h * D
-    k, v = q + channels, q + 2 * channels
-    pad_q, pad_k, pad_v = None, None, None
-    if pad is not None:
-        pad_q, pad_k, pad_v = pad + h * D, pad + channels + h * D, pad + 2 * channels + h * D
+    at_q, at_k, at_v = h * D, (HEADS + h) * D, (2 * HEADS + h) * D
     factor = score_factor(logit_scale, scale, h) * LOG2E
-    draw = 0
-    if DROPOUT:
-        draw = tl.load(seed)
+    draw = draw_of(seed, DROPOUT)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     held = ()
     if table is not None and HOLD_BIAS:
         held = bias_parts(table, rows, h, HEADS, KEY_PARTS, WINDOW, PACK)
     for piece in range(group * share, tl.minimum(group * share + share, tl.cdiv(total, PACK))):
         window, y, x, inside, real, region = place(rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
-        queries, _ = normalised(gather(q, pad_q, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE)
+        queries, _ = normalised(gather(qkv, pad, at_q, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE)
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         scores, values = (), ()
         first: tl.constexpr = 0
@@ -188,8 +181,8 @@ def window_forward(
                 cols, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK
             )
             offset = row_offset(key_window, ky, kx, windows, qkv_strides)
-            keys, _ = normalised(gather(k, pad_k, offset, key_real, D, D_PARTS), COSINE)
-            values = values + (gather(v, pad_v, offset, key_real, D, D_PARTS),)  # noqa: RUF005
+            keys, _ = normalised(gather(qkv, pad, at_k, offset, key_real, D, D_PARTS), COSINE)
+            values = values + (gather(qkv, pad, at_v, offset, key_real, D, D_PARTS),)  # noqa: RUF005
             s = dot_parts(queries, keys, BLOCK_M, KEY_PARTS[j], PRECISION) * factor
             if table is not None:
                 if HOLD_BIAS:
@@ -215,6 +208,6 @@ def window_forward(
             acc = add_products(acc, p.to(qkv.dtype.element_ty), values[j], 0, PRECISION)
         empty = sum_p == 0.0
         sum_p = tl.where(empty, 1.0, sum_p)
-        scatter(out + h * D, times(acc, (keep_scale / sum_p)[:, None]), row_offset(window, y, x, windows, out_strides), real, D, D_PARTS)
+        scatter(out + at_q, times(acc, (keep_scale / sum_p)[:, None]), row_offset(window, y, x, windows, out_strides), real, D, D_PARTS)
         at = lse + (window.to(tl.int64) * HEADS + h) * AREA + rows % AREA
         tl.store(at, tl.where(empty, float("-inf"), (top + tl.log2(sum_p)) * LN2), mask=inside)

@@ -123,11 +123,13 @@ def distillation(make: _Maker, n: int, prototypes: int) -> Run:
 CASES: dict[str, Callable[[_Maker], Run]] = {
     "attention N=197 d=64": lambda m: attention(m, 197, 64),
     "attention N=197 d=64 bias": lambda m: attention(m, 197, 64, bias=True),
+    "attention N=257 d=64": lambda m: attention(m, 257, 64),
     "attention N=257 d=72": lambda m: attention(m, 257, 72),
     "attention N=257 d=80": lambda m: attention(m, 257, 80),
     "attention N=257 d=88": lambda m: attention(m, 257, 88),
     "attention N=577 d=64": lambda m: attention(m, 577, 64),
     "attention N=577 d=96 dropout": lambda m: attention(m, 577, 96, dropout=0.1),
+    "attention N=1025 d=64": lambda m: attention(m, 1025, 64),
     "attention N=1025 d=64 causal": lambda m: attention(m, 1025, 64, causal=True),
     "attention N=1025 d=128": lambda m: attention(m, 1025, 128),
     "varlen N<=197 d=64": lambda m: varlen(m, 197, 64),
