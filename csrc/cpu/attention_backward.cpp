@@ -81,11 +81,8 @@ inline void gradient_rows(const Grads<D>& g, int64_t r, int64_t rows, int64_t n,
         p[k] = exp2_for<D>(x);
         ds[k] = p[k] * (load(g.dscores + (r + k) * ld + c) - delta[k]);
         if (left < W) {
-          float kept[W];
-          store(kept, p[k]);
-          p[k] = load_n(kept, left);
-          store(kept, ds[k]);
-          ds[k] = load_n(kept, left);
+          p[k] = keep_first(p[k], left);
+          ds[k] = keep_first(ds[k], left);
         }
         if (grad_bias[k]) {
           if (!bias_k) {

@@ -99,6 +99,7 @@ inline float row_max(float* s, int64_t valid, const float* bias, float scale2) {
       top = vmax(top, load_n(s + whole, tail, -INF));
     }
   } else {
+#pragma GCC unroll 4
     for (int64_t c = 0; c < whole; c += W) top = vmax(top, load(s + c) * scale2);
     if (tail) top = vmax(top, load_n(s + whole, tail, scale2 < 0 ? INF : -INF) * scale2);
   }
@@ -129,6 +130,7 @@ inline float row_exp(float* s, int64_t n, int64_t valid, float scale2, float her
     scale2 = 1.f;
   }
   vf sum{};
+#pragma GCC unroll 2
   for (int64_t c = 0; c < whole; c += W) {
     const vf p = exp2_for<D>(load(s + c) * scale2 - now);
     sum += p;
@@ -136,12 +138,9 @@ inline float row_exp(float* s, int64_t n, int64_t valid, float scale2, float her
   }
   int64_t c = whole;
   if (tail) {
-    const vf p = exp2_for<D>(load(s + c) * scale2 - now);
-    float kept[W];
-    store(kept, p);
-    for (int i = tail; i < W; i++) kept[i] = 0.f;
-    sum += load(kept);
-    store_lanes<D>(lanes, c, load(kept));
+    const vf p = keep_first(exp2_for<D>(load(s + c) * scale2 - now), tail);
+    sum += p;
+    store_lanes<D>(lanes, c, p);
     c += W;
   }
   for (; c < n; c += W) store_lanes<D>(lanes, c, vf{});

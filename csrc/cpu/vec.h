@@ -154,12 +154,26 @@ inline void store(f16* p, vf v) {
 #endif
 }
 
+// -1 in the first n lanes, 0 in the rest.
+inline vi first_lanes(int n) {
+  vi lane;
+  for (int i = 0; i < W; i++) lane[i] = i;
+  return lane < set1i(n);
+}
+// The first n lanes of v, 0 in the rest.
+inline vf keep_first(vf v, int n) { return first_lanes(n) ? v : vf{}; }
+
 // The first n < W elements; the rest read as `fill` and are not touched by a store.
 template <class T>
 inline vf load_n(const T* p, int n, float fill = 0.f) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<T, float>) {
     return (vf)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), __mmask16((1u << n) - 1), p);
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {
+    const __m256i mask = (__m256i)first_lanes(n);
+    return (vf)_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask), (__m256)mask);
   }
 #endif
   vf v = set1(fill);
@@ -173,6 +187,11 @@ inline void store_n(T* p, vf v, int n) {
     _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
     return;
   }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {
+    _mm256_maskstore_ps(p, (__m256i)first_lanes(n), (__m256)v);
+    return;
+  }
 #endif
   T buffer[W];
   store(buffer, v);
@@ -183,6 +202,10 @@ inline void store_n(T* p, vf v, int n) {
 inline float reduce_add(vf v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX__)
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 #else
   float s = 0;
   for (int i = 0; i < W; i++) s += v[i];
@@ -192,6 +215,10 @@ inline float reduce_add(vf v) {
 inline float reduce_max(vf v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)v);
+#elif defined(__AVX__)
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 #else
   float s = v[0];
   for (int i = 1; i < W; i++) s = v[i] > s ? v[i] : s;
