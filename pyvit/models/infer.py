@@ -170,8 +170,10 @@ def _clip(state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:
         "num_heads": visual["num_heads"],
         "mlp_ratio": visual["mlp_ratio"],
         "vocab_size": words[0],
-        "context_length": state["text.positional_embedding"].shape[0],
     }
+    if "text.positional_embedding" not in state:
+        return clip_vit, shared | {"text": "cbow", "text_width": words[1], "embed_dim": state["text.proj.weight"].shape[0]}
+    shared["context_length"] = state["text.positional_embedding"].shape[0]
     if "visual.attn_pool.latent" in state:
         return siglip_vit, shared
     text = {

@@ -307,6 +307,15 @@ def test_settings_are_inferred_from_shapes(layout):
         assert torch.equal(a, b)
 
 
+def test_a_bag_of_words_is_inferred():
+    source = pyvit.create_model("clip_vit_base_patch32_224", **CLIP, text="cbow").eval()
+    model, report = model_from_checkpoint(source.state_dict(), num_heads=2)
+    assert not report.missing
+    images, ids = torch.randn(2, 3, 32, 32), torch.randint(1, 20, (2, 5))
+    for a, b in zip(flat(source(images, ids)), flat(model.eval()(images, ids)), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("trained", [None, (3, 3)])
 def test_swin_v2s_windows_are_inferred_from_buffers(trained):
     sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4, "num_classes": 5}
