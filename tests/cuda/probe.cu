@@ -117,6 +117,12 @@ __global__ void fault(const __grid_constant__ Fault p) {
     case 9:  // shared memory that nobody wrote
       p.out[thread] = shared[thread];
       break;
+    case 10:  // a row of a matrix that does not begin on 16 bytes
+    case 11:  // and one that is not in shared memory
+      uint32_t r[4];
+      ldmatrix_x4(r, reinterpret_cast<const uint16_t*>(p.which == 10 ? shared : p.in) + (p.which == 10 ? 4 : 0));
+      p.out[thread] = float(r[0]);
+      break;
   }
 }
 

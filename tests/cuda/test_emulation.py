@@ -108,6 +108,8 @@ def test_unwritten_shared_memory_is_nan(emulator):
         (4, 256, "cp.async copies that it never waited for"),
         (5, 256, "not all threads reach the same point"),
         (0, 200 << 10, "more than a block may have"),
+        (10, 256, "ldmatrix on a misaligned row"),
+        (11, 256, "ldmatrix reads outside shared memory"),
     ],
 )
 def test_faults_are_reported(emulator, which, shared, message):

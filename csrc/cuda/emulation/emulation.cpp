@@ -321,6 +321,12 @@ void copy_async(void* to, const void* from, int bytes) {
   running->copies.push_back({target, static_cast<const char*>(from), bytes, running->groups});
 }
 
+void check_shared_row(const void* row) {
+  const char* from = static_cast<const char*>(row);
+  if (from < shared || from + 16 > shared + shared_size) fail("ldmatrix reads outside shared memory");
+  if (reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix on a misaligned row");
+}
+
 void copy_commit() { ++running->groups; }
 
 void copy_wait(int pending_groups) {

@@ -44,6 +44,9 @@ void block_barrier(const char* file, int line);
 using Combine = void (*)(void* const operands[32]);
 void collective(Combine combine, void* operand);
 
+// The 16 bytes that a lane gives ldmatrix must be aligned and lie in shared memory.
+void check_shared_row(const void* row);
+
 // 16 bytes to shared memory: `bytes` of them from source, the rest zeros.
 void copy_async(void* shared, const void* global, int bytes);
 void copy_commit();

@@ -57,6 +57,7 @@ void combine_shuffle_xor(void* const operands[32]) {
 // Thread t of the warp receives, of each 8 x 8 matrix of 16-bit elements, row t / 4 and columns 2 (t % 4) and the next
 // (transposed: column t / 4 and those rows).
 void combine_ldmatrix_x4(void* const operands[32]) {
+  for (int lane = 0; lane < 32; ++lane) check_shared_row(static_cast<LdmatrixOperand*>(operands[lane])->row);
   for (int matrix = 0; matrix < 4; ++matrix) {
     uint16_t m[8][8];
     for (int r = 0; r < 8; ++r) memcpy(m[r], static_cast<LdmatrixOperand*>(operands[8 * matrix + r])->row, 16);
