@@ -9,7 +9,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <array>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -434,6 +436,51 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(Tensor g
           as_parameter(d_pos, pos_embed, weight), as_parameter(d_prefix, prefix, weight)};
 }
 
+// activations
+
+Activation activation_of(const Tensor& x, const std::string& name) {
+  constexpr const char* NAMES[] = {"gelu", "gelu_tanh", "quick_gelu", "silu", "relu"};
+  Activation a{};
+  const auto* found = std::find(std::begin(NAMES), std::end(NAMES), name);
+  STD_TORCH_CHECK(found != std::end(NAMES), "pyvit: activation: no activation is called '", name, "'");
+  a.kind = Activation::Kind(found - std::begin(NAMES));
+  a.cols = x.dim() ? x.size(x.dim() - 1) : 1;
+  a.rows = a.cols ? x.numel() / a.cols : 0;
+  a.dtype = dtype_of(x);
+  a.in = x.data_ptr();
+  return a;
+}
+void check_like(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(
+      t.is_contiguous() && x.is_contiguous() && t.numel() == x.numel() && t.scalar_type() == x.scalar_type(),
+      "pyvit: activation: ", name, " must be contiguous and of the shape and dtype of x, which must be contiguous too");
+}
+
+void activation(Tensor x, std::string name, Tensor out) {
+  check_like(out, x, "out");
+  Activation a = activation_of(x, name);
+  a.out = out.data_ptr();
+  if (x.numel()) kernels().activation(a);
+}
+
+Tensor activation_backward(Tensor grad, Tensor x, std::string name, Tensor grad_x, Maybe out) {
+  check_like(grad, x, "grad");
+  check_like(grad_x, x, "grad_x");
+  if (out) check_like(*out, x, "out");
+  Activation a = activation_of(x, name);
+  Tensor sums = make(x, {a.cols}, ScalarType::Float);
+  a.grad = grad.data_ptr();
+  a.grad_in = grad_x.data_ptr();
+  if (out) a.out = out->data_ptr();
+  a.column_sums = static_cast<float*>(sums.data_ptr());
+  if (x.numel()) {
+    kernels().activation(a);
+  } else {
+    torch::stable::zero_(sums);
+  }
+  return sums;
+}
+
 // the library about itself
 
 std::string cpu_isa() { return isa_name(isa()); }
@@ -452,6 +499,9 @@ const bool threads_are_set = (threads = {run_threads, count_threads}, true);
 
 STABLE_TORCH_LIBRARY(pyvit, m) {
 #include "schemas.inc"
+  // In place of out and grad_x, for pyvit/ops/activations.py: rows of x (..., C); returns the sums of grad_x's columns.
+  m.def("activation(Tensor x, str name, Tensor(a!) out) -> ()");
+  m.def("activation_backward(Tensor grad, Tensor x, str name, Tensor(a!) grad_x, Tensor(b!)? out) -> Tensor");
   m.def("cpu_isa() -> str");
   m.def("cuda_archs() -> str");
   m.def("fma_peak(bool bf16, float seconds) -> float");
@@ -467,6 +517,8 @@ STABLE_TORCH_LIBRARY_IMPL(pyvit, CPU, m) {
   m.impl("window_attention_backward", TORCH_BOX(&pyvit::window_attention_backward));
   m.impl("patch_embed", TORCH_BOX(&pyvit::patch_embed));
   m.impl("patch_embed_backward", TORCH_BOX(&pyvit::patch_embed_backward));
+  m.impl("activation", TORCH_BOX(&pyvit::activation));
+  m.impl("activation_backward", TORCH_BOX(&pyvit::activation_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyvit, CompositeExplicitAutograd, m) {

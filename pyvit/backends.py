@@ -69,6 +69,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "window_attention": {"cpu": Capability((F32, BF16, F16), _WINDOW)},
     "patch_embed": {"cpu": Capability((F32, BF16, F16), _PATCH)},
     "linear": {"cpu": Capability((F32, BF16, F16), pure=True)},
+    "mlp": {"cpu": Capability((F32, BF16, F16), pure=True)},
 }
 _TILED = Capability((F32, BF16, F16, F64), frozenset({"grad", "group", "prototypes", "center", "logits"}), pure=True)
 for _loss in ("info_nce", "nt_xent", "sigmoid_contrastive", "distillation_cross_entropy", "nearest_neighbor"):

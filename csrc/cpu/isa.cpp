@@ -88,6 +88,12 @@ Scratch& scratch() {
   return memory;
 }
 
+Scratch& shared() {
+  thread_local Scratch memory;
+  memory.reset();
+  return memory;
+}
+
 void* Scratch::bytes(int64_t n) {
   if (used_ == kBlocks) throw std::bad_alloc();
   Block& block = blocks_[used_++];

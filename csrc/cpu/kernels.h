@@ -93,6 +93,19 @@ struct PatchGrad {
   float *grad_images, *grad_weight, *grad_bias, *grad_pos, *grad_prefix;  // contiguous float32, null when not asked
 };
 
+// Contiguous (rows, cols). Forward: out = y(in). With `grad`, of y: grad_in (which may be grad), its column sums, and
+// y(in) into out unless that is null.
+struct Activation {
+  enum Kind { gelu, gelu_tanh, quick_gelu, silu, relu } kind;
+  int64_t rows, cols;
+  Dtype dtype;
+  const void* in;
+  void* out;
+  const void* grad;
+  void* grad_in;
+  float* column_sums;
+};
+
 struct Kernels {
   void (*attention)(const Attention&);
   void (*attention_backward)(const Attention&, const AttentionGrad&);
@@ -101,6 +114,7 @@ struct Kernels {
   void (*window_backward)(const Window&, const WindowGrad&);
   void (*patch)(const Patch&);
   void (*patch_backward)(const Patch&, const PatchGrad&);
+  void (*activation)(const Activation&);
   double (*fma_peak)(Dtype dtype, double seconds);  // GF/s of one thread
 };
 
@@ -167,5 +181,6 @@ class Scratch {
   int used_ = 0;
 };
 Scratch& scratch();  // reset
+Scratch& shared();   // reset; the calling thread's for what the threads of one call share
 
 }  // namespace pyvit

@@ -25,13 +25,6 @@ constexpr int64_t CHUNK_ROWS = 1024;       // patches packed at once for the wei
 
 int64_t div_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// Memory the threads of one call share, kept between calls like the threads' own.
-Scratch& shared() {
-  thread_local Scratch memory;
-  memory.reset();
-  return memory;
-}
-
 // Sizes that follow from the call.
 struct Geometry {
   int64_t area, k, columns, tokens;  // pixels of a patch in one channel and in all, patches per row, tokens per image

@@ -13,6 +13,7 @@ void window(const Window&);
 void window_backward(const Window&, const WindowGrad&);
 void patch(const Patch&);
 void patch_backward(const Patch&, const PatchGrad&);
+void activation(const Activation&);
 
 namespace {
 
@@ -48,8 +49,8 @@ double fma_peak(Dtype dtype, double seconds) {
 }  // namespace
 
 const Kernels& table() {
-  static const Kernels kernels{attention, attention_backward, attention_map, window, window_backward,
-                               patch,     patch_backward,     fma_peak};
+  static const Kernels kernels{attention, attention_backward, attention_map, window,  window_backward,
+                               patch,     patch_backward,     activation,    fma_peak};
   return kernels;
 }
 

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyvit import ops
+from pyvit.nn.linear import hooked
+from pyvit.nn.linear import plain as is_plain
 from pyvit.ops import flash_attention, linear, patch_embed
 from pyvit.ops.patch_embed import grid_size
 
@@ -36,16 +39,9 @@ def kind(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def hooked(*modules: nn.Module | None) -> bool:
-    """Whether anything watches calls of these modules, and so would notice that they are bypassed."""
-    return any(
-        m is not None and bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks) for m in modules
-    )
-
-
 def plain(module: nn.Module) -> bool:
-    """A torch Linear with nothing in or around it (adapters, quantisation, hooks): its weights may be used directly."""
-    return type(module) is nn.Linear and not hooked(module) and "forward" not in vars(module)
+    """A torch Linear with nothing in or around it: its weights may be used directly."""
+    return is_plain(module, nn.Linear)
 
 
 def project(layer: nn.Module, x: Tensor, activation: nn.Module | None = None) -> Tensor:
@@ -83,11 +79,19 @@ def activation_name(module: nn.Module) -> str | None:
 
 def mlp(module: nn.Module) -> Iterator[Replacement]:
     """fc1, activation_fn, fc2."""
-    yield Replacement(module, _mlp, "linear")
+    yield Replacement(module, _mlp, "mlp")
 
 
 def _mlp(module: Any, x: Tensor) -> Tensor:
-    return project(module.fc2, project(module.fc1, x, module.activation_fn))
+    return two_layers(module.fc1, module.activation_fn, module.fc2, x)
+
+
+def two_layers(fc1: nn.Module, activation: nn.Module, fc2: nn.Module, x: Tensor) -> Tensor:
+    """fc2(activation(fc1(x))), as one where all three are what they seem."""
+    name = activation_name(activation)
+    if name is None or not plain(fc1) or not plain(fc2):
+        return project(fc2, project(fc1, x, activation))
+    return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=name)
 
 
 def sequential(module: nn.Sequential) -> Iterator[Replacement]:

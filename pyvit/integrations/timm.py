@@ -8,7 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyvit.integrations.parts import Left, Replacement, Rule, cosine_table, hooked, known, patch_conv, plain, project, windows_match
+from pyvit.integrations.parts import (
+    Left,
+    Replacement,
+    Rule,
+    cosine_table,
+    hooked,
+    known,
+    patch_conv,
+    plain,
+    project,
+    two_layers,
+    windows_match,
+)
 from pyvit.ops import flash_attention, linear, window_attention
 
 
@@ -41,12 +53,14 @@ def _attention(module: Any, x: Tensor, attn_mask: Tensor | None = None, is_causa
 
 def mlp(module: Any) -> Iterator[Replacement]:
     if isinstance(module.fc1, nn.Linear):  # else convolutions, on maps
-        yield Replacement(module, _mlp, "linear")
+        yield Replacement(module, _mlp, "mlp")
 
 
 def _mlp(module: Any, x: Tensor) -> Tensor:
-    x = module.drop1(project(module.fc1, x, module.act))
-    return module.drop2(project(module.fc2, getattr(module, "norm", nn.Identity())(x)))
+    norm = getattr(module, "norm", nn.Identity())
+    if type(norm) is nn.Identity and not (module.drop1.p and module.drop1.training) and not hooked(norm, module.drop1):
+        return module.drop2(two_layers(module.fc1, module.act, module.fc2, x))
+    return module.drop2(project(module.fc2, norm(module.drop1(project(module.fc1, x, module.act)))))
 
 
 def swin(block: Any) -> Iterator[Replacement | Left]:

@@ -11,7 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvit.integrations.parts import Left, Replacement, Rule, cosine_table, hooked, known, mlp, patch_conv, plain, project, windows_match
+from pyvit.integrations.parts import (
+    Left,
+    Replacement,
+    Rule,
+    cosine_table,
+    hooked,
+    known,
+    mlp,
+    patch_conv,
+    plain,
+    project,
+    two_layers,
+    windows_match,
+)
 from pyvit.nn.attention import rotate
 from pyvit.ops import flash_attention, linear, window_attention
 
@@ -96,11 +109,11 @@ def _fused(module: Any, x: Tensor, mask: Tensor | None, causal: bool | None, rop
 
 def up_down(module: nn.Module) -> Iterator[Replacement]:
     """An MLP of up_proj, act_fn and down_proj."""
-    yield Replacement(module, _up_down, "linear")
+    yield Replacement(module, _up_down, "mlp")
 
 
 def _up_down(module: Any, x: Tensor) -> Tensor:
-    return project(module.down_proj, project(module.up_proj, x, module.act_fn))
+    return two_layers(module.up_proj, module.act_fn, module.down_proj, x)
 
 
 def _projections(layer: Any, version: int) -> tuple[nn.Module, ...]:

@@ -21,3 +21,15 @@ class Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", activation={self.activation}" if self.activation else "")
+
+
+def hooked(*modules: nn.Module | None) -> bool:
+    """Whether anything watches calls of these modules, and so would notice that they are bypassed."""
+    return any(
+        m is not None and bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks) for m in modules
+    )
+
+
+def plain(layer: nn.Module, kind: type[nn.Linear] = Linear) -> bool:
+    """A ``kind`` with nothing in or around it (adapters, quantisation, hooks): its weights may be used directly."""
+    return type(layer) is kind and not hooked(layer) and "forward" not in vars(layer)

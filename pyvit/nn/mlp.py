@@ -7,7 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvit.nn.linear import Linear
+from pyvit.nn.linear import Linear, hooked, plain
+from pyvit.ops import mlp
 
 
 class Mlp(nn.Module):
@@ -29,7 +30,10 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.fc1(x))))
+        fc1, fc2, drop = self.fc1, self.fc2, self.drop
+        if plain(fc1) and plain(fc2) and fc1.activation and not fc2.activation and not (drop.p and drop.training) and not hooked(drop):
+            return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=fc1.activation)
+        return drop(fc2(drop(fc1(x))))
 
 
 class SwiGLU(nn.Module):

@@ -10,6 +10,7 @@ from pyvit.ops.flash_attention import flash_attention, flash_attention_varlen, s
 from pyvit.ops.info_nce import info_nce  # noqa: E402
 from pyvit.ops.koleo import koleo  # noqa: E402
 from pyvit.ops.linear import linear  # noqa: E402
+from pyvit.ops.mlp import mlp  # noqa: E402
 from pyvit.ops.nt_xent import nt_xent  # noqa: E402
 from pyvit.ops.patch_embed import patch_embed  # noqa: E402
 from pyvit.ops.sigmoid_contrastive import sigmoid_contrastive  # noqa: E402
@@ -24,6 +25,7 @@ __all__ = [
     "info_nce",
     "koleo",
     "linear",
+    "mlp",
     "nt_xent",
     "patch_embed",
     "scaled_dot_product_attention",

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from pyvit import dispatch
 from pyvit.backends import CAPABILITIES
 from pyvit.dispatch import Call
-from pyvit.ops import checks, products, reference
+from pyvit.ops import activations, checks, products, reference
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None, backend: str | None = None) -> Tensor:
@@ -34,48 +34,55 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     (default ``auto``); under ``torch.use_deterministic_algorithms`` nothing is measured and oneDNN is taken wherever it can. Compiled
     graphs and tensors that are traced hold the plain formula.
     """
-    x, weight, bias, device = _prepare(x, weight, bias, activation)
-    if _select(device, x.dtype, backend) == "reference" or _traced(x, weight):
+    x, weight, bias, device = prepare(x, weight, bias, activation)
+    if select("linear", device, x.dtype, backend) == "reference" or traced(x, weight):
         return reference.linear(x, weight, bias, activation)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, weight, bias, activation)
     return products.forward(x, weight, bias, activation)
 
 
-def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> tuple[Tensor, Tensor, Tensor | None, str]:
-    op = "linear"
+def prepare(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    op: str = "linear",
+    names: tuple[str, str, str] = ("x", "weight", "bias"),
+) -> tuple[Tensor, Tensor, Tensor | None, str]:
+    """The operands of ``op``'s layer, so called, checked and in autocast's dtype, and their device."""
+    _x, _weight, _bias = names
     if activation is not None and activation not in reference.ACTIVATIONS:
         checks.fail(op, "activation", f"None or one of {', '.join(reference.ACTIVATIONS)}", repr(activation))
-    device = checks.device(op, "x", x)
-    checks.tensor(op, "weight", weight, "(M, K)", 2)
+    device = checks.device(op, _x, x)
+    checks.tensor(op, _weight, weight, "(M, K)", 2)
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        checks.fail(op, "x", f"of shape (..., {weight.shape[1]}) to fit weight {tuple(weight.shape)}", checks.shape(x))
+        checks.fail(op, _x, f"of shape (..., {weight.shape[1]}) to fit {_weight} {tuple(weight.shape)}", checks.shape(x))
     if bias is not None and bias.shape != weight.shape[:1]:
-        checks.fail(op, "bias", f"of shape ({weight.shape[0]},)", checks.shape(bias))
+        checks.fail(op, _bias, f"of shape ({weight.shape[0]},)", checks.shape(bias))
     x, weight, bias = dispatch.autocast(device, x, weight, bias)
     if weight.dtype != x.dtype or weight.device != x.device:
-        checks.same(op, "weight", weight, "x", x)
+        checks.same(op, _weight, weight, _x, x)
     if bias is not None and (bias.dtype != x.dtype or bias.device != x.device):
-        checks.same(op, "bias", bias, "x", x)
+        checks.same(op, _bias, bias, _x, x)
     return x, weight, bias, device
 
 
-def _select(device: str, dtype: torch.dtype, backend: str | None) -> str:
+def select(op: str, device: str, dtype: torch.dtype, backend: str | None) -> str:
     """As every operator, but where a GPU backend is set for all operators this one stays with the vendor's library."""
     if backend is None and dispatch._override in (None, "cuda", "triton"):
         return "cpu" if device == "cpu" and dtype in _DTYPES else "reference"
-    return dispatch.select(Call("linear", device, dtype, ()), backend)
+    return dispatch.select(Call(op, device, dtype, ()), backend)
 
 
 _DTYPES = CAPABILITIES["linear"]["cpu"].dtypes
 
 
-def _traced(x: Tensor, weight: Tensor) -> bool:
+def traced(*tensors: Tensor) -> bool:
     """Whether something watches the operations: a compiler, a functorch transform, a dispatch mode (flop counters), dual numbers."""
     return (
         torch.compiler.is_compiling()
-        or type(x) not in _PLAIN
-        or type(weight) not in _PLAIN
+        or any(type(t) not in _PLAIN for t in tensors)
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or forward_ad._current_level >= 0
@@ -87,7 +94,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 @dispatch.describes("linear")
 def _describe(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None, **_: Any) -> tuple[Call, list[str]]:
-    x, weight, bias, device = _prepare(x, weight, bias, activation)
+    x, weight, bias, device = prepare(x, weight, bias, activation)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     notes = products.explain(x, weight, bias, None if grad else activation) if device == "cpu" else []
     return Call("linear", device, x.dtype, ()), notes
@@ -100,7 +107,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
         fused = activation if activation == "relu" else None
         inner = products.forward(x, weight, bias, fused)
-        out = inner if activation is None or activation == fused else reference.ACTIVATIONS[activation](inner)
+        out = inner if activation is None or activation == fused else activations.activate(inner, activation)
         ctx.activation = activation
         ctx.save_for_backward(x, weight, bias, None if activation is None else inner)
         return out
@@ -113,24 +120,13 @@ class _Linear(torch.autograd.Function):
             given = [t for t, need in zip((x, weight, bias), needs, strict=False) if need]
             found = iter(torch.autograd.grad(reference.linear(x, weight, bias, ctx.activation), given, grad, create_graph=True))
             return tuple(next(found) if need else None for need in needs)
+        sums = None
         if inner is not None:
-            grad = _ACTIVATION_GRADIENTS[ctx.activation](grad, inner)
+            grad, sums = activations.gradient(grad, inner, ctx.activation)
         rows = grad.reshape(-1, grad.shape[-1])
         return (
             products.grad_input(rows, weight).view(x.shape) if needs[0] else None,
             products.grad_weight(rows, x.reshape(-1, x.shape[-1]).contiguous()) if needs[1] else None,
-            rows.sum(0) if needs[2] else None,
+            (rows.sum(0) if sums is None else sums) if needs[2] else None,
             None,
         )
-
-
-_aten = torch.ops.aten
-
-#: d activation(inner) / d inner times the gradient; relu's from its result. As x sigmoid(a x) = silu(a x) / a, its slope is silu's at a x.
-_ACTIVATION_GRADIENTS = {
-    "gelu": lambda grad, inner: _aten.gelu_backward(grad, inner),
-    "gelu_tanh": lambda grad, inner: _aten.gelu_backward(grad, inner, approximate="tanh"),
-    "quick_gelu": lambda grad, inner: _aten.silu_backward(grad, inner * 1.702),
-    "silu": lambda grad, inner: _aten.silu_backward(grad, inner),
-    "relu": lambda grad, out: _aten.threshold_backward(grad, out, 0),
-}

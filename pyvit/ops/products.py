@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from pyvit.ops import activations
+
 POLICIES = ("auto", "onednn", "torch")
 _policy = os.environ.get("PYVIT_LINEAR") or "auto"
 if _policy not in POLICIES:
@@ -22,13 +24,6 @@ Way = Callable[..., Tensor]
 _PROBE_FLOPS = 1 << 27  # of one timed product: about a millisecond of one core
 _PROBE_ROWS, _ROUNDS = 64, 3
 
-_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": torch.ops.aten.gelu_.default,
-    "gelu_tanh": lambda y: torch.ops.aten.gelu_(y, approximate="tanh"),
-    "quick_gelu": lambda y: y.mul_(torch.sigmoid_(y * 1.702)),
-    "silu": torch.ops.aten.silu_.default,
-    "relu": torch.ops.aten.relu_.default,
-}
 #: What oneDNN applies before the result leaves its registers: attribute, algorithm. Not its relu, which turns NaN into 0.
 _FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
 
@@ -56,12 +51,12 @@ def onednn() -> Callable[..., Tensor] | None:
 
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     y = F.linear(x, weight, bias)
-    return y if activation is None else _IN_PLACE[activation](y)
+    return y if activation is None else activations.activate_(y, activation)
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     y = _onednn(x, weight, bias, "none", [], "")  # type: ignore[misc]
-    return y if activation is None else _IN_PLACE[activation](y)
+    return y if activation is None else activations.activate_(y, activation)
 
 
 def _by_onednn_fused(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:

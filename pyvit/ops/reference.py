@@ -270,3 +270,7 @@ ACTIVATIONS = {
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     y = F.linear(x, weight, bias)
     return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None, activation: str) -> Tensor:
+    return F.linear(ACTIVATIONS[activation](F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)

@@ -33,8 +33,9 @@ MAP = {"q": Q, "k": K, "rows": [0]}
 WINDOW = {"qkv": z(2, 6, 7, 24), "window_size": 3, "shift_size": 1, "num_heads": 2}
 PATCH = {"images": z(2, 3, 8, 12), "weight": z(5, 3, 4, 4)}
 LINEAR = {"x": z(2, 8), "weight": z(3, 8)}
+MLP = {"x": z(2, 8), "fc1_weight": z(6, 8), "fc1_bias": z(6), "fc2_weight": z(3, 6), "fc2_bias": None}
 BASE = {"flash_attention": ATTENTION, "flash_attention_varlen": VARLEN, "attention_map": MAP}
-BASE |= {"window_attention": WINDOW, "patch_embed": PATCH, "linear": LINEAR}
+BASE |= {"window_attention": WINDOW, "patch_embed": PATCH, "linear": LINEAR, "mlp": MLP}
 ints = torch.tensor
 
 VALUE = [  # operator, arguments changed, the argument named, the rest of the message in pieces
@@ -117,6 +118,11 @@ VALUE = [  # operator, arguments changed, the argument named, the rest of the me
     ("linear", {"weight": z(3)}, "weight", ["(M, K)", "(3)"]),
     ("linear", {"x": z(2, 7)}, "x", ["(..., 8)", "(2, 7)"]),
     ("linear", {"bias": z(4)}, "bias", ["(3,)", "(4)"]),
+    ("mlp", {"activation": None}, "activation", ["gelu_tanh", "None"]),
+    ("mlp", {"x": z(2, 7)}, "x", ["(..., 8)", "(2, 7)"]),
+    ("mlp", {"fc1_bias": z(4)}, "fc1_bias", ["(6,)", "(4)"]),
+    ("mlp", {"fc2_weight": z(3, 5)}, "fc2_weight", ["(M, 6)", "(3, 5)"]),
+    ("mlp", {"fc2_bias": z(4)}, "fc2_bias", ["(3,)", "(4)"]),
 ]
 half, whole = torch.float16, torch.int32
 TYPE = [
@@ -139,6 +145,7 @@ TYPE = [
     ("patch_embed", {"keep": z(2, 1)}, "keep", ["int64", "float32"]),
     ("linear", {"weight": [[1.0]]}, "weight", ["Tensor", "list"]),
     ("linear", {"x": [1.0]}, "x", ["Tensor", "list"]),
+    ("mlp", {"fc2_weight": z(3, 6).double()}, "fc2_weight", ["float32", "float64"]),
     ("window_attention", {"qkv": None}, "qkv", ["Tensor", "NoneType"]),
     ("patch_embed", {"images": [1]}, "images", ["Tensor", "list"]),
     ("attention_map", {"q": 1}, "q", ["Tensor", "int"]),

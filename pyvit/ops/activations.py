@@ -1,0 +1,71 @@
+"""Activations of linear layers, and their gradients, in one pass over memory; in the library's C++ where it serves, else in torch's.
+
+Names are those of :data:`pyvit.ops.reference.ACTIVATIONS`. Nothing here is recorded by autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyvit import library
+from pyvit.ops import reference
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_aten = torch.ops.aten
+
+#: d activation(inner) / d inner times the gradient. As x sigmoid(a x) = silu(a x) / a, its slope is silu's at a x.
+_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": lambda grad, inner: _aten.gelu_backward(grad, inner),
+    "gelu_tanh": lambda grad, inner: _aten.gelu_backward(grad, inner, approximate="tanh"),
+    "quick_gelu": lambda grad, inner: _aten.silu_backward(grad, inner * 1.702),
+    "silu": lambda grad, inner: _aten.silu_backward(grad, inner),
+    "relu": lambda grad, inner: _aten.threshold_backward(grad, inner, 0),
+}
+
+
+def _ours(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in _DTYPES and library.problem() is None
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """activation(x) as a new tensor."""
+    if not _ours(x):
+        return reference.ACTIVATIONS[name](x)
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    torch.ops.pyvit.activation(x, name, out)
+    return out
+
+
+def activate_(x: Tensor, name: str) -> Tensor:
+    """``x``, contiguous, replaced by activation(x)."""
+    if _ours(x):
+        torch.ops.pyvit.activation(x, name, x)
+        return x
+    return x.copy_(reference.ACTIVATIONS[name](x))
+
+
+def gradient(grad: Tensor, inner: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """The gradient of ``inner`` (..., C) for that of activation(inner), and its sum (C,) over the other dimensions.
+
+    For relu, ``inner`` may be the result as well.
+    """
+    if not _ours(inner):
+        found = _GRADIENTS[name](grad, inner)
+        return found, found.sum_to_size(found.shape[-1:])
+    grad, inner = grad.contiguous(), inner.contiguous()
+    found = torch.empty_like(inner)
+    return found, torch.ops.pyvit.activation_backward(grad, inner, name, found, None).to(inner.dtype)
+
+
+def gradient_(grad: Tensor, inner: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """As :func:`gradient`, the first result in place of ``grad``, contiguous; returns activation(inner) and the sum."""
+    if not _ours(inner):
+        grad.copy_(_GRADIENTS[name](grad, inner))
+        return reference.ACTIVATIONS[name](inner), grad.sum_to_size(grad.shape[-1:])
+    inner = inner.contiguous()
+    out = torch.empty_like(inner)
+    return out, torch.ops.pyvit.activation_backward(grad, inner, name, grad, out).to(inner.dtype)
