@@ -167,12 +167,10 @@ AttentionGrad gradient_of(const Tensor& grad_out, const Maybe& grad_lse, const T
   return g;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(Tensor grad_out, Maybe grad_lse, Tensor out,
-                                                                    Tensor lse, bool bias_grad, Tensor q, Tensor k,
-                                                                    Tensor v, Maybe bias, bool is_causal, double scale,
-                                                                    double dropout_p, Maybe, std::string backend) {
-  check_backend(backend);
-  check_dropout(dropout_p);
+// The gradients of q, k and v into tensors of any strides but in their last dimension; returns the bias's.
+Tensor flash_attention_backward_(Tensor grad_out, Maybe grad_lse, Tensor out, Tensor lse, bool bias_grad, Tensor q,
+                                 Tensor k, Tensor v, Maybe bias, bool is_causal, double scale, Tensor dq, Tensor dk,
+                                 Tensor dv) {
   q = rows(q);
   k = rows(k);
   v = rows(v);
@@ -180,9 +178,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(Tensor grad_
   grad_out = rows(grad_out);
   lse = dense(lse);
   if (grad_lse) grad_lse = dense(*grad_lse);
-  Tensor dq = make_heads(q, q.size(0), q.size(1), q.size(2), q.size(3));
-  Tensor dk = make_heads(k, k.size(0), k.size(1), k.size(2), k.size(3));
-  Tensor dv = make_heads(v, v.size(0), v.size(1), v.size(2), v.size(3));
   const bool work = q.numel() && k.numel();
   Tensor dbias = !bias_grad ? none(q) : work ? make(*bias, shape_of(*bias)) : zeros(*bias, shape_of(*bias));
   if (work) {
@@ -191,7 +186,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(Tensor grad_
   } else {
     for (Tensor* t : {&dq, &dk, &dv}) torch::stable::zero_(*t);
   }
+  return dbias;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(Tensor grad_out, Maybe grad_lse, Tensor out,
+                                                                    Tensor lse, bool bias_grad, Tensor q, Tensor k,
+                                                                    Tensor v, Maybe bias, bool is_causal, double scale,
+                                                                    double dropout_p, Maybe, std::string backend) {
+  check_backend(backend);
+  check_dropout(dropout_p);
+  Tensor dq = make_heads(q, q.size(0), q.size(1), q.size(2), q.size(3));
+  Tensor dk = make_heads(k, k.size(0), k.size(1), k.size(2), k.size(3));
+  Tensor dv = make_heads(v, v.size(0), v.size(1), v.size(2), v.size(3));
+  Tensor dbias =
+      flash_attention_backward_(grad_out, grad_lse, out, lse, bias_grad, q, k, v, bias, is_causal, scale, dq, dk, dv);
   return {dq, dk, dv, dbias};
+}
+
+// As above for q, k and v that are parts of qkv (B, N, 3, H, D), whose gradient is of one piece.
+std::tuple<Tensor, Tensor> flash_attention_qkvpacked_backward(Tensor grad_out, Maybe grad_lse, Tensor out, Tensor lse,
+                                                              bool bias_grad, Tensor qkv, Maybe bias, bool is_causal,
+                                                              double scale) {
+  Tensor grad = make(qkv, shape_of(qkv));
+  auto part = [](const Tensor& t, int64_t i) {
+    return torch::stable::transpose(torch::stable::select(t, 2, i), 1, 2);
+  };
+  Tensor dbias = flash_attention_backward_(grad_out, grad_lse, out, lse, bias_grad, part(qkv, 0), part(qkv, 1),
+                                           part(qkv, 2), bias, is_causal, scale, part(grad, 0), part(grad, 1),
+                                           part(grad, 2));
+  return {grad, dbias};
 }
 
 // The cumulative lengths as int64 on the host's side, checked: the kernels index with them.
@@ -502,6 +525,10 @@ STABLE_TORCH_LIBRARY(pyvit, m) {
   // In place of out and grad_x, for pyvit/ops/activations.py: rows of x (..., C); returns the sums of grad_x's columns.
   m.def("activation(Tensor x, str name, Tensor(a!) out) -> ()");
   m.def("activation_backward(Tensor grad, Tensor x, str name, Tensor(a!) grad_x, Tensor(b!)? out) -> Tensor");
+  // For pyvit/ops/flash_attention.py.
+  m.def(
+      "flash_attention_qkvpacked_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_grad, "
+      "Tensor qkv, Tensor? bias, bool is_causal, float scale) -> (Tensor, Tensor)");
   m.def("cpu_isa() -> str");
   m.def("cuda_archs() -> str");
   m.def("fma_peak(bool bf16, float seconds) -> float");
@@ -517,6 +544,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyvit, CPU, m) {
   m.impl("window_attention_backward", TORCH_BOX(&pyvit::window_attention_backward));
   m.impl("patch_embed", TORCH_BOX(&pyvit::patch_embed));
   m.impl("patch_embed_backward", TORCH_BOX(&pyvit::patch_embed_backward));
+  m.impl("flash_attention_qkvpacked_backward", TORCH_BOX(&pyvit::flash_attention_qkvpacked_backward));
   m.impl("activation", TORCH_BOX(&pyvit::activation));
   m.impl("activation_backward", TORCH_BOX(&pyvit::activation_backward));
 }

@@ -21,7 +21,7 @@ from pyvit.integrations.parts import (
     two_layers,
     windows_match,
 )
-from pyvit.ops import flash_attention, linear, window_attention
+from pyvit.ops import flash_attention, flash_attention_qkvpacked, linear, window_attention
 
 
 def attention(module: nn.Module) -> Iterator[Replacement]:
@@ -33,17 +33,18 @@ def _attention(module: Any, x: Tensor, attn_mask: Tensor | None = None, is_causa
         options = {"attn_mask": attn_mask, "is_causal": is_causal} if is_causal else {} if attn_mask is None else {"attn_mask": attn_mask}
         return type(module).forward(module, x, **options)
     gate, norm = getattr(module, "gate", None), getattr(module, "norm", None)
-    q, k, v = project(module.qkv, x).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d)
-    out = flash_attention(
-        module.q_norm(q),
-        module.k_norm(k),
-        v,
-        bias=attn_mask,
-        is_causal=is_causal,
-        scale=None if module.fused_attn else module.scale,
-        dropout_p=module.attn_drop.p if module.training else 0.0,
-    )
-    out = out.transpose(1, 2).flatten(2)  # type: ignore[union-attr]
+    options = {
+        "bias": attn_mask,
+        "is_causal": is_causal,
+        "scale": None if module.fused_attn else module.scale,
+        "dropout_p": module.attn_drop.p if module.training else 0.0,
+    }
+    qkv = project(module.qkv, x).unflatten(-1, (3, module.num_heads, -1))  # (B, N, 3, H, d)
+    if type(module.q_norm) is type(module.k_norm) is nn.Identity and not hooked(module.q_norm, module.k_norm):
+        out = flash_attention_qkvpacked(qkv, **options).flatten(2)
+    else:
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, N, d)
+        out = flash_attention(module.q_norm(q), module.k_norm(k), v, **options).transpose(1, 2).flatten(2)
     if norm is not None:
         out = norm(out)
     if gate is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvit.nn.linear import Linear
-from pyvit.ops import attention_map, flash_attention, flash_attention_varlen
+from pyvit.ops import attention_map, flash_attention, flash_attention_qkvpacked, flash_attention_varlen
 
 
 class Packing(NamedTuple):
@@ -97,17 +97,20 @@ class Attention(nn.Module):
 
         rope (N, 2, d) or (T, 2, d): sines and cosines, see :class:`pyvit.nn.RotaryEmbedding`.
         """
-        q, k, v = self.project(x, rope)
-        if packing is None:
-            dropout = self.attn_drop if self.training else 0.0
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, d), no copy
-            out = flash_attention(q, k, v, bias=attn_mask, is_causal=is_causal, dropout_p=dropout).transpose(1, 2)  # type: ignore[union-attr]
-        else:
-            if self.attn_drop and self.training:
+        dropout = self.attn_drop if self.training else 0.0
+        if packing is not None:
+            if dropout:
                 raise ValueError("Attention: attn_drop must be 0 to train on packed sequences")
+            q, k, v = self.project(x, rope)
             cu, longest = packing.cu_seqlens, max(packing.lengths, default=0)
-            out = flash_attention_varlen(q, k, v, cu, cu, longest, longest, bias=attn_mask, is_causal=is_causal)  # type: ignore[assignment]
-        return self.proj_drop(self.proj(self.norm(out.flatten(-2))))
+            out = flash_attention_varlen(q, k, v, cu, cu, longest, longest, bias=attn_mask, is_causal=is_causal)
+        elif rope is None and type(self.q_norm) is type(self.k_norm) is nn.Identity:
+            qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+            out = flash_attention_qkvpacked(qkv, bias=attn_mask, is_causal=is_causal, dropout_p=dropout)
+        else:
+            q, k, v = (t.transpose(1, 2) for t in self.project(x, rope))  # (B, H, N, d), no copy
+            out = flash_attention(q, k, v, bias=attn_mask, is_causal=is_causal, dropout_p=dropout).transpose(1, 2)  # type: ignore[union-attr]
+        return self.proj_drop(self.proj(self.norm(out.flatten(-2))))  # type: ignore[union-attr]
 
     def score_shape(self, x: Tensor) -> tuple[int, int, int]:
         """Sequences times heads, queries and keys of the scores that x (B, N, C) stands for."""

@@ -7,6 +7,7 @@ library.define_operators()
 from pyvit.ops.attention_map import attention_map  # noqa: E402
 from pyvit.ops.distillation import distillation_cross_entropy  # noqa: E402
 from pyvit.ops.flash_attention import flash_attention, flash_attention_varlen, scaled_dot_product_attention  # noqa: E402
+from pyvit.ops.flash_attention_qkvpacked import flash_attention_qkvpacked  # noqa: E402
 from pyvit.ops.info_nce import info_nce  # noqa: E402
 from pyvit.ops.koleo import koleo  # noqa: E402
 from pyvit.ops.linear import linear  # noqa: E402
@@ -21,6 +22,7 @@ __all__ = [
     "attention_map",
     "distillation_cross_entropy",
     "flash_attention",
+    "flash_attention_qkvpacked",
     "flash_attention_varlen",
     "info_nce",
     "koleo",

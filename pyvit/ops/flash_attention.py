@@ -53,7 +53,7 @@ def flash_attention(
     for softmax" (2018).
     """
     q, k, v, bias = _prepare("flash_attention", q, k, v, bias)
-    call = _check(q, k, v, bias, is_causal, dropout_p, enable_gqa, return_lse)
+    call = check(q, k, v, bias, is_causal, dropout_p, enable_gqa, return_lse)
     chosen = dispatch.select(call, backend)
     out, lse = ATTENTION(
         q, k, v, bias, is_causal, q.shape[-1] ** -0.5 if scale is None else scale, dropout_p, checks.dropout_seed(dropout_p, q), chosen
@@ -161,10 +161,18 @@ def _features(
     return tuple(found)
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, dropout_p: float, enable_gqa: bool, return_lse: bool
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    enable_gqa: bool,
+    return_lse: bool,
+    op: str = "flash_attention",
 ) -> Call:
-    op = "flash_attention"
+    """The call that these arguments of ``op`` are, for :func:`pyvit.dispatch.select`."""
     checks.tensor(op, "q", q, "(B, H, Nq, D)", 4)
     checks.tensor(op, "k", k, "(B, Hkv, Nk, D)", 4)
     checks.tensor(op, "v", v, "(B, Hkv, Nk, Dv)", 4)
@@ -187,7 +195,7 @@ def _check(
     if dropout_p:
         checks.probability(op, "dropout_p", dropout_p)
     features = _features(q, k, v, bias, is_causal, dropout_p, hk != h, return_lse)
-    return Call(op, q.device.type, q.dtype, features, (d,) if d == dv else (d, dv))
+    return Call("flash_attention", q.device.type, q.dtype, features, (d,) if d == dv else (d, dv))
 
 
 def _check_varlen(
@@ -243,7 +251,7 @@ def _check_varlen(
 def _describe(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, **kw: Any) -> tuple[Call, list[str]]:
     q, k, v, bias = _prepare("flash_attention", q, k, v, bias)
     flags = [kw.get(name, 0) for name in ("is_causal", "dropout_p", "enable_gqa", "return_lse")]
-    return _check(q, k, v, bias, *flags), dispatch.copy_notes(q=q, k=k, v=v)
+    return check(q, k, v, bias, *flags), dispatch.copy_notes(q=q, k=k, v=v)
 
 
 @dispatch.describes("flash_attention_varlen")
