@@ -208,12 +208,10 @@ std::tuple<Tensor, Tensor> flash_attention_qkvpacked_backward(Tensor grad_out, M
                                                               bool bias_grad, Tensor qkv, Maybe bias, bool is_causal,
                                                               double scale) {
   Tensor grad = make(qkv, shape_of(qkv));
-  auto part = [](const Tensor& t, int64_t i) {
-    return torch::stable::transpose(torch::stable::select(t, 2, i), 1, 2);
-  };
-  Tensor dbias = flash_attention_backward_(grad_out, grad_lse, out, lse, bias_grad, part(qkv, 0), part(qkv, 1),
-                                           part(qkv, 2), bias, is_causal, scale, part(grad, 0), part(grad, 1),
-                                           part(grad, 2));
+  auto part = [](const Tensor& t, int64_t i) { return torch::stable::transpose(torch::stable::select(t, 2, i), 1, 2); };
+  Tensor dbias =
+      flash_attention_backward_(grad_out, grad_lse, out, lse, bias_grad, part(qkv, 0), part(qkv, 1), part(qkv, 2), bias,
+                                is_causal, scale, part(grad, 0), part(grad, 1), part(grad, 2));
   return {grad, dbias};
 }
 
@@ -504,6 +502,28 @@ Tensor activation_backward(Tensor grad, Tensor x, std::string name, Tensor grad_
   return sums;
 }
 
+// streaming losses: the tile of scores is contiguous float32, the rest float32 vectors of its rows or columns
+
+float* vector(const Tensor& t, int64_t n, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.numel() == n && t.is_contiguous(), "pyvit: ", name,
+                  " must be ", n, " contiguous float32 numbers");
+  return static_cast<float*>(t.data_ptr());
+}
+
+void log_sum_exp(Tensor scores, int64_t dim, Tensor top, Tensor total) {
+  const int64_t rows = scores.size(0), cols = scores.size(1), n = dim == 1 ? rows : cols;
+  const float* p = vector(scores, rows * cols, "scores");
+  const TileScores t{rows, cols, p, dim == 1, vector(top, n, "top"), vector(total, n, "total")};
+  if (scores.numel()) kernels().log_sum_exp(t);
+}
+
+void softmax_weights(Tensor scores, Tensor lse_rows, Maybe lse_cols) {
+  const int64_t rows = scores.size(0), cols = scores.size(1);
+  const TileWeights t{rows, cols, vector(scores, rows * cols, "scores"), vector(lse_rows, rows, "lse_rows"),
+                      lse_cols ? vector(*lse_cols, cols, "lse_cols") : nullptr};
+  if (scores.numel()) kernels().softmax_weights(t);
+}
+
 // the library about itself
 
 std::string cpu_isa() { return isa_name(isa()); }
@@ -525,7 +545,10 @@ STABLE_TORCH_LIBRARY(pyvit, m) {
   // In place of out and grad_x, for pyvit/ops/activations.py: rows of x (..., C); returns the sums of grad_x's columns.
   m.def("activation(Tensor x, str name, Tensor(a!) out) -> ()");
   m.def("activation_backward(Tensor grad, Tensor x, str name, Tensor(a!) grad_x, Tensor(b!)? out) -> Tensor");
-  // For pyvit/ops/flash_attention.py.
+  // For pyvit/ops/streaming.py.
+  m.def("log_sum_exp(Tensor scores, int dim, Tensor(a!) top, Tensor(b!) total) -> ()");
+  m.def("softmax_weights(Tensor(a!) scores, Tensor lse_rows, Tensor? lse_cols) -> ()");
+  // For pyvit/ops/flash_attention_qkvpacked.py.
   m.def(
       "flash_attention_qkvpacked_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_grad, "
       "Tensor qkv, Tensor? bias, bool is_causal, float scale) -> (Tensor, Tensor)");
@@ -545,6 +568,8 @@ STABLE_TORCH_LIBRARY_IMPL(pyvit, CPU, m) {
   m.impl("patch_embed", TORCH_BOX(&pyvit::patch_embed));
   m.impl("patch_embed_backward", TORCH_BOX(&pyvit::patch_embed_backward));
   m.impl("flash_attention_qkvpacked_backward", TORCH_BOX(&pyvit::flash_attention_qkvpacked_backward));
+  m.impl("log_sum_exp", TORCH_BOX(&pyvit::log_sum_exp));
+  m.impl("softmax_weights", TORCH_BOX(&pyvit::softmax_weights));
   m.impl("activation", TORCH_BOX(&pyvit::activation));
   m.impl("activation_backward", TORCH_BOX(&pyvit::activation_backward));
 }

@@ -106,6 +106,21 @@ struct Activation {
   float* column_sums;
 };
 
+// A contiguous tile of scores, and for its rows or its columns the largest score so far and the sum of exp(score -
+// top).
+struct TileScores {
+  int64_t rows, cols;
+  const float* scores;
+  bool of_rows;
+  float *top, *total;
+};
+// scores = exp(scores - lse_rows) + exp(scores - lse_cols), the second where it is not null.
+struct TileWeights {
+  int64_t rows, cols;
+  float* scores;
+  const float *lse_rows, *lse_cols;
+};
+
 struct Kernels {
   void (*attention)(const Attention&);
   void (*attention_backward)(const Attention&, const AttentionGrad&);
@@ -115,6 +130,8 @@ struct Kernels {
   void (*patch)(const Patch&);
   void (*patch_backward)(const Patch&, const PatchGrad&);
   void (*activation)(const Activation&);
+  void (*log_sum_exp)(const TileScores&);
+  void (*softmax_weights)(const TileWeights&);
   double (*fma_peak)(Dtype dtype, double seconds);  // GF/s of one thread
 };
 

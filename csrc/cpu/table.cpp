@@ -14,6 +14,8 @@ void window_backward(const Window&, const WindowGrad&);
 void patch(const Patch&);
 void patch_backward(const Patch&, const PatchGrad&);
 void activation(const Activation&);
+void log_sum_exp(const TileScores&);
+void softmax_weights(const TileWeights&);
 
 namespace {
 
@@ -49,8 +51,9 @@ double fma_peak(Dtype dtype, double seconds) {
 }  // namespace
 
 const Kernels& table() {
-  static const Kernels kernels{attention, attention_backward, attention_map, window,  window_backward,
-                               patch,     patch_backward,     activation,    fma_peak};
+  static const Kernels kernels{attention, attention_backward, attention_map, window,      window_backward,
+                               patch,     patch_backward,     activation,    log_sum_exp, softmax_weights,
+                               fma_peak};
   return kernels;
 }
 

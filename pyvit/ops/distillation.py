@@ -164,7 +164,7 @@ def _tiled(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
                 for j in range(t):
                     cross[i, j].mul_(fade[j]).add_((q[i] * e[j]).sum(-1))
             flat = q.reshape(s * m, -1)
-            student.add(slice(0, s * m), flat, 1, torch.empty_like(flat))
+            student.add(slice(0, s * m), flat, 1)
         lse_s[:, rows], lse_t[:, rows] = student.value().view(s, m), top_t + total_t.log()
         loss += (tiles.weights[..., rows] * (lse_s[:, None, rows] - cross / total_t)).sum()
     return loss, lse_s, lse_t

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
 from pyvit.ops import reference_losses, streaming
-from pyvit.ops.streaming import LogSumExp, Ring, product, spans, widen
+from pyvit.ops.streaming import LogSumExp, Ring, product, softmax_weights_, spans, widen
 
 
 def info_nce(a: Tensor, b: Tensor, scale: float | Tensor, *, group: dist.ProcessGroup | None = None, backend: str | None = None) -> Tensor:
@@ -64,9 +64,8 @@ def _forward(a: Tensor, b: Tensor, scale: Tensor, ring: Ring) -> tuple[Tensor, T
             x = widen(a[i]) * scale
             for j in spans(other.shape[0]):
                 scores = product(x, widen(other[j]))
-                scratch = torch.empty_like(scores)
-                rows.add(i, scores, 1, scratch)
-                cols.add(j, scores, 0, scratch)
+                rows.add(i, scores, 1)
+                cols.add(j, scores, 0)
 
     home = LogSumExp(b.shape[0], b)
     home.top, home.total = ring.visit([b], [home.top, home.total], compute)
@@ -88,9 +87,7 @@ def _gradients(
             xt, scaled = x.t().contiguous(), x * scale
             for j in spans(other.shape[0]):
                 y = widen(other[j])
-                scores = product(scaled, y)
-                p = torch.sub(scores, lse_a[i, None]).exp_()
-                p += scores.sub_(lse[j]).exp_()
+                p = softmax_weights_(product(scaled, y), lse_a[i], lse[j])
                 if owner == ring.rank and i == j:
                     p.diagonal().sub_(2)
                 grad_a[i] += product(p, y.t())

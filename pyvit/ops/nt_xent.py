@@ -12,7 +12,7 @@ from torch import Tensor
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
 from pyvit.ops import reference_losses, streaming
-from pyvit.ops.streaming import LogSumExp, Ring, product, spans, widen
+from pyvit.ops.streaming import LogSumExp, Ring, product, softmax_weights_, spans, widen
 
 
 def nt_xent(
@@ -70,10 +70,9 @@ def _forward(z1: Tensor, z2: Tensor, temperature: Tensor, ring: Ring) -> tuple[T
             scores = product(widen(z[i]) / temperature, widen(other[j]))
             if own and i == j:
                 scores.fill_diagonal_(-math.inf)
-            scratch = torch.empty_like(scores)
-            lse.add(i, scores, 1, scratch)
+            lse.add(i, scores, 1)
             if own and i != j:
-                lse.add(j, scores, 0, scratch)
+                lse.add(j, scores, 0)
 
     ring.visit([z], [], compute)
     value = lse.value()
@@ -92,9 +91,7 @@ def _gradients(grad: Tensor, lse: Tensor, z1: Tensor, z2: Tensor, temperature: T
         own = owner == ring.rank
         for i, j in _tiles(n, half=own):
             x, y = widen(z[i]), widen(other[j])
-            scores = product(x / temperature, y)
-            p = torch.sub(scores, lse[i, None]).exp_()
-            p += scores.sub_(lse_other[j]).exp_()
+            p = softmax_weights_(product(x / temperature, y), lse[i], lse_other[j])
             if own and i == j:
                 p.fill_diagonal_(0)
             grad_z[i] += product(p, y.t())

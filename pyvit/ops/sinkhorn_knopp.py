@@ -82,7 +82,7 @@ def _center(features: Tensor, temperature: float, iterations: int, prototypes: T
         for rows in spans(b):
             for columns in spans(k, 4096):
                 scores = tile(rows, columns) + sample[rows, None]
-                over_samples.add(columns, scores, 0, torch.empty_like(scores))
+                over_samples.add(columns, scores, 0)
         prototype = -_shared(over_samples, ring) - math.log(k)
         if i + 1 == iterations:
             break  # the last normalisation over prototypes is the softmax
@@ -90,7 +90,7 @@ def _center(features: Tensor, temperature: float, iterations: int, prototypes: T
         for rows in spans(b):
             for columns in spans(k, 4096):
                 scores = tile(rows, columns) + prototype[columns]
-                over_prototypes.add(rows, scores, 1, torch.empty_like(scores))
+                over_prototypes.add(rows, scores, 1)
         sample = -over_prototypes.value()
     return -temperature * prototype
 

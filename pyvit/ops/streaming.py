@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pyvit import library
 from pyvit.ops import checks
 
 #: Rows and columns of a tile: its operands and two float32 copies of it stay near a CPU's last-level cache.
@@ -53,6 +54,21 @@ def spans(n: int, size: int | None = None) -> Iterator[slice]:
         yield slice(start, min(start + size, n))
 
 
+def in_library(scores: Tensor) -> bool:
+    """Whether the library's C++ visits this tile, in one pass where torch's operators take several."""
+    return scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.is_contiguous() and library.problem() is None
+
+
+def softmax_weights_(scores: Tensor, lse_rows: Tensor, lse_cols: Tensor | None = None) -> Tensor:
+    """The tile ``scores`` (M, N) replaced by exp(scores - lse_rows[:, None]) (+ exp(scores - lse_cols))."""
+    if in_library(scores):
+        torch.ops.pyvit.softmax_weights(scores, lse_rows, lse_cols)
+        return scores
+    other = None if lse_cols is None else (scores - lse_cols).exp_()
+    scores.sub_(lse_rows[:, None]).exp_()
+    return scores if other is None else scores.add_(other)
+
+
 class LogSumExp:
     """Running log(sum(exp(scores))) of ``n`` rows, one tile at a time."""
 
@@ -62,10 +78,13 @@ class LogSumExp:
         self.top = torch.full((n,), torch.finfo(dtype).min, dtype=dtype, device=like.device)
         self.total = torch.zeros_like(self.top)
 
-    def add(self, rows: slice, scores: Tensor, dim: int, scratch: Tensor) -> None:
-        """Take in ``scores``, reduced over ``dim``, for ``rows``; ``scratch`` is overwritten."""
+    def add(self, rows: slice, scores: Tensor, dim: int) -> None:
+        """Take in the tile ``scores``, reduced over ``dim``, for ``rows``."""
+        if in_library(scores):
+            torch.ops.pyvit.log_sum_exp(scores, dim, self.top[rows], self.total[rows])
+            return
         top = torch.maximum(self.top[rows], scores.amax(dim))
-        sums = torch.sub(scores, top.unsqueeze(dim), out=scratch).exp_().sum(dim)
+        sums = torch.sub(scores, top.unsqueeze(dim)).exp_().sum(dim)
         self.total[rows] = self.total[rows] * torch.exp(self.top[rows] - top) + sums
         self.top[rows] = top
 

@@ -1,0 +1,98 @@
+"""The library's passes over a tile of scores: against float64, against torch's operators, and at what a loss may meet."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyvit import library
+from pyvit.ops import streaming
+from pyvit.ops.streaming import LogSumExp, softmax_weights_
+from pyvit.testing import compare
+
+SHAPES = [(1, 1), (3, 5), (16, 64), (17, 67), (130, 33), (40, 512)]
+needs_library = pytest.mark.skipif(library.problem() is not None, reason="without the library torch's operators make the passes")
+
+
+@pytest.fixture(params=["library", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch":
+        monkeypatch.setattr(streaming, "in_library", lambda _: False)
+    elif library.problem() is not None:
+        pytest.skip("the library is not in use")
+    return request.param
+
+
+def running(tiles: list[Tensor], dim: int) -> Tensor:
+    lse = LogSumExp(tiles[0].shape[1 - dim], tiles[0])
+    for tile in tiles:
+        lse.add(slice(None), tile, dim)
+    return lse.value()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_log_sum_exp(way: str, shape: tuple[int, int], dim: int) -> None:
+    """Three tiles, the later with larger scores, so that what was summed is scaled down."""
+    tiles = [torch.randn(shape) * 20 + 15 * i for i in range(3)]
+    wide = torch.cat(tiles, dim)
+    compare("lse", running(tiles, dim), wide.logsumexp(dim), wide.double().logsumexp(dim))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_masked_and_not_finite_scores(way: str, dim: int) -> None:
+    """A first tile that is masked whole, scores of a CLIP at scale 100 far apart, a NaN, an infinity."""
+    masked = torch.full((4, 9), -math.inf)
+    mixed = torch.randn(4, 9) * 100
+    mixed[1, 2] = -math.inf
+    found = running([masked, mixed], dim)
+    torch.testing.assert_close(found, torch.cat([masked, mixed], dim).logsumexp(dim))
+    assert (running([masked], dim) <= torch.finfo(torch.float32).min).all()
+    broken = mixed.clone()
+    broken[2, 3] = math.nan
+    line = running([mixed, broken], dim)
+    assert line[2 if dim == 1 else 3].isnan()
+    assert line.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("both", [False, True])
+def test_softmax_weights(way: str, shape: tuple[int, int], both: bool) -> None:
+    scores = torch.randn(shape) * 20
+    rows, cols = scores.logsumexp(1), scores.logsumexp(0) if both else None
+
+    def naive(dtype: torch.dtype) -> Tensor:
+        p = (scores.to(dtype) - rows.to(dtype)[:, None]).exp()
+        return p if cols is None else p + (scores.to(dtype) - cols.to(dtype)).exp()
+
+    tile = scores.clone()
+    found = softmax_weights_(tile, rows, cols)
+    assert found.data_ptr() == tile.data_ptr()
+    compare("weights", found, naive(torch.float32), naive(torch.float64), scores=float(scores.abs().max()))
+
+
+@needs_library
+def test_same_bits_for_any_number_of_threads() -> None:
+    scores = torch.randn(200, 300) * 9
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            lse = running([scores, scores], 1), running([scores, scores], 0)
+            found.append((*lse, softmax_weights_(scores.clone(), *lse)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@needs_library
+def test_the_library_refuses_what_it_cannot_take() -> None:
+    scores, n = torch.zeros(4, 6), torch.zeros(4)
+    with pytest.raises(RuntimeError, match="top must be 6 contiguous float32 numbers"):
+        torch.ops.pyvit.log_sum_exp(scores, 0, n, n.clone())
+    with pytest.raises(RuntimeError, match="scores must be 24 contiguous"):
+        torch.ops.pyvit.softmax_weights(scores.t().contiguous().t(), n, None)
