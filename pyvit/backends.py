@@ -10,7 +10,7 @@ import torch
 
 from pyvit import library
 
-#: In declared order of preference, see :func:`preference`.
+#: As listed and reported; the order in which they are asked is :func:`preference`'s.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -96,14 +96,15 @@ for _table in CAPABILITIES.values():
 
 
 def preference(op: str) -> list[str]:
-    """Backends in the order in which dispatch asks them for ``op``: as declared, but a kernel before a tile loop in Python.
+    """Backends in the order in which dispatch asks them for ``op`` where :mod:`pyvit.choice` knows no better.
 
-    That much needs no measurement: such a loop multiplies float32 copies of its tiles and launches several kernels for each.
+    A kernel comes before a tile loop in Python, which multiplies float32 copies of its tiles and launches several kernels for each: that
+    much needs no measurement. Triton's kernels come before CUDA's because they serve more calls.
     """
 
-    def rank(backend: str) -> tuple[bool, bool]:
+    def rank(backend: str) -> tuple[bool, bool, bool]:
         capability = CAPABILITIES[op].get(backend)
-        return backend == "reference", capability is not None and capability.pure
+        return backend == "reference", capability is not None and capability.pure, backend == "cuda"
 
     return sorted(BACKENDS, key=rank)
 

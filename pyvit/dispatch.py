@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyvit import library
+from pyvit import choice, library
 from pyvit.backends import BACKENDS, CAPABILITIES, absent, preference
 
 
@@ -32,6 +32,8 @@ class Call(NamedTuple):
     dtype: torch.dtype
     features: tuple[str, ...]
     head_dims: tuple[int, ...] = ()
+    #: For :mod:`pyvit.choice`; see :func:`sizes`.
+    sizes: tuple[int, ...] = ()
 
 
 def reasons(call: Call, backend: str) -> list[str]:
@@ -99,13 +101,15 @@ def select(call: Call, backend: str | None = None) -> str:
     key = (call, wanted)
     chosen = _choices.get(key)
     if chosen is None:
+        if len(_choices) >= 4096:  # lengths that change with every batch
+            _choices.clear()
         chosen = _choices[key] = _select(call, wanted)
     return chosen
 
 
 def _select(call: Call, wanted: str | None) -> str:
     if wanted is None:
-        for name in preference(call.op):
+        for name in _order(call):
             if not reasons(call, name):
                 return name
         refusals = "; ".join(f"{name}: {', '.join(reasons(call, name))}" for name in BACKENDS)
@@ -115,6 +119,27 @@ def _select(call: Call, wanted: str | None) -> str:
     if refused:
         raise BackendError(f"{call.op}: backend {wanted!r} cannot serve this call: {'; '.join(refused)}")
     return wanted
+
+
+def _order(call: Call) -> list[str]:
+    """Backends in the order to ask them: as preferred, with the faster of two kernels first where the sizes say which."""
+    order = preference(call.op)
+    if call.sizes and not reasons(call, "cuda") and not reasons(call, "triton"):
+        faster = choice.first(call.op, call.dtype, call.features, call.sizes)
+        if faster is not None:
+            return [faster, *(name for name in order if name != faster)]
+    return order
+
+
+def sizes(device: str, *values: int) -> tuple[int, ...]:
+    """``values`` for :attr:`Call.sizes` of a GPU call; none where one is symbolic, since one graph then serves them all."""
+    if device != "cuda":
+        return ()
+    if torch.compiler.is_compiling() or _is_traced():
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        return values if all(has_static_value(v) for v in values) else ()
+    return values
 
 
 @dataclass(frozen=True)
@@ -151,9 +176,18 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanat
     chosen = select(call, kwargs.get("backend"))
     refusals = {b: reasons(call, b) for b in BACKENDS}
     if not refusals["cuda"] and not refusals["triton"]:
-        order = "a tile loop in Python comes last" if CAPABILITIES[name]["cuda"].pure else "declared order, neither was measured"
-        notes = [*notes, f"between cuda and triton: {order}"]
+        notes = [*notes, f"between cuda and triton: {_between(call)}"]
     return Explanation(call, chosen, refusals, notes)
+
+
+def _between(call: Call) -> str:
+    """Why of two GPU backends that are able one comes first."""
+    if CAPABILITIES[call.op]["cuda"].pure:
+        return "a tile loop in Python comes last"
+    part = choice.part_at_hand()
+    if part is None or not call.sizes or not all(call.sizes):
+        return "declared order, for want of " + ("a GPU to predict for" if part is None else "sizes")
+    return str(choice.compare(call.op, call.dtype, call.features, call.sizes, part))
 
 
 _describers: dict[str, Callable[..., tuple[Call, list[str]]]] = {}

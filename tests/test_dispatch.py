@@ -214,5 +214,5 @@ def test_a_kernel_comes_before_a_tile_loop(monkeypatch: pytest.MonkeyPatch) -> N
     assert select(Call(*pair, ("grad",))) == "triton"
     assert select(Call(*pair, ("grad", "group"))) == "cuda"
     assert select(Call("info_nce", "cuda", torch.float64, ())) == "cuda"
-    assert backends.preference("flash_attention") == list(BACKENDS)
+    assert backends.preference("flash_attention")[0] == "triton"
     assert backends.preference("info_nce")[-1] == "reference"

@@ -1,7 +1,8 @@
 """What a call must cost at least: bytes that have to move, flops that have to be done, and the time below which no GPU can be.
 
 The bytes are each input and output once (what no fusion avoids), the flops those of the matrix products without recomputation. A kernel's
-share of the roofline is ``floor / measured``. Parts' rates are their data sheets' dense figures.
+share of the roofline is ``floor / measured``. Parts' rates are their data sheets' dense figures. What the kernels of a backend do beyond
+the floor (padding, recomputed products, second passes) is in :mod:`pyvit.triton_kernels.plans`.
 """
 
 from __future__ import annotations
@@ -13,23 +14,32 @@ import torch
 
 @dataclass(frozen=True)
 class Part:
-    """Peak rates: bytes per second, dense flops per second by element size in bytes, and seconds to start one kernel."""
+    """Peak rates: bytes per second, dense flops per second by element size in bytes, and seconds to start one kernel.
+
+    ``warp_share`` is the part of the tensor cores' rate that instructions of a single warp (``mma.sync``) reach; the rest takes ``wgmma``
+    or ``tcgen05``.
+    """
 
     name: str
     bandwidth: float
     flops_16: float
     flops_32: float
     launch: float = 2e-6
+    warp_share: float = 1.0
 
     def rate(self, dtype: torch.dtype) -> float:
         """Flops per second of matrix products. float32 on NVIDIA is three TF32 products, so a third of TF32's rate."""
         return self.flops_32 if dtype == torch.float32 else self.flops_16
 
 
+#: Hopper's mma.sync reaches 62.9 % of the peak on average (Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via
+#: Microbenchmarking", 2024). B200 by HGX B200's data sheet, an eighth of it; its mma.sync is assumed to do per processor and clock what
+#: Hopper's does, which 148 processors against 132 turn into 0.31 of 2250 TF/s.
 PARTS = {
     "A100": Part("A100-80GB", 2.04e12, 312e12, 156e12 / 3),
-    "H100": Part("H100-SXM", 3.35e12, 989e12, 495e12 / 3),
-    "H200": Part("H200", 4.8e12, 989e12, 495e12 / 3),
+    "H100": Part("H100-SXM", 3.35e12, 989e12, 495e12 / 3, warp_share=0.63),
+    "H200": Part("H200", 4.8e12, 989e12, 495e12 / 3, warp_share=0.63),
+    "B200": Part("HGX-B200", 7.7e12, 2250e12, 1125e12 / 3, warp_share=0.31),
     "MI300X": Part("MI300X", 5.3e12, 1307e12, 163e12),
 }
 

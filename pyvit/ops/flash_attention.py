@@ -195,7 +195,9 @@ def check(
     if dropout_p:
         checks.probability(op, "dropout_p", dropout_p)
     features = _features(q, k, v, bias, is_causal, dropout_p, hk != h, return_lse)
-    return Call("flash_attention", q.device.type, q.dtype, features, (d,) if d == dv else (d, dv))
+    device = q.device.type
+    dims = (d,) if d == dv else (d, dv)
+    return Call("flash_attention", device, q.dtype, features, dims, dispatch.sizes(device, b, h, hk, nq, nk, max(d, dv)))
 
 
 def _check_varlen(
@@ -244,7 +246,8 @@ def _check_varlen(
     if bias is not None:
         checks.bias(op, bias, q, (cu_q.shape[0] - 1, h, max_q, max_k))
     features = _features(q, k, v, bias, is_causal, 0.0, hk != h, return_lse)
-    return Call(op, q.device.type, q.dtype, features, tuple(sorted({q.shape[2], v.shape[2]})))
+    device, dims = q.device.type, sorted({q.shape[2], v.shape[2]})
+    return Call(op, device, q.dtype, features, tuple(dims), dispatch.sizes(device, cu_q.shape[0] - 1, h, hk, max_q, max_k, dims[-1]))
 
 
 @dispatch.describes("flash_attention")

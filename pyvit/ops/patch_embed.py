@@ -131,7 +131,8 @@ def _check(
             features.append("images_grad")
         if any(t is not None and t.requires_grad for t in (weight, bias, pos_embed, prefix)):
             features.append("grad")
-    return Call(op, images.device.type, weight.dtype, tuple(features)), steps
+    device, kept = images.device.type, gh * gw if keep is None else keep.shape[1]
+    return Call(op, device, weight.dtype, tuple(features), (), dispatch.sizes(device, b, c, ph, pw, kept, d)), steps
 
 
 @dispatch.describes("patch_embed")

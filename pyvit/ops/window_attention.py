@@ -85,7 +85,7 @@ def _check(
     window, shift = checks.pair(op, "window_size", window_size, 1), checks.pair(op, "shift_size", shift_size, 0)
     if shift[0] >= window[0] or shift[1] >= window[1]:
         checks.fail(op, "shift_size", f"smaller than window_size {window}", shift)
-    _, h, w, c3 = qkv.shape
+    b, h, w, c3 = qkv.shape
     if h == 0 or w == 0:
         checks.fail(op, "qkv", "a map of at least one token", checks.shape(qkv))
     if num_heads < 1 or c3 == 0 or c3 % (3 * num_heads):
@@ -118,7 +118,9 @@ def _check(
         features.append("dropout")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         features.append("grad")
-    return Call(op, qkv.device.type, qkv.dtype, tuple(features), (d,)), window, shift, d**-0.5 if scale is None else scale
+    device = qkv.device.type
+    call = Call(op, device, qkv.dtype, tuple(features), (d,), dispatch.sizes(device, b, h, w, *window, num_heads, d))
+    return call, window, shift, d**-0.5 if scale is None else scale
 
 
 @dispatch.describes("window_attention")

@@ -1,0 +1,77 @@
+"""``python -m benchmarks.choices``: CUDA's kernels against Triton's on the GPU at hand, as rows for ``pyvit.choice.MEASURED``.
+
+Both are held to float64 first, as in every benchmark; a case where one is wrong or refuses gives no row, and says so.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from datetime import date
+
+import torch
+
+import pyvit
+from benchmarks import gpu, gpu_cases, inputs, measure, providers
+from benchmarks.cases import Case
+from benchmarks.specs import Provider, Spec
+from benchmarks.workload import OURS
+from pyvit import choice
+
+
+def shape(case: Case) -> tuple[int, ...]:
+    """The case's sizes as :func:`pyvit.choice.shape_of` gives them."""
+    s = case.shape
+    if case.op == "flash_attention":
+        return s["length"], s["length"], s["dim"]
+    if case.op == "window_attention":
+        return s["window"], s["window"], s["width"] // s["heads"]
+    return s["patch"], s["patch"], s["width"]
+
+
+def _on(backend: str, ours: Provider) -> Provider:
+    def run(**tensors: torch.Tensor) -> object:
+        with pyvit.use_backend(backend):
+            return ours.fn(**tensors)
+
+    return replace(ours, name=backend, fn=run)
+
+
+def rows(
+    cases: Sequence[Case], part: str, device: str, say: Callable[[str], None], backends: tuple[str, str] = ("cuda", "triton")
+) -> Iterator[choice.Measured]:
+    """One row per case that both of ``backends`` compute right."""
+
+    def both(case: Case, spec: Spec) -> list[Provider]:
+        ours = next(p for p in spec.providers if p.name == OURS)
+        return [_on(backend, ours) for backend in backends]
+
+    for case in cases:
+        work = providers.build(case, case.sources[0], (), device, both)
+        wrong = {b: work.unavailable.get(b) for b in backends if b not in work.contenders}
+        wrong |= {b: str(verdict) for b in backends if b in work.contenders and not (verdict := work.contenders[b].verdict()).passed}
+        if wrong:
+            say(f"{case.id}: {wrong}")
+            continue
+        times = measure.interleave({b: work.contenders[b].run for b in backends}, seconds=0.3, device=device, rounds=(5, 31))
+        grad = case.mode.endswith("backward")
+        figures = [float(f"{times[b].median:.4g}") for b in backends]
+        yield choice.Measured(part, case.op, inputs.DTYPES[case.dtype], grad, shape(case), *figures, f"{date.today()}")
+
+
+def main() -> int:
+    if (why := gpu.lacking()) is not None:
+        print(f"benchmarks.choices {why}", file=sys.stderr)
+        return 2
+    distinct = {(c.op, shape(c)): c for c in gpu_cases.ops() if not {"uint8", "keep"} & c.shape.keys()}
+    cases = [
+        replace(c, dtype=dtype, mode=m) for c in distinct.values() for dtype in ("bf16", "fp32") for m in ("forward", "forward+backward")
+    ]
+    for row in rows(cases, choice.part_at_hand() or "", "cuda", lambda line: print(f"# {line}", flush=True)):
+        print(f"    {row},", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

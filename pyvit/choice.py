@@ -1,0 +1,128 @@
+"""Which of the two GPU backends serves a call that both can: the one measured faster where a measurement exists, else the one predicted.
+
+``python -m benchmarks.choices`` measures on the GPU at hand and prints rows for :data:`MEASURED`. Predictions come from
+:mod:`pyvit.triton_kernels.plans`; they look at sizes alone and are made without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from pyvit.triton_kernels import cost, plans
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Milliseconds of one call, forward and, with ``grad``, backward. ``shape`` is what decides the tiles (see :func:`shape_of`)."""
+
+    part: str
+    op: str
+    dtype: torch.dtype
+    grad: bool
+    shape: tuple[int, ...]
+    cuda: float
+    triton: float
+    source: str
+
+
+#: No GPU has timed the two against each other yet.
+MEASURED: tuple[Measured, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The faster backend, on which part, by what evidence, and both figures in milliseconds."""
+
+    faster: str
+    part: str
+    basis: str
+    cuda: float
+    triton: float
+
+    def __str__(self) -> str:
+        return f"{self.basis} on {self.part}: cuda {self.cuda:.3g} ms, triton {self.triton:.3g} ms"
+
+
+#: The part that a GPU without rates of its own is compared on, by major compute capability; others are taken for an A100.
+_KIN = {9: "H100", 10: "B200"}
+
+
+@functools.cache
+def part_at_hand() -> str | None:
+    """Key into :data:`cost.PARTS` for the current GPU, or the most alike; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name().lower().replace(" ", "")
+    found = [key for key in cost.PARTS if key.lower() in name]
+    return max(found, key=len) if found else _KIN.get(torch.cuda.get_device_capability()[0], "A100")
+
+
+def shape_of(op: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a call's sizes those that decide tiles and padding: lengths and head dimension, window and head dimension, patch and width."""
+    if op.startswith("flash_attention"):  # batch, heads, key heads, queries, keys, head dimension
+        return sizes[3:]
+    if op == "window_attention":  # batch, height, width, window, window, heads, head dimension
+        return (*sizes[3:5], sizes[6])
+    return (*sizes[2:4], sizes[5])  # batch, channels, patch, patch, patches, width
+
+
+@functools.lru_cache(maxsize=4096)
+def compare(op: str, dtype: torch.dtype, features: tuple[str, ...], sizes: tuple[int, ...], part: str) -> Choice:
+    """Measured figures of calls of this shape on ``part``, else predictions. Equal figures go to Triton, which serves more calls."""
+    grad = bool({"grad", "lse_grad", "images_grad"} & set(features))
+    basis, times = "predicted", [predict(backend, op, dtype, features, sizes, part, grad) for backend in ("cuda", "triton")]
+    for row in MEASURED:
+        if (row.part, row.op, row.dtype, row.grad, row.shape) == (part, op, dtype, grad, shape_of(op, sizes)):
+            basis, times = f"measured ({row.source})", [row.cuda, row.triton]
+    return Choice("cuda" if times[0] < times[1] else "triton", part, basis, *times)
+
+
+#: What Triton compiles for on each part, the key of its tiles.
+_ARCHS = {"A100": "sm_80", "H100": "sm_90", "H200": "sm_90", "B200": "sm_100"}
+
+
+def predict(backend: str, op: str, dtype: torch.dtype, features: tuple[str, ...], sizes: tuple[int, ...], part: str, grad: bool) -> float:
+    """Milliseconds of the forward and, with ``grad``, the backward."""
+    passes, where, arch = (False, True) if grad else (False,), cost.PARTS[part], _ARCHS.get(part, "")
+    total = 0.0
+    for backward in passes:
+        if op.startswith("flash_attention"):
+            b, h, hkv, n_q, n_k, d = sizes
+            floor = cost.attention(b, h, n_q, n_k, d, dtype, kv_heads=hkv, causal="causal" in features, backward=backward)
+            bias_grad = "bias_grad" in features
+            if backend == "cuda":
+                plan = plans.cuda_attention(n_q, n_k, d, dtype.itemsize, backward, bias_grad)
+            else:
+                bias = bool({"bias", "bool_mask"} & set(features))
+                plan = plans.triton_attention(n_q, n_k, d, dtype.itemsize, backward, bias, bias_grad, arch, h != hkv)
+        elif op == "window_attention":
+            b, height, width, wh, ww, heads, d = sizes
+            floor = cost.window_attention(b, height, width, (wh, ww), heads, d, dtype, backward=backward)
+            table = "bias_table" in features
+            if backend == "cuda":
+                plan = plans.cuda_window(wh * ww, d, backward, table)
+            else:
+                plan = plans.triton_window(wh * ww, d, dtype.itemsize, backward, table, arch)
+        else:
+            b, c, ph, pw, patches, width = sizes
+            pixel_bytes = 1 if "uint8" in features else None
+            images_grad = "images_grad" in features
+            floor = cost.patch_embed(
+                b, c, (ph, pw), patches, width, dtype, pixel_bytes=pixel_bytes, images_grad=images_grad, backward=backward
+            )
+            plan = plans.patches(b * patches, width, 1 + images_grad * backward, backend == "triton")
+        total += plan.seconds(floor, where)
+    return 1e3 * total
+
+
+def first(op: str, dtype: torch.dtype, features: tuple[str, ...], sizes: tuple[int, ...]) -> str | None:
+    """ "cuda" or "triton", whichever to ask first; None without a GPU, for sizes unknown while tracing, and for empty tensors."""
+    part = part_at_hand()
+    return compare(op, dtype, features, sizes, part).faster if part is not None and sizes and all(sizes) else None
+
+
+#: The compiler runs it while tracing, instead of tracing it. (torch.compiler.assume_constant_result would import the compiler here.)
+first._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,170 @@
+"""Which of CUDA and Triton comes first: by measurement, by prediction, by declaration; on fake GPUs, where nothing runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from pyvit.triton_kernels import cost, plans
+from torch._subclasses import FakeTensorMode
+
+import pyvit
+from benchmarks import choices, gpu_cases
+from pyvit import choice, dispatch, ops
+from pyvit.backends import CAPABILITIES, MISSING, preference
+from pyvit.dispatch import Call, select
+
+BF16 = torch.bfloat16
+LONG = Call("flash_attention", "cuda", BF16, (), (64,), (64, 12, 12, 577, 577, 64))
+WINDOWS = Call("window_attention", "cuda", BF16, ("bias_table",), (32,), (128, 56, 56, 7, 7, 3, 32))
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None], None]]:
+    """A machine with both backends and the GPU named."""
+
+    def use(part: str | None) -> None:
+        monkeypatch.setitem(MISSING, ("cuda", "cuda"), None)
+        monkeypatch.setitem(MISSING, ("triton", "cuda"), None)
+        monkeypatch.setattr(dispatch, "_choices", {})
+        monkeypatch.setattr(choice, "part_at_hand", lambda: part)
+
+    choice.compare.cache_clear()
+    yield use
+    choice.compare.cache_clear()
+
+
+def test_predictions_decide(on: Callable[[str | None], None]) -> None:
+    """577 tokens: the warps of CUDA pad them less than Triton's tiles; on Hopper those tiles have the faster instructions."""
+    on("A100")
+    assert select(LONG) == "cuda"
+    on("H100")
+    assert select(LONG) == "triton"
+
+
+def test_a_measurement_beats_a_prediction(on: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    on("A100")
+    row = choice.Measured("A100", "flash_attention", BF16, False, (577, 577, 64), 2.0, 1.0, "2026-01-01")
+    monkeypatch.setattr(choice, "MEASURED", (row,))
+    assert select(LONG) == "triton"
+    assert select(LONG._replace(sizes=(1, 1, 1, 577, 577, 64))) == "triton"  # batch and heads do not decide tiles
+    assert select(LONG._replace(sizes=(64, 12, 12, 197, 197, 64))) == "cuda"
+    assert select(LONG._replace(features=("grad",))) == choice.compare(LONG.op, BF16, ("grad",), LONG.sizes, "A100").faster
+    report = str(choice.compare(LONG.op, BF16, (), LONG.sizes, "A100"))
+    assert report == "measured (2026-01-01) on A100: cuda 2 ms, triton 1 ms"
+
+
+def test_one_that_refuses_is_not_compared(on: Callable[[str | None], None]) -> None:
+    on("A100")
+    assert select(LONG._replace(features=("dropout",))) == "triton"
+    assert select(LONG._replace(head_dims=(160,), sizes=(64, 12, 12, 577, 577, 160))) == "triton"
+
+
+def test_equal_figures_go_to_triton(on: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    on("A100")
+    monkeypatch.setattr(choice, "predict", lambda *_: 1.0)
+    assert select(LONG) == "triton"
+    assert preference("flash_attention") == ["triton", "cpu", "cuda", "reference"]
+
+
+@pytest.mark.parametrize("part", [None, "A100"])
+def test_explain_says_by_what(on: Callable[[str | None], None], part: str | None) -> None:
+    on(part)
+    with FakeTensorMode():
+        q = torch.empty(2, 4, 577, 64, device="cuda", dtype=BF16)
+        (note,) = pyvit.explain(ops.flash_attention, q, q, q).notes
+        none = torch.empty(0, 4, 577, 64, device="cuda", dtype=BF16)
+        assert "for want of" in pyvit.explain(ops.flash_attention, none, none, none).notes[0]
+    found = choice.compare("flash_attention", BF16, (), (2, 4, 4, 577, 577, 64), "A100")
+    wanted = "declared order, for want of a GPU to predict for" if part is None else f"predicted on A100: cuda {found.cuda:.3g} ms, triton"
+    assert note.startswith(f"between cuda and triton: {wanted}")
+
+
+def test_sizes_of_every_operator(on: Callable[[str | None], None]) -> None:
+    on("A100")
+    with FakeTensorMode():
+        q, k, packed = (torch.empty(*s, device="cuda", dtype=BF16) for s in ((2, 4, 9, 64), (2, 2, 7, 64), (57, 4, 32)))
+        cu = torch.empty(4, device="cuda", dtype=torch.int32)
+        assert pyvit.explain(ops.flash_attention, q, k, k, enable_gqa=True).call.sizes == (2, 4, 2, 9, 7, 64)
+        call = pyvit.explain(ops.flash_attention_varlen, packed, packed, packed, cu, cu, 40, 30).call
+        assert call.sizes == (3, 4, 4, 40, 30, 32)
+        windows = torch.empty(2, 9, 10, 192, device="cuda", dtype=BF16)
+        assert pyvit.explain(ops.window_attention, windows, (7, 5), num_heads=2).call.sizes == (2, 9, 10, 7, 5, 2, 32)
+        images, weight = torch.empty(2, 3, 32, 48, device="cuda", dtype=BF16), torch.empty(24, 3, 16, 16, device="cuda", dtype=BF16)
+        assert pyvit.explain(ops.patch_embed, images, weight).call.sizes == (2, 3, 16, 16, 6, 24)
+    assert pyvit.explain(ops.flash_attention, *(torch.zeros(1, 1, 2, 8),) * 3).call.sizes == ()
+
+
+@pytest.mark.parametrize(("dynamic", "chosen"), [(False, "cuda"), (True, "triton")])
+def test_compiled(on: Callable[[str | None], None], dynamic: bool, chosen: str) -> None:
+    """Sizes known while tracing are predicted as in eager mode; a graph for every size keeps the declared order and gets no guard."""
+    on("A100")
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    with FakeTensorMode(), torch.no_grad():
+        q = torch.empty(2, 4, 577, 64, device="cuda", dtype=BF16)
+        torch.compile(lambda q: ops.flash_attention(q, q, q) * 2, fullgraph=True, backend=keep, dynamic=dynamic)(q)
+    (backend,) = [n.args[-1] for n in graphs[0].graph.nodes if n.target is torch.ops.pyvit.flash_attention.default]
+    assert backend == chosen
+
+
+@pytest.mark.parametrize("part", ["A100", "H100", "H200", "B200"])
+@pytest.mark.parametrize("features", [(), ("bias_table", "grad"), ("bias", "bias_grad", "grad"), ("causal", "grad"), ("images_grad",)])
+def test_no_prediction_is_below_the_floor(part: str, features: tuple[str, ...]) -> None:
+    grad = any(f.endswith("grad") for f in features)
+    for dtype in (BF16, torch.float32):
+        for n, d in ((1, 8), (49, 32), (144, 32), (197, 64), (257, 72), (1025, 128)):
+            floors = [cost.attention(8, 4, n, n, d, dtype, causal="causal" in features, backward=b).floor(part) for b in (False, True)]
+            for backend in ("cuda", "triton"):
+                found = choice.predict(backend, "flash_attention", dtype, features, (8, 4, 4, n, n, d), part, grad)
+                assert found > 1e3 * sum(floors[: 1 + grad])
+        for window in (4, 7, 12, 16):
+            floors = [cost.window_attention(8, 50, 50, (window, window), 3, 32, dtype, backward=b).floor(part) for b in (False, True)]
+            for backend in ("cuda", "triton"):
+                sizes = (8, 50, 50, window, window, 3, 32)
+                assert choice.predict(backend, "window_attention", dtype, features, sizes, part, grad) > 1e3 * sum(floors[: 1 + grad])
+        for backend in ("cuda", "triton"):
+            assert choice.predict(backend, "patch_embed", dtype, features, (8, 3, 16, 16, 196, 768), part, grad) > 0
+
+
+def test_plans_know_every_head_dimension_that_is_served() -> None:
+    for op, plan in (
+        ("flash_attention", lambda d: plans.cuda_attention(197, 197, d, 2, True, False)),
+        ("window_attention", lambda d: plans.cuda_window(49, d, True, True)),
+    ):
+        low, high, step = CAPABILITIES[op]["cuda"].head_dim
+        assert all(plan(d).flops >= 1 for d in range(low, high + 1, step))
+
+
+def test_the_part_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, capability, wanted in (
+        ("NVIDIA H200", (9, 0), "H200"),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), "A100"),
+        ("NVIDIA GH900", (9, 0), "H100"),
+        ("NVIDIA B300", (10, 3), "B200"),
+        ("NVIDIA GeForce RTX 4090", (8, 9), "A100"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert choice.part_at_hand.__wrapped__() == wanted
+
+
+def test_measuring_two_backends_makes_rows() -> None:
+    """Two that run here in place of the two that need a GPU; a row is Python that the table can hold, and one that refuses is named."""
+    said: list[str] = []
+    cases = gpu_cases.tiny()
+    found = list(choices.rows(cases, "A100", "cpu", said.append, ("reference", "cpu" if MISSING["cpu", "cpu"] is None else "reference")))
+    assert not said
+    assert [row.shape for row in found] == [(33, 33, 32), (7, 7, 32), (7, 7, 32), (16, 16, 32)]
+    assert all(row.cuda > 0 and row.triton > 0 for row in found)
+    assert eval(repr(found[0]), {"Measured": choice.Measured, "torch": torch}) == found[0]
+    assert list(choices.rows(cases[:1], "A100", "cpu", said.append, ("reference", "cuda"))) == []
+    assert "cannot serve" in said[0]

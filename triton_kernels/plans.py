@@ -1,0 +1,100 @@
+"""What the kernels of each backend do beyond the floor of :mod:`pyvit.triton_kernels.cost`, so that one can be held against the other.
+
+A prediction adds the time of the bytes, of the products and of the launches, as if none overlapped. It knows tile padding, recomputed
+products, second passes over the tensors, and whether a tile is tall enough (64 rows) for the tensor-core instructions of four warps. It
+does not know spills, occupancy, bank conflicts or caches: it orders two plans, and is no forecast of either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyvit.triton_kernels.cost import Cost, Part
+from pyvit.triton_kernels.tiles import backward_short_fits, choose, forward_short_fits, parts
+
+#: Head dimensions that the CUDA kernels are compiled for, by bytes per element (with_head_dim and with_window_dim in csrc/cuda).
+HEAD_DIMS = {2: (32, 64, 80, 96, 128), 4: (64, 128)}
+WINDOW_HEAD_DIMS = (32, 64)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One pass of a backend: bytes and flops relative to the floor's, launches, and whether it uses instructions of four warps."""
+
+    bytes: float
+    flops: float
+    launches: int
+    warpgroup: bool = False
+
+    def seconds(self, floor: Cost, part: Part) -> float:
+        rate = part.rate(floor.dtype) * (1.0 if self.warpgroup else part.warp_share)
+        return floor.bytes * self.bytes / part.bandwidth + floor.flops * self.flops / rate + self.launches * part.launch
+
+
+def up(n: int, step: int) -> int:
+    """``n`` rounded up to a multiple of ``step``."""
+    return -(-n // step) * step
+
+
+def _attention(tensors: float, products: float, padding: float, launches: int, warpgroup: bool, backward: bool) -> Plan:
+    """From reads and writes of (tokens, channels) tensors and products over all pairs: the floor is 4 and 2, backward 8 and 5."""
+    floor = (8, 5) if backward else (4, 2)
+    return Plan(tensors / floor[0], products / floor[1] * padding, launches, warpgroup)
+
+
+def cuda_attention(n_q: int, n_k: int, d: int, itemsize: int, backward: bool, bias_grad: bool) -> Plan:
+    """Warps of 16 rows over 16-wide pieces of the keys; backward is delta, the queries' pass, the keys' pass, and the bias's."""
+    padding = up(n_q, 16) * up(n_k, 16) / (n_q * n_k) * next(w for w in HEAD_DIMS[itemsize] if w >= d) / d
+    if not backward:
+        return _attention(4, 2, padding, 1, False, False)
+    return _attention(13 + 4 * bias_grad, 7 + 2 * bias_grad, padding, 3 + 2 * bias_grad, False, True)
+
+
+def triton_attention(
+    n_q: int, n_k: int, d: int, itemsize: int, backward: bool, bias: bool, bias_grad: bool, arch: str, grouped: bool
+) -> Plan:
+    """The keys of a short sequence in one piece; a head's gradients from one program while they fit, else two passes."""
+    width, pairs = sum(parts(d)) / d, n_q * n_k
+    if not backward:
+        short = forward_short_fits(arch, itemsize, (d, d), n_k)
+        c = choose("forward_short" if short else "forward_long", arch, itemsize, d, n_k)
+        keys = sum(parts(n_k)) if short else n_k // c.block_n * c.block_n + up(n_k % c.block_n, c.edge_n)
+        return _attention(4, 2, up(n_q, c.block_m) * keys / pairs * width, 1, c.block_m >= 64, False)
+    if not grouped and backward_short_fits(d, n_q, n_k):
+        c = choose("backward_short", arch, itemsize, d, n_k)
+        rows = c.block_m if not bias else max(16, c.block_m // 2)
+        # dQ of all but the last piece of keys goes through a float32 sum in memory.
+        tensors, products, launches = 8 + (-(-n_k // c.block_n) - 1) * 4 / itemsize, 5, 1
+        padded = up(n_q, rows) * up(n_k, c.block_n)
+    else:
+        c = choose("backward_dkdv", arch, itemsize, d, n_k)
+        rows, tensors, products, launches = c.block_m, 12, 7, 2
+        padded = up(n_q, c.block_n) * up(n_k, c.block_m)
+    if bias_grad:
+        tensors, products, launches = tensors + 4, products + 2, launches + 2
+    return _attention(tensors, products, padded / pairs * width, launches, rows >= 64, True)
+
+
+def cuda_window(area: int, d: int, backward: bool, table_grad: bool) -> Plan:
+    """As attention, a window at a time; the table's gradient computes the scores once more."""
+    padding = (up(area, 16) / area) ** 2 * next(w for w in WINDOW_HEAD_DIMS if w >= d) / d
+    if not backward:
+        return _attention(4, 2, padding, 1, False, False)
+    return _attention(13 + 4 * table_grad, 7 + 2 * table_grad, padding, 3 + 2 * table_grad, False, True)
+
+
+def triton_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bool, arch: str) -> Plan:
+    """Small windows side by side in a tile of 64 rows; all gradients in one pass where a tile holds the window."""
+    pack = max(1, 64 // area) if area <= 32 else 1
+    rows = pack * area
+    c = choose("window_backward_keys" if backward else "window_forward", arch, itemsize, d, rows)
+    padding = up(rows, c.block_m) * sum(parts(rows)) / (pack * area * area) * sum(parts(d)) / d
+    if not backward:
+        return _attention(4, 2, padding, 1, c.block_m >= 64, False)
+    tensors, products, launches = (8, 5, 1) if rows <= c.block_m else (13, 7, 2)
+    return _attention(tensors, products, padding, launches + 2 * table_grad, c.block_m >= 64, True)
+
+
+def patches(rows: int, width: int, launches: int, warpgroup: bool) -> Plan:
+    """Both backends multiply tiles of 128 x 128; ``rows`` are the patches of the batch."""
+    return Plan(1, up(rows, 128) * up(width, 128) / (rows * width), launches, warpgroup)
