@@ -103,7 +103,7 @@ def predict(backend: str, op: str, dtype: torch.dtype, features: tuple[str, ...]
             floor = cost.window_attention(b, height, width, (wh, ww), heads, d, dtype, backward=backward)
             table = "bias_table" in features
             if backend == "cuda":
-                plan = plans.cuda_window(wh * ww, d, backward, table)
+                plan = plans.cuda_window(wh * ww, d, dtype.itemsize, backward, table)
             else:
                 plan = plans.triton_window(wh * ww, d, dtype.itemsize, backward, table, arch)
         else:

@@ -115,7 +115,7 @@ def window_attention(
     rows = 4 * windows * area * heads
     if not backward:  # qkv, out
         return Cost(4 * tokens * channels * size + rows + table, 4.0 * windows * heads * area * area * d, dtype)
-    # qkv and its gradient, out, grad_out
+    # qkv and its gradient, grad_out, and out, which a kernel that holds whole rows of scores can do without
     return Cost(8 * tokens * channels * size + rows + 2 * table, 10.0 * windows * heads * area * area * d, dtype)
 
 

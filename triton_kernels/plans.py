@@ -75,11 +75,13 @@ def triton_attention(
     return _attention(tensors, products, padded / pairs * width, launches, rows >= 64, True)
 
 
-def cuda_window(area: int, d: int, backward: bool, table_grad: bool) -> Plan:
-    """As attention, a window at a time; the table's gradient computes the scores once more."""
+def cuda_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bool) -> Plan:
+    """As attention, a window at a time; backward in one pass while a block holds the window, up to 64 tokens without reading the output."""
     padding = (up(area, 16) / area) ** 2 * next(w for w in WINDOW_HEAD_DIMS if w >= d) / d
     if not backward:
         return _attention(4, 2, padding, 1, False, False)
+    if area <= 64 or (area <= 144 and itemsize == 2 and d <= 32):
+        return _attention(7 if area <= 64 else 8, 5, padding, 1 + table_grad, False, True)
     return _attention(13 + 4 * table_grad, 7 + 2 * table_grad, padding, 3 + 2 * table_grad, False, True)
 
 

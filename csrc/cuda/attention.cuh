@@ -108,6 +108,20 @@ PYVIT_DEVICE void inverse_norms(Tile<T, D> tile, int rows, float* out) {
   }
 }
 
+// The sum of all threads' parts of the temperature's gradient, through `sums`, which nothing else may use any more.
+template <class Problem>
+PYVIT_DEVICE void store_logit_sum(const Problem& problem, float part, float* sums) {
+  part = warp_sum(part);
+  PYVIT_BARRIER();
+  if (lane_of(threadIdx.x) == 0) sums[warp_of(threadIdx.x)] = part;
+  PYVIT_BARRIER();
+  if (threadIdx.x == 0) {
+    float sum = 0.0f;
+    for (int w = 0; w < int(blockDim.x) / 32; ++w) sum += sums[w];
+    problem.store_logit_partial(int(blockIdx.x), int(gridDim.x), sum);
+  }
+}
+
 // A weight as an operand of type T: half precision would turn the inverse norm of a zero key into infinity.
 template <class T>
 PYVIT_DEVICE float operand(float x) {

@@ -9,8 +9,8 @@ template <class Problem, int D, int NT>
 __global__ void __launch_bounds__(256)
     attention_backward_queries(const __grid_constant__ typename Problem::Params params) {
   using T = typename Problem::T;
-  const int thread = threadIdx.x, warp = warp_of(thread), lane = lane_of(thread), g = lane >> 2, t = lane & 3;
-  const int rows = blockDim.x / 2, row0 = warp * 16;
+  const int lane = lane_of(threadIdx.x), g = lane >> 2, t = lane & 3;
+  const int rows = blockDim.x / 2, row0 = warp_of(threadIdx.x) * 16;
   Problem problem(params, blockIdx.y);
   const Layout<T, D, NT> memory{rows, 2, problem.most_keys() > 8 * NT ? 2 : 1};
   problem.use(memory.rest());
@@ -100,18 +100,7 @@ __global__ void __launch_bounds__(256)
     }
     if (index + 1 < range.last) PYVIT_BARRIER();
   }
-  if (problem.cosine()) {
-    logit_sum = warp_sum(logit_sum);
-    float* sums = memory.row_norms();
-    PYVIT_BARRIER();
-    if (lane == 0) sums[warp] = logit_sum;
-    PYVIT_BARRIER();
-    if (thread == 0) {
-      float sum = 0.0f;
-      for (int w = 0; w < int(blockDim.x) / 32; ++w) sum += sums[w];
-      problem.store_logit_partial(int(blockIdx.x), int(gridDim.x), sum);
-    }
-  }
+  if (problem.cosine()) store_logit_sum(problem, logit_sum, memory.row_norms());
 }
 
 template <class Problem, int D, int NT>

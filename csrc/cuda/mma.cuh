@@ -218,6 +218,8 @@ struct Tile {
   PYVIT_DEVICE T* chunk(int row, int c) const {
     return data + (row * kChunks + (c ^ ((row >> kShift) & kMask))) * kPerChunk;
   }
+  // The rows from a multiple of 8 on, after which the permutation repeats.
+  PYVIT_DEVICE Tile from(int row) const { return {data + row * COLS}; }
   PYVIT_DEVICE T* at(int row, int col) const { return chunk(row, col / kPerChunk) + col % kPerChunk; }
 };
 

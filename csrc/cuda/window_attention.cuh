@@ -72,9 +72,12 @@ struct Windows {
   PYVIT_DEVICE int last_key(int) const { return nk; }
   PYVIT_DEVICE int first_query(int) const { return 0; }
 
-  PYVIT_DEVICE void begin(int window_index) {
+  PYVIT_DEVICE void locate(int window_index) {
     index = window_index;
     image = index / (down * across), window = index % (down * across);
+  }
+  PYVIT_DEVICE void begin(int window_index) {
+    locate(window_index);
     const Window& w = p.forward;
     for (int i = threadIdx.x; i < nq; i += blockDim.x) {
       const int y = i / w.window_w, x = i % w.window_w;

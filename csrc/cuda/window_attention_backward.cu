@@ -2,7 +2,7 @@
 #include "attention_backward.cuh"
 #include "attention_bias.cuh"
 #include "reduce.cuh"
-#include "window_attention.cuh"
+#include "window_backward.cuh"
 
 namespace pyvit::cuda {
 
@@ -69,6 +69,21 @@ static __global__ void __launch_bounds__(256) pad_gradient(const __grid_constant
 
 namespace {
 
+// Columns of the one-pass kernel's matrices for windows of n tokens; 0 where shared memory cannot hold the window.
+template <class T, int D>
+constexpr int one_pass_columns(int n) {
+  return n <= 64 ? 64 : n <= 144 && sizeof(T) == 2 && D <= 32 ? 144 : 0;
+}
+
+template <class T, int D, int NT, int TILES>
+const char* launch_one_pass(const WindowGradient& params, Stream stream) {
+  const Window& w = params.forward;
+  const int rows = ceil_div(w.window_h * w.window_w, 16) * 16;
+  const WindowLayout<T, D, 8 * NT * TILES> memory(rows, w);
+  return launch("window_attention_backward", window_backward<T, D, NT, TILES>, dim3(params.chunks, w.heads), 2 * rows,
+                memory.bytes(w), params, stream);
+}
+
 template <class T, int D>
 int query_warps(const Window& w) {
   constexpr int NT = kBackwardColumns<T, D>;
@@ -78,12 +93,38 @@ int query_warps(const Window& w) {
   });
 }
 
+// Larger windows, a pass for each owner of rows.
+template <class T, int D>
+const char* launch_passes(const WindowGradient& params, Stream stream) {
+  constexpr int NT = kBackwardColumns<T, D>;
+  const Window& w = params.forward;
+  const int n = w.window_h * w.window_w, warps = query_warps<T, D>(w), scratch = Windows<T>::scratch_bytes(w);
+  const int bytes = Layout<T, D, NT>{16 * warps, 2, n > 8 * NT ? 2 : 1}.bytes() + scratch;
+  const int64_t rows = int64_t(w.batch) * w.height * w.width * w.heads;
+  if (const char* error = launch("window_delta", window_delta<T>, ceil_div(rows, 256), 256, 0, params, stream))
+    return error;
+  const dim3 grid(unsigned(params.chunks) * params.query_tiles, w.heads);
+  if (const char* error = launch("window_attention_backward (queries)", attention_backward_queries<Windows<T>, D, NT>,
+                                 grid, 32 * warps, bytes, params, stream))
+    return error;
+  if (const char* error = launch("window_attention_backward (keys)", attention_backward_keys<Windows<T>, D, NT>, grid,
+                                 32 * warps, bytes, params, stream))
+    return error;
+  if (params.grad_bias_table == nullptr) return nullptr;
+  constexpr int kRows = 64;
+  const dim3 tiles(unsigned(params.chunks) * w.heads * ceil_div(n, kRows) * ceil_div(n, 8 * NT));
+  return launch("window_attention_backward (bias)", attention_backward_bias<Windows<T>, D, NT>, tiles, 2 * kRows,
+                Layout<T, D, NT>{kRows, 2, 1}.bytes() + scratch, params, stream);
+}
+
 }  // namespace
 
 int window_query_tiles(const Window& w) {
   int tiles = 1;
   with_window_dim(w, [&](auto element, auto width) -> const char* {
-    tiles = ceil_div(w.window_h * w.window_w, 16 * query_warps<decltype(element), width()>(w));
+    using T = decltype(element);
+    const int n = w.window_h * w.window_w;
+    if (one_pass_columns<T, width()>(n) == 0) tiles = ceil_div(n, 16 * query_warps<T, width()>(w));
     return nullptr;
   });
   return tiles;
@@ -93,31 +134,21 @@ const char* window_attention_backward(const WindowGradient& given, Stream stream
   WindowGradient params = given;
   const Window& w = params.forward;
   const int n = w.window_h * w.window_w;
-  const int64_t tokens = int64_t(w.batch) * w.height * w.width;
-  if (tokens == 0 || w.heads == 0) return nullptr;
+  if (int64_t(w.batch) * w.height * w.width == 0 || w.heads == 0) return nullptr;
   return with_window_dim(w, [&](auto element, auto width) -> const char* {
     using T = decltype(element);
-    constexpr int D = width(), NT = kBackwardColumns<T, D>;
-    const int warps = query_warps<T, D>(w), tiles = ceil_div(n, 16 * warps), scratch = Windows<T>::scratch_bytes(w);
-    const int bytes = Layout<T, D, NT>{16 * warps, 2, n > 8 * NT ? 2 : 1}.bytes() + scratch;
-    params.query_tiles = tiles;
-    if (const char* error =
-            launch("window_delta", window_delta<T>, ceil_div(tokens * w.heads, 256), 256, 0, params, stream))
+    constexpr int D = width();
+    params.query_tiles = window_query_tiles(w);
+    const int columns = one_pass_columns<T, D>(n);
+    if (columns == 64) {
+      if (const char* error = launch_one_pass<T, D, 8, 1>(params, stream)) return error;
+    } else if (columns) {
+      if constexpr (one_pass_columns<T, D>(144))
+        if (const char* error = launch_one_pass<T, D, 6, 3>(params, stream)) return error;
+    } else if (const char* error = launch_passes<T, D>(params, stream)) {
       return error;
-    const dim3 grid(unsigned(params.chunks) * tiles, w.heads);
-    if (const char* error = launch("window_attention_backward (queries)", attention_backward_queries<Windows<T>, D, NT>,
-                                   grid, 32 * warps, bytes, params, stream))
-      return error;
-    if (const char* error = launch("window_attention_backward (keys)", attention_backward_keys<Windows<T>, D, NT>, grid,
-                                   32 * warps, bytes, params, stream))
-      return error;
+    }
     if (params.grad_bias_table) {
-      constexpr int kRows = 64;
-      const dim3 tiles_grid(unsigned(params.chunks) * w.heads * ceil_div(n, kRows) * ceil_div(n, 8 * NT));
-      if (const char* error =
-              launch("window_attention_backward (bias)", attention_backward_bias<Windows<T>, D, NT>, tiles_grid,
-                     2 * kRows, Layout<T, D, NT>{kRows, 2, 1}.bytes() + scratch, params, stream))
-        return error;
       const int64_t entries = int64_t(2 * w.window_h - 1) * (2 * w.window_w - 1) * w.heads;
       if (const char* error = launch("table_gradient", table_gradient, ceil_div(entries, 4), 128, 0, params, stream))
         return error;
@@ -125,11 +156,12 @@ const char* window_attention_backward(const WindowGradient& given, Stream stream
     if (params.grad_logit_scale)
       if (const char* error = launch("logit_gradient", logit_gradient, w.heads, 32, 0, params, stream)) return error;
     if (params.grad_pad == nullptr) return nullptr;
-    const int columns = 2 * w.heads * w.d;
+    const int channels = 2 * w.heads * w.d;
     if (const char* error =
-            launch("pad_gradient", pad_gradient, dim3(ceil_div(columns, 256), kPadChunks), 256, 0, params, stream))
+            launch("pad_gradient", pad_gradient, dim3(ceil_div(channels, 256), kPadChunks), 256, 0, params, stream))
       return error;
-    return reduce_partials(params.pad_partials, kPadChunks, columns, Type::f32, params.grad_pad + columns / 2, stream);
+    return reduce_partials(params.pad_partials, kPadChunks, channels, Type::f32, params.grad_pad + channels / 2,
+                           stream);
   });
 }
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+
+CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 
 
 def _attention(emulator: Any, seed: int) -> list[torch.Tensor]:
@@ -17,12 +20,25 @@ def _attention(emulator: Any, seed: int) -> list[torch.Tensor]:
     return [out, lse, *emulator.op("flash_attention_backward", grad, None, out, lse, True, q, k, v, *options, seed=seed + 1)]
 
 
-def _windows(emulator: Any, seed: int) -> list[torch.Tensor]:
+def _windows(
+    emulator: Any, seed: int, dtype: torch.dtype = torch.bfloat16, side: int = 7, size: tuple[int, int] = (14, 12)
+) -> list[torch.Tensor]:
     """Several windows per block, cosine attention, a bias table, padding."""
-    qkv, grad = torch.randn(2, 14, 12, 96).bfloat16(), torch.randn(2, 14, 12, 32).bfloat16()
-    options = ([7, 7], [3, 3], 1, torch.randn(169, 1), torch.randn(1), torch.randn(96), 1.0, 0.0, None, "cuda")
+    qkv, grad = torch.randn(2, *size, 96).to(dtype), torch.randn(2, *size, 32).to(dtype)
+    table = torch.randn((2 * side - 1) ** 2, 1)
+    options = ([side, side], [3, 3], 1, table, torch.randn(1), torch.randn(96), 1.0, 0.0, None, "cuda")
     out, lse = emulator.op("window_attention", qkv, *options, seed=seed)
     return [out, lse, *emulator.op("window_attention_backward", grad, out, lse, qkv, *options, seed=seed + 1)]
+
+
+def _wide_windows(emulator: Any, seed: int) -> list[torch.Tensor]:
+    """Elements of four bytes, for which shared memory holds one window at a time."""
+    return _windows(emulator, seed, torch.float32)
+
+
+def _large_windows(emulator: Any, seed: int) -> list[torch.Tensor]:
+    """Too large for one block to take all gradients in one pass."""
+    return _windows(emulator, seed, side=13, size=(13, 40))
 
 
 def _patches(emulator: Any, seed: int) -> list[torch.Tensor]:
@@ -48,11 +64,15 @@ def _same(a: list[torch.Tensor] | str, b: list[torch.Tensor] | str) -> bool:
     )
 
 
+def _sites(path: Path) -> list[int]:
+    return [number for number, line in enumerate(path.read_text().splitlines(), 1) if "PYVIT_BARRIER();" in line]
+
+
 def test_every_barrier_is_needed(emulator):
     met: set[str] = set()
     needed: set[str] = set()
     try:
-        for case in (_attention, _windows, _patches):
+        for case in (_attention, _windows, _wide_windows, _large_windows, _patches):
             emulator.skip_barrier("")
             emulator.call("pyvit_emulation_forget_sites")
             right = _outcome(case, emulator, 1)
@@ -66,5 +86,6 @@ def test_every_barrier_is_needed(emulator):
                     needed.add(site)
     finally:
         emulator.skip_barrier("")
-    assert len(met) >= 12
+    written = {f"{path.name}:{line}" for path in CUDA.glob("*.cu*") for line in _sites(path)}
+    assert met == written, "a barrier that no case meets is not shown to be needed"
     assert met == needed, f"leaving these out changed nothing in six orders of threads: {met - needed}"

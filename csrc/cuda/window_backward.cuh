@@ -1,0 +1,241 @@
+// All gradients of a window by one block, which reads and writes every tensor once and makes five products: scores,
+// their gradient, dQ, and, with probabilities and score gradients exchanged through shared memory, dV and dK.
+#pragma once
+
+#include "reduce.cuh"
+#include "window_attention.cuh"
+
+namespace pyvit::cuda {
+
+// Shared memory: one or two stages of q, k, v and grad_out, two (rows x columns) matrices of the element type, the
+// inverse norms of q and k, and what Windows keeps.
+template <class T, int D, int COLUMNS>
+struct WindowLayout {
+  using Matrix = Tile<T, COLUMNS>;
+  static constexpr int kTwoStages = 54 << 10;  // the most that three blocks of an sm_80 processor may each have
+  int rows, stages;
+
+  __host__ __device__ WindowLayout(int rows_, const Window& w) : rows(rows_), stages(2) {
+    if (bytes(w) > kTwoStages) stages = 1;
+  }
+  PYVIT_DEVICE Tile<T, D> tile(int stage, int which) const {
+    return {reinterpret_cast<T*>(shared_memory() + (4 * stage + which) * Tile<T, D>::bytes(rows))};
+  }
+  PYVIT_DEVICE Matrix matrix(int which) const {
+    return {reinterpret_cast<T*>(shared_memory() + 4 * stages * Tile<T, D>::bytes(rows) + which * Matrix::bytes(rows))};
+  }
+  PYVIT_DEVICE float* norms(int which) const {
+    return reinterpret_cast<float*>(shared_memory() + tile_bytes()) + which * rows;
+  }
+  PYVIT_DEVICE char* rest() const { return reinterpret_cast<char*>(norms(2)); }
+  __host__ __device__ int tile_bytes() const { return 4 * stages * Tile<T, D>::bytes(rows) + 2 * Matrix::bytes(rows); }
+  __host__ __device__ int bytes(const Window& w) const {
+    return tile_bytes() + 2 * rows * 4 + Windows<T>::scratch_bytes(w);
+  }
+};
+
+// sums[16 x D] += weights[0 ... count, column0 ...]^T rows.
+template <class T, int D, int COLUMNS>
+PYVIT_DEVICE void accumulate_columns(float (&sums)[D / 8][4], Tile<T, COLUMNS> weights, int column0, Tile<T, D> rows,
+                                     int count, int lane) {
+  for (int k = 0; k < count; k += Fragments<T>::kK) {
+    Fragments<T> f;
+    f.load_a_transposed(weights, k, column0, lane);
+#pragma unroll
+    for (int d = 0; d < D / 16; ++d) {
+      f.load_b_transposed(rows, k, d * 16, lane);
+      f.multiply(sums[2 * d], sums[2 * d + 1]);
+    }
+  }
+}
+
+// A lane's part of delta for token i, the sum over a row of grad_out * out: four lanes share a row's 16-byte chunks.
+template <class T, int D>
+PYVIT_DEVICE float delta_part(const Windows<T>& problem, Tile<T, D> grad_out, int i, int t) {
+  constexpr int kPerChunk = Tile<T, D>::kPerChunk;
+  const T* out = i < problem.nq ? problem.out(problem.head, i) : nullptr;
+  float sum = 0.0f;
+  for (int c = t; out && c * kPerChunk < problem.d; c += 4)
+    sum += dot_rows(out + c * kPerChunk, grad_out.chunk(i, c), kPerChunk);
+  return sum;
+}
+
+// Two neighbours of a row, rounded to the element type.
+template <class T, int COLUMNS>
+PYVIT_DEVICE void store_pair(Tile<T, COLUMNS> matrix, int row, int column, float left, float right) {
+  T* to = matrix.at(row, column);
+  if constexpr (sizeof(T) == 2)
+    *reinterpret_cast<uint32_t*>(to) = pack(T{}, left, right);
+  else
+    to[0] = left, to[1] = right;
+}
+
+// Windows of up to 8 NT TILES tokens. A warp owns 16 queries, then 16 keys; a block goes through its chunk's windows of
+// one head, with the sums of the table's gradient in registers. While TILES is 1 a warp holds whole rows of scores, and
+// takes delta, what the softmax's gradient subtracts, from them; otherwise from the output.
+template <class T, int D, int NT, int TILES>
+__global__ void __launch_bounds__(16 * NT * TILES, TILES == 1 && sizeof(T) == 2 ? 3 : 1)
+    window_backward(const __grid_constant__ WindowGradient params) {
+  const int lane = lane_of(threadIdx.x), g = lane >> 2, t = lane & 3;
+  const int rows = blockDim.x / 2, row0 = warp_of(threadIdx.x) * 16;
+  Windows<T> problem(params, blockIdx.y);
+  const WindowLayout<T, D, 8 * NT * TILES> memory(rows, params.forward);
+  const int stages = memory.stages;
+  problem.use(memory.rest());
+  const int head = problem.head, n = problem.nq;
+  const bool cosine = problem.cosine();
+  const Range range = range_of(problem.count(), blockIdx.x, gridDim.x);
+  const auto load = [&](int index, int stage) {
+    Windows<T> window = problem;
+    window.locate(index);
+    const auto rows_of = [&](int which, auto source) {
+      load_rows(memory.tile(stage, which), rows, 0, n, problem.d, problem.any(), source);
+    };
+    rows_of(0, [&](int i) { return window.q(head, i); });
+    rows_of(1, [&](int j) { return window.k(j); });
+    rows_of(2, [&](int j) { return window.v(j); });
+    rows_of(3, [&](int i) { return window.grad_out(head, i); });
+    copy_commit();
+  };
+  const auto p_matrix = memory.matrix(0), ds_matrix = memory.matrix(1);
+  const float *q_norms = memory.norms(0), *k_norms = memory.norms(1);
+  float table_sums[TILES][NT][4] = {}, logit_sum = 0.0f;
+  if (range.first < range.last) load(range.first, 0);
+  for (int index = range.first; index < range.last; ++index) {
+    const int stage = stages == 2 ? (index - range.first) & 1 : 0;
+    const Tile<T, D> q = memory.tile(stage, 0), k = memory.tile(stage, 1), v = memory.tile(stage, 2),
+                     grad_out = memory.tile(stage, 3);
+    copy_wait<0>();
+    PYVIT_BARRIER();
+    if (stages == 2 && index + 1 < range.last) load(index + 1, stage ^ 1);
+    problem.begin(index);
+    if (cosine) {
+      inverse_norms(q, rows, memory.norms(0));
+      inverse_norms(k, rows, memory.norms(1));
+    }
+    PYVIT_BARRIER();
+
+    float dq[D / 8][4] = {}, lse[2], delta[2], means[2][3] = {};  // of dP, scores and their product
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = row0 + g + 8 * half;
+      lse[half] = i < n ? backward_lse(*problem.lse(head, i)) : infinity();
+      if constexpr (TILES > 1) delta[half] = row_sum(delta_part(problem, grad_out, i, t));
+    }
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      const int k0 = tile * 8 * NT, pairs = pairs_of(n - k0, 8 * NT);
+      float s[NT][4], dp[NT][4];
+      multiply_rows<T, D, NT>(s, q, row0, k.from(k0), pairs, lane);
+      multiply_rows<T, D, NT>(dp, grad_out, row0, v.from(k0), pairs, lane);
+#pragma unroll
+      for (int m = 0; m < NT; ++m) {
+        if (m / 2 >= pairs) continue;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int half = e >> 1, row = row0 + g + half * 8, column = k0 + m * 8 + 2 * t + (e & 1);
+          const float scaled = s[m][e] * problem.scale_log2 * (cosine ? q_norms[row] * k_norms[column] : 1.0f);
+          s[m][e] = exp2_fast(problem.score(scaled, head, row, column) - lse[half]);
+          means[half][0] += s[m][e] * dp[m][e];
+          means[half][1] += s[m][e] * scaled;
+          means[half][2] += s[m][e] * dp[m][e] * scaled;
+        }
+      }
+      if constexpr (TILES == 1) delta[0] = row_sum(means[0][0]), delta[1] = row_sum(means[1][0]);
+#pragma unroll
+      for (int m = 0; m < NT; ++m) {
+        if (m / 2 >= pairs) continue;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = row0 + g + half * 8, column = k0 + m * 8 + 2 * t;
+          float weights[2];
+          const float query_norm = cosine ? q_norms[row] : 1.0f;
+#pragma unroll
+          for (int side = 0; side < 2; ++side) {
+            const int e = 2 * half + side;
+            const float ds = s[m][e] * (dp[m][e] - delta[half]);
+            table_sums[tile][m][e] += ds;
+            weights[side] = operand<T>(ds * query_norm);
+            dp[m][e] = operand<T>(cosine ? ds * k_norms[column + side] : ds);
+          }
+          store_pair(p_matrix, row, column, s[m][2 * half], s[m][2 * half + 1]);
+          store_pair(ds_matrix, row, column, weights[0], weights[1]);
+        }
+      }
+      accumulate_rows<T, D, NT>(dq, dp, k.from(k0), pairs, lane);
+    }
+    PYVIT_BARRIER();
+
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row0 + g + 8 * half;
+      const float norm = cosine ? q_norms[row] : 1.0f;
+      float along = 0.0f;  // the sum of ds times score, as a covariance: free of delta's rounding
+      if (cosine) along = (row_sum(means[half][2]) - row_sum(means[half][0]) * row_sum(means[half][1])) * kLn2;
+      if (t == 0) logit_sum += along;
+#pragma unroll
+      for (int m = 0; m < D / 8; ++m) {
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          dq[m][e] *= problem.scale * norm;
+          if (cosine) dq[m][e] -= widen(*q.at(row, m * 8 + 2 * t + (e & 1))) * norm * norm * along;
+        }
+      }
+    }
+    // From here on each warp's rows of v and k are its own; those of q and grad_out are still read by all.
+    store_rows(v, row0, dq, problem.d, lane, [&](int i) { return i < n ? problem.grad_q(head, i) : nullptr; });
+
+    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
+    accumulate_columns<T, D>(dv, p_matrix, row0, grad_out, rows, lane);
+    accumulate_columns<T, D>(dk, ds_matrix, row0, q, rows, lane);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row0 + g + 8 * half;
+      const float norm = cosine ? k_norms[row] : 1.0f;
+      float along = 0.0f;
+      if (cosine) {  // dK is orthogonal to k: its part along k goes
+#pragma unroll
+        for (int m = 0; m < D / 8; ++m)
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e) along += dk[m][e] * widen(*k.at(row, m * 8 + 2 * t + (e & 1)));
+        along = row_sum(along) * norm * norm;
+      }
+      float* pad = row < n ? problem.pad_row(row) : nullptr;
+#pragma unroll
+      for (int m = 0; m < D / 8; ++m) {
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          const int column = m * 8 + 2 * t + (e & 1);
+          if (cosine) dk[m][e] -= along * widen(*k.at(row, column));
+          dk[m][e] *= problem.scale * norm;
+          if (pad && column < problem.d) problem.store_pad(pad, column, dk[m][e], dv[m][e]);
+        }
+      }
+    }
+    warp_barrier();
+    store_rows(k, row0, dk, problem.d, lane, [&](int j) { return j < n ? problem.grad_k(j) : nullptr; });
+    store_rows(v, row0, dv, problem.d, lane, [&](int j) { return j < n ? problem.grad_v(j) : nullptr; });
+    if (stages == 1 && index + 1 < range.last) {
+      PYVIT_BARRIER();
+      load(index + 1, 0);
+    }
+  }
+
+  if (params.grad_bias_table) {
+    float* partial = problem.bias_partials() + (int64_t(blockIdx.x) * problem.heads() + head) * n * n;
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+      for (int m = 0; m < NT; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int i = row0 + g + (e >> 1) * 8, j = (tile * NT + m) * 8 + 2 * t + (e & 1);
+          if (i < n && j < n) partial[i * n + j] = table_sums[tile][m][e];
+        }
+      }
+    }
+  }
+  if (cosine) store_logit_sum(problem, logit_sum, memory.norms(0));
+}
+
+}  // namespace pyvit::cuda
