@@ -43,11 +43,11 @@ def _attention(tensors: float, products: float, padding: float, launches: int, w
 
 
 def cuda_attention(n_q: int, n_k: int, d: int, itemsize: int, backward: bool, bias_grad: bool) -> Plan:
-    """Warps of 16 rows over 16-wide pieces of the keys; backward is delta, the queries' pass, the keys' pass, and the bias's."""
+    """Warps of 16 rows over 16-wide pieces of the keys; backward is the queries' pass, the keys' pass, and the bias's."""
     padding = up(n_q, 16) * up(n_k, 16) / (n_q * n_k) * next(w for w in HEAD_DIMS[itemsize] if w >= d) / d
     if not backward:
         return _attention(4, 2, padding, 1, False, False)
-    return _attention(13 + 4 * bias_grad, 7 + 2 * bias_grad, padding, 3 + 2 * bias_grad, False, True)
+    return _attention(12 + 4 * bias_grad, 7 + 2 * bias_grad, padding, 2 + 2 * bias_grad, False, True)
 
 
 def triton_attention(
@@ -82,7 +82,7 @@ def cuda_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bo
         return _attention(4, 2, padding, 1, False, False)
     if area <= 64 or (area <= 144 and itemsize == 2 and d <= 32):
         return _attention(7 if area <= 64 else 8, 5, padding, 1 + table_grad, False, True)
-    return _attention(13 + 4 * table_grad, 7 + 2 * table_grad, padding, 3 + 2 * table_grad, False, True)
+    return _attention(12 + 4 * table_grad, 7 + 2 * table_grad, padding, 2 + 2 * table_grad, False, True)
 
 
 def triton_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bool, arch: str) -> Plan:

@@ -108,6 +108,28 @@ PYVIT_DEVICE void inverse_norms(Tile<T, D> tile, int rows, float* out) {
   }
 }
 
+template <class T>
+PYVIT_DEVICE float dot_chunk(const T* a, const T* b) {
+  const Bytes16 left = *reinterpret_cast<const Bytes16*>(a), right = *reinterpret_cast<const Bytes16*>(b);
+  const T *x = reinterpret_cast<const T*>(&left), *y = reinterpret_cast<const T*>(&right);
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 16 / int(sizeof(T)); ++i) sum += widen(x[i]) * widen(y[i]);
+  return sum;
+}
+
+// A lane's part of a query's sum of grad_out * out, of which grad_out is a row of shared memory: four lanes share its
+// 16-byte chunks.
+template <class Problem, class T, int D>
+PYVIT_DEVICE float delta_part(const Problem& problem, Tile<T, D> grad_out, int row, int query, int t) {
+  constexpr int kPerChunk = Tile<T, D>::kPerChunk;
+  const T* out = query < problem.nq ? problem.out(problem.head, query) : nullptr;
+  float sum = 0.0f;
+  for (int c = t; out && c * kPerChunk < problem.dv; c += 4)
+    sum += dot_chunk(out + c * kPerChunk, grad_out.chunk(row, c));
+  return sum;
+}
+
 // The sum of all threads' parts of the temperature's gradient, through `sums`, which nothing else may use any more.
 template <class Problem>
 PYVIT_DEVICE void store_logit_sum(const Problem& problem, float part, float* sums) {

@@ -1,4 +1,5 @@
-// Gradients of queries, and of keys and values: two kernels, each the owner of the rows that it writes.
+// Gradients of queries, and of keys and values: two kernels, each the owner of the rows that it writes. The first also
+// writes delta, what the softmax's gradient subtracts, for the second and for that of a bias.
 #pragma once
 
 #include "attention.cuh"
@@ -6,7 +7,7 @@
 namespace pyvit::cuda {
 
 template <class Problem, int D, int NT>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
     attention_backward_queries(const __grid_constant__ typename Problem::Params params) {
   using T = typename Problem::T;
   const int lane = lane_of(threadIdx.x), g = lane >> 2, t = lane & 3;
@@ -38,12 +39,12 @@ __global__ void __launch_bounds__(256)
                 [&](int i) { return problem.grad_out(head, i); });
       load_keys(0);
     }
-    float lse[2], delta[2], dq[D / 8][4] = {}, dots[2] = {0.0f, 0.0f}, slip[2] = {0.0f, 0.0f}, mean[2] = {0.0f, 0.0f};
+    float lse[2], delta[2] = {0.0f, 0.0f}, dq[D / 8][4] = {}, dots[2] = {0.0f, 0.0f}, slip[2] = {0.0f, 0.0f},
+                  mean[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = q0 + row0 + g + 8 * half;
       lse[half] = i < problem.nq ? backward_lse(*problem.lse(head, i)) : infinity();
-      delta[half] = i < problem.nq ? problem.delta(head, i) : 0.0f;
     }
     for (int kt = 0; kt < key_tiles; ++kt) {
       copy_wait<0>();
@@ -56,6 +57,16 @@ __global__ void __launch_bounds__(256)
         PYVIT_BARRIER();
       }
       if (q0 + row0 >= problem.nq) continue;
+      if (kt == 0) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = row0 + g + 8 * half, i = q0 + row;
+          delta[half] = row_sum(delta_part(problem, grad_out, row, i, t));
+          if (i < problem.nq) delta[half] -= problem.grad_lse(head, i);
+          float* kept = i < problem.nq ? problem.delta_at(head, i) : nullptr;
+          if (kept && t == 0) *kept = delta[half];
+        }
+      }
       const int k0 = kt * 8 * NT, pairs = pairs_of(keys - k0, 8 * NT);
       float s[NT][4], dp[NT][4];
       multiply_rows<T, D, NT>(s, q, row0, stage.first, pairs, lane);
@@ -104,7 +115,7 @@ __global__ void __launch_bounds__(256)
 }
 
 template <class Problem, int D, int NT>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
     attention_backward_keys(const __grid_constant__ typename Problem::Params params) {
   using T = typename Problem::T;
   const int thread = threadIdx.x, warp = warp_of(thread), lane = lane_of(thread), g = lane >> 2, t = lane & 3;

@@ -79,7 +79,9 @@ struct Dense {
     return sequence * p.forward.lse_stride[0] + h * p.forward.lse_stride[1] + q_first + i;
   }
   PYVIT_DEVICE float* lse(int h, int i) const { return p.forward.lse + statistic(h, i); }
-  PYVIT_DEVICE float delta(int h, int i) const { return p.delta[statistic(h, i)]; }
+  PYVIT_DEVICE float* delta_at(int h, int i) const { return p.delta + statistic(h, i); }
+  PYVIT_DEVICE float delta(int h, int i) const { return *delta_at(h, i); }
+  PYVIT_DEVICE float grad_lse(int h, int i) const { return p.grad_lse ? p.grad_lse[statistic(h, i)] : 0.0f; }
 
   // From a product times scale, in powers of two, to the score; -inf where query i does not attend to key j or one does
   // not exist.

@@ -6,32 +6,11 @@
 
 namespace pyvit::cuda {
 
-// delta = rowsum(grad_out * out) - grad_lse, what the softmax's gradient subtracts. A thread per (sequence, query,
-// head).
-template <class T>
-__global__ void __launch_bounds__(256) attention_delta(const __grid_constant__ AttentionGradient params) {
-  const Attention& f = params.forward;
-  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int head = int(thread % f.heads), i = int(thread / f.heads % f.nq);
-  const int64_t sequence = thread / f.heads / f.nq;
-  if (sequence >= f.batch) return;
-  Dense<T> problem(params, head);
-  problem.begin(int(sequence));
-  if (i >= problem.nq) return;
-  const int64_t at = problem.statistic(head, i);
-  const float dot = dot_rows(static_cast<const T*>(problem.out(head, i)), problem.grad_out(head, i), f.dv);
-  params.delta[at] = dot - (params.grad_lse ? params.grad_lse[at] : 0.0f);
-}
-
 const char* flash_attention_backward(const AttentionGradient& params, Stream stream) {
   const Attention& f = params.forward;
   return with_head_dim(f.type, f.d > f.dv ? f.d : f.dv, [&](auto element, auto width) -> const char* {
     using T = decltype(element);
     constexpr int D = width(), NT = kBackwardColumns<T, D>;
-    const int64_t rows = int64_t(f.batch) * f.heads * f.nq;
-    if (const char* error = launch("attention_delta", attention_delta<T>, ceil_div(rows, 256), 256, 0, params, stream))
-      return error;
-
     const auto query_bytes = [&](int n) { return Layout<T, D, NT>{n, 2, f.nk > 8 * NT ? 2 : 1}.bytes(); };
     const int query_warps = choose_warps(f.nq, query_bytes);
     const dim3 query_grid(ceil_div(f.nq, 16 * query_warps) * f.batch, f.heads);

@@ -5,20 +5,6 @@
 
 namespace pyvit::cuda {
 
-// Sum of products of two rows that begin on 16 bytes, n a multiple of 16 bytes' elements.
-template <class T>
-PYVIT_DEVICE float dot_rows(const T* a, const T* b, int n) {
-  constexpr int kPerChunk = 16 / int(sizeof(T));
-  float sum = 0.0f;
-  for (int c = 0; c < n; c += kPerChunk) {
-    const Bytes16 left = *reinterpret_cast<const Bytes16*>(a + c), right = *reinterpret_cast<const Bytes16*>(b + c);
-    const T *x = reinterpret_cast<const T*>(&left), *y = reinterpret_cast<const T*>(&right);
-#pragma unroll
-    for (int i = 0; i < kPerChunk; ++i) sum += widen(x[i]) * widen(y[i]);
-  }
-  return sum;
-}
-
 struct Partials {
   const float* from;  // (count, elements)
   int count;

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent.resolve()
 ROOT = HERE.parents[1]
@@ -48,7 +49,8 @@ def occupancy(arch: str, registers: int, threads: int, shared: int) -> float:
     total, memory, most_threads, most_blocks = LIMITS[arch]
     warps = threads // 32
     per_warp = -(-registers * 32 // 256) * 256
-    blocks = min(total // per_warp // warps, memory // (shared + 1024), most_threads // threads, most_blocks)
+    in_flight = 4 * (total // 4 // per_warp)  # a quarter of the multiprocessor has a quarter of the registers
+    blocks = min(in_flight // warps, memory // (shared + 1024), most_threads // threads, most_blocks)
     return blocks * threads / most_threads
 
 
@@ -119,11 +121,19 @@ def compile_all(build: Path, archs: tuple[str, ...], units: tuple[str, ...] = ()
     return dict(sorted(table.items()))
 
 
-def launch_shape(n: int, width: int, size: int, columns: int, own_tiles: int, streamed: int, extra: int = 0) -> tuple[int, int]:
-    """(threads, bytes of shared memory) of an attention kernel for ``n`` own rows and ``streamed`` others, as the launchers choose them."""
+class Launch(NamedTuple):
+    """A launch that models make: for whom, threads, bytes of dynamic shared memory."""
+
+    what: str
+    threads: int
+    shared: int
+
+
+def attention_launch(what: str, n: int, width: int, size: int, columns: int, own_tiles: int, extra: int = 0) -> Launch:
+    """Of the attention kernels for ``n`` rows and as many others, as Layout and choose_warps in csrc/cuda/attention.cuh have it."""
 
     def shared(rows: int) -> int:
-        stages = 2 if streamed > columns else 1
+        stages = 2 if n > columns else 1
         return (own_tiles * rows + 2 * stages * columns) * width * size + (rows + 3 * stages * columns) * 4 + extra
 
     best, least = 2, float("inf")
@@ -134,31 +144,57 @@ def launch_shape(n: int, width: int, size: int, columns: int, own_tiles: int, st
         cost = blocks * warps + 0.5 * blocks
         if cost <= least:
             least, best = cost, warps
-    return 32 * best, shared(16 * best)
+    return Launch(what, 32 * best, shared(16 * best))
 
 
-def shapes() -> list[tuple[str, str, int, int]]:
-    """(what, kernel, threads, shared memory) of the launches that models make most."""
+def window_scratch(window: int) -> int:
+    """Bytes of a head's table and a window's codes (Windows::scratch_bytes)."""
+    return ((2 * window - 1) ** 2 + window**2) * 4
+
+
+def one_pass_launch(what: str, window: int, width: int, size: int, columns: int) -> Launch:
+    """Of window_backward, as WindowLayout in csrc/cuda/window_backward.cuh has it."""
+    rows = -(-(window**2) // 16) * 16
+
+    def shared(stages: int) -> int:
+        return 4 * stages * rows * width * size + 2 * rows * columns * size + 2 * rows * 4 + window_scratch(window)
+
+    return Launch(what, 2 * rows, shared(2) if shared(2) <= 54 << 10 else shared(1))
+
+
+def launch_of(kernel: str, tokens: int = 197) -> Launch:
+    """The common launch of an instantiation; for dense attention at ``tokens``."""
+    name, *parameters = re.findall(r"\w+", kernel)
+    size = 4 if "float" in parameters else 2
+    if name == "window_backward":
+        width, columns = int(parameters[1]), 8 * int(parameters[2]) * int(parameters[3])
+        window = 7 if columns == 64 else 12
+        return one_pass_launch(f"window {window}", window, width, size, columns)
+    if name.startswith("attention_"):
+        width, columns = int(parameters[2]), 8 * int(parameters[3])
+        window = 0 if parameters[0] == "Dense" else 7 if name == "attention_forward" else 16
+        extra, n = (window_scratch(window), window**2) if window else (0, tokens)
+        what = f"window {window}" if window else f"{n} tokens"
+        if name == "attention_backward_bias":
+            return Launch(what, 128, (2 * 64 + 2 * columns) * width * size + (64 + 3 * columns) * 4 + extra)
+        return attention_launch(what, n, width, size, columns, 1 if name == "attention_forward" else 2, extra)
+    if name.startswith("patch_embed_"):
+        return Launch("any", 256, 32768)
+    return Launch("any", {"table_gradient": 128, "logit_gradient": 32}.get(name, 256), 0)
+
+
+def common() -> list[tuple[str, Launch]]:
+    """(kernel, launch) of what models run most, bfloat16."""
     rows = []
-    for what, n, d in (
-        ("ViT, 197 tokens", 197, 64),
-        ("ViT, 577 tokens", 577, 64),
-        ("ViT, 1025 tokens", 1025, 64),
-        ("ViT-H, 257 tokens", 257, 80),
-    ):
-        forward, columns = launch_shape(n, d, 2, 64, 1, n), 64 if d <= 64 else 32
-        backward = launch_shape(n, d, 2, columns, 2, n)
-        rows += [(f"{what}, forward", f"attention_forward<Dense<bf16>, {d}, 8>", *forward)]
-        rows += [
-            (f"{what}, {part}", f"attention_backward_{part}<Dense<bf16>, {d}, {columns // 8}>", *backward) for part in ("queries", "keys")
-        ]
-    for what, window in (("Swin, window 7", 7), ("Swin, window 12", 12), ("Swin V2, window 16", 16)):
-        n, extra = window**2, ((2 * window - 1) ** 2 + window**2) * 4
-        rows += [(f"{what}, forward", "attention_forward<Windows<bf16>, 32, 8>", *launch_shape(n, 32, 2, 64, 1, n, extra))]
-        backward = launch_shape(n, 32, 2, 64, 2, n, extra)
-        rows += [(f"{what}, {part}", f"attention_backward_{part}<Windows<bf16>, 32, 8>", *backward) for part in ("queries", "keys")]
-    kernels = (("forward", "forward"), ("weight gradient", "weight"), ("image gradient", "images"))
-    return rows + [(f"patch embedding, {what}", f"patch_embed_{name}<bf16>", 256, 32768) for what, name in kernels]
+    for tokens, width in ((197, 64), (577, 64), (1025, 64), (257, 80)):
+        for kernel in ("attention_forward", "attention_backward_queries", "attention_backward_keys"):
+            columns = 8 if kernel == "attention_forward" or width <= 64 else 4
+            name = f"{kernel}<Dense<bf16>, {width}, {columns}>"
+            rows.append((name, launch_of(name, tokens)))
+    windows = ("attention_forward<Windows<bf16>, 32, 8>", "window_backward<bf16, 32, 8, 1>", "window_backward<bf16, 32, 6, 3>")
+    others = ("attention_backward_queries<Windows<bf16>, 32, 8>", "attention_backward_keys<Windows<bf16>, 32, 8>")
+    patches = ("patch_embed_forward<bf16>", "patch_embed_weight<bf16>", "patch_embed_images<bf16>")
+    return rows + [(name, launch_of(name)) for name in (*windows, *others, *patches)]
 
 
 def document(table: dict[str, dict[str, dict[str, int]]]) -> str:
@@ -176,8 +212,30 @@ def document(table: dict[str, dict[str, dict[str, int]]]) -> str:
         "The same files are compiled by g++ for the host (`csrc/cuda/emulation/`): a block's threads are fibers, taken in random",
         "order; shared memory starts as NaN; `cp.async` lands at the wait; AddressSanitizer and UndefinedBehaviorSanitizer watch",
         "every access. `tests/cuda/` runs each operator that way through `pyvit.ops` against the float64 reference, and",
-        "`test_barriers.py` shows that leaving out any one barrier changes a result or is reported. What the emulation cannot",
-        "show is time, and faults of real memory ordering within a warp.",
+        "`test_barriers.py` shows that leaving out any one barrier of any kernel changes a result or is reported.",
+        "",
+        "What the emulation does not model, and a GPU may therefore still show:",
+        "",
+        "- time, bank conflicts, occupancy, and everything else that changes no result;",
+        "- memory ordering: a fiber's writes are seen by all at once, and threads change turns only at barriers and warp",
+        "  collectives, so a race between two such points (a missing `__syncwarp`, a store that another thread reads too early) shows",
+        "  only where the order of turns brings it out;",
+        "- `ex2.approx.ftz`: the host's `exp2` is exact to the last bit and keeps subnormals, the instruction errs by 2 in the last",
+        "  place and flushes them to zero;",
+        "- the order of a product's sum and the width of its accumulator inside `mma.sync`: the host adds k in order, in float32;",
+        "- contraction of `a * b + c` into one rounding, which nvcc does and the host compiler may not;",
+        "- reading and writing global memory beside its bounds where another allocation of the same process lies: the sanitizer watches",
+        "  the host's allocator, not CUDA's; alignment of global accesses beyond what UndefinedBehaviorSanitizer sees of their types;",
+        "- limits of the launch other than threads, shared memory and grid: registers per block are held to budgets below instead.",
+        "",
+        "The launcher (`device_launch.h`) is tested against a runtime that fails as told (`test_launch.py`).",
+        "",
+        "Windows of up to 64 tokens (144 in 16-bit types, head dimension 32) get all gradients from one block in one pass: 5 products,",
+        "7 (8) reads and writes of a map of C channels. Attention and larger windows take two passes: 7 and 12, and for the gradient",
+        "of a bias 2 and 4 more.",
+        "",
+        "Of this backend and Triton's, the one measured faster serves a call, else the one predicted faster by `triton_kernels/plans.py`;",
+        "`pyvit.explain` says which and by what figures. None was measured yet.",
         "",
         "# Resources",
         "",
@@ -186,25 +244,27 @@ def document(table: dict[str, dict[str, dict[str, int]]]) -> str:
         "",
         "## Common launches, bfloat16",
         "",
-        "| launch | kernel | threads | shared memory | " + " | ".join(f"occupancy sm_{arch}" for arch in ARCHS) + " |",
+        "| kernel | of | threads | shared memory | " + " | ".join(f"occupancy sm_{arch}" for arch in ARCHS) + " |",
         "|---|---|---:|---:|" + "---:|" * len(ARCHS),
     ]
-    for what, kernel, threads, shared in shapes():
-        filled = [f"{occupancy(arch, table[kernel][arch]['registers'], threads, shared):.0%}" for arch in ARCHS]
-        lines.append(f"| {what} | `{kernel}` | {threads} | {shared / 1024:.1f} KB | " + " | ".join(filled) + " |")
+    for kernel, launch in common():
+        filled = [f"{occupancy(arch, table[kernel][arch]['registers'], launch.threads, launch.shared):.0%}" for arch in ARCHS]
+        lines.append(f"| `{kernel}` | {launch.what} | {launch.threads} | {launch.shared / 1024:.1f} KB | " + " | ".join(filled) + " |")
     lines += [
         "",
         "## Every instantiation",
         "",
-        "Registers per thread, bytes of spill stores and tensor-core instructions in the disassembly, for "
-        + ", ".join(f"sm_{a}" for a in ARCHS)
-        + ".",
+        "Registers per thread, bytes of spill stores and tensor-core instructions in the disassembly, and the occupancy of its common",
+        "launch, for " + ", ".join(f"sm_{a}" for a in ARCHS) + ".",
         "",
-        "| kernel | registers | spilled | tensor-core instructions |",
-        "|---|---:|---:|---:|",
+        "| kernel | registers | spilled | tensor-core instructions | launch | threads | dynamic shared memory | occupancy |",
+        "|---|---:|---:|---:|---|---:|---:|---:|",
     ]
     for kernel, per_arch in table.items():
-        columns = (" / ".join(str(per_arch[arch][key]) for arch in ARCHS) for key in ("registers", "spill_stores", "tensor"))
+        columns = [" / ".join(str(per_arch[arch][key]) for arch in ARCHS) for key in ("registers", "spill_stores", "tensor")]
+        launch = launch_of(kernel)
+        filled = [f"{occupancy(arch, per_arch[arch]['registers'], launch.threads, launch.shared):.0%}" for arch in ARCHS]
+        columns += [launch.what, str(launch.threads), f"{launch.shared / 1024:.1f} KB", " / ".join(filled)]
         lines.append(f"| `{kernel}` | " + " | ".join(columns) + " |")
     return "\n".join(lines) + "\n"
 

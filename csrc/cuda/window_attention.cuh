@@ -132,10 +132,15 @@ struct Windows {
   PYVIT_DEVICE float* lse(int h, int i) const {
     return p.forward.lse + (int64_t(index) * p.forward.heads + h) * nq + i;
   }
-  PYVIT_DEVICE float delta(int h, int i) const {
+  PYVIT_DEVICE float* delta_at(int h, int i) const {
     const Token at = token(i);
-    return at.real ? p.delta[place(at) * p.forward.heads + h] : 0.0f;
+    return at.real ? p.delta + place(at) * p.forward.heads + h : nullptr;
   }
+  PYVIT_DEVICE float delta(int h, int i) const {
+    const float* at = delta_at(h, i);
+    return at ? *at : 0.0f;
+  }
+  PYVIT_DEVICE float grad_lse(int, int) const { return 0.0f; }
 
   PYVIT_DEVICE bool cosine() const { return p.forward.logit_scale != nullptr; }
   PYVIT_DEVICE float score(float scaled, int, int i, int j) const {

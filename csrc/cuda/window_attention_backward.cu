@@ -6,20 +6,6 @@
 
 namespace pyvit::cuda {
 
-// delta = rowsum(grad_out * out), a thread per (token of the map, head).
-template <class T>
-__global__ void __launch_bounds__(256) window_delta(const __grid_constant__ WindowGradient params) {
-  const Window& w = params.forward;
-  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, token = thread / w.heads;
-  if (token >= int64_t(w.batch) * w.height * w.width) return;
-  const int head = int(thread % w.heads), x = int(token % w.width), y = int(token / w.width % w.height),
-            image = int(token / w.width / w.height);
-  const int64_t (&stride)[3] = params.grad_out_stride;
-  const T* grad_out =
-      static_cast<const T*>(params.grad_out) + image * stride[0] + y * stride[1] + x * stride[2] + head * w.d;
-  params.delta[thread] = dot_rows(static_cast<const T*>(w.out) + thread * w.d, grad_out, w.d);
-}
-
 // One warp per (row of the table, head): its lanes share the (query, key) pairs of that offset, and sum the partials of
 // every group.
 static __global__ void __launch_bounds__(128) table_gradient(const __grid_constant__ WindowGradient params) {
@@ -100,9 +86,6 @@ const char* launch_passes(const WindowGradient& params, Stream stream) {
   const Window& w = params.forward;
   const int n = w.window_h * w.window_w, warps = query_warps<T, D>(w), scratch = Windows<T>::scratch_bytes(w);
   const int bytes = Layout<T, D, NT>{16 * warps, 2, n > 8 * NT ? 2 : 1}.bytes() + scratch;
-  const int64_t rows = int64_t(w.batch) * w.height * w.width * w.heads;
-  if (const char* error = launch("window_delta", window_delta<T>, ceil_div(rows, 256), 256, 0, params, stream))
-    return error;
   const dim3 grid(unsigned(params.chunks) * params.query_tiles, w.heads);
   if (const char* error = launch("window_attention_backward (queries)", attention_backward_queries<Windows<T>, D, NT>,
                                  grid, 32 * warps, bytes, params, stream))

@@ -2,7 +2,6 @@
 // their gradient, dQ, and, with probabilities and score gradients exchanged through shared memory, dV and dK.
 #pragma once
 
-#include "reduce.cuh"
 #include "window_attention.cuh"
 
 namespace pyvit::cuda {
@@ -47,17 +46,6 @@ PYVIT_DEVICE void accumulate_columns(float (&sums)[D / 8][4], Tile<T, COLUMNS> w
       f.multiply(sums[2 * d], sums[2 * d + 1]);
     }
   }
-}
-
-// A lane's part of delta for token i, the sum over a row of grad_out * out: four lanes share a row's 16-byte chunks.
-template <class T, int D>
-PYVIT_DEVICE float delta_part(const Windows<T>& problem, Tile<T, D> grad_out, int i, int t) {
-  constexpr int kPerChunk = Tile<T, D>::kPerChunk;
-  const T* out = i < problem.nq ? problem.out(problem.head, i) : nullptr;
-  float sum = 0.0f;
-  for (int c = t; out && c * kPerChunk < problem.d; c += 4)
-    sum += dot_rows(out + c * kPerChunk, grad_out.chunk(i, c), kPerChunk);
-  return sum;
 }
 
 // Two neighbours of a row, rounded to the element type.
@@ -120,7 +108,7 @@ __global__ void __launch_bounds__(16 * NT * TILES, TILES == 1 && sizeof(T) == 2 
     for (int half = 0; half < 2; ++half) {
       const int i = row0 + g + 8 * half;
       lse[half] = i < n ? backward_lse(*problem.lse(head, i)) : infinity();
-      if constexpr (TILES > 1) delta[half] = row_sum(delta_part(problem, grad_out, i, t));
+      if constexpr (TILES > 1) delta[half] = row_sum(delta_part(problem, grad_out, row0 + g + 8 * half, i, t));
     }
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
