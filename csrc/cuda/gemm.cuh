@@ -24,10 +24,11 @@ constexpr int kGemmBytes = 2 * 2 * kGemmTile * 64;  // two stages of two tiles, 
 
 // C[m0 ..., n0 ...] = A B over k in [k_first, k_last). An operand names a line by `line(i)` and 16 bytes of it by
 // `load(line, first)`, zeros outside. Lines of A are m (or k when A_BY_K), lines of B are n (or k when B_BY_K). A warp
-// computes 32 x 64; store(m, n, value).
-template <class T, bool A_BY_K, bool B_BY_K, class A, class B, class Store>
+// computes 32 x 64; of the result, what depends on m or n alone (divisions, above all) is computed once for each by
+// result.row(m) and result.column(n), and result.put(row, column, value) stores.
+template <class T, bool A_BY_K, bool B_BY_K, class A, class B, class Result>
 PYVIT_DEVICE void multiply_tile(const A& a, const B& b, int64_t m0, int64_t n0, int64_t k_first, int64_t k_last,
-                                Store store) {
+                                const Result& result) {
   constexpr int kStep = 64 / int(sizeof(T)), kPerChunk = 16 / int(sizeof(T)), kChunks = kGemmTile * 4 / kGemmThreads;
   using TileA = Tile<T, A_BY_K ? kGemmTile : kStep>;
   using TileB = Tile<T, B_BY_K ? kGemmTile : kStep>;
@@ -107,13 +108,18 @@ PYVIT_DEVICE void multiply_tile(const A& a, const B& b, int64_t m0, int64_t n0, 
       }
     }
   }
+  decltype(result.row(0)) rows[4];
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
+  for (int i = 0; i < 4; ++i) rows[i] = result.row(m0 + row0 + 8 * i + g);
 #pragma unroll
-    for (int n = 0; n < 8; ++n)
+  for (int n = 0; n < 8; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        store(m0 + row0 + 16 * i + g + (e >> 1) * 8, n0 + column0 + 8 * n + 2 * t + (e & 1), sums[i][n][e]);
+    for (int side = 0; side < 2; ++side) {
+      const auto column = result.column(n0 + column0 + 8 * n + 2 * t + side);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) result.put(rows[i], column, sums[i / 2][n][2 * (i % 2) + side]);
+    }
+  }
 }
 
 }  // namespace pyvit::cuda

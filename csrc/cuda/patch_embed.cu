@@ -4,21 +4,44 @@
 
 namespace pyvit::cuda {
 
+// The output, of which row m is token m of (batch x kept): bias and position are added as it is stored.
+template <class T>
+struct Tokens {
+  const PatchEmbed& p;
+  PatchGrid grid;
+  struct Row {
+    T* out;  // null past the last token
+    int64_t patch;
+  };
+  struct Column {
+    int64_t n;
+    float bias;
+  };
+
+  PYVIT_DEVICE Row row(int64_t m) const {
+    if (m >= int64_t(p.batch) * p.kept) return {nullptr, 0};
+    const int64_t at = (m / p.kept) * (p.prefix_rows + p.kept) + p.prefix_rows + m % p.kept;
+    return {static_cast<T*>(p.out) + at * p.dim, patch_of(p, grid, m)};
+  }
+  PYVIT_DEVICE Column column(int64_t n) const {
+    return {n, p.bias && n < p.dim ? read_as(p.bias_type, p.bias, n) : 0.0f};
+  }
+  PYVIT_DEVICE void put(const Row& row, const Column& column, float value) const {
+    if (row.out == nullptr || column.n >= p.dim) return;
+    value += column.bias;
+    if (p.pos_embed && row.patch >= 0) value += read_as(p.pos_type, p.pos_embed, row.patch * p.dim + column.n);
+    if (row.patch < 0) value = infinity() - infinity();  // keep names a patch that does not exist
+    row.out[column.n] = narrow<T>(value);
+  }
+};
+
 template <class T>
 __global__ void __launch_bounds__(kGemmThreads) patch_embed_forward(const __grid_constant__ PatchEmbed p) {
   const Pixels<T> pixels(p);
   const Matrix<T> weight{static_cast<const T*>(p.weight), p.dim, pixels.grid.pixels};
   const int tiles = (p.dim + kGemmTile - 1) / kGemmTile;
   const int64_t m0 = int64_t(blockIdx.x / tiles) * kGemmTile, n0 = int64_t(blockIdx.x % tiles) * kGemmTile;
-  multiply_tile<T, false, false>(pixels, weight, m0, n0, 0, pixels.grid.pixels, [&](int64_t m, int64_t n, float value) {
-    if (m >= int64_t(p.batch) * p.kept || n >= p.dim) return;
-    const int64_t patch = patch_of(p, pixels.grid, m);
-    if (p.bias) value += read_as(p.bias_type, p.bias, n);
-    if (p.pos_embed && patch >= 0) value += read_as(p.pos_type, p.pos_embed, patch * p.dim + n);
-    if (patch < 0) value = infinity() - infinity();  // keep names a patch that does not exist
-    static_cast<T*>(p.out)[((m / p.kept) * (p.prefix_rows + p.kept) + p.prefix_rows + m % p.kept) * p.dim + n] =
-        narrow<T>(value);
-  });
+  multiply_tile<T, false, false>(pixels, weight, m0, n0, 0, pixels.grid.pixels, Tokens<T>{p, pixels.grid});
 }
 
 template <class T>

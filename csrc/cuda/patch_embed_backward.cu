@@ -4,6 +4,18 @@
 
 namespace pyvit::cuda {
 
+// A contiguous float32 matrix to store into.
+struct Sums {
+  float* data;
+  int64_t rows, columns;
+
+  PYVIT_DEVICE float* row(int64_t m) const { return m < rows ? data + m * columns : nullptr; }
+  PYVIT_DEVICE int64_t column(int64_t n) const { return n; }
+  PYVIT_DEVICE void put(float* row, int64_t n, float value) const {
+    if (row && n < columns) row[n] = value;
+  }
+};
+
 template <class T>
 __global__ void __launch_bounds__(kGemmThreads) patch_embed_weight(const __grid_constant__ PatchEmbedGradient g) {
   const PatchEmbed& p = g.forward;
@@ -12,13 +24,44 @@ __global__ void __launch_bounds__(kGemmThreads) patch_embed_weight(const __grid_
   const int down = (p.dim + kGemmTile - 1) / kGemmTile, across = (pixels.grid.pixels + kGemmTile - 1) / kGemmTile;
   const int chunk = blockIdx.x / (down * across), tile = blockIdx.x % (down * across);
   const int64_t tokens = int64_t(p.batch) * p.kept, pixels_per_patch = pixels.grid.pixels;
-  float* partial = g.weight_partials + chunk * p.dim * pixels_per_patch;
   multiply_tile<T, true, true>(gradients, pixels, int64_t(tile / across) * kGemmTile,
                                int64_t(tile % across) * kGemmTile, tokens * chunk / g.weight_chunks,
-                               tokens * (chunk + 1) / g.weight_chunks, [&](int64_t m, int64_t n, float value) {
-                                 if (m < p.dim && n < pixels_per_patch) partial[m * pixels_per_patch + n] = value;
-                               });
+                               tokens * (chunk + 1) / g.weight_chunks,
+                               Sums{g.weight_partials + chunk * p.dim * pixels_per_patch, p.dim, pixels_per_patch});
 }
+
+// The gradient of the images: row m is a cell, column n a (channel, row, column) of its pixels.
+template <class T>
+struct CellPixels {
+  Cells cells;
+  T* images;
+  struct Row {
+    T* image;  // null past the last cell
+    int y, x;
+  };
+  struct Column {
+    int channel, y, x;
+  };
+
+  PYVIT_DEVICE Row row(int64_t m) const {
+    const PatchEmbed& p = cells.p;
+    if (m >= cells.rows()) return {nullptr, 0, 0};
+    const int64_t line = m / cells.across, image = line / cells.down;
+    return {images + image * p.channels * p.height * p.width, int(line % cells.down) * p.stride_h,
+            int(m % cells.across) * p.stride_w};
+  }
+  PYVIT_DEVICE Column column(int64_t at) const {
+    const int n = int(at), area = cells.p.stride_h * cells.p.stride_w;
+    return {n / area, n % area / cells.p.stride_w, n % cells.p.stride_w};
+  }
+  PYVIT_DEVICE void put(const Row& row, const Column& column, float value) const {
+    const PatchEmbed& p = cells.p;
+    const int y = row.y + column.y, x = row.x + column.x;
+    if (row.image == nullptr || column.channel >= p.channels || y >= p.height || x >= p.width) return;
+    if (p.std) value /= p.std[column.channel];
+    row.image[(int64_t(column.channel) * p.height + y) * p.width + x] = narrow<T>(value);
+  }
+};
 
 template <class T>
 __global__ void __launch_bounds__(kGemmThreads) patch_embed_images(const __grid_constant__ PatchEmbedGradient g) {
@@ -29,19 +72,9 @@ __global__ void __launch_bounds__(kGemmThreads) patch_embed_images(const __grid_
                                    gathered ? 0 : p.prefix_rows};
   const CellWeights<T> weights{cells, static_cast<const T*>(p.weight)};
   const int tiles = int((cells.columns() + kGemmTile - 1) / kGemmTile);
-  multiply_tile<T, false, true>(
-      gradients, weights, int64_t(blockIdx.x / tiles) * kGemmTile, int64_t(blockIdx.x % tiles) * kGemmTile, 0,
-      cells.depth(), [&](int64_t m, int64_t n, float value) {
-        if (m >= cells.rows() || n >= cells.columns()) return;
-        const int area = p.stride_h * p.stride_w, channel = int(n / area);
-        const int64_t image = m / cells.across / cells.down,
-                      y = m / cells.across % cells.down * p.stride_h + n % area / p.stride_w;
-        const int64_t x = m % cells.across * p.stride_w + n % p.stride_w;
-        if (y >= p.height || x >= p.width) return;
-        if (p.std) value /= p.std[channel];
-        static_cast<T*>(g.grad_images)[((image * p.channels + channel) * p.height + y) * p.width + x] =
-            narrow<T>(value);
-      });
+  multiply_tile<T, false, true>(gradients, weights, int64_t(blockIdx.x / tiles) * kGemmTile,
+                                int64_t(blockIdx.x % tiles) * kGemmTile, 0, cells.depth(),
+                                CellPixels<T>{cells, static_cast<T*>(g.grad_images)});
 }
 
 // With keep: gradients by patch, the sum of the tokens that name it (zero where none does). A thread per (image, patch,
