@@ -29,6 +29,25 @@ def test_shifted_windows(dtype, window):
     testing.check_op(window_attention, tensors, backend="cuda", window_size=window, shift_size=window // 2, num_heads=2)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "window", "d"),
+    [
+        (torch.bfloat16, (1, 3), 16),
+        (torch.float32, (4, 16), 64),
+        (torch.bfloat16, (5, 13), 32),
+        (torch.float32, (5, 13), 32),
+        (torch.float16, (9, 16), 24),
+        (torch.bfloat16, (5, 29), 32),
+        (torch.bfloat16, (5, 13), 40),
+    ],
+)
+def test_where_one_pass_ends(dtype, window, d):
+    """3, 64, 65, 144 and 145 tokens: one warp, the most and the fewest of each kernel; a padded map, its windows cut into few groups."""
+    tensors = _tensors(dtype, 1, 2 * window[0] - 1, window[1], 2, d, window, cosine=True, pad=True)
+    shift = (window[0] // 2, 0)
+    testing.check_op(window_attention, tensors, backend="cuda", window_size=window, shift_size=shift, num_heads=2)
+
+
 def test_window_16():
     tensors = _tensors(torch.bfloat16, 1, 16, 32, 1, 32, (16, 16), cosine=True)
     testing.check_op(window_attention, tensors, backend="cuda", window_size=16, shift_size=8, num_heads=1)
