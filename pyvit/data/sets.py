@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,26 @@ class TensorImages(Images):
         return batch
 
 
+class Part(Images):
+    """The images of ``whole`` at ``indices``, in that order."""
+
+    def __init__(self, whole: Images, indices: Sequence[int]) -> None:
+        self.whole, self.indices = whole, list(indices)
+        labels, captions = getattr(whole, "labels", None), getattr(whole, "captions", None)
+        self.labels = None if labels is None else torch.as_tensor(labels)[self.indices]
+        self.captions = None if captions is None else [captions[i] for i in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def fetch(self, indices: Sequence[int]) -> Batch:
+        return self.whole.fetch([self.indices[int(i)] for i in indices])
+
+    @property
+    def problems(self) -> list[str]:
+        return self.whole.problems
+
+
 @dataclass
 class Data:
     """A training set and a held-out set.
@@ -89,6 +110,23 @@ class Data:
     def channels(self) -> int:
         return 1 if self.sound else 3
 
+    def validation(self, share: float) -> Data:
+        """These data for choosing settings: ``share`` of the training images, the same ones every time, in the place of the held-out ones.
+
+        ``extra`` describes the held-out images and is left behind. Raises ValueError for a share that leaves no image on one side, and
+        for a stream, whose images are not known in advance.
+        """
+        from pyvit.data.stream import Stream
+
+        if isinstance(self.train, Stream):
+            raise ValueError(f"validation: must be 0 for a stream, whose images are not known in advance, got {share} for {self.name}")
+        n, held = len(self.train), round(share * len(self.train))
+        if not 0 < held < n:
+            raise ValueError(f"validation: must leave some of the {n} training images on both sides, in (0, 1), got {share}")
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+        test, train = (Part(self.train, at.sort().values.tolist()) for at in (order[:held], order[held:]))
+        return dataclasses.replace(self, train=train, test=test, extra={})
+
 
 def _builtin() -> dict[str, Callable[..., Data]]:
     from pyvit.data.digits import digits
@@ -99,7 +137,7 @@ def _builtin() -> dict[str, Callable[..., Data]]:
     return {"digits": digits, "scenes": scenes, "synthetic": synthetic, "words": words}
 
 
-def load_data(spec: str, size: int | None = None, **options: Any) -> Data:
+def load_data(spec: str, size: int | None = None, validation: float = 0.0, **options: Any) -> Data:
     """The data set ``spec`` names.
 
     Args:
@@ -107,9 +145,12 @@ def load_data(spec: str, size: int | None = None, **options: Any) -> Data:
             a CSV file of image paths and captions; or "hf:NAME[:SPLIT]" for Hugging Face ``datasets`` (a hub name or a folder),
             "hf-stream:NAME[:SPLIT]" to read them as they arrive.
         size: side of the square images to return, default the set's own, or 224; frames of a sound's spectrogram, default 1024 (10 s).
+        validation: share of the training images that takes the place of the held-out ones, see :meth:`Data.validation`.
 
     Raises ValueError for a name that is neither, FileNotFoundError for a path that is not there.
     """
+    if validation:
+        return load_data(spec, size, **options).validation(validation)
     builtin = _builtin()
     if spec in builtin:
         return builtin[spec](**({} if size is None else {"size": size}), **options)

@@ -22,7 +22,7 @@ def load_run(folder: str | Path, data: str | None = None) -> tuple[Any, Data]:
     from safetensors.torch import load_file
 
     config = Config(**json.loads((folder / "config.json").read_text()))
-    own = load_data(config.data, config.image_size)
+    own = load_data(config.data, config.image_size, config.validation)
     torch.manual_seed(config.seed)
     recipe = load_recipe(config.recipe)(config, own)
     recipe.exported().load_state_dict(load_file(str(folder / "model.safetensors")))

@@ -68,10 +68,10 @@ def simclr(
     return Augment(*crop(size, scale, flip, slant), jitter, k.RandomGrayscale(p=0.2), _blur(size, 0.5))
 
 
-def dino(size: tuple[int, int], flip: bool, scale: tuple[float, float], blur: float, solarize: float) -> Augment:
+def dino(size: tuple[int, int], flip: bool, scale: tuple[float, float], blur: float, solarize: float, slant: float = 0.0) -> Augment:
     """Crop, flip, colour, grey, blur, solarisation (BYOL's, as DINO uses it)."""
     k = _kornia()
-    layers = [*crop(size, scale, flip), k.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8), k.RandomGrayscale(p=0.2), _blur(size, blur)]
+    layers = [*crop(size, scale, flip, slant), k.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8), k.RandomGrayscale(p=0.2), _blur(size, blur)]
     return Augment(*layers, *([k.RandomSolarize(0.0, 0.0, p=solarize)] if solarize else []))
 
 

@@ -40,6 +40,7 @@ class DINO(Recipe):
         "drop_path": 0.1,
         "centering": "centering",
         "distort": True,
+        "solarize": 0.2,
         "slant": 0.0,
     }
     base_lr, base_batch = 5e-4, 256
@@ -64,10 +65,11 @@ class DINO(Recipe):
         self.loss = DINOLoss(o["prototypes"], o["student_temp"], o["center_momentum"], o["centering"], group=self.group)
         low, high = (o["local_crop"], o["global_crop"]), (o["global_crop"], 1.0)
         side = o["local_size"] or self.local_size(data.size)
-        self.local = augment.dino((side, side), data.flip, low, blur=0.5, solarize=0.0)
-        self.first = augment.dino(data.size, data.flip, high, blur=1.0, solarize=0.0)
-        self.second = augment.dino(data.size, data.flip, high, blur=0.1, solarize=0.2)
-        if not o["distort"]:  # drawn and scanned images: their colours carry no nuisance, their slant may
+        if o["distort"]:
+            self.local = augment.dino((side, side), data.flip, low, blur=0.5, solarize=0.0, slant=o["slant"])
+            self.first = augment.dino(data.size, data.flip, high, blur=1.0, solarize=0.0, slant=o["slant"])
+            self.second = augment.dino(data.size, data.flip, high, blur=0.1, solarize=o["solarize"], slant=o["slant"])
+        else:
             self.local = augment.mae((side, side), data.flip, low, o["slant"])
             self.first = self.second = augment.mae(data.size, data.flip, high, o["slant"])
 

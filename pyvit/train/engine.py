@@ -120,7 +120,7 @@ class Run:
         self.accelerator = _accelerator(config)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
-        self.data: Data = load_data(config.data, config.image_size)
+        self.data: Data = load_data(config.data, config.image_size, config.validation)
         if config.image_size is None:
             self.config = config = dataclasses.replace(config, image_size=self.data.size[1])
         batch, stream = config.batch_size or 1, isinstance(self.data.train, Stream)
@@ -156,7 +156,7 @@ class Run:
                 checkpoint.save_json(self.folder / "config.json", config)
             return 0
         before = json.loads(saved["config"])
-        differ = [k for k in config if k not in FREE and config[k] != before.get(k)]
+        differ = [k for k in config if k not in FREE and config[k] != before.get(k, getattr(Config, k, None))]
         if differ:
             changes = ", ".join(f"{k} was {before.get(k)!r}, is {config[k]!r}" for k in differ)
             raise ValueError(f"{self.folder} holds another run ({changes}); choose another --out, or --overwrite it")

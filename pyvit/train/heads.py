@@ -22,7 +22,7 @@ class PrototypeHead(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
-        nn.init.normal_(self.directions)
+        nn.init.uniform_(self.directions, -(bottleneck**-0.5), bottleneck**-0.5)  # as nn.Linear's: the longer, the slower Adam turns them
 
     @property
     def prototypes(self) -> Tensor:

@@ -109,6 +109,22 @@ def test_digits_are_split_without_overlap():
     assert len(train_images & test_images) <= 1  # the set itself has few repeated drawings
 
 
+def test_validation_is_a_part_of_the_training_images(tmp_path):
+    whole, chosen = load_data("digits"), load_data("digits", validation=0.25)
+    assert (len(chosen.train), len(chosen.test)) == (1082, 360)
+    drawn = torch.cat([part.fetch(range(len(part)))["image"] for part in (chosen.train, chosen.test)])
+    key = lambda images: sorted(image.numpy().tobytes() for image in images)  # noqa: E731
+    assert key(drawn) == key(whole.train.images)
+    assert chosen.test.fetch([5])["label"] == chosen.test.labels[5]
+    assert chosen.test.fetch([5])["caption"] == [chosen.test.captions[5]]
+    for share in (1.0, 1e-9, -0.5):
+        with pytest.raises(ValueError, match="validation: must leave some of the 1442 training images on both sides"):
+            load_data("digits", validation=share)
+    settings = {"steps": 1, "batch_size": 16, "set": ["embed_dim=24", "depth=1", "num_heads=1"], "validation": 0.25}
+    train(Config(**settings, out=str(tmp_path)))
+    assert len(load_run(tmp_path)[1].test) == 360
+
+
 def test_scenes_say_what_they_show():
     data = load_data("scenes", 64, count=30)
     captions, parts = data.test.captions, data.extra["parts"]

@@ -124,6 +124,11 @@ def test_nearest_neighbours_read_the_head_of_a_stream(parquet, tmp_path):
     assert found["knn"] > 90  # dark and light are told apart by any network
 
 
+def test_a_stream_has_no_validation_part(parquet):
+    with pytest.raises(ValueError, match="validation: must be 0 for a stream"):
+        load_data(f"hf-stream:{parquet}", 16, validation=0.1)
+
+
 def test_a_split_that_is_not_there(parquet):
     with pytest.raises(ValueError, match="must have the split 'nowhere', got train"):
         load_data(f"hf-stream:{parquet}:nowhere", 16)
