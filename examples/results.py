@@ -1,13 +1,12 @@
 """Train every recipe at the scale of a laptop and write docs/results.md: ``python examples/results.py [NAME ...]``.
 
-Runs land in ``runs/results``; one that was interrupted continues, one that is finished is read. Seeds are fixed.
+Runs land in ``runs/results``; one that was interrupted continues from its last checkpoint, one that is finished is measured again. The page
+is rewritten after every run: killed at any moment, the same command goes on where it stopped. Seeds are fixed.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from pyvit.eval.knn import knn_accuracy
 from pyvit.eval.linear import linear_probe
 from pyvit.eval.runs import load_run
 from pyvit.train import Config, train
+from pyvit.train.checkpoint import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "results"
@@ -32,6 +32,7 @@ TRAINED = {
     "dinov2": "dinov2 --data digits --set global_pool=avg --epochs 15",
     "simclr": "simclr --data digits",
     "clip": "clip --data digits",
+    "siglip": "siglip --data digits",
     "scenes": "clip --data scenes",
 }
 
@@ -59,9 +60,7 @@ def measure(name: str) -> str:
     """Train (or read) one run; its row of the table."""
     settings, line = config(name)
     folder = RUNS / name
-    if not (folder / "results.json").exists():
-        train(settings)
-    results = json.loads((folder / "results.json").read_text())
+    results = train(settings)  # refuses a folder that holds a run of other settings
     if name in SELF_SUPERVISED:
         recipe, data = load_run(folder)
         train_set, test_set = (features(recipe.exported(), part, recipe.normalize) for part in (data.train, data.test))
@@ -76,39 +75,38 @@ def measure(name: str) -> str:
         from pyvit.eval.retrieval import quarter_accuracy
 
         results["phrase finds its quarter"] = quarter_accuracy(*load_run(folder))
-    times = [json.loads(record)["time"] for record in (folder / "log.jsonl").read_text().splitlines() if '"time"' in record]
     figures = ", ".join(f"{k} {v:.3g}" if k == "test_loss" else f"{k} {v:.1f} %" for k, v in results.items())
-    return f"| {name} | `{line}` | {figures} | {times[-1] - times[0]:.0f} s |"
+    return f"| {name} | `{line}` | {figures} |"
 
 
 def raw_pixels() -> str:
     """What k-NN and a linear probe make of the pixels themselves."""
     data = load_data("digits")
     pair = [(part.images[:, :1].flatten(1).float(), labels_of(part)) for part in (data.train, data.test)]
-    return f"| raw pixels | | knn {knn_accuracy(*pair):.1f} %, linear {linear_probe(*pair)['linear']:.1f} % | |"
+    return f"| raw pixels | | knn {knn_accuracy(*pair):.1f} %, linear {linear_probe(*pair)['linear']:.1f} % |"
+
+
+def write(name: str, row: str) -> None:
+    """Put the row of ``name`` into the page's table, in the place of the one it has."""
+    page = ROOT / "docs" / "results.md"
+    before, _, rest = page.read_text().partition("<!-- table -->\n")
+    table, _, after = rest.partition("<!-- end -->")
+    rows = {line.split("|")[1].strip(): line for line in table.splitlines()[2:]} | {name: row}
+    known = [rows[n] for n in ("raw pixels", *TRAINED, *ABLATION) if n in rows]
+    lines = ["| run | command | held-out figures |", "|---|---|---|", *known]
+    write_atomic(page, lambda file: file.write(f"{before}<!-- table -->\n{chr(10).join(lines)}\n<!-- end -->{after}".encode()))
 
 
 def main(names: list[str]) -> None:
-    began = time.perf_counter()
     wanted = names or [*TRAINED, *ABLATION]
     unknown = set(wanted) - {*TRAINED, *ABLATION}
     if unknown:
         sys.exit(f"results: NAME must be one of {', '.join([*TRAINED, *ABLATION])}, got {', '.join(sorted(unknown))}")
-    rows = []
+    write("raw pixels", raw_pixels())
     for name in wanted:
-        rows.append(measure(name))
-        print(rows[-1], flush=True)
-    stored = RUNS / "rows.json"
-    known = json.loads(stored.read_text()) if stored.exists() else {}
-    known.update(zip(wanted, rows, strict=True))
-    stored.write_text(json.dumps(known, indent=1))
-    table = [known[n] for n in (*TRAINED, *ABLATION) if n in known]
-    page = ROOT / "docs" / "results.md"
-    before = page.read_text().partition("<!-- table -->")
-    after = before[2].partition("<!-- end -->")
-    head = "| run | command | held-out figures | wall time |\n|---|---|---|---|"
-    page.write_text(f"{before[0]}<!-- table -->\n" + "\n".join([head, raw_pixels(), *table]) + f"\n<!-- end -->{after[2]}")
-    print(f"wrote {page} in {time.perf_counter() - began:.0f} s")
+        row = measure(name)
+        write(name, row)
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pyvit.losses import DINOLoss
 from pyvit.train import augment, schedules
 from pyvit.train.config import Config
 from pyvit.train.heads import PrototypeHead
+from pyvit.train.rank_norm import RankNorm
 from pyvit.train.recipe import Recipe, Views, build, initialise
 
 
@@ -25,6 +26,7 @@ class DINO(Recipe):
         "prototypes": 65536,
         "hidden": 2048,
         "bottleneck": 256,
+        "batch_norm": False,
         "student_temp": 0.1,
         "teacher_temp": 0.04,
         "warm_teacher_temp": 0.04,
@@ -57,7 +59,10 @@ class DINO(Recipe):
             initialise(self.student, config.init)
         with torch.no_grad():
             self.width = embed(self.student, torch.zeros(2, data.channels, *data.size)).shape[1]
-        self.head = PrototypeHead(self.width, o["prototypes"], o["hidden"], o["bottleneck"])
+        norm = o.get("batch_norm", False)  # no option of DINOv2, whose masked rows differ in number from rank to rank
+        self.head = PrototypeHead(self.width, o["prototypes"], o["hidden"], o["bottleneck"], norm)
+        if self.group is not None:
+            RankNorm.convert(self.head.mlp)
         self.teacher, self.teacher_head = (copy.deepcopy(m).requires_grad_(False) for m in (self.student, self.head))
         for block in self.teacher.modules():  # the teacher drops no path
             if hasattr(block, "drop_prob"):

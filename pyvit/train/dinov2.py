@@ -24,7 +24,7 @@ class DINOv2(DINO):
 
     defaults: ClassVar[dict[str, Any]] = {**DINO.defaults, "batch_size": 2048, "layer_decay": 0.9}
     options: ClassVar[dict[str, Any]] = {
-        **DINO.options,
+        **{k: v for k, v in DINO.options.items() if k != "batch_norm"},
         "prototypes": 131072,
         "momentum": 0.994,
         "teacher_temp": 0.07,

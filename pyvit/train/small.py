@@ -41,7 +41,12 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "lr": 2e-3,
         "option": {"hidden": 256, "out": 64, "crop": 0.6, "slant": 15.0, "strength": 0.5, "optimizer": "adamw", "temperature": 0.2},
     },
-    ("dino", "digits"): {**_SHORT, "batch_size": 64, "option": _SELF},
+    ("dino", "digits"): {
+        **_SHORT,
+        "batch_size": 64,
+        "lr": 2e-3,
+        "option": {**_SELF, "momentum": 0.97, "batch_norm": True, "local_crops": 0},
+    },
     ("dinov2", "digits"): {**_SHORT, "batch_size": 64, "option": {**_SELF, "layer_scale": 1e-2}},
     ("clip", "digits"): {**_SHORT, "epochs": 20, "weight_decay": 0.1, "option": {"context": 32}},
     ("siglip", "digits"): {**_SHORT, "epochs": 20, "option": {"context": 32}},
