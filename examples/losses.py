@@ -64,6 +64,7 @@ def curve(recipe: str, kind: str) -> list[float]:
     The views are drawn in float32 by all, so that they are the same.
     """
     from pyvit.train import Config
+    from pyvit.train.augment import Augment
     from pyvit.train.engine import Run
 
     with tempfile.TemporaryDirectory() as folder, pyvit.use_backend(None if kind == "ours" else "reference"):
@@ -71,6 +72,9 @@ def curve(recipe: str, kind: str) -> list[float]:
         if kind == "exact":
             narrow, wide = run.recipe.views, lambda v: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
             run.recipe.double()
+            for module in run.recipe.modules():
+                if isinstance(module, Augment):
+                    module.float()
             run.recipe.mean, run.recipe.std = run.recipe.mean.float(), run.recipe.std.float()
             run.recipe.views = lambda *of: {name: wide(view) for name, view in narrow(*of).items()}
         run.model.train()
