@@ -11,15 +11,17 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks import gpu_cases, report, runner
+from benchmarks.cases import Case
 from benchmarks.ceiling import Ceiling
-from benchmarks.runner import Results
+from benchmarks.runner import Outcome, Results, Settings
 
-STEPS = ("tests", "tune", "ops", "models")
+STEPS = ("tests", "tune", "ops", "losses", "models")
 _REPOSITORY = Path(__file__).parent.parent
 
 
@@ -88,6 +90,32 @@ def _peers() -> tuple[str, ...]:
     return ("compile", *(name for name in ("timm", "transformers") if importlib.util.find_spec(name)))
 
 
+def chosen_cases(steps: Sequence[str]) -> list[Case]:
+    """The cases of ``steps``, in the order in which a budget takes them."""
+    kinds = {"ops": gpu_cases.ops, "losses": gpu_cases.losses, "models": gpu_cases.models}
+    return gpu_cases.ordered([case for step in steps if step in kinds for case in kinds[step]()])
+
+
+def measure_within(
+    chosen: Sequence[Case], settings: Settings, top: Ceiling, left: Callable[[], float], say: Callable[[str], None]
+) -> Results:
+    """Case by case while the ``left()`` seconds hold another like the slowest so far; targets of the rest are not measured, and say so."""
+    results, slowest = Results(), 10.0
+    for i, case in enumerate(chosen):
+        begun = left()
+        if begun < slowest:
+            results.left_out += [late.id for late in chosen[i:]]
+            results.outcomes += [Outcome(late, "not run for lack of time", None) for late in chosen[i:] if late.target]
+            break
+        one = runner.run([case], settings, top, lambda line, i=i: say(f"{i + 1}/{len(chosen)} {line}"))
+        results.rows += one.rows
+        results.outcomes += one.outcomes
+        if settings.device == "cuda":
+            torch.cuda.empty_cache()
+        slowest = max(slowest, begun - left())
+    return results
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Test, tune and time pyvit on the GPU at hand.")
     parser.add_argument("steps", nargs="*", metavar="step", help=f"any of: {', '.join(STEPS)} (default: all)")
@@ -112,25 +140,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tune: {said['tune']}", flush=True)
     from benchmarks import gpu_cost
 
-    results, top = Results(), measure_ceiling()
+    top = measure_ceiling()
     print("\n".join(report.machine(top)), flush=True)
-    chosen = (gpu_cases.ops() if "ops" in steps else []) + (gpu_cases.models() if "models" in steps else [])
     settings = runner.Settings(
         seconds=0.3, rounds=(5, 31), peers=_peers(), device="cuda", both_sources=False, extra=gpu_cases.extra, floor=gpu_cost.floor_ms
     )
-    for i, case in enumerate(chosen):
-        if left() < 10:
-            said["not run for lack of time"] = "; ".join(case.id for case in chosen[i:])
-            break
-        one = runner.run(
-            [case],
-            settings,
-            top,
-            lambda line, i=i: print(f"{time.perf_counter() - start:6.1f} s  {i + 1}/{len(chosen)} {line}", flush=True),
-        )
-        results.rows += one.rows
-        results.outcomes += one.outcomes
-        torch.cuda.empty_cache()
+    say = lambda line: print(f"{time.perf_counter() - start:6.1f} s  {line}", flush=True)  # noqa: E731
+    results = measure_within(chosen_cases(steps), settings, top, left, say)
+    if results.left_out:
+        said["not run for lack of time"] = "; ".join(results.left_out)
     out = args.out or _REPOSITORY / "benchmarks" / "results" / folder(torch.cuda.get_device_name())
     report.show_rows(results.rows)
     written = report.write(results, top, out)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import plain
-from benchmarks.cases import Case, Target
+from benchmarks.cases import LEVELS, Case, Target
 from benchmarks.specs import Provider, Spec, compiled
 from pyvit.ops.reference import relative_position_index
 
@@ -28,12 +28,15 @@ _TOKENS = {197: 256, 257: 192, 577: 64, 1025: 32}
 
 
 def ops() -> list[Case]:
-    """Attention, windows and patch embedding in bfloat16, forward, backward and both."""
+    """Attention, windows and patch embedding in bfloat16, forward, backward and both.
+
+    ``level`` "default" marks what a short run takes first: every kind of target once, attention's at every length.
+    """
     found = []
     for n, batch in _TOKENS.items():
         shape = {"batch": batch, "heads": 12, "length": n, "dim": 64}
         label = f"{batch}x12x{n}x64"
-        found.append(Case("flash_attention", label, "bf16", "forward+backward", shape, Target(1.2, _RIVALS), sources=("random",)))
+        found.append(Case("flash_attention", label, "bf16", "forward+backward", shape, Target(1.2, _RIVALS), "default", ("random",)))
         found.append(Case("flash_attention", label, "bf16", "forward", shape, sources=("random",), against=_RIVALS))
     each = (("compile", 2.0), ("timm path", 5.0))
     for window, (side, width, heads, batch) in _WINDOWS.items():
@@ -41,13 +44,27 @@ def ops() -> list[Case]:
         label = f"{batch}x{side}x{side}x{width} window {window} shift {window // 2}"
         for mode, percent in (("forward", 60), ("backward", 40)):
             target = Target(against=("timm path",), roofline=percent, each=each)
-            found.append(Case("window_attention", label, "bf16", mode, shape, target, sources=("random",)))
+            level = "default" if window == 7 else "full"
+            found.append(Case("window_attention", label, "bf16", mode, shape, target, level, ("random",)))
     shape = {"batch": 256, "size": 224, "patch": 16, "width": 768}
     target = Target(against=("conv2d",), roofline=80)
-    found.append(Case("patch_embed", "256x224 patch 16", "bf16", "forward", shape, target, sources=("random",)))
+    found.append(Case("patch_embed", "256x224 patch 16", "bf16", "forward", shape, target, "default", ("random",)))
     found.append(Case("patch_embed", "256x224 patch 16 uint8", "bf16", "forward", dict(shape, uint8=True), sources=("random",)))
     found.append(Case("patch_embed", "256x224 patch 16 keep 25 %", "bf16", "forward", dict(shape, keep=49), sources=("random",)))
     return found
+
+
+def losses() -> list[Case]:
+    """The losses over pairs in bfloat16, forward and backward, against the naive form that holds the logits."""
+    target, mode = Target(1 / 0.7, ("naive",), memory=0.05), "forward+backward"
+    pairs = {"batch": 16384, "dim": 512}
+    crops = {"crops": 10, "views": 2, "batch": 64, "dim": 256, "prototypes": 65536}
+    return [
+        Case("info_nce", "batch 32768 d 512", "bf16", mode, {"batch": 32768, "dim": 512}, target, "default", ("random",)),
+        Case("nt_xent", "batch 8192 d 128", "bf16", mode, {"batch": 8192, "dim": 128}, sources=("random",)),
+        Case("sigmoid_contrastive", "batch 16384 d 512", "bf16", mode, pairs, sources=("random",)),
+        Case("distillation_cross_entropy", "10 + 2 crops of 64, 65536 prototypes", "bf16", mode, crops, sources=("random",)),
+    ]
 
 
 def models() -> list[Case]:
@@ -55,13 +72,17 @@ def models() -> list[Case]:
     compiled, eager = ("timm + compile", "naive + compile", "compile"), ("eager SDPA", "eager naive")
     big, swin = {"batch": 128, "size": 224}, "swin_tiny_patch4_window7_224"
     memory = Target(memory=0.7, against=("timm", "eager naive"))
+    faster, small, base = Target(1.5, compiled), {"batch": 64, "size": 224}, "swin_base_patch4_window7_224"
     return [
-        Case(
-            "swin_base_patch4_window7_224", "batch 128", "bf16", "inference", big, Target(1.5, compiled), sources=("random",), against=eager
-        ),
+        Case(base, "batch 128", "bf16", "inference", big, faster, "default", ("random",), eager),
+        Case(swin, "batch 64", "bf16", "train", small, memory, "default", ("random",), eager),
         Case("vit_base_patch16_224", "batch 128", "bf16", "inference", big, sources=("random",), against=eager),
-        Case(swin, "batch 64", "bf16", "train", {"batch": 64, "size": 224}, memory, sources=("random",), against=eager),
     ]
+
+
+def ordered(found: list[Case]) -> list[Case]:
+    """What a run that may be cut short takes first: "default" before the rest, then what has a target."""
+    return sorted(found, key=lambda case: (LEVELS.index(case.level), case.target is None))
 
 
 def tiny() -> list[Case]:
@@ -70,11 +91,17 @@ def tiny() -> list[Case]:
     window = {"batch": 1, "side": 14, "width": 64, "heads": 2, "window": 7, "shift": 3, "version": 1}
     patch = {"batch": 2, "size": 32, "patch": 16, "width": 32}
     against, each = ("timm path",), (("timm path", 5.0),)
+    pairs, mode = {"batch": 40, "dim": 32}, "forward+backward"
+    crops = {"crops": 3, "views": 2, "batch": 5, "dim": 16, "prototypes": 70}
     return [
         Case("flash_attention", "tiny", "fp32", "forward+backward", attention, Target(1.2, _RIVALS), sources=("random",)),
         Case("window_attention", "tiny", "fp32", "forward", window, Target(against=against, roofline=60, each=each), sources=("random",)),
         Case("window_attention", "tiny", "fp32", "backward", window, Target(against=against, roofline=40, each=each), sources=("random",)),
         Case("patch_embed", "tiny", "fp32", "forward", patch, Target(against=("conv2d",), roofline=80), sources=("random",)),
+        Case("info_nce", "tiny", "bf16", mode, pairs, Target(1 / 0.7, ("naive",), memory=0.05), sources=("random",)),
+        Case("nt_xent", "tiny", "bf16", mode, pairs, sources=("random",)),
+        Case("sigmoid_contrastive", "tiny", "bf16", mode, pairs, sources=("random",)),
+        Case("distillation_cross_entropy", "tiny", "bf16", mode, crops, sources=("random",)),
     ]
 
 

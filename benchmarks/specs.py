@@ -16,6 +16,7 @@ from benchmarks import inputs, plain
 from benchmarks.cases import Case
 from benchmarks.workload import OURS
 from pyvit.ops import reference
+from pyvit.ops.checks import wide
 
 Tensors = dict[str, Tensor]
 
@@ -251,7 +252,7 @@ def _info_nce(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
     tensors = _cast({"a": F.normalize(a, dim=1), "b": F.normalize(b, dim=1), "scale": torch.tensor(1 / 0.07)}, dtype, device)
 
     def naive(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-        logits = scale * a @ b.T
+        logits = (scale * a @ b.T).to(wide(a.dtype))  # as autocast has it: the product in the inputs' type, cross-entropy in float32
         labels = torch.arange(len(a), device=a.device)
         return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 

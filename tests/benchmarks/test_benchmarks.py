@@ -102,12 +102,12 @@ def test_design_targets_are_all_there():
 
 
 def test_ids_are_unique():
-    everything = [case for suite in cases.SUITES.values() for case in suite()] + gpu_cases.ops() + gpu_cases.models()
+    everything = [case for suite in cases.SUITES.values() for case in suite()] + gpu.chosen_cases(gpu.STEPS)
     ids = [case.id for case in everything]
     assert len(ids) == len(set(ids))
 
 
-@pytest.mark.parametrize("op", sorted(specs.SPECS))
+@pytest.mark.parametrize("op", sorted(providers.SPECS))
 def test_providers_agree(op):
     """Every provider of every op, on a small case, under the numerics rule; gradients too where it has them."""
     small = {
@@ -117,6 +117,9 @@ def test_providers_agree(op):
         "patch_embed": {"batch": 2, "size": 32, "patch": 8, "width": 24, "keep": 5},
         "linear": {"m": 33, "k": 40, "n": 24, "activation": "gelu"},
         "info_nce": {"batch": 40, "dim": 32},
+        "nt_xent": {"batch": 21, "dim": 32},
+        "sigmoid_contrastive": {"batch": 40, "dim": 32},
+        "distillation_cross_entropy": {"crops": 3, "views": 2, "batch": 5, "dim": 16, "prototypes": 70},
     }[op]
     case = Case(op, "small", "fp32", "forward+backward", small)
     work = providers.build(case, "random", ())
@@ -313,16 +316,64 @@ def test_gpu_cases_run_on_any_device(capsys):
     settings = Settings(seconds=0.01, rounds=(2, 2), both_sources=False, extra=_uncompiled, floor=floor)
     results = runner.run(gpu_cases.tiny(), settings, TOP, lambda line: None)
     assert not results.red
-    assert len(results.outcomes) == 4
+    assert len(results.outcomes) == 5
     rows = {(row.op, row.mode, row.provider): row for row in results.rows}
     assert rows["flash_attention", "forward+backward", "sdpa math"].timed
     assert rows["flash_attention", "forward+backward", "sdpa cuDNN"].status.startswith("missing: RuntimeError")
     assert rows["window_attention", "backward", OURS].percent_of_roofline > 0
     assert rows["window_attention", "backward", OURS].floor_ms > rows["window_attention", "forward", OURS].floor_ms > 0
+    for op in providers.LOSSES:
+        assert rows[op, "forward+backward", OURS].timed
+        assert rows[op, "forward+backward", "naive"].timed
+        assert rows[op, "forward+backward", OURS].floor_ms > 0
     report.show_rows(results.rows)
     printed = capsys.readouterr().out
     assert "floor ms" in printed
     assert "missing: flash_attention tiny" in printed
+
+
+def test_gpu_targets_are_all_there():
+    """Every promise about a GPU, once each, and a rival pinned for every row of attention."""
+    by = {case.id: case.target for case in gpu.chosen_cases(gpu.STEPS) if case.target}
+    for batch, n in ((256, 197), (192, 257), (64, 577), (32, 1025)):
+        target = by[f"flash_attention {batch}x12x{n}x64 bf16 forward+backward"]
+        assert target.ratio == 1.2
+        assert target.against == ("sdpa cuDNN", "sdpa flash", "sdpa efficient")
+    windows = {name: target for name, target in by.items() if name.startswith("window")}
+    assert {t.each for t in windows.values()} == {(("compile", 2.0), ("timm path", 5.0))}
+    for mode, percent in (("forward", 60), ("backward", 40)):
+        assert [t.roofline for name, t in windows.items() if name.endswith(f" {mode}")] == [percent] * 5
+    assert by["patch_embed 256x224 patch 16 bf16 forward"].roofline == 80
+    assert by["swin_base_patch4_window7_224 batch 128 bf16 inference"].ratio == 1.5
+    assert by["swin_tiny_patch4_window7_224 batch 64 bf16 train"].memory == 0.7
+    kinds = [case.op for case in gpu.chosen_cases(gpu.STEPS)[:10]]
+    assert {"flash_attention", "window_attention", "patch_embed", "info_nce", "swin_base_patch4_window7_224"} <= set(kinds)
+
+
+def test_gpu_run_keeps_to_its_time(monkeypatch):
+    """Cases of 30 s within 100 s: three start, the others are named, and the targets among them are not measured."""
+    now, chosen = [0.0], gpu_cases.ordered(gpu_cases.tiny())
+
+    def run(cases, *_):
+        now[0] += 30.0
+        return runner.Results(rows=[case.id for case in cases])
+
+    monkeypatch.setattr(gpu.runner, "run", run)
+    results = gpu.measure_within(chosen, Settings(), TOP, lambda: 100.0 - now[0], lambda line: None)
+    assert now[0] == 90.0
+    assert results.left_out == [case.id for case in chosen[3:]]
+    assert {o.case.id for o in results.outcomes} == {case.id for case in chosen[3:] if case.target}
+    assert all(o.passed is None for o in results.outcomes)
+
+
+def test_a_target_half_measured_is_not_met():
+    case = Case("x", "", "bf16", "forward", {}, Target(roofline=60, each=(("compile", 2.0),)))
+    ours = Row("x", "", OURS, "bf16", "forward", 1, median_ms=1.0, percent_of_roofline=70)
+    peer = Row("x", "", "compile", "bf16", "forward", 1, median_ms=3.0)
+    assert runner.hold(case, [ours, peer]).passed is True
+    assert runner.hold(case, [ours]).passed is None
+    ours.percent_of_roofline = 50
+    assert runner.hold(case, [ours]).passed is False
 
 
 def test_floor_of_the_cost_model():
@@ -331,7 +382,7 @@ def test_floor_of_the_cost_model():
     moved = 4 * 128 * 56 * 56 * 96 * 2  # qkv and out
     assert gpu_cost.floor_ms(short, "NVIDIA H200") == pytest.approx(1e3 * moved / 4.8e12, rel=0.1)
     assert math.isnan(gpu_cost.floor_ms(short, "NVIDIA GeForce GTX 970"))
-    assert all(gpu_cost.floor_ms(case, "NVIDIA H100 80GB HBM3") > 0 for case in gpu_cases.ops())
+    assert all(gpu_cost.floor_ms(case, "NVIDIA H100 80GB HBM3") > 0 for case in gpu_cases.ops() + gpu_cases.losses())
     assert all(math.isnan(gpu_cost.floor_ms(case, "H100")) for case in gpu_cases.models())
 
 

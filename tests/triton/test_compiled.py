@@ -72,7 +72,7 @@ def test_rules_catch_what_they_are_for() -> None:
 
 
 def test_a_kernel_the_compiler_gave_up_is_seen() -> None:
-    """Four accumulators of 128 columns and a tile of scores: 576 columns of tensor memory, where a Blackwell processor has 512."""
+    """Four accumulators of 128 columns fill the 512 columns of a Blackwell processor's tensor memory, and a tile of scores comes on top."""
     tiles.force("pair_gradient", tiles.Config(block_m=64, block_n=64, edge_n=64, group=4, warps=8))
     try:
         launch = matrix.launches("info_nce 4096 d=512", "bf16", "sm_100")[-1]
@@ -81,10 +81,10 @@ def test_a_kernel_the_compiler_gave_up_is_seen() -> None:
     report = compiled.inspect(launch, "sm_100")
     assert report.kernel == "pair_gradient"
     assert report.stores == 0
-    assert report.tensor_memory == 576
+    assert report.tensor_memory > 512
     assert {fault.split(":")[0] for fault in matrix.faults(report, "bf16")} >= {
         "no store to memory",
-        "576 columns of tensor memory, limit 512",
+        f"{report.tensor_memory} columns of tensor memory, limit 512",
     }
 
 

@@ -1,0 +1,89 @@
+"""The losses over pairs beside info_nce: their naive forms, which hold the matrix of logits, and ours, which never do.
+
+The naive forms round where autocast would: products in the inputs' type, softmax and sums in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import pyvit
+from benchmarks.cases import Case
+from benchmarks.specs import Provider, Spec, Tensors, compiled
+from benchmarks.workload import OURS
+from pyvit.ops.checks import wide
+
+
+def _pairs(n: int, d: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """Unit embeddings whose pairs are closer than strangers, as early in training."""
+    rng = torch.Generator().manual_seed(11)
+    a = torch.randn(n, d, generator=rng)
+    b = a + 3 * torch.randn(n, d, generator=rng)
+    return tuple(F.normalize(x, dim=1).to(device, dtype) for x in (a, b))  # type: ignore[return-value]
+
+
+def _spec(
+    tensors: Tensors, naive: Callable[..., Tensor], ours: Callable[..., Tensor], grads: Sequence[str], flops: float, back: float
+) -> Spec:
+    providers = [Provider(OURS, ours), Provider("naive", naive), Provider("compile", compiled(naive))]
+    return Spec(tensors, naive, providers, grads, flops, back, 1)
+
+
+def _nt_xent(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
+    n, d = case.shape["batch"], case.shape["dim"]
+    z1, z2 = _pairs(n, d, dtype, device)
+    tensors = {"z1": z1, "z2": z2, "temperature": torch.tensor(0.1, device=device, dtype=dtype)}
+
+    def naive(z1: Tensor, z2: Tensor, temperature: Tensor) -> Tensor:
+        z = torch.cat([z1, z2])
+        logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)
+        partners = torch.arange(2 * len(z1), device=z.device).roll(len(z1))
+        return F.cross_entropy(logits.to(wide(z.dtype)), partners)
+
+    # The matrix (2n, 2n) is symmetric: half its products suffice going forward.
+    return _spec(tensors, naive, pyvit.ops.nt_xent, tuple(tensors), (2 * n) ** 2 * d, 2.0)
+
+
+def _sigmoid_contrastive(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
+    n, d = case.shape["batch"], case.shape["dim"]
+    a, b = _pairs(n, d, dtype, device)
+    tensors = {"a": a, "b": b, "scale": torch.tensor(10.0, device=device, dtype=dtype)}
+    tensors["bias"] = torch.tensor(-10.0, device=device, dtype=dtype)
+
+    def naive(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        logits = scale * a @ b.T + bias
+        sign = 2 * torch.eye(len(a), device=a.device, dtype=a.dtype) - 1
+        return -F.logsigmoid(sign * logits).sum(dtype=wide(a.dtype)) / len(a)
+
+    return _spec(tensors, naive, pyvit.ops.sigmoid_contrastive, tuple(tensors), 2 * n * n * d, 2.0)
+
+
+def _distillation(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
+    """DINO's loss from features and prototypes: every student crop against every teacher crop of its image."""
+    crops, views, n, d, k = (case.shape[key] for key in ("crops", "views", "batch", "dim", "prototypes"))
+    rng = torch.Generator().manual_seed(12)
+    unit = lambda *shape: F.normalize(torch.randn(*shape, generator=rng), dim=-1).to(device, dtype)  # noqa: E731
+    tensors = {"student": unit(crops, n, d), "teacher": unit(views, n, d), "ws": unit(k, d), "wt": unit(k, d)}
+
+    def naive(student: Tensor, teacher: Tensor, ws: Tensor, wt: Tensor) -> Tensor:
+        log_p = (student @ ws.T / 0.1).log_softmax(-1, dtype=wide(ws.dtype))
+        p = (teacher @ wt.T / 0.04).softmax(-1, dtype=wide(wt.dtype))
+        return -(p.sum(0) * log_p.sum(0)).sum() / (crops * views * n)
+
+    def ours(student: Tensor, teacher: Tensor, ws: Tensor, wt: Tensor) -> Tensor:
+        return pyvit.ops.distillation_cross_entropy(student, teacher, 0.1, 0.04, student_prototypes=ws, teacher_prototypes=wt)
+
+    # Only the student's side gets gradients: two products of its share.
+    return _spec(tensors, naive, ours, ("student", "ws"), 2 * (crops + views) * n * d * k, 2 * crops / (crops + views))
+
+
+SPECS: dict[str, Callable[[Case, str, torch.dtype, str], Spec]] = {
+    "nt_xent": _nt_xent,
+    "sigmoid_contrastive": _sigmoid_contrastive,
+    "distillation_cross_entropy": _distillation,
+}
