@@ -18,12 +18,21 @@
 
 #ifndef PYVIT_CUDA_DISPATCH
 #define PYVIT_CUDA_DISPATCH CUDA
-// Part of the stable ABI, but of the CUDA library: absent, and then null, where torch was built without it.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
-#define PYVIT_CUDA_STREAM(device, stream) \
-  (aoti_torch_get_current_cuda_stream && aoti_torch_get_current_cuda_stream(device, stream) == 0)
+#include <dlfcn.h>
+namespace {
+// Part of the stable ABI, but of libtorch_cuda, which is not linked, so that one binary serves CPU builds of torch too:
+// there, the library is not loaded and there is no stream.
+bool current_stream(int32_t device, void** stream) {
+  using Get = int32_t (*)(int32_t, void**);
+  static const Get get = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return torch_cuda ? reinterpret_cast<Get>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  return get && get(device, stream) == 0;
+}
+}  // namespace
 #else
-#define PYVIT_CUDA_STREAM(device, stream) true
+static bool current_stream(int32_t, void**) { return true; }
 #endif
 
 namespace pyvit {
@@ -99,7 +108,7 @@ void set(int64_t (&to)[N], const Ints& from) {
 
 cuda::Stream stream_of(const Tensor& t) {
   cuda::Stream stream{nullptr, std::max<int>(t.get_device(), 0)};
-  STD_TORCH_CHECK(PYVIT_CUDA_STREAM(stream.device, &stream.handle),
+  STD_TORCH_CHECK(current_stream(stream.device, &stream.handle),
                   "pyvit: torch gives no CUDA stream; this torch is built without CUDA");
   return stream;
 }

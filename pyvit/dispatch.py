@@ -214,7 +214,9 @@ def copy_notes(**tensors: Tensor | None) -> list[str]:
 
 def autocast(device: str, *tensors: Any) -> Any:
     """Under ``torch.autocast`` for ``device``, the floating tensors in its dtype; otherwise as they are. None stays None."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # Of the devices with kernels it is known, and some releases' compilers cannot trace the question.
+    available = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    if not available or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

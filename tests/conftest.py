@@ -21,11 +21,15 @@ def pytest_report_header() -> str:
     return f"PYVIT_TEST_SEED={SEED} PYVIT_CPU_ISA={os.environ.get('PYVIT_CPU_ISA', 'default')}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before ``-m`` chooses by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no GPU"))
+    """Cases on CUDA tensors (a parameter of type pyvit.testing.Served says so) are marked ``gpu``."""
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(getattr(p, "device", None) == "cuda" for p in parameters):
+            item.add_marker(pytest.mark.gpu)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
 @pytest.fixture(autouse=True)

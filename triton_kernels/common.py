@@ -226,6 +226,8 @@ def launch(kernel: Any, grid: int, args: dict[str, Any], warps: int, stages: int
     """Run ``grid`` programs of ``kernel`` on the device of its first tensor; no programs, no launch."""
     # Fused multiply-adds are asked for: Triton's default for them changes between its versions.
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    if (_recorder is not None or INTERPRETED.value) and (wrong := args.keys() ^ set(kernel.arg_names)):
+        raise TypeError(f"{kernel.__name__}: {', '.join(sorted(wrong))} passed and not taken, or the reverse")  # as a GPU's launch would
     if _recorder is not None:
         _recorder.launches.append(Launch(kernel, grid, args, options))
         return

@@ -138,7 +138,9 @@ def _backward(
         dq_sum = p.q.new_empty((*delta.shape, p.d) if p.n_k > c.block_n else (1,), dtype=torch.float32)
         # The bias tile takes registers that half as many queries leave free.
         shape = {"dq_sum": dq_sum, "BLOCK_M": c.block_m if p.bias is None else max(16, c.block_m // 2), "BLOCK_N": c.block_n}
-        launch(backward_short, p.batch * p.heads, args | own | outputs | shape, c.warps, c.stages)
+        every = args | own | outputs | shape
+        del every["GROUPS"]  # each query head has its own key head
+        launch(backward_short, p.batch * p.heads, every, c.warps, c.stages)
     else:
         c = p.choose("backward_dq")
         shape = {"BLOCK_M": c.block_m, "WIDTHS": (c.block_n, c.edge_n)}
@@ -163,7 +165,7 @@ def _bias_backward(args: dict[str, Any], p: _Problem) -> Tensor:
     steps = walk[0] * walk[1] * walk[2] * walk[3]
     programs = bb * bh * (1 if bi == 1 else rows) * (1 if bj == 1 else cols)
     splits = max(1, min(steps, 2 * processors(p.q) // max(programs, 1)))
-    grad = torch.zeros if not (p.batch and p.n_q and p.n_k) else torch.empty
+    grad = torch.empty if steps and p.n_q and p.n_k else torch.zeros
     partial = grad((splits, *p.bias.shape), dtype=torch.float32, device=p.q.device)
     shape = {
         "grad_bias": partial,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyvit import ops
+from pyvit import BackendError, ops
 from pyvit.testing import Served, served
 
 
@@ -105,14 +105,27 @@ def example(name: str, on: Served, seeded: int) -> Example:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes ``example`` runs for every operator on every kernel in float32 (on the naive form where there is none); one
-    marked ``every_dtype`` in the other dtypes too."""
+    marked ``every_dtype`` in the other dtypes too, one marked ``gpu`` on GPUs alone."""
     if "example" not in metafunc.fixturenames:
         return
     cases = []
     for name in EXAMPLES:
         every = served(name.partition("-")[0])
         kernels = [on for on in every if on.backend != "reference"] or every
+        if metafunc.definition.get_closest_marker("gpu"):
+            kernels = [on for on in kernels if on.device == "cuda"]
         if not metafunc.definition.get_closest_marker("every_dtype"):
             kernels = [on for on in kernels if on.dtype == torch.float32]
         cases += [(name, on) for on in kernels]
     metafunc.parametrize(("name", "on"), cases, ids=[f"{name}-{on}" for name, on in cases])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
+    """A head dimension that a backend does not promise is nothing to test there; that refusing it is an error, test_errors.py tests."""
+    try:
+        return (yield)
+    except BackendError as error:
+        if "head dimension" in str(error) and pyfuncitem.get_closest_marker("gpu"):
+            pytest.skip(str(error))
+        raise
