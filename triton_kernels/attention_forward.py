@@ -97,7 +97,11 @@ def forward_short(
         for j in tl.static_range(len(KEY_PARTS)):
             cols = first + tl.arange(0, KEY_PARTS[j])
             s = dot_parts(queries, keys[j], BLOCK_M, KEY_PARTS[j], PRECISION) * scale
-            s = biased(s, bias, rows[:, None], cols[None, :], q_len, k_len, bias_strides, BIAS, CAUSAL, True)
+            # Of one length for all, every part but the last is full.
+            s = biased(
+                s, bias, rows[:, None], cols[None, :], q_len, k_len, bias_strides, BIAS, CAUSAL,
+                VARLEN or CAUSAL or j == len(KEY_PARTS) - 1,
+            )  # fmt: skip
             top = tl.maximum(top, tl.max(s, 1))
             scores = scores + (s,)  # noqa: RUF005
             first = first + KEY_PARTS[j]

@@ -133,7 +133,7 @@ def _backward(
     own = {"grad_lse": None if grad_lse is None else grad_lse.contiguous(), "factor": p.scale}
     outputs = p.tensors(grad_q=grad_q, grad_k=grad_k, grad_v=grad_v, out=out)
     only = lambda *names: {k: v for k, v in outputs.items() if k.removesuffix("_strides") in names}  # noqa: E731
-    if p.heads == p.kv_heads and backward_short_fits(max(p.d, p.dv), p.n_q, p.n_k):
+    if p.heads == p.kv_heads and backward_short_fits(p.itemsize, max(p.d, p.dv), p.n_q, p.n_k):
         c = p.choose("backward_short")
         dq_sum = p.q.new_empty((*delta.shape, p.d) if p.n_k > c.block_n else (1,), dtype=torch.float32)
         # The bias tile takes registers that half as many queries leave free.

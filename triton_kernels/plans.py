@@ -60,7 +60,7 @@ def triton_attention(
         c = choose("forward_short" if short else "forward_long", arch, itemsize, d, n_k)
         keys = sum(parts(n_k)) if short else n_k // c.block_n * c.block_n + up(n_k % c.block_n, c.edge_n)
         return _attention(4, 2, up(n_q, c.block_m) * keys / pairs * width, 1, c.block_m >= 64, False)
-    if not grouped and backward_short_fits(d, n_q, n_k):
+    if not grouped and backward_short_fits(itemsize, d, n_q, n_k):
         c = choose("backward_short", arch, itemsize, d, n_k)
         rows = c.block_m if not bias else max(16, c.block_m // 2)
         # dQ of all but the last piece of keys goes through a float32 sum in memory.

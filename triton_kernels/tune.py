@@ -7,11 +7,15 @@ in use. Winners go to the file that :func:`pyvit.triton_kernels.tiles.tuned` rea
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
+import multiprocessing
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import replace
 
 import torch
@@ -24,15 +28,15 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 #: Values worth trying for each field, per kernel; everything else stays as the table has it.
 SPACE: dict[str, dict[str, Sequence[int]]] = {
-    "forward_short": {"block_m": (32, 64, 128), "group": (1, 2, 4), "warps": (4, 8), "stages": (1, 2)},
-    "forward_long": {"block_m": (64, 128), "block_n": (32, 64, 128), "edge_n": (16, 64), "warps": (4, 8), "stages": (2, 3, 4)},
-    "backward_short": {"block_m": (32, 64), "block_n": (64, 128), "warps": (4, 8), "stages": (1, 2)},
-    "backward_dq": {"block_m": (64, 128), "block_n": (32, 64), "edge_n": (16, 32), "warps": (4, 8), "stages": (1, 2, 3)},
-    "backward_dkdv": {"block_m": (64, 128), "block_n": (32, 64), "warps": (4, 8), "stages": (1, 2, 3)},
+    "forward_short": {"block_m": (32, 64, 128), "group": (1, 2, 4), "warps": (4, 8)},
+    "forward_long": {"block_m": (64, 128), "block_n": (64, 128), "edge_n": (16, 64), "warps": (4, 8), "stages": (2, 3, 4)},
+    "backward_short": {"block_m": (32, 64), "block_n": (64, 128, 256), "warps": (4, 8)},
+    "backward_dq": {"block_m": (64, 128), "block_n": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)},
+    "backward_dkdv": {"block_m": (64, 128), "block_n": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)},
     "bias_grad": {"block_m": (32, 64), "block_n": (32, 64, 128), "warps": (4, 8), "stages": (1, 2)},
     "attention_map": {"block_n": (32, 64, 128), "warps": (2, 4), "stages": (1, 2, 3)},
-    "window_forward": {"block_m": (16, 32, 64), "group": (4, 8, 16), "warps": (2, 4, 8), "stages": (1, 2)},
-    "window_backward_keys": {"block_m": (32, 64), "block_n": (16, 32, 64), "group": (2, 4, 8), "warps": (4, 8), "stages": (1, 2)},
+    "window_forward": {"block_m": (16, 32, 64), "group": (4, 8, 16), "warps": (2, 4, 8)},
+    "window_backward_keys": {"block_m": (32, 64), "block_n": (16, 32, 64), "group": (2, 4, 8), "warps": (4, 8)},
     "window_backward_queries": {"block_m": (16, 32), "block_n": (32, 64, 128), "group": (2, 4, 8), "warps": (4, 8)},
     "patch_forward": {"block_m": (64, 128), "block_n": (64, 128, 256), "edge_n": (32, 64), "warps": (4, 8), "stages": (2, 3, 4)},
     "patch_weight_gradient": {"block_m": (64, 128), "block_n": (64, 128), "edge_n": (32, 64), "warps": (4, 8), "stages": (2, 3)},
@@ -89,6 +93,38 @@ def _agree(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
     return True
 
 
+#: A candidate of one case: the case, the dtype, the kernel and its configuration.
+Task = tuple[str, torch.dtype, str, Config]
+_prepared = functools.lru_cache(maxsize=1)(prepare)
+
+
+def _compile(device: str, name: str, dtype: torch.dtype, kernel: str, candidate: Config) -> None:
+    """In a process of its own: run the candidate once, which leaves what the compiler made of it in Triton's cache on disk."""
+    tiles.force(kernel, candidate)
+    try:
+        _prepared(name, dtype, device)()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    finally:
+        tiles.force(kernel, None)
+
+
+def compile_ahead(tasks: Sequence[Task], seconds: float, jobs: int, device: str = "cuda") -> set[Task]:
+    """Those of ``tasks`` that ``jobs`` processes compiled and ran without an error within ``seconds``."""
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        futures = {pool.submit(_compile, device, *task): task for task in tasks}
+        done, _ = wait(futures, timeout=max(seconds, 0.0))
+        return {futures[future] for future in done if future.exception() is None}
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _in_turn(lists: Sequence[Sequence[Task]]) -> list[Task]:
+    """The first of every list, then the second of every list, and so on."""
+    return [task for row in itertools.zip_longest(*lists) for task in row if task is not None]
+
+
 def tune(
     cases: Sequence[str] | None = None,
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
@@ -97,10 +133,14 @@ def tune(
     report: Callable[[str], None] = print,
     time_of: Callable[[Run], float] = milliseconds,
     device: str = "cuda",
+    jobs: int = 1,
 ) -> tuple[Entry, ...]:
     """Search tiles for ``cases`` (of ``workloads.CASES``; all by default) within ``budget`` seconds, save the winners and return them.
 
-    Entries saved earlier for other calls are kept. Raises RuntimeError without a GPU, ValueError for an unknown case.
+    With ``jobs`` > 1, so many processes compile candidates in the first two thirds of the budget, and what they finished is timed in the
+    rest; with 1 each is compiled when its turn comes. Entries saved earlier for other calls are kept.
+
+    Raises RuntimeError without a GPU, ValueError for an unknown case.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("tune: needs a GPU that torch can see (torch.cuda.is_available() is False)")
@@ -108,8 +148,20 @@ def tune(
     if unknown := [n for n in names if n not in CASES]:
         raise ValueError(f"tune: cases must be among {', '.join(CASES)}, got {', '.join(unknown)}")
     where = torch.cuda.get_device_name() if device == "cuda" else device
-    deadline, found = time.monotonic() + budget, {}
+    begun, found = time.monotonic(), {}
+    deadline = begun + budget
     work = [(name, dtype) for name in names for dtype in dtypes]
+    ahead: set[Task] | None = None
+    if jobs > 1:
+        lists = []
+        for name, dtype in work:
+            with tiles.asking() as asked:
+                prepare(name, dtype, device)()
+            for call in dict.fromkeys(asked):
+                lists.append([(name, dtype, call[0], c) for c in candidates(call[0], tiles.choose(*call), call[4])])
+        tasks = _in_turn(lists)
+        ahead = compile_ahead(tasks, begun + budget * 2 / 3 - time.monotonic(), jobs, device)
+        report(f"compiled {len(ahead)} of {len(tasks)} candidates in {time.monotonic() - begun:.0f} s")
     for at, (name, dtype) in enumerate(work):
         run = prepare(name, dtype, device)
         with tiles.asking() as asked:
@@ -118,7 +170,8 @@ def tune(
         kernels = dict.fromkeys(asked)
         for done, call in enumerate(kernels):
             until = time.monotonic() + max(0.0, share - time.monotonic()) / (len(kernels) - done)
-            entry = _search(name, run, wanted, call, until, where, time_of, report)
+            choices = [c for c in candidates(call[0], tiles.choose(*call), call[4]) if ahead is None or (name, dtype, call[0], c) in ahead]
+            entry = _search(name, run, wanted, call, choices, until, where, time_of, report)
             if entry is not None:
                 found[call] = entry
     kept = {(e.kernel, e.arch, e.itemsize, e.head_dim, e.length): e for e in tiles.tuned()}
@@ -132,6 +185,7 @@ def _search(
     run: Run,
     wanted: Sequence[Tensor],
     call: tuple[str, str, int, int, int],
+    choices: Sequence[Config],
     until: float,
     where: str,
     time_of: Callable[[Run], float],
@@ -143,7 +197,7 @@ def _search(
     best, first, tried = now, time_of(run), 0
     least = first
     try:
-        for candidate in candidates(kernel, now, length):
+        for candidate in choices:
             if time.monotonic() >= until:
                 break
             tiles.force(kernel, candidate)
@@ -172,9 +226,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--case", nargs="+", choices=list(CASES))
     parser.add_argument("--dtype", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16"])
     parser.add_argument("--budget", type=float, default=240.0, help="seconds")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="processes that compile (default: cores - 1)")
     options = parser.parse_args(argv)
     try:
-        tune(options.case, [getattr(torch, d) for d in options.dtype], budget=options.budget)
+        tune(options.case, [getattr(torch, d) for d in options.dtype], budget=options.budget, jobs=options.jobs)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1

@@ -54,8 +54,8 @@ class _Map:
             # A map without padding has no padding tokens for the value to fill.
             "pad": None if pad_qkv is None or (hp, wp) == (h, w) else pad_qkv.contiguous(),
             "size": (h, w),
-            "padded": (hp, wp),
-            "shift": (sy, sx),
+            "padded": None if (hp, wp) == (h, w) else (hp, wp),
+            "shift": (sy, sx) if sy or sx else None,
             "windows": self.windows,
             "windows_x": wp // self.window[1],
             "total": self.total,

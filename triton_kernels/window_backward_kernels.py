@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from pyvit.triton_kernels.common import LN2, LOG2E, add_products, dot_parts, dot_rows, draw_of, kept, load_rows, span, zero_parts, zeros_of
 from pyvit.triton_kernels.window_kernels import (
+    attending,
     gather,
     normalised,
     normalised_backward,
@@ -41,15 +42,18 @@ def query_side(
     D_PARTS: tl.constexpr,
     AREA: tl.constexpr,
     COSINE: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
-    """Of placed queries: their rows and 1 / norm, the gradients of their outputs, the row sums of both, and the log-sum-exps.
+    """Of placed queries: their rows and 1 / norm, the gradients of their outputs, with SUMS the row sums of both, and the log-sum-exps.
 
     These are in powers of two, infinite past the windows and finite in rows that attend to nothing: probabilities there become 0.
     """
     first = h * D
     queries, inverse = normalised(gather(qkv, pad, first, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE)
     grad = load_rows(grad_out + first, row_offset(window, y, x, windows, grad_out_strides), real, 1, D, D_PARTS)
-    row_sum = dot_rows(load_rows(out + first, row_offset(window, y, x, windows, out_strides), real, 1, D, D_PARTS), grad)
+    row_sum = 0.0
+    if SUMS:
+        row_sum = dot_rows(load_rows(out + first, row_offset(window, y, x, windows, out_strides), real, 1, D, D_PARTS), grad)
     log_sum = tl.load(lse + (window.to(tl.int64) * HEADS + h) * AREA + rows % AREA, mask=inside, other=float("inf")) * LOG2E
     return queries, inverse, grad, row_sum, tl.where(log_sum == float("-inf"), 0.0, log_sum)
 
@@ -157,7 +161,7 @@ def window_backward_keys(
             q_window, qy, qx, q_inside, q_real, q_region = place(rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
             queries, q_inverse, grad, row_sum, log_sum = query_side(
                 qkv, pad, grad_out, out, lse, q_window, qy, qx, rows, q_inside, q_real, h, HEADS,
-                windows, qkv_strides, grad_out_strides, out_strides, D, D_PARTS, AREA, COSINE,
+                windows, qkv_strides, grad_out_strides, out_strides, D, D_PARTS, AREA, COSINE, not ALL,
             )  # fmt: skip
             raw = dot_parts(keys, queries, BLOCK_M, BLOCK_N, PRECISION) * factor
             s = raw
@@ -166,15 +170,17 @@ def window_backward_keys(
                     s += held
                 else:
                     s += table_bias(table, rows[None, :], cols[:, None], h, HEADS, WINDOW, PACK)
-            s = tl.where((region[:, None] == q_region[None, :]) & allowed[:, None], s, float("-inf"))
+            s = attending(s, q_region[None, :], region[:, None], allowed[:, None], table, padded, shift, PACK)
             p = tl.exp2(s - log_sum[None, :])
             dp = dot_parts(values, grad, BLOCK_M, BLOCK_N, PRECISION)
             dropped = p
             if DROPOUT:
-                keep = kept(draw, (q_window * HEADS + h)[None, :], rows[None, :] % AREA, cols[:, None] % AREA, threshold)
+                keep = kept(draw, (q_window * HEADS + h + rows * 0)[None, :], rows[None, :] % AREA, cols[:, None] % AREA, threshold)
                 dropped = tl.where(keep, p * keep_scale, 0.0)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
             dv = add_products(dv, dropped.to(qkv.dtype.element_ty), grad, 0, PRECISION)
+            if ALL:  # whole rows are here: their sums need no output, nor its rounding
+                row_sum = tl.sum(p * dp, 0)
             ds = p * (dp - row_sum[None, :])
             rounded = ds.to(qkv.dtype.element_ty)
             dk = add_products(dk, rounded, queries, 0, PRECISION)
@@ -261,7 +267,7 @@ def window_backward_queries(
         window, y, x, inside, real, region = place(rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
         queries, inverse, grad, row_sum, log_sum = query_side(
             qkv, pad, grad_out, out, lse, window, y, x, rows, inside, real, h, HEADS,
-            windows, qkv_strides, grad_out_strides, out_strides, D, D_PARTS, AREA, COSINE,
+            windows, qkv_strides, grad_out_strides, out_strides, D, D_PARTS, AREA, COSINE, True,
         )  # fmt: skip
         dq = zero_parts((BLOCK_M,), D_PARTS)
         new_bias = ()
@@ -280,11 +286,11 @@ def window_backward_queries(
             if table is not None:
                 s += table_bias(table, rows[:, None], cols[None, :], h, HEADS, WINDOW, PACK)
             allowed = key_real if pad is None else key_inside
-            s = tl.where((region[:, None] == key_region[None, :]) & allowed[None, :], s, float("-inf"))
+            s = attending(s, region[:, None], key_region[None, :], allowed[None, :], table, padded, shift, PACK)
             p = tl.exp2(s - log_sum[:, None])
             dp = dot_parts(grad, values, BLOCK_M, KEY_PARTS[j], PRECISION)
             if DROPOUT:
-                keep = kept(draw, (window * HEADS + h)[:, None], rows[:, None] % AREA, cols[None, :] % AREA, threshold)
+                keep = kept(draw, (window * HEADS + h + rows * 0)[:, None], rows[:, None] % AREA, cols[None, :] % AREA, threshold)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
             ds = p * (dp - row_sum[:, None])
             new_bias = new_bias + (grad_bias[j] + ds if table is not None else grad_bias[j],)  # noqa: RUF005

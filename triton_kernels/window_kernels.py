@@ -16,17 +16,31 @@ NORM_EPS = tl.constexpr(1e-12)
 
 @triton.jit
 def place(r, piece, size, padded, shift, windows, windows_x, total, WINDOW: tl.constexpr, PACK: tl.constexpr):
-    """Of tile rows ``r``: the window, row and column on the map, whether they are inside (not past the windows) and real, the region."""
+    """Of tile rows ``r``: the window, row and column on the map, whether they are inside (not past the windows) and real, the region.
+
+    A tile that is one window has one number for all its rows: its divisions are done once, not for every row of every layout.
+    ``padded`` and ``shift`` are None where the map is not padded and not shifted.
+    """
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
-    t = r % AREA
-    window = piece * PACK + r // AREA
-    inside = (r < PACK * AREA) & (window < total)
+    if PACK == 1:
+        t = r
+        window = piece
+        inside = r < AREA
+        region = r * 0
+    else:
+        t = r % AREA
+        window = piece * PACK + r // AREA
+        inside = (r < PACK * AREA) & (window < total)
+        region = (r // AREA) * 4
     at = window % windows
     y, x = at // windows_x * WINDOW[0] + t // WINDOW[1], at % windows_x * WINDOW[1] + t % WINDOW[1]
-    region = (r // AREA) * 4 + tl.where(y >= padded[0] - shift[0], 2, 0) + tl.where(x >= padded[1] - shift[1], 1, 0)
-    y, x = y + shift[0], x + shift[1]  # undo the cyclic shift
-    y, x = tl.where(y >= padded[0], y - padded[0], y), tl.where(x >= padded[1], x - padded[1], x)
-    return window, y, x, inside, inside & (y < size[0]) & (x < size[1]), region
+    extent = size if padded is None else padded
+    if shift is not None:
+        region += tl.where(y >= extent[0] - shift[0], 2, 0) + tl.where(x >= extent[1] - shift[1], 1, 0)
+        y, x = y + shift[0], x + shift[1]  # undo the cyclic shift
+        y, x = tl.where(y >= extent[0], y - extent[0], y), tl.where(x >= extent[1], x - extent[1], x)
+    real = inside if padded is None else inside & (y < size[0]) & (x < size[1])
+    return window, y, x, inside, real, region
 
 
 @triton.jit
@@ -98,12 +112,25 @@ def normalised_backward(grads, unit, inverse, COSINE: tl.constexpr):
 
 @triton.jit
 def table_bias(table, i, j, h, HEADS, WINDOW: tl.constexpr, PACK: tl.constexpr):
-    """Relative-position bias of queries ``i`` and keys ``j`` (index tensors that broadcast), in powers of two."""
+    """Relative-position bias of queries ``i`` and keys ``j`` (they broadcast), in powers of two; -inf past the tile's rows."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     ti, tj = i % AREA, j % AREA
     dy, dx = ti // WINDOW[1] - tj // WINDOW[1], ti % WINDOW[1] - tj % WINDOW[1]
     row = (dy + WINDOW[0] - 1) * (2 * WINDOW[1] - 1) + dx + WINDOW[1] - 1
-    return tl.load(table + row * HEADS + h, mask=(i < PACK * AREA) & (j < PACK * AREA), other=0.0).to(tl.float32) * LOG2E
+    return tl.load(table + row * HEADS + h, mask=(i < PACK * AREA) & (j < PACK * AREA), other=float("-inf")).to(tl.float32) * LOG2E
+
+
+@triton.jit
+def attending(s, query_region, key_region, allowed, table, padded, shift, PACK: tl.constexpr):
+    """Scores of pairs that attend, -inf elsewhere; the arguments broadcast to the shape of ``s``.
+
+    Keys past the tile's rows are out by their bias, where there is one.
+    """
+    if shift is not None or PACK > 1:
+        s = tl.where(query_region == key_region, s, float("-inf"))
+    if table is None or padded is not None:
+        s = tl.where(allowed, s, float("-inf"))
+    return s
 
 
 @triton.jit
@@ -190,7 +217,7 @@ def window_forward(
                 else:
                     s += table_bias(table, rows[:, None], cols[None, :], h, HEADS, WINDOW, PACK)
             allowed = key_real if pad is None else key_inside
-            s = tl.where((region[:, None] == key_region[None, :]) & allowed[None, :], s, float("-inf"))
+            s = attending(s, region[:, None], key_region[None, :], allowed[None, :], table, padded, shift, PACK)
             top = tl.maximum(top, tl.max(s, 1))
             scores = scores + (s,)  # noqa: RUF005
             first = first + KEY_PARTS[j]
@@ -203,7 +230,9 @@ def window_forward(
             sum_p += tl.sum(p, 1)
             if DROPOUT:
                 cols = start + span(0, KEY_PARTS[j])
-                p = tl.where(kept(draw, (window * HEADS + h)[:, None], rows[:, None] % AREA, cols[None, :] % AREA, threshold), p, 0.0)
+                p = tl.where(
+                    kept(draw, (window * HEADS + h + rows * 0)[:, None], rows[:, None] % AREA, cols[None, :] % AREA, threshold), p, 0.0
+                )
             start = start + KEY_PARTS[j]
             acc = add_products(acc, p.to(qkv.dtype.element_ty), values[j], 0, PRECISION)
         empty = sum_p == 0.0
