@@ -91,7 +91,6 @@ def backward_short(
     lse,
     delta,
     grad_lse,
-    dq_sum,
     grad_q,
     grad_k,
     grad_v,
@@ -127,11 +126,8 @@ def backward_short(
     VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """All gradients of one head by one program: five products per tile, where a pass for dQ and another for dK and dV take seven.
-
-    dK and dV of BLOCK_N keys stay in registers while the queries pass by. The running dQ (n_q, D) belongs to this program alone, which
-    alone adds to it, in order; it is small enough to stay in cache.
-    """
+    """All gradients of one head by one program, which holds all its keys: five products per tile of queries, where a pass for dQ and
+    another for dK and dV take seven, and nothing is read twice."""
     pid = tl.program_id(0)
     b, h = (pid // H).to(tl.int64), (pid % H).to(tl.int64)
     q_first, q_len = sequence(cu_q, b, n_q, VARLEN)
@@ -150,46 +146,31 @@ def backward_short(
         grad_lse += row_at
     draw = draw_of(seed, DROPOUT)
 
-    tiles = tl.cdiv(q_len, BLOCK_M)
-    for tile in range(tiles):
+    cols = tl.arange(0, BLOCK_N)
+    inside = cols < k_len
+    keys = load_rows(k, cols, inside, k_strides[2], D, D_PARTS)
+    values = load_rows(v, cols, inside, v_strides[2], DV, DV_PARTS)
+    dk = zero_parts((BLOCK_N,), D_PARTS)
+    dv = zero_parts((BLOCK_N,), DV_PARTS)
+    for tile in range(tl.cdiv(q_len, BLOCK_M)):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        grad = load_rows(grad_out, rows, rows < q_len, grad_out_strides[2], DV, DV_PARTS)
+        valid = rows < q_len
+        queries = load_rows(q, rows, valid, q_strides[2], D, D_PARTS)
+        grad = load_rows(grad_out, rows, valid, grad_out_strides[2], DV, DV_PARTS)
         row_sum = row_delta(out, grad, grad_lse, rows, q_len, out_strides[2], DV, DV_PARTS)
-        tl.store(delta + row_at + rows, row_sum, mask=rows < q_len)
-    tl.debug_barrier()  # what follows reads rows that other threads of this program wrote
-    running = dq_sum + row_at * D
-    for first_col in range(0, tl.maximum(k_len, 1), BLOCK_N):  # without keys, dQ is still to be zeroed
-        cols = first_col + tl.arange(0, BLOCK_N)
-        inside = cols < k_len
-        # Rows of the running dQ to read (none for the first keys) and to leave for the keys to come (none after the last).
-        earlier_rows = q_len * (first_col > 0)
-        later_rows = q_len * (first_col + BLOCK_N < k_len)
-        last_rows = q_len - later_rows
-        keys = load_rows(k, cols, inside, k_strides[2], D, D_PARTS)
-        values = load_rows(v, cols, inside, v_strides[2], DV, DV_PARTS)
-        dk = zero_parts((BLOCK_N,), D_PARTS)
-        dv = zero_parts((BLOCK_N,), DV_PARTS)
-        for tile in range(tiles):
-            rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-            valid = rows < q_len
-            queries = load_rows(q, rows, valid, q_strides[2], D, D_PARTS)
-            grad = load_rows(grad_out, rows, valid, grad_out_strides[2], DV, DV_PARTS)
-            dq = load_rows(running, rows, rows < earlier_rows, D, D, D_PARTS)
-            row_sum = tl.load(delta + row_at + rows, mask=valid, other=0.0)
-            log_sum = load_lse(lse + row_at, rows, q_len)
-            dropped, ds = score_gradient(
-                keys, queries, values, grad, log_sum[None, :], row_sum[None, :], bias, bias_strides, rows[None, :], cols[:, None],
-                q_len, k_len, scale, draw, pid, threshold, keep_scale, BLOCK_N, BLOCK_M, BIAS, CAUSAL, True, DROPOUT, PRECISION,
-            )  # fmt: skip
-            dv = add_products(dv, dropped.to(v.dtype.element_ty), grad, 0, PRECISION)
-            ds = ds.to(q.dtype.element_ty)
-            dk = add_products(dk, ds, queries, 0, PRECISION)
-            dq = add_products(dq, tl.trans(ds), keys, 0, PRECISION)
-            store_rows(running, dq, 0, 1.0, rows, rows < later_rows, D, D, D_PARTS)
-            store_rows(grad_q, dq, 0, factor, rows, rows < last_rows, grad_q_strides[2], D, D_PARTS)
-        store_rows(grad_k, dk, 0, factor, cols, inside, grad_k_strides[2], D, D_PARTS)
-        store_rows(grad_v, dv, 0, 1.0, cols, inside, grad_v_strides[2], DV, DV_PARTS)
-        tl.debug_barrier()
+        tl.store(delta + row_at + rows, row_sum, mask=valid)  # for the bias gradient
+        log_sum = load_lse(lse + row_at, rows, q_len)
+        dropped, ds = score_gradient(
+            keys, queries, values, grad, log_sum[None, :], row_sum[None, :], bias, bias_strides, rows[None, :], cols[:, None],
+            q_len, k_len, scale, draw, pid, threshold, keep_scale, BLOCK_N, BLOCK_M, BIAS, CAUSAL, True, DROPOUT, PRECISION,
+        )  # fmt: skip
+        dv = add_products(dv, dropped.to(v.dtype.element_ty), grad, 0, PRECISION)
+        ds = ds.to(q.dtype.element_ty)
+        dk = add_products(dk, ds, queries, 0, PRECISION)
+        dq = add_products(zero_parts((BLOCK_M,), D_PARTS), tl.trans(ds), keys, 0, PRECISION)
+        store_rows(grad_q, dq, 0, factor, rows, valid, grad_q_strides[2], D, D_PARTS)
+    store_rows(grad_k, dk, 0, factor, cols, inside, grad_k_strides[2], D, D_PARTS)
+    store_rows(grad_v, dv, 0, 1.0, cols, inside, grad_v_strides[2], DV, DV_PARTS)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from pyvit.triton_kernels.common import (
     processors,
     rows_unit,
 )
-from pyvit.triton_kernels.tiles import backward_short_fits, choose, forward_short_fits, parts
+from pyvit.triton_kernels.tiles import backward_short_fits, choose, forward_short_fits, one_tile, parts
 from torch import Tensor
 
 
@@ -135,9 +135,8 @@ def _backward(
     only = lambda *names: {k: v for k, v in outputs.items() if k.removesuffix("_strides") in names}  # noqa: E731
     if p.heads == p.kv_heads and backward_short_fits(p.itemsize, max(p.d, p.dv), p.n_q, p.n_k):
         c = p.choose("backward_short")
-        dq_sum = p.q.new_empty((*delta.shape, p.d) if p.n_k > c.block_n else (1,), dtype=torch.float32)
         # The bias tile takes registers that half as many queries leave free.
-        shape = {"dq_sum": dq_sum, "BLOCK_M": c.block_m if p.bias is None else max(16, c.block_m // 2), "BLOCK_N": c.block_n}
+        shape = {"BLOCK_M": c.block_m if p.bias is None else max(16, c.block_m // 2), "BLOCK_N": one_tile(p.n_k)}
         every = args | own | outputs | shape
         del every["GROUPS"]  # each query head has its own key head
         launch(backward_short, p.batch * p.heads, every, c.warps, c.stages)

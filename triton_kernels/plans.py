@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyvit.triton_kernels.cost import Cost, Part
-from pyvit.triton_kernels.tiles import backward_short_fits, choose, forward_short_fits, parts
+from pyvit.triton_kernels.tiles import backward_short_fits, choose, forward_short_fits, one_tile, parts
 
 #: Head dimensions that the CUDA kernels are compiled for, by bytes per element (with_head_dim and with_window_dim in csrc/cuda).
 HEAD_DIMS = {2: (32, 64, 80, 96, 128), 4: (64, 128)}
@@ -63,9 +63,8 @@ def triton_attention(
     if not grouped and backward_short_fits(itemsize, d, n_q, n_k):
         c = choose("backward_short", arch, itemsize, d, n_k)
         rows = c.block_m if not bias else max(16, c.block_m // 2)
-        # dQ of all but the last piece of keys goes through a float32 sum in memory.
-        tensors, products, launches = 8 + (-(-n_k // c.block_n) - 1) * 4 / itemsize, 5, 1
-        padded = up(n_q, rows) * up(n_k, c.block_n)
+        tensors, products, launches = 8, 5, 1
+        padded = up(n_q, rows) * one_tile(n_k)
     else:
         c = choose("backward_dkdv", arch, itemsize, d, n_k)
         rows, tensors, products, launches = c.block_m, 12, 7, 2

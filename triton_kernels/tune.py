@@ -30,7 +30,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 SPACE: dict[str, dict[str, Sequence[int]]] = {
     "forward_short": {"block_m": (32, 64, 128), "group": (1, 2, 4), "warps": (4, 8)},
     "forward_long": {"block_m": (64, 128), "block_n": (64, 128), "edge_n": (16, 64), "warps": (4, 8), "stages": (2, 3, 4)},
-    "backward_short": {"block_m": (32, 64), "block_n": (64, 128, 256), "warps": (4, 8)},
+    "backward_short": {"block_m": (16, 32, 64), "warps": (4, 8)},
     "backward_dq": {"block_m": (64, 128), "block_n": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)},
     "backward_dkdv": {"block_m": (64, 128), "block_n": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)},
     "bias_grad": {"block_m": (32, 64), "block_n": (32, 64, 128), "warps": (4, 8), "stages": (1, 2)},
@@ -71,14 +71,21 @@ def candidates(kernel: str, now: Config, length: int) -> Iterator[Config]:
 
 
 def milliseconds(run: Run, repeats: int = 10) -> float:
-    """Median time of ``run`` on the GPU."""
-    for _ in range(2):
+    """Median time of ``run`` on the GPU, as a captured graph: launching several short kernels can take the CPU longer than they run."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
         run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
     times = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        run()
+        graph.replay()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
