@@ -1,4 +1,4 @@
-"""Which of the two GPU backends serves a call that both can: the one measured faster where a measurement exists, else the one predicted.
+"""Which of the two GPU backends serves a call that both can: the one measured faster at this shape or a like one, else the one predicted.
 
 ``python -m benchmarks.choices`` measures on the GPU at hand and prints rows for :data:`MEASURED`. Predictions come from
 :mod:`pyvit.triton_kernels.plans`; they look at sizes alone and are made without a GPU.
@@ -28,8 +28,33 @@ class Measured:
     source: str
 
 
-#: No GPU has timed the two against each other yet.
-MEASURED: tuple[Measured, ...] = ()
+def _h100(op: str, grad: bool, shape: tuple[int, ...], cuda: float, triton: float) -> Measured:
+    return Measured("H100", op, torch.bfloat16, grad, shape, cuda, triton, "2026-11-26")
+
+
+#: The shapes of ``benchmarks.gpu_cases``; what else was timed then is in benchmarks/results.
+MEASURED: tuple[Measured, ...] = (
+    _h100("flash_attention", False, (197, 197, 64), 0.4984, 0.253),
+    _h100("flash_attention", True, (197, 197, 64), 2.867, 1.231),
+    _h100("flash_attention", False, (257, 257, 64), 0.6116, 0.3312),
+    _h100("flash_attention", True, (257, 257, 64), 3.655, 1.468),
+    _h100("flash_attention", False, (577, 577, 64), 0.7126, 0.2593),
+    _h100("flash_attention", True, (577, 577, 64), 3.896, 1.302),
+    _h100("flash_attention", False, (1025, 1025, 64), 1.157, 0.3549),
+    _h100("flash_attention", True, (1025, 1025, 64), 6.987, 1.996),
+    _h100("window_attention", False, (7, 7, 32), 0.4928, 0.3137),
+    _h100("window_attention", True, (7, 7, 32), 1.713, 1.343),
+    _h100("window_attention", False, (8, 8, 32), 0.5195, 0.2278),
+    _h100("window_attention", True, (8, 8, 32), 2.004, 1.183),
+    _h100("window_attention", False, (12, 12, 32), 1.082, 2.176),
+    _h100("window_attention", True, (12, 12, 32), 3.411, 7.552),
+    _h100("window_attention", False, (16, 16, 32), 1.448, 3.306),
+    _h100("window_attention", True, (16, 16, 32), 10.16, 11.34),
+    _h100("window_attention", False, (24, 24, 32), 2.79, 8.128),
+    _h100("window_attention", True, (24, 24, 32), 19.93, 21.98),
+    _h100("patch_embed", False, (16, 16, 768), 0.518, 0.394),
+    _h100("patch_embed", True, (16, 16, 768), 1.92, 1.0),
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +68,7 @@ class Choice:
     triton: float
 
     def __str__(self) -> str:
-        return f"{self.basis} on {self.part}: cuda {self.cuda:.3g} ms, triton {self.triton:.3g} ms"
+        return f"{self.basis}, for {self.part}: cuda {self.cuda:.3g} ms, triton {self.triton:.3g} ms"
 
 
 #: The part that a GPU without rates of its own is compared on, by major compute capability; others are taken for an A100.
@@ -69,15 +94,29 @@ def shape_of(op: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
     return (*sizes[2:4], sizes[5])  # batch, channels, patch, patch, patches, width
 
 
+def _apart(a: tuple[int, ...], b: tuple[int, ...]) -> float:
+    """The largest factor between sizes of two shapes."""
+    return max(max(m, n) / min(m, n) for m, n in zip(a, b, strict=True))
+
+
 @functools.lru_cache(maxsize=4096)
 def compare(op: str, dtype: torch.dtype, features: tuple[str, ...], sizes: tuple[int, ...], part: str) -> Choice:
-    """Measured figures of calls of this shape on ``part``, else predictions. Equal figures go to Triton, which serves more calls."""
+    """Measured figures of this shape, or of the nearest within a factor of two, in elements as wide on a part of the same architecture;
+    else predictions. Equal figures go to Triton, which serves more calls."""
     grad = bool({"grad", "lse_grad", "images_grad"} & set(features))
-    basis, times = "predicted", [predict(backend, op, dtype, features, sizes, part, grad) for backend in ("cuda", "triton")]
-    for row in MEASURED:
-        if (row.part, row.op, row.dtype, row.grad, row.shape) == (part, op, dtype, grad, shape_of(op, sizes)):
-            basis, times = f"measured ({row.source})", [row.cuda, row.triton]
-    return Choice("cuda" if times[0] < times[1] else "triton", part, basis, *times)
+    shape, arch = shape_of(op, sizes), _ARCHS.get(part, part)
+    rows = [
+        row
+        for row in MEASURED
+        if (row.op, row.grad, row.dtype.itemsize, _ARCHS.get(row.part, row.part)) == (op, grad, dtype.itemsize, arch)
+        and _apart(row.shape, shape) <= 2
+    ]
+    if rows:
+        row = min(rows, key=lambda row: (_apart(row.shape, shape), row.part != part))
+        like = "" if (row.shape, row.part) == (shape, part) else f" at {'x'.join(map(str, row.shape))} on {row.part}"
+        return Choice("cuda" if row.cuda < row.triton else "triton", part, f"measured ({row.source}){like}", row.cuda, row.triton)
+    times = [predict(backend, op, dtype, features, sizes, part, grad) for backend in ("cuda", "triton")]
+    return Choice("cuda" if times[0] < times[1] else "triton", part, "predicted", *times)
 
 
 #: What Triton compiles for on each part, the key of its tiles.

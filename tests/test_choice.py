@@ -36,12 +36,25 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None], None]
     choice.compare.cache_clear()
 
 
-def test_predictions_decide(on: Callable[[str | None], None]) -> None:
+def test_predictions_decide(on: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """577 tokens: the warps of CUDA pad them less than Triton's tiles; on Hopper those tiles have the faster instructions."""
+    monkeypatch.setattr(choice, "MEASURED", ())
     on("A100")
     assert select(LONG) == "cuda"
     on("H100")
     assert select(LONG) == "triton"
+
+
+def test_the_nearest_measurement_decides(on: Callable[[str | None], None]) -> None:
+    """On Hopper: windows of 12 on CUDA, of 7 on Triton, those between by the nearer; nothing is said of fp32 or of far lengths."""
+    sides = {side: WINDOWS._replace(sizes=(128, 56, 56, side, side, 3, 32)) for side in (6, 7, 9, 11, 12, 24)}
+    for part in ("H100", "H200"):
+        on(part)
+        assert [select(call) for call in sides.values()] == ["triton", "triton", "triton", "cuda", "cuda", "cuda"]
+    compare = lambda dtype, sizes: choice.compare("window_attention", dtype, ("bias_table",), sizes, "H100").basis  # noqa: E731
+    assert compare(BF16, sides[7].sizes) == "measured (2026-11-26)"
+    assert compare(torch.float16, sides[9].sizes) == "measured (2026-11-26) at 8x8x32 on H100"
+    assert compare(torch.float32, sides[7].sizes) == compare(BF16, (128, 56, 56, 3, 3, 3, 32)) == "predicted"
 
 
 def test_a_measurement_beats_a_prediction(on: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +66,7 @@ def test_a_measurement_beats_a_prediction(on: Callable[[str | None], None], monk
     assert select(LONG._replace(sizes=(64, 12, 12, 197, 197, 64))) == "cuda"
     assert select(LONG._replace(features=("grad",))) == choice.compare(LONG.op, BF16, ("grad",), LONG.sizes, "A100").faster
     report = str(choice.compare(LONG.op, BF16, (), LONG.sizes, "A100"))
-    assert report == "measured (2026-01-01) on A100: cuda 2 ms, triton 1 ms"
+    assert report == "measured (2026-01-01), for A100: cuda 2 ms, triton 1 ms"
 
 
 def test_one_that_refuses_is_not_compared(on: Callable[[str | None], None]) -> None:
@@ -78,7 +91,9 @@ def test_explain_says_by_what(on: Callable[[str | None], None], part: str | None
         none = torch.empty(0, 4, 577, 64, device="cuda", dtype=BF16)
         assert "for want of" in pyvit.explain(ops.flash_attention, none, none, none).notes[0]
     found = choice.compare("flash_attention", BF16, (), (2, 4, 4, 577, 577, 64), "A100")
-    wanted = "declared order, for want of a GPU to predict for" if part is None else f"predicted on A100: cuda {found.cuda:.3g} ms, triton"
+    wanted = (
+        "declared order, for want of a GPU to predict for" if part is None else f"predicted, for A100: cuda {found.cuda:.3g} ms, triton"
+    )
     assert note.startswith(f"between cuda and triton: {wanted}")
 
 
@@ -160,7 +175,7 @@ def test_the_part_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_measuring_two_backends_makes_rows() -> None:
     """Two that run here in place of the two that need a GPU; a row is Python that the table can hold, and one that refuses is named."""
     said: list[str] = []
-    cases = gpu_cases.tiny()
+    cases = [case for case in gpu_cases.tiny() if case.op in ("flash_attention", "window_attention", "patch_embed")]
     found = list(choices.rows(cases, "A100", "cpu", said.append, ("reference", "cpu" if MISSING["cpu", "cpu"] is None else "reference")))
     assert not said
     assert [row.shape for row in found] == [(33, 33, 32), (7, 7, 32), (7, 7, 32), (16, 16, 32)]
