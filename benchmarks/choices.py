@@ -10,9 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import date
 
-import torch
-
-import pyvit
 from benchmarks import gpu, gpu_cases, inputs, measure, providers
 from benchmarks.cases import Case
 from benchmarks.specs import Provider, Spec
@@ -30,14 +27,6 @@ def shape(case: Case) -> tuple[int, ...]:
     return s["patch"], s["patch"], s["width"]
 
 
-def _on(backend: str, ours: Provider) -> Provider:
-    def run(**tensors: torch.Tensor) -> object:
-        with pyvit.use_backend(backend):
-            return ours.fn(**tensors)
-
-    return replace(ours, name=backend, fn=run)
-
-
 def rows(
     cases: Sequence[Case], part: str, device: str, say: Callable[[str], None], backends: tuple[str, str] = ("cuda", "triton")
 ) -> Iterator[choice.Measured]:
@@ -45,7 +34,7 @@ def rows(
 
     def both(case: Case, spec: Spec) -> list[Provider]:
         ours = next(p for p in spec.providers if p.name == OURS)
-        return [_on(backend, ours) for backend in backends]
+        return [replace(gpu_cases.on_backend(backend, ours), name=backend) for backend in backends]
 
     for case in cases:
         work = providers.build(case, case.sources[0], (), device, both)

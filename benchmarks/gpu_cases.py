@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import pyvit
 from benchmarks import plain
 from benchmarks.cases import LEVELS, Case, Target
 from benchmarks.specs import Provider, Spec, compiled
+from benchmarks.workload import OURS
+from pyvit.backends import absent
 from pyvit.ops.reference import relative_position_index
 
 PINNED = {
@@ -141,12 +145,27 @@ def _flex_windows(case: Case, spec: Spec) -> Callable[..., Any]:
     return compiled(run)
 
 
+def on_backend(backend: str, ours: Provider) -> Provider:
+    """Ours with the backend named instead of chosen."""
+
+    def run(**tensors: Tensor) -> Any:
+        with pyvit.use_backend(backend):
+            return ours.fn(**tensors)
+
+    return replace(ours, name=f"{OURS} {backend}", fn=run)
+
+
 def extra(case: Case, spec: Spec) -> Sequence[Provider]:
-    """Each SDPA backend pinned, and FlexAttention."""
+    """Each of our GPU backends and each of SDPA's pinned, and FlexAttention."""
+    if case.op not in ("flash_attention", "window_attention", "patch_embed"):
+        return []
+    ours = next(p for p in spec.providers if p.name == OURS)
+    device = next(iter(spec.tensors.values())).device.type
+    found = [on_backend(backend, ours) for backend in ("cuda", "triton") if absent(case.op, backend, device) is None]
     if case.op == "flash_attention":
-        pinned = [Provider(name, _pinned(backend, case.shape.get("causal", False))) for name, backend in PINNED.items()]
-        return [*pinned, Provider("flex", _flex_attention())]
+        found += [Provider(name, _pinned(backend, case.shape.get("causal", False))) for name, backend in PINNED.items()]
+        found.append(Provider("flex", _flex_attention()))
     if case.op == "window_attention" and case.shape["version"] == 1 and case.shape["shift"]:
         path = next(p for p in spec.providers if p.name == "timm path")
-        return [Provider("flex", _flex_windows(case, spec), path.prepare)]
-    return []
+        found.append(Provider("flex", _flex_windows(case, spec), path.prepare))
+    return found
