@@ -197,7 +197,10 @@ struct AttentionCall {
     g.grad_q = grad_q.data_ptr(), g.grad_k = grad_k.data_ptr(), g.grad_v = grad_v.data_ptr();
     set(g.grad_q_stride, strides(grad_q)), set(g.grad_k_stride, strides(grad_k)), set(g.grad_v_stride, strides(grad_v));
     Tensor partials = none(q);
-    if (bias && bias_grad) {
+    const bool pairs = a.batch && a.heads && a.nq && a.nk;
+    if (bias && bias_grad && !pairs) grad_bias = zeros(*bias, shape_of(*bias));
+    if (a.heads == 0) return {grad_q, grad_k, grad_v, grad_bias};
+    if (bias && bias_grad && pairs) {
       const int64_t extent[4] = {a.batch, a.heads, (a.nq + 63) / 64, (a.nk + 63) / 64};
       int64_t owned = 1, summed = 1;
       for (int i = 0; i < 4; ++i) {
@@ -362,6 +365,8 @@ struct PatchCall {
     if (pos_embed) p.pos_type = type_of(*pos_embed);
     if (prefix) p.prefix_type = type_of(*prefix), p.prefix_rows = int(prefix->size(0));
     p.keep = data<const int64_t>(keep);
+    // Null means that all patches are kept; of an empty choice nothing is read.
+    if (keep && !p.keep) p.keep = static_cast<const int64_t*>(p.images ? p.images : p.weight);
     p.kept = int(keep ? keep->size(1) : grid());
     p.mean = data<const float>(mean), p.std = data<const float>(std);
   }

@@ -185,6 +185,13 @@ struct Layout {
   __host__ __device__ int bytes() const { return tile_bytes() + (rows + 3 * stages * kColumns) * 4; }
 };
 
+// Stages of the pass that owns keys, which walks the queries of every head that shares them: the tiles of different
+// heads are different steps, however few queries each has.
+template <int NT>
+__host__ __device__ int key_pass_stages(int queries, int heads) {
+  return (queries + 8 * NT - 1) / (8 * NT) * heads > 1 ? 2 : 1;
+}
+
 PYVIT_DEVICE int pairs_of(int count, int columns) { return (min(count, columns) + 15) / 16; }
 
 // Which problems a block serves: `groups` contiguous ranges of them, one after another.

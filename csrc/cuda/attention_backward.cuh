@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(256, 1)
   const int rows = blockDim.x / 2, row0 = warp * 16;
   Problem problem(params, blockIdx.y * Problem::queries_per_key_head(params));
   const int passes = Problem::queries_per_key_head(params);
-  const Layout<T, D, NT> memory{rows, 2, problem.most_queries() * passes > 8 * NT ? 2 : 1};
+  const Layout<T, D, NT> memory{rows, 2, key_pass_stages<NT>(problem.most_queries(), passes)};
   problem.use(memory.rest());
   const int tiles = (problem.most_keys() + rows - 1) / rows, k0 = int(blockIdx.x % tiles) * rows;
   const Range range = range_of(problem.count(), blockIdx.x / tiles, gridDim.x / tiles);

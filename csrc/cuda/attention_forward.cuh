@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(256) attention_forward(const __grid_constant__
         for (int n = 0; n < D / 8; ++n) out[n][2 * half] *= inverse, out[n][2 * half + 1] *= inverse;
         const int i = q0 + row0 + g + 8 * half;
         if (t == 0 && i < problem.nq)
-          *problem.lse(head, i) = sum > 0.0f ? (top[half] + log2f(sum)) * kLn2 : -infinity();
+          *problem.lse(head, i) = sum == 0.0f ? -infinity() : (top[half] + log2f(sum)) * kLn2;  // NaN stays
       }
       store_rows(q, row0, out, problem.dv, lane,
                  [&](int row) { return q0 + row < problem.nq ? problem.out(head, q0 + row) : nullptr; });

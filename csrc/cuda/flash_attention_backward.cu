@@ -18,8 +18,8 @@ const char* flash_attention_backward(const AttentionGradient& params, Stream str
                                    query_grid, 32 * query_warps, query_bytes(16 * query_warps), params, stream))
       return error;
 
-    const bool streams = int64_t(f.nq) * (f.heads / f.kv_heads) > 8 * NT;
-    const auto key_bytes = [&](int n) { return Layout<T, D, NT>{n, 2, streams ? 2 : 1}.bytes(); };
+    const int stages = key_pass_stages<NT>(f.nq, f.heads / f.kv_heads);
+    const auto key_bytes = [&](int n) { return Layout<T, D, NT>{n, 2, stages}.bytes(); };
     const int key_warps = choose_warps(f.nk, key_bytes);
     const dim3 key_grid(ceil_div(f.nk, 16 * key_warps) * f.batch, f.kv_heads);
     if (const char* error = launch("flash_attention_backward (keys)", attention_backward_keys<Dense<T>, D, NT>,

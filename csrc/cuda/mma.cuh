@@ -278,12 +278,17 @@ struct Fragments<float> {
     for (int i = 0; i < 4; ++i) split(a[i], a_high[i], a_low[i]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float (&c)[4] = half ? c1 : c0;
+      // Tensor cores truncate when they add to an accumulator, so a long sum would drift: each step's sum is its own,
+      // and is added by ordinary additions.
+      float part[4] = {};
       split(b[2 * half], b_high[0], b_low[0]);
       split(b[2 * half + 1], b_high[1], b_low[1]);
-      mma_tf32(c, a_low, b_high);
-      mma_tf32(c, a_high, b_low);
-      mma_tf32(c, a_high, b_high);
+      mma_tf32(part, a_low, b_high);
+      mma_tf32(part, a_high, b_low);
+      mma_tf32(part, a_high, b_high);
+      float (&c)[4] = half ? c1 : c0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[i] += part[i];
     }
   }
   template <int COLS>

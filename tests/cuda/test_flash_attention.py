@@ -42,14 +42,28 @@ def test_bool_mask_and_empty_rows():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_grouped_heads_and_two_widths(causal):
-    tensors = _qkv(torch.bfloat16, 2, 4, 45, 40, 24, dv=40, hkv=2)
+@pytest.mark.parametrize("nq", [18, 45])  # one tile for each head of a group is already two steps
+def test_grouped_heads_and_two_widths(nq, causal):
+    tensors = _qkv(torch.bfloat16, 2, 4, nq, 40, 24, dv=40, hkv=2)
     testing.check_op(flash_attention, tensors, backend="cuda", enable_gqa=True, is_causal=causal)
 
 
 @pytest.mark.parametrize("store", [s for s in testing.LAYOUTS if s != "contiguous"])
 def test_strides(store):
     testing.check_op(flash_attention, _qkv(torch.bfloat16, 2, 2, 21, 30, 16), backend="cuda", store=store, store_grad=store)
+
+
+def test_no_heads():
+    tensors = _qkv(torch.float32, 2, 0, 5, 5, 16) | {"bias": torch.randn(5, 5)}
+    testing.check_op(flash_attention, tensors, backend="cuda", return_lse=True)
+
+
+def test_a_nan_shows_in_its_row():
+    tensors = _qkv(torch.float16, 1, 2, 9, 33, 16)
+    tensors["q"][0, 1, 4, 3] = torch.nan
+    out, lse = flash_attention(**tensors, backend="cuda", return_lse=True)
+    assert torch.equal(lse.isnan().nonzero(), torch.tensor([[0, 1, 4]]))
+    assert torch.equal(out.isnan().all(-1), lse.isnan())
 
 
 @pytest.mark.parametrize("nk", [0, 5])

@@ -66,3 +66,8 @@ def test_a_patch_that_does_not_exist_gives_nan(emulator):
     out = emulator.op("patch_embed", images, weight, None, [4, 4], None, None, torch.tensor([[0, 4, -1]]), None, None, "cuda")
     assert out[0, 0].isfinite().all()
     assert out[0, 1:].isnan().all()
+
+
+def test_nothing_kept():
+    tensors = _tensors(torch.bfloat16, 2, 3, 16, 24, (8, 8), 32, 6, 1)
+    testing.check_op(patch_embed, tensors, backend="cuda", keep=torch.zeros(2, 0, dtype=torch.int64))
