@@ -517,11 +517,86 @@ void log_sum_exp(Tensor scores, int64_t dim, Tensor top, Tensor total) {
   if (scores.numel()) kernels().log_sum_exp(t);
 }
 
-void softmax_weights(Tensor scores, Tensor lse_rows, Maybe lse_cols) {
+void softmax_weights(Tensor scores, Tensor lse) {
   const int64_t rows = scores.size(0), cols = scores.size(1);
-  const TileWeights t{rows, cols, vector(scores, rows * cols, "scores"), vector(lse_rows, rows, "lse_rows"),
-                      lse_cols ? vector(*lse_cols, cols, "lse_cols") : nullptr};
+  const TileWeights t{rows, cols, vector(scores, rows * cols, "scores"), vector(lse, rows, "lse")};
   if (scores.numel()) kernels().softmax_weights(t);
+}
+
+// losses over all pairs of rows: one call for the rows of a and those of b, added to the caller's sums in place
+
+Pairs pairs_of(const Tensor& a, const Tensor& b, bool own, int64_t shift, double scale) {
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && a.scalar_type() == b.scalar_type(),
+                  "pyvit: pairs: a and b must be matrices with rows of the same length and dtype");
+  Pairs p{};
+  p.n = a.size(0);
+  p.m = b.size(0);
+  p.d = a.size(1);
+  p.dtype = dtype_of(a);
+  p.a = a.data_ptr();
+  p.b = b.data_ptr();
+  p.lda = a.stride(0);
+  p.ldb = b.stride(0);
+  p.own = own;
+  p.shift = shift;
+  p.scale = float(scale);
+  return p;
+}
+
+float* gradient(const Maybe& t, const Pairs& p, int64_t n) {
+  STD_TORCH_CHECK(!t || (t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->dim() == 2 &&
+                         t->size(0) == n && t->size(1) == (p.d + 15) / 16 * 16),
+                  "pyvit: gradients over pairs must be contiguous float32, rows padded to 16");
+  return data<float>(t);
+}
+
+Tensor pair_softmax(Tensor a, Tensor b, bool own, double scale, Tensor top_a, Tensor total_a, Maybe top_b,
+                    Maybe total_b) {
+  a = rows(a);
+  b = own ? a : rows(b);
+  Pairs p = pairs_of(a, b, own, -1, scale);
+  p.top_a = vector(top_a, p.n, "top_a");
+  p.total_a = vector(total_a, p.n, "total_a");
+  p.top_b = own ? p.top_a : top_b ? vector(*top_b, p.m, "top_b") : nullptr;
+  p.total_b = own ? p.total_a : total_b ? vector(*total_b, p.m, "total_b") : nullptr;
+  kernels().pairs(p);
+  return total_a;
+}
+
+Tensor pair_softmax_backward(Tensor a, Tensor b, bool own, int64_t shift, double scale, Tensor lse_a, Tensor lse_b,
+                             Tensor grad_a, Maybe grad_b) {
+  a = rows(a);
+  b = own ? a : rows(b);
+  const Pairs p = pairs_of(a, b, own, shift, scale);
+  PairsGrad g{vector(lse_a, p.n, "lse_a"), vector(lse_b, p.m, "lse_b"), gradient(grad_a, p, p.n),
+              gradient(grad_b, p, p.m), grad_a.size(1)};
+  if (own) g.grad_b = g.grad_a;
+  kernels().pairs_backward(p, g);
+  return grad_a;
+}
+
+Pairs sigmoid_pairs(const Tensor& a, const Tensor& b, int64_t shift, double scale, double bias, const Tensor& total) {
+  Pairs p = pairs_of(a, b, false, shift, scale);
+  p.sigmoid = true;
+  p.bias = float(bias);
+  p.total_a = vector(total, p.n, "total");
+  return p;
+}
+
+Tensor pair_sigmoid(Tensor a, Tensor b, int64_t shift, double scale, double bias, Tensor total) {
+  a = rows(a);
+  b = rows(b);
+  kernels().pairs(sigmoid_pairs(a, b, shift, scale, bias, total));
+  return total;
+}
+
+Tensor pair_sigmoid_backward(Tensor a, Tensor b, int64_t shift, double scale, double bias, Tensor total, Tensor grad_a,
+                             Tensor grad_b) {
+  a = rows(a);
+  b = rows(b);
+  const Pairs p = sigmoid_pairs(a, b, shift, scale, bias, total);
+  kernels().pairs_backward(p, {nullptr, nullptr, gradient(grad_a, p, p.n), gradient(grad_b, p, p.m), grad_a.size(1)});
+  return total;
 }
 
 // the library about itself
@@ -547,11 +622,22 @@ STABLE_TORCH_LIBRARY(pyvit, m) {
   m.def("activation_backward(Tensor grad, Tensor x, str name, Tensor(a!) grad_x, Tensor(b!)? out) -> Tensor");
   // For pyvit/ops/streaming.py.
   m.def("log_sum_exp(Tensor scores, int dim, Tensor(a!) top, Tensor(b!) total) -> ()");
-  m.def("softmax_weights(Tensor(a!) scores, Tensor lse_rows, Tensor? lse_cols) -> ()");
+  m.def("softmax_weights(Tensor(a!) scores, Tensor lse) -> ()");
   // For pyvit/ops/flash_attention_qkvpacked.py.
   m.def(
       "flash_attention_qkvpacked_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_grad, "
       "Tensor qkv, Tensor? bias, bool is_causal, float scale) -> (Tensor, Tensor)");
+  // For pyvit/ops/pairs.py.
+  m.def(
+      "pair_softmax(Tensor a, Tensor b, bool own, float scale, Tensor(a!) top_a, Tensor(b!) total_a, "
+      "Tensor(c!)? top_b, Tensor(d!)? total_b) -> Tensor(b!)");
+  m.def(
+      "pair_softmax_backward(Tensor a, Tensor b, bool own, int shift, float scale, Tensor lse_a, Tensor lse_b, "
+      "Tensor(a!) grad_a, Tensor(b!)? grad_b) -> Tensor(a!)");
+  m.def("pair_sigmoid(Tensor a, Tensor b, int shift, float scale, float bias, Tensor(a!) total) -> Tensor(a!)");
+  m.def(
+      "pair_sigmoid_backward(Tensor a, Tensor b, int shift, float scale, float bias, Tensor(a!) total, "
+      "Tensor(b!) grad_a, Tensor(c!) grad_b) -> Tensor(a!)");
   m.def("cpu_isa() -> str");
   m.def("cuda_archs() -> str");
   m.def("fma_peak(bool bf16, float seconds) -> float");
@@ -572,6 +658,10 @@ STABLE_TORCH_LIBRARY_IMPL(pyvit, CPU, m) {
   m.impl("softmax_weights", TORCH_BOX(&pyvit::softmax_weights));
   m.impl("activation", TORCH_BOX(&pyvit::activation));
   m.impl("activation_backward", TORCH_BOX(&pyvit::activation_backward));
+  m.impl("pair_softmax", TORCH_BOX(&pyvit::pair_softmax));
+  m.impl("pair_softmax_backward", TORCH_BOX(&pyvit::pair_softmax_backward));
+  m.impl("pair_sigmoid", TORCH_BOX(&pyvit::pair_sigmoid));
+  m.impl("pair_sigmoid_backward", TORCH_BOX(&pyvit::pair_sigmoid_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyvit, CompositeExplicitAutograd, m) {

@@ -114,11 +114,33 @@ struct TileScores {
   bool of_rows;
   float *top, *total;
 };
-// scores = exp(scores - lse_rows) + exp(scores - lse_cols), the second where it is not null.
+// scores = exp(scores - lse), one lse a row.
 struct TileWeights {
   int64_t rows, cols;
   float* scores;
-  const float *lse_rows, *lse_cols;
+  const float* lse;
+};
+
+// Every row of a (n x d) against every row of b (m x d): losses over similarities that are never held together.
+struct Pairs {
+  int64_t n, m, d;
+  Dtype dtype;
+  const void *a, *b;
+  int64_t lda, ldb;
+  bool own;       // b is a: a row is no candidate for itself, and the half above the diagonal stands for the other
+  int64_t shift;  // positive pairs are (i, i + shift); -1 where this b holds none
+  float scale;
+  bool sigmoid;  // terms are softplus(scale s + bias), with the sign turned for a positive pair, not softmax's
+  float bias;
+  // Added to. Softmax: the running log-sum-exps over each row's and, unless null, each column's logits, as largest
+  // (natural logarithm) and sum. Sigmoid: total_a alone, the sum of each row's terms, or of their derivatives.
+  float *top_a, *total_a, *top_b, *total_b;
+};
+
+struct PairsGrad {
+  const float *lse_a, *lse_b;  // softmax's
+  float *grad_a, *grad_b;      // added to; for the loss's sum over unscaled logits; grad_b null, or grad_a when own
+  int64_t ld;                  // of both, a multiple of 16
 };
 
 struct Kernels {
@@ -132,6 +154,8 @@ struct Kernels {
   void (*activation)(const Activation&);
   void (*log_sum_exp)(const TileScores&);
   void (*softmax_weights)(const TileWeights&);
+  void (*pairs)(const Pairs&);
+  void (*pairs_backward)(const Pairs&, const PairsGrad&);
   double (*fma_peak)(Dtype dtype, double seconds);  // GF/s of one thread
 };
 

@@ -16,6 +16,8 @@ void patch_backward(const Patch&, const PatchGrad&);
 void activation(const Activation&);
 void log_sum_exp(const TileScores&);
 void softmax_weights(const TileWeights&);
+void pairs(const Pairs&);
+void pairs_backward(const Pairs&, const PairsGrad&);
 
 namespace {
 
@@ -53,7 +55,7 @@ double fma_peak(Dtype dtype, double seconds) {
 const Kernels& table() {
   static const Kernels kernels{attention, attention_backward, attention_map, window,      window_backward,
                                patch,     patch_backward,     activation,    log_sum_exp, softmax_weights,
-                               fma_peak};
+                               pairs,     pairs_backward,     fma_peak};
   return kernels;
 }
 

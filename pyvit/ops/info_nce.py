@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
-from pyvit.ops import reference_losses, streaming
-from pyvit.ops.streaming import LogSumExp, Ring, product, softmax_weights_, spans, widen
+from pyvit.ops import pairs, reference_losses, streaming
+from pyvit.ops.streaming import LogSumExp, Ring, widen
 
 
 def info_nce(a: Tensor, b: Tensor, scale: float | Tensor, *, group: dist.ProcessGroup | None = None, backend: str | None = None) -> Tensor:
@@ -55,21 +55,14 @@ def _describe(a: Tensor, b: Tensor, scale: float | Tensor, *, group: Any = None,
 
 
 def _forward(a: Tensor, b: Tensor, scale: Tensor, ring: Ring) -> tuple[Tensor, Tensor, Tensor]:
-    rows, diagonal = LogSumExp(a.shape[0], a), (widen(a) * widen(b)).sum(1) * scale
+    rows, home = LogSumExp(a.shape[0], a), LogSumExp(b.shape[0], b)
 
     def compute(_owner: int, other: Tensor, top: Tensor, total: Tensor) -> None:
-        cols = LogSumExp.__new__(LogSumExp)
-        cols.top, cols.total = top, total
-        for i in spans(a.shape[0]):
-            x = widen(a[i]) * scale
-            for j in spans(other.shape[0]):
-                scores = product(x, widen(other[j]))
-                rows.add(i, scores, 1)
-                cols.add(j, scores, 0)
+        pairs.add_softmax(a, other, scale, rows, LogSumExp.of(top, total))
 
-    home = LogSumExp(b.shape[0], b)
-    home.top, home.total = ring.visit([b], [home.top, home.total], compute)
-    lse_a, lse_b = rows.value(), home.value()
+    lse_b = LogSumExp.of(*ring.visit([b], [home.top, home.total], compute)).value()
+    lse_a = rows.value()
+    diagonal = (widen(a) * widen(b)).sum(1) * scale
     loss = ring.sum(((lse_a + lse_b) / 2 - diagonal).sum()) / (a.shape[0] * ring.size)
     return loss, lse_a, lse_b
 
@@ -78,25 +71,17 @@ def _gradients(
     grad: Tensor, lse_a: Tensor, lse_b: Tensor, a: Tensor, b: Tensor, scale: Tensor, ring: Ring
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, d = a.shape
-    weight = grad / (2 * n * ring.size)
-    grad_a = torch.zeros(n, d, dtype=scale.dtype, device=a.device)
+    grad_a = pairs.gradients(a)
 
     def compute(owner: int, other: Tensor, lse: Tensor, grad_other: Tensor) -> None:
-        for i in spans(n):
-            x = widen(a[i])
-            xt, scaled = x.t().contiguous(), x * scale
-            for j in spans(other.shape[0]):
-                y = widen(other[j])
-                p = softmax_weights_(product(scaled, y), lse_a[i], lse[j])
-                if owner == ring.rank and i == j:
-                    p.diagonal().sub_(2)
-                grad_a[i] += product(p, y.t())
-                grad_other[:, j] += product(xt, p.t())  # kept transposed, which oneDNN computes without a copy of p
+        pairs.add_softmax_gradients(a, other, scale, lse_a, lse, grad_a, grad_other, 0 if owner == ring.rank else None)
 
-    (grad_bt,) = ring.visit([b, lse_b], [grad_a.new_zeros(d, n)], compute)
+    (grad_b,) = ring.visit([b, lse_b], [pairs.gradients(b)], compute)
+    grad_a, grad_b = grad_a[:, :d], grad_b[:, :d]
+    weight = grad / (2 * n * ring.size)
     grad_scale = (grad_a * widen(a)).sum() * weight
     factor = weight * scale
-    return (grad_a * factor).to(a.dtype), (grad_bt.t() * factor).to(b.dtype), grad_scale
+    return (grad_a * factor).to(a.dtype), (grad_b * factor).to(b.dtype), grad_scale
 
 
 def _tiled(a: Tensor, b: Tensor, scale: Tensor, _backend: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
-from pyvit.ops import reference_losses, streaming
-from pyvit.ops.streaming import LogSumExp, Ring, product, softmax_weights_, spans, widen
+from pyvit.ops import pairs, reference_losses, streaming
+from pyvit.ops.streaming import LogSumExp, Ring, widen
 
 
 def nt_xent(
@@ -54,53 +53,28 @@ def _describe(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, group: Any
     return _check(z1, z2, temperature, group), []
 
 
-def _tiles(n: int, half: bool) -> list[tuple[slice, slice]]:
-    """Tiles of an n x n block; with ``half`` those on and above the diagonal, which stand for their mirror images too."""
-    return [(i, j) for i in spans(n) for j in spans(n) if not half or j.start >= i.start]
-
-
 def _forward(z1: Tensor, z2: Tensor, temperature: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
-    z = torch.cat([z1, z2])
+    z, scale = torch.cat([z1, z2]), 1 / temperature
     n = z.shape[0]
     lse = LogSumExp(n, z)
-
-    def compute(owner: int, other: Tensor) -> None:
-        own = owner == ring.rank
-        for i, j in _tiles(n, half=own):
-            scores = product(widen(z[i]) / temperature, widen(other[j]))
-            if own and i == j:
-                scores.fill_diagonal_(-math.inf)
-            lse.add(i, scores, 1)
-            if own and i != j:
-                lse.add(j, scores, 0)
-
-    ring.visit([z], [], compute)
+    ring.visit([z], [], lambda owner, other: pairs.add_softmax(z, other, scale, lse, None, own=owner == ring.rank))
     value = lse.value()
-    positive = (widen(z1) * widen(z2)).sum(1) / temperature
+    positive = (widen(z1) * widen(z2)).sum(1) * scale
     return ring.sum(value.sum() - 2 * positive.sum()) / (n * ring.size), value
 
 
 def _gradients(grad: Tensor, lse: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, ring: Ring) -> tuple[Tensor, Tensor, Tensor]:
-    z = torch.cat([z1, z2])
+    z, scale = torch.cat([z1, z2]), 1 / temperature
     n, d = z.shape
     # The matrix is symmetric: what row i sends to z_j and what row j sends to z_i meet in one weight, P_ij + P_ji.
-    grad_z = torch.zeros(n, d, dtype=temperature.dtype, device=z.device)
-    mirrored = torch.zeros(d, n, dtype=temperature.dtype, device=z.device)
+    grad_z = pairs.gradients(z)
 
     def compute(owner: int, other: Tensor, lse_other: Tensor) -> None:
         own = owner == ring.rank
-        for i, j in _tiles(n, half=own):
-            x, y = widen(z[i]), widen(other[j])
-            p = softmax_weights_(product(x / temperature, y), lse[i], lse_other[j])
-            if own and i == j:
-                p.fill_diagonal_(0)
-            grad_z[i] += product(p, y.t())
-            if own and i != j:
-                mirrored[:, j] += product(x.t(), p.t())
+        pairs.add_softmax_gradients(z, other, scale, lse, lse_other, grad_z, None, n // 2 if own else None, own)
 
     ring.visit([z, lse], [], compute)
-    grad_z += mirrored.t()
-    grad_z -= 2 * widen(torch.cat([z2, z1]))
+    grad_z = grad_z[:, :d]
     weight = grad / (n * ring.size)
     grad_temperature = -(grad_z * widen(z)).sum() / 2 * weight / temperature**2
     grad_z = (grad_z * (weight / temperature)).to(z.dtype)

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
-from pyvit.ops import reference_losses, streaming
-from pyvit.ops.streaming import Ring, product, spans, widen
+from pyvit.ops import pairs, reference_losses, streaming
+from pyvit.ops.streaming import Ring, widen
 
 
 def sigmoid_contrastive(
@@ -61,44 +60,30 @@ def _describe(a: Tensor, b: Tensor, scale: float | Tensor, bias: float | Tensor,
 
 
 def _forward(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, ring: Ring) -> Tensor:
-    n = a.shape[0]
-    # softplus(l) for every pair; a positive pair's softplus(-l) is softplus(l) - l.
-    total = -((widen(a) * widen(b)).sum(1) * scale + bias).sum()
+    total = torch.zeros_like(scale)
 
-    def compute(_owner: int, other: Tensor) -> None:
-        nonlocal total
-        for i in spans(n):
-            x = widen(a[i]) * scale
-            total = total + sum(F.softplus(product(x, widen(other[j])).add_(bias)).sum() for j in spans(n))
+    def compute(owner: int, other: Tensor) -> None:
+        total.add_(pairs.add_sigmoid(a, other, scale, bias, 0 if owner == ring.rank else None))
 
     ring.visit([b], [], compute)
-    return ring.sum(total) / (n * ring.size)
+    return ring.sum(total) / (a.shape[0] * ring.size)
 
 
 def _gradients(grad: Tensor, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, ring: Ring) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, d = a.shape
-    grad_a = torch.zeros(n, d, dtype=scale.dtype, device=a.device)
-    grad_bias = torch.zeros_like(scale)
+    grad_a, grad_bias = pairs.gradients(a), torch.zeros_like(scale)
 
     def compute(owner: int, other: Tensor, grad_other: Tensor) -> None:
-        for i in spans(n):
-            x = widen(a[i])
-            xt, scaled = x.t().contiguous(), x * scale
-            for j in spans(n):
-                y = widen(other[j])
-                p = product(scaled, y).add_(bias).sigmoid_()  # d softplus(l) / dl
-                if owner == ring.rank and i == j:
-                    p.diagonal().sub_(1)
-                grad_bias.add_(p.sum())
-                grad_a[i] += product(p, y.t())
-                grad_other[:, j] += product(xt, p.t())
+        shift = 0 if owner == ring.rank else None
+        grad_bias.add_(pairs.add_sigmoid_gradients(a, other, scale, bias, grad_a, grad_other, shift))
 
-    (grad_bt,) = ring.visit([b], [grad_a.new_zeros(d, n)], compute)
+    (grad_b,) = ring.visit([b], [pairs.gradients(b)], compute)
+    grad_a, grad_b = grad_a[:, :d], grad_b[:, :d]
     weight = grad / (n * ring.size)
     factor = weight * scale
     return (
         (grad_a * factor).to(a.dtype),
-        (grad_bt.t() * factor).to(b.dtype),
+        (grad_b * factor).to(b.dtype),
         (grad_a * widen(a)).sum() * weight,
         grad_bias * weight,
     )

@@ -59,14 +59,12 @@ def in_library(scores: Tensor) -> bool:
     return scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.is_contiguous() and library.problem() is None
 
 
-def softmax_weights_(scores: Tensor, lse_rows: Tensor, lse_cols: Tensor | None = None) -> Tensor:
-    """The tile ``scores`` (M, N) replaced by exp(scores - lse_rows[:, None]) (+ exp(scores - lse_cols))."""
+def softmax_weights_(scores: Tensor, lse: Tensor) -> Tensor:
+    """The tile ``scores`` (M, N) replaced by exp(scores - lse[:, None])."""
     if in_library(scores):
-        torch.ops.pyvit.softmax_weights(scores, lse_rows, lse_cols)
+        torch.ops.pyvit.softmax_weights(scores, lse)
         return scores
-    other = None if lse_cols is None else (scores - lse_cols).exp_()
-    scores.sub_(lse_rows[:, None]).exp_()
-    return scores if other is None else scores.add_(other)
+    return scores.sub_(lse[:, None]).exp_()
 
 
 class LogSumExp:
@@ -77,6 +75,13 @@ class LogSumExp:
         # The least finite number, not -inf: a row whose first tile is masked whole then stays at total 0 instead of becoming NaN.
         self.top = torch.full((n,), torch.finfo(dtype).min, dtype=dtype, device=like.device)
         self.total = torch.zeros_like(self.top)
+
+    @classmethod
+    def of(cls, top: Tensor, total: Tensor) -> LogSumExp:
+        """One whose state is kept elsewhere."""
+        found = cls.__new__(cls)
+        found.top, found.total = top, total
+        return found
 
     def add(self, rows: slice, scores: Tensor, dim: int) -> None:
         """Take in the tile ``scores``, reduced over ``dim``, for ``rows``."""

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyvit
+from pyvit import library
 from pyvit.ops import (
     distillation_cross_entropy,
     info_nce,
     koleo,
     nt_xent,
+    pairs,
     reference_losses,
     sigmoid_contrastive,
     sinkhorn_center,
@@ -52,6 +54,59 @@ def inputs(op: str, n: int, d: int, dtype: torch.dtype = torch.float32, device: 
 def test_against_reference(op, where, n):
     for d in (1, 24) if n > 2 else (24,):  # two unit vectors of one dimension may coincide: no gradient but rounding
         check_op(PAIRWISE[op][0], inputs(op, n, d, where.dtype, where.device), backend=where.backend, scores=8.0, name=f"{op} n={n} d={d}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("n", "d"), [(97, 24), (200, 13), (300, 300), (1700, 8)])
+@pytest.mark.parametrize("op", PAIRWISE)
+def test_compiled_tiles(op, n, d, dtype):
+    """Several tiles, several stripes (1700: several tiles a stripe), several blocks of d (300)."""
+    check_op(PAIRWISE[op][0], inputs(op, n, d, dtype), backend="cpu", scores=8.0)
+
+
+@pytest.mark.parametrize("op", PAIRWISE)
+def test_a_number_that_is_not_finite_is_not_hidden(op):
+    """A NaN in one row reaches the loss and, of the gradients, every row that meets it."""
+    tensors = inputs(op, 200, 20)
+    first = PAIRWISE[op][2][0]
+    tensors[first][150, 3] = math.nan
+    loss = PAIRWISE[op][0](**{k: v.requires_grad_() for k, v in tensors.items()}, backend="cpu")
+    assert loss.isnan()
+    grads = torch.autograd.grad(loss, [tensors[name] for name in PAIRWISE[op][2]])
+    assert all(g.isnan().any(1).all() for g in grads[1:])
+    assert grads[0][150].isnan().all()
+
+
+@pytest.mark.skipif(library.problem() is not None, reason="the library is not in use")
+def test_the_library_refuses_what_it_cannot_take():
+    a, b, sums = torch.zeros(5, 4), torch.zeros(6, 4), torch.zeros(5)
+    with pytest.raises(RuntimeError, match="a and b must be matrices with rows of the same length and dtype"):
+        torch.ops.pyvit.pair_sigmoid(a, b[:, :3], -1, 1.0, 0.0, sums)
+    with pytest.raises(RuntimeError, match="top_b must be 6 contiguous float32 numbers"):
+        torch.ops.pyvit.pair_softmax(a, b, False, 1.0, sums, sums.clone(), sums.clone(), torch.zeros(6))
+    with pytest.raises(RuntimeError, match="rows padded to 16"):
+        torch.ops.pyvit.pair_sigmoid_backward(a, b, -1, 1.0, 0.0, sums, torch.zeros(5, 4), torch.zeros(6, 16))
+
+
+@pytest.mark.parametrize("op", PAIRWISE)
+def test_bits_do_not_depend_on_threads(op):
+    tensors = {k: v.requires_grad_() for k, v in inputs(op, 500, 20).items()}
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            loss = PAIRWISE[op][0](**tensors, backend="cpu")
+            found.append([loss.detach(), *torch.autograd.grad(loss, list(tensors.values()))[:2]])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("op", PAIRWISE)
+def test_loop_without_the_library(op, monkeypatch):
+    monkeypatch.setattr(pairs, "_fused", lambda a: False)
+    for n in (2, 16, 53):
+        check_op(PAIRWISE[op][0], inputs(op, n, 24), backend="cpu", scores=8.0)
 
 
 @pytest.mark.parametrize("store", ["transposed", "sliced", "stepped", "expanded"])
@@ -96,7 +151,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("op", PAIRWISE)
 def test_no_matrix_is_stored(op):
-    n, d = 400, 4
+    n, d = 400, 16
     tensors = {k: v.requires_grad_() for k, v in inputs(op, n, d).items()}
     with Largest() as fused:
         PAIRWISE[op][0](**tensors, backend="cpu").backward()
