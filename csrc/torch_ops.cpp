@@ -517,12 +517,6 @@ void log_sum_exp(Tensor scores, int64_t dim, Tensor top, Tensor total) {
   if (scores.numel()) kernels().log_sum_exp(t);
 }
 
-void softmax_weights(Tensor scores, Tensor lse) {
-  const int64_t rows = scores.size(0), cols = scores.size(1);
-  const TileWeights t{rows, cols, vector(scores, rows * cols, "scores"), vector(lse, rows, "lse")};
-  if (scores.numel()) kernels().softmax_weights(t);
-}
-
 // losses over all pairs of rows: one call for the rows of a and those of b, added to the caller's sums in place
 
 Pairs pairs_of(const Tensor& a, const Tensor& b, bool own, int64_t shift, double scale) {
@@ -622,7 +616,6 @@ STABLE_TORCH_LIBRARY(pyvit, m) {
   m.def("activation_backward(Tensor grad, Tensor x, str name, Tensor(a!) grad_x, Tensor(b!)? out) -> Tensor");
   // For pyvit/ops/streaming.py.
   m.def("log_sum_exp(Tensor scores, int dim, Tensor(a!) top, Tensor(b!) total) -> ()");
-  m.def("softmax_weights(Tensor(a!) scores, Tensor lse) -> ()");
   // For pyvit/ops/flash_attention_qkvpacked.py.
   m.def(
       "flash_attention_qkvpacked_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_grad, "
@@ -655,7 +648,6 @@ STABLE_TORCH_LIBRARY_IMPL(pyvit, CPU, m) {
   m.impl("patch_embed_backward", TORCH_BOX(&pyvit::patch_embed_backward));
   m.impl("flash_attention_qkvpacked_backward", TORCH_BOX(&pyvit::flash_attention_qkvpacked_backward));
   m.impl("log_sum_exp", TORCH_BOX(&pyvit::log_sum_exp));
-  m.impl("softmax_weights", TORCH_BOX(&pyvit::softmax_weights));
   m.impl("activation", TORCH_BOX(&pyvit::activation));
   m.impl("activation_backward", TORCH_BOX(&pyvit::activation_backward));
   m.impl("pair_softmax", TORCH_BOX(&pyvit::pair_softmax));

@@ -114,12 +114,6 @@ struct TileScores {
   bool of_rows;
   float *top, *total;
 };
-// scores = exp(scores - lse), one lse a row.
-struct TileWeights {
-  int64_t rows, cols;
-  float* scores;
-  const float* lse;
-};
 
 // Every row of a (n x d) against every row of b (m x d): losses over similarities that are never held together.
 struct Pairs {
@@ -153,7 +147,6 @@ struct Kernels {
   void (*patch_backward)(const Patch&, const PatchGrad&);
   void (*activation)(const Activation&);
   void (*log_sum_exp)(const TileScores&);
-  void (*softmax_weights)(const TileWeights&);
   void (*pairs)(const Pairs&);
   void (*pairs_backward)(const Pairs&, const PairsGrad&);
   double (*fma_peak)(Dtype dtype, double seconds);  // GF/s of one thread

@@ -1,5 +1,5 @@
-// What the distillation losses do with a tile of scores between two matrix products, in one visit to each score:
-// running log-sum-exps of its rows or columns, and its softmax weights.
+// Running log-sum-exps of a tile's rows or columns, for losses whose scores come from a matrix product a tile at a
+// time.
 #include "gemm_tile.h"
 #include "kernels.h"
 
@@ -38,14 +38,6 @@ void of_columns(const TileScores& t, int64_t c, int n) {
   for (int i = 0; i < n; i++) join(before[i], top[i], sum[i], t.top + c + i, t.total + c + i);
 }
 
-void weigh_row(float* p, int64_t n, float lse) {
-  for (int64_t c = 0; c < n; c += W) {
-    const int left = int(std::min<int64_t>(W, n - c));
-    const vf weight = exp2v(((left == W ? load(p + c) : load_n(p + c, left)) - lse) * LOG2E);
-    left == W ? store(p + c, weight) : store_n(p + c, weight, left);
-  }
-}
-
 }  // namespace
 
 void log_sum_exp(const TileScores& t) {
@@ -62,14 +54,6 @@ void log_sum_exp(const TileScores& t) {
           of_columns(t, c, int(std::min<int64_t>(W, t.cols - c)));
     });
   }
-}
-
-void softmax_weights(const TileWeights& t) {
-  parallel_units((t.rows + ROWS - 1) / ROWS, [&](Queue& queue) {
-    for (int64_t unit; (unit = queue.next()) >= 0;)
-      for (int64_t r = unit * ROWS; r < std::min(t.rows, (unit + 1) * ROWS); r++)
-        weigh_row(t.scores + r * t.cols, t.cols, t.lse[r]);
-  });
 }
 
 }  // namespace pyvit::PYVIT_ISA

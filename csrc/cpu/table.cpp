@@ -15,7 +15,6 @@ void patch(const Patch&);
 void patch_backward(const Patch&, const PatchGrad&);
 void activation(const Activation&);
 void log_sum_exp(const TileScores&);
-void softmax_weights(const TileWeights&);
 void pairs(const Pairs&);
 void pairs_backward(const Pairs&, const PairsGrad&);
 
@@ -53,9 +52,8 @@ double fma_peak(Dtype dtype, double seconds) {
 }  // namespace
 
 const Kernels& table() {
-  static const Kernels kernels{attention, attention_backward, attention_map, window,      window_backward,
-                               patch,     patch_backward,     activation,    log_sum_exp, softmax_weights,
-                               pairs,     pairs_backward,     fma_peak};
+  static const Kernels kernels{attention,      attention_backward, attention_map, window, window_backward, patch,
+                               patch_backward, activation,         log_sum_exp,   pairs,  pairs_backward,  fma_peak};
   return kernels;
 }
 

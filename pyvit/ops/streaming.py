@@ -59,14 +59,6 @@ def in_library(scores: Tensor) -> bool:
     return scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.is_contiguous() and library.problem() is None
 
 
-def softmax_weights_(scores: Tensor, lse: Tensor) -> Tensor:
-    """The tile ``scores`` (M, N) replaced by exp(scores - lse[:, None])."""
-    if in_library(scores):
-        torch.ops.pyvit.softmax_weights(scores, lse)
-        return scores
-    return scores.sub_(lse[:, None]).exp_()
-
-
 class LogSumExp:
     """Running log(sum(exp(scores))) of ``n`` rows, one tile at a time."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyvit import library
 from pyvit.ops import streaming
-from pyvit.ops.streaming import LogSumExp, softmax_weights_
+from pyvit.ops.streaming import LogSumExp
 from pyvit.testing import compare
 
 SHAPES = [(1, 1), (3, 5), (16, 64), (17, 67), (130, 33), (40, 512)]
@@ -58,20 +58,6 @@ def test_masked_and_not_finite_scores(way: str, dim: int) -> None:
     assert line.isnan().sum() == 1
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_softmax_weights(way: str, shape: tuple[int, int]) -> None:
-    scores = torch.randn(shape) * 20
-    lse = scores.logsumexp(1)
-
-    def naive(dtype: torch.dtype) -> Tensor:
-        return (scores.to(dtype) - lse.to(dtype)[:, None]).exp()
-
-    tile = scores.clone()
-    found = softmax_weights_(tile, lse)
-    assert found.data_ptr() == tile.data_ptr()
-    compare("weights", found, naive(torch.float32), naive(torch.float64), scores=float(scores.abs().max()))
-
-
 @needs_library
 def test_same_bits_for_any_number_of_threads() -> None:
     scores = torch.randn(200, 300) * 9
@@ -80,8 +66,7 @@ def test_same_bits_for_any_number_of_threads() -> None:
         found = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            lse = running([scores, scores], 1), running([scores, scores], 0)
-            found.append((*lse, softmax_weights_(scores.clone(), lse[0])))
+            found.append((running([scores, scores], 1), running([scores, scores], 0)))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -93,4 +78,4 @@ def test_the_library_refuses_what_it_cannot_take() -> None:
     with pytest.raises(RuntimeError, match="top must be 6 contiguous float32 numbers"):
         torch.ops.pyvit.log_sum_exp(scores, 0, n, n.clone())
     with pytest.raises(RuntimeError, match="scores must be 24 contiguous"):
-        torch.ops.pyvit.softmax_weights(scores.t().contiguous().t(), n)
+        torch.ops.pyvit.log_sum_exp(scores.t().contiguous().t(), 1, n, n.clone())
