@@ -46,7 +46,7 @@ BUDGETS = {
     "attention_backward_keys<Dense<float>, 64": (255, 12),
     "attention_backward_keys<Dense<float>, 128": (255, 484),
     "attention_backward_keys<Windows": (255, 24),
-    "attention_backward_bias<Dense": (200, 4),
+    "attention_backward_bias<Dense": (200, 0),
     "attention_backward_bias<Windows": (184, 0),
     "window_backward<half": (168, 12),
     "window_backward<half, 32, 6, 3>": (168, 320),
