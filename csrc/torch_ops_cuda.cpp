@@ -9,6 +9,8 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -93,6 +95,17 @@ Tensor rows(const Tensor& t) {
   return aligned(copy) ? copy : torch::stable::clone(copy);
 }
 
+// Tensors of rows whose strides in these dimensions are below 2^31, as the kernels take them; a copy makes them so.
+Tensor near(const Tensor& t, std::initializer_list<int> dims) {
+  const auto is_near = [&](const Tensor& x) {
+    return std::all_of(dims.begin(), dims.end(), [&](int i) { return x.size(i) <= 1 || x.stride(i) <= INT32_MAX; });
+  };
+  if (is_near(t)) return t;
+  const Tensor copy = dense(t);
+  STD_TORCH_CHECK(is_near(copy), "pyvit cuda: rows are 2^31 elements apart and more");
+  return copy;
+}
+
 template <class T = void>
 T* data(const Maybe& t) {
   return t ? static_cast<T*>(t->data_ptr()) : nullptr;
@@ -124,6 +137,7 @@ void check_head_dim(const char* op, int64_t d, int64_t most) {
 }
 
 // Dense tensors are (B, H, N, D); packed ones (T, H, D), as if of one batch.
+Tensor token_rows(const Tensor& t) { return near(rows(t), {t.dim() == 4 ? 2 : 0}); }
 Ints strides(const Tensor& t) {
   return t.dim() == 4 ? Ints{t.stride(0), t.stride(1), t.stride(2)} : Ints{0, t.stride(1), t.stride(0)};
 }
@@ -142,7 +156,7 @@ struct AttentionCall {
 
   AttentionCall(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Maybe& bias_, bool causal, double scale,
                 std::optional<Packing> packing_ = std::nullopt)
-      : q(rows(q_)), k(rows(k_)), v(rows(v_)), bias(bias_), packing(std::move(packing_)) {
+      : q(token_rows(q_)), k(token_rows(k_)), v(token_rows(v_)), bias(bias_), packing(std::move(packing_)) {
     const bool packed = packing.has_value();
     a.type = type_of(q);
     a.heads = int(q.size(1)), a.kv_heads = std::max(1, int(k.size(1)));
@@ -180,7 +194,7 @@ struct AttentionCall {
 
   Four backward(const Tensor& grad_out_, const Maybe& grad_lse_, const Tensor& out_, const Tensor& lse_,
                 bool bias_grad) {
-    const Tensor grad_out = rows(grad_out_), out = rows(out_), lse = dense(lse_);
+    const Tensor grad_out = token_rows(grad_out_), out = token_rows(out_), lse = dense(lse_);
     const Maybe grad_lse = as(grad_lse_, ScalarType::Float);
     set_results(out, lse);
     cuda::AttentionGradient g{};
@@ -265,12 +279,17 @@ struct WindowCall {
 
   WindowCall(const Tensor& qkv_, const Ints& window, const Ints& shift, int64_t heads, const Maybe& table_,
              const Maybe& logit_scale_, const Maybe& pad_, double scale)
-      : qkv(rows(qkv_)), table(as(table_, ScalarType::Float)), logit_scale(as(logit_scale_, ScalarType::Float)) {
+      : qkv(near(rows(qkv_), {1, 2})),
+        table(as(table_, ScalarType::Float)),
+        logit_scale(as(logit_scale_, ScalarType::Float)) {
     if (pad_) pad = rows(*as(pad_, qkv.scalar_type()));
     w.type = type_of(qkv);
     w.batch = int(qkv.size(0)), w.height = int(qkv.size(1)), w.width = int(qkv.size(2));
     w.heads = int(heads), w.d = int(qkv.size(3) / 3 / heads);
     check_head_dim("window_attention", w.d, 64);
+    STD_TORCH_CHECK(qkv.size(1) * qkv.size(2) <= INT32_MAX,
+                    "window_attention: the cuda kernels take maps of fewer than 2^31 tokens, got ", qkv.size(1), " x ",
+                    qkv.size(2));
     w.window_h = int(window[0]), w.window_w = int(window[1]), w.shift_h = int(shift[0]), w.shift_w = int(shift[1]);
     w.scale = float(scale);
     w.qkv = qkv.data_ptr();
@@ -301,7 +320,7 @@ Four window_attention_backward(const Tensor& grad_out_, const Tensor& out_, cons
                                const std::string& backend) {
   check_call(backend, dropout_p);
   WindowCall call(qkv, window, shift, heads, table, logit_scale, pad, scale);
-  const Tensor grad_out = rows(grad_out_), out = rows(dense(out_)), lse = dense(lse_);
+  const Tensor grad_out = near(rows(grad_out_), {1, 2}), out = rows(dense(out_)), lse = dense(lse_);
   call.w.out = out.data_ptr(), call.w.lse = data<float>(lse);
   cuda::WindowGradient g{};
   g.forward = call.w;

@@ -152,6 +152,7 @@ def layout(t: Tensor, how: str) -> Tensor:
 
     transposed: last two dimensions swapped in memory; permuted: the middle two; sliced: a corner of a larger tensor; stepped: every second
     element; shifted: one element off the allocation's alignment; expanded: stride 0 in the first dimension, all of it the first slice.
+    Beyond these, far: rows more than 2**31 elements apart, in memory that is hardly touched.
     """
     if how == "contiguous" or not t.dim():
         return t.contiguous()
@@ -162,7 +163,11 @@ def layout(t: Tensor, how: str) -> Tensor:
     if how == "expanded":
         return t[:1].expand(t.shape) if len(t) else t
     filler = math.nan if t.is_floating_point() else 1
-    if how == "shifted":
+    if how == "far":
+        rows = t.movedim(-2, 0).contiguous()
+        apart = 2**31 + 8
+        view = t.new_empty(apart * (len(rows) - 1) + rows[0].numel()).as_strided(rows.shape, (apart, *rows.stride()[1:])).movedim(0, -2)
+    elif how == "shifted":
         storage = t.new_full((t.numel() + 1,), filler)
         view = storage[1:].view(t.shape)
     elif how == "sliced":

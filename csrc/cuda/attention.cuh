@@ -14,16 +14,39 @@ constexpr int kForwardColumns = sizeof(T) == 2 ? 8 : 4;
 template <class T, int D>
 constexpr int kBackwardColumns = sizeof(T) == 2 && D <= 64 ? 8 : 4;
 
-// rows x D elements to shared memory; rows at `limit` and beyond, rows without a source and channels beyond `width`
-// become zeros.
+// i strides, both of them below 2^31: one instruction.
+PYVIT_DEVICE int64_t far(int i, int64_t stride) { return int64_t(uint64_t(uint32_t(i)) * uint32_t(stride)); }
+
+// Where rows of shared memory come from: source(place) is a row's address, or null.
 template <class T, int D, class Source>
-PYVIT_DEVICE void load_rows(Tile<T, D> tile, int rows, int first, int limit, int width, const void* any,
-                            Source source) {
-  using Rows = Tile<T, D>;
-  for (int c = threadIdx.x; c < rows * Rows::kChunks; c += blockDim.x) {
-    const int row = c / Rows::kChunks, chunk = c % Rows::kChunks;
-    const T* from = first + row < limit && chunk * Rows::kPerChunk < width ? source(first + row) : nullptr;
-    copy_async(tile.chunk(row, chunk), from ? from + chunk * Rows::kPerChunk : any, from ? 16 : 0);
+struct RowSource {
+  Tile<T, D> tile;
+  int width;
+  Source source;
+
+  PYVIT_DEVICE void copy(int row, int chunk, const T* from, bool exists) const {
+    // Where no bytes are read, the address is of no consequence.
+    const auto address = reinterpret_cast<uintptr_t>(from) + chunk * 16;
+    copy_async(tile.chunk(row, chunk), reinterpret_cast<const void*>(address),
+               exists && from != nullptr && chunk * tile.kPerChunk < width ? 16 : 0);
+  }
+};
+template <class T, int D, class Source>
+PYVIT_DEVICE RowSource<T, D, Source> rows_of(Tile<T, D> tile, int width, Source source) {
+  return {tile, width, source};
+}
+
+// Rows `first` and on of one or several tensors to shared memory, of which each row is found once; rows at `limit` and
+// beyond, rows without an address and channels beyond the width become zeros.
+template <class T, int D, class Problem, class... Source>
+PYVIT_DEVICE void load_rows(const Problem& problem, int rows, int first, int limit,
+                            const RowSource<T, D, Source>&... tensors) {
+  constexpr int kChunks = Tile<T, D>::kChunks;
+  for (int c = threadIdx.x; c < rows * kChunks; c += blockDim.x) {
+    // Where it is known that a thread keeps its column, say so.
+    const int row = c / kChunks, chunk = 32 % kChunks == 0 ? threadIdx.x % kChunks : c % kChunks;
+    const auto place = problem.at(min(first + row, limit - 1));
+    (tensors.copy(row, chunk, tensors.source(place), first + row < limit), ...);
   }
 }
 
@@ -36,10 +59,11 @@ PYVIT_DEVICE void multiply_rows(float (&scores)[NT][4], Tile<T, D> a, int row0, 
   for (int k = 0; k < D; k += Fragments<T>::kK) {
     Fragments<T> f;
     f.load_a(a, row0, k, lane);
+    const auto from = f.place_b(b, k, lane);
 #pragma unroll
     for (int n = 0; n < NT / 2; ++n) {
       if (n < pairs) {
-        f.load_b(b, n * 16, k, lane);
+        f.load_b(from, n * 16);
         f.multiply(scores[2 * n], scores[2 * n + 1]);
       }
     }
@@ -50,16 +74,21 @@ PYVIT_DEVICE void multiply_rows(float (&scores)[NT][4], Tile<T, D> a, int row0, 
 template <class T, int D, int NT>
 PYVIT_DEVICE void accumulate_rows(float (&sums)[D / 8][4], const float (&weights)[NT][4], Tile<T, D> rows, int pairs,
                                   int lane) {
+  Fragments<T> f;
+  constexpr bool kKeep = D <= 80;  // the addresses of wider rows take more registers than there are
+  typename Fragments<T>::template Place<D> from[D / 16];
+#pragma unroll
+  for (int d = 0; kKeep && d < D / 16; ++d) from[d] = f.place_b_transposed(rows, d * 16, lane);
 #pragma unroll
   for (int n = 0; n < NT / 2; ++n) {
     if (n < pairs) {
 #pragma unroll
       for (int step = 0; step < 16 / Fragments<T>::kK; ++step) {
-        Fragments<T> f;
         f.take_a(weights[2 * n], weights[2 * n + 1], step);
 #pragma unroll
         for (int d = 0; d < D / 16; ++d) {
-          f.load_b_transposed(rows, n * 16 + step * Fragments<T>::kK, d * 16, lane);
+          if (!kKeep) from[d] = f.place_b_transposed(rows, d * 16, lane);
+          f.load_b_transposed(from[d], n * 16 + step * Fragments<T>::kK);
           f.multiply(sums[2 * d], sums[2 * d + 1]);
         }
       }
@@ -95,19 +124,6 @@ PYVIT_DEVICE void store_rows(Tile<T, D> tile, int row0, const float (&sums)[D / 
   }
 }
 
-// 1 / max(|row|, 1e-12) of each row of a tile, for cosine attention.
-template <class T, int D>
-PYVIT_DEVICE void inverse_norms(Tile<T, D> tile, int rows, float* out) {
-  for (int row = threadIdx.x; row < rows; row += blockDim.x) {
-    float sum = 0.0f;
-    for (int d = 0; d < D; ++d) {
-      const float x = widen(*tile.at(row, d));
-      sum += x * x;
-    }
-    out[row] = 1.0f / fmaxf(sqrtf(sum), 1e-12f);
-  }
-}
-
 template <class T>
 PYVIT_DEVICE float dot_chunk(const T* a, const T* b) {
   const Bytes16 left = *reinterpret_cast<const Bytes16*>(a), right = *reinterpret_cast<const Bytes16*>(b);
@@ -118,12 +134,54 @@ PYVIT_DEVICE float dot_chunk(const T* a, const T* b) {
   return sum;
 }
 
+// 1 / max(|row|, 1e-12) of each row of a tile, for cosine attention.
+template <class T, int D>
+PYVIT_DEVICE void inverse_norms(Tile<T, D> tile, int rows, float* out) {
+  for (int row = threadIdx.x; row < rows; row += blockDim.x) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int c = 0; c < tile.kChunks; ++c) sum += dot_chunk(tile.chunk(row, c), tile.chunk(row, c));
+    out[row] = 1.0f / fmaxf(sqrtf(sum), 1e-12f);
+  }
+}
+
+// A warp's 16 rows of products as scores, in steps of 8 columns: for cosine attention divided by both norms; with bias,
+// and -inf where a query does not attend to a key. In powers of two once multiplied by `unit`, which is positive: what
+// comes next multiplies and adds at no cost. Rows are queries, or (KEYS) keys.
+template <bool KEYS, class Problem>
+struct ScoreTile {
+  const Problem& problem;
+  const typename Problem::ScoreRows rows;
+  const float unit;
+  const float *row_norms, *column_norms;
+  const int column0, t;
+
+  PYVIT_DEVICE ScoreTile(const Problem& p, int head, int row0, int column0_, int columns, const float* warp_norms,
+                         const float* column_norms_, int lane)
+      : problem(p),
+        rows(p.template score_rows<KEYS>(head, row0, lane >> 2, column0_, columns)),
+        unit(rows.plain ? p.scale_log2 : 1.0f),
+        row_norms(warp_norms + (lane >> 2)),
+        column_norms(column_norms_ + 2 * (lane & 3)),
+        column0(column0_),
+        t(lane & 3) {}
+  PYVIT_DEVICE void normalize(float (&s)[4], int n) const {
+    if (problem.cosine()) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[e] *= row_norms[(e >> 1) * 8] * column_norms[n * 8 + (e & 1)];
+    }
+  }
+  PYVIT_DEVICE void finish(float (&s)[4], int n) const {
+    problem.template finish_scores<KEYS>(s, rows, column0 + n * 8, 2 * t);
+  }
+};
+
 // A lane's part of a query's sum of grad_out * out, of which grad_out is a row of shared memory: four lanes share its
 // 16-byte chunks.
 template <class Problem, class T, int D>
 PYVIT_DEVICE float delta_part(const Problem& problem, Tile<T, D> grad_out, int row, int query, int t) {
   constexpr int kPerChunk = Tile<T, D>::kPerChunk;
-  const T* out = query < problem.nq ? problem.out(problem.head, query) : nullptr;
+  const T* out = query < problem.nq ? problem.out(problem.head, problem.at(query)) : nullptr;
   float sum = 0.0f;
   for (int c = t; out && c * kPerChunk < problem.dv; c += 4)
     sum += dot_chunk(out + c * kPerChunk, grad_out.chunk(row, c));

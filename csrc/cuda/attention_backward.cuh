@@ -6,7 +6,9 @@
 
 namespace pyvit::cuda {
 
-template <class Problem, int D, int NT>
+// With SUMS (windows, whose bias is one for all) the scores' gradients are also summed over the block's problems, in
+// shared memory behind what the problem keeps: four floats of a thread lie together, so that each has its own.
+template <class Problem, int D, int NT, bool SUMS>
 __global__ void __launch_bounds__(256, 1)
     attention_backward_queries(const __grid_constant__ typename Problem::Params params) {
   using T = typename Problem::T;
@@ -21,22 +23,27 @@ __global__ void __launch_bounds__(256, 1)
   const Tile<T, D> q = memory.own(0), grad_out = memory.own(1);
   const int head = problem.head;
   float logit_sum = 0.0f;
+  [[maybe_unused]] const auto sums_of = [&](int tile) {
+    char* sums = memory.rest();
+    if constexpr (SUMS) sums += Problem::scratch_bytes(params.forward);
+    return reinterpret_cast<Floats4*>(sums) + int64_t(tile) * blockDim.x + threadIdx.x;
+  };
+  if constexpr (SUMS)
+    for (int i = 0; i < (problem.most_keys() + 7) / 8; ++i) *sums_of(i) = {};
   for (int index = range.first; index < range.last; ++index) {
     problem.begin(index);
     if (q0 >= problem.nq) continue;
     const auto load_keys = [&](int kt) {
       const Stage<T, D> to = memory.stage(kt & 1);
-      load_rows(to.first, 8 * NT, kt * 8 * NT, problem.nk, problem.d, problem.any(),
-                [&](int j) { return problem.k(j); });
-      load_rows(to.second, 8 * NT, kt * 8 * NT, problem.nk, problem.dv, problem.any(),
-                [&](int j) { return problem.v(j); });
+      load_rows(problem, 8 * NT, kt * 8 * NT, problem.nk,
+                rows_of(to.first, problem.d, [&](auto at) { return problem.k(at); }),
+                rows_of(to.second, problem.dv, [&](auto at) { return problem.v(at); }));
       copy_commit();
     };
     const int keys = problem.last_key(q0 + rows), key_tiles = (keys + 8 * NT - 1) / (8 * NT);
     if (key_tiles) {
-      load_rows(q, rows, q0, problem.nq, problem.d, problem.any(), [&](int i) { return problem.q(head, i); });
-      load_rows(grad_out, rows, q0, problem.nq, problem.dv, problem.any(),
-                [&](int i) { return problem.grad_out(head, i); });
+      load_rows(problem, rows, q0, problem.nq, rows_of(q, problem.d, [&](auto at) { return problem.q(head, at); }),
+                rows_of(grad_out, problem.dv, [&](auto at) { return problem.grad_out(head, at); }));
       load_keys(0);
     }
     float lse[2], delta[2] = {0.0f, 0.0f}, dq[D / 8][4] = {}, dots[2] = {0.0f, 0.0f}, slip[2] = {0.0f, 0.0f},
@@ -71,21 +78,39 @@ __global__ void __launch_bounds__(256, 1)
       float s[NT][4], dp[NT][4];
       multiply_rows<T, D, NT>(s, q, row0, stage.first, pairs, lane);
       multiply_rows<T, D, NT>(dp, grad_out, row0, stage.second, pairs, lane);
+      const float* key_norms = memory.column_norms(kt & 1);
+      const ScoreTile<false, Problem> scores(problem, head, q0 + row0, k0, 16 * pairs, memory.row_norms() + row0,
+                                             key_norms, lane);
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
+        if (n / 2 >= pairs) continue;
+        scores.normalize(s[n], n);
+        float p[4] = {s[n][0], s[n][1], s[n][2], s[n][3]}, ds[4];
+        scores.finish(p, n);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int half = e >> 1, row = row0 + g + half * 8, column = n * 8 + 2 * t + (e & 1);
-          const float key_norm = problem.cosine() ? memory.column_norms(kt & 1)[column] : 1.0f;
-          const float scaled =
-              s[n][e] * problem.scale_log2 * (problem.cosine() ? memory.row_norms()[row] * key_norm : 1.0f);
-          const float p = exp2_fast(problem.score(scaled, head, q0 + row, k0 + column) - lse[half]);
-          const float ds = p * (dp[n][e] - delta[half]);
-          dots[half] += ds * scaled;
-          slip[half] += ds;
-          mean[half] += p * scaled;
-          s[n][e] = operand<T>(ds * key_norm);
+          p[e] = exp2_fast(p[e] * scores.unit - lse[e >> 1]);
+          ds[e] = p[e] * (dp[n][e] - delta[e >> 1]);
         }
+        if constexpr (SUMS) {
+          if (k0 + n * 8 < problem.nk) {
+            Floats4 sum = *sums_of(kt * NT + n);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum.at[e] += ds[e];
+            *sums_of(kt * NT + n) = sum;
+          }
+        }
+        if (problem.cosine()) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            dots[e >> 1] += ds[e] * s[n][e];
+            slip[e >> 1] += ds[e];
+            mean[e >> 1] += p[e] * s[n][e];
+            ds[e] = operand<T>(ds[e] * key_norms[n * 8 + 2 * t + (e & 1)]);
+          }
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[n][e] = ds[e];
       }
       accumulate_rows<T, D, NT>(dq, s, stage.first, pairs, lane);
     }
@@ -94,7 +119,7 @@ __global__ void __launch_bounds__(256, 1)
       for (int half = 0; half < 2; ++half) {
         const int row = row0 + g + 8 * half;
         // A row's ds sum to zero; what they do sum to is delta's rounding, which the scores would multiply.
-        const float along = (row_sum(dots[half]) - row_sum(slip[half]) * row_sum(mean[half])) * kLn2,
+        const float along = (row_sum(dots[half]) - row_sum(slip[half]) * row_sum(mean[half])) * problem.scale,
                     norm = problem.cosine() ? memory.row_norms()[row] : 1.0f;
         if (t == 0) logit_sum += along;
 #pragma unroll
@@ -107,11 +132,23 @@ __global__ void __launch_bounds__(256, 1)
         }
       }
       store_rows(q, row0, dq, problem.d, lane,
-                 [&](int row) { return q0 + row < problem.nq ? problem.grad_q(head, q0 + row) : nullptr; });
+                 [&](int row) { return q0 + row < problem.nq ? problem.grad_q(head, problem.at(q0 + row)) : nullptr; });
     }
     if (index + 1 < range.last) PYVIT_BARRIER();
   }
   if (problem.cosine()) store_logit_sum(problem, logit_sum, memory.row_norms());
+  if constexpr (SUMS) {
+    const int n = problem.nq;
+    float* partial = problem.bias_partials() + (int64_t(group) * problem.heads() + head) * n * n;
+    for (int tile = 0; tile < (n + 7) / 8; ++tile) {
+      const Floats4 sum = *sums_of(tile);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int i = q0 + row0 + g + (e >> 1) * 8, j = tile * 8 + 2 * t + (e & 1);
+        if (i < n && j < n) partial[int64_t(i) * n + j] = sum.at[e];
+      }
+    }
+  }
 }
 
 template <class Problem, int D, int NT>
@@ -135,9 +172,9 @@ __global__ void __launch_bounds__(256, 1)
     const auto load_queries = [&](int step) {
       const int head = problem.head + step / per_pass, q0 = (first_tile + step % per_pass) * 8 * NT;
       const Stage<T, D> to = memory.stage(step & 1);
-      load_rows(to.first, 8 * NT, q0, problem.nq, problem.d, problem.any(), [&](int i) { return problem.q(head, i); });
-      load_rows(to.second, 8 * NT, q0, problem.nq, problem.dv, problem.any(),
-                [&](int i) { return problem.grad_out(head, i); });
+      load_rows(problem, 8 * NT, q0, problem.nq,
+                rows_of(to.first, problem.d, [&](auto at) { return problem.q(head, at); }),
+                rows_of(to.second, problem.dv, [&](auto at) { return problem.grad_out(head, at); }));
       copy_commit();
       for (int i = thread; i < 8 * NT; i += blockDim.x) {
         const bool real = q0 + i < problem.nq;
@@ -146,8 +183,8 @@ __global__ void __launch_bounds__(256, 1)
       }
     };
     if (steps) {
-      load_rows(k, rows, k0, problem.nk, problem.d, problem.any(), [&](int j) { return problem.k(j); });
-      load_rows(v, rows, k0, problem.nk, problem.dv, problem.any(), [&](int j) { return problem.v(j); });
+      load_rows(problem, rows, k0, problem.nk, rows_of(k, problem.d, [&](auto at) { return problem.k(at); }),
+                rows_of(v, problem.dv, [&](auto at) { return problem.v(at); }));
       load_queries(0);
     }
     float dk[D / 8][4] = {}, dv[D / 8][4] = {}, dots[2] = {0.0f, 0.0f};
@@ -168,20 +205,30 @@ __global__ void __launch_bounds__(256, 1)
       float s[NT][4], dp[NT][4];
       multiply_rows<T, D, NT>(s, k, row0, stage.first, pairs, lane);
       multiply_rows<T, D, NT>(dp, v, row0, stage.second, pairs, lane);
+      const float* query_norms = memory.column_norms(step & 1);
+      const ScoreTile<true, Problem> scores(problem, head, k0 + row0, q0, 16 * pairs, memory.row_norms() + row0,
+                                            query_norms, lane);
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
+        if (n / 2 >= pairs) continue;
+        scores.normalize(s[n], n);
+        float p[4] = {s[n][0], s[n][1], s[n][2], s[n][3]};
+        scores.finish(p, n);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int half = e >> 1, row = row0 + g + half * 8, column = n * 8 + 2 * t + (e & 1);
-          const float query_norm = problem.cosine() ? memory.column_norms(step & 1)[column] : 1.0f;
-          const float scaled =
-              s[n][e] * problem.scale_log2 * (problem.cosine() ? memory.row_norms()[row] * query_norm : 1.0f);
-          const float p = exp2_fast(problem.score(scaled, head, q0 + column, k0 + row) - lse[column]);
-          const float ds = p * (dp[n][e] - delta[column]);
-          dots[half] += ds * scaled;
-          s[n][e] = p;
-          dp[n][e] = operand<T>(ds * query_norm);
+          const int column = n * 8 + 2 * t + (e & 1);
+          p[e] = exp2_fast(p[e] * scores.unit - lse[column]);
+          dp[n][e] = p[e] * (dp[n][e] - delta[column]);
         }
+        if (problem.cosine()) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            dots[e >> 1] += dp[n][e] * s[n][e];
+            dp[n][e] = operand<T>(dp[n][e] * query_norms[n * 8 + 2 * t + (e & 1)]);
+          }
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[n][e] = p[e];
       }
       accumulate_rows<T, D, NT>(dv, s, stage.second, pairs, lane);
       accumulate_rows<T, D, NT>(dk, dp, stage.first, pairs, lane);
@@ -190,7 +237,8 @@ __global__ void __launch_bounds__(256, 1)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = row0 + g + 8 * half;
-        const float along = row_sum(dots[half]) * kLn2, norm = problem.cosine() ? memory.row_norms()[row] : 1.0f;
+        const float along = row_sum(dots[half]) * problem.scale,
+                    norm = problem.cosine() ? memory.row_norms()[row] : 1.0f;
         float* pad = k0 + row < problem.nk ? problem.pad_row(k0 + row) : nullptr;
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {
@@ -204,9 +252,9 @@ __global__ void __launch_bounds__(256, 1)
         }
       }
       store_rows(k, row0, dk, problem.d, lane,
-                 [&](int row) { return k0 + row < problem.nk ? problem.grad_k(k0 + row) : nullptr; });
+                 [&](int row) { return k0 + row < problem.nk ? problem.grad_k(problem.at(k0 + row)) : nullptr; });
       store_rows(v, row0, dv, problem.dv, lane,
-                 [&](int row) { return k0 + row < problem.nk ? problem.grad_v(k0 + row) : nullptr; });
+                 [&](int row) { return k0 + row < problem.nk ? problem.grad_v(problem.at(k0 + row)) : nullptr; });
     }
     if (index + 1 < range.last) PYVIT_BARRIER();
   }

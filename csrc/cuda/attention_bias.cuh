@@ -54,11 +54,10 @@ __global__ void __launch_bounds__(256)
     problem.set_head(head);
     problem.begin(item.at[0]);
     if (q0 >= problem.nq || k0 >= problem.last_key(q0 + rows)) continue;
-    load_rows(q, rows, q0, problem.nq, problem.d, problem.any(), [&](int r) { return problem.q(head, r); });
-    load_rows(grad_out, rows, q0, problem.nq, problem.dv, problem.any(),
-              [&](int r) { return problem.grad_out(head, r); });
-    load_rows(stage.first, 8 * NT, k0, problem.nk, problem.d, problem.any(), [&](int j) { return problem.k(j); });
-    load_rows(stage.second, 8 * NT, k0, problem.nk, problem.dv, problem.any(), [&](int j) { return problem.v(j); });
+    load_rows(problem, rows, q0, problem.nq, rows_of(q, problem.d, [&](auto at) { return problem.q(head, at); }),
+              rows_of(grad_out, problem.dv, [&](auto at) { return problem.grad_out(head, at); }));
+    load_rows(problem, 8 * NT, k0, problem.nk, rows_of(stage.first, problem.d, [&](auto at) { return problem.k(at); }),
+              rows_of(stage.second, problem.dv, [&](auto at) { return problem.v(at); }));
     copy_commit();
     copy_wait<0>();
     PYVIT_BARRIER();
@@ -78,16 +77,16 @@ __global__ void __launch_bounds__(256)
     }
     multiply_rows<T, D, NT>(s, q, row0, stage.first, pairs, lane);
     multiply_rows<T, D, NT>(dp, grad_out, row0, stage.second, pairs, lane);
+    const ScoreTile<false, Problem> scores(problem, head, q0 + row0, k0, 16 * pairs, memory.row_norms() + row0,
+                                           memory.column_norms(0), lane);
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
+      if (n / 2 >= pairs) continue;
+      scores.normalize(s[n], n);
+      scores.finish(s[n], n);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int half = e >> 1, row = row0 + g + half * 8, column = n * 8 + 2 * t + (e & 1);
-        const float factor = problem.cosine() ? memory.row_norms()[row] * memory.column_norms(0)[column] : 1.0f;
-        const float p =
-            exp2_fast(problem.score(s[n][e] * problem.scale_log2 * factor, head, q0 + row, k0 + column) - lse[half]);
-        sums[n][e] += p * (dp[n][e] - delta[half]);
-      }
+      for (int e = 0; e < 4; ++e)
+        sums[n][e] += exp2_fast(s[n][e] * scores.unit - lse[e >> 1]) * (dp[n][e] - delta[e >> 1]);
     }
   }
   if (broadcast[3]) {  // one column: the sum lands in element 0 of each row

@@ -22,15 +22,14 @@ __global__ void __launch_bounds__(256) attention_forward(const __grid_constant__
     if (q0 >= problem.nq) continue;
     const auto load_keys = [&](int kt) {
       const Stage<T, D> to = memory.stage(kt & 1);
-      load_rows(to.first, 8 * NT, kt * 8 * NT, problem.nk, problem.d, problem.any(),
-                [&](int j) { return problem.k(j); });
-      load_rows(to.second, 8 * NT, kt * 8 * NT, problem.nk, problem.dv, problem.any(),
-                [&](int j) { return problem.v(j); });
+      load_rows(problem, 8 * NT, kt * 8 * NT, problem.nk,
+                rows_of(to.first, problem.d, [&](auto at) { return problem.k(at); }),
+                rows_of(to.second, problem.dv, [&](auto at) { return problem.v(at); }));
       copy_commit();
     };
     const int keys = problem.last_key(q0 + rows), key_tiles = (keys + 8 * NT - 1) / (8 * NT);
     if (key_tiles) {
-      load_rows(q, rows, q0, problem.nq, problem.d, problem.any(), [&](int i) { return problem.q(head, i); });
+      load_rows(problem, rows, q0, problem.nq, rows_of(q, problem.d, [&](auto at) { return problem.q(head, at); }));
       load_keys(0);
     }
     float out[D / 8][4] = {}, top[2] = {-infinity(), -infinity()}, total[2] = {0.0f, 0.0f};
@@ -48,27 +47,28 @@ __global__ void __launch_bounds__(256) attention_forward(const __grid_constant__
       const int k0 = kt * 8 * NT, pairs = pairs_of(keys - k0, 8 * NT);
       float s[NT][4];
       multiply_rows<T, D, NT>(s, q, row0, stage.first, pairs, lane);
-      float high[2] = {top[0], top[1]};
+      float high[2] = {-infinity(), -infinity()};
+      const ScoreTile<false, Problem> scores(problem, head, q0 + row0, k0, 16 * pairs, memory.row_norms() + row0,
+                                             memory.column_norms(kt & 1), lane);
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
+        if (n / 2 >= pairs) continue;
+        scores.normalize(s[n], n);
+        scores.finish(s[n], n);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int row = row0 + g + (e >> 1) * 8, column = n * 8 + 2 * t + (e & 1);
-          const float factor = problem.cosine() ? memory.row_norms()[row] * memory.column_norms(kt & 1)[column] : 1.0f;
-          s[n][e] = problem.score(s[n][e] * problem.scale_log2 * factor, head, q0 + row, k0 + column);
-          high[e >> 1] = fmaxf(high[e >> 1], s[n][e]);
-        }
+        for (int e = 0; e < 4; ++e) high[e >> 1] = fmaxf(high[e >> 1], s[n][e]);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        high[half] = row_max(high[half]);
+        high[half] = fmaxf(top[half], row_max(high[half]) * scores.unit);
         const float base = high[half] == -infinity() ? 0.0f : high[half], shrink = exp2_fast(top[half] - base);
         total[half] *= shrink;
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
+          if (n / 2 >= pairs) continue;
 #pragma unroll
           for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            s[n][e] = exp2_fast(s[n][e] - base);
+            s[n][e] = exp2_fast(s[n][e] * scores.unit - base);
             total[half] += s[n][e];
           }
         }
@@ -81,15 +81,19 @@ __global__ void __launch_bounds__(256) attention_forward(const __grid_constant__
     if (q0 + row0 < problem.nq) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float sum = row_sum(total[half]), inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+        total[half] = row_sum(total[half]);
+        const float inverse = total[half] > 0.0f ? reciprocal(total[half]) : 0.0f;
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) out[n][2 * half] *= inverse, out[n][2 * half + 1] *= inverse;
-        const int i = q0 + row0 + g + 8 * half;
-        if (t == 0 && i < problem.nq)
-          *problem.lse(head, i) = sum == 0.0f ? -infinity() : (top[half] + log2f(sum)) * kLn2;  // NaN stays
+      }
+      // Of the four lanes that share two rows, two write a row's log-sum-exp each. NaN stays NaN.
+      const int i = q0 + row0 + g + 8 * t;
+      if (t < 2 && i < problem.nq) {
+        const float sum = t ? total[1] : total[0];
+        *problem.lse(head, i) = sum == 0.0f ? -infinity() : ((t ? top[1] : top[0]) + log2f(sum)) * kLn2;
       }
       store_rows(q, row0, out, problem.dv, lane,
-                 [&](int row) { return q0 + row < problem.nq ? problem.out(head, q0 + row) : nullptr; });
+                 [&](int row) { return q0 + row < problem.nq ? problem.out(head, problem.at(q0 + row)) : nullptr; });
     }
     if (index + 1 < range.last) PYVIT_BARRIER();
   }

@@ -53,28 +53,28 @@ struct Dense {
   PYVIT_DEVICE int first_query(int key) const { return p.forward.causal ? key : 0; }
 
   template <class U>
-  PYVIT_DEVICE U* row(U* base, const int64_t (&stride)[3], int h, int64_t i) const {
-    return base + sequence * stride[0] + h * stride[1] + i * stride[2];
+  PYVIT_DEVICE U* row(U* base, const int64_t (&stride)[3], int h, int64_t first, int i) const {
+    return base + (sequence * stride[0] + h * stride[1] + first * stride[2]) + far(i, stride[2]);
   }
-  PYVIT_DEVICE const void* any() const { return p.forward.q; }
+  PYVIT_DEVICE int at(int i) const { return i; }
   PYVIT_DEVICE const T* q(int h, int i) const {
-    return row(static_cast<const T*>(p.forward.q), p.forward.q_stride, h, q_first + i);
+    return row(static_cast<const T*>(p.forward.q), p.forward.q_stride, h, q_first, i);
   }
   PYVIT_DEVICE const T* k(int j) const {
-    return row(static_cast<const T*>(p.forward.k), p.forward.k_stride, kv_head, k_first + j);
+    return row(static_cast<const T*>(p.forward.k), p.forward.k_stride, kv_head, k_first, j);
   }
   PYVIT_DEVICE const T* v(int j) const {
-    return row(static_cast<const T*>(p.forward.v), p.forward.v_stride, kv_head, k_first + j);
+    return row(static_cast<const T*>(p.forward.v), p.forward.v_stride, kv_head, k_first, j);
   }
   PYVIT_DEVICE T* out(int h, int i) const {
-    return row(static_cast<T*>(p.forward.out), p.forward.out_stride, h, q_first + i);
+    return row(static_cast<T*>(p.forward.out), p.forward.out_stride, h, q_first, i);
   }
   PYVIT_DEVICE const T* grad_out(int h, int i) const {
-    return row(static_cast<const T*>(p.grad_out), p.grad_out_stride, h, q_first + i);
+    return row(static_cast<const T*>(p.grad_out), p.grad_out_stride, h, q_first, i);
   }
-  PYVIT_DEVICE T* grad_q(int h, int i) const { return row(static_cast<T*>(p.grad_q), p.grad_q_stride, h, q_first + i); }
-  PYVIT_DEVICE T* grad_k(int j) const { return row(static_cast<T*>(p.grad_k), p.grad_k_stride, kv_head, k_first + j); }
-  PYVIT_DEVICE T* grad_v(int j) const { return row(static_cast<T*>(p.grad_v), p.grad_v_stride, kv_head, k_first + j); }
+  PYVIT_DEVICE T* grad_q(int h, int i) const { return row(static_cast<T*>(p.grad_q), p.grad_q_stride, h, q_first, i); }
+  PYVIT_DEVICE T* grad_k(int j) const { return row(static_cast<T*>(p.grad_k), p.grad_k_stride, kv_head, k_first, j); }
+  PYVIT_DEVICE T* grad_v(int j) const { return row(static_cast<T*>(p.grad_v), p.grad_v_stride, kv_head, k_first, j); }
   PYVIT_DEVICE int64_t statistic(int h, int i) const {
     return sequence * p.forward.lse_stride[0] + h * p.forward.lse_stride[1] + q_first + i;
   }
@@ -83,17 +83,46 @@ struct Dense {
   PYVIT_DEVICE float delta(int h, int i) const { return *delta_at(h, i); }
   PYVIT_DEVICE float grad_lse(int h, int i) const { return p.grad_lse ? p.grad_lse[statistic(h, i)] : 0.0f; }
 
-  // From a product times scale, in powers of two, to the score; -inf where query i does not attend to key j or one does
-  // not exist.
-  PYVIT_DEVICE float score(float scaled, int h, int i, int j) const {
+  struct ScoreRows {
+    bool plain;  // nothing is masked or added: products are left as they are
+    int first;   // of two rows, 8 apart
+    const char* bias;
+  };
+  template <bool KEYS>
+  PYVIT_DEVICE ScoreRows score_rows(int h, int row0, int g, int column0, int columns) const {
     const Attention& f = p.forward;
-    if (i >= nq || j >= nk || (f.causal && j > i)) return -infinity();
-    if (f.bias == nullptr) return scaled;
-    const int64_t at = sequence * f.bias_stride[0] + h * f.bias_stride[1] + i * f.bias_stride[2] + j * f.bias_stride[3];
-    if (f.bias_type == Type::boolean) return static_cast<const uint8_t*>(f.bias)[at] ? scaled : -infinity();
-    const float bias =
-        f.bias_type == Type::f32 ? static_cast<const float*>(f.bias)[at] : widen(static_cast<const T*>(f.bias)[at]);
-    return scaled + bias * kLog2e;
+    const bool all = KEYS ? !f.causal || row0 + 15 <= column0
+                          : column0 + columns <= nk && (!f.causal || column0 + columns - 1 <= row0);
+    const int64_t at = sequence * f.bias_stride[0] + h * f.bias_stride[1] + (row0 + g) * f.bias_stride[KEYS ? 3 : 2];
+    return {f.bias == nullptr && all && scale > 0.0f, row0 + g, bias_at(static_cast<const char*>(f.bias), at)};
+  }
+  PYVIT_DEVICE const char* bias_at(const char* from, int64_t elements) const {
+    const Type type = p.forward.bias_type;
+    return from + (elements << (type == Type::f32 ? 2 : type == Type::boolean ? 0 : 1));
+  }
+  PYVIT_DEVICE float biased(float score, const char* bias) const {
+    const Type type = p.forward.bias_type;
+    if (type == Type::boolean) return *bias ? score : -infinity();
+    return score + kLog2e * (type == Type::f32 ? *reinterpret_cast<const float*>(bias)
+                                               : widen(*reinterpret_cast<const T*>(bias)));
+  }
+  // Of 16 x 8 scores, those of a lane: of two rows, 8 apart, two columns from `column0 + pair` on. Queries that do not
+  // exist may get anything.
+  template <bool KEYS>
+  PYVIT_DEVICE void finish_scores(float (&s)[4], const ScoreRows& rows, int column0, int pair) const {
+    if (rows.plain) return;
+    const Attention& f = p.forward;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      s[e] *= scale_log2;
+      const int row = rows.first + (e >> 1) * 8, column = column0 + pair + (e & 1);
+      const int i = KEYS ? column : row, j = KEYS ? row : column;
+      if (i >= nq || j >= nk || (f.causal && j > i))
+        s[e] = -infinity();
+      else if (f.bias)
+        s[e] = biased(s[e], bias_at(rows.bias,
+                                    (e >> 1) * 8 * f.bias_stride[KEYS ? 3 : 2] + column * f.bias_stride[KEYS ? 2 : 3]));
+    }
   }
   PYVIT_DEVICE bool cosine() const { return false; }
   PYVIT_DEVICE float* pad_row(int) const { return nullptr; }

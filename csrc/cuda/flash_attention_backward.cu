@@ -14,8 +14,9 @@ const char* flash_attention_backward(const AttentionGradient& params, Stream str
     const auto query_bytes = [&](int n) { return Layout<T, D, NT>{n, 2, f.nk > 8 * NT ? 2 : 1}.bytes(); };
     const int query_warps = choose_warps(f.nq, query_bytes);
     const dim3 query_grid(ceil_div(f.nq, 16 * query_warps) * f.batch, f.heads);
-    if (const char* error = launch("flash_attention_backward (queries)", attention_backward_queries<Dense<T>, D, NT>,
-                                   query_grid, 32 * query_warps, query_bytes(16 * query_warps), params, stream))
+    if (const char* error =
+            launch("flash_attention_backward (queries)", attention_backward_queries<Dense<T>, D, NT, false>, query_grid,
+                   32 * query_warps, query_bytes(16 * query_warps), params, stream))
       return error;
 
     const int stages = key_pass_stages<NT>(f.nq, f.heads / f.kv_heads);

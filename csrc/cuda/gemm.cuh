@@ -91,16 +91,16 @@ PYVIT_DEVICE void multiply_tile(const A& a, const B& b, int64_t m0, int64_t n0, 
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if constexpr (A_BY_K)
-          f[i].load_a_transposed(tile_a(stage), k, row0 + 16 * i, lane);
+          f[i].load_a_transposed(f[i].place_a_transposed(tile_a(stage), row0 + 16 * i, lane), k);
         else
           f[i].load_a(tile_a(stage), row0 + 16 * i, k, lane);
       }
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         if constexpr (B_BY_K)
-          f[0].load_b_transposed(tile_b(stage), k, column0 + 16 * n, lane);
+          f[0].load_b_transposed(f[0].place_b_transposed(tile_b(stage), column0 + 16 * n, lane), k);
         else
-          f[0].load_b(tile_b(stage), column0 + 16 * n, k, lane);
+          f[0].load_b(f[0].place_b(tile_b(stage), k, lane), column0 + 16 * n);
 #pragma unroll
         for (int i = 0; i < 4; ++i) f[1].b[i] = f[0].b[i];
 #pragma unroll

@@ -24,7 +24,8 @@ struct Stream {
 
 // Attention over a dense batch, or over packed sequences when cu_seqlens are given (then batch counts sequences, the
 // batch strides of the packed tensors are 0, and nq and nk are the longest lengths). Strides are (batch, head, row);
-// rows of channels are contiguous, and rows of q, k, v, grad_out and of every result begin on 16 bytes.
+// rows of channels are contiguous, and rows of q, k, v, grad_out and of every result begin on 16 bytes. Strides of rows
+// (of windows' maps: of rows and columns) are below 2^31, and so is height x width.
 struct Attention {
   Type type;
   int batch, heads, kv_heads, nq, nk, d, dv;

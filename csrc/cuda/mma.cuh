@@ -44,6 +44,12 @@ PYVIT_DEVICE float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// To within an ulp.
+PYVIT_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 PYVIT_DEVICE float widen(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 PYVIT_DEVICE float widen(f16 x) {
   float y;
@@ -79,16 +85,23 @@ template <int Pending>
 PYVIT_DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
-PYVIT_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+// The address of a row in shared memory, kept in a register: left to itself the compiler finds it again at every use.
+using SharedRow = uint32_t;
+PYVIT_DEVICE SharedRow shared_row(const void* p) {
+  SharedRow row;
+  asm("mov.b32 %0, %1;" : "=r"(row) : "r"(shared_address(p)));
+  return row;
+}
+PYVIT_DEVICE void ldmatrix_x4(uint32_t (&r)[4], SharedRow row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
-PYVIT_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+PYVIT_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], SharedRow row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 PYVIT_DEVICE void mma(bf16, float (&c)[4], const uint32_t (&a)[4], const uint32_t* b) {
@@ -126,6 +139,7 @@ inline float float_of(uint32_t bits) {
 }
 inline float infinity() { return INFINITY; }
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
 inline float widen(bf16 x) { return emulation::bfloat16_to_float(x.bits); }
 inline float widen(f16 x) { return emulation::half_to_float(x.bits); }
 inline uint32_t pack(bf16, float low, float high) {
@@ -150,11 +164,13 @@ template <int Pending>
 inline void copy_wait() {
   emulation::copy_wait(Pending);
 }
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+using SharedRow = const char*;
+inline SharedRow shared_row(const void* p) { return static_cast<const char*>(p); }
+inline void ldmatrix_x4(uint32_t (&r)[4], SharedRow row) {
   emulation::LdmatrixOperand o{row, r, false};
   emulation::collective(emulation::combine_ldmatrix_x4, &o);
 }
-inline void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+inline void ldmatrix_x4_transposed(uint32_t (&r)[4], SharedRow row) {
   emulation::LdmatrixOperand o{row, r, true};
   emulation::collective(emulation::combine_ldmatrix_x4, &o);
 }
@@ -203,6 +219,10 @@ struct alignas(16) Bytes16 {
   uint32_t words[4];
 };
 
+struct alignas(16) Floats4 {
+  float at[4];
+};
+
 // Rows of COLS elements in shared memory. 16-byte chunks are permuted within a row so that the same chunk of eight
 // consecutive rows lies in eight different bank groups, whatever the row's length; no row is padded.
 template <class T, int COLS>
@@ -227,10 +247,18 @@ struct Tile {
 // three TF32 products of high and low parts, which keeps float32's accuracy; their k order is permuted alike in A and B
 // (lane t of a quad holds k = 2t and 2t + 1), so that accumulators are operands of the next product without an exchange
 // between lanes.
+// Addresses of a lane are found once (a Place), for rows that are a multiple of 8 apart.
 template <class T>
 struct Fragments {
   static constexpr int kK = 16;
   uint32_t a[4], b[4];
+
+  template <int COLS>
+  struct Place {
+    SharedRow at;
+
+    PYVIT_DEVICE SharedRow row(int i) const { return at + i * COLS * int(sizeof(T)); }
+  };
 
   PYVIT_DEVICE void multiply(float (&c0)[4], float (&c1)[4]) const {
     mma(T{}, c0, a, b);
@@ -239,22 +267,34 @@ struct Fragments {
   // A = tile[row0 + m][k0 + k]
   template <int COLS>
   PYVIT_DEVICE void load_a(Tile<T, COLS> tile, int row0, int k0, int lane) {
-    ldmatrix_x4(a, tile.at(row0 + (lane & 15), k0 + (lane >> 4) * 8));
+    ldmatrix_x4(a, shared_row(tile.at(row0 + (lane & 15), k0 + (lane >> 4) * 8)));
   }
   // A = tile[k0 + k][col0 + m]
   template <int COLS>
-  PYVIT_DEVICE void load_a_transposed(Tile<T, COLS> tile, int k0, int col0, int lane) {
-    ldmatrix_x4_transposed(a, tile.at(k0 + (lane & 7) + (lane >> 4) * 8, col0 + (lane >> 3 & 1) * 8));
+  PYVIT_DEVICE static Place<COLS> place_a_transposed(Tile<T, COLS> tile, int col0, int lane) {
+    return {shared_row(tile.at((lane & 7) + (lane >> 4) * 8, col0 + (lane >> 3 & 1) * 8))};
+  }
+  template <int COLS>
+  PYVIT_DEVICE void load_a_transposed(Place<COLS> from, int k0) {
+    ldmatrix_x4_transposed(a, from.row(k0));
   }
   // B = tile[n0 + n][k0 + k]
   template <int COLS>
-  PYVIT_DEVICE void load_b(Tile<T, COLS> tile, int n0, int k0, int lane) {
-    ldmatrix_x4(b, tile.at(n0 + (lane & 7) + (lane >> 4) * 8, k0 + (lane >> 3 & 1) * 8));
+  PYVIT_DEVICE static Place<COLS> place_b(Tile<T, COLS> tile, int k0, int lane) {
+    return {shared_row(tile.at((lane & 7) + (lane >> 4) * 8, k0 + (lane >> 3 & 1) * 8))};
+  }
+  template <int COLS>
+  PYVIT_DEVICE void load_b(Place<COLS> from, int n0) {
+    ldmatrix_x4(b, from.row(n0));
   }
   // B = tile[k0 + k][n0 + n]
   template <int COLS>
-  PYVIT_DEVICE void load_b_transposed(Tile<T, COLS> tile, int k0, int n0, int lane) {
-    ldmatrix_x4_transposed(b, tile.at(k0 + (lane & 15), n0 + (lane >> 4) * 8));
+  PYVIT_DEVICE static Place<COLS> place_b_transposed(Tile<T, COLS> tile, int n0, int lane) {
+    return {shared_row(tile.at(lane & 15, n0 + (lane >> 4) * 8))};
+  }
+  template <int COLS>
+  PYVIT_DEVICE void load_b_transposed(Place<COLS> from, int k0) {
+    ldmatrix_x4_transposed(b, from.row(k0));
   }
   // A = 16 columns of accumulators; `step` counts the kK columns of them in use.
   PYVIT_DEVICE void take_a(const float (&left)[4], const float (&right)[4], int) {
@@ -267,6 +307,12 @@ template <>
 struct Fragments<float> {
   static constexpr int kK = 8;
   float a[4], b[4];
+
+  template <int COLS>
+  struct Place {
+    Tile<float, COLS> tile;
+    int row, column;
+  };
 
   PYVIT_DEVICE static void split(float x, uint32_t& high, uint32_t& low) {
     high = round_tf32(x);
@@ -298,20 +344,34 @@ struct Fragments<float> {
     a[0] = top[0], a[1] = bottom[0], a[2] = top[1], a[3] = bottom[1];
   }
   template <int COLS>
-  PYVIT_DEVICE void load_a_transposed(Tile<float, COLS> tile, int k0, int col0, int lane) {
-    const int m = col0 + (lane >> 2), k = k0 + (lane & 3) * 2;
-    a[0] = *tile.at(k, m), a[1] = *tile.at(k, m + 8), a[2] = *tile.at(k + 1, m), a[3] = *tile.at(k + 1, m + 8);
+  PYVIT_DEVICE static Place<COLS> place_a_transposed(Tile<float, COLS> tile, int col0, int lane) {
+    return {tile, (lane & 3) * 2, col0 + (lane >> 2)};
   }
   template <int COLS>
-  PYVIT_DEVICE void load_b(Tile<float, COLS> tile, int n0, int k0, int lane) {
-    const int g = lane >> 2, k = k0 + (lane & 3) * 2;
-    const float *first = tile.at(n0 + g, k), *second = tile.at(n0 + g + 8, k);
+  PYVIT_DEVICE void load_a_transposed(Place<COLS> from, int k0) {
+    const int k = k0 + from.row, m = from.column;
+    a[0] = *from.tile.at(k, m), a[1] = *from.tile.at(k, m + 8);
+    a[2] = *from.tile.at(k + 1, m), a[3] = *from.tile.at(k + 1, m + 8);
+  }
+  template <int COLS>
+  PYVIT_DEVICE static Place<COLS> place_b(Tile<float, COLS> tile, int k0, int lane) {
+    return {tile, lane >> 2, k0 + (lane & 3) * 2};
+  }
+  template <int COLS>
+  PYVIT_DEVICE void load_b(Place<COLS> from, int n0) {
+    const float *first = from.tile.at(n0 + from.row, from.column),
+                *second = from.tile.at(n0 + from.row + 8, from.column);
     b[0] = first[0], b[1] = first[1], b[2] = second[0], b[3] = second[1];
   }
   template <int COLS>
-  PYVIT_DEVICE void load_b_transposed(Tile<float, COLS> tile, int k0, int n0, int lane) {
-    const int n = n0 + (lane >> 2), k = k0 + (lane & 3) * 2;
-    b[0] = *tile.at(k, n), b[1] = *tile.at(k + 1, n), b[2] = *tile.at(k, n + 8), b[3] = *tile.at(k + 1, n + 8);
+  PYVIT_DEVICE static Place<COLS> place_b_transposed(Tile<float, COLS> tile, int n0, int lane) {
+    return {tile, (lane & 3) * 2, n0 + (lane >> 2)};
+  }
+  template <int COLS>
+  PYVIT_DEVICE void load_b_transposed(Place<COLS> from, int k0) {
+    const int k = k0 + from.row, n = from.column;
+    b[0] = *from.tile.at(k, n), b[1] = *from.tile.at(k + 1, n);
+    b[2] = *from.tile.at(k, n + 8), b[3] = *from.tile.at(k + 1, n + 8);
   }
   PYVIT_DEVICE void take_a(const float (&left)[4], const float (&right)[4], int step) {
     const float (&c)[4] = step ? right : left;

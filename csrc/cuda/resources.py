@@ -30,30 +30,30 @@ LIMITS = {"80": (65536, 164 << 10, 2048, 32), "90a": (65536, 228 << 10, 2048, 32
 #: needs, so one that grows fails: by registers, or where the hardware gives no more of them by spills. Float kernels pay for the sums that
 #: they keep beside the tensor cores' (Fragments<float> in mma.cuh).
 BUDGETS = {
-    "attention_forward<Dense<half>": (128, 12),
-    "attention_forward<Dense<half>, 80": (176, 0),
+    "attention_forward<Dense<half>": (128, 0),
+    "attention_forward<Dense<half>, 80": (168, 0),
     "attention_forward<Dense<half>, 96": (168, 0),
-    "attention_forward<Dense<half>, 128": (176, 0),
-    "attention_forward<Dense<float>, 64": (144, 12),
-    "attention_forward<Dense<float>, 128": (255, 148),
-    "attention_forward<Windows<half>": (128, 4),
-    "attention_forward<Windows<float>": (144, 8),
+    "attention_forward<Dense<half>, 128": (255, 0),
+    "attention_forward<Dense<float>, 64": (152, 0),
+    "attention_forward<Dense<float>, 128": (255, 144),
+    "attention_forward<Windows<half>": (128, 0),
+    "attention_forward<Windows<float>": (144, 20),
     "attention_backward_queries<Dense<half>": (232, 0),
-    "attention_backward_queries<Dense<float>, 64": (248, 0),
-    "attention_backward_queries<Dense<float>, 128": (255, 148),
+    "attention_backward_queries<Dense<float>, 64": (255, 0),
+    "attention_backward_queries<Dense<float>, 128": (255, 188),
     "attention_backward_queries<Windows": (255, 0),
     "attention_backward_keys<Dense<half>": (248, 0),
     "attention_backward_keys<Dense<float>, 64": (255, 12),
-    "attention_backward_keys<Dense<float>, 128": (255, 484),
-    "attention_backward_keys<Windows": (255, 24),
-    "attention_backward_bias<Dense": (200, 0),
-    "attention_backward_bias<Windows": (184, 0),
-    "window_backward<half": (168, 12),
-    "window_backward<half, 32, 6, 3>": (168, 320),
-    "window_backward<float": (255, 12),
+    "attention_backward_keys<Dense<float>, 128": (255, 488),
+    "attention_backward_keys<Windows": (255, 16),
+    "attention_backward_bias<Dense": (192, 24),
+    "attention_backward_bias<Windows": (168, 0),
+    "window_backward<half": (168, 40),
+    "window_backward<half, 32, 6, 3>": (168, 216),
+    "window_backward<float": (255, 0),
     "patch_embed_forward<half": (128, 0),
     "patch_embed_forward<float": (192, 0),
-    "patch_embed_images<half": (168, 0),
+    "patch_embed_images<half": (176, 0),
     "patch_embed_weight<half": (168, 0),
     "patch_embed_images<float": (255, 0),
     "patch_embed_weight<float": (255, 32),
@@ -98,7 +98,9 @@ def cuobjdump() -> str | None:
 def short(demangled: str) -> str:
     """attention_forward<Dense<bf16>, 64, 8> from the full C++ name."""
     name = demangled.split("(pyvit", 1)[0].replace("pyvit::cuda::", "").replace("pyvit::", "").removeprefix("void ")
-    return name.replace("(int)", "").split("(")[0]
+    for written, meant in (("(int)", ""), ("(bool)0", "false"), ("(bool)1", "true")):
+        name = name.replace(written, meant)
+    return name.split("(")[0]
 
 
 def demangle(names: list[str]) -> dict[str, str]:
@@ -162,16 +164,18 @@ class Launch(NamedTuple):
     shared: int
 
 
-def attention_launch(what: str, n: int, width: int, size: int, columns: int, own_tiles: int, extra: int = 0) -> Launch:
-    """Of the attention kernels for ``n`` rows and as many others, as Layout and choose_warps in csrc/cuda/attention.cuh have it."""
+def attention_launch(what: str, n: int, width: int, size: int, columns: int, own_tiles: int, extra: int = 0, sums: bool = False) -> Launch:
+    """Of the attention kernels for ``n`` rows and as many others, as Layout and choose_warps in csrc/cuda/attention.cuh have it; with
+    ``sums`` of a bias's gradient beside the rows, as QueryPass in window_attention_backward.cu has it."""
 
     def shared(rows: int) -> int:
         stages = 2 if n > columns else 1
-        return (own_tiles * rows + 2 * stages * columns) * width * size + (rows + 3 * stages * columns) * 4 + extra
+        tiles = (own_tiles * rows + 2 * stages * columns) * width * size + (rows + 3 * stages * columns) * 4
+        return tiles + extra + sums * rows * -(-n // 8) * 32
 
     best, least = 2, float("inf")
     for warps in range(2, 9):
-        if warps > 2 and shared(16 * warps) > 96 << 10:
+        if warps > 2 and shared(16 * warps) > (112 if sums else 96) << 10:
             break
         blocks = -(-n // (16 * warps))
         cost = blocks * warps + 0.5 * blocks
@@ -180,9 +184,9 @@ def attention_launch(what: str, n: int, width: int, size: int, columns: int, own
     return Launch(what, 32 * best, shared(16 * best))
 
 
-def window_scratch(window: int) -> int:
-    """Bytes of a head's table and a window's codes (Windows::scratch_bytes)."""
-    return ((2 * window - 1) ** 2 + window**2) * 4
+def window_scratch(window: int, buffers: int = 1) -> int:
+    """Bytes of a head's table and the tokens and codes of one window or two (Windows::scratch_bytes)."""
+    return buffers * -(-(window**2) // 16) * 16 * 24 + -(-((2 * window - 1) ** 2) // 4) * 16
 
 
 def one_pass_launch(what: str, window: int, width: int, size: int, columns: int) -> Launch:
@@ -190,7 +194,7 @@ def one_pass_launch(what: str, window: int, width: int, size: int, columns: int)
     rows = -(-(window**2) // 16) * 16
 
     def shared(stages: int) -> int:
-        return 4 * stages * rows * width * size + 2 * rows * columns * size + 2 * rows * 4 + window_scratch(window)
+        return 4 * stages * rows * width * size + 2 * rows * columns * size + 2 * rows * 4 + window_scratch(window, 2)
 
     return Launch(what, 2 * rows, shared(2) if shared(2) <= 54 << 10 else shared(1))
 
@@ -205,12 +209,14 @@ def launch_of(kernel: str, tokens: int = 197) -> Launch:
         return one_pass_launch(f"window {window}", window, width, size, columns)
     if name.startswith("attention_"):
         width, columns = int(parameters[2]), 8 * int(parameters[3])
-        window = 0 if parameters[0] == "Dense" else 7 if name == "attention_forward" else 16
+        sums = parameters[-1] == "true"
+        others = 16 if sums or name == "attention_backward_keys" else 24
+        window = 0 if parameters[0] == "Dense" else 7 if name == "attention_forward" else others
         extra, n = (window_scratch(window), window**2) if window else (0, tokens)
         what = f"window {window}" if window else f"{n} tokens"
         if name == "attention_backward_bias":
             return Launch(what, 128, (2 * 64 + 2 * columns) * width * size + (64 + 3 * columns) * 4 + extra)
-        return attention_launch(what, n, width, size, columns, 1 if name == "attention_forward" else 2, extra)
+        return attention_launch(what, n, width, size, columns, 1 if name == "attention_forward" else 2, extra, sums)
     if name.startswith("patch_embed_"):
         return Launch("any", 256, 32768)
     return Launch("any", {"table_gradient": 128, "logit_gradient": 32}.get(name, 256), 0)
@@ -222,10 +228,10 @@ def common() -> list[tuple[str, Launch]]:
     for tokens, width in ((197, 64), (577, 64), (1025, 64), (257, 80)):
         for kernel in ("attention_forward", "attention_backward_queries", "attention_backward_keys"):
             columns = 8 if kernel == "attention_forward" or width <= 64 else 4
-            name = f"{kernel}<Dense<bf16>, {width}, {columns}>"
+            name = f"{kernel}<Dense<bf16>, {width}, {columns}{', false' * kernel.endswith('queries')}>"
             rows.append((name, launch_of(name, tokens)))
     windows = ("attention_forward<Windows<bf16>, 32, 8>", "window_backward<bf16, 32, 8, 1>", "window_backward<bf16, 32, 6, 3>")
-    others = ("attention_backward_queries<Windows<bf16>, 32, 8>", "attention_backward_keys<Windows<bf16>, 32, 8>")
+    others = ("attention_backward_queries<Windows<bf16>, 32, 8, true>", "attention_backward_keys<Windows<bf16>, 32, 8>")
     patches = ("patch_embed_forward<bf16>", "patch_embed_weight<bf16>", "patch_embed_images<bf16>")
     return rows + [(name, launch_of(name)) for name in (*windows, *others, *patches)]
 
@@ -264,8 +270,10 @@ def document(table: dict[str, dict[str, dict[str, int]]]) -> str:
         "The launcher (`device_launch.h`) is tested against a runtime that fails as told (`test_launch.py`).",
         "",
         "Windows of up to 64 tokens (144 in 16-bit types, head dimension 32) get all gradients from one block in one pass: 5 products,",
-        "7 (8) reads and writes of a map of C channels. Attention and larger windows take two passes: 7 and 12, and for the gradient",
-        "of a bias 2 and 4 more. Windows of 256 tokens do not fit: their probabilities and score gradients alone take 256 KB. A head of",
+        "7 (8) reads and writes of a map of C channels. Attention and larger windows take two passes: 7 and 12. Up to about 300",
+        "tokens of a window the queries' pass also sums the gradient of the table, in shared memory; beyond, and for attention, the",
+        "gradient of a bias takes 2 and 4 more. Windows of 256 tokens do not fit in one pass: their probabilities and score gradients",
+        "alone take 256 KB. A head of",
         "197 tokens fits one block (q, k, v and grad_out 104 KB, 64 keys' columns of the two matrices 52 KB), but then a multiprocessor",
         "has one block, whose loads, products and stores follow one another: on an A100 about 8, 14 and 7 thousand clocks, where the two",
         "passes overlap 24 thousand clocks of memory with 19 of products. That is no gain to build on before both are timed.",

@@ -8,27 +8,43 @@
 
 namespace pyvit::cuda {
 
-// Where a token of a window lies on the map, after the cyclic shift; `real` is false for padding.
-struct Token {
+// Where a token of a window lies on the map, after the cyclic shift, and its query of the head at hand, or null.
+// Padding has its column's complement.
+template <class T>
+struct alignas(16) TokenOf {
+  const T* q;
   int y, x;
-  bool real;
+
+  PYVIT_DEVICE bool real() const { return x >= 0; }
 };
 
 template <class Element>
 struct Windows {
   using T = Element;
   using Params = WindowGradient;
-  // A token's code: its place in the bias table's index arithmetic, the region it attends within, and whether it is
-  // padding.
-  static constexpr int kPlace = (1 << 20) - 1, kRegion = 3 << 20, kPadding = 1 << 22;
+  using Token = TokenOf<T>;
+  // What a score needs of a token: its place in the bias table's index arithmetic, and which tokens do not attend to
+  // it: those of another region, and none to padding, where that is masked, or beyond the window.
+  struct Code {
+    int place, flags;  // the place in bytes
+  };
+  struct alignas(16) CodePair {
+    Code at[2];
+  };
+  static constexpr int kRegion = 3, kPadding = 4, kBeyond = 8;
 
   const Params& p;
   int head = 0, nq, nk, d, dv;
   float scale = 0.0f, scale_log2 = 0.0f;
   int rows, columns, shift_y, shift_x, down, across, center, table_rows;
-  int image = 0, window = 0, index = 0;
+  uint32_t row_factor;
+  int found = -2, window_y = 0, window_x = 0, found_image = 0;  // whose tokens were found last
+  int index = 0, image = 0;                                     // the window at hand
+  bool edge = false;                                            // some of its tokens do not attend to some others
+  char* found_tokens = nullptr;                                 // of one window or two
+  const Token* tokens = nullptr;
+  const Code* codes = nullptr;
   float* table = nullptr;
-  int* codes = nullptr;
 
   PYVIT_DEVICE Windows(const Params& params, int first_head) : p(params) {
     const Window& w = p.forward;
@@ -39,14 +55,20 @@ struct Windows {
     shift_y = down > 1 ? w.shift_h : 0, shift_x = across > 1 ? w.shift_w : 0;
     center = (w.window_h - 1) * (2 * w.window_w - 1) + w.window_w - 1;
     table_rows = 2 * center + 1;
+    row_factor = (0x80000000u + w.window_w - 1) / w.window_w;
     read_head(first_head);
   }
-  __host__ __device__ static int scratch_bytes(const Window& w) {
-    return ((2 * w.window_h - 1) * (2 * w.window_w - 1) + w.window_h * w.window_w) * 4;
+  __host__ __device__ static int padded_area(const Window& w) { return (w.window_h * w.window_w + 15) / 16 * 16; }
+  // A window's tokens and codes lie together, in one or two buffers; then the table.
+  __host__ __device__ static int buffer_bytes(const Window& w) {
+    return padded_area(w) * int(sizeof(Token) + sizeof(Code));
   }
-  PYVIT_DEVICE void use(char* scratch) {
-    table = reinterpret_cast<float*>(scratch);
-    codes = reinterpret_cast<int*>(table + table_rows);
+  __host__ __device__ static int scratch_bytes(const Window& w, int buffers = 1) {
+    return buffers * buffer_bytes(w) + ((2 * w.window_h - 1) * (2 * w.window_w - 1) + 3) / 4 * 16;
+  }
+  PYVIT_DEVICE void use(char* scratch, int buffers = 1) {
+    found_tokens = scratch;
+    table = reinterpret_cast<float*>(scratch + buffers * buffer_bytes(p.forward));
     read_table();
   }
   PYVIT_DEVICE void set_head(int h) {
@@ -60,9 +82,9 @@ struct Windows {
     scale_log2 = scale * kLog2e;
   }
   PYVIT_DEVICE void read_table() {
-    if (p.forward.bias_table == nullptr) return;
+    const float* from = p.forward.bias_table;
     for (int i = threadIdx.x; i < table_rows; i += blockDim.x)
-      table[i] = p.forward.bias_table[int64_t(i) * p.forward.heads + head] * kLog2e;
+      table[i] = from ? from[int64_t(i) * p.forward.heads + head] * kLog2e : 0.0f;
   }
   PYVIT_DEVICE static int queries_per_key_head(const Params&) { return 1; }
   PYVIT_DEVICE int count() const { return p.forward.batch * down * across; }
@@ -72,69 +94,81 @@ struct Windows {
   PYVIT_DEVICE int last_key(int) const { return nk; }
   PYVIT_DEVICE int first_query(int) const { return 0; }
 
-  PYVIT_DEVICE void locate(int window_index) {
-    index = window_index;
-    image = index / (down * across), window = index % (down * across);
-  }
   PYVIT_DEVICE void begin(int window_index) {
-    locate(window_index);
+    find(window_index, 0);
+    PYVIT_BARRIER();
+    take(0);
+  }
+  // Finds a window's tokens, into a buffer that nobody reads.
+  PYVIT_DEVICE void find(int window_index, int buffer) {
     const Window& w = p.forward;
-    for (int i = threadIdx.x; i < nq; i += blockDim.x) {
-      const int y = i / w.window_w, x = i % w.window_w;
-      const int region = (window / across * w.window_h + y >= rows - shift_y ? 2 : 0) +
-                         (window % across * w.window_w + x >= columns - shift_x ? 1 : 0);
-      codes[i] = (y * (2 * w.window_w - 1) + x) | region << 20 | (token(i).real ? 0 : kPadding);
+    if (window_index == found + 1) {
+      if (++window_x == across) window_x = 0, ++window_y;
+      if (window_y == down) window_y = 0, ++found_image;
+    } else {
+      found_image = window_index / (down * across);
+      window_y = window_index % (down * across) / across, window_x = window_index % across;
+    }
+    found = window_index;
+    const T *map = static_cast<const T*>(w.qkv) + (found_image * w.qkv_stride[0] + head * d),
+            *pad = w.pad ? static_cast<const T*>(w.pad) + head * d : nullptr;
+    Token* to = reinterpret_cast<Token*>(found_tokens + buffer * buffer_bytes(w));
+    Code* code = reinterpret_cast<Code*>(to + padded_area(w));
+    for (int i = threadIdx.x; i < padded_area(w); i += blockDim.x) {
+      // i / window_w: exact, since i * window_w is below 2^31.
+      const int in_y = int(uint64_t(2 * uint32_t(i)) * row_factor >> 32), in_x = i - in_y * w.window_w;
+      int y = window_y * w.window_h + in_y, x = window_x * w.window_w + in_x;
+      const int region = (y >= rows - shift_y ? 2 : 0) + (x >= columns - shift_x ? 1 : 0);
+      y += shift_y, x += shift_x;
+      if (y >= rows) y -= rows;
+      if (x >= columns) x -= columns;
+      const bool real = y < w.height && x < w.width;
+      to[i] = real ? Token{map + (far(y, w.qkv_stride[1]) + far(x, w.qkv_stride[2])), y, x} : Token{pad, y, ~x};
+      code[i] = i < nq ? Code{(in_y * (2 * w.window_w - 1) + in_x) * 4, region | (real || pad ? 0 : kPadding)}
+                       : Code{0, kBeyond};
     }
   }
-  PYVIT_DEVICE Token token(int i) const {
+  // Makes the window that was found last, into this buffer, the one at hand.
+  PYVIT_DEVICE void take(int buffer) {
     const Window& w = p.forward;
-    int y = window / across * w.window_h + i / w.window_w + shift_y,
-        x = window % across * w.window_w + i % w.window_w + shift_x;
-    if (y >= rows) y -= rows;
-    if (x >= columns) x -= columns;
-    return {y, x, y < w.height && x < w.width};
+    index = found, image = found_image;
+    tokens = reinterpret_cast<const Token*>(found_tokens + buffer * buffer_bytes(w));
+    codes = reinterpret_cast<const Code*>(tokens + padded_area(w));
+    // Without an edge no token lies beyond the map or, on a shifted axis, in its last window, which holds two regions.
+    const bool masks = w.pad == nullptr;
+    edge = (window_y + 1) * w.window_h + shift_y > (masks ? w.height : rows) ||
+           (window_x + 1) * w.window_w + shift_x > (masks ? w.width : columns);
   }
+  PYVIT_DEVICE Token at(int i) const { return tokens[i]; }
 
-  PYVIT_DEVICE const void* any() const { return p.forward.qkv; }
   PYVIT_DEVICE int width() const { return p.forward.heads * d; }
-  PYVIT_DEVICE const T* part(int which, int h, int i) const {
-    const Token at = token(i);
-    const T* base = static_cast<const T*>(p.forward.pad);
-    if (at.real) {
-      const int64_t (&stride)[3] = p.forward.qkv_stride;
-      base = static_cast<const T*>(p.forward.qkv) + image * stride[0] + at.y * stride[1] + at.x * stride[2];
-    }
-    return base ? base + which * width() + h * d : nullptr;
-  }
-  PYVIT_DEVICE const T* q(int h, int i) const { return part(0, h, i); }
-  PYVIT_DEVICE const T* k(int j) const { return part(1, head, j); }
-  PYVIT_DEVICE const T* v(int j) const { return part(2, head, j); }
+  PYVIT_DEVICE const T* q(int, Token at) const { return at.q; }
+  PYVIT_DEVICE const T* k(Token at) const { return at.q ? at.q + width() : nullptr; }
+  PYVIT_DEVICE const T* v(Token at) const { return at.q ? at.q + 2 * width() : nullptr; }
   PYVIT_DEVICE int64_t place(Token at) const {
-    return (int64_t(image) * p.forward.height + at.y) * p.forward.width + at.x;
+    const int one = p.forward.height * p.forward.width;
+    return far(image, one) + (at.y * p.forward.width + at.x);
   }
-  PYVIT_DEVICE T* out(int h, int i) const {
-    const Token at = token(i);
-    return at.real ? static_cast<T*>(p.forward.out) + place(at) * width() + h * d : nullptr;
+  PYVIT_DEVICE T* out(int h, Token at) const {
+    return at.real() ? static_cast<T*>(p.forward.out) + place(at) * width() + h * d : nullptr;
   }
-  PYVIT_DEVICE const T* grad_out(int h, int i) const {
-    const Token at = token(i);
-    if (!at.real) return nullptr;
-    return static_cast<const T*>(p.grad_out) + image * p.grad_out_stride[0] + at.y * p.grad_out_stride[1] +
-           at.x * p.grad_out_stride[2] + h * d;
+  PYVIT_DEVICE const T* grad_out(int h, Token at) const {
+    if (!at.real()) return nullptr;
+    return static_cast<const T*>(p.grad_out) + image * p.grad_out_stride[0] + far(at.y, p.grad_out_stride[1]) +
+           far(at.x, p.grad_out_stride[2]) + h * d;
   }
-  PYVIT_DEVICE T* grad_part(int which, int i) const {
-    const Token at = token(i);
-    return at.real ? static_cast<T*>(p.grad_qkv) + (place(at) * 3 + which) * width() + head * d : nullptr;
+  PYVIT_DEVICE T* grad_part(int which, Token at) const {
+    return at.real() ? static_cast<T*>(p.grad_qkv) + (place(at) * 3 + which) * width() + head * d : nullptr;
   }
-  PYVIT_DEVICE T* grad_q(int, int i) const { return grad_part(0, i); }
-  PYVIT_DEVICE T* grad_k(int j) const { return grad_part(1, j); }
-  PYVIT_DEVICE T* grad_v(int j) const { return grad_part(2, j); }
+  PYVIT_DEVICE T* grad_q(int, Token at) const { return grad_part(0, at); }
+  PYVIT_DEVICE T* grad_k(Token at) const { return grad_part(1, at); }
+  PYVIT_DEVICE T* grad_v(Token at) const { return grad_part(2, at); }
   PYVIT_DEVICE float* lse(int h, int i) const {
     return p.forward.lse + (int64_t(index) * p.forward.heads + h) * nq + i;
   }
   PYVIT_DEVICE float* delta_at(int h, int i) const {
-    const Token at = token(i);
-    return at.real ? p.delta + place(at) * p.forward.heads + h : nullptr;
+    const Token token = at(i);
+    return token.real() ? p.delta + place(token) * p.forward.heads + h : nullptr;
   }
   PYVIT_DEVICE float delta(int h, int i) const {
     const float* at = delta_at(h, i);
@@ -143,21 +177,49 @@ struct Windows {
   PYVIT_DEVICE float grad_lse(int, int) const { return 0.0f; }
 
   PYVIT_DEVICE bool cosine() const { return p.forward.logit_scale != nullptr; }
-  PYVIT_DEVICE float score(float scaled, int, int i, int j) const {
-    if (i >= nq || j >= nk) return -infinity();
-    const int query = codes[i], key = codes[j];
-    if ((query ^ key) & kRegion || (p.forward.pad == nullptr && key & kPadding)) return -infinity();
-    return p.forward.bias_table ? scaled + table[(query & kPlace) - (key & kPlace) + center] : scaled;
+  struct ScoreRows {
+    static constexpr bool plain = false;
+    const char* table[2];  // the row's share of the index is added already
+    int flags[2];
+  };
+  template <bool KEYS>
+  PYVIT_DEVICE ScoreRows score_rows(int, int row0, int g, int, int) const {
+    ScoreRows at;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Code code = codes[row0 + g + 8 * half];
+      at.table[half] = reinterpret_cast<const char*>(table + center) + (KEYS ? -code.place : code.place);
+      at.flags[half] = KEYS ? code.flags : code.flags & kRegion;
+    }
+    return at;
+  }
+  // Of 16 x 8 scores, those of a lane: of two rows, 8 apart, two columns from `column0 + pair` on. Queries that do not
+  // exist may get anything.
+  template <bool KEYS>
+  PYVIT_DEVICE void finish_scores(float (&s)[4], const ScoreRows& at, int column0, int pair) const {
+    const CodePair columns = *reinterpret_cast<const CodePair*>(codes + column0 + pair);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int place = columns.at[e & 1].place;
+      s[e] = s[e] * scale_log2 + *reinterpret_cast<const float*>(at.table[e >> 1] + (KEYS ? place : -place));
+    }
+    if (edge || (!KEYS && column0 + 8 > nk)) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = at.flags[e >> 1], column = columns.at[e & 1].flags;
+        if (row ^ (KEYS ? column & kRegion : column)) s[e] = -infinity();
+      }
+    }
   }
 
   // Gradients of padding tokens are kept apart, one row each in the order of the padded map, and summed afterwards.
   PYVIT_DEVICE float* pad_row(int j) const {
-    const Token at = token(j);
-    if (at.real || p.grad_pad == nullptr) return nullptr;
+    const Token at = tokens[j];
+    if (at.real() || p.grad_pad == nullptr) return nullptr;
+    const int x = ~at.x;
     const Window& w = p.forward;
     const int right = columns - w.width, padded = rows * columns - w.height * w.width;
-    const int which =
-        at.y < w.height ? at.y * right + at.x - w.width : w.height * right + (at.y - w.height) * columns + at.x;
+    const int which = at.y < w.height ? at.y * right + x - w.width : w.height * right + (at.y - w.height) * columns + x;
     return p.pad_rows + (int64_t(image) * padded + which) * 2 * width() + head * d;
   }
   PYVIT_DEVICE void store_pad(float* row, int column, float dk, float dv_) const {

@@ -71,33 +71,52 @@ const char* launch_one_pass(const WindowGradient& params, Stream stream) {
 }
 
 template <class T, int D>
-int query_warps(const Window& w) {
+int passes_bytes(const Window& w, int rows) {
   constexpr int NT = kBackwardColumns<T, D>;
-  const int n = w.window_h * w.window_w;
-  return choose_warps(n, [&](int rows) {
-    return Layout<T, D, NT>{rows, 2, n > 8 * NT ? 2 : 1}.bytes() + Windows<T>::scratch_bytes(w);
-  });
+  return Layout<T, D, NT>{rows, 2, w.window_h * w.window_w > 8 * NT ? 2 : 1}.bytes() + Windows<T>::scratch_bytes(w);
 }
+// The table's sums beside them, which save a third pass wherever they fit.
+template <class T, int D>
+struct QueryPass {
+  static constexpr int kMostBytes = 112 << 10;  // two blocks of an sm_90 processor, one of sm_80
+  int warps, bytes;
+  bool sums;
+
+  explicit QueryPass(const Window& w) {
+    const int n = w.window_h * w.window_w;
+    const auto with_sums = [&](int rows) { return passes_bytes<T, D>(w, rows) + rows * ceil_div(n, 8) * 32; };
+    const auto without = [&](int rows) { return passes_bytes<T, D>(w, rows); };
+    sums = with_sums(64) <= kMostBytes;
+    warps = sums ? choose_warps(n, with_sums, kMostBytes) : choose_warps(n, without);
+    bytes = sums ? with_sums(16 * warps) : without(16 * warps);
+  }
+};
 
 // Larger windows, a pass for each owner of rows.
 template <class T, int D>
 const char* launch_passes(const WindowGradient& params, Stream stream) {
   constexpr int NT = kBackwardColumns<T, D>;
   const Window& w = params.forward;
-  const int n = w.window_h * w.window_w, warps = query_warps<T, D>(w), scratch = Windows<T>::scratch_bytes(w);
-  const int bytes = Layout<T, D, NT>{16 * warps, 2, n > 8 * NT ? 2 : 1}.bytes() + scratch;
-  const dim3 grid(unsigned(params.chunks) * params.query_tiles, w.heads);
-  if (const char* error = launch("window_attention_backward (queries)", attention_backward_queries<Windows<T>, D, NT>,
-                                 grid, 32 * warps, bytes, params, stream))
+  const int n = w.window_h * w.window_w;
+  const QueryPass<T, D> queries(w);
+  const bool sums = queries.sums && params.grad_bias_table;
+  if (const char* error = launch("window_attention_backward (queries)",
+                                 sums ? attention_backward_queries<Windows<T>, D, NT, true>
+                                      : attention_backward_queries<Windows<T>, D, NT, false>,
+                                 dim3(unsigned(params.chunks) * params.query_tiles, w.heads), 32 * queries.warps,
+                                 queries.bytes, params, stream))
     return error;
-  if (const char* error = launch("window_attention_backward (keys)", attention_backward_keys<Windows<T>, D, NT>, grid,
-                                 32 * warps, bytes, params, stream))
+  const auto key_bytes = [&](int rows) { return passes_bytes<T, D>(w, rows); };
+  const int key_warps = choose_warps(n, key_bytes);
+  if (const char* error = launch("window_attention_backward (keys)", attention_backward_keys<Windows<T>, D, NT>,
+                                 dim3(unsigned(params.chunks) * ceil_div(n, 16 * key_warps), w.heads), 32 * key_warps,
+                                 key_bytes(16 * key_warps), params, stream))
     return error;
-  if (params.grad_bias_table == nullptr) return nullptr;
+  if (sums || params.grad_bias_table == nullptr) return nullptr;
   constexpr int kRows = 64;
   const dim3 tiles(unsigned(params.chunks) * w.heads * ceil_div(n, kRows) * ceil_div(n, 8 * NT));
   return launch("window_attention_backward (bias)", attention_backward_bias<Windows<T>, D, NT>, tiles, 2 * kRows,
-                Layout<T, D, NT>{kRows, 2, 1}.bytes() + scratch, params, stream);
+                Layout<T, D, NT>{kRows, 2, 1}.bytes() + Windows<T>::scratch_bytes(w), params, stream);
 }
 
 }  // namespace
@@ -107,7 +126,7 @@ int window_query_tiles(const Window& w) {
   with_window_dim(w, [&](auto element, auto width) -> const char* {
     using T = decltype(element);
     const int n = w.window_h * w.window_w;
-    if (one_pass_columns<T, width()>(n) == 0) tiles = ceil_div(n, 16 * query_warps<T, width()>(w));
+    if (one_pass_columns<T, width()>(n) == 0) tiles = ceil_div(n, 16 * QueryPass<T, width()>(w).warps);
     return nullptr;
   });
   return tiles;

@@ -29,7 +29,7 @@ struct WindowLayout {
   PYVIT_DEVICE char* rest() const { return reinterpret_cast<char*>(norms(2)); }
   __host__ __device__ int tile_bytes() const { return 4 * stages * Tile<T, D>::bytes(rows) + 2 * Matrix::bytes(rows); }
   __host__ __device__ int bytes(const Window& w) const {
-    return tile_bytes() + 2 * rows * 4 + Windows<T>::scratch_bytes(w);
+    return tile_bytes() + 2 * rows * 4 + Windows<T>::scratch_bytes(w, 2);
   }
 };
 
@@ -37,12 +37,16 @@ struct WindowLayout {
 template <class T, int D, int COLUMNS>
 PYVIT_DEVICE void accumulate_columns(float (&sums)[D / 8][4], Tile<T, COLUMNS> weights, int column0, Tile<T, D> rows,
                                      int count, int lane) {
-  for (int k = 0; k < count; k += Fragments<T>::kK) {
-    Fragments<T> f;
-    f.load_a_transposed(weights, k, column0, lane);
+  Fragments<T> f;
+  const auto from_a = f.place_a_transposed(weights, column0, lane);
+  typename Fragments<T>::template Place<D> from_b[D / 16];
+#pragma unroll
+  for (int d = 0; d < D / 16; ++d) from_b[d] = f.place_b_transposed(rows, d * 16, lane);
+  for (int k = 0; k < count; k += f.kK) {
+    f.load_a_transposed(from_a, k);
 #pragma unroll
     for (int d = 0; d < D / 16; ++d) {
-      f.load_b_transposed(rows, k, d * 16, lane);
+      f.load_b_transposed(from_b[d], k);
       f.multiply(sums[2 * d], sums[2 * d + 1]);
     }
   }
@@ -69,39 +73,44 @@ __global__ void __launch_bounds__(16 * NT * TILES, TILES == 1 && sizeof(T) == 2 
   Windows<T> problem(params, blockIdx.y);
   const WindowLayout<T, D, 8 * NT * TILES> memory(rows, params.forward);
   const int stages = memory.stages;
-  problem.use(memory.rest());
+  problem.use(memory.rest(), 2);
   const int head = problem.head, n = problem.nq;
   const bool cosine = problem.cosine();
   const Range range = range_of(problem.count(), blockIdx.x, gridDim.x);
-  const auto load = [&](int index, int stage) {
+  // Of the window whose tokens were found last.
+  const auto load = [&](int buffer, int stage) {
     Windows<T> window = problem;
-    window.locate(index);
-    const auto rows_of = [&](int which, auto source) {
-      load_rows(memory.tile(stage, which), rows, 0, n, problem.d, problem.any(), source);
-    };
-    rows_of(0, [&](int i) { return window.q(head, i); });
-    rows_of(1, [&](int j) { return window.k(j); });
-    rows_of(2, [&](int j) { return window.v(j); });
-    rows_of(3, [&](int i) { return window.grad_out(head, i); });
+    window.take(buffer);
+    load_rows(window, rows, 0, n,
+              rows_of(memory.tile(stage, 0), problem.d, [&](auto at) { return window.q(head, at); }),
+              rows_of(memory.tile(stage, 1), problem.d, [&](auto at) { return window.k(at); }),
+              rows_of(memory.tile(stage, 2), problem.d, [&](auto at) { return window.v(at); }),
+              rows_of(memory.tile(stage, 3), problem.d, [&](auto at) { return window.grad_out(head, at); }));
     copy_commit();
   };
   const auto p_matrix = memory.matrix(0), ds_matrix = memory.matrix(1);
   const float *q_norms = memory.norms(0), *k_norms = memory.norms(1);
   float table_sums[TILES][NT][4] = {}, logit_sum = 0.0f;
-  if (range.first < range.last) load(range.first, 0);
+  if (range.first < range.last) {
+    problem.find(range.first, 0);
+    PYVIT_BARRIER();
+    load(0, 0);
+  }
   for (int index = range.first; index < range.last; ++index) {
-    const int stage = stages == 2 ? (index - range.first) & 1 : 0;
+    const int buffer = (index - range.first) & 1, stage = stages == 2 ? buffer : 0;
+    const bool more = index + 1 < range.last;
     const Tile<T, D> q = memory.tile(stage, 0), k = memory.tile(stage, 1), v = memory.tile(stage, 2),
                      grad_out = memory.tile(stage, 3);
     copy_wait<0>();
     PYVIT_BARRIER();
-    if (stages == 2 && index + 1 < range.last) load(index + 1, stage ^ 1);
-    problem.begin(index);
+    problem.take(buffer);
+    if (more) problem.find(index + 1, buffer ^ 1);
     if (cosine) {
       inverse_norms(q, rows, memory.norms(0));
       inverse_norms(k, rows, memory.norms(1));
     }
     PYVIT_BARRIER();
+    if (stages == 2 && more) load(buffer ^ 1, stage ^ 1);
 
     float dq[D / 8][4] = {}, lse[2], delta[2], means[2][3] = {};  // of dP, scores and their product
 #pragma unroll
@@ -116,18 +125,28 @@ __global__ void __launch_bounds__(16 * NT * TILES, TILES == 1 && sizeof(T) == 2 
       float s[NT][4], dp[NT][4];
       multiply_rows<T, D, NT>(s, q, row0, k.from(k0), pairs, lane);
       multiply_rows<T, D, NT>(dp, grad_out, row0, v.from(k0), pairs, lane);
+      const ScoreTile<false, Windows<T>> scores(problem, head, row0, k0, 16 * pairs, q_norms + row0, k_norms + k0,
+                                                lane);
 #pragma unroll
       for (int m = 0; m < NT; ++m) {
         if (m / 2 >= pairs) continue;
+        scores.normalize(s[m], m);
+        float p[4] = {s[m][0], s[m][1], s[m][2], s[m][3]};
+        scores.finish(p, m);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int half = e >> 1, row = row0 + g + half * 8, column = k0 + m * 8 + 2 * t + (e & 1);
-          const float scaled = s[m][e] * problem.scale_log2 * (cosine ? q_norms[row] * k_norms[column] : 1.0f);
-          s[m][e] = exp2_fast(problem.score(scaled, head, row, column) - lse[half]);
-          means[half][0] += s[m][e] * dp[m][e];
-          means[half][1] += s[m][e] * scaled;
-          means[half][2] += s[m][e] * dp[m][e] * scaled;
+          p[e] = exp2_fast(p[e] - lse[e >> 1]);
+          means[e >> 1][0] += p[e] * dp[m][e];
         }
+        if (cosine) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            means[e >> 1][1] += p[e] * s[m][e];
+            means[e >> 1][2] += p[e] * dp[m][e] * s[m][e];
+          }
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[m][e] = p[e];
       }
       if constexpr (TILES == 1) delta[0] = row_sum(means[0][0]), delta[1] = row_sum(means[1][0]);
 #pragma unroll
@@ -137,14 +156,18 @@ __global__ void __launch_bounds__(16 * NT * TILES, TILES == 1 && sizeof(T) == 2 
         for (int half = 0; half < 2; ++half) {
           const int row = row0 + g + half * 8, column = k0 + m * 8 + 2 * t;
           float weights[2];
-          const float query_norm = cosine ? q_norms[row] : 1.0f;
 #pragma unroll
           for (int side = 0; side < 2; ++side) {
             const int e = 2 * half + side;
-            const float ds = s[m][e] * (dp[m][e] - delta[half]);
-            table_sums[tile][m][e] += ds;
-            weights[side] = operand<T>(ds * query_norm);
-            dp[m][e] = operand<T>(cosine ? ds * k_norms[column + side] : ds);
+            weights[side] = dp[m][e] = s[m][e] * (dp[m][e] - delta[half]);
+            table_sums[tile][m][e] += dp[m][e];
+          }
+          if (cosine) {
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+              weights[side] = operand<T>(weights[side] * q_norms[row]);
+              dp[m][2 * half + side] = operand<T>(dp[m][2 * half + side] * k_norms[column + side]);
+            }
           }
           store_pair(p_matrix, row, column, s[m][2 * half], s[m][2 * half + 1]);
           store_pair(ds_matrix, row, column, weights[0], weights[1]);
@@ -159,7 +182,7 @@ __global__ void __launch_bounds__(16 * NT * TILES, TILES == 1 && sizeof(T) == 2 
       const int row = row0 + g + 8 * half;
       const float norm = cosine ? q_norms[row] : 1.0f;
       float along = 0.0f;  // the sum of ds times score, as a covariance: free of delta's rounding
-      if (cosine) along = (row_sum(means[half][2]) - row_sum(means[half][0]) * row_sum(means[half][1])) * kLn2;
+      if (cosine) along = (row_sum(means[half][2]) - row_sum(means[half][0]) * row_sum(means[half][1])) * problem.scale;
       if (t == 0) logit_sum += along;
 #pragma unroll
       for (int m = 0; m < D / 8; ++m) {
@@ -171,7 +194,8 @@ __global__ void __launch_bounds__(16 * NT * TILES, TILES == 1 && sizeof(T) == 2 
       }
     }
     // From here on each warp's rows of v and k are its own; those of q and grad_out are still read by all.
-    store_rows(v, row0, dq, problem.d, lane, [&](int i) { return i < n ? problem.grad_q(head, i) : nullptr; });
+    store_rows(v, row0, dq, problem.d, lane,
+               [&](int i) { return i < n ? problem.grad_q(head, problem.at(i)) : nullptr; });
 
     float dk[D / 8][4] = {}, dv[D / 8][4] = {};
     accumulate_columns<T, D>(dv, p_matrix, row0, grad_out, rows, lane);
@@ -201,11 +225,11 @@ __global__ void __launch_bounds__(16 * NT * TILES, TILES == 1 && sizeof(T) == 2 
       }
     }
     warp_barrier();
-    store_rows(k, row0, dk, problem.d, lane, [&](int j) { return j < n ? problem.grad_k(j) : nullptr; });
-    store_rows(v, row0, dv, problem.d, lane, [&](int j) { return j < n ? problem.grad_v(j) : nullptr; });
-    if (stages == 1 && index + 1 < range.last) {
+    store_rows(k, row0, dk, problem.d, lane, [&](int j) { return j < n ? problem.grad_k(problem.at(j)) : nullptr; });
+    store_rows(v, row0, dv, problem.d, lane, [&](int j) { return j < n ? problem.grad_v(problem.at(j)) : nullptr; });
+    if (stages == 1 && more) {
       PYVIT_BARRIER();
-      load(index + 1, 0);
+      load(buffer ^ 1, 0);
     }
   }
 

@@ -35,9 +35,9 @@ __global__ void one_ldmatrix(const __grid_constant__ Matrices p) {
   PYVIT_BARRIER();
   uint32_t r[4];
   if (p.transposed)
-    ldmatrix_x4_transposed(r, shared + lane * 8);
+    ldmatrix_x4_transposed(r, shared_row(shared + lane * 8));
   else
-    ldmatrix_x4(r, shared + lane * 8);
+    ldmatrix_x4(r, shared_row(shared + lane * 8));
   for (int i = 0; i < 4; ++i) p.registers[lane * 4 + i] = r[i];
 }
 
@@ -63,13 +63,13 @@ __global__ void one_product(const __grid_constant__ Product<T> p) {
   for (int k = 0; k < 32; k += Fragments<T>::kK) {
     Fragments<T> f;
     if (p.a_by_k)
-      f.load_a_transposed(a_by_k, k, 0, lane);
+      f.load_a_transposed(f.place_a_transposed(a_by_k, 0, lane), k);
     else
       f.load_a(a, 0, k, lane);
     if (p.b_by_k)
-      f.load_b_transposed(b_by_k, k, 0, lane);
+      f.load_b_transposed(f.place_b_transposed(b_by_k, 0, lane), k);
     else
-      f.load_b(b, 0, k, lane);
+      f.load_b(f.place_b(b, k, lane), 0);
     f.multiply(c[0], c[1]);
   }
   for (int n = 0; n < 2; ++n)
@@ -120,7 +120,8 @@ __global__ void fault(const __grid_constant__ Fault p) {
     case 10:  // a row of a matrix that does not begin on 16 bytes
     case 11:  // and one that is not in shared memory
       uint32_t r[4];
-      ldmatrix_x4(r, reinterpret_cast<const uint16_t*>(p.which == 10 ? shared : p.in) + (p.which == 10 ? 4 : 0));
+      ldmatrix_x4(
+          r, shared_row(reinterpret_cast<const uint16_t*>(p.which == 10 ? shared : p.in) + (p.which == 10 ? 4 : 0)));
       p.out[thread] = float(r[0]);
       break;
   }

@@ -93,7 +93,7 @@ def test_the_table_knows_how_kernels_are_launched(resources, emulator, dtype):
     options = (bias, False, 0.1, 0.0, None, "cuda")
     out, lse = emulator.op("flash_attention", q, q, q, *options)
     emulator.op("flash_attention_backward", q, None, out, lse, True, q, q, q, *options)
-    for side in (7, 12, 16):
+    for side in (7, 12, 16, 24):
         qkv, grad, table = (
             torch.randn(1, side, side, 96).to(dtype),
             torch.randn(1, side, side, 32).to(dtype),
@@ -106,7 +106,8 @@ def test_the_table_knows_how_kernels_are_launched(resources, emulator, dtype):
     seen = {(int(threads), int(shared)) for _, threads, shared in launches if int(shared)}
     kinds = ("bf16", 8) if dtype == torch.bfloat16 else ("float", 4)
     names = [f"attention_forward<Dense<{kinds[0]}>, 64, {kinds[1]}>", f"attention_forward<Windows<{kinds[0]}>, 32, {kinds[1]}>"]
-    names += [f"attention_backward_{part}<Dense<{kinds[0]}>, 64, {kinds[1]}>" for part in ("queries", "bias")]
-    names += [f"attention_backward_{part}<Windows<{kinds[0]}>, 32, {kinds[1]}>" for part in ("queries", "bias")]
+    names += [f"attention_backward_{part}<Dense<{kinds[0]}>, 64, {kinds[1]}{end}>" for part, end in (("queries", ", false"), ("bias", ""))]
+    ends = (("queries", ", true"), ("queries", ", false"), ("keys", ""), ("bias", ""))
+    names += [f"attention_backward_{part}<Windows<{kinds[0]}>, 32, {kinds[1]}{end}>" for part, end in ends]
     names += [f"window_backward<{kinds[0]}, 32, 8, 1>"] + ["window_backward<bf16, 32, 6, 3>"] * (kinds[0] == "bf16")
     assert {resources.launch_of(name)[1:] for name in names} <= seen

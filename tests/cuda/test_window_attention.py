@@ -48,9 +48,11 @@ def test_where_one_pass_ends(dtype, window, d):
     testing.check_op(window_attention, tensors, backend="cuda", window_size=window, shift_size=shift, num_heads=2)
 
 
-def test_window_16():
-    tensors = _tensors(torch.bfloat16, 1, 16, 32, 1, 32, (16, 16), cosine=True)
-    testing.check_op(window_attention, tensors, backend="cuda", window_size=16, shift_size=8, num_heads=1)
+@pytest.mark.parametrize("side", [16, 18])
+def test_large_windows(side):
+    """The table's gradient beside the queries', and where that does not fit in shared memory."""
+    tensors = _tensors(torch.bfloat16, 1, side, 2 * side, 1, 32, (side, side), cosine=True)
+    testing.check_op(window_attention, tensors, backend="cuda", window_size=side, shift_size=side // 2, num_heads=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -50,6 +50,12 @@ def test_long(on: Served, shape: tuple[int, ...]) -> None:
 
 
 @on_every
+def test_far_rows(on: Served) -> None:
+    """Rows further apart than 32 bits count: of a view into a huge tensor."""
+    check_op(with_lse, qkv(on, 1, 1, 2, 2, 16), backend=on.backend, store="far")
+
+
+@on_every
 def test_without_lse(on: Served) -> None:
     check_op(flash_attention, qkv(on, 2, 3, 50, 50, 64), backend=on.backend, scale=0.3)
     tensors = qkv(on, 2, 3, 50, 50, 64)

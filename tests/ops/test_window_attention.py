@@ -106,6 +106,12 @@ def test_strides(on: Served, store: str) -> None:
 
 
 @on_every
+def test_far_columns(on: Served) -> None:
+    """Columns of the map further apart than 32 bits count: of a view into a huge tensor."""
+    check_op(window_attention, inputs(on, 1, (2, 2), (2, 2), 1, 16), backend=on.backend, store="far", window_size=2, num_heads=1)
+
+
+@on_every
 def test_stride_zero_gradient(on: Served) -> None:
     def op(**kw: object) -> Tensor:
         return window_attention(window_size=(4, 3), shift_size=(2, 1), num_heads=2, **kw).sum((1, 2))
