@@ -180,9 +180,10 @@ inline int64_t widest_group(const Windows& g) {
 }
 
 // M rows, V vectors of columns of A B; lane k of row m of A is a[m * lda + k], or a[m + k * lda] if it lies in COLUMNS.
-// done(m, v, sums).
+// done(m, v, sums). What `done` holds it holds by value, and it is passed by value: a store may change whatever has an
+// address, so anything else would be loaded again after each.
 template <class D, int M, int V, bool COLUMNS, class Done>
-inline void tile_then(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t lanes, const Done& done,
+inline void tile_then(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t lanes, const Done done,
                       Ahead& ahead) {
   // A line for about every 12 cycles: memory gives no more, and what waits for it holds up the loads.
   constexpr int EACH = M * V >= 24 ? 1 : 2;
@@ -214,11 +215,11 @@ inline void tile_then(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t
 // All rows of one group of columns; done(row, v, sums).
 template <class D, int V, bool COLUMNS, int M = tile_height(V), class Done>
 inline void product(int64_t rows, int64_t lanes, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
-                    const Done& done, Ahead& ahead, int64_t row = 0) {
+                    const Done done, Ahead& ahead, int64_t row = 0) {
   for (; row + M <= rows; row += M) {
     tile_then<D, M, V, COLUMNS>(
         a + (COLUMNS ? row : row * lda), lda, b, ldb, lanes,
-        [&](int m, int v, vf x) __attribute__((always_inline)) { done(row + m, v, x); }, ahead);
+        [=](int m, int v, vf x) __attribute__((always_inline)) { done(row + m, v, x); }, ahead);
   }
   if constexpr (M > 1)
     if (row < rows) product<D, V, COLUMNS, (M > 4 ? 4 : M / 2)>(rows, lanes, a, lda, b, ldb, done, ahead, row);
@@ -227,12 +228,12 @@ inline void product(int64_t rows, int64_t lanes, const uint32_t* a, int64_t lda,
 // All columns: done(row, column, sums).
 template <class D, bool COLUMNS, class Done>
 inline void product_then(int64_t rows, int64_t cols, int64_t lanes, const uint32_t* a, int64_t lda, const uint32_t* b,
-                         int64_t ldb, const Done& done, Ahead& ahead) {
+                         int64_t ldb, const Done done, Ahead& ahead) {
   for (int64_t c = 0; c < cols;)
     c += W * next_group((cols - c + W - 1) / W, [&](auto v) {
            product<D, decltype(v)::value, COLUMNS>(
                rows, lanes, a, lda, b + c, ldb,
-               [&](int64_t row, int u, vf x) __attribute__((always_inline)) { done(row, c + u * W, x); }, ahead);
+               [=](int64_t row, int u, vf x) __attribute__((always_inline)) { done(row, c + u * W, x); }, ahead);
          });
 }
 

@@ -54,15 +54,17 @@ class Forward {
     constexpr int64_t ld = V * W;
     const int64_t count = std::min(ld, n - first);
     const std::pair<float, float> scale = split(scale2);
+    float* const scores = scores_;
+    const int64_t ld_bias = g_.ld;
     vf top[V], sum[V];
     for (int v = 0; v < V; v++)
       top[v] = set1(-1e30f), sum[v] = vf{};  // finite, so that a row without keys sums to zero
     product<D, V, false>(
         n, lanes_of<D>(d), keys_, ldk_, queries_ + first, g_.ld,
-        [&](int64_t j, int v, vf x) __attribute__((always_inline)) {
-          x = x * scale.first + (x * scale.second + load(bias + j * g_.ld + v * W));
-          store(scores_ + j * ld + v * W, x);
-          top[v] = vmax(top[v], x);
+        [=, highest = top](int64_t j, int v, vf x) __attribute__((always_inline)) {
+          x = x * scale.first + (x * scale.second + load(bias + j * ld_bias + v * W));
+          store(scores + j * ld + v * W, x);
+          highest[v] = vmax(highest[v], x);
         },
         ahead);
     uint32_t* p = reinterpret_cast<uint32_t*>(scores_);
@@ -88,8 +90,8 @@ class Forward {
     }
     product_then<D, true>(
         count, d, lanes_of<D>(n), p, ld, values_, ldv_,
-        [&](int64_t i, int64_t c, vf x)
-            __attribute__((always_inline)) { store_up_to(out[i] + c, x * inverse[i], d - c); },
+        [=, width = d, factor = inverse](int64_t i, int64_t c, vf x)
+            __attribute__((always_inline)) { store_up_to(out[i] + c, x * factor[i], width - c); },
         ahead);
   }
 
@@ -113,7 +115,8 @@ class Forward {
     *lse = total == 0 ? -INF : (most + std::log2(total)) * LN2;
     product_then<D, false>(
         1, d, lanes_of<D>(n), reinterpret_cast<uint32_t*>(row_), 0, values_, ldv_,
-        [&](int64_t, int64_t c, vf x) __attribute__((always_inline)) { store_up_to(out + c, x * inverse, d - c); },
+        [=, width = d](int64_t, int64_t c, vf x)
+            __attribute__((always_inline)) { store_up_to(out + c, x * inverse, width - c); },
         ahead);
   }
 

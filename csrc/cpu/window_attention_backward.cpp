@@ -11,7 +11,10 @@
 namespace pyvit::PYVIT_ISA {
 namespace {
 
-// Results, rows of round_up(d, W) floats: dq and dk lack the factor on the scores.
+// Queries whose probabilities are held at once, at the least where there are as many: their products are long enough to
+// keep sums in registers, and all of it stays near.
+constexpr int64_t BATCH = 48;
+
 template <class D>
 class Backward {
   using E = typename D::element;
@@ -24,7 +27,8 @@ class Backward {
         ld(round_up(w.d, W)),
         g_(g),
         lda_(ld_of_rows<D>(w.d)),
-        ldp_((widest_group(g) + g.apart) * W),
+        batch_(batch(g)),
+        ldp_(batch_ + g.apart * W),
         cosine_(w.logit_scale) {
     queries_ = memory.take<uint32_t>(lanes_of<D>(d) * g.ld);
     grads_ = memory.take<uint32_t>(lanes_of<D>(d) * g.ld);
@@ -46,9 +50,7 @@ class Backward {
       p_rows_ = reinterpret_cast<uint32_t*>(s_);
       ds_rows_ = ds_pairs_ = reinterpret_cast<uint32_t*>(ds_);
     }
-    dq = memory.take<float>(n * ld);
-    dk = memory.take<float>(n * ld);
-    dv = memory.take<float>(n * ld);
+    for (float*& rows : sums_) rows = memory.take<float>(n * ld);
   }
 
   template <class T>
@@ -65,47 +67,59 @@ class Backward {
   }
 
   // lse2 (base 2, +inf where there is no query) holds round_up(n, W) values; grad_bias, a tile like the bias, is added
-  // to, or null.
-  void run(const float* bias, float scale2, const float* lse2, float* grad_bias) {
+  // to, or null. put(0, 1 or 2, i, c, x) takes W channels of a row of dq, dk or dv; dq and dk lack the factor on the
+  // scores.
+  template <class Put>
+  void run(const float* bias, float scale2, const float* lse2, float* grad_bias, const Put put) {
     const int64_t cols = g_.apart ? n - 1 : g_.ld;
-    for (int64_t i = 0; i < cols;)
-      i += W * next_group((cols - i) / W, [&](auto v) {
-             constexpr int V = decltype(v)::value;
-             const bool apart = g_.apart && i + V * W == cols;
-             probabilities<V>(i, bias + i, scale2, lse2 + i, grad_bias ? grad_bias + i : nullptr);
-             if (apart) last_query(V * W, bias + n * g_.ld, scale2, lse2[n - 1], grad_bias);
-             products(i, apart ? V * W + 1 : std::min<int64_t>(V * W, n - i));
-           });
+    for (int64_t first = 0; first < cols; first += batch_) {
+      const int64_t end = std::min(cols, first + batch_);
+      for (int64_t i = first; i < end;)
+        i += W * next_group((end - i) / W, [&](auto v) {
+               probabilities<decltype(v)::value>(i, i - first, bias + i, scale2, lse2 + i,
+                                                 grad_bias ? grad_bias + i : nullptr);
+             });
+      if (g_.apart && end == cols) last_query(end - first, bias + n * g_.ld, scale2, lse2[n - 1], grad_bias);
+      products(first, end == cols ? n - first : end - first, put);
+    }
   }
 
   Ahead ahead;
   const int64_t d, n, ld;
-  float *dq, *dk, *dv;
 
  private:
-  // P and dS = P (dP - delta) of V vectors of queries. delta = sum of P dP, and the sum of P once more: what rounding
-  // left in the log-sum-exp, or in a 16-bit output, does not enter the gradients.
+  // Queries in batches of about the same size, whole groups of vectors each.
+  static int64_t batch(const Windows& g) {
+    const int64_t vectors = (g.apart ? g.area - 1 : g.ld) / W, most = std::max<int64_t>(BATCH / W, widest_group(g));
+    const int64_t batches = std::max<int64_t>(1, vectors / most), each = (vectors + batches - 1) / batches;
+    return round_up(each, widest_group(g)) * W;
+  }
+
+  // P and dS = P (dP - delta) of V vectors of queries, from column `at` of the batch. delta = sum of P dP, and the sum
+  // of P once more: what rounding left in the log-sum-exp, or in a 16-bit output, does not enter the gradients.
   template <int V>
-  void probabilities(int64_t first, const float* bias, float scale2, const float* lse2, float* grad_bias) {
+  void probabilities(int64_t first, int64_t at, const float* bias, float scale2, const float* lse2, float* grad_bias) {
+    float *const scores = s_ + at, *const grads = ds_ + at;
+    const int64_t ldp = ldp_, ld_bias = g_.ld;
     product<D, V, false>(
         n, lanes_of<D>(d), keys_, lda_, queries_ + first, g_.ld,
-        [&](int64_t j, int v, vf x) __attribute__((always_inline)) {
-          x = x * scale2 + (load(bias + j * g_.ld + v * W) - load(lse2 + v * W));
-          store(s_ + j * ldp_ + v * W, x);
+        [=](int64_t j, int v, vf x) __attribute__((always_inline)) {
+          x = x * scale2 + (load(bias + j * ld_bias + v * W) - load(lse2 + v * W));
+          store(scores + j * ldp + v * W, x);
         },
         ahead);
     product<D, V, false>(
         n, lanes_of<D>(d), values_, lda_, grads_ + first, g_.ld,
-        [&](int64_t j, int v, vf x) __attribute__((always_inline)) { store(ds_ + j * ldp_ + v * W, x); }, ahead);
+        [=](int64_t j, int v, vf x) __attribute__((always_inline)) { store(grads + j * ldp + v * W, x); }, ahead);
     vf sum[V], delta[V];
     for (int v = 0; v < V; v++) sum[v] = delta[v] = vf{};
     for (int64_t j = 0; j < n; j++)
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) {
-        float* s = s_ + j * ldp_ + v * W;
+        float* s = scores + j * ldp_ + v * W;
         const vf e = exp2v<D::K == 2>(load(s));
         sum[v] += e;
-        delta[v] += e * load(ds_ + j * ldp_ + v * W);
+        delta[v] += e * load(grads + j * ldp_ + v * W);
         store(s, e);
       }
     for (int v = 0; v < V; v++) {
@@ -117,7 +131,8 @@ class Backward {
       vf rest[V];
       for (int v = 0; v < V; v++) rest[v] = vf{};
       for (int64_t j = 0; j < n; j++)
-        for (int v = 0; v < V; v++) rest[v] += load(s_ + j * ldp_ + v * W) * (load(ds_ + j * ldp_ + v * W) - delta[v]);
+        for (int v = 0; v < V; v++)
+          rest[v] += load(scores + j * ldp_ + v * W) * (load(grads + j * ldp_ + v * W) - delta[v]);
       for (int v = 0; v < V; v++) delta[v] += rest[v] * sum[v];
     }
     for (int64_t j = 0; j < n; j += D::K)
@@ -125,17 +140,17 @@ class Backward {
       for (int v = 0; v < V; v++) {
         vf p[2], ds[2] = {};
         for (int k = 0; k < D::K && j + k < n; k++) {
-          const int64_t at = (j + k) * ldp_ + v * W;
-          p[k] = load(s_ + at) * sum[v];
-          ds[k] = p[k] * (load(ds_ + at) - delta[v]);
+          const int64_t to = (j + k) * ldp_ + v * W;
+          p[k] = load(scores + to) * sum[v];
+          ds[k] = p[k] * (load(grads + to) - delta[v]);
           if (grad_bias) {
             float* total = grad_bias + (j + k) * g_.ld + v * W;
             store(total, load(total) + ds[k]);
           }
-          store(reinterpret_cast<E*>(p_rows_) + at, p[k]);
-          store(reinterpret_cast<E*>(ds_rows_) + at, ds[k]);
+          store(reinterpret_cast<E*>(p_rows_) + at + to, p[k]);
+          store(reinterpret_cast<E*>(ds_rows_) + at + to, ds[k]);
         }
-        if constexpr (D::K == 2) store_as(ds_pairs_ + j / 2 * ldp_ + v * W, pair_lanes(ds[0], ds[1]));
+        if constexpr (D::K == 2) store_as(ds_pairs_ + j / 2 * ldp_ + at + v * W, pair_lanes(ds[0], ds[1]));
       }
   }
   static vf inverse(vf sum) { return sum == 0.f ? vf{} : 1.f / sum; }
@@ -174,29 +189,39 @@ class Backward {
   }
 
   // What `count` queries from `first` on give to dq, and add to dk and dv.
-  void products(int64_t first, int64_t count) {
+  template <class Put>
+  void products(int64_t first, int64_t count, const Put put) {
     product_then<D, true>(
         count, d, lanes_of<D>(n), ds_pairs_, ldp_, key_pairs_, ld,
-        [&](int64_t i, int64_t c, vf x) __attribute__((always_inline)) { store(dq + (first + i) * ld + c, x); }, ahead);
-    add(dv, p_rows_, grad_pairs_ + first / D::K * ld, first, count);
-    add(dk, ds_rows_, query_pairs_ + first / D::K * ld, first, count);
+        [=](int64_t i, int64_t c, vf x) __attribute__((always_inline)) { put(0, first + i, c, x); }, ahead);
+    add(2, p_rows_, grad_pairs_ + first / D::K * ld, first, count, put);
+    add(1, ds_rows_, query_pairs_ + first / D::K * ld, first, count, put);
   }
-  void add(float* sum, const uint32_t* a, const uint32_t* b, int64_t first, int64_t count) {
+  template <class Put>
+  void add(int part, const uint32_t* a, const uint32_t* b, int64_t first, int64_t count, const Put put) {
+    float* const sums = sums_[part - 1];
+    const int64_t ld_sums = ld;
+    const bool last = first + count == n;
     product_then<D, false>(
         n, d, lanes_of<D>(count), a, ldp_ / D::K, b, ld,
-        [&](int64_t j, int64_t c, vf x) __attribute__((always_inline)) {
-          float* p = sum + j * ld + c;
-          store(p, first ? load(p) + x : x);
+        [=](int64_t j, int64_t c, vf x) __attribute__((always_inline)) {
+          float* sum = sums + j * ld_sums + c;
+          if (first) x += load(sum);
+          if (last) {
+            put(part, j, c, x);
+          } else {
+            store(sum, x);
+          }
         },
         ahead);
   }
 
   const Windows& g_;
-  int64_t lda_, ldp_;
+  int64_t lda_, batch_, ldp_;
   bool cosine_;
   uint32_t *queries_, *grads_, *keys_, *values_, *last_query_, *last_grad_, *query_pairs_, *grad_pairs_, *key_pairs_;
   uint32_t *p_rows_, *ds_rows_, *ds_pairs_;
-  float *s_, *ds_, *row_;
+  float *s_, *ds_, *row_, *sums_[2];
 };
 
 // Sums of every range of windows and every head: bias table; k and v of the padding token; logit scale.
@@ -229,6 +254,7 @@ class Worker {
         lse2_(memory_.take<float>(g.ld)),
         zeros_(memory_.take<T>(w.heads * w.d)),
         sink_(memory_.take<T>(3 * w.heads * w.d)) {
+    for (float*& rows : rows_) rows = memory_.take<float>(g.area * gradients_.ld);
     std::fill(zeros_, zeros_ + w.heads * w.d, T{});
     std::fill(shifted_, shifted_ + w.ww * round_up(2 * w.ww - 1, W), 0.f);
   }
@@ -263,28 +289,38 @@ class Worker {
       const vf l = i + W <= n ? load(lse + i) : load_n(lse + i, int(n - i), -INF);
       store(lse2_ + i, l == set1(-INF) ? set1(INF) : l * LOG2E);
     }
-    gradients_.run(site.place.bias(shared_.bias(head)), float(shared_.scale2(head)), lse2_,
-                   tiles_ ? tiles_ + (head - first_head_) * tile_ : nullptr);
     const float scale = float(shared_.scale(head));
+    // Straight to the map, but where normalisation or the sums of padding tokens come in between.
+    const bool straight = !w_.logit_scale && !records_.pads;
+    T* const* rows = site.result;
+    const int64_t ld = gradients_.ld;
+    const auto store_part = [=](int part, int64_t i, int64_t c, vf x) __attribute__((always_inline)) {
+      store_up_to(rows[i] + part * channels + head * d + c, x, d - c);
+    };
+    float* const buffers[3] = {rows_[0], rows_[1], rows_[2]};
+    gradients_.run(site.place.bias(shared_.bias(head)), float(shared_.scale2(head)), lse2_,
+                   tiles_ ? tiles_ + (head - first_head_) * tile_ : nullptr,
+                   [=](int part, int64_t i, int64_t c, vf x) __attribute__((always_inline)) {
+                     if (straight) {
+                       store_part(part, i, c, part < 2 ? x * scale : x);
+                     } else {
+                       store(buffers[part] + i * ld + c, x);
+                     }
+                   });
+    if (straight) return;
     if (w_.logit_scale) {
-      records_.logits[record] += through_normalisation(0, gradients_.dq, scale);
-      through_normalisation(1, gradients_.dk, scale);
+      records_.logits[record] += through_normalisation(0, rows_[0], scale);
+      through_normalisation(1, rows_[1], scale);
     }
-    const float factor = w_.logit_scale ? 1.f : scale;
     for (int64_t i = 0; i < n; i++) {
-      T* to = site.result[i] + head * d;
-      for (int64_t c = 0; c < d; c += W) {
-        const int64_t at = i * gradients_.ld + c;
-        store_up_to(to + c, load(gradients_.dq + at) * factor, d - c);
-        store_up_to(to + channels + c, load(gradients_.dk + at) * factor, d - c);
-        store_up_to(to + 2 * channels + c, load(gradients_.dv + at), d - c);
-      }
-      if (records_.pads && site.result[i] == sink_)
+      const bool padding = records_.pads && site.result[i] == sink_;
+      for (int part = 0; part < 3; part++)
         for (int64_t c = 0; c < d; c += W) {
-          float* sum = records_.pads + record * records_.pad + c;
-          const int64_t at = i * gradients_.ld + c;
-          store(sum, load(sum) + load(gradients_.dk + at) * factor);
-          store(sum + gradients_.ld, load(sum + gradients_.ld) + load(gradients_.dv + at));
+          const vf x = load(rows_[part] + i * ld + c) * (w_.logit_scale || part == 2 ? 1.f : scale);
+          store_part(part, i, c, x);
+          if (!padding || part == 0) continue;  // the output at a padding token is dropped: its q has no gradient
+          float* sum = records_.pads + record * records_.pad + (part - 1) * ld + c;
+          store(sum, load(sum) + x);
         }
     }
   }
@@ -369,6 +405,7 @@ class Worker {
   int64_t tile_;
   float *tiles_, *shifted_, *lse2_;
   T *zeros_, *sink_;
+  float* rows_[3];                       // of dq, dk and dv, where they do not go straight to the map
   int64_t first_head_ = 0, record_ = 0;  // of the unit: its first head, and the record of head 0
 };
 
@@ -394,7 +431,6 @@ void backward(const Window& w, const WindowGrad& grad) {
     const int64_t h = record % w.heads;
     for (int64_t r = 0; records.tables && r < records.table; r++)
       grad.grad_table[r * w.heads + h] += records.tables[record * records.table + r];
-    // The output at a padding token is dropped: its q has no gradient.
     for (int64_t part = 1; records.pads && part < 3; part++)
       for (int64_t c = 0; c < w.d; c++)
         grad.grad_pad[(part * w.heads + h) * w.d + c] += records.pads[record * records.pad + (part - 1) * ldd + c];
