@@ -1,4 +1,4 @@
-"""``python -m benchmarks [ops] [losses] [models] [scaling]``: check, time, report."""
+"""``python -m benchmarks [ops] [models] [scaling]``: check, time, report."""
 
 from __future__ import annotations
 

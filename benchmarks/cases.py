@@ -79,7 +79,6 @@ BASELINES = {
     "window_attention": ("timm path",),
     "patch_embed": ("conv2d",),
     "linear": ("F.linear",),
-    "info_nce": ("naive",),
 }
 _FORWARD, _BACKWARD = "forward", "forward+backward"
 
@@ -207,13 +206,23 @@ def linears() -> list[Case]:
 
 
 def losses() -> list[Case]:
-    """The contrastive loss over one large batch, forward and backward."""
-    target = Target(1 / 0.7, ("naive",), memory=0.05)
-    return [
-        Case("info_nce", "batch 4096 d 512", "fp32", _BACKWARD, {"batch": 4096, "dim": 512}, None, "default", ("random",)),
-        Case("info_nce", "batch 32768 d 512", "fp32", _BACKWARD, {"batch": 32768, "dim": 512}, target, "full", ("random",)),
-        Case("info_nce", "batch 256 d 64", "fp32", _BACKWARD, {"batch": 256, "dim": 64}, None, "quick", ("random",)),
-    ]
+    """The losses that hold no logits, forward and backward: CLIP's from small batches to large, SimCLR's, SigLIP's, DINO's."""
+    target, found = Target(1 / 0.7, ("naive",), memory=0.05), []
+
+    def add(op: str, label: str, dtype: str, shape: dict[str, int], level: str, target: Target | None = None) -> None:
+        found.append(Case(op, label, dtype, _BACKWARD, shape, target, level, ("random",), ("naive",)))
+
+    for dtype in ("fp32", "bf16"):
+        for n in (1024, 4096, 8192):
+            add("info_nce", f"batch {n} d 512", dtype, {"batch": n, "dim": 512}, "default" if n == 4096 else "full")
+        level = "default" if dtype == "fp32" else "full"
+        add("nt_xent", "batch 2048 d 128", dtype, {"batch": 2048, "dim": 128}, level)
+        add("sigmoid_contrastive", "batch 4096 d 512", dtype, {"batch": 4096, "dim": 512}, level)
+        crops = {"crops": 4, "views": 2, "batch": 64, "dim": 256, "prototypes": 32768}
+        add("distillation_cross_entropy", "4 + 2 crops of 64, 32768 prototypes", dtype, crops, level)
+    add("info_nce", "batch 32768 d 512", "fp32", {"batch": 32768, "dim": 512}, "full", target)
+    add("info_nce", "batch 256 d 64", "fp32", {"batch": 256, "dim": 64}, "quick")
+    return found
 
 
 def models() -> list[Case]:
@@ -237,7 +246,7 @@ def models() -> list[Case]:
     return found
 
 
-SUITES = {"ops": lambda: attention() + windows() + patches() + linears(), "losses": losses, "models": models}
+SUITES = {"ops": lambda: attention() + windows() + patches() + linears() + losses(), "models": models}
 
 
 def select(suites: tuple[str, ...], level: str, pattern: str = "") -> list[Case]:

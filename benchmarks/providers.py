@@ -15,7 +15,6 @@ from benchmarks.specs import Provider, Spec, Tensors
 from benchmarks.workload import OURS, Contender, Workload, raised
 
 SPECS = {**OP_SPECS, **loss_specs.SPECS}
-LOSSES = ("info_nce", *loss_specs.SPECS)
 #: Largest batch at which a loss is held to its float64 reference, whose logits are of the batch squared.
 LOSS_CHECK = 2048
 #: GiB that the naive form of a large case needs; a machine without them skips it with that reason.
@@ -80,7 +79,7 @@ def build(
     spec = SPECS[case.op](case, source, dtype, device)
     work = Workload(case, source, *work_of(spec, case.mode), unavailable=dict(spec.unavailable or {}))
     checked = spec
-    if case.op in LOSSES and case.shape["batch"] > LOSS_CHECK:
+    if case.op in loss_specs.SPECS and case.shape["batch"] > LOSS_CHECK:
         smaller = Case(case.op, case.label, case.dtype, case.mode, dict(case.shape, batch=LOSS_CHECK))
         checked = SPECS[case.op](smaller, source, dtype, device)
     gate: list[Gate] = []

@@ -16,7 +16,6 @@ from benchmarks import inputs, plain
 from benchmarks.cases import Case
 from benchmarks.workload import OURS
 from pyvit.ops import reference
-from pyvit.ops.checks import wide
 
 Tensors = dict[str, Tensor]
 
@@ -244,32 +243,10 @@ def _linear(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
     return Spec(_cast(tensors, dtype, device), naive, providers, ("x", "weight", "bias"), 2 * m * k * n, 2.0, m * n)
 
 
-def _info_nce(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
-    n, d = case.shape["batch"], case.shape["dim"]
-    rng = torch.Generator().manual_seed(10)
-    a = torch.randn(n, d, generator=rng)
-    b = a + 3 * torch.randn(n, d, generator=rng)  # pairs are closer than strangers, as early in training
-    tensors = _cast({"a": F.normalize(a, dim=1), "b": F.normalize(b, dim=1), "scale": torch.tensor(1 / 0.07)}, dtype, device)
-
-    def naive(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-        logits = (scale * a @ b.T).to(wide(a.dtype))  # as autocast has it: the product in the inputs' type, cross-entropy in float32
-        labels = torch.arange(len(a), device=a.device)
-        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-
-    providers, unavailable = [Provider("naive", naive), Provider("compile", compiled(naive))], {}
-    ours = getattr(pyvit.ops, "info_nce", None)
-    if ours is None:
-        unavailable[OURS] = "this pyvit has no ops.info_nce"
-    else:
-        providers.insert(0, Provider(OURS, ours))
-    return Spec(tensors, naive, providers, ("a", "b", "scale"), 2 * n * n * d, 2.0, 1, unavailable=unavailable)
-
-
 SPECS: dict[str, Callable[[Case, str, torch.dtype, str], Spec]] = {
     "flash_attention": _flash_attention,
     "flash_attention_varlen": _flash_attention_varlen,
     "window_attention": _window_attention,
     "patch_embed": _patch_embed,
     "linear": _linear,
-    "info_nce": _info_nce,
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cases, providers
+from benchmarks import cases, loss_specs, providers
 from benchmarks.cases import Case
 from benchmarks.workload import OURS, PEERS, Workload
 
@@ -55,7 +55,7 @@ def _parameters() -> Iterator[Any]:
         "window_attention": ("timm path", "timm path, SDPA", "compile"),
         "patch_embed": ("conv2d", "reshape + linear", "compile"),
         "linear": ("F.linear", "compile"),
-        "info_nce": ("naive", "compile"),
+        **dict.fromkeys(loss_specs.SPECS, ("naive", "compile")),
     }
     for case in CASES:
         for name in (OURS, *relevant.get(case.op, ("eager SDPA", "eager naive", *PEERS))):

@@ -1,6 +1,7 @@
 """The streaming losses beside the naive ones: time, memory and training curves, written into docs/results.md.
 
-Each measurement is a process of its own; memory is the growth of its peak over forward and backward.
+``python examples/losses.py [costs] [curves]`` writes both tables, or one. Each measurement is a process of its own; memory is the growth of
+its peak over forward and backward.
 """
 
 from __future__ import annotations
@@ -88,15 +89,18 @@ def child(*arguments: str, **env: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **env}).stdout.splitlines()[-1]
 
 
-def main() -> None:
+def costs() -> list[str]:
     lines = ["| loss | streaming | naive | streaming memory | naive memory | difference of values |", "|---|---|---|---|---|---|"]
     for loss in ("info_nce", "nt_xent", "sigmoid_contrastive", "distillation_cross_entropy"):
         ours, naive = (json.loads(child("measure", loss, kind)) for kind in ("streaming", "naive"))
         times = f"{ours['seconds']:.2f} s | {naive['seconds']:.2f} s | {ours['memory']:.0f} MB | {naive['memory']:.0f} MB"
         lines.append(f"| `{loss}` | {times} | {abs(ours['value'] / naive['value'] - 1):.0e} |")
         print(lines[-1], flush=True)
-    lines += [
-        "",
+    return lines
+
+
+def curves() -> list[str]:
+    lines = [
         "| recipe on digits | loss at first | at last | ours - naive | ours - float64 | naive - float64 |",
         "|---|---|---|---|---|---|",
     ]
@@ -105,9 +109,20 @@ def main() -> None:
         apart = [max(abs(a / b - 1) for a, b in zip(*pair, strict=True)) for pair in ((ours, naive), (ours, exact), (naive, exact))]
         lines.append(f"| {recipe}, {STEPS} steps | {ours[0]:.4f} | {ours[-1]:.4f} | " + " | ".join(f"{x:.0e}" for x in apart) + " |")
         print(lines[-1], flush=True)
-    page = ROOT / "docs" / "results.md"
-    before, _, rest = page.read_text().partition("<!-- losses -->")
-    page.write_text(f"{before}<!-- losses -->\n" + "\n".join(lines) + f"\n<!-- end losses -->{rest.partition('<!-- end losses -->')[2]}")
+    return lines
+
+
+TABLES = {"costs": costs, "curves": curves}
+
+
+def main(names: list[str]) -> None:
+    if unknown := set(names) - set(TABLES):
+        sys.exit(f"losses: names must be among {', '.join(TABLES)}, got {', '.join(sorted(unknown))}")
+    for name in names or TABLES:
+        lines, page = TABLES[name](), ROOT / "docs" / "results.md"
+        before, _, rest = page.read_text().partition(f"<!-- {name} -->")
+        end = f"<!-- end {name} -->"
+        page.write_text(f"{before}<!-- {name} -->\n" + "\n".join(lines) + f"\n{end}{rest.partition(end)[2]}")
 
 
 if __name__ == "__main__":
@@ -116,4 +131,4 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["curve"]:
         print(json.dumps(curve(*sys.argv[2:])))
     else:
-        main()
+        main(sys.argv[1:])

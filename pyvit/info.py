@@ -58,16 +58,7 @@ class Info:
 def info() -> Info:
     """Versions, the processor's instruction set, backends and why each is missing, what serves each operator, optional packages."""
     advice = []
-    system = {
-        "version": f"{__version__} in {Path(__file__).parent}",
-        "python": platform.python_version(),
-        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
-        "processor": _processor(),
-        "kernels' instruction set": _isa(),
-    }
-    for name in ("PYVIT_BACKEND", "PYVIT_CPU_ISA", "PYVIT_NO_LIBRARY", "TRITON_INTERPRET"):
-        if os.environ.get(name):
-            system[name] = os.environ[name]
+    system = {"version": f"{__version__} in {Path(__file__).parent}", "python": platform.python_version(), **setting()}
     problem = library.problem()
     system["compiled library"] = (
         f"{library.PATH} ({library.PATH.stat().st_size / 1e6:.1f} MB)" if problem is None else f"not in use: {problem}"
@@ -89,6 +80,17 @@ def info() -> Info:
         found = importlib.util.find_spec(name) is not None
         packages[name] = "installed" if found else f"missing: {use}; pip install 'pyvit-kernels[{extra}]'"
     return Info(system, backends, operators, packages, advice)
+
+
+def setting() -> dict[str, str]:
+    """What decides how a CPU rounds: torch and its threads, the processor, and how pyvit was told to use it."""
+    found = {
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "processor": _processor(),
+        "kernels' instruction set": _isa(),
+    }
+    names = ("PYVIT_BACKEND", "PYVIT_CPU_ISA", "PYVIT_LINEAR", "PYVIT_NO_LIBRARY", "TRITON_INTERPRET")
+    return found | {name: os.environ[name] for name in names if os.environ.get(name)}
 
 
 def _served(op: str) -> str:

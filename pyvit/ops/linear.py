@@ -30,7 +30,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     Returns (..., M). Raises ValueError or TypeError naming the argument that does not fit, BackendError where ``backend`` cannot serve.
 
     The first call of a kind (rows to the next power of two, M, K, dtype, activation, threads) measures torch's product against oneDNN's
-    for some tens of milliseconds and the process keeps the faster. The environment variable ``PYVIT_LINEAR`` pins ``onednn`` or ``torch``
+    for some tens of milliseconds and the process keeps the faster. Processes of one torch.distributed group keep what the first of them
+    found, and a resumed ``pyvit train`` what it had chosen. The environment variable ``PYVIT_LINEAR`` pins ``onednn`` or ``torch``
     (default ``auto``); under ``torch.use_deterministic_algorithms`` nothing is measured and oneDNN is taken wherever it can. Compiled
     graphs and tensors that are traced hold the plain formula.
     """

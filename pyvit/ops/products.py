@@ -1,14 +1,20 @@
-"""Matrix products on a CPU by whichever of torch's libraries is faster for the shape: measured once, remembered for the process."""
+"""Matrix products on a CPU by whichever of torch's libraries is faster for the shape: measured once, remembered for the process.
+
+The ways differ in rounding, so a choice is part of a result's bits. The processes of one group choose alike, the first to measure for all,
+and a process that goes on with another's work adopts its choices.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -92,14 +98,28 @@ _GRAD_WEIGHT: Mapping[str, Way] = {
     "torch": lambda grad, x: grad.t() @ x,
 }
 
-_chosen: dict[tuple[Any, ...], tuple[Way, str]] = {}
+Key = tuple[Any, ...]
+_chosen: dict[Key, tuple[Way, str]] = {}
+_adopted: dict[Key, str] = {}
 
 
-def _key(kind: str, rows: int, *rest: Any) -> tuple[Any, ...]:
+def choices() -> dict[Key, str]:
+    """The way chosen for each class of products so far, for :func:`adopt`."""
+    return {key: how.partition(" (")[0] for key, (_, how) in _chosen.items()}
+
+
+def adopt(choices: Mapping[Key, str]) -> None:
+    """Choose as another process did instead of measuring. A way that cannot serve here is measured anew, with a warning."""
+    for key, name in choices.items():
+        _adopted[key] = name
+        _chosen.pop(key, None)
+
+
+def _key(kind: str, rows: int, *rest: Any) -> Key:
     return (kind, rows.bit_length(), *rest, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
 
 
-def _forward_key(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> tuple[Any, ...]:
+def _forward_key(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Key:
     return _key("forward", x.numel() // max(x.shape[-1], 1), weight.shape, weight.is_contiguous(), x.dtype, activation, bias is None)
 
 
@@ -153,7 +173,7 @@ def _forward_packed(pack: _Pack, x: Tensor, weight: Tensor, bias: Tensor | None,
     if key not in _chosen:
         ways: dict[str, Way] = {"onednn, activation fused": _by_onednn_fused} if activation in _FUSED else {}
         ways |= {"onednn": _by_onednn, "torch": lambda x, _, bias, activation: _by_torch(x, weight, bias, activation)}
-        way, name = _choose(ways, lambda rows: (few[:rows], packed, bias, activation), few.shape[0], weight, x)
+        way, name = _choose(key, ways, lambda rows: (few[:rows], packed, bias, activation), few.shape[0], weight, x)
         _chosen[key] = (way, f"{name}, weight kept packed") if way in (_by_onednn, _by_onednn_fused) else (_by_torch, name)
     way = _chosen[key][0]
     return None if way is _by_torch else way(x, packed, bias, activation)
@@ -170,7 +190,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | No
     if found is None:
         ways = {n: w for n, w in _FORWARD.items() if n != "onednn, activation fused" or activation in _FUSED}
         few = x if x.dim() < 2 else x.reshape(-1, x.shape[-1])
-        found = _chosen[key] = _choose(ways, lambda rows: (few[:rows], weight, bias, activation), few.shape[0], weight, x)
+        found = _chosen[key] = _choose(key, ways, lambda rows: (few[:rows], weight, bias, activation), few.shape[0], weight, x)
     return found[0](x, weight, bias, activation)
 
 
@@ -179,7 +199,7 @@ def grad_input(grad: Tensor, weight: Tensor) -> Tensor:
     key = _key("grad_input", grad.shape[0], weight.shape, weight.is_contiguous(), grad.dtype)
     found = _chosen.get(key)
     if found is None:
-        found = _chosen[key] = _choose(_GRAD_INPUT, lambda rows: (grad[:rows], weight), grad.shape[0], weight, grad)
+        found = _chosen[key] = _choose(key, _GRAD_INPUT, lambda rows: (grad[:rows], weight), grad.shape[0], weight, grad)
     return found[0](grad, weight)
 
 
@@ -189,12 +209,14 @@ def grad_weight(grad: Tensor, x: Tensor) -> Tensor:
     found = _chosen.get(key)
     if found is None:
         shape = torch.empty(grad.shape[1], x.shape[1], device="meta")
-        found = _chosen[key] = _choose(_GRAD_WEIGHT, lambda rows: (grad[:rows], x[:rows]), grad.shape[0], shape, grad)
+        found = _chosen[key] = _choose(key, _GRAD_WEIGHT, lambda rows: (grad[:rows], x[:rows]), grad.shape[0], shape, grad)
     return found[0](grad, x)
 
 
-def _choose(ways: Mapping[str, Way], arguments: Callable[[int], tuple[Any, ...]], rows: int, weight: Tensor, x: Tensor) -> tuple[Way, str]:
-    """The fastest of ``ways`` on the first rows of the call's own tensors, and how it was found."""
+def _choose(
+    key: Key, ways: Mapping[str, Way], arguments: Callable[[int], tuple[Any, ...]], rows: int, weight: Tensor, x: Tensor
+) -> tuple[Way, str]:
+    """The fastest of ``ways`` on the first rows of the call's own tensors, or the one chosen elsewhere, and how it was found."""
     plain = ways["torch"]
     if _policy == "torch":
         return plain, "torch (PYVIT_LINEAR)"
@@ -216,6 +238,10 @@ def _choose(ways: Mapping[str, Way], arguments: Callable[[int], tuple[Any, ...]]
     name = next(iter(able))
     if _policy == "onednn" or torch.are_deterministic_algorithms_enabled():
         return able[name], f"{name} ({'PYVIT_LINEAR' if _policy == 'onednn' else 'deterministic algorithms: not measured'})"
+    if (name := _adopted.get(key, "")) in able:
+        return able[name], f"{name} (as chosen before)"
+    if name:
+        warnings.warn("a matrix product chosen before is not available here: measured anew, results may differ by rounding", stacklevel=2)
     best = dict.fromkeys(able, float("inf"))
     for _ in range(_ROUNDS):  # interleaved, so that another process disturbs all alike
         for name, way in able.items():
@@ -224,7 +250,16 @@ def _choose(ways: Mapping[str, Way], arguments: Callable[[int], tuple[Any, ...]]
             best[name] = min(best[name], time.perf_counter() - start)
     name = min(best, key=best.__getitem__)
     figures = ", ".join(f"{n} {t * 1e3:.3f} ms" for n, t in best.items())
+    if (first := _of_group(key, name)) != name and first in able:
+        return able[first], f"{first} (as another process of the group chose; measured on {few} rows: {figures})"
     return able[name], f"{name} (measured on {few} rows: {figures})"
+
+
+def _of_group(key: Key, name: str) -> str:
+    """What the first process of the default group to measure ``key`` chose: ``name`` if it is this one. No process waits for another."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return name
+    return dist.distributed_c10d._get_default_store().compare_set(f"pyvit.products/{key}", "", name).decode()
 
 
 def _agrees(way: Way, args: tuple[Any, ...], wanted: Tensor) -> bool:

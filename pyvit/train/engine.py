@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader
 
 from pyvit.data import Data, load_data
 from pyvit.data.stream import Stream
+from pyvit.info import setting
+from pyvit.ops import products
 from pyvit.train import checkpoint, schedules
 from pyvit.train.config import FREE, Config, parse
 from pyvit.train.log import Log, Progress, active_kernels, say
@@ -163,19 +165,36 @@ class Run:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         model, optimizer = self._parts()
         set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options)
+        then, now = saved.get("setting", {}), self._setting()
+        if then == now:
+            products.adopt(saved["products"])
+        elif self.main:
+            changes = ", ".join(
+                f"{k} was {then.get(k, 'not known')}, is {now.get(k, 'not set')}" for k in {**then, **now} if then.get(k) != now.get(k)
+            )
+            say(f"note: {changes}; from here on the bits are not those of an unbroken run")
         return int(saved["step"])
+
+    def _setting(self) -> dict[str, str]:
+        """What, with the same settings, a run's bits depend on."""
+        device = self.accelerator.device
+        gpu = {"GPU": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+        return {**setting(), **gpu, "processes": str(self.world)}
 
     def _parts(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         return self.model, getattr(self.optimizer, "optimizer", self.optimizer)
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a run that has made ``step`` steps; a disk that is full costs this checkpoint, not the run."""
+        from accelerate.utils import gather_object
+
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         model, optimizer = get_state_dict(*self._parts(), options=options)  # collective: on every rank
+        chosen = dict(gather_object(list(products.choices().items())))  # likewise; a class may have come up on one rank alone
         if self.main:
-            config = json.dumps(dataclasses.asdict(self.config))
+            state = {"step": step, "model": model, "optimizer": optimizer, "config": json.dumps(dataclasses.asdict(self.config))}
             try:
-                checkpoint.save(self.folder / "last.pt", {"step": step, "model": model, "optimizer": optimizer, "config": config})
+                checkpoint.save(self.folder / "last.pt", {**state, "products": chosen, "setting": self._setting()})
             except OSError as error:
                 say(f"warning: no checkpoint at step {step}: {error}; the previous one is intact and the run goes on")
         self.accelerator.wait_for_everyone()

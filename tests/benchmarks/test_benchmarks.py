@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, gpu, gpu_cases, gpu_cost, inputs, measure, peers, plain, providers, report, runner, specs
+from benchmarks import cases, gpu, gpu_cases, gpu_cost, inputs, loss_specs, measure, peers, plain, providers, report, runner, specs
 from benchmarks.__main__ import main, parse
 from benchmarks.cases import Case, Target
 from benchmarks.ceiling import Ceiling
@@ -322,7 +322,7 @@ def test_gpu_cases_run_on_any_device(capsys):
     assert rows["flash_attention", "forward+backward", "sdpa cuDNN"].status.startswith("missing: RuntimeError")
     assert rows["window_attention", "backward", OURS].percent_of_roofline > 0
     assert rows["window_attention", "backward", OURS].floor_ms > rows["window_attention", "forward", OURS].floor_ms > 0
-    for op in providers.LOSSES:
+    for op in loss_specs.SPECS:
         assert rows[op, "forward+backward", OURS].timed
         assert rows[op, "forward+backward", "naive"].timed
         assert rows[op, "forward+backward", OURS].floor_ms > 0

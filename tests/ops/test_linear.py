@@ -185,6 +185,25 @@ def test_explain_says_which(policy: str) -> None:
     assert pyvit.explain("linear", x.double(), weight.double()).chosen == "reference"
 
 
+def test_choices_are_adopted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of measuring; a way that cannot serve here is replaced, and that is said."""
+    monkeypatch.setattr(products, "_policy", "auto")
+    monkeypatch.setattr(products, "_chosen", {})
+    monkeypatch.setattr(products, "_adopted", {})
+    x, weight, bias = inputs(torch.float32, 100)
+    linear(x, weight, bias, activation="gelu")
+    (key,) = products.choices()
+    for name in products._FORWARD if products.onednn() else ["torch"]:
+        products.adopt({key: name})
+        if name == "float32 copies":  # of float32: not a way of its own
+            with pytest.warns(UserWarning, match="is not available here"):
+                linear(x, weight, bias, activation="gelu")
+            continue
+        linear(x, weight, bias, activation="gelu")
+        assert products.choices() == {key: name}
+        assert "measured" not in products._chosen[key][1]
+
+
 def test_deterministic_algorithms_take_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_policy", "auto")
     monkeypatch.setattr(products, "_chosen", {})

@@ -25,10 +25,13 @@ SMALL = {
 }
 
 SCRIPT = """
-import json, os, signal, sys
+import itertools, json, os, signal, sys, types
+from pyvit.ops import products
 from pyvit.train import engine
 from pyvit.train.config import Config
-settings, kill_at = json.loads(sys.argv[1]), int(sys.argv[2])
+settings, kill_at, power = json.loads(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+ticks = (n**power for n in itertools.count(1))
+products.time = types.SimpleNamespace(perf_counter=ticks.__next__)
 step = engine.Run.step
 def mortal(self, number, batches):
     if number == kill_at:
@@ -39,12 +42,14 @@ engine.train(Config(**settings))
 """
 
 
-def run(settings: dict, kill_at: int = -1, **options) -> subprocess.CompletedProcess:
-    # Two processes that measure which matrix product is faster need not agree, and then not to the bit.
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYVIT_LINEAR": "torch"}
-    return subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(settings), str(kill_at)], env=env, capture_output=True, text=True, **options
-    )
+#: Powers of the clock by which matrix products are chosen: what is measured later seems to take longer, or less long.
+FIRST, LAST = 2.0, 0.5
+
+
+def run(settings: dict, kill_at: int = -1, clock: float = FIRST, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", SCRIPT, json.dumps(settings), str(kill_at), str(clock)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYVIT_LINEAR": ""}
+    return subprocess.run(command, env=env, capture_output=True, text=True, **options)
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -60,13 +65,15 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     ],
 )
 def test_kill_9_and_resume_gives_the_same_bits(tmp_path, recipe, option):
+    """Also where the second process would have found other matrix products faster."""
     settings = {**SMALL, "recipe": recipe, "steps": 8, "set": [*SMALL["set"], "drop_path_rate=0.1"], "option": option}
     whole, broken = ({**settings, "out": str(tmp_path / name)} for name in ("whole", "broken"))
     assert run(whole).returncode == 0
     assert run(broken, kill_at=5).returncode == -signal.SIGKILL
     assert [s for s, _ in losses(tmp_path / "broken")] == list(range(5))
-    second = run(broken)
+    second = run(broken, clock=LAST)
     assert second.returncode == 0, second.stderr
+    assert "note:" not in second.stdout
     assert "resuming" in second.stdout
     assert "at step 3 of 8" in second.stdout
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
@@ -76,6 +83,21 @@ def test_kill_9_and_resume_gives_the_same_bits(tmp_path, recipe, option):
             assert torch.equal(x, y)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert weights[0] == weights[1]
+
+
+def test_a_run_that_moves_says_so(tmp_path, monkeypatch, capsys):
+    """Elsewhere, or told otherwise, a run goes on, and says that its bits are others."""
+    settings = {**SMALL, "out": str(tmp_path), "steps": 2}
+    train(Config(**settings))
+    train(Config(**settings))
+    assert "note:" not in capsys.readouterr().out
+    monkeypatch.setenv("PYVIT_LINEAR", "onednn")
+    train(Config(**settings))
+    assert "note: PYVIT_LINEAR was not known, is onednn; from here on" in capsys.readouterr().out
+    old = checkpoint.load(tmp_path / "last.pt")
+    checkpoint.save(tmp_path / "last.pt", {k: old[k] for k in ("step", "model", "optimizer", "config")})
+    train(Config(**settings))
+    assert "torch was not known, is " in capsys.readouterr().out
 
 
 def _tensors(value):
