@@ -24,8 +24,7 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 #: Bytes per thread a kernel may spill: {kernel: (16-bit types, float32)}; kernels not listed may spill ``DEFAULT_SPILL``.
 DEFAULT_SPILL = (512, 1024)
-#: A window of 576 tokens keeps whole rows of scores in registers; in float32 they do not all fit (window 24: 1072 bytes on sm_90).
-SPILL_BUDGET: dict[str, tuple[int, int]] = {"window_forward": (512, 1152)}
+SPILL_BUDGET: dict[str, tuple[int, int]] = {}
 #: Kernels without a matrix product.
 NO_DOT = frozenset({"table_gradient"})
 

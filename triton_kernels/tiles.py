@@ -109,12 +109,12 @@ TABLE = (
     Entry("pair_gradient", Config(block_m=64, block_n=32, edge_n=32, group=2, warps=8, stages=2), head_dim=1 << 30),
     # Windows: "length" is the rows of a tile's piece, "group" the programs per processor.
     Entry("window_forward", Config(block_m=64, group=8, warps=4, stages=2), itemsize=2, length=64),
-    Entry("window_forward", Config(block_m=32, group=4, warps=8, stages=1), itemsize=2, length=288),
-    Entry("window_forward", Config(block_m=64, group=4, warps=4, stages=1), length=64),
-    Entry("window_forward", Config(block_m=16, group=4, warps=8, stages=1)),
+    Entry("window_forward", Config(block_m=64, group=4, warps=4, stages=1)),
+    Entry("window_forward_long", Config(block_m=64, block_n=64, edge_n=16, warps=4, stages=2), itemsize=2),
+    Entry("window_forward_long", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=1)),
     Entry("window_backward_keys", Config(block_m=64, group=4, warps=8, stages=1), itemsize=2, length=64),
     Entry("window_backward_keys", Config(block_m=32, block_n=32, group=4, warps=8, stages=1), length=64),
-    Entry("window_backward_keys", Config(block_m=64, block_n=32, group=4, warps=8, stages=1)),
+    Entry("window_backward_keys", Config(block_m=64, block_n=32, group=8, warps=4, stages=1)),
     Entry("window_backward_queries", Config(block_m=16, block_n=64, group=4, warps=8, stages=1)),
 )
 

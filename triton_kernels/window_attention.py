@@ -9,13 +9,15 @@ import torch
 from pyvit.triton_kernels.common import arch_of, dropout_args, launch, precision, processors, rows_unit
 from pyvit.triton_kernels.tiles import Config, choose, parts
 from pyvit.triton_kernels.window_backward_kernels import table_gradient, window_backward_keys, window_backward_queries
-from pyvit.triton_kernels.window_kernels import window_forward
+from pyvit.triton_kernels.window_kernels import window_forward, window_forward_long
 from torch import Tensor
 
 from pyvit.ops.reference import window_padding
 
 #: Windows of at most this many tokens are put side by side in one tile of PACKED rows.
 _PACK_AREA, _PACKED = 32, 64
+#: Larger windows are walked tile by tile.
+_TILE = 64
 
 
 class _Map:
@@ -42,9 +44,6 @@ class _Map:
         hp, wp, sy, sx = window_padding((h, w), self.window, (shift_size[0], shift_size[1]))
         self.windows = hp // self.window[0] * (wp // self.window[1])
         self.total = self.batch * self.windows
-        self.pack = max(1, min(_PACKED // self.area, self.total)) if self.area <= _PACK_AREA else 1
-        self.rows = self.pack * self.area
-        self.pieces = -(-self.total // self.pack)
         self.arch, self.itemsize = arch_of(qkv), qkv.element_size()
         self.common: dict[str, Any] = {
             "qkv": self.qkv,
@@ -65,9 +64,21 @@ class _Map:
             "D": self.d,
             "D_PARTS": parts(self.d),
             "WINDOW": self.window,
-            "PACK": self.pack,
             "PRECISION": precision(qkv),
         }
+        self.pack_into(_PACKED if self.area <= _PACK_AREA else 0)
+
+    def pack_into(self, rows: int) -> None:
+        """As many windows side by side as ``rows`` hold, but at least one."""
+        self.pack = max(1, min(rows // self.area, self.total))
+        self.rows = self.pack * self.area
+        self.pieces = -(-self.total // self.pack)
+        self.common["PACK"] = self.pack
+
+    def turned(self) -> Tensor | None:
+        """The table as (heads, offsets) in float32: biases that one load takes together lie together."""
+        table = self.common["table"]
+        return None if table is None else table.new_empty(table.shape[::-1], dtype=torch.float32).copy_(table.t())
 
     def choose(self, kernel: str) -> Config:
         return choose(kernel, self.arch, self.itemsize, self.d, self.rows)
@@ -77,6 +88,10 @@ class _Map:
         groups = max(1, min(self.pieces, config.group * processors(self.qkv) // (self.heads * tiles)))
         share = max(1, -(-self.pieces // groups))
         return -(-self.pieces // share), share
+
+
+def _without(args: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in args.items() if name not in names}
 
 
 def window_attention(
@@ -96,6 +111,12 @@ def window_attention(
     m = _Map(qkv, window_size, shift_size, num_heads, bias_table, logit_scale, pad_qkv, scale, dropout_p, seed)
     out = qkv.new_empty(*qkv.shape[:3], m.channels)
     lse = qkv.new_empty(m.batch, m.windows, m.heads, m.area, dtype=torch.float32)
+    if m.rows > _TILE:
+        c = m.choose("window_forward_long")
+        args = _without(m.common, "table", "PACK", "total") | {"out": out, "out_strides": out.stride()[:3], "lse": lse}
+        own = {"turned": m.turned(), "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "EDGE_N": c.edge_n}
+        launch(window_forward_long, m.heads * m.total * -(-m.area // c.block_m), args | own, c.warps, c.stages)
+        return out, lse
     c = m.choose("window_forward")
     tiles = -(-m.rows // c.block_m)
     groups, share = m.spread(c, tiles)
@@ -106,7 +127,6 @@ def window_attention(
         "share": share,
         "KEY_PARTS": parts(m.rows),
         "BLOCK_M": c.block_m,
-        "HOLD_BIAS": c.block_m * sum(parts(m.rows)) * 4 <= 32 << 10,
     }
     launch(window_forward, m.heads * tiles * groups, args, c.warps, c.stages)
     return out, lse
@@ -130,6 +150,9 @@ def window_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of qkv, bias_table, logit_scale and pad_qkv; empty for those not given."""
     m = _Map(qkv, window_size, shift_size, num_heads, bias_table, logit_scale, pad_qkv, scale, dropout_p, seed)
+    c = m.choose("window_backward_keys")
+    if m.rows > c.block_m:
+        m.pack_into(c.block_m)
     grad_out, out = rows_unit(grad_out), rows_unit(out)
     grad_qkv = qkv.new_empty(qkv.shape)
     args = m.common | {
@@ -141,7 +164,6 @@ def window_attention_backward(
         "grad_qkv": grad_qkv,
         "grad_qkv_strides": grad_qkv.stride()[:3],
     }
-    c = m.choose("window_backward_keys")
     whole = m.rows <= c.block_m
     tiles = -(-m.rows // c.block_m)
     groups, share = m.spread(c, tiles)
@@ -149,14 +171,17 @@ def window_attention_backward(
     shape = {"share": share, "BLOCK_N": c.block_m if whole else c.block_n, "BLOCK_M": c.block_m, "ALL": whole}
     pad_partial = m.qkv.new_zeros((groups, tiles, 2, m.heads, m.d), dtype=torch.float32)
     both = sums.args() if whole else {"bias_partial": None, "logit_partial": None}
-    launch(window_backward_keys, m.heads * tiles * groups, args | shape | both | {"pad_partial": pad_partial}, c.warps, c.stages)
+    turned = None if whole else m.turned()
+    own = both | {"turned": turned, "pad_partial": pad_partial}
+    launch(window_backward_keys, m.heads * tiles * groups, args | shape | own, c.warps, c.stages)
     if not whole:
         c = m.choose("window_backward_queries")
         tiles = -(-m.rows // c.block_m)
         groups, share = m.spread(c, tiles)
         sums = _Sums(m, groups, tiles)
-        shape = {"share": share, "KEY_PARTS": parts(m.rows, c.block_n), "BLOCK_M": c.block_m}
-        launch(window_backward_queries, m.heads * tiles * groups, args | shape | sums.args(), c.warps, c.stages)
+        own = {"turned": turned, "share": share, "KEY_PARTS": parts(m.rows, c.block_n), "BLOCK_M": c.block_m}
+        args = _without(args, "table", "PACK") | own | sums.args()
+        launch(window_backward_queries, m.heads * tiles * groups, args, c.warps, c.stages)
     grad_pad = qkv.new_empty(0)
     if pad_qkv is not None:  # padding queries are cropped from the output: theirs is zero
         grad_pad = torch.cat([pad_partial.new_zeros(m.channels), pad_partial.sum((0, 1)).flatten()]).to(pad_qkv.dtype)

@@ -10,12 +10,14 @@ from pyvit.triton_kernels.window_kernels import (
     gather,
     normalised,
     normalised_backward,
+    pair_bias,
     place,
     row_offset,
     scatter,
     score_factor,
     table_bias,
     times,
+    within_regions,
 )
 
 
@@ -46,7 +48,7 @@ def query_side(
 ):
     """Of placed queries: their rows and 1 / norm, the gradients of their outputs, with SUMS the row sums of both, and the log-sum-exps.
 
-    These are in powers of two, infinite past the windows and finite in rows that attend to nothing: probabilities there become 0.
+    These are infinite past the windows and finite in rows that attend to nothing: probabilities there become 0.
     """
     first = h * D
     queries, inverse = normalised(gather(qkv, pad, first, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE)
@@ -54,8 +56,16 @@ def query_side(
     row_sum = 0.0
     if SUMS:
         row_sum = dot_rows(load_rows(out + first, row_offset(window, y, x, windows, out_strides), real, 1, D, D_PARTS), grad)
-    log_sum = tl.load(lse + (window.to(tl.int64) * HEADS + h) * AREA + rows % AREA, mask=inside, other=float("inf")) * LOG2E
+    log_sum = tl.load(lse + (window.to(tl.int64) * HEADS + h) * AREA + rows % AREA, mask=inside, other=float("inf"))
     return queries, inverse, grad, row_sum, tl.where(log_sum == float("-inf"), 0.0, log_sum)
+
+
+@triton.jit
+def weight(s, log_sum, like):
+    """The probability of a natural score; in float32 the difference comes first, which is small, so that its rounding is."""
+    if like.dtype.element_ty == tl.float32:
+        return tl.exp2((s - log_sum) * LOG2E)
+    return tl.exp2(s * LOG2E - log_sum * LOG2E)
 
 
 @triton.jit
@@ -94,6 +104,7 @@ def window_backward_keys(
     grad_out,
     qkv,
     table,
+    turned,
     logit_scale,
     pad,
     out,
@@ -128,7 +139,7 @@ def window_backward_keys(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dK and dV of BLOCK_M keys of ``share`` pieces; ALL, where one tile is the whole piece: dQ, dBias and dScale too.
+    """dK and dV of BLOCK_M keys of ``share`` pieces; ALL, where one tile is the whole piece: dQ, dBias and dScale too. Else PACK is 1.
 
     Scores lie transposed, (keys, queries). dBias, dScale and the pad's gradient add up on chip over the windows; a program writes its sum.
     """
@@ -163,15 +174,22 @@ def window_backward_keys(
                 qkv, pad, grad_out, out, lse, q_window, qy, qx, rows, q_inside, q_real, h, HEADS,
                 windows, qkv_strides, grad_out_strides, out_strides, D, D_PARTS, AREA, COSINE, not ALL,
             )  # fmt: skip
-            raw = dot_parts(keys, queries, BLOCK_M, BLOCK_N, PRECISION) * factor
+            raw = dot_parts(keys, queries, BLOCK_M, BLOCK_N, PRECISION) * (factor if ALL else natural)
             s = raw
-            if table is not None:
-                if ALL:
+            if ALL:
+                if table is not None:
                     s += held
-                else:
-                    s += table_bias(table, rows[None, :], cols[:, None], h, HEADS, WINDOW, PACK)
-            s = attending(s, q_region[None, :], region[:, None], allowed[:, None], table, padded, shift, PACK)
-            p = tl.exp2(s - log_sum[None, :])
+                s = attending(s, q_region[None, :], region[:, None], allowed[:, None], table, padded, shift, PACK)
+                p = tl.exp2(s - (log_sum * LOG2E)[None, :])
+                if qkv.dtype.element_ty == tl.float32:  # whole rows are here: what rounding left in the log-sum-exp is taken out
+                    total_p = tl.sum(p, 0)
+                    p = p / tl.where(total_p == 0.0, 1.0, total_p)[None, :]
+            else:  # a key's own rows are all that a key outside could spoil, and they are not stored
+                if turned is not None:
+                    near, near_keys = tl.minimum(rows, ROWS - 1), tl.minimum(cols, ROWS - 1)
+                    s += pair_bias(turned, near[None, :], near_keys[:, None], h, WINDOW)
+                s = within_regions(s, q_region[None, :], region[:, None], piece, windows, windows_x, shift)
+                p = weight(s, log_sum[None, :], qkv)
             dp = dot_parts(values, grad, BLOCK_M, BLOCK_N, PRECISION)
             dropped = p
             if DROPOUT:
@@ -216,7 +234,7 @@ def window_backward_keys(
 def window_backward_queries(
     grad_out,
     qkv,
-    table,
+    turned,
     logit_scale,
     pad,
     out,
@@ -244,27 +262,25 @@ def window_backward_queries(
     D_PARTS: tl.constexpr,
     KEY_PARTS: tl.constexpr,
     WINDOW: tl.constexpr,
-    PACK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dQ of BLOCK_M queries of ``share`` pieces; their rows of dBias (BLOCK_M, keys) add up on chip over the windows."""
+    """dQ of BLOCK_M queries of ``share`` windows; their rows of dBias (BLOCK_M, keys) add up on chip over the windows."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
-    ROWS: tl.constexpr = PACK * AREA
     COSINE: tl.constexpr = logit_scale is not None
-    tiles = tl.cdiv(ROWS, BLOCK_M)
+    tiles = tl.cdiv(AREA, BLOCK_M)
     pid = tl.program_id(0)
     h, tile, group = pid % HEADS, pid // HEADS % tiles, pid // HEADS // tiles
     at_q, at_k, at_v = h * D, (HEADS + h) * D, (2 * HEADS + h) * D
     natural = score_factor(logit_scale, scale, h)
-    factor = natural * LOG2E
     draw = draw_of(seed, DROPOUT)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    near = tl.minimum(rows, AREA - 1)
     grad_bias = zero_parts((BLOCK_M,), KEY_PARTS)
     grad_logit = zero_vector(BLOCK_M)
-    for piece in range(group * share, tl.minimum(group * share + share, tl.cdiv(total, PACK))):
-        window, y, x, inside, real, region = place(rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
+    for piece in range(group * share, tl.minimum(group * share + share, total)):
+        window, y, x, inside, real, region = place(rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, 1)
         queries, inverse, grad, row_sum, log_sum = query_side(
             qkv, pad, grad_out, out, lse, window, y, x, rows, inside, real, h, HEADS,
             windows, qkv_strides, grad_out_strides, out_strides, D, D_PARTS, AREA, COSINE, True,
@@ -275,40 +291,41 @@ def window_backward_queries(
         for j in tl.static_range(len(KEY_PARTS)):
             cols = first + span(0, KEY_PARTS[j])
             first = first + KEY_PARTS[j]
-            key_window, ky, kx, key_inside, key_real, key_region = place(
-                cols, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK
-            )
-            offset = row_offset(key_window, ky, kx, windows, qkv_strides)
+            _, ky, kx, key_inside, key_real, key_region = place(cols, window, size, padded, shift, windows, windows_x, total, WINDOW, 1)
+            offset = row_offset(window, ky, kx, windows, qkv_strides)
             keys, _ = normalised(gather(qkv, pad, at_k, offset, key_real, D, D_PARTS), COSINE)
             values = gather(qkv, pad, at_v, offset, key_real, D, D_PARTS)
-            raw = dot_parts(queries, keys, BLOCK_M, KEY_PARTS[j], PRECISION) * factor
+            raw = dot_parts(queries, keys, BLOCK_M, KEY_PARTS[j], PRECISION) * natural
             s = raw
-            if table is not None:
-                s += table_bias(table, rows[:, None], cols[None, :], h, HEADS, WINDOW, PACK)
-            allowed = key_real if pad is None else key_inside
-            s = attending(s, region[:, None], key_region[None, :], allowed[None, :], table, padded, shift, PACK)
-            p = tl.exp2(s - log_sum[:, None])
+            if turned is not None:
+                s += pair_bias(turned, near[:, None], tl.minimum(cols, AREA - 1)[None, :], h, WINDOW)
+            s = within_regions(s, region[:, None], key_region[None, :], window, windows, windows_x, shift)
+            if padded is not None and pad is None:
+                s = tl.where(key_real[None, :], s, float("-inf"))
+            if first > AREA:  # ``first`` is the part's end by now
+                s = tl.where(key_inside[None, :], s, float("-inf"))
+            p = weight(s, log_sum[:, None], qkv)
             dp = dot_parts(grad, values, BLOCK_M, KEY_PARTS[j], PRECISION)
             if DROPOUT:
                 keep = kept(draw, (window * HEADS + h + rows * 0)[:, None], rows[:, None] % AREA, cols[None, :] % AREA, threshold)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
             ds = p * (dp - row_sum[:, None])
-            new_bias = new_bias + (grad_bias[j] + ds if table is not None else grad_bias[j],)  # noqa: RUF005
+            new_bias = new_bias + (grad_bias[j] + ds if turned is not None else grad_bias[j],)  # noqa: RUF005
             if COSINE:
                 grad_logit += tl.sum(ds * raw, 1)
             dq = add_products(dq, ds.to(qkv.dtype.element_ty), keys, 0, PRECISION)
         grad_bias = new_bias
         at = row_offset(window, y, x, windows, grad_qkv_strides)
         scatter(grad_qkv + at_q, normalised_backward(times(dq, natural), queries, inverse, COSINE), at, real, D, D_PARTS)
-    if table is not None:
+    if turned is not None:
         start: tl.constexpr = 0
         for j in tl.static_range(len(KEY_PARTS)):
             cols = start + span(0, KEY_PARTS[j])
             start = start + KEY_PARTS[j]
-            at = bias_partial + (group * HEADS + h).to(tl.int64) * ROWS * ROWS + rows[:, None] * ROWS + cols[None, :]
-            tl.store(at, grad_bias[j], mask=(rows[:, None] < ROWS) & (cols[None, :] < ROWS))
+            at = bias_partial + (group * HEADS + h).to(tl.int64) * AREA * AREA + rows[:, None] * AREA + cols[None, :]
+            tl.store(at, grad_bias[j], mask=(rows[:, None] < AREA) & (cols[None, :] < AREA))
     if COSINE:
-        tl.store(logit_partial + pid, tl.sum(grad_logit, 0) * LN2)
+        tl.store(logit_partial + pid, tl.sum(grad_logit, 0))
 
 
 @triton.jit

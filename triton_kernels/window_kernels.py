@@ -134,6 +134,29 @@ def attending(s, query_region, key_region, allowed, table, padded, shift, PACK: 
 
 
 @triton.jit
+def slot(r, WINDOW: tl.constexpr):
+    """Of tile rows ``r``: a number whose differences count rows of the table, so a pair's bias takes one subtraction to find."""
+    return r + r // WINDOW[1] * (WINDOW[1] - 1)
+
+
+@triton.jit
+def pair_bias(turned, i, j, h, WINDOW: tl.constexpr):
+    """Natural bias of queries ``i`` and keys ``j`` (within the window; they broadcast) from the table as (heads, offsets)."""
+    OFFSETS: tl.constexpr = (2 * WINDOW[0] - 1) * (2 * WINDOW[1] - 1)
+    return tl.load(turned + h * OFFSETS + OFFSETS // 2 + (slot(i, WINDOW) - slot(j, WINDOW)))
+
+
+@triton.jit
+def within_regions(s, query_region, key_region, window, windows, windows_x, shift):
+    """-inf for pairs that the shift keeps apart: only windows at the map's far edges hold more than one region."""
+    if shift is not None:
+        at = window % windows
+        if (at // windows_x == windows // windows_x - 1) | (at % windows_x == windows_x - 1):
+            s = tl.where(query_region == key_region, s, float("-inf"))
+    return s
+
+
+@triton.jit
 def bias_parts(table, rows, h, HEADS, KEY_PARTS: tl.constexpr, WINDOW: tl.constexpr, PACK: tl.constexpr):
     out = ()
     first: tl.constexpr = 0
@@ -179,7 +202,6 @@ def window_forward(
     WINDOW: tl.constexpr,
     PACK: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    HOLD_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -194,7 +216,7 @@ def window_forward(
     draw = draw_of(seed, DROPOUT)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     held = ()
-    if table is not None and HOLD_BIAS:
+    if table is not None:
         held = bias_parts(table, rows, h, HEADS, KEY_PARTS, WINDOW, PACK)
     for piece in range(group * share, tl.minimum(group * share + share, tl.cdiv(total, PACK))):
         window, y, x, inside, real, region = place(rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
@@ -212,10 +234,7 @@ def window_forward(
             values = values + (gather(qkv, pad, at_v, offset, key_real, D, D_PARTS),)  # noqa: RUF005
             s = dot_parts(queries, keys, BLOCK_M, KEY_PARTS[j], PRECISION) * factor
             if table is not None:
-                if HOLD_BIAS:
-                    s += held[j]
-                else:
-                    s += table_bias(table, rows[:, None], cols[None, :], h, HEADS, WINDOW, PACK)
+                s += held[j]
             allowed = key_real if pad is None else key_inside
             s = attending(s, region[:, None], key_region[None, :], allowed[None, :], table, padded, shift, PACK)
             top = tl.maximum(top, tl.max(s, 1))
@@ -240,3 +259,101 @@ def window_forward(
         scatter(out + at_q, times(acc, (keep_scale / sum_p)[:, None]), row_offset(window, y, x, windows, out_strides), real, D, D_PARTS)
         at = lse + (window.to(tl.int64) * HEADS + h) * AREA + rows % AREA
         tl.store(at, tl.where(empty, float("-inf"), (top + tl.log2(sum_p)) * LN2), mask=inside)
+
+
+@triton.jit
+def walk_keys(
+    acc, top, sum_p, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x,
+    HEADS, factor, draw, threshold, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+    COSINE: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of online softmax over BLOCK_N keys; with EDGE some of them may lie past the window."""
+    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
+    cols = first + tl.arange(0, BLOCK_N)
+    near = tl.minimum(cols, AREA - 1) if EDGE else cols
+    _, y, x, _, real, key_region = place(near, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
+    offset = row_offset(window, y, x, windows, qkv_strides)
+    keys, _ = normalised(gather(qkv, pad, (HEADS + h) * D, offset, real, D, D_PARTS), COSINE)
+    values = gather(qkv, pad, (2 * HEADS + h) * D, offset, real, D, D_PARTS)
+    s = dot_parts(queries, keys, rows.shape[0], BLOCK_N, PRECISION) * factor
+    if turned is not None:
+        s += pair_bias(turned, rows[:, None], near[None, :], h, WINDOW)
+    s = within_regions(s, region[:, None], key_region[None, :], window, windows, windows_x, shift)
+    if padded is not None and pad is None:
+        s = tl.where(real[None, :], s, float("-inf"))
+    if EDGE:
+        s = tl.where((cols < AREA)[None, :], s, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, 1))
+    shown = tl.where(new_top == float("-inf"), 0.0, new_top) * LOG2E
+    p = tl.exp2(s * LOG2E - shown[:, None])
+    decay = tl.exp2(top * LOG2E - shown)
+    sum_p = sum_p * decay + tl.sum(p, 1)
+    if DROPOUT:
+        p = tl.where(kept(draw, (window * HEADS + h + rows * 0)[:, None], rows[:, None], cols[None, :], threshold), p, 0.0)
+    acc = add_products(times(acc, decay[:, None]), p.to(qkv.dtype.element_ty), values, 0, PRECISION)
+    return acc, new_top, sum_p
+
+
+@triton.jit
+def window_forward_long(
+    qkv,
+    turned,
+    logit_scale,
+    pad,
+    out,
+    lse,
+    seed,
+    qkv_strides,
+    out_strides,
+    size,
+    padded,
+    shift,
+    windows,
+    windows_x,
+    HEADS,
+    scale,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    D_PARTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EDGE_N: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """BLOCK_M queries of one window too large for a single tile: keys go by in tiles, masks are applied where a window has any."""
+    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
+    WHOLE: tl.constexpr = AREA // BLOCK_N * BLOCK_N
+    COSINE: tl.constexpr = logit_scale is not None
+    tiles: tl.constexpr = (AREA + BLOCK_M - 1) // BLOCK_M
+    pid = tl.program_id(0)
+    tile, h, window = pid % tiles, pid // tiles % HEADS, pid // tiles // HEADS
+    factor = score_factor(logit_scale, scale, h)
+    draw = draw_of(seed, DROPOUT)
+    every = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.minimum(every, AREA - 1)  # rows past the window repeat its last, and are not stored
+    _, y, x, _, real, region = place(rows, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
+    queries, _ = normalised(gather(qkv, pad, h * D, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    sum_p = tl.zeros((BLOCK_M,), tl.float32)
+    acc = zero_parts((BLOCK_M,), D_PARTS)
+    for first in range(0, WHOLE, BLOCK_N):
+        acc, top, sum_p = walk_keys(
+            acc, top, sum_p, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows,
+            windows_x, HEADS, factor, draw, threshold, D, D_PARTS, WINDOW, BLOCK_N, COSINE, False, DROPOUT, PRECISION,
+        )  # fmt: skip
+    if AREA > WHOLE:
+        for first in range(WHOLE, AREA, EDGE_N):
+            acc, top, sum_p = walk_keys(
+                acc, top, sum_p, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows,
+                windows_x, HEADS, factor, draw, threshold, D, D_PARTS, WINDOW, EDGE_N, COSINE, AREA % EDGE_N != 0, DROPOUT, PRECISION,
+            )  # fmt: skip
+    inside = every < AREA
+    empty = sum_p == 0.0
+    sum_p = tl.where(empty, 1.0, sum_p)
+    at = row_offset(window, y, x, windows, out_strides)
+    scatter(out + h * D, times(acc, (keep_scale / sum_p)[:, None]), at, real & inside, D, D_PARTS)
+    at = lse + (window.to(tl.int64) * HEADS + h) * AREA + rows
+    tl.store(at, tl.where(empty, float("-inf"), top + tl.log2(sum_p) * LN2), mask=inside)

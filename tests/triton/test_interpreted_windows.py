@@ -29,6 +29,10 @@ WINDOWS = [
     ((1, 5, 9), (7, 7), (3, 3), 1, 16, "table cosine pad dropout"),
     ((1, 8, 8), (8, 8), (0, 0), 1, 16, ""),
     ((1, 10, 9), (9, 9), (4, 4), 1, 16, "table cosine pad dropout"),
+    ((1, 18, 9), (9, 9), (2, 0), 2, 16, "table"),
+    ((1, 12, 24), (12, 12), (0, 6), 1, 16, "table cosine"),
+    ((1, 11, 10), (3, 23), (1, 7), 1, 16, ""),
+    ((2, 10, 10), (10, 10), (0, 0), 1, 24, "table pad"),
 ]
 
 
@@ -58,6 +62,7 @@ def test_windows(agree, case) -> None:
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=["fp16", "bf16"])
 def test_windows_in_low_precision(agree, dtype) -> None:
     _compare_windows(agree, dtype, (1, 8, 9), (7, 7), (3, 3), 1, 32, "table pad")
+    _compare_windows(agree, dtype, (1, 9, 10), (9, 9), (3, 3), 1, 32, "table")
 
 
 @pytest.mark.slow
