@@ -1,6 +1,7 @@
 """``python -m benchmarks.choices``: CUDA's kernels against Triton's on the GPU at hand, as rows for ``pyvit.choice.MEASURED``.
 
-Both are held to float64 first, as in every benchmark; a case where one is wrong or refuses gives no row, and says so.
+Both are held to float64 first, as in every benchmark; a case where one is wrong or refuses gives no row, and says so. With
+``--predicted``, which needs no GPU, it prints what was measured beside what :func:`pyvit.choice.predict` says of the same calls.
 """
 
 from __future__ import annotations
@@ -49,7 +50,33 @@ def rows(
         yield choice.Measured(part, case.op, inputs.DTYPES[case.dtype], grad, shape(case), *figures, f"{date.today()}")
 
 
+def sizes(case: Case) -> tuple[int, ...]:
+    """The case's sizes as dispatch passes them."""
+    s = case.shape
+    if case.op == "flash_attention":
+        return s["batch"], s["heads"], s["heads"], s["length"], s["length"], s["dim"]
+    if case.op == "window_attention":
+        return s["batch"], s["side"], s["side"], s["window"], s["window"], s["heads"], s["width"] // s["heads"]
+    return s["batch"], 3, s["patch"], s["patch"], (s["size"] // s["patch"]) ** 2, s["width"]
+
+
+def predicted() -> Iterator[str]:
+    """Lines of a table: measured and predicted milliseconds of each backend."""
+    yield "| call | cuda | predicted | triton | predicted | faster | predicted |"
+    yield "|---|---:|---:|---:|---:|---|---|"
+    calls = {(c.op, shape(c)): sizes(c) for c in gpu_cases.ops() if c.op in ("flash_attention", "window_attention", "patch_embed")}
+    for row in choice.MEASURED:
+        features = {"window_attention": ("bias_table",)}.get(row.op, ()) + ("grad",) * row.grad
+        told = [choice.predict(b, row.op, row.dtype, features, calls[row.op, row.shape], row.part, row.grad) for b in ("cuda", "triton")]
+        faster = ["cuda" if a < b else "triton" for a, b in ((row.cuda, row.triton), told)]
+        name = f"{row.op} {'x'.join(map(str, row.shape))}, {'forward and backward' if row.grad else 'forward'}"
+        yield f"| {name} | {row.cuda:.3g} | {told[0]:.2g} | {row.triton:.3g} | {told[1]:.2g} | {faster[0]} | {faster[1]} |"
+
+
 def main() -> int:
+    if sys.argv[1:] == ["--predicted"]:
+        print("\n".join(predicted()))
+        return 0
     if (why := gpu.lacking()) is not None:
         print(f"benchmarks.choices {why}", file=sys.stderr)
         return 2

@@ -75,21 +75,37 @@ def triton_attention(
 
 
 def cuda_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bool) -> Plan:
-    """As attention, a window at a time; backward in one pass while a block holds the window, up to 64 tokens without reading the output."""
-    padding = (up(area, 16) / area) ** 2 * next(w for w in WINDOW_HEAD_DIMS if w >= d) / d
+    """As attention, a window at a time; backward in one pass while a block holds the window, up to 64 tokens without reading the output;
+    beyond, the table's gradient takes a pass of its own only where its sums do not fit beside the queries."""
+    width = next(w for w in WINDOW_HEAD_DIMS if w >= d)
+    padding = (up(area, 16) / area) ** 2 * width / d
     if not backward:
         return _attention(4, 2, padding, 1, False, False)
     if area <= 64 or (area <= 144 and itemsize == 2 and d <= 32):
         return _attention(7 if area <= 64 else 8, 5, padding, 1 + table_grad, False, True)
-    return _attention(12 + 4 * table_grad, 7 + 2 * table_grad, padding, 2 + 2 * table_grad, False, True)
+    own_pass = table_grad and not cuda_table_sums_fit(area, width, itemsize)
+    return _attention(12 + 4 * own_pass, 7 + 2 * own_pass, padding, 2 + table_grad + own_pass, False, True)
+
+
+def cuda_table_sums_fit(area: int, width: int, itemsize: int) -> bool:
+    """Of a square window: whether 64 queries' sums of the table's gradient fit (QueryPass in csrc/cuda/window_attention_backward.cu)."""
+    columns = 64 if itemsize == 2 and width <= 64 else 32
+    tiles = (2 * 64 + 4 * columns) * width * itemsize + (64 + 6 * columns) * 4
+    table = (2 * area**0.5 - 1) ** 2 * 4
+    return tiles + up(area, 16) * 24 + table + 64 * up(area, 8) * 4 <= 112 << 10
 
 
 def triton_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bool, arch: str) -> Plan:
-    """Small windows side by side in a tile of 64 rows; all gradients in one pass where a tile holds the window."""
-    pack = max(1, 64 // area) if area <= 32 else 1
-    rows = pack * area
+    """Small windows side by side in a tile of 64 rows, large ones tile by tile; all gradients in one pass where a tile holds the window."""
+    rows, width = (64 // area if area <= 32 else 1) * area, sum(parts(d)) / d
+    if not backward and rows > 64:
+        c = choose("window_forward_long", arch, itemsize, d, rows)
+        keys = area // c.block_n * c.block_n + up(area % c.block_n, c.edge_n)
+        return _attention(4, 2, up(area, c.block_m) * keys / area**2 * width, 1, c.block_m >= 64, False)
     c = choose("window_backward_keys" if backward else "window_forward", arch, itemsize, d, rows)
-    padding = up(rows, c.block_m) * sum(parts(rows)) / (pack * area * area) * sum(parts(d)) / d
+    if backward and rows > c.block_m:
+        rows = max(1, c.block_m // area) * area
+    padding = up(rows, c.block_m) * sum(parts(rows)) / (rows * area) * width
     if not backward:
         return _attention(4, 2, padding, 1, c.block_m >= 64, False)
     tensors, products, launches = (8, 5, 1) if rows <= c.block_m else (13, 7, 2)

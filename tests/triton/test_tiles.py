@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,11 @@ def test_tuning_leaves_out_wrong_results(monkeypatch: pytest.MonkeyPatch, tmp_pa
         tiles.tuned.cache_clear()
         tiles._look_up.cache_clear()
     assert any("wrong results" in line for line in said)
+
+
+def test_compiling_ahead_keeps_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes of their own: what raises, or is not done in time, is left out. Divisions stand for compilations."""
+    monkeypatch.setattr(tune, "_compile", divmod)
+    assert tune.compile_ahead([(2,), (0,), (3,)], 60.0, 2, 7) == {(2,), (3,)}
+    monkeypatch.setattr(tune, "_compile", time.sleep)
+    assert tune.compile_ahead([()], 0.0, 1, 0.5) == set()
