@@ -76,6 +76,9 @@ def _settle(config: Config) -> Config:
     config = config.resolved({"model": TOWERS.get((config.recipe, config.data)) or MODELS.get(config.data, "vit_small_patch16_224")})
     config = config.resolved({k: v for k, v in preset.items() if k not in ("epochs",) or config.steps is None})
     config = config.resolved(recipe.defaults)
+    for name in ("epochs", "steps", "batch_size", "accumulate", "save_every", "log_every"):
+        if (value := getattr(config, name)) is not None and value <= 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
     if config.lr is None:
         config = dataclasses.replace(config, lr=recipe.base_lr * config.batch_size / recipe.base_batch)  # type: ignore[operator]
     if config.out is None:

@@ -87,6 +87,8 @@ def test_unknown_options_are_refused(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"batch_size": 0}, "batch_size must be above 0, got 0"),
+        ({"epochs": -1.0}, "epochs must be above 0, got -1.0"),
         ({"recipe": "sleep"}, "recipe must be one of"),
         ({"data": "nowhere"}, "data: must be a folder"),
         ({"batch_size": 5000}, "batch_size must be at most the 1442 images"),
