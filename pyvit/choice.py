@@ -32,7 +32,8 @@ def _h100(op: str, grad: bool, shape: tuple[int, ...], cuda: float, triton: floa
     return Measured("H100", op, torch.bfloat16, grad, shape, cuda, triton, "2026-11-26")
 
 
-#: The shapes of ``benchmarks.gpu_cases``; what else was timed then is in benchmarks/results.
+#: The shapes of ``benchmarks.gpu_cases``; what else was timed then is in benchmarks/results. Window kernels and CUDA's attention have
+#: changed since (docs/gpu-status.md): these rows are evidence of that day, and the first thing to measure anew.
 MEASURED: tuple[Measured, ...] = (
     _h100("flash_attention", False, (197, 197, 64), 0.4984, 0.253),
     _h100("flash_attention", True, (197, 197, 64), 2.867, 1.231),

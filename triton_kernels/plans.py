@@ -89,7 +89,7 @@ def cuda_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bo
 
 def cuda_table_sums_fit(area: int, width: int, itemsize: int) -> bool:
     """Of a square window: whether 64 queries' sums of the table's gradient fit (QueryPass in csrc/cuda/window_attention_backward.cu)."""
-    columns = 64 if itemsize == 2 and width <= 64 else 32
+    columns = 64 if itemsize == 2 else 32
     tiles = (2 * 64 + 4 * columns) * width * itemsize + (64 + 6 * columns) * 4
     table = (2 * area**0.5 - 1) ** 2 * 4
     return tiles + up(area, 16) * 24 + table + 64 * up(area, 8) * 4 <= 112 << 10

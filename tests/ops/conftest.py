@@ -13,6 +13,16 @@ from pyvit import BackendError, ops
 from pyvit.testing import Served, served
 
 
+@pytest.fixture
+def far(on: Served) -> str:
+    """The layout of rows far apart, where the device has room for three such tensors (on a CPU they are hardly touched)."""
+    try:
+        _ = [torch.empty(2**31 + 4096, dtype=on.dtype, device=on.device) for _ in range(3)]
+    except RuntimeError:
+        pytest.skip(f"no room for three tensors of 2**31 elements of {on.dtype} on {on.device}")
+    return "far"
+
+
 class Example(NamedTuple):
     """``op(**tensors, **options, backend=on.backend)``; ``low`` is the same call of torch.ops.pyvit: positional, backend last."""
 

@@ -50,9 +50,9 @@ def test_long(on: Served, shape: tuple[int, ...]) -> None:
 
 
 @on_every
-def test_far_rows(on: Served) -> None:
+def test_far_rows(on: Served, far: str) -> None:
     """Rows further apart than 32 bits count: of a view into a huge tensor."""
-    check_op(with_lse, qkv(on, 1, 1, 2, 2, 16), backend=on.backend, store="far")
+    check_op(with_lse, qkv(on, 1, 1, 2, 2, 16), backend=on.backend, store=far)
 
 
 @on_every

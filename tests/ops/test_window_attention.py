@@ -106,9 +106,9 @@ def test_strides(on: Served, store: str) -> None:
 
 
 @on_every
-def test_far_columns(on: Served) -> None:
+def test_far_columns(on: Served, far: str) -> None:
     """Columns of the map further apart than 32 bits count: of a view into a huge tensor."""
-    check_op(window_attention, inputs(on, 1, (2, 2), (2, 2), 1, 16), backend=on.backend, store="far", window_size=2, num_heads=1)
+    check_op(window_attention, inputs(on, 1, (2, 2), (2, 2), 1, 16), backend=on.backend, store=far, window_size=2, num_heads=1)
 
 
 @on_every
