@@ -67,9 +67,14 @@ def main(argv: list[str] | None = None) -> int:
     print("\n".join(report.machine(top)), *(["freed memory is kept by the process"] if kept else []), sep="\n", flush=True)
     settings = runner.Settings(seconds=args.seconds, rounds=(3, 5) if args.level == "quick" else (5, 101), peers=args.peers)
     chosen = cases.select(tuple(s for s in args.suites if s in cases.SUITES), args.level, args.only)
+    ops = list(dict.fromkeys(case.op for case in chosen))
+    if args.minutes < math.inf:
+        chosen = cases.spread(chosen)
     clock = lambda: time.perf_counter() - start  # noqa: E731
     left = lambda: 60 * args.minutes - clock()  # noqa: E731
     results = runner.run(chosen, settings, top, lambda line: print(f"{clock():6.1f} s  {line}", flush=True), left)
+    results.rows.sort(key=lambda row: ops.index(row.op))
+    results.outcomes.sort(key=lambda outcome: ops.index(outcome.case.op))
     pictures: list[Path] = []
     if "scaling" in args.suites and not args.only:
         from benchmarks import scaling

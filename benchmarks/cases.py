@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -257,3 +258,13 @@ def select(suites: tuple[str, ...], level: str, pattern: str = "") -> list[Case]
     if pattern:
         return [case for case in found if pattern in case.id]
     return [case for case in found if (case.level == "quick" if quick else case.at(level) and case.level != "quick")]
+
+
+def spread(chosen: Sequence[Case]) -> list[Case]:
+    """The first case of every operator and model, then every second one: a run that ends early has seen something of each."""
+    seen: Counter[str] = Counter()
+    ranks = []
+    for case in chosen:
+        ranks.append(seen[case.op])
+        seen[case.op] += 1
+    return [case for _, case in sorted(zip(ranks, chosen, strict=True), key=lambda pair: pair[0])]

@@ -101,6 +101,14 @@ def test_design_targets_are_all_there():
     assert sum(t.extra_us == 10.0 for t in by.values()) == 1
 
 
+def test_a_run_that_ends_early_has_seen_something_of_each():
+    chosen = cases.select(tuple(cases.SUITES), "default")
+    spread = cases.spread(chosen)
+    ops = {case.op for case in chosen}
+    assert {case.op for case in spread[: len(ops)]} == ops
+    assert sorted(case.id for case in spread) == sorted(case.id for case in chosen)
+
+
 def test_ids_are_unique():
     everything = [case for suite in cases.SUITES.values() for case in suite()] + gpu.chosen_cases(gpu.STEPS)
     ids = [case.id for case in everything]
