@@ -108,7 +108,10 @@ def triton_window(area: int, d: int, itemsize: int, backward: bool, table_grad: 
     padding = up(rows, c.block_m) * sum(parts(rows)) / (rows * area) * width
     if not backward:
         return _attention(4, 2, padding, 1, c.block_m >= 64, False)
-    tensors, products, launches = (8, 5, 1) if rows <= c.block_m else (13, 7, 2)
+    whole = rows <= c.block_m
+    tensors, products, launches = (8, 5, 1) if whole else (12, 7, 2)
+    if table_grad and not whole:  # a pass of its own, which reads queries, keys, values and the output's gradient again
+        tensors, products, launches = tensors + 4, products + 2, launches + 1
     return _attention(tensors, products, padding, launches + 2 * table_grad, c.block_m >= 64, True)
 
 

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from pyvit.triton_kernels.common import arch_of, dropout_args, launch, precision, processors, rows_unit
 from pyvit.triton_kernels.tiles import Config, choose, parts
-from pyvit.triton_kernels.window_backward_kernels import table_gradient, window_backward_keys, window_backward_queries
+from pyvit.triton_kernels.window_backward_kernels import (
+    table_gradient,
+    window_backward_bias,
+    window_backward_keys,
+    window_backward_queries,
+)
 from pyvit.triton_kernels.window_kernels import window_forward, window_forward_long
 from torch import Tensor
 
@@ -153,53 +158,61 @@ def window_attention_backward(
     c = m.choose("window_backward_keys")
     if m.rows > c.block_m:
         m.pack_into(c.block_m)
-    grad_out, out = rows_unit(grad_out), rows_unit(out)
+    whole = m.rows <= c.block_m
+    grad_out = rows_unit(grad_out)
     grad_qkv = qkv.new_empty(qkv.shape)
     args = m.common | {
         "grad_out": grad_out,
         "grad_out_strides": grad_out.stride()[:3],
-        "out": out,
-        "out_strides": out.stride()[:3],
         "lse": lse.contiguous(),
+        "row_sums": None,
         "grad_qkv": grad_qkv,
         "grad_qkv_strides": grad_qkv.stride()[:3],
     }
-    whole = m.rows <= c.block_m
     tiles = -(-m.rows // c.block_m)
     groups, share = m.spread(c, tiles)
-    sums = _Sums(m, groups, tiles)
+    if whole:
+        sums = _Sums(m, groups, (groups, tiles))
+        own = {"turned": None, "bias_partial": sums.bias, "logit_partial": sums.logit}
+    else:
+        args |= {"row_sums": torch.empty_like(args["lse"]), "turned": m.turned()}
+        sums = _gradients_by_tiles(m, args, rows_unit(out))
+        own = {"bias_partial": None, "logit_partial": None}
     shape = {"share": share, "BLOCK_N": c.block_m if whole else c.block_n, "BLOCK_M": c.block_m, "ALL": whole}
     pad_partial = m.qkv.new_zeros((groups, tiles, 2, m.heads, m.d), dtype=torch.float32)
-    both = sums.args() if whole else {"bias_partial": None, "logit_partial": None}
-    turned = None if whole else m.turned()
-    own = both | {"turned": turned, "pad_partial": pad_partial}
-    launch(window_backward_keys, m.heads * tiles * groups, args | shape | own, c.warps, c.stages)
-    if not whole:
-        c = m.choose("window_backward_queries")
-        tiles = -(-m.rows // c.block_m)
-        groups, share = m.spread(c, tiles)
-        sums = _Sums(m, groups, tiles)
-        own = {"turned": turned, "share": share, "KEY_PARTS": parts(m.rows, c.block_n), "BLOCK_M": c.block_m}
-        args = _without(args, "table", "PACK") | own | sums.args()
-        launch(window_backward_queries, m.heads * tiles * groups, args, c.warps, c.stages)
+    launch(window_backward_keys, m.heads * tiles * groups, args | shape | own | {"pad_partial": pad_partial}, c.warps, c.stages)
     grad_pad = qkv.new_empty(0)
     if pad_qkv is not None:  # padding queries are cropped from the output: theirs is zero
         grad_pad = torch.cat([pad_partial.new_zeros(m.channels), pad_partial.sum((0, 1)).flatten()]).to(pad_qkv.dtype)
     return grad_qkv, sums.table_grad(bias_table, m), sums.logit_grad(logit_scale, m), grad_pad
 
 
-class _Sums:
-    """Partial sums of the table's and the temperature's gradients, one per group of windows; added in order afterwards."""
+def _gradients_by_tiles(m: _Map, args: dict[str, Any], out: Tensor) -> _Sums:
+    """Of windows larger than a tile: the queries' gradients and row sums, then the table's."""
+    c, b = m.choose("window_backward_queries"), m.choose("window_backward_bias")
+    tiles, bias_tiles = -(-m.rows // c.block_m), -(-m.rows // b.block_m) * -(-m.rows // b.block_n)
+    groups, share = m.spread(b, bias_tiles)
+    sums = _Sums(m, groups, (m.total, tiles))
+    common = _without(args, "table", "PACK")
+    own = {"out": out, "out_strides": out.stride()[:3], "logit_partial": sums.logit}
+    own |= {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "EDGE_N": c.edge_n}
+    launch(window_backward_queries, m.heads * m.total * tiles, _without(common, "total") | own, c.warps, c.stages)
+    if sums.bias is not None:
+        own = {"bias_partial": sums.bias, "share": share, "BLOCK_M": b.block_m, "BLOCK_N": b.block_n}
+        common = _without(common, "grad_qkv", "grad_qkv_strides")
+        launch(window_backward_bias, m.heads * bias_tiles * groups, common | own, b.warps, b.stages)
+    return sums
 
-    def __init__(self, m: _Map, groups: int, tiles: int) -> None:
+
+class _Sums:
+    """Partial sums: the table's gradient by groups of windows, the temperature's by ``programs`` per head; added in order afterwards."""
+
+    def __init__(self, m: _Map, groups: int, programs: tuple[int, int]) -> None:
         empty = torch.zeros if m.total == 0 else torch.empty
         like: dict[str, Any] = {"dtype": torch.float32, "device": m.qkv.device}
         table, logit = m.common["table"] is not None, m.common["logit_scale"] is not None
         self.bias = empty((groups, m.heads, m.rows, m.rows), **like) if table else None
-        self.logit = empty((groups, tiles, m.heads), **like) if logit else None
-
-    def args(self) -> dict[str, Any]:
-        return {"bias_partial": self.bias, "logit_partial": self.logit}
+        self.logit = empty((programs[0], programs[1], m.heads), **like) if logit else None
 
     def table_grad(self, table: Tensor | None, m: _Map) -> Tensor:
         if table is None or self.bias is None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from pyvit.triton_kernels.common import LN2, LOG2E, add_products, dot_parts, dot_rows, draw_of, kept, load_rows, span, zero_parts, zeros_of
+from pyvit.triton_kernels.common import LN2, LOG2E, add_products, dot_parts, dot_rows, draw_of, kept, load_rows, zero_parts, zeros_of
 from pyvit.triton_kernels.window_kernels import (
     attending,
     gather,
+    key_side,
     normalised,
     normalised_backward,
     pair_bias,
@@ -26,8 +27,8 @@ def query_side(
     qkv,
     pad,
     grad_out,
-    out,
     lse,
+    row_sums,
     window,
     y,
     x,
@@ -39,24 +40,23 @@ def query_side(
     windows,
     qkv_strides,
     grad_out_strides,
-    out_strides,
     D: tl.constexpr,
     D_PARTS: tl.constexpr,
     AREA: tl.constexpr,
     COSINE: tl.constexpr,
-    SUMS: tl.constexpr,
 ):
-    """Of placed queries: their rows and 1 / norm, the gradients of their outputs, with SUMS the row sums of both, and the log-sum-exps.
+    """Of placed queries: their rows and 1 / norm, the gradients of their outputs, their row sums where there are any, the log-sum-exps.
 
     These are infinite past the windows and finite in rows that attend to nothing: probabilities there become 0.
     """
     first = h * D
     queries, inverse = normalised(gather(qkv, pad, first, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE)
     grad = load_rows(grad_out + first, row_offset(window, y, x, windows, grad_out_strides), real, 1, D, D_PARTS)
+    at = (window.to(tl.int64) * HEADS + h) * AREA + rows % AREA
     row_sum = 0.0
-    if SUMS:
-        row_sum = dot_rows(load_rows(out + first, row_offset(window, y, x, windows, out_strides), real, 1, D, D_PARTS), grad)
-    log_sum = tl.load(lse + (window.to(tl.int64) * HEADS + h) * AREA + rows % AREA, mask=inside, other=float("inf"))
+    if row_sums is not None:
+        row_sum = tl.load(row_sums + at, mask=inside, other=0.0)
+    log_sum = tl.load(lse + at, mask=inside, other=float("inf"))
     return queries, inverse, grad, row_sum, tl.where(log_sum == float("-inf"), 0.0, log_sum)
 
 
@@ -107,8 +107,8 @@ def window_backward_keys(
     turned,
     logit_scale,
     pad,
-    out,
     lse,
+    row_sums,
     grad_qkv,
     bias_partial,
     logit_partial,
@@ -116,7 +116,6 @@ def window_backward_keys(
     seed,
     grad_out_strides,
     qkv_strides,
-    out_strides,
     grad_qkv_strides,
     size,
     padded,
@@ -139,7 +138,9 @@ def window_backward_keys(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dK and dV of BLOCK_M keys of ``share`` pieces; ALL, where one tile is the whole piece: dQ, dBias and dScale too. Else PACK is 1.
+    """dK and dV of BLOCK_M keys of ``share`` pieces; ALL, where one tile is the whole piece: dQ, dBias and dScale too.
+
+    Otherwise PACK is 1 and ``row_sums`` are what window_backward_queries left.
 
     Scores lie transposed, (keys, queries). dBias, dScale and the pad's gradient add up on chip over the windows; a program writes its sum.
     """
@@ -171,8 +172,8 @@ def window_backward_keys(
             rows = first + tl.arange(0, BLOCK_N)
             q_window, qy, qx, q_inside, q_real, q_region = place(rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
             queries, q_inverse, grad, row_sum, log_sum = query_side(
-                qkv, pad, grad_out, out, lse, q_window, qy, qx, rows, q_inside, q_real, h, HEADS,
-                windows, qkv_strides, grad_out_strides, out_strides, D, D_PARTS, AREA, COSINE, not ALL,
+                qkv, pad, grad_out, lse, row_sums, q_window, qy, qx, rows, q_inside, q_real, h, HEADS,
+                windows, qkv_strides, grad_out_strides, D, D_PARTS, AREA, COSINE,
             )  # fmt: skip
             raw = dot_parts(keys, queries, BLOCK_M, BLOCK_N, PRECISION) * (factor if ALL else natural)
             s = raw
@@ -231,6 +232,25 @@ def window_backward_keys(
 
 
 @triton.jit
+def walk_keys_backward(
+    dq, queries, grad, row_sum, log_sum, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows,
+    windows_x, HEADS, natural, draw, threshold, keep_scale, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr, COSINE: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What BLOCK_N keys add to the gradients of a tile of queries, before the factor of the scores."""
+    cols, keys, values, s = key_side(
+        queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS, natural,
+        D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
+    )  # fmt: skip
+    p = weight(s, log_sum[:, None], qkv)
+    dp = dot_parts(grad, values, rows.shape[0], BLOCK_N, PRECISION)
+    if DROPOUT:
+        keep = kept(draw, (window * HEADS + h + rows * 0)[:, None], rows[:, None], cols[None, :], threshold)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    return add_products(dq, (p * (dp - row_sum[:, None])).to(qkv.dtype.element_ty), keys, 0, PRECISION)
+
+
+@triton.jit
 def window_backward_queries(
     grad_out,
     qkv,
@@ -239,14 +259,84 @@ def window_backward_queries(
     pad,
     out,
     lse,
+    row_sums,
     grad_qkv,
-    bias_partial,
     logit_partial,
     seed,
     grad_out_strides,
     qkv_strides,
     out_strides,
     grad_qkv_strides,
+    size,
+    padded,
+    shift,
+    windows,
+    windows_x,
+    HEADS,
+    scale,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    D_PARTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EDGE_N: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dQ of BLOCK_M queries of one window too large for a single tile, keys going by in tiles; the other kernels find its row sums."""
+    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
+    WHOLE: tl.constexpr = AREA // BLOCK_N * BLOCK_N
+    COSINE: tl.constexpr = logit_scale is not None
+    tiles: tl.constexpr = (AREA + BLOCK_M - 1) // BLOCK_M
+    pid = tl.program_id(0)
+    tile, h, window = pid % tiles, pid // tiles % HEADS, pid // tiles // HEADS
+    natural = score_factor(logit_scale, scale, h)
+    draw = draw_of(seed, DROPOUT)
+    every = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = every < AREA
+    rows = tl.minimum(every, AREA - 1)  # rows past the window repeat its last, and are not stored
+    _, y, x, _, real, region = place(rows, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
+    queries, inverse, grad, _, log_sum = query_side(
+        qkv, pad, grad_out, lse, None, window, y, x, rows, rows < AREA, real, h, HEADS, windows, qkv_strides, grad_out_strides,
+        D, D_PARTS, AREA, COSINE,
+    )  # fmt: skip
+    row_sum = dot_rows(load_rows(out + h * D, row_offset(window, y, x, windows, out_strides), real, 1, D, D_PARTS), grad)
+    tl.store(row_sums + (window.to(tl.int64) * HEADS + h) * AREA + rows, row_sum, mask=inside)
+    dq = zero_parts((BLOCK_M,), D_PARTS)
+    for first in range(0, WHOLE, BLOCK_N):
+        dq = walk_keys_backward(
+            dq, queries, grad, row_sum, log_sum, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift,
+            windows, windows_x, HEADS, natural, draw, threshold, keep_scale, D, D_PARTS, WINDOW, BLOCK_N, COSINE, False, DROPOUT, PRECISION,
+        )  # fmt: skip
+    if AREA > WHOLE:
+        for first in range(WHOLE, AREA, EDGE_N):
+            dq = walk_keys_backward(
+                dq, queries, grad, row_sum, log_sum, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift,
+                windows, windows_x, HEADS, natural, draw, threshold, keep_scale, D, D_PARTS, WINDOW, EDGE_N, COSINE, AREA % EDGE_N != 0,
+                DROPOUT, PRECISION,
+            )  # fmt: skip
+    dq = times(dq, natural)
+    if COSINE:  # (windows, tiles, heads): a temperature scales every score of a row, so its gradient is queries times dQ
+        tl.store(logit_partial + (window * tiles + tile) * HEADS + h, tl.sum(tl.where(inside, dot_rows(dq, queries), 0.0), 0))
+    at = row_offset(window, y, x, windows, grad_qkv_strides)
+    scatter(grad_qkv + h * D, normalised_backward(dq, queries, inverse, COSINE), at, real & inside, D, D_PARTS)
+
+
+@triton.jit
+def window_backward_bias(
+    grad_out,
+    qkv,
+    turned,
+    logit_scale,
+    pad,
+    lse,
+    row_sums,
+    bias_partial,
+    seed,
+    grad_out_strides,
+    qkv_strides,
     size,
     padded,
     shift,
@@ -260,72 +350,48 @@ def window_backward_queries(
     keep_scale,
     D: tl.constexpr,
     D_PARTS: tl.constexpr,
-    KEY_PARTS: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dQ of BLOCK_M queries of ``share`` windows; their rows of dBias (BLOCK_M, keys) add up on chip over the windows."""
+    """BLOCK_M x BLOCK_N of dBias, added up on chip over ``share`` windows: the products are computed anew, the bias is read once."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     COSINE: tl.constexpr = logit_scale is not None
-    tiles = tl.cdiv(AREA, BLOCK_M)
+    tiles: tl.constexpr = (AREA + BLOCK_M - 1) // BLOCK_M
+    key_tiles: tl.constexpr = (AREA + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
-    h, tile, group = pid % HEADS, pid // HEADS % tiles, pid // HEADS // tiles
-    at_q, at_k, at_v = h * D, (HEADS + h) * D, (2 * HEADS + h) * D
+    h, key_tile = pid % HEADS, pid // HEADS % key_tiles
+    tile, group = pid // HEADS // key_tiles % tiles, pid // HEADS // key_tiles // tiles
     natural = score_factor(logit_scale, scale, h)
     draw = draw_of(seed, DROPOUT)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    near = tl.minimum(rows, AREA - 1)
-    grad_bias = zero_parts((BLOCK_M,), KEY_PARTS)
-    grad_logit = zero_vector(BLOCK_M)
+    every, every_key = tile * BLOCK_M + tl.arange(0, BLOCK_M), key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, cols = tl.minimum(every, AREA - 1), tl.minimum(every_key, AREA - 1)
+    bias = pair_bias(turned, rows[:, None], cols[None, :], h, WINDOW)
+    grad_bias = zeros_of(BLOCK_M, BLOCK_N)
     for piece in range(group * share, tl.minimum(group * share + share, total)):
-        window, y, x, inside, real, region = place(rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, 1)
-        queries, inverse, grad, row_sum, log_sum = query_side(
-            qkv, pad, grad_out, out, lse, window, y, x, rows, inside, real, h, HEADS,
-            windows, qkv_strides, grad_out_strides, out_strides, D, D_PARTS, AREA, COSINE, True,
+        window, y, x, inside, real, region = place(rows, piece, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
+        _, ky, kx, _, key_real, key_region = place(cols, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
+        queries, _, grad, row_sum, log_sum = query_side(
+            qkv, pad, grad_out, lse, row_sums, window, y, x, rows, inside, real, h, HEADS, windows, qkv_strides, grad_out_strides,
+            D, D_PARTS, AREA, COSINE,
         )  # fmt: skip
-        dq = zero_parts((BLOCK_M,), D_PARTS)
-        new_bias = ()
-        first: tl.constexpr = 0
-        for j in tl.static_range(len(KEY_PARTS)):
-            cols = first + span(0, KEY_PARTS[j])
-            first = first + KEY_PARTS[j]
-            _, ky, kx, key_inside, key_real, key_region = place(cols, window, size, padded, shift, windows, windows_x, total, WINDOW, 1)
-            offset = row_offset(window, ky, kx, windows, qkv_strides)
-            keys, _ = normalised(gather(qkv, pad, at_k, offset, key_real, D, D_PARTS), COSINE)
-            values = gather(qkv, pad, at_v, offset, key_real, D, D_PARTS)
-            raw = dot_parts(queries, keys, BLOCK_M, KEY_PARTS[j], PRECISION) * natural
-            s = raw
-            if turned is not None:
-                s += pair_bias(turned, near[:, None], tl.minimum(cols, AREA - 1)[None, :], h, WINDOW)
-            s = within_regions(s, region[:, None], key_region[None, :], window, windows, windows_x, shift)
-            if padded is not None and pad is None:
-                s = tl.where(key_real[None, :], s, float("-inf"))
-            if first > AREA:  # ``first`` is the part's end by now
-                s = tl.where(key_inside[None, :], s, float("-inf"))
-            p = weight(s, log_sum[:, None], qkv)
-            dp = dot_parts(grad, values, BLOCK_M, KEY_PARTS[j], PRECISION)
-            if DROPOUT:
-                keep = kept(draw, (window * HEADS + h + rows * 0)[:, None], rows[:, None] % AREA, cols[None, :] % AREA, threshold)
-                dp = tl.where(keep, dp * keep_scale, 0.0)
-            ds = p * (dp - row_sum[:, None])
-            new_bias = new_bias + (grad_bias[j] + ds if turned is not None else grad_bias[j],)  # noqa: RUF005
-            if COSINE:
-                grad_logit += tl.sum(ds * raw, 1)
-            dq = add_products(dq, ds.to(qkv.dtype.element_ty), keys, 0, PRECISION)
-        grad_bias = new_bias
-        at = row_offset(window, y, x, windows, grad_qkv_strides)
-        scatter(grad_qkv + at_q, normalised_backward(times(dq, natural), queries, inverse, COSINE), at, real, D, D_PARTS)
-    if turned is not None:
-        start: tl.constexpr = 0
-        for j in tl.static_range(len(KEY_PARTS)):
-            cols = start + span(0, KEY_PARTS[j])
-            start = start + KEY_PARTS[j]
-            at = bias_partial + (group * HEADS + h).to(tl.int64) * AREA * AREA + rows[:, None] * AREA + cols[None, :]
-            tl.store(at, grad_bias[j], mask=(rows[:, None] < AREA) & (cols[None, :] < AREA))
-    if COSINE:
-        tl.store(logit_partial + pid, tl.sum(grad_logit, 0))
+        offset = row_offset(window, ky, kx, windows, qkv_strides)
+        keys, _ = normalised(gather(qkv, pad, (HEADS + h) * D, offset, key_real, D, D_PARTS), COSINE)
+        values = gather(qkv, pad, (2 * HEADS + h) * D, offset, key_real, D, D_PARTS)
+        s = dot_parts(queries, keys, BLOCK_M, BLOCK_N, PRECISION) * natural + bias
+        s = within_regions(s, region[:, None], key_region[None, :], window, windows, windows_x, shift)
+        if padded is not None and pad is None:
+            s = tl.where(key_real[None, :], s, float("-inf"))
+        p = weight(s, log_sum[:, None], qkv)
+        dp = dot_parts(grad, values, BLOCK_M, BLOCK_N, PRECISION)
+        if DROPOUT:
+            keep = kept(draw, (window * HEADS + h + rows * 0)[:, None], rows[:, None], cols[None, :], threshold)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        grad_bias += p * (dp - row_sum[:, None])
+    at = bias_partial + (group * HEADS + h).to(tl.int64) * AREA * AREA + every[:, None] * AREA + every_key[None, :]
+    tl.store(at, grad_bias, mask=(every[:, None] < AREA) & (every_key[None, :] < AREA))
 
 
 @triton.jit

@@ -262,12 +262,12 @@ def window_forward(
 
 
 @triton.jit
-def walk_keys(
-    acc, top, sum_p, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x,
-    HEADS, factor, draw, threshold, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
-    COSINE: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+def key_side(
+    queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS, factor,
+    D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, COSINE: tl.constexpr, EDGE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of online softmax over BLOCK_N keys; with EDGE some of them may lie past the window."""
+    """BLOCK_N keys and values of a window and the queries' natural scores; with EDGE some of them may lie past the window."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     cols = first + tl.arange(0, BLOCK_N)
     near = tl.minimum(cols, AREA - 1) if EDGE else cols
@@ -283,6 +283,20 @@ def walk_keys(
         s = tl.where(real[None, :], s, float("-inf"))
     if EDGE:
         s = tl.where((cols < AREA)[None, :], s, float("-inf"))
+    return cols, keys, values, s
+
+
+@triton.jit
+def walk_keys(
+    acc, top, sum_p, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x,
+    HEADS, factor, draw, threshold, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+    COSINE: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of online softmax over BLOCK_N keys."""
+    cols, _, values, s = key_side(
+        queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS, factor,
+        D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
+    )  # fmt: skip
     new_top = tl.maximum(top, tl.max(s, 1))
     shown = tl.where(new_top == float("-inf"), 0.0, new_top) * LOG2E
     p = tl.exp2(s * LOG2E - shown[:, None])
