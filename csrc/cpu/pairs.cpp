@@ -4,7 +4,12 @@
 // Rows of either matrix are cut into stripes. In step r stripe i of a meets stripe j of b with i + j = r modulo their
 // number: the blocks of a step share no row and no column, so that each adds to the sums and gradients of both in
 // place, and the steps follow one another. The order of every sum follows from the shape alone.
+//
+// Similarities are float32 whatever the inputs are. Where the processor multiplies bfloat16, those of such inputs lose
+// nothing by it, and their derivatives are rounded to it before they multiply the inputs, as probabilities are in
+// attention.
 #include "pair_tile.h"
+#include "softmax.h"
 
 namespace pyvit::PYVIT_ISA {
 namespace {
@@ -14,32 +19,41 @@ constexpr int64_t STRIPE = 960;
 
 template <class T>
 class Worker {
+  using D = Compute<T>;
+
  public:
   Worker(const Pairs& p, const PairsGrad* g, int64_t stripe)
-      : p_(p), g_(g), stripe_(stripe), a_(static_cast<const T*>(p.a)), b_(static_cast<const T*>(p.b)) {
+      : p_(p),
+        g_(g),
+        stripe_(stripe),
+        depth_(lanes_of<D>(p.d)),
+        a_(static_cast<const T*>(p.a)),
+        b_(static_cast<const T*>(p.b)) {
     Scratch& memory = scratch();
     s_ = memory.take<float>(PAIR_TILE * PAIR_TILE);
-    b_cols_ = memory.take<uint32_t>(PAIR_TILE * p.d);
-    if (!std::is_same_v<T, float>) lanes_ = memory.take<uint32_t>(stripe * p.d);
+    b_cols_ = memory.take<uint32_t>(PAIR_TILE * depth_);
+    if (!std::is_same_v<T, float>) lanes_ = memory.take<uint32_t>(stripe * depth_);
     if (!g) return;
-    b_rows_ = memory.take<uint32_t>(PAIR_TILE * round_up(p.d, W));
-    if (g->grad_b) a_rows_ = memory.take<uint32_t>(stripe * round_up(p.d, W));
+    b_rows_ = memory.take<uint32_t>(packed_size<D>(PAIR_TILE, p.d));
+    if (!g->grad_b) return;
+    a_rows_ = memory.take<uint32_t>(packed_size<D>(stripe, p.d));
+    if (D::K > 1) s_columns_ = memory.take<uint32_t>(PAIR_TILE / D::K * PAIR_TILE);
   }
 
   void block(int64_t i, int64_t j) {
     const int64_t a0 = i * stripe_, a1 = std::min(a0 + stripe_, p_.n), b0 = j * stripe_,
                   b1 = std::min(b0 + stripe_, p_.m);
     if (a0 >= a1 || b0 >= b1) return;
-    if (lanes_) pack_a<F32>(a_ + a0 * p_.lda, p_.lda, a1 - a0, p_.d, lanes_);
+    if (lanes_) pack_a<D>(a_ + a0 * p_.lda, p_.lda, a1 - a0, p_.d, lanes_);
     for (int64_t r = a0; a_rows_ && r < a1; r += PAIR_TILE)
-      pack_rows<F32>(a_ + r * p_.lda, p_.lda, std::min(PAIR_TILE, a1 - r), p_.d,
-                     a_rows_ + (r - a0) * round_up(p_.d, W));
+      pack_rows<D>(a_ + r * p_.lda, p_.lda, std::min(PAIR_TILE, a1 - r), p_.d, a_rows_ + packed_size<D>(r - a0, p_.d));
     for (int64_t c = b0; c < b1; c += PAIR_TILE) {
       const int64_t cols = std::min(PAIR_TILE, b1 - c);
       const T* b = b_ + c * p_.ldb;
-      for (int64_t k = 0; k < p_.d; k += K_BLOCK)
-        pack_cols<F32>(b + k, p_.ldb, std::min(K_BLOCK, p_.d - k), cols, b_cols_ + k * round_up(cols, W));
-      if (b_rows_) pack_rows<F32>(b, p_.ldb, cols, p_.d, b_rows_);
+      for (int64_t k = 0; k < depth_; k += K_BLOCK)
+        pack_cols<D>(b + k * D::K, p_.ldb, std::min(K_BLOCK * D::K, p_.d - k * D::K), cols,
+                     b_cols_ + k * round_up(cols, W));
+      if (b_rows_) pack_rows<D>(b, p_.ldb, cols, p_.d, b_rows_);
       for (int64_t r = a0; r < a1 && !(p_.own && r > c); r += PAIR_TILE) {
         const int64_t rows = std::min(PAIR_TILE, a1 - r);
         similarities(r, rows, cols, a0);
@@ -55,18 +69,18 @@ class Worker {
 
  private:
   void similarities(int64_t r, int64_t rows, int64_t cols, int64_t a0) {
-    const uint32_t* a = lanes_ ? lanes_ + (r - a0) * p_.d : reinterpret_cast<const uint32_t*>(a_ + r * p_.lda);
-    const int64_t a_row = lanes_ ? p_.d : p_.lda;
+    const uint32_t* a = lanes_ ? lanes_ + (r - a0) * depth_ : reinterpret_cast<const uint32_t*>(a_ + r * p_.lda);
+    const int64_t a_row = lanes_ ? depth_ : p_.lda;
     int64_t k = 0;
     do {  // once for d = 0 too, whose similarities are 0
-      const int64_t lanes = std::min(K_BLOCK, p_.d - k);
+      const int64_t lanes = std::min(K_BLOCK, depth_ - k);
       const uint32_t* b = b_cols_ + k * round_up(cols, W);
       if (k) {
-        gemm<F32, true>(rows, cols, lanes, a + k, a_row, 1, b, lanes, s_, PAIR_TILE);
+        gemm<D, true>(rows, cols, lanes, a + k, a_row, 1, b, lanes, s_, PAIR_TILE);
       } else {
-        gemm<F32>(rows, cols, lanes, a, a_row, 1, b, lanes, s_, PAIR_TILE);
+        gemm<D>(rows, cols, lanes, a, a_row, 1, b, lanes, s_, PAIR_TILE);
       }
-    } while ((k += K_BLOCK) < p_.d);
+    } while ((k += K_BLOCK) < depth_);
   }
 
   void sums(const PairTile& t, int64_t r, int64_t c) {
@@ -82,20 +96,38 @@ class Worker {
     } else {
       softmax_gradient_tile(t, p_.scale * LOG2E, g_->lse_a + r, g_->lse_b + c);
     }
-    const auto* p = reinterpret_cast<const uint32_t*>(t.s);
-    gemm<F32, true>(t.rows, p_.d, t.cols, p, t.ld, 1, b_rows_, t.cols, g_->grad_a + r * g_->ld, g_->ld);
+    auto* rows = reinterpret_cast<uint32_t*>(t.s);
+    const uint32_t* columns = rows;
+    if constexpr (D::K > 1) {
+      round(t);
+      columns = s_columns_;
+    }
+    const int64_t along = lanes_of<D>(t.cols), down = lanes_of<D>(t.rows);
+    gemm<D, true>(t.rows, p_.d, along, rows, t.ld, 1, b_rows_, along, g_->grad_a + r * g_->ld, g_->ld);
     if (a_rows_ && !t.diagonal)
-      gemm<F32, true>(t.cols, p_.d, t.rows, p, 1, t.ld, a_rows_ + (r - a0) * round_up(p_.d, W), t.rows,
-                      g_->grad_b + c * g_->ld, g_->ld);
+      gemm<D, true>(t.cols, p_.d, down, columns, 1, t.ld, a_rows_ + packed_size<D>(r - a0, p_.d), down,
+                    g_->grad_b + c * g_->ld, g_->ld);
+  }
+
+  // The tile's derivatives as lanes: along its rows in place, and down its columns.
+  void round(const PairTile& t) {
+    t.pad(0.f);
+    for (int64_t i = 0; i < t.rows; i++) {
+      float* row = t.s + i * t.ld;
+      for (int64_t c = 0; s_columns_ && i % 2 == 0 && c < t.padded(); c += W)
+        store_pairs(s_columns_ + i / 2 * t.ld + c, load(row + c), i + 1 < t.rows ? load(row + t.ld + c) : vf{});
+      for (int64_t c = 0; c < t.padded(); c += W) store_lanes<D>(reinterpret_cast<uint32_t*>(row), c, load(row + c));
+    }
   }
 
   const Pairs& p_;
   const PairsGrad* g_;
-  const int64_t stripe_;
+  const int64_t stripe_, depth_;  // depth: the lanes of a row
   const T *a_, *b_;
   float* s_;
-  // Rows of a as float32 lanes and as packed for P^T a; a tile of b as packed for a b^T and for P b.
-  uint32_t *lanes_ = nullptr, *a_rows_ = nullptr, *b_cols_, *b_rows_ = nullptr;
+  // Rows of a as lanes and as packed for P^T a; a tile of b as packed for a b^T and for P b; a tile's lanes down
+  // columns.
+  uint32_t *lanes_ = nullptr, *a_rows_ = nullptr, *b_cols_, *b_rows_ = nullptr, *s_columns_ = nullptr;
 };
 
 template <class T>
