@@ -30,9 +30,17 @@ KINDS: dict[str, tuple[str, ...]] = {
     "attention": ("pyvit::flash_attention", "pyvit::window_attention", "aten::_scaled_dot_product", "aten::bmm", "aten::_softmax"),
     "patches": ("pyvit::patch_embed", "aten::mkldnn_convolution", "aten::convolution_backward", "aten::_convolution", "aten::slow_conv"),
     "layer norm": ("aten::native_layer_norm",),
-    "activation": ("aten::gelu",),
+    "activation": ("aten::gelu", "pyvit::activation"),
     "optimizer": ("aten::_fused_adamw_", "Optimizer."),
-    "copies and casts": ("aten::copy_", "aten::cat", "aten::roll", "aten::index", "aten::_index_put", "aten::constant_pad"),
+    "copies and casts": (
+        "aten::copy_",
+        "pyvit::transposed",
+        "aten::cat",
+        "aten::roll",
+        "aten::index",
+        "aten::_index_put",
+        "aten::constant_pad",
+    ),
     "sums and additions": ("aten::add", "aten::sum", "aten::mul", "aten::div"),
 }
 REST = "everything else"

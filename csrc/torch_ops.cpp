@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <iterator>
 #include <optional>
 #include <string>
@@ -502,6 +503,57 @@ Tensor activation_backward(Tensor grad, Tensor x, std::string name, Tensor grad_
   return sums;
 }
 
+// layout
+
+// Four vectors of four lanes, columns for rows.
+template <class T>
+void transpose_4x4(const T* in, int64_t ld, T* out, int64_t ld_out) {
+  typedef T V __attribute__((vector_size(4 * sizeof(T))));
+  V r[4];
+  for (int i = 0; i < 4; i++) std::memcpy(&r[i], in + i * ld, sizeof(V));
+  const V a = __builtin_shufflevector(r[0], r[2], 0, 4, 1, 5), b = __builtin_shufflevector(r[1], r[3], 0, 4, 1, 5),
+          c = __builtin_shufflevector(r[0], r[2], 2, 6, 3, 7), d = __builtin_shufflevector(r[1], r[3], 2, 6, 3, 7);
+  const V t[4] = {__builtin_shufflevector(a, b, 0, 4, 1, 5), __builtin_shufflevector(a, b, 2, 6, 3, 7),
+                  __builtin_shufflevector(c, d, 0, 4, 1, 5), __builtin_shufflevector(c, d, 2, 6, 3, 7)};
+  for (int i = 0; i < 4; i++) std::memcpy(out + i * ld_out, &t[i], sizeof(V));
+}
+
+// (rows, cols) to (cols, rows). Blocks of a cache line by a cache line, four side by side: every line is used whole.
+template <class T>
+void transpose(const T* in, int64_t rows, int64_t cols, T* out) {
+  constexpr int64_t LINE = 64 / sizeof(T), BAND = 4 * LINE;
+  parallel_units((cols + BAND - 1) / BAND, [&](Queue& queue) {
+    for (int64_t band; (band = queue.next()) >= 0;)
+      for (int64_t r = 0; r < rows; r += LINE)
+        for (int64_t c = band * BAND, end = std::min(c + BAND, cols); c < end; c += LINE) {
+          const int64_t high = std::min(LINE, rows - r), wide = std::min(LINE, end - c);
+          const T* from = in + r * cols + c;
+          T* to = out + c * rows + r;
+          for (int64_t j = 0; j < wide; j += 4)
+            for (int64_t i = 0; i < high; i += 4) {
+              if (i + 4 <= high && j + 4 <= wide) {
+                transpose_4x4(from + i * cols + j, cols, to + j * rows + i, rows);
+                continue;
+              }
+              for (int64_t y = i; y < std::min(i + 4, high); y++)
+                for (int64_t x = j; x < std::min(j + 4, wide); x++) to[x * rows + y] = from[y * cols + x];
+            }
+        }
+  });
+}
+
+Tensor transposed(Tensor x) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "pyvit: transposed: x must be a contiguous matrix");
+  const int64_t rows = x.size(0), cols = x.size(1);
+  Tensor out = make(x, {cols, rows}, x.scalar_type());
+  if (dtype_of(x) == Dtype::f32) {
+    transpose(static_cast<const uint32_t*>(x.data_ptr()), rows, cols, static_cast<uint32_t*>(out.data_ptr()));
+  } else {
+    transpose(static_cast<const uint16_t*>(x.data_ptr()), rows, cols, static_cast<uint16_t*>(out.data_ptr()));
+  }
+  return out;
+}
+
 // streaming losses: the tile of scores is contiguous float32, the rest float32 vectors of its rows or columns
 
 float* vector(const Tensor& t, int64_t n, const char* name) {
@@ -615,6 +667,7 @@ STABLE_TORCH_LIBRARY(pyvit, m) {
   m.def("activation(Tensor x, str name, Tensor(a!) out) -> ()");
   m.def("activation_backward(Tensor grad, Tensor x, str name, Tensor(a!) grad_x, Tensor(b!)? out) -> Tensor");
   // For pyvit/ops/streaming.py.
+  m.def("transposed(Tensor x) -> Tensor");
   m.def("log_sum_exp(Tensor scores, int dim, Tensor(a!) top, Tensor(b!) total) -> ()");
   // For pyvit/ops/flash_attention_qkvpacked.py.
   m.def(
@@ -647,6 +700,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyvit, CPU, m) {
   m.impl("patch_embed", TORCH_BOX(&pyvit::patch_embed));
   m.impl("patch_embed_backward", TORCH_BOX(&pyvit::patch_embed_backward));
   m.impl("flash_attention_qkvpacked_backward", TORCH_BOX(&pyvit::flash_attention_qkvpacked_backward));
+  m.impl("transposed", TORCH_BOX(&pyvit::transposed));
   m.impl("log_sum_exp", TORCH_BOX(&pyvit::log_sum_exp));
   m.impl("activation", TORCH_BOX(&pyvit::activation));
   m.impl("activation_backward", TORCH_BOX(&pyvit::activation_backward));

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pyvit import dispatch
+from pyvit import dispatch, library
 from pyvit.backends import CAPABILITIES
 from pyvit.dispatch import Call
 from pyvit.ops import activations, checks, products, reference
@@ -32,11 +32,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     The first call of a kind (rows to the next power of two, M, K, dtype, activation, threads) measures torch's product against oneDNN's
     for some tens of milliseconds and the process keeps the faster. Processes of one torch.distributed group keep what the first of them
     found, and a resumed ``pyvit train`` what it had chosen. The environment variable ``PYVIT_LINEAR`` pins ``onednn`` or ``torch``
-    (default ``auto``); under ``torch.use_deterministic_algorithms`` nothing is measured and oneDNN is taken wherever it can. Compiled
-    graphs and tensors that are traced hold the plain formula.
+    (default ``auto``); under ``torch.use_deterministic_algorithms`` nothing is measured and oneDNN is taken wherever it can. Graphs that
+    ``torch.compile`` makes without gradients choose as eager calls do; those with gradients, exported ones and tensors that are traced
+    hold the plain formula.
     """
     x, weight, bias, device = prepare(x, weight, bias, activation)
-    if select("linear", device, x.dtype, backend) == "reference" or traced(x, weight):
+    wanted = select("linear", device, x.dtype, backend)
+    if wanted == "cpu" and compiled_inference():
+        return torch.ops.pyvit.linear_product(x, weight, bias, activation)
+    if wanted == "reference" or traced(x, weight):
         return reference.linear(x, weight, bias, activation)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, weight, bias, activation)
@@ -91,6 +95,24 @@ def traced(*tensors: Tensor) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def compiled_inference() -> bool:
+    """Whether ``torch.compile`` traces a call without gradients. Inductor's own products on a CPU take up to 1.2x as long there."""
+    return torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled() and not torch.compiler.is_exporting()
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    return products.forward(x, weight, bias, activation)
+
+
+library.FRAGMENT.define("linear_product(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor")
+library.FRAGMENT.impl("linear_product", _product, "CPU")
+
+
+@torch.library.register_fake("pyvit::linear_product")
+def _fake_product(x: Tensor, weight: Tensor, _bias: Tensor | None, _activation: str | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @dispatch.describes("linear")

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyvit import dispatch
 from pyvit.dispatch import Call
 from pyvit.ops import activations, checks, products, reference
-from pyvit.ops.linear import prepare, select, traced
+from pyvit.ops.linear import compiled_inference, prepare, select, traced
 
 
 def mlp(
@@ -39,6 +39,9 @@ def mlp(
     x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, device = _prepare(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     wanted = select("mlp", device, x.dtype, backend)
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    if wanted == "cpu" and compiled_inference():
+        hidden = torch.ops.pyvit.linear_product(x, fc1_weight, fc1_bias, activation)
+        return torch.ops.pyvit.linear_product(hidden, fc2_weight, fc2_bias, None)
     if wanted == "reference" or traced(x, fc1_weight, fc2_weight):
         return reference.mlp(x, *weights, activation)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):

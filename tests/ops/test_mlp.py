@@ -89,7 +89,8 @@ def test_activation_passes(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_values_at_the_ends(name: str) -> None:
     x = torch.tensor([float("nan"), float("inf"), -1e30, 1e30, -200.0, 200.0, 0.0, -0.0])
-    ours, torchs = activations.activate(x, name), reference.ACTIVATIONS[name](x)
+    ours = activations.activate(x, name)
+    torchs = torch.cat([reference.ACTIVATIONS[name](one) for one in x.split(1)])  # torch's gelu of whole AVX-512 vectors makes NaN of inf
     torch.testing.assert_close(ours, torchs, equal_nan=True)
     finite = x[4:]
     slope, _ = activations.gradient(torch.ones(4), finite, name)
