@@ -45,7 +45,7 @@ SPACE: dict[str, dict[str, Sequence[int]]] = {
     },
     "window_backward_keys": {"block_m": (32, 64), "block_n": (16, 32, 64), "group": (2, 4, 8), "warps": (4, 8)},
     "window_backward_queries": {"block_m": (32, 64, 128), "block_n": (32, 64), "edge_n": (16, 32), "warps": (4, 8), "stages": (1, 2, 3)},
-    "window_backward_bias": {"block_m": (32, 64), "block_n": (32, 64), "group": (4, 8), "warps": (4, 8), "stages": (1, 2)},
+    "window_backward_bias": {"block_m": (32, 64), "block_n": (32, 64), "group": (4, 8), "warps": (2, 4, 8), "stages": (1, 2)},
     "patch_forward": {"block_m": (64, 128), "block_n": (64, 128, 256), "edge_n": (32, 64), "warps": (4, 8), "stages": (2, 3, 4)},
     "patch_weight_gradient": {"block_m": (64, 128), "block_n": (64, 128), "edge_n": (32, 64), "warps": (4, 8), "stages": (2, 3)},
     "patch_image_gradient": {"block_m": (64, 128), "block_n": (64, 128), "edge_n": (32, 64), "warps": (4, 8), "stages": (2, 3)},
