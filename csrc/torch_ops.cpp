@@ -569,6 +569,20 @@ void log_sum_exp(Tensor scores, int64_t dim, Tensor top, Tensor total) {
   if (scores.numel()) kernels().log_sum_exp(t);
 }
 
+// a (n, k) b^T (m, k), or a b (k, m) where `down`, in float32
+Tensor product(Tensor a, Tensor b, bool down) {
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(down ? 0 : 1) &&
+                      a.scalar_type() == b.scalar_type() && a.is_contiguous() && b.is_contiguous(),
+                  "pyvit: product: a and b must be contiguous matrices of one dtype that fit each other");
+  const int64_t n = a.size(0), m = b.size(down ? 1 : 0), k = a.size(1);
+  Tensor out = make(a, {n, m}, ScalarType::Float);
+  if (n * m == 0) return out;
+  if (k == 0) return torch::stable::zero_(out);
+  kernels().product(
+      {n, m, k, dtype_of(a), a.data_ptr(), b.data_ptr(), k, down ? m : k, down, static_cast<float*>(out.data_ptr())});
+  return out;
+}
+
 // losses over all pairs of rows: one call for the rows of a and those of b, added to the caller's sums in place
 
 Pairs pairs_of(const Tensor& a, const Tensor& b, bool own, int64_t shift, double scale) {
@@ -668,6 +682,7 @@ STABLE_TORCH_LIBRARY(pyvit, m) {
   m.def("activation_backward(Tensor grad, Tensor x, str name, Tensor(a!) grad_x, Tensor(b!)? out) -> Tensor");
   // For pyvit/ops/streaming.py.
   m.def("transposed(Tensor x) -> Tensor");
+  m.def("product(Tensor a, Tensor b, bool down) -> Tensor");
   m.def("log_sum_exp(Tensor scores, int dim, Tensor(a!) top, Tensor(b!) total) -> ()");
   // For pyvit/ops/flash_attention_qkvpacked.py.
   m.def(
@@ -701,6 +716,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyvit, CPU, m) {
   m.impl("patch_embed_backward", TORCH_BOX(&pyvit::patch_embed_backward));
   m.impl("flash_attention_qkvpacked_backward", TORCH_BOX(&pyvit::flash_attention_qkvpacked_backward));
   m.impl("transposed", TORCH_BOX(&pyvit::transposed));
+  m.impl("product", TORCH_BOX(&pyvit::product));
   m.impl("log_sum_exp", TORCH_BOX(&pyvit::log_sum_exp));
   m.impl("activation", TORCH_BOX(&pyvit::activation));
   m.impl("activation_backward", TORCH_BOX(&pyvit::activation_backward));

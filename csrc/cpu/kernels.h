@@ -137,6 +137,17 @@ struct PairsGrad {
   int64_t ld;                  // of both, a multiple of 16
 };
 
+// out (n, m) float32 = a (n, k) b: b lies as (m, k), or as (k, m) where `down`. Both of one type; rows of a and b any
+// distance apart, those of out contiguous.
+struct Product {
+  int64_t n, m, k;
+  Dtype dtype;
+  const void *a, *b;
+  int64_t lda, ldb;
+  bool down;
+  float* out;
+};
+
 struct Kernels {
   void (*attention)(const Attention&);
   void (*attention_backward)(const Attention&, const AttentionGrad&);
@@ -149,6 +160,7 @@ struct Kernels {
   void (*log_sum_exp)(const TileScores&);
   void (*pairs)(const Pairs&);
   void (*pairs_backward)(const Pairs&, const PairsGrad&);
+  void (*product)(const Product&);
   double (*fma_peak)(Dtype dtype, double seconds);  // GF/s of one thread
 };
 

@@ -158,7 +158,51 @@ void run(const Pairs& p, const PairsGrad* g) {
   }
 }
 
+// Stripes of columns, whose packed b stays in cache while the rows of a pass.
+template <class T>
+void multiply(const Product& p) {
+  using D = Compute<T>;
+  const T *a = static_cast<const T*>(p.a), *b = static_cast<const T*>(p.b);
+  const int64_t lanes = lanes_of<D>(p.k);
+  parallel_units((p.m + PAIR_TILE - 1) / PAIR_TILE, [&](Queue& queue) {
+    Scratch& memory = scratch();
+    auto* packed = memory.take<uint32_t>(packed_size<D>(p.k, PAIR_TILE));
+    auto* rows = memory.take<uint32_t>(PAIR_TILE * lanes);
+    auto* tile = memory.take<float>(PAIR_TILE * PAIR_TILE);
+    for (int64_t stripe; (stripe = queue.next()) >= 0;) {
+      const int64_t c = stripe * PAIR_TILE, cols = std::min(PAIR_TILE, p.m - c);
+      if (p.down) {
+        pack_rows<D>(b + c, p.ldb, p.k, cols, packed);
+      } else {
+        pack_cols<D>(b + c * p.ldb, p.ldb, p.k, cols, packed);
+      }
+      const bool whole = cols % W == 0;  // else the last vector would run into the next row
+      for (int64_t r = 0; r < p.n; r += PAIR_TILE) {
+        const int64_t high = std::min(PAIR_TILE, p.n - r);
+        float* out = p.out + r * p.m + c;
+        pack_a<D>(a + r * p.lda, p.lda, high, p.k, rows);
+        gemm<D>(high, cols, lanes, rows, lanes, 1, packed, lanes, whole ? out : tile, whole ? p.m : PAIR_TILE);
+        for (int64_t i = 0; !whole && i < high; i++)
+          std::memcpy(out + i * p.m, tile + i * PAIR_TILE, cols * sizeof(float));
+      }
+    }
+  });
+}
+
 }  // namespace
+
+void product(const Product& p) {
+  switch (p.dtype) {
+    case Dtype::f32:
+      return multiply<float>(p);
+    case Dtype::bf16:
+      return multiply<bf16>(p);
+    case Dtype::f16:
+      return multiply<f16>(p);
+    case Dtype::boolean:
+      return;
+  }
+}
 
 void pairs(const Pairs& p) {
   // Base 2 inside, so that a call rounds each running maximum once.

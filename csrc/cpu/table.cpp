@@ -17,6 +17,7 @@ void activation(const Activation&);
 void log_sum_exp(const TileScores&);
 void pairs(const Pairs&);
 void pairs_backward(const Pairs&, const PairsGrad&);
+void product(const Product&);
 
 namespace {
 
@@ -53,7 +54,8 @@ double fma_peak(Dtype dtype, double seconds) {
 
 const Kernels& table() {
   static const Kernels kernels{attention,      attention_backward, attention_map, window, window_backward, patch,
-                               patch_backward, activation,         log_sum_exp,   pairs,  pairs_backward,  fma_peak};
+                               patch_backward, activation,         log_sum_exp,   pairs,  pairs_backward,  product,
+                               fma_peak};
   return kernels;
 }
 

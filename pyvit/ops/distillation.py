@@ -10,7 +10,7 @@ from torch import Tensor
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
 from pyvit.ops import checks, reference_losses, streaming
-from pyvit.ops.streaming import LogSumExp, product, spans, widen
+from pyvit.ops.streaming import LogSumExp, narrow, product, spans, widen
 
 _OP = "distillation_cross_entropy"
 
@@ -131,8 +131,7 @@ class _Tiles:
         chunk = x[:, rows]
         if prototypes is None:
             return widen(chunk[..., columns])
-        flat = widen(chunk.reshape(-1, chunk.shape[2]))
-        return product(flat, widen(prototypes[columns])).view(chunk.shape[0], chunk.shape[1], -1)
+        return product(chunk.reshape(-1, chunk.shape[2]), prototypes[columns]).view(chunk.shape[0], chunk.shape[1], -1)
 
     def student_scores(self, rows: slice, columns: slice) -> Tensor:
         return self.scores(self.student, self.ws, rows, columns) / self.student_temp
@@ -179,7 +178,7 @@ def _tiled_backward(grad: Tensor, lse_s: Tensor, lse_t: Tensor, *args: Any) -> t
     factor = grad / tiles.student_temp
     for rows in tiles.chunks():
         weights = tiles.weights[..., rows] * factor  # (S, T, rows)
-        x = widen(tiles.student[:, rows].flatten(0, 1)) if fused else None
+        x = tiles.student[:, rows].flatten(0, 1) if fused else None
         for columns in spans(tiles.k, tiles.columns):
             g = (tiles.student_scores(rows, columns) - lse_s[:, rows, None]).exp_().mul_(weights.sum(1)[..., None])
             p = (tiles.teacher_scores(rows, columns) - lse_t[:, rows, None]).exp_()
@@ -189,8 +188,10 @@ def _tiled_backward(grad: Tensor, lse_s: Tensor, lse_t: Tensor, *args: Any) -> t
             if x is None:
                 grad_x[:, rows, columns] = g
                 continue
-            flat = g.view(x.shape[0], -1)
-            grad_x[:, rows] += product(flat, widen(tiles.ws[columns]).t()).view(s, -1, x.shape[1])
+            flat, prototypes = g.view(x.shape[0], -1), tiles.ws[columns]
+            if narrow(x, prototypes):
+                flat = flat.to(x.dtype)
+            grad_x[:, rows] += product(flat, prototypes.t()).view(s, -1, x.shape[1])
             grad_w[columns] += product(flat.t(), x.t())
     return grad_x.to(tiles.student.dtype), grad_w.to(tiles.ws.dtype) if fused else grad_w
 

@@ -33,8 +33,24 @@ def _onednn() -> Callable[..., Tensor] | None:
         return None
 
 
+@functools.cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether the library multiplies ``dtype`` by the processor's own products, which torch would round the result of."""
+    return dtype == torch.bfloat16 and library.problem() is None and torch.ops.pyvit.cpu_isa() == "avx512bf16"
+
+
+def narrow(*tensors: Tensor) -> bool:
+    """Whether :func:`product` takes these as they are, in half the time of float32 copies."""
+    return all(t.device.type == "cpu" and t.dtype == tensors[0].dtype for t in tensors) and _multiplies(tensors[0].dtype)
+
+
 def product(x: Tensor, w: Tensor) -> Tensor:
-    """x (M, K) w (N, K)^T -> (M, N); either may be a transposed view."""
+    """x (M, K) w (N, K)^T -> (M, N), at least float32; either may be a transposed view."""
+    if narrow(x, w):
+        x = x if x.is_contiguous() else torch.ops.pyvit.transposed(x.t().contiguous())
+        down = not w.is_contiguous()
+        return torch.ops.pyvit.product(x, w.t().contiguous() if down else w, down)
+    x, w = widen(x), widen(w)
     if x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and w.numel():
         op = _onednn()
         if op is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -79,3 +80,22 @@ def test_the_library_refuses_what_it_cannot_take() -> None:
         torch.ops.pyvit.log_sum_exp(scores, 0, n, n.clone())
     with pytest.raises(RuntimeError, match="scores must be 24 contiguous"):
         torch.ops.pyvit.log_sum_exp(scores.t().contiguous().t(), 1, n, n.clone())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(5, 7, 3), (200, 193, 33), (1, 1, 1), (17, 400, 700), (3, 5, 0), (0, 4, 4)], ids=str)
+def test_products_in_float32(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Either operand may lie transposed; the result of narrow ones is rounded to float32 and no further."""
+    n, m, k = shape
+    x, w = torch.randn(n, k).to(dtype), torch.randn(m, k).to(dtype)
+    exact = x.double() @ w.double().t()
+    for a, b in itertools.product((x, x.t().contiguous().t()), (w, w.t().contiguous().t())):
+        found = [streaming.product(a, b)]
+        if library.problem() is None:
+            found += [torch.ops.pyvit.product(x, w, False), torch.ops.pyvit.product(x, w.t().contiguous(), True)]
+        for y in found:
+            assert y.dtype == torch.float32
+            torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-4)
+    if library.problem() is None:
+        with pytest.raises(RuntimeError, match="contiguous matrices of one dtype that fit"):
+            torch.ops.pyvit.product(x, torch.zeros(m, k + 1, dtype=dtype), False)
