@@ -261,7 +261,7 @@ def select(suites: tuple[str, ...], level: str, pattern: str = "") -> list[Case]
 
 
 def spread(chosen: Sequence[Case]) -> list[Case]:
-    """The first case of every operator and model, then every second one: a run that ends early has seen something of each."""
+    """The first case of every operator and model, then the second of each, and so on: a run that ends early has seen something of each."""
     seen: Counter[str] = Counter()
     ranks = []
     for case in chosen:

@@ -680,8 +680,9 @@ STABLE_TORCH_LIBRARY(pyvit, m) {
   // In place of out and grad_x, for pyvit/ops/activations.py: rows of x (..., C); returns the sums of grad_x's columns.
   m.def("activation(Tensor x, str name, Tensor(a!) out) -> ()");
   m.def("activation_backward(Tensor grad, Tensor x, str name, Tensor(a!) grad_x, Tensor(b!)? out) -> Tensor");
-  // For pyvit/ops/streaming.py.
+  // For pyvit/ops/products.py and streaming.py.
   m.def("transposed(Tensor x) -> Tensor");
+  // For pyvit/ops/streaming.py.
   m.def("product(Tensor a, Tensor b, bool down) -> Tensor");
   m.def("log_sum_exp(Tensor scores, int dim, Tensor(a!) top, Tensor(b!) total) -> ()");
   // For pyvit/ops/flash_attention_qkvpacked.py.

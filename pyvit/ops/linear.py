@@ -38,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     """
     x, weight, bias, device = prepare(x, weight, bias, activation)
     wanted = select("linear", device, x.dtype, backend)
-    if wanted == "cpu" and compiled_inference():
+    if wanted == "cpu" and compiled_inference(x, weight):
         return torch.ops.pyvit.linear_product(x, weight, bias, activation)
     if wanted == "reference" or traced(x, weight):
         return reference.linear(x, weight, bias, activation)
@@ -97,9 +97,15 @@ def traced(*tensors: Tensor) -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def compiled_inference() -> bool:
-    """Whether ``torch.compile`` traces a call without gradients. Inductor's own products on a CPU take up to 1.2x as long there."""
-    return torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled() and not torch.compiler.is_exporting()
+def compiled_inference(*tensors: Tensor) -> bool:
+    """Whether ``torch.compile`` traces a call without gradients or transforms. Inductor's own products on a CPU take up to 1.2x as long."""
+    return (
+        torch.compiler.is_dynamo_compiling()
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_exporting()
+        and not torch._C._are_functorch_transforms_active()
+        and all(type(t) in _PLAIN for t in tensors)
+    )
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:

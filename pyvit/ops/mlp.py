@@ -39,7 +39,7 @@ def mlp(
     x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, device = _prepare(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     wanted = select("mlp", device, x.dtype, backend)
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    if wanted == "cpu" and compiled_inference():
+    if wanted == "cpu" and compiled_inference(x, fc1_weight, fc2_weight):
         hidden = torch.ops.pyvit.linear_product(x, fc1_weight, fc1_bias, activation)
         return torch.ops.pyvit.linear_product(hidden, fc2_weight, fc2_bias, None)
     if wanted == "reference" or traced(x, fc1_weight, fc2_weight):
