@@ -52,7 +52,7 @@ def cuda_archs() -> list[str]:
         if wanted == "1":
             sys.exit("PYVIT_CUDA=1, but nvcc is not on PATH")
         return []
-    return os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0a").replace(" ", ";").split(";")
+    return (os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0a;10.0a").replace(" ", ";").split(";")
 
 
 def cuda_library_paths() -> list[str]:
