@@ -88,6 +88,12 @@ T* data(const Maybe& t) {
   return t ? static_cast<T*>(t->data_ptr()) : nullptr;
 }
 
+float* vector(const Tensor& t, int64_t n, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.numel() == n && t.is_contiguous(), "pyvit: ", name,
+                  " must be ", n, " contiguous float32 numbers");
+  return static_cast<float*>(t.data_ptr());
+}
+
 // (B, H, N, D) and packed (T, H, D).
 Tokens tokens(const Tensor& t) {
   return t.dim() == 4 ? Tokens{t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}
@@ -503,64 +509,72 @@ Tensor activation_backward(Tensor grad, Tensor x, std::string name, Tensor grad_
   return sums;
 }
 
+// layer norm
+
+LayerNorm layer_norm_of(const Tensor& x, const Tensor& y, const Maybe& weight, const Maybe& bias, double eps) {
+  STD_TORCH_CHECK(x.dim() > 0 && x.is_contiguous() && y.is_contiguous() && x.numel() == y.numel() &&
+                      (x.scalar_type() == y.scalar_type() || x.scalar_type() == ScalarType::Float),
+                  "pyvit: layer_norm: x and its result must be contiguous, of one size, and x float32 if their dtypes "
+                  "differ");
+  LayerNorm a{};
+  a.cols = x.size(x.dim() - 1);
+  a.rows = a.cols ? x.numel() / a.cols : 0;
+  a.in = dtype_of(x);
+  a.out = dtype_of(y);
+  const auto fits = [&](const Maybe& p) {
+    return !p || (p->is_contiguous() && p->numel() == a.cols && (!weight || p->scalar_type() == weight->scalar_type()));
+  };
+  STD_TORCH_CHECK(fits(weight) && fits(bias), "pyvit: layer_norm: weight and bias must be contiguous, of ", a.cols,
+                  " elements and one dtype");
+  if (weight || bias) a.parameters = dtype_of(weight ? *weight : *bias);
+  a.x = x.data_ptr();
+  a.weight = data<char>(weight);
+  a.bias = data<char>(bias);
+  a.eps = float(eps);
+  return a;
+}
+// Means, then reciprocal deviations, (2, rows).
+void set_statistics(LayerNorm& a, const Tensor& statistics) {
+  a.mean = vector(statistics, 2 * a.rows, "statistics");
+  a.rstd = a.mean + a.rows;
+}
+
+void layer_norm(Tensor x, Maybe weight, Maybe bias, double eps, Tensor out, Maybe statistics) {
+  LayerNorm a = layer_norm_of(x, out, weight, bias, eps);
+  a.y = out.data_ptr();
+  if (statistics) set_statistics(a, *statistics);
+  if (x.numel()) kernels().layer_norm(a);
+}
+
+void layer_norm_backward(Tensor grad, Tensor x, Maybe weight, Tensor statistics, Tensor grad_x, Maybe grad_parameters) {
+  LayerNorm a = layer_norm_of(x, grad, weight, std::nullopt, 0);
+  set_statistics(a, statistics);
+  STD_TORCH_CHECK(
+      grad_x.is_contiguous() && grad_x.numel() == x.numel() && grad_x.scalar_type() == x.scalar_type(),
+      "pyvit: layer_norm: grad_x must be as x is");
+  LayerNormGrad g{grad.data_ptr(), grad_x.data_ptr(), nullptr, nullptr};
+  if (grad_parameters) {
+    g.grad_weight = vector(*grad_parameters, 2 * a.cols, "grad_parameters");
+    g.grad_bias = g.grad_weight + a.cols;
+  }
+  if (x.numel()) {
+    kernels().layer_norm_backward(a, g);
+  } else if (grad_parameters) {
+    torch::stable::zero_(*grad_parameters);
+  }
+}
+
 // layout
-
-// Four vectors of four lanes, columns for rows.
-template <class T>
-void transpose_4x4(const T* in, int64_t ld, T* out, int64_t ld_out) {
-  typedef T V __attribute__((vector_size(4 * sizeof(T))));
-  V r[4];
-  for (int i = 0; i < 4; i++) std::memcpy(&r[i], in + i * ld, sizeof(V));
-  const V a = __builtin_shufflevector(r[0], r[2], 0, 4, 1, 5), b = __builtin_shufflevector(r[1], r[3], 0, 4, 1, 5),
-          c = __builtin_shufflevector(r[0], r[2], 2, 6, 3, 7), d = __builtin_shufflevector(r[1], r[3], 2, 6, 3, 7);
-  const V t[4] = {__builtin_shufflevector(a, b, 0, 4, 1, 5), __builtin_shufflevector(a, b, 2, 6, 3, 7),
-                  __builtin_shufflevector(c, d, 0, 4, 1, 5), __builtin_shufflevector(c, d, 2, 6, 3, 7)};
-  for (int i = 0; i < 4; i++) std::memcpy(out + i * ld_out, &t[i], sizeof(V));
-}
-
-// (rows, cols) to (cols, rows). Blocks of a cache line by a cache line, four side by side: every line is used whole.
-template <class T>
-void transpose(const T* in, int64_t rows, int64_t cols, T* out) {
-  constexpr int64_t LINE = 64 / sizeof(T), BAND = 4 * LINE;
-  parallel_units((cols + BAND - 1) / BAND, [&](Queue& queue) {
-    for (int64_t band; (band = queue.next()) >= 0;)
-      for (int64_t r = 0; r < rows; r += LINE)
-        for (int64_t c = band * BAND, end = std::min(c + BAND, cols); c < end; c += LINE) {
-          const int64_t high = std::min(LINE, rows - r), wide = std::min(LINE, end - c);
-          const T* from = in + r * cols + c;
-          T* to = out + c * rows + r;
-          for (int64_t j = 0; j < wide; j += 4)
-            for (int64_t i = 0; i < high; i += 4) {
-              if (i + 4 <= high && j + 4 <= wide) {
-                transpose_4x4(from + i * cols + j, cols, to + j * rows + i, rows);
-                continue;
-              }
-              for (int64_t y = i; y < std::min(i + 4, high); y++)
-                for (int64_t x = j; x < std::min(j + 4, wide); x++) to[x * rows + y] = from[y * cols + x];
-            }
-        }
-  });
-}
 
 Tensor transposed(Tensor x) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "pyvit: transposed: x must be a contiguous matrix");
   const int64_t rows = x.size(0), cols = x.size(1);
   Tensor out = make(x, {cols, rows}, x.scalar_type());
-  if (dtype_of(x) == Dtype::f32) {
-    transpose(static_cast<const uint32_t*>(x.data_ptr()), rows, cols, static_cast<uint32_t*>(out.data_ptr()));
-  } else {
-    transpose(static_cast<const uint16_t*>(x.data_ptr()), rows, cols, static_cast<uint16_t*>(out.data_ptr()));
-  }
+  kernels().transpose({rows, cols, dtype_of(x) == Dtype::f32 ? 4 : 2, x.data_ptr(), out.data_ptr()});
   return out;
 }
 
 // streaming losses: the tile of scores is contiguous float32, the rest float32 vectors of its rows or columns
-
-float* vector(const Tensor& t, int64_t n, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.numel() == n && t.is_contiguous(), "pyvit: ", name,
-                  " must be ", n, " contiguous float32 numbers");
-  return static_cast<float*>(t.data_ptr());
-}
 
 void log_sum_exp(Tensor scores, int64_t dim, Tensor top, Tensor total) {
   const int64_t rows = scores.size(0), cols = scores.size(1), n = dim == 1 ? rows : cols;
@@ -680,6 +694,11 @@ STABLE_TORCH_LIBRARY(pyvit, m) {
   // In place of out and grad_x, for pyvit/ops/activations.py: rows of x (..., C); returns the sums of grad_x's columns.
   m.def("activation(Tensor x, str name, Tensor(a!) out) -> ()");
   m.def("activation_backward(Tensor grad, Tensor x, str name, Tensor(a!) grad_x, Tensor(b!)? out) -> Tensor");
+  // For pyvit/ops/layer_norm.py. statistics (2, rows), grad_parameters (2, C): float32.
+  m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor(a!) out, Tensor(b!)? statistics) -> ()");
+  m.def(
+      "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor statistics, Tensor(a!) grad_x, "
+      "Tensor(b!)? grad_parameters) -> ()");
   // For pyvit/ops/products.py and streaming.py.
   m.def("transposed(Tensor x) -> Tensor");
   // For pyvit/ops/streaming.py.
@@ -721,6 +740,8 @@ STABLE_TORCH_LIBRARY_IMPL(pyvit, CPU, m) {
   m.impl("log_sum_exp", TORCH_BOX(&pyvit::log_sum_exp));
   m.impl("activation", TORCH_BOX(&pyvit::activation));
   m.impl("activation_backward", TORCH_BOX(&pyvit::activation_backward));
+  m.impl("layer_norm", TORCH_BOX(&pyvit::layer_norm));
+  m.impl("layer_norm_backward", TORCH_BOX(&pyvit::layer_norm_backward));
   m.impl("pair_softmax", TORCH_BOX(&pyvit::pair_softmax));
   m.impl("pair_softmax_backward", TORCH_BOX(&pyvit::pair_softmax_backward));
   m.impl("pair_sigmoid", TORCH_BOX(&pyvit::pair_sigmoid));

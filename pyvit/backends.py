@@ -68,6 +68,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "attention_map": {"cpu": Capability((F32, BF16, F16), frozenset({"bias", "bool_mask", "gqa"}), (1, 256, 1))},
     "window_attention": {"cpu": Capability((F32, BF16, F16), _WINDOW)},
     "patch_embed": {"cpu": Capability((F32, BF16, F16), _PATCH)},
+    "layer_norm": {"cpu": Capability((F32, BF16, F16))},
     "linear": {"cpu": Capability((F32, BF16, F16), pure=True)},
     "mlp": {"cpu": Capability((F32, BF16, F16), pure=True)},
 }

@@ -11,54 +11,68 @@ namespace {
 constexpr int64_t ROWS = 32;
 
 // The normal distribution at x, and exp(-x^2 / 2). Below zero it is exp(-x^2 / 2) times a minimax polynomial in 1 / (1
-// + 0.3 |x|): relative error 6e-8, so that no digit is lost to 1 + erf(x).
+// + c |x|), so that no digit is lost to 1 + erf(x): relative error 6e-8, or 8e-5 with COARSE, for values about to be
+// rounded to 16 bits. From |x| = 64 on the first factor is 0.
+template <bool COARSE>
 inline vf normal(vf x, vf& bell) {
-  const vf t = 1.f / (1.f + 0.3f * vmax(-x, x));
-  bell = exp2v(x * x * (-0.5f * LOG2E));
-  vf p = set1(3.843850270e-02f);
-  p = p * t - 1.694583297e-01f;
-  p = p * t + 2.292625457e-01f;
-  p = p * t - 7.719386369e-02f;
-  p = p * t + 1.430088878e-01f;
-  p = p * t + 9.448263794e-02f;
-  p = p * t + 1.219715029e-01f;
-  p = p * t + 1.194805577e-01f;
-  p = p * t + 7.584521882e-06f;
+  const vf t = reciprocal<COARSE>(1.f + (COARSE ? 0.35f : 0.3f) * vmin(vabs(x), set1(64.f)));
+  bell = exp2v<COARSE>(x * x * (-0.5f * LOG2E));
+  vf p;
+  if constexpr (COARSE) {
+    p = set1(-9.862183796e-02f);
+    p = p * t + 2.812258486e-01f;
+    p = p * t + 8.496636348e-03f;
+    p = p * t + 1.741778784e-01f;
+    p = p * t + 1.344247190e-01f;
+    p = p * t + 3.069925355e-04f;
+  } else {
+    p = set1(3.843850270e-02f);
+    p = p * t - 1.694583297e-01f;
+    p = p * t + 2.292625457e-01f;
+    p = p * t - 7.719386369e-02f;
+    p = p * t + 1.430088878e-01f;
+    p = p * t + 9.448263794e-02f;
+    p = p * t + 1.219715029e-01f;
+    p = p * t + 1.194805577e-01f;
+    p = p * t + 7.584521882e-06f;
+  }
   const vf low = bell * p;
   return x < 0.f ? low : 1.f - low;
 }
 
 // sigmoid(x), and 1 - sigmoid(x) to as many digits.
+template <bool COARSE>
 inline vf sigmoid(vf x, vf& rest) {
-  const vf power = x * -LOG2E, e = exp2v(vmin(power, set1(126.f))), s = 1.f / (1.f + e);
+  const vf power = x * -LOG2E, e = exp2v<COARSE>(vmin(power, set1(126.f))), s = reciprocal<COARSE>(1.f + e);
   rest = power > 126.f ? set1(1.f) : e * s;
   return power > 126.f ? vf{} : s;
 }
 
 // An activation y(x); `gradient` gives y and the gradient of x for that of y.
+template <bool COARSE>
 struct Gelu {
   static inline vf value(vf x) {
     vf bell;
-    return x * normal(x, bell);
+    return x * normal<COARSE>(x, bell);
   }
   static inline vf gradient(vf x, vf g, vf& y) {
     vf bell;
-    const vf phi = normal(x, bell);
+    const vf phi = normal<COARSE>(x, bell);
     y = x * phi;
     return g * (phi + x * bell * 0.3989422804f);
   }
 };
 
 // x sigmoid(a(x)), where `A::at` gives a and `A::slope` its derivative.
-template <class A>
+template <class A, bool COARSE>
 struct Gated {
   static inline vf value(vf x) {
     vf rest;
-    return x * sigmoid(A::at(x), rest);
+    return x * sigmoid<COARSE>(A::at(x), rest);
   }
   static inline vf gradient(vf x, vf g, vf& y) {
     vf rest;
-    const vf s = sigmoid(A::at(x), rest);
+    const vf s = sigmoid<COARSE>(A::at(x), rest);
     y = x * s;
     return g * (s + y * rest * A::slope(x));
   }
@@ -83,22 +97,6 @@ struct Relu {  // a NaN passes
     return x <= 0.f ? vf{} : g;
   }
 };
-
-// body(column, elements there) for vectors of a row, the last one shorter.
-template <class F>
-inline void vectors(int64_t cols, const F& body) {
-  int64_t c = 0;
-  for (; c + W <= cols; c += W) body(c, W);
-  if (c < cols) body(c, int(cols - c));
-}
-template <class T>
-inline vf read(const T* p, int n) {
-  return n == W ? load(p) : load_n(p, n);
-}
-template <class T>
-inline void write(T* p, vf v, int n) {
-  n == W ? store(p, v) : store_n(p, v, n);
-}
 
 template <class Y, class T>
 void forward(const Activation& a) {
@@ -149,32 +147,33 @@ void run(const Activation& a) {
   a.out ? backward<Y, T, true>(a) : backward<Y, T, false>(a);
 }
 
-template <class Y>
+template <class T>
 void of_type(const Activation& a) {
-  switch (a.dtype) {
-    case Dtype::bf16:
-      return run<Y, bf16>(a);
-    case Dtype::f16:
-      return run<Y, f16>(a);
-    default:
-      return run<Y, float>(a);
+  constexpr bool COARSE = sizeof(T) == 2;
+  switch (a.kind) {
+    case Activation::gelu:
+      return run<Gelu<COARSE>, T>(a);
+    case Activation::gelu_tanh:
+      return run<Gated<Tanh, COARSE>, T>(a);
+    case Activation::quick_gelu:
+      return run<Gated<Quick, COARSE>, T>(a);
+    case Activation::silu:
+      return run<Gated<Identity, COARSE>, T>(a);
+    case Activation::relu:
+      return run<Relu, T>(a);
   }
 }
 
 }  // namespace
 
 void activation(const Activation& a) {
-  switch (a.kind) {
-    case Activation::gelu:
-      return of_type<Gelu>(a);
-    case Activation::gelu_tanh:
-      return of_type<Gated<Tanh>>(a);
-    case Activation::quick_gelu:
-      return of_type<Gated<Quick>>(a);
-    case Activation::silu:
-      return of_type<Gated<Identity>>(a);
-    case Activation::relu:
-      return of_type<Relu>(a);
+  switch (a.dtype) {
+    case Dtype::bf16:
+      return of_type<bf16>(a);
+    case Dtype::f16:
+      return of_type<f16>(a);
+    default:
+      return of_type<float>(a);
   }
 }
 

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t KEY_BLOCK = 2048;  // keys whose scores are held at once
 constexpr int64_t ROW_BLOCK = 48;
+constexpr int64_t ROWS = ROW_BLOCK + 2 * W;  // of a block at most, in whole vectors and register tiles
 
 // K^T and V of one key head as panels, block of keys after block.
 template <class D, class T>
@@ -57,7 +58,7 @@ void forward_rows(const Attention& a, const Head& head, const KeyPanels<D, T>& p
   const T* q = head.query<T>(a.q);
   T* result = head.query<T>(a.out);
   float* lse = a.lse + head.statistic(a);
-  RowState state[ROW_BLOCK + 2 * MR];
+  RowState state[ROWS];
   for (int64_t i = first; i < last; i += rows_at_once) {
     const int64_t rows = std::min(rows_at_once, last - i), lanes = lanes_of<D>(a.d);
     pack_a<D>(q + i * a.q.n, a.q.n, rows, a.d, queries);
@@ -70,7 +71,7 @@ void forward_rows(const Attention& a, const Head& head, const KeyPanels<D, T>& p
       gemm<D>(rows, std::min(packed, round_up(n, NR)), lanes, queries, lanes, 1, panels.keys(j), lanes, scores, ld,
               next);
       const auto valid = [&](int64_t r) { return a.causal ? std::clamp<int64_t>(i + r + 1 - j, 0, n) : n; };
-      float top[ROW_BLOCK + 2 * MR];
+      float top[ROWS];
       for (int64_t r = 0; r < rows; r++) top[r] = row_max(scores + r * ld, valid(r), bias.row(i + r, j, n), scale2);
       for (int64_t r = 0; r < rows; r++) {
         const float factor = row_exp<D>(scores + r * ld, n, valid(r), a.bias.data ? 1.f : scale2, top[r], state[r]);
@@ -84,10 +85,15 @@ void forward_rows(const Attention& a, const Head& head, const KeyPanels<D, T>& p
         gemm<D, false>(rows, a.dv, lanes_of<D>(n), p, ld, 1, panels.values(j), lanes_of<D>(packed), out, ldo, next);
       }
     }
+    float top[ROWS] = {}, sum[ROWS] = {};
     for (int64_t r = 0; r < rows; r++) {
-      const RowState& s = state[r];
-      store_row(result + (i + r) * a.out.n, out + r * ldo, s.sum == 0 ? 0.f : 1.f / s.sum, a.dv);
-      lse[i + r] = s.sum == 0 ? -INF : (s.max + std::log2(s.sum)) * LN2;
+      top[r] = state[r].max;
+      sum[r] = state[r].sum;
+      store_row(result + (i + r) * a.out.n, out + r * ldo, sum[r] == 0 ? 0.f : 1.f / sum[r], a.dv);
+    }
+    for (int64_t r = 0; r < rows; r += W) {
+      const vf s = load(sum + r), l = (load(top + r) + log2v(s)) * LN2;
+      write(lse + i + r, s == 0.f ? set1(-INF) : (s != s ? s : l), int(std::min<int64_t>(W, rows - r)));
     }
   }
 }

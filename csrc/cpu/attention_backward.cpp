@@ -99,8 +99,8 @@ inline void gradient_rows(const Grads<D>& g, int64_t r, int64_t rows, int64_t n,
       store(g.scores + r * ld + c, p[0]);
       store(g.dscores + r * ld + c, ds[0]);
     } else {
-      store_pairs(g.p_columns + r / 2 * ld + c, p[0], p[1]);
-      store_pairs(g.ds_columns + r / 2 * ld + c, ds[0], ds[1]);
+      store_as(g.p_columns + r / 2 * ld + c, pair_lanes(p[0], p[1]));
+      store_as(g.ds_columns + r / 2 * ld + c, pair_lanes(ds[0], ds[1]));
       for (int k = 0; k < 2 && r + k < rows; k++)
         store_lanes<D>(reinterpret_cast<uint32_t*>(g.dscores + (r + k) * ld), c, ds[k]);
     }

@@ -208,7 +208,7 @@ inline vu lanes_of_rows(const T* p, int64_t ld, int64_t n_left, bool second) {
       std::memcpy(&low, p, n_left * 2);
       if (second) std::memcpy(&high, p + ld, n_left * 2);
     }
-    return __builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16;
+    return pair_lanes(low, high);
   }
 }
 

@@ -106,6 +106,29 @@ struct Activation {
   float* column_sums;
 };
 
+// Contiguous (rows, cols) to zero mean and unit variance by rows, then times weight plus bias, null for 1 and 0. Of
+// float32 rows the result may be a 16-bit type.
+struct LayerNorm {
+  int64_t rows, cols;
+  Dtype in, out, parameters;
+  const void *x, *weight, *bias;
+  void* y;
+  float *mean, *rstd;  // of each row; the forward's may be null
+  float eps;
+};
+struct LayerNormGrad {
+  const void* grad;  // of y, in its type
+  void* grad_x;
+  float *grad_weight, *grad_bias;  // both null when not asked
+};
+
+// out (cols, rows) = in (rows, cols), contiguous, of elements of 2 or 4 bytes.
+struct Transposition {
+  int64_t rows, cols, bytes;
+  const void* in;
+  void* out;
+};
+
 // A contiguous tile of scores, and for its rows or its columns the largest score so far and the sum of exp(score -
 // top).
 struct TileScores {
@@ -157,6 +180,9 @@ struct Kernels {
   void (*patch)(const Patch&);
   void (*patch_backward)(const Patch&, const PatchGrad&);
   void (*activation)(const Activation&);
+  void (*layer_norm)(const LayerNorm&);
+  void (*layer_norm_backward)(const LayerNorm&, const LayerNormGrad&);
+  void (*transpose)(const Transposition&);
   void (*log_sum_exp)(const TileScores&);
   void (*pairs)(const Pairs&);
   void (*pairs_backward)(const Pairs&, const PairsGrad&);

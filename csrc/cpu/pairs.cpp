@@ -115,7 +115,8 @@ class Worker {
     for (int64_t i = 0; i < t.rows; i++) {
       float* row = t.s + i * t.ld;
       for (int64_t c = 0; s_columns_ && i % 2 == 0 && c < t.padded(); c += W)
-        store_pairs(s_columns_ + i / 2 * t.ld + c, load(row + c), i + 1 < t.rows ? load(row + t.ld + c) : vf{});
+        store_as(s_columns_ + i / 2 * t.ld + c,
+                 pair_lanes(load(row + c), i + 1 < t.rows ? load(row + t.ld + c) : vf{}));
       for (int64_t c = 0; c < t.padded(); c += W) store_lanes<D>(reinterpret_cast<uint32_t*>(row), c, load(row + c));
     }
   }

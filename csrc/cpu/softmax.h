@@ -62,14 +62,6 @@ inline void store_lanes(uint32_t* row, int64_t column, vf p) {
   store(reinterpret_cast<typename D::element*>(row) + column, p);
 }
 
-// Lanes of two rows, element by element: what a bf16 product along those rows broadcasts.
-inline void store_pairs(uint32_t* p, vf low, vf high) {
-  bf16 a[W], b[W];
-  store(a, low);
-  store(b, high);
-  store_as(p, __builtin_convertvector(load_as<vh>(a), vu) | __builtin_convertvector(load_as<vh>(b), vu) << 16);
-}
-
 template <class D>
 inline vf exp2_for(vf x) {
   return exp2v<D::K == 2>(x);
@@ -99,9 +91,12 @@ inline float row_max(float* s, int64_t valid, const float* bias, float scale2) {
       top = vmax(top, load_n(s + whole, tail, -INF));
     }
   } else {
+    const vf sign = set1(scale2 < 0 ? -0.f : 0.f);  // the largest product is that of the largest or of the least score
+    auto largest = [&](vf x) { top = vmax(top, (vf)((vi)x ^ (vi)sign)); };
 #pragma GCC unroll 4
-    for (int64_t c = 0; c < whole; c += W) top = vmax(top, load(s + c) * scale2);
-    if (tail) top = vmax(top, load_n(s + whole, tail, scale2 < 0 ? INF : -INF) * scale2);
+    for (int64_t c = 0; c < whole; c += W) largest(load(s + c));
+    if (tail) largest(load_n(s + whole, tail, scale2 < 0 ? INF : -INF));
+    return valid ? reduce_max(top) * std::fabs(scale2) : -INF;
   }
   return reduce_max(top);
 }

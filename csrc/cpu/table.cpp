@@ -14,6 +14,9 @@ void window_backward(const Window&, const WindowGrad&);
 void patch(const Patch&);
 void patch_backward(const Patch&, const PatchGrad&);
 void activation(const Activation&);
+void layer_norm(const LayerNorm&);
+void layer_norm_backward(const LayerNorm&, const LayerNormGrad&);
+void transpose(const Transposition&);
 void log_sum_exp(const TileScores&);
 void pairs(const Pairs&);
 void pairs_backward(const Pairs&, const PairsGrad&);
@@ -53,8 +56,21 @@ double fma_peak(Dtype dtype, double seconds) {
 }  // namespace
 
 const Kernels& table() {
-  static const Kernels kernels{attention,      attention_backward, attention_map, window, window_backward, patch,
-                               patch_backward, activation,         log_sum_exp,   pairs,  pairs_backward,  product,
+  static const Kernels kernels{attention,
+                               attention_backward,
+                               attention_map,
+                               window,
+                               window_backward,
+                               patch,
+                               patch_backward,
+                               activation,
+                               layer_norm,
+                               layer_norm_backward,
+                               transpose,
+                               log_sum_exp,
+                               pairs,
+                               pairs_backward,
+                               product,
                                fma_peak};
   return kernels;
 }

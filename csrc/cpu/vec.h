@@ -62,7 +62,16 @@ inline vf vmax(vf a, vf b) {
   return a > b ? a : b;
 #endif
 }
-inline vf vmin(vf a, vf b) { return a < b ? a : b; }
+inline vf vmin(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+inline vf vabs(vf x) { return (vf)((vi)x & set1i(INT32_MAX)); }
 
 // conversions
 inline float to_float(float x) { return x; }
@@ -120,8 +129,17 @@ inline f16 from_float<f16>(float x) {
   return {uint16_t(sign | ((u - 0x38000000) >> 13))};
 }
 
+inline vu widen(vh x) {
+#if defined(__AVX512F__)  // gcc makes four instructions of the conversion
+  return (vu)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+  return (vu)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, vu);
+#endif
+}
 inline vf load(const float* p) { return load_as<vf>(p); }
-inline vf load(const bf16* p) { return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
+inline vf load(const bf16* p) { return (vf)(widen(load_as<vh>(p)) << 16); }
 inline vf load(const f16* p) {
 #if defined(__AVX512F__)
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
@@ -151,6 +169,33 @@ inline void store(f16* p, vf v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
   for (int i = 0; i < W; i++) p[i] = from_float<f16>(v[i]);
+#endif
+}
+
+#if defined(__AVX512BW__)
+inline vu interleave_halves(__m512i both) {
+  static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (vu)_mm512_permutexvar_epi16(_mm512_loadu_si512(order), both);
+}
+#endif
+// Pairs of 16-bit elements as 32-bit lanes, low first.
+inline vu pair_lanes(vh low, vh high) {
+#if defined(__AVX512BW__)
+  return interleave_halves(_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)low), (__m256i)high, 1));
+#else
+  return widen(low) | widen(high) << 16;
+#endif
+}
+// The same of values, rounded to bf16.
+inline vu pair_lanes(vf low, vf high) {
+#if defined(__AVX512BF16__)
+  return interleave_halves((__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+#else
+  bf16 a[W], b[W];
+  store(a, low);
+  store(b, high);
+  return pair_lanes(load_as<vh>(a), load_as<vh>(b));
 #endif
 }
 
@@ -198,6 +243,23 @@ inline void store_n(T* p, vf v, int n) {
   std::memcpy(p, buffer, n * sizeof(T));
 }
 
+// body(column, elements there) for the vectors of a row, the last one perhaps shorter.
+template <class F>
+inline void vectors(int64_t cols, const F& body) {
+  int64_t c = 0;
+  for (; c + W <= cols; c += W) body(c, W);
+  if (c < cols) body(c, int(cols - c));
+}
+// Up to a whole vector.
+template <class T>
+inline vf read(const T* p, int n) {
+  return n == W ? load(p) : load_n(p, n);
+}
+template <class T>
+inline void write(T* p, vf v, int n) {
+  n == W ? store(p, v) : store_n(p, v, n);
+}
+
 // reductions and exp2
 inline float reduce_add(vf v) {
 #if defined(__AVX512F__)
@@ -226,39 +288,69 @@ inline float reduce_max(vf v) {
 #endif
 }
 
-// 2**x for x in [-126, 127]; 0 below, also for -inf. Minimax polynomials of 2**f on [-1/2, 1/2]: relative error 7.5e-8,
-// or 2.6e-6 with COARSE, for values about to be rounded to bf16.
+// 1 / x for x in [1, 2**126]: relative error 1.2e-7, or 6.2e-5 with COARSE, for values about to be rounded to 16 bits. A
+// division takes as long as ten multiplications.
+template <bool COARSE = false>
+inline vf reciprocal(vf x) {
+#if defined(__AVX512F__)
+  const vf r = (vf)_mm512_rcp14_ps((__m512)x);
+  return COARSE ? r : r + r * (1.f - x * r);
+#else
+  return 1.f / x;
+#endif
+}
+
+// 2**x for x up to 127; 0 where that is below float's range, also for -inf. Minimax polynomials of 2**f on [0, 1]:
+// relative error 1.6e-7, or 2.7e-6 with COARSE, for values about to be rounded to 16 bits.
 template <bool COARSE = false>
 inline vf exp2v(vf x) {
-  x = vmax(set1(-1000.f), x);  // in this order a NaN stays
 #if defined(__AVX512F__)
-  vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // 0 for -inf
+#else
+  x = vmax(set1(-1000.f), x);  // in this order a NaN stays
+#if defined(__AVX__)
+  const vf n = (vf)_mm256_floor_ps((__m256)x);
 #else
   const vf shift = set1(12582912.f);  // 1.5 * 2**23: adding it rounds to an integer
-  vf n = (x + shift) - shift;
+  const vf n = (x - 0.5f + shift) - shift;
 #endif
-  vf f = x - n, p;
+  const vf f = x - n;
+#endif
+  vf p;
   if constexpr (COARSE) {
-    p = set1(9.570101908e-3f);
-    p = p * f + 5.591786032e-2f;
-    p = p * f + 2.402474483e-1f;
-    p = p * f + 6.931218147e-1f;
-    p = p * f + 9.999992614e-1f;
+    p = set1(1.353416792e-02f);
+    p = p * f + 5.201146061e-02f;
+    p = p * f + 2.414427569e-01f;
+    p = p * f + 6.930038345e-01f;
+    p = p * f + 1.000002593f;
   } else {
-    p = set1(1.327647198e-3f);
-    p = p * f + 9.675541334e-3f;
-    p = p * f + 5.550713274e-2f;
-    p = p * f + 2.402211972e-1f;
-    p = p * f + 6.931469671e-1f;
-    p = p * f + 1.000000072f;
+    p = set1(1.877576675e-03f);
+    p = p * f + 8.989340091e-03f;
+    p = p * f + 5.582631805e-02f;
+    p = p * f + 2.401536170e-01f;
+    p = p * f + 6.931530732e-01f;
+    p = p * f + 9.999999251e-01f;
   }
 #if defined(__AVX512F__)
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // of x's floor
 #else
   vi e = __builtin_convertvector(n, vi);
   vf r = (vf)((vi)p + (e << 23));
   return n < -126.f ? vf{} : r;  // not asked of e, which is least for a NaN
 #endif
+}
+
+// log2 of positive normal numbers: 2 atanh((m - 1) / (m + 1)) / ln 2 for the mantissa m in [sqrt(1/2), sqrt(2)).
+inline vf log2v(vf x) {
+  const vi e = (vi)((vu)x - 0x3f3504f3u) >> 23;
+  const vf m = (vf)((vi)x - (e << 23));
+  const vf t = (m - 1.f) / (m + 1.f), u = t * t;
+  vf p = set1(2.f / 9.f * LOG2E);
+  p = p * u + 2.f / 7.f * LOG2E;
+  p = p * u + 2.f / 5.f * LOG2E;
+  p = p * u + 2.f / 3.f * LOG2E;
+  p = p * u + 2.f * LOG2E;
+  return t * p + __builtin_convertvector(e, vf);
 }
 
 // Transposition of W x W 32-bit lanes, by exchanging blocks of 1, 2, 4, ... lanes.

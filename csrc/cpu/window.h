@@ -67,21 +67,6 @@ inline void pack_pairs(const Rows<T>& in, uint32_t* out) {
   }
 }
 
-// Two rows of values as lanes of pairs, low first.
-inline vu pair_lanes(vf low, vf high) {
-#if defined(__AVX512BF16__)
-  static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-  return (vu)_mm512_permutexvar_epi16(_mm512_loadu_si512(order), both);
-#else
-  bf16 a[W], b[W];
-  store(a, low);
-  store(b, high);
-  return __builtin_convertvector(load_as<vh>(a), vu) | __builtin_convertvector(load_as<vh>(b), vu) << 16;
-#endif
-}
-
 // The cache lines of one head's rows in one window, in the order they are needed; those of the next head lie `offset`
 // bytes further. Rows far apart in the map are beyond the reach of the hardware's prefetchers, so the products fetch
 // the lines of the head to come, one for every lane they go through.
@@ -338,19 +323,6 @@ inline void store_up_to(T* p, vf x, int64_t n) {
   } else {
     store_n(p, x, int(n));
   }
-}
-
-// log2 of positive normal numbers: 2 atanh((m - 1) / (m + 1)) / ln 2 for the mantissa m in [sqrt(1/2), sqrt(2)).
-inline vf log2v(vf x) {
-  const vi e = (vi)((vu)x - 0x3f3504f3u) >> 23;
-  const vf m = (vf)((vi)x - (e << 23));
-  const vf t = (m - 1.f) / (m + 1.f), u = t * t;
-  vf p = set1(2.f / 9.f * LOG2E);
-  p = p * u + 2.f / 7.f * LOG2E;
-  p = p * u + 2.f / 5.f * LOG2E;
-  p = p * u + 2.f / 3.f * LOG2E;
-  p = p * u + 2.f * LOG2E;
-  return t * p + __builtin_convertvector(e, vf);
 }
 
 }  // namespace pyvit::PYVIT_ISA

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from pyvit.models.registry import register
 from pyvit.models.resnet import CLIPResNet
 from pyvit.models.vit import VisionTransformer
-from pyvit.nn import Block, Linear
+from pyvit.nn import Block, LayerNorm, Linear
 
 
 class TextTransformer(nn.Module):
@@ -58,7 +58,7 @@ class TextTransformer(nn.Module):
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
         make = {"mlp_ratio": mlp_ratio, "activation": activation, "eps": eps}
         self.blocks = nn.Sequential(*(Block(width, num_heads, **make) for _ in range(depth)))  # type: ignore[arg-type]
-        self.ln_final = nn.LayerNorm(width, eps=eps)
+        self.ln_final = LayerNorm(width, eps)
         self.proj = Linear(width, embed_dim, bias=proj_bias)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)

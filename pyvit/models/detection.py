@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from pyvit.models.registry import create_model, register
 from pyvit.models.swin import SwinTransformer
 from pyvit.models.vit import SIZES
-from pyvit.nn import DropPath, Linear, Mlp, PatchEmbed, resample_positions
+from pyvit.nn import DropPath, LayerNorm, Linear, Mlp, PatchEmbed, resample_positions
 from pyvit.nn.patch_embed import pair
 from pyvit.ops import flash_attention, window_attention
 from pyvit.ops.reference import window_partition, window_reverse
@@ -98,8 +98,8 @@ class ViTDetBlock(nn.Module):
 
     def __init__(self, dim: int, attn: DecomposedAttention, mlp_ratio: float, drop_path: float, eps: float) -> None:
         super().__init__()
-        self.norm1, self.attn, self.drop_path1 = nn.LayerNorm(dim, eps=eps), attn, DropPath(drop_path)
-        self.norm2, self.mlp, self.drop_path2 = nn.LayerNorm(dim, eps=eps), Mlp(dim, int(dim * mlp_ratio)), DropPath(drop_path)
+        self.norm1, self.attn, self.drop_path1 = LayerNorm(dim, eps, before_linear=True), attn, DropPath(drop_path)
+        self.norm2, self.mlp, self.drop_path2 = LayerNorm(dim, eps, before_linear=True), Mlp(dim, int(dim * mlp_ratio)), DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path1(self.attn(self.norm1(x)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyvit.losses.masked import masked_pixel_loss, patchify, unpatchify
 from pyvit.models.registry import register
 from pyvit.models.vit import SIZES, VisionTransformer
-from pyvit.nn import Block, Linear, resample_positions, sincos_2d
+from pyvit.nn import Block, LayerNorm, Linear, resample_positions, sincos_2d
 
 
 class MaskedAutoencoder(VisionTransformer):
@@ -38,7 +38,7 @@ class MaskedAutoencoder(VisionTransformer):
         positions = torch.cat((torch.zeros(1, decoder_embed_dim), sincos_2d(decoder_embed_dim, self.grid)))[None]
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         self.decoder_blocks = nn.Sequential(*(Block(decoder_embed_dim, decoder_num_heads, eps=eps) for _ in range(decoder_depth)))
-        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=eps)
+        self.decoder_norm = LayerNorm(decoder_embed_dim, eps, before_linear=True)
         self.decoder_pred = Linear(decoder_embed_dim, ph * pw * c)
         self.init_autoencoder()
 

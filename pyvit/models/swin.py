@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyvit.models.registry import register
-from pyvit.nn import DropPath, Linear, Mlp, PatchEmbed, WindowAttention, WindowAttentionV2
+from pyvit.nn import DropPath, LayerNorm, Linear, Mlp, PatchEmbed, WindowAttention, WindowAttentionV2
 from pyvit.nn.patch_embed import pair
 
 
@@ -26,10 +26,10 @@ class SwinBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.post_norm = post_norm
-        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.norm1 = LayerNorm(dim, eps, before_linear=not post_norm)
         self.attn = attn
         self.drop_path1 = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.norm2 = LayerNorm(dim, eps, before_linear=not post_norm)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
         self.drop_path2 = DropPath(drop_path)
 
@@ -51,7 +51,7 @@ class PatchMerging(nn.Module):
         super().__init__()
         self.post_norm = post_norm
         self.reduction = Linear(4 * dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm(2 * dim if post_norm else 4 * dim, eps=eps)
+        self.norm = LayerNorm(2 * dim if post_norm else 4 * dim, eps, before_linear=not post_norm)
 
     def forward(self, x: Tensor) -> Tensor:
         b, h, w, c = x.shape
@@ -146,7 +146,7 @@ class SwinTransformer(nn.Module):
         self.version, self.grad_checkpointing, self.global_pool = version, False, global_pool
         self.img_size = pair(img_size)
         self.num_features = [embed_dim * 2**s for s in range(len(depths))]
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm_layer=nn.LayerNorm, pad=True, mean=mean, std=std)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm_layer=LayerNorm, pad=True, mean=mean, std=std)
         grid = self.patch_embed.grid(pair(img_size))
         rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
         stages = []
@@ -176,7 +176,7 @@ class SwinTransformer(nn.Module):
             ]
             stages.append(SwinStage(PatchMerging(dim // 2, version == 2, norm_eps) if s else None, blocks))
         self.layers = nn.Sequential(*stages)
-        self.norm = nn.LayerNorm(self.num_features[-1], eps=norm_eps)
+        self.norm = LayerNorm(self.num_features[-1], norm_eps)
         self.num_classes = num_classes
         self.head = ClassifierHead(self.num_features[-1], num_classes, global_pool, drop_rate)
         self.init_weights()

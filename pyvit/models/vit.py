@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyvit.models.registry import register
-from pyvit.nn import AttentionPool, Block, Linear, Packing, PatchEmbed, RotaryEmbedding, resample_positions, sincos_2d
+from pyvit.nn import AttentionPool, Block, LayerNorm, Linear, Packing, PatchEmbed, RotaryEmbedding, resample_positions, sincos_2d
 from pyvit.nn.patch_embed import pair
 
 
@@ -101,7 +101,7 @@ class VisionTransformer(nn.Module):
         elif pos_embed == "rope":
             self.rope = RotaryEmbedding(embed_dim // num_heads, rope_base)
         self.pos_drop = nn.Dropout(pos_drop_rate)
-        self.norm_pre = nn.LayerNorm(embed_dim, eps=norm_eps) if pre_norm else nn.Identity()
+        self.norm_pre = LayerNorm(embed_dim, norm_eps) if pre_norm else nn.Identity()
         rates = [drop_path_rate if drop_path_uniform else drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.Sequential(
             *(
@@ -123,9 +123,9 @@ class VisionTransformer(nn.Module):
             )
         )
         after_pool = global_pool == "avg" if fc_norm is None else fc_norm
-        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps) if final_norm and not after_pool else nn.Identity()
+        self.norm = LayerNorm(embed_dim, norm_eps) if final_norm and not after_pool else nn.Identity()
         self.attn_pool = AttentionPool(embed_dim, num_heads, mlp_ratio, activation, norm_eps) if global_pool == "map" else None
-        self.fc_norm = nn.LayerNorm(embed_dim, eps=norm_eps) if final_norm and after_pool else nn.Identity()
+        self.fc_norm = LayerNorm(embed_dim, norm_eps) if final_norm and after_pool else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.init_weights()
         self.reset_classifier(num_classes)

@@ -2,6 +2,7 @@
 
 from pyvit.nn.attention import Attention, Packing, rotate
 from pyvit.nn.block import Block
+from pyvit.nn.layer_norm import LayerNorm
 from pyvit.nn.linear import Linear
 from pyvit.nn.mlp import Mlp, SwiGLU, swiglu_hidden
 from pyvit.nn.patch_embed import PatchEmbed
@@ -15,6 +16,7 @@ __all__ = [
     "AttentionPool",
     "Block",
     "DropPath",
+    "LayerNorm",
     "LayerScale",
     "Linear",
     "Mlp",

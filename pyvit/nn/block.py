@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyvit.nn.attention import Attention, Packing
+from pyvit.nn.layer_norm import LayerNorm
 from pyvit.nn.mlp import Mlp, SwiGLU, swiglu_hidden
 from pyvit.nn.residual import DropPath, LayerScale
 
@@ -42,11 +43,11 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         hidden = int(dim * mlp_ratio)
-        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.norm1 = LayerNorm(dim, eps, before_linear=True)
         self.attn = Attention(dim, num_heads, qkv_bias, qk_norm, attn_drop=attn_drop, proj_drop=proj_drop)
         self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.drop_path1 = DropPath(drop_path, drop_path_form)
-        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.norm2 = LayerNorm(dim, eps, before_linear=True)
         self.mlp = SwiGLU(dim, swiglu_hidden(hidden), proj_drop) if activation == "swiglu" else Mlp(dim, hidden, activation, proj_drop)
         self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.drop_path2 = DropPath(drop_path, drop_path_form)

@@ -10,6 +10,7 @@ from pyvit.ops.flash_attention import flash_attention, flash_attention_varlen, s
 from pyvit.ops.flash_attention_qkvpacked import flash_attention_qkvpacked  # noqa: E402
 from pyvit.ops.info_nce import info_nce  # noqa: E402
 from pyvit.ops.koleo import koleo  # noqa: E402
+from pyvit.ops.layer_norm import layer_norm  # noqa: E402
 from pyvit.ops.linear import linear  # noqa: E402
 from pyvit.ops.mlp import mlp  # noqa: E402
 from pyvit.ops.nt_xent import nt_xent  # noqa: E402
@@ -26,6 +27,7 @@ __all__ = [
     "flash_attention_varlen",
     "info_nce",
     "koleo",
+    "layer_norm",
     "linear",
     "mlp",
     "nt_xent",

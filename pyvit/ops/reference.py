@@ -274,3 +274,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
 
 def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None, activation: str) -> Tensor:
     return F.linear(ACTIVATIONS[activation](F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(dtype)

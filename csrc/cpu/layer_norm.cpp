@@ -1,0 +1,179 @@
+// Layer norm and its gradients. A row is read from memory once: it stays in L1 for the passes after the first.
+#include "gemm_tile.h"
+#include "kernels.h"
+
+namespace pyvit::PYVIT_ISA {
+namespace {
+
+// Rows of one unit of work, in groups of four. The parameters' gradients are of one unit first, which bounds their
+// rounding error; the number does not depend on threads.
+inline int64_t rows_of_unit(int64_t rows) { return std::max<int64_t>(32, round_up((rows + 255) / 256, 4)); }
+inline int64_t units_of(int64_t rows) { return (rows + rows_of_unit(rows) - 1) / rows_of_unit(rows); }
+
+// The parameters as float32 in the call's shared memory, whole vectors: weight, then bias.
+struct Parameters {
+  const float *weight, *bias;
+  Parameters(const LayerNorm& a, Scratch& memory)
+      : weight(widened(a.weight, a, 1.f, memory.take<float>(round_up(a.cols, W)))),
+        bias(widened(a.bias, a, 0.f, memory.take<float>(round_up(a.cols, W)))) {}
+
+ private:
+  static const float* widened(const void* p, const LayerNorm& a, float missing, float* out) {
+    vectors(a.cols, [&](int64_t c, int n) {
+      vf v = set1(missing);
+      if (p && a.parameters == Dtype::f32) v = read(static_cast<const float*>(p) + c, n);
+      if (p && a.parameters == Dtype::bf16) v = read(static_cast<const bf16*>(p) + c, n);
+      if (p && a.parameters == Dtype::f16) v = read(static_cast<const f16*>(p) + c, n);
+      store(out + c, v);
+    });
+    return out;
+  }
+};
+
+// Sums of f(row, column, elements) along R rows. Rows pass together, for sums wait for each other.
+template <int R, class F>
+inline void row_sums(int64_t cols, float (&out)[R], const F& f) {
+  vf sum[R];
+  for (vf& s : sum) s = vf{};
+  vectors(cols, [&](int64_t c, int n) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) sum[r] += f(r, c, n);
+  });
+  for (int r = 0; r < R; r++) out[r] = reduce_add(sum[r]);
+}
+
+// body(first row, how many of them as a constant) for the rows of a unit.
+template <class F>
+inline void row_groups(int64_t rows, int64_t unit, const F& body) {
+  int64_t row = unit * rows_of_unit(rows);
+  const int64_t end = std::min(rows, row + rows_of_unit(rows));
+  for (; row + 4 <= end; row += 4) body(row, std::integral_constant<int, 4>{});
+  for (; row < end; row++) body(row, std::integral_constant<int, 1>{});
+}
+
+template <class X, class Y, int R>
+inline void forward_rows(const LayerNorm& a, const Parameters& given, int64_t row) {
+  const X* x = static_cast<const X*>(a.x) + row * a.cols;
+  Y* y = static_cast<Y*>(a.y) + row * a.cols;
+  const float share = 1.f / float(a.cols);
+  float mean[R], rstd[R];
+  row_sums<R>(a.cols, mean, [&](int r, int64_t c, int n) { return read(x + r * a.cols + c, n); });
+  for (float& m : mean) m *= share;
+  row_sums<R>(a.cols, rstd, [&](int r, int64_t c, int n) {
+    const vf d = read(x + r * a.cols + c, n) - mean[r], own = n == W ? d : keep_first(d, n);
+    return own * own;
+  });
+  for (float& v : rstd) v = 1.f / std::sqrt(v * share + a.eps);
+  vectors(a.cols, [&](int64_t c, int n) {
+    const vf weight = load(given.weight + c), bias = load(given.bias + c);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const int64_t at = r * a.cols + c;
+      write(y + at, (read(x + at, n) - mean[r]) * rstd[r] * weight + bias, n);
+    }
+  });
+  for (int r = 0; a.mean && r < R; r++) {
+    a.mean[row + r] = mean[r];
+    a.rstd[row + r] = rstd[r];
+  }
+}
+
+template <class X, class Y>
+void forward(const LayerNorm& a) {
+  const Parameters given(a, shared());
+  parallel_units(units_of(a.rows), [&](Queue& queue) {
+    for (int64_t unit; (unit = queue.next()) >= 0;)
+      row_groups(a.rows, unit, [&](int64_t row, auto r) { forward_rows<X, Y, r()>(a, given, row); });
+  });
+}
+
+// With z the normalised row and g the gradient of z: (g - mean(g) - z mean(g z)) / deviation. `weights` and `biases`:
+// sums of the parameters' gradients, or null.
+template <class X, class Y, int R>
+inline void backward_rows(const LayerNorm& a, const LayerNormGrad& g, const Parameters& given, int64_t row,
+                          float* weights, float* biases) {
+  const X* x = static_cast<const X*>(a.x) + row * a.cols;
+  const Y* grad = static_cast<const Y*>(g.grad) + row * a.cols;
+  X* grad_x = static_cast<X*>(g.grad_x) + row * a.cols;
+  const float *mean = a.mean + row, *rstd = a.rstd + row;
+  vf of_g[R], of_gz[R];
+  for (int r = 0; r < R; r++) of_g[r] = of_gz[r] = vf{};
+  vectors(a.cols, [&](int64_t c, int n) {
+    const vf weight = load(given.weight + c);
+    vf of_weight{}, of_bias{};
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const int64_t at = r * a.cols + c;
+      const vf dy = read(grad + at, n), z = (read(x + at, n) - mean[r]) * rstd[r], gc = dy * weight;
+      of_g[r] += gc;
+      of_gz[r] += gc * z;
+      of_weight += dy * z;
+      of_bias += dy;
+    }
+    if (!weights) return;
+    store(weights + c, load(weights + c) + of_weight);
+    store(biases + c, load(biases + c) + of_bias);
+  });
+  const float share = 1.f / float(a.cols);
+  float by_g[R], by_gz[R];
+  for (int r = 0; r < R; r++) {
+    by_g[r] = reduce_add(of_g[r]) * share;
+    by_gz[r] = reduce_add(of_gz[r]) * share;
+  }
+  vectors(a.cols, [&](int64_t c, int n) {
+    const vf weight = load(given.weight + c);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const int64_t at = r * a.cols + c;
+      const vf z = (read(x + at, n) - mean[r]) * rstd[r];
+      write(grad_x + at, (read(grad + at, n) * weight - by_g[r] - z * by_gz[r]) * rstd[r], n);
+    }
+  });
+}
+
+template <class X, class Y>
+void backward(const LayerNorm& a, const LayerNormGrad& g) {
+  const int64_t units = units_of(a.rows), ld = round_up(a.cols, W);
+  Scratch& memory = shared();
+  const Parameters given(a, memory);
+  float* sums = g.grad_weight ? memory.take<float>(units * 2 * ld) : nullptr;  // of a unit: the weight's, the bias's
+  parallel_units(units, [&](Queue& queue) {
+    for (int64_t unit; (unit = queue.next()) >= 0;) {
+      float *weights = sums ? sums + unit * 2 * ld : nullptr, *biases = sums ? weights + ld : nullptr;
+      if (sums) std::fill_n(weights, 2 * ld, 0.f);
+      row_groups(a.rows, unit,
+                 [&](int64_t row, auto r) { backward_rows<X, Y, r()>(a, g, given, row, weights, biases); });
+    }
+  });
+  if (!sums) return;
+  vectors(a.cols, [&](int64_t c, int n) {
+    vf weight{}, bias{};
+    for (int64_t unit = 0; unit < units; unit++) {
+      weight += load(sums + unit * 2 * ld + c);
+      bias += load(sums + unit * 2 * ld + ld + c);
+    }
+    write(g.grad_weight + c, weight, n);
+    write(g.grad_bias + c, bias, n);
+  });
+}
+
+// f(a value of x's type, one of the result's) for the types of a call.
+template <class F>
+void of_types(const LayerNorm& a, const F& f) {
+  if (a.in == Dtype::bf16) return f(bf16{}, bf16{});
+  if (a.in == Dtype::f16) return f(f16{}, f16{});
+  if (a.out == Dtype::bf16) return f(float{}, bf16{});
+  if (a.out == Dtype::f16) return f(float{}, f16{});
+  f(float{}, float{});
+}
+
+}  // namespace
+
+void layer_norm(const LayerNorm& a) {
+  of_types(a, [&](auto x, auto y) { forward<decltype(x), decltype(y)>(a); });
+}
+void layer_norm_backward(const LayerNorm& a, const LayerNormGrad& g) {
+  of_types(a, [&](auto x, auto y) { backward<decltype(x), decltype(y)>(a, g); });
+}
+
+}  // namespace pyvit::PYVIT_ISA
