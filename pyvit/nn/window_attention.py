@@ -81,7 +81,8 @@ class WindowAttention(nn.Module):
             pad_qkv=self._pad_qkv(x, bias),
             dropout_p=self.attn_drop if self.training else 0.0,
         )
-        return self.proj_drop(self.proj(out))
+        out = self.proj(out)
+        return self.proj_drop(out) if self.training else out
 
     def score_shape(self, x: Tensor) -> tuple[int, int, int]:
         """Windows times heads, queries and keys of the scores that x (B, H, W, C) stands for."""

@@ -36,14 +36,14 @@ def activate(x: Tensor, name: str) -> Tensor:
         return reference.ACTIVATIONS[name](x)
     x = x.contiguous()
     out = torch.empty_like(x)
-    torch.ops.pyvit.activation(x, name, out)
+    torch.ops.pyvit.activation.default(x, name, out)
     return out
 
 
 def activate_(x: Tensor, name: str) -> Tensor:
     """``x``, contiguous, replaced by activation(x)."""
     if _ours(x):
-        torch.ops.pyvit.activation(x, name, x)
+        torch.ops.pyvit.activation.default(x, name, x)
         return x
     return x.copy_(reference.ACTIVATIONS[name](x))
 

@@ -36,6 +36,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     ``torch.compile`` makes without gradients choose as eager calls do; those with gradients, exported ones and tensors that are traced
     hold the plain formula.
     """
+    if backend is None and (out := again(x, weight, bias, activation)) is not None:
+        return out
     x, weight, bias, device = prepare(x, weight, bias, activation)
     wanted = select("linear", device, x.dtype, backend)
     if wanted == "cpu" and compiled_inference(x, weight):
@@ -45,6 +47,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, weight, bias, activation)
     return products.forward(x, weight, bias, activation)
+
+
+def again(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor | None:
+    """The short way to a layer whose weight is packed, for a call like an earlier one: every check of this module was made then."""
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or type(x) is not Tensor
+        or dispatch._override is not None
+        or torch.is_autocast_enabled("cpu")
+        or traced(x)
+    ):
+        return None
+    return products.again(x, weight, bias, activation)
 
 
 def prepare(

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyvit import dispatch
 from pyvit.dispatch import Call
 from pyvit.ops import activations, checks, products, reference
-from pyvit.ops.linear import compiled_inference, prepare, select, traced
+from pyvit.ops.linear import again, compiled_inference, prepare, select, traced
 
 
 def mlp(
@@ -36,6 +36,10 @@ def mlp(
 
     Returns (..., M). Raises ValueError or TypeError naming the argument that does not fit, BackendError where ``backend`` cannot serve.
     """
+    if backend is None and (hidden := again(x, fc1_weight, fc1_bias, activation)) is not None:
+        out = again(hidden, fc2_weight, fc2_bias, None)
+        if out is not None:
+            return out
     x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, device = _prepare(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     wanted = select("mlp", device, x.dtype, backend)
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)

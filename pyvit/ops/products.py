@@ -10,6 +10,7 @@ import functools
 import os
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from pyvit import library
 from pyvit.ops import activations
@@ -121,6 +121,8 @@ def adopt(choices: Mapping[Key, str]) -> None:
     for key, name in choices.items():
         _adopted[key] = name
         _chosen.pop(key, None)
+    for pack in _packs.values():
+        pack.ways.clear()
 
 
 def _key(kind: str, rows: int, *rest: Any) -> Key:
@@ -132,20 +134,29 @@ def _forward_key(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
 
 
 class _Pack:
-    """A weight in the order oneDNN multiplies it in, which a plain weight is brought into by every call."""
+    """A weight in the order oneDNN multiplies it in, which a plain weight is brought into by every call; the ways calls like it went."""
 
-    def __init__(self) -> None:
+    def __init__(self, weight: Tensor) -> None:
+        key = id(weight)
+        self.weight = weakref.ref(weight, lambda _: _packs.pop(key, None))
         self.packed: Tensor | None = None
         self.of: tuple[Any, ...] = ()
+        self.ways: dict[tuple[Any, ...], Way] = {}
 
     def of_weight(self, weight: Tensor, rows: int) -> Tensor:
         of = (weight._version, weight.data_ptr(), weight.dtype)
         if self.packed is None or self.of != of:
             self.packed, self.of = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), of
+            self.ways.clear()
         return self.packed
 
 
-_packs: Any = WeakIdKeyDictionary()  # weight -> _Pack
+_packs: dict[int, _Pack] = {}  # by the weight's id: a dictionary of weak references takes microseconds to ask
+
+
+def _pack_of(weight: Tensor) -> _Pack | None:
+    pack = _packs.get(id(weight))
+    return pack if pack is not None and pack.weight() is weight else None
 
 
 @functools.cache
@@ -164,13 +175,14 @@ def keep_packed(weight: Tensor) -> bool:
     """Keep a packed copy of ``weight`` from the next product without a gradient on; False where oneDNN cannot take it."""
     able = _policy != "torch" and weight.dim() == 2 and weight.is_contiguous() and weight.numel() > 0 and weight.device.type == "cpu"
     if able and not weight.is_inference() and _packs_dtype(weight.dtype):
-        _packs[weight] = _Pack()
+        _packs[id(weight)] = _Pack(weight)
         return True
     return False
 
 
 def drop_packed(weight: Tensor) -> None:
-    _packs.pop(weight, None)
+    if _pack_of(weight) is not None:
+        del _packs[id(weight)]
 
 
 def _forward_packed(pack: _Pack, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor | None:
@@ -184,12 +196,34 @@ def _forward_packed(pack: _Pack, x: Tensor, weight: Tensor, bias: Tensor | None,
         way, name = _choose(key, ways, lambda rows: (few[:rows], packed, bias, activation), few.shape[0], weight, x)
         _chosen[key] = (way, f"{name}, weight kept packed") if way in (_by_onednn, _by_onednn_fused) else (_by_torch, name)
     way = _chosen[key][0]
-    return None if way is _by_torch else way(x, packed, bias, activation)
+    if way is _by_torch:
+        return None
+    pack.ways[_call(x, bias, activation)] = way
+    return way(x, packed, bias, activation)
+
+
+def _call(x: Tensor, bias: Tensor | None, activation: str | None) -> tuple[Any, ...]:
+    """What, the weight being the same, a way was chosen for."""
+    return (x.shape, x.dtype, activation, id(bias), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+
+
+def again(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor | None:
+    """:func:`forward` with a packed weight as in an earlier call like this one, asking no more than that; None where there was none.
+
+    No gradient may be wanted, and nothing may be watching.
+    """
+    pack = _packs.get(id(weight))
+    if pack is None or pack.of != (weight._version, weight.data_ptr(), x.dtype) or not x.is_cpu:
+        return None
+    way = pack.ways.get(_call(x, bias, activation))
+    if way is None or pack.weight() is not weight or (bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1])):
+        return None
+    return way(x, pack.packed, bias, activation)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """activation(x weight^T + bias); x (..., K), weight (M, K). No gradient is recorded."""
-    if _packs and not torch.is_grad_enabled() and (pack := _packs.get(weight)) is not None:
+    if _packs and not torch.is_grad_enabled() and (pack := _pack_of(weight)) is not None:
         out = _forward_packed(pack, x, weight, bias, activation)
         if out is not None:
             return out
@@ -283,7 +317,7 @@ def _agrees(way: Way, args: tuple[Any, ...], wanted: Tensor) -> bool:
 def explain(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> list[str]:
     """What is known of the choice for a call, for :func:`pyvit.explain`; nothing is computed."""
     key = _forward_key(x, weight, bias, activation)
-    found = (_chosen.get(("packed", *key)) if weight in _packs else None) or _chosen.get(key)
+    found = (_chosen.get(("packed", *key)) if _pack_of(weight) else None) or _chosen.get(key)
     if found is not None:
         return [f"matrix product by {found[1]}"]
     return [f"matrix product not chosen yet: PYVIT_LINEAR={_policy}" + ("; the first call measures" if _policy == "auto" else "")]
