@@ -549,9 +549,8 @@ void layer_norm(Tensor x, Maybe weight, Maybe bias, double eps, Tensor out, Mayb
 void layer_norm_backward(Tensor grad, Tensor x, Maybe weight, Tensor statistics, Tensor grad_x, Maybe grad_parameters) {
   LayerNorm a = layer_norm_of(x, grad, weight, std::nullopt, 0);
   set_statistics(a, statistics);
-  STD_TORCH_CHECK(
-      grad_x.is_contiguous() && grad_x.numel() == x.numel() && grad_x.scalar_type() == x.scalar_type(),
-      "pyvit: layer_norm: grad_x must be as x is");
+  STD_TORCH_CHECK(grad_x.is_contiguous() && grad_x.numel() == x.numel() && grad_x.scalar_type() == x.scalar_type(),
+                  "pyvit: layer_norm: grad_x must be as x is");
   LayerNormGrad g{grad.data_ptr(), grad_x.data_ptr(), nullptr, nullptr};
   if (grad_parameters) {
     g.grad_weight = vector(*grad_parameters, 2 * a.cols, "grad_parameters");
@@ -583,18 +582,58 @@ void log_sum_exp(Tensor scores, int64_t dim, Tensor top, Tensor total) {
   if (scores.numel()) kernels().log_sum_exp(t);
 }
 
+Distillation distillation_of(const Tensor& student, const Tensor& teacher, const Maybe& center, double student_temp,
+                             double teacher_temp) {
+  Distillation d{};
+  d.s = student.size(0);
+  d.t = teacher.size(0);
+  d.rows = student.size(1);
+  d.cols = student.size(2);
+  d.student = vector(student, d.s * d.rows * d.cols, "student");
+  d.teacher = vector(teacher, d.t * d.rows * d.cols, "teacher");
+  if (center) d.center = vector(*center, d.cols, "center");
+  d.student_scale = float(1 / student_temp);
+  d.teacher_scale = float(1 / teacher_temp);
+  return d;
+}
+
+void distillation_tile(Tensor student, Tensor teacher, Maybe center, double student_temp, double teacher_temp,
+                       Tensor top_s, Tensor total_s, Tensor top_t, Tensor total_t, Tensor cross) {
+  Distillation d = distillation_of(student, teacher, center, student_temp, teacher_temp);
+  d.top_s = vector(top_s, d.s * d.rows, "top_s");
+  d.total_s = vector(total_s, d.s * d.rows, "total_s");
+  d.top_t = vector(top_t, d.t * d.rows, "top_t");
+  d.total_t = vector(total_t, d.t * d.rows, "total_t");
+  d.cross = vector(cross, d.s * d.t * d.rows, "cross");
+  kernels().distillation(d);
+}
+
+void distillation_tile_backward(Tensor student, Tensor teacher, Maybe center, double student_temp, double teacher_temp,
+                                Tensor lse_s, Tensor lse_t, Tensor weights, Tensor grad) {
+  const Distillation d = distillation_of(student, teacher, center, student_temp, teacher_temp);
+  STD_TORCH_CHECK(grad.is_contiguous() && grad.numel() == student.numel() &&
+                      (grad.scalar_type() == ScalarType::Float || grad.scalar_type() == ScalarType::BFloat16),
+                  "pyvit: grad must be contiguous float32 or bfloat16 numbers, as many as student's");
+  kernels().distillation_backward(d, {vector(lse_s, d.s * d.rows, "lse_s"), vector(lse_t, d.t * d.rows, "lse_t"),
+                                      vector(weights, d.s * d.t * d.rows, "weights"), dtype_of(grad), grad.data_ptr()});
+}
+
 // a (n, k) b^T (m, k), or a b (k, m) where `down`, in float32
-Tensor product(Tensor a, Tensor b, bool down) {
-  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(down ? 0 : 1) &&
-                      a.scalar_type() == b.scalar_type() && a.is_contiguous() && b.is_contiguous(),
-                  "pyvit: product: a and b must be contiguous matrices of one dtype that fit each other");
+void product(Tensor a, Tensor b, bool down, Tensor out, bool add) {
   const int64_t n = a.size(0), m = b.size(down ? 1 : 0), k = a.size(1);
-  Tensor out = make(a, {n, m}, ScalarType::Float);
-  if (n * m == 0) return out;
-  if (k == 0) return torch::stable::zero_(out);
-  kernels().product(
-      {n, m, k, dtype_of(a), a.data_ptr(), b.data_ptr(), k, down ? m : k, down, static_cast<float*>(out.data_ptr())});
-  return out;
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && k == b.size(down ? 0 : 1) && a.scalar_type() == b.scalar_type() &&
+                      a.is_contiguous() && b.is_contiguous(),
+                  "pyvit: product: a and b must be contiguous matrices of one dtype that fit each other");
+  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == n && out.size(1) == m && (m <= 1 || out.stride(1) == 1) &&
+                      out.scalar_type() == ScalarType::Float,
+                  "pyvit: product: out must be float32 of shape (", n, ", ", m, ") with contiguous rows");
+  if (n * m == 0) return;
+  if (k == 0) {
+    if (!add) torch::stable::zero_(out);
+    return;
+  }
+  kernels().product({n, m, k, dtype_of(a), a.data_ptr(), b.data_ptr(), k, down ? m : k, down,
+                     static_cast<float*>(out.data_ptr()), out.stride(0), add});
 }
 
 // losses over all pairs of rows: one call for the rows of a and those of b, added to the caller's sums in place
@@ -702,8 +741,15 @@ STABLE_TORCH_LIBRARY(pyvit, m) {
   // For pyvit/ops/products.py and streaming.py.
   m.def("transposed(Tensor x) -> Tensor");
   // For pyvit/ops/streaming.py.
-  m.def("product(Tensor a, Tensor b, bool down) -> Tensor");
+  m.def("product(Tensor a, Tensor b, bool down, Tensor(a!) out, bool add) -> ()");
   m.def("log_sum_exp(Tensor scores, int dim, Tensor(a!) top, Tensor(b!) total) -> ()");
+  // For pyvit/ops/distillation.py. Scores (crops, N, K), lse, tops and totals (crops, N), cross and weights (S, T, N).
+  m.def(
+      "distillation_tile(Tensor student, Tensor teacher, Tensor? center, float student_temp, float teacher_temp, "
+      "Tensor(a!) top_s, Tensor(b!) total_s, Tensor(c!) top_t, Tensor(d!) total_t, Tensor(e!) cross) -> ()");
+  m.def(
+      "distillation_tile_backward(Tensor student, Tensor teacher, Tensor? center, float student_temp, "
+      "float teacher_temp, Tensor lse_s, Tensor lse_t, Tensor weights, Tensor(a!) grad) -> ()");
   // For pyvit/ops/flash_attention_qkvpacked.py.
   m.def(
       "flash_attention_qkvpacked_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_grad, "
@@ -738,6 +784,8 @@ STABLE_TORCH_LIBRARY_IMPL(pyvit, CPU, m) {
   m.impl("transposed", TORCH_BOX(&pyvit::transposed));
   m.impl("product", TORCH_BOX(&pyvit::product));
   m.impl("log_sum_exp", TORCH_BOX(&pyvit::log_sum_exp));
+  m.impl("distillation_tile", TORCH_BOX(&pyvit::distillation_tile));
+  m.impl("distillation_tile_backward", TORCH_BOX(&pyvit::distillation_tile_backward));
   m.impl("activation", TORCH_BOX(&pyvit::activation));
   m.impl("activation_backward", TORCH_BOX(&pyvit::activation_backward));
   m.impl("layer_norm", TORCH_BOX(&pyvit::layer_norm));

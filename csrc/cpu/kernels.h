@@ -160,8 +160,24 @@ struct PairsGrad {
   int64_t ld;                  // of both, a multiple of 16
 };
 
-// out (n, m) float32 = a (n, k) b: b lies as (m, k), or as (k, m) where `down`. Both of one type; rows of a and b any
-// distance apart, those of out contiguous.
+// A contiguous float32 tile of scores on `cols` prototypes: of the student's s crops of `rows` samples, (s, rows,
+// cols), and of the teacher's t, less the center (cols), null for none.
+struct Distillation {
+  int64_t s, t, rows, cols;
+  const float *student, *teacher, *center;
+  float student_scale, teacher_scale;        // 1 / temperature
+  float *top_s, *total_s, *top_t, *total_t;  // the forward's, updated: (crops, rows), as in TileScores
+  float* cross;                              // likewise (s, t, rows): sums of exp(teacher - top) * student
+};
+// grad (s, rows, cols), float32 or bf16; it may be the student's scores. lse (crops, rows), weights (s, t, rows).
+struct DistillationGrad {
+  const float *lse_s, *lse_t, *weights;
+  Dtype dtype;
+  void* grad;
+};
+
+// out (n, m) float32 = or, with `add`, += a (n, k) b: b lies as (m, k), or as (k, m) where `down`. Both of one type;
+// ld: from one row to the next.
 struct Product {
   int64_t n, m, k;
   Dtype dtype;
@@ -169,6 +185,8 @@ struct Product {
   int64_t lda, ldb;
   bool down;
   float* out;
+  int64_t ldo;
+  bool add;
 };
 
 struct Kernels {
@@ -186,6 +204,8 @@ struct Kernels {
   void (*log_sum_exp)(const TileScores&);
   void (*pairs)(const Pairs&);
   void (*pairs_backward)(const Pairs&, const PairsGrad&);
+  void (*distillation)(const Distillation&);
+  void (*distillation_backward)(const Distillation&, const DistillationGrad&);
   void (*product)(const Product&);
   double (*fma_peak)(Dtype dtype, double seconds);  // GF/s of one thread
 };

@@ -20,6 +20,8 @@ void transpose(const Transposition&);
 void log_sum_exp(const TileScores&);
 void pairs(const Pairs&);
 void pairs_backward(const Pairs&, const PairsGrad&);
+void distillation(const Distillation&);
+void distillation_backward(const Distillation&, const DistillationGrad&);
 void product(const Product&);
 
 namespace {
@@ -56,22 +58,15 @@ double fma_peak(Dtype dtype, double seconds) {
 }  // namespace
 
 const Kernels& table() {
-  static const Kernels kernels{attention,
-                               attention_backward,
-                               attention_map,
-                               window,
-                               window_backward,
-                               patch,
-                               patch_backward,
-                               activation,
-                               layer_norm,
-                               layer_norm_backward,
-                               transpose,
-                               log_sum_exp,
-                               pairs,
-                               pairs_backward,
-                               product,
-                               fma_peak};
+  static const Kernels kernels{attention,       attention_backward,
+                               attention_map,   window,
+                               window_backward, patch,
+                               patch_backward,  activation,
+                               layer_norm,      layer_norm_backward,
+                               transpose,       log_sum_exp,
+                               pairs,           pairs_backward,
+                               distillation,    distillation_backward,
+                               product,         fma_peak};
   return kernels;
 }
 

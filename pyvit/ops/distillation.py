@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
 from pyvit.ops import checks, reference_losses, streaming
-from pyvit.ops.streaming import LogSumExp, narrow, product, spans, widen
+from pyvit.ops.streaming import LogSumExp, in_library, narrow, product, spans, widen
 
 _OP = "distillation_cross_entropy"
 
@@ -122,78 +123,134 @@ class _Tiles:
         self.k = self.student.shape[2] if self.ws is None else self.ws.shape[0]
         columns = min(self.k, 4096)
         self.columns, self.rows = columns, max(1, _TILE_SCORES // (columns * (self.s + self.t)))
+        self.buffers: dict[str, Tensor] = {}
 
     def chunks(self) -> list[slice]:
         return list(spans(self.n, self.rows))
 
-    def scores(self, x: Tensor, prototypes: Tensor | None, rows: slice, columns: slice) -> Tensor:
-        """(crops, rows, columns), before temperature."""
-        chunk = x[:, rows]
+    def scores(self, name: str, x: Tensor, prototypes: Tensor | None, rows: slice, columns: slice) -> Tensor:
+        """(crops, rows, columns), before center and temperature."""
         if prototypes is None:
-            return widen(chunk[..., columns])
-        return product(chunk.reshape(-1, chunk.shape[2]), prototypes[columns]).view(chunk.shape[0], chunk.shape[1], -1)
+            found = widen(x[:, rows, columns])
+            return found.contiguous() if found.device.type == "cpu" else found
+        chunk, part = x[:, rows], prototypes[columns]
+        out = self.buffer(name, chunk.shape[0] * chunk.shape[1], part.shape[0], checks.wide(x.dtype))
+        return product(chunk.reshape(-1, chunk.shape[2]), part, out).view(chunk.shape[0], chunk.shape[1], -1)
 
-    def student_scores(self, rows: slice, columns: slice) -> Tensor:
-        return self.scores(self.student, self.ws, rows, columns) / self.student_temp
+    def buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """(rows, columns), the same memory for every tile."""
+        found = self.buffers.get(name)
+        if found is None or found.numel() < rows * columns or found.dtype != dtype:
+            found = self.buffers[name] = torch.empty(rows * columns, dtype=dtype, device=self.student.device)
+        return found[: rows * columns].view(rows, columns)
 
-    def teacher_scores(self, rows: slice, columns: slice) -> Tensor:
-        scores = self.scores(self.teacher, self.wt, rows, columns)
-        if self.center is not None:
-            scores = scores - self.center[columns].to(scores.dtype)
-        return scores / self.teacher_temp
+    def pairs(self, rows: slice) -> Iterator[tuple[slice, _Pair]]:
+        for columns in spans(self.k, self.columns):
+            student = self.scores("student", self.student, self.ws, rows, columns)
+            teacher = self.scores("teacher", self.teacher, self.wt, rows, columns)
+            center = None if self.center is None else self.center[columns].to(teacher.dtype).contiguous()
+            yield columns, _Pair(student, teacher, center, self.student_temp, self.teacher_temp)
+
+
+class _Pair(NamedTuple):
+    """A tile of scores of both networks, (S, rows, columns) and (T, rows, columns): each visited once or twice in C++, else by torch."""
+
+    student: Tensor
+    teacher: Tensor
+    center: Tensor | None
+    student_temp: float
+    teacher_temp: float
+
+    def in_library(self) -> bool:
+        return in_library(self.student) and in_library(self.teacher)
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        teacher = self.teacher if self.center is None else self.teacher - self.center
+        return self.student / self.student_temp, teacher / self.teacher_temp
+
+    def gradient(self, lse_s: Tensor, lse_t: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+        """Derivatives of the sum of weights (S, T, rows) times cross-entropies by the student's logits; ``out`` may hold them."""
+        if self.in_library():
+            grad = out.view(self.student.shape)
+            torch.ops.pyvit.distillation_tile_backward(*self, lse_s, lse_t, weights, grad)
+            return grad
+        q, p = self.logits()
+        g = (q - lse_s[..., None]).exp_().mul_(weights.sum(1)[..., None])
+        p = (p - lse_t[..., None]).exp_()
+        for i in range(len(g)):
+            for j in range(len(p)):
+                g[i].addcmul_(p[j], weights[i, j, :, None], value=-1)
+        return g.to(out.dtype)
+
+
+class _Sums:
+    """What a chunk of samples needs of all prototypes, one tile after another: log-sum-exps, and cross (S, T, rows), the sums of
+    exp(teacher - top) times student."""
+
+    def __init__(self, s: int, t: int, rows: int, like: Tensor) -> None:
+        self.student, self.teacher = LogSumExp(s * rows, like), LogSumExp(t * rows, like)
+        self.cross = like.new_zeros(s, t, rows, dtype=self.student.top.dtype)
+        self.shapes = (s, rows), (t, rows)
+
+    def add(self, pair: _Pair) -> None:
+        student, teacher = self.student, self.teacher
+        if pair.in_library():
+            state = (student.top, student.total, teacher.top, teacher.total, self.cross)
+            torch.ops.pyvit.distillation_tile(*pair, *state)
+            return
+        q, e = pair.logits()
+        student.add(slice(None), q.flatten(0, 1), 1)
+        before, top = teacher.top, torch.maximum(teacher.top, e.amax(-1).flatten())
+        e, fade = (e - top.view(self.shapes[1])[..., None]).exp_(), (before - top).exp()
+        teacher.top, teacher.total = top, teacher.total * fade + e.sum(-1).flatten()
+        self.cross *= fade.view(self.shapes[1])
+        for i in range(len(q)):
+            for j in range(len(e)):
+                self.cross[i, j] += (q[i] * e[j]).sum(-1)
+
+    def values(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-sum-exps (S, rows), (T, rows); mean of the student's logits under each teacher (S, T, rows)."""
+        mean = self.cross / self.teacher.total.view(self.shapes[1])
+        return self.student.value().view(self.shapes[0]), self.teacher.value().view(self.shapes[1]), mean
 
 
 def _tiled(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     tiles = _Tiles(args[:-1])
-    s, t, n = tiles.s, tiles.t, tiles.n
-    lse_s = torch.empty(s, n, dtype=checks.wide(tiles.student.dtype), device=tiles.student.device)
-    lse_t = lse_s.new_empty(t, n)
+    lse_s = torch.empty(tiles.s, tiles.n, dtype=checks.wide(tiles.student.dtype), device=tiles.student.device)
+    lse_t = lse_s.new_empty(tiles.t, tiles.n)
     loss = lse_s.new_zeros(())
     for rows in tiles.chunks():
-        m = rows.stop - rows.start
-        student, top_t = LogSumExp(s * m, lse_s), lse_s.new_full((t, m), torch.finfo(lse_s.dtype).min)
-        total_t, cross = lse_s.new_zeros(t, m), lse_s.new_zeros(s, t, m)  # cross: sum_k e^(teacher - top) student, rescaled as top rises
-        for columns in spans(tiles.k, tiles.columns):
-            q, e = tiles.student_scores(rows, columns), tiles.teacher_scores(rows, columns)
-            top = torch.maximum(top_t, e.amax(-1))
-            e = (e - top[..., None]).exp_()
-            fade = (top_t - top).exp()
-            total_t, top_t = total_t * fade + e.sum(-1), top
-            for i in range(s):
-                for j in range(t):
-                    cross[i, j].mul_(fade[j]).add_((q[i] * e[j]).sum(-1))
-            flat = q.reshape(s * m, -1)
-            student.add(slice(0, s * m), flat, 1)
-        lse_s[:, rows], lse_t[:, rows] = student.value().view(s, m), top_t + total_t.log()
-        loss += (tiles.weights[..., rows] * (lse_s[:, None, rows] - cross / total_t)).sum()
+        sums = _Sums(tiles.s, tiles.t, rows.stop - rows.start, lse_s)
+        for _, pair in tiles.pairs(rows):
+            sums.add(pair)
+        lse_s[:, rows], lse_t[:, rows], mean = sums.values()
+        loss += (tiles.weights[..., rows] * (lse_s[:, None, rows] - mean)).sum()
     return loss, lse_s, lse_t
 
 
 def _tiled_backward(grad: Tensor, lse_s: Tensor, lse_t: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     tiles = _Tiles(args[:-1])
-    s, t = tiles.s, tiles.t
-    fused = tiles.ws is not None
+    ws = tiles.ws
     grad_x = torch.zeros(tiles.student.shape, dtype=lse_s.dtype, device=lse_s.device)
-    grad_w = torch.zeros(tiles.ws.shape, dtype=lse_s.dtype, device=lse_s.device) if fused else lse_s.new_empty(0)
+    grad_w = lse_s.new_empty(0) if ws is None else (lse_s.new_empty if tiles.n else lse_s.new_zeros)(ws.shape)
     factor = grad / tiles.student_temp
+    dtype = tiles.student.dtype if ws is not None and narrow(tiles.student, ws) else lse_s.dtype
     for rows in tiles.chunks():
-        weights = tiles.weights[..., rows] * factor  # (S, T, rows)
-        x = tiles.student[:, rows].flatten(0, 1) if fused else None
-        for columns in spans(tiles.k, tiles.columns):
-            g = (tiles.student_scores(rows, columns) - lse_s[:, rows, None]).exp_().mul_(weights.sum(1)[..., None])
-            p = (tiles.teacher_scores(rows, columns) - lse_t[:, rows, None]).exp_()
-            for i in range(s):
-                for j in range(t):
-                    g[i].addcmul_(p[j], weights[i, j, :, None], value=-1)
-            if x is None:
+        of_s, of_t, weights = (t[..., rows].contiguous() for t in (lse_s, lse_t, tiles.weights * factor))
+        x = tiles.student[:, rows].flatten(0, 1)
+        of_x = tiles.buffer("gradient of x", x.shape[0], x.shape[1], lse_s.dtype)
+        for columns, pair in tiles.pairs(rows):
+            out = tiles.buffer("gradient", x.shape[0], columns.stop - columns.start, dtype)
+            g = pair.gradient(of_s, of_t, weights, out)
+            if ws is None:
                 grad_x[:, rows, columns] = g
                 continue
-            flat, prototypes = g.view(x.shape[0], -1), tiles.ws[columns]
-            if narrow(x, prototypes):
-                flat = flat.to(x.dtype)
-            grad_x[:, rows] += product(flat, prototypes.t()).view(s, -1, x.shape[1])
-            grad_w[columns] += product(flat.t(), x.t())
-    return grad_x.to(tiles.student.dtype), grad_w.to(tiles.ws.dtype) if fused else grad_w
+            flat = g.view(out.shape)
+            product(flat, ws[columns].t(), of_x, add=columns.start > 0)
+            product(flat.t(), x.t(), grad_w[columns], add=rows.start > 0)
+        if ws is not None:
+            grad_x[:, rows] = of_x.view(tiles.s, -1, x.shape[1])
+    return grad_x.to(tiles.student.dtype), grad_w if ws is None else grad_w.to(ws.dtype)
 
 
 def _fake(student: Tensor, teacher: Tensor, _ws: Any, _wt: Any, _center: Any, weights: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -111,8 +111,8 @@ class _LayerNorm(torch.autograd.Function):
         torch.ops.pyvit.layer_norm_backward(grad.contiguous(), x, weight, statistics, grad_x, sums)
         return (
             grad_x if needs[0] else None,
-            sums[0].to(weight.dtype) if needs[1] else None,
-            sums[1].to(bias.dtype) if needs[2] else None,
+            sums[0].to(weight.dtype) if sums is not None and needs[1] else None,
+            sums[1].to(bias.dtype) if sums is not None and needs[2] else None,
             None,
             None,
         )

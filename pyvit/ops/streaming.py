@@ -44,18 +44,29 @@ def narrow(*tensors: Tensor) -> bool:
     return all(t.device.type == "cpu" and t.dtype == tensors[0].dtype for t in tensors) and _multiplies(tensors[0].dtype)
 
 
-def product(x: Tensor, w: Tensor) -> Tensor:
-    """x (M, K) w (N, K)^T -> (M, N), at least float32; either may be a transposed view."""
-    if narrow(x, w):
+def product(x: Tensor, w: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """x (M, K) w (N, K)^T -> (M, N), at least float32; either may be a transposed view.
+
+    With ``out``, whose rows are contiguous, written or with ``add`` added there: large tensors cost more to allocate than to fill, for
+    the kernel clears their pages.
+    """
+    if narrow(x, w) or (out is not None and _plain(x) and _plain(w)):
         x = x if x.is_contiguous() else torch.ops.pyvit.transposed(x.t().contiguous())
         down = not w.is_contiguous()
-        return torch.ops.pyvit.product(x, w.t().contiguous() if down else w, down)
+        if out is None:
+            out = torch.empty(x.shape[0], w.shape[0])
+        torch.ops.pyvit.product(x, w.t().contiguous() if down else w, down, out, add)
+        return out
     x, w = widen(x), widen(w)
-    if x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and w.numel():
-        op = _onednn()
-        if op is not None:
-            return op(x, w, None, "none", [], "")
-    return x @ w.t()
+    op = _onednn() if x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and w.numel() else None
+    found = x @ w.t() if op is None else op(x, w, None, "none", [], "")
+    if out is None:
+        return found
+    return out.add_(found) if add else out.copy_(found)
+
+
+def _plain(t: Tensor) -> bool:
+    return t.device.type == "cpu" and t.dtype == torch.float32 and library.problem() is None
 
 
 def widen(t: Tensor) -> Tensor:
