@@ -80,6 +80,7 @@ BASELINES = {
     "window_attention": ("timm path",),
     "patch_embed": ("conv2d",),
     "linear": ("F.linear",),
+    "layer_norm": ("F.layer_norm",),
 }
 _FORWARD, _BACKWARD = "forward", "forward+backward"
 
@@ -206,6 +207,18 @@ def linears() -> list[Case]:
     return found
 
 
+def norms() -> list[Case]:
+    """Swin-T's first stage and ViT-B, batch 8."""
+    found = []
+    for rows, width in ((25088, 96), (1576, 768)):
+        for dtype in ("fp32", "bf16"):
+            shape, sources = {"rows": rows, "width": width}, ("random",)
+            level = "default" if dtype == "bf16" else "full"
+            found += [Case("layer_norm", f"{rows}x{width}", dtype, mode, shape, None, level, sources) for mode in (_FORWARD, _BACKWARD)]
+    found.append(Case("layer_norm", "20x96", "fp32", _FORWARD, {"rows": 20, "width": 96}, None, "quick", ("random",)))
+    return found
+
+
 def losses() -> list[Case]:
     """The losses that hold no logits, forward and backward: CLIP's from small batches to large, SimCLR's, SigLIP's, DINO's."""
     target, found = Target(1 / 0.7, ("naive",), memory=0.05), []
@@ -248,7 +261,7 @@ def models() -> list[Case]:
     return found
 
 
-SUITES = {"ops": lambda: attention() + windows() + patches() + linears() + losses(), "models": models}
+SUITES = {"ops": lambda: attention() + windows() + patches() + linears() + norms() + losses(), "models": models}
 
 
 def select(suites: tuple[str, ...], level: str, pattern: str = "") -> list[Case]:

@@ -29,7 +29,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "matrix products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "mkldnn::_linear"),
     "attention": ("pyvit::flash_attention", "pyvit::window_attention", "aten::_scaled_dot_product", "aten::bmm", "aten::_softmax"),
     "patches": ("pyvit::patch_embed", "aten::mkldnn_convolution", "aten::convolution_backward", "aten::_convolution", "aten::slow_conv"),
-    "layer norm": ("aten::native_layer_norm",),
+    "layer norm": ("aten::native_layer_norm", "pyvit::layer_norm"),
     "activation": ("aten::gelu", "pyvit::activation"),
     "optimizer": ("aten::_fused_adamw_", "Optimizer."),
     "copies and casts": (

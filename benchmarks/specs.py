@@ -243,10 +243,21 @@ def _linear(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
     return Spec(_cast(tensors, dtype, device), naive, providers, ("x", "weight", "bias"), 2 * m * k * n, 2.0, m * n)
 
 
+def _layer_norm(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
+    rows, width = case.shape["rows"], case.shape["width"]
+    rng = torch.Generator().manual_seed(9)
+    tensors = {name: torch.randn(shape, generator=rng) for name, shape in (("x", (rows, width)), ("weight", (width,)), ("bias", (width,)))}
+    naive = lambda x, weight, bias: F.layer_norm(x, (width,), weight, bias)  # noqa: E731
+    providers = [Provider(OURS, pyvit.ops.layer_norm), Provider("F.layer_norm", naive), Provider("compile", compiled(naive))]
+    per_element = 7  # two for the mean and the variance each, the difference, the product and the sum
+    return Spec(_cast(tensors, dtype, device), naive, providers, tuple(tensors), per_element * rows * width, 2.0, rows * width)
+
+
 SPECS: dict[str, Callable[[Case, str, torch.dtype, str], Spec]] = {
     "flash_attention": _flash_attention,
     "flash_attention_varlen": _flash_attention_varlen,
     "window_attention": _window_attention,
     "patch_embed": _patch_embed,
     "linear": _linear,
+    "layer_norm": _layer_norm,
 }

@@ -29,6 +29,7 @@ EVERY = (
     "conv2d",
     "reshape + linear",
     "F.linear",
+    "F.layer_norm",
     "eager SDPA",
     "eager naive",
     *ASKED,
@@ -55,6 +56,7 @@ def _parameters() -> Iterator[Any]:
         "window_attention": ("timm path", "timm path, SDPA", "compile"),
         "patch_embed": ("conv2d", "reshape + linear", "compile"),
         "linear": ("F.linear", "compile"),
+        "layer_norm": ("F.layer_norm", "compile"),
         **dict.fromkeys(loss_specs.SPECS, ("naive", "compile")),
     }
     for case in CASES:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyvit.integrations.parts import Left, Replacement, Rule, hooked, known, patch_conv, project, sequential, torch_mask
+from pyvit.integrations.parts import Left, Replacement, Rule, hooked, known, layer_norm, patch_conv, project, sequential, torch_mask
 from pyvit.ops import flash_attention, linear
 
 
@@ -40,6 +40,7 @@ RULES: dict[str, Rule] = {
     "open_clip.transformer.ResidualAttentionBlock": block,
     "open_clip.transformer.CustomResidualAttentionBlock": block,
     "open_clip.transformer.Attention": attention,
+    "open_clip.transformer.LayerNorm": layer_norm,
     "open_clip.transformer.AttentionalPooler": known,
     "open_clip.transformer.VisionTransformer": patch_conv("conv1"),
 }

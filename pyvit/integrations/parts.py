@@ -189,9 +189,23 @@ def _multihead(
     return linear(out, module.out_proj.weight, module.out_proj.bias), None
 
 
+def layer_norm(module: nn.LayerNorm) -> Iterator[Replacement]:
+    if len(module.normalized_shape) == 1:
+        yield Replacement(module, _layer_norm, "layer_norm")
+
+
+def _layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
+    if not x.is_cpu or getattr(module, "_fast_norm", False):  # timm's own, in the dtype of autocast
+        return type(module).forward(module, x)
+    return ops.layer_norm(x, module.weight, module.bias, module.eps)
+
+
 def known(module: nn.Module) -> Iterator[Replacement]:
     """A class that is nothing by itself: its parts, or what holds it, are replaced."""
     return iter(())
 
 
-RULES: dict[str, Rule] = {"torch.nn.modules.activation.MultiheadAttention": multihead}
+RULES: dict[str, Rule] = {
+    "torch.nn.modules.activation.MultiheadAttention": multihead,
+    "torch.nn.modules.normalization.LayerNorm": layer_norm,
+}

@@ -198,6 +198,8 @@ def _forward_packed(pack: _Pack, x: Tensor, weight: Tensor, bias: Tensor | None,
     way = _chosen[key][0]
     if way is _by_torch:
         return None
+    if len(pack.ways) >= 64:  # lengths, or biases, that change with every call
+        pack.ways.clear()
     pack.ways[_call(x, bias, activation)] = way
     return way(x, packed, bias, activation)
 

@@ -59,10 +59,12 @@ def product(x: Tensor, w: Tensor, out: Tensor | None = None, add: bool = False) 
         return out
     x, w = widen(x), widen(w)
     op = _onednn() if x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and w.numel() else None
-    found = x @ w.t() if op is None else op(x, w, None, "none", [], "")
+    if op is not None:
+        found = op(x, w, None, "none", [], "")
+        return found if out is None else out.add_(found) if add else out.copy_(found)
     if out is None:
-        return found
-    return out.add_(found) if add else out.copy_(found)
+        return x @ w.t()
+    return out.addmm_(x, w.t()) if add else torch.mm(x, w.t(), out=out)
 
 
 def _plain(t: Tensor) -> bool:
