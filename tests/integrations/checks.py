@@ -43,7 +43,7 @@ def check_accelerated(model: nn.Module, call: Callable[[nn.Module], Tensor], rep
     scale = max(float(g.abs().max()) for g in gradients.values())
     for name, theirs in gradients.items():
         difference = float((ours[name] - theirs).abs().max())
-        assert difference < rtol * max(float(theirs.abs().max()), 1e-3 * scale), f"gradient of {name} differs by {difference:.2e}"
+        assert difference < rtol * max(float(theirs.abs().max()), 1e-2 * scale), f"gradient of {name} differs by {difference:.2e}"
 
     # bfloat16 as every operator is held to: at most twice the original's error, and a rounding.
     short = call(copy.deepcopy(model).bfloat16()).detach()
