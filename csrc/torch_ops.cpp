@@ -565,12 +565,13 @@ void layer_norm_backward(Tensor grad, Tensor x, Maybe weight, Tensor statistics,
 
 // layout
 
-Tensor transposed(Tensor x) {
+void transposed(Tensor x, Tensor out) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "pyvit: transposed: x must be a contiguous matrix");
   const int64_t rows = x.size(0), cols = x.size(1);
-  Tensor out = make(x, {cols, rows}, x.scalar_type());
+  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == cols && out.size(1) == rows && out.is_contiguous() &&
+                      out.scalar_type() == x.scalar_type(),
+                  "pyvit: transposed: out must be contiguous, of the dtype of x and of its shape turned round");
   kernels().transpose({rows, cols, dtype_of(x) == Dtype::f32 ? 4 : 2, x.data_ptr(), out.data_ptr()});
-  return out;
 }
 
 // streaming losses: the tile of scores is contiguous float32, the rest float32 vectors of its rows or columns
@@ -739,7 +740,7 @@ STABLE_TORCH_LIBRARY(pyvit, m) {
       "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor statistics, Tensor(a!) grad_x, "
       "Tensor(b!)? grad_parameters) -> ()");
   // For pyvit/ops/products.py and streaming.py.
-  m.def("transposed(Tensor x) -> Tensor");
+  m.def("transposed(Tensor x, Tensor(a!) out) -> ()");
   // For pyvit/ops/streaming.py.
   m.def("product(Tensor a, Tensor b, bool down, Tensor(a!) out, bool add) -> ()");
   m.def("log_sum_exp(Tensor scores, int dim, Tensor(a!) top, Tensor(b!) total) -> ()");

@@ -1,12 +1,21 @@
-"""Freed memory kept for the next tensor."""
+"""Memory kept for the next tensor."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import platform
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # <malloc.h>
 _MOST = 2**31 - 1
+
+_kept = threading.local()
+_KEPT_BYTES = 64 << 20
 
 
 def keep_memory() -> bool:
@@ -21,3 +30,20 @@ def keep_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _MOST))
+
+
+def scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised CPU memory for something that is done with before this thread asks for ``name`` again: the same memory each time.
+
+    A temporary of some megabytes, allocated and freed in every layer, may cost more than what is computed in it (see :func:`keep_memory`).
+    Beyond 64 MiB it is a tensor like any other.
+    """
+    n = math.prod(shape)
+    if n * dtype.itemsize > _KEPT_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    kept: Tensor | None = getattr(_kept, name, None)
+    if kept is None or kept.numel() < n * dtype.itemsize:
+        with torch.inference_mode(False):
+            kept = torch.empty(n * dtype.itemsize, dtype=torch.uint8)
+        setattr(_kept, name, kept)
+    return kept[: n * dtype.itemsize].view(dtype).view(*shape)

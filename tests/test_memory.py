@@ -5,8 +5,12 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+
+from pyvit.memory import scratch
 
 PROGRAM = """
 import resource, torch, pyvit
@@ -32,3 +36,21 @@ def test_without_glibc_it_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(platform, "libc_ver", lambda *_: ("musl", "1.2"))
     assert pyvit.keep_memory() is False
+
+
+def test_scratch_is_the_same_memory_each_time_and_every_thread_has_its_own() -> None:
+    first = scratch("test", (4, 6), torch.float32).fill_(7)
+    again = scratch("test", (3, 5), torch.bfloat16)
+    assert (again.shape, again.dtype, again.data_ptr()) == ((3, 5), torch.bfloat16, first.data_ptr())
+    assert scratch("other", (4, 6), torch.float32).data_ptr() != first.data_ptr()
+    with ThreadPoolExecutor(1) as pool:
+        elsewhere = pool.submit(lambda: scratch("test", (4, 6), torch.float32)).result()
+    assert elsewhere.data_ptr() != first.data_ptr()
+    with torch.inference_mode():
+        larger = scratch("test", (100, 100), torch.float32)
+    after = scratch("test", (10, 10), torch.float32).fill_(1)
+    assert not after.is_inference()
+    assert after.data_ptr() == larger.data_ptr()
+    assert scratch("test", (0, 3), torch.float32).shape == (0, 3)
+    huge = [scratch("test", (17 << 20,), torch.float32) for _ in range(2)]
+    assert huge[0].data_ptr() != huge[1].data_ptr()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyvit import library
+from pyvit.memory import scratch
 from pyvit.ops import reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,12 +31,12 @@ def _ours(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _DTYPES and library.problem() is None
 
 
-def activate(x: Tensor, name: str) -> Tensor:
-    """activation(x) as a new tensor."""
+def activate(x: Tensor, name: str, passing: bool = False) -> Tensor:
+    """activation(x) as a new tensor, or ``passing`` in memory that the next such call takes over."""
     if not _ours(x):
         return reference.ACTIVATIONS[name](x)
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = scratch("activation", x.shape, x.dtype) if passing else torch.empty_like(x)
     torch.ops.pyvit.activation.default(x, name, out)
     return out
 
@@ -62,10 +63,10 @@ def gradient(grad: Tensor, inner: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 def gradient_(grad: Tensor, inner: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """As :func:`gradient`, the first result in place of ``grad``, contiguous; returns activation(inner) and the sum."""
+    """As :func:`gradient`, the first result in place of ``grad``, contiguous; returns activation(inner), passing, and the sum."""
     if not _ours(inner):
         grad.copy_(_GRADIENTS[name](grad, inner))
         return reference.ACTIVATIONS[name](inner), grad.sum_to_size(grad.shape[-1:])
     inner = inner.contiguous()
-    out = torch.empty_like(inner)
+    out = scratch("activation", inner.shape, inner.dtype)
     return out, torch.ops.pyvit.activation_backward(grad, inner, name, grad, out).to(inner.dtype)

@@ -92,7 +92,7 @@ class _Mlp(torch.autograd.Function):
         inner = products.forward(x, fc1_weight, fc1_bias, None)
         ctx.activation = activation
         ctx.save_for_backward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, inner)
-        return products.forward(activations.activate(inner, activation), fc2_weight, fc2_bias, None)
+        return products.forward(activations.activate(inner, activation, passing=True), fc2_weight, fc2_bias, None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyvit import library
+from pyvit.memory import scratch
 from pyvit.ops import activations
 
 POLICIES = ("auto", "onednn", "torch")
@@ -82,9 +83,12 @@ def _in_float32(product: Callable[..., Tensor]) -> Way:
 
 
 def _transposed(x: Tensor) -> Tensor:
-    """x^T (M, N), copied where the library can: oneDNN wants its first operand so, and torch copies it at a tenth of the memory's rate."""
+    """x^T (M, N), until the next call; copied where the library can: oneDNN wants its first operand so, and torch copies it at a tenth of
+    the memory's rate."""
     if library.problem() is None and x.is_contiguous() and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        return torch.ops.pyvit.transposed(x)
+        out = scratch("transposed", x.shape[::-1], x.dtype)
+        torch.ops.pyvit.transposed.default(x, out)
+        return out
     return x.t()
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyvit import library
+from pyvit.memory import scratch
 from pyvit.ops import checks
 
 #: Rows and columns of a tile: its operands and two float32 copies of it stay near a CPU's last-level cache.
@@ -51,7 +52,10 @@ def product(x: Tensor, w: Tensor, out: Tensor | None = None, add: bool = False) 
     the kernel clears their pages.
     """
     if narrow(x, w) or (out is not None and _plain(x) and _plain(w)):
-        x = x if x.is_contiguous() else torch.ops.pyvit.transposed(x.t().contiguous())
+        if not x.is_contiguous():
+            found = scratch("transposed", x.shape, x.dtype)
+            torch.ops.pyvit.transposed.default(x.t().contiguous(), found)
+            x = found
         down = not w.is_contiguous()
         if out is None:
             out = torch.empty(x.shape[0], w.shape[0])
