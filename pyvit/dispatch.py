@@ -404,6 +404,15 @@ def reference_backward(
         )
 
 
+def formula_gradients(
+    formula: Callable[..., Any], inputs: Sequence[Tensor | None], needs: Sequence[bool], *grads: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``formula(*inputs)`` that can be differentiated again, for those of ``inputs`` that need one, None for the others."""
+    given = [t for t, need in zip(inputs, needs, strict=False) if need and t is not None]
+    found = iter(torch.autograd.grad(formula(*inputs), given, grads, create_graph=True))
+    return tuple(next(found) if need else None for need in needs)
+
+
 def double_backward(reference: Callable[..., Any], n_grads: int, n_skipped: int, inputs: Sequence[int]) -> dict[str, Any]:
     """Gradient of a ``*_backward`` operator by differentiating the reference formula twice.
 

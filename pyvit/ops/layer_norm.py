@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -102,10 +103,8 @@ class _LayerNorm(torch.autograd.Function):
         x, weight, bias, statistics = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # a gradient of the gradient was asked for: by the plain formula, which autograd sees through
-            given = [t for t, need in zip((x, weight, bias), needs, strict=False) if need]
-            out = reference.layer_norm(x, weight, bias, ctx.eps, ctx.dtype)
-            found = iter(torch.autograd.grad(out, given, grad, create_graph=True))
-            return tuple(next(found) if need else None for need in needs)
+            formula = functools.partial(reference.layer_norm, eps=ctx.eps, dtype=ctx.dtype)
+            return dispatch.formula_gradients(formula, (x, weight, bias), needs, grad)
         grad_x = torch.empty_like(x)
         sums = torch.empty(2, x.shape[-1]) if needs[1] or needs[2] else None
         torch.ops.pyvit.layer_norm_backward(grad.contiguous(), x, weight, statistics, grad_x, sums)

@@ -6,6 +6,7 @@ while the result is in registers. Which is faster depends on processor and shape
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -162,9 +163,8 @@ class _Linear(torch.autograd.Function):
         x, weight, bias, inner = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # a gradient of the gradient was asked for: by the plain formula, which autograd sees through
-            given = [t for t, need in zip((x, weight, bias), needs, strict=False) if need]
-            found = iter(torch.autograd.grad(reference.linear(x, weight, bias, ctx.activation), given, grad, create_graph=True))
-            return tuple(next(found) if need else None for need in needs)
+            formula = functools.partial(reference.linear, activation=ctx.activation)
+            return dispatch.formula_gradients(formula, (x, weight, bias), needs, grad)
         sums = None
         if inner is not None:
             grad, sums = activations.gradient(grad, inner, ctx.activation)

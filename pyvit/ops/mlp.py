@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -36,10 +37,9 @@ def mlp(
 
     Returns (..., M). Raises ValueError or TypeError naming the argument that does not fit, BackendError where ``backend`` cannot serve.
     """
-    if backend is None and (hidden := again(x, fc1_weight, fc1_bias, activation)) is not None:
-        out = again(hidden, fc2_weight, fc2_bias, None)
-        if out is not None:
-            return out
+    hidden = again(x, fc1_weight, fc1_bias, activation) if backend is None and activation is not None else None
+    if hidden is not None and (out := again(hidden, fc2_weight, fc2_bias, None)) is not None:
+        return out
     x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, device = _prepare(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     wanted = select("mlp", device, x.dtype, backend)
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
@@ -50,7 +50,9 @@ def mlp(
         return reference.mlp(x, *weights, activation)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
         return _Mlp.apply(x, *weights, activation)
-    return products.forward(products.forward(x, fc1_weight, fc1_bias, activation), fc2_weight, fc2_bias, None)
+    if hidden is None:  # else the second layer alone takes the long way: its weight is not packed, or not faster so
+        hidden = products.forward(x, fc1_weight, fc1_bias, activation)
+    return products.forward(hidden, fc2_weight, fc2_bias, None)
 
 
 def _prepare(
@@ -97,13 +99,10 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, inner = ctx.saved_tensors
-        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = inputs
+        x, fc1_weight, _, fc2_weight, _ = inputs
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # a gradient of the gradient was asked for: by the plain formula, which autograd sees through
-            given = [t for t, need in zip(inputs, needs, strict=False) if need]
-            out = reference.mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, ctx.activation)
-            found = iter(torch.autograd.grad(out, given, grad, create_graph=True))
-            return tuple(next(found) if need else None for need in needs)
+            return dispatch.formula_gradients(functools.partial(reference.mlp, activation=ctx.activation), inputs, needs, grad)
         rows = grad.reshape(-1, grad.shape[-1])
         inner = inner.view(-1, inner.shape[-1])
         grads: list[Tensor | None] = [None] * 6

@@ -30,7 +30,7 @@ def _results(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> tuple[Ten
 def check_accelerated(model: nn.Module, call: Callable[[nn.Module], Tensor], replaced: dict[str, int], rtol: float = 1e-4) -> None:
     """``call`` gives the same before and after, in float32 and bfloat16, with ``replaced`` modules of each class replaced."""
     expected, gradients = _results(model, call)
-    exact = call(copy.deepcopy(model).double()).detach()
+    exact, slopes = _results(copy.deepcopy(model).double(), call)
     rounded = call(copy.deepcopy(model).bfloat16()).detach()
     state = {name: (id(value), value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
 
@@ -43,7 +43,9 @@ def check_accelerated(model: nn.Module, call: Callable[[nn.Module], Tensor], rep
     scale = max(float(g.abs().max()) for g in gradients.values())
     for name, theirs in gradients.items():
         difference = float((ours[name] - theirs).abs().max())
-        assert difference < rtol * max(float(theirs.abs().max()), 1e-2 * scale), f"gradient of {name} differs by {difference:.2e}"
+        # A bias of keys has no gradient but rounding, which is that of the sums it is left over from.
+        least = 1e-3 * scale if float(slopes[name].abs().max()) > 1e-9 * scale else 1e-2 * scale
+        assert difference < rtol * max(float(theirs.abs().max()), least), f"gradient of {name} differs by {difference:.2e}"
 
     # bfloat16 as every operator is held to: at most twice the original's error, and a rounding.
     short = call(copy.deepcopy(model).bfloat16()).detach()

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pyvit
 from pyvit.nn import Mlp
-from pyvit.ops import activations, mlp, reference
+from pyvit.ops import activations, mlp, products, reference
 from pyvit.testing import compare, layout
 
 ACTIVATIONS = list(reference.ACTIVATIONS)
@@ -206,3 +206,21 @@ def test_explain_and_backends() -> None:
     assert torch.equal(mlp(*tensors, backend="reference"), reference.mlp(*tensors, "gelu"))
     with pytest.raises(pyvit.BackendError, match="mlp: backend 'triton' cannot serve"):
         mlp(*tensors, backend="triton")
+
+
+def test_the_first_layer_runs_once_where_only_its_weight_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_policy", "onednn")
+    monkeypatch.setattr(products, "_chosen", {})
+    layer, x = Mlp(16, 32), torch.randn(3, 16)
+    if not products.keep_packed(layer.fc1.weight):
+        pytest.skip("oneDNN packs no weights here")
+    with torch.no_grad():
+        wanted = layer(x)
+        calls: list[int] = []
+        one = products._onednn
+        monkeypatch.setattr(products, "_onednn", lambda *args: calls.append(args[0].shape[-1]) or one(*args))
+        torch.testing.assert_close(layer(x), wanted)
+        assert calls == [16, 32]
+        pyvit.ops.linear(x, layer.fc1.weight, layer.fc1.bias)
+        with pytest.raises(ValueError, match="mlp: activation must be"):
+            mlp(x, layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias, activation=None)
