@@ -60,7 +60,7 @@ class Report:
 
 
 def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
-    """Put attention, windows, patch embeddings and MLPs of a timm, transformers, torchvision or open_clip model on pyvit's ops.
+    """Put attention, windows, patch embeddings, MLPs and layer norms of timm, transformers, torchvision or open_clip models on pyvit's ops.
 
     In place and per instance: the same parameters and buffers under the same names, the same outputs and gradients up to rounding (dropout
     draws other numbers), training and evaluation, autocast, ``torch.compile``, ``copy.deepcopy`` and ``pickle``. Call it after weights are
