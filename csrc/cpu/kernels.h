@@ -122,6 +122,29 @@ struct LayerNormGrad {
   float *grad_weight, *grad_bias;  // both null when not asked
 };
 
+// `weight` (out, in) as `pack_layer` packs it; bias (out,) of the call's dtype, or null.
+struct Layer {
+  const uint32_t* weight;
+  const void* bias;
+  int64_t in, out;
+};
+// out (rows, C) = residual + scale * layers(norm(x)), all contiguous and of one dtype. One layer, its activation after
+// it, or with `second` two, the activation between them. Null: residual 0, scale 1.
+struct Layers {
+  int64_t rows;
+  Dtype dtype;
+  const void* x;
+  bool norm;
+  const void *norm_weight, *norm_bias;  // null for 1 and 0
+  Dtype norm_dtype;
+  float eps;
+  Layer first, second;
+  bool activated;
+  Activation::Kind activation;
+  const void *scale, *residual;
+  void* out;
+};
+
 // out (cols, rows) = in (rows, cols), contiguous, of elements of 2 or 4 bytes.
 struct Transposition {
   int64_t rows, cols, bytes;
@@ -200,6 +223,9 @@ struct Kernels {
   void (*activation)(const Activation&);
   void (*layer_norm)(const LayerNorm&);
   void (*layer_norm_backward)(const LayerNorm&, const LayerNormGrad&);
+  int64_t (*packed_layer_size)(int64_t in, int64_t out, Dtype dtype);
+  void (*pack_layer)(const void* weight, int64_t in, int64_t out, Dtype dtype, uint32_t* packed);
+  void (*layers)(const Layers&);
   void (*transpose)(const Transposition&);
   void (*log_sum_exp)(const TileScores&);
   void (*pairs)(const Pairs&);

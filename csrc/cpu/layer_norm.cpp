@@ -1,6 +1,7 @@
-// Layer norm and its gradients. A row is read from memory once: it stays in L1 for the passes after the first.
+// Layer norm and its gradients.
+#include "layer_norm.h"
+
 #include "gemm_tile.h"
-#include "kernels.h"
 
 namespace pyvit::PYVIT_ISA {
 namespace {
@@ -10,37 +11,12 @@ namespace {
 inline int64_t rows_of_unit(int64_t rows) { return std::max<int64_t>(32, round_up((rows + 255) / 256, 4)); }
 inline int64_t units_of(int64_t rows) { return (rows + rows_of_unit(rows) - 1) / rows_of_unit(rows); }
 
-// The parameters as float32 in the call's shared memory, whole vectors: weight, then bias.
 struct Parameters {
   const float *weight, *bias;
   Parameters(const LayerNorm& a, Scratch& memory)
-      : weight(widened(a.weight, a, 1.f, memory.take<float>(round_up(a.cols, W)))),
-        bias(widened(a.bias, a, 0.f, memory.take<float>(round_up(a.cols, W)))) {}
-
- private:
-  static const float* widened(const void* p, const LayerNorm& a, float missing, float* out) {
-    vectors(a.cols, [&](int64_t c, int n) {
-      vf v = set1(missing);
-      if (p && a.parameters == Dtype::f32) v = read(static_cast<const float*>(p) + c, n);
-      if (p && a.parameters == Dtype::bf16) v = read(static_cast<const bf16*>(p) + c, n);
-      if (p && a.parameters == Dtype::f16) v = read(static_cast<const f16*>(p) + c, n);
-      store(out + c, v);
-    });
-    return out;
-  }
+      : weight(widened(a.weight, a.parameters, a.cols, 1.f, memory)),
+        bias(widened(a.bias, a.parameters, a.cols, 0.f, memory)) {}
 };
-
-// Sums of f(row, column, elements) along R rows. Rows pass together, for sums wait for each other.
-template <int R, class F>
-inline void row_sums(int64_t cols, float (&out)[R], const F& f) {
-  vf sum[R];
-  for (vf& s : sum) s = vf{};
-  vectors(cols, [&](int64_t c, int n) {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) sum[r] += f(r, c, n);
-  });
-  for (int r = 0; r < R; r++) out[r] = reduce_add(sum[r]);
-}
 
 // body(first row, how many of them as a constant) for the rows of a unit, up to R together.
 template <int R, class F>
@@ -51,39 +27,16 @@ inline void row_groups(int64_t rows, int64_t unit, const F& body) {
   for (; row < end; row++) body(row, std::integral_constant<int, 1>{});
 }
 
-template <class X, class Y, int R>
-inline void forward_rows(const LayerNorm& a, const Parameters& given, int64_t row) {
-  const X* x = static_cast<const X*>(a.x) + row * a.cols;
-  Y* y = static_cast<Y*>(a.y) + row * a.cols;
-  const float share = 1.f / float(a.cols);
-  float mean[R], rstd[R];
-  row_sums<R>(a.cols, mean, [&](int r, int64_t c, int n) { return read(x + r * a.cols + c, n); });
-  for (float& m : mean) m *= share;
-  row_sums<R>(a.cols, rstd, [&](int r, int64_t c, int n) {
-    const vf d = read(x + r * a.cols + c, n) - mean[r], own = n == W ? d : keep_first(d, n);
-    return own * own;
-  });
-  for (float& v : rstd) v = 1.f / std::sqrt(v * share + a.eps);
-  vectors(a.cols, [&](int64_t c, int n) {
-    const vf weight = load(given.weight + c), bias = load(given.bias + c);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-      const int64_t at = r * a.cols + c;
-      write(y + at, (read(x + at, n) - mean[r]) * rstd[r] * weight + bias, n);
-    }
-  });
-  for (int r = 0; a.mean && r < R; r++) {
-    a.mean[row + r] = mean[r];
-    a.rstd[row + r] = rstd[r];
-  }
-}
-
 template <class X, class Y>
 void forward(const LayerNorm& a) {
   const Parameters given(a, shared());
   parallel_units(units_of(a.rows), [&](Queue& queue) {
     for (int64_t unit; (unit = queue.next()) >= 0;)
-      row_groups<4>(a.rows, unit, [&](int64_t row, auto r) { forward_rows<X, Y, r()>(a, given, row); });
+      row_groups<4>(a.rows, unit, [&](int64_t row, auto r) {
+        normalize<r()>(a.cols, static_cast<const X*>(a.x) + row * a.cols, a.cols, given.weight, given.bias, a.eps,
+                       static_cast<Y*>(a.y) + row * a.cols, a.cols, a.mean ? a.mean + row : nullptr,
+                       a.rstd ? a.rstd + row : nullptr);
+      });
   });
 }
 

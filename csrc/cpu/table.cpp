@@ -16,6 +16,9 @@ void patch_backward(const Patch&, const PatchGrad&);
 void activation(const Activation&);
 void layer_norm(const LayerNorm&);
 void layer_norm_backward(const LayerNorm&, const LayerNormGrad&);
+int64_t packed_layer_size(int64_t in, int64_t out, Dtype dtype);
+void pack_layer(const void* weight, int64_t in, int64_t out, Dtype dtype, uint32_t* packed);
+void layers(const Layers&);
 void transpose(const Transposition&);
 void log_sum_exp(const TileScores&);
 void pairs(const Pairs&);
@@ -58,15 +61,27 @@ double fma_peak(Dtype dtype, double seconds) {
 }  // namespace
 
 const Kernels& table() {
-  static const Kernels kernels{attention,       attention_backward,
-                               attention_map,   window,
-                               window_backward, patch,
-                               patch_backward,  activation,
-                               layer_norm,      layer_norm_backward,
-                               transpose,       log_sum_exp,
-                               pairs,           pairs_backward,
-                               distillation,    distillation_backward,
-                               product,         fma_peak};
+  static const Kernels kernels{attention,
+                               attention_backward,
+                               attention_map,
+                               window,
+                               window_backward,
+                               patch,
+                               patch_backward,
+                               activation,
+                               layer_norm,
+                               layer_norm_backward,
+                               packed_layer_size,
+                               pack_layer,
+                               layers,
+                               transpose,
+                               log_sum_exp,
+                               pairs,
+                               pairs_backward,
+                               distillation,
+                               distillation_backward,
+                               product,
+                               fma_peak};
   return kernels;
 }
 

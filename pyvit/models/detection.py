@@ -20,6 +20,7 @@ from pyvit.models.swin import SwinTransformer
 from pyvit.models.vit import SIZES
 from pyvit.nn import DropPath, LayerNorm, Linear, Mlp, PatchEmbed, resample_positions
 from pyvit.nn.patch_embed import pair
+from pyvit.nn.residual import surroundings
 from pyvit.ops import flash_attention, window_attention
 from pyvit.ops.reference import window_partition, window_reverse
 
@@ -103,6 +104,8 @@ class ViTDetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path1(self.attn(self.norm1(x)))
+        if (around := surroundings(self.norm2, None, self.drop_path2, self.mlp)) is not None:
+            return self.mlp(x, residual=x, **around)
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from pyvit.models.registry import register
 from pyvit.nn import DropPath, LayerNorm, Linear, Mlp, PatchEmbed, WindowAttention, WindowAttentionV2
 from pyvit.nn.patch_embed import pair
+from pyvit.nn.residual import surroundings
 
 
 class SwinBlock(nn.Module):
@@ -37,7 +38,12 @@ class SwinBlock(nn.Module):
         if self.post_norm:
             x = x + self.drop_path1(self.norm1(self.attn(x).to(x.dtype)))
             return x + self.drop_path2(self.norm2(self.mlp(x).to(x.dtype)))
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        if (around := surroundings(self.norm1, None, self.drop_path1, self.attn)) is not None:
+            x = self.attn(x, residual=x, **around)
+        else:
+            x = x + self.drop_path1(self.attn(self.norm1(x)))
+        if (around := surroundings(self.norm2, None, self.drop_path2, self.mlp)) is not None:
+            return self.mlp(x, residual=x, **around)
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 

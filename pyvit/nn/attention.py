@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyvit.nn.linear import Linear
+from pyvit.nn.linear import Linear, apply
 from pyvit.ops import attention_map, flash_attention, flash_attention_qkvpacked, flash_attention_varlen
+from pyvit.ops.packed import Norm
 
 
 class Packing(NamedTuple):
@@ -76,9 +77,9 @@ class Attention(nn.Module):
         self.attn_drop = attn_drop
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def project(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rope: Tensor | None = None, norm: Norm | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v (..., N, H, d) of x (..., N, C): views of one product unless normalised or rotated."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        q, k, v = apply(self.qkv, x, norm=norm).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
@@ -92,25 +93,29 @@ class Attention(nn.Module):
         *,
         rope: Tensor | None = None,
         packing: Packing | None = None,
+        norm: Norm | None = None,
+        scale: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """x (B, N, C), or (T, C) with ``packing``; attn_mask as ``bias`` of :func:`pyvit.ops.flash_attention`.
 
-        rope (N, 2, d) or (T, 2, d): sines and cosines, see :class:`pyvit.nn.RotaryEmbedding`.
+        rope (N, 2, d) or (T, 2, d): sines and cosines, see :class:`pyvit.nn.RotaryEmbedding`. With ``norm``, ``scale`` and ``residual``
+        (see :func:`pyvit.ops.linear`) the whole branch: residual + scale * attention(norm(x)).
         """
         dropout = self.attn_drop if self.training else 0.0
         if packing is not None:
             if dropout:
                 raise ValueError("Attention: attn_drop must be 0 to train on packed sequences")
-            q, k, v = self.project(x, rope)
+            q, k, v = self.project(x, rope, norm)
             cu, longest = packing.cu_seqlens, max(packing.lengths, default=0)
             out = flash_attention_varlen(q, k, v, cu, cu, longest, longest, bias=attn_mask, is_causal=is_causal)
         elif rope is None and type(self.q_norm) is type(self.k_norm) is nn.Identity:
-            qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+            qkv = apply(self.qkv, x, norm=norm).unflatten(-1, (3, self.num_heads, self.head_dim))
             out = flash_attention_qkvpacked(qkv, bias=attn_mask, is_causal=is_causal, dropout_p=dropout)
         else:
-            q, k, v = (t.transpose(1, 2) for t in self.project(x, rope))  # (B, H, N, d), no copy
+            q, k, v = (t.transpose(1, 2) for t in self.project(x, rope, norm))  # (B, H, N, d), no copy
             out = flash_attention(q, k, v, bias=attn_mask, is_causal=is_causal, dropout_p=dropout).transpose(1, 2)  # type: ignore[union-attr]
-        return self.proj_drop(self.proj(self.norm(out.flatten(-2))))  # type: ignore[union-attr]
+        return apply(self.proj, self.norm(out.flatten(-2)), self.proj_drop, scale=scale, residual=residual)  # type: ignore[union-attr]
 
     def score_shape(self, x: Tensor) -> tuple[int, int, int]:
         """Sequences times heads, queries and keys of the scores that x (B, N, C) stands for."""

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyvit.ops import linear
+from pyvit.ops import layer_norm, linear
+from pyvit.ops.packed import Norm
 
 
 class Linear(nn.Linear):
@@ -30,6 +31,26 @@ def hooked(*modules: nn.Module | None) -> bool:
     )
 
 
-def plain(layer: nn.Module, kind: type[nn.Linear] = Linear) -> bool:
+def plain(layer: nn.Module, kind: type[nn.Module] = Linear) -> bool:
     """A ``kind`` with nothing in or around it (adapters, quantisation, hooks): its weights may be used directly."""
     return type(layer) is kind and not hooked(layer) and "forward" not in vars(layer)
+
+
+def apply(
+    layer: nn.Module,
+    x: Tensor,
+    drop: nn.Dropout | None = None,
+    *,
+    norm: Norm | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """residual + scale * drop(layer(norm(x))), see :func:`pyvit.ops.linear`: by one call of it where nothing stands between."""
+    idle = drop is None or not ((drop.p and drop.training) or hooked(drop))
+    if plain(layer) and idle:
+        weight, bias, activation = layer.weight, layer.bias, layer.activation
+        return linear(x, weight, bias, activation=activation, norm=norm, scale=scale, residual=residual)  # type: ignore[arg-type]
+    y = layer(x if norm is None else layer_norm(x, *norm))
+    y = y if drop is None else drop(y)
+    y = y if scale is None else y * scale
+    return y if residual is None else residual + y

@@ -7,8 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvit.nn.linear import Linear, hooked, plain
+from pyvit.nn.linear import Linear, apply, hooked, plain
 from pyvit.ops import mlp
+from pyvit.ops.packed import Norm
 
 
 class Mlp(nn.Module):
@@ -29,11 +30,13 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden_dim, out_dim or dim, bias, **factory)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: Norm | None = None, scale: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """With ``norm``, ``scale`` and ``residual`` the whole branch, see :func:`pyvit.ops.mlp`."""
         fc1, fc2, drop = self.fc1, self.fc2, self.drop
         if plain(fc1) and plain(fc2) and fc1.activation and not fc2.activation and not (drop.p and drop.training) and not hooked(drop):
-            return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=fc1.activation)
-        return drop(fc2(drop(fc1(x))))
+            weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+            return mlp(x, *weights, activation=fc1.activation, norm=norm, scale=scale, residual=residual)
+        return apply(fc2, apply(fc1, x, drop, norm=norm), drop, scale=scale, residual=residual)
 
 
 class SwiGLU(nn.Module):
@@ -48,9 +51,10 @@ class SwiGLU(nn.Module):
         self.fc2 = Linear(hidden_dim, dim, bias, **factory)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.fc1(x).chunk(2, -1)
-        return self.drop(self.fc2(F.silu(gate) * value))
+    def forward(self, x: Tensor, norm: Norm | None = None, scale: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """With ``norm``, ``scale`` and ``residual`` the whole branch, as of :class:`Mlp`."""
+        gate, value = apply(self.fc1, x, norm=norm).chunk(2, -1)
+        return apply(self.fc2, F.silu(gate) * value, self.drop, scale=scale, residual=residual)
 
 
 def swiglu_hidden(hidden_dim: int) -> int:

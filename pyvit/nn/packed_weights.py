@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from pyvit.ops import products
+from pyvit.ops import packed
 
 
 def pack_weights(model: nn.Module) -> int:
@@ -18,11 +18,11 @@ def pack_weights(model: nn.Module) -> int:
 
     :func:`unpack_weights` frees the copies; they do not travel with ``state_dict``, ``copy.deepcopy`` or pickling.
     """
-    return sum(products.keep_packed(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear))
+    return sum(packed.keep(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear))
 
 
 def unpack_weights(model: nn.Module) -> None:
     """Free what :func:`pack_weights` keeps."""
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
-            products.drop_packed(layer.weight)
+            packed.drop(layer.weight)

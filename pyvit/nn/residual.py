@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pyvit.nn.attention import Packing
+from pyvit.nn.layer_norm import LayerNorm
+from pyvit.nn.linear import hooked, plain
 
 
 class LayerScale(nn.Module):
@@ -20,6 +22,18 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
+
+
+def surroundings(norm: nn.Module, scale: nn.Module | None, drop_path: DropPath, branch: nn.Module) -> dict[str, Any] | None:
+    """``norm`` and ``scale`` as arguments of the branch between them, which then computes residual + scale(branch(norm(x))) itself.
+
+    In inference, where nothing is dropped and nothing watches these modules; None otherwise.
+    """
+    if torch.is_grad_enabled() or (drop_path.p and drop_path.training) or not plain(norm, LayerNorm) or hooked(drop_path, scale, branch):
+        return None
+    if scale is not None and type(scale) is not nn.Identity and not plain(scale, LayerScale):
+        return None
+    return {"norm": (norm.weight, norm.bias, norm.eps), "scale": getattr(scale, "gamma", None)}
 
 
 class DropPath(nn.Module):

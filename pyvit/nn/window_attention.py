@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvit.nn.linear import Linear
+from pyvit.nn.linear import Linear, apply
 from pyvit.nn.patch_embed import pair
-from pyvit.ops import window_attention
+from pyvit.ops import layer_norm, window_attention
+from pyvit.ops.packed import Norm
 from pyvit.ops.reference import relative_position_index
 
 
@@ -55,9 +56,9 @@ class WindowAttention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * wh - 1) * (2 * ww - 1), self.num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def project(self, x: Tensor, norm: Norm | None = None) -> tuple[Tensor, Tensor | None]:
         """qkv (B, H, W, 3C), and what the projection makes of a zero token (3C,)."""
-        return self.qkv(x), self.qkv.bias
+        return apply(self.qkv, x, norm=norm), self.qkv.bias
 
     def bias_table(self) -> Tensor:
         """((2 wh - 1) (2 ww - 1), heads), see :func:`pyvit.ops.window_attention`."""
@@ -69,8 +70,9 @@ class WindowAttention(nn.Module):
             return None
         return bias if bias is not None else x.new_zeros(3 * x.shape[3])
 
-    def forward(self, x: Tensor) -> Tensor:
-        qkv, bias = self.project(x)
+    def forward(self, x: Tensor, norm: Norm | None = None, scale: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """With ``norm``, ``scale`` and ``residual`` (see :func:`pyvit.ops.linear`) the branch: residual + scale * attention(norm(x))."""
+        qkv, bias = self.project(x, norm)
         out = window_attention(
             qkv,
             self.window_size,
@@ -81,8 +83,7 @@ class WindowAttention(nn.Module):
             pad_qkv=self._pad_qkv(x, bias),
             dropout_p=self.attn_drop if self.training else 0.0,
         )
-        out = self.proj(out)
-        return self.proj_drop(out) if self.training else out
+        return apply(self.proj, out, self.proj_drop, scale=scale, residual=residual)
 
     def score_shape(self, x: Tensor) -> tuple[int, int, int]:
         """Windows times heads, queries and keys of the scores that x (B, H, W, C) stands for."""
@@ -118,9 +119,10 @@ class WindowAttentionV2(WindowAttention):
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def project(self, x: Tensor, norm: Norm | None = None) -> tuple[Tensor, Tensor | None]:
         if self.q_bias is None or self.v_bias is None:
-            return self.qkv(x), None
+            return apply(self.qkv, x, norm=norm), None
+        x = x if norm is None else layer_norm(x, *norm)
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))  # a key bias would not survive the cosine
         return F.linear(x, self.qkv.weight, bias), bias
 

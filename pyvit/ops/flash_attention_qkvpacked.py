@@ -11,7 +11,7 @@ from pyvit import dispatch
 from pyvit.dispatch import Call
 from pyvit.ops import checks
 from pyvit.ops.flash_attention import ATTENTION, check
-from pyvit.ops.linear import traced
+from pyvit.ops.tracing import traced
 
 
 def flash_attention_qkvpacked(

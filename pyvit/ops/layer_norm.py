@@ -12,7 +12,7 @@ from pyvit import dispatch
 from pyvit.backends import CAPABILITIES, MISSING
 from pyvit.dispatch import Call
 from pyvit.ops import checks, reference
-from pyvit.ops.linear import traced
+from pyvit.ops.tracing import traced
 
 _DTYPES = CAPABILITIES["layer_norm"]["cpu"].dtypes
 

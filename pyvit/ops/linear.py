@@ -7,25 +7,40 @@ while the result is in registers. Which is faster depends on processor and shape
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from pyvit import dispatch, library
+from pyvit import dispatch
 from pyvit.backends import CAPABILITIES
 from pyvit.dispatch import Call
-from pyvit.ops import activations, checks, products, reference
+from pyvit.ops import activations, checks, packed, products, reference
+from pyvit.ops.packed import Branch, Norm
+from pyvit.ops.tracing import compiled_inference, traced
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None, backend: str | None = None) -> Tensor:
-    """activation(x weight^T + bias).
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    norm: Norm | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """residual + scale * activation(norm(x) weight^T + bias).
 
     Args:
         x: (..., K).
         weight: (M, K); bias: (M,).
         activation: None, "gelu" (exact), "gelu_tanh", "quick_gelu" (x sigmoid(1.702 x)), "silu" or "relu".
+        norm: (weight, bias, eps) of a layer norm of x, as for :func:`pyvit.ops.layer_norm`; None for none.
+        scale: (M,), LayerScale's; None for 1.
+        residual: (..., M); None for 0.
         backend: "cpu" (the measured choice), "reference" (the plain formula), or None: "cpu" where it can serve.
 
     Returns (..., M). Raises ValueError or TypeError naming the argument that does not fit, BackendError where ``backend`` cannot serve.
@@ -33,35 +48,50 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     The first call of a kind (rows to the next power of two, M, K, dtype, activation, threads) measures torch's product against oneDNN's
     for some tens of milliseconds and the process keeps the faster. Processes of one torch.distributed group keep what the first of them
     found, and a resumed ``pyvit train`` what it had chosen. The environment variable ``PYVIT_LINEAR`` pins ``onednn`` or ``torch``
-    (default ``auto``); under ``torch.use_deterministic_algorithms`` nothing is measured and oneDNN is taken wherever it can. Graphs that
-    ``torch.compile`` makes without gradients choose as eager calls do; those with gradients, exported ones and tensors that are traced
-    hold the plain formula.
+    (default ``auto``); under ``torch.use_deterministic_algorithms`` nothing is measured and oneDNN is taken wherever it can. Where no
+    gradient is wanted and the weight is packed (:func:`pyvit.pack_weights`), pyvit's own product takes part, and norm, scale and residual
+    cost no pass over memory in it. Graphs that ``torch.compile`` makes without gradients choose as eager calls do; those with gradients,
+    exported ones and tensors that are traced hold the plain formula.
     """
-    if backend is None and (out := again(x, weight, bias, activation)) is not None:
+    branch = Branch(weight, bias, activation, None, None, norm, scale, residual)
+    if backend is None and (out := packed.again(x, branch)) is not None:
         return out
+    if not branch.is_one_layer():
+        prepare(x, weight, bias, activation)
+        return with_surroundings("linear", x, branch, lambda y: linear(y, weight, bias, activation=activation, backend=backend), backend)
     x, weight, bias, device = prepare(x, weight, bias, activation)
     wanted = select("linear", device, x.dtype, backend)
     if wanted == "cpu" and compiled_inference(x, weight):
-        return torch.ops.pyvit.linear_product(x, weight, bias, activation)
+        return packed.in_graph(x, Branch(weight, bias, activation))
     if wanted == "reference" or traced(x, weight):
         return reference.linear(x, weight, bias, activation)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+    if not torch.is_grad_enabled():
+        return packed.layer(x, weight, bias, activation)
+    if x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
         return _Linear.apply(x, weight, bias, activation)
     return products.forward(x, weight, bias, activation)
 
 
-def again(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor | None:
-    """The short way to a layer whose weight is packed, for a call like an earlier one: every check of this module was made then."""
+def with_surroundings(op: str, x: Tensor, branch: Branch, layers: Callable[[Tensor], Tensor], backend: str | None) -> Tensor:
+    """residual + scale * layers(norm(x)): by the operators one by one, but in inference with packed weights."""
+    last = branch.weight if branch.weight2 is None else branch.weight2
+    if branch.norm is not None and not (isinstance(branch.norm, tuple) and len(branch.norm) == 3):
+        checks.fail(op, "norm", "(weight, bias, eps) or None", repr(branch.norm))
+    for name, t, shape in (("scale", branch.scale, last.shape[:1]), ("residual", branch.residual, (*x.shape[:-1], last.shape[0]))):
+        if t is not None and t.shape != shape:
+            checks.fail(op, name, f"of shape {tuple(shape)}", checks.shape(t))
+    given = [t for t in (branch.bias, branch.weight2, branch.bias2, branch.scale, branch.residual) if t is not None]
     if (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or type(x) is not Tensor
-        or dispatch._override is not None
-        or torch.is_autocast_enabled("cpu")
-        or traced(x)
+        not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+        and all(t.dtype == x.dtype and t.is_contiguous() for t in (branch.weight, *given))
+        and select(op, checks.device(op, "x", x), x.dtype, backend) == "cpu"
     ):
-        return None
-    return products.again(x, weight, bias, activation)
+        if compiled_inference(x, branch.weight, *given):
+            return packed.in_graph(x, branch)
+        if not traced(x, branch.weight, *given) and (out := packed.run(x, branch)) is not None:
+            return out
+    return packed.around(x, layers, branch, backend)
 
 
 def prepare(
@@ -100,50 +130,19 @@ def select(op: str, device: str, dtype: torch.dtype, backend: str | None) -> str
 _DTYPES = CAPABILITIES["linear"]["cpu"].dtypes
 
 
-def traced(*tensors: Tensor) -> bool:
-    """Whether something watches the operations: a compiler, a functorch transform, a dispatch mode (flop counters), dual numbers."""
-    return (
-        torch.compiler.is_compiling()
-        or any(type(t) not in _PLAIN for t in tensors)
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or forward_ad._current_level >= 0
-    )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def compiled_inference(*tensors: Tensor) -> bool:
-    """Whether ``torch.compile`` traces a call without gradients or transforms. Inductor's own products on a CPU take up to 1.2x as long."""
-    return (
-        torch.compiler.is_dynamo_compiling()
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_exporting()
-        and not torch._C._are_functorch_transforms_active()
-        and all(type(t) in _PLAIN for t in tensors)
-    )
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    return products.forward(x, weight, bias, activation)
-
-
-library.FRAGMENT.define("linear_product(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor")
-library.FRAGMENT.impl("linear_product", _product, "CPU")
-
-
-@torch.library.register_fake("pyvit::linear_product")
-def _fake_product(x: Tensor, weight: Tensor, _bias: Tensor | None, _activation: str | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
 @dispatch.describes("linear")
 def _describe(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None, **_: Any) -> tuple[Call, list[str]]:
     x, weight, bias, device = prepare(x, weight, bias, activation)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    notes = products.explain(x, weight, bias, None if grad else activation) if device == "cpu" else []
+    notes = explain(x, Branch(weight, bias, activation), grad) if device == "cpu" else []
     return Call("linear", device, x.dtype, ()), notes
+
+
+def explain(x: Tensor, branch: Branch, grad: bool) -> list[str]:
+    """How the products of a call go, as far as it is known."""
+    if grad:
+        return products.explain(x, branch.weight, branch.bias, None)
+    return packed.explain(x, branch) or products.explain(x, branch.weight, branch.bias, branch.activation)
 
 
 class _Linear(torch.autograd.Function):

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call
-from pyvit.ops import activations, checks, products, reference
-from pyvit.ops.linear import again, compiled_inference, prepare, select, traced
+from pyvit.ops import activations, checks, packed, products, reference
+from pyvit.ops.linear import explain, prepare, select, with_surroundings
+from pyvit.ops.packed import Branch, Norm
+from pyvit.ops.tracing import compiled_inference, traced
 
 
 def mlp(
@@ -22,37 +24,47 @@ def mlp(
     fc2_bias: Tensor | None,
     *,
     activation: str = "gelu",
+    norm: Norm | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """activation(x fc1_weight^T + fc1_bias) fc2_weight^T + fc2_bias: a transformer's feed-forward layer.
+    """residual + scale * (activation(norm(x) fc1_weight^T + fc1_bias) fc2_weight^T + fc2_bias): a transformer's feed-forward layer.
 
-    On a CPU the gradient keeps the activation's argument alone and forms the activation again in the pass that takes its derivative: the
-    hidden layer is held once instead of twice, a quarter of what a ViT's block keeps in all.
+    On a CPU, inference with packed weights (:func:`pyvit.pack_weights`) takes a block of rows through all of it in cache: the hidden
+    layer is never held whole. Without, and where that is not the faster way, the layers run one by one. The gradient keeps the
+    activation's argument alone and forms the activation again in the pass that takes its derivative: the hidden layer is held once
+    instead of twice, a quarter of what a ViT's block keeps in all.
 
     Args:
         x: (..., K).
         fc1_weight: (H, K); fc1_bias: (H,) or None.
         fc2_weight: (M, H); fc2_bias: (M,) or None.
-        activation, backend: as in :func:`pyvit.ops.linear`, but not None.
+        activation: as in :func:`pyvit.ops.linear`, but not None. norm, scale (M,), residual (..., M), backend: as there.
 
     Returns (..., M). Raises ValueError or TypeError naming the argument that does not fit, BackendError where ``backend`` cannot serve.
     """
-    hidden = again(x, fc1_weight, fc1_bias, activation) if backend is None and activation is not None else None
-    if hidden is not None and (out := again(hidden, fc2_weight, fc2_bias, None)) is not None:
+    branch = Branch(fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, norm, scale, residual)
+    if backend is None and activation is not None and (out := packed.again(x, branch)) is not None:
         return out
+    if norm is not None or scale is not None or residual is not None:
+        weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        _prepare(x, *weights, activation)
+        return with_surroundings("mlp", x, branch, lambda y: mlp(y, *weights, activation=activation, backend=backend), backend)
     x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, device = _prepare(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     wanted = select("mlp", device, x.dtype, backend)
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    branch = Branch(fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias)
     if wanted == "cpu" and compiled_inference(x, fc1_weight, fc2_weight):
-        hidden = torch.ops.pyvit.linear_product(x, fc1_weight, fc1_bias, activation)
-        return torch.ops.pyvit.linear_product(hidden, fc2_weight, fc2_bias, None)
+        return packed.in_graph(x, branch)
     if wanted == "reference" or traced(x, fc1_weight, fc2_weight):
         return reference.mlp(x, *weights, activation)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
+    if not torch.is_grad_enabled():
+        out = packed.run(x, branch)
+        return packed.layers(x, branch) if out is None else out
+    if any(t is not None and t.requires_grad for t in (x, *weights)):
         return _Mlp.apply(x, *weights, activation)
-    if hidden is None:  # else the second layer alone takes the long way: its weight is not packed, or not faster so
-        hidden = products.forward(x, fc1_weight, fc1_bias, activation)
-    return products.forward(hidden, fc2_weight, fc2_bias, None)
+    return products.forward(products.forward(x, fc1_weight, fc1_bias, activation), fc2_weight, fc2_bias, None)
 
 
 def _prepare(
@@ -82,7 +94,9 @@ def _describe(
 ) -> tuple[Call, list[str]]:
     *layers, device = _prepare(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     grad = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in layers)
-    notes = products.explain(*layers[:3], None if grad else activation) if device == "cpu" else []  # type: ignore[arg-type, call-arg]
+    x, *weights = layers  # type: ignore[assignment]
+    branch = Branch(weights[0], weights[1], activation, weights[2], weights[3])  # type: ignore[arg-type]
+    notes = explain(x, branch, grad) if device == "cpu" else []
     return Call("mlp", device, layers[0].dtype, ()), notes  # type: ignore[union-attr]
 
 

@@ -6,11 +6,9 @@ and a process that goes on with another's work adopts its choices.
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,7 +31,7 @@ _PROBE_FLOPS = 1 << 27  # of one timed product: about a millisecond of one core
 _PROBE_ROWS, _ROUNDS = 64, 3
 
 #: What oneDNN applies before the result leaves its registers: attribute, algorithm. Not its relu, which turns NaN into 0.
-_FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
+FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
 
 
 def _find_onednn() -> Callable[..., Tensor] | None:
@@ -57,18 +55,18 @@ def onednn() -> Callable[..., Tensor] | None:
     return _onednn
 
 
-def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     y = F.linear(x, weight, bias)
     return y if activation is None else activations.activate_(y, activation)
 
 
-def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     y = _onednn(x, weight, bias, "none", [], "")  # type: ignore[misc]
     return y if activation is None else activations.activate_(y, activation)
 
 
-def _by_onednn_fused(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    attribute, algorithm = _FUSED[activation or ""]
+def by_onednn_fused(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    attribute, algorithm = FUSED[activation or ""]
     return _onednn(x, weight, bias, attribute, [], algorithm)  # type: ignore[misc]
 
 
@@ -94,10 +92,10 @@ def _transposed(x: Tensor) -> Tensor:
 
 #: For each product, its ways in order of preference where nothing is measured.
 _FORWARD: Mapping[str, Way] = {
-    "onednn, activation fused": _by_onednn_fused,
-    "onednn": _by_onednn,
+    "onednn, activation fused": by_onednn_fused,
+    "onednn": by_onednn,
     "float32 copies": _in_float32(lambda *args: forward(*args)),
-    "torch": _by_torch,
+    "torch": by_torch,
 }
 _GRAD_INPUT: Mapping[str, Way] = {
     "onednn": lambda grad, weight: _onednn(grad, weight.t(), None, "none", [], ""),  # type: ignore[misc]
@@ -113,6 +111,12 @@ _GRAD_WEIGHT: Mapping[str, Way] = {
 Key = tuple[Any, ...]
 _chosen: dict[Key, tuple[Way, str]] = {}
 _adopted: dict[Key, str] = {}
+_adoptions = 0
+
+
+def adoptions() -> int:
+    """How often choices were adopted: what was remembered of a choice before is stale."""
+    return _adoptions
 
 
 def choices() -> dict[Key, str]:
@@ -125,118 +129,43 @@ def adopt(choices: Mapping[Key, str]) -> None:
     for key, name in choices.items():
         _adopted[key] = name
         _chosen.pop(key, None)
-    for pack in _packs.values():
-        pack.ways.clear()
+    global _adoptions
+    _adoptions += 1
 
 
 def _key(kind: str, rows: int, *rest: Any) -> Key:
     return (kind, rows.bit_length(), *rest, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
 
 
-def _forward_key(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Key:
-    return _key("forward", x.numel() // max(x.shape[-1], 1), weight.shape, weight.is_contiguous(), x.dtype, activation, bias is None)
+def forward_key(rows: int, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Key:
+    return _key("forward", rows, weight.shape, weight.is_contiguous(), x.dtype, activation, bias is None)
 
 
-class _Pack:
-    """A weight in the order oneDNN multiplies it in, which a plain weight is brought into by every call; the ways calls like it went."""
-
-    def __init__(self, weight: Tensor) -> None:
-        key = id(weight)
-        self.weight = weakref.ref(weight, lambda _: _packs.pop(key, None))
-        self.packed: Tensor | None = None
-        self.of: tuple[Any, ...] = ()
-        self.ways: dict[tuple[Any, ...], Way] = {}
-
-    def of_weight(self, weight: Tensor, rows: int) -> Tensor:
-        of = (weight._version, weight.data_ptr(), weight.dtype)
-        if self.packed is None or self.of != of:
-            self.packed, self.of = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), of
-            self.ways.clear()
-        return self.packed
+def chosen(key: Key, ways: Mapping[str, Way], arguments: Callable[[int], tuple[Any, ...]], rows: int, weight: Tensor, x: Tensor) -> Way:
+    """The way for ``key`` among ``ways``, by name, one of them "torch"; measured with ``arguments(rows)`` the first time."""
+    found = _chosen.get(key)
+    if found is None:
+        found = _chosen[key] = _choose(key, ways, arguments, rows, weight, x)
+    return found[0]
 
 
-_packs: dict[int, _Pack] = {}  # by the weight's id: a dictionary of weak references takes microseconds to ask
+def known(key: Key) -> str | None:
+    """What was chosen for ``key``, and how it was found."""
+    return _chosen[key][1] if key in _chosen else None
 
 
-def _pack_of(weight: Tensor) -> _Pack | None:
-    pack = _packs.get(id(weight))
-    return pack if pack is not None and pack.weight() is weight else None
-
-
-@functools.cache
-def _packs_dtype(dtype: torch.dtype) -> bool:
-    """Whether oneDNN packs weights of ``dtype`` on this processor: it refuses bfloat16 without AVX-512."""
-    if onednn() is None or dtype not in (torch.float32, torch.bfloat16):
-        return False
-    try:
-        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype), 16)
-    except RuntimeError:
-        return False
-    return True
-
-
-def keep_packed(weight: Tensor) -> bool:
-    """Keep a packed copy of ``weight`` from the next product without a gradient on; False where oneDNN cannot take it."""
-    able = _policy != "torch" and weight.dim() == 2 and weight.is_contiguous() and weight.numel() > 0 and weight.device.type == "cpu"
-    if able and not weight.is_inference() and _packs_dtype(weight.dtype):
-        _packs[id(weight)] = _Pack(weight)
-        return True
-    return False
-
-
-def drop_packed(weight: Tensor) -> None:
-    if _pack_of(weight) is not None:
-        del _packs[id(weight)]
-
-
-def _forward_packed(pack: _Pack, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor | None:
-    """The product with the packed weight, or None where it is not the faster one."""
-    few = x if x.dim() < 2 else x.reshape(-1, x.shape[-1])
-    packed = pack.of_weight(weight, few.shape[0])
-    key = ("packed", *_forward_key(x, weight, bias, activation))
-    if key not in _chosen:
-        ways: dict[str, Way] = {"onednn, activation fused": _by_onednn_fused} if activation in _FUSED else {}
-        ways |= {"onednn": _by_onednn, "torch": lambda x, _, bias, activation: _by_torch(x, weight, bias, activation)}
-        way, name = _choose(key, ways, lambda rows: (few[:rows], packed, bias, activation), few.shape[0], weight, x)
-        _chosen[key] = (way, f"{name}, weight kept packed") if way in (_by_onednn, _by_onednn_fused) else (_by_torch, name)
-    way = _chosen[key][0]
-    if way is _by_torch:
-        return None
-    if len(pack.ways) >= 64:  # lengths, or biases, that change with every call
-        pack.ways.clear()
-    pack.ways[_call(x, bias, activation)] = way
-    return way(x, packed, bias, activation)
-
-
-def _call(x: Tensor, bias: Tensor | None, activation: str | None) -> tuple[Any, ...]:
-    """What, the weight being the same, a way was chosen for."""
-    return (x.shape, x.dtype, activation, id(bias), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
-
-
-def again(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor | None:
-    """:func:`forward` with a packed weight as in an earlier call like this one, asking no more than that; None where there was none.
-
-    No gradient may be wanted, and nothing may be watching.
-    """
-    pack = _packs.get(id(weight))
-    if pack is None or pack.of != (weight._version, weight.data_ptr(), x.dtype) or not x.is_cpu:
-        return None
-    way = pack.ways.get(_call(x, bias, activation))
-    if way is None or pack.weight() is not weight or (bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1])):
-        return None
-    return way(x, pack.packed, bias, activation)
+def policy() -> str:
+    """The value of PYVIT_LINEAR."""
+    return _policy
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """activation(x weight^T + bias); x (..., K), weight (M, K). No gradient is recorded."""
-    if _packs and not torch.is_grad_enabled() and (pack := _pack_of(weight)) is not None:
-        out = _forward_packed(pack, x, weight, bias, activation)
-        if out is not None:
-            return out
-    key = _forward_key(x, weight, bias, activation)
+    rows = x.numel() // max(x.shape[-1], 1)
+    key = forward_key(rows, x, weight, bias, activation)
     found = _chosen.get(key)
     if found is None:
-        ways = {n: w for n, w in _FORWARD.items() if n != "onednn, activation fused" or activation in _FUSED}
+        ways = {n: w for n, w in _FORWARD.items() if n != "onednn, activation fused" or activation in FUSED}
         few = x if x.dim() < 2 else x.reshape(-1, x.shape[-1])
         found = _chosen[key] = _choose(key, ways, lambda rows: (few[:rows], weight, bias, activation), few.shape[0], weight, x)
     return found[0](x, weight, bias, activation)
@@ -322,8 +251,7 @@ def _agrees(way: Way, args: tuple[Any, ...], wanted: Tensor) -> bool:
 
 def explain(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> list[str]:
     """What is known of the choice for a call, for :func:`pyvit.explain`; nothing is computed."""
-    key = _forward_key(x, weight, bias, activation)
-    found = (_chosen.get(("packed", *key)) if _pack_of(weight) else None) or _chosen.get(key)
+    found = known(forward_key(x.numel() // max(x.shape[-1], 1), x, weight, bias, activation))
     if found is not None:
-        return [f"matrix product by {found[1]}"]
+        return [f"matrix product by {found}"]
     return [f"matrix product not chosen yet: PYVIT_LINEAR={_policy}" + ("; the first call measures" if _policy == "auto" else "")]

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pyvit
 from pyvit import library
 from pyvit.nn.linear import Linear
-from pyvit.ops import linear, mlp, products, reference
+from pyvit.ops import linear, mlp, packed, products, reference
 from pyvit.testing import compare, layout
 
 ACTIVATIONS = [None, *reference.ACTIVATIONS]
@@ -308,7 +308,7 @@ def test_packed_weights_follow_the_weights(dtype: torch.dtype, activation: str |
             wanted = linear(x, model.weight.clone(), model.bias, activation=activation)
             torch.testing.assert_close(linear(x, model.weight, model.bias, activation=activation), wanted)
 
-    packed = pyvit.pack_weights(model)
+    count = pyvit.pack_weights(model)
     check()
     with torch.no_grad():
         model.weight.mul_(-2)  # in place, as an optimizer does
@@ -318,30 +318,30 @@ def test_packed_weights_follow_the_weights(dtype: torch.dtype, activation: str |
     model.weight.data = torch.randn(80, 48).to(dtype)  # another tensor
     check()
     model.weight.data.mul_(3)  # out of autograd's sight: as documented, said by packing again
-    assert pyvit.pack_weights(model) == packed
+    assert pyvit.pack_weights(model) == count
     check()
     grad_x = x.clone().requires_grad_()
     linear(grad_x, model.weight, model.bias, activation=activation).sum().backward()
     assert model.weight.grad is not None
     assert grad_x.grad is not None
     with torch.no_grad():
-        held = len(products._packs)
+        held = len(packed._packs)
         pyvit.unpack_weights(model)
-        assert len(products._packs) == held - packed
+        assert len(packed._packs) == held - count
     check()
 
 
 def test_packed_weights_die_with_the_model() -> None:
     gc.collect()
-    before = len(products._packs)
+    before = len(packed._packs)
     model = torch.nn.Linear(16, 16)
-    packed = pyvit.pack_weights(model)
+    count = pyvit.pack_weights(model)
     with torch.no_grad():
         linear(torch.randn(4, 16), model.weight)
-    assert len(products._packs) == before + packed
+    assert len(packed._packs) == before + count
     del model
     gc.collect()
-    assert len(products._packs) == before
+    assert len(packed._packs) == before
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -390,12 +390,13 @@ def test_compiled_inference_multiplies_as_eager_calls_do():
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
         assert torch.equal(compiled(x), model(x))
-        assert seen.count(torch.ops.pyvit.linear_product) == 3
-        torch.library.opcheck(torch.ops.pyvit.linear_product, (x, w1, b1, "gelu"))
+        assert seen.count(torch.ops.pyvit.branch) == 2
+        rest = (None, None, False, None, None, 0.0, None, None)
+        torch.library.opcheck(torch.ops.pyvit.branch, (x, w1, b1, "gelu", *rest))
     seen.clear()
     w1.requires_grad_()
     compiled(x).sum().backward()  # with gradients the plain formula, which the compiler differentiates
-    assert torch.ops.pyvit.linear_product not in seen
+    assert torch.ops.pyvit.branch not in seen
     assert w1.grad is not None
 
 
@@ -420,4 +421,4 @@ def test_transforms_and_subclasses_in_compiled_inference_see_the_plain_formula()
             found = torch.compile(call, fullgraph=True, backend=backend)(given)
             torch.testing.assert_close(found.as_subclass(Tensor), call(given).as_subclass(Tensor))
     assert seen
-    assert torch.ops.pyvit.linear_product not in seen
+    assert torch.ops.pyvit.branch not in seen

@@ -1,0 +1,61 @@
+// Layer norm of some rows. A row is read from memory once: it stays in L1 for the passes after the first.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace pyvit::PYVIT_ISA {
+
+// n parameters as float32, whole vectors of them, zeros behind; `missing` where there are none.
+inline const float* widened(const void* p, Dtype dtype, int64_t n, float missing, Scratch& memory) {
+  float* out = memory.take<float>((n + W - 1) / W * W);
+  vectors(n, [&](int64_t c, int left) {
+    vf v = keep_first(set1(missing), left);
+    if (p && dtype == Dtype::f32) v = read(static_cast<const float*>(p) + c, left);
+    if (p && dtype == Dtype::bf16) v = read(static_cast<const bf16*>(p) + c, left);
+    if (p && dtype == Dtype::f16) v = read(static_cast<const f16*>(p) + c, left);
+    store(out + c, v);
+  });
+  return out;
+}
+
+// Sums of f(row, column, elements) along R rows. Rows pass together, for sums wait for each other.
+template <int R, class F>
+inline void row_sums(int64_t cols, float (&out)[R], const F& f) {
+  vf sum[R];
+  for (vf& s : sum) s = vf{};
+  vectors(cols, [&](int64_t c, int n) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) sum[r] += f(r, c, n);
+  });
+  for (int r = 0; r < R; r++) out[r] = reduce_add(sum[r]);
+}
+
+// Of R rows, `ldx` and `ldy` apart. `mean` and `rstd`, where not null, take the statistics.
+template <int R, class X, class Y>
+inline void normalize(int64_t cols, const X* x, int64_t ldx, const float* weight, const float* bias, float eps, Y* y,
+                      int64_t ldy, float* mean_out, float* rstd_out) {
+  const float share = 1.f / float(cols);
+  float mean[R], rstd[R];
+  row_sums<R>(cols, mean, [&](int r, int64_t c, int n) { return read(x + r * ldx + c, n); });
+  for (float& m : mean) m *= share;
+  row_sums<R>(cols, rstd, [&](int r, int64_t c, int n) {
+    const vf d = read(x + r * ldx + c, n) - mean[r], own = n == W ? d : keep_first(d, n);
+    return own * own;
+  });
+  for (float& v : rstd) v = 1.f / std::sqrt(v * share + eps);
+  vectors(cols, [&](int64_t c, int n) {
+    const vf w = load(weight + c), b = load(bias + c);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) write(y + r * ldy + c, (read(x + r * ldx + c, n) - mean[r]) * rstd[r] * w + b, n);
+  });
+  for (int r = 0; mean_out && r < R; r++) {
+    mean_out[r] = mean[r];
+    rstd_out[r] = rstd[r];
+  }
+}
+
+}  // namespace pyvit::PYVIT_ISA

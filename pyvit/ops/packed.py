@@ -1,0 +1,311 @@
+"""Inference with weights kept packed on a CPU: linear layers, and a block's branch in one pass.
+
+A weight is packed as oneDNN multiplies it, as ``csrc/cpu/linear.cpp`` does, or both; which way a call goes is measured like any product's
+(:mod:`pyvit.ops.products`). Nothing here is recorded by autograd.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyvit import dispatch, library
+from pyvit.ops import products
+from pyvit.ops.layer_norm import layer_norm
+from pyvit.ops.tracing import traced
+
+#: weight (C,), bias (C,), eps
+Norm = tuple[Tensor | None, Tensor | None, float]
+
+
+class Branch(NamedTuple):
+    """residual + scale * layers(norm(x)): one linear layer with its activation after it, or two with the activation between them."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    activation: str | None = None
+    weight2: Tensor | None = None
+    bias2: Tensor | None = None
+    norm: Norm | None = None
+    scale: Tensor | None = None
+    residual: Tensor | None = None
+
+    def is_one_layer(self) -> bool:
+        return self.weight2 is self.norm is self.scale is self.residual is None
+
+
+Way = Callable[[Tensor, Branch], Tensor]
+
+
+class Pack:
+    """The packed forms of a weight, and the ways that calls with it went."""
+
+    def __init__(self, weight: Tensor) -> None:
+        key = id(weight)
+        self.weight = weakref.ref(weight, lambda _: _packs.pop(key, None))
+        self.of: tuple[Any, ...] = ()
+        self.forms: dict[str, Tensor] = {}
+        self.ways: dict[tuple[Any, ...], Way] = {}
+
+    def follow(self, weight: Tensor) -> None:
+        """Forget what is known of a weight that has changed."""
+        of = _state(weight)
+        if self.of != of:
+            self.of = of
+            self.forms.clear()
+            self.ways.clear()
+
+    def form(self, name: str, weight: Tensor) -> Tensor:
+        found = self.forms.get(name)
+        if found is None:
+            found = self.forms[name] = _PACKERS[name](weight.detach())
+        return found
+
+
+_packs: dict[int, Pack] = {}  # by the weight's id: a dictionary of weak references takes microseconds to ask
+
+_PACKERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "onednn": lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight),
+    "pyvit": lambda weight: torch.ops.pyvit.pack_layer.default(weight),
+}
+
+
+def _state(weight: Tensor) -> tuple[Any, ...]:
+    return weight._version, weight.data_ptr(), weight.dtype, products.adoptions()
+
+
+def _pack_of(weight: Tensor | None) -> Pack | None:
+    pack = _packs.get(id(weight))
+    return pack if pack is not None and pack.weight() is weight else None
+
+
+@functools.cache
+def _forms(dtype: torch.dtype) -> tuple[str, ...]:
+    """The forms that weights of ``dtype`` can be packed in on this processor: oneDNN refuses bfloat16 without AVX-512."""
+    found = []
+    for name in _PACKERS:
+        try:
+            if name == "onednn" and (products.onednn() is None or dtype not in (torch.float32, torch.bfloat16)):
+                continue
+            if name == "pyvit" and library.problem() is not None:
+                continue
+            _PACKERS[name](torch.zeros(16, 16, dtype=dtype))
+        except RuntimeError:
+            continue
+        found.append(name)
+    return tuple(found)
+
+
+def keep(weight: Tensor) -> bool:
+    """Keep ``weight`` packed from the next product without a gradient on; False where no library here can."""
+    able = products.policy() != "torch" and weight.dim() == 2 and weight.is_contiguous() and weight.numel() > 0
+    if able and weight.device.type == "cpu" and not weight.is_inference() and _forms(weight.dtype):
+        _packs[id(weight)] = Pack(weight)
+        return True
+    return False
+
+
+def drop(weight: Tensor) -> None:
+    if _pack_of(weight) is not None:
+        del _packs[id(weight)]
+
+
+def again(x: Tensor, branch: Branch) -> Tensor | None:
+    """The short way for a call like an earlier one: every check was made then. None where there was none, or where a gradient is wanted."""
+    pack = _packs.get(id(branch.weight))
+    if (
+        pack is None
+        or torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or type(x) is not Tensor
+        or dispatch._override is not None
+        or torch.is_autocast_enabled("cpu")
+        or traced(x)
+    ):
+        return None
+    if not x.is_cpu or pack.of != _state(branch.weight):
+        return None
+    way = pack.ways.get(_call(x, branch))
+    if way is None or pack.weight() is not branch.weight:
+        return None
+    if branch.weight2 is not None and ((pack := _pack_of(branch.weight2)) is None or pack.of != _state(branch.weight2)):
+        return None
+    return way(x, branch)
+
+
+def _call(x: Tensor, b: Branch) -> tuple[Any, ...]:
+    """What, the weights being the same, a way was chosen for."""
+    return (
+        x.shape,
+        x.dtype,
+        b.activation,
+        _small(b.bias),
+        id(b.weight2),
+        _small(b.bias2),
+        b.norm and (_small(b.norm[0]), _small(b.norm[1]), b.norm[2]),
+        _small(b.scale),
+        b.residual is not None and (b.residual.shape, b.residual.dtype),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _small(t: Tensor | None) -> tuple[int, torch.dtype, torch.Size] | None:
+    return None if t is None else (id(t), t.dtype, t.shape)
+
+
+def run(x: Tensor, branch: Branch) -> Tensor | None:
+    """The branch by its fastest way, or None where its weights are not packed. Its tensors fit each other and have one dtype."""
+    packs = [_pack_of(w) for w in (branch.weight, branch.weight2) if w is not None]
+    if not _packs or None in packs:
+        return None
+    for pack in packs:
+        pack.follow(pack.weight())  # type: ignore[union-attr, arg-type]
+    rows = x.numel() // max(x.shape[-1], 1)
+    key = _key(rows, x, branch)
+    width = (branch.weight if branch.weight2 is None else branch.weight2).shape[0]
+
+    def arguments(few: int) -> tuple[Tensor, Branch]:
+        residual = None if branch.residual is None else branch.residual.reshape(-1, width)[:few]
+        return (x if x.dim() < 2 else x.reshape(-1, x.shape[-1])[:few]), branch._replace(residual=residual)
+
+    way = products.chosen(key, _ways(x, branch), arguments, rows, branch.weight, x)
+    for pack in packs:
+        if not pack.ways:  # type: ignore[union-attr]  # what was packed to be measured alone
+            for form in {"onednn", "pyvit"} - _USES.get(way, set()):
+                pack.forms.pop(form, None)  # type: ignore[union-attr]
+    ways = packs[0].ways  # type: ignore[union-attr]
+    if len(ways) >= 64:  # lengths, or biases, that change with every call
+        ways.clear()
+    ways[_call(x, branch)] = way
+    return way(x, branch)
+
+
+def _key(rows: int, x: Tensor, b: Branch) -> tuple[Any, ...]:
+    rest = (b.bias2 is None, b.norm and (b.norm[0] is None, b.norm[1] is None), b.scale is None, b.residual is None)
+    second = () if b.weight2 is None else (b.weight2.shape,)
+    return ("packed", *products.forward_key(rows, x, b.weight, b.bias, b.activation), *second, *rest)
+
+
+def _ways(x: Tensor, b: Branch) -> dict[str, Way]:
+    """In order of preference where nothing is measured."""
+    able = _forms(x.dtype)
+    ways: dict[str, Way] = {}
+    if not b.is_one_layer():
+        ways["layer by layer"] = _layer_by_layer
+    elif "onednn" in able:
+        ways |= {"onednn, activation fused": _onednn_fused} if b.activation in products.FUSED else {}
+        ways["onednn"] = _onednn
+    if "pyvit" in able:
+        ways["pyvit"] = _in_one_pass
+    return ways | {"torch": _torch}
+
+
+def _onednn(x: Tensor, b: Branch) -> Tensor:
+    return products.by_onednn(x, _packs[id(b.weight)].form("onednn", b.weight), b.bias, b.activation)
+
+
+def _onednn_fused(x: Tensor, b: Branch) -> Tensor:
+    return products.by_onednn_fused(x, _packs[id(b.weight)].form("onednn", b.weight), b.bias, b.activation)
+
+
+def _in_one_pass(x: Tensor, b: Branch) -> Tensor:
+    first = _packs[id(b.weight)].form("pyvit", b.weight)
+    second, width = (None, 0) if b.weight2 is None else (_packs[id(b.weight2)].form("pyvit", b.weight2), b.weight2.shape[0])
+    norm = b.norm or (None, None, 0.0)
+    return torch.ops.pyvit.packed_layers.default(
+        x, b.norm is not None, *norm, first, b.weight.shape[0], b.bias, b.activation or "", second, width, b.bias2, b.scale, b.residual
+    )
+
+
+def _layer_by_layer(x: Tensor, b: Branch) -> Tensor:
+    return around(x, functools.partial(layers, b=b), b)
+
+
+def layers(x: Tensor, b: Branch) -> Tensor:
+    """The linear layers of a branch, one by one."""
+    y = layer(x, b.weight, b.bias, b.activation)
+    return y if b.weight2 is None else layer(y, b.weight2, b.bias2, None)
+
+
+def layer(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """activation(x weight^T + bias), with ``weight`` as it is kept."""
+    out = run(x, Branch(weight, bias, activation)) if _packs else None
+    return products.forward(x, weight, bias, activation) if out is None else out
+
+
+def _torch(x: Tensor, b: Branch) -> Tensor:
+    def product(y: Tensor) -> Tensor:
+        y = products.by_torch(y, b.weight, b.bias, b.activation)
+        return y if b.weight2 is None else products.by_torch(y, b.weight2, b.bias2, None)
+
+    return around(x, product, b)
+
+
+#: The forms a way multiplies; layer by layer, those that its layers chose.
+_USES = {_onednn: {"onednn"}, _onednn_fused: {"onednn"}, _in_one_pass: {"pyvit"}, _layer_by_layer: {"onednn", "pyvit"}}
+
+
+def around(x: Tensor, layers: Callable[[Tensor], Tensor], branch: Branch, backend: str | None = None) -> Tensor:
+    """residual + scale * layers(norm(x)), a step at a time; of autocast's dtype between norm and layers."""
+    if branch.norm is not None:
+        kind = x.device.type
+        cast = x.dtype == torch.float32 and kind == "cpu" and torch.is_autocast_enabled(kind)
+        x = layer_norm(x, *branch.norm, dtype=torch.get_autocast_dtype(kind) if cast else None, backend=backend)
+    y = layers(x)
+    if branch.scale is not None:
+        y = y * branch.scale
+    return y if branch.residual is None else branch.residual + y
+
+
+def explain(x: Tensor, branch: Branch) -> list[str]:
+    """What is known of the way of a call, for :func:`pyvit.explain`; nothing is computed."""
+    if _pack_of(branch.weight) is None:
+        return []
+    found = products.known(_key(x.numel() // max(x.shape[-1], 1), x, branch))
+    return [] if found is None else [f"weights kept packed: {found}"]
+
+
+library.FRAGMENT.define(
+    "branch(Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? weight2, Tensor? bias2, bool norm, Tensor? norm_weight, "
+    "Tensor? norm_bias, float eps, Tensor? scale, Tensor? residual) -> Tensor"
+)
+
+
+def _branch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    norm: bool,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    b = Branch(weight, bias, activation, weight2, bias2, (norm_weight, norm_bias, eps) if norm else None, scale, residual)
+    out = run(x, b)
+    return _layer_by_layer(x, b) if out is None else out
+
+
+library.FRAGMENT.impl("branch", _branch, "CPU")
+
+
+@torch.library.register_fake("pyvit::branch")
+def _fake_branch(x: Tensor, weight: Tensor, _bias: Any, _activation: Any, weight2: Tensor | None, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], (weight if weight2 is None else weight2).shape[0])
+
+
+def in_graph(x: Tensor, b: Branch) -> Tensor:
+    """The branch as one operator, for graphs that ``torch.compile`` makes without gradients."""
+    norm = b.norm or (None, None, 0.0)
+    weights = (b.weight, b.bias, b.activation, b.weight2, b.bias2)
+    return torch.ops.pyvit.branch(x, *weights, b.norm is not None, *norm, b.scale, b.residual)
