@@ -588,10 +588,10 @@ Layer layer_of(const Tensor& x, int64_t in, const Tensor& packed, int64_t out, c
   return {static_cast<const uint32_t*>(packed.data_ptr()), data<char>(bias), in, out};
 }
 
-// residual + scale * layers(norm(x)), see csrc/cpu/linear.cpp. An activation "" is none.
-Tensor packed_layers(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bias, double eps, Tensor first,
-                     int64_t first_out, Maybe first_bias, std::string activation, Maybe second, int64_t second_out,
-                     Maybe second_bias, Maybe scale, Maybe residual) {
+// out = residual + scale * layers(norm(x)), see csrc/cpu/linear.cpp. An activation "" is none.
+void packed_layers(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bias, double eps, Tensor first, int64_t first_out,
+                   Maybe first_bias, std::string activation, Maybe second, int64_t second_out, Maybe second_bias,
+                   Maybe scale, Maybe residual, Tensor out) {
   x = dense(x);
   STD_TORCH_CHECK(x.dim() > 0, "pyvit: packed_layers: x must have a last dimension");
   Layers a{};
@@ -614,18 +614,15 @@ Tensor packed_layers(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bias, do
     a.activated = true;
     a.activation = kind_of(activation);
   }
-  Ints shape = shape_of(x);
-  shape.back() = width;
   STD_TORCH_CHECK(fits(scale, width) && (!scale || scale->scalar_type() == x.scalar_type()) &&
-                      fits(residual, a.rows * width) && (!residual || residual->scalar_type() == x.scalar_type()),
-                  "pyvit: packed_layers: scale and residual must be contiguous, of the dtype of x and of the size of "
-                  "the result's rows and of the result");
+                      fits(residual, a.rows * width) && (!residual || residual->scalar_type() == x.scalar_type()) &&
+                      fits(out, a.rows * width) && out.scalar_type() == x.scalar_type(),
+                  "pyvit: packed_layers: scale, residual and out must be contiguous, of the dtype of x and of the size "
+                  "of the result's rows and of the result");
   a.scale = data<char>(scale);
   a.residual = data<char>(residual);
-  Tensor out = make(x, shape);
   a.out = out.data_ptr();
   if (out.numel()) kernels().layers(a);
-  return out;
 }
 
 // layout
@@ -809,7 +806,7 @@ STABLE_TORCH_LIBRARY(pyvit, m) {
   m.def(
       "packed_layers(Tensor x, bool norm, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor first, "
       "int first_out, Tensor? first_bias, str activation, Tensor? second, int second_out, Tensor? second_bias, "
-      "Tensor? scale, Tensor? residual) -> Tensor");
+      "Tensor? scale, Tensor? residual, Tensor(a!) out) -> ()");
   // For pyvit/ops/products.py and streaming.py.
   m.def("transposed(Tensor x, Tensor(a!) out) -> ()");
   // For pyvit/ops/streaming.py.

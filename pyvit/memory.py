@@ -16,6 +16,8 @@ _MOST = 2**31 - 1
 
 _kept = threading.local()
 _KEPT_BYTES = 64 << 20
+_RECYCLED_BYTES, _LEAST = 256 << 20, 1 << 20
+_uses = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def keep_memory() -> bool:
@@ -47,3 +49,26 @@ def scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
             kept = torch.empty(n * dtype.itemsize, dtype=torch.uint8)
         setattr(_kept, name, kept)
     return kept[: n * dtype.itemsize].view(dtype).view(*shape)
+
+
+def recycled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """``torch.empty(shape, dtype=dtype)`` on the CPU, in memory of an earlier such tensor of this thread that nobody holds any more.
+
+    The tensors that pass from layer to layer have the same sizes again and again, and new memory costs more than many an operator that
+    writes to it (see :func:`keep_memory`). A thread keeps up to 256 MiB, the least recently used goes first; tensors below 1 MiB or above
+    64 MiB are allocated as ever.
+    """
+    n = math.prod(shape) * dtype.itemsize
+    if _uses is None or not _LEAST <= n <= _RECYCLED_BYTES // 4:
+        return torch.empty(shape, dtype=dtype)
+    kept: list[torch.UntypedStorage] = _kept.__dict__.setdefault("storages", [])
+    at = next((i for i, storage in enumerate(kept) if storage.nbytes() == n and _uses(storage._cdata) == 1), None)
+    if at is not None:
+        found = kept.pop(at)
+    else:
+        with torch.inference_mode(False):
+            found = torch.UntypedStorage(n)
+        while kept and sum(storage.nbytes() for storage in kept) + n > _RECYCLED_BYTES:
+            del kept[0]
+    kept.append(found)
+    return torch.empty(0, dtype=dtype).set_(found).view(*shape)

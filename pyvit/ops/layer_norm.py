@@ -11,6 +11,7 @@ from torch import Tensor
 from pyvit import dispatch
 from pyvit.backends import CAPABILITIES, MISSING
 from pyvit.dispatch import Call
+from pyvit.memory import recycled
 from pyvit.ops import checks, reference
 from pyvit.ops.tracing import traced
 
@@ -84,7 +85,7 @@ def _describe(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = Non
 
 
 def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, statistics: Tensor | None) -> Tensor:
-    out = torch.empty_like(x, dtype=dtype)
+    out = torch.empty_like(x, dtype=dtype) if torch.is_grad_enabled() else recycled(x.shape, dtype)
     torch.ops.pyvit.layer_norm.default(x, weight, bias, eps, out, statistics)
     return out
 

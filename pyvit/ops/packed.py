@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyvit import dispatch, library
+from pyvit.memory import recycled
 from pyvit.ops import products
 from pyvit.ops.layer_norm import layer_norm
 from pyvit.ops.tracing import traced
@@ -218,9 +219,13 @@ def _in_one_pass(x: Tensor, b: Branch) -> Tensor:
     first = _packs[id(b.weight)].form("pyvit", b.weight)
     second, width = (None, 0) if b.weight2 is None else (_packs[id(b.weight2)].form("pyvit", b.weight2), b.weight2.shape[0])
     norm = b.norm or (None, None, 0.0)
-    return torch.ops.pyvit.packed_layers.default(
-        x, b.norm is not None, *norm, first, b.weight.shape[0], b.bias, b.activation or "", second, width, b.bias2, b.scale, b.residual
+    rows = b.weight.shape[0]
+    shape = (*x.shape[:-1], width or rows)
+    out = recycled(shape, x.dtype)
+    torch.ops.pyvit.packed_layers.default(
+        x, b.norm is not None, *norm, first, rows, b.bias, b.activation or "", second, width, b.bias2, b.scale, b.residual, out
     )
+    return out
 
 
 def _layer_by_layer(x: Tensor, b: Branch) -> Tensor:
