@@ -50,6 +50,8 @@ class Attention(nn.Module):
         norm_layer: of qk_norm and scale_norm.
     """
 
+    whole_branch = True  # see pyvit.nn.residual.surroundings
+
     def __init__(
         self,
         dim: int,

@@ -56,10 +56,10 @@ class Block(nn.Module):
         """x (B, N, C), or (T, C) with ``packing``; the rest as for :class:`pyvit.nn.Attention`."""
         if rope is not None and packing is not None and self.training and self.drop_path1.p and self.drop_path1.form == "batch":
             raise ValueError("Block: drop_path_form must be 'sample' to train with rope on packed sequences")
-        if type(self.attn) is Attention and (around := surroundings(self.norm1, self.ls1, self.drop_path1, self.attn)) is not None:
+        if (around := surroundings(self.norm1, self.ls1, self.drop_path1, self.attn)) is not None:
             x = self.attn(x, packing=packing, rope=rope, residual=x, **around, **attend)
         else:
             x = self.drop_path1.residual(x, lambda y, p: self.ls1(self.attn(self.norm1(y), packing=p, rope=rope, **attend)), packing)
-        if type(self.mlp) in (Mlp, SwiGLU) and (around := surroundings(self.norm2, self.ls2, self.drop_path2, self.mlp)) is not None:
+        if (around := surroundings(self.norm2, self.ls2, self.drop_path2, self.mlp)) is not None:
             return self.mlp(x, residual=x, **around)
         return self.drop_path2.residual(x, lambda y, p: self.ls2(self.mlp(self.norm2(y))), packing)

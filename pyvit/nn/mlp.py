@@ -15,6 +15,8 @@ from pyvit.ops.packed import Norm
 class Mlp(nn.Module):
     """fc2(activation(fc1(x))): (..., C) -> (..., C)."""
 
+    whole_branch = True  # see pyvit.nn.residual.surroundings
+
     def __init__(
         self,
         dim: int,
@@ -44,6 +46,8 @@ class SwiGLU(nn.Module):
 
     ``hidden_dim`` is the width of a and of b. :func:`swiglu_hidden` gives DINOv2's width for a given MLP ratio.
     """
+
+    whole_branch = True  # see pyvit.nn.residual.surroundings
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, bias: bool = True, **factory: Any) -> None:
         super().__init__()

@@ -27,9 +27,12 @@ class LayerScale(nn.Module):
 def surroundings(norm: nn.Module, scale: nn.Module | None, drop_path: DropPath, branch: nn.Module) -> dict[str, Any] | None:
     """``norm`` and ``scale`` as arguments of the branch between them, which then computes residual + scale(branch(norm(x))) itself.
 
-    In inference, where nothing is dropped and nothing watches these modules; None otherwise.
+    In inference, where nothing is dropped and nothing watches these modules; None otherwise, or where the branch's class (itself, for a
+    subclass may compute something else) does not say ``whole_branch``.
     """
     if torch.is_grad_enabled() or (drop_path.p and drop_path.training) or not plain(norm, LayerNorm) or hooked(drop_path, scale, branch):
+        return None
+    if not vars(type(branch)).get("whole_branch") or "forward" in vars(branch):
         return None
     if scale is not None and type(scale) is not nn.Identity and not plain(scale, LayerScale):
         return None

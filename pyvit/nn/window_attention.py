@@ -30,6 +30,8 @@ class WindowAttention(nn.Module):
             (torchvision, transformers). True: masked out.
     """
 
+    whole_branch = True  # see pyvit.nn.residual.surroundings
+
     def __init__(
         self,
         dim: int,

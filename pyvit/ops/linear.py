@@ -47,11 +47,12 @@ def linear(
 
     The first call of a kind (rows to the next power of two, M, K, dtype, activation, threads) measures torch's product against oneDNN's
     for some tens of milliseconds and the process keeps the faster. Processes of one torch.distributed group keep what the first of them
-    found, and a resumed ``pyvit train`` what it had chosen. The environment variable ``PYVIT_LINEAR`` pins ``onednn`` or ``torch``
-    (default ``auto``); under ``torch.use_deterministic_algorithms`` nothing is measured and oneDNN is taken wherever it can. Where no
-    gradient is wanted and the weight is packed (:func:`pyvit.pack_weights`), pyvit's own product takes part, and norm, scale and residual
-    cost no pass over memory in it. Graphs that ``torch.compile`` makes without gradients choose as eager calls do; those with gradients,
-    exported ones and tensors that are traced hold the plain formula.
+    found, and a resumed ``pyvit train`` what it had chosen. Where no gradient is wanted and the weight is packed
+    (:func:`pyvit.pack_weights`), pyvit's own product takes part, in which norm, scale and residual cost no pass over memory.
+
+    The environment variable ``PYVIT_LINEAR`` pins ``onednn``, ``torch`` or, for packed weights, ``pyvit`` (default ``auto``); under
+    ``torch.use_deterministic_algorithms`` nothing is measured and oneDNN is taken wherever it can. Graphs that ``torch.compile`` makes
+    without gradients choose as eager calls do; those with gradients, exported ones and tensors that are traced hold the plain formula.
     """
     branch = Branch(weight, bias, activation, None, None, norm, scale, residual)
     if backend is None and (out := packed.again(x, branch)) is not None:

@@ -21,7 +21,7 @@ from pyvit import library
 from pyvit.memory import scratch
 from pyvit.ops import activations
 
-POLICIES = ("auto", "onednn", "torch")
+POLICIES = ("auto", "onednn", "pyvit", "torch")
 _policy = os.environ.get("PYVIT_LINEAR") or "auto"
 if _policy not in POLICIES:
     raise ValueError(f"PYVIT_LINEAR must be one of {', '.join(POLICIES)}, got {_policy!r}")
@@ -214,9 +214,9 @@ def _choose(
     able = {n: way for n, way in ways.items() if way is plain or (not (wide and n == "float32 copies") and _agrees(way, args, wanted))}
     if len(able) == 1:
         return plain, "torch (oneDNN cannot take this call)"
-    name = next(iter(able))
-    if _policy == "onednn" or torch.are_deterministic_algorithms_enabled():
-        return able[name], f"{name} ({'PYVIT_LINEAR' if _policy == 'onednn' else 'deterministic algorithms: not measured'})"
+    name = "pyvit" if _policy == "pyvit" and _policy in able else next(iter(able))
+    if _policy != "auto" or torch.are_deterministic_algorithms_enabled():
+        return able[name], f"{name} ({'PYVIT_LINEAR' if _policy != 'auto' else 'deterministic algorithms: not measured'})"
     if (name := _adopted.get(key, "")) in able:
         return able[name], f"{name} (as chosen before)"
     if name:

@@ -251,7 +251,7 @@ def test_environment() -> None:
         return subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=False)
 
     assert "torch (PYVIT_LINEAR)" in run("torch").stdout
-    assert "PYVIT_LINEAR must be one of auto, onednn, torch, got 'mkl'" in run("mkl").stderr
+    assert "PYVIT_LINEAR must be one of auto, onednn, pyvit, torch, got 'mkl'" in run("mkl").stderr
 
 
 def test_module_is_a_linear_layer_that_can_be_copied() -> None:

@@ -1,0 +1,297 @@
+"""Inference with packed weights: numerics of a branch in one pass, who may take it, and that nothing else notices."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pyvit
+from pyvit import library, memory
+from pyvit.models import create_model
+from pyvit.nn import Block, Mlp
+from pyvit.ops import linear, mlp, packed, products, reference
+from pyvit.testing import compare, layout
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+pytestmark = pytest.mark.skipif(library.problem() is not None, reason="needs the compiled library")
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed weights go through pyvit's own product."""
+    monkeypatch.setattr(products, "_policy", "pyvit")
+    monkeypatch.setattr(products, "_chosen", {})
+
+
+def formula(x: Tensor, b: packed.Branch) -> Tensor:
+    y = x if b.norm is None else F.layer_norm(x, x.shape[-1:], *b.norm)
+    y = reference.linear(y, b.weight, b.bias, b.activation)
+    y = y if b.weight2 is None else F.linear(y, b.weight2, b.bias2)
+    y = y if b.scale is None else y * b.scale
+    return y if b.residual is None else b.residual + y
+
+
+def cast(b: packed.Branch, dtype: torch.dtype) -> packed.Branch:
+    def to(t: object) -> object:
+        if isinstance(t, tuple):
+            return tuple(to(each) for each in t)
+        return t.to(dtype) if isinstance(t, Tensor) else t
+
+    return packed.Branch(*map(to, b))
+
+
+def branch(dtype: torch.dtype, rows: int, k: int, h: int, m: int, activation: str | None, around: bool, bias: bool) -> packed.Branch:
+    """Of one layer where m is 0."""
+
+    def randn(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape) * scale).to(dtype)
+
+    out = m or h
+    return packed.Branch(
+        randn(h, k, scale=k**-0.5),
+        randn(h) if bias else None,
+        activation,
+        randn(m, h, scale=h**-0.5) if m else None,
+        randn(m) if m and bias else None,
+        (randn(k), randn(k) if bias else None, 1e-5) if around else None,
+        randn(out) if around and bias else None,
+        randn(rows, out) if around else None,
+    )
+
+
+def run(x: Tensor, b: packed.Branch) -> Tensor:
+    with torch.no_grad():
+        for weight in (b.weight, b.weight2):
+            if weight is not None:
+                assert packed.keep(weight)
+        found = packed.run(x, b)
+        again = packed.again(x, b)
+    torch.testing.assert_close(again, found, rtol=0, atol=0, equal_nan=True)
+    return found
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: f"cpu-{dtype}")
+@pytest.mark.parametrize("activation", [None, *reference.ACTIVATIONS])
+def test_numerics(own: None, activation: str | None, dtype: torch.dtype) -> None:
+    """Sizes on every side of a vector, of a panel of columns, of a tile of rows and of a block of the sum."""
+    sizes = [(1, 3, 5, 0), (7, 33, 64, 0), (50, 96, 96, 0), (13, 600, 17, 0), (20, 40, 130, 65), (6, 17, 7, 1), (200, 64, 256, 64)]
+    if activation is None:
+        sizes = [s for s in sizes if not s[3]]
+    for (rows, k, h, m), around, bias in itertools.product(sizes, [True, False], [True, False]):
+        b = branch(dtype, rows, k, h, m, activation, around, bias)
+        x = torch.randn(rows, k).to(dtype)
+        name = f"{rows} x {k} -> {h} -> {m} {activation} {around=} {bias=}"
+        compare(name, run(x, b), formula(x, b), formula(x.double(), cast(b, torch.float64)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("store", ["transposed", "sliced", "stepped", "shifted", "expanded"])
+def test_strides(own: None, store: str, dtype: torch.dtype) -> None:
+    b = branch(dtype, 21, 48, 40, 24, "gelu", False, True)
+    x = layout(torch.randn(3, 7, 48).to(dtype), store)
+    compare(store, run(x, b), formula(x, b), formula(x.double(), cast(b, torch.float64)))
+
+
+def test_a_norm_kept_in_float32(own: None) -> None:
+    b = branch(torch.bfloat16, 9, 32, 48, 0, "silu", True, True)
+    wide = b._replace(norm=(b.norm[0].float(), b.norm[1].float(), b.norm[2]))
+    x = torch.randn(9, 32).bfloat16()
+    assert torch.equal(run(x, wide), run(x, b))
+
+
+def test_values_that_are_not_finite_stay_in_their_row(own: None) -> None:
+    b = branch(torch.float32, 8, 33, 40, 24, "gelu", False, True)
+    x = torch.randn(8, 33)
+    wanted = run(x, b).clone()
+    x[3, 5] = float("nan")
+    found = run(x, b)
+    assert found[3].isnan().all()
+    others = [0, 1, 2, 4, 5, 6, 7]
+    assert torch.equal(found[others], wanted[others])
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8)], ids=str)
+def test_no_rows(own: None, shape: tuple[int, ...]) -> None:
+    b = branch(torch.float32, 0, 8, 12, 4, "gelu", False, True)
+    assert run(torch.empty(shape), b).shape == (*shape[:-1], 4)
+
+
+def test_same_bits_for_any_number_of_threads_and_rows(own: None) -> None:
+    b = branch(torch.float32, 203, 96, 200, 96, "gelu", True, True)
+    x = torch.randn(203, 96)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(run(x, b))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(f, found[0]) for f in found)
+    few = run(x[40:57], b._replace(residual=b.residual[40:57]))
+    assert torch.equal(few, found[0][40:57])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_surroundings_by_any_way(own: None, grad: bool) -> None:
+    """linear and mlp with norm, scale and residual: with gradients, packed or not, under autocast and in float64, one function."""
+    for m in (0, 24):
+        b = branch(torch.float32, 10, 32, 40, m, "gelu", True, True)
+        leaves = [t.requires_grad_(grad) for t in (b.weight, b.norm[0], b.scale, b.residual)]
+        x = torch.randn(10, 32)
+
+        def call(x: Tensor, b: packed.Branch, **options: object) -> Tensor:
+            around = {"norm": b.norm, "scale": b.scale, "residual": b.residual}
+            if b.weight2 is None:
+                return linear(x, b.weight, b.bias, activation=b.activation, **around, **options)
+            return mlp(x, b.weight, b.bias, b.weight2, b.bias2, activation=b.activation, **around, **options)
+
+        wanted = formula(x.double(), cast(b, torch.float64))
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(call(x.double(), cast(b, torch.float64)), wanted)
+            torch.testing.assert_close(call(x, b, backend="reference").double(), wanted, rtol=1e-5, atol=1e-5)
+            for _ in range(2):
+                found = call(x, b)
+                torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+                for weight in (b.weight, b.weight2):
+                    assert weight is None or packed.keep(weight)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                coarse = call(x, b)
+            assert coarse.dtype == torch.float32
+            torch.testing.assert_close(coarse.double(), wanted, rtol=0.05, atol=0.05)
+        if grad:
+            for ours, exact in zip(torch.autograd.grad(found.sum(), leaves), torch.autograd.grad(wanted.sum(), leaves), strict=True):
+                torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_errors() -> None:
+    x, w, w2 = torch.randn(4, 8), torch.randn(6, 8), torch.randn(8, 6)
+    with pytest.raises(ValueError, match=r"linear: norm must be \(weight, bias, eps\) or None"):
+        linear(x, w, norm=torch.ones(8))
+    with pytest.raises(ValueError, match=r"linear: scale must be of shape \(6,\), got shape \(8\)"):
+        linear(x, w, scale=torch.ones(8))
+    with pytest.raises(ValueError, match=r"mlp: residual must be of shape \(4, 8\), got shape \(4, 6\)"):
+        mlp(x, w, None, w2, None, residual=torch.ones(4, 6))
+    with pytest.raises(ValueError, match=r"layer_norm: weight must be of shape \(8,\)"):
+        linear(x, w, norm=(torch.ones(6), None, 1e-5))
+    with pytest.raises(ValueError, match="linear: x must be of shape"):
+        linear(x, w2, residual=x)
+    with pytest.raises(RuntimeError, match="packed for other sizes"):
+        torch.ops.pyvit.packed_layers(
+            x, False, None, None, 0.0, torch.ops.pyvit.pack_layer(w), 70, None, "", None, 0, None, None, None, torch.empty(4, 70)
+        )
+
+
+MODELS = ["swin_tiny_patch4_window7_224", "vit_tiny_patch16_224", "vit_small_patch14_dinov2", "swinv2_tiny_window8_256"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_models_infer_the_same(own: None, name: str, dtype: torch.dtype) -> None:
+    model = create_model(name, img_size=64 if "swin" in name else 56 if "14" in name else 48).eval().to(dtype)
+    images = torch.randn(model.example_inputs(2)[0].shape).to(dtype)
+    with torch.no_grad():
+        exact = model.double().forward_features(images.double())
+        plain = model.to(dtype).forward_features(images)
+        assert pyvit.pack_weights(model) > 0
+        found = model.forward_features(images)
+        assert torch.equal(model.forward_features(images), found)
+    # A chain of roundings in another order: twice the error of the same model layer by layer, and the floor of the last one.
+    error, allowed = (found - exact).abs().max(), 2 * (plain - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+    assert error <= allowed
+    if "swinv2" not in name:  # whose norms stand behind the branches
+        assert any(key[0] == "packed" and how.startswith("pyvit") for key, (_, how) in products._chosen.items())
+
+
+def test_hooks_adapters_and_dropout_are_not_passed_over(own: None) -> None:
+    block = Block(32, 2, init_values=1.0).eval()
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        wanted = block(x)
+        pyvit.pack_weights(block)
+        for part in (
+            "norm1",
+            "attn",
+            "attn.qkv",
+            "attn.proj",
+            "ls1",
+            "drop_path1",
+            "norm2",
+            "mlp",
+            "mlp.fc1",
+            "mlp.fc2",
+            "ls2",
+            "drop_path2",
+        ):
+            seen: list[str] = []
+            handle = block.get_submodule(part).register_forward_hook(lambda *_, seen=seen: seen.append("here"))
+            torch.testing.assert_close(block(x), wanted)
+            handle.remove()
+            assert seen == ["here"] or part.startswith("drop_path"), part  # which has no call of its own where it drops nothing
+        block.mlp.fc2 = nn.Sequential(block.mlp.fc2)  # wrapped
+        torch.testing.assert_close(block(x), wanted)
+        block.mlp = Mlp(32, 64, drop=0.5).train()
+        assert not torch.equal(block(x), block(x))
+
+
+def test_compiled_inference_takes_the_branch(own: None) -> None:
+    block = Block(32, 2, init_values=1.0).eval()
+    x = torch.randn(2, 5, 32)
+    seen: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        seen.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    pyvit.pack_weights(block)
+    with torch.no_grad():
+        wanted = block(x)
+        torch.testing.assert_close(torch.compile(block, fullgraph=True, backend=backend)(x), wanted, rtol=0, atol=0)
+    assert seen.count(torch.ops.pyvit.branch) == 3
+
+
+def test_only_the_chosen_form_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_chosen", {})
+    weight, x = torch.randn(64, 64), torch.randn(50, 64)
+    for policy in ("pyvit", "onednn", "auto"):
+        monkeypatch.setattr(products, "_policy", policy)
+        products._chosen.clear()
+        assert packed.keep(weight)
+        with torch.no_grad():
+            linear(x, weight)
+        forms = set(packed._packs[id(weight)].forms)
+        assert len(forms) <= 1
+        if policy == "pyvit":
+            assert forms == {"pyvit"}
+
+
+def test_recycled_memory_is_nobodys() -> None:
+    """A tensor of the same size takes the memory over once the earlier one is gone, views of it included."""
+    shape = (1 << 18, 2)
+    first = memory.recycled(shape, torch.float32)
+    assert first.shape == shape
+    assert first.untyped_storage().nbytes() == first.numel() * 4
+    at, view = first.data_ptr(), first[5:]
+    del first
+    assert memory.recycled(shape, torch.float32).data_ptr() != at
+    view.fill_(3)
+    del view
+    taken = [memory.recycled(shape, torch.float32) for _ in range(2)]
+    assert at in [t.data_ptr() for t in taken]
+    small = memory.recycled((4, 4), torch.float32)
+    assert small.data_ptr() != memory.recycled((4, 4), torch.float32).data_ptr()
+
+
+def test_results_held_by_the_caller_are_not_overwritten(own: None) -> None:
+    model = nn.Linear(256, 2048)
+    pyvit.pack_weights(model)
+    with torch.no_grad():
+        inputs = [torch.randn(256, 256) for _ in range(4)]
+        outs = [linear(x, model.weight, model.bias) for x in inputs]  # 2 MiB each
+        for x, out in zip(inputs, outs, strict=True):
+            torch.testing.assert_close(out, F.linear(x, model.weight, model.bias), rtol=1e-4, atol=1e-4)
