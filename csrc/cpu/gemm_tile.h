@@ -60,11 +60,16 @@ using Compute = typename ComputeOf<T>::type;
 // Lanes summed in a register before they join C in memory: bounds the rounding error of long sums.
 constexpr int64_t K_BLOCK = 256;
 
+// Called with every k of a tile.
+struct NoStep {
+  void operator()(int64_t) const {}
+};
+
 // One tile of C: M rows, V vectors of columns. Strides of A in lanes, of C in floats; `bk` lanes from one k of B to the
 // next.
-template <class D, int M, int V, bool ACC>
+template <class D, int M, int V, bool ACC, class Step>
 inline void tile(const uint32_t* a, int64_t a_row, int64_t a_k, const uint32_t* b, int64_t bk, int64_t lanes, float* c,
-                 int64_t ldc) {
+                 int64_t ldc, Step& step) {
   int64_t k = 0;
   do {
     vf acc[M][V];
@@ -74,6 +79,7 @@ inline void tile(const uint32_t* a, int64_t a_row, int64_t a_k, const uint32_t* 
       for (int v = 0; v < V; v++) acc[m][v] = vf{};
     const bool add = ACC || k > 0;
     for (const int64_t end = std::min(lanes, k + K_BLOCK); k < end; k++) {
+      step(k);
       vu bv[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) bv[v] = load_as<vu>(b + k * bk + v * W);
@@ -94,12 +100,26 @@ inline void tile(const uint32_t* a, int64_t a_row, int64_t a_k, const uint32_t* 
   } while (k < lanes);
 }
 
-template <class D, int V, bool ACC, int M = MR>
+template <class D, int V, bool ACC, int M = MR, class Step>
 inline void tile_rows(int rows, const uint32_t* a, int64_t a_row, int64_t a_k, const uint32_t* b, int64_t bk,
-                      int64_t lanes, float* c, int64_t ldc) {
+                      int64_t lanes, float* c, int64_t ldc, Step& step) {
   if constexpr (M > 0) {
-    if (rows == M) return tile<D, M, V, ACC>(a, a_row, a_k, b, bk, lanes, c, ldc);
-    tile_rows<D, V, ACC, M - 1>(rows, a, a_row, a_k, b, bk, lanes, c, ldc);
+    if (rows == M) return tile<D, M, V, ACC>(a, a_row, a_k, b, bk, lanes, c, ldc, step);
+    tile_rows<D, V, ACC, M - 1>(rows, a, a_row, a_k, b, bk, lanes, c, ldc, step);
+  }
+}
+// Of up to MR rows and a panel of `width` columns, a multiple of W.
+template <class D, bool ACC, class Step>
+inline void tile_panel(int rows, int64_t width, const uint32_t* a, int64_t a_row, int64_t a_k, const uint32_t* b,
+                       int64_t lanes, float* c, int64_t ldc, Step& step) {
+  switch (width / W) {
+    case NV:
+      return tile_rows<D, NV, ACC>(rows, a, a_row, a_k, b, width, lanes, c, ldc, step);
+    case 1:
+      return tile_rows<D, 1, ACC>(rows, a, a_row, a_k, b, width, lanes, c, ldc, step);
+    default:
+      tile_rows<D, 2, ACC>(rows, a, a_row, a_k, b, width, lanes, c, ldc, step);
+      if (width == 3 * W) tile_rows<D, 1, ACC>(rows, a, a_row, a_k, b + 2 * W, width, lanes, c + 2 * W, ldc, step);
   }
 }
 
@@ -151,19 +171,8 @@ inline void gemm(int64_t rows, int64_t cols, int64_t lanes, const uint32_t* a, i
     const uint32_t* panel = b + n * packed_lanes;
     for (int64_t m = 0; m < rows; m += MR) {
       const int left = int(std::min<int64_t>(MR, rows - m));
-      const uint32_t* am = a + m * a_row;
-      float* cm = c + m * ldc + n;
-      switch (width / W) {
-        case NV:
-          tile_rows<D, NV, ACC>(left, am, a_row, a_k, panel, width, lanes, cm, ldc);
-          break;
-        case 1:
-          tile_rows<D, 1, ACC>(left, am, a_row, a_k, panel, width, lanes, cm, ldc);
-          break;
-        default:
-          tile_rows<D, 2, ACC>(left, am, a_row, a_k, panel, width, lanes, cm, ldc);
-          if (width == 3 * W) tile_rows<D, 1, ACC>(left, am, a_row, a_k, panel + 2 * W, width, lanes, cm + 2 * W, ldc);
-      }
+      NoStep step;
+      tile_panel<D, ACC>(left, width, a + m * a_row, a_row, a_k, panel, lanes, c + m * ldc + n, ldc, step);
       between();
     }
   }

@@ -20,13 +20,34 @@ inline int64_t rows_of_block(const Layers& a, int64_t row_bytes) {
   return std::max<int64_t>((a.rows + even - 1) / even, 1);
 }
 
+// Cache lines to fetch in the course of a tile. All at once they would hold up its loads.
+class Lines {
+ public:
+  void clear() { count_ = 0; }
+  template <class T>
+  void add(const T* first, int64_t ld, int64_t rows, int64_t cols) {
+    for (int64_t i = 0; i < rows; i++) {
+      const char* row = reinterpret_cast<const char*>(first + i * ld);
+      for (int64_t b = 0; b < cols * int64_t(sizeof(T)) && count_ < MOST; b += 64) line_[count_++] = row + b;
+    }
+  }
+  void operator()(int64_t k) {
+    if (count_ && !(k & 3)) __builtin_prefetch(line_[--count_], 1, 3);
+  }
+
+ private:
+  static constexpr int MOST = 2 * MR * NR / 16;  // two tiles of float32
+  const char* line_[MOST];
+  int count_ = 0;
+};
+
 // Where a layer's values go: the next layer's operand, or the result. Passed by value: through a reference its members
 // would be read again after every store.
 template <class E>
 struct Hidden {
   E* rows;
   int64_t ld;
-  void ahead(int64_t, int64_t, int64_t, int64_t) const {}
+  void ahead(Lines&, int64_t, int64_t, int64_t, int64_t) const {}
   template <class N>
   void put(int64_t r, int64_t c, vf y, N) const {
     store(rows + r * ld + c, y);  // whole vectors: zeros behind the last column
@@ -38,16 +59,10 @@ struct Result {
   int64_t ld;
   const float* scale;
   const T* residual;
-  // Lines that nobody has read yet come while the tile is computed.
-  void ahead(int64_t r, int64_t high, int64_t c, int64_t width) const {
-    const int64_t bytes = width * int64_t(sizeof(T));
-    for (int64_t i = r; i < r + high; i++) {
-      const char* to = reinterpret_cast<const char*>(rows + i * ld + c);
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(to + b, 1, 3);
-      if (!residual) continue;
-      const char* from = reinterpret_cast<const char*>(residual + i * ld + c);
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + b, 0, 3);
-    }
+  // What nobody has read yet comes while the tile is computed.
+  void ahead(Lines& lines, int64_t r, int64_t high, int64_t c, int64_t width) const {
+    lines.add(rows + r * ld + c, ld, high, width);
+    if (residual) lines.add(residual + r * ld + c, ld, high, width);
   }
   template <class N>
   void put(int64_t r, int64_t c, vf y, N left) const {
@@ -82,6 +97,7 @@ inline void multiply(int64_t rows, const Layer& layer, const uint32_t* a, int64_
                      const Activation::Kind* activation, const To to) {
   alignas(64) float tile[MR * NR];
   const int64_t lanes = lanes_of<D>(layer.in);
+  Lines ahead;
   const auto end = [&](int64_t m, int64_t high, int64_t n, auto width) {
     if (!activation) return finish(m, high, n, width, tile, bias, to, [](vf y) { return y; });
     with_activation<COARSE>(*activation,
@@ -92,8 +108,9 @@ inline void multiply(int64_t rows, const Layer& layer, const uint32_t* a, int64_
     const uint32_t* panel = layer.weight + n * lanes;
     for (int64_t m = 0; m < rows; m += MR) {
       const int64_t high = std::min<int64_t>(MR, rows - m);
-      to.ahead(m, high, n, width);
-      gemm<D>(high, width, lanes, a + m * a_row, a_row, 1, panel, lanes, tile, NR);
+      ahead.clear();
+      to.ahead(ahead, m, high, n, width);
+      tile_panel<D, false>(int(high), round_up(width, W), a + m * a_row, a_row, 1, panel, lanes, tile, NR, ahead);
       width == NR ? end(m, high, n, std::integral_constant<int64_t, NR>{}) : end(m, high, n, width);
     }
   }

@@ -48,7 +48,8 @@ def check(tensors: list[Tensor | None], wanted: torch.dtype, eps: float = 1e-6) 
         assert torch.equal(layer_norm(*tensors, eps, dtype=wanted), ours[0])
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.isa
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"cpu-{kind}")
 @pytest.mark.parametrize("shape", [(1, 1), (7, 96), (2, 3, 17), (131, 33), (40, 768), (1, 5000), (300, 16)], ids=str)
 def test_numerics(shape: tuple[int, ...], kind: tuple[torch.dtype, ...]) -> None:
     dtype, parameters, wanted = kind

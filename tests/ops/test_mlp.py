@@ -62,7 +62,8 @@ def test_strides(which: int, store: str) -> None:
     check(tensors, "gelu")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: f"cpu-{dtype}")
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activation_passes(name: str, dtype: torch.dtype) -> None:
     """Values and slopes over the whole range of arguments, in and out of place; rows that are no multiple of a vector."""
