@@ -60,7 +60,7 @@ using Compute = typename ComputeOf<T>::type;
 // Lanes summed in a register before they join C in memory: bounds the rounding error of long sums.
 constexpr int64_t K_BLOCK = 256;
 
-// Called with every k of a tile.
+// Called with every k of a tile that begins before it is over.
 struct NoStep {
   void operator()(int64_t) const {}
 };
@@ -112,6 +112,10 @@ inline void tile_rows(int rows, const uint32_t* a, int64_t a_row, int64_t a_k, c
 template <class D, bool ACC, class Step>
 inline void tile_panel(int rows, int64_t width, const uint32_t* a, int64_t a_row, int64_t a_k, const uint32_t* b,
                        int64_t lanes, float* c, int64_t ldc, Step& step) {
+  if constexpr (!std::is_same_v<Step, NoStep>) {
+    NoStep none;
+    if (step.over()) return tile_panel<D, ACC>(rows, width, a, a_row, a_k, b, lanes, c, ldc, none);
+  }
   switch (width / W) {
     case NV:
       return tile_rows<D, NV, ACC>(rows, a, a_row, a_k, b, width, lanes, c, ldc, step);
@@ -123,38 +127,37 @@ inline void tile_panel(int rows, int64_t width, const uint32_t* a, int64_t a_row
   }
 }
 
-// What to fetch while a product runs: rows of up to 8 matrices, some cache lines at a time. Rows far apart in memory
-// (one head of an interleaved qkv) are beyond the reach of the hardware's prefetchers.
+// What to fetch while products run: the cache lines of rows of up to 8 matrices, one for every fourth k of a tile, for
+// many at once hold up its loads. Rows far apart in memory (one head of an interleaved qkv) are beyond the reach of the
+// hardware's prefetchers.
 class Prefetch {
  public:
   void clear() { count_ = at_ = 0; }
   template <class T>
   void add(const T* first, int64_t ld, int64_t rows, int64_t cols, bool write = false) {
     if (rows > 0)
-      streams_[count_++] = {reinterpret_cast<const char*>(first), ld * int64_t(sizeof(T)), rows,
-                            cols * int64_t(sizeof(T)), write};
+      streams_[count_++] = {
+          reinterpret_cast<const char*>(first), ld * int64_t(sizeof(T)), rows, cols * int64_t(sizeof(T)), 0, write};
   }
-  // Called between tiles.
-  void operator()() {
-    for (int lines = 0; lines < PER_TILE && at_ < count_;) {
-      Stream& s = streams_[at_];
-      for (int64_t byte = 0; byte < s.bytes; byte += 64, lines++) {
-        if (s.write) {
-          __builtin_prefetch(s.row + byte, 1, 2);
-        } else {
-          __builtin_prefetch(s.row + byte, 0, 2);
-        }
-      }
-      s.row += s.ld;
-      if (!--s.rows) at_++;
+  bool over() const { return at_ == count_; }
+  void operator()(int64_t k) {
+    if (k & 3 || over()) return;
+    Stream& s = streams_[at_];
+    if (s.write) {
+      __builtin_prefetch(s.row + s.at, 1, 2);
+    } else {
+      __builtin_prefetch(s.row + s.at, 0, 2);
     }
+    if ((s.at += 64) < s.bytes) return;
+    s.at = 0;
+    s.row += s.ld;
+    if (!--s.rows) at_++;
   }
 
  private:
-  static constexpr int PER_TILE = 12;  // fewer than the line fill buffers of a core
   struct Stream {
     const char* row;
-    int64_t ld, rows, bytes;
+    int64_t ld, rows, bytes, at;
     bool write;
   } streams_[8];
   int count_ = 0, at_ = 0;
@@ -162,26 +165,24 @@ class Prefetch {
 
 // C (rows x cols) = or += A B. C holds round_up(cols, W) columns. Panels are the outer loop: one stays in L1 while the
 // rows of A pass. B was packed with `packed_lanes` >= lanes, and with cols columns, or more where cols is a multiple of
-// NR. `between` runs after each tile.
-template <class D, bool ACC = false, class Between>
+// NR.
+template <class D, bool ACC = false, class Step>
 inline void gemm(int64_t rows, int64_t cols, int64_t lanes, const uint32_t* a, int64_t a_row, int64_t a_k,
-                 const uint32_t* b, int64_t packed_lanes, float* c, int64_t ldc, Between& between) {
+                 const uint32_t* b, int64_t packed_lanes, float* c, int64_t ldc, Step& step) {
   for (int64_t n = 0; n < cols; n += NR) {
     const int64_t width = std::min<int64_t>(NR, round_up(cols - n, W));
     const uint32_t* panel = b + n * packed_lanes;
     for (int64_t m = 0; m < rows; m += MR) {
       const int left = int(std::min<int64_t>(MR, rows - m));
-      NoStep step;
       tile_panel<D, ACC>(left, width, a + m * a_row, a_row, a_k, panel, lanes, c + m * ldc + n, ldc, step);
-      between();
     }
   }
 }
 template <class D, bool ACC = false>
 inline void gemm(int64_t rows, int64_t cols, int64_t lanes, const uint32_t* a, int64_t a_row, int64_t a_k,
                  const uint32_t* b, int64_t packed_lanes, float* c, int64_t ldc) {
-  auto nothing = [] {};
-  gemm<D, ACC>(rows, cols, lanes, a, a_row, a_k, b, packed_lanes, c, ldc, nothing);
+  NoStep step;
+  gemm<D, ACC>(rows, cols, lanes, a, a_row, a_k, b, packed_lanes, c, ldc, step);
 }
 
 inline uint32_t as_lane(float x) {

@@ -21,7 +21,7 @@ inline int64_t rows_of_block(const Layers& a, int64_t row_bytes) {
 }
 
 // Cache lines to fetch in the course of a tile. All at once they would hold up its loads.
-class Lines {
+class ComingLines {
  public:
   void clear() { count_ = 0; }
   template <class T>
@@ -31,6 +31,7 @@ class Lines {
       for (int64_t b = 0; b < cols * int64_t(sizeof(T)) && count_ < MOST; b += 64) line_[count_++] = row + b;
     }
   }
+  bool over() const { return !count_; }
   void operator()(int64_t k) {
     if (count_ && !(k & 3)) __builtin_prefetch(line_[--count_], 1, 3);
   }
@@ -47,7 +48,7 @@ template <class E>
 struct Hidden {
   E* rows;
   int64_t ld;
-  void ahead(Lines&, int64_t, int64_t, int64_t, int64_t) const {}
+  void ahead(ComingLines&, int64_t, int64_t, int64_t, int64_t) const {}
   template <class N>
   void put(int64_t r, int64_t c, vf y, N) const {
     store(rows + r * ld + c, y);  // whole vectors: zeros behind the last column
@@ -60,7 +61,7 @@ struct Result {
   const float* scale;
   const T* residual;
   // What nobody has read yet comes while the tile is computed.
-  void ahead(Lines& lines, int64_t r, int64_t high, int64_t c, int64_t width) const {
+  void ahead(ComingLines& lines, int64_t r, int64_t high, int64_t c, int64_t width) const {
     lines.add(rows + r * ld + c, ld, high, width);
     if (residual) lines.add(residual + r * ld + c, ld, high, width);
   }
@@ -97,7 +98,7 @@ inline void multiply(int64_t rows, const Layer& layer, const uint32_t* a, int64_
                      const Activation::Kind* activation, const To to) {
   alignas(64) float tile[MR * NR];
   const int64_t lanes = lanes_of<D>(layer.in);
-  Lines ahead;
+  ComingLines ahead;
   const auto end = [&](int64_t m, int64_t high, int64_t n, auto width) {
     if (!activation) return finish(m, high, n, width, tile, bias, to, [](vf y) { return y; });
     with_activation<COARSE>(*activation,

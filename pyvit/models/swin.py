@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyvit.models.registry import register
 from pyvit.nn import DropPath, LayerNorm, Linear, Mlp, PatchEmbed, WindowAttention, WindowAttentionV2
+from pyvit.nn.linear import apply, plain
 from pyvit.nn.patch_embed import pair
 from pyvit.nn.residual import surroundings
 
@@ -65,7 +66,10 @@ class PatchMerging(nn.Module):
             x = F.pad(x, (0, 0, 0, w % 2, 0, h % 2))
         # Neighbours in the order (0, 0), (1, 0), (0, 1), (1, 1): row offset runs fastest.
         x = x.view(b, (h + 1) // 2, 2, (w + 1) // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, H/2, W/2, 4C)
-        x = self.reduction(x if self.post_norm else self.norm(x))
+        if not self.post_norm and not torch.is_grad_enabled() and plain(self.norm, LayerNorm):
+            x = apply(self.reduction, x, norm=(self.norm.weight, self.norm.bias, self.norm.eps))
+        else:
+            x = self.reduction(x if self.post_norm else self.norm(x))
         x = x.to(self.reduction.weight.dtype)  # under autocast too: see PatchEmbed
         return self.norm(x) if self.post_norm else x
 
