@@ -72,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         chosen = cases.spread(chosen)
     clock = lambda: time.perf_counter() - start  # noqa: E731
     left = lambda: 60 * args.minutes - clock()  # noqa: E731
-    results = runner.run(chosen, settings, top, lambda line: print(f"{clock():6.1f} s  {line}", flush=True), left)
+    say = lambda line: print(f"{clock():6.1f} s  {line}", flush=True)  # noqa: E731
+    results = runner.run(chosen, settings, top, say, left, lambda rows: report.write_csv(rows, args.out / "results.csv"))
     results.rows.sort(key=lambda row: ops.index(row.op))
     results.outcomes.sort(key=lambda outcome: ops.index(outcome.case.op))
     pictures: list[Path] = []

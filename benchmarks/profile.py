@@ -26,7 +26,7 @@ from benchmarks.workload import OURS
 
 #: Kind of work -> beginnings of the operators' names. The first that fits counts.
 KINDS: dict[str, tuple[str, ...]] = {
-    "matrix products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "mkldnn::_linear"),
+    "matrix products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "mkldnn::_linear", "pyvit::packed_layers"),
     "attention": ("pyvit::flash_attention", "pyvit::window_attention", "aten::_scaled_dot_product", "aten::bmm", "aten::_softmax"),
     "patches": ("pyvit::patch_embed", "aten::mkldnn_convolution", "aten::convolution_backward", "aten::_convolution", "aten::slow_conv"),
     "layer norm": ("aten::native_layer_norm", "pyvit::layer_norm"),
@@ -50,8 +50,12 @@ def kind_of(name: str) -> str:
     return next((kind for kind, starts in KINDS.items() if name.startswith(starts)), REST)
 
 
-def product_flops(name: str, shapes: Sequence[Sequence[int]]) -> float:
-    """Multiply-adds, twice, of a matrix product from its operands' shapes."""
+def product_flops(name: str, shapes: Sequence[Sequence[int]], itemsize: int = 4) -> float:
+    """Multiply-adds, twice, of a matrix product from its arguments' shapes (empty where an argument is no tensor)."""
+    if name == "pyvit::packed_layers":  # x, norm, its weight, bias and eps, the first weight's words, ..., and at 9 the second's
+        per_word = 2 if itemsize == 2 and torch.ops.pyvit.cpu_isa().endswith("bf16") else 1
+        return 2.0 * math.prod(shapes[0][:-1]) * per_word * sum(shapes[at][0] for at in (5, 9) if shapes[at])
+    shapes = [s for s in shapes if s]
     if name == "aten::addmm":
         shapes = shapes[1:]
     a, b = shapes[0], shapes[1]
@@ -80,7 +84,7 @@ def by_kind(run: Callable[[], object], itemsize: int, rounds: int = 3) -> dict[s
             entry[0] += event.self_cpu_time_total / 1e3
             shapes = [s for s in event.input_shapes if s]
             if kind == "matrix products" and len(shapes) > 1 and event.self_cpu_time_total > 0:
-                entry[1] += product_flops(event.name, [list(s) for s in event.input_shapes if s])
+                entry[1] += product_flops(event.name, [list(s) for s in event.input_shapes], itemsize)
             elif event.self_cpu_time_total > 0 and shapes:
                 entry[2] += itemsize * (sum(math.prod(s) for s in shapes) + math.prod(shapes[0]))
         found.append({kind: (v[0], v[1], v[2]) for kind, v in totals.items()})

@@ -242,8 +242,12 @@ def run(
     ceiling: Ceiling,
     progress: Callable[[str], None],
     left: Callable[[], float] = lambda: math.inf,
+    keep: Callable[[Sequence[Row]], None] = lambda rows: None,
 ) -> Results:
-    """Every case on each of its sources of inputs, one line of progress for each; once ``left()`` is negative, cases are only named."""
+    """Every case on each of its sources of inputs, one line of progress for each; once ``left()`` is negative, cases are only named.
+
+    ``keep`` is handed all rows so far after every case, so that a run that is cut short has lost one case.
+    """
     results = Results()
     for i, case in enumerate(cases, 1):
         if left() < 0:
@@ -262,6 +266,7 @@ def run(
             if outcome is not None and source == case.sources[0]:
                 results.outcomes.append(outcome)
             progress(f"{prefix}: {_summary(rows)}")
+            keep(results.rows)
     return results
 
 

@@ -18,6 +18,7 @@ from benchmarks.ceiling import Ceiling
 from benchmarks.gate import Gate, worst
 from benchmarks.runner import Row, Settings
 from benchmarks.workload import OURS, Contender, Workload
+from pyvit import library
 
 TOP = Ceiling({"fp32": 100.0, "bf16": 200.0}, 10.0, 1, "fixed for the test")
 QUICK = Settings(seconds=0.01, rounds=(3, 3), both_sources=False)
@@ -323,8 +324,12 @@ def test_gpu_cases_run_on_any_device(capsys):
     """The GPU's rows end to end at tiny size; on a CPU its SDPA backends are refused, and each says so."""
     floor = lambda case: gpu_cost.floor_ms(case, "NVIDIA H200")  # noqa: E731
     settings = Settings(seconds=0.01, rounds=(2, 2), both_sources=False, extra=_uncompiled, floor=floor)
-    results = runner.run(gpu_cases.tiny(), settings, TOP, lambda line: None)
+    so_far: list[int] = []
+    results = runner.run(gpu_cases.tiny(), settings, TOP, lambda line: None, keep=lambda rows: so_far.append(len(rows)))
     assert not results.red
+    assert len(so_far) == len(gpu_cases.tiny())
+    assert so_far == sorted(set(so_far))
+    assert so_far[-1] == len(results.rows)
     assert len(results.outcomes) == 5
     rows = {(row.op, row.mode, row.provider): row for row in results.rows}
     assert rows["flash_attention", "forward+backward", "sdpa math"].timed
@@ -412,6 +417,11 @@ def test_profile_counts_products_and_knows_kinds() -> None:
     assert profile.product_flops("mkldnn::_linear_pointwise", [x.shape, w.shape, b.shape]) == flops
     assert profile.product_flops("aten::addmm", [b.shape, (10, 7), (7, 11)]) == flops
     assert profile.product_flops("aten::mm", [(10, 7), (7, 11)]) == flops
+    if library.problem() is None:
+        for dtype in (torch.float32, torch.bfloat16):
+            words = [torch.ops.pyvit.pack_layer(torch.zeros(shape, dtype=dtype)).shape for shape in ((64, 48), (32, 64))]
+            shapes = [(2, 5, 48), (), (), (), (), words[0], (), (64,), (), words[1], (), (), (), (), (2, 5, 32)]
+            assert profile.product_flops("pyvit::packed_layers", shapes, dtype.itemsize) == 2 * 10 * (64 * 48 + 32 * 64)
     found = profile.by_kind(lambda: torch.nn.functional.gelu(torch.randn(10, 7) @ torch.randn(7, 11)), 4, rounds=1)
     assert found["matrix products"][1] == flops
     assert found["activation"][2] == 4 * 2 * 10 * 11

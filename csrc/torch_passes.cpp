@@ -1,0 +1,381 @@
+// The passes that pyvit/ops builds operators of, on LibTorch's stable ABI: not public, checked by their callers but for
+// what would be unsafe.
+#include "torch_tensors.h"
+
+#include <algorithm>
+#include <iterator>
+
+namespace pyvit {
+namespace {
+
+// activations
+
+Activation::Kind kind_of(const std::string& name) {
+  constexpr const char* NAMES[] = {"gelu", "gelu_tanh", "quick_gelu", "silu", "relu"};
+  const auto* found = std::find(std::begin(NAMES), std::end(NAMES), name);
+  STD_TORCH_CHECK(found != std::end(NAMES), "pyvit: activation: no activation is called '", name, "'");
+  return Activation::Kind(found - std::begin(NAMES));
+}
+
+Activation activation_of(const Tensor& x, const std::string& name) {
+  Activation a{};
+  a.kind = kind_of(name);
+  a.cols = x.dim() ? x.size(x.dim() - 1) : 1;
+  a.rows = a.cols ? x.numel() / a.cols : 0;
+  a.dtype = dtype_of(x);
+  a.in = x.data_ptr();
+  return a;
+}
+void check_like(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(
+      t.is_contiguous() && x.is_contiguous() && t.numel() == x.numel() && t.scalar_type() == x.scalar_type(),
+      "pyvit: activation: ", name, " must be contiguous and of the shape and dtype of x, which must be contiguous too");
+}
+
+void activation(Tensor x, std::string name, Tensor out) {
+  check_like(out, x, "out");
+  Activation a = activation_of(x, name);
+  a.out = out.data_ptr();
+  if (x.numel()) kernels().activation(a);
+}
+
+Tensor activation_backward(Tensor grad, Tensor x, std::string name, Tensor grad_x, Maybe out) {
+  check_like(grad, x, "grad");
+  check_like(grad_x, x, "grad_x");
+  if (out) check_like(*out, x, "out");
+  Activation a = activation_of(x, name);
+  Tensor sums = make(x, {a.cols}, ScalarType::Float);
+  a.grad = grad.data_ptr();
+  a.grad_in = grad_x.data_ptr();
+  if (out) a.out = out->data_ptr();
+  a.column_sums = static_cast<float*>(sums.data_ptr());
+  if (x.numel()) {
+    kernels().activation(a);
+  } else {
+    torch::stable::zero_(sums);
+  }
+  return sums;
+}
+
+// layer norm
+
+LayerNorm layer_norm_of(const Tensor& x, const Tensor& y, const Maybe& weight, const Maybe& bias, double eps) {
+  STD_TORCH_CHECK(x.dim() > 0 && x.is_contiguous() && y.is_contiguous() && x.numel() == y.numel() &&
+                      (x.scalar_type() == y.scalar_type() || x.scalar_type() == ScalarType::Float),
+                  "pyvit: layer_norm: x and its result must be contiguous, of one size, and x float32 if their dtypes "
+                  "differ");
+  LayerNorm a{};
+  a.cols = x.size(x.dim() - 1);
+  a.rows = a.cols ? x.numel() / a.cols : 0;
+  a.in = dtype_of(x);
+  a.out = dtype_of(y);
+  const auto fits = [&](const Maybe& p) {
+    return !p || (p->is_contiguous() && p->numel() == a.cols && (!weight || p->scalar_type() == weight->scalar_type()));
+  };
+  STD_TORCH_CHECK(fits(weight) && fits(bias), "pyvit: layer_norm: weight and bias must be contiguous, of ", a.cols,
+                  " elements and one dtype");
+  if (weight || bias) a.parameters = dtype_of(weight ? *weight : *bias);
+  a.x = x.data_ptr();
+  a.weight = data<char>(weight);
+  a.bias = data<char>(bias);
+  a.eps = float(eps);
+  return a;
+}
+// Means, then reciprocal deviations, (2, rows).
+void set_statistics(LayerNorm& a, const Tensor& statistics) {
+  a.mean = vector(statistics, 2 * a.rows, "statistics");
+  a.rstd = a.mean + a.rows;
+}
+
+void layer_norm(Tensor x, Maybe weight, Maybe bias, double eps, Tensor out, Maybe statistics) {
+  LayerNorm a = layer_norm_of(x, out, weight, bias, eps);
+  a.y = out.data_ptr();
+  if (statistics) set_statistics(a, *statistics);
+  if (x.numel()) kernels().layer_norm(a);
+}
+
+void layer_norm_backward(Tensor grad, Tensor x, Maybe weight, Tensor statistics, Tensor grad_x, Maybe grad_parameters) {
+  LayerNorm a = layer_norm_of(x, grad, weight, std::nullopt, 0);
+  set_statistics(a, statistics);
+  STD_TORCH_CHECK(grad_x.is_contiguous() && grad_x.numel() == x.numel() && grad_x.scalar_type() == x.scalar_type(),
+                  "pyvit: layer_norm: grad_x must be as x is");
+  LayerNormGrad g{grad.data_ptr(), grad_x.data_ptr(), nullptr, nullptr};
+  if (grad_parameters) {
+    g.grad_weight = vector(*grad_parameters, 2 * a.cols, "grad_parameters");
+    g.grad_bias = g.grad_weight + a.cols;
+  }
+  if (x.numel()) {
+    kernels().layer_norm_backward(a, g);
+  } else if (grad_parameters) {
+    torch::stable::zero_(*grad_parameters);
+  }
+}
+
+// linear layers
+
+// weight (out, in) in the order `packed_layers` multiplies it in: 32-bit words, of no meaning elsewhere.
+Tensor pack_layer(Tensor weight) {
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "pyvit: pack_layer: weight must be a contiguous matrix");
+  const int64_t out = weight.size(0), in = weight.size(1);
+  const Dtype dtype = dtype_of(weight);
+  Tensor packed = make(weight, {kernels().packed_layer_size(in, out, dtype)}, ScalarType::Int);
+  kernels().pack_layer(weight.data_ptr(), in, out, dtype, static_cast<uint32_t*>(packed.data_ptr()));
+  return packed;
+}
+
+Layer layer_of(const Tensor& x, int64_t in, const Tensor& packed, int64_t out, const Maybe& bias) {
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Int && packed.is_contiguous() &&
+                      packed.numel() == kernels().packed_layer_size(in, out, dtype_of(x)),
+                  "pyvit: packed_layers: a weight packed for other sizes or another dtype");
+  STD_TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == out && bias->scalar_type() == x.scalar_type()),
+                  "pyvit: packed_layers: a bias must be contiguous, of the dtype of x and of ", out, " elements");
+  return {static_cast<const uint32_t*>(packed.data_ptr()), data<char>(bias), in, out};
+}
+
+// out = residual + scale * layers(norm(x)), see csrc/cpu/linear.cpp. An activation "" is none.
+void packed_layers(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bias, double eps, Tensor first, int64_t first_out,
+                   Maybe first_bias, std::string activation, Maybe second, int64_t second_out, Maybe second_bias,
+                   Maybe scale, Maybe residual, Tensor out) {
+  x = dense(x);
+  STD_TORCH_CHECK(x.dim() > 0, "pyvit: packed_layers: x must have a last dimension");
+  Layers a{};
+  const int64_t in = x.size(x.dim() - 1), width = second ? second_out : first_out;
+  a.rows = in ? x.numel() / in : 0;
+  a.dtype = dtype_of(x);
+  a.x = x.data_ptr();
+  a.norm = norm;
+  const auto fits = [&](const Maybe& p, int64_t n) { return !p || (p->is_contiguous() && p->numel() == n); };
+  STD_TORCH_CHECK(fits(norm_weight, in) && fits(norm_bias, in) &&
+                      (!norm_weight || !norm_bias || norm_weight->scalar_type() == norm_bias->scalar_type()),
+                  "pyvit: packed_layers: the norm's parameters must be contiguous, of ", in, " elements and one dtype");
+  if (norm_weight || norm_bias) a.norm_dtype = dtype_of(norm_weight ? *norm_weight : *norm_bias);
+  a.norm_weight = data<char>(norm_weight);
+  a.norm_bias = data<char>(norm_bias);
+  a.eps = float(eps);
+  a.first = layer_of(x, in, first, first_out, first_bias);
+  if (second) a.second = layer_of(x, first_out, *second, second_out, second_bias);
+  if (!activation.empty()) {
+    a.activated = true;
+    a.activation = kind_of(activation);
+  }
+  STD_TORCH_CHECK(fits(scale, width) && (!scale || scale->scalar_type() == x.scalar_type()) &&
+                      fits(residual, a.rows * width) && (!residual || residual->scalar_type() == x.scalar_type()) &&
+                      fits(out, a.rows * width) && out.scalar_type() == x.scalar_type(),
+                  "pyvit: packed_layers: scale, residual and out must be contiguous, of the dtype of x and of the size "
+                  "of the result's rows and of the result");
+  a.scale = data<char>(scale);
+  a.residual = data<char>(residual);
+  a.out = out.data_ptr();
+  if (out.numel()) kernels().layers(a);
+}
+
+// layout
+
+void transposed(Tensor x, Tensor out) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "pyvit: transposed: x must be a contiguous matrix");
+  const int64_t rows = x.size(0), cols = x.size(1);
+  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == cols && out.size(1) == rows && out.is_contiguous() &&
+                      out.scalar_type() == x.scalar_type(),
+                  "pyvit: transposed: out must be contiguous, of the dtype of x and of its shape turned round");
+  kernels().transpose({rows, cols, dtype_of(x) == Dtype::f32 ? 4 : 2, x.data_ptr(), out.data_ptr()});
+}
+
+// streaming losses: the tile of scores is contiguous float32, the rest float32 vectors of its rows or columns
+
+void log_sum_exp(Tensor scores, int64_t dim, Tensor top, Tensor total) {
+  const int64_t rows = scores.size(0), cols = scores.size(1), n = dim == 1 ? rows : cols;
+  const float* p = vector(scores, rows * cols, "scores");
+  const TileScores t{rows, cols, p, dim == 1, vector(top, n, "top"), vector(total, n, "total")};
+  if (scores.numel()) kernels().log_sum_exp(t);
+}
+
+Distillation distillation_of(const Tensor& student, const Tensor& teacher, const Maybe& center, double student_temp,
+                             double teacher_temp) {
+  Distillation d{};
+  d.s = student.size(0);
+  d.t = teacher.size(0);
+  d.rows = student.size(1);
+  d.cols = student.size(2);
+  d.student = vector(student, d.s * d.rows * d.cols, "student");
+  d.teacher = vector(teacher, d.t * d.rows * d.cols, "teacher");
+  if (center) d.center = vector(*center, d.cols, "center");
+  d.student_scale = float(1 / student_temp);
+  d.teacher_scale = float(1 / teacher_temp);
+  return d;
+}
+
+void distillation_tile(Tensor student, Tensor teacher, Maybe center, double student_temp, double teacher_temp,
+                       Tensor top_s, Tensor total_s, Tensor top_t, Tensor total_t, Tensor cross) {
+  Distillation d = distillation_of(student, teacher, center, student_temp, teacher_temp);
+  d.top_s = vector(top_s, d.s * d.rows, "top_s");
+  d.total_s = vector(total_s, d.s * d.rows, "total_s");
+  d.top_t = vector(top_t, d.t * d.rows, "top_t");
+  d.total_t = vector(total_t, d.t * d.rows, "total_t");
+  d.cross = vector(cross, d.s * d.t * d.rows, "cross");
+  kernels().distillation(d);
+}
+
+void distillation_tile_backward(Tensor student, Tensor teacher, Maybe center, double student_temp, double teacher_temp,
+                                Tensor lse_s, Tensor lse_t, Tensor weights, Tensor grad) {
+  const Distillation d = distillation_of(student, teacher, center, student_temp, teacher_temp);
+  STD_TORCH_CHECK(grad.is_contiguous() && grad.numel() == student.numel() &&
+                      (grad.scalar_type() == ScalarType::Float || grad.scalar_type() == ScalarType::BFloat16),
+                  "pyvit: grad must be contiguous float32 or bfloat16 numbers, as many as student's");
+  kernels().distillation_backward(d, {vector(lse_s, d.s * d.rows, "lse_s"), vector(lse_t, d.t * d.rows, "lse_t"),
+                                      vector(weights, d.s * d.t * d.rows, "weights"), dtype_of(grad), grad.data_ptr()});
+}
+
+// a (n, k) b^T (m, k), or a b (k, m) where `down`, in float32
+void product(Tensor a, Tensor b, bool down, Tensor out, bool add) {
+  const int64_t n = a.size(0), m = b.size(down ? 1 : 0), k = a.size(1);
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && k == b.size(down ? 0 : 1) && a.scalar_type() == b.scalar_type() &&
+                      a.is_contiguous() && b.is_contiguous(),
+                  "pyvit: product: a and b must be contiguous matrices of one dtype that fit each other");
+  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == n && out.size(1) == m && (m <= 1 || out.stride(1) == 1) &&
+                      out.scalar_type() == ScalarType::Float,
+                  "pyvit: product: out must be float32 of shape (", n, ", ", m, ") with contiguous rows");
+  if (n * m == 0) return;
+  if (k == 0) {
+    if (!add) torch::stable::zero_(out);
+    return;
+  }
+  kernels().product({n, m, k, dtype_of(a), a.data_ptr(), b.data_ptr(), k, down ? m : k, down,
+                     static_cast<float*>(out.data_ptr()), out.stride(0), add});
+}
+
+// losses over all pairs of rows: one call for the rows of a and those of b, added to the caller's sums in place
+
+Pairs pairs_of(const Tensor& a, const Tensor& b, bool own, int64_t shift, double scale) {
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && a.scalar_type() == b.scalar_type(),
+                  "pyvit: pairs: a and b must be matrices with rows of the same length and dtype");
+  Pairs p{};
+  p.n = a.size(0);
+  p.m = b.size(0);
+  p.d = a.size(1);
+  p.dtype = dtype_of(a);
+  p.a = a.data_ptr();
+  p.b = b.data_ptr();
+  p.lda = a.stride(0);
+  p.ldb = b.stride(0);
+  p.own = own;
+  p.shift = shift;
+  p.scale = float(scale);
+  return p;
+}
+
+float* gradient(const Maybe& t, const Pairs& p, int64_t n) {
+  STD_TORCH_CHECK(!t || (t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->dim() == 2 &&
+                         t->size(0) == n && t->size(1) == (p.d + 15) / 16 * 16),
+                  "pyvit: gradients over pairs must be contiguous float32, rows padded to 16");
+  return data<float>(t);
+}
+
+Tensor pair_softmax(Tensor a, Tensor b, bool own, double scale, Tensor top_a, Tensor total_a, Maybe top_b,
+                    Maybe total_b) {
+  a = rows(a);
+  b = own ? a : rows(b);
+  Pairs p = pairs_of(a, b, own, -1, scale);
+  p.top_a = vector(top_a, p.n, "top_a");
+  p.total_a = vector(total_a, p.n, "total_a");
+  p.top_b = own ? p.top_a : top_b ? vector(*top_b, p.m, "top_b") : nullptr;
+  p.total_b = own ? p.total_a : total_b ? vector(*total_b, p.m, "total_b") : nullptr;
+  kernels().pairs(p);
+  return total_a;
+}
+
+Tensor pair_softmax_backward(Tensor a, Tensor b, bool own, int64_t shift, double scale, Tensor lse_a, Tensor lse_b,
+                             Tensor grad_a, Maybe grad_b) {
+  a = rows(a);
+  b = own ? a : rows(b);
+  const Pairs p = pairs_of(a, b, own, shift, scale);
+  PairsGrad g{vector(lse_a, p.n, "lse_a"), vector(lse_b, p.m, "lse_b"), gradient(grad_a, p, p.n),
+              gradient(grad_b, p, p.m), grad_a.size(1)};
+  if (own) g.grad_b = g.grad_a;
+  kernels().pairs_backward(p, g);
+  return grad_a;
+}
+
+Pairs sigmoid_pairs(const Tensor& a, const Tensor& b, int64_t shift, double scale, double bias, const Tensor& total) {
+  Pairs p = pairs_of(a, b, false, shift, scale);
+  p.sigmoid = true;
+  p.bias = float(bias);
+  p.total_a = vector(total, p.n, "total");
+  return p;
+}
+
+Tensor pair_sigmoid(Tensor a, Tensor b, int64_t shift, double scale, double bias, Tensor total) {
+  a = rows(a);
+  b = rows(b);
+  kernels().pairs(sigmoid_pairs(a, b, shift, scale, bias, total));
+  return total;
+}
+
+Tensor pair_sigmoid_backward(Tensor a, Tensor b, int64_t shift, double scale, double bias, Tensor total, Tensor grad_a,
+                             Tensor grad_b) {
+  a = rows(a);
+  b = rows(b);
+  const Pairs p = sigmoid_pairs(a, b, shift, scale, bias, total);
+  kernels().pairs_backward(p, {nullptr, nullptr, gradient(grad_a, p, p.n), gradient(grad_b, p, p.m), grad_a.size(1)});
+  return total;
+}
+
+}  // namespace
+}  // namespace pyvit
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pyvit, m) {
+  // In place of out and grad_x, for pyvit/ops/activations.py: rows of x (..., C); returns the sums of grad_x's columns.
+  m.def("activation(Tensor x, str name, Tensor(a!) out) -> ()");
+  m.def("activation_backward(Tensor grad, Tensor x, str name, Tensor(a!) grad_x, Tensor(b!)? out) -> Tensor");
+  // For pyvit/ops/layer_norm.py. statistics (2, rows), grad_parameters (2, C): float32.
+  m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor(a!) out, Tensor(b!)? statistics) -> ()");
+  m.def(
+      "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor statistics, Tensor(a!) grad_x, "
+      "Tensor(b!)? grad_parameters) -> ()");
+  // For pyvit/ops/products.py.
+  m.def("pack_layer(Tensor weight) -> Tensor");
+  m.def(
+      "packed_layers(Tensor x, bool norm, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor first, "
+      "int first_out, Tensor? first_bias, str activation, Tensor? second, int second_out, Tensor? second_bias, "
+      "Tensor? scale, Tensor? residual, Tensor(a!) out) -> ()");
+  // For pyvit/ops/products.py and streaming.py.
+  m.def("transposed(Tensor x, Tensor(a!) out) -> ()");
+  // For pyvit/ops/streaming.py.
+  m.def("product(Tensor a, Tensor b, bool down, Tensor(a!) out, bool add) -> ()");
+  m.def("log_sum_exp(Tensor scores, int dim, Tensor(a!) top, Tensor(b!) total) -> ()");
+  // For pyvit/ops/distillation.py. Scores (crops, N, K), lse, tops and totals (crops, N), cross and weights (S, T, N).
+  m.def(
+      "distillation_tile(Tensor student, Tensor teacher, Tensor? center, float student_temp, float teacher_temp, "
+      "Tensor(a!) top_s, Tensor(b!) total_s, Tensor(c!) top_t, Tensor(d!) total_t, Tensor(e!) cross) -> ()");
+  m.def(
+      "distillation_tile_backward(Tensor student, Tensor teacher, Tensor? center, float student_temp, "
+      "float teacher_temp, Tensor lse_s, Tensor lse_t, Tensor weights, Tensor(a!) grad) -> ()");
+  // For pyvit/ops/pairs.py.
+  m.def(
+      "pair_softmax(Tensor a, Tensor b, bool own, float scale, Tensor(a!) top_a, Tensor(b!) total_a, "
+      "Tensor(c!)? top_b, Tensor(d!)? total_b) -> Tensor(b!)");
+  m.def(
+      "pair_softmax_backward(Tensor a, Tensor b, bool own, int shift, float scale, Tensor lse_a, Tensor lse_b, "
+      "Tensor(a!) grad_a, Tensor(b!)? grad_b) -> Tensor(a!)");
+  m.def("pair_sigmoid(Tensor a, Tensor b, int shift, float scale, float bias, Tensor(a!) total) -> Tensor(a!)");
+  m.def(
+      "pair_sigmoid_backward(Tensor a, Tensor b, int shift, float scale, float bias, Tensor(a!) total, "
+      "Tensor(b!) grad_a, Tensor(c!) grad_b) -> Tensor(a!)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyvit, CPU, m) {
+  m.impl("pack_layer", TORCH_BOX(&pyvit::pack_layer));
+  m.impl("packed_layers", TORCH_BOX(&pyvit::packed_layers));
+  m.impl("transposed", TORCH_BOX(&pyvit::transposed));
+  m.impl("product", TORCH_BOX(&pyvit::product));
+  m.impl("log_sum_exp", TORCH_BOX(&pyvit::log_sum_exp));
+  m.impl("distillation_tile", TORCH_BOX(&pyvit::distillation_tile));
+  m.impl("distillation_tile_backward", TORCH_BOX(&pyvit::distillation_tile_backward));
+  m.impl("activation", TORCH_BOX(&pyvit::activation));
+  m.impl("activation_backward", TORCH_BOX(&pyvit::activation_backward));
+  m.impl("layer_norm", TORCH_BOX(&pyvit::layer_norm));
+  m.impl("layer_norm_backward", TORCH_BOX(&pyvit::layer_norm_backward));
+  m.impl("pair_softmax", TORCH_BOX(&pyvit::pair_softmax));
+  m.impl("pair_softmax_backward", TORCH_BOX(&pyvit::pair_softmax_backward));
+  m.impl("pair_sigmoid", TORCH_BOX(&pyvit::pair_sigmoid));
+  m.impl("pair_sigmoid_backward", TORCH_BOX(&pyvit::pair_sigmoid_backward));
+}
