@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import platform
+import sys
 import threading
 from collections.abc import Sequence
 
@@ -62,13 +63,19 @@ def recycled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if _uses is None or not _LEAST <= n <= _RECYCLED_BYTES // 4:
         return torch.empty(shape, dtype=dtype)
     kept: list[torch.UntypedStorage] = _kept.__dict__.setdefault("storages", [])
-    at = next((i for i, storage in enumerate(kept) if storage.nbytes() == n and _uses(storage._cdata) == 1), None)
-    if at is not None:
-        found = kept.pop(at)
-    else:
+    kept[:] = [storage for storage in kept if not storage.is_shared()]  # memory that another process may be reading
+    found = None
+    for at in range(len(kept)):
+        storage = kept[at]
+        # No tensor but ours, and the storage itself with nobody: the list, this name and the call's argument hold it.
+        if storage.nbytes() == n and _uses(storage._cdata) == 1 and sys.getrefcount(storage) <= 3:
+            found = kept.pop(at)
+            break
+    if found is None:
         with torch.inference_mode(False):
             found = torch.UntypedStorage(n)
         while kept and sum(storage.nbytes() for storage in kept) + n > _RECYCLED_BYTES:
             del kept[0]
     kept.append(found)
-    return torch.empty(0, dtype=dtype).set_(found).view(*shape)
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return torch.empty(0, dtype=dtype).set_(found, 0, tuple(shape), strides)  # not a view, which autograd would guard

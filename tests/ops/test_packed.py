@@ -276,6 +276,8 @@ def test_recycled_memory_is_nobodys() -> None:
     first = memory.recycled(shape, torch.float32)
     assert first.shape == shape
     assert first.untyped_storage().nbytes() == first.numel() * 4
+    assert first.is_contiguous()
+    assert not first._is_view()
     at, view = first.data_ptr(), first[5:]
     del first
     assert memory.recycled(shape, torch.float32).data_ptr() != at
@@ -283,6 +285,14 @@ def test_recycled_memory_is_nobodys() -> None:
     del view
     taken = [memory.recycled(shape, torch.float32) for _ in range(2)]
     assert at in [t.data_ptr() for t in taken]
+    held = taken[0].untyped_storage()  # of no tensor, but in use
+    at = held.data_ptr()
+    taken = [memory.recycled(shape, torch.float32) for _ in range(4)]
+    assert at not in [t.data_ptr() for t in taken]
+    shared = taken[0].share_memory_()  # as sent to another process, which may outlive the tensor here
+    at = shared.data_ptr()
+    del shared, taken
+    assert at not in [memory.recycled(shape, torch.float32).data_ptr() for _ in range(6)]
     small = memory.recycled((4, 4), torch.float32)
     assert small.data_ptr() != memory.recycled((4, 4), torch.float32).data_ptr()
 
