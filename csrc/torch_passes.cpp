@@ -137,6 +137,8 @@ void packed_layers(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bias, doub
                    Maybe first_bias, std::string activation, Maybe second, int64_t second_out, Maybe second_bias,
                    Maybe scale, Maybe residual, Tensor out) {
   x = dense(x);
+  for (Maybe* t : {&norm_weight, &norm_bias, &first_bias, &second_bias, &scale, &residual})
+    if (*t) *t = dense(**t);
   STD_TORCH_CHECK(x.dim() > 0, "pyvit: packed_layers: x must have a last dimension");
   Layers a{};
   const int64_t in = x.size(x.dim() - 1), width = second ? second_out : first_out;

@@ -98,6 +98,17 @@ def test_strides(own: None, store: str, dtype: torch.dtype) -> None:
     compare(store, run(x, b), formula(x, b), formula(x.double(), cast(b, torch.float64)))
 
 
+def test_a_residual_of_other_strides_than_before(own: None) -> None:
+    block = Block(32, 2).eval()
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        pyvit.pack_weights(block)
+        wanted = block(x)
+        assert torch.equal(block(x), wanted)
+        assert torch.equal(block(x.transpose(1, 2).contiguous().transpose(1, 2)), wanted)
+        assert torch.equal(block(x[:1].expand(2, 5, 32))[1], wanted[0])
+
+
 def test_a_norm_kept_in_float32(own: None) -> None:
     b = branch(torch.bfloat16, 9, 32, 48, 0, "silu", True, True)
     wide = b._replace(norm=(b.norm[0].float(), b.norm[1].float(), b.norm[2]))
