@@ -62,7 +62,7 @@ def recycled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     n = math.prod(shape) * dtype.itemsize
     if _uses is None or not _LEAST <= n <= _RECYCLED_BYTES // 4:
         return torch.empty(shape, dtype=dtype)
-    kept: list[torch.UntypedStorage] = _kept.__dict__.setdefault("storages", [])
+    kept: list[torch.UntypedStorage] = _kept.__dict__.setdefault("_recycled", [])
     kept[:] = [storage for storage in kept if not storage.is_shared()]  # memory that another process may be reading
     found = None
     for at in range(len(kept)):

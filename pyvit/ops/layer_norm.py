@@ -40,7 +40,7 @@ def layer_norm(
     Statistics are float32 (float64 for float64). Returns (..., C). Raises ValueError or TypeError naming the argument that does not fit,
     BackendError where ``backend`` cannot serve.
     """
-    device = _check(x, weight, bias)
+    device = check(x, weight, bias)
     dtype = x.dtype if dtype is None else dtype
     if _select(device, x.dtype, dtype, backend) == "reference" or traced(x):
         return reference.layer_norm(x, weight, bias, eps, dtype)
@@ -49,7 +49,7 @@ def layer_norm(
     return _forward(x.contiguous(), weight, bias, eps, dtype, None)
 
 
-def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
+def check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
     device = checks.device("layer_norm", "x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         checks.fail("layer_norm", "x", "of shape (..., C), C at least 1", checks.shape(x))
@@ -81,7 +81,7 @@ def _select(device: str, given: torch.dtype, wanted: torch.dtype, backend: str |
 
 @dispatch.describes("layer_norm")
 def _describe(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *_: Any, **__: Any) -> tuple[Call, list[str]]:
-    return Call("layer_norm", _check(x, weight, bias), x.dtype, ()), dispatch.copy_notes(x=x)
+    return Call("layer_norm", check(x, weight, bias), x.dtype, ()), dispatch.copy_notes(x=x)
 
 
 def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, statistics: Tensor | None) -> Tensor:

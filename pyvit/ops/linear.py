@@ -17,6 +17,7 @@ from pyvit import dispatch
 from pyvit.backends import CAPABILITIES
 from pyvit.dispatch import Call
 from pyvit.ops import activations, checks, packed, products, reference
+from pyvit.ops.layer_norm import check as check_norm
 from pyvit.ops.packed import Branch, Norm
 from pyvit.ops.tracing import compiled_inference, traced
 
@@ -78,14 +79,17 @@ def with_surroundings(op: str, x: Tensor, branch: Branch, layers: Callable[[Tens
     last = branch.weight if branch.weight2 is None else branch.weight2
     if branch.norm is not None and not (isinstance(branch.norm, tuple) and len(branch.norm) == 3):
         checks.fail(op, "norm", "(weight, bias, eps) or None", repr(branch.norm))
+    if branch.norm is not None:
+        check_norm(x, *branch.norm[:2])
     for name, t, shape in (("scale", branch.scale, last.shape[:1]), ("residual", branch.residual, (*x.shape[:-1], last.shape[0]))):
-        if t is not None and t.shape != shape:
+        if t is not None and (not isinstance(t, Tensor) or t.shape != shape):
+            checks.tensor(op, name, t, str(tuple(shape)), len(shape))
             checks.fail(op, name, f"of shape {tuple(shape)}", checks.shape(t))
     given = [t for t in (branch.bias, branch.weight2, branch.bias2, branch.scale, branch.residual) if t is not None]
     if (
         not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)
-        and all(t.dtype == x.dtype and t.is_contiguous() for t in (branch.weight, *given))
+        and all(t.dtype == x.dtype for t in (branch.weight, *given))
         and select(op, checks.device(op, "x", x), x.dtype, backend) == "cpu"
     ):
         if compiled_inference(x, branch.weight, *given):
@@ -132,10 +136,20 @@ _DTYPES = CAPABILITIES["linear"]["cpu"].dtypes
 
 
 @dispatch.describes("linear")
-def _describe(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None, **_: Any) -> tuple[Call, list[str]]:
+def _describe(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    norm: Norm | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    **_: Any,
+) -> tuple[Call, list[str]]:
     x, weight, bias, device = prepare(x, weight, bias, activation)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    notes = explain(x, Branch(weight, bias, activation), grad) if device == "cpu" else []
+    notes = explain(x, Branch(weight, bias, activation, None, None, norm, scale, residual), grad) if device == "cpu" else []
     return Call("linear", device, x.dtype, ()), notes
 
 

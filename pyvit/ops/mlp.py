@@ -90,12 +90,15 @@ def _describe(
     fc2_bias: Tensor | None,
     *,
     activation: str = "gelu",
+    norm: Norm | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
     **_: Any,
 ) -> tuple[Call, list[str]]:
     *layers, device = _prepare(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     grad = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in layers)
     x, *weights = layers  # type: ignore[assignment]
-    branch = Branch(weights[0], weights[1], activation, weights[2], weights[3])  # type: ignore[arg-type]
+    branch = Branch(weights[0], weights[1], activation, weights[2], weights[3], norm, scale, residual)  # type: ignore[arg-type]
     notes = explain(x, branch, grad) if device == "cpu" else []
     return Call("mlp", device, layers[0].dtype, ()), notes  # type: ignore[union-attr]
 

@@ -52,6 +52,7 @@ class Pack:
         self.of: tuple[Any, ...] = ()
         self.forms: dict[str, Tensor] = {}
         self.ways: dict[tuple[Any, ...], Way] = {}
+        self.used: set[str] = set()  # the forms that these ways multiply
 
     def follow(self, weight: Tensor) -> None:
         """Forget what is known of a weight that has changed."""
@@ -60,6 +61,7 @@ class Pack:
             self.of = of
             self.forms.clear()
             self.ways.clear()
+            self.used.clear()
 
     def form(self, name: str, weight: Tensor) -> Tensor:
         found = self.forms.get(name)
@@ -148,25 +150,26 @@ def _call(x: Tensor, b: Branch) -> tuple[Any, ...]:
         _small(b.bias),
         id(b.weight2),
         _small(b.bias2),
-        b.norm and (_small(b.norm[0]), _small(b.norm[1]), b.norm[2]),
+        tuple(map(_small, b.norm)) if isinstance(b.norm, tuple) else id(b.norm),
         _small(b.scale),
-        b.residual is not None and (b.residual.shape, b.residual.dtype),
+        (b.residual.shape, b.residual.dtype) if isinstance(b.residual, Tensor) else id(b.residual),
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
     )
 
 
-def _small(t: Tensor | None) -> tuple[int, torch.dtype, torch.Size] | None:
-    return None if t is None else (id(t), t.dtype, t.shape)
+def _small(t: Any) -> Any:
+    """A parameter's identity; of what should be none, whatever tells it from one: the checks have it before them."""
+    return (id(t), t.dtype, t.shape) if isinstance(t, Tensor) else t if isinstance(t, float) else id(t)
 
 
 def run(x: Tensor, branch: Branch) -> Tensor | None:
     """The branch by its fastest way, or None where its weights are not packed. Its tensors fit each other and have one dtype."""
-    packs = [_pack_of(w) for w in (branch.weight, branch.weight2) if w is not None]
-    if not _packs or None in packs:
+    packs = [pack for w in (branch.weight, branch.weight2) if w is not None and (pack := _pack_of(w)) is not None]
+    if len(packs) < 1 + (branch.weight2 is not None):
         return None
     for pack in packs:
-        pack.follow(pack.weight())  # type: ignore[union-attr, arg-type]
+        pack.follow(pack.weight())  # type: ignore[arg-type]
     rows = x.numel() // max(x.shape[-1], 1)
     key = _key(rows, x, branch)
     width = (branch.weight if branch.weight2 is None else branch.weight2).shape[0]
@@ -175,15 +178,18 @@ def run(x: Tensor, branch: Branch) -> Tensor | None:
         residual = None if branch.residual is None else branch.residual.reshape(-1, width)[:few]
         return (x if x.dim() < 2 else x.reshape(-1, x.shape[-1])[:few]), branch._replace(residual=residual)
 
+    measuring = products.known(key) is None
+    before = [(dict(pack.ways), set(pack.used)) for pack in packs] if measuring else []
     way = products.chosen(key, _ways(x, branch), arguments, rows, branch.weight, x)
+    for pack, (ways, used) in zip(packs, before, strict=False):  # calls that were only measured leave nothing
+        pack.ways, pack.used = ways, used
     for pack in packs:
-        if not pack.ways:  # type: ignore[union-attr]  # what was packed to be measured alone
-            for form in {"onednn", "pyvit"} - _USES.get(way, set()):
-                pack.forms.pop(form, None)  # type: ignore[union-attr]
-    ways = packs[0].ways  # type: ignore[union-attr]
-    if len(ways) >= 64:  # lengths, or biases, that change with every call
-        ways.clear()
-    ways[_call(x, branch)] = way
+        pack.used |= _USES.get(way, set())
+        if measuring:
+            pack.forms = {name: form for name, form in pack.forms.items() if name in pack.used}
+    if len(packs[0].ways) >= 64:  # lengths, or biases, that change with every call
+        packs[0].ways.clear()
+    packs[0].ways[_call(x, branch)] = way
     return way(x, branch)
 
 
@@ -252,8 +258,8 @@ def _torch(x: Tensor, b: Branch) -> Tensor:
     return around(x, product, b)
 
 
-#: The forms a way multiplies; layer by layer, those that its layers chose.
-_USES = {_onednn: {"onednn"}, _onednn_fused: {"onednn"}, _in_one_pass: {"pyvit"}, _layer_by_layer: {"onednn", "pyvit"}}
+#: The forms a way multiplies itself.
+_USES = {_onednn: {"onednn"}, _onednn_fused: {"onednn"}, _in_one_pass: {"pyvit"}}
 
 
 def around(x: Tensor, layers: Callable[[Tensor], Tensor], branch: Branch, backend: str | None = None) -> Tensor:

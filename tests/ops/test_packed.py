@@ -192,6 +192,20 @@ def test_errors() -> None:
         linear(x, w, norm=(torch.ones(6), None, 1e-5))
     with pytest.raises(ValueError, match="linear: x must be of shape"):
         linear(x, w2, residual=x)
+    assert packed.keep(w)
+    with torch.no_grad():  # packed, where calls like it went before, too
+        linear(x, w, norm=(torch.ones(8), None, 1e-5))
+        with pytest.raises(ValueError, match=r"layer_norm: weight must be of shape \(8,\)"):
+            linear(x, w, norm=(torch.ones(6), None, 1e-5))
+        with pytest.raises(TypeError, match=r"layer_norm: weight must have the dtype of x"):
+            linear(x, w, norm=(torch.ones(8).bfloat16(), None, 1e-5))
+        for norm in (torch.ones(8), [torch.ones(8), None, 1e-5], (torch.ones(8), None)):
+            with pytest.raises(ValueError, match=r"linear: norm must be \(weight, bias, eps\) or None"):
+                linear(x, w, norm=norm)
+        with pytest.raises(TypeError, match=r"linear: scale must be a Tensor of shape \(6,\), got float"):
+            linear(x, w, scale=0.5)
+        with pytest.raises(ValueError, match=r"linear: residual must be of shape \(4, 6\)"):
+            linear(x, w, residual=torch.ones(4, 1))
     with pytest.raises(RuntimeError, match="packed for other sizes"):
         torch.ops.pyvit.packed_layers(
             x, False, None, None, 0.0, torch.ops.pyvit.pack_layer(w), 70, None, "", None, 0, None, None, None, torch.empty(4, 70)
@@ -279,6 +293,24 @@ def test_only_the_chosen_form_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(forms) <= 1
         if policy == "pyvit":
             assert forms == {"pyvit"}
+    for way in ("pyvit", "layer by layer"):
+        layer = Mlp(64, 128)
+        pyvit.pack_weights(layer)
+        products._chosen.clear()
+        choose = products._choose
+
+        def pick(key: object, ways: dict, *rest: object, way: str = way, choose: object = choose) -> object:
+            found = choose(key, ways, *rest)  # measured: every way has run, and packed what it needs
+            return (ways[way], way) if way in ways else found
+
+        monkeypatch.setattr(products, "_choose", pick)
+        with torch.no_grad():
+            layer(x)
+            layer(x)
+        monkeypatch.setattr(products, "_choose", choose)
+        held = [packed._packs[id(each.weight)].forms for each in (layer.fc1, layer.fc2)]
+        assert all(len(forms) <= 1 for forms in held), way
+        assert way != "pyvit" or all(set(forms) == {"pyvit"} for forms in held)
 
 
 def test_recycled_memory_is_nobodys() -> None:
