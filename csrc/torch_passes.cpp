@@ -171,6 +171,31 @@ void packed_layers(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bias, doub
   if (out.numel()) kernels().layers(a);
 }
 
+// products
+
+Operand operand_of(const Tensor& t) {
+  const bool rows = t.size(1) <= 1 || t.stride(1) == 1;
+  STD_TORCH_CHECK(rows || t.size(0) <= 1 || t.stride(0) == 1,
+                  "pyvit: product: the rows or the columns of a and b must be contiguous");
+  return {t.data_ptr(), t.stride(rows ? 0 : 1), !rows};
+}
+
+// out (n, m) = or, with `add`, += a (n, k) b (k, m) + bias
+void product(Tensor a, Tensor b, Maybe bias, Tensor out, bool add) {
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0) && a.scalar_type() == b.scalar_type(),
+                  "pyvit: product: a and b must be matrices of one dtype that fit each other");
+  const int64_t n = a.size(0), m = b.size(1), k = a.size(1);
+  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == n && out.size(1) == m && (m <= 1 || out.stride(1) == 1) &&
+                      (out.scalar_type() == ScalarType::Float || (out.scalar_type() == a.scalar_type() && !add)),
+                  "pyvit: product: out must be of shape (", n, ", ", m,
+                  ") with contiguous rows, float32 or, if not added to, of the dtype of a and b");
+  STD_TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == m && bias->scalar_type() == a.scalar_type()),
+                  "pyvit: product: a bias must be contiguous, of the dtype of a and of ", m, " elements");
+  if (out.numel())
+    kernels().product({n, m, k, dtype_of(a), operand_of(a), operand_of(b), data<char>(bias), out.data_ptr(),
+                       dtype_of(out), out.stride(0), add});
+}
+
 // layout
 
 void transposed(Tensor x, Tensor out) {
@@ -225,24 +250,6 @@ void distillation_tile_backward(Tensor student, Tensor teacher, Maybe center, do
                   "pyvit: grad must be contiguous float32 or bfloat16 numbers, as many as student's");
   kernels().distillation_backward(d, {vector(lse_s, d.s * d.rows, "lse_s"), vector(lse_t, d.t * d.rows, "lse_t"),
                                       vector(weights, d.s * d.t * d.rows, "weights"), dtype_of(grad), grad.data_ptr()});
-}
-
-// a (n, k) b^T (m, k), or a b (k, m) where `down`, in float32
-void product(Tensor a, Tensor b, bool down, Tensor out, bool add) {
-  const int64_t n = a.size(0), m = b.size(down ? 1 : 0), k = a.size(1);
-  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && k == b.size(down ? 0 : 1) && a.scalar_type() == b.scalar_type() &&
-                      a.is_contiguous() && b.is_contiguous(),
-                  "pyvit: product: a and b must be contiguous matrices of one dtype that fit each other");
-  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == n && out.size(1) == m && (m <= 1 || out.stride(1) == 1) &&
-                      out.scalar_type() == ScalarType::Float,
-                  "pyvit: product: out must be float32 of shape (", n, ", ", m, ") with contiguous rows");
-  if (n * m == 0) return;
-  if (k == 0) {
-    if (!add) torch::stable::zero_(out);
-    return;
-  }
-  kernels().product({n, m, k, dtype_of(a), a.data_ptr(), b.data_ptr(), k, down ? m : k, down,
-                     static_cast<float*>(out.data_ptr()), out.stride(0), add});
 }
 
 // losses over all pairs of rows: one call for the rows of a and those of b, added to the caller's sums in place
@@ -341,8 +348,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyvit, m) {
       "Tensor? scale, Tensor? residual, Tensor(a!) out) -> ()");
   // For pyvit/ops/products.py and streaming.py.
   m.def("transposed(Tensor x, Tensor(a!) out) -> ()");
+  m.def("product(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, bool add) -> ()");
   // For pyvit/ops/streaming.py.
-  m.def("product(Tensor a, Tensor b, bool down, Tensor(a!) out, bool add) -> ()");
   m.def("log_sum_exp(Tensor scores, int dim, Tensor(a!) top, Tensor(b!) total) -> ()");
   // For pyvit/ops/distillation.py. Scores (crops, N, K), lse, tops and totals (crops, N), cross and weights (S, T, N).
   m.def(

@@ -231,6 +231,7 @@ inline void pack_rows(const T* src, int64_t ld, int64_t k, int64_t cols, uint32_
     for (int64_t l = 0; l < lanes; l++)
       for (int64_t v = 0; v < width; v += W, out += W) {
         const T* p = src + l * D::K * ld + n + v;
+        for (int r = 0; r < D::K; r++) __builtin_prefetch(p + (16 + r) * ld, 0, 3);
         store_as(out, lanes_of_rows<D>(p, ld, cols - n - v, l * D::K + 1 < k));
       }
   }
@@ -290,6 +291,40 @@ inline void pack_a(const T* src, int64_t ld, int64_t rows, int64_t k, uint32_t* 
         o[l] = as_lane(to_float(p[l]));
       } else {
         o[l] = as_lane(p[l * 2], l * 2 + 1 < k ? p[l * 2 + 1] : bf16{0});
+      }
+    }
+  }
+}
+
+// Rows of A from a source with k along its rows: A[m][k] = src[k * ld + m], of which `left` >= rows may be read. Tiles
+// of MR rows, [lanes][MR], `down_tile` words from one to the next: a lane is stored as a vector of FEW, of which the
+// next one overwrites what is too much.
+template <class V, int... I>
+inline auto interleave(V low, V high, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(low, high, (I / 2 + (I & 1) * int(sizeof...(I) / 2))...);
+}
+inline int64_t down_tile(int64_t lanes) { return lanes * MR + W; }
+template <class D, class T>
+inline void pack_down(const T* src, int64_t ld, int64_t rows, int64_t left, int64_t k, uint32_t* out) {
+  constexpr int FEW = W > 8 ? 8 : W;
+  static_assert(MR <= FEW);
+  typedef uint32_t Lanes __attribute__((vector_size(FEW * 4)));
+  const int64_t lanes = lanes_of<D>(k), step = down_tile(lanes), narrow = std::max<int64_t>(left - FEW, -1);
+  for (int64_t l = 0; l < lanes; l++) {
+    const T* p = src + l * D::K * ld;
+    const bool second = l * D::K + 1 < k;
+    uint32_t* to = out + l * MR;
+    for (int r = 0; r < D::K; r++)
+      for (int64_t m = 0; m < rows; m += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + (16 + r) * ld + m, 0, 3);
+    for (int64_t m = 0; m < rows; m += MR, to += step) {
+      if (W == FEW || m > narrow || !std::is_same_v<T, typename D::element>) {
+        store_as(to, lanes_of_rows<D>(p + m, ld, left - m, second));
+      } else if constexpr (D::K == 1) {
+        store_as(to, load_as<Lanes>(p + m));
+      } else {
+        typedef uint16_t Halves __attribute__((vector_size(FEW * 2)));
+        const Halves low = load_as<Halves>(p + m), high = second ? load_as<Halves>(p + ld + m) : Halves{};
+        store_as(to, interleave(low, high, std::make_integer_sequence<int, 2 * FEW>{}));
       }
     }
   }

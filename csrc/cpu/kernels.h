@@ -199,15 +199,20 @@ struct DistillationGrad {
   void* grad;
 };
 
-// out (n, m) float32 = or, with `add`, += a (n, k) b: b lies as (m, k), or as (k, m) where `down`. Both of one type;
-// ld: from one row to the next.
+// out (n, m) = a (n, k) b (k, m) + bias, or with `add`, of a float32 out, += that. Operands of one dtype; `down`: with
+// columns where rows would lie. ld: from one row, or column, to the next.
+struct Operand {
+  const void* data;
+  int64_t ld;
+  bool down;
+};
 struct Product {
   int64_t n, m, k;
   Dtype dtype;
-  const void *a, *b;
-  int64_t lda, ldb;
-  bool down;
-  float* out;
+  Operand a, b;
+  const void* bias;  // (m,) of the operands' dtype, or null
+  void* out;
+  Dtype out_dtype;  // the operands', or float32
   int64_t ldo;
   bool add;
 };

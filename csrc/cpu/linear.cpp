@@ -1,46 +1,11 @@
 // One or two linear layers on rows, with what stands around them: layer norm before, an activation after the first,
 // LayerScale and the residual after the last. A block of rows goes through all of it in cache: of a feed-forward
 // layer the hidden rows, four times as wide as the others, never reach memory.
-#include "activation.h"
-#include "gemm_tile.h"
+#include "block.h"
 #include "layer_norm.h"
 
 namespace pyvit::PYVIT_ISA {
 namespace {
-
-// What a block's rows may take of L2, beside the panels of weights that stream through it.
-constexpr int64_t BLOCK_BYTES = 512 << 10, MOST_ROWS = 32 * MR;
-
-// Rows of one unit of work. Few rows are shared out evenly; a row's result does not depend on it.
-inline int64_t rows_of_block(const Layers& a, int64_t row_bytes) {
-  const int64_t most = std::clamp<int64_t>(BLOCK_BYTES / row_bytes / MR * MR, MR, MOST_ROWS);
-  const int64_t threads = ::pyvit::threads.count(), units = (a.rows + most - 1) / most;
-  if (units >= 32 * threads) return most;
-  const int64_t even = round_up(units, threads);
-  return std::max<int64_t>((a.rows + even - 1) / even, 1);
-}
-
-// Cache lines to fetch in the course of a tile. All at once they would hold up its loads.
-class ComingLines {
- public:
-  void clear() { count_ = 0; }
-  template <class T>
-  void add(const T* first, int64_t ld, int64_t rows, int64_t cols) {
-    for (int64_t i = 0; i < rows; i++) {
-      const char* row = reinterpret_cast<const char*>(first + i * ld);
-      for (int64_t b = 0; b < cols * int64_t(sizeof(T)) && count_ < MOST; b += 64) line_[count_++] = row + b;
-    }
-  }
-  bool over() const { return !count_; }
-  void operator()(int64_t k) {
-    if (count_ && !(k & 3)) __builtin_prefetch(line_[--count_], 1, 3);
-  }
-
- private:
-  static constexpr int MOST = 2 * MR * NR / 16;  // two tiles of float32
-  const char* line_[MOST];
-  int count_ = 0;
-};
 
 // Where a layer's values go: the next layer's operand, or the result. Passed by value: through a reference its members
 // would be read again after every store.
@@ -73,50 +38,6 @@ struct Result {
   }
 };
 
-// to.put(activation(tile + bias)), of `high` rows from `row` and NR columns, or `width`, from `col`.
-template <class N, class To, class F>
-inline void finish(int64_t row, int64_t high, int64_t col, N width, const float* tile, const float* bias, const To to,
-                   const F& value) {
-  if constexpr (std::is_same_v<N, int64_t>) {
-    for (int64_t i = 0; i < high; i++)
-      vectors(width, [&](int64_t v, int left) {
-        to.put(row + i, col + v, value(load(tile + i * NR + v) + load(bias + col + v)), left);
-      });
-  } else {
-    vf b[NV];
-    for (int v = 0; v < NV; v++) b[v] = load(bias + col + v * W);
-    for (int64_t i = 0; i < high; i++)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; v++)
-        to.put(row + i, col + v * W, value(load(tile + i * NR + v * W) + b[v]), std::integral_constant<int, W>{});
-  }
-}
-
-// One layer of a block of rows, a (rows x lanes) against packed weights. A tile is finished while it is in L1.
-template <class D, bool COARSE, class To>
-inline void multiply(int64_t rows, const Layer& layer, const uint32_t* a, int64_t a_row, const float* bias,
-                     const Activation::Kind* activation, const To to) {
-  alignas(64) float tile[MR * NR];
-  const int64_t lanes = lanes_of<D>(layer.in);
-  ComingLines ahead;
-  const auto end = [&](int64_t m, int64_t high, int64_t n, auto width) {
-    if (!activation) return finish(m, high, n, width, tile, bias, to, [](vf y) { return y; });
-    with_activation<COARSE>(*activation,
-                            [&](auto y) { finish(m, high, n, width, tile, bias, to, decltype(y)::value); });
-  };
-  for (int64_t n = 0; n < layer.out; n += NR) {
-    const int64_t width = std::min<int64_t>(NR, layer.out - n);
-    const uint32_t* panel = layer.weight + n * lanes;
-    for (int64_t m = 0; m < rows; m += MR) {
-      const int64_t high = std::min<int64_t>(MR, rows - m);
-      ahead.clear();
-      to.ahead(ahead, m, high, n, width);
-      tile_panel<D, false>(int(high), round_up(width, W), a + m * a_row, a_row, 1, panel, lanes, tile, NR, ahead);
-      width == NR ? end(m, high, n, std::integral_constant<int64_t, NR>{}) : end(m, high, n, width);
-    }
-  }
-}
-
 template <class T>
 void run(const Layers& a) {
   using D = Compute<T>;
@@ -136,7 +57,7 @@ void run(const Layers& a) {
   // Rows are multiplied where they lie if they lie there as lanes.
   const bool in_place = !a.norm && std::is_same_v<T, E> && first.in % D::K == 0 && uintptr_t(x) % 4 == 0;
   const int64_t lanes = lanes_of<D>(first.in), hidden_ld = two ? round_up(first.out, W) : 0;
-  const int64_t block = rows_of_block(a, lanes * 4 + hidden_ld * int64_t(sizeof(E)));
+  const int64_t block = rows_of_block(a.rows, lanes * 4 + hidden_ld * int64_t(sizeof(E)));
 
   parallel_units((a.rows + block - 1) / block, [&](Queue& queue) {
     Scratch& memory = scratch();
@@ -167,13 +88,15 @@ void run(const Layers& a) {
       const Result<T> result{out + row * last.out, last.out, a.scale ? scale : nullptr,
                              residual ? residual + row * last.out : nullptr};
       const auto* activation = a.activated ? &a.activation : nullptr;
+      const auto columns = [](const Layer& layer) { return Panels{layer.weight, lanes_of<D>(layer.in), layer.out}; };
+      const Rows rows_of_first = rows_along(operand, lanes);
       if (!two) {
-        multiply<D, COARSE>(rows, first, operand, lanes, bias1, activation, result);
+        multiply<D, COARSE>(rows, rows_of_first, columns(first), bias1, activation, result);
         continue;
       }
-      multiply<D, COARSE>(rows, first, operand, lanes, bias1, activation, Hidden<E>{hidden, hidden_ld});
-      multiply<D, COARSE>(rows, last, reinterpret_cast<const uint32_t*>(hidden), hidden_ld / D::K, bias2, nullptr,
-                          result);
+      multiply<D, COARSE>(rows, rows_of_first, columns(first), bias1, activation, Hidden<E>{hidden, hidden_ld});
+      const Rows rows_of_last = rows_along(reinterpret_cast<const uint32_t*>(hidden), hidden_ld / D::K);
+      multiply<D, COARSE>(rows, rows_of_last, columns(last), bias2, nullptr, result);
     }
   });
 }

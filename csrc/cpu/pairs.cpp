@@ -159,70 +159,7 @@ void run(const Pairs& p, const PairsGrad* g) {
   }
 }
 
-// Stripes of columns, whose packed b stays in cache while rows of a pass: all of them, or fewer where there are not
-// stripes enough for every thread.
-template <class T, bool ADD>
-void multiply(const Product& p) {
-  using D = Compute<T>;
-  const T *a = static_cast<const T*>(p.a), *b = static_cast<const T*>(p.b);
-  const int64_t lanes = lanes_of<D>(p.k), stripes = (p.m + PAIR_TILE - 1) / PAIR_TILE,
-                tiles = (p.n + PAIR_TILE - 1) / PAIR_TILE, wanted = (4 * threads.count() + stripes - 1) / stripes,
-                groups = std::min(tiles, wanted), group = (tiles + groups - 1) / groups * PAIR_TILE;
-  parallel_units(stripes * groups, [&](Queue& queue) {
-    Scratch& memory = scratch();
-    auto* packed = memory.take<uint32_t>(packed_size<D>(p.k, PAIR_TILE));
-    auto* rows = memory.take<uint32_t>(PAIR_TILE * lanes);
-    auto* tile = memory.take<float>(PAIR_TILE * PAIR_TILE);
-    for (int64_t unit, stripe = -1; (unit = queue.next()) >= 0;) {
-      const int64_t c = unit / groups * PAIR_TILE, cols = std::min(PAIR_TILE, p.m - c), first = unit % groups * group;
-      if (first >= p.n) continue;
-      if (stripe != unit / groups) {
-        stripe = unit / groups;
-        if (p.down) {
-          pack_rows<D>(b + c, p.ldb, p.k, cols, packed);
-        } else {
-          pack_cols<D>(b + c * p.ldb, p.ldb, p.k, cols, packed);
-        }
-      }
-      const bool whole = cols % W == 0;  // else the last vector would run into the next row
-      for (int64_t r = first; r < std::min(p.n, first + group); r += PAIR_TILE) {
-        const int64_t high = std::min(PAIR_TILE, p.n - r);
-        float* out = p.out + r * p.ldo + c;
-        pack_a<D>(a + r * p.lda, p.lda, high, p.k, rows);
-        if (whole) {
-          gemm<D, ADD>(high, cols, lanes, rows, lanes, 1, packed, lanes, out, p.ldo);
-          continue;
-        }
-        gemm<D>(high, cols, lanes, rows, lanes, 1, packed, lanes, tile, PAIR_TILE);
-        for (int64_t i = 0; i < high; i++)
-          vectors(cols, [&](int64_t v, int n) {
-            float* to = out + i * p.ldo + v;
-            const vf x = load(tile + i * PAIR_TILE + v);
-            write(to, ADD ? read(to, n) + x : x, n);
-          });
-      }
-    }
-  });
-}
-template <class T>
-void multiply(const Product& p) {
-  p.add ? multiply<T, true>(p) : multiply<T, false>(p);
-}
-
 }  // namespace
-
-void product(const Product& p) {
-  switch (p.dtype) {
-    case Dtype::f32:
-      return multiply<float>(p);
-    case Dtype::bf16:
-      return multiply<bf16>(p);
-    case Dtype::f16:
-      return multiply<f16>(p);
-    case Dtype::boolean:
-      return;
-  }
-}
 
 void pairs(const Pairs& p) {
   // Base 2 inside, so that a call rounds each running maximum once.

@@ -1,4 +1,5 @@
-"""Matrix products on a CPU by whichever of torch's libraries is faster for the shape: measured once, remembered for the process.
+"""Matrix products on a CPU by whichever is fastest for the shape, torch's libraries or ``csrc/cpu/product.cpp``: measured once, remembered
+for the process.
 
 The ways differ in rounding, so a choice is part of a result's bits. The processes of one group choose alike, the first to measure for all,
 and a process that goes on with another's work adopts its choices.
@@ -27,8 +28,9 @@ if _policy not in POLICIES:
     raise ValueError(f"PYVIT_LINEAR must be one of {', '.join(POLICIES)}, got {_policy!r}")
 
 Way = Callable[..., Tensor]
-_PROBE_FLOPS = 1 << 27  # of one timed product: about a millisecond of one core
+_PROBE_FLOPS = 1 << 32  # of one timed product at most: most layers' own, for what a way does once per call must not weigh more than there
 _PROBE_ROWS, _ROUNDS = 64, 3
+_HOPELESS = 2.0  # a way this much slower than another is measured once
 #: Chosen up to this factor behind: the measurement, in a warm cache, shows neither the traffic nor the new pages that the way saves.
 _CLOSE = {"pyvit": 1.05}
 
@@ -92,20 +94,36 @@ def _transposed(x: Tensor) -> Tensor:
     return x.t()
 
 
+def _ours(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a (N, K) b (K, M) + bias; a and b contiguous, or transposed views of what is."""
+    out = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype)
+    torch.ops.pyvit.product.default(a, b, bias, out, False)
+    return out
+
+
+def by_pyvit(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = _ours(rows, weight.t(), bias).view(*x.shape[:-1], weight.shape[0])
+    return y if activation is None else activations.activate_(y, activation)
+
+
 #: For each product, its ways in order of preference where nothing is measured.
 _FORWARD: Mapping[str, Way] = {
     "onednn, activation fused": by_onednn_fused,
     "onednn": by_onednn,
+    "pyvit": by_pyvit,
     "float32 copies": _in_float32(lambda *args: forward(*args)),
     "torch": by_torch,
 }
 _GRAD_INPUT: Mapping[str, Way] = {
     "onednn": lambda grad, weight: _onednn(grad, weight.t(), None, "none", [], ""),  # type: ignore[misc]
+    "pyvit": lambda grad, weight: _ours(grad.contiguous(), weight),
     "float32 copies": _in_float32(lambda *args: grad_input(*args)),
     "torch": lambda grad, weight: grad @ weight,
 }
 _GRAD_WEIGHT: Mapping[str, Way] = {
     "onednn": lambda grad, x: _onednn(_transposed(grad), x.t(), None, "none", [], ""),  # type: ignore[misc]
+    "pyvit": lambda grad, x: _ours(grad.contiguous().t(), x),
     "float32 copies": _in_float32(lambda *args: grad_weight(*args)),
     "torch": lambda grad, x: grad.t() @ x,
 }
@@ -200,20 +218,17 @@ def _choose(
     if _policy == "torch":
         return plain, "torch (PYVIT_LINEAR)"
     if (
-        onednn() is None
-        or x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+        x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
         or x.dim() < 2
         or not x.numel() * weight.numel()
         or not weight.is_contiguous()
     ):
-        return plain, "torch (oneDNN cannot take this call)"
-    few = min(rows, max(_PROBE_ROWS, _PROBE_FLOPS // (2 * weight.numel())))
-    args = arguments(few)
-    wanted = plain(*args)
-    wide = x.dtype == torch.float32
-    able = {n: way for n, way in ways.items() if way is plain or (not (wide and n == "float32 copies") and _agrees(way, args, wanted))}
+        return plain, "torch (nothing else takes this call)"
+    few = arguments(min(rows, _PROBE_ROWS))
+    wanted = plain(*few)
+    able = {n: way for n, way in ways.items() if way is plain or (_serves(n, x.dtype) and _agrees(way, few, wanted))}
     if len(able) == 1:
-        return plain, "torch (oneDNN cannot take this call)"
+        return plain, "torch (nothing else takes this call)"
     name = "pyvit" if _policy == "pyvit" and _policy in able else next(iter(able))
     if _policy != "auto" or torch.are_deterministic_algorithms_enabled():
         return able[name], f"{name} ({'PYVIT_LINEAR' if _policy != 'auto' else 'deterministic algorithms: not measured'})"
@@ -221,9 +236,13 @@ def _choose(
         return able[name], f"{name} (as chosen before)"
     if name:
         warnings.warn("a matrix product chosen before is not available here: measured anew, results may differ by rounding", stacklevel=2)
+    many = min(rows, max(_PROBE_ROWS, _PROBE_FLOPS // (2 * weight.numel())))
+    args = arguments(many)
     best = dict.fromkeys(able, float("inf"))
     for _ in range(_ROUNDS):  # interleaved, so that another process disturbs all alike
         for name, way in able.items():
+            if best[name] < float("inf") and best[name] > _HOPELESS * min(best.values()):
+                continue
             start = time.perf_counter()
             way(*args)
             best[name] = min(best[name], time.perf_counter() - start)
@@ -231,8 +250,16 @@ def _choose(
     name = next((n for n, t in best.items() if n in _CLOSE and t < _CLOSE[n] * fastest), min(best, key=best.__getitem__))
     figures = ", ".join(f"{n} {t * 1e3:.3f} ms" for n, t in best.items())
     if (first := _of_group(key, name)) != name and first in able:
-        return able[first], f"{first} (as another process of the group chose; measured on {few} rows: {figures})"
-    return able[name], f"{name} (measured on {few} rows: {figures})"
+        return able[first], f"{first} (as another process of the group chose; measured on {many} rows: {figures})"
+    return able[name], f"{name} (measured on {many} rows: {figures})"
+
+
+def _serves(name: str, dtype: torch.dtype) -> bool:
+    if name.startswith("onednn"):
+        return onednn() is not None
+    if name == "float32 copies":
+        return dtype != torch.float32
+    return library.problem() is None
 
 
 def _of_group(key: Key, name: str) -> str:

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyvit import library
-from pyvit.memory import scratch
 from pyvit.ops import checks
 
 #: Rows and columns of a tile: its operands and two float32 copies of it stay near a CPU's last-level cache.
@@ -52,14 +51,9 @@ def product(x: Tensor, w: Tensor, out: Tensor | None = None, add: bool = False) 
     the kernel clears their pages.
     """
     if narrow(x, w) or (out is not None and _plain(x) and _plain(w)):
-        if not x.is_contiguous():
-            found = scratch("transposed", x.shape, x.dtype)
-            torch.ops.pyvit.transposed.default(x.t().contiguous(), found)
-            x = found
-        down = not w.is_contiguous()
         if out is None:
             out = torch.empty(x.shape[0], w.shape[0])
-        torch.ops.pyvit.product(x, w.t().contiguous() if down else w, down, out, add)
+        torch.ops.pyvit.product(x, w.t(), None, out, add)
         return out
     x, w = widen(x), widen(w)
     op = _onednn() if x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and w.numel() else None

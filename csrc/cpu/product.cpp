@@ -1,0 +1,185 @@
+// Products of matrices as they lie, packed on the way: of a linear layer, of its gradients, and of scores.
+#include "block.h"
+#include "layer_norm.h"
+
+namespace pyvit::PYVIT_ISA {
+namespace {
+
+// Lanes that are multiplied in one go, and bytes of a packed b that all threads share.
+constexpr int64_t MOST_LANES = 3072, MOST_PACKED = 6 << 20;
+// Where k is long and the result small, each thread takes a stretch of k instead of rows. Lanes in one go, then, and
+// bytes of a result.
+constexpr int64_t PART_LANES = 512, MOST_PART = 1 << 20;
+
+// To out, on top of what is there or in `before`; null for nothing.
+template <class O>
+struct Sum {
+  O* out;
+  int64_t ld;
+  const float* before;
+  int64_t before_ld;
+  void ahead(ComingLines& lines, int64_t r, int64_t high, int64_t c, int64_t width) const {
+    lines.add(out + r * ld + c, ld, high, width);
+  }
+  template <class N>
+  void put(int64_t r, int64_t c, vf y, N left) const {
+    if (before) y += read(before + r * before_ld + c, left);
+    write(out + r * ld + c, y, left);
+  }
+};
+
+template <class T>
+struct Multiplier {
+  using D = Compute<T>;
+  const Product& p;
+
+  const T* a(int64_t row, int64_t k) const {
+    return static_cast<const T*>(p.a.data) + (p.a.down ? k * p.a.ld + row : row * p.a.ld + k);
+  }
+  // Words that `rows` rows of a and `lanes` lanes take, packed.
+  static int64_t packed_rows(int64_t rows, int64_t lanes) { return (rows + MR - 1) / MR * down_tile(lanes); }
+  // Rows of a as the tiles take them: where they lie, or packed in `memory`.
+  Rows rows(int64_t row, int64_t high, int64_t k, int64_t length, uint32_t* memory) const {
+    const int64_t lanes = lanes_of<D>(length);
+    const T* from = a(row, k);
+    if (p.a.down) {
+      pack_down<D>(from, p.a.ld, high, p.n - row, length, memory);
+      return {memory, down_tile(lanes), 1, MR};
+    }
+    if (std::is_same_v<T, typename D::element> && length % D::K == 0 && p.a.ld % D::K == 0 && uintptr_t(from) % 4 == 0)
+      return rows_along(reinterpret_cast<const uint32_t*>(from), p.a.ld / D::K);
+    pack_a<D>(from, p.a.ld, high, length, memory);
+    return rows_along(memory, lanes);
+  }
+  // Columns col .. col + wide of b, col a multiple of NR.
+  void pack(int64_t k, int64_t length, int64_t col, int64_t wide, uint32_t* to) const {
+    const T* b = static_cast<const T*>(p.b.data);
+    if (p.b.down) {
+      pack_cols<D>(b + col * p.b.ld + k, p.b.ld, length, wide, to);
+    } else {
+      pack_rows<D>(b + k * p.b.ld + col, p.b.ld, length, wide, to);
+    }
+  }
+};
+
+// A stretch of k to every thread, and the sum of what they found.
+template <class T, class O>
+void by_parts(const Product& p, int64_t parts) {
+  using D = Compute<T>;
+  const Multiplier<T> of{p};
+  const int64_t stretch = round_up((p.k + parts - 1) / parts, D::K), ld = round_up(p.m, W), size = p.n * ld;
+  Scratch& common = shared();
+  const float* bias = widened(p.bias, p.dtype, p.m, 0.f, common);
+  const float* none = widened(nullptr, p.dtype, p.m, 0.f, common);
+  float* sums = common.take<float>(parts * size);
+  parallel_units(parts, [&](Queue& queue) {
+    const int64_t most = PART_LANES * D::K, block = std::min(p.n, rows_of_block(p.n, PART_LANES * 4));
+    Scratch& memory = scratch();
+    uint32_t* packed = memory.take<uint32_t>(packed_size<D>(most, p.m));
+    uint32_t* rows = memory.take<uint32_t>(of.packed_rows(block, PART_LANES));
+    for (int64_t part; (part = queue.next()) >= 0;) {
+      const int64_t first = std::min(p.k, part * stretch), end = std::min(p.k, first + stretch);
+      float* sum = sums + part * size;
+      for (int64_t k = first; k < end || k == first; k += most) {
+        const int64_t length = std::min(most, end - k);
+        of.pack(k, length, 0, p.m, packed);
+        for (int64_t r = 0; r < p.n; r += block) {
+          const int64_t high = std::min(block, p.n - r);
+          float* to = sum + r * ld;
+          multiply<D, false>(high, of.rows(r, high, k, length, rows), Panels{packed, lanes_of<D>(length), p.m}, none,
+                             nullptr, Sum<float>{to, ld, k > first ? to : nullptr, ld});
+        }
+      }
+    }
+  });
+  constexpr int64_t ROWS = 16;
+  parallel_units((p.n + ROWS - 1) / ROWS, [&](Queue& queue) {
+    for (int64_t unit; (unit = queue.next()) >= 0;)
+      for (int64_t r = unit * ROWS; r < std::min(p.n, unit * ROWS + ROWS); r++) {
+        O* out = static_cast<O*>(p.out) + r * p.ldo;
+        vectors(p.m, [&](int64_t c, int left) {
+          vf y = load(bias + c);
+          for (int64_t part = 0; part < parts; part++) y += load(sums + part * size + r * ld + c);
+          if constexpr (std::is_same_v<O, float>)
+            if (p.add) y += read(out + c, left);
+          write(out + c, y, left);
+        });
+      }
+  });
+}
+
+// Blocks of rows to the threads; b is packed once for all.
+template <class T, class O>
+void by_rows(const Product& p) {
+  using D = Compute<T>;
+  const Multiplier<T> of{p};
+  const int64_t stretches = std::max<int64_t>((p.k + MOST_LANES * D::K - 1) / (MOST_LANES * D::K), 1),
+                most = std::max<int64_t>(round_up((p.k + stretches - 1) / stretches, D::K), D::K),
+                lanes = lanes_of<D>(most), wide = std::max<int64_t>(MOST_PACKED / 4 / lanes / NR * NR, NR),
+                block = rows_of_block(p.n, lanes * 4);
+  Scratch& common = shared();
+  const float* bias = widened(p.bias, p.dtype, p.m, 0.f, common);
+  const float* none = widened(nullptr, p.dtype, p.m, 0.f, common);
+  uint32_t* packed = common.take<uint32_t>(packed_size<D>(most, std::min(p.m, wide)));
+  const bool apart = !std::is_same_v<O, float> && stretches > 1;
+  const int64_t ld = apart ? round_up(std::min(p.m, wide), W) : p.ldo;
+  float* apart_sums = common.take<float>(apart ? p.n * ld : 0);
+
+  for (int64_t col = 0; col < p.m; col += wide) {
+    const int64_t cols = std::min(wide, p.m - col);
+    for (int64_t k = 0; k < p.k || !k; k += most) {
+      const int64_t length = std::min(most, p.k - k), high_k = lanes_of<D>(length);
+      const bool last = k + length == p.k;
+      parallel_units((cols + NR - 1) / NR, [&](Queue& queue) {
+        for (int64_t unit; (unit = queue.next()) >= 0;) {
+          const int64_t c = unit * NR;
+          of.pack(k, length, col + c, std::min<int64_t>(NR, cols - c), packed + c * high_k);
+        }
+      });
+      parallel_units((p.n + block - 1) / block, [&](Queue& queue) {
+        uint32_t* memory = scratch().take<uint32_t>(of.packed_rows(block, lanes));
+        for (int64_t unit; (unit = queue.next()) >= 0;) {
+          const int64_t r = unit * block, high = std::min(block, p.n - r);
+          const Rows rows = of.rows(r, high, k, length, memory);
+          const Panels panels{packed, high_k, cols};
+          O* out = static_cast<O*>(p.out) + r * p.ldo + col;
+          float* sums = apart_sums + r * ld;
+          if constexpr (std::is_same_v<O, float>)
+            if (!apart) sums = out;
+          const float* before = k || p.add ? sums : nullptr;
+          if (last) {
+            multiply<D, false>(high, rows, panels, bias + col, nullptr, Sum<O>{out, p.ldo, before, ld});
+          } else {
+            multiply<D, false>(high, rows, panels, none, nullptr, Sum<float>{sums, ld, before, ld});
+          }
+        }
+      });
+    }
+  }
+}
+
+template <class T, class O>
+void run(const Product& p) {
+  const int64_t lanes = lanes_of<Compute<T>>(p.k), parts = std::min<int64_t>(threads.count(), lanes / PART_LANES);
+  if (parts > 1 && p.n * p.m * 4 <= MOST_PART && lanes > 4 * std::max(p.n, p.m)) return by_parts<T, O>(p, parts);
+  by_rows<T, O>(p);
+}
+template <class T>
+void run(const Product& p) {
+  p.out_dtype == Dtype::f32 ? run<T, float>(p) : run<T, T>(p);
+}
+
+}  // namespace
+
+void product(const Product& p) {
+  switch (p.dtype) {
+    case Dtype::bf16:
+      return run<bf16>(p);
+    case Dtype::f16:
+      return run<f16>(p);
+    default:
+      return run<float>(p);
+  }
+}
+
+}  // namespace pyvit::PYVIT_ISA

@@ -1,0 +1,133 @@
+"""The compiled library's matrix product: every layout, however the work is cut up, in every dtype."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyvit import library
+from pyvit.ops import products
+from pyvit.testing import layout, poisoned
+
+pytestmark = pytest.mark.skipif(library.problem() is not None, reason="needs the compiled library")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+#: (n, m, k): ragged tiles, nothing at all, one stretch of k per thread (k long, result small), several stretches after one another,
+#: columns in several goes
+SHAPES = [
+    (1, 1, 1),
+    (7, 5, 3),
+    (50, 130, 33),
+    (13, 64, 257),
+    (4, 6, 0),
+    (0, 3, 4),
+    (3, 0, 4),
+    (20, 35, 4099),
+    (90, 33, 9001),
+    (11, 70, 6700),
+    (5, 1100, 3100),
+]
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, add: bool = False) -> Tensor:
+    torch.ops.pyvit.product(a, b, bias, out, add)
+    return out
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: f"cpu-{d}".replace("torch.", ""))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_numerics(threads: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    n, m, k = shape
+    a, b, bias = (torch.randn(n, k) * max(k, 1) ** -0.5).to(dtype), torch.randn(k, m).to(dtype), torch.randn(m).to(dtype)
+    exact = a.double() @ b.double() + bias.double()
+    rounding = torch.finfo(dtype).eps
+    for x, y in itertools.product((a, a.t().contiguous().t()), (b, b.t().contiguous().t())):
+        with poisoned():
+            found = product(x, y, bias, torch.empty(n, m, dtype=dtype))
+            wide = product(x, y, bias, torch.empty(n, m))
+        torch.testing.assert_close(wide.double(), exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.double(), exact, rtol=0.51 * rounding, atol=1e-5)
+        again = product(x, y, bias, torch.empty(n, m, dtype=dtype))
+        assert torch.equal(again, found)
+        added = product(x, y, bias, torch.full((n, m), 2.0), add=True)
+        torch.testing.assert_close(added.double(), exact + 2, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("store", ["sliced", "shifted"])
+def test_parts_of_larger_tensors(store: str, dtype: torch.dtype) -> None:
+    """Nothing beyond the operands is read into the result, and nothing beyond the result is written."""
+    for n, m, k in ((14, 37, 21), (9, 20, 4500)):
+        a, b = torch.randn(n, k).to(dtype), torch.randn(k, m).to(dtype)
+        exact = a.double() @ b.double()
+        held = torch.full((n + 1, m + 5), 7.0)
+        for x, y in itertools.product((layout(a, store), layout(a.t(), store).t()), (layout(b, store), layout(b.t(), store).t())):
+            product(x, y, None, held[:n, :m])
+            torch.testing.assert_close(held[:n, :m].double(), exact, rtol=1e-5, atol=1e-3)
+            assert (held[n:] == 7).all()
+            assert (held[:, m:] == 7).all()
+
+
+def test_what_is_not_finite_passes() -> None:
+    a, b = torch.randn(10, 5000), torch.randn(5000, 8)
+    a[3, 4000] = float("nan")
+    for x in (a, a.t().contiguous().t()):
+        found = product(x, b, None, torch.empty(10, 8))
+        assert found[3].isnan().all()
+        assert found[[0, 1, 2, 4, 9]].isfinite().all()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    a, b = torch.zeros(4, 6), torch.zeros(6, 5)
+    for arguments, said in (
+        ((a, b.t(), None, torch.zeros(4, 5)), "one dtype that fit"),
+        ((a, b.bfloat16(), None, torch.zeros(4, 5)), "one dtype that fit"),
+        ((a, b, None, torch.zeros(4, 6)), r"out must be of shape \(4, 5\)"),
+        ((a, b, None, torch.zeros(5, 4).t()), "contiguous rows"),
+        ((a, b, None, torch.zeros(4, 5, dtype=torch.bfloat16)), "float32 or"),
+        ((a, b, torch.zeros(4), torch.zeros(4, 5)), "of 5 elements"),
+        ((torch.zeros(8, 12)[::2, ::2], b, None, torch.zeros(4, 5)), "rows or the columns"),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            product(*arguments)
+    with pytest.raises(RuntimeError, match="if not added to"):
+        product(a.bfloat16(), b.bfloat16(), None, torch.zeros(4, 5, dtype=torch.bfloat16), add=True)
+
+
+def test_a_slow_way_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that is wrong is not measured."""
+    times = {"torch": 1.0, "pyvit": 0.9, "slow": 3.0}
+    now, calls = [0.0], []
+
+    def way(name: str) -> products.Way:
+        def run(x: Tensor, w: Tensor) -> Tensor:
+            calls.append((name, x.shape[0]))
+            now[0] += times.get(name, 0.1)
+            return x @ w.t() if name != "wrong" else x @ w.t() + 1
+
+        return run
+
+    monkeypatch.setattr(products, "_policy", "auto")
+    monkeypatch.setattr(products.time, "perf_counter", lambda: now[0])
+    ways = {name: way(name) for name in ("wrong", "slow", "pyvit", "torch")}
+    x, weight = torch.randn(300, 8), torch.randn(6, 8)
+    found, how = products._choose(("key",), ways, lambda rows: (x[:rows], weight), 300, weight, x)
+    assert found is ways["pyvit"]
+    assert how.startswith("pyvit (measured on 300 rows: slow 3000.000 ms, pyvit 900.000 ms, torch 1000.000 ms")
+    assert calls.count(("slow", 300)) == 1
+    assert calls.count(("torch", 300)) == 3
+    assert [rows for name, rows in calls if name == "wrong"] == [64]
