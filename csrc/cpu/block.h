@@ -30,13 +30,17 @@ class ComingLines {
       for (int64_t b = 0; b < cols * int64_t(sizeof(T)) && count_ < MOST; b += 64) line_[count_++] = row + b;
     }
   }
+  // Up to `n` lines of a stretch of memory, which then begins behind them.
+  void add(const char*& at, const char* end, int64_t n) {
+    for (; n && at < end && count_ < MOST; n--, at += 64) line_[count_++] = at;
+  }
   bool over() const { return !count_; }
   void operator()(int64_t k) {
     if (count_ && !(k & 3)) __builtin_prefetch(line_[--count_], 1, 3);
   }
 
  private:
-  static constexpr int MOST = 2 * MR * NR / 16;  // two tiles of float32
+  static constexpr int MOST = 4 * MR * NR / 16;  // four tiles of float32
   const char* line_[MOST];
   int count_ = 0;
 };

@@ -7,9 +7,17 @@ namespace {
 
 // Lanes that are multiplied in one go, and bytes of a packed b that all threads share.
 constexpr int64_t MOST_LANES = 3072, MOST_PACKED = 6 << 20;
-// Where k is long and the result small, each thread takes a stretch of k instead of rows. Lanes in one go, then, and
-// bytes of a result.
-constexpr int64_t PART_LANES = 512, MOST_PART = 1 << 20;
+// Where k is long and the result has few bytes, each thread takes a stretch of k instead of rows, a few lanes at a
+// time: then both operands stay in L2.
+constexpr int64_t FEW_LANES = 256, FEW_BYTES = 1 << 20;
+
+// Memory to fetch in the course of the tiles, a share in each.
+struct Stream {
+  const char *at, *end;
+  int64_t share;
+  Stream(const void* first, const void* last, int64_t tiles)
+      : at(static_cast<const char*>(first)), end(static_cast<const char*>(last)), share((end - at) / 64 / tiles + 1) {}
+};
 
 // To out, on top of what is there or in `before`; null for nothing.
 template <class O>
@@ -18,8 +26,11 @@ struct Sum {
   int64_t ld;
   const float* before;
   int64_t before_ld;
+  Stream *a = nullptr, *b = nullptr;
   void ahead(ComingLines& lines, int64_t r, int64_t high, int64_t c, int64_t width) const {
     lines.add(out + r * ld + c, ld, high, width);
+    if (a) lines.add(a->at, a->end, a->share);
+    if (b) lines.add(b->at, b->end, b->share);
   }
   template <class N>
   void put(int64_t r, int64_t c, vf y, N left) const {
@@ -35,6 +46,9 @@ struct Multiplier {
 
   const T* a(int64_t row, int64_t k) const {
     return static_cast<const T*>(p.a.data) + (p.a.down ? k * p.a.ld + row : row * p.a.ld + k);
+  }
+  const T* b(int64_t k, int64_t col) const {
+    return static_cast<const T*>(p.b.data) + (p.b.down ? col * p.b.ld + k : k * p.b.ld + col);
   }
   // Words that `rows` rows of a and `lanes` lanes take, packed.
   static int64_t packed_rows(int64_t rows, int64_t lanes) { return (rows + MR - 1) / MR * down_tile(lanes); }
@@ -53,41 +67,43 @@ struct Multiplier {
   }
   // Columns col .. col + wide of b, col a multiple of NR.
   void pack(int64_t k, int64_t length, int64_t col, int64_t wide, uint32_t* to) const {
-    const T* b = static_cast<const T*>(p.b.data);
     if (p.b.down) {
-      pack_cols<D>(b + col * p.b.ld + k, p.b.ld, length, wide, to);
+      pack_cols<D>(b(k, col), p.b.ld, length, wide, to);
     } else {
-      pack_rows<D>(b + k * p.b.ld + col, p.b.ld, length, wide, to);
+      pack_rows<D>(b(k, col), p.b.ld, length, wide, to);
     }
   }
 };
 
-// A stretch of k to every thread, and the sum of what they found.
+// A stretch of k to every thread, and the sum of what they found. What comes next is fetched meanwhile.
 template <class T, class O>
 void by_parts(const Product& p, int64_t parts) {
   using D = Compute<T>;
   const Multiplier<T> of{p};
-  const int64_t stretch = round_up((p.k + parts - 1) / parts, D::K), ld = round_up(p.m, W), size = p.n * ld;
+  const int64_t stretch = round_up((p.k + parts - 1) / parts, D::K),
+                goes = (stretch / D::K + FEW_LANES - 1) / FEW_LANES, few = (stretch / D::K + goes - 1) / goes,
+                block = std::min(p.n, rows_of_block(p.n, few * 4)), ld = round_up(p.m, W), size = p.n * ld,
+                tiles = ((p.n + MR - 1) / MR) * ((p.m + NR - 1) / NR);
   Scratch& common = shared();
   const float* bias = widened(p.bias, p.dtype, p.m, 0.f, common);
   const float* none = widened(nullptr, p.dtype, p.m, 0.f, common);
   float* sums = common.take<float>(parts * size);
   parallel_units(parts, [&](Queue& queue) {
-    const int64_t most = PART_LANES * D::K, block = std::min(p.n, rows_of_block(p.n, PART_LANES * 4));
     Scratch& memory = scratch();
-    uint32_t* packed = memory.take<uint32_t>(packed_size<D>(most, p.m));
-    uint32_t* rows = memory.take<uint32_t>(of.packed_rows(block, PART_LANES));
+    uint32_t* packed = memory.take<uint32_t>(few * round_up(p.m, W));
+    uint32_t* rows = memory.take<uint32_t>(of.packed_rows(block, few));
     for (int64_t part; (part = queue.next()) >= 0;) {
       const int64_t first = std::min(p.k, part * stretch), end = std::min(p.k, first + stretch);
       float* sum = sums + part * size;
-      for (int64_t k = first; k < end || k == first; k += most) {
-        const int64_t length = std::min(most, end - k);
+      for (int64_t k = first; k < end || k == first; k += few * D::K) {
+        const int64_t next = std::min(end, k + few * D::K), after = std::min(end, next + few * D::K), length = next - k;
+        Stream a(of.a(0, next), of.a(0, after), tiles), b(of.b(next, 0), of.b(after, 0), tiles);
         of.pack(k, length, 0, p.m, packed);
         for (int64_t r = 0; r < p.n; r += block) {
           const int64_t high = std::min(block, p.n - r);
           float* to = sum + r * ld;
           multiply<D, false>(high, of.rows(r, high, k, length, rows), Panels{packed, lanes_of<D>(length), p.m}, none,
-                             nullptr, Sum<float>{to, ld, k > first ? to : nullptr, ld});
+                             nullptr, Sum<float>{to, ld, k > first ? to : nullptr, ld, &a, &b});
         }
       }
     }
@@ -160,9 +176,9 @@ void by_rows(const Product& p) {
 
 template <class T, class O>
 void run(const Product& p) {
-  const int64_t lanes = lanes_of<Compute<T>>(p.k), parts = std::min<int64_t>(threads.count(), lanes / PART_LANES);
-  if (parts > 1 && p.n * p.m * 4 <= MOST_PART && lanes > 4 * std::max(p.n, p.m)) return by_parts<T, O>(p, parts);
-  by_rows<T, O>(p);
+  const int64_t parts = threads.count();
+  const bool few = p.n * p.m * 4 <= FEW_BYTES && lanes_of<Compute<T>>(p.k) >= 2 * FEW_LANES * parts;
+  few&& parts > 1 && p.a.down && !p.b.down ? by_parts<T, O>(p, parts) : by_rows<T, O>(p);
 }
 template <class T>
 void run(const Product& p) {
