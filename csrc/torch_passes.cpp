@@ -182,18 +182,21 @@ Operand operand_of(const Tensor& t) {
 
 // out (n, m) = or, with `add`, += a (n, k) b (k, m) + bias
 void product(Tensor a, Tensor b, Maybe bias, Tensor out, bool add) {
-  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0) && a.scalar_type() == b.scalar_type(),
-                  "pyvit: product: a and b must be matrices of one dtype that fit each other");
+  const auto narrow_or_wide = [&](const Tensor& t) {
+    return t.scalar_type() == a.scalar_type() || t.scalar_type() == ScalarType::Float;
+  };
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0) && narrow_or_wide(b),
+                  "pyvit: product: a and b must be matrices that fit each other, b of the dtype of a or float32");
   const int64_t n = a.size(0), m = b.size(1), k = a.size(1);
   STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == n && out.size(1) == m && (m <= 1 || out.stride(1) == 1) &&
-                      (out.scalar_type() == ScalarType::Float || (out.scalar_type() == a.scalar_type() && !add)),
+                      narrow_or_wide(out) && (!add || out.scalar_type() == ScalarType::Float),
                   "pyvit: product: out must be of shape (", n, ", ", m,
-                  ") with contiguous rows, float32 or, if not added to, of the dtype of a and b");
-  STD_TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == m && bias->scalar_type() == a.scalar_type()),
-                  "pyvit: product: a bias must be contiguous, of the dtype of a and of ", m, " elements");
+                  ") with contiguous rows, float32 or, if not added to, of the dtype of a");
+  STD_TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == m && bias->scalar_type() == b.scalar_type()),
+                  "pyvit: product: a bias must be contiguous, of the dtype of b and of ", m, " elements");
   if (out.numel())
-    kernels().product({n, m, k, dtype_of(a), operand_of(a), operand_of(b), data<char>(bias), out.data_ptr(),
-                       dtype_of(out), out.stride(0), add});
+    kernels().product({n, m, k, dtype_of(a), operand_of(a), operand_of(b), dtype_of(b), data<char>(bias),
+                       out.data_ptr(), dtype_of(out), out.stride(0), add});
 }
 
 // layout

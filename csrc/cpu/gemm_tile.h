@@ -209,6 +209,9 @@ inline vu lanes_of_rows(const T* p, int64_t ld, int64_t n_left, bool second) {
   const bool whole = n_left >= W;
   if constexpr (D::K == 1) {
     return (vu)(whole ? load(p) : load_n(p, int(n_left)));
+  } else if constexpr (std::is_same_v<T, float>) {
+    const int n = whole ? W : int(n_left);
+    return pair_lanes(read(p, n), second ? read(p + ld, n) : vf{});
   } else {
     vh low{}, high{};
     if (whole) {
@@ -242,6 +245,10 @@ template <class D, class T>
 inline vu lanes_along(const T* p, int64_t left) {
   if constexpr (D::K == 1) {
     return (vu)(left >= W ? load(p) : load_n(p, int(left)));
+  } else if constexpr (std::is_same_v<T, float>) {
+    if (left >= 2 * W) return round_in_order(load(p), load(p + W));
+    const int64_t more = left - W;
+    return round_in_order(read(p, int(std::min<int64_t>(left, W))), more > 0 ? load_n(p + W, int(more)) : vf{});
   } else {
     vu v{};
     if (left >= 2 * W) return load_as<vu>(p);

@@ -199,8 +199,8 @@ struct DistillationGrad {
   void* grad;
 };
 
-// out (n, m) = a (n, k) b (k, m) + bias, or with `add`, of a float32 out, += that. Operands of one dtype; `down`: with
-// columns where rows would lie. ld: from one row, or column, to the next.
+// out (n, m) = a (n, k) b (k, m) + bias, or with `add`, of a float32 out, += that. `down`: with columns where rows
+// would lie. ld: from one row, or column, to the next.
 struct Operand {
   const void* data;
   int64_t ld;
@@ -208,11 +208,12 @@ struct Operand {
 };
 struct Product {
   int64_t n, m, k;
-  Dtype dtype;
+  Dtype dtype;  // of a, that it is computed in
   Operand a, b;
-  const void* bias;  // (m,) of the operands' dtype, or null
+  Dtype b_dtype;     // a's, or float32: rounded to a's as it is packed, where that is multiplied in
+  const void* bias;  // (m,) of b's dtype, or null
   void* out;
-  Dtype out_dtype;  // the operands', or float32
+  Dtype out_dtype;  // a's, or float32
   int64_t ldo;
   bool add;
 };

@@ -39,7 +39,7 @@ struct Sum {
   }
 };
 
-template <class T>
+template <class T, class B>
 struct Multiplier {
   using D = Compute<T>;
   const Product& p;
@@ -47,8 +47,8 @@ struct Multiplier {
   const T* a(int64_t row, int64_t k) const {
     return static_cast<const T*>(p.a.data) + (p.a.down ? k * p.a.ld + row : row * p.a.ld + k);
   }
-  const T* b(int64_t k, int64_t col) const {
-    return static_cast<const T*>(p.b.data) + (p.b.down ? col * p.b.ld + k : k * p.b.ld + col);
+  const B* b(int64_t k, int64_t col) const {
+    return static_cast<const B*>(p.b.data) + (p.b.down ? col * p.b.ld + k : k * p.b.ld + col);
   }
   // Words that `rows` rows of a and `lanes` lanes take, packed.
   static int64_t packed_rows(int64_t rows, int64_t lanes) { return (rows + MR - 1) / MR * down_tile(lanes); }
@@ -79,13 +79,13 @@ struct Multiplier {
 template <class T, class O>
 void by_parts(const Product& p, int64_t parts) {
   using D = Compute<T>;
-  const Multiplier<T> of{p};
+  const Multiplier<T, T> of{p};
   const int64_t stretch = round_up((p.k + parts - 1) / parts, D::K),
                 goes = (stretch / D::K + FEW_LANES - 1) / FEW_LANES, few = (stretch / D::K + goes - 1) / goes,
                 block = std::min(p.n, rows_of_block(p.n, few * 4)), ld = round_up(p.m, W), size = p.n * ld,
                 tiles = ((p.n + MR - 1) / MR) * ((p.m + NR - 1) / NR);
   Scratch& common = shared();
-  const float* bias = widened(p.bias, p.dtype, p.m, 0.f, common);
+  const float* bias = widened(p.bias, p.b_dtype, p.m, 0.f, common);
   const float* none = widened(nullptr, p.dtype, p.m, 0.f, common);
   float* sums = common.take<float>(parts * size);
   parallel_units(parts, [&](Queue& queue) {
@@ -125,16 +125,16 @@ void by_parts(const Product& p, int64_t parts) {
 }
 
 // Blocks of rows to the threads; b is packed once for all.
-template <class T, class O>
+template <class T, class B, class O>
 void by_rows(const Product& p) {
   using D = Compute<T>;
-  const Multiplier<T> of{p};
+  const Multiplier<T, B> of{p};
   const int64_t stretches = std::max<int64_t>((p.k + MOST_LANES * D::K - 1) / (MOST_LANES * D::K), 1),
                 most = std::max<int64_t>(round_up((p.k + stretches - 1) / stretches, D::K), D::K),
                 lanes = lanes_of<D>(most), wide = std::max<int64_t>(MOST_PACKED / 4 / lanes / NR * NR, NR),
                 block = rows_of_block(p.n, lanes * 4);
   Scratch& common = shared();
-  const float* bias = widened(p.bias, p.dtype, p.m, 0.f, common);
+  const float* bias = widened(p.bias, p.b_dtype, p.m, 0.f, common);
   const float* none = widened(nullptr, p.dtype, p.m, 0.f, common);
   uint32_t* packed = common.take<uint32_t>(packed_size<D>(most, std::min(p.m, wide)));
   const bool apart = !std::is_same_v<O, float> && stretches > 1;
@@ -174,15 +174,22 @@ void by_rows(const Product& p) {
   }
 }
 
-template <class T, class O>
+template <class T, class B, class O>
 void run(const Product& p) {
-  const int64_t parts = threads.count();
-  const bool few = p.n * p.m * 4 <= FEW_BYTES && lanes_of<Compute<T>>(p.k) >= 2 * FEW_LANES * parts;
-  few&& parts > 1 && p.a.down && !p.b.down ? by_parts<T, O>(p, parts) : by_rows<T, O>(p);
+  if constexpr (std::is_same_v<T, B>) {
+    const int64_t parts = threads.count();
+    const bool few = p.n * p.m * 4 <= FEW_BYTES && lanes_of<Compute<T>>(p.k) >= 2 * FEW_LANES * parts;
+    if (few && parts > 1 && p.a.down && !p.b.down) return by_parts<T, O>(p, parts);
+  }
+  by_rows<T, B, O>(p);
+}
+template <class T, class B>
+void run(const Product& p) {
+  p.out_dtype == Dtype::f32 ? run<T, B, float>(p) : run<T, B, T>(p);
 }
 template <class T>
 void run(const Product& p) {
-  p.out_dtype == Dtype::f32 ? run<T, float>(p) : run<T, T>(p);
+  p.b_dtype == Dtype::f32 ? run<T, float>(p) : run<T, T>(p);
 }
 
 }  // namespace

@@ -199,6 +199,18 @@ inline vu pair_lanes(vf low, vf high) {
 #endif
 }
 
+// Two vectors of values, rounded to bf16, as pairs of neighbours.
+inline vu round_in_order(vf first, vf second) {
+#if defined(__AVX512BF16__)
+  return (vu)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+#else
+  bf16 both[2 * W];
+  store(both, first);
+  store(both + W, second);
+  return load_as<vu>(both);
+#endif
+}
+
 // -1 in the first n lanes, 0 in the rest.
 inline vi first_lanes(int n) {
   vi lane;

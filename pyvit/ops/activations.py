@@ -50,7 +50,7 @@ def activate_(x: Tensor, name: str) -> Tensor:
 
 
 def gradient(grad: Tensor, inner: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """The gradient of ``inner`` (..., C) for that of activation(inner), and its sum (C,) over the other dimensions.
+    """The gradient of ``inner`` (..., C) for that of activation(inner), and its sum (C,) over the other dimensions, as wide as it is known.
 
     For relu, ``inner`` may be the result as well.
     """
@@ -59,7 +59,7 @@ def gradient(grad: Tensor, inner: Tensor, name: str) -> tuple[Tensor, Tensor]:
         return found, found.sum_to_size(found.shape[-1:])
     grad, inner = grad.contiguous(), inner.contiguous()
     found = torch.empty_like(inner)
-    return found, torch.ops.pyvit.activation_backward(grad, inner, name, found, None).to(inner.dtype)
+    return found, torch.ops.pyvit.activation_backward(grad, inner, name, found, None)
 
 
 def gradient_(grad: Tensor, inner: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -69,4 +69,4 @@ def gradient_(grad: Tensor, inner: Tensor, name: str) -> tuple[Tensor, Tensor]:
         return reference.ACTIVATIONS[name](inner), grad.sum_to_size(grad.shape[-1:])
     inner = inner.contiguous()
     out = scratch("activation", inner.shape, inner.dtype)
-    return out, torch.ops.pyvit.activation_backward(grad, inner, name, grad, out).to(inner.dtype)
+    return out, torch.ops.pyvit.activation_backward(grad, inner, name, grad, out)

@@ -6,7 +6,6 @@ while the result is in registers. Which is faster depends on processor and shape
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -64,10 +63,12 @@ def linear(
     x, weight, bias, device = prepare(x, weight, bias, activation)
     wanted = select("linear", device, x.dtype, backend)
     if wanted == "cpu" and compiled_inference(x, weight):
+        weight, bias = narrow(x, weight, bias)
         return packed.in_graph(x, Branch(weight, bias, activation))
     if wanted == "reference" or traced(x, weight):
+        weight, bias = narrow(x, weight, bias)
         return reference.linear(x, weight, bias, activation)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and weight.dtype == x.dtype:
         return packed.layer(x, weight, bias, activation)
     if x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
         return _Linear.apply(x, weight, bias, activation)
@@ -107,7 +108,10 @@ def prepare(
     op: str = "linear",
     names: tuple[str, str, str] = ("x", "weight", "bias"),
 ) -> tuple[Tensor, Tensor, Tensor | None, str]:
-    """The operands of ``op``'s layer, so called, checked and in autocast's dtype, and their device."""
+    """The operands of ``op``'s layer, so called, checked, and their device; x in autocast's dtype.
+
+    On a CPU float32 weights stay beside it as they are, to be rounded as they are multiplied: see :func:`narrow`.
+    """
     _x, _weight, _bias = names
     if activation is not None and activation not in reference.ACTIVATIONS:
         checks.fail(op, "activation", f"None or one of {', '.join(reference.ACTIVATIONS)}", repr(activation))
@@ -117,12 +121,21 @@ def prepare(
         checks.fail(op, _x, f"of shape (..., {weight.shape[1]}) to fit {_weight} {tuple(weight.shape)}", checks.shape(x))
     if bias is not None and bias.shape != weight.shape[:1]:
         checks.fail(op, _bias, f"of shape ({weight.shape[0]},)", checks.shape(bias))
+    if device == "cpu" and torch.is_autocast_enabled("cpu") and all(t is None or t.dtype == torch.float32 for t in (weight, bias)):
+        (x,) = dispatch.autocast(device, x)
+        if x.dtype in (torch.bfloat16, torch.float16):
+            return x, weight, bias, device
     x, weight, bias = dispatch.autocast(device, x, weight, bias)
     if weight.dtype != x.dtype or weight.device != x.device:
         checks.same(op, _weight, weight, _x, x)
     if bias is not None and (bias.dtype != x.dtype or bias.device != x.device):
         checks.same(op, _bias, bias, _x, x)
     return x, weight, bias, device
+
+
+def narrow(x: Tensor, *weights: Tensor | None) -> Any:
+    """``weights`` in the dtype of x."""
+    return tuple(t if t is None or t.dtype == x.dtype else t.to(x.dtype) for t in weights)
 
 
 def select(op: str, device: str, dtype: torch.dtype, backend: str | None) -> str:
@@ -177,7 +190,11 @@ class _Linear(torch.autograd.Function):
         x, weight, bias, inner = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # a gradient of the gradient was asked for: by the plain formula, which autograd sees through
-            formula = functools.partial(reference.linear, activation=ctx.activation)
+
+            def formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                weight, bias = narrow(x, weight, bias)
+                return reference.linear(x, weight, bias, ctx.activation)
+
             return dispatch.formula_gradients(formula, (x, weight, bias), needs, grad)
         sums = None
         if inner is not None:
@@ -185,7 +202,7 @@ class _Linear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         return (
             products.grad_input(rows, weight).view(x.shape) if needs[0] else None,
-            products.grad_weight(rows, x.reshape(-1, x.shape[-1]).contiguous()) if needs[1] else None,
-            (rows.sum(0) if sums is None else sums) if needs[2] else None,
+            products.grad_weight(rows, x.reshape(-1, x.shape[-1]).contiguous(), weight.dtype) if needs[1] else None,
+            (rows.sum(0) if sums is None else sums).to(bias.dtype) if needs[2] else None,
             None,
         )

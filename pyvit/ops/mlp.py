@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from pyvit import dispatch
 from pyvit.dispatch import Call
 from pyvit.ops import activations, checks, packed, products, reference
-from pyvit.ops.linear import explain, prepare, select, with_surroundings
+from pyvit.ops.linear import explain, narrow, prepare, select, with_surroundings
 from pyvit.ops.packed import Branch, Norm
 from pyvit.ops.tracing import compiled_inference, traced
 
@@ -56,10 +55,12 @@ def mlp(
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     branch = Branch(fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias)
     if wanted == "cpu" and compiled_inference(x, fc1_weight, fc2_weight):
-        return packed.in_graph(x, branch)
+        w1, b1, w2, b2 = narrow(x, *weights)
+        return packed.in_graph(x, Branch(w1, b1, activation, w2, b2))
     if wanted == "reference" or traced(x, fc1_weight, fc2_weight):
-        return reference.mlp(x, *weights, activation)
-    if not torch.is_grad_enabled():
+        w1, b1, w2, b2 = narrow(x, *weights)
+        return reference.mlp(x, w1, b1, w2, b2, activation)
+    if not torch.is_grad_enabled() and fc1_weight.dtype == fc2_weight.dtype == x.dtype:
         out = packed.run(x, branch)
         return packed.layers(x, branch) if out is None else out
     if any(t is not None and t.requires_grad for t in (x, *weights)):
@@ -116,24 +117,29 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, inner = ctx.saved_tensors
-        x, fc1_weight, _, fc2_weight, _ = inputs
+        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = inputs
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # a gradient of the gradient was asked for: by the plain formula, which autograd sees through
-            return dispatch.formula_gradients(functools.partial(reference.mlp, activation=ctx.activation), inputs, needs, grad)
+
+            def formula(x: Tensor, *weights: Tensor | None) -> Tensor:
+                w1, b1, w2, b2 = narrow(x, *weights)
+                return reference.mlp(x, w1, b1, w2, b2, ctx.activation)
+
+            return dispatch.formula_gradients(formula, inputs, needs, grad)
         rows = grad.reshape(-1, grad.shape[-1])
         inner = inner.view(-1, inner.shape[-1])
         grads: list[Tensor | None] = [None] * 6
         if needs[4]:
-            grads[4] = rows.sum(0)
+            grads[4] = rows.sum(0).to(fc2_bias.dtype)
         grad_inner = products.grad_input(rows, fc2_weight).contiguous()
         hidden, sums = activations.gradient_(grad_inner, inner, ctx.activation)
         if needs[3]:
-            grads[3] = products.grad_weight(rows, hidden)
+            grads[3] = products.grad_weight(rows, hidden, fc2_weight.dtype)
         del hidden
         if needs[2]:
-            grads[2] = sums
+            grads[2] = sums.to(fc1_bias.dtype)
         if needs[1]:
-            grads[1] = products.grad_weight(grad_inner, x.reshape(-1, x.shape[-1]).contiguous())
+            grads[1] = products.grad_weight(grad_inner, x.reshape(-1, x.shape[-1]).contiguous(), fc1_weight.dtype)
         if needs[0]:
             grads[0] = products.grad_input(grad_inner, fc1_weight).view(x.shape)
         return tuple(grads)

@@ -59,19 +59,26 @@ def onednn() -> Callable[..., Tensor] | None:
     return _onednn
 
 
+def _narrow(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weights in the dtype of x."""
+    if weight.dtype == x.dtype:
+        return weight, bias
+    return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+
+
 def by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    y = F.linear(x, weight, bias)
+    y = F.linear(x, *_narrow(x, weight, bias))
     return y if activation is None else activations.activate_(y, activation)
 
 
 def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    y = _onednn(x, weight, bias, "none", [], "")  # type: ignore[misc]
+    y = _onednn(x, *_narrow(x, weight, bias), "none", [], "")  # type: ignore[misc]
     return y if activation is None else activations.activate_(y, activation)
 
 
 def by_onednn_fused(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     attribute, algorithm = FUSED[activation or ""]
-    return _onednn(x, weight, bias, attribute, [], algorithm)  # type: ignore[misc]
+    return _onednn(x, *_narrow(x, weight, bias), attribute, [], algorithm)  # type: ignore[misc]
 
 
 def _in_float32(product: Callable[..., Tensor]) -> Way:
@@ -94,9 +101,9 @@ def _transposed(x: Tensor) -> Tensor:
     return x.t()
 
 
-def _ours(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a (N, K) b (K, M) + bias; a and b contiguous, or transposed views of what is."""
-    out = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype)
+def _ours(a: Tensor, b: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """a (N, K) b (K, M) + bias of ``dtype``, a's or float32; a and b contiguous, or transposed views of what is."""
+    out = torch.empty(a.shape[0], b.shape[1], dtype=dtype or a.dtype)
     torch.ops.pyvit.product.default(a, b, bias, out, False)
     return out
 
@@ -116,18 +123,17 @@ _FORWARD: Mapping[str, Way] = {
     "torch": by_torch,
 }
 _GRAD_INPUT: Mapping[str, Way] = {
-    "onednn": lambda grad, weight: _onednn(grad, weight.t(), None, "none", [], ""),  # type: ignore[misc]
+    "onednn": lambda grad, weight: _onednn(grad, weight.to(grad.dtype).t(), None, "none", [], ""),  # type: ignore[misc]
     "pyvit": lambda grad, weight: _ours(grad.contiguous(), weight),
     "float32 copies": _in_float32(lambda *args: grad_input(*args)),
-    "torch": lambda grad, weight: grad @ weight,
+    "torch": lambda grad, weight: grad @ weight.to(grad.dtype),
 }
 _GRAD_WEIGHT: Mapping[str, Way] = {
-    "onednn": lambda grad, x: _onednn(_transposed(grad), x.t(), None, "none", [], ""),  # type: ignore[misc]
-    "pyvit": lambda grad, x: _ours(grad.contiguous().t(), x),
-    "float32 copies": _in_float32(lambda *args: grad_weight(*args)),
-    "torch": lambda grad, x: grad.t() @ x,
+    "onednn": lambda grad, x, dtype: _onednn(_transposed(grad), x.t(), None, "none", [], "").to(dtype),  # type: ignore[misc]
+    "pyvit": lambda grad, x, dtype: _ours(grad.contiguous().t(), x, dtype=dtype),
+    "float32 copies": lambda grad, x, dtype: _in_float32(lambda *args: grad_weight(*args))(grad, x).to(dtype),
+    "torch": lambda grad, x, dtype: (grad.t() @ x).to(dtype),
 }
-
 Key = tuple[Any, ...]
 _chosen: dict[Key, tuple[Way, str]] = {}
 _adopted: dict[Key, str] = {}
@@ -158,7 +164,11 @@ def _key(kind: str, rows: int, *rest: Any) -> Key:
 
 
 def forward_key(rows: int, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Key:
-    return _key("forward", rows, weight.shape, weight.is_contiguous(), x.dtype, activation, bias is None)
+    return _key("forward", rows, weight.shape, weight.is_contiguous(), _dtypes(x.dtype, weight.dtype), activation, bias is None)
+
+
+def _dtypes(narrow: torch.dtype, wide: torch.dtype) -> Any:
+    return narrow if narrow == wide else (narrow, wide)
 
 
 def chosen(key: Key, ways: Mapping[str, Way], arguments: Callable[[int], tuple[Any, ...]], rows: int, weight: Tensor, x: Tensor) -> Way:
@@ -180,7 +190,8 @@ def policy() -> str:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """activation(x weight^T + bias); x (..., K), weight (M, K). No gradient is recorded."""
+    """activation(x weight^T + bias); x (..., K), weight (M, K); beside a narrower x, weight and bias may be float32, as they are under
+    autocast. No gradient is recorded."""
     rows = x.numel() // max(x.shape[-1], 1)
     key = forward_key(rows, x, weight, bias, activation)
     found = _chosen.get(key)
@@ -192,22 +203,23 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | No
 
 
 def grad_input(grad: Tensor, weight: Tensor) -> Tensor:
-    """grad (N, M) weight (M, K) -> (N, K)."""
-    key = _key("grad_input", grad.shape[0], weight.shape, weight.is_contiguous(), grad.dtype)
+    """grad (N, M) weight (M, K) -> (N, K), in grad's dtype."""
+    key = _key("grad_input", grad.shape[0], weight.shape, weight.is_contiguous(), _dtypes(grad.dtype, weight.dtype))
     found = _chosen.get(key)
     if found is None:
         found = _chosen[key] = _choose(key, _GRAD_INPUT, lambda rows: (grad[:rows], weight), grad.shape[0], weight, grad)
     return found[0](grad, weight)
 
 
-def grad_weight(grad: Tensor, x: Tensor) -> Tensor:
-    """grad (N, M), x (N, K) -> grad^T x (M, K)."""
-    key = _key("grad_weight", grad.shape[0], grad.shape[1], x.shape[1], grad.dtype)
+def grad_weight(grad: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """grad (N, M), x (N, K) -> grad^T x (M, K) in ``dtype``: theirs (the default) or float32."""
+    dtype = dtype or grad.dtype
+    key = _key("grad_weight", grad.shape[0], grad.shape[1], x.shape[1], _dtypes(grad.dtype, dtype))
     found = _chosen.get(key)
     if found is None:
         shape = torch.empty(grad.shape[1], x.shape[1], device="meta")
-        found = _chosen[key] = _choose(key, _GRAD_WEIGHT, lambda rows: (grad[:rows], x[:rows]), grad.shape[0], shape, grad)
-    return found[0](grad, x)
+        found = _chosen[key] = _choose(key, _GRAD_WEIGHT, lambda rows: (grad[:rows], x[:rows], dtype), grad.shape[0], shape, grad)
+    return found[0](grad, x, dtype)
 
 
 def _choose(
@@ -275,7 +287,8 @@ def _agrees(way: Way, args: tuple[Any, ...], wanted: Tensor) -> bool:
         found = way(*args)
     except RuntimeError:  # oneDNN refuses a dtype or an attribute on this processor
         return False
-    tolerance = 64 * torch.finfo(wanted.dtype).eps * float(wanted.abs().nan_to_num(0.0, 0.0, 0.0).max())
+    eps = max(torch.finfo(dtype).eps for dtype in (wanted.dtype, args[0].dtype))
+    tolerance = 64 * eps * float(wanted.abs().nan_to_num(0.0, 0.0, 0.0).max())
     return found.shape == wanted.shape and bool(((found - wanted).abs().nan_to_num(0.0) <= tolerance).all())
 
 

@@ -105,5 +105,5 @@ def test_products_in_float32(shape: tuple[int, int, int], dtype: torch.dtype) ->
         streaming.product(a, b, held)
         torch.testing.assert_close(held.double(), exact, rtol=1e-5, atol=1e-4)
     if library.problem() is None:
-        with pytest.raises(RuntimeError, match="matrices of one dtype that fit"):
+        with pytest.raises(RuntimeError, match="matrices that fit each other"):
             torch.ops.pyvit.product(x, torch.zeros(k + 1, m, dtype=dtype), None, torch.zeros(n, m), False)

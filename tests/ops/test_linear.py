@@ -125,6 +125,37 @@ def test_autocast() -> None:
     torch.testing.assert_close(out.float(), F.gelu(F.linear(x, weight, bias)), rtol=0.03, atol=0.03)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_stay_as_they_are_under_autocast(policy: str, dtype: torch.dtype) -> None:
+    """No copy of them in the narrow dtype is kept, and their gradients err no more than torch's; a second derivative is there too."""
+    x, weight, bias = (t.requires_grad_() for t in inputs(torch.float32, 70))
+    grad = torch.randn(70, 24).to(dtype)
+    saved: list[Tensor] = []
+
+    def run(function: object) -> list[Tensor]:
+        with torch.autocast("cpu", dtype=dtype):
+            out = function(x, weight, bias, activation="gelu")
+        return [out, *torch.autograd.grad(out, (x, weight, bias), grad)]
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ours = run(linear)
+    assert any(t.data_ptr() == weight.data_ptr() for t in saved)
+    assert not any(t.dtype == dtype and t.shape == weight.shape for t in saved)
+    naive = run(lambda *t, activation: F.gelu(F.linear(*t)))
+    double = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    out = F.gelu(F.linear(*double))
+    exact = [out, *torch.autograd.grad(out, double, grad.double())]
+    compare("linear under autocast", ours[:1], naive[:1], exact[:1])
+    # Autocast rounds the operands: the error is theirs, whatever the dtype of a gradient.
+    for one, other, true in zip(ours[1:], naive[1:], exact[1:], strict=True):
+        assert one.dtype == torch.float32
+        assert (one - true).abs().max() <= 2 * (other - true).abs().max()
+    with torch.autocast("cpu", dtype=dtype):
+        first = torch.autograd.grad(linear(x, weight, bias).float().square().sum(), weight, create_graph=True)[0]
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    assert second.isfinite().all()
+
+
 def test_same_bits_twice_and_under_checkpointing() -> None:
     x, weight, bias = (t.requires_grad_() for t in inputs(torch.float32, 50))
     grads = []
@@ -361,7 +392,7 @@ def test_products_of_float32_copies_are_rounded_once(dtype: torch.dtype, autocas
         found = (
             products._FORWARD[name](x, weight, bias, "gelu"),
             products._GRAD_INPUT[name](grad, weight),
-            products._GRAD_WEIGHT[name](grad, x),
+            products._GRAD_WEIGHT[name](grad, x, dtype),
         )
     x, weight, bias, grad = (t.double() for t in (x, weight, bias, grad))
     wanted = (torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, bias)), grad @ weight, grad.t() @ x)

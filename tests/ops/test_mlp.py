@@ -78,7 +78,7 @@ def test_activation_passes(name: str, dtype: torch.dtype) -> None:
         naive_slope = torch.autograd.grad(naive, naive_x, grad)[0]
         compare(name, activations.activate(x, name), naive, exact)
         found, sums = activations.gradient(grad, x, name)
-        compare(f"{name} slope", [found, sums], [naive_slope, naive_slope.sum(0)], [slope, slope.sum(0)], factor=3.0)
+        compare(f"{name} slope", [found, sums.to(dtype)], [naive_slope, naive_slope.sum(0)], [slope, slope.sum(0)], factor=3.0)
         replaced = grad.clone()
         again, sums_again = activations.gradient_(replaced, x, name)
         assert torch.equal(replaced, found)

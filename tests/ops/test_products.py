@@ -63,8 +63,20 @@ def test_numerics(threads: int, shape: tuple[int, int, int], dtype: torch.dtype)
         torch.testing.assert_close(found.double(), exact, rtol=0.51 * rounding, atol=1e-5)
         again = product(x, y, bias, torch.empty(n, m, dtype=dtype))
         assert torch.equal(again, found)
+        rounded = product(x, y.float(), bias.float(), torch.empty(n, m))
+        torch.testing.assert_close(rounded, wide, rtol=1e-5, atol=1e-5)
         added = product(x, y, bias, torch.full((n, m), 2.0), add=True)
         torch.testing.assert_close(added.double(), exact + 2, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_wide_operands_are_rounded_to_what_is_multiplied(dtype: torch.dtype) -> None:
+    """Or not at all, where nothing narrower than float32 is."""
+    a, b, bias = torch.randn(20, 70).to(dtype), torch.randn(70, 37), torch.randn(37)
+    exact = torch.stack([a.double() @ t.double() + bias.double() for t in (b, b.to(dtype))])
+    for y in (b, b.t().contiguous().t()):
+        found = product(a, y, bias, torch.empty(20, 37))
+        assert (found - exact).abs().amax((1, 2)).min() < 1e-4
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -94,8 +106,8 @@ def test_what_is_not_finite_passes() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     a, b = torch.zeros(4, 6), torch.zeros(6, 5)
     for arguments, said in (
-        ((a, b.t(), None, torch.zeros(4, 5)), "one dtype that fit"),
-        ((a, b.bfloat16(), None, torch.zeros(4, 5)), "one dtype that fit"),
+        ((a, b.t(), None, torch.zeros(4, 5)), "fit each other"),
+        ((a, b.bfloat16(), None, torch.zeros(4, 5)), "b of the dtype of a or float32"),
         ((a, b, None, torch.zeros(4, 6)), r"out must be of shape \(4, 5\)"),
         ((a, b, None, torch.zeros(5, 4).t()), "contiguous rows"),
         ((a, b, None, torch.zeros(4, 5, dtype=torch.bfloat16)), "float32 or"),
