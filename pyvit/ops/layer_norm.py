@@ -106,7 +106,7 @@ class _LayerNorm(torch.autograd.Function):
         if torch.is_grad_enabled():  # a gradient of the gradient was asked for: by the plain formula, which autograd sees through
             formula = functools.partial(reference.layer_norm, eps=ctx.eps, dtype=ctx.dtype)
             return dispatch.formula_gradients(formula, (x, weight, bias), needs, grad)
-        grad_x = torch.empty_like(x)
+        grad_x = recycled(x.shape, x.dtype)
         sums = torch.empty(2, x.shape[-1]) if needs[1] or needs[2] else None
         torch.ops.pyvit.layer_norm_backward(grad.contiguous(), x, weight, statistics, grad_x, sums)
         return (

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyvit import library
-from pyvit.memory import scratch
+from pyvit.memory import recycled, scratch
 from pyvit.ops import activations
 
 POLICIES = ("auto", "onednn", "pyvit", "torch")
@@ -101,9 +101,12 @@ def _transposed(x: Tensor) -> Tensor:
     return x.t()
 
 
-def _ours(a: Tensor, b: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """a (N, K) b (K, M) + bias of ``dtype``, a's or float32; a and b contiguous, or transposed views of what is."""
-    out = torch.empty(a.shape[0], b.shape[1], dtype=dtype or a.dtype)
+def _ours(a: Tensor, b: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None, passing: bool = False) -> Tensor:
+    """a (N, K) b (K, M) + bias of ``dtype``, a's or float32; a and b contiguous, or transposed views of what is.
+
+    ``passing``: of those that are soon done with, in recycled memory.
+    """
+    out = (recycled if passing else torch.empty)((a.shape[0], b.shape[1]), dtype=dtype or a.dtype)
     torch.ops.pyvit.product.default(a, b, bias, out, False)
     return out
 
@@ -124,7 +127,7 @@ _FORWARD: Mapping[str, Way] = {
 }
 _GRAD_INPUT: Mapping[str, Way] = {
     "onednn": lambda grad, weight: _onednn(grad, weight.to(grad.dtype).t(), None, "none", [], ""),  # type: ignore[misc]
-    "pyvit": lambda grad, weight: _ours(grad.contiguous(), weight),
+    "pyvit": lambda grad, weight: _ours(grad.contiguous(), weight, passing=True),
     "float32 copies": _in_float32(lambda *args: grad_input(*args)),
     "torch": lambda grad, weight: grad @ weight.to(grad.dtype),
 }
