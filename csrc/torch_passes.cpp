@@ -5,6 +5,10 @@
 #include <algorithm>
 #include <iterator>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace pyvit {
 namespace {
 
@@ -113,12 +117,24 @@ void layer_norm_backward(Tensor grad, Tensor x, Maybe weight, Tensor statistics,
 
 // linear layers
 
+// Weights that stay: in large pages, where the system gives them. Of small ones every 64th line read costs a walk
+// through the page tables.
+void in_large_pages(const Tensor& t) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t LARGE = 2 << 20;
+  const uintptr_t first = (uintptr_t(t.data_ptr()) + LARGE - 1) / LARGE * LARGE,
+                  end = (uintptr_t(t.data_ptr()) + t.numel() * t.element_size()) / LARGE * LARGE;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+
 // weight (out, in) in the order `packed_layers` multiplies it in: 32-bit words, of no meaning elsewhere.
 Tensor pack_layer(Tensor weight) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "pyvit: pack_layer: weight must be a contiguous matrix");
   const int64_t out = weight.size(0), in = weight.size(1);
   const Dtype dtype = dtype_of(weight);
   Tensor packed = make(weight, {kernels().packed_layer_size(in, out, dtype)}, ScalarType::Int);
+  in_large_pages(packed);
   kernels().pack_layer(weight.data_ptr(), in, out, dtype, static_cast<uint32_t*>(packed.data_ptr()));
   return packed;
 }

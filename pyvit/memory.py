@@ -17,7 +17,7 @@ _MOST = 2**31 - 1
 
 _kept = threading.local()
 _KEPT_BYTES = 64 << 20
-_RECYCLED_BYTES, _LEAST = 256 << 20, 1 << 20
+_RECYCLED_BYTES, _RECYCLED, _LEAST = 256 << 20, 64, 128 << 10
 _uses = getattr(torch._C, "_storage_Use_Count", None)
 
 
@@ -56,25 +56,25 @@ def recycled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """``torch.empty(shape, dtype=dtype)`` on the CPU, in memory of an earlier such tensor of this thread that nobody holds any more.
 
     The tensors that pass from layer to layer have the same sizes again and again, and new memory costs more than many an operator that
-    writes to it (see :func:`keep_memory`). A thread keeps up to 256 MiB, the least recently used goes first; tensors below 1 MiB or above
-    64 MiB are allocated as ever.
+    writes to it (see :func:`keep_memory`). A thread keeps up to 256 MiB in 64 pieces, the least recently used goes first; tensors below
+    128 KiB or above 64 MiB are allocated as ever.
     """
     n = math.prod(shape) * dtype.itemsize
     if _uses is None or not _LEAST <= n <= _RECYCLED_BYTES // 4:
         return torch.empty(shape, dtype=dtype)
     kept: list[torch.UntypedStorage] = _kept.__dict__.setdefault("_recycled", [])
-    kept[:] = [storage for storage in kept if not storage.is_shared()]  # memory that another process may be reading
     found = None
     for at in range(len(kept)):
         storage = kept[at]
         # No tensor but ours, and the storage itself with nobody: the list, this name and the call's argument hold it.
         if storage.nbytes() == n and _uses(storage._cdata) == 1 and sys.getrefcount(storage) <= 3:
-            found = kept.pop(at)
+            del kept[at]
+            found = None if storage.is_shared() else storage  # memory that another process may be reading
             break
     if found is None:
         with torch.inference_mode(False):
             found = torch.UntypedStorage(n)
-        while kept and sum(storage.nbytes() for storage in kept) + n > _RECYCLED_BYTES:
+        while kept and (len(kept) == _RECYCLED or sum(storage.nbytes() for storage in kept) + n > _RECYCLED_BYTES):
             del kept[0]
     kept.append(found)
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]

@@ -79,8 +79,9 @@ def run(x: Tensor, b: packed.Branch) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: f"cpu-{dtype}")
 @pytest.mark.parametrize("activation", [None, *reference.ACTIVATIONS])
 def test_numerics(own: None, activation: str | None, dtype: torch.dtype) -> None:
-    """Sizes on every side of a vector, of a panel of columns, of a tile of rows and of a block of the sum."""
+    """Sizes on every side of a vector, of a panel of columns, of a tile of rows and of a block of the sum; few rows of wide layers."""
     sizes = [(1, 3, 5, 0), (7, 33, 64, 0), (50, 96, 96, 0), (13, 600, 17, 0), (20, 40, 130, 65), (6, 17, 7, 1), (200, 64, 256, 64)]
+    sizes += [(13, 70, 5001, 40), (25, 4401, 70, 0), (1, 4400, 129, 0)]
     if activation is None:
         sizes = [s for s in sizes if not s[3]]
     for (rows, k, h, m), around, bias in itertools.product(sizes, [True, False], [True, False]):
