@@ -26,7 +26,14 @@ from benchmarks.workload import OURS
 
 #: Kind of work -> beginnings of the operators' names. The first that fits counts.
 KINDS: dict[str, tuple[str, ...]] = {
-    "matrix products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "mkldnn::_linear", "pyvit::packed_layers"),
+    "matrix products": (
+        "aten::mm",
+        "aten::addmm",
+        "mkldnn::_linear_pointwise",
+        "mkldnn::_linear",
+        "pyvit::packed_layers",
+        "pyvit::product",
+    ),
     "attention": ("pyvit::flash_attention", "pyvit::window_attention", "aten::_scaled_dot_product", "aten::bmm", "aten::_softmax"),
     "patches": ("pyvit::patch_embed", "aten::mkldnn_convolution", "aten::convolution_backward", "aten::_convolution", "aten::slow_conv"),
     "layer norm": ("aten::native_layer_norm", "pyvit::layer_norm"),

@@ -45,12 +45,15 @@ def linear(
 
     Returns (..., M). Raises ValueError or TypeError naming the argument that does not fit, BackendError where ``backend`` cannot serve.
 
-    The first call of a kind (rows to the next power of two, M, K, dtype, activation, threads) measures torch's product against oneDNN's
-    for some tens of milliseconds and the process keeps the faster. Processes of one torch.distributed group keep what the first of them
-    found, and a resumed ``pyvit train`` what it had chosen. Where no gradient is wanted and the weight is packed
-    (:func:`pyvit.pack_weights`), pyvit's own product takes part, in which norm, scale and residual cost no pass over memory.
+    The first call of a kind (rows to the next power of two, M, K, dtype, activation, threads) measures torch's product, oneDNN's and
+    pyvit's own, which takes about ten times as long as the call, and the process keeps the fastest. Processes of one torch.distributed
+    group keep what the first of them found, and a resumed ``pyvit train`` what it had chosen. Where no gradient is wanted and the weight
+    is packed (:func:`pyvit.pack_weights`), norm, scale and residual cost no pass over memory in pyvit's own product.
 
-    The environment variable ``PYVIT_LINEAR`` pins ``onednn``, ``torch`` or, for packed weights, ``pyvit`` (default ``auto``); under
+    Under autocast on a CPU the weights stay float32 beside a 16-bit x: the product rounds them as it packs them, no copies are kept for
+    the backward pass, and their gradients are float32 sums that were never rounded.
+
+    The environment variable ``PYVIT_LINEAR`` pins ``onednn``, ``pyvit`` or ``torch`` (default ``auto``); under
     ``torch.use_deterministic_algorithms`` nothing is measured and oneDNN is taken wherever it can. Graphs that ``torch.compile`` makes
     without gradients choose as eager calls do; those with gradients, exported ones and tensors that are traced hold the plain formula.
     """

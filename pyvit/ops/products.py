@@ -60,10 +60,9 @@ def onednn() -> Callable[..., Tensor] | None:
 
 
 def _narrow(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weights in the dtype of x."""
-    if weight.dtype == x.dtype:
-        return weight, bias
-    return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    """Weights in the dtype of x, and a contiguous bias."""
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    return weight if weight.dtype == x.dtype else weight.to(x.dtype), bias
 
 
 def by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
@@ -107,7 +106,7 @@ def _ours(a: Tensor, b: Tensor, bias: Tensor | None = None, dtype: torch.dtype |
     ``passing``: of those that are soon done with, in recycled memory.
     """
     out = (recycled if passing else torch.empty)((a.shape[0], b.shape[1]), dtype=dtype or a.dtype)
-    torch.ops.pyvit.product.default(a, b, bias, out, False)
+    torch.ops.pyvit.product.default(a, b, None if bias is None else bias.contiguous(), out, False)
     return out
 
 

@@ -87,6 +87,13 @@ def test_strides(policy: str, store: str, which: str) -> None:
     check(layout(x, store) if which != "weight" else x, layout(weight, store) if which != "x" else weight, bias, "gelu")
 
 
+def test_a_bias_of_other_strides_than_before(policy: str) -> None:
+    x, weight, bias = inputs(torch.float32, 40)
+    linear(x, weight, bias)
+    for other in (bias[:1].expand(24), torch.stack([bias, bias], 1)[:, 0]):
+        torch.testing.assert_close(linear(x, weight, other), F.linear(x, weight, other))
+
+
 def test_expanded_gradient(policy: str) -> None:
     x, weight, bias = (t.requires_grad_() for t in inputs(torch.float32, 5, 7))
     linear(x, weight, bias).sum().backward()
