@@ -71,8 +71,8 @@ def linear(
     if wanted == "reference" or traced(x, weight):
         weight, bias = narrow(x, weight, bias)
         return reference.linear(x, weight, bias, activation)
-    if not torch.is_grad_enabled() and weight.dtype == x.dtype:
-        return packed.layer(x, weight, bias, activation)
+    if not torch.is_grad_enabled():
+        return (packed.layer if weight.dtype == x.dtype else products.forward)(x, weight, bias, activation)
     if x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
         return _Linear.apply(x, weight, bias, activation)
     return products.forward(x, weight, bias, activation)
@@ -124,7 +124,8 @@ def prepare(
         checks.fail(op, _x, f"of shape (..., {weight.shape[1]}) to fit {_weight} {tuple(weight.shape)}", checks.shape(x))
     if bias is not None and bias.shape != weight.shape[:1]:
         checks.fail(op, _bias, f"of shape ({weight.shape[0]},)", checks.shape(bias))
-    if device == "cpu" and torch.is_autocast_enabled("cpu") and all(t is None or t.dtype == torch.float32 for t in (weight, bias)):
+    wide = all(t is None or (t.dtype == torch.float32 and t.is_cpu) for t in (weight, bias))
+    if wide and device == "cpu" and torch.is_autocast_enabled("cpu"):
         (x,) = dispatch.autocast(device, x)
         if x.dtype in (torch.bfloat16, torch.float16):
             return x, weight, bias, device

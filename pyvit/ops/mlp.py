@@ -63,7 +63,7 @@ def mlp(
     if not torch.is_grad_enabled() and fc1_weight.dtype == fc2_weight.dtype == x.dtype:
         out = packed.run(x, branch)
         return packed.layers(x, branch) if out is None else out
-    if any(t is not None and t.requires_grad for t in (x, *weights)):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
         return _Mlp.apply(x, *weights, activation)
     return products.forward(products.forward(x, fc1_weight, fc1_bias, activation), fc2_weight, fc2_bias, None)
 

@@ -157,6 +157,10 @@ def test_weights_stay_as_they_are_under_autocast(policy: str, dtype: torch.dtype
     for one, other, true in zip(ours[1:], naive[1:], exact[1:], strict=True):
         assert one.dtype == torch.float32
         assert (one - true).abs().max() <= 2 * (other - true).abs().max()
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        torch.testing.assert_close(linear(x, weight, bias, activation="gelu").double(), exact[0], rtol=0.03, atol=0.03)
+        with pytest.raises(ValueError, match="weight"):
+            linear(x, weight.to("meta"), bias)
     with torch.autocast("cpu", dtype=dtype):
         first = torch.autograd.grad(linear(x, weight, bias).float().square().sum(), weight, create_graph=True)[0]
     (second,) = torch.autograd.grad(first.square().sum(), x)
