@@ -10,6 +10,8 @@ constexpr int64_t MOST_LANES = 3072, MOST_PACKED = 6 << 20;
 // Where k is long and the result has few bytes, each thread takes a stretch of k instead of rows, a few lanes at a
 // time: then both operands stay in L2.
 constexpr int64_t FEW_LANES = 256, FEW_BYTES = 1 << 20;
+// Rows that are few, and for them the columns and lanes that are packed at a time.
+constexpr int64_t FEW_ROWS = 512, MOST_WIDE = 3 * NR, STRIPE_LANES = 768;
 
 // Memory to fetch in the course of the tiles, a share in each.
 struct Stream {
@@ -124,28 +126,56 @@ void by_parts(const Product& p, int64_t parts) {
   });
 }
 
+// Where the product of one stretch of k after another goes: to out, and until the last one, if out is too narrow to
+// hold sums, to `sums`.
+template <class O>
+struct Destination {
+  const Product& p;
+  const float *bias, *none;
+  float* sums;  // of the columns from `col` on, null where out holds them
+  int64_t ld;
+  template <class D>
+  void put(int64_t row, int64_t high, int64_t col, const Rows& rows, const Panels& panels, bool first,
+           bool last) const {
+    O* out = static_cast<O*>(p.out) + row * p.ldo + col;
+    float* so_far = sums ? sums + row * ld : nullptr;
+    int64_t step = ld;
+    if constexpr (std::is_same_v<O, float>) {
+      so_far = out;
+      step = p.ldo;
+    }
+    const float* before = first && !p.add ? nullptr : so_far;
+    if (last) return multiply<D, false>(high, rows, panels, bias + col, nullptr, Sum<O>{out, p.ldo, before, step});
+    multiply<D, false>(high, rows, panels, none, nullptr, Sum<float>{so_far, step, before, step});
+  }
+};
+
+// How k is cut into stretches of `most` lanes or fewer; those of a stretch.
+template <class D>
+inline int64_t stretch_of(int64_t k, int64_t most) {
+  const int64_t lanes = std::max<int64_t>(lanes_of<D>(k), 1), stretches = (lanes + most - 1) / most;
+  return (lanes + stretches - 1) / stretches;
+}
+
 // Blocks of rows to the threads; b is packed once for all.
 template <class T, class B, class O>
 void by_rows(const Product& p) {
   using D = Compute<T>;
   const Multiplier<T, B> of{p};
-  const int64_t stretches = std::max<int64_t>((p.k + MOST_LANES * D::K - 1) / (MOST_LANES * D::K), 1),
-                most = std::max<int64_t>(round_up((p.k + stretches - 1) / stretches, D::K), D::K),
-                lanes = lanes_of<D>(most), wide = std::max<int64_t>(MOST_PACKED / 4 / lanes / NR * NR, NR),
-                block = rows_of_block(p.n, lanes * 4);
+  const int64_t lanes = stretch_of<D>(p.k, MOST_LANES), most = lanes * D::K,
+                wide = std::max<int64_t>(MOST_PACKED / 4 / lanes / NR * NR, NR), block = rows_of_block(p.n, lanes * 4);
   Scratch& common = shared();
   const float* bias = widened(p.bias, p.b_dtype, p.m, 0.f, common);
   const float* none = widened(nullptr, p.dtype, p.m, 0.f, common);
-  uint32_t* packed = common.take<uint32_t>(packed_size<D>(most, std::min(p.m, wide)));
-  const bool apart = !std::is_same_v<O, float> && stretches > 1;
-  const int64_t ld = apart ? round_up(std::min(p.m, wide), W) : p.ldo;
-  float* apart_sums = common.take<float>(apart ? p.n * ld : 0);
+  uint32_t* packed = common.take<uint32_t>(lanes * round_up(std::min(p.m, wide), W));
+  const bool apart = !std::is_same_v<O, float> && most < p.k;
+  const int64_t ld = round_up(std::min(p.m, wide), W);
+  const Destination<O> to{p, bias, none, common.take<float>(apart ? p.n * ld : 0), ld};
 
   for (int64_t col = 0; col < p.m; col += wide) {
     const int64_t cols = std::min(wide, p.m - col);
     for (int64_t k = 0; k < p.k || !k; k += most) {
       const int64_t length = std::min(most, p.k - k), high_k = lanes_of<D>(length);
-      const bool last = k + length == p.k;
       parallel_units((cols + NR - 1) / NR, [&](Queue& queue) {
         for (int64_t unit; (unit = queue.next()) >= 0;) {
           const int64_t c = unit * NR;
@@ -156,22 +186,42 @@ void by_rows(const Product& p) {
         uint32_t* memory = scratch().take<uint32_t>(of.packed_rows(block, lanes));
         for (int64_t unit; (unit = queue.next()) >= 0;) {
           const int64_t r = unit * block, high = std::min(block, p.n - r);
-          const Rows rows = of.rows(r, high, k, length, memory);
-          const Panels panels{packed, high_k, cols};
-          O* out = static_cast<O*>(p.out) + r * p.ldo + col;
-          float* sums = apart_sums + r * ld;
-          if constexpr (std::is_same_v<O, float>)
-            if (!apart) sums = out;
-          const float* before = k || p.add ? sums : nullptr;
-          if (last) {
-            multiply<D, false>(high, rows, panels, bias + col, nullptr, Sum<O>{out, p.ldo, before, ld});
-          } else {
-            multiply<D, false>(high, rows, panels, none, nullptr, Sum<float>{sums, ld, before, ld});
-          }
+          to.template put<D>(r, high, col, of.rows(r, high, k, length, memory), Panels{packed, high_k, cols}, !k,
+                             k + length == p.k);
         }
       });
     }
   }
+}
+
+// Few rows: a stripe of columns to a thread, whose packed b stays in its L2.
+template <class T, class B, class O>
+void by_columns(const Product& p, int64_t wide) {
+  using D = Compute<T>;
+  const Multiplier<T, B> of{p};
+  const int64_t lanes = stretch_of<D>(p.k, STRIPE_LANES), most = lanes * D::K, block = std::min<int64_t>(p.n, 16 * MR);
+  Scratch& common = shared();
+  const float* bias = widened(p.bias, p.b_dtype, p.m, 0.f, common);
+  const float* none = widened(nullptr, p.dtype, p.m, 0.f, common);
+  const bool apart = !std::is_same_v<O, float> && most < p.k;
+  parallel_units((p.m + wide - 1) / wide, [&](Queue& queue) {
+    Scratch& memory = scratch();
+    uint32_t* packed = memory.take<uint32_t>(lanes * wide);
+    uint32_t* rows = memory.take<uint32_t>(of.packed_rows(block, lanes));
+    const Destination<O> to{p, bias, none, memory.take<float>(apart ? p.n * wide : 0), wide};
+    for (int64_t unit; (unit = queue.next()) >= 0;) {
+      const int64_t col = unit * wide, cols = std::min(wide, p.m - col);
+      for (int64_t k = 0; k < p.k || !k; k += most) {
+        const int64_t length = std::min(most, p.k - k);
+        of.pack(k, length, col, cols, packed);
+        for (int64_t r = 0; r < p.n; r += block) {
+          const int64_t high = std::min(block, p.n - r);
+          to.template put<D>(r, high, col, of.rows(r, high, k, length, rows), Panels{packed, lanes_of<D>(length), cols},
+                             !k, k + length == p.k);
+        }
+      }
+    }
+  });
 }
 
 template <class T, class B, class O>
@@ -181,7 +231,8 @@ void run(const Product& p) {
     const bool few = p.n * p.m * 4 <= FEW_BYTES && lanes_of<Compute<T>>(p.k) >= 2 * FEW_LANES * parts;
     if (few && parts > 1 && p.a.down && !p.b.down) return by_parts<T, O>(p, parts);
   }
-  by_rows<T, B, O>(p);
+  const int64_t units = 2 * threads.count(), wide = std::min((p.m / units + NR - 1) / NR * NR, MOST_WIDE);
+  p.n <= FEW_ROWS && !p.a.down && p.m >= units * NR ? by_columns<T, B, O>(p, wide) : by_rows<T, B, O>(p);
 }
 template <class T, class B>
 void run(const Product& p) {

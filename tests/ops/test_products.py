@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(library.problem() is not None, reason="needs the
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 #: (n, m, k): ragged tiles, nothing at all, one stretch of k per thread (k long, result small), several stretches after one another,
-#: columns in several goes
+#: columns in several goes, few rows and many
 SHAPES = [
     (1, 1, 1),
     (7, 5, 3),
@@ -31,6 +31,7 @@ SHAPES = [
     (90, 33, 9001),
     (11, 70, 6700),
     (5, 1100, 3100),
+    (530, 70, 6500),
 ]
 
 
