@@ -17,7 +17,7 @@ _MOST = 2**31 - 1
 
 _kept = threading.local()
 _KEPT_BYTES = 64 << 20
-_RECYCLED_BYTES, _RECYCLED, _LEAST = 256 << 20, 64, 128 << 10
+_RECYCLED_BYTES, _RECYCLED, _LEAST = 256 << 20, 64, 512 << 10
 _uses = getattr(torch._C, "_storage_Use_Count", None)
 
 
@@ -57,7 +57,7 @@ def recycled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
     The tensors that pass from layer to layer have the same sizes again and again, and new memory costs more than many an operator that
     writes to it (see :func:`keep_memory`). A thread keeps up to 256 MiB in 64 pieces, the least recently used goes first; tensors below
-    128 KiB or above 64 MiB are allocated as ever.
+    512 KiB or above 64 MiB are allocated as ever: looking for one takes some microseconds.
     """
     n = math.prod(shape) * dtype.itemsize
     if _uses is None or not _LEAST <= n <= _RECYCLED_BYTES // 4:
