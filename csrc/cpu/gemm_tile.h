@@ -225,7 +225,8 @@ inline vu lanes_of_rows(const T* p, int64_t ld, int64_t n_left, bool second) {
   }
 }
 
-// B from a row-major source with k along its rows: B[k][n] = src[k * ld + n].
+// B from a row-major source with k along its rows: B[k][n] = src[k * ld + n]. Pieces of rows far apart are beyond the
+// hardware's prefetchers, so they are fetched 16 rows ahead.
 template <class D, class T>
 inline void pack_rows(const T* src, int64_t ld, int64_t k, int64_t cols, uint32_t* out) {
   const int64_t lanes = lanes_of<D>(k);
@@ -303,13 +304,15 @@ inline void pack_a(const T* src, int64_t ld, int64_t rows, int64_t k, uint32_t* 
   }
 }
 
-// Rows of A from a source with k along its rows: A[m][k] = src[k * ld + m], of which `left` >= rows may be read. Tiles
-// of MR rows, [lanes][MR], `down_tile` words from one to the next: a lane is stored as a vector of FEW, of which the
-// next one overwrites what is too much.
+// Elements of two vectors by turns.
 template <class V, int... I>
 inline auto interleave(V low, V high, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(low, high, (I / 2 + (I & 1) * int(sizeof...(I) / 2))...);
 }
+
+// Rows of A from a source with k along its rows: A[m][k] = src[k * ld + m], of which `left` >= rows may be read. Tiles
+// of MR rows, [lanes][MR], `down_tile` words from one to the next: a lane is stored as a vector of FEW, of which the
+// next one overwrites what is too much. As in pack_rows, rows are fetched 16 ahead.
 inline int64_t down_tile(int64_t lanes) { return lanes * MR + W; }
 template <class D, class T>
 inline void pack_down(const T* src, int64_t ld, int64_t rows, int64_t left, int64_t k, uint32_t* out) {

@@ -199,13 +199,13 @@ struct DistillationGrad {
   void* grad;
 };
 
-// out (n, m) = a (n, k) b (k, m) + bias, or with `add`, of a float32 out, += that. `down`: with columns where rows
-// would lie. ld: from one row, or column, to the next.
+// A matrix with contiguous rows, or where `down`, contiguous columns; ld: from one of them to the next.
 struct Operand {
   const void* data;
   int64_t ld;
   bool down;
 };
+// out (n, m) = a (n, k) b (k, m) + bias, or with `add`, of a float32 out, += that.
 struct Product {
   int64_t n, m, k;
   Dtype dtype;  // of a, that it is computed in

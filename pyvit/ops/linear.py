@@ -1,7 +1,8 @@
-"""A linear layer with its activation, on the vendor's matrix product; fused where the library can.
+"""A linear layer with its activation, on the fastest matrix product at hand; fused where that can.
 
-On a CPU torch's default product is not always the fastest it ships: oneDNN, inside torch, may be twice as fast and applies the activation
-while the result is in registers. Which is faster depends on processor and shape, so it is measured (:mod:`pyvit.ops.products`).
+On a CPU torch's default product is not always the fastest: oneDNN, inside torch, may be twice as fast and applies the activation while the
+result is in registers, and ``csrc/cpu`` has products of its own. Which is fastest depends on processor and shape, so it is measured
+(:mod:`pyvit.ops.products`). On a GPU the product is the vendor's.
 """
 
 from __future__ import annotations

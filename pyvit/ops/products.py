@@ -136,6 +136,7 @@ _GRAD_WEIGHT: Mapping[str, Way] = {
     "float32 copies": lambda grad, x, dtype: _in_float32(lambda *args: grad_weight(*args))(grad, x).to(dtype),
     "torch": lambda grad, x, dtype: (grad.t() @ x).to(dtype),
 }
+
 Key = tuple[Any, ...]
 _chosen: dict[Key, tuple[Way, str]] = {}
 _adopted: dict[Key, str] = {}
