@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyvit.models.registry import register
-from pyvit.nn import DropPath, LayerNorm, Linear, Mlp, PatchEmbed, WindowAttention, WindowAttentionV2
+from pyvit.nn import DropPath, LayerNorm, Linear, Mlp, PatchEmbed, WindowAttention, WindowAttentionV2, replay
 from pyvit.nn.linear import apply, plain
 from pyvit.nn.patch_embed import pair
-from pyvit.nn.residual import surroundings
+from pyvit.nn.residual import prepared, surroundings
 
 
 class SwinBlock(nn.Module):
@@ -36,6 +36,14 @@ class SwinBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
+        if (out := replay.again(self, x)) is not None:
+            return out
+        out = self._forward(x)
+        if not self.post_norm:
+            replay.record(self, x)
+        return out
+
+    def _forward(self, x: Tensor) -> Tensor:
         if self.post_norm:
             x = x + self.drop_path1(self.norm1(self.attn(x).to(x.dtype)))
             return x + self.drop_path2(self.norm2(self.mlp(x).to(x.dtype)))
@@ -46,6 +54,12 @@ class SwinBlock(nn.Module):
         if (around := surroundings(self.norm2, None, self.drop_path2, self.mlp)) is not None:
             return self.mlp(x, residual=x, **around)
         return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+    def prepared(self, x: Tensor) -> replay.Run | None:
+        """:meth:`forward` of V1 as :mod:`pyvit.nn.replay` wants it."""
+        first = prepared(x, self.norm1, None, self.drop_path1, self.attn)
+        second = prepared(x, self.norm2, None, self.drop_path2, self.mlp)
+        return None if first is None or second is None else lambda x: second(first(x))
 
 
 class PatchMerging(nn.Module):

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyvit.nn.linear import Linear, apply
+from pyvit.nn.linear import Linear, apply, hooked, prepared
+from pyvit.nn.replay import Run
 from pyvit.ops import attention_map, flash_attention, flash_attention_qkvpacked, flash_attention_varlen
+from pyvit.ops.flash_attention_qkvpacked import prepared as attention_prepared
 from pyvit.ops.packed import Norm
 
 
@@ -118,6 +120,21 @@ class Attention(nn.Module):
             q, k, v = (t.transpose(1, 2) for t in self.project(x, rope, norm))  # (B, H, N, d), no copy
             out = flash_attention(q, k, v, bias=attn_mask, is_causal=is_causal, dropout_p=dropout).transpose(1, 2)  # type: ignore[union-attr]
         return apply(self.proj, self.norm(out.flatten(-2)), self.proj_drop, scale=scale, residual=residual)  # type: ignore[union-attr]
+
+    def prepared(self, x: Tensor, is_causal: bool = False, *, norm: Norm | None = None, scale: Tensor | None = None) -> Run | None:
+        """:meth:`forward` with the residual x, as :mod:`pyvit.nn.replay` wants it."""
+        between = (self.q_norm, self.k_norm, self.norm)
+        if (self.training and self.attn_drop) or {*map(type, between)} != {nn.Identity} or hooked(*between):
+            return None
+        qkv = x.new_empty(*x.shape[:-1], 3, self.num_heads, self.head_dim)
+        out = x.new_empty(*x.shape[:-1], self.num_heads * self.head_dim)
+        first = prepared(self.qkv, x, norm=norm)
+        last = prepared(self.proj, out, self.proj_drop, scale=scale, residual=x)
+        attend = attention_prepared(qkv, is_causal)
+        if first is None or last is None or attend is None:
+            return None
+        heads, merged = qkv.shape, out.shape
+        return lambda x: last(attend(first(x, None).view(heads)).view(merged), x)
 
     def score_shape(self, x: Tensor) -> tuple[int, int, int]:
         """Sequences times heads, queries and keys of the scores that x (B, N, C) stands for."""

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pyvit.nn import replay
 from pyvit.nn.attention import Attention, Packing
 from pyvit.nn.layer_norm import LayerNorm
 from pyvit.nn.mlp import Mlp, SwiGLU, swiglu_hidden
-from pyvit.nn.residual import DropPath, LayerScale, surroundings
+from pyvit.nn.residual import DropPath, LayerScale, prepared, surroundings
 
 
 class Block(nn.Module):
@@ -54,6 +55,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *, packing: Packing | None = None, rope: Tensor | None = None, **attend: Any) -> Tensor:
         """x (B, N, C), or (T, C) with ``packing``; the rest as for :class:`pyvit.nn.Attention`."""
+        causal = attend.get("is_causal", False)
+        simple = packing is None and rope is None and len(attend) == ("is_causal" in attend)
+        if simple and (out := replay.again(self, x, causal)) is not None:
+            return out
+        out = self._forward(x, packing, rope, attend)
+        if simple:
+            replay.record(self, x, causal)
+        return out
+
+    def _forward(self, x: Tensor, packing: Packing | None, rope: Tensor | None, attend: dict[str, Any]) -> Tensor:
         if rope is not None and packing is not None and self.training and self.drop_path1.p and self.drop_path1.form == "batch":
             raise ValueError("Block: drop_path_form must be 'sample' to train with rope on packed sequences")
         if (around := surroundings(self.norm1, self.ls1, self.drop_path1, self.attn)) is not None:
@@ -63,3 +74,9 @@ class Block(nn.Module):
         if (around := surroundings(self.norm2, self.ls2, self.drop_path2, self.mlp)) is not None:
             return self.mlp(x, residual=x, **around)
         return self.drop_path2.residual(x, lambda y, p: self.ls2(self.mlp(self.norm2(y))), packing)
+
+    def prepared(self, x: Tensor, is_causal: bool) -> replay.Run | None:
+        """:meth:`forward` as :mod:`pyvit.nn.replay` wants it."""
+        first = prepared(x, self.norm1, self.ls1, self.drop_path1, self.attn, is_causal=is_causal)
+        second = prepared(x, self.norm2, self.ls2, self.drop_path2, self.mlp)
+        return None if first is None or second is None else lambda x: second(first(x))

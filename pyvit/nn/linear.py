@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from pyvit.ops import layer_norm, linear
-from pyvit.ops.packed import Norm
+from pyvit.ops import layer_norm, linear, packed
+from pyvit.ops.packed import Branch, Norm
 
 
 class Linear(nn.Linear):
@@ -36,6 +37,11 @@ def plain(layer: nn.Module, kind: type[nn.Module] = Linear) -> bool:
     return type(layer) is kind and not hooked(layer) and "forward" not in vars(layer)
 
 
+def idle(drop: nn.Dropout | None) -> bool:
+    """Whether ``drop`` drops nothing, and nothing watches it."""
+    return drop is None or not ((drop.p and drop.training) or hooked(drop))
+
+
 def apply(
     layer: nn.Module,
     x: Tensor,
@@ -46,11 +52,19 @@ def apply(
     residual: Tensor | None = None,
 ) -> Tensor:
     """residual + scale * drop(layer(norm(x))), see :func:`pyvit.ops.linear`: by one call of it where nothing stands between."""
-    idle = drop is None or not ((drop.p and drop.training) or hooked(drop))
-    if plain(layer) and idle:
+    if plain(layer) and idle(drop):
         weight, bias, activation = layer.weight, layer.bias, layer.activation
         return linear(x, weight, bias, activation=activation, norm=norm, scale=scale, residual=residual)  # type: ignore[arg-type]
     y = layer(x if norm is None else layer_norm(x, *norm))
     y = y if drop is None else drop(y)
     y = y if scale is None else y * scale
     return y if residual is None else residual + y
+
+
+def prepared(
+    layer: nn.Module, x: Tensor, drop: nn.Dropout | None = None, **around: Any
+) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    """:func:`apply` as a function of x and residual, for inputs like these: see :mod:`pyvit.nn.replay`."""
+    if not (plain(layer) and idle(drop)):
+        return None
+    return packed.prepared(x, Branch(layer.weight, layer.bias, layer.activation, **around))  # type: ignore[arg-type]

@@ -7,9 +7,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvit.nn.linear import Linear, apply, hooked, plain
-from pyvit.ops import mlp
-from pyvit.ops.packed import Norm
+from pyvit.nn.linear import Linear, apply, idle, plain, prepared
+from pyvit.nn.replay import Run
+from pyvit.ops import mlp, packed
+from pyvit.ops.packed import Branch, Norm
 
 
 class Mlp(nn.Module):
@@ -35,10 +36,23 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor, norm: Norm | None = None, scale: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """With ``norm``, ``scale`` and ``residual`` the whole branch, see :func:`pyvit.ops.mlp`."""
         fc1, fc2, drop = self.fc1, self.fc2, self.drop
-        if plain(fc1) and plain(fc2) and fc1.activation and not fc2.activation and not (drop.p and drop.training) and not hooked(drop):
+        if self._is_one(fc1, fc2, drop):
             weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-            return mlp(x, *weights, activation=fc1.activation, norm=norm, scale=scale, residual=residual)
+            return mlp(x, *weights, activation=fc1.activation, norm=norm, scale=scale, residual=residual)  # type: ignore[arg-type]
         return apply(fc2, apply(fc1, x, drop, norm=norm), drop, scale=scale, residual=residual)
+
+    def prepared(self, x: Tensor, *, norm: Norm | None = None, scale: Tensor | None = None) -> Run | None:
+        """:meth:`forward` with the residual x, as :mod:`pyvit.nn.replay` wants it."""
+        fc1, fc2, drop = self.fc1, self.fc2, self.drop
+        if not self._is_one(fc1, fc2, drop):
+            return None
+        run = packed.prepared(x, Branch(fc1.weight, fc1.bias, fc1.activation, fc2.weight, fc2.bias, norm, scale, x))
+        return None if run is None else lambda x: run(x, x)
+
+    @staticmethod
+    def _is_one(fc1: Linear, fc2: Linear, drop: nn.Dropout) -> bool:
+        """Whether the layers are what :func:`pyvit.ops.mlp` computes."""
+        return plain(fc1) and plain(fc2) and bool(fc1.activation) and not fc2.activation and idle(drop)
 
 
 class SwiGLU(nn.Module):
@@ -59,6 +73,19 @@ class SwiGLU(nn.Module):
         """With ``norm``, ``scale`` and ``residual`` the whole branch, as of :class:`Mlp`."""
         gate, value = apply(self.fc1, x, norm=norm).chunk(2, -1)
         return apply(self.fc2, F.silu(gate) * value, self.drop, scale=scale, residual=residual)
+
+    def prepared(self, x: Tensor, *, norm: Norm | None = None, scale: Tensor | None = None) -> Run | None:
+        """:meth:`forward` with the residual x, as :mod:`pyvit.nn.replay` wants it."""
+        first = prepared(self.fc1, x, norm=norm)
+        last = prepared(self.fc2, x.new_empty(*x.shape[:-1], self.fc2.in_features), self.drop, scale=scale, residual=x)
+        if first is None or last is None:
+            return None
+
+        def run(x: Tensor) -> Tensor:
+            gate, value = first(x, None).chunk(2, -1)
+            return last(F.silu(gate) * value, x)
+
+        return run
 
 
 def swiglu_hidden(hidden_dim: int) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyvit.nn.attention import Packing
 from pyvit.nn.layer_norm import LayerNorm
 from pyvit.nn.linear import hooked, plain
+from pyvit.nn.replay import Run
 
 
 class LayerScale(nn.Module):
@@ -37,6 +38,14 @@ def surroundings(norm: nn.Module, scale: nn.Module | None, drop_path: DropPath, 
     if scale is not None and type(scale) is not nn.Identity and not plain(scale, LayerScale):
         return None
     return {"norm": (norm.weight, norm.bias, norm.eps), "scale": getattr(scale, "gamma", None)}
+
+
+def prepared(x: Tensor, norm: nn.Module, scale: nn.Module | None, drop_path: DropPath, branch: nn.Module, **options: Any) -> Run | None:
+    """x + scale(branch(norm(x))) as :mod:`pyvit.nn.replay` wants it; the branch's own class must say how it goes."""
+    around = surroundings(norm, scale, drop_path, branch)
+    if around is None or "prepared" not in vars(type(branch)):
+        return None
+    return branch.prepared(x, **around, **options)  # type: ignore[operator, no-any-return]
 
 
 class DropPath(nn.Module):

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvit.nn.linear import Linear, apply
+from pyvit.nn.linear import Linear, apply, prepared
 from pyvit.nn.patch_embed import pair
+from pyvit.nn.replay import Run
 from pyvit.ops import layer_norm, window_attention
 from pyvit.ops.packed import Norm
 from pyvit.ops.reference import relative_position_index
+from pyvit.ops.window_attention import prepared as attention_prepared
 
 
 class WindowAttention(nn.Module):
@@ -86,6 +88,19 @@ class WindowAttention(nn.Module):
             dropout_p=self.attn_drop if self.training else 0.0,
         )
         return apply(self.proj, out, self.proj_drop, scale=scale, residual=residual)
+
+    def prepared(self, x: Tensor, *, norm: Norm | None = None, scale: Tensor | None = None) -> Run | None:
+        """:meth:`forward` with the residual x, as :mod:`pyvit.nn.replay` wants it."""
+        if self.training and self.attn_drop:
+            return None
+        qkv, out = x.new_empty(*x.shape[:-1], self.qkv.out_features), x.new_empty(*x.shape[:-1], self.proj.in_features)
+        first = prepared(self.qkv, x, norm=norm)
+        last = prepared(self.proj, out, self.proj_drop, scale=scale, residual=x)
+        options = {"num_heads": self.num_heads, "bias_table": self.bias_table(), "pad_qkv": self._pad_qkv(x, self.qkv.bias)}
+        attend = attention_prepared(qkv, self.window_size, self.shift_size, **options)
+        if first is None or last is None or attend is None:
+            return None
+        return lambda x: last(attend(first(x, None)), x)
 
     def score_shape(self, x: Tensor) -> tuple[int, int, int]:
         """Windows times heads, queries and keys of the scores that x (B, H, W, C) stands for."""

@@ -48,7 +48,7 @@ class Pack:
 
     def __init__(self, weight: Tensor) -> None:
         key = id(weight)
-        self.weight = weakref.ref(weight, lambda _: _packs.pop(key, None))
+        self.weight = weakref.ref(weight, functools.partial(_forget, PACKS, key))
         self.of: tuple[Any, ...] = ()
         self.forms: dict[str, Tensor] = {}
         self.ways: dict[tuple[Any, ...], Way] = {}
@@ -70,7 +70,13 @@ class Pack:
         return found
 
 
-_packs: dict[int, Pack] = {}  # by the weight's id: a dictionary of weak references takes microseconds to ask
+def _forget(packs: dict[int, Pack], key: int, _: object) -> None:
+    """A weight is gone. ``PACKS`` is an argument because when Python ends a module's names may be gone first."""
+    packs.pop(key, None)
+
+
+_changes = 0
+PACKS: dict[int, Pack] = {}  # by the weight's id: a dictionary of weak references takes microseconds to ask
 
 _PACKERS: dict[str, Callable[[Tensor], Tensor]] = {
     "onednn": lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight),
@@ -82,8 +88,8 @@ def _state(weight: Tensor) -> tuple[Any, ...]:
     return weight._version, weight.data_ptr(), weight.dtype, products.adoptions()
 
 
-def _pack_of(weight: Tensor | None) -> Pack | None:
-    pack = _packs.get(id(weight))
+def pack_of(weight: Tensor | None) -> Pack | None:
+    pack = PACKS.get(id(weight))
     return pack if pack is not None and pack.weight() is weight else None
 
 
@@ -106,39 +112,61 @@ def _forms(dtype: torch.dtype) -> tuple[str, ...]:
 
 def keep(weight: Tensor) -> bool:
     """Keep ``weight`` packed from the next product without a gradient on; False where no library here can."""
+    global _changes
     able = products.policy() != "torch" and weight.dim() == 2 and weight.is_contiguous() and weight.numel() > 0
     if able and weight.device.type == "cpu" and not weight.is_inference() and _forms(weight.dtype):
-        _packs[id(weight)] = Pack(weight)
+        PACKS[id(weight)] = Pack(weight)
+        _changes += 1
         return True
     return False
 
 
 def drop(weight: Tensor) -> None:
-    if _pack_of(weight) is not None:
-        del _packs[id(weight)]
+    global _changes
+    if (pack := pack_of(weight)) is not None:
+        del PACKS[id(weight)]
+        pack.forms.clear()  # whoever remembers the pack
+        _changes += 1
+
+
+def changes() -> int:
+    """How often weights began or ceased to be kept packed."""
+    return _changes
 
 
 def again(x: Tensor, branch: Branch) -> Tensor | None:
     """The short way for a call like an earlier one: every check was made then. None where there was none, or where a gradient is wanted."""
-    pack = _packs.get(id(branch.weight))
-    if (
-        pack is None
-        or torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or type(x) is not Tensor
-        or dispatch._override is not None
-        or torch.is_autocast_enabled("cpu")
-        or traced(x)
-    ):
+    if id(branch.weight) not in PACKS or not direct(x):
         return None
-    if not x.is_cpu or pack.of != _state(branch.weight):
-        return None
-    way = pack.ways.get(_call(x, branch))
-    if way is None or pack.weight() is not branch.weight:
-        return None
-    if branch.weight2 is not None and ((pack := _pack_of(branch.weight2)) is None or pack.of != _state(branch.weight2)):
-        return None
-    return way(x, branch)
+    way = _known_way(x, branch)
+    return None if way is None else way(x, branch)
+
+
+def direct(x: Tensor) -> bool:
+    """Whether a call with x is inference that nothing changes or watches, so that it may go where an earlier one went."""
+    return (
+        not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and x.is_cpu
+        and dispatch._override is None
+        and not torch.is_autocast_enabled("cpu")
+        and not traced(x)
+    )
+
+
+def _known_way(x: Tensor, branch: Branch) -> Way | None:
+    for weight in (branch.weight, branch.weight2):
+        if weight is not None and ((pack := pack_of(weight)) is None or pack.of != _state(weight)):
+            return None
+    return PACKS[id(branch.weight)].ways.get(_call(x, branch))
+
+
+def prepared(x: Tensor, branch: Branch) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    """The known way of a call like this one as a function of x and the residual; None where none is known."""
+    way, branch = _known_way(x, branch), branch._replace(residual=None)
+    if way is _in_one_pass:
+        return _one_pass(x, branch)
+    return None if way is None else lambda x, residual: way(x, branch._replace(residual=residual))
 
 
 def _call(x: Tensor, b: Branch) -> tuple[Any, ...]:
@@ -165,7 +193,7 @@ def _small(t: Any) -> Any:
 
 def run(x: Tensor, branch: Branch) -> Tensor | None:
     """The branch by its fastest way, or None where its weights are not packed. Its tensors fit each other and have one dtype."""
-    packs = [pack for w in (branch.weight, branch.weight2) if w is not None and (pack := _pack_of(w)) is not None]
+    packs = [pack for w in (branch.weight, branch.weight2) if w is not None and (pack := pack_of(w)) is not None]
     if len(packs) < 1 + (branch.weight2 is not None):
         return None
     for pack in packs:
@@ -214,24 +242,32 @@ def _ways(x: Tensor, b: Branch) -> dict[str, Way]:
 
 
 def _onednn(x: Tensor, b: Branch) -> Tensor:
-    return products.by_onednn(x, _packs[id(b.weight)].form("onednn", b.weight), b.bias, b.activation)
+    return products.by_onednn(x, PACKS[id(b.weight)].form("onednn", b.weight), b.bias, b.activation)
 
 
 def _onednn_fused(x: Tensor, b: Branch) -> Tensor:
-    return products.by_onednn_fused(x, _packs[id(b.weight)].form("onednn", b.weight), b.bias, b.activation)
+    return products.by_onednn_fused(x, PACKS[id(b.weight)].form("onednn", b.weight), b.bias, b.activation)
 
 
 def _in_one_pass(x: Tensor, b: Branch) -> Tensor:
-    first = _packs[id(b.weight)].form("pyvit", b.weight)
-    second, width = (None, 0) if b.weight2 is None else (_packs[id(b.weight2)].form("pyvit", b.weight2), b.weight2.shape[0])
-    norm = b.norm or (None, None, 0.0)
-    rows = b.weight.shape[0]
-    shape = (*x.shape[:-1], width or rows)
-    out = recycled(shape, x.dtype)
-    torch.ops.pyvit.packed_layers.default(
-        x, b.norm is not None, *norm, first, rows, b.bias, b.activation or "", second, width, b.bias2, b.scale, b.residual, out
-    )
-    return out
+    return _one_pass(x, b)(x, b.residual)
+
+
+def _one_pass(x: Tensor, b: Branch) -> Callable[[Tensor, Tensor | None], Tensor]:
+    op, dtype = torch.ops.pyvit.packed_layers.default, x.dtype
+    weight, bias, activation, weight2, bias2, norm, scale, _ = b
+    normed, norm = norm is not None, norm or (None, None, 0.0)
+    pack, rows = PACKS[id(weight)], weight.shape[0]
+    pack2, rows2 = (None, 0) if weight2 is None else (PACKS[id(weight2)], weight2.shape[0])
+    shape = (*x.shape[:-1], rows2 or rows)
+
+    def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        out = recycled(shape, dtype)
+        words2 = None if pack2 is None or weight2 is None else pack2.form("pyvit", weight2)
+        op(x, normed, *norm, pack.form("pyvit", weight), rows, bias, activation or "", words2, rows2, bias2, scale, residual, out)
+        return out
+
+    return run
 
 
 def _layer_by_layer(x: Tensor, b: Branch) -> Tensor:
@@ -246,7 +282,7 @@ def layers(x: Tensor, b: Branch) -> Tensor:
 
 def layer(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """activation(x weight^T + bias), with ``weight`` as it is kept."""
-    out = run(x, Branch(weight, bias, activation)) if _packs else None
+    out = run(x, Branch(weight, bias, activation)) if PACKS else None
     return products.forward(x, weight, bias, activation) if out is None else out
 
 
@@ -276,7 +312,7 @@ def around(x: Tensor, layers: Callable[[Tensor], Tensor], branch: Branch, backen
 
 def explain(x: Tensor, branch: Branch) -> list[str]:
     """What is known of the way of a call, for :func:`pyvit.explain`; nothing is computed."""
-    if _pack_of(branch.weight) is None:
+    if pack_of(branch.weight) is None:
         return []
     found = products.known(_key(x.numel() // max(x.shape[-1], 1), x, branch))
     return [] if found is None else [f"weights kept packed: {found}"]

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def traced(*tensors: Tensor) -> bool:
     """Whether something does: a compiler, a functorch transform, a dispatch mode (flop counters), dual numbers."""
     return (
         torch.compiler.is_compiling()
-        or any(type(t) not in _PLAIN for t in tensors)
+        or not _PLAIN.issuperset(map(type, tensors))
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or forward_ad._current_level >= 0

@@ -374,23 +374,23 @@ def test_packed_weights_follow_the_weights(dtype: torch.dtype, activation: str |
     assert model.weight.grad is not None
     assert grad_x.grad is not None
     with torch.no_grad():
-        held = len(packed._packs)
+        held = len(packed.PACKS)
         pyvit.unpack_weights(model)
-        assert len(packed._packs) == held - count
+        assert len(packed.PACKS) == held - count
     check()
 
 
 def test_packed_weights_die_with_the_model() -> None:
     gc.collect()
-    before = len(packed._packs)
+    before = len(packed.PACKS)
     model = torch.nn.Linear(16, 16)
     count = pyvit.pack_weights(model)
     with torch.no_grad():
         linear(torch.randn(4, 16), model.weight)
-    assert len(packed._packs) == before + count
+    assert len(packed.PACKS) == before + count
     del model
     gc.collect()
-    assert len(packed._packs) == before
+    assert len(packed.PACKS) == before
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -290,7 +290,7 @@ def test_only_the_chosen_form_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         assert packed.keep(weight)
         with torch.no_grad():
             linear(x, weight)
-        forms = set(packed._packs[id(weight)].forms)
+        forms = set(packed.PACKS[id(weight)].forms)
         assert len(forms) <= 1
         if policy == "pyvit":
             assert forms == {"pyvit"}
@@ -310,7 +310,7 @@ def test_only_the_chosen_form_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
             layer(x)
             layer(x)
         monkeypatch.setattr(products, "_choose", choose)
-        held = [packed._packs[id(each.weight)].forms for each in (layer.fc1, layer.fc2)]
+        held = [packed.PACKS[id(each.weight)].forms for each in (layer.fc1, layer.fc2)]
         assert all(len(forms) <= 1 for forms in held), way
         assert way != "pyvit" or all(set(forms) == {"pyvit"} for forms in held)
 

@@ -1,0 +1,355 @@
+"""Blocks that run as they ran before: that they do, with the same bits, and that whatever changes or watches them is not passed over."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as globally
+from torch.utils.flop_counter import FlopCounterMode
+
+import pyvit
+from pyvit import library
+from pyvit.models import create_model
+from pyvit.models.swin import SwinBlock
+from pyvit.nn import Attention, Block, DropPath, Linear, WindowAttention, replay
+from pyvit.ops import packed, products
+
+pytestmark = pytest.mark.skipif(library.problem() is not None, reason="needs the compiled library")
+
+
+@pytest.fixture(autouse=True)
+def own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed weights go through pyvit's own product."""
+    monkeypatch.setattr(products, "_policy", "pyvit")
+    monkeypatch.setattr(products, "_chosen", {})
+
+
+class Long:
+    """Counts the runs that went the long way."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runs = 0
+        for kind in (Block, SwinBlock):
+            monkeypatch.setattr(kind, "_forward", self._counted(kind._forward))
+
+    def _counted(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counted(*args: object) -> Tensor:
+            self.runs += 1
+            return forward(*args)
+
+        return counted
+
+
+@pytest.fixture
+def long(monkeypatch: pytest.MonkeyPatch) -> Long:
+    return Long(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def block(**options: object) -> Block:
+    torch.manual_seed(0)
+    made = Block(32, 2, **options).eval()  # type: ignore[arg-type]
+    for parameter in made.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    pyvit.pack_weights(made)
+    return made
+
+
+X = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+
+
+def by_parts(block: nn.Module, x: Tensor, **options: object) -> Tensor:
+    """The block with nothing packed and nothing remembered."""
+    fresh = copy.deepcopy(block)  # of which nothing is known
+    return fresh(x, **options)
+
+
+BLOCKS = {
+    "plain": {},
+    "LayerScale": {"init_values": 0.3},
+    "SwiGLU": {"activation": "swiglu"},
+    "relu, no bias": {"activation": "relu", "qkv_bias": False},
+    "drops nothing": {"proj_drop": 0.5, "attn_drop": 0.5, "drop_path": 0.5},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
+def test_the_same_bits(options: dict, dtype: torch.dtype, long: Long) -> None:
+    made, x = block(**options).to(dtype), X.to(dtype)
+    wanted = made(x)
+    assert long.runs == 1
+    torch.testing.assert_close(wanted, by_parts(made, x), rtol=0.02, atol=0.02)
+    long.runs = 0
+    for grad in (torch.no_grad, torch.inference_mode):
+        with grad():
+            assert torch.equal(made(x), wanted)
+            assert torch.equal(made(x.transpose(1, 2).contiguous().transpose(1, 2)), wanted)  # strides
+            assert torch.equal(made(x[:1].expand(2, 5, 32))[1], wanted[0])
+    assert long.runs == 0
+
+
+def test_causal_and_other_sizes(long: Long) -> None:
+    made = block()
+    for x in (X, X[:1], X[:, :3], X[:0], torch.randn(3, 70, 32)):
+        for causal in (False, True):
+            first, again = made(x, is_causal=causal), made(x, is_causal=causal)
+            assert torch.equal(first, again)
+            torch.testing.assert_close(first, by_parts(made, x, is_causal=causal), rtol=1e-5, atol=1e-5)
+    long.runs = 0
+    mask = torch.zeros(5, 5)
+    mask[:, 2] = -10.0
+    torch.testing.assert_close(made(X, attn_mask=mask), by_parts(made, X, attn_mask=mask), rtol=1e-5, atol=1e-5)
+    assert long.runs == 2
+
+
+@pytest.mark.parametrize(("shift", "size"), [(0, 8), (2, 8), (2, 7)])
+def test_windows(shift: int, size: int, long: Long) -> None:
+    torch.manual_seed(0)
+    made = SwinBlock(32, WindowAttention(32, 2, 4, shift), 4.0, 0.0, 0.1, False, 1e-5).eval()
+    x = torch.randn(2, size, size, 32)
+    wanted = made(x)
+    pyvit.pack_weights(made)
+    torch.testing.assert_close(made(x), wanted, rtol=1e-5, atol=1e-5)
+    long.runs = 0
+    torch.testing.assert_close(made(x), wanted, rtol=1e-5, atol=1e-5)
+    assert long.runs == 0
+    made.attn.relative_position_bias_table.add_(torch.randn(49, 2))
+    made.attn.qkv.bias.add_(1.0)  # what padding holds
+    torch.testing.assert_close(made(x), by_parts(made, x), rtol=1e-4, atol=1e-4)
+
+
+def test_models_run_again(long: Long) -> None:
+    for name, blocks in (("vit_tiny_patch16_224", 12), ("swin_tiny_patch4_window7_224", 12)):
+        model = create_model(name, img_size=64).eval()
+        pyvit.pack_weights(model)
+        images = torch.randn(model.example_inputs(2)[0].shape)
+        long.runs = 0
+        wanted = model.forward_features(images)
+        assert long.runs == blocks
+        assert torch.equal(model.forward_features(images), wanted)
+        assert long.runs == blocks
+
+
+def _set(path: str, name: str, value: object) -> Callable[[Block], None]:
+    return lambda b: setattr(b.get_submodule(path), name, value)
+
+
+def _twice(self: nn.Module, x: Tensor, *_: object, **__: object) -> Tensor:
+    return 2 * x
+
+
+class Adapter(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + x.sum(-1, keepdim=True)
+
+
+def _wrap(path: str) -> Callable[[Block], None]:
+    parent, _, name = path.rpartition(".")
+    return lambda b: setattr(b.get_submodule(parent), name, Adapter(b.get_submodule(path)))
+
+
+def _swap_data(path: str) -> Callable[[Block], None]:
+    def change(b: Block) -> None:
+        b.get_parameter(path).data = torch.randn_like(b.get_parameter(path))
+
+    return change
+
+
+def _load(b: Block) -> None:
+    b.load_state_dict({k: torch.randn_like(v) for k, v in b.state_dict().items()})
+
+
+CHANGES: dict[str, Callable[[Block], object]] = {
+    "weight in place": lambda b: b.attn.qkv.weight.mul_(2.0),
+    "second layer in place": lambda b: b.mlp.fc2.weight.mul_(2.0),
+    "bias in place": lambda b: b.attn.proj.bias.add_(1.0),
+    "norm in place": lambda b: b.norm2.weight.mul_(2.0),
+    "LayerScale in place": lambda b: b.ls1.gamma.mul_(2.0),
+    "weight's data": _swap_data("mlp.fc1.weight"),
+    "bias's data": _swap_data("mlp.fc1.bias"),
+    "state dict": _load,
+    "parameter": _set("attn.qkv", "weight", nn.Parameter(torch.randn(96, 32))),
+    "bias": _set("attn.proj", "bias", nn.Parameter(torch.randn(32))),
+    "no bias": _set("attn.proj", "bias", None),
+    "layer": _set("mlp", "fc1", Linear(32, 128, activation="gelu")),
+    "activation": _set("mlp.fc1", "activation", "relu"),
+    "eps": _set("norm1", "eps", 1.0),
+    "heads": lambda b: vars(b.attn).update(num_heads=4, head_dim=8),
+    "head norm": _set("attn", "q_norm", nn.LayerNorm(16)),
+    "no LayerScale": _set("", "ls2", nn.Identity()),
+    "adapter on a layer": _wrap("attn.proj"),
+    "adapter on a branch": _set("", "mlp", nn.Sequential(nn.Linear(32, 32))),
+    "forward of a layer": lambda b: setattr(b.mlp.fc2, "forward", lambda x: x[..., :32]),
+    "forward of a part": lambda b: setattr(b.norm1, "forward", lambda x: 2 * x),
+    "weights unpacked": pyvit.unpack_weights,
+    "weights packed again": pyvit.pack_weights,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changes_are_seen(change: Callable[[Block], object], long: Long) -> None:
+    made = block(init_values=0.5)
+    before = made(X)
+    assert torch.equal(made(X), before)
+    assert long.runs == 1
+    change(made)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "again", lambda *_: None)
+        patch.setattr(replay, "record", lambda *_: None)
+        wanted = made(X)
+    assert torch.equal(wanted, before) == (change in (pyvit.unpack_weights, pyvit.pack_weights)) or change is pyvit.unpack_weights
+    for _ in range(3):
+        torch.testing.assert_close(made(X), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_class_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = block()
+    made(X)
+    made(X)
+    monkeypatch.setattr(Attention, "forward", _twice)
+    torch.testing.assert_close(made(X), by_parts(made, X), rtol=1e-5, atol=1e-5)
+    made.__class__ = type("Other", (Block,), {"forward": _twice})
+    assert torch.equal(made(X), 2 * X)
+
+
+PARTS = ["", "norm1", "attn", "attn.qkv", "attn.norm", "attn.proj", "attn.proj_drop", "mlp", "mlp.fc1", "mlp.drop", "ls2"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_hooks_are_called(part: str, long: Long) -> None:
+    made = block(init_values=0.5)
+    wanted = made(X)
+    made(X)
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        seen: list[str] = []
+        handle = getattr(made.get_submodule(part), register)(lambda *_, seen=seen: seen.append("here"))
+        for _ in range(2):
+            seen.clear()
+            torch.testing.assert_close(made(X), wanted, rtol=1e-5, atol=1e-5)
+            assert seen, register
+        handle.remove()
+    long.runs = 0
+    assert torch.equal(made(X), wanted)
+    assert long.runs == 0  # as before the hooks
+
+
+def test_hooks_on_every_module_are_called() -> None:
+    made = block()
+    made(X)
+    made(X)
+    seen: list[nn.Module] = []
+    handle = globally.register_module_forward_hook(lambda module, *_: seen.append(module))
+    made(X)
+    handle.remove()
+    assert made.attn in seen
+
+
+def test_dropout_gradients_autocast_and_backends(long: Long) -> None:
+    made = block(proj_drop=0.5, drop_path=0.5)
+    wanted = made(X)
+    made(X)
+    made.train()
+    assert not torch.equal(made(X), made(X))
+    made.eval()
+    assert torch.equal(made(X), wanted)
+    with torch.enable_grad():
+        made(X).sum().backward()
+    assert made.attn.qkv.weight.grad.abs().sum() > 0
+    long.runs = 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(made(X), wanted, rtol=0.1, atol=0.1)
+    with pyvit.use_backend("reference"):
+        torch.testing.assert_close(made(X), wanted, rtol=1e-5, atol=1e-5)
+    with FlopCounterMode(display=False) as flops:
+        made(X)
+    assert flops.get_total_flops() > 0
+    assert long.runs == 3
+    assert made(X.double().float()).dtype == torch.float32
+
+
+def test_copies_pickles_and_casts_start_anew() -> None:
+    made = block()
+    made(X)
+    made(X)
+    other = copy.deepcopy(made)
+    other.attn.proj.bias.add_(1.0)
+    assert not torch.allclose(other(X), made(X))
+    again = pickle.loads(pickle.dumps(made))
+    torch.testing.assert_close(again(X), made(X), rtol=1e-5, atol=1e-5)
+    made.to(torch.bfloat16)
+    assert made(X.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises((TypeError, RuntimeError)):
+        made(X)
+
+
+def test_functional_call_and_stacked_parameters() -> None:
+    made = block()
+    made(X)
+    made(X)
+    other = {k: torch.randn_like(v) for k, v in made.state_dict().items()}
+    wanted = block()
+    wanted.load_state_dict(other)
+    torch.testing.assert_close(torch.func.functional_call(made, other, (X,)), by_parts(wanted, X), rtol=1e-4, atol=1e-4)
+    found = torch.func.vmap(made)(X[:, None])
+    torch.testing.assert_close(found[:, 0], made(X), rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_kept_alive() -> None:
+    made = block()
+    made(X)
+    made(X)
+    key, form = id(made), weakref.ref(packed.PACKS[id(made.mlp.fc1.weight)].forms["pyvit"])
+    assert replay._known[key].runs
+    pyvit.unpack_weights(made)
+    assert form() is None
+    pyvit.pack_weights(made)
+    made(X)
+    weight = weakref.ref(made.mlp.fc1.weight)
+    del made
+    gc.collect()
+    assert weight() is None
+    assert key not in replay._known
+
+
+def test_many_sizes_are_forgotten() -> None:
+    made = block()
+    for n in range(1, replay._MOST + 10):
+        made(torch.randn(1, n, 32))
+    assert len(replay._known[id(made)].runs) <= replay._MOST
+
+
+def test_a_part_that_drops_in_batches() -> None:
+    made = block(drop_path=0.5, drop_path_form="batch")
+    assert isinstance(made.drop_path1, DropPath)
+    wanted = made(X)
+    made.train()
+    assert not torch.equal(made(X), wanted)
+
+
+def test_attention_by_sdpa_agrees() -> None:
+    """The recorded run against torch's own operators, written out."""
+    made = block(init_values=0.5)
+    made(X)
+    x = X
+    q, k, v = made.attn.qkv(made.norm1(x)).unflatten(-1, (3, 2, 16)).transpose(1, 3).unbind(2)
+    x = x + made.ls1.gamma * made.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    x = x + made.ls2.gamma * made.mlp.fc2(F.gelu(F.linear(made.norm2(x), made.mlp.fc1.weight, made.mlp.fc1.bias)))
+    torch.testing.assert_close(made(X), x, rtol=1e-5, atol=1e-5)
