@@ -22,7 +22,14 @@ inline int64_t rows_of_block(int64_t rows, int64_t row_bytes) {
 // Cache lines to fetch in the course of a tile. All at once they would hold up its loads.
 class ComingLines {
  public:
-  void clear() { count_ = 0; }
+  void clear() { count_ = 0, read_ = end_ = nullptr; }
+  // Words that will be read, tile `i` of `n`'s share of them.
+  void read(const uint32_t* words, int64_t count, int64_t i, int64_t n) {
+    const int64_t lines = count / 16;
+    read_ = words + lines * i / n * 16;
+    end_ = words + lines * (i + 1) / n * 16;
+  }
+  // Lines that will be written.
   template <class T>
   void add(const T* first, int64_t ld, int64_t rows, int64_t cols) {
     for (int64_t i = 0; i < rows; i++) {
@@ -34,15 +41,20 @@ class ComingLines {
   void add(const char*& at, const char* end, int64_t n) {
     for (; n && at < end && count_ < MOST; n--, at += 64) line_[count_++] = at;
   }
-  bool over() const { return !count_; }
+  bool over() const { return !count_ && read_ >= end_; }
   void operator()(int64_t k) {
-    if (count_ && !(k & 3)) __builtin_prefetch(line_[--count_], 1, 3);
+    if (k & 1) {
+      if (read_ < end_) __builtin_prefetch(read_, 0, 2), read_ += 16;
+    } else if (count_ && !(k & 2)) {
+      __builtin_prefetch(line_[--count_], 1, 3);
+    }
   }
 
  private:
   static constexpr int MOST = 4 * MR * NR / 16;  // four tiles of float32
   const char* line_[MOST];
   int count_ = 0;
+  const uint32_t *read_ = nullptr, *end_ = nullptr;
 };
 
 // to.put(activation(tile + bias)), of `high` rows from `row` and NR columns, or `width`, from `col`.
@@ -73,14 +85,20 @@ inline Rows rows_along(const uint32_t* lanes, int64_t ld) { return {lanes, MR * 
 
 // A packed B of `cols` columns.
 struct Panels {
-  const uint32_t* words;
-  int64_t lanes, cols;
+  const uint32_t* words = nullptr;
+  int64_t lanes = 0, cols = 0;
+  // The panel that begins at `col`, if there is one.
+  Panels at(int64_t col) const {
+    if (col >= cols) return {};
+    return {words + col * lanes, lanes, std::min<int64_t>(NR, cols - col)};
+  }
 };
 
-// to.put(activation(a b + bias)) for a block of rows. A tile is finished while it is in L1.
+// to.put(activation(a b + bias)) for a block of rows. A tile is finished while it is in L1. Each panel of b is fetched
+// while the one before it is multiplied, and at the last the panel `then`.
 template <class D, bool COARSE, class To>
 inline void multiply(int64_t rows, const Rows& a, const Panels& b, const float* bias,
-                     const Activation::Kind* activation, const To to) {
+                     const Activation::Kind* activation, const To to, const Panels& then = {}) {
   alignas(64) float tile[MR * NR];
   ComingLines ahead;
   const auto end = [&](int64_t m, int64_t high, int64_t n, auto width) {
@@ -89,8 +107,8 @@ inline void multiply(int64_t rows, const Rows& a, const Panels& b, const float* 
                             [&](auto y) { finish(m, high, n, width, tile, bias, to, decltype(y)::value); });
   };
   for (int64_t n = 0; n < b.cols; n += NR) {
-    const int64_t width = std::min<int64_t>(NR, b.cols - n);
-    const uint32_t* panel = b.words + n * b.lanes;
+    const Panels panel = b.at(n), next = n + NR < b.cols ? b.at(n + NR) : then;
+    const int64_t width = panel.cols, tiles = (rows + MR - 1) / MR;
     for (int64_t m = 0; m < rows; m += MR) {
       const int64_t high = std::min<int64_t>(MR, rows - m);
       const bool below = m + MR < rows;
@@ -98,8 +116,9 @@ inline void multiply(int64_t rows, const Rows& a, const Panels& b, const float* 
       ahead.clear();
       if (next_n < b.cols)
         to.ahead(ahead, next_m, std::min<int64_t>(MR, rows - next_m), next_n, std::min<int64_t>(NR, b.cols - next_n));
-      tile_panel<D, false>(int(high), round_up(width, W), a.lanes + m / MR * a.tile, a.row, a.k, panel, b.lanes, tile,
-                           NR, ahead);
+      ahead.read(next.words, next.lanes * next.cols, m / MR, tiles);
+      tile_panel<D, false>(int(high), round_up(width, W), a.lanes + m / MR * a.tile, a.row, a.k, panel.words, b.lanes,
+                           tile, NR, ahead);
       width == NR ? end(m, high, n, std::integral_constant<int64_t, NR>{}) : end(m, high, n, width);
     }
   }

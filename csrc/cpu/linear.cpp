@@ -51,20 +51,33 @@ inline Panels panels(const Layer& layer) {
   return {layer.weight, lanes_of<D>(layer.in), layer.out};
 }
 
-// One layer of all rows, a panel of columns at a time, or where panels are few a part of its rows.
+// Into how many parts `tiles` rows of tiles are cut, so that threads share `panels` times as many evenly.
+inline int64_t parts_of(int64_t panels, int64_t tiles) {
+  const int64_t count = threads.count(), most = std::max<int64_t>(tiles, 1),
+                least = std::clamp<int64_t>((4 * count + panels - 1) / panels, 1, most);
+  const auto idle = [&](int64_t parts) { return (round_up(panels * parts, count) / double(panels * parts)); };
+  int64_t best = least;
+  for (int64_t parts = least; parts <= std::min(2 * least, most); parts++)
+    if (idle(parts) < idle(best)) best = parts;
+  return best;
+}
+
+// One layer of all rows, a panel of columns at a time, or where panels are few a part of its rows. `then` is multiplied
+// next.
 template <class D, bool COARSE, class To>
 void by_columns(int64_t rows, const Rows& a, const Layer& layer, const float* bias, const Activation::Kind* activation,
-                const To to) {
-  const int64_t count = (layer.out + NR - 1) / NR, tiles = (rows + MR - 1) / MR,
-                parts = std::clamp<int64_t>((4 * threads.count() + count - 1) / count, 1, std::max<int64_t>(tiles, 1)),
-                high = (tiles + parts - 1) / parts * MR, lanes = lanes_of<D>(layer.in);
+                const To to, const Panels& then = {}) {
+  const int64_t count = (layer.out + NR - 1) / NR, tiles = (rows + MR - 1) / MR, parts = parts_of(count, tiles),
+                high = (tiles + parts - 1) / parts * MR;
+  const Panels all = panels<D>(layer);
   parallel_units(count * parts, [&](Queue& queue) {
     for (int64_t unit; (unit = queue.next()) >= 0;) {
       const int64_t c = unit / parts * NR, r = unit % parts * high;
       if (r >= rows) continue;
       const Rows from{a.lanes + r / MR * a.tile, a.tile, a.row, a.k};
-      const Panels panel{layer.weight + c * lanes, lanes, std::min<int64_t>(NR, layer.out - c)};
-      multiply<D, COARSE>(std::min(high, rows - r), from, panel, bias + c, activation, to.at(r, c));
+      const int64_t next = (unit + threads.count()) / parts;  // this thread's next panel, most probably
+      const Panels coming = next * NR == c ? Panels{} : next < count ? all.at(next * NR) : then.at((next - count) * NR);
+      multiply<D, COARSE>(std::min(high, rows - r), from, all.at(c), bias + c, activation, to.at(r, c), coming);
     }
   });
 }
@@ -128,7 +141,7 @@ void run(const Layers& a) {
       });
     const Rows rows = rows_along(in_place ? reinterpret_cast<const uint32_t*>(x) : packed, lanes);
     if (!two) return by_columns<D, COARSE>(a.rows, rows, first, bias1, activation, result(0));
-    by_columns<D, COARSE>(a.rows, rows, first, bias1, activation, Hidden<E>{hidden, hidden_ld});
+    by_columns<D, COARSE>(a.rows, rows, first, bias1, activation, Hidden<E>{hidden, hidden_ld}, panels<D>(last));
     by_columns<D, COARSE>(a.rows, rows_along(reinterpret_cast<const uint32_t*>(hidden), hidden_ld / D::K), last, bias2,
                           nullptr, result(0));
     return;

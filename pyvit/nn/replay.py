@@ -98,7 +98,7 @@ def again(module: nn.Module, x: Tensor, *options: Any) -> Tensor | None:
 
 
 def record(module: nn.Module, x: Tensor, *options: Any) -> None:
-    """After a run: keep how it goes, as ``module.prepared(x, *options)`` says: a function of x, or None where it takes more than kernels."""
+    """After a run: keep how it goes, as ``module.prepared(x, *options)`` says: a function of x, or None where that takes more."""
     if torch.compiler.is_compiling() or not packed.PACKS or not packed.direct(x):
         return
     known = _known.get(id(module))
