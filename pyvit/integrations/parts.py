@@ -44,13 +44,39 @@ def plain(module: nn.Module) -> bool:
     return is_plain(module, nn.Linear)
 
 
-def project(layer: nn.Module, x: Tensor, activation: nn.Module | None = None) -> Tensor:
-    """activation(layer(x)), in one product where both are what they seem."""
+def replaced(module: nn.Module, function: Callable[..., Any], method: str = "forward") -> bool:
+    """Whether ``module.method`` is ``function`` now."""
+    return getattr(vars(module).get(method), "func", None) is function
+
+
+def surroundings(x: Tensor, norm: nn.Module, scale: nn.Module | None, drop_path: nn.Module) -> dict[str, Any] | None:
+    """``norm`` and ``scale`` of x + drop_path(scale(branch(norm(x)))) as arguments of a branch that computes all of it.
+
+    In inference on a CPU, where nothing is dropped and nothing watches these modules; None otherwise.
+    """
+    if torch.is_grad_enabled() or not x.is_cpu or hooked(norm, scale, drop_path):
+        return None
+    if not replaced(norm, _layer_norm) or getattr(norm, "_fast_norm", False):
+        return None
+    for module, known in ((drop_path, _DROP_PATHS), (scale, _LAYER_SCALES)):
+        if module is not None and type(module) is not nn.Identity and (kind(module) not in known or "forward" in vars(module)):
+            return None
+    if getattr(drop_path, "drop_prob", 0.0) and drop_path.training:
+        return None
+    return {"norm": (norm.weight, norm.bias, norm.eps), "scale": getattr(scale, "gamma", None)}
+
+
+_DROP_PATHS = {"timm.layers.drop.DropPath"}
+_LAYER_SCALES = {"timm.layers.layer_scale.LayerScale", "timm.models.vision_transformer.LayerScale"}
+
+
+def project(layer: nn.Module, x: Tensor, activation: nn.Module | None = None, **around: Any) -> Tensor:
+    """activation(layer(x)), in one product where both are what they seem; :func:`surroundings` only go with a :func:`plain` layer."""
     name = None if activation is None else activation_name(activation)
     if not plain(layer) or (activation is not None and name is None):
         x = layer(x) if not plain(layer) else linear(x, layer.weight, layer.bias)
         return x if activation is None else activation(x)
-    return linear(x, layer.weight, layer.bias, activation=name)
+    return linear(x, layer.weight, layer.bias, activation=name, **around)
 
 
 _ACTIVATIONS = {
@@ -86,12 +112,16 @@ def _mlp(module: Any, x: Tensor) -> Tensor:
     return two_layers(module.fc1, module.activation_fn, module.fc2, x)
 
 
-def two_layers(fc1: nn.Module, activation: nn.Module, fc2: nn.Module, x: Tensor) -> Tensor:
-    """fc2(activation(fc1(x))), as one where all three are what they seem."""
-    name = activation_name(activation)
-    if name is None or not plain(fc1) or not plain(fc2):
+def two_layers(fc1: nn.Module, activation: nn.Module, fc2: nn.Module, x: Tensor, **around: Any) -> Tensor:
+    """fc2(activation(fc1(x))), as one where all three :func:`are_one`; only then with :func:`surroundings`."""
+    if not are_one(fc1, activation, fc2):
         return project(fc2, project(fc1, x, activation))
-    return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=name)
+    return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=activation_name(activation), **around)  # type: ignore[arg-type]
+
+
+def are_one(fc1: nn.Module, activation: nn.Module, fc2: nn.Module) -> bool:
+    """Whether two layers and what stands between them are what they seem."""
+    return plain(fc1) and plain(fc2) and activation_name(activation) is not None
 
 
 def sequential(module: nn.Sequential) -> Iterator[Replacement]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import pyvit
+from pyvit.ops import products
 from tests.integrations.checks import check_accelerated, counts
 from tests.models.parity import randomise, relative_error
 from tests.peers import peer
@@ -30,14 +31,14 @@ def test_vit(options, fused):
     model = make("vit_tiny_patch16_224", **VIT, **options)
     for block in model.blocks:
         block.attn.fused_attn = fused
-    check_accelerated(model, on(32, 32), {"Conv2d": 1, "Attention": 2, "Mlp": 2})
+    check_accelerated(model, on(32, 32), {"Conv2d": 1, "Block": 2, "Attention": 2, "Mlp": 2})
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
 @pytest.mark.parametrize("size", [(64, 64), (32, 64)], ids=str)
 def test_swin(name, size):
-    block = "SwinTransformerV2Block" if "v2" in name else "SwinTransformerBlock"
-    check_accelerated(make(name, **SWIN, img_size=size), on(*size), {"Conv2d": 1, block: 4, "Mlp": 4})
+    blocks = {"SwinTransformerV2Block": 4} if "v2" in name else {"SwinTransformerBlock": 8}  # of V1 the attention and the block
+    check_accelerated(make(name, **SWIN, img_size=size), on(*size), {"Conv2d": 1, **blocks, "Mlp": 4})
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
@@ -48,6 +49,42 @@ def test_swin_on_maps_that_do_not_divide(name, always):
     expected = images(model)
     pyvit.accelerate(model, strict=True)
     assert relative_error(images(model), expected) < 1e-4
+
+
+MODELS = {
+    "vit_tiny_patch16_224": VIT | {"init_values": 0.1, "drop_path_rate": 0.3},
+    "swin_tiny_patch4_window7_224": SWIN | {"img_size": 64},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_branches_of_one_pass(name, monkeypatch):
+    """With packed weights a block is layer norm to residual in one pass, and nothing that watches or changes it is passed over."""
+    monkeypatch.setattr(products, "_policy", "pyvit")
+    monkeypatch.setattr(products, "_chosen", {})
+    model = make(name, **MODELS[name]).eval()
+    images = on(*model.patch_embed.img_size)
+    first = next(m for m in model.modules() if m is not model and type(m).__name__.endswith("Block"))
+    with torch.no_grad():
+        expected = images(model)
+        pyvit.accelerate(model)
+        pyvit.pack_weights(model)
+        for _ in range(2):
+            assert relative_error(images(model), expected) < 1e-4
+        whole = [key for key, (_, how) in products._chosen.items() if key[0] == "packed" and how.startswith("pyvit")]
+        assert sum(key[-1] is False for key in whole) >= 2  # with a residual: the ends of both branches
+        for part in ("norm1", "attn", "attn.qkv", "attn.proj_drop", "drop_path1", "norm2", "mlp", "mlp.act", "mlp.fc2"):
+            seen = []
+            handle = first.get_submodule(part).register_forward_hook(lambda *_, seen=seen: seen.append("here"))
+            assert relative_error(images(model), expected) < 1e-4
+            handle.remove()
+            assert seen, part
+        first.mlp.fc2 = torch.nn.Sequential(first.mlp.fc2)
+        first.attn.proj = torch.nn.Sequential(first.attn.proj)
+        assert relative_error(images(model), expected) < 1e-4
+    model.train()  # stochastic depth
+    if "vit" in name:
+        assert not torch.equal(images(model), images(model))
 
 
 def test_masks_and_hooks_of_attention():
