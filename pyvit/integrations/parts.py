@@ -49,7 +49,7 @@ def replaced(module: nn.Module, function: Callable[..., Any], method: str = "for
     return getattr(vars(module).get(method), "func", None) is function
 
 
-def surroundings(x: Tensor, norm: nn.Module, scale: nn.Module | None, drop_path: nn.Module) -> dict[str, Any] | None:
+def surroundings(x: Tensor, norm: nn.Module, scale: nn.Module | None, drop_path: nn.Module | None) -> dict[str, Any] | None:
     """``norm`` and ``scale`` of x + drop_path(scale(branch(norm(x)))) as arguments of a branch that computes all of it.
 
     In inference on a CPU, where nothing is dropped and nothing watches these modules; None otherwise.
@@ -61,7 +61,7 @@ def surroundings(x: Tensor, norm: nn.Module, scale: nn.Module | None, drop_path:
     for module, known in ((drop_path, _DROP_PATHS), (scale, _LAYER_SCALES)):
         if module is not None and type(module) is not nn.Identity and (kind(module) not in known or "forward" in vars(module)):
             return None
-    if getattr(drop_path, "drop_prob", 0.0) and drop_path.training:
+    if drop_path is not None and getattr(drop_path, "drop_prob", 0.0) and drop_path.training:
         return None
     return {"norm": (norm.weight, norm.bias, norm.eps), "scale": getattr(scale, "gamma", None)}
 

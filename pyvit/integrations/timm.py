@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvit.integrations.parts import (
@@ -182,6 +183,22 @@ def _swin(block: Any, x: Tensor, *, norm: Norm | None = None, scale: Tensor | No
     return attn.proj_drop(project(attn.proj, out, scale=scale, residual=residual))
 
 
+def merging(module: Any) -> Iterator[Replacement]:
+    yield Replacement(module, _merging, "linear")
+
+
+def _merging(module: Any, x: Tensor) -> Tensor:
+    """2 x 2 neighbours to one token, normalised and reduced: (B, H, W, C) -> (B, H/2, W/2, 2C)."""
+    b, h, w, c = x.shape
+    if h % 2 or w % 2:
+        x = F.pad(x, (0, 0, 0, w % 2, 0, h % 2))
+    x = x.reshape(b, (h + 1) // 2, 2, (w + 1) // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3)  # row offset runs fastest
+    around = surroundings(x, module.norm, None, None)
+    if around is None or not plain(module.reduction):
+        return project(module.reduction, module.norm(x))
+    return project(module.reduction, x, norm=around["norm"])
+
+
 RULES: dict[str, Rule] = {
     "timm.layers.attention.Attention": attention,
     "timm.models.vision_transformer.Attention": attention,
@@ -192,6 +209,7 @@ RULES: dict[str, Rule] = {
     "timm.layers.patch_embed.PatchEmbedWithSize": patch_conv("proj"),
     "timm.models.swin_transformer.SwinTransformerBlock": swin,
     "timm.models.swin_transformer.WindowAttention": known,
+    "timm.models.swin_transformer.PatchMerging": merging,
     "timm.models.swin_transformer_v2.SwinTransformerV2Block": swin,
     "timm.models.swin_transformer_v2.WindowAttention": known,
 }

@@ -37,7 +37,9 @@ def test_vit(options, fused):
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
 @pytest.mark.parametrize("size", [(64, 64), (32, 64)], ids=str)
 def test_swin(name, size):
-    blocks = {"SwinTransformerV2Block": 4} if "v2" in name else {"SwinTransformerBlock": 8}  # of V1 the attention and the block
+    blocks = (
+        {"SwinTransformerV2Block": 4} if "v2" in name else {"SwinTransformerBlock": 8, "PatchMerging": 1}
+    )  # of V1 the attention and the block
     check_accelerated(make(name, **SWIN, img_size=size), on(*size), {"Conv2d": 1, **blocks, "Mlp": 4})
 
 
