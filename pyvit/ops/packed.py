@@ -339,7 +339,8 @@ def _branch(
     residual: Tensor | None,
 ) -> Tensor:
     b = Branch(weight, bias, activation, weight2, bias2, (norm_weight, norm_bias, eps) if norm else None, scale, residual)
-    out = run(x, b)
+    out = again(x, b)
+    out = run(x, b) if out is None else out
     return _layer_by_layer(x, b) if out is None else out
 
 
