@@ -35,7 +35,7 @@ test: build       ## everything that needs no GPU
 test-triton: build ## Triton kernels in the interpreter, then compiled ahead of time for every architecture
 	TRITON_INTERPRET=1 $(PYTEST) $(SPREAD) tests/triton
 	PYVIT_NO_LIBRARY=1 TRITON_INTERPRET=1 $(PYTEST) $(SPREAD) tests/ops/test_contract.py \
-		-k "triton and (opcheck or low_level or compile or export or autocast or double)"
+		-k "triton and (opcheck or low_level or compile or export or jit or autocast or double)"
 	$(PYTEST) $(SPREAD) tests/triton
 
 test-fast: build  ## the quick part, under three minutes

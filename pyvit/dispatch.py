@@ -308,7 +308,7 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         if args[-1] == "reference":  # plain PyTorch, which autograd and the compiler see through
             return self.kernel("reference")(*args)
-        if torch.compiler.is_compiling() or _is_traced():
+        if torch.compiler.is_compiling() or _is_traced() or torch._C._get_tracing_state() is not None:
             return self._op(*args)
         if torch._C._are_functorch_transforms_active():
             return self._op(*args) if self._transformed is None else self._transformed.apply(*args)

@@ -10,12 +10,13 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def traced(*tensors: Tensor) -> bool:
-    """Whether something does: a compiler, a functorch transform, a dispatch mode (flop counters), dual numbers."""
+    """Whether something does: a compiler, ``torch.jit.trace``, a functorch transform, a dispatch mode (flop counters), dual numbers."""
     return (
         torch.compiler.is_compiling()
         or not _PLAIN.issuperset(map(type, tensors))
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )
 

@@ -144,6 +144,19 @@ def test_models_run_again(long: Long) -> None:
         assert long.runs == blocks
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_jit_trace(name: str) -> None:
+    """With packed weights, of which a recorded graph knows nothing, and after runs like the recorded one."""
+    model = create_model(name, img_size=64).eval()
+    images = torch.randn(model.example_inputs(2)[0].shape)
+    pyvit.pack_weights(model)
+    model(images)
+    traced = torch.jit.trace(model, images, check_trace=False)
+    images = images + torch.randn_like(images)
+    torch.testing.assert_close(traced(images), model(images), rtol=1e-4, atol=1e-4)
+
+
 def _set(path: str, name: str, value: object) -> Callable[[Block], None]:
     return lambda b: setattr(b.get_submodule(path), name, value)
 

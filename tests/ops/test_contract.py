@@ -132,6 +132,22 @@ def test_export(example: Any, on: Served) -> None:
         assert any("pyvit" in str(node.target) for node in program.graph.nodes)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace. is deprecated:DeprecationWarning")
+def test_jit_trace(example: Any, on: Served) -> None:
+    """torch.jit.trace records the call, and the recorded graph computes the same of other values."""
+    names = list(example.tensors)
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+            return tuple(example(on, dict(zip(names, tensors, strict=True))))
+
+    with torch.no_grad():
+        traced = torch.jit.trace(Module(), tuple(example.tensors.values()), check_trace=False)
+        other = {name: t * 0.5 if t.is_floating_point() else t for name, t in example.tensors.items()}
+        for got, want in zip(traced(*other.values()), example(on, other), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
 def test_autocast(example: Any, name: str, on: Served) -> None:
     """Under autocast the operands are cast, as a matrix product's are, and the gradients come back in the dtype of the leaves."""
     leaves = example.leaves()
