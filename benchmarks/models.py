@@ -52,6 +52,12 @@ def _plain(name: str, attention: str) -> nn.Module:
     return model
 
 
+def _accelerated(name: str) -> nn.Module:
+    model = peers.timm_model(name, weights(name))
+    pyvit.accelerate(model, strict=True)
+    return model
+
+
 def _ours(name: str) -> nn.Module:
     model = pyvit.create_model(name, drop_path_rate=0.0)  # every contender computes every block
     model.load_state_dict(weights(name))
@@ -68,9 +74,15 @@ MODULES: dict[str, Callable[[str], nn.Module]] = {
     "ours + compile": _ours,
     "timm": lambda name: peers.timm_model(name, weights(name)),
     "timm + compile": lambda name: peers.timm_model(name, weights(name)),
+    "timm + accelerate": _accelerated,
     "transformers": lambda name: peers.transformers_model(name, weights(name)),
 }
-_NEEDS = {"ours + compile": ("compile",), "naive + compile": ("compile",), "timm + compile": ("compile", "timm")}
+_NEEDS = {
+    "ours + compile": ("compile",),
+    "naive + compile": ("compile",),
+    "timm + compile": ("compile", "timm"),
+    "timm + accelerate": ("accelerate", "timm"),
+}
 _CPU_ONLY = ("onnxruntime", "openvino")
 
 
@@ -109,7 +121,7 @@ def _inference(case: Case, name: str, images: Tensor) -> Forward:
         call = peers.openvino_call(_plain(case.op, "sdpa").eval(), images.float(), case.dtype, threads)
         return lambda x: call(x.float()).to(x.dtype)
     model = MODULES[name](case.op).eval().to(images.device, dtype)
-    if name.startswith(OURS):  # as OpenVINO and ONNX Runtime do by themselves
+    if name.startswith(OURS) or name.endswith("accelerate"):  # as OpenVINO and ONNX Runtime do by themselves
         pyvit.pack_weights(model)
     compiled = torch.compile(model, dynamic=False) if name.endswith("compile") else model
 

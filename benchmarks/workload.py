@@ -11,7 +11,7 @@ from benchmarks.gate import Verdict
 
 OURS = "ours"
 #: Providers that must be asked for: they take long to prepare, or come in packages of their own.
-PEERS = ("compile", "timm", "transformers", "onnxruntime", "openvino")
+PEERS = ("compile", "accelerate", "timm", "transformers", "onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)

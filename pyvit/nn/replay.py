@@ -43,7 +43,7 @@ class Snapshot:
         self.dictionaries, self.keys, self.objects = zip(*held, strict=True)
         self.kind, self.parts = type(module), modules[1:]  # the module itself must not be kept alive by its snapshot
         self.attributes = [vars(m) for m in modules]
-        self.hooks = [*_GLOBAL_HOOKS, *(getattr(m, name) for m in modules for name in _HOOKS)]
+        self.hooks = [attributes for attributes in self.attributes for _ in _HOOKS], _HOOKS * len(modules)
         self.state = self._state()
 
     def _state(self) -> list[Any]:
@@ -57,11 +57,15 @@ class Snapshot:
             packed.changes(),
         ]
 
+    def watched(self) -> bool:
+        """Whether hooks watch the module or a part of it; a dictionary of hooks may have been replaced since."""
+        return any(_GLOBAL_HOOKS) or any(map(operator.getitem, *self.hooks))
+
     def holds(self, module: nn.Module) -> bool:
         """Whether the module is still the same. Its values may have changed, but those that are kept packed."""
-        if type(module) is not self.kind or any(self.hooks):
-            return False
         try:
+            if type(module) is not self.kind or self.watched():
+                return False
             found = map(operator.getitem, self.dictionaries, self.keys)
             return all(map(operator.is_, found, self.objects)) and self._state() == self.state
         except KeyError:
@@ -102,7 +106,7 @@ def record(module: nn.Module, x: Tensor, *options: Any) -> None:
     if torch.compiler.is_compiling() or not packed.PACKS or not packed.direct(x):
         return
     known = _known.get(id(module))
-    if known is not None and any(known.snapshot.hooks):
+    if known is not None and known.snapshot.watched():
         return
     if known is None or known.module() is not module or not known.snapshot.holds(module) or len(known.runs) >= _MOST:
         try:
