@@ -1,4 +1,5 @@
-"""Triton kernels: in Triton's interpreter on CPU tensors (TRITON_INTERPRET=1 pytest tests/triton), and compiled (pytest tests/triton)."""
+"""Triton kernels on CPU tensors, against the reference: in Triton's interpreter (TRITON_INTERPRET=1 pytest tests/triton), and as they are
+compiled for a GPU, on a machine that runs PTX (pytest tests/triton; see tests/ptx)."""
 
 from __future__ import annotations
 
@@ -20,11 +21,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/triton" not in str(item.path).replace(os.sep, "/"):
             continue
-        compiles = item.path.name.startswith("test_compiled")
-        if compiles and interpreter:
+        if interpreter and item.path.name.startswith("test_compiled"):
             item.add_marker(pytest.mark.skip(reason="kernels cannot be compiled where TRITON_INTERPRET=1 made them interpreted"))
-        elif item.path.name.startswith("test_interpreted") and not interpreter:
-            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1 in the environment: TRITON_INTERPRET=1 pytest tests/triton"))
+
+
+#: Modules whose tests run kernels: interpreted, or compiled for each of these parts.
+RUN = ("test_attention.py", "test_windows.py", "test_losses.py")
+PARTS = ("sm_80", "sm_90")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.definition.path.name in RUN:
+        metafunc.parametrize("part", ["interpreter"] if interpreter else PARTS, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def part(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the kernels of one test run on: the interpreter, or the machine, as compiled for a part."""
+    if getattr(request, "param", "interpreter") == "interpreter":
+        yield
+        return
+    from pyvit import backends
+    from tests.ptx.launch import running
+
+    monkeypatch.setitem(backends.MISSING, ("triton", "cpu"), None)
+    with running(request.param):
+        yield
 
 
 Check = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], int], None]

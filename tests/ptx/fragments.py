@@ -1,0 +1,203 @@
+"""Matrices as warps hold them: ``ldmatrix`` and ``stmatrix``, ``mma.sync``, ``wgmma``. Warps take part whole or not at all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tests.ptx.memory import Fault
+from tests.ptx.program import Statement
+
+if TYPE_CHECKING:
+    from tests.ptx.machine import Machine
+
+_LANE = np.arange(32)
+_ROW, _PAIR = _LANE // 4, _LANE % 4  # of an 8 x 8 matrix of 16-bit numbers: row, and pair of columns
+
+
+def _whole(mask: np.ndarray | None, lanes: int, size: int) -> np.ndarray:
+    """Which warps (or groups of ``size`` lanes) take part."""
+    if mask is None:
+        return np.arange(lanes // size)
+    groups = mask.reshape(-1, size)
+    if (groups.any(1) != groups.all(1)).any():
+        raise Fault("a warp takes part in a matrix instruction with some of its lanes")
+    return np.flatnonzero(groups.all(1))
+
+
+def _registers(m: Machine, operand: str | list[str]) -> list[str]:
+    return operand if isinstance(operand, list) else [operand]
+
+
+def matrices(s: Statement, place: tuple[str, int]) -> Callable[[Machine], None]:
+    """``ldmatrix``, ``stmatrix``: matrix i of 8 rows of 16 bytes, whose addresses lanes 8 i to 8 i + 7 hold."""
+    loads, transposed = s.parts[0] == "ldmatrix", "trans" in s.parts
+    operand = s.operands[0 if loads else 1]
+    registers = operand if isinstance(operand, list) else [operand]
+    count = len(registers)
+
+    def execute(m: Machine) -> None:
+        mask = m.mask_of(s)
+        warps = _whole(mask, m.lanes, 32)
+        if not len(warps):
+            return
+        base = np.broadcast_to(m.read(place[0], np.uint32), (m.lanes,)).reshape(-1, 32)[warps, : 8 * count]
+        at = (base + np.uint32(place[1])).ravel()
+        warp = np.repeat(warps, 8 * count)
+        block = m.block[warp * 32]
+        places = m.shared.places(at, 16, block, s.parts[0])
+        if loads:
+            data = m.shared.read(places, warp, block)
+            tile = np.ascontiguousarray(data).view(np.uint16).reshape(len(warps), count, 8, 8)
+            if transposed:
+                tile = tile.swapaxes(2, 3)
+            pairs = np.ascontiguousarray(tile).view(np.uint32)[:, :, _ROW, _PAIR]  # (warps, count, lane)
+            for i, register in enumerate(registers):
+                full = np.zeros((m.lanes // 32, 32), np.uint32)
+                full[warps] = pairs[:, i]
+                m.write(register, full.ravel(), mask)
+            return
+        held = np.stack([m.read(r, np.uint32).reshape(-1, 32)[warps] for r in registers], 1)
+        rows = np.empty((len(warps), count, 8, 4), np.uint32)
+        rows[:, :, _ROW, _PAIR] = held
+        tile = rows.view(np.uint16)
+        if transposed:
+            tile = np.ascontiguousarray(tile.swapaxes(2, 3))
+        m.shared.write(places, tile.view(np.uint8).reshape(len(at), 16), warp, block)
+
+    return execute
+
+
+def _numbers(bits: np.ndarray, kind: str) -> np.ndarray:
+    """Registers (..., ) as the numbers they hold: (..., 2) for 16-bit types, (..., 1) for tf32, whose low 13 bits are not looked at."""
+    if kind == "tf32":
+        return (bits & np.uint32(0xFFFFE000)).view(np.float32)[..., None]
+    halves = np.ascontiguousarray(bits)[..., None].view(np.uint16)
+    if kind == "f16":
+        return halves.view(np.float16).astype(np.float32)
+    return (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def left_fragment(registers: np.ndarray, kind: str) -> np.ndarray:
+    """A (..., 16, K) from its registers (..., n, 32): rows 0 to 7, then 8 to 15, of one half of K, then of the other."""
+    numbers = _numbers(registers, kind)  # (..., n, 32, e)
+    each = numbers.shape[-1]
+    halves = registers.shape[-2] // 2
+    out = np.empty((*registers.shape[:-2], 16, halves * 4 * each), np.float32)
+    for i in range(registers.shape[-2]):
+        for e in range(each):
+            out[..., _ROW + 8 * (i % 2), i // 2 * 4 * each + _PAIR * each + e] = numbers[..., i, :, e]
+    return out
+
+
+def right_fragment(registers: np.ndarray, kind: str) -> np.ndarray:
+    """B (..., K, 8) from its registers (..., n, 32)."""
+    numbers = _numbers(registers, kind)
+    each = numbers.shape[-1]
+    out = np.empty((*registers.shape[:-2], registers.shape[-2] * 4 * each, 8), np.float32)
+    for i in range(registers.shape[-2]):
+        for e in range(each):
+            out[..., i * 4 * each + _PAIR * each + e, _ROW] = numbers[..., i, :, e]
+    return out
+
+
+def mma(s: Statement) -> Callable[[Machine], None]:
+    """``mma.sync`` with float32 accumulators: 16 x 8 x K."""
+    if "f32" != s.parts[-1] or "f32" != s.parts[-4]:
+        raise NotImplementedError(f"PTX line {s.line}: {s.op}")
+    kind = s.parts[-3]
+    d, a, b, c = s.operands
+
+    def execute(m: Machine) -> None:
+        mask = m.mask_of(s)
+        warps = _whole(mask, m.lanes, 32)
+
+        def stack(operand: str | list[str], dtype: type) -> np.ndarray:
+            return np.stack([np.broadcast_to(m.read(r, dtype), (m.lanes,)).reshape(-1, 32) for r in _registers(m, operand)], 1)
+
+        left, right = left_fragment(stack(a, np.uint32), kind), right_fragment(stack(b, np.uint32), kind)
+        product = left @ right  # (warps, 16, 8)
+        acc = stack(c, np.float32)
+        for i, register in enumerate(_registers(m, d)):
+            out = acc[:, i] + product[:, _ROW + 8 * (i // 2), 2 * _PAIR + i % 2]
+            m.write(register, np.ascontiguousarray(out, np.float32).ravel(), mask if len(warps) < m.lanes // 32 else None)
+
+    return execute
+
+
+def _swizzle(at: np.ndarray, mode: int) -> np.ndarray:
+    """Bits 4 to 6 (5, 4) of an address xor bits 7 to 9 (8, 7)."""
+    bits = {0: 0, 1: 7, 2: 3, 3: 1}[mode]  # none, 128, 64 and 32 bytes
+    return at ^ ((at >> 7 & bits) << 4)
+
+
+def descriptor_places(descriptor: int, rows: int, depth: int, size: int, across: bool) -> np.ndarray:
+    """Addresses (rows, depth) of the elements that a matrix descriptor names; ``across``: neighbours lie along the rows, not along K."""
+    start, leading, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 16 & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
+    mode = descriptor >> 62
+    if descriptor >> 49 & 7:
+        raise NotImplementedError("wgmma: a descriptor with a base offset")
+    width = {0: 16, 1: 128, 2: 64, 3: 32}[mode]  # bytes of a row of the repeating pattern
+    r, k = np.arange(rows)[:, None], np.arange(depth)[None, :]
+    if across:
+        each = width // size
+        at = start + r // each * leading + k // 8 * stride + k % 8 * width + r % each * size
+    elif mode == 0:
+        each = width // size
+        at = start + r // 8 * stride + k // each * leading + r % 8 * width + k % each * size
+    else:
+        at = start + r // 8 * stride + r % 8 * width + k * size
+    return _swizzle(at, mode)
+
+
+def wgmma(s: Statement) -> Callable[[Machine], None]:
+    """``wgmma.mma_async`` with float32 accumulators: 64 x N x K by four warps."""
+    shape = re.search(r"m64n(\d+)k(\d+)", s.op)
+    if shape is None or s.parts[-3] != "f32":
+        raise NotImplementedError(f"PTX line {s.line}: {s.op}")
+    n, depth, kind = int(shape.group(1)), int(shape.group(2)), s.parts[-1]
+    size = 4 if kind == "tf32" else 2
+    d, a, b, keep, *rest = s.operands
+    signs, across = rest[:2], [int(str(t)) for t in rest[2:]]
+    if signs != ["1", "1"]:
+        raise NotImplementedError(f"PTX line {s.line}: wgmma with negated operands")
+    across = [0] * (2 - len(across)) + across if isinstance(a, list) or not across else across
+
+    def shared(m: Machine, descriptor: int, rows: int, turned: int, group: int) -> np.ndarray:
+        block = int(m.block[group * 128])
+        at = descriptor_places(descriptor, rows, depth, size, bool(turned))
+        places = m.shared.places(at.ravel(), size, np.full(at.size, block), "wgmma")
+        data = m.shared.hold(places.ravel(), block).reshape(rows, depth, size)
+        m.flying["wgmma"].append((group * 128, m.groups["wgmma"][group * 128], places.ravel(), block))
+        if kind == "tf32":
+            return _numbers(np.ascontiguousarray(data).view(np.uint32)[..., 0], kind)[..., 0]
+        halves = np.ascontiguousarray(data).view(np.uint16)[..., 0]
+        return halves.view(np.float16).astype(np.float32) if kind == "f16" else (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+    def one(m: Machine, operand: str, group: int) -> int:
+        values = np.broadcast_to(m.read(operand, np.uint64), (m.lanes,))[group * 128 : group * 128 + 128]
+        if (values != values[0]).any():
+            raise Fault("wgmma: lanes of a warpgroup hold different descriptors")
+        return int(values[0])
+
+    def execute(m: Machine) -> None:
+        mask = m.mask_of(s)
+        groups = _whole(mask, m.lanes, 128)
+        product = np.zeros((m.lanes // 128, 64, n), np.float32)
+        if isinstance(a, list):
+            held = np.stack([m.read(r, np.uint32).reshape(-1, 4, 32) for r in a], 2)  # (groups, warp, register, lane)
+            lefts = left_fragment(held, kind).reshape(-1, 64, depth)
+        for group in groups:
+            left = lefts[group] if isinstance(a, list) else shared(m, one(m, str(a), group), 64, across[0], group)
+            product[group] = left @ shared(m, one(m, str(b), group), n, across[1], group).T
+        kept = np.broadcast_to(m.read(keep, bool), (m.lanes,))
+        tile = product.reshape(-1, 4, 16, n)
+        for i, register in enumerate(_registers(m, d)):
+            out = tile[:, :, _ROW + 8 * (i // 2 % 2), i // 4 * 8 + 2 * _PAIR + i % 2].reshape(-1)
+            acc = m.read(register, np.float32)
+            m.write(register, np.where(kept, acc + out, out).astype(np.float32), mask)
+
+    return execute

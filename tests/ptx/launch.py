@@ -1,0 +1,68 @@
+"""Triton launches on the machine: compiled for a GPU, run here."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from pyvit.triton_kernels import common, compiled
+from torch import Tensor
+
+from tests.ptx import machine
+from tests.ptx.program import Program, parse
+
+_programs: dict[Any, tuple[Program, int]] = {}
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, tuple):
+        for part in value:
+            yield from _flat(part)
+    else:
+        yield value
+
+
+def execute(launch: common.Launch, arch: str) -> collections.Counter[str]:
+    """Compile ``launch`` as its launcher would on ``arch``, and run it on its CPU tensors."""
+    kernel = compiled.build(launch, arch)
+    if kernel.hash not in _programs:
+        _programs[kernel.hash] = (parse(kernel.asm["ptx"]), kernel.metadata.shared)
+    program, shared = _programs[kernel.hash]
+    arguments, tensors = [], []
+    for parameter in launch.kernel.params:
+        if parameter.is_constexpr:
+            continue
+        for value in _flat(launch.args[parameter.name]):
+            if isinstance(value, Tensor):
+                tensors.append(value)
+            if not (value is None or (isinstance(value, int) and value == 1)):  # those became constants
+                arguments.append(value)
+    # Triton adds pointers to scratch memory, which these kernels do not use.
+    arguments += [0] * (len(program.parameters) - len(arguments))
+    return machine.run(program, arguments, tensors, shared, launch.grid)
+
+
+class _Runner(list):
+    """A list of launches that runs each as it is appended."""
+
+    def __init__(self, arch: str) -> None:
+        super().__init__()
+        self.arch = arch
+        self.issued: dict[str, collections.Counter[str]] = {}
+
+    def append(self, launch: common.Launch) -> None:
+        super().append(launch)
+        if launch.grid:
+            self.issued.setdefault(launch.name, collections.Counter()).update(execute(launch, self.arch))
+
+
+@contextlib.contextmanager
+def running(arch: str) -> Iterator[_Runner]:
+    """Launchers called on CPU tensors within the block compile their kernels for ``arch`` and run them on the machine."""
+    with common.recording(arch) as launches:
+        assert common._recorder is not None
+        common._recorder.launches = runner = _Runner(arch)
+        del launches
+        yield runner

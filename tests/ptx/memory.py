@@ -1,0 +1,170 @@
+"""Global and shared memory that know what may be touched, by whom and when."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: Addresses of global memory start here: above 32 bits, so that a pointer cut to 32 bits is seen.
+BASE = 0x7_0000_0000
+_GUARD = 1 << 20
+_MANY = -2
+
+
+class Fault(AssertionError):
+    """What a GPU would have done silently: an access out of bounds, a race, a read of bytes not there yet."""
+
+
+class Global:
+    """The storages of the tensors that a launch names, far apart; only bytes that belong to some tensor may be touched."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._storages: dict[int, tuple[int, torch.UntypedStorage]] = {}
+        end = 0
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._storages:
+                self._storages[storage.data_ptr()] = (end, storage)
+                end += -(-storage.nbytes() // 256) * 256 + _GUARD
+        self._bytes = np.zeros(end, np.uint8)
+        self._allowed = np.zeros(end, bool)
+        self._writer = np.zeros(end, np.int32)  # block + 1
+        for at, storage in self._storages.values():
+            if storage.nbytes():
+                self._bytes[at : at + storage.nbytes()] = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
+        for tensor in tensors:
+            at, storage = self._storages[tensor.untyped_storage().data_ptr()]
+            size = tensor.element_size()
+            mark = torch.zeros(max(storage.nbytes() // size, 1), dtype=torch.bool)
+            if tensor.numel():
+                mark.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
+            allowed = mark.numpy().repeat(size)[: storage.nbytes()]
+            self._allowed[at : at + len(allowed)] |= allowed
+
+    def address(self, tensor: Tensor) -> int:
+        return BASE + self._storages[tensor.untyped_storage().data_ptr()][0] + tensor.storage_offset() * tensor.element_size()
+
+    def write_back(self) -> None:
+        """The bytes of every storage, as the kernels left them, into the tensors."""
+        for at, storage in self._storages.values():
+            if storage.nbytes():
+                into = torch.tensor([], dtype=torch.uint8).set_(storage)
+                into.copy_(torch.from_numpy(self._bytes[at : at + storage.nbytes()]))
+
+    def _places(self, address: np.ndarray, size: int, what: str) -> np.ndarray:
+        if (wrong := address % size != 0).any():
+            raise Fault(f"{what} of {size} bytes at a misaligned address {address[wrong][0]:#x}")
+        first = address.astype(np.int64) - BASE
+        if (wrong := (first < 0) | (first + size > len(self._bytes))).any():
+            raise Fault(f"{what} of {size} bytes outside every tensor, at {address[wrong][0]:#x}")
+        places = first[:, None] + np.arange(size)
+        if not (fine := self._allowed[places].all(1)).all():
+            raise Fault(f"{what} of {size} bytes outside every tensor, at {address[~fine][0]:#x}")
+        return places
+
+    def load(self, address: np.ndarray, size: int, block: np.ndarray) -> np.ndarray:
+        places = self._places(address, size, "load")
+        writer = self._writer[places]
+        if ((writer != 0) & (writer != block[:, None] + 1)).any():
+            raise Fault("load of global bytes that another block wrote in the same launch")
+        return self._bytes[places]
+
+    def store(self, address: np.ndarray, data: np.ndarray, block: np.ndarray) -> None:
+        places = self._places(address, data.shape[1], "store")
+        writer = self._writer[places]
+        if ((writer != 0) & (writer != block[:, None] + 1)).any():
+            raise Fault("store to global bytes that another block wrote")
+        self._writer[places] = block[:, None] + 1
+        self._bytes[places] = data
+        if (self._writer[places] != block[:, None] + 1).any():
+            raise Fault("two blocks store to the same global bytes")
+        if (self._bytes[places] != data).any():
+            raise Fault("two lanes store different values to the same global bytes")
+
+
+class Shared:
+    """The shared memory of a row of blocks. ``epoch`` counts each block's barriers: accesses of one byte by different warps within one
+    epoch must all be reads, or be writes of the same value."""
+
+    def __init__(self, blocks: int, size: int) -> None:
+        self.size = size
+        self.bytes = np.full(blocks * size, 0xFF, np.uint8)
+        self.epoch = np.zeros(blocks, np.int32)
+        shape = blocks * size
+        self._write_epoch, self._write_warp = np.full(shape, -1, np.int32), np.full(shape, -1, np.int32)
+        self._read_epoch, self._read_warp = np.full(shape, -1, np.int32), np.full(shape, -1, np.int32)
+        self._unfenced = np.zeros(shape, bool)  # written by ordinary stores, not yet visible to wgmma
+        self._arriving = np.zeros(shape, bool)  # cp.async under way
+        self._held = np.zeros(shape, np.int16)  # wgmma under way that reads them
+
+    def places(self, address: np.ndarray, size: int, block: np.ndarray, what: str) -> np.ndarray:
+        """Indices (lanes, size) into :attr:`bytes`."""
+        address = address.astype(np.int64)
+        if (wrong := address % min(size, 16) != 0).any():
+            raise Fault(f"{what} of {size} shared bytes at a misaligned address {address[wrong][0]}")
+        if (wrong := (address < 0) | (address + size > self.size)).any():
+            raise Fault(f"{what} of {size} shared bytes at {address[wrong][0]}, of {self.size}")
+        return (block.astype(np.int64) * self.size + address)[:, None] + np.arange(size)
+
+    def read(self, places: np.ndarray, warp: np.ndarray, block: np.ndarray) -> np.ndarray:
+        """``places`` (lanes, bytes); ``warp`` and ``block`` per lane."""
+        warp, epoch = warp[:, None], self.epoch[block][:, None]
+        if self._arriving[places].any():
+            raise Fault("read of shared bytes that cp.async has not brought yet")
+        if ((self._write_epoch[places] == epoch) & (self._write_warp[places] != warp)).any():
+            raise Fault("race: read of shared bytes that another warp wrote since the last barrier")
+        known = self._read_epoch[places] == epoch
+        several = known & (self._read_warp[places] != warp)
+        self._read_epoch[places] = epoch
+        self._read_warp[places] = warp
+        several |= self._read_warp[places] != warp
+        self._read_warp[places[several]] = _MANY
+        return self.bytes[places]
+
+    def write(self, places: np.ndarray, data: np.ndarray, warp: np.ndarray, block: np.ndarray, arriving: bool = False) -> None:
+        warp, epoch = warp[:, None], self.epoch[block][:, None]
+        if self._held[places].any():
+            raise Fault("write of shared bytes that a wgmma under way reads")
+        if not arriving and self._arriving[places].any():
+            raise Fault("write of shared bytes that cp.async has not brought yet")
+        if ((self._read_epoch[places] == epoch) & (self._read_warp[places] != warp)).any():
+            raise Fault("race: write of shared bytes that another warp read since the last barrier")
+        if ((self._write_epoch[places] == epoch) & (self._write_warp[places] != warp) & (self.bytes[places] != data)).any():
+            raise Fault("race: write of shared bytes that another warp wrote since the last barrier")
+        self._write_epoch[places] = epoch
+        self._write_warp[places] = warp
+        self._unfenced[places] = not arriving
+        self.bytes[places] = data
+        # Lanes of one warp may differ (a sum of products that each lane contracted its own way): one of them wins, as on a GPU.
+        if ((self._write_warp[places] != warp) & (self.bytes[places] != data)).any():
+            raise Fault("two warps write different values to the same shared bytes")
+
+    def expect(self, places: np.ndarray, warp: np.ndarray, block: np.ndarray) -> None:
+        """``cp.async`` was issued: what lies there is gone, what comes is not there."""
+        self.write(places, np.full(places.shape, 0xFF, np.uint8), warp, block, arriving=True)
+        self._arriving[places] = True
+
+    def arrive(self, places: np.ndarray, data: np.ndarray, warp: np.ndarray, block: np.ndarray) -> None:
+        self._arriving[places] = False
+        self.write(places, data, warp, block, arriving=True)
+
+    def fence(self, warps: np.ndarray) -> None:
+        """``fence.proxy.async`` by these warps: what they stored is visible to wgmma after the next barrier."""
+        self._unfenced[np.isin(self._write_warp, warps) & self._unfenced] = False
+
+    def hold(self, places: np.ndarray, block: int) -> np.ndarray:
+        """A wgmma reads ``places`` (flat) until :meth:`release`."""
+        if self._arriving[places].any():
+            raise Fault("wgmma reads shared bytes that cp.async has not brought yet")
+        if (self._write_epoch[places] == self.epoch[block]).any():
+            raise Fault("race: wgmma reads shared bytes written since the last barrier")
+        if self._unfenced[places].any():
+            raise Fault("wgmma reads shared bytes stored without fence.proxy.async")
+        self._held[places] += 1
+        return self.bytes[places]
+
+    def release(self, places: np.ndarray, block: int) -> None:
+        self._held[places] -= 1
+        self._read_epoch[places] = self.epoch[block]
+        self._read_warp[places] = _MANY
