@@ -49,14 +49,17 @@ def pair_products(
 
 @triton.jit
 def pair_scores(products, rows, cols, n_rows, n_cols, scale, bias, x_offset, y_offset, EXCLUDE: tl.constexpr):
-    """Scores in powers of two: (products - offsets) * scale + bias; -inf past the last row or column and, with EXCLUDE, on the diagonal."""
+    """Scores (products - offsets) * scale + bias; -inf past the last row or column and, with EXCLUDE, on the diagonal.
+
+    They stay in natural units until a log-sum-exp is subtracted: where one score is the whole sum, its share is then exactly 1.
+    """
     if x_offset is not None:
         products -= tl.load(x_offset + rows, mask=rows < n_rows, other=0.0)[:, None]
     if y_offset is not None:
         products -= tl.load(y_offset + cols, mask=cols < n_cols, other=0.0)[None, :]
-    s = products * (scale * LOG2E)
+    s = products * scale
     if bias is not None:
-        s += tl.load(bias) * LOG2E
+        s += tl.load(bias)
     valid = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
     if EXCLUDE:
         valid = valid & (rows[:, None] != cols[None, :])
@@ -65,10 +68,10 @@ def pair_scores(products, rows, cols, n_rows, n_cols, scale, bias, x_offset, y_o
 
 @triton.jit
 def softplus(s):
-    """log(1 + e^l) for l = s ln 2. Where e^-|l| is small its series keeps the digits that 1 + e would lose."""
-    e = tl.exp2(-tl.abs(s))
+    """log(1 + e^s). Where e^-|s| is small its series keeps the digits that 1 + e would lose."""
+    e = tl.exp2(-tl.abs(s) * LOG2E)
     rest = tl.where(e < 0.015625, e * (1.0 - e * (0.5 - e * (0.33333333 - e * 0.25))), tl.log2(1.0 + e) * LN2)
-    return tl.maximum(s, 0.0) * LN2 + rest
+    return tl.maximum(s, 0.0) + rest
 
 
 @triton.jit
@@ -114,29 +117,29 @@ def pair_sums(
         if KIND == SOFTMAX:
             higher = tl.maximum(top, tl.max(s, 1))
             against = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * tl.exp2(top - against) + tl.sum(tl.exp2(s - against[:, None]), 1)
+            total = total * tl.exp2((top - against) * LOG2E) + tl.sum(tl.exp2((s - against[:, None]) * LOG2E), 1)
             top = higher
         else:
             total += tl.sum(softplus(s), 1)
     if KIND == SOFTMAX:
-        total = tl.where(total == 0.0, float("-inf"), (top + tl.log2(total)) * LN2)
+        total = tl.where(total == 0.0, float("-inf"), top + tl.log2(total) * LN2)
     at = (pid // blocks).to(tl.int64) * n_rows + rows
     tl.store(sums + at, total, mask=rows < n_rows)
     if positives is not None:
-        tl.store(positives + at, positive * LN2, mask=rows < n_rows)
+        tl.store(positives + at, positive, mask=rows < n_rows)
 
 
 @triton.jit
 def pair_weights(s, rows, cols, n_rows, n_cols, x_lse, y_lse, y_weight, partner, pull, KIND: tl.constexpr):
     """Derivative of the loss by the scores: softmax over columns, over rows, or both, or a sigmoid; less ``pull`` at the positives."""
     if KIND == SIGMOID:
-        w = 1.0 / (1.0 + tl.exp2(-s))
+        w = 1.0 / (1.0 + tl.exp2(-s * LOG2E))
     else:
         w = tl.zeros_like(s)
         if x_lse is not None:
-            w += tl.exp2(s - tl.load(x_lse + rows, mask=rows < n_rows, other=float("inf"))[:, None] * LOG2E)
+            w += tl.exp2((s - tl.load(x_lse + rows, mask=rows < n_rows, other=float("inf"))[:, None]) * LOG2E)
         if y_lse is not None:
-            w += tl.exp2(s - tl.load(y_lse + cols, mask=cols < n_cols, other=float("inf"))[None, :] * LOG2E)
+            w += tl.exp2((s - tl.load(y_lse + cols, mask=cols < n_cols, other=float("inf"))[None, :]) * LOG2E)
         if y_weight is not None:
             w *= tl.load(y_weight + cols, mask=cols < n_cols, other=0.0)[None, :]
     return tl.where(tl.abs(cols[None, :] - rows[:, None]) == partner, w - pull, w)

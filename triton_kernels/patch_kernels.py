@@ -16,12 +16,12 @@ def pixel_column(k, strides, CHANNELS: tl.constexpr, PATCH: tl.constexpr):
 
 
 @triton.jit
-def token_rows(row, tokens, prefix, keep, keep_stride):
+def token_rows(row, valid, tokens, prefix, keep, keep_stride):
     """Of output rows ``row`` = b * tokens + t: image, slot after the prefix (negative within it), index of the patch."""
     b, slot = row // tokens, row % tokens - prefix
     patch = slot
     if keep is not None:
-        patch = tl.load(keep + b.to(tl.int64) * keep_stride + slot, mask=slot >= 0, other=0).to(tl.int32)
+        patch = tl.load(keep + b.to(tl.int64) * keep_stride + slot, mask=valid & (slot >= 0), other=0).to(tl.int32)
     return b, slot, patch
 
 
@@ -73,7 +73,7 @@ def patch_forward(
     row = (pid // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = row < rows_total
-    b, slot, patch = token_rows(row, tokens, n_prefix, keep, keep_stride)
+    b, slot, patch = token_rows(row, valid, tokens, n_prefix, keep, keep_stride)
     is_patch = valid & (slot >= 0)
     at = b * image_strides[0] + patch // grid_w * STEP[0] * image_strides[2] + patch % grid_w * STEP[1] * image_strides[3]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -136,7 +136,7 @@ def patch_weight_gradient(
     for start in range(first, tl.minimum(first + share, rows_total), BLOCK_K):
         row = start + tl.arange(0, BLOCK_K)
         valid = row < tl.minimum(first + share, rows_total)
-        b, slot, patch = token_rows(row, tokens, 0, keep, keep_stride)
+        b, slot, patch = token_rows(row, valid, tokens, 0, keep, keep_stride)
         at = b * image_strides[0] + patch // grid_w * STEP[0] * image_strides[2] + patch % grid_w * STEP[1] * image_strides[3]
         x = load_pixels(images, at, offset, c, valid, k < DEPTH, mean, std, grad_out.dtype.element_ty, BYTES)
         where = grad_out + b * grad_strides[0] + slot * grad_strides[1]

@@ -146,6 +146,16 @@ def _arithmetic(s: Statement, name: str, dtype: np.dtype, op: Callable[..., np.n
     return execute
 
 
+def _in_halves(s: Statement, dtype: np.dtype, op: Callable[..., np.ndarray]) -> Execute:
+    """``d = op(a, b)`` on both 16-bit halves of each register."""
+
+    def execute(m: Machine) -> None:
+        values = [np.ascontiguousarray(np.broadcast_to(m.read(o, np.uint32), (m.lanes,))).view(dtype) for o in s.operands[1:]]
+        m.write(s.operands[0], op(*values).astype(dtype).view(np.uint32), m.mask_of(s))
+
+    return execute
+
+
 def _move(s: Statement, dtype: np.dtype) -> Execute:
     return lambda m: m.write(s.operands[0], m.read(s.operands[1], dtype), m.mask_of(s))
 
@@ -388,6 +398,8 @@ def decode(s: Statement) -> Execute:
         return _permute(s)
     if name == "shfl":
         return _shuffle(s)
+    if last in ("u16x2", "s16x2", "f16x2") and name in _BINARY:
+        return _in_halves(s, type_of(last[:-2]), _BINARY[name])
     if last not in _TYPES:
         raise NotImplementedError(f"PTX line {s.line}: {s.op}")
     dtype = type_of(last)
