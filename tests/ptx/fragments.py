@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,37 @@ from tests.ptx.program import Statement
 
 if TYPE_CHECKING:
     from tests.ptx.machine import Machine
+
+@dataclass
+class Flight:
+    """A ``wgmma`` under way: its lanes and the number of their group, the shared bytes it reads (with block and first lane), and its
+    registers."""
+
+    lanes: np.ndarray
+    group: np.ndarray
+    accumulators: list[str]
+    operands: list[str]
+    held: list[tuple[np.ndarray, int, int]] = field(default_factory=list)
+
+    def split(self, done: np.ndarray) -> tuple[Flight, Flight]:
+        """The part of the lanes ``done``, and the others'."""
+        first = set(self.lanes[done].tolist())
+        parts = ([h for h in self.held if h[2] in first], [h for h in self.held if h[2] not in first])
+        return tuple(  # type: ignore[return-value]
+            Flight(self.lanes[chosen], self.group[chosen], self.accumulators, self.operands, held)
+            for chosen, held in zip((done, ~done), parts, strict=True)
+        )
+
+
+def take_off(m: Machine, flight: Flight) -> None:
+    """From now until it is waited for, nobody touches what ``flight`` needs."""
+    m.flying["wgmma"].append(flight)
+    lanes = np.zeros(m.lanes, bool)
+    lanes[flight.lanes] = True
+    for taken, registers in ((m.accumulating, flight.accumulators), (m.multiplying, flight.operands)):
+        for register in registers:
+            taken[register] = taken[register] | lanes if register in taken else lanes
+
 
 _LANE = np.arange(32)
 _ROW, _PAIR = _LANE // 4, _LANE % 4  # of an 8 x 8 matrix of 16-bit numbers: row, and pair of columns
@@ -28,7 +60,7 @@ def _whole(mask: np.ndarray | None, lanes: int, size: int) -> np.ndarray:
     return np.flatnonzero(groups.all(1))
 
 
-def _registers(m: Machine, operand: str | list[str]) -> list[str]:
+def _registers(operand: str | list[str]) -> list[str]:
     return operand if isinstance(operand, list) else [operand]
 
 
@@ -116,12 +148,12 @@ def mma(s: Statement) -> Callable[[Machine], None]:
         warps = _whole(mask, m.lanes, 32)
 
         def stack(operand: str | list[str], dtype: type) -> np.ndarray:
-            return np.stack([np.broadcast_to(m.read(r, dtype), (m.lanes,)).reshape(-1, 32) for r in _registers(m, operand)], 1)
+            return np.stack([np.broadcast_to(m.read(r, dtype), (m.lanes,)).reshape(-1, 32) for r in _registers(operand)], 1)
 
         left, right = left_fragment(stack(a, np.uint32), kind), right_fragment(stack(b, np.uint32), kind)
         product = left @ right  # (warps, 16, 8)
         acc = stack(c, np.float32)
-        for i, register in enumerate(_registers(m, d)):
+        for i, register in enumerate(_registers(d)):
             out = acc[:, i] + product[:, _ROW + 8 * (i // 2), 2 * _PAIR + i % 2]
             m.write(register, np.ascontiguousarray(out, np.float32).ravel(), mask if len(warps) < m.lanes // 32 else None)
 
@@ -166,12 +198,12 @@ def wgmma(s: Statement) -> Callable[[Machine], None]:
         raise NotImplementedError(f"PTX line {s.line}: wgmma with negated operands")
     across = [0] * (2 - len(across)) + across if isinstance(a, list) or not across else across
 
-    def shared(m: Machine, descriptor: int, rows: int, turned: int, group: int) -> np.ndarray:
+    def shared(m: Machine, descriptor: int, rows: int, turned: int, group: int, flight: Flight) -> np.ndarray:
         block = int(m.block[group * 128])
         at = descriptor_places(descriptor, rows, depth, size, bool(turned))
         places = m.shared.places(at.ravel(), size, np.full(at.size, block), "wgmma")
         data = m.shared.hold(places.ravel(), block).reshape(rows, depth, size)
-        m.flying["wgmma"].append((group * 128, m.groups["wgmma"][group * 128], places.ravel(), block))
+        flight.held.append((places.ravel(), block, group * 128))
         if kind == "tf32":
             return _numbers(np.ascontiguousarray(data).view(np.uint32)[..., 0], kind)[..., 0]
         halves = np.ascontiguousarray(data).view(np.uint16)[..., 0]
@@ -187,17 +219,26 @@ def wgmma(s: Statement) -> Callable[[Machine], None]:
         mask = m.mask_of(s)
         groups = _whole(mask, m.lanes, 128)
         product = np.zeros((m.lanes // 128, 64, n), np.float32)
+        lanes = np.flatnonzero(mask) if mask is not None else np.arange(m.lanes)
+        flight = Flight(lanes, m.groups["wgmma"][lanes], _registers(d), a if isinstance(a, list) else [])
         if isinstance(a, list):
             held = np.stack([m.read(r, np.uint32).reshape(-1, 4, 32) for r in a], 2)  # (groups, warp, register, lane)
             lefts = left_fragment(held, kind).reshape(-1, 64, depth)
         for group in groups:
-            left = lefts[group] if isinstance(a, list) else shared(m, one(m, str(a), group), 64, across[0], group)
-            product[group] = left @ shared(m, one(m, str(b), group), n, across[1], group).T
+            left = lefts[group] if isinstance(a, list) else shared(m, one(m, str(a), group), 64, across[0], group, flight)
+            product[group] = left @ shared(m, one(m, str(b), group), n, across[1], group, flight).T
         kept = np.broadcast_to(m.read(keep, bool), (m.lanes,))
         tile = product.reshape(-1, 4, 16, n)
-        for i, register in enumerate(_registers(m, d)):
+        if wrong := m.unfenced.intersection([*flight.accumulators, *flight.operands]):
+            raise Fault(f"wgmma takes {', '.join(sorted(wrong))}, written since the last wgmma.fence")
+        # Products accumulate in order: an earlier one under way may have the same accumulators.
+        before = {r: m.accumulating.pop(r) for r in flight.accumulators if r in m.accumulating}
+        for i, register in enumerate(_registers(d)):
             out = tile[:, :, _ROW + 8 * (i // 2 % 2), i // 4 * 8 + 2 * _PAIR + i % 2].reshape(-1)
             acc = m.read(register, np.float32)
             m.write(register, np.where(kept, acc + out, out).astype(np.float32), mask)
+        m.unfenced.difference_update(flight.accumulators)
+        m.accumulating.update(before)
+        take_off(m, flight)
 
     return execute

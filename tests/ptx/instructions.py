@@ -281,12 +281,12 @@ def _memory(s: Statement) -> Execute:
             if shared:
                 m.shared.write(m.shared.places(at, size, block, "store"), data, warp, block)
             else:
-                m.memory.store(at, data, m.ctaid[lanes].astype(np.int32))
+                m.memory.store(at, data, m.who(lanes))
             return
         if shared:
             data = m.shared.read(m.shared.places(at, size, block, "load"), warp, block)
         else:
-            data = m.memory.load(at, size, m.ctaid[lanes].astype(np.int32))
+            data = m.memory.load(at, size, m.who(lanes))
         values = np.ascontiguousarray(data).view(dtype).reshape(len(lanes), count)
         for i, register in enumerate(registers):
             full = np.zeros(m.lanes, dtype)
@@ -314,7 +314,7 @@ def _copy(s: Statement) -> Execute:
         data = np.zeros((len(lanes), size), np.uint8)
         reads = given > 0
         if reads.any():
-            data[reads] = m.memory.load(address(m, source, np.uint64)[lanes][reads], size, m.ctaid[lanes][reads].astype(np.int32))
+            data[reads] = m.memory.load(address(m, source, np.uint64)[lanes][reads], size, m.who(lanes[reads]))
         m.shared.expect(places, m.warp[lanes], m.block[lanes])
         m.flying["cp.async"].append((lanes, m.groups["cp.async"][lanes], places, data))
 
@@ -335,13 +335,15 @@ def _copies_wait(m: Machine, active: np.ndarray, newest: int) -> None:
 
 def _products_wait(m: Machine, active: np.ndarray, newest: int) -> None:
     limit = m.groups["wgmma"] - newest
-    left = []
-    for lane, group, places, block in m.flying["wgmma"]:
-        if active[lane] and group < limit[lane]:
+    flying, m.flying["wgmma"] = m.flying["wgmma"], []
+    m.accumulating, m.multiplying = {}, {}
+    for flight in flying:
+        done = active[flight.lanes] & (flight.group < limit[flight.lanes])
+        ready, waits = flight.split(done)
+        for places, block, _ in ready.held:
             m.shared.release(places, block)
-        else:
-            left.append((lane, group, places, block))
-    m.flying["wgmma"] = left
+        if len(waits.lanes):
+            fragments.take_off(m, waits)
 
 
 def _group(s: Statement, kind: str) -> Execute:
@@ -367,7 +369,7 @@ def _fence(s: Statement) -> Execute:
     return execute
 
 
-_NOTHING = ("wgmma.fence", "bar.warp.sync", "membar", "fence.acq_rel", "fence.sc", "griddepcontrol", "prefetch")
+_NOTHING = ("bar.warp.sync", "membar", "fence.acq_rel", "fence.sc", "griddepcontrol", "prefetch")
 
 
 def decode(s: Statement) -> Execute:
@@ -375,6 +377,8 @@ def decode(s: Statement) -> Execute:
     name, last = s.parts[0], s.parts[-1]
     if s.op.startswith(_NOTHING):
         return lambda m: None
+    if s.op.startswith("wgmma.fence"):
+        return lambda m: m.unfenced.clear()
     if s.op.startswith("fence.proxy.async"):
         return _fence(s)
     for kind in ("cp.async", "wgmma"):

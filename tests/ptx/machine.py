@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from tests.ptx import instructions
-from tests.ptx.memory import Fault, Global, Shared
+from tests.ptx.memory import Fault, Global, Lanes, Shared
 from tests.ptx.program import Program, Statement, ends_block
 
 WARP = 32
@@ -37,6 +37,10 @@ class Machine:
         self.active: np.ndarray | None = None  # None: every lane
         self.groups = {"cp.async": np.zeros(self.lanes, np.int64), "wgmma": np.zeros(self.lanes, np.int64)}
         self.flying: dict[str, list[Any]] = {"cp.async": [], "wgmma": []}
+        #: Registers of wgmma under way, and in which lanes: accumulators, and operands, which others may read too.
+        self.accumulating: dict[str, np.ndarray] = {}
+        self.multiplying: dict[str, np.ndarray] = {}
+        self.unfenced: set[str] = set()  # registers written since the last wgmma.fence
         self.issued: collections.Counter[str] = collections.Counter()  # instructions, once for each warp that has an active lane
 
     # Operands
@@ -48,6 +52,8 @@ class Machine:
             return self._packed(operand, dtype)
         if operand[0] != "%":
             return _immediate(operand, dtype)
+        if operand in self.accumulating:
+            self._refuse(self.accumulating, operand, "read")
         found = self.registers.get(operand)
         if found is None:
             found = self._unset(operand)
@@ -93,6 +99,9 @@ class Machine:
                 if part != "_":
                     self.write(part, np.ascontiguousarray(parts[:, i]), mask)
             return
+        for taken in (self.accumulating, self.multiplying):
+            if operand in taken:
+                self._refuse(taken, operand, "written")
         width = np.dtype(_WIDTHS[operand[1:].rstrip("0123456789")])
         if value.ndim == 0:
             value = np.full(self.lanes, value)
@@ -106,6 +115,14 @@ class Machine:
             before = self.registers.get(operand)
             value = np.where(mask, value, self._poison(operand) if before is None else before)
         self.registers[operand] = value
+
+    def _refuse(self, taken: dict[str, np.ndarray], register: str, what: str) -> None:
+        lanes = taken[register]
+        if (lanes if self.active is None else lanes & self.active).any():
+            raise Fault(f"{register} is {what} while a wgmma under way has it")
+
+    def who(self, lanes: np.ndarray) -> Lanes:
+        return Lanes(self.ctaid[lanes, None].astype(np.int32), self.warp[lanes, None], self.shared.epoch[self.block[lanes], None])
 
     def mask_of(self, statement: Statement) -> np.ndarray | None:
         """The lanes that execute ``statement``; None for all."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +16,14 @@ _MANY = -2
 
 class Fault(AssertionError):
     """What a GPU would have done silently: an access out of bounds, a race, a read of bytes not there yet."""
+
+
+class Lanes(NamedTuple):
+    """Of the lanes that take part in an access, as columns: block of the grid, warp, and barriers their block has passed."""
+
+    block: np.ndarray
+    warp: np.ndarray
+    epoch: np.ndarray
 
 
 class Global:
@@ -29,7 +39,8 @@ class Global:
                 end += -(-storage.nbytes() // 256) * 256 + _GUARD
         self._bytes = np.zeros(end, np.uint8)
         self._allowed = np.zeros(end, bool)
-        self._writer = np.zeros(end, np.int32)  # block + 1
+        self._writer = np.full(end, -1, np.int32)  # block
+        self._write_warp, self._write_epoch = np.full(end, -1, np.int32), np.full(end, -1, np.int32)
         for at, storage in self._storages.values():
             if storage.nbytes():
                 self._bytes[at : at + storage.nbytes()] = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
@@ -63,24 +74,27 @@ class Global:
             raise Fault(f"{what} of {size} bytes outside every tensor, at {address[~fine][0]:#x}")
         return places
 
-    def load(self, address: np.ndarray, size: int, block: np.ndarray) -> np.ndarray:
+    def load(self, address: np.ndarray, size: int, who: Lanes) -> np.ndarray:
         places = self._places(address, size, "load")
-        writer = self._writer[places]
-        if ((writer != 0) & (writer != block[:, None] + 1)).any():
-            raise Fault("load of global bytes that another block wrote in the same launch")
+        self._refuse_others(places, who, "load")
+        if ((self._write_epoch[places] == who.epoch) & (self._write_warp[places] != who.warp)).any():
+            raise Fault("race: load of global bytes that another warp wrote since the last barrier")
         return self._bytes[places]
 
-    def store(self, address: np.ndarray, data: np.ndarray, block: np.ndarray) -> None:
+    def store(self, address: np.ndarray, data: np.ndarray, who: Lanes) -> None:
         places = self._places(address, data.shape[1], "store")
-        writer = self._writer[places]
-        if ((writer != 0) & (writer != block[:, None] + 1)).any():
-            raise Fault("store to global bytes that another block wrote")
-        self._writer[places] = block[:, None] + 1
+        self._refuse_others(places, who, "store")
+        self._writer[places], self._write_warp[places], self._write_epoch[places] = who.block, who.warp, who.epoch
         self._bytes[places] = data
-        if (self._writer[places] != block[:, None] + 1).any():
+        if (self._writer[places] != who.block).any():
             raise Fault("two blocks store to the same global bytes")
         if (self._bytes[places] != data).any():
             raise Fault("two lanes store different values to the same global bytes")
+
+    def _refuse_others(self, places: np.ndarray, who: Lanes, what: str) -> None:
+        writer = self._writer[places]
+        if ((writer >= 0) & (writer != who.block)).any():
+            raise Fault(f"{what} of global bytes that another block wrote in the same launch")
 
 
 class Shared:
