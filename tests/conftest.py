@@ -1,9 +1,14 @@
-"""Random inputs from the seed PYVIT_TEST_SEED, default 0; ``PYVIT_TEST_SEED=random`` draws a fresh one, printed in the header."""
+"""Random inputs from the seed PYVIT_TEST_SEED, default 0; ``PYVIT_TEST_SEED=random`` draws a fresh one, printed in the header.
+
+With ``PYVIT_TEST_PTX=sm_90`` (or sm_80) Triton's kernels serve CPU tensors, compiled for that part and run on the machine of tests/ptx: what
+``pytest -m gpu`` checks on a GPU is then rehearsed by ``pytest tests/ops tests/losses -k triton``.
+"""
 
 from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,6 +20,19 @@ SEED = int.from_bytes(os.urandom(4), "little") if _asked == "random" else int(_a
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "every_dtype: of the tests of every operator's contract, one to run in each dtype")
     config.addinivalue_line("markers", "isa: run again for every instruction set of the machine (tests/ops/test_isa.py)")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[object]:
+    """Tests of operators ask at import which backends serve them."""
+    part = os.environ.get("PYVIT_TEST_PTX")
+    if part:
+        from tests.ptx.launch import running
+
+        on_machine = running(part)
+        on_machine.__enter__()
+        session.config.add_cleanup(lambda: on_machine.__exit__(None, None, None))
+    return (yield)
 
 
 def pytest_report_header() -> str:

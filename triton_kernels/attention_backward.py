@@ -152,7 +152,8 @@ def backward_short(
     values = load_rows(v, cols, inside, v_strides[2], DV, DV_PARTS)
     dk = zero_parts((BLOCK_N,), D_PARTS)
     dv = zero_parts((BLOCK_N,), DV_PARTS)
-    for tile in range(tl.cdiv(q_len, BLOCK_M)):
+    # Not pipelined: Triton 3.6 to 3.9 would copy the next gradients over those that a wgmma still reads.
+    for tile in tl.range(tl.cdiv(q_len, BLOCK_M), num_stages=1):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         valid = rows < q_len
         queries = load_rows(q, rows, valid, q_strides[2], D, D_PARTS)

@@ -73,7 +73,8 @@ def _specialise(value: Any, path: tuple[int, ...], attrs: dict[tuple[int, ...], 
         constants[key] = value
         return "constexpr"
     if isinstance(value, Tensor):
-        attrs[path] = [["tt.divisibility", 16]]
+        if value.device.type == "meta" or value.data_ptr() % 16 == 0:
+            attrs[path] = [["tt.divisibility", 16]]
         return _POINTERS[value.dtype]
     if isinstance(value, float):
         return "fp32"

@@ -85,12 +85,17 @@ def times(values, factor):
 
 @triton.jit
 def normalised(values, COSINE: tl.constexpr):
-    """Unit rows and 1 / norm, as F.normalize; without COSINE the rows as they are."""
+    """Unit rows and 1 / norm, as F.normalize; without COSINE the rows as they are. Float32 rows are divided: temperatures of up to 100
+    and short rows multiply what a product with the inverse would lose."""
     if COSINE:
-        inverse = 1.0 / tl.maximum(tl.sqrt(dot_rows(values, values)), NORM_EPS)
+        norm = tl.maximum(tl.sqrt(dot_rows(values, values)), NORM_EPS)
+        inverse = 1.0 / norm
         unit = ()
         for i in tl.static_range(len(values)):
-            unit = unit + ((values[i].to(tl.float32) * inverse[:, None]).to(values[i].dtype),)  # noqa: RUF005
+            if values[i].dtype == tl.float32:
+                unit = unit + (tl.math.div_rn(values[i], norm[:, None]),)  # noqa: RUF005
+            else:
+                unit = unit + ((values[i].to(tl.float32) * inverse[:, None]).to(values[i].dtype),)  # noqa: RUF005
     else:
         unit = values
         inverse = tl.zeros((values[0].shape[0],), tl.float32)

@@ -232,6 +232,18 @@ def _field(s: Statement, dtype: np.dtype) -> Execute:
     return execute
 
 
+def _insert(s: Statement, dtype: np.dtype) -> Execute:
+    """``bfi``: the low d bits of a in place of bits [c, c + d) of b."""
+
+    def execute(m: Machine) -> None:
+        a, b = (m.read(o, dtype) for o in s.operands[1:3])
+        start, length = (m.read(o, np.uint32).astype(dtype) & dtype.type(255) for o in s.operands[3:5])
+        mask = ((dtype.type(1) << length) - dtype.type(1)) << start
+        m.write(s.operands[0], np.asarray((b & ~mask) | ((a << start) & mask), dtype), m.mask_of(s))
+
+    return execute
+
+
 def _shuffle(s: Statement) -> Execute:
     mode = s.parts[2]
     target = str(s.operands[0]).partition("|")[0]
@@ -411,6 +423,8 @@ def decode(s: Statement) -> Execute:
         return _move(s, dtype)
     if name == "bfe":
         return _field(s, dtype)
+    if name == "bfi":
+        return _insert(s, dtype)
     if name == "setp" and len(s.parts) == 3:
         return _arithmetic(s, name, dtype, _compare(s.parts[1], dtype), 2, np.dtype(bool))
     if name == "selp":

@@ -7,10 +7,12 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from pyvit.triton_kernels import common, compiled
 from torch import Tensor
 
+from pyvit import backends
+from pyvit.triton_kernels import common, compiled
 from tests.ptx import machine
+from tests.ptx.memory import Fault
 from tests.ptx.program import Program, parse
 
 _programs: dict[Any, tuple[Program, int]] = {}
@@ -30,6 +32,8 @@ def execute(launch: common.Launch, arch: str) -> collections.Counter[str]:
     if kernel.hash not in _programs:
         _programs[kernel.hash] = (parse(kernel.asm["ptx"]), kernel.metadata.shared)
     program, shared = _programs[kernel.hash]
+    if shared > compiled.SHARED_LIMIT[arch]:
+        raise Fault(f"{launch.name}: {shared} bytes of shared memory, {arch} has {compiled.SHARED_LIMIT[arch]}")
     arguments, tensors = [], []
     for parameter in launch.kernel.params:
         if parameter.is_constexpr:
@@ -60,9 +64,11 @@ class _Runner(list):
 
 @contextlib.contextmanager
 def running(arch: str) -> Iterator[_Runner]:
-    """Launchers called on CPU tensors within the block compile their kernels for ``arch`` and run them on the machine."""
-    with common.recording(arch) as launches:
-        assert common._recorder is not None
-        common._recorder.launches = runner = _Runner(arch)
-        del launches
+    """Within the block Triton serves CPU tensors: launchers compile their kernels for ``arch`` and run them on the machine."""
+    able, common._recorder = backends.MISSING["triton", "cpu"], common._Recorder(arch)
+    common._recorder.launches = runner = _Runner(arch)
+    backends.MISSING["triton", "cpu"] = None
+    try:
         yield runner
+    finally:
+        backends.MISSING["triton", "cpu"], common._recorder = able, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 #: Addresses of global memory start here: above 32 bits, so that a pointer cut to 32 bits is seen.
 BASE = 0x7_0000_0000
-_GUARD = 1 << 20
+_PAGE = 1 << 12
 _MANY = -2
 
 
@@ -27,7 +28,8 @@ class Lanes(NamedTuple):
 
 
 class Global:
-    """The storages of the tensors that a launch names, far apart; only bytes that belong to some tensor may be touched."""
+    """The storages of the tensors that a launch names, far apart. Only bytes that belong to some tensor may be touched, and only pages that
+    hold such bytes are kept: a view may span more than there is memory."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._storages: dict[int, tuple[int, torch.UntypedStorage]] = {}
@@ -36,41 +38,56 @@ class Global:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._storages:
                 self._storages[storage.data_ptr()] = (end, storage)
-                end += -(-storage.nbytes() // 256) * 256 + _GUARD
-        self._bytes = np.zeros(end, np.uint8)
-        self._allowed = np.zeros(end, bool)
-        self._writer = np.full(end, -1, np.int32)  # block
-        self._write_warp, self._write_epoch = np.full(end, -1, np.int32), np.full(end, -1, np.int32)
-        for at, storage in self._storages.values():
-            if storage.nbytes():
-                self._bytes[at : at + storage.nbytes()] = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
-        for tensor in tensors:
-            at, storage = self._storages[tensor.untyped_storage().data_ptr()]
-            size = tensor.element_size()
-            mark = torch.zeros(max(storage.nbytes() // size, 1), dtype=torch.bool)
-            if tensor.numel():
-                mark.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
-            allowed = mark.numpy().repeat(size)[: storage.nbytes()]
-            self._allowed[at : at + len(allowed)] |= allowed
+                end += (storage.nbytes() // _PAGE + 2) * _PAGE
+        starts = [self._starts(tensor) for tensor in tensors]
+        self._pages = np.unique(np.concatenate([at // _PAGE for at, _ in starts]))
+        size = len(self._pages) * _PAGE
+        self._bytes = np.zeros(size, np.uint8)
+        self._allowed = np.zeros(size, bool)
+        self._writer = np.full(size, -1, np.int32)  # block
+        self._write_warp, self._write_epoch = np.full(size, -1, np.int32), np.full(size, -1, np.int32)
+        for kept, stored in self._halves():
+            self._bytes[kept] = stored
+        for at, itemsize in starts:
+            self._allowed[self._kept(at)[0][:, None] + np.arange(itemsize)] = True
+
+    def _starts(self, tensor: Tensor) -> tuple[np.ndarray, int]:
+        """Where the elements of ``tensor`` begin, and their size, bytes."""
+        at = np.array([tensor.storage_offset()])
+        for n, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            at = np.unique((at[:, None] + np.arange(n) * stride).ravel())
+        return self._storages[tensor.untyped_storage().data_ptr()][0] + at * tensor.element_size(), tensor.element_size()
+
+    def _kept(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places in what is kept, and whether they are."""
+        if not len(self._pages):
+            return at, np.zeros(len(at), bool)
+        page = np.minimum(np.searchsorted(self._pages, at // _PAGE), len(self._pages) - 1)
+        return page * _PAGE + at % _PAGE, self._pages[page] == at // _PAGE
+
+    def _halves(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Each page: where it is kept, and the storage's own bytes."""
+        bases = np.array([at for at, _ in self._storages.values()])
+        stored = [torch.tensor([], dtype=torch.uint8).set_(storage).numpy() for _, storage in self._storages.values()]
+        for i, page in enumerate(self._pages):
+            which = int(np.searchsorted(bases, page * _PAGE, "right")) - 1
+            own = stored[which][page * _PAGE - bases[which] :][:_PAGE]
+            yield slice(i * _PAGE, i * _PAGE + len(own)), own
 
     def address(self, tensor: Tensor) -> int:
         return BASE + self._storages[tensor.untyped_storage().data_ptr()][0] + tensor.storage_offset() * tensor.element_size()
 
     def write_back(self) -> None:
         """The bytes of every storage, as the kernels left them, into the tensors."""
-        for at, storage in self._storages.values():
-            if storage.nbytes():
-                into = torch.tensor([], dtype=torch.uint8).set_(storage)
-                into.copy_(torch.from_numpy(self._bytes[at : at + storage.nbytes()]))
+        for kept, stored in self._halves():
+            stored[:] = self._bytes[kept]
 
     def _places(self, address: np.ndarray, size: int, what: str) -> np.ndarray:
         if (wrong := address % size != 0).any():
             raise Fault(f"{what} of {size} bytes at a misaligned address {address[wrong][0]:#x}")
-        first = address.astype(np.int64) - BASE
-        if (wrong := (first < 0) | (first + size > len(self._bytes))).any():
-            raise Fault(f"{what} of {size} bytes outside every tensor, at {address[wrong][0]:#x}")
-        places = first[:, None] + np.arange(size)
-        if not (fine := self._allowed[places].all(1)).all():
+        first, known = self._kept(address.astype(np.int64) - BASE)
+        places = np.where(known, first, 0)[:, None] + np.arange(size)
+        if not (fine := known & self._allowed[places].all(1)).all():
             raise Fault(f"{what} of {size} bytes outside every tensor, at {address[~fine][0]:#x}")
         return places
 

@@ -36,30 +36,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(autouse=True)
-def part(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def part(request: pytest.FixtureRequest) -> Iterator[None]:
     """What the kernels of one test run on: the interpreter, or the machine, as compiled for a part."""
     if getattr(request, "param", "interpreter") == "interpreter":
         yield
         return
-    from pyvit import backends
     from tests.ptx.launch import running
 
-    monkeypatch.setitem(backends.MISSING, ("triton", "cpu"), None)
     with running(request.param):
         yield
 
 
-Check = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], int], None]
+Check = Callable[..., None]
 
 
 @pytest.fixture
 def agree() -> Check:
-    """The numerics rule for a kernel's results, the first ``outputs`` of which are outputs and the rest gradients."""
+    """The numerics rule for a kernel's results, the first ``outputs`` of which are outputs and the rest gradients; ``scores`` as
+    :func:`pyvit.testing.compare` takes it."""
 
-    def check(got: Sequence[Tensor], exact: Sequence[Tensor], naive: Sequence[Tensor], outputs: int) -> None:
+    def check(got: Sequence[Tensor], exact: Sequence[Tensor], naive: Sequence[Tensor], outputs: int, scores: float = 0.0) -> None:
         dtype = max((t.dtype for t in got), key=lambda d: torch.finfo(d).eps)
         for name, part, factor in (("output", slice(outputs), FORWARD_FACTOR), ("gradient", slice(outputs, None), GRADIENT_FACTOR)):
-            compare(name, got[part], naive[part], exact[part], factor, dtype=dtype)
+            compare(name, got[part], naive[part], exact[part], factor, dtype=dtype, scores=scores)
 
     return check
 
