@@ -15,6 +15,7 @@ from tests.ptx.program import Statement
 if TYPE_CHECKING:
     from tests.ptx.machine import Machine
 
+
 @dataclass
 class Flight:
     """A ``wgmma`` under way: its lanes and the number of their group, the shared bytes it reads (with block and first lane), and its

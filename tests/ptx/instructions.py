@@ -131,7 +131,9 @@ def _compare(name: str, dtype: np.dtype) -> Callable[..., np.ndarray]:
     return base
 
 
-def _arithmetic(s: Statement, name: str, dtype: np.dtype, op: Callable[..., np.ndarray], reads: int, result: np.dtype | None = None) -> Execute:
+def _arithmetic(
+    s: Statement, name: str, dtype: np.dtype, op: Callable[..., np.ndarray], reads: int, result: np.dtype | None = None
+) -> Execute:
     """``d = op(a, ...)`` on operands of one type."""
     target, sources = s.operands[0], s.operands[1 : 1 + reads]
     flush = "ftz" in s.parts and dtype == np.float32
@@ -167,7 +169,11 @@ def _parameter(s: Statement, dtype: np.dtype) -> Execute:
 
     def execute(m: Machine) -> None:
         kind = type_of(m.program.parameters[at])
-        value = np.asarray(m.arguments[at]).astype(kind) if kind.kind == "f" else np.uint64(m.arguments[at] % (1 << 64)).astype(f"u{kind.itemsize}")
+        value = (
+            np.asarray(m.arguments[at]).astype(kind)
+            if kind.kind == "f"
+            else np.uint64(m.arguments[at] % (1 << 64)).astype(f"u{kind.itemsize}")
+        )
         value = value.view(f"{dtype.kind if dtype.kind in 'iu' else 'u'}{kind.itemsize}")
         m.write(s.operands[0], np.full(m.lanes, value), m.mask_of(s))
 

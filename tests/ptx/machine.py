@@ -115,6 +115,7 @@ class Machine:
             before = self.registers.get(operand)
             value = np.where(mask, value, self._poison(operand) if before is None else before)
         self.registers[operand] = value
+        self.unfenced.add(operand)
 
     def _refuse(self, taken: dict[str, np.ndarray], register: str, what: str) -> None:
         lanes = taken[register]
@@ -192,7 +193,9 @@ class Machine:
 
 def _immediate(text: str, dtype: np.dtype) -> np.ndarray:
     if text[:2] in ("0f", "0F"):
-        return np.uint32(int(text[2:], 16)).view(dtype) if dtype.itemsize == 4 else np.uint32(int(text[2:], 16)).view(np.float32).astype(dtype)
+        return (
+            np.uint32(int(text[2:], 16)).view(dtype) if dtype.itemsize == 4 else np.uint32(int(text[2:], 16)).view(np.float32).astype(dtype)
+        )
     if text[:2] in ("0d", "0D"):
         return np.uint64(int(text[2:], 16)).view(dtype)
     if text[0].isalpha() or text[0] == "$":  # the start of shared memory, the only symbol these modules have

@@ -85,6 +85,13 @@ def test_lengths_with_the_tiles_in_use(agree, n: int) -> None:
     _compare(agree, [*_inputs(F16, 1, 1, 1, n, n, 64, 64), bias, False, 0.125, 0.0, None], lse_grad=False, bias_grad=True)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("n", "d"), [(197, 64), (290, 80), (577, 64), (400, 128)])
+def test_long_walks_with_the_tiles_in_use(agree, n: int, d: int, dtype: torch.dtype) -> None:
+    """Several steps of every pipelined loop: what one stage loads while another is multiplied."""
+    _compare(agree, [*_inputs(dtype, 1, 1, 1, n, n, d, d), None, False, d**-0.5, 0.0, None], lse_grad=False, bias_grad=False)
+
+
 @pytest.mark.parametrize(("nq", "nk", "b"), [(3, 0, 1), (0, 3, 1), (3, 3, 0)])
 def test_empty(agree, nq: int, nk: int, b: int) -> None:
     _compare(agree, [*_inputs(F32, b, 2, 2, nq, nk, 16, 16), None, False, 0.3, 0.0, None], lse_grad=True, bias_grad=False)

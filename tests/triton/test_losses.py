@@ -16,8 +16,11 @@ DTYPES = pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["fp32", "fp16",
 
 
 @pytest.fixture(autouse=True)
-def small_blocks():
+def small_blocks(request: pytest.FixtureRequest):
     """Blocks of 16 and gradients of 128 channels at a time, so that small shapes have several of each."""
+    if request.node.get_closest_marker("slow"):
+        yield
+        return
     for name in ("pair_sums", "pair_gradient"):
         tiles.force(name, tiles.Config(block_m=16, block_n=16, edge_n=16, group=1))
     yield
@@ -78,6 +81,13 @@ def test_distillation(centred: bool, dtype: torch.dtype) -> None:
         return distillation_cross_entropy(student, wide.pop("teacher"), 0.5, 0.2, **wide, **rest)
 
     check_op(op, tensors, backend="triton", dtype=dtype, scores=30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+def test_pairs_with_the_tiles_in_use(dtype: torch.dtype) -> None:
+    a, b = _pair(300, 200, dtype)
+    check_op(info_nce, {"a": a, "b": b, "scale": torch.tensor(14.0)}, backend="triton", dtype=dtype, scores=14)
 
 
 @pytest.mark.parametrize("store", ["transposed", "sliced", "stepped"])
