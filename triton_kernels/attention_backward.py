@@ -183,6 +183,7 @@ def backward_dq(
     bias,
     out,
     lse,
+    log_sums,
     delta,
     grad_lse,
     grad_q,
@@ -217,7 +218,8 @@ def backward_dq(
     VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dQ of one query tile, walking the keys; also writes the row sums (delta) that :func:`backward_dkdv` reads."""
+    """dQ of one query tile, walking the keys; also writes what :func:`backward_dkdv` reads of each row: its sum (delta), and its
+    log-sum-exp as probabilities take it."""
     blocks = tl.cdiv(n_q, BLOCK_M)
     pid = tl.program_id(0)
     head = pid // blocks
@@ -244,6 +246,7 @@ def backward_dq(
     log_sum = load_lse(lse + row_at, rows, q_len)
     row_sum = row_delta(out, grad, grad_lse, rows, q_len, out_strides[2], DV, DV_PARTS)
     tl.store(delta + row_at + rows, row_sum, mask=inside)
+    tl.store(log_sums + row_at + rows, log_sum, mask=inside)
     dq = zero_parts((BLOCK_M,), D_PARTS)
     end = k_len
     whole = k_len // WIDTHS[0] * WIDTHS[0]
@@ -256,8 +259,8 @@ def backward_dq(
     for edge in tl.static_range(2):
         for start in range(whole if edge else 0, end if edge else whole, WIDTHS[edge]):
             cols = span(start, WIDTHS[edge])
-            keys = load_rows(k, cols, cols < k_len, k_strides[2], D, D_PARTS)
-            values = load_rows(v, cols, cols < k_len, v_strides[2], DV, DV_PARTS)
+            keys = load_rows(k, cols, cols < k_len if edge == 1 else None, k_strides[2], D, D_PARTS)
+            values = load_rows(v, cols, cols < k_len if edge == 1 else None, v_strides[2], DV, DV_PARTS)
             _, ds = score_gradient(
                 queries, keys, grad, values, log_sum[:, None], row_sum[:, None], bias, bias_strides, rows[:, None], cols[None, :],
                 q_len, k_len, scale, draw, head, threshold, keep_scale, BLOCK_M, WIDTHS[edge], BIAS, CAUSAL, edge == 1, DROPOUT, PRECISION,
@@ -273,7 +276,7 @@ def backward_dkdv(
     k,
     v,
     bias,
-    lse,
+    log_sums,
     delta,
     grad_k,
     grad_v,
@@ -306,6 +309,7 @@ def backward_dkdv(
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     VARLEN: tl.constexpr,
+    GROUPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dK and dV of BLOCK_N keys of one key head, walking the queries of its group in blocks of BLOCK_M."""
@@ -336,19 +340,22 @@ def backward_dkdv(
     if VARLEN:
         steps = tl.where(first_col < k_len, steps, 0)
     for step in range(GROUPS * steps):
-        h = kv_head * GROUPS + step // steps
-        rows = from_row + step % steps * BLOCK_M + tl.arange(0, BLOCK_M)
+        h, tile = kv_head, step
+        if GROUPED:
+            h, tile = kv_head * GROUPS + step // steps, step % steps
+        rows = from_row + tile * BLOCK_M + tl.arange(0, BLOCK_M)
         at = q + b * q_strides[0] + h * q_strides[1] + q_first * q_strides[2]
         queries = load_rows(at, rows, rows < q_len, q_strides[2], D, D_PARTS)
         at = grad_out + b * grad_out_strides[0] + h * grad_out_strides[1] + q_first * grad_out_strides[2]
         grad = load_rows(at, rows, rows < q_len, grad_out_strides[2], DV, DV_PARTS)
         row_at = b * lse_strides[0] + h * lse_strides[1] + q_first
-        log_sum = load_lse(lse + row_at, rows, q_len)
+        log_sum = tl.load(log_sums + row_at + rows, mask=rows < q_len, other=float("inf"))
         row_sum = tl.load(delta + row_at + rows, mask=rows < q_len, other=0.0)
         where = bias + b * bias_strides[0] + h * bias_strides[1]
+        # Keys past the end spoil their own rows alone, which are not stored: no mask.
         dropped, ds = score_gradient(
             keys, queries, values, grad, log_sum[None, :], row_sum[None, :], where, bias_strides, rows[None, :], cols[:, None],
-            q_len, k_len, scale, draw, b * H + h, threshold, keep_scale, BLOCK_N, BLOCK_M, BIAS, CAUSAL, True, DROPOUT, PRECISION,
+            q_len, k_len, scale, draw, b * H + h, threshold, keep_scale, BLOCK_N, BLOCK_M, BIAS, CAUSAL, CAUSAL, DROPOUT, PRECISION,
         )  # fmt: skip
         dv = add_products(dv, dropped.to(v.dtype.element_ty), grad, 0, PRECISION)
         dk = add_products(dk, ds.to(q.dtype.element_ty), queries, 0, PRECISION)

@@ -35,6 +35,22 @@ def load_blocks(base, n, stride, D: tl.constexpr, PARTS: tl.constexpr, ROW_PARTS
 
 
 @triton.jit
+def powers(s, top, scale, RAW: tl.constexpr):
+    """exp2 of scores less the largest of their row. RAW scores are scaled after that: of scores so large that their rounding counts for
+    more than 1, a multiply-add would subtract the rounded largest from its exact self."""
+    if RAW:
+        return tl.exp2((s - top) * scale)
+    return tl.exp2(s - top)
+
+
+@triton.jit
+def log_sum_exp(top, total, scale, RAW: tl.constexpr):
+    if RAW:
+        top = top * scale
+    return (top + tl.log2(total)) * LN2
+
+
+@triton.jit
 def forward_short(
     q,
     k,
@@ -69,6 +85,7 @@ def forward_short(
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     VARLEN: tl.constexpr,
+    RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """GROUP query tiles of one head against keys and values that stay on chip: one softmax over whole rows, no rescaling."""
@@ -96,7 +113,9 @@ def forward_short(
         first: tl.constexpr = 0
         for j in tl.static_range(len(KEY_PARTS)):
             cols = first + tl.arange(0, KEY_PARTS[j])
-            s = dot_parts(queries, keys[j], BLOCK_M, KEY_PARTS[j], PRECISION) * scale
+            s = dot_parts(queries, keys[j], BLOCK_M, KEY_PARTS[j], PRECISION)
+            if not RAW:
+                s *= scale
             # Of one length for all, every part but the last is full.
             s = biased(
                 s, bias, rows[:, None], cols[None, :], q_len, k_len, bias_strides, BIAS, CAUSAL,
@@ -110,7 +129,7 @@ def forward_short(
         acc = zero_parts((BLOCK_M,), DV_PARTS)
         start: tl.constexpr = 0
         for j in tl.static_range(len(KEY_PARTS)):
-            p = tl.exp2(scores[j] - top[:, None])
+            p = powers(scores[j], top[:, None], scale, RAW)
             total += tl.sum(p, 1)
             if DROPOUT:
                 cols = start + tl.arange(0, KEY_PARTS[j])
@@ -121,7 +140,7 @@ def forward_short(
         total = tl.where(empty, 1.0, total)
         factor = keep_scale / total
         store_rows(out, acc, 0, factor[:, None], rows, rows < q_len, out_strides[2], DV, DV_PARTS)
-        tl.store(lse + rows, tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2), mask=rows < q_len)
+        tl.store(lse + rows, tl.where(empty, float("-inf"), log_sum_exp(top, total, scale, RAW)), mask=rows < q_len)
 
 
 @triton.jit
@@ -158,6 +177,7 @@ def forward_long(
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     VARLEN: tl.constexpr,
+    RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One query tile of one head, walking the keys with an online softmax (Milakov and Gimelshein, 2018)."""
@@ -192,18 +212,20 @@ def forward_long(
     for edge in tl.static_range(2):  # whole blocks first, then, in narrower ones, the keys that need a mask
         for start in range(whole if edge else 0, end if edge else whole, WIDTHS[edge]):
             cols = span(start, WIDTHS[edge])
-            keys = load_rows(k, cols, cols < k_len, k_strides[2], D, D_PARTS)
-            s = dot_parts(queries, keys, BLOCK_M, WIDTHS[edge], PRECISION) * scale
+            keys = load_rows(k, cols, cols < k_len if edge == 1 else None, k_strides[2], D, D_PARTS)
+            s = dot_parts(queries, keys, BLOCK_M, WIDTHS[edge], PRECISION)
+            if not RAW:
+                s *= scale
             s = biased(s, bias, rows[:, None], cols[None, :], q_len, k_len, bias_strides, BIAS, CAUSAL, edge == 1)
             higher = tl.maximum(top, tl.max(s, 1))
             against = tl.where(higher == float("-inf"), 0.0, higher)
-            p = tl.exp2(s - against[:, None])
-            shrink = tl.exp2(top - against)
+            p = powers(s, against[:, None], scale, RAW)
+            shrink = powers(top, against, scale, RAW)
             total = total * shrink + tl.sum(p, 1)
             top = higher
             if DROPOUT:
                 p = tl.where(kept(draw, head, rows[:, None], cols[None, :], threshold), p, 0.0)
-            values = load_rows(v, cols, cols < k_len, v_strides[2], DV, DV_PARTS)
+            values = load_rows(v, cols, cols < k_len if edge == 1 else None, v_strides[2], DV, DV_PARTS)
             shrunk = ()
             for i in tl.static_range(len(DV_PARTS)):
                 shrunk = shrunk + (acc[i] * shrink[:, None],)  # noqa: RUF005
@@ -212,4 +234,4 @@ def forward_long(
     total = tl.where(empty, 1.0, total)
     factor = keep_scale / total
     store_rows(out, acc, 0, factor[:, None], rows, rows < q_len, out_strides[2], DV, DV_PARTS)
-    tl.store(lse + rows, tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2), mask=rows < q_len)
+    tl.store(lse + rows, tl.where(empty, float("-inf"), log_sum_exp(top, total, scale, RAW)), mask=rows < q_len)

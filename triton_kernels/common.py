@@ -74,13 +74,18 @@ def add_products(acc, a, b, first: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_rows(base, rows, valid, stride, D: tl.constexpr, PARTS: tl.constexpr):
-    """Rows of ``base`` (rows, D) as a tuple of blocks over D; rows not ``valid`` and channels past D are zero."""
+    """Rows of ``base`` (rows, D) as a tuple of blocks over D; rows not ``valid`` (None: all are) and channels past D are zero."""
     at = base + rows.to(tl.int64)[:, None] * stride
     out = ()
     start: tl.constexpr = 0
     for i in tl.static_range(len(PARTS)):
         cols = start + tl.arange(0, PARTS[i])
-        out = out + (tl.load(at + cols[None, :], mask=valid[:, None] & (cols[None, :] < D), other=0.0),)  # noqa: RUF005
+        if valid is not None:
+            out = out + (tl.load(at + cols[None, :], mask=valid[:, None] & (cols[None, :] < D), other=0.0),)  # noqa: RUF005
+        elif D % 16 != 0:  # parts make up the next multiple of 16
+            out = out + (tl.load(at + cols[None, :], mask=cols[None, :] < D, other=0.0),)  # noqa: RUF005
+        else:
+            out = out + (tl.load(at + cols[None, :]),)  # noqa: RUF005
         start = start + PARTS[i]
     return out
 

@@ -172,7 +172,7 @@ def _distill(
     given = student.flatten(0, 1), teacher.flatten(0, 1), ws, wt
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in given))
     x, y, ws, wt = (t.to(dtype) for t in given)
-    return x, y, ws, wt, *inverse, None if center is None else center.float()
+    return x, y, ws, wt, *inverse, None if center is None else center.float().contiguous()
 
 
 def _mean_prototypes(

@@ -51,8 +51,8 @@ class _Problem:
             self.batch, self.heads, self.kv_heads = cu[0].shape[0] - 1, q.shape[1], k.shape[1]
             self.n_q, self.n_k = longest
         self.common: dict[str, Any] = {
-            "cu_q": None if cu is None else cu[0],
-            "cu_k": None if cu is None else cu[1],
+            "cu_q": None if cu is None else cu[0].contiguous(),
+            "cu_k": None if cu is None else cu[1].contiguous(),
             "H": self.heads,
             "GROUPS": self.heads // max(self.kv_heads, 1),
             "n_q": self.n_q,
@@ -108,6 +108,7 @@ class _Problem:
 def _forward(p: _Problem) -> tuple[Tensor, Tensor]:
     out, lse = p.like(p.q, p.dv), p.rows()
     args = p.tensors(q=p.q, k=p.k, v=p.v, out=out) | p.bias_args | p.common | {"lse": lse, "lse_strides": p.row_strides(lse)}
+    args |= {"RAW": p.bias is None and p.scale > 0}  # the largest score is then the largest product
     if forward_short_fits(p.arch, p.itemsize, (p.d, p.dv), p.n_k):
         c = p.choose("forward_short")
         tiles = -(-p.n_q // c.block_m)
@@ -126,7 +127,7 @@ def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, p: _Problem
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_q, grad_k, grad_v = p.like(p.q, p.d), p.like(p.k, p.d), p.like(p.v, p.dv)
-    delta = p.rows()
+    delta, log_sums = p.rows(), p.rows()
     grad_out, out = rows_unit(grad_out), rows_unit(out)
     args = p.tensors(grad_out=grad_out, q=p.q, k=p.k, v=p.v) | p.bias_args | p.common
     args |= {"lse": lse.contiguous(), "delta": delta, "lse_strides": p.row_strides(delta)}
@@ -144,11 +145,13 @@ def _backward(
         c = p.choose("backward_dq")
         shape = {"BLOCK_M": c.block_m, "WIDTHS": (c.block_n, c.edge_n)}
         grid = -(-p.n_q // c.block_m) * p.heads * p.batch
-        launch(backward_dq, grid, args | own | only("grad_q", "out") | shape, c.warps, c.stages)
+        launch(backward_dq, grid, args | own | only("grad_q", "out") | shape | {"log_sums": log_sums}, c.warps, c.stages)
         c = p.choose("backward_dkdv")
         shape = {"BLOCK_M": c.block_n, "BLOCK_N": c.block_m, "factor": p.scale}
         grid = -(-p.n_k // c.block_m) * p.kv_heads * p.batch
-        launch(backward_dkdv, grid, args | only("grad_k", "grad_v") | shape, c.warps, c.stages)
+        every = args | only("grad_k", "grad_v") | shape | {"log_sums": log_sums, "GROUPED": p.heads != p.kv_heads}
+        del every["lse"]
+        launch(backward_dkdv, grid, every, c.warps, c.stages)
     if p.bias is None or not bias_grad:
         return grad_q, grad_k, grad_v, p.q.new_empty(0)
     return grad_q, grad_k, grad_v, _bias_backward(args, p)

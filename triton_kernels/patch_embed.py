@@ -30,8 +30,8 @@ class _Patches:
         self.pixels: dict[str, Any] = {
             "keep": self.keep,
             "keep_stride": 0 if self.keep is None else self.keep.stride(0),
-            "mean": mean,
-            "std": std,
+            "mean": None if mean is None else mean.contiguous(),
+            "std": None if std is None else std.contiguous(),
             "image_strides": images.stride(),
             "grid_w": self.grid[1],
             "BYTES": images.dtype == torch.uint8,

@@ -159,7 +159,16 @@ def _in_halves(s: Statement, dtype: np.dtype, op: Callable[..., np.ndarray]) -> 
 
 
 def _move(s: Statement, dtype: np.dtype) -> Execute:
-    return lambda m: m.write(s.operands[0], m.read(s.operands[1], dtype), m.mask_of(s))
+    """``mov``. A copy is no access of its own: ptxas names the register anew, on whichever side of a fence the text has it."""
+    target, source = s.operands[0], s.operands[1]
+    copies = isinstance(target, str) and isinstance(source, str)
+
+    def execute(m: Machine) -> None:
+        m.write(target, m.read(source, dtype), m.mask_of(s))
+        if copies and source not in m.unfenced:
+            m.unfenced.discard(target)
+
+    return execute
 
 
 def _parameter(s: Statement, dtype: np.dtype) -> Execute:

@@ -104,7 +104,7 @@ def test_packed_sequences(agree, small_tiles, monkeypatch, bias_shape, causal: b
     if family == "long":
         monkeypatch.setattr(flash, "forward_short_fits", lambda *_: False)
         monkeypatch.setattr(flash, "backward_short_fits", lambda *_: False)
-    cu_q, cu_k = torch.tensor([0, 5, 35, 36], dtype=torch.int32), torch.tensor([0, 40, 40, 57], dtype=torch.int32)
+    cu_q, cu_k = torch.tensor([[0, 0], [5, 40], [35, 40], [36, 57]], dtype=torch.int32).unbind(1)
     q, k, v = torch.randn(36, 2, 16), torch.randn(57, 2, 16), torch.randn(57, 2, 24)
     if family == "short":
         q, k, v = q.half(), k.half(), v.half()  # float32 has no short backward

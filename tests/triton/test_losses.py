@@ -73,7 +73,7 @@ def test_distillation(centred: bool, dtype: torch.dtype) -> None:
     weights[0, 0] = 0  # a crop against itself
     tensors = {"student": torch.randn(s, n, c).to(dtype), "student_prototypes": (torch.randn(k, c) / 3).to(dtype)}
     fixed = {"teacher": torch.randn(t, n, c + 3).to(dtype), "teacher_prototypes": (torch.randn(k, c + 3) / 3).to(dtype)}
-    centre = torch.randn(k) if centred else None
+    centre = torch.randn(k, 2)[:, 0] if centred else None
 
     def op(student: Tensor, student_prototypes: Tensor, backend: str) -> Tensor:
         wide = {key: value.to(student.dtype) for key, value in fixed.items()}

@@ -106,7 +106,7 @@ def test_patch_embedding(agree, case) -> None:
         torch.randn(n, d) if "position" in features else None,
         torch.randn(2, d) if "prefix" in features else None,
         torch.randint(0, n, (b, 4)) if "keep" in features else None,  # may repeat a patch
-        *((torch.rand(c), torch.rand(c) + 0.5) if "normalise" in features else (None, None)),
+        *((torch.rand(c, 2) + 0.5).unbind(1) if "normalise" in features else (None, None)),
     ]
     if dtype != F32:
         args[2] = args[2].to(dtype)
