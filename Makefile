@@ -11,7 +11,7 @@ SPREAD := -n $(JOBS) --dist worksteal
 NATIVE := PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py -q build_ext --inplace
 
 .DEFAULT_GOAL := build
-.PHONY: help build test test-fast test-triton bench gpu results docs lint format clean
+.PHONY: help build test test-fast test-triton rehearse bench gpu results docs lint format clean
 
 help:             ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */ \t/' | sort
@@ -32,11 +32,14 @@ test: build       ## everything that needs no GPU
 	$(PYTEST) $(SPREAD) tests --ignore tests/triton
 	$(MAKE) test-triton
 
-test-triton: build ## Triton kernels in the interpreter, then compiled ahead of time for every architecture
+test-triton: build ## Triton kernels in the interpreter, then compiled ahead of time: inspected, and run as PTX
 	TRITON_INTERPRET=1 $(PYTEST) $(SPREAD) tests/triton
 	PYVIT_NO_LIBRARY=1 TRITON_INTERPRET=1 $(PYTEST) $(SPREAD) tests/ops/test_contract.py \
 		-k "triton and (opcheck or low_level or compile or export or jit or autocast or double)"
 	$(PYTEST) $(SPREAD) tests/triton
+
+rehearse: build   ## what a GPU's tests check, with Triton's kernels compiled for sm_90 and run on a CPU: 40 minutes
+	PYVIT_TEST_PTX=sm_90 PYVIT_NO_LIBRARY=1 $(PYTEST) $(SPREAD) tests/ops tests/losses -k triton
 
 test-fast: build  ## the quick part, under three minutes
 	$(PYTEST) $(SPREAD) -m "not slow" tests/ops tests/models tests/losses tests/test_dispatch.py tests/test_library.py

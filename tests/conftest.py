@@ -1,7 +1,7 @@
 """Random inputs from the seed PYVIT_TEST_SEED, default 0; ``PYVIT_TEST_SEED=random`` draws a fresh one, printed in the header.
 
-With ``PYVIT_TEST_PTX=sm_90`` (or sm_80) Triton's kernels serve CPU tensors, compiled for that part and run on the machine of tests/ptx: what
-``pytest -m gpu`` checks on a GPU is then rehearsed by ``pytest tests/ops tests/losses -k triton``.
+With ``PYVIT_TEST_PTX=sm_90`` (or sm_80) Triton's kernels serve CPU tensors, compiled for that part and run on the machine of tests/ptx:
+``pytest tests/ops tests/losses -k triton`` then rehearses what ``pytest -m gpu`` checks on a GPU.
 """
 
 from __future__ import annotations

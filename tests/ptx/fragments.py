@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tests.ptx.arithmetic import from_bf16
 from tests.ptx.memory import Fault
-from tests.ptx.program import Statement
+from tests.ptx.program import Execute, Statement
 
 if TYPE_CHECKING:
     from tests.ptx.machine import Machine
@@ -65,7 +65,7 @@ def _registers(operand: str | list[str]) -> list[str]:
     return operand if isinstance(operand, list) else [operand]
 
 
-def matrices(s: Statement, place: tuple[str, int]) -> Callable[[Machine], None]:
+def matrices(s: Statement, place: tuple[str, int]) -> Execute:
     """``ldmatrix``, ``stmatrix``: matrix i of 8 rows of 16 bytes, whose addresses lanes 8 i to 8 i + 7 hold."""
     loads, transposed = s.parts[0] == "ldmatrix", "trans" in s.parts
     operand = s.operands[0 if loads else 1]
@@ -111,7 +111,7 @@ def _numbers(bits: np.ndarray, kind: str) -> np.ndarray:
     halves = np.ascontiguousarray(bits)[..., None].view(np.uint16)
     if kind == "f16":
         return halves.view(np.float16).astype(np.float32)
-    return (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return from_bf16(halves)
 
 
 def left_fragment(registers: np.ndarray, kind: str) -> np.ndarray:
@@ -137,9 +137,9 @@ def right_fragment(registers: np.ndarray, kind: str) -> np.ndarray:
     return out
 
 
-def mma(s: Statement) -> Callable[[Machine], None]:
+def mma(s: Statement) -> Execute:
     """``mma.sync`` with float32 accumulators: 16 x 8 x K."""
-    if "f32" != s.parts[-1] or "f32" != s.parts[-4]:
+    if s.parts[-1] != "f32" or s.parts[-4] != "f32":
         raise NotImplementedError(f"PTX line {s.line}: {s.op}")
     kind = s.parts[-3]
     d, a, b, c = s.operands
@@ -186,7 +186,7 @@ def descriptor_places(descriptor: int, rows: int, depth: int, size: int, across:
     return _swizzle(at, mode)
 
 
-def wgmma(s: Statement) -> Callable[[Machine], None]:
+def wgmma(s: Statement) -> Execute:
     """``wgmma.mma_async`` with float32 accumulators: 64 x N x K by four warps."""
     shape = re.search(r"m64n(\d+)k(\d+)", s.op)
     if shape is None or s.parts[-3] != "f32":
@@ -208,7 +208,7 @@ def wgmma(s: Statement) -> Callable[[Machine], None]:
         if kind == "tf32":
             return _numbers(np.ascontiguousarray(data).view(np.uint32)[..., 0], kind)[..., 0]
         halves = np.ascontiguousarray(data).view(np.uint16)[..., 0]
-        return halves.view(np.float16).astype(np.float32) if kind == "f16" else (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return halves.view(np.float16).astype(np.float32) if kind == "f16" else from_bf16(halves)
 
     def one(m: Machine, operand: str, group: int) -> int:
         values = np.broadcast_to(m.read(operand, np.uint64), (m.lanes,))[group * 128 : group * 128 + 128]

@@ -7,10 +7,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from pyvit.triton_kernels import common, compiled
 from torch import Tensor
 
 from pyvit import backends
-from pyvit.triton_kernels import common, compiled
 from tests.ptx import machine
 from tests.ptx.memory import Fault
 from tests.ptx.program import Program, parse

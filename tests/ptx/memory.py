@@ -46,7 +46,7 @@ class Global:
         self._allowed = np.zeros(size, bool)
         self._writer = np.full(size, -1, np.int32)  # block
         self._write_warp, self._write_epoch = np.full(size, -1, np.int32), np.full(size, -1, np.int32)
-        for kept, stored in self._halves():
+        for kept, stored in self._pairs_of_pages():
             self._bytes[kept] = stored
         for at, itemsize in starts:
             self._allowed[self._kept(at)[0][:, None] + np.arange(itemsize)] = True
@@ -65,7 +65,7 @@ class Global:
         page = np.minimum(np.searchsorted(self._pages, at // _PAGE), len(self._pages) - 1)
         return page * _PAGE + at % _PAGE, self._pages[page] == at // _PAGE
 
-    def _halves(self) -> Iterator[tuple[slice, np.ndarray]]:
+    def _pairs_of_pages(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Each page: where it is kept, and the storage's own bytes."""
         bases = np.array([at for at, _ in self._storages.values()])
         stored = [torch.tensor([], dtype=torch.uint8).set_(storage).numpy() for _, storage in self._storages.values()]
@@ -79,7 +79,7 @@ class Global:
 
     def write_back(self) -> None:
         """The bytes of every storage, as the kernels left them, into the tensors."""
-        for kept, stored in self._halves():
+        for kept, stored in self._pairs_of_pages():
             stored[:] = self._bytes[kept]
 
     def _places(self, address: np.ndarray, size: int, what: str) -> np.ndarray:

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.ptx.machine import Machine
+
+#: A decoded statement: what it does to the machine.
+Execute = Callable[["Machine"], None]
 
 
 @dataclass

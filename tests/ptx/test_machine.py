@@ -152,7 +152,7 @@ def test_faults(fault: str) -> None:
 
 
 def test_two_blocks_write_the_same() -> None:
-    with pytest.raises(Fault, match="another block|two blocks"):
+    with pytest.raises(Fault, match=r"another block|two blocks"):
         _run("st.global.b32 [ %rd5 + 0 ], { %r1 };", _ints(), torch.zeros(64).int(), grid=2)
 
 
@@ -223,10 +223,10 @@ def test_swizzled_descriptors_name_every_byte_once(mode: int, width: int) -> Non
 
 _WGMMA = """
 	mov.b64 %rd10, 4611686293305294848;
-	mov.b32 %r10, 0f00000000;
-	mov.b32 %r11, 0f00000000;
-	mov.b32 %r12, 0f00000000;
-	mov.b32 %r13, 0f00000000;
+	add.f32 %r10, 0f00000000, 0f00000000;
+	add.f32 %r11, 0f00000000, 0f00000000;
+	add.f32 %r12, 0f00000000, 0f00000000;
+	add.f32 %r13, 0f00000000, 0f00000000;
 	{zeros}
 	{fence}
 	{barrier}
