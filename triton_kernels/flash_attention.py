@@ -149,7 +149,9 @@ def _backward(
         c = p.choose("backward_dkdv")
         shape = {"BLOCK_M": c.block_n, "BLOCK_N": c.block_m, "factor": p.scale}
         grid = -(-p.n_k // c.block_m) * p.kv_heads * p.batch
-        every = args | only("grad_k", "grad_v") | shape | {"log_sums": log_sums, "GROUPED": p.heads != p.kv_heads}
+        # A single head's addresses stay the same over the loop; those of a head in parts are too many registers to keep.
+        grouped = p.heads != p.kv_heads or len(parts(p.d)) > 1
+        every = args | only("grad_k", "grad_v") | shape | {"log_sums": log_sums, "GROUPED": grouped}
         del every["lse"]
         launch(backward_dkdv, grid, every, c.warps, c.stages)
     if p.bias is None or not bias_grad:
