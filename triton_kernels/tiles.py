@@ -53,10 +53,12 @@ class Entry:
         )
 
 
-#: First match wins.
+#: First match wins. A warp takes 16 rows of a product at a time: with more warps than that, several share them and issue the same
+#: instructions, up to twice as many per score (``pytest tests/ptx`` runs and counts them).
 TABLE = (
     Entry("forward_short", Config(block_m=64, group=2, warps=4), itemsize=2, head_dim=64),
-    Entry("forward_short", Config(block_m=64, group=2, warps=8), itemsize=2),
+    Entry("forward_short", Config(block_m=64, group=2, warps=4), itemsize=2),
+    Entry("forward_short", Config(block_m=64, group=2, warps=4), arch="sm_90"),
     Entry("forward_short", Config(block_m=32, group=2, warps=4)),
     Entry("forward_long", Config(block_m=128, block_n=64, edge_n=16, warps=4, stages=3), itemsize=2, head_dim=64),
     Entry("forward_long", Config(block_m=128, block_n=64, edge_n=16, warps=8, stages=2), itemsize=2, head_dim=128),
@@ -85,7 +87,7 @@ TABLE = (
         "attention N=577 d=64 forward and backward on NVIDIA H100 80GB HBM3: 1.220 ms, 1.310 before, 17 candidates",
     ),
     Entry("backward_dkdv", Config(block_m=64, block_n=64, warps=4), itemsize=2, head_dim=64),
-    Entry("backward_dkdv", Config(block_m=64, block_n=32, warps=8), itemsize=2, head_dim=128),
+    Entry("backward_dkdv", Config(block_m=64, block_n=32, warps=4), itemsize=2, head_dim=128),
     Entry("backward_dkdv", Config(block_m=32, block_n=32, warps=4), head_dim=64),
     Entry("backward_dkdv", Config(block_m=32, block_n=16, warps=4)),
     Entry("bias_grad", Config(block_m=64, block_n=64, warps=4, stages=1), itemsize=2, head_dim=128),
@@ -112,16 +114,15 @@ TABLE = (
     Entry("window_forward", Config(block_m=64, group=4, warps=4, stages=1)),
     Entry("window_forward_long", Config(block_m=64, block_n=64, edge_n=16, warps=4, stages=2), itemsize=2),
     Entry("window_forward_long", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=1)),
-    Entry("window_backward_keys", Config(block_m=64, group=4, warps=4, stages=1), arch="gfx", itemsize=2, length=64),
-    Entry("window_backward_keys", Config(block_m=64, group=4, warps=8, stages=1), itemsize=2, length=64),
-    Entry("window_backward_keys", Config(block_m=32, block_n=32, group=4, warps=8, stages=1), length=64),
+    Entry("window_backward_keys", Config(block_m=64, group=4, warps=4, stages=1), itemsize=2, length=64),
+    Entry("window_backward_keys", Config(block_m=32, block_n=32, group=4, warps=4, stages=1), length=64),
     Entry("window_backward_keys", Config(block_m=64, block_n=32, group=8, warps=4, stages=1)),
     Entry("window_backward_queries", Config(block_m=64, block_n=64, edge_n=16, warps=4, stages=2), itemsize=2),
     Entry("window_backward_queries", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=1)),
     Entry("window_backward_bias", Config(block_m=32, block_n=32, group=8, warps=2, stages=1), itemsize=2, length=160),
     Entry("window_backward_bias", Config(block_m=64, block_n=64, group=8, warps=4, stages=1), itemsize=2),
     Entry("window_backward_bias", Config(block_m=32, block_n=32, group=8, warps=4, stages=1), length=160),
-    Entry("window_backward_bias", Config(block_m=64, block_n=64, group=8, warps=8, stages=1)),
+    Entry("window_backward_bias", Config(block_m=64, block_n=64, group=8, warps=4, stages=1)),
 )
 
 
