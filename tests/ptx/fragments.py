@@ -146,7 +146,7 @@ def mma(s: Statement) -> Execute:
 
     def execute(m: Machine) -> None:
         mask = m.mask_of(s)
-        warps = _whole(mask, m.lanes, 32)
+        _whole(mask, m.lanes, 32)
 
         def stack(operand: str | list[str], dtype: type) -> np.ndarray:
             return np.stack([np.broadcast_to(m.read(r, dtype), (m.lanes,)).reshape(-1, 32) for r in _registers(operand)], 1)
@@ -156,7 +156,7 @@ def mma(s: Statement) -> Execute:
         acc = stack(c, np.float32)
         for i, register in enumerate(_registers(d)):
             out = acc[:, i] + product[:, _ROW + 8 * (i // 2), 2 * _PAIR + i % 2]
-            m.write(register, np.ascontiguousarray(out, np.float32).ravel(), mask if len(warps) < m.lanes // 32 else None)
+            m.write(register, np.ascontiguousarray(out, np.float32).ravel(), mask)
 
     return execute
 

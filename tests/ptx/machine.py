@@ -17,7 +17,6 @@ WARP = 32
 #: Lanes that run side by side; longer rows of blocks are run in pieces.
 _LANES = 4096
 _WIDTHS = {"r": np.uint32, "rd": np.uint64, "rs": np.uint16, "p": np.bool_, "f": np.uint32, "fd": np.uint64, "b": np.uint8, "rc": np.uint8}
-_POISON = {np.bool_: True}
 
 
 class Machine:
