@@ -221,7 +221,7 @@ def wgmma(s: Statement) -> Execute:
         groups = _whole(mask, m.lanes, 128)
         product = np.zeros((m.lanes // 128, 64, n), np.float32)
         lanes = np.flatnonzero(mask) if mask is not None else np.arange(m.lanes)
-        flight = Flight(lanes, m.groups["wgmma"][lanes], _registers(d), a if isinstance(a, list) else [])
+        flight = Flight(lanes, m.groups["wgmma"][lanes], list(_registers(d)), a if isinstance(a, list) else [])
         if isinstance(a, list):
             held = np.stack([m.read(r, np.uint32).reshape(-1, 4, 32) for r in a], 2)  # (groups, warp, register, lane)
             lefts = left_fragment(held, kind).reshape(-1, 64, depth)

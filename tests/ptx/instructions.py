@@ -43,14 +43,22 @@ def _in_halves(s: Statement, dtype: np.dtype, op: Callable[..., np.ndarray]) -> 
 
 
 def _move(s: Statement, dtype: np.dtype) -> Execute:
-    """``mov``. A copy is no access of its own: ptxas names the register anew, on whichever side of a fence the text has it."""
+    """``mov``. A copy is no access of its own: ptxas gives both names one register, on whichever side of a fence or wait the text has it."""
     target, source = s.operands[0], s.operands[1]
-    copies = isinstance(target, str) and isinstance(source, str)
 
     def execute(m: Machine) -> None:
+        if not isinstance(target, str) or not isinstance(source, str):
+            m.write(target, m.read(source, dtype), m.mask_of(s))
+            return
+        under_way = m.accumulating.pop(source, None)
         m.write(target, m.read(source, dtype), m.mask_of(s))
-        if copies and source not in m.unfenced:
+        if source not in m.unfenced:
             m.unfenced.discard(target)
+        if under_way is not None:
+            m.accumulating[source] = m.accumulating[target] = under_way
+            for flight in m.flying["wgmma"]:
+                if source in flight.accumulators:
+                    flight.accumulators.append(target)
 
     return execute
 

@@ -253,6 +253,7 @@ _RIGHT = {
         ({"barrier": ""}, "since the last barrier"),
         ({"order": ""}, "since the last wgmma.fence"),
         ({"early": "add.f32 %r14, %r10, %r11;"}, "is read while a wgmma"),
+        ({"early": "mov.b32 %r14, %r10;\n\tadd.f32 %r15, %r14, %r14;"}, "%r14 is read while a wgmma"),
         ({"early": "mov.b32 %r10, 0;"}, "is written while a wgmma"),
         ({"early": "st.shared.b32 [%r3], 0;"}, "that a wgmma under way reads"),
     ],
