@@ -18,13 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Flight:
-    """A ``wgmma`` under way: its lanes and the number of their group, the shared bytes it reads (with block and first lane), and its
-    registers."""
+    """A ``wgmma`` under way: its lanes and the number of their group, its accumulators, and the shared bytes it reads (with block and first
+    lane). Operands in registers are ptxas's to guard: it sees them, and puts the fence that they need before the product."""
 
     lanes: np.ndarray
     group: np.ndarray
     accumulators: list[str]
-    operands: list[str]
     held: list[tuple[np.ndarray, int, int]] = field(default_factory=list)
 
     def split(self, done: np.ndarray) -> tuple[Flight, Flight]:
@@ -32,19 +31,18 @@ class Flight:
         first = set(self.lanes[done].tolist())
         parts = ([h for h in self.held if h[2] in first], [h for h in self.held if h[2] not in first])
         return tuple(  # type: ignore[return-value]
-            Flight(self.lanes[chosen], self.group[chosen], self.accumulators, self.operands, held)
+            Flight(self.lanes[chosen], self.group[chosen], self.accumulators, held)
             for chosen, held in zip((done, ~done), parts, strict=True)
         )
 
 
 def take_off(m: Machine, flight: Flight) -> None:
-    """From now until it is waited for, nobody touches what ``flight`` needs."""
+    """From now until it is waited for, nobody touches what ``flight`` accumulates."""
     m.flying["wgmma"].append(flight)
     lanes = np.zeros(m.lanes, bool)
     lanes[flight.lanes] = True
-    for taken, registers in ((m.accumulating, flight.accumulators), (m.multiplying, flight.operands)):
-        for register in registers:
-            taken[register] = taken[register] | lanes if register in taken else lanes
+    for register in flight.accumulators:
+        m.accumulating[register] = m.accumulating[register] | lanes if register in m.accumulating else lanes
 
 
 _LANE = np.arange(32)
@@ -221,7 +219,7 @@ def wgmma(s: Statement) -> Execute:
         groups = _whole(mask, m.lanes, 128)
         product = np.zeros((m.lanes // 128, 64, n), np.float32)
         lanes = np.flatnonzero(mask) if mask is not None else np.arange(m.lanes)
-        flight = Flight(lanes, m.groups["wgmma"][lanes], list(_registers(d)), a if isinstance(a, list) else [])
+        flight = Flight(lanes, m.groups["wgmma"][lanes], list(_registers(d)))
         if isinstance(a, list):
             held = np.stack([m.read(r, np.uint32).reshape(-1, 4, 32) for r in a], 2)  # (groups, warp, register, lane)
             lefts = left_fragment(held, kind).reshape(-1, 64, depth)
@@ -230,15 +228,12 @@ def wgmma(s: Statement) -> Execute:
             product[group] = left @ shared(m, one(m, str(b), group), n, across[1], group, flight).T
         kept = np.broadcast_to(m.read(keep, bool), (m.lanes,))
         tile = product.reshape(-1, 4, 16, n)
-        if wrong := m.unfenced.intersection([*flight.accumulators, *flight.operands]):
-            raise Fault(f"wgmma takes {', '.join(sorted(wrong))}, written since the last wgmma.fence")
         # Products accumulate in order: an earlier one under way may have the same accumulators.
         before = {r: m.accumulating.pop(r) for r in flight.accumulators if r in m.accumulating}
         for i, register in enumerate(_registers(d)):
             out = tile[:, :, _ROW + 8 * (i // 2 % 2), i // 4 * 8 + 2 * _PAIR + i % 2].reshape(-1)
             acc = m.read(register, np.float32)
             m.write(register, np.where(kept, acc + out, out).astype(np.float32), mask)
-        m.unfenced.difference_update(flight.accumulators)
         m.accumulating.update(before)
         take_off(m, flight)
 

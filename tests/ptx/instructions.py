@@ -43,7 +43,7 @@ def _in_halves(s: Statement, dtype: np.dtype, op: Callable[..., np.ndarray]) -> 
 
 
 def _move(s: Statement, dtype: np.dtype) -> Execute:
-    """``mov``. A copy is no access of its own: ptxas gives both names one register, on whichever side of a fence or wait the text has it."""
+    """``mov``. A copy is no access of its own: ptxas gives both names one register, on whichever side of a wait the text has it."""
     target, source = s.operands[0], s.operands[1]
 
     def execute(m: Machine) -> None:
@@ -52,8 +52,6 @@ def _move(s: Statement, dtype: np.dtype) -> Execute:
             return
         under_way = m.accumulating.pop(source, None)
         m.write(target, m.read(source, dtype), m.mask_of(s))
-        if source not in m.unfenced:
-            m.unfenced.discard(target)
         if under_way is not None:
             m.accumulating[source] = m.accumulating[target] = under_way
             for flight in m.flying["wgmma"]:
@@ -148,7 +146,7 @@ def _shuffle(s: Statement) -> Execute:
     return execute
 
 
-_NOTHING = ("bar.warp.sync", "membar", "fence.acq_rel", "fence.sc", "griddepcontrol", "prefetch")
+_NOTHING = ("wgmma.fence", "bar.warp.sync", "membar", "fence.acq_rel", "fence.sc", "griddepcontrol", "prefetch")
 
 
 def decode(s: Statement) -> Execute:
@@ -156,8 +154,6 @@ def decode(s: Statement) -> Execute:
     name, last = s.parts[0], s.parts[-1]
     if s.op.startswith(_NOTHING):
         return lambda m: None
-    if s.op.startswith("wgmma.fence"):
-        return lambda m: m.unfenced.clear()
     if s.op.startswith("fence.proxy.async"):
         return transfers.fence(s)
     for kind in ("cp.async", "wgmma"):

@@ -36,10 +36,7 @@ class Machine:
         self.active: np.ndarray | None = None  # None: every lane
         self.groups = {"cp.async": np.zeros(self.lanes, np.int64), "wgmma": np.zeros(self.lanes, np.int64)}
         self.flying: dict[str, list[Any]] = {"cp.async": [], "wgmma": []}
-        #: Registers of wgmma under way, and in which lanes: accumulators, and operands, which others may read too.
-        self.accumulating: dict[str, np.ndarray] = {}
-        self.multiplying: dict[str, np.ndarray] = {}
-        self.unfenced: set[str] = set()  # registers written since the last wgmma.fence
+        self.accumulating: dict[str, np.ndarray] = {}  # accumulators of wgmma under way, and in which lanes
         self.issued: collections.Counter[str] = collections.Counter()  # instructions, once for each warp that has an active lane
 
     # Operands
@@ -52,7 +49,7 @@ class Machine:
         if operand[0] != "%":
             return _immediate(operand, dtype)
         if operand in self.accumulating:
-            self._refuse(self.accumulating, operand, "read")
+            self._refuse(operand, "read")
         found = self.registers.get(operand)
         if found is None:
             found = self._unset(operand)
@@ -98,9 +95,8 @@ class Machine:
                 if part != "_":
                     self.write(part, np.ascontiguousarray(parts[:, i]), mask)
             return
-        for taken in (self.accumulating, self.multiplying):
-            if operand in taken:
-                self._refuse(taken, operand, "written")
+        if operand in self.accumulating:
+            self._refuse(operand, "written")
         width = np.dtype(_WIDTHS[operand[1:].rstrip("0123456789")])
         if value.ndim == 0:
             value = np.full(self.lanes, value)
@@ -114,10 +110,9 @@ class Machine:
             before = self.registers.get(operand)
             value = np.where(mask, value, self._poison(operand) if before is None else before)
         self.registers[operand] = value
-        self.unfenced.add(operand)
 
-    def _refuse(self, taken: dict[str, np.ndarray], register: str, what: str) -> None:
-        lanes = taken[register]
+    def _refuse(self, register: str, what: str) -> None:
+        lanes = self.accumulating[register]
         if (lanes if self.active is None else lanes & self.active).any():
             raise Fault(f"{register} is {what} while a wgmma under way has it")
 

@@ -230,7 +230,6 @@ _WGMMA = """
 	{zeros}
 	{fence}
 	{barrier}
-	{order}
 	wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%r10,%r11,%r12,%r13}}, %rd10, %rd10, 1, 1, 1, 0, 0;
 	wgmma.commit_group.sync.aligned;
 	{early}
@@ -240,7 +239,6 @@ _RIGHT = {
     "zeros": "\n".join(f"st.shared.b32 [%r3+{512 * i}], 0;" for i in range(16)),
     "fence": "fence.proxy.async.shared::cta;",
     "barrier": "bar.sync 0;",
-    "order": "wgmma.fence.sync.aligned;",
     "early": "",
 }
 
@@ -251,7 +249,6 @@ _RIGHT = {
         ({}, ""),
         ({"fence": ""}, "without fence.proxy.async"),
         ({"barrier": ""}, "since the last barrier"),
-        ({"order": ""}, "since the last wgmma.fence"),
         ({"early": "add.f32 %r14, %r10, %r11;"}, "is read while a wgmma"),
         ({"early": "mov.b32 %r14, %r10;\n\tadd.f32 %r15, %r14, %r14;"}, "%r14 is read while a wgmma"),
         ({"early": "mov.b32 %r10, 0;"}, "is written while a wgmma"),

@@ -119,7 +119,7 @@ def _copies_wait(m: Machine, active: np.ndarray, newest: int) -> None:
 def _products_wait(m: Machine, active: np.ndarray, newest: int) -> None:
     limit = m.groups["wgmma"] - newest
     flying, m.flying["wgmma"] = m.flying["wgmma"], []
-    m.accumulating, m.multiplying = {}, {}
+    m.accumulating = {}
     for flight in flying:
         done = active[flight.lanes] & (flight.group < limit[flight.lanes])
         ready, waits = flight.split(done)
