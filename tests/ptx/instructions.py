@@ -133,7 +133,9 @@ def _insert(s: Statement, dtype: np.dtype) -> Execute:
 
 def _shuffle(s: Statement) -> Execute:
     mode = s.parts[2]
-    target = str(s.operands[0]).partition("|")[0]
+    target = str(s.operands[0])
+    if s.operands[3:] != ["31", "-1"] or "|" in str(s.operands[0]):
+        raise NotImplementedError(f"PTX line {s.line}: a shuffle within part of a warp, or with a predicate")
 
     def execute(m: Machine) -> None:
         value = m.read(s.operands[1], np.uint32)
@@ -146,12 +148,16 @@ def _shuffle(s: Statement) -> Execute:
     return execute
 
 
+#: Modifiers that change a result and that no instruction here takes account of.
+_UNKNOWN = frozenset({"sat", "satfinite", "relu", "rz", "rm", "rp", "cc"})
 _NOTHING = ("wgmma.fence", "bar.warp.sync", "membar", "fence.acq_rel", "fence.sc", "griddepcontrol", "prefetch")
 
 
 def decode(s: Statement) -> Execute:
     """The statement as a function of the machine. Raises NotImplementedError where this machine does not know the instruction."""
     name, last = s.parts[0], s.parts[-1]
+    if _UNKNOWN.intersection(s.parts):
+        raise NotImplementedError(f"PTX line {s.line}: {s.op}")
     if s.op.startswith(_NOTHING):
         return lambda m: None
     if s.op.startswith("fence.proxy.async"):

@@ -168,6 +168,8 @@ class Machine:
             at[lanes] = self.program.labels[last.operands[0]]
         elif last.op.startswith("ret"):
             at[lanes] = end
+        elif last.operands != ["0"]:
+            raise NotImplementedError(f"PTX line {last.line}: a barrier of some of the block's threads")
         else:
             waiting[lanes] = True
             self._release(at, waiting, end)
@@ -192,7 +194,7 @@ def _immediate(text: str, dtype: np.dtype) -> np.ndarray:
         )
     if text[:2] in ("0d", "0D"):
         return np.uint64(int(text[2:], 16)).view(dtype)
-    if text[0].isalpha() or text[0] == "$":  # the start of shared memory, the only symbol these modules have
+    if text == "global_smem":  # the start of shared memory
         return np.zeros((), dtype)
     value = int(text.rstrip("U"), 0)
     if dtype.kind == "b":

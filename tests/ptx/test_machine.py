@@ -156,9 +156,20 @@ def test_two_blocks_write_the_same() -> None:
         _run("st.global.b32 [ %rd5 + 0 ], { %r1 };", _ints(), torch.zeros(64).int(), grid=2)
 
 
-def test_unknown_instructions_are_refused() -> None:
-    with pytest.raises(NotImplementedError, match=r"brev\.b32"):
-        _run("brev.b32 %r5, %r1;", _ints(), torch.zeros(64).int())
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "brev.b32 %r5, %r1;",
+        "add.sat.f32 %r5, %r1, %r1;",
+        "cvt.rz.f16.f32 %r5, %r1;",
+        "bar.sync 1, 32;",
+        "shfl.sync.up.b32 %r5, %r1, 1, 0, -1;",
+    ],
+    ids=lambda v: v.split()[0],
+)
+def test_what_the_machine_does_not_know_is_refused(instruction: str) -> None:
+    with pytest.raises(NotImplementedError, match="PTX line"):
+        _run(instruction, _ints(), torch.zeros(64).int())
 
 
 # Matrices. The expected products come from plain indexing, written from the PTX manual's figures.

@@ -1,0 +1,79 @@
+"""Instructions per score that kernels issue, with the tiles they had and with those in use: ``python -m tests.ptx.count``.
+
+A score's share is a warp's instructions times its 32 lanes; calls are small, so edges weigh more than in a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from pyvit.triton_kernels import flash_attention, tiles, window_attention
+
+from tests.ptx.launch import PARTS, running
+
+F32, BF16 = torch.float32, torch.bfloat16
+Run = Callable[[], object]
+
+
+def _attention(n: int, d: int, dtype: torch.dtype) -> tuple[Run, int]:
+    q, k, v = torch.randn(1, n, 3, 1, d).to(dtype).permute(2, 0, 3, 1, 4)
+    rest = (q, k, v, None, False, d**-0.5, 0.0, None)
+
+    def run() -> None:
+        out, lse = flash_attention.flash_attention(*rest)
+        flash_attention.flash_attention_backward(out, None, out, lse, False, *rest)
+
+    return run, n * n
+
+
+def _window(size: int, side: int, dtype: torch.dtype) -> tuple[Run, int]:
+    qkv, table = torch.randn(1, size, size, 96).to(dtype), torch.randn((2 * side - 1) ** 2, 1)
+    rest = (qkv, (side, side), (side // 2, side // 2), 1, table, None, None, 32**-0.5, 0.0, None)
+
+    def run() -> None:
+        out, lse = window_attention.window_attention(*rest)
+        window_attention.window_attention_backward(out, out, lse, *rest)
+
+    return run, size * size * side * side
+
+
+#: Kernel, call, and the tiles it had before instructions were counted.
+CALLS = (
+    ("window_backward_keys", "window 7, bf16", lambda: _window(28, 7, BF16), tiles.Config(64, 64, 32, 4, 8, 1)),
+    ("window_backward_keys", "window 7, fp32", lambda: _window(28, 7, F32), tiles.Config(32, 32, 32, 4, 8, 1)),
+    ("window_backward_bias", "window 12, fp32", lambda: _window(24, 12, F32), tiles.Config(32, 32, 32, 8, 4, 1)),
+    ("window_backward_bias", "window 16, fp32", lambda: _window(32, 16, F32), tiles.Config(64, 64, 32, 8, 8, 1)),
+    ("backward_dkdv", "257 tokens of 80, bf16", lambda: _attention(257, 80, BF16), tiles.Config(64, 32, 32, 1, 8, 2)),
+    ("backward_dkdv", "257 tokens of 128, bf16", lambda: _attention(257, 128, BF16), tiles.Config(64, 32, 32, 1, 8, 2)),
+    ("forward_short", "141 tokens of 80, bf16", lambda: _attention(141, 80, BF16), tiles.Config(64, 64, 32, 2, 8, 2)),
+    ("forward_short", "141 tokens of 128, bf16", lambda: _attention(141, 128, BF16), tiles.Config(64, 64, 32, 2, 8, 2)),
+    ("forward_short", "141 tokens of 64, fp32", lambda: _attention(141, 64, F32), tiles.Config(32, 64, 32, 2, 4, 2)),
+)
+
+
+def per_score(part: str, kernel: str, run: Run, scores: int, config: tiles.Config | None) -> float:
+    """Instructions that ``kernel`` issues per score of ``run``, with ``config`` or the tiles in use."""
+    tiles.force(kernel, config)
+    try:
+        with running(part) as launches:
+            run()
+    finally:
+        tiles.force(kernel, None)
+    return 32 * sum(launches.issued[kernel].values()) / scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.ptx.count", description=__doc__)
+    parser.add_argument("part", nargs="?", choices=PARTS, default="sm_90")
+    part = parser.parse_args().part
+    print("| kernel | call | before | now |\n|---|---|---:|---:|")
+    for kernel, call, make, before in CALLS:
+        run, scores = make()
+        counts = [f"{per_score(part, kernel, run, scores, config):.0f}" for config in (before, None)]
+        print("| " + " | ".join((kernel, call, *counts)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
