@@ -17,12 +17,13 @@ help:             ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */ \t/' | sort
 
 # The environment, remade when its definition changes. torch first: the rest builds against it.
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.ready: pyproject.toml tests/peers.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -c 'import sys; assert sys.version_info >= (3, 10), f"pyvit needs Python >= 3.10, found {sys.version}"'
 	$(PY) -m pip install -q --upgrade pip "setuptools>=77" wheel
 	$(PY) -m pip install -q "$(TORCH)" numpy ninja "pybind11>=2.13"
 	PATH="$(abspath $(BIN)):$$PATH" $(PY) -m pip install -q --no-build-isolation -e ".[test,lint]"
+	$(PY) -m pip install -q --no-deps -r tests/peers.txt
 	touch $@
 
 build: $(VENV)/.ready ## the environment and the compiled library
