@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PY     := $(BIN)/python
 JOBS   ?= $(shell nproc)
 # One thread per worker: the suite runs on all cores already.
-PYTEST := OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) -m pytest -q
+PYTEST := OMP_NUM_THREADS=1 PYVIT_TEST_PEERS=required PYTHONPATH=. $(PY) -m pytest -q
 SPREAD := -n $(JOBS) --dist worksteal
 NATIVE := PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py -q build_ext --inplace
 
@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml tests/peers.txt
 	$(PY) -c 'import sys; assert sys.version_info >= (3, 10), f"pyvit needs Python >= 3.10, found {sys.version}"'
 	$(PY) -m pip install -q --upgrade pip "setuptools>=77" wheel
 	$(PY) -m pip install -q "$(TORCH)" numpy ninja "pybind11>=2.13"
-	PATH="$(abspath $(BIN)):$$PATH" $(PY) -m pip install -q --no-build-isolation -e ".[test,lint]"
+	PATH="$(abspath $(BIN)):$$PATH" PYTHONWARNINGS=ignore::UserWarning $(PY) -m pip install -q --no-build-isolation -e ".[test,lint]"
 	$(PY) -m pip install -q --no-deps -r tests/peers.txt
 	touch $@
 

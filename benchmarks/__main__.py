@@ -40,6 +40,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("results"), help="where results.csv, results.md and plots go")
     parser.add_argument("--no-plots", action="store_true", help="write no pictures")
+    parser.add_argument("--targets", action="store_true", help="compare with the project's own targets too")
     args = parser.parse_args(argv)
     args.suites = tuple(args.suites) or SUITES
     unknown = [name for name in args.suites if name not in SUITES]
@@ -84,7 +85,9 @@ def main(argv: list[str] | None = None) -> int:
         results.rows += rows
         results.left_out += late
     report.show_rows(results.rows)
-    if results.outcomes:
+    if not args.targets:
+        results.outcomes.clear()
+    elif results.outcomes:
         report.show_outcomes(results.outcomes)
     written = report.write(results, top, args.out, plots=not args.no_plots) + pictures
     print(f"wrote {', '.join(str(path) for path in written)} in {clock():.0f} s")

@@ -1,7 +1,7 @@
 """The libraries a user could reach for instead, each with the same weights; one that is missing says why.
 
-timm asks for torchvision only to load and augment images, and its wheels need the torch build they were made for. Where torchvision
-does not import, timm is imported with empty modules in its place, which are gone again afterwards: its models and layers are its own.
+timm, open_clip and transformers import torchvision, to load and augment images. Its wheels need the torch build they were made for: beside
+another one their compiled operators are missing, and without torchvision empty modules stand in for it. The models are untouched by either.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import io
 import logging
+import re
 import sys
 import types
 import warnings
@@ -78,6 +79,27 @@ def _without_torchvision() -> Iterator[None]:
             del sys.modules[name]
 
 
+_OPERATORS: list[torch.library.Library] = []
+
+
+def import_torchvision() -> types.ModuleType:
+    """torchvision; its Python part where its compiled operators, of detection, do not load beside this torch. ImportError without it.
+
+    Its fake kernels ask at import for the names of these operators: each that is missing is declared, without a kernel.
+    """
+    while True:
+        try:
+            return importlib.import_module("torchvision")
+        except RuntimeError as error:
+            missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
+            if missing is None:
+                raise
+            _OPERATORS.append(torch.library.Library("torchvision", "FRAGMENT"))  # its declarations live as long as it
+            _OPERATORS[-1].define(f"{missing[1]}(Tensor x) -> Tensor")
+            for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+                del sys.modules[name]
+
+
 def import_timm() -> types.ModuleType:
     """timm, whether or not torchvision works beside this torch."""
     return import_peer("timm")
@@ -88,10 +110,8 @@ def import_peer(name: str) -> types.ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):
-        for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == "torchvision"]:
-            del sys.modules[loaded]
+        import_torchvision()
+    except ImportError:
         with _without_torchvision():
             return importlib.import_module(name)
     return importlib.import_module(name)
@@ -155,8 +175,7 @@ class _Logits(nn.Module):
 
 
 def transformers_model(name: str, state: dict[str, Tensor]) -> nn.Module:
-    import transformers
-
+    transformers = import_peer("transformers") if importlib.util.find_spec("torchvision") else importlib.import_module("transformers")
     _, config = plain.CONFIGS[name]
     swin = name.startswith("swin")
     if swin:

@@ -123,18 +123,11 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 def write_markdown(results: Results, lines: Sequence[str], path: Path) -> None:
-    """The run as a page: the machine, the targets, every row."""
+    """The run as a page: the machine, the targets if they were asked for, every row."""
     words = {True: "pass", False: "**miss**", None: "not measured"}
-    text = [
-        "# Benchmark results",
-        "",
-        *(f"- {line}" for line in lines),
-        "",
-        "## Targets",
-        "",
-        "| case | target | against | measured | |",
-        "|---|---|---|---|---|",
-    ]
+    text = ["# Benchmark results", "", *(f"- {line}" for line in lines)]
+    if results.outcomes:
+        text += ["", "## Targets", "", "| case | target | against | measured | |", "|---|---|---|---|---|"]
     for o in results.outcomes:
         text.append(f"| {o.case.id} | {o.case.target} | {', '.join(o.case.target.against)} | {o.measured} | {words[o.passed]} |")
     text += ["", "## Every row", "", "| case | " + " | ".join(_HEADINGS) + " |", "|" + "---|" * (len(_HEADINGS) + 1)]

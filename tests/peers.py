@@ -1,47 +1,40 @@
-"""Libraries that some tests compare with or accelerate, and that not every machine has: the tests are skipped with a reason."""
+"""Libraries that some tests compare with or accelerate.
+
+``make test`` installs them (tests/peers.txt) and sets PYVIT_TEST_PEERS=required; elsewhere their tests are skipped with a reason.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import re
+import os
 import sys
 from types import ModuleType
 
 import pytest
-import torch
 
-from benchmarks.peers import import_peer
+from benchmarks.peers import import_peer, import_torchvision
 
-_LIBRARIES = []
+
+def _absent(name: str) -> None:
+    if os.environ.get("PYVIT_TEST_PEERS") == "required":
+        raise ModuleNotFoundError(f"{name} is not installed, and PYVIT_TEST_PEERS=required")
+    pytest.skip(f"{name} is not installed", allow_module_level=True)
 
 
 def peer(name: str) -> ModuleType:
     """timm or open_clip, which import torchvision and do without it; or a skipped file."""
     if name not in sys.modules and importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed", allow_module_level=True)
+        _absent(name)
     if importlib.util.find_spec("transformers") is not None:  # it remembers whether torchvision is there: ask before a stand-in is
         importlib.import_module("transformers.image_utils")
     return import_peer(name)
 
 
 def torchvision() -> ModuleType:
-    """torchvision's Python part, which is all that its classification models are of; or a skipped file.
-
-    One that was built for another torch lacks compiled operators (of detection), whose names it asks for at import.
-    """
-    while True:
-        try:
-            import torchvision
-        except ImportError:
-            pytest.skip("torchvision is not installed", allow_module_level=True)
-        except RuntimeError as error:
-            missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
-            if missing is None:
-                raise
-            _LIBRARIES.append(torch.library.Library("torchvision", "FRAGMENT"))  # gone with its definitions when collected
-            _LIBRARIES[-1].define(f"{missing[1]}(Tensor x) -> Tensor")
-            for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-                del sys.modules[name]
-        else:
-            return torchvision
+    """torchvision, whose classification models need none of its compiled operators; or a skipped file."""
+    try:
+        return import_torchvision()
+    except ImportError:
+        _absent("torchvision")
+        raise
