@@ -56,7 +56,7 @@ results: build    ## regenerate docs/results.md: what each recipe reaches on rea
 	$(PY) examples/losses.py
 
 docs: build       ## regenerate the tables in docs/ (compiles every GPU kernel: half an hour)
-	$(PY) -m pyvit.triton_kernels.matrix --dtype bf16 fp32
+	$(PY) -m pyvit.triton_kernels.tools.compile_report --dtype bf16 fp32
 	$(PY) csrc/cuda/resources.py
 
 lint: $(VENV)/.ready ## ruff, mypy, clang-format

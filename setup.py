@@ -35,9 +35,9 @@ KERNEL_UNITS = sorted(path.stem for path in (CSRC / "cpu").glob("*.cpp") if path
 
 
 def schemas() -> dict[str, str]:
-    """SCHEMAS of pyvit/ops/schemas.py, without importing the package."""
+    """SCHEMAS of pyvit/schemas.py, without importing the package."""
     scope: dict[str, object] = {}
-    source = (ROOT / "pyvit/ops/schemas.py").read_text()
+    source = (ROOT / "pyvit/schemas.py").read_text()
     exec(compile(ast.parse(source), "schemas.py", "exec"), scope)
     return scope["SCHEMAS"]  # type: ignore[return-value]
 
@@ -116,14 +116,14 @@ class Ninja(build_ext):
                 )
         target(Path(isa), CSRC / "cpu/isa.cpp", [], text)
         stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{build}", includes, define]
-        ops = [target(build / f"{unit}.o", CSRC / f"{unit}.cpp", stable, text) for unit in ("torch_ops", "torch_passes")]
+        ops = [target(build / f"torch_{unit}.o", CSRC / f"torch/{unit}.cpp", stable, text) for unit in ("cpu", "cpu_internal")]
         # libstdc++ first: torch carries parts of it, and a reference bound to those would tie the library to this torch.
         libs = ["-lstdc++", f"-L{torch_lib}", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--no-undefined", "-Wl,-z,defs", "-lpthread"]
         if archs:
             flags = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode(archs)]
             for source in sorted((CSRC / "cuda").glob("*.cu")):
                 ops.append(target(build / f"{source.stem}.cuda.o", source, flags, text, "nvcc"))
-            ops.append(target(build / "torch_ops_cuda.o", CSRC / "torch_ops_cuda.cpp", stable, text))
+            ops.append(target(build / "torch_cuda.o", CSRC / "torch/cuda.cpp", stable, text))
             libs += [*cuda_library_paths(), "-lcudart_static", "-ldl", "-lrt"]
         python = ["-std=c++17", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", define]
         module_object = target(build / "module.o", CSRC / "module.cpp", python, text)

@@ -71,9 +71,9 @@ def run_tests(limit: float) -> str:
 
 def tune(limit: float) -> str:
     """A tuning run, which writes the table of tiles for the GPU at hand."""
-    if importlib.util.find_spec("pyvit.triton_kernels.tune") is None:
-        return "this pyvit has no pyvit.triton_kernels.tune"
-    command = [sys.executable, "-m", "pyvit.triton_kernels.tune", "--budget", f"{0.8 * limit:.0f}"]
+    if importlib.util.find_spec("pyvit.triton_kernels.tools.tune") is None:
+        return "this pyvit has no pyvit.triton_kernels.tools.tune"
+    command = [sys.executable, "-m", "pyvit.triton_kernels.tools.tune", "--budget", f"{0.8 * limit:.0f}"]
     try:
         done = subprocess.run(command, cwd=_REPOSITORY, text=True, timeout=limit)
     except subprocess.TimeoutExpired:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pyvit
-from benchmarks import plain
+from benchmarks import baselines
 from benchmarks.cases import LEVELS, Case, Target
 from benchmarks.specs import Provider, Spec, compiled
 from benchmarks.workload import OURS
@@ -130,17 +130,17 @@ def _flex_windows(case: Case, spec: Spec) -> Callable[..., Any]:
     side, heads, window, shift = (case.shape[key] for key in ("side", "heads", "window", "shift"))
     device = spec.tensors["qkv"].device
     index = relative_position_index((window, window)).to(device)
-    mask = plain.shift_mask(side, side, window, shift).to(device)
+    mask = baselines.shift_mask(side, side, window, shift).to(device)
     count, n = mask.shape[0], window * window
 
     def run(qkv: Tensor, x: Tensor, bias_table: Tensor) -> tuple[Tensor, Tensor]:
         def biased(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return score + bias_table[index[i, j], h] + mask[b % count, i, j]
 
-        windows = plain.partition(x.roll((-shift, -shift), (1, 2)), window)
+        windows = baselines.partition(x.roll((-shift, -shift), (1, 2)), window)
         q, k, v = qkv.view(-1, n, 3, heads, qkv.shape[-1] // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
         out = flex_attention(q, k, v, score_mod=biased).transpose(1, 2).reshape(-1, n, qkv.shape[-1] // 3)
-        return plain.reverse(out, window, side, side).roll((shift, shift), (1, 2)), windows
+        return baselines.reverse(out, window, side, side).roll((shift, shift), (1, 2)), windows
 
     return compiled(run)
 

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyvit
-from benchmarks import inputs, peers, plain
+from benchmarks import baselines, inputs, peers
 from benchmarks.cases import Case
 from benchmarks.gate import Gate, Verdict, worst
 from benchmarks.workload import OURS, Contender, Workload, raised
@@ -26,7 +26,7 @@ Forward = Callable[[Tensor], Tensor]
 def weights(name: str) -> dict[str, Tensor]:
     """Random weights under timm's names. LayerNorm's and the biases are random too, so that a mix-up of two of them shows."""
     torch.manual_seed(0)
-    state = plain.create(name).state_dict()
+    state = baselines.create(name).state_dict()
     for key, value in state.items():
         if value.dim() == 1 or key == "cls_token":
             value.add_(torch.randn_like(value) * 0.05)
@@ -38,7 +38,7 @@ def weights(name: str) -> dict[str, Tensor]:
 @functools.cache
 def flops(name: str, batch: int, train: bool) -> float:
     """Of the matrix products, forward or forward and backward, counted on the naive form."""
-    model = plain.create(name, attention="naive")
+    model = baselines.create(name, attention="naive")
     with FlopCounterMode(display=False) as counter:
         out = model(torch.zeros(1, 3, 224, 224))
         if train:
@@ -47,7 +47,7 @@ def flops(name: str, batch: int, train: bool) -> float:
 
 
 def _plain(name: str, attention: str) -> nn.Module:
-    model = plain.create(name, attention=attention)
+    model = baselines.create(name, attention=attention)
     model.load_state_dict(weights(name))
     return model
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import plain
+from benchmarks import baselines
 
 _PACKAGES = {
     "timm": ("timm",),
@@ -176,7 +176,7 @@ class _Logits(nn.Module):
 
 def transformers_model(name: str, state: dict[str, Tensor]) -> nn.Module:
     transformers = import_peer("transformers") if importlib.util.find_spec("torchvision") else importlib.import_module("transformers")
-    _, config = plain.CONFIGS[name]
+    _, config = baselines.CONFIGS[name]
     swin = name.startswith("swin")
     if swin:
         kind = transformers.SwinForImageClassification

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pyvit
-from benchmarks import inputs, plain
+from benchmarks import baselines, inputs
 from benchmarks.cases import Case
 from benchmarks.workload import OURS
 from pyvit.ops import reference
@@ -84,7 +84,7 @@ def _flash_attention(case: Case, source: str, dtype: torch.dtype, device: str) -
         return reference.flash_attention(q, k, v, bias, causal, d**-0.5, 0.0, None)[0]
 
     def naive(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        return plain.naive_attention(q, k, v, q.new_zeros(n, n).masked_fill(future, -math.inf) if causal else bias)
+        return baselines.naive_attention(q, k, v, q.new_zeros(n, n).masked_fill(future, -math.inf) if causal else bias)
 
     providers = [
         Provider(OURS, lambda q, k, v, bias=None: pyvit.ops.flash_attention(q, k, v, bias=bias, is_causal=causal)),
@@ -122,8 +122,8 @@ def _flash_attention_varlen(case: Case, source: str, dtype: torch.dtype, device:
 
     providers = [
         Provider(OURS, lambda q, k, v: pyvit.ops.flash_attention_varlen(q, k, v, ends, ends, longest, longest)),
-        Provider("naive", per_length(plain.naive_attention)),
-        Provider("sdpa", per_length(plain.sdpa)),
+        Provider("naive", per_length(baselines.naive_attention)),
+        Provider("sdpa", per_length(baselines.sdpa)),
     ]
     flops = sum(4 * h * n * n * d for n in lengths)
     return Spec(tensors, definition, providers, ("q", "k", "v"), flops, 2.5, sum(lengths) * h * d)
@@ -141,7 +141,7 @@ def _window_attention(case: Case, source: str, dtype: torch.dtype, device: str) 
     tensors = _cast(tensors, dtype, device)
     scale = (width // heads) ** -0.5
     index = reference.relative_position_index((window, window)).to(device)
-    mask = plain.shift_mask(side, side, window, shift).to(device, dtype) if shift else None
+    mask = baselines.shift_mask(side, side, window, shift).to(device, dtype) if shift else None
 
     def definition(qkv: Tensor, bias_table: Tensor, logit_scale: Tensor | None = None) -> Tensor:
         return reference.window_attention(qkv, [window] * 2, [shift] * 2, heads, bias_table, logit_scale, None, scale, 0.0, None)[0]
@@ -153,21 +153,21 @@ def _window_attention(case: Case, source: str, dtype: torch.dtype, device: str) 
         # A model rolls and partitions the C channels before the projection, not its 3C: the clock sees that on a map of C channels.
         qkv = given["qkv"]
         rolled = qkv.roll((-shift, -shift), (1, 2)) if shift else qkv
-        return {**given, "qkv": plain.partition(rolled, window), "x": qkv[..., :width].contiguous()}
+        return {**given, "qkv": baselines.partition(rolled, window), "x": qkv[..., :width].contiguous()}
 
-    def timm_path(attend: plain.Attend) -> Callable[..., tuple[Tensor, Tensor]]:
+    def timm_path(attend: baselines.Attend) -> Callable[..., tuple[Tensor, Tensor]]:
         def run(qkv: Tensor, x: Tensor, bias_table: Tensor, logit_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            windows = plain.partition(x.roll((-shift, -shift), (1, 2)) if shift else x, window)
-            out = plain.window_core(qkv, heads, bias_table, index, mask, attend, logit_scale)
-            out = plain.reverse(out, window, side, side)
+            windows = baselines.partition(x.roll((-shift, -shift), (1, 2)) if shift else x, window)
+            out = baselines.window_core(qkv, heads, bias_table, index, mask, attend, logit_scale)
+            out = baselines.reverse(out, window, side, side)
             return out.roll((shift, shift), (1, 2)) if shift else out, windows
 
         return run
 
-    naive = timm_path(plain.naive_attention)
+    naive = timm_path(baselines.naive_attention)
     providers = [Provider(OURS, ours), Provider("timm path", naive, prepare)]
     if version == 1:
-        providers.append(Provider("timm path, SDPA", timm_path(plain.sdpa), prepare))
+        providers.append(Provider("timm path, SDPA", timm_path(baselines.sdpa), prepare))
     providers += [Provider("reference", definition), Provider("compile", compiled(naive), prepare)]
     flops = 4 * b * side * side * window * window * width
     return Spec(tensors, definition, providers, tuple(tensors), flops, 2.5, b * side * side * width)

@@ -15,9 +15,9 @@ from pyvit.data import load_data
 from pyvit.eval.features import features, labels_of
 from pyvit.eval.knn import knn_accuracy
 from pyvit.eval.linear import linear_probe
-from pyvit.eval.runs import load_run
 from pyvit.train import Config, train
 from pyvit.train.checkpoint import write_atomic
+from pyvit.train.runs import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "results"

@@ -97,7 +97,7 @@ for _table in CAPABILITIES.values():
 
 
 def preference(op: str) -> list[str]:
-    """Backends in the order in which dispatch asks them for ``op`` where :mod:`pyvit.choice` knows no better.
+    """Backends in the order in which dispatch asks them for ``op`` where :mod:`pyvit.gpu_choice` knows no better.
 
     A kernel comes before a tile loop in Python, which multiplies float32 copies of its tiles and launches several kernels for each: that
     much needs no measurement. Triton's kernels come before CUDA's because they serve more calls.

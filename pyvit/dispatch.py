@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyvit import choice, library
+from pyvit import gpu_choice, library
 from pyvit.backends import BACKENDS, CAPABILITIES, absent, preference
 
 
@@ -32,7 +32,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
     features: tuple[str, ...]
     head_dims: tuple[int, ...] = ()
-    #: For :mod:`pyvit.choice`; see :func:`sizes`.
+    #: For :mod:`pyvit.gpu_choice`; see :func:`sizes`.
     sizes: tuple[int, ...] = ()
 
 
@@ -125,7 +125,7 @@ def _order(call: Call) -> list[str]:
     """Backends in the order to ask them: as preferred, with the faster of two kernels first where the sizes say which."""
     order = preference(call.op)
     if call.sizes and not reasons(call, "cuda") and not reasons(call, "triton"):
-        faster = choice.first(call.op, call.dtype, call.features, call.sizes)
+        faster = gpu_choice.first(call.op, call.dtype, call.features, call.sizes)
         if faster is not None:
             return [faster, *(name for name in order if name != faster)]
     return order
@@ -184,10 +184,10 @@ def _between(call: Call) -> str:
     """Why of two GPU backends that are able one comes first."""
     if CAPABILITIES[call.op]["cuda"].pure:
         return "a tile loop in Python comes last"
-    part = choice.part_at_hand()
+    part = gpu_choice.part_at_hand()
     if part is None or not call.sizes or not all(call.sizes):
         return "declared order, for want of " + ("a GPU to predict for" if part is None else "sizes")
-    return str(choice.compare(call.op, call.dtype, call.features, call.sizes, part))
+    return str(gpu_choice.compare(call.op, call.dtype, call.features, call.sizes, part))
 
 
 _describers: dict[str, Callable[..., tuple[Call, list[str]]]] = {}
@@ -236,7 +236,7 @@ def _is_dual(a: Any) -> bool:
 
 
 class Operator:
-    """One dispatcher operator of :data:`pyvit.ops.schemas.SCHEMAS`, with its fake kernel, gradient and kernels per backend.
+    """One dispatcher operator of :data:`pyvit.schemas.SCHEMAS`, with its fake kernel, gradient and kernels per backend.
 
     Calling it takes the shortest way to the kernel: in eager mode straight to the backend's function, through one
     :class:`torch.autograd.Function` when a gradient is needed; while traced or under a functorch transform, through the dispatcher.

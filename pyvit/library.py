@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pyvit.ops.schemas import LOSS_SCHEMAS, SCHEMAS
+from pyvit.schemas import LOSS_SCHEMAS, SCHEMAS
 
 PATH = Path(__file__).parent / "lib" / "libpyvit_ops.so"
 

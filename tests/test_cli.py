@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pyvit.cli import application
-from pyvit.eval.runs import load_run
+from pyvit.train.runs import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pyvit.eval import look, sheet
+from pyvit.eval import contact_sheet, visualize
 from pyvit.eval.knn import knn_accuracy, knn_predict
 from pyvit.eval.linear import linear_probe
 from pyvit.eval.retrieval import part_map, recall
 from pyvit.eval.zero_shot import text_classifier
 from pyvit.models.registry import create_model
-from pyvit.train import small  # noqa: F401  (registers the small models)
+from pyvit.train import presets  # noqa: F401  (registers the small models)
 
 
 def test_neighbours_vote_by_similarity():
@@ -56,16 +56,16 @@ def test_part_map_is_the_class_token_that_attends_to_one_patch():
 
 def test_mass_threshold_keeps_the_fewest_cells():
     maps = torch.tensor([[[0.5, 0.3], [0.15, 0.05]]])
-    assert look.keep_mass(maps, 0.6).tolist() == [[[True, True], [False, False]]]
-    assert look.keep_mass(maps, 0.5).sum() == 1
+    assert visualize.keep_mass(maps, 0.6).tolist() == [[[True, True], [False, False]]]
+    assert visualize.keep_mass(maps, 0.5).sum() == 1
     with pytest.raises(ValueError, match=r"mass must be in \(0, 1\]"):
-        look.keep_mass(maps, 0.0)
+        visualize.keep_mass(maps, 0.0)
 
 
 def test_principal_components_colour_what_differs():
     features = torch.zeros(1, 2, 2, 5)
     features[0, 0] = 1.0
-    colors = look.pca_colors(features)
+    colors = visualize.pca_colors(features)
     assert colors.shape == (1, 3, 2, 2)
     assert torch.allclose(colors[0, :, 0, 0], colors[0, :, 0, 1])
     assert (colors[0, 0, 0, 0] - colors[0, 0, 1, 0]).abs() > 0.4
@@ -81,7 +81,7 @@ def test_sheets_are_pictures(tmp_path, channels):
     images = torch.rand(3, channels, 8, 8)
     ranked = [[("a", 0.7), ("b", 0.3)]] * 3
     paths = [
-        sheet.save_guesses(tmp_path / "guesses.png", images, ["a", "b", "a"], ranked, "guesses"),
-        sheet.save_sheet(tmp_path / "sheet.png", [("image", images)], ["one", "two", "three"], "sheet"),
+        contact_sheet.save_guesses(tmp_path / "guesses.png", images, ["a", "b", "a"], ranked, "guesses"),
+        contact_sheet.save_sheet(tmp_path / "sheet.png", [("image", images)], ["one", "two", "three"], "sheet"),
     ]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pyvit import library
-from pyvit.ops.schemas import SCHEMAS
+from pyvit.schemas import SCHEMAS
 
 needs_library = pytest.mark.skipif(library.problem() is not None, reason=str(library.problem()))
 ISAS = ("avx512bf16", "avx512", "avx2", "portable")

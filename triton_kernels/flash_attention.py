@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pyvit.triton_kernels.attention_backward import backward_dkdv, backward_dq, backward_short
-from pyvit.triton_kernels.attention_bias import bias_gradient
-from pyvit.triton_kernels.attention_forward import forward_long, forward_short
 from pyvit.triton_kernels.common import (
     BOOL_BIAS,
     FLOAT_BIAS,
@@ -20,6 +17,9 @@ from pyvit.triton_kernels.common import (
     processors,
     rows_unit,
 )
+from pyvit.triton_kernels.flash_attention_backward import backward_dkdv, backward_dq, backward_short
+from pyvit.triton_kernels.flash_attention_bias import bias_gradient
+from pyvit.triton_kernels.flash_attention_forward import forward_long, forward_short
 from pyvit.triton_kernels.tiles import backward_short_fits, choose, forward_short_fits, one_tile, parts
 from torch import Tensor
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from pyvit.triton_kernels.common import arch_of, launch, precision, processors, rows_unit
-from pyvit.triton_kernels.patch_kernels import patch_forward, patch_image_gradient, patch_weight_gradient, spread_tokens
+from pyvit.triton_kernels.patch_embed_kernels import patch_forward, patch_image_gradient, patch_weight_gradient, spread_tokens
 from pyvit.triton_kernels.tiles import Config, choose
 from torch import Tensor
 

@@ -1,7 +1,7 @@
 """Which tiles each kernel uses, as data: per kernel, architecture, element size, head dimension and length.
 
 An entry says how it was chosen: a measurement, or "unmeasured" for one picked from register and shared-memory counts alone. A tuning run
-(:mod:`pyvit.triton_kernels.tune`) writes entries for the GPU at hand to a file that comes first; no training step searches anything.
+(:mod:`pyvit.triton_kernels.tools.tune`) writes entries for the GPU at hand to a file that comes first; no training step searches anything.
 """
 
 from __future__ import annotations

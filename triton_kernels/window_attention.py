@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from pyvit.triton_kernels.common import arch_of, dropout_args, launch, precision, processors, rows_unit
 from pyvit.triton_kernels.tiles import Config, choose, parts
-from pyvit.triton_kernels.window_backward_kernels import (
+from pyvit.triton_kernels.window_attention_backward import (
     table_gradient,
     window_backward_bias,
     window_backward_keys,
     window_backward_queries,
 )
-from pyvit.triton_kernels.window_kernels import window_forward, window_forward_long
+from pyvit.triton_kernels.window_attention_forward import window_forward, window_forward_long
 from torch import Tensor
 
 from pyvit.ops.reference import window_padding

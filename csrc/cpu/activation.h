@@ -1,7 +1,7 @@
 // Activations and their gradients, on vectors of floats.
 #pragma once
 
-#include "kernels.h"
+#include "kernel_args.h"
 #include "vec.h"
 
 namespace pyvit::PYVIT_ISA {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels.h"
+#include "kernel_args.h"
 
 namespace pyvit {
 

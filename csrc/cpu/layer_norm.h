@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "kernels.h"
+#include "kernel_args.h"
 #include "vec.h"
 
 namespace pyvit::PYVIT_ISA {

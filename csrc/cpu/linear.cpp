@@ -1,7 +1,7 @@
 // One or two linear layers on rows, with what stands around them: layer norm before, an activation after the first,
 // LayerScale and the residual after the last. A block of rows goes through all of it in cache: of a feed-forward
 // layer the hidden rows, four times as wide as the others, never reach memory.
-#include "block.h"
+#include "gemm_epilogue.h"
 #include "layer_norm.h"
 
 namespace pyvit::PYVIT_ISA {

@@ -1,7 +1,7 @@
 // Running log-sum-exps of a tile's rows or columns, for losses whose scores come from a matrix product a tile at a
 // time.
 #include "gemm_tile.h"
-#include "kernels.h"
+#include "kernel_args.h"
 
 namespace pyvit::PYVIT_ISA {
 namespace {

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "gemm_tile.h"
-#include "kernels.h"
+#include "kernel_args.h"
 
 namespace pyvit::PYVIT_ISA {
 

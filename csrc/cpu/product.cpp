@@ -1,5 +1,5 @@
 // Products of matrices as they lie, packed on the way: of a linear layer, of its gradients, and of scores.
-#include "block.h"
+#include "gemm_epilogue.h"
 #include "layer_norm.h"
 
 namespace pyvit::PYVIT_ISA {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "gemm_tile.h"
-#include "kernels.h"
+#include "kernel_args.h"
 
 namespace pyvit::PYVIT_ISA {
 

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "kernels.h"
+#include "kernel_args.h"
 #include "vec.h"
 
 namespace pyvit::PYVIT_ISA {

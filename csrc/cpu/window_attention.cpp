@@ -1,5 +1,5 @@
 // Shifted-window attention, forward: one (image, window, head) at a time, straight from and to the map.
-#include "window.h"
+#include "window_attention.h"
 
 namespace pyvit::PYVIT_ISA {
 namespace {

@@ -1,4 +1,4 @@
-// Shifted-window attention, backward: one (image, window, head) after another (window_gradients.h), and what is summed
+// Shifted-window attention, backward: one (image, window, head) after another (window_attention_backward.h), and what is summed
 // over them.
 //
 // A real token is in exactly one window, so its gradient is written once. What several windows add to (bias table,
@@ -6,7 +6,7 @@
 // in order: the bits do not depend on the number of threads.
 #include <tuple>
 
-#include "window_gradients.h"
+#include "window_attention_backward.h"
 
 namespace pyvit::PYVIT_ISA {
 namespace {

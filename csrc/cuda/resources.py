@@ -190,7 +190,7 @@ def window_scratch(window: int, buffers: int = 1) -> int:
 
 
 def one_pass_launch(what: str, window: int, width: int, size: int, columns: int) -> Launch:
-    """Of window_backward, as WindowLayout in csrc/cuda/window_backward.cuh has it."""
+    """Of window_backward, as WindowLayout in csrc/cuda/window_attention_backward.cuh has it."""
     rows = -(-(window**2) // 16) * 16
 
     def shared(stages: int) -> int:
@@ -279,7 +279,7 @@ def document(table: dict[str, dict[str, dict[str, int]]]) -> str:
         "passes overlap 24 thousand clocks of memory with 19 of products. That is no gain to build on before both are timed.",
         "",
         "Of this backend and Triton's, the one measured faster serves a call, else the one predicted faster by `triton_kernels/plans.py`;",
-        "`pyvit.explain` says which and by what figures. `python -m benchmarks.choices` measures on the GPU at hand; an H100 was.",
+        "`pyvit.explain` says which and by what figures. `python -m benchmarks.gpu_backends` measures on the GPU at hand; an H100 was.",
         "",
         "# Resources",
         "",

@@ -2,7 +2,7 @@
 #include "attention_backward.cuh"
 #include "attention_bias.cuh"
 #include "reduce.cuh"
-#include "window_backward.cuh"
+#include "window_attention_backward.cuh"
 
 namespace pyvit::cuda {
 

@@ -131,8 +131,8 @@ class Data:
 def _builtin() -> dict[str, Callable[..., Data]]:
     from pyvit.data.digits import digits
     from pyvit.data.scenes import scenes
+    from pyvit.data.spoken_words import words
     from pyvit.data.synthetic import synthetic
-    from pyvit.data.words import words
 
     return {"digits": digits, "scenes": scenes, "synthetic": synthetic, "words": words}
 

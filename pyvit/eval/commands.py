@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from pyvit.eval import contact_sheet, retrieval, visualize, zero_shot
 from pyvit.eval import knn as knn_module
 from pyvit.eval import linear as linear_module
-from pyvit.eval import look, retrieval, sheet, zero_shot
 from pyvit.eval.features import features
-from pyvit.eval.runs import load_run
+from pyvit.train.runs import load_run
 
 
 def _features(recipe: Any, data: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -48,14 +48,14 @@ def zero_shot_command(
     probabilities = zero_shot.zero_shot(model, chosen.test, classifier, recipe.normalize)
     labels = torch.as_tensor(chosen.test.labels)
     accuracy = 100 * (probabilities.argmax(1) == labels).float().mean().item()
-    at = look.choose(count, len(labels))
-    images = sheet.enlarge(chosen.test.fetch(at)["image"] / 255, 128)
+    at = visualize.choose(count, len(labels))
+    images = contact_sheet.enlarge(chosen.test.fetch(at)["image"] / 255, 128)
     ranked = []
     for i in at:
         best = probabilities[i].topk(min(5, len(chosen.classes)))
         ranked.append([(chosen.classes[int(c)], float(p)) for p, c in zip(best.values, best.indices, strict=True)])
     truth = [chosen.classes[int(labels[i])] for i in at]
-    path = sheet.save_guesses(_path(run, out, "zero_shot"), images, truth, ranked, f"zero-shot: {accuracy:.1f} % right")
+    path = contact_sheet.save_guesses(_path(run, out, "zero_shot"), images, truth, ranked, f"zero-shot: {accuracy:.1f} % right")
     print(f"{run}: zero-shot accuracy {accuracy:.2f} % from {len(templates)} prompts per class; wrote {path}")
     return accuracy
 
@@ -68,15 +68,15 @@ def retrieval_command(run: str, data: str | None = None, out: str | None = None,
     if "parts" in chosen.extra:
         found["parts"] = retrieval.quarter_accuracy(recipe, chosen)
         print(f"{run}: phrase points at the right quarter in {found['parts']:.1f} % (chance: 25 %)")
-    batch = chosen.test.fetch(look.choose(count, len(chosen.test)))
+    batch = chosen.test.fetch(visualize.choose(count, len(chosen.test)))
     phrases = (
-        [chosen.extra["parts"][i][0][0] for i in look.choose(count, len(chosen.test))] if "parts" in chosen.extra else batch["caption"]
+        [chosen.extra["parts"][i][0][0] for i in visualize.choose(count, len(chosen.test))] if "parts" in chosen.extra else batch["caption"]
     )
     maps = retrieval.part_map(recipe.exported(), recipe.normalize(batch["image"]), recipe.tokenizer(phrases))
-    picture = sheet.enlarge(batch["image"] / 255, 128)
-    warm = sheet.enlarge(sheet.heat(maps), 128, smooth=True)
+    picture = contact_sheet.enlarge(batch["image"] / 255, 128)
+    warm = contact_sheet.enlarge(contact_sheet.heat(maps), 128, smooth=True)
     columns = [("image", picture), ("similarity of patches", warm), ("both", 0.5 * picture + 0.5 * warm)]
-    print(f"wrote {sheet.save_sheet(_path(run, out, 'parts'), columns, phrases, 'where the text is')}")
+    print(f"wrote {contact_sheet.save_sheet(_path(run, out, 'parts'), columns, phrases, 'where the text is')}")
     return found
 
 
@@ -84,24 +84,24 @@ def attention(run: str, data: str | None = None, mass: float = 0.6, out: str | N
     """Sheet of the class token's attention in the last block, per head, and what holds most of its mass."""
     recipe, images, normalised = _pictures(run, data, count)
     with torch.no_grad():
-        columns = look.attention_columns(_tower(recipe), images, normalised, mass)
-    return _said(sheet.save_sheet(_path(run, out, "attention"), columns, title="attention of the class token"))
+        columns = visualize.attention_columns(_tower(recipe), images, normalised, mass)
+    return _said(contact_sheet.save_sheet(_path(run, out, "attention"), columns, title="attention of the class token"))
 
 
 def reconstruct(run: str, data: str | None = None, mask_ratio: float = 0.75, out: str | None = None, count: int = 8, seed: int = 0) -> Path:
     """Sheet of an MAE's reconstructions."""
     recipe, images, _ = _pictures(run, data, count)
     torch.manual_seed(seed)
-    columns = look.reconstruction_columns(recipe, images, mask_ratio)
-    return _said(sheet.save_sheet(_path(run, out, "reconstruct"), columns, title=f"{100 * mask_ratio:.0f} % hidden"))
+    columns = visualize.reconstruction_columns(recipe, images, mask_ratio)
+    return _said(contact_sheet.save_sheet(_path(run, out, "reconstruct"), columns, title=f"{100 * mask_ratio:.0f} % hidden"))
 
 
 def patches(run: str, data: str | None = None, out: str | None = None, count: int = 8) -> Path:
     """Sheet of patch features, their first three principal components as colours."""
     recipe, images, normalised = _pictures(run, data, count)
-    colors = look.pca_colors(look.patch_features(_tower(recipe), normalised))
-    columns = [("image", sheet.enlarge(images, 128)), ("principal components", sheet.enlarge(colors, 128))]
-    return _said(sheet.save_sheet(_path(run, out, "patches"), columns, title="patch features"))
+    colors = visualize.pca_colors(visualize.patch_features(_tower(recipe), normalised))
+    columns = [("image", contact_sheet.enlarge(images, 128)), ("principal components", contact_sheet.enlarge(colors, 128))]
+    return _said(contact_sheet.save_sheet(_path(run, out, "patches"), columns, title="patch features"))
 
 
 def _tower(recipe: Any) -> Any:
@@ -111,7 +111,7 @@ def _tower(recipe: Any) -> Any:
 
 def _pictures(run: str, data: str | None, count: int) -> tuple[Any, torch.Tensor, torch.Tensor]:
     recipe, chosen = load_run(run, data)
-    images = chosen.test.fetch(look.choose(count, len(chosen.test)))["image"] / 255
+    images = chosen.test.fetch(visualize.choose(count, len(chosen.test)))["image"] / 255
     return recipe, images, recipe.normalize(images)
 
 

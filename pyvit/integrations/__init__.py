@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from pyvit.integrations.parts import Left, Replacement, Rule, kind
+from pyvit.integrations.common import Left, Replacement, Rule, kind
 
 __all__ = ["AccelerateError", "Report", "Row", "accelerate", "restore"]
 

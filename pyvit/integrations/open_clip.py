@@ -1,4 +1,4 @@
-"""open_clip: image and text towers. Most of their attention is torch's own module, see :func:`pyvit.integrations.parts.multihead`."""
+"""open_clip: image and text towers. Most of their attention is torch's own module, see :func:`pyvit.integrations.common.multihead`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyvit.integrations.parts import Left, Replacement, Rule, hooked, known, layer_norm, patch_conv, project, sequential, torch_mask
+from pyvit.integrations.common import Left, Replacement, Rule, hooked, known, layer_norm, patch_conv, project, sequential, torch_mask
 from pyvit.ops import flash_attention, linear
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvit.integrations.parts import (
+from pyvit.integrations.common import (
     Left,
     Replacement,
     Rule,

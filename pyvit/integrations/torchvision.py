@@ -1,4 +1,4 @@
-"""torchvision: ViT, Swin and Swin V2. ViT's attention is torch's own module, see :func:`pyvit.integrations.parts.multihead`."""
+"""torchvision: ViT, Swin and Swin V2. ViT's attention is torch's own module, see :func:`pyvit.integrations.common.multihead`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from pyvit.integrations.parts import Replacement, Rule, cosine_table, patch_conv, sequential
+from pyvit.integrations.common import Replacement, Rule, cosine_table, patch_conv, sequential
 from pyvit.ops import linear, window_attention
 
 

@@ -1,6 +1,6 @@
 """Vision transformers by name: ``create_model("vit_base_patch16_224")``."""
 
-from pyvit.models import audio, clip, deit, detection, dino, finetune, hybrid, mae, resnet, simclr, small, swin, vit
+from pyvit.models import audio, clip, deit, detection, dino, finetune, hybrid, mae, pico, resnet, simclr, swin, vit
 from pyvit.models.registry import create_model, list_models, register
 
 __all__ = [
@@ -14,10 +14,10 @@ __all__ = [
     "hybrid",
     "list_models",
     "mae",
+    "pico",
     "register",
     "resnet",
     "simclr",
-    "small",
     "swin",
     "vit",
 ]

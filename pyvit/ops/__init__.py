@@ -5,7 +5,7 @@ from pyvit import library
 library.define_operators()
 
 from pyvit.ops.attention_map import attention_map  # noqa: E402
-from pyvit.ops.distillation import distillation_cross_entropy  # noqa: E402
+from pyvit.ops.distillation_cross_entropy import distillation_cross_entropy  # noqa: E402
 from pyvit.ops.flash_attention import flash_attention, flash_attention_varlen, scaled_dot_product_attention  # noqa: E402
 from pyvit.ops.flash_attention_qkvpacked import flash_attention_qkvpacked  # noqa: E402
 from pyvit.ops.info_nce import info_nce  # noqa: E402

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
-from pyvit.ops import pairs, reference_losses, streaming
-from pyvit.ops.streaming import LogSumExp, Ring, widen
+from pyvit.ops import loss_tiles, pairwise_losses, reference_losses
+from pyvit.ops.loss_tiles import LogSumExp, Ring, widen
 
 
 def info_nce(a: Tensor, b: Tensor, scale: float | Tensor, *, group: dist.ProcessGroup | None = None, backend: str | None = None) -> Tensor:
@@ -35,7 +35,7 @@ def info_nce(a: Tensor, b: Tensor, scale: float | Tensor, *, group: dist.Process
     """
     call = _check(a, b, scale, group)
     chosen = dispatch.select(call, backend)
-    s = streaming.scalar("info_nce", "scale", scale, a)
+    s = loss_tiles.scalar("info_nce", "scale", scale, a)
     with torch.autocast(a.device.type, enabled=False):
         if group is not None:
             Ring(group).check_equal("info_nce", "a", a.shape[0], a.device)
@@ -44,8 +44,8 @@ def info_nce(a: Tensor, b: Tensor, scale: float | Tensor, *, group: dist.Process
 
 
 def _check(a: Tensor, b: Tensor, scale: float | Tensor, group: Any) -> Call:
-    streaming.embeddings("info_nce", a=a, b=b)
-    found = streaming.features(a, b, scale if isinstance(scale, Tensor) else None, group=group)
+    loss_tiles.embeddings("info_nce", a=a, b=b)
+    found = loss_tiles.features(a, b, scale if isinstance(scale, Tensor) else None, group=group)
     return Call("info_nce", a.device.type, a.dtype, tuple(found))
 
 
@@ -58,7 +58,7 @@ def _forward(a: Tensor, b: Tensor, scale: Tensor, ring: Ring) -> tuple[Tensor, T
     rows, home = LogSumExp(a.shape[0], a), LogSumExp(b.shape[0], b)
 
     def compute(_owner: int, other: Tensor, top: Tensor, total: Tensor) -> None:
-        pairs.add_softmax(a, other, scale, rows, LogSumExp.of(top, total))
+        pairwise_losses.add_softmax(a, other, scale, rows, LogSumExp.of(top, total))
 
     lse_b = LogSumExp.of(*ring.visit([b], [home.top, home.total], compute)).value()
     lse_a = rows.value()
@@ -71,12 +71,12 @@ def _gradients(
     grad: Tensor, lse_a: Tensor, lse_b: Tensor, a: Tensor, b: Tensor, scale: Tensor, ring: Ring
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, d = a.shape
-    grad_a = pairs.gradients(a)
+    grad_a = pairwise_losses.gradients(a)
 
     def compute(owner: int, other: Tensor, lse: Tensor, grad_other: Tensor) -> None:
-        pairs.add_softmax_gradients(a, other, scale, lse_a, lse, grad_a, grad_other, 0 if owner == ring.rank else None)
+        pairwise_losses.add_softmax_gradients(a, other, scale, lse_a, lse, grad_a, grad_other, 0 if owner == ring.rank else None)
 
-    (grad_b,) = ring.visit([b, lse_b], [pairs.gradients(b)], compute)
+    (grad_b,) = ring.visit([b, lse_b], [pairwise_losses.gradients(b)], compute)
     grad_a, grad_b = grad_a[:, :d], grad_b[:, :d]
     weight = grad / (2 * n * ring.size)
     grad_scale = (grad_a * widen(a)).sum() * weight
@@ -143,7 +143,7 @@ INFO_NCE_BACKWARD = Operator(
     "info_nce_backward",
     reference=_reference_backward,
     fake=_fake_backward,
-    kernels={"cpu": _TILES_BACKWARD, "cuda": _TILES_BACKWARD, "triton": "pyvit.triton_kernels.contrastive:info_nce_backward"},
+    kernels={"cpu": _TILES_BACKWARD, "cuda": _TILES_BACKWARD, "triton": "pyvit.triton_kernels.pairwise_losses:info_nce_backward"},
     **dispatch.double_backward(reference_losses.info_nce, n_grads=1, n_skipped=2, inputs=(0, 1, 2)),
 )
 INFO_NCE = Operator(
@@ -152,5 +152,5 @@ INFO_NCE = Operator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.contrastive:info_nce"},
+    kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.pairwise_losses:info_nce"},
 )

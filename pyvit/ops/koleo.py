@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
-from pyvit.ops import checks, reference_losses, streaming
-from pyvit.ops.streaming import Ring, product, spans, widen
+from pyvit.ops import checks, loss_tiles, reference_losses
+from pyvit.ops.loss_tiles import Ring, product, spans, widen
 
 
 def koleo(x: Tensor, *, eps: float = 1e-8, group: dist.ProcessGroup | None = None, backend: str | None = None) -> Tensor:
@@ -32,7 +32,7 @@ def koleo(x: Tensor, *, eps: float = 1e-8, group: dist.ProcessGroup | None = Non
     call = _check(x, 1 if group is not None else 2)
     if group is not None:
         Ring(group).check_equal("koleo", "x", x.shape[0], x.device)
-        x = streaming.all_rows(x, group)
+        x = loss_tiles.all_rows(x, group)
     chosen = dispatch.select(call, backend)
     with torch.autocast(x.device.type, enabled=False):
         wide = widen(x)
@@ -52,7 +52,7 @@ def _check(x: Tensor, least: int = 2) -> Call:
     checks.floating("koleo", "x", x)
     if x.shape[0] < least:
         checks.fail("koleo", "x", "of at least two rows, else none has a neighbour", checks.shape(x))
-    return Call("nearest_neighbor", x.device.type, x.dtype, tuple(streaming.features(x)))
+    return Call("nearest_neighbor", x.device.type, x.dtype, tuple(loss_tiles.features(x)))
 
 
 def _tiled(x: Tensor, _backend: str) -> Tensor:

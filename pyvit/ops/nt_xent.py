@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
-from pyvit.ops import pairs, reference_losses, streaming
-from pyvit.ops.streaming import LogSumExp, Ring, widen
+from pyvit.ops import loss_tiles, pairwise_losses, reference_losses
+from pyvit.ops.loss_tiles import LogSumExp, Ring, widen
 
 
 def nt_xent(
@@ -34,7 +34,7 @@ def nt_xent(
     """
     call = _check(z1, z2, temperature, group)
     chosen = dispatch.select(call, backend)
-    t = streaming.scalar("nt_xent", "temperature", temperature, z1)
+    t = loss_tiles.scalar("nt_xent", "temperature", temperature, z1)
     with torch.autocast(z1.device.type, enabled=False):
         if group is not None:
             Ring(group).check_equal("nt_xent", "z1", z1.shape[0], z1.device)
@@ -43,8 +43,8 @@ def nt_xent(
 
 
 def _check(z1: Tensor, z2: Tensor, temperature: float | Tensor, group: Any) -> Call:
-    streaming.embeddings("nt_xent", z1=z1, z2=z2)
-    found = streaming.features(z1, z2, temperature if isinstance(temperature, Tensor) else None, group=group)
+    loss_tiles.embeddings("nt_xent", z1=z1, z2=z2)
+    found = loss_tiles.features(z1, z2, temperature if isinstance(temperature, Tensor) else None, group=group)
     return Call("nt_xent", z1.device.type, z1.dtype, tuple(found))
 
 
@@ -57,7 +57,7 @@ def _forward(z1: Tensor, z2: Tensor, temperature: Tensor, ring: Ring) -> tuple[T
     z, scale = torch.cat([z1, z2]), 1 / temperature
     n = z.shape[0]
     lse = LogSumExp(n, z)
-    ring.visit([z], [], lambda owner, other: pairs.add_softmax(z, other, scale, lse, None, own=owner == ring.rank))
+    ring.visit([z], [], lambda owner, other: pairwise_losses.add_softmax(z, other, scale, lse, None, own=owner == ring.rank))
     value = lse.value()
     positive = (widen(z1) * widen(z2)).sum(1) * scale
     return ring.sum(value.sum() - 2 * positive.sum()) / (n * ring.size), value
@@ -67,11 +67,11 @@ def _gradients(grad: Tensor, lse: Tensor, z1: Tensor, z2: Tensor, temperature: T
     z, scale = torch.cat([z1, z2]), 1 / temperature
     n, d = z.shape
     # The matrix is symmetric: what row i sends to z_j and what row j sends to z_i meet in one weight, P_ij + P_ji.
-    grad_z = pairs.gradients(z)
+    grad_z = pairwise_losses.gradients(z)
 
     def compute(owner: int, other: Tensor, lse_other: Tensor) -> None:
         own = owner == ring.rank
-        pairs.add_softmax_gradients(z, other, scale, lse, lse_other, grad_z, None, n // 2 if own else None, own)
+        pairwise_losses.add_softmax_gradients(z, other, scale, lse, lse_other, grad_z, None, n // 2 if own else None, own)
 
     ring.visit([z, lse], [], compute)
     grad_z = grad_z[:, :d]
@@ -134,7 +134,7 @@ NT_XENT_BACKWARD = Operator(
     "nt_xent_backward",
     reference=_reference_backward,
     fake=_fake_backward,
-    kernels={"cpu": _TILES_BACKWARD, "cuda": _TILES_BACKWARD, "triton": "pyvit.triton_kernels.contrastive:nt_xent_backward"},
+    kernels={"cpu": _TILES_BACKWARD, "cuda": _TILES_BACKWARD, "triton": "pyvit.triton_kernels.pairwise_losses:nt_xent_backward"},
     **dispatch.double_backward(reference_losses.nt_xent, n_grads=1, n_skipped=1, inputs=(0, 1, 2)),
 )
 NT_XENT = Operator(
@@ -143,5 +143,5 @@ NT_XENT = Operator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.contrastive:nt_xent"},
+    kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.pairwise_losses:nt_xent"},
 )

@@ -2,7 +2,7 @@
 
 Run in float64 these functions are what the tests and the benchmark's gate compare with; run in the caller's dtype they are the
 ``reference`` backend, the fallback without compiled kernels, and the formula that double backward differentiates.
-Arguments are those of the schemas in :mod:`pyvit.ops.schemas`, less ``backend``.
+Arguments are those of the schemas in :mod:`pyvit.schemas`, less ``backend``.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
-from pyvit.ops import pairs, reference_losses, streaming
-from pyvit.ops.streaming import Ring, widen
+from pyvit.ops import loss_tiles, pairwise_losses, reference_losses
+from pyvit.ops.loss_tiles import Ring, widen
 
 
 def sigmoid_contrastive(
@@ -40,7 +40,7 @@ def sigmoid_contrastive(
     """
     call = _check(a, b, scale, bias, group)
     chosen = dispatch.select(call, backend)
-    s, t = streaming.scalar("sigmoid_contrastive", "scale", scale, a), streaming.scalar("sigmoid_contrastive", "bias", bias, a)
+    s, t = loss_tiles.scalar("sigmoid_contrastive", "scale", scale, a), loss_tiles.scalar("sigmoid_contrastive", "bias", bias, a)
     with torch.autocast(a.device.type, enabled=False):
         if group is not None:
             Ring(group).check_equal("sigmoid_contrastive", "a", a.shape[0], a.device)
@@ -49,8 +49,8 @@ def sigmoid_contrastive(
 
 
 def _check(a: Tensor, b: Tensor, scale: float | Tensor, bias: float | Tensor, group: Any) -> Call:
-    streaming.embeddings("sigmoid_contrastive", a=a, b=b)
-    found = streaming.features(a, b, *(t for t in (scale, bias) if isinstance(t, Tensor)), group=group)
+    loss_tiles.embeddings("sigmoid_contrastive", a=a, b=b)
+    found = loss_tiles.features(a, b, *(t for t in (scale, bias) if isinstance(t, Tensor)), group=group)
     return Call("sigmoid_contrastive", a.device.type, a.dtype, tuple(found))
 
 
@@ -63,7 +63,7 @@ def _forward(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, ring: Ring) -> T
     total = torch.zeros_like(scale)
 
     def compute(owner: int, other: Tensor) -> None:
-        total.add_(pairs.add_sigmoid(a, other, scale, bias, 0 if owner == ring.rank else None))
+        total.add_(pairwise_losses.add_sigmoid(a, other, scale, bias, 0 if owner == ring.rank else None))
 
     ring.visit([b], [], compute)
     return ring.sum(total) / (a.shape[0] * ring.size)
@@ -71,13 +71,13 @@ def _forward(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, ring: Ring) -> T
 
 def _gradients(grad: Tensor, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, ring: Ring) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, d = a.shape
-    grad_a, grad_bias = pairs.gradients(a), torch.zeros_like(scale)
+    grad_a, grad_bias = pairwise_losses.gradients(a), torch.zeros_like(scale)
 
     def compute(owner: int, other: Tensor, grad_other: Tensor) -> None:
         shift = 0 if owner == ring.rank else None
-        grad_bias.add_(pairs.add_sigmoid_gradients(a, other, scale, bias, grad_a, grad_other, shift))
+        grad_bias.add_(pairwise_losses.add_sigmoid_gradients(a, other, scale, bias, grad_a, grad_other, shift))
 
-    (grad_b,) = ring.visit([b], [pairs.gradients(b)], compute)
+    (grad_b,) = ring.visit([b], [pairwise_losses.gradients(b)], compute)
     grad_a, grad_b = grad_a[:, :d], grad_b[:, :d]
     weight = grad / (n * ring.size)
     factor = weight * scale
@@ -139,7 +139,11 @@ SIGMOID_BACKWARD = Operator(
     "sigmoid_contrastive_backward",
     reference=_reference_backward,
     fake=_fake_backward,
-    kernels={"cpu": _TILES_BACKWARD, "cuda": _TILES_BACKWARD, "triton": "pyvit.triton_kernels.contrastive:sigmoid_contrastive_backward"},
+    kernels={
+        "cpu": _TILES_BACKWARD,
+        "cuda": _TILES_BACKWARD,
+        "triton": "pyvit.triton_kernels.pairwise_losses:sigmoid_contrastive_backward",
+    },
     **dispatch.double_backward(reference_losses.sigmoid_contrastive, n_grads=1, n_skipped=0, inputs=(0, 1, 2, 3)),
 )
 SIGMOID = Operator(
@@ -148,5 +152,5 @@ SIGMOID = Operator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.contrastive:sigmoid_contrastive"},
+    kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.pairwise_losses:sigmoid_contrastive"},
 )

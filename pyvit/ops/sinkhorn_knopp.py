@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyvit.ops import checks
-from pyvit.ops.streaming import LogSumExp, Ring, product, spans, widen
+from pyvit.ops.loss_tiles import LogSumExp, Ring, product, spans, widen
 
 _OP = "sinkhorn_knopp"
 

@@ -24,9 +24,9 @@ from pyvit.train import checkpoint, schedules
 from pyvit.train.config import FREE, Config, parse
 from pyvit.train.log import Log, Progress, active_kernels, say
 from pyvit.train.optim import LARS, parameter_groups
+from pyvit.train.presets import MODELS, PRESETS, TOWERS
 from pyvit.train.recipe import Recipe, load_recipe
 from pyvit.train.sharding import leave, shard, whole
-from pyvit.train.small import MODELS, PRESETS, TOWERS
 
 
 def step_seed(seed: int, step: int, rank: int, part: int = 0) -> int:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pyvit.ops.streaming import all_sum
+from pyvit.ops.loss_tiles import all_sum
 
 
 class RankNorm(nn.BatchNorm1d):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, gpu, gpu_cases, gpu_cost, inputs, loss_specs, measure, peers, plain, providers, report, runner, specs
+from benchmarks import baselines, cases, gpu, gpu_cases, gpu_cost, inputs, loss_specs, measure, peers, providers, report, runner, specs
 from benchmarks.__main__ import main, parse
 from benchmarks.cases import Case, Target
 from benchmarks.ceiling import Ceiling
@@ -246,8 +246,8 @@ def test_plain_models_equal_ours():
 @pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
 def test_plain_models_equal_timm(name):
-    state = plain.create(name).state_dict()
-    model = plain.create(name, attention="naive").eval()
+    state = baselines.create(name).state_dict()
+    model = baselines.create(name, attention="naive").eval()
     model.load_state_dict(state)
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
@@ -258,8 +258,8 @@ def test_plain_models_equal_timm(name):
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
 def test_plain_models_equal_transformers(name):
     pytest.importorskip("transformers")
-    state = plain.create(name).state_dict()
-    model = plain.create(name, attention="naive").eval()
+    state = baselines.create(name).state_dict()
+    model = baselines.create(name, attention="naive").eval()
     model.load_state_dict(state)
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():

@@ -19,7 +19,7 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 from pyvit import backends, dispatch
-from pyvit.ops.schemas import SCHEMAS
+from pyvit.schemas import SCHEMAS
 
 # The package's attributes of these names are the functions.
 flash_attention, window_attention, patch_embed = (
@@ -52,8 +52,8 @@ def _ninja_file() -> str:
     ]
     sources = [*sorted(CUDA.glob("*.cu")), *sorted((CUDA / "emulation").glob("*.cpp")), Path(__file__).with_name("probe.cu")]
     objects = []
-    for source in [ROOT / "csrc" / "torch_ops_cuda.cpp", *sources]:
-        extra = stable if source.name == "torch_ops_cuda.cpp" else "-O2" if source.parent.name == "emulation" else ""
+    for source in [ROOT / "csrc/torch/cuda.cpp", *sources]:
+        extra = stable if source.parent.name == "torch" else "-O2" if source.parent.name == "emulation" else ""
         objects.append(f"{BUILD / source.stem}.o")
         lines.append(f"build {objects[-1]}: cxx {source}\n  extra = {extra}")
     lines.append(f"build {BUILD / 'libemulated.so'}: link {' '.join(objects)}")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pyvit import library
-from pyvit.ops.schemas import SCHEMAS
+from pyvit.schemas import SCHEMAS
 
 
 @pytest.fixture(scope="module")

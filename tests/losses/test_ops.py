@@ -15,13 +15,13 @@ from pyvit.ops import (
     distillation_cross_entropy,
     info_nce,
     koleo,
+    loss_tiles,
     nt_xent,
-    pairs,
+    pairwise_losses,
     reference_losses,
     sigmoid_contrastive,
     sinkhorn_center,
     sinkhorn_knopp,
-    streaming,
 )
 from pyvit.testing import FORWARD_FACTOR, GRADIENT_FACTOR, check_op, compare, run, served
 
@@ -29,7 +29,7 @@ from pyvit.testing import FORWARD_FACTOR, GRADIENT_FACTOR, check_op, compare, ru
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles of 16, so that a few dozen rows make several, the last one ragged."""
-    monkeypatch.setattr(streaming, "TILE", 16)
+    monkeypatch.setattr(loss_tiles, "TILE", 16)
 
 
 PAIRWISE = {
@@ -104,7 +104,7 @@ def test_bits_do_not_depend_on_threads(op):
 
 @pytest.mark.parametrize("op", PAIRWISE)
 def test_loop_without_the_library(op, monkeypatch):
-    monkeypatch.setattr(pairs, "_fused", lambda a: False)
+    monkeypatch.setattr(pairwise_losses, "_fused", lambda a: False)
     for n in (2, 16, 53):
         check_op(PAIRWISE[op][0], inputs(op, n, 24), backend="cpu", scores=8.0)
 

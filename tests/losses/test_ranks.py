@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from pyvit.ops import info_nce, koleo, nt_xent, sigmoid_contrastive, sinkhorn_knopp, streaming
+from pyvit.ops import info_nce, koleo, loss_tiles, nt_xent, sigmoid_contrastive, sinkhorn_knopp
 
 N, D = 36, 8
 
@@ -37,7 +37,7 @@ def grads(loss, x):
 
 def worker(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    streaming.TILE = 5
+    loss_tiles.TILE = 5
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     group = dist.group.WORLD
     own = slice(rank * N // world, (rank + 1) * N // world)

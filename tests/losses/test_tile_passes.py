@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pyvit import library
-from pyvit.ops import streaming
-from pyvit.ops.streaming import LogSumExp
+from pyvit.ops import loss_tiles
+from pyvit.ops.loss_tiles import LogSumExp
 from pyvit.testing import compare
 
 SHAPES = [(1, 1), (3, 5), (16, 64), (17, 67), (130, 33), (40, 512)]
@@ -21,7 +21,7 @@ needs_library = pytest.mark.skipif(library.problem() is not None, reason="withou
 @pytest.fixture(params=["library", "torch"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
-        monkeypatch.setattr(streaming, "in_library", lambda _: False)
+        monkeypatch.setattr(loss_tiles, "in_library", lambda _: False)
     elif library.problem() is not None:
         pytest.skip("the library is not in use")
     return request.param
@@ -90,7 +90,7 @@ def test_products_in_float32(shape: tuple[int, int, int], dtype: torch.dtype) ->
     x, w = torch.randn(n, k).to(dtype), torch.randn(m, k).to(dtype)
     exact = x.double() @ w.double().t()
     for a, b in itertools.product((x, x.t().contiguous().t()), (w, w.t().contiguous().t())):
-        found = [streaming.product(a, b)]
+        found = [loss_tiles.product(a, b)]
         if library.problem() is None:
             out = torch.full((n, m + 3), 7.0)
             torch.ops.pyvit.product(a, b.t(), None, out[:, :m], False)
@@ -100,9 +100,9 @@ def test_products_in_float32(shape: tuple[int, int, int], dtype: torch.dtype) ->
             assert y.dtype == torch.float32
             torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-4)
         held = torch.ones(n, m)
-        assert streaming.product(a, b, held, add=True) is held
+        assert loss_tiles.product(a, b, held, add=True) is held
         torch.testing.assert_close(held.double(), exact + 1, rtol=1e-5, atol=1e-4)
-        streaming.product(a, b, held)
+        loss_tiles.product(a, b, held)
         torch.testing.assert_close(held.double(), exact, rtol=1e-5, atol=1e-4)
     if library.problem() is None:
         with pytest.raises(RuntimeError, match="matrices that fit each other"):

@@ -7,7 +7,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from pyvit.triton_kernels import common, compiled
+from pyvit.triton_kernels import common
+from pyvit.triton_kernels.tools import compile as compiled
 from torch import Tensor
 
 from pyvit import backends

@@ -10,7 +10,6 @@ import torch
 import pyvit
 from pyvit.data import ByteTokenizer, load_data
 from pyvit.data.audio import HIGH, LOW, MEAN, STD, spectrogram
-from pyvit.eval.runs import load_run
 from pyvit.models.audio import AudioSpectrogramTransformer, LogMel
 from pyvit.train import RECIPES, Config, schedules, train
 from pyvit.train.augment import Spectrogram
@@ -18,6 +17,7 @@ from pyvit.train.config import parse
 from pyvit.train.engine import Plan
 from pyvit.train.optim import LARS, parameter_groups
 from pyvit.train.recipe import load_recipe
+from pyvit.train.runs import load_run
 
 
 def test_plan_covers_each_epoch_once_and_differs():

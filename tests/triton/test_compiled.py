@@ -1,6 +1,6 @@
 """The compilation matrix in small: kernels compiled ahead of time for four architectures and inspected; no GPU is needed.
 
-The whole matrix: ``python -m pyvit.triton_kernels.matrix``.
+The whole matrix: ``python -m pyvit.triton_kernels.tools.compile_report``.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import re
 import pytest
 import torch
 
-matrix = pytest.importorskip("pyvit.triton_kernels.matrix")
+matrix = pytest.importorskip("pyvit.triton_kernels.tools.compile_report")
 common = pytest.importorskip("pyvit.triton_kernels.common")
-compiled = pytest.importorskip("pyvit.triton_kernels.compiled")
+compiled = pytest.importorskip("pyvit.triton_kernels.tools.compile")
 tiles = pytest.importorskip("pyvit.triton_kernels.tiles")
-workloads = pytest.importorskip("pyvit.triton_kernels.workloads")
+workloads = pytest.importorskip("pyvit.triton_kernels.tools.workloads")
 
 SUBSET = [
     ("attention N=197 d=64", "bf16", "sm_80"),

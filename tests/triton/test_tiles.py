@@ -10,7 +10,7 @@ import torch
 
 tiles = pytest.importorskip("pyvit.triton_kernels.tiles")
 cost = pytest.importorskip("pyvit.triton_kernels.cost")
-tune = pytest.importorskip("pyvit.triton_kernels.tune")
+tune = pytest.importorskip("pyvit.triton_kernels.tools.tune")
 
 
 @pytest.mark.parametrize("n", range(1, 600, 7))

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from pyvit import ops
 
 common = pytest.importorskip("pyvit.triton_kernels.common")
-workloads = pytest.importorskip("pyvit.triton_kernels.workloads")
+workloads = pytest.importorskip("pyvit.triton_kernels.tools.workloads")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 Call = tuple[Callable[..., Any], dict[str, Tensor], dict[str, Any]]

@@ -11,8 +11,8 @@ from pyvit.triton_kernels import cost, plans
 from torch._subclasses import FakeTensorMode
 
 import pyvit
-from benchmarks import choices, gpu_cases
-from pyvit import choice, dispatch, ops
+from benchmarks import gpu_backends, gpu_cases
+from pyvit import dispatch, gpu_choice, ops
 from pyvit.backends import CAPABILITIES, MISSING, preference
 from pyvit.dispatch import Call, select
 
@@ -29,16 +29,16 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None], None]
         monkeypatch.setitem(MISSING, ("cuda", "cuda"), None)
         monkeypatch.setitem(MISSING, ("triton", "cuda"), None)
         monkeypatch.setattr(dispatch, "_choices", {})
-        monkeypatch.setattr(choice, "part_at_hand", lambda: part)
+        monkeypatch.setattr(gpu_choice, "part_at_hand", lambda: part)
 
-    choice.compare.cache_clear()
+    gpu_choice.compare.cache_clear()
     yield use
-    choice.compare.cache_clear()
+    gpu_choice.compare.cache_clear()
 
 
 def test_predictions_decide(on: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """577 tokens: the warps of CUDA pad them less than Triton's tiles; on Hopper those tiles have the faster instructions."""
-    monkeypatch.setattr(choice, "MEASURED", ())
+    monkeypatch.setattr(gpu_choice, "MEASURED", ())
     on("A100")
     assert select(LONG) == "cuda"
     on("H100")
@@ -51,7 +51,7 @@ def test_the_nearest_measurement_decides(on: Callable[[str | None], None]) -> No
     for part in ("H100", "H200"):
         on(part)
         assert [select(call) for call in sides.values()] == ["triton", "triton", "triton", "cuda", "cuda", "cuda"]
-    compare = lambda dtype, sizes: choice.compare("window_attention", dtype, ("bias_table",), sizes, "H100").basis  # noqa: E731
+    compare = lambda dtype, sizes: gpu_choice.compare("window_attention", dtype, ("bias_table",), sizes, "H100").basis  # noqa: E731
     assert compare(BF16, sides[7].sizes) == "measured (2026-11-26)"
     assert compare(torch.float16, sides[9].sizes) == "measured (2026-11-26) at 8x8x32 on H100"
     assert compare(torch.float32, sides[7].sizes) == compare(BF16, (128, 56, 56, 3, 3, 3, 32)) == "predicted"
@@ -59,13 +59,13 @@ def test_the_nearest_measurement_decides(on: Callable[[str | None], None]) -> No
 
 def test_a_measurement_beats_a_prediction(on: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch) -> None:
     on("A100")
-    row = choice.Measured("A100", "flash_attention", BF16, False, (577, 577, 64), 2.0, 1.0, "2026-01-01")
-    monkeypatch.setattr(choice, "MEASURED", (row,))
+    row = gpu_choice.Measured("A100", "flash_attention", BF16, False, (577, 577, 64), 2.0, 1.0, "2026-01-01")
+    monkeypatch.setattr(gpu_choice, "MEASURED", (row,))
     assert select(LONG) == "triton"
     assert select(LONG._replace(sizes=(1, 1, 1, 577, 577, 64))) == "triton"  # batch and heads do not decide tiles
     assert select(LONG._replace(sizes=(64, 12, 12, 197, 197, 64))) == "cuda"
-    assert select(LONG._replace(features=("grad",))) == choice.compare(LONG.op, BF16, ("grad",), LONG.sizes, "A100").faster
-    report = str(choice.compare(LONG.op, BF16, (), LONG.sizes, "A100"))
+    assert select(LONG._replace(features=("grad",))) == gpu_choice.compare(LONG.op, BF16, ("grad",), LONG.sizes, "A100").faster
+    report = str(gpu_choice.compare(LONG.op, BF16, (), LONG.sizes, "A100"))
     assert report == "measured (2026-01-01), for A100: cuda 2 ms, triton 1 ms"
 
 
@@ -77,7 +77,7 @@ def test_one_that_refuses_is_not_compared(on: Callable[[str | None], None]) -> N
 
 def test_equal_figures_go_to_triton(on: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch) -> None:
     on("A100")
-    monkeypatch.setattr(choice, "predict", lambda *_: 1.0)
+    monkeypatch.setattr(gpu_choice, "predict", lambda *_: 1.0)
     assert select(LONG) == "triton"
     assert preference("flash_attention") == ["triton", "cpu", "cuda", "reference"]
 
@@ -90,7 +90,7 @@ def test_explain_says_by_what(on: Callable[[str | None], None], part: str | None
         (note,) = pyvit.explain(ops.flash_attention, q, q, q).notes
         none = torch.empty(0, 4, 577, 64, device="cuda", dtype=BF16)
         assert "for want of" in pyvit.explain(ops.flash_attention, none, none, none).notes[0]
-    found = choice.compare("flash_attention", BF16, (), (2, 4, 4, 577, 577, 64), "A100")
+    found = gpu_choice.compare("flash_attention", BF16, (), (2, 4, 4, 577, 577, 64), "A100")
     wanted = (
         "declared order, for want of a GPU to predict for" if part is None else f"predicted, for A100: cuda {found.cuda:.3g} ms, triton"
     )
@@ -138,15 +138,15 @@ def test_no_prediction_is_below_the_floor(part: str, features: tuple[str, ...]) 
         for n, d in ((1, 8), (49, 32), (144, 32), (197, 64), (257, 72), (1025, 128)):
             floors = [cost.attention(8, 4, n, n, d, dtype, causal="causal" in features, backward=b).floor(part) for b in (False, True)]
             for backend in ("cuda", "triton"):
-                found = choice.predict(backend, "flash_attention", dtype, features, (8, 4, 4, n, n, d), part, grad)
+                found = gpu_choice.predict(backend, "flash_attention", dtype, features, (8, 4, 4, n, n, d), part, grad)
                 assert found > 1e3 * sum(floors[: 1 + grad])
         for window in (4, 7, 12, 16):
             floors = [cost.window_attention(8, 50, 50, (window, window), 3, 32, dtype, backward=b).floor(part) for b in (False, True)]
             for backend in ("cuda", "triton"):
                 sizes = (8, 50, 50, window, window, 3, 32)
-                assert choice.predict(backend, "window_attention", dtype, features, sizes, part, grad) > 1e3 * sum(floors[: 1 + grad])
+                assert gpu_choice.predict(backend, "window_attention", dtype, features, sizes, part, grad) > 1e3 * sum(floors[: 1 + grad])
         for backend in ("cuda", "triton"):
-            assert choice.predict(backend, "patch_embed", dtype, features, (8, 3, 16, 16, 196, 768), part, grad) > 0
+            assert gpu_choice.predict(backend, "patch_embed", dtype, features, (8, 3, 16, 16, 196, 768), part, grad) > 0
 
 
 def test_plans_know_every_head_dimension_that_is_served() -> None:
@@ -169,17 +169,19 @@ def test_the_part_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
-        assert choice.part_at_hand.__wrapped__() == wanted
+        assert gpu_choice.part_at_hand.__wrapped__() == wanted
 
 
 def test_measuring_two_backends_makes_rows() -> None:
     """Two that run here in place of the two that need a GPU; a row is Python that the table can hold, and one that refuses is named."""
     said: list[str] = []
     cases = [case for case in gpu_cases.tiny() if case.op in ("flash_attention", "window_attention", "patch_embed")]
-    found = list(choices.rows(cases, "A100", "cpu", said.append, ("reference", "cpu" if MISSING["cpu", "cpu"] is None else "reference")))
+    found = list(
+        gpu_backends.rows(cases, "A100", "cpu", said.append, ("reference", "cpu" if MISSING["cpu", "cpu"] is None else "reference"))
+    )
     assert not said
     assert [row.shape for row in found] == [(33, 33, 32), (7, 7, 32), (7, 7, 32), (16, 16, 32)]
     assert all(row.cuda > 0 and row.triton > 0 for row in found)
-    assert eval(repr(found[0]), {"Measured": choice.Measured, "torch": torch}) == found[0]
-    assert list(choices.rows(cases[:1], "A100", "cpu", said.append, ("reference", "cuda"))) == []
+    assert eval(repr(found[0]), {"Measured": gpu_choice.Measured, "torch": torch}) == found[0]
+    assert list(gpu_backends.rows(cases[:1], "A100", "cpu", said.append, ("reference", "cuda"))) == []
     assert "cannot serve" in said[0]

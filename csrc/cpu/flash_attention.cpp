@@ -2,7 +2,7 @@
 //
 // Keys and values are packed once per head into panels; queries pass in blocks of rows whose scores stay in L2. Up to
 // KEY_BLOCK keys a row's softmax is a single pass; beyond, a running one.
-#include "attention_head.h"
+#include "flash_attention.h"
 
 namespace pyvit::PYVIT_ISA {
 namespace {

@@ -1,6 +1,6 @@
 // The passes that pyvit/ops builds operators of, on LibTorch's stable ABI: not public, checked by their callers but for
 // what would be unsafe.
-#include "torch_tensors.h"
+#include "common.h"
 
 #include <algorithm>
 #include <iterator>
@@ -368,16 +368,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyvit, m) {
   // For pyvit/ops/products.py and streaming.py.
   m.def("transposed(Tensor x, Tensor(a!) out) -> ()");
   m.def("product(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, bool add) -> ()");
-  // For pyvit/ops/streaming.py.
+  // For pyvit/ops/loss_tiles.py.
   m.def("log_sum_exp(Tensor scores, int dim, Tensor(a!) top, Tensor(b!) total) -> ()");
-  // For pyvit/ops/distillation.py. Scores (crops, N, K), lse, tops and totals (crops, N), cross and weights (S, T, N).
+  // For pyvit/ops/distillation_cross_entropy.py. Scores (crops, N, K), lse, tops and totals (crops, N), cross and weights (S, T, N).
   m.def(
       "distillation_tile(Tensor student, Tensor teacher, Tensor? center, float student_temp, float teacher_temp, "
       "Tensor(a!) top_s, Tensor(b!) total_s, Tensor(c!) top_t, Tensor(d!) total_t, Tensor(e!) cross) -> ()");
   m.def(
       "distillation_tile_backward(Tensor student, Tensor teacher, Tensor? center, float student_temp, "
       "float teacher_temp, Tensor lse_s, Tensor lse_t, Tensor weights, Tensor(a!) grad) -> ()");
-  // For pyvit/ops/pairs.py.
+  // For pyvit/ops/pairwise_losses.py.
   m.def(
       "pair_softmax(Tensor a, Tensor b, bool own, float scale, Tensor(a!) top_a, Tensor(b!) total_a, "
       "Tensor(c!)? top_b, Tensor(d!)? total_b) -> Tensor(b!)");

@@ -8,7 +8,7 @@
 // Similarities are float32 whatever the inputs are. Where the processor multiplies bfloat16, those of such inputs lose
 // nothing by it, and their derivatives are rounded to it before they multiply the inputs, as probabilities are in
 // attention.
-#include "pair_tile.h"
+#include "pairwise_losses.h"
 #include "softmax.h"
 
 namespace pyvit::PYVIT_ISA {

@@ -2,7 +2,7 @@
 // everything is in cache. Rows of the results go to the caller as they are ready.
 #pragma once
 
-#include "window.h"
+#include "window_attention.h"
 
 namespace pyvit::PYVIT_ISA {
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from pyvit.triton_kernels import attention_map, contrastive, flash_attention, patch_embed, window_attention
+from pyvit.triton_kernels import attention_map, flash_attention, pairwise_losses, patch_embed, window_attention
 from torch import Tensor
 
 Run = Callable[[], tuple[Tensor, ...]]
@@ -98,9 +98,9 @@ def pairs(make: _Maker, loss: str, n: int, d: int) -> Run:
     grad = make.integers(torch.tensor(1.0))
 
     def run() -> tuple[Tensor, ...]:
-        found = getattr(contrastive, loss)(a, b, *numbers)
+        found = getattr(pairwise_losses, loss)(a, b, *numbers)
         out, *lse = (found,) if isinstance(found, Tensor) else found
-        return out, *getattr(contrastive, f"{loss}_backward")(grad, *lse, a, b, *numbers)
+        return out, *getattr(pairwise_losses, f"{loss}_backward")(grad, *lse, a, b, *numbers)
 
     return run
 
@@ -114,8 +114,8 @@ def distillation(make: _Maker, n: int, prototypes: int) -> Run:
     grad = make.integers(torch.tensor(1.0))
 
     def run() -> tuple[Tensor, ...]:
-        loss, lse_s, lse_t = contrastive.distillation_cross_entropy(*args)
-        return loss, *contrastive.distillation_cross_entropy_backward(grad, lse_s, lse_t, *args)
+        loss, lse_s, lse_t = pairwise_losses.distillation_cross_entropy(*args)
+        return loss, *pairwise_losses.distillation_cross_entropy_backward(grad, lse_s, lse_t, *args)
 
     return run
 

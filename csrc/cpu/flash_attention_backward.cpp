@@ -1,7 +1,7 @@
 // Gradients of exact attention: probabilities recomputed from the log-sum-exp, block by block.
 #include <vector>
 
-#include "attention_head.h"
+#include "flash_attention.h"
 
 namespace pyvit::PYVIT_ISA {
 namespace {

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.choices``: CUDA's kernels against Triton's on the GPU at hand, as rows for ``pyvit.choice.MEASURED``.
+"""``python -m benchmarks.gpu_backends``: CUDA's kernels against Triton's on the GPU at hand, as rows for ``pyvit.gpu_choice.MEASURED``.
 
 Both are held to float64 first, as in every benchmark; a case where one is wrong or refuses gives no row, and says so. With
-``--predicted``, which needs no GPU, it prints what was measured beside what :func:`pyvit.choice.predict` says of the same calls.
+``--predicted``, which needs no GPU, it prints what was measured beside what :func:`pyvit.gpu_choice.predict` says of the same calls.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from benchmarks import gpu, gpu_cases, inputs, measure, providers
 from benchmarks.cases import Case
 from benchmarks.specs import Provider, Spec
 from benchmarks.workload import OURS
-from pyvit import choice
+from pyvit import gpu_choice
 
 
 def shape(case: Case) -> tuple[int, ...]:
-    """The case's sizes as :func:`pyvit.choice.shape_of` gives them."""
+    """The case's sizes as :func:`pyvit.gpu_choice.shape_of` gives them."""
     s = case.shape
     if case.op == "flash_attention":
         return s["length"], s["length"], s["dim"]
@@ -30,7 +30,7 @@ def shape(case: Case) -> tuple[int, ...]:
 
 def rows(
     cases: Sequence[Case], part: str, device: str, say: Callable[[str], None], backends: tuple[str, str] = ("cuda", "triton")
-) -> Iterator[choice.Measured]:
+) -> Iterator[gpu_choice.Measured]:
     """One row per case that both of ``backends`` compute right."""
 
     def both(case: Case, spec: Spec) -> list[Provider]:
@@ -47,7 +47,7 @@ def rows(
         times = measure.interleave({b: work.contenders[b].run for b in backends}, seconds=0.3, device=device, rounds=(5, 31))
         grad = case.mode.endswith("backward")
         figures = [float(f"{times[b].median:.4g}") for b in backends]
-        yield choice.Measured(part, case.op, inputs.DTYPES[case.dtype], grad, shape(case), *figures, f"{date.today()}")
+        yield gpu_choice.Measured(part, case.op, inputs.DTYPES[case.dtype], grad, shape(case), *figures, f"{date.today()}")
 
 
 def sizes(case: Case) -> tuple[int, ...]:
@@ -65,9 +65,10 @@ def predicted() -> Iterator[str]:
     yield "| call | cuda | predicted | triton | predicted | faster | predicted |"
     yield "|---|---:|---:|---:|---:|---|---|"
     calls = {(c.op, shape(c)): sizes(c) for c in gpu_cases.ops() if c.op in ("flash_attention", "window_attention", "patch_embed")}
-    for row in choice.MEASURED:
+    for row in gpu_choice.MEASURED:
         features = {"window_attention": ("bias_table",)}.get(row.op, ()) + ("grad",) * row.grad
-        told = [choice.predict(b, row.op, row.dtype, features, calls[row.op, row.shape], row.part, row.grad) for b in ("cuda", "triton")]
+        args = (row.op, row.dtype, features, calls[row.op, row.shape], row.part, row.grad)
+        told = [gpu_choice.predict(backend, *args) for backend in ("cuda", "triton")]
         faster = ["cuda" if a < b else "triton" for a, b in ((row.cuda, row.triton), told)]
         name = f"{row.op} {'x'.join(map(str, row.shape))}, {'forward and backward' if row.grad else 'forward'}"
         yield f"| {name} | {row.cuda:.3g} | {told[0]:.2g} | {row.triton:.3g} | {told[1]:.2g} | {faster[0]} | {faster[1]} |"
@@ -78,13 +79,13 @@ def main() -> int:
         print("\n".join(predicted()))
         return 0
     if (why := gpu.lacking()) is not None:
-        print(f"benchmarks.choices {why}", file=sys.stderr)
+        print(f"benchmarks.gpu_backends {why}", file=sys.stderr)
         return 2
     distinct = {(c.op, shape(c)): c for c in gpu_cases.ops() if not {"uint8", "keep"} & c.shape.keys()}
     cases = [
         replace(c, dtype=dtype, mode=m) for c in distinct.values() for dtype in ("bf16", "fp32") for m in ("forward", "forward+backward")
     ]
-    for row in rows(cases, choice.part_at_hand() or "", "cuda", lambda line: print(f"# {line}", flush=True)):
+    for row in rows(cases, gpu_choice.part_at_hand() or "", "cuda", lambda line: print(f"# {line}", flush=True)):
         print(f"    {row},", flush=True)
     return 0
 

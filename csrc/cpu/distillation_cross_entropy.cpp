@@ -2,7 +2,7 @@
 // teacher's: in the forward what it adds to the running sums, in the backward the student's derivatives. One sample at
 // a time, whose teacher probabilities stay in cache for all crops of the student.
 #include "gemm_tile.h"
-#include "kernels.h"
+#include "kernel_args.h"
 
 namespace pyvit::PYVIT_ISA {
 namespace {

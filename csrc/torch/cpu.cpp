@@ -3,7 +3,7 @@
 //
 // Shapes, dtypes and devices are checked by pyvit/ops before a call gets here; what is checked below is what would be
 // unsafe otherwise.
-#include "torch_tensors.h"
+#include "common.h"
 
 #include <algorithm>
 #include <array>

@@ -6,7 +6,7 @@
 // waste a vector on its last query, so that one is done apart, by dot products.
 #pragma once
 
-#include "window_places.h"
+#include "window_coordinates.h"
 
 namespace pyvit::PYVIT_ISA {
 

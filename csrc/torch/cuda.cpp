@@ -16,7 +16,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/launch.h"
+#include "../cuda/launch.h"
 
 #ifndef PYVIT_CUDA_DISPATCH
 #define PYVIT_CUDA_DISPATCH CUDA

@@ -1,4 +1,4 @@
-"""The settings under which the built-in sets train in minutes on a laptop, with the models of :mod:`pyvit.models.small`."""
+"""The settings under which the built-in sets train in minutes on a laptop, with the models of :mod:`pyvit.models.pico`."""
 
 from __future__ import annotations
 

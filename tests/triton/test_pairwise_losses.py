@@ -9,7 +9,7 @@ from torch import Tensor
 from pyvit.ops import distillation_cross_entropy, info_nce, nt_xent, sigmoid_contrastive
 from pyvit.testing import check_op
 
-contrastive = pytest.importorskip("pyvit.triton_kernels.contrastive")
+contrastive = pytest.importorskip("pyvit.triton_kernels.pairwise_losses")
 tiles = pytest.importorskip("pyvit.triton_kernels.tiles")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["fp32", "fp16", "bf16"])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from pyvit.triton_kernels.attention_backward import load_lse, score_gradient
 from pyvit.triton_kernels.common import draw_of, load_rows, sequence
+from pyvit.triton_kernels.flash_attention_backward import load_lse, score_gradient
 
 
 @triton.jit

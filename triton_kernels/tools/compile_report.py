@@ -1,8 +1,8 @@
 """The compilation matrix: every kernel, for every architecture, compiled without a GPU and inspected.
 
-``python -m pyvit.triton_kernels.matrix`` compiles :func:`plan` on every core and writes docs/gpu-kernels-triton.md. With ``--arch``,
-``--dtype`` or ``--case`` it compiles those combinations instead and replaces their rows alone; ``--check`` only reports what breaks a
-rule. A kernel compiled before, and not changed since, comes from Triton's cache.
+``python -m pyvit.triton_kernels.tools.compile_report`` compiles :func:`plan` on every core and writes docs/gpu-kernels-triton.md. With
+``--arch``, ``--dtype`` or ``--case`` it compiles those combinations instead and replaces their rows alone; ``--check`` only reports what
+breaks a rule. A kernel compiled before, and not changed since, comes from Triton's cache.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 from pyvit.triton_kernels.common import Launch, recording
-from pyvit.triton_kernels.compiled import SHARED_LIMIT, TENSOR_MEMORY_LIMIT, Report, inspect
-from pyvit.triton_kernels.workloads import CASES, prepare
+from pyvit.triton_kernels.tools.compile import SHARED_LIMIT, TENSOR_MEMORY_LIMIT, Report, inspect
+from pyvit.triton_kernels.tools.workloads import CASES, prepare
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -114,7 +114,7 @@ def write(path: Path, rows: dict[tuple[str, str, str], list[str]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pyvit.triton_kernels.matrix", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pyvit.triton_kernels.tools.compile_report", description=__doc__)
     parser.add_argument("--arch", nargs="+", choices=ARCHS)
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES))
     parser.add_argument("--case", nargs="+", choices=list(CASES))
@@ -142,9 +142,9 @@ def main(argv: list[str] | None = None) -> int:
 
 _PAGE = """# Triton kernels as compiled
 
-Written by `python -m pyvit.triton_kernels.matrix`. Every row is one kernel as its launcher would run it, compiled ahead of time:
-programs, warps, pipeline stages, registers per thread, bytes spilled per thread, bytes of shared memory, columns of tensor memory, static
-counts of tensor-core instructions (all, and the warpgroup kind: `wgmma`, `tcgen05`), and the rules it breaks. Rules: tensor-core
+Written by `python -m pyvit.triton_kernels.tools.compile_report`. Every row is one kernel as its launcher would run it, compiled ahead of
+time: programs, warps, pipeline stages, registers per thread, bytes spilled per thread, bytes of shared memory, columns of tensor memory,
+static counts of tensor-core instructions (all, and the warpgroup kind: `wgmma`, `tcgen05`), and the rules it breaks. Rules: tensor-core
 instructions on operands of the input's type; something is stored; no atomics; shared and tensor memory within the part's limits; at most
 {spill} bytes spilled (16-bit types, float32).
 Other budgets: {extra}.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyvit import library
 from pyvit.ops import checks
-from pyvit.ops.streaming import LogSumExp, product, spans, widen
+from pyvit.ops.loss_tiles import LogSumExp, product, spans, widen
 
 Tile = tuple[slice, slice]
 

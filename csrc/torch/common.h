@@ -1,4 +1,4 @@
-// Tensors as the kernels want them, for csrc/torch_ops.cpp and csrc/torch_passes.cpp: LibTorch's stable ABI.
+// Tensors as the kernels want them, for csrc/torch/cpu.cpp and csrc/torch/cpu_internal.cpp: LibTorch's stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/isa.h"
+#include "../cpu/isa.h"
 
 namespace pyvit {
 

@@ -1,11 +1,11 @@
-"""Backward kernels of shifted windows, in the terms of :mod:`pyvit.triton_kernels.window_kernels`: no atomics, sums on chip."""
+"""Backward kernels of shifted windows, in the terms of :mod:`pyvit.triton_kernels.window_attention_forward`: no atomics, sums on chip."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 from pyvit.triton_kernels.common import LN2, LOG2E, add_products, dot_parts, dot_rows, draw_of, kept, load_rows, zero_parts, zeros_of
-from pyvit.triton_kernels.window_kernels import (
+from pyvit.triton_kernels.window_attention_forward import (
     attending,
     gather,
     key_side,

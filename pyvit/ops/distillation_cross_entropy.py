@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
-from pyvit.ops import checks, reference_losses, streaming
-from pyvit.ops.streaming import LogSumExp, in_library, narrow, product, spans, widen
+from pyvit.ops import checks, loss_tiles, reference_losses
+from pyvit.ops.loss_tiles import LogSumExp, in_library, narrow, product, spans, widen
 
 _OP = "distillation_cross_entropy"
 
@@ -100,7 +100,7 @@ def _check(
     wanted = (student.shape[0], teacher.shape[0], student.shape[1])
     if weights is not None and (weights.dim() != 3 or any(h not in (1, w) for h, w in zip(weights.shape, wanted, strict=True))):
         checks.fail(_OP, "weights", f"broadcastable to {wanted}", checks.shape(weights))
-    found = streaming.features(student, student_prototypes)
+    found = loss_tiles.features(student, student_prototypes)
     found += [name for name, given in (("prototypes", student_prototypes), ("center", center)) if given is not None]
     found += ["logits"] if student_prototypes is None or teacher_prototypes is None else []
     return Call(_OP, student.device.type, student.dtype, tuple(found))
@@ -284,7 +284,7 @@ def _reference_backward(grad: Tensor, _s: Tensor, _t: Tensor, *args: Any) -> tup
     return found[0], found[1] if len(found) == 2 else grad.new_empty(0)  # type: ignore[return-value]
 
 
-_TILES, _TILES_BACKWARD = "pyvit.ops.distillation:_tiled", "pyvit.ops.distillation:_tiled_backward"
+_TILES, _TILES_BACKWARD = "pyvit.ops.distillation_cross_entropy:_tiled", "pyvit.ops.distillation_cross_entropy:_tiled_backward"
 
 DISTILL_BACKWARD = Operator(
     f"{_OP}_backward",
@@ -293,7 +293,7 @@ DISTILL_BACKWARD = Operator(
     kernels={
         "cpu": _TILES_BACKWARD,
         "cuda": _TILES_BACKWARD,
-        "triton": "pyvit.triton_kernels.contrastive:distillation_cross_entropy_backward",
+        "triton": "pyvit.triton_kernels.pairwise_losses:distillation_cross_entropy_backward",
     },
     **dispatch.double_backward(reference_losses.distillation_cross_entropy, n_grads=1, n_skipped=2, inputs=(0, 2)),
 )
@@ -303,5 +303,5 @@ DISTILL = Operator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.contrastive:distillation_cross_entropy"},
+    kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.pairwise_losses:distillation_cross_entropy"},
 )

@@ -1,4 +1,4 @@
-"""Timing candidate tiles on the GPU at hand, and keeping the winners. Runs only when asked: ``python -m pyvit.triton_kernels.tune``.
+"""Timing candidate tiles on the GPU at hand, and keeping the winners. Runs only when asked: ``python -m pyvit.triton_kernels.tools.tune``.
 
 A candidate is timed inside the whole call it serves, forward and backward, and counts only when its results agree with those of the tiles
 in use. Winners go to the file that :func:`pyvit.triton_kernels.tiles.tuned` reads.
@@ -22,7 +22,7 @@ import torch
 from pyvit.triton_kernels import tiles
 from pyvit.triton_kernels.cost import useful_fraction
 from pyvit.triton_kernels.tiles import Config, Entry
-from pyvit.triton_kernels.workloads import CASES, Run, prepare
+from pyvit.triton_kernels.tools.workloads import CASES, Run, prepare
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -237,7 +237,7 @@ def _search(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pyvit.triton_kernels.tune", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pyvit.triton_kernels.tools.tune", description=__doc__)
     parser.add_argument("--case", nargs="+", choices=list(CASES))
     parser.add_argument("--dtype", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16"])
     parser.add_argument("--budget", type=float, default=240.0, help="seconds")

@@ -1,4 +1,4 @@
-"""The streaming losses on Triton: how each is made of :mod:`pyvit.triton_kernels.contrastive_kernels`' two kernels.
+"""The streaming losses on Triton: how each is made of :mod:`pyvit.triton_kernels.pairwise_losses_kernels`' two kernels.
 
 Nothing of the size of the score matrix is stored: memory is the inputs, one number per row and split, and the gradients.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from pyvit.triton_kernels.common import arch_of, launch, precision, processors, rows_unit
-from pyvit.triton_kernels.contrastive_kernels import SIGMOID, SOFTMAX, pair_gradient, pair_sums
+from pyvit.triton_kernels.pairwise_losses_kernels import SIGMOID, SOFTMAX, pair_gradient, pair_sums
 from pyvit.triton_kernels.tiles import Config, choose, parts
 from torch import Tensor
 

@@ -1,6 +1,6 @@
 """Which of the two GPU backends serves a call that both can: the one measured faster at this shape or a like one, else the one predicted.
 
-``python -m benchmarks.choices`` measures on the GPU at hand and prints rows for :data:`MEASURED`. Predictions come from
+``python -m benchmarks.gpu_backends`` measures on the GPU at hand and prints rows for :data:`MEASURED`. Predictions come from
 :mod:`pyvit.triton_kernels.plans`; they look at sizes alone and are made without a GPU.
 """
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyvit.eval.sheet import enlarge, heat
+from pyvit.eval.contact_sheet import enlarge, heat
 
 
 def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
