@@ -34,7 +34,7 @@ class Config:
     accumulate: int = option(
         1, "micro-batches per optimizer step. Contrastive recipes keep all negatives of the batch, for a second forward pass", "(0, inf)"
     )
-    lr: float | None = option(None, "peak learning rate; default: the recipe's base rate scaled by the batch size", "(0, inf)")
+    lr: float | None = option(None, "peak learning rate", "(0, inf)")
     min_lr: float | None = option(None, "learning rate of the last step", "[0, inf)")
     weight_decay: float | None = option(None, "weight decay, of matrices only", "[0, inf)")
     warmup: float | None = option(None, "share of the steps in which the rate rises linearly", "[0, 1)")

@@ -208,15 +208,21 @@ class Run:
         if differ:
             said = ", ".join(f"{k} was {before.get(k)!r}, is {config[k]!r}" for k in differ)
             raise ValueError(f"{self.folder} holds another run ({said}); choose another --out, or --overwrite it")
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        # Not strict, for parameters that have not moved yet, such as DINO's prototypes in the first epoch, have no state in the optimizer.
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
         model, optimizer = self._parts()
         try:
+            if differ := self.recipe.state_dict().keys() ^ saved["model"].keys():
+                raise ValueError(f"{min(differ)} is in one of both alone")
             set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options)
         except (RuntimeError, KeyError, ValueError) as error:
             said = str(error).splitlines()[0]
             raise ValueError(
                 f"{path} does not fit this version's {self.config.recipe} ({said}); choose another --out, or --overwrite it"
             ) from error
+        for name, p in self.recipe.named_parameters():
+            if name not in saved["optimizer"]["state"]:
+                optimizer.state.pop(p, None)  # what loading made up for it
         self.skipped, self.saved = saved.get("skipped", 0), int(saved["step"])
         if self.accelerator.scaler is not None and saved.get("scaler"):
             self.accelerator.scaler.load_state_dict(saved["scaler"])

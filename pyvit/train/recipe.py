@@ -57,6 +57,12 @@ class Recipe(nn.Module):
         share = batch / cls.base_batch
         return cls.base_lr * (math.sqrt(share) if cls.scaling == "sqrt" else share)
 
+    @classmethod
+    def rate_formula(cls) -> str:
+        """:meth:`peak_lr` in words."""
+        share = f"batch / {cls.base_batch}"
+        return f"{cls.base_lr:g} x {f'sqrt({share})' if cls.scaling == 'sqrt' else share}"
+
     @property
     def rows(self) -> int:
         """Images of a micro-batch in this process."""
