@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-#: What a user can put right; anything else is a defect and keeps its traceback.
-_USER_ERRORS = (ValueError, FileNotFoundError, ImportError, FloatingPointError, IsADirectoryError, NotADirectoryError, PermissionError)
+#: Exit codes: of a command that could not do its work, of one that was called wrongly, of one that Ctrl-C ended.
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+#: Errors whose messages are sentences of ours, or of the system with the name of the file; others are said with their kind.
+_SENTENCES = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 def main() -> None:
@@ -25,10 +30,38 @@ def main() -> None:
             print(info())
             return
         sys.exit(f"pyvit: the command line needs {' and '.join(missing)}: pip install 'pyvit-kernels[cli]' ('pyvit info' works without)")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files need not be text in the terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGINT, _interrupted)
     try:
         application()()
-    except _USER_ERRORS as error:
-        sys.exit(f"pyvit: {error}")
+    except Exception as error:
+        if os.environ.get("PYVIT_TRACEBACK", "0") not in ("", "0"):
+            raise
+        line, code = explain(error)
+        print(f"pyvit: {line}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _interrupted(*_: Any) -> None:
+    print("pyvit: interrupted", file=sys.stderr)
+    sys.exit(INTERRUPTED)
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """The line that tells a user of ``error``, and the exit code."""
+    from pyvit.train.options import SettingError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    elif not isinstance(error, _SENTENCES) or not text or type(error).__module__.partition(".")[0] not in ("builtins", "pyvit"):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        given = [argument for argument in sys.argv[2:] if os.path.exists(argument)]
+        text += f"; files given: {', '.join(given)}" if given else ""
+        text += " (PYVIT_TRACEBACK=1 shows where)"
+    return text, USAGE if isinstance(error, SettingError) else FAILED
 
 
 def application() -> Any:
@@ -50,7 +83,7 @@ def application() -> Any:
     from pyvit.train.recipe import RECIPES
 
     for recipe in RECIPES:
-        train.command(recipe, help=_RECIPE_HELP[recipe])(_trainer(recipe))
+        train.command(recipe, help=_RECIPE_HELP[recipe], epilog=_options_of(recipe))(_trainer(recipe))
     evaluate = typer.Typer(help="Measure what a model has learned, or look at it.", no_args_is_help=True, callback=_keep_memory)
     app.add_typer(evaluate, name="eval")
     from pyvit.eval import commands
@@ -85,21 +118,35 @@ def _info() -> None:
     print(info())
 
 
+def _options_of(recipe: str) -> str:
+    """The recipe's options, a paragraph each, as its class declares them."""
+    from pyvit.train.recipe import load_recipe
+
+    lines = [option.describe(name) for name, option in load_recipe(recipe).options.items()]
+    return "\n\n".join([f"Settings of {recipe} for --option, with their defaults:", *lines])
+
+
 def _trainer(recipe: str) -> Callable[..., None]:
     """A command whose options are the fields of Config."""
     import typer
 
     from pyvit.train.config import Config
+    from pyvit.train.options import wording
+    from pyvit.train.recipe import load_recipe
 
     hints = get_type_hints(Config)
-    defaults = Config()
+    defaults, its = Config(), {"min_lr": 0.0, **load_recipe(recipe).defaults}
+    if "lr" not in its:
+        its["lr"] = load_recipe(recipe).rate_formula()
     parameters, annotations = [], {}
     for field in dataclasses.fields(Config):
         if field.name == "recipe":
             continue
         flag = "--" + field.name.replace("_", "-")
         flags = (f"{flag}/--no-{flag[2:]}",) if hints[field.name] is bool else (flag,)
-        annotations[field.name] = Annotated[hints[field.name], typer.Option(*flags, help=field.metadata["help"])]
+        shown = f"{its[field.name]:.4g}" if isinstance(its.get(field.name), float) else str(its.get(field.name, "")) or True
+        help = field.metadata["help"] + (f" ({wording(field.metadata['within'])})" if field.metadata["within"] else "")
+        annotations[field.name] = Annotated[hints[field.name], typer.Option(*flags, help=help, show_default=shown)]
         default = getattr(defaults, field.name)
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotations[field.name])

@@ -9,13 +9,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyvit.losses.contrastive import positive
 from pyvit.ops import distillation_cross_entropy, koleo, sinkhorn_center
 
 
 class _Centered(nn.Module):
-    """What keeps a teacher from one answer: a running mean of its scores, or a Sinkhorn assignment of the batch.
+    """What keeps the teacher from giving all images the same answer: a running mean of its scores, or a Sinkhorn assignment of the batch.
 
     With prototypes, scores are products that are never stored; the centre needs their mean alone, which is the mean feature's scores.
+    The running mean moves in each forward pass in training mode. With ``deferred`` set it waits for :meth:`update_center`, for loops that
+    accumulate several batches or may skip a step.
     """
 
     center: Tensor
@@ -24,25 +27,41 @@ class _Centered(nn.Module):
         super().__init__()
         if centering not in ("centering", "sinkhorn_knopp"):
             raise ValueError(f"{type(self).__name__}: centering must be 'centering' or 'sinkhorn_knopp', got {centering!r}")
+        name = type(self).__name__
+        if prototypes < 2:
+            raise ValueError(f"{name}: prototypes must be at least 2, got {prototypes}")
+        positive(f"{name}: student_temp", student_temp)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"{name}: momentum must be in [0, 1), got {momentum}")
         self.student_temp, self.momentum, self.centering, self.iterations, self.group = student_temp, momentum, centering, iterations, group
+        self.deferred = False
+        self._waiting: list[Tensor] = []
         self.register_buffer("center", torch.zeros(prototypes))
 
     @torch.no_grad()
     def _center(self, teacher: Tensor, prototypes: Tensor | None, temp: float) -> Tensor:
         """Centre for teacher features or scores (M, C), and the running mean's update."""
+        positive(f"{type(self).__name__}: teacher_temp", temp)
         if self.centering == "sinkhorn_knopp":
             return sinkhorn_center(teacher, temp, self.iterations, prototypes=prototypes, group=self.group)
         used = self.center.clone()
-        with torch.autocast(teacher.device.type, enabled=False):
-            mean = teacher.float().mean(0)
-            if self.group is not None:
-                dist.all_reduce(mean, group=self.group)
-                mean /= dist.get_world_size(self.group)
-            if prototypes is not None:
-                mean = prototypes.float() @ mean
         if self.training:
-            self.center.mul_(self.momentum).add_(mean, alpha=1 - self.momentum)
+            with torch.autocast(teacher.device.type, enabled=False):
+                total = torch.cat((teacher.float().sum(0), teacher.new_full((1,), teacher.shape[0], dtype=torch.float32)))
+                if self.group is not None:
+                    dist.all_reduce(total, group=self.group)
+                mean = total[:-1] / total[-1].clamp_min(1)
+                self._waiting.append(mean if prototypes is None else prototypes.float() @ mean)
+            if not self.deferred:
+                self.update_center()
         return used
+
+    @torch.no_grad()
+    def update_center(self, keep: bool = True) -> None:
+        """Move the running mean towards the mean of the scores seen since the last call; with ``keep`` False, forget these scores."""
+        if self._waiting and keep:
+            self.center.lerp_(torch.stack(self._waiting).mean(0).to(self.center.dtype), 1 - self.momentum)
+        self._waiting.clear()
 
 
 class DINOLoss(_Centered):
@@ -95,7 +114,8 @@ class DINOLoss(_Centered):
 class IBOTLoss(_Centered):
     """Cross-entropy of masked patches against the teacher's view of them (Zhou et al., 2022).
 
-    Each masked token counts 1 / (masked tokens of its image); the mean is over images. Arguments as :class:`DINOLoss`.
+    Each masked token counts 1 / (masked tokens of its image); the mean is over all images, those without a mask among them, as in
+    DINOv2's code. Arguments as :class:`DINOLoss`.
     """
 
     def __init__(
@@ -119,8 +139,10 @@ class IBOTLoss(_Centered):
         student_prototypes: Tensor | None = None,
         teacher_prototypes: Tensor | None = None,
     ) -> Tensor:
-        """student, teacher (M, C): the masked tokens of the batch alone; weights (M,), which sum to 1 over the batch."""
+        """student, teacher (M, C): the masked tokens of the batch alone; weights (M,): 1 / (masked tokens of its image) / images."""
         if student.shape[0] == 0:
+            if self.group is not None:
+                self._center(teacher, teacher_prototypes, teacher_temp)  # collective: the other ranks may have masked tokens
             return student.sum() * 0.0
         center = self._center(teacher, teacher_prototypes, teacher_temp)
         return distillation_cross_entropy(

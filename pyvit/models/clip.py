@@ -136,8 +136,8 @@ class CLIP(nn.Module):
         return F.normalize(x, dim=-1) if normalize else x
 
     def scale(self) -> Tensor:
-        """The factor on similarities, at most 100 (section 2.5)."""
-        return self.logit_scale.clamp(max=math.log(100.0)).exp()
+        """The factor on similarities. Training of CLIP keeps ``logit_scale`` below ln 100 (section 2.5); SigLIP's has no bound."""
+        return self.logit_scale.exp()
 
     def forward(self, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Unit image and text embeddings (B, embed_dim), scale () and bias () or None: the arguments of the contrastive losses."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,14 +28,29 @@ class DINOHead(nn.Module):
     """Features (..., D) to scores (..., prototypes): an MLP, a unit vector, its cosine with every prototype (DINO, section 3.1).
 
     :meth:`features` and :attr:`prototypes` give the two factors apart, for losses that never hold the scores.
+
+    Args:
+        dim, prototypes, hidden, bottleneck, layers: widths and depth of the MLP, and the number of scores.
+        batch_norm: normalise the hidden layers over the batch (the paper's ``use_bn_in_head``).
+        norm_last_layer: prototypes keep the length 1; False lets them learn it, which the paper does for its smaller models.
     """
 
-    def __init__(self, dim: int, prototypes: int = 65536, hidden: int = 2048, bottleneck: int = 256, layers: int = 3) -> None:
+    def __init__(
+        self,
+        dim: int,
+        prototypes: int = 65536,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        layers: int = 3,
+        batch_norm: bool = False,
+        norm_last_layer: bool = True,
+    ) -> None:
         super().__init__()
         widths = [dim, *[hidden] * (layers - 1), bottleneck]
         steps: list[nn.Module] = []
         for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
-            steps += [*([nn.GELU()] if i else []), Linear(fan_in, fan_out)]
+            norm = [nn.BatchNorm1d(fan_in)] if batch_norm else []
+            steps += [*([*norm, nn.GELU()] if i else []), Linear(fan_in, fan_out)]
         self.mlp = nn.Sequential(*steps)
         for module in self.mlp:
             if isinstance(module, Linear):
@@ -41,16 +58,17 @@ class DINOHead(nn.Module):
                 nn.init.zeros_(module.bias)
         self.last_layer = weight_norm(nn.Linear(bottleneck, prototypes, bias=False))
         length = self.last_layer.parametrizations.weight.original0
-        length.data.fill_(1.0)  # prototypes are directions
-        length.requires_grad_(False)
+        length.data.fill_(1.0)
+        length.requires_grad_(not norm_last_layer)
 
     def features(self, x: Tensor) -> Tensor:
         """Unit vectors (..., bottleneck)."""
-        return F.normalize(self.mlp(x), dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
+        rows = self.mlp(x.flatten(0, -2))  # batch norms take rows
+        return F.normalize(rows, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12).view(*x.shape[:-1], -1)
 
     @property
     def prototypes(self) -> Tensor:
-        """Unit vectors (prototypes, bottleneck)."""
+        """Vectors (prototypes, bottleneck), of length 1 with ``norm_last_layer``."""
         return self.last_layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,8 +79,9 @@ class Views(NamedTuple):
     """What the losses of self-distillation compare; features are unit vectors of the heads' bottleneck.
 
     student (S, B, C) and teacher (T, B, C): class tokens of every crop and of the global crops, which come first in both.
-    student_patches and teacher_patches (M, C), weights (M,): the masked patches, each counting 1 / (masked patches of its image) / images;
+    student_patches and teacher_patches (M, C), weights (M,): the masked patches, each counting 1 / (masked patches of its crop) / (T * B);
     None without masks. class_tokens (T, B, D): the student's class tokens of global crops before the head, for KoLeo.
+    Where the backbone pools otherwise, its pooled features take the class token's place.
     """
 
     student: Tensor
@@ -76,16 +95,19 @@ class Views(NamedTuple):
 class SelfDistillation(nn.Module):
     """A student that must agree with its own moving average across crops, and about masked patches.
 
+    The teacher drops nothing: its stochastic depth and dropout are off in every mode. Its batch norms, if it has any, follow ``train()``
+    and ``eval()`` and so take the statistics of the batch in training, as in the paper's code.
+
     Args:
-        backbone: a ViT with a class token and no head.
-        prototypes, head_hidden, bottleneck, head_layers: of the heads.
-        masks: iBOT's objective: the student fills in masked patches (needs a backbone with ``mask_token=True``).
+        backbone: images to features (B, D): a ViT, or another network without a head.
+        prototypes, head_hidden, bottleneck, head_layers, head_batch_norm, norm_last_layer: of the heads, see :class:`DINOHead`.
+        masks: iBOT's objective: the student fills in masked patches (needs a ViT with ``mask_token=True``).
         separate_heads: DINOv2: patches have a head of their own. patch_prototypes: its prototypes, default ``prototypes``.
     """
 
     def __init__(
         self,
-        backbone: VisionTransformer,
+        backbone: nn.Module,
         prototypes: int = 65536,
         head_hidden: int = 2048,
         bottleneck: int = 256,
@@ -93,17 +115,18 @@ class SelfDistillation(nn.Module):
         masks: bool = False,
         separate_heads: bool = False,
         patch_prototypes: int | None = None,
+        head_batch_norm: bool = False,
+        norm_last_layer: bool = True,
     ) -> None:
         super().__init__()
-        if backbone.cls_token is None:
-            raise ValueError("SelfDistillation: backbone must have a class token")
-        if masks and backbone.mask_token is None:
+        if masks and getattr(backbone, "mask_token", None) is None:
             raise ValueError("SelfDistillation: masks=True needs a backbone made with mask_token=True")
         if separate_heads and not masks:
             raise ValueError("SelfDistillation: separate_heads is for masks=True")
         self.masks = masks
-        head = {"hidden": head_hidden, "bottleneck": bottleneck, "layers": head_layers}
-        parts = nn.ModuleDict({"backbone": backbone, "head": DINOHead(backbone.embed_dim, prototypes, **head)})
+        head: dict[str, Any] = {"hidden": head_hidden, "bottleneck": bottleneck, "layers": head_layers}
+        head |= {"batch_norm": head_batch_norm, "norm_last_layer": norm_last_layer}
+        parts = nn.ModuleDict({"backbone": backbone, "head": DINOHead(feature_width(backbone), prototypes, **head)})
         if separate_heads:
             parts["patch_head"] = DINOHead(backbone.embed_dim, patch_prototypes or prototypes, **head)
         self.student = parts
@@ -120,6 +143,9 @@ class SelfDistillation(nn.Module):
     def train(self, mode: bool = True) -> SelfDistillation:
         super().train(mode)
         self.teacher.eval()
+        for module in self.teacher.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train(mode)
         return self
 
     @torch.no_grad()
@@ -131,35 +157,34 @@ class SelfDistillation(nn.Module):
     def forward(self, global_crops: Sequence[Tensor], local_crops: Sequence[Tensor] = (), masks: Sequence[Tensor] | None = None) -> Views:
         """global_crops T x (B, C, H, W), local_crops (B, C, h, w) each, masks T x (B, N) bool of the global crops' hidden patches.
 
-        The student sees all crops in one packed pass.
+        A ViT student sees all crops in one packed pass.
         """
         if (masks is not None) != self.masks:
             raise ValueError(
                 f"SelfDistillation: masks must be {'given' if self.masks else 'None'}, as the model was made with masks={self.masks}"
             )
-        backbone, prefix = self.student["backbone"], self.student["backbone"].num_prefix_tokens
         hidden = None if masks is None else torch.cat([m.flatten(1) for m in masks])  # (T * B, N)
         crops = [torch.cat(list(c)) for c in (global_crops, local_crops) if len(c)]
-        tokens = backbone.forward_packed(crops, [hidden, None][: len(crops)])
-        b = global_crops[0].shape[0]
-        class_tokens = torch.cat([t[:, 0] for t in tokens]).unflatten(0, (-1, b))  # (S, B, D)
-        student = self.head_of("student").features(class_tokens)
+        b, count = global_crops[0].shape[0], len(global_crops)
+        found, patches = embed_all(self.student["backbone"], crops, hidden)
+        features = torch.cat(found).unflatten(0, (-1, b))  # (S, B, D)
+        student = self.head_of("student").features(features)
         with torch.no_grad():
-            seen = self.teacher["backbone"].forward_features(crops[0])
-            teacher = self.head_of("teacher").features(seen[:, 0].unflatten(0, (-1, b)))
+            seen, targets = embed_all(self.teacher["backbone"], crops[:1])
+            teacher = self.head_of("teacher").features(seen[0].unflatten(0, (-1, b)))
         student_patches = teacher_patches = weights = None
-        if hidden is not None:
-            student_patches = self.head_of("student", True).features(tokens[0][:, prefix:][hidden])
+        if hidden is not None and patches is not None and targets is not None:
+            student_patches = self.head_of("student", True).features(patches[hidden])
             with torch.no_grad():
-                teacher_patches = self.head_of("teacher", True).features(seen[:, prefix:][hidden])
+                teacher_patches = self.head_of("teacher", True).features(targets[hidden])
             weights = (hidden / hidden.sum(1, keepdim=True).clamp_min(1) / hidden.shape[0])[hidden]
-        return Views(student, teacher, student_patches, teacher_patches, weights, class_tokens[: len(global_crops)])
+        return Views(student, teacher, student_patches, teacher_patches, weights, features[:count])
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay should leave alone, besides biases and norms."""
-        return {f"student.backbone.{name}" for name in self.student["backbone"].no_weight_decay()}
+        return {f"student.backbone.{name}" for name in getattr(self.student["backbone"], "no_weight_decay", set)()}
 
-    def encoder_of(self) -> VisionTransformer:
+    def encoder_of(self) -> nn.Module:
         """The network that is used after training: the teacher's backbone, better than the student's throughout (DINO, section 5.2)."""
         return self.teacher["backbone"]
 
@@ -170,37 +195,80 @@ class SelfDistillation(nn.Module):
         return [crop, crop], [], [torch.zeros(batch, patches, dtype=torch.bool, device=crop.device)] * 2 if self.masks else None
 
 
+def feature_width(backbone: nn.Module) -> int:
+    """D of a network's features (B, D)."""
+    if isinstance(backbone, VisionTransformer):
+        if backbone.global_pool == "":
+            raise ValueError("SelfDistillation: backbone must pool its tokens, got global_pool=''")
+        return backbone.embed_dim * (2 if backbone.global_pool == "token_avg" else 1)
+    width = getattr(backbone, "num_features", None) or getattr(backbone, "embed_dim", None)
+    width = width[-1] if isinstance(width, (list, tuple)) else width
+    if not isinstance(width, int):
+        raise ValueError(f"SelfDistillation: backbone must have num_features or embed_dim, {type(backbone).__name__} has neither")
+    return width
+
+
+def embed_all(backbone: nn.Module, crops: list[Tensor], hidden: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
+    """Features (B_i, D) of batches of crops and, of a ViT, the patch tokens of the first; ``hidden``: masked patches of the first."""
+    if not isinstance(backbone, VisionTransformer):
+        return [backbone(c) for c in crops], None
+    if len(crops) == 1:
+        tokens = [backbone.forward_features(crops[0], masks=hidden)]
+    else:
+        tokens = backbone.forward_packed(crops, [hidden, *[None] * (len(crops) - 1)])
+    return [backbone.forward_head(t, pre_logits=True) for t in tokens], tokens[0][:, backbone.num_prefix_tokens :]
+
+
 def block_masks(
     count: int,
     grid: Sequence[int],
     ratio: tuple[float, float] = (0.1, 0.5),
     probability: float = 0.5,
     generator: torch.Generator | None = None,
+    spread: bool = False,
 ) -> Tensor:
     """Masks (count, rows * columns), bool, as iBOT draws them: rectangles of aspect 0.3 to 3.3.
 
-    They are added until the share drawn from ``ratio`` is hidden. A mask is empty with probability 1 - ``probability``.
+    They are added until the share drawn from ``ratio`` is hidden. A mask is empty with probability 1 - ``probability``. ``spread``, as
+    DINOv2 has it: exactly int(count * probability) masks hide something, their shares spread evenly over ``ratio``, in random order.
     """
+    if not 0.0 <= ratio[0] <= ratio[1] < 1.0:
+        raise ValueError(f"block_masks: ratio must be (low, high) with 0 <= low <= high < 1, got {ratio}")
+    if not 0.0 <= probability <= 1.0:
+        raise ValueError(f"block_masks: probability must be in [0, 1], got {probability}")
+    draw = random.Random(int(torch.randint(2**62, (), generator=generator)))
+    if spread:
+        masked = int(count * probability)
+        step = (ratio[1] - ratio[0]) / max(masked, 1)
+        shares: list[float | None] = [draw.uniform(ratio[0] + i * step, ratio[0] + (i + 1) * step) for i in range(masked)]
+        shares += [None] * (count - masked)
+        draw.shuffle(shares)
+    else:
+        shares = [draw.uniform(*ratio) if draw.random() < probability else None for _ in range(count)]
+    patches = math.prod(grid)
+    numbers = [0 if share is None else min(max(round(share * patches), 1), patches - 1) for share in shares]
+    return torch.from_numpy(np.stack([_block_mask(n, (grid[0], grid[1]), draw) for n in numbers]))
+
+
+def _block_mask(wanted: int, grid: tuple[int, int], draw: random.Random) -> np.ndarray:
+    """(rows * columns,), bool: rectangles that hide ``wanted`` patches."""
     rows, columns = grid
-    draw = lambda low, high: low + (high - low) * float(torch.rand((), generator=generator))  # noqa: E731
-    masks = torch.zeros(count, rows, columns, dtype=torch.bool)
-    for mask in masks:
-        if draw(0, 1) >= probability:
-            continue
-        wanted = round(draw(*ratio) * rows * columns)
-        for _ in range(10 * rows * columns):
-            left = wanted - int(mask.sum())
-            if left <= 0:
-                break
-            area, aspect = draw(1, max(left, 1)), math.exp(draw(math.log(0.3), math.log(1 / 0.3)))
-            h, w = min(max(round(math.sqrt(area * aspect)), 1), rows), min(max(round(math.sqrt(area / aspect)), 1), columns)
-            y, x = int(draw(0, rows - h + 1)), int(draw(0, columns - w + 1))
-            if h * w - int(mask[y : y + h, x : x + w].sum()) <= left:
-                mask[y : y + h, x : x + w] = True
-    return masks.flatten(1)
+    mask, left = np.zeros((rows, columns), dtype=bool), wanted
+    while left > 0:
+        area, aspect = draw.uniform(1, left), math.exp(draw.uniform(math.log(0.3), math.log(1 / 0.3)))
+        h, w = min(max(round(math.sqrt(area * aspect)), 1), rows), min(max(round(math.sqrt(area / aspect)), 1), columns)
+        y, x = draw.randint(0, rows - h), draw.randint(0, columns - w)
+        new = h * w - int(mask[y : y + h, x : x + w].sum())
+        if new <= left:
+            mask[y : y + h, x : x + w] = True
+            left -= new
+    return mask.reshape(-1)
 
 
-HEAD = ("prototypes", "head_hidden", "bottleneck", "head_layers", "masks", "separate_heads", "patch_prototypes")
+HEAD = (
+    "prototypes", "head_hidden", "bottleneck", "head_layers", "masks", "separate_heads", "patch_prototypes", "head_batch_norm",
+    "norm_last_layer",
+)  # fmt: skip
 
 
 def distilled(backbone: str | None = None, **settings: Any) -> SelfDistillation:

@@ -13,6 +13,11 @@ def layer_of(name: str, depths: list[int]) -> int:
 
     ``depths`` are the blocks of each stage, one stage for a ViT.
     """
+    residual = re.match(r"layer(\d)\.(\d+)\.", name)
+    if residual:
+        return sum(depths[: int(residual[1]) - 1]) + int(residual[2]) + 1
+    if len(depths) > 1 and re.match(r"(conv|bn)\d\.", name):  # the stem of a ResNet
+        return 0
     staged = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)", name)
     if staged:
         stage, block = int(staged[1]), staged[2]
@@ -25,12 +30,16 @@ def layer_of(name: str, depths: list[int]) -> int:
 
 
 def depths_of(model: nn.Module) -> list[int]:
-    """Blocks per stage of a ViT or Swin. Raises TypeError for another model."""
+    """Blocks per stage of a ViT, Swin or ResNet. Raises TypeError for another model."""
+    if hasattr(model, "layer4"):
+        return [len(getattr(model, f"layer{i}")) for i in range(1, 5)]  # type: ignore[arg-type]
     if hasattr(model, "layers"):
         return [len(stage.blocks) for stage in model.layers]  # type: ignore[union-attr, arg-type]
     if hasattr(model, "blocks"):
         return [len(model.blocks)]  # type: ignore[arg-type]
-    raise TypeError(f"depths_of: model must have blocks (ViT) or layers of blocks (Swin), got {type(model).__name__}")
+    raise TypeError(
+        f"depths_of: model must have blocks (ViT), layers of blocks (Swin) or layer1 to layer4 (ResNet), got {type(model).__name__}"
+    )
 
 
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.05, layer_decay: float = 1.0) -> list[dict[str, Any]]:

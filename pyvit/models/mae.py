@@ -64,6 +64,10 @@ class MaskedAutoencoder(VisionTransformer):
         shuffle = noise.argsort(1)
         restore = shuffle.argsort(1)
         kept = int(patches * (1 - mask_ratio))
+        if not 0 < kept < patches:
+            raise ValueError(
+                f"MaskedAutoencoder: mask_ratio must hide some of the {patches} patches and leave some, {mask_ratio} leaves {kept}"
+            )
         return shuffle[:, :kept], restore, (restore >= kept).float()
 
     def decode(self, latent: Tensor, restore: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -154,6 +154,10 @@ class CLIPResNet(nn.Module):
         x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
         return self.attnpool(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
 
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay should leave alone, besides biases and norms."""
+        return {"attnpool.positional_embedding"}
+
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
         """Arguments of a forward pass."""
         return (torch.zeros(batch, 3, self.img_size, self.img_size, device=self.bn1.weight.device),)

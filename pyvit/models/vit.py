@@ -175,7 +175,7 @@ class VisionTransformer(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay should leave alone, besides biases and norms."""
-        return {"pos_embed", "cls_token", "dist_token", "reg_token", "mask_token"}
+        return {"pos_embed", "cls_token", "dist_token", "reg_token", "mask_token", "attn_pool.latent"}
 
     def positions(self, grid: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
         """Learned or fixed positions for a grid: of the patches (N, D), resampled, and of class and distillation token (1 or 2, D)."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
-import tempfile
+import pickle
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +22,8 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     When writing fails (a full disk) the partial file is removed, the old one stays, and the OSError is raised.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    name = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}"
+    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask, as any other file
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -51,15 +54,40 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """What :func:`save` wrote, or None where there is no file. Remains of interrupted writes are removed."""
-    for stale in path.parent.glob(f".{path.name}.*"):
-        with contextlib.suppress(OSError):
-            stale.unlink()
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    """What :func:`save` wrote, or None where there is no file. Remains of interrupted writes are removed.
+
+    Raises ValueError for a file that is damaged or is no checkpoint.
+    """
+    sweep(path.parent, path.name)
+    if not path.exists():
+        return None
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged or no checkpoint of pyvit: {str(error).splitlines()[0] if str(error) else error!r}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no checkpoint of pyvit: it holds a {type(found).__name__}")
+    return found
+
+
+def sweep(folder: Path, *names: str) -> None:
+    """Remove what interrupted writes of the files ``names`` left in ``folder``, which nobody else may be writing to."""
+    for name in names:
+        for stale in folder.glob(f".{glob.escape(name)}.*"):
+            with contextlib.suppress(OSError):
+                stale.unlink()
 
 
 def save_json(path: Path, value: Any) -> None:
     write_atomic(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def load_json(path: Path) -> Any:
+    """What :func:`save_json` wrote. Raises ValueError for a file that is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:

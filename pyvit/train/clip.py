@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from pyvit.data import Data, load_tokenizer
+from pyvit.losses.contrastive import need_negatives
 from pyvit.ops import info_nce
 from pyvit.train import augment
 from pyvit.train.config import Config
-from pyvit.train.recipe import Recipe, Views, build, initialise
+from pyvit.train.options import Option
+from pyvit.train.recipe import Contrastive, Views, build, initialise
 
 
-class ImageText(Recipe):
+class ImageText(Contrastive):
     """Both towers learn that row i of the images belongs to row i of the captions, and to no other."""
 
     defaults: ClassVar[dict[str, Any]] = {"epochs": 32, "batch_size": 32768, "weight_decay": 0.2, "warmup": 0.01, "clip": 0.0, "lr": 5e-4}
-    options: ClassVar[dict[str, Any]] = {"tokenizer": "bytes", "context": 77, "crop": 0.9}
-    betas = (0.9, 0.98)
+    options: ClassVar[dict[str, Option]] = {
+        "tokenizer": Option("bytes", "bytes, or the path of a tokenizer.json"),
+        "context": Option(77, "tokens of a caption; longer ones are cut", "[3, inf)"),
+        "crop": Option(0.9, "smallest share of an image that a random crop keeps", "(0, 1]"),
+    }
+    betas, eps = (0.9, 0.98), 1e-6
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
@@ -31,6 +39,7 @@ class ImageText(Recipe):
             raise ValueError(f"{config.recipe}: model must have two towers (clip_* or siglip_*), got {config.model}")
         if config.init is not None:
             initialise(self.model, config.init)
+        self.check_batch()
         self.augment = augment.mae(data.size, data.flip, (self.opt["crop"], 1.0))
 
     @property
@@ -44,9 +53,8 @@ class ImageText(Recipe):
         text = self.tokenizer(batch["caption"]).to(batch["image"].device)
         return {"images": self.normalize(self.augment(batch["image"])), "text": text}
 
-    def forward(self, views: Views) -> dict[str, Tensor]:
-        images, text, scale, _ = self.model(views["images"], views["text"])
-        return {"loss": info_nce(images, text, scale, group=self.group), "scale": scale.detach()}
+    def encode(self, views: Views) -> dict[str, Tensor]:
+        return {"images": self.model.encode_image(views["images"]), "text": self.model.encode_text(views["text"])}
 
     def evaluate(self, data: Data) -> dict[str, float]:
         """Zero-shot accuracy where there are classes, recall of captions and images where captions tell images apart."""
@@ -59,6 +67,16 @@ class ImageText(Recipe):
 
 class CLIP(ImageText):
     """Symmetric cross-entropy over the batch."""
+
+    def compare(self, embeddings: dict[str, Tensor]) -> dict[str, Tensor]:
+        images, text, scale = embeddings["images"], embeddings["text"], self.model.scale()
+        need_negatives(self.config.recipe, len(images), self.group)
+        return {"loss": info_nce(images, text, scale, group=self.group), "scale": scale.detach()}
+
+    @torch.no_grad()
+    def update(self, step: int, steps: int) -> None:
+        """The scale stays within [1, 100] (section 2.5). The parameter is set back, for a clamp in the loss would stop its gradient."""
+        self.model.logit_scale.clamp_(0.0, math.log(100.0))
 
 
 RECIPE = CLIP

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_type_hints
+
+from pyvit.train.options import SettingError, check, parse
+
+__all__ = ["FREE", "Config", "parse"]
 
 
-def option(default: Any, help: str) -> Any:
-    """A field with the help text that the command line shows."""
+def option(default: Any, help: str, within: str = "", choices: tuple[str, ...] = ()) -> Any:
+    """A field with the help text that the command line shows, and the values it may take (see :class:`pyvit.train.options.Option`)."""
+    metadata = {"help": help, "within": within, "choices": choices}
     if isinstance(default, list):
-        return field(default_factory=list, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=list, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -24,50 +28,53 @@ class Config:
     model: str | None = option(None, "a name of pyvit.list_models(); default: a small one that suits the data, or that of --init")
     out: str | None = option(None, "folder of the run; default runs/RECIPE-DATA-MODEL. The same command resumes what it finds there")
     init: str | None = option(None, "start from the weights of a finished run's folder, or of a checkpoint file")
-    epochs: float | None = option(None, "passes over the training set")
-    steps: int | None = option(None, "optimizer steps, instead of epochs")
-    batch_size: int | None = option(None, "images per optimizer step, over all processes")
-    accumulate: int = option(1, "micro-batches per optimizer step")
-    lr: float | None = option(None, "peak learning rate; default: the recipe's base rate scaled by the batch size")
-    weight_decay: float | None = option(None, "weight decay, of matrices only")
-    warmup: float | None = option(None, "share of the steps in which the rate rises linearly")
-    clip: float | None = option(None, "largest gradient norm; 0 for none")
-    layer_decay: float | None = option(None, "factor on the rate per block below the head")
-    precision: str = option("no", "mixed precision: no | bf16 | fp16")
+    epochs: float | None = option(None, "passes over the training set", "(0, inf)")
+    steps: int | None = option(None, "optimizer steps, instead of epochs", "(0, inf)")
+    batch_size: int | None = option(None, "images per optimizer step, over all processes", "(0, inf)")
+    accumulate: int = option(
+        1, "micro-batches per optimizer step. Contrastive recipes keep all negatives of the batch, for a second forward pass", "(0, inf)"
+    )
+    lr: float | None = option(None, "peak learning rate", "(0, inf)")
+    min_lr: float | None = option(None, "learning rate of the last step", "[0, inf)")
+    weight_decay: float | None = option(None, "weight decay, of matrices only", "[0, inf)")
+    warmup: float | None = option(None, "share of the steps in which the rate rises linearly", "[0, 1)")
+    clip: float | None = option(None, "largest gradient norm; 0 for none", "[0, inf)")
+    layer_decay: float | None = option(None, "factor on the rate per block below the head", "(0, 1]")
+    precision: str = option("no", "mixed precision: no | bf16 | fp16 (a GPU's)", choices=("no", "bf16", "fp16"))
     checkpointing: bool = option(False, "recompute blocks in the backward pass instead of storing activations")
     compile: bool = option(False, "torch.compile the model")
     fsdp: bool = option(False, "shard parameters, gradients and optimizer over processes (FSDP2) instead of replicating them (DDP)")
-    image_size: int | None = option(None, "side of the images; default the data set's own, or 224")
-    validation: float = option(0.0, "share of the training images to evaluate on in the place of the held-out ones, to choose settings by")
-    workers: int = option(0, "processes that read images")
-    seed: int = option(0, "of weights, order and augmentation")
-    save_every: int = option(200, "steps between checkpoints; one is always written at the end")
-    log_every: int = option(10, "steps between lines of log.jsonl")
-    eval_every: int = option(0, "epochs between evaluations; 0 for the end alone")
+    image_size: int | None = option(None, "side of the images; default the data set's own, or 224", "(0, inf)")
+    validation: float = option(
+        0.0, "share of the training images to evaluate on in the place of the held-out ones, to choose settings by", "[0, 1)"
+    )
+    workers: int = option(0, "processes that read images", "[0, inf)")
+    seed: int = option(0, "of weights, order and augmentation", "[0, inf)")
+    save_every: int = option(200, "steps between checkpoints; one is always written at the end", "(0, inf)")
+    log_every: int = option(10, "steps between lines of log.jsonl", "(0, inf)")
+    eval_every: int = option(0, "epochs between evaluations; 0 for the end alone", "[0, inf)")
     tensorboard: bool = option(False, "also write TensorBoard events")
     overwrite: bool = option(False, "discard what is in the folder of the run")
+    allow_changed_data: bool = option(False, "resume although the training set is not the one that the run began with")
     set: list[str] = option([], "KEY=VALUE, a setting of the model, such as depth=4; repeatable")  # noqa: RUF009
-    option: list[str] = option([], "KEY=VALUE, a setting of the recipe, such as mask_ratio=0.75; repeatable")  # noqa: RUF009
+    option: list[str] = option([], "KEY=VALUE, a setting of the recipe, listed below; repeatable")  # noqa: RUF009
     recipe: str = "supervised"
 
     def resolved(self, defaults: Mapping[str, Any]) -> Config:
         """This record with ``defaults`` in the place of None."""
         return dataclasses.replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
 
+    def check(self) -> None:
+        """Raise SettingError for a value of the wrong type or out of its range; None is left for the recipe to fill."""
+        hints = get_type_hints(Config)
+        for each in dataclasses.fields(self):
+            value, kinds = getattr(self, each.name), get_args(hints[each.name]) or (hints[each.name],)
+            if kinds == (str,) and each.name in ("set", "option"):
+                if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+                    raise SettingError(f"{each.name} must be a list of KEY=VALUE, got {value!r}")
+            elif value is not None or type(None) not in kinds:
+                check(each.name, value, kinds[0], each.metadata.get("within", ""), each.metadata.get("choices", ()))
+
 
 #: Settings that may change between a run and its resumption.
-FREE = {"out", "overwrite", "workers", "save_every", "log_every", "tensorboard"}
-
-
-def parse(pairs: Iterable[str], what: str) -> dict[str, Any]:
-    """["depth=4", "name=x"] to {"depth": 4, "name": "x"}: Python literals where they are, else strings."""
-    found = {}
-    for item in pairs:
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise ValueError(f"{what} must be KEY=VALUE, got {item!r}")
-        try:
-            found[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[key] = value
-    return found
+FREE = {"out", "overwrite", "workers", "save_every", "log_every", "tensorboard", "allow_changed_data"}

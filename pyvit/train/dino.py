@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pyvit.data import Data
-from pyvit.eval.features import embed
 from pyvit.losses import DINOLoss
+from pyvit.models.dino import DINOHead, SelfDistillation
+from pyvit.models.dino import Views as Compared
 from pyvit.train import augment, schedules
 from pyvit.train.config import Config
-from pyvit.train.heads import PrototypeHead
+from pyvit.train.options import Option, SettingError
 from pyvit.train.rank_norm import RankNorm
 from pyvit.train.recipe import Recipe, Views, build, initialise
 
@@ -21,29 +21,32 @@ from pyvit.train.recipe import Recipe, Views, build, initialise
 class DINO(Recipe):
     """The student sees every crop, the teacher the two global ones; the teacher is the student's moving average."""
 
-    defaults: ClassVar[dict[str, Any]] = {"epochs": 100, "batch_size": 1024, "weight_decay": 0.04, "warmup": 0.1, "clip": 3.0}
-    options: ClassVar[dict[str, Any]] = {
-        "prototypes": 65536,
-        "hidden": 2048,
-        "bottleneck": 256,
-        "batch_norm": False,
-        "student_temp": 0.1,
-        "teacher_temp": 0.04,
-        "warm_teacher_temp": 0.04,
-        "warm_teacher": 0.3,
-        "momentum": 0.996,
-        "center_momentum": 0.9,
-        "weight_decay_end": 0.4,
-        "freeze_last": 0.01,
-        "local_crops": 8,
-        "local_size": 0,
-        "global_crop": 0.4,
-        "local_crop": 0.05,
-        "drop_path": 0.1,
-        "centering": "centering",
-        "distort": True,
-        "solarize": 0.2,
-        "slant": 0.0,
+    defaults: ClassVar[dict[str, Any]] = {
+        "epochs": 100, "batch_size": 1024, "weight_decay": 0.04, "warmup": 0.1, "clip": 3.0, "min_lr": 1e-6
+    }  # fmt: skip
+    options: ClassVar[dict[str, Option]] = {
+        "prototypes": Option(65536, "outputs of the head", "[2, inf)"),
+        "hidden": Option(2048, "width of the head's hidden layers", "[1, inf)"),
+        "bottleneck": Option(256, "width of the head's last layer but one", "[1, inf)"),
+        "batch_norm": Option(False, "batch norm in the head; it spreads the features of small networks"),
+        "norm_last_layer": Option(True, "keep the prototypes' length at 1; the paper lets small models learn it"),
+        "student_temp": Option(0.1, "temperature of the student", "(0, inf)"),
+        "teacher_temp": Option(0.04, "temperature of the teacher after its warm-up", "(0, inf)"),
+        "warm_teacher_temp": Option(0.04, "temperature of the teacher at the start", "(0, inf)"),
+        "warm_teacher": Option(0.3, "share of the steps of the teacher's warm-up", "[0, 1]"),
+        "momentum": Option(0.996, "of the teacher's moving average at the start; it rises to 1", "[0, 1)"),
+        "center_momentum": Option(0.9, "of the moving average of the teacher's outputs", "[0, 1)"),
+        "weight_decay_end": Option(0.4, "weight decay of the last step", "[0, inf)"),
+        "freeze_last": Option(1.0, "epochs in which the prototypes rest", "[0, inf)"),
+        "local_crops": Option(8, "small crops of each image", "[0, inf)"),
+        "local_size": Option(0, "side of the small crops; 0 for 3/7 of the image", "[0, inf)"),
+        "global_crop": Option(0.4, "smallest share of an image that a large crop keeps", "(0, 1]"),
+        "local_crop": Option(0.05, "smallest share that a small crop keeps; the largest is that of global_crop", "(0, 1]"),
+        "drop_path": Option(0.1, "stochastic depth of the student's last block", "[0, 1)"),
+        "centering": Option("centering", "what spreads the teacher's outputs", choices=("centering", "sinkhorn_knopp")),
+        "distort": Option(True, "distort colours, blur and solarise"),
+        "solarize": Option(0.2, "probability to solarise the second large crop", "[0, 1]"),
+        "slant": Option(0.0, "largest rotation and shear in degrees", "[0, 180)"),
     }
     base_lr, base_batch = 5e-4, 256
 
@@ -54,22 +57,19 @@ class DINO(Recipe):
             raise ValueError(
                 f"{config.recipe}: data must be images, whose colours the paper distorts, {data.name} is sound; give --option distort=False"
             )
-        self.student = self.network(config, data)
+        if o["local_crop"] > o["global_crop"]:
+            raise SettingError(f"{config.recipe}: option local_crop must be at most global_crop, {o['global_crop']}, got {o['local_crop']}")
+        student = self.network(config, data)
         if config.init is not None:
-            initialise(self.student, config.init)
-        with torch.no_grad():
-            self.width = embed(self.student, torch.zeros(2, data.channels, *data.size)).shape[1]
-        norm = o.get("batch_norm", False)  # no option of DINOv2, whose masked rows differ in number from rank to rank
-        self.head = PrototypeHead(self.width, o["prototypes"], o["hidden"], o["bottleneck"], norm)
+            initialise(student, config.init)
+        self.model = self.distillation(student)
         if self.group is not None:
-            RankNorm.convert(self.head.mlp)
-        self.teacher, self.teacher_head = (copy.deepcopy(m).requires_grad_(False) for m in (self.student, self.head))
-        for block in self.teacher.modules():  # the teacher drops no path
-            if hasattr(block, "drop_prob"):
-                block.drop_prob = 0.0
+            for head in self.heads("student") + self.heads("teacher"):
+                RankNorm.convert(head.mlp)
         self.loss = DINOLoss(o["prototypes"], o["student_temp"], o["center_momentum"], o["centering"], group=self.group)
+        self.loss.deferred = True
         low, high = (o["local_crop"], o["global_crop"]), (o["global_crop"], 1.0)
-        side = o["local_size"] or self.local_size(data.size)
+        side = self.local_size(data.size)
         if o["distort"]:
             self.local = augment.dino((side, side), data.flip, low, blur=0.5, solarize=0.0, slant=o["slant"])
             self.first = augment.dino(data.size, data.flip, high, blur=1.0, solarize=0.0, slant=o["slant"])
@@ -79,19 +79,40 @@ class DINO(Recipe):
             self.first = self.second = augment.mae(data.size, data.flip, high, o["slant"])
 
     def network(self, config: Config, data: Data) -> nn.Module:
+        """The student's backbone."""
         return build(config.model or "", data, config, num_classes=0, drop_path_rate=self.opt["drop_path"])
 
+    def distillation(self, student: nn.Module) -> SelfDistillation:
+        """Student and teacher with their heads."""
+        o = self.opt
+        return SelfDistillation(
+            student,
+            o["prototypes"],
+            o["hidden"],
+            o["bottleneck"],
+            head_batch_norm=o["batch_norm"],
+            norm_last_layer=o["norm_last_layer"],
+        )
+
     def local_size(self, size: tuple[int, int]) -> int:
-        """3/7 of the image, in whole patches: 96 of 224."""
-        patch = self.student.patch_embed.patch_size[0]  # type: ignore[union-attr]
-        return max(round(size[0] * 3 / 7 / patch), 1) * patch
+        """The side of small crops: 3/7 of the image, in whole patches, where it is not given: 96 of 224."""
+        stem = getattr(self.backbone, "patch_embed", None)
+        patch = 1 if stem is None else stem.patch_size[0]
+        side = self.opt["local_size"]
+        if side % patch:
+            raise SettingError(f"{self.config.recipe}: option local_size must be a multiple of the patch, {patch}, got {side}")
+        return side or max(round(size[0] * 3 / 7 / patch), 1) * patch
 
     @property
     def backbone(self) -> nn.Module:
-        return self.student
+        return self.model.student["backbone"]
 
     def exported(self) -> nn.Module:
-        return self.teacher
+        return self.model.encoder_of()
+
+    def heads(self, side: str) -> list[DINOHead]:
+        """The heads of "student" or "teacher"."""
+        return [part for name, part in getattr(self.model, side).items() if name != "backbone"]
 
     def schedule(self, step: int, steps: int) -> dict[str, float]:
         return {"weight_decay": schedules.cosine(step, steps, self.config.weight_decay or 0.0, self.opt["weight_decay_end"])}
@@ -103,47 +124,38 @@ class DINO(Recipe):
         temp = schedules.linear(step, int(o["warm_teacher"] * steps), o["warm_teacher_temp"], o["teacher_temp"])
         return {"global": torch.stack(large), "local": torch.stack(small) if small else None, "teacher_temp": temp}
 
-    def student_features(self, views: Views) -> Tensor:
-        """Features of every crop (2 + L, B, D), the global ones first; ViTs take all sizes in one packed pass."""
-        crops, b = [views["global"], views["local"]], views["global"].shape[1]
-        crops = [c.flatten(0, 1) for c in crops if c is not None]
-        if hasattr(self.student, "forward_packed") and len(crops) > 1:
-            found = [self.student.forward_head(tokens, pre_logits=True) for tokens in self.student.forward_packed(crops)]  # type: ignore[operator]
-        else:
-            found = [embed(self.student, c) for c in crops]
-        return torch.cat(found).unflatten(0, (-1, b))
+    def compared(self, views: Views) -> Compared:
+        """What student and teacher say of the crops."""
+        return self.model(views["global"], views["local"] if views["local"] is not None else (), views.get("mask"))
 
-    @torch.no_grad()
-    def teacher_features(self, views: Views) -> Tensor:
-        return embed(self.teacher, views["global"].flatten(0, 1)).unflatten(0, (2, -1))
+    def prototypes(self, patches: bool = False) -> dict[str, Tensor]:
+        """The second factor of the scores of both sides, as the losses take it."""
+        return {f"{side}_prototypes": self.model.head_of(side, patches).prototypes for side in ("student", "teacher")}
 
     def forward(self, views: Views) -> dict[str, Tensor]:
-        student, teacher = self.head(self.student_features(views)), self.teacher_head(self.teacher_features(views))
-        loss = self.loss(
-            student,
-            teacher,
-            views["teacher_temp"],
-            student_prototypes=self.head.prototypes,
-            teacher_prototypes=self.teacher_head.prototypes,
-        )
-        return {"loss": loss}
-
-    def heads(self) -> list[tuple[nn.Module, nn.Module]]:
-        """(student, teacher) pairs beside the backbones."""
-        return [(self.head, self.teacher_head)]
+        seen = self.compared(views)
+        return {"loss": self.loss(seen.student, seen.teacher, views["teacher_temp"], **self.prototypes())}
 
     def gradients(self, step: int, steps: int) -> None:
         """The prototypes rest at first, until the features have spread (appendix D of the paper)."""
-        if step < self.opt["freeze_last"] * steps:
-            for head, _ in self.heads():
-                head.directions.grad = None  # type: ignore[union-attr]
+        if step < self.opt["freeze_last"] * self.per_epoch:
+            for head in self.heads("student"):
+                for p in head.last_layer.parameters():
+                    p.grad = None
+
+    def losses(self) -> list[Any]:
+        """The losses that keep a centre."""
+        return [self.loss]
 
     @torch.no_grad()
     def update(self, step: int, steps: int) -> None:
-        m = schedules.cosine(step, steps, self.opt["momentum"], 1.0)
-        for student, teacher in [(self.student, self.teacher), *self.heads()]:
-            for theirs, ours in zip(teacher.parameters(), student.parameters(), strict=True):
-                theirs.lerp_(ours, 1 - m)
+        self.model.update_teacher(schedules.cosine(step, steps, self.opt["momentum"], 1.0))
+        for loss in self.losses():
+            loss.update_center()
+
+    def skipped(self) -> None:
+        for loss in self.losses():
+            loss.update_center(keep=False)
 
     def evaluate(self, data: Data) -> dict[str, float]:
         from pyvit.eval.knn import knn_accuracy_of

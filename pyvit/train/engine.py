@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -21,50 +22,29 @@ from pyvit.data.stream import Stream
 from pyvit.info import setting
 from pyvit.ops import products
 from pyvit.train import checkpoint, schedules
-from pyvit.train.config import FREE, Config, parse
+from pyvit.train.config import FREE, Config
+from pyvit.train.folder import Lock, changes, fingerprint
+from pyvit.train.grad_cache import Micro, cache, rng_state, set_rng_state
 from pyvit.train.log import Log, Progress, active_kernels, say
 from pyvit.train.optim import LARS, parameter_groups
+from pyvit.train.options import SettingError, parse
+from pyvit.train.plan import Plan, step_seed
 from pyvit.train.presets import MODELS, PRESETS, TOWERS
-from pyvit.train.recipe import Recipe, load_recipe
+from pyvit.train.recipe import Contrastive, Recipe, load_recipe
 from pyvit.train.sharding import leave, shard, whole
+from pyvit.train.stop import Requests, Stopped, deaf
 
-
-def step_seed(seed: int, step: int, rank: int, part: int = 0) -> int:
-    """One seed for each step, process and micro-batch, so that a resumed run draws what the unbroken one drew."""
-    return ((seed * 1_000_003 + step) * 4099 + rank) * 64 + part
-
-
-class Plan(torch.utils.data.Sampler[list[int]]):
-    """Which images this process sees in each micro-batch from step ``start`` on: a fresh order every epoch, a function of the seed alone.
-
-    A step's batch is cut first by micro-batch, then by process.
-    """
-
-    def __init__(self, n: int, batch: int, start: int, steps: int, seed: int, rank: int = 0, world: int = 1, accumulate: int = 1) -> None:
-        self.n, self.batch, self.start, self.steps, self.seed = n, batch, start, steps, seed
-        self.rank, self.world, self.accumulate = rank, world, accumulate
-
-    def __len__(self) -> int:
-        return (self.steps - self.start) * self.accumulate
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, torch.empty(0)
-        per_epoch = max(self.n // self.batch, 1)
-        for step in range(self.start, self.steps):
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                order = torch.randperm(self.n, generator=torch.Generator().manual_seed(step_seed(self.seed, epoch, 0)))
-            at = step % per_epoch * self.batch
-            for micro in order[at : at + self.batch].chunk(self.accumulate):
-                yield micro.chunk(self.world)[self.rank].tolist()
+#: So many overflows of float16 in a row are no search for the loss scale: from 65536 it is then below 1e-3.
+OVERFLOWS = 27
 
 
 def _settle(config: Config) -> Config:
     """Fill what the user left open: the small presets, then the recipe's defaults, and the name of the run's folder."""
+    config.check()
     recipe = load_recipe(config.recipe)
     inherited: dict[str, Any] = {}
     if config.init is not None and (Path(config.init) / "config.json").exists():
-        before = json.loads((Path(config.init) / "config.json").read_text())
+        before = checkpoint.load_json(Path(config.init) / "config.json")
         inherited = {"model": before["model"], "image_size": before["image_size"]}
         if config.model in (None, before["model"]):
             config = dataclasses.replace(config, set=[*before["set"], *config.set])
@@ -75,12 +55,15 @@ def _settle(config: Config) -> Config:
     config = dataclasses.replace(config, option=[f"{k}={v!r}" for k, v in options.items()])
     config = config.resolved({"model": TOWERS.get((config.recipe, config.data)) or MODELS.get(config.data, "vit_small_patch16_224")})
     config = config.resolved({k: v for k, v in preset.items() if k not in ("epochs",) or config.steps is None})
-    config = config.resolved(recipe.defaults)
-    for name in ("epochs", "steps", "batch_size", "accumulate", "save_every", "log_every"):
-        if (value := getattr(config, name)) is not None and value <= 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
+    config = config.resolved({"min_lr": 0.0, **recipe.defaults})
+    recipe.chosen(config)
+    parse(config.set, "set")
     if config.lr is None:
-        config = dataclasses.replace(config, lr=recipe.base_lr * config.batch_size / recipe.base_batch)  # type: ignore[operator]
+        config = dataclasses.replace(config, lr=recipe.peak_lr(config.batch_size or 1))
+    if (config.min_lr or 0.0) > (config.lr or 0.0):
+        raise SettingError(f"min_lr must be at most lr, {config.lr}, got {config.min_lr}")
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise SettingError("precision must be no or bf16 without a GPU, got 'fp16'")
     if config.out is None:
         name = Path(config.data).name.replace(":", "-") or "data"
         config = dataclasses.replace(config, out=f"runs/{config.recipe}-{name}-{config.model}")
@@ -89,25 +72,32 @@ def _settle(config: Config) -> Config:
 
 def _accelerator(config: Config) -> Any:
     try:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
     except ImportError as error:
         raise ImportError("training needs accelerate: pip install 'pyvit-kernels[train]'") from error
-    return Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
+    # Settings of a model or recipe may leave parameters without a gradient; to look for them costs a walk over the graph.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
 
 
 def _optimizer(recipe: Recipe, config: Config) -> torch.optim.Optimizer:
-    groups = parameter_groups(recipe, recipe.backbone, config.layer_decay or 1.0)
+    try:
+        groups = parameter_groups(recipe, recipe.backbone, config.layer_decay or 1.0, recipe.rate_scales())
+    except TypeError as error:
+        raise SettingError(f"layer_decay must be 1 with {config.model}, which has no layers to count ({error})") from error
     if recipe.optimizer == "lars":
         return LARS(groups, lr=config.lr or 0.0)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr or 0.0, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=config.lr or 0.0, betas=recipe.betas)
+    if recipe.optimizer != "adamw":
+        raise ValueError(f"{config.recipe}: optimizer must be lars, sgd or adamw, got {recipe.optimizer!r}")
+    return torch.optim.AdamW(groups, lr=config.lr or 0.0, betas=recipe.betas, eps=recipe.eps)
 
 
 def _rates(optimizer: Any, recipe: Recipe, config: Config, step: int, steps: int) -> float:
     """Set every group's rate and decay for ``step``; returns the rate of the head."""
-    peak, decay = config.lr or 0.0, config.weight_decay or 0.0
-    values = {"lr": schedules.cosine(step, steps, peak, 0.0, int(steps * (config.warmup or 0))), "weight_decay": decay}
+    peak, end, decay = config.lr or 0.0, config.min_lr or 0.0, config.weight_decay or 0.0
+    values = {"lr": schedules.cosine(step, steps, peak, end, int(steps * (config.warmup or 0))), "weight_decay": decay}
     values.update(recipe.schedule(step, steps))
     for group in optimizer.param_groups:
         group["lr"] = values["lr"] * group["lr_scale"]
@@ -125,6 +115,19 @@ class Run:
         self.accelerator = _accelerator(config)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
+        self.requests, self.stop = Requests(), 0
+        self.saved = 0  # steps of the checkpoint on disk
+        self.skipped = self.overflows = 0  # steps that float16 has cost, in all and in a row
+        self.lock = Lock(self.folder)
+        try:
+            self._on_main(self.lock.acquire)
+            self._prepare()
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _prepare(self) -> None:
+        config = self.config
         self.data: Data = load_data(config.data, config.image_size, config.validation)
         if config.image_size is None:
             self.config = config = dataclasses.replace(config, image_size=self.data.size[1])
@@ -137,6 +140,7 @@ class Run:
         self.steps = config.steps or max(round((config.epochs or 1) * self.per_epoch), 1)
         torch.manual_seed(config.seed)
         self.recipe = load_recipe(config.recipe)(config, self.data)
+        self.recipe.per_epoch = self.per_epoch
         if config.fsdp and self.world > 1:
             self.model = shard(self.recipe, self.accelerator.device)
             self.optimizer = self.accelerator.prepare(_optimizer(self.recipe, config))
@@ -145,38 +149,114 @@ class Run:
         if config.compile:
             self.model.compile()
         self.start = self._resume()
+        norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.recipe.modules())
+        if config.accumulate > 1 and norms and not isinstance(self.recipe, Contrastive):
+            self.tell(f"note: batch norms take their statistics of each of the {config.accumulate} micro-batches, not of the whole batch")
+
+    # -- processes ---------------------------------------------------------------------------------------------------------------
+
+    def tell(self, message: str) -> None:
+        """Say something once, not on every rank."""
+        if self.main:
+            say(message)
+
+    def _on_main(self, action: Any) -> None:
+        """``action()`` on the main process; a ValueError or OSError there is raised on every rank, so that none waits for the others."""
+        problem: list[str | None] = [None]
+        if self.main:
+            try:
+                action()
+            except (ValueError, OSError) as error:
+                if self.world == 1:
+                    raise
+                problem = [str(error)]
+        if self.world > 1:
+            dist.broadcast_object_list(problem, src=0)
+            if problem[0] is not None:
+                raise ValueError(problem[0])
+
+    def _largest(self, *values: int) -> list[int]:
+        """The largest of each value over all ranks."""
+        if self.world == 1:
+            return list(values)
+        both = torch.tensor(values, device=self.accelerator.device)
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        return both.tolist()
 
     # -- resuming ----------------------------------------------------------------------------------------------------------------
 
     def _resume(self) -> int:
         """Load the last checkpoint of the same run, if there is one; the number of steps it had made."""
         path, config = self.folder / "last.pt", dataclasses.asdict(self.config)
+        if self.main:
+            checkpoint.sweep(self.folder, "last.pt", "model.safetensors", "config.json", "results.json", "log.jsonl")
         if self.config.overwrite:
             if self.main:
                 path.unlink(missing_ok=True)
             self.accelerator.wait_for_everyone()
+        self.fingerprint = fingerprint(self.data) if self.main else {}
         saved = checkpoint.load(path)
         if saved is None:
             if self.main:
                 checkpoint.save_json(self.folder / "config.json", config)
             return 0
+        if missing := {"config", "step", "model", "optimizer"} - saved.keys():
+            raise ValueError(f"{path} is no checkpoint of pyvit: it lacks {', '.join(sorted(missing))}")
         before = json.loads(saved["config"])
-        differ = [k for k in config if k not in FREE and config[k] != before.get(k, getattr(Config, k, None))]
+        moved = self._on_main_same_data(saved.get("data"))
+        differ = [k for k in config if k not in FREE and k in before and config[k] != before[k] and not (k == "data" and moved)]
         if differ:
-            changes = ", ".join(f"{k} was {before.get(k)!r}, is {config[k]!r}" for k in differ)
-            raise ValueError(f"{self.folder} holds another run ({changes}); choose another --out, or --overwrite it")
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            said = ", ".join(f"{k} was {before.get(k)!r}, is {config[k]!r}" for k in differ)
+            raise ValueError(f"{self.folder} holds another run ({said}); choose another --out, or --overwrite it")
+        # Not strict, for parameters that have not moved yet, such as DINO's prototypes in the first epoch, have no state in the optimizer.
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
         model, optimizer = self._parts()
-        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options)
+        try:
+            if differ := self.recipe.state_dict().keys() ^ saved["model"].keys():
+                raise ValueError(f"{min(differ)} is in one of both alone")
+            set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options)
+        except (RuntimeError, KeyError, ValueError) as error:
+            said = str(error).splitlines()[0]
+            raise ValueError(
+                f"{path} does not fit this version's {self.config.recipe} ({said}); choose another --out, or --overwrite it"
+            ) from error
+        for name, p in self.recipe.named_parameters():
+            if name not in saved["optimizer"]["state"]:
+                optimizer.state.pop(p, None)  # what loading made up for it
+        self.skipped, self.saved = saved.get("skipped", 0), int(saved["step"])
+        if self.accelerator.scaler is not None and saved.get("scaler"):
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
         then, now = saved.get("setting", {}), self._setting()
         if then == now:
             products.adopt(saved["products"])
         elif self.main:
-            changes = ", ".join(
+            said = ", ".join(
                 f"{k} was {then.get(k, 'not known')}, is {now.get(k, 'not set')}" for k in {**then, **now} if then.get(k) != now.get(k)
             )
-            say(f"note: {changes}; from here on the bits are not those of an unbroken run")
-        return int(saved["step"])
+            say(f"note: {said}; from here on the bits are not those of an unbroken run")
+        return self.saved
+
+    def _on_main_same_data(self, before: dict[str, Any] | None) -> bool:
+        """Whether the training set is known to be the one the run began with. Raises ValueError when it is another."""
+        same = [False]
+
+        def compare() -> None:
+            if before is None:
+                return
+            found = changes(before, self.fingerprint)
+            same[0] = not found and before["hash"] is not None
+            if found and self.config.allow_changed_data:
+                say(f"warning: the training set has changed since the run began: {found}")
+            elif found:
+                raise ValueError(
+                    f"{self.folder}: the training set has changed since the run began: {found}; choose another --out, or give "
+                    "--allow-changed-data to go on with it"
+                )
+
+        self._on_main(compare)
+        if self.world > 1:
+            dist.broadcast_object_list(same, src=0)
+        return same[0]
 
     def _setting(self) -> dict[str, str]:
         """What, with the same settings, a run's bits depend on."""
@@ -187,20 +267,36 @@ class Run:
     def _parts(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         return self.model, getattr(self.optimizer, "optimizer", self.optimizer)
 
-    def save(self, step: int) -> None:
-        """Write the checkpoint of a run that has made ``step`` steps; a disk that is full costs this checkpoint, not the run."""
+    def save(self, step: int) -> bool:
+        """Write the checkpoint of a run that has made ``step`` steps; a disk that is full costs this checkpoint, not the run.
+
+        Returns whether it is written. Raises FloatingPointError for parameters that are not finite.
+        """
         from accelerate.utils import gather_object
 
+        unsound = not all(bool(torch.isfinite(getattr(p, "_local_tensor", p)).all()) for p in self.model.parameters())
+        if self._largest(int(unsound))[0]:
+            raise FloatingPointError(f"step {step - 1}: parameters are no longer finite; {self._left()}")
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         model, optimizer = get_state_dict(*self._parts(), options=options)  # collective: on every rank
         chosen = dict(gather_object(list(products.choices().items())))  # likewise; a class may have come up on one rank alone
+        written = True
         if self.main:
+            scaler = self.accelerator.scaler
             state = {"step": step, "model": model, "optimizer": optimizer, "config": json.dumps(dataclasses.asdict(self.config))}
+            state |= {"skipped": self.skipped, "scaler": scaler.state_dict() if scaler is not None else {}, "data": self.fingerprint}
             try:
                 checkpoint.save(self.folder / "last.pt", {**state, "products": chosen, "setting": self._setting()})
             except OSError as error:
-                say(f"warning: no checkpoint at step {step}: {error}; the previous one is intact and the run goes on")
-        self.accelerator.wait_for_everyone()
+                say(f"warning: no checkpoint at step {step}: {error}; {self._left()}")
+                written = False
+        written = not self._largest(int(not written))[0]
+        self.saved = step if written else self.saved
+        return written
+
+    def _left(self) -> str:
+        """What of the run is on the disk."""
+        return f"the checkpoint of step {self.saved} is intact" if self.saved else "there is no checkpoint yet"
 
     # -- the loop ----------------------------------------------------------------------------------------------------------------
 
@@ -208,35 +304,85 @@ class Run:
         c = self.config
         train, spread = self.data.train, (c.batch_size or 1, self.start, self.steps, c.seed, self.rank, self.world, c.accumulate)
         if isinstance(train, Stream):
-            yield from DataLoader(train.batches(*spread), batch_size=None, num_workers=min(c.workers, 1))
+            yield from DataLoader(train.batches(*spread), batch_size=None, num_workers=min(c.workers, 1), worker_init_fn=deaf)
             return
         plan = Plan(len(train), *spread)
         workers = {"num_workers": c.workers, "persistent_workers": c.workers > 0, "prefetch_factor": 4 if c.workers else None}
-        yield from DataLoader(train, batch_sampler=plan, collate_fn=_whole, **workers)  # type: ignore[arg-type]
+        yield from DataLoader(train, batch_sampler=plan, collate_fn=_whole, worker_init_fn=deaf, **workers)  # type: ignore[arg-type]
 
     def step(self, step: int, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
-        """One optimizer step; returns the figures to log."""
-        c, totals = self.config, dict[str, Any]()
-        lr = _rates(self.optimizer, self.recipe, c, step, self.steps)
-        for part in range(c.accumulate):
-            batch = {k: v.to(self.accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in next(batches).items()}
-            torch.manual_seed(step_seed(c.seed + 1, step, self.rank, part))
-            views = self.recipe.views(batch, step, self.steps)
-            sync = part + 1 == c.accumulate
-            with self.accelerator.autocast(), _maybe(not sync, self.accelerator, self.model):
-                found = self.model(views)
-                self.accelerator.backward(found["loss"] / c.accumulate)
-            for key, value in found.items():
-                totals[key] = totals.get(key, 0.0) + float(value.detach()) / c.accumulate
-        self.recipe.gradients(step, self.steps)
+        """One optimizer step; returns the figures to log. Schedules pass over steps that float16 has cost."""
+        c, at = self.config, step - self.skipped
+        lr = _rates(self.optimizer, self.recipe, c, at, self.steps)
+        if isinstance(self.recipe, Contrastive) and c.accumulate > 1:
+            totals = self._cached_gradients(step, at, batches)
+        else:
+            totals = self._gradients(step, at, batches)
+        self.recipe.gradients(at, self.steps)
         if c.clip:
-            totals["grad_norm"] = float(self.accelerator.clip_grad_norm_(self.model.parameters(), c.clip))
-        if not all(map(_finite, totals.values())):
-            raise FloatingPointError(f"step {step}: the loss or its gradient is not finite ({totals}); the last checkpoint is intact")
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), c.clip)
+            totals["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        scaler = self.accelerator.scaler
+        bad, self.stop = self._largest(int(scaler is None and not all(map(_finite, totals.values()))), self.requests.signal)
+        if bad:
+            raise FloatingPointError(f"step {step}: the loss or its gradient is not finite ({totals}); {self._left()}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.recipe.update(step, self.steps)
-        return {**totals, "lr": lr}
+        if scaler is None:
+            self.recipe.update(at, self.steps)
+            return {**totals, "lr": lr}
+        self._count(step, getattr(self.optimizer, "step_was_skipped", False))
+        if self.overflows:
+            self.recipe.skipped()
+        else:
+            self.recipe.update(at, self.steps)
+        return {**totals, "lr": lr, "loss_scale": scaler.get_scale(), "skipped_steps": self.skipped}
+
+    def _count(self, step: int, skipped: bool) -> None:
+        """Keep count of steps whose gradients overflowed in float16, which the scaler leaves out while it lowers the scale of the loss."""
+        self.overflows = self.overflows + 1 if skipped else 0
+        self.skipped += int(skipped)
+        if self.overflows > OVERFLOWS:
+            raise FloatingPointError(
+                f"step {step}: the gradients are not finite for {self.overflows} steps in a row, at a loss scale of "
+                f"{self.accelerator.scaler.get_scale():g}; {self._left()}"
+            )
+
+    def _views(self, step: int, at: int, part: int, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        batch = {k: v.to(self.accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in next(batches).items()}
+        torch.manual_seed(step_seed(self.config.seed + 1, step, self.rank, part))
+        return self.recipe.views(batch, at, self.steps)
+
+    def _gradients(self, step: int, at: int, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
+        """The gradients of the mean loss of all micro-batches."""
+        parts, totals = self.config.accumulate, dict[str, float]()
+        for part in range(parts):
+            views = self._views(step, at, part, batches)
+            with self.accelerator.autocast(), self._deferred(part + 1 < parts):
+                found = self.model(views)
+                self.accelerator.backward(found["loss"] / parts)
+            for key, value in found.items():
+                totals[key] = totals.get(key, 0.0) + float(value.detach()) / parts
+        return totals
+
+    def _cached_gradients(self, step: int, at: int, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
+        """The gradients of the loss of all micro-batches as one, see :mod:`pyvit.train.grad_cache`."""
+        device, scaler, micros = self.accelerator.device, self.accelerator.scaler, []
+        for part in range(self.config.accumulate):
+            micros.append(Micro(self._views(step, at, part, batches), rng_state(device)))
+        with whole(self.recipe), self.accelerator.autocast():
+            caches = cache(self.recipe, micros, device, 1.0 if scaler is None else scaler.get_scale())  # type: ignore[arg-type]
+        found: dict[str, torch.Tensor] = {}
+        for micro, cached in zip(micros, caches, strict=True):
+            set_rng_state(micro.state, device)
+            with self.accelerator.autocast(), self._deferred(not cached.last):
+                found = self.model(micro.views, cached)
+                self.accelerator.backward(found["loss"])
+        return {key: float(value.detach()) for key, value in found.items()}
+
+    def _deferred(self, defer: bool) -> Any:
+        """Whether the gradients are to be averaged over ranks later."""
+        return self.accelerator.no_sync(self.model) if defer else contextlib.nullcontext()
 
     def evaluate(self) -> dict[str, float]:
         was = self.recipe.training
@@ -248,40 +394,54 @@ class Run:
         return results
 
     def run(self) -> dict[str, float]:
-        c = self.config
-        log = Log(self.folder, self.start, c.tensorboard, self.main)
-        if self.main and self.start:
-            say(f"resuming {self.folder} at step {self.start} of {self.steps}")
-        progress = Progress(self.steps, self.start, c.batch_size or 1, self.main)
+        log = Log(self.folder, self.start, self.config.tensorboard, self.main)
+        if self.start:
+            self.tell(f"resuming {self.folder} at step {self.start} of {self.steps}")
         self.model.train()
-        batches, results = self.batches(), {}
         try:
-            for step in range(self.start, self.steps):
-                values = self.step(step, batches)
-                if self.main and step == self.start:
-                    say(f"kernels: {active_kernels() or 'none of pyvit'}")
-                last = step + 1 == self.steps
-                if step % c.log_every == 0 or last:
-                    log.write(step, **values, images_per_s=progress.rate(step), time=round(time.time(), 3))
-                progress.update(step, f"loss {values['loss']:.4f}")
-                if (step + 1) % c.save_every == 0 or last:
-                    self.save(step + 1)
-                if c.eval_every and not last and (step + 1) % (c.eval_every * self.per_epoch) == 0:
-                    log.write(step, **self.evaluate())
+            with self.requests.heard():
+                saved = self._loop(log)
         finally:
-            progress.close()
             for problem in self.data.train.problems if self.main else ():
                 say(f"skipped {problem}")
         results = self.evaluate()
         log.write(self.steps, **results)
         log.close()
-        self.export(results)
-        if self.main:
-            say(f"{self.folder}: {self.recipe.expectation(results)}")
+        lost = [] if saved else ["last.pt"]
+        lost += self.export(results)
+        self.tell(f"{self.folder}: {self.recipe.expectation(results)}")
+        if lost:
+            raise OSError(f"{self.folder}: all steps are made, but {', '.join(lost)} could not be written; {self._left()}")
         return results
+
+    def _loop(self, log: Log) -> bool:
+        """All steps; whether the last checkpoint is written."""
+        c, saved = self.config, self.start == self.steps
+        progress, batches = Progress(self.steps, self.start, c.batch_size or 1, self.main), self.batches()
+        try:
+            for step in range(self.start, self.steps):
+                values = self.step(step, batches)
+                if step == self.start:
+                    self.tell(f"kernels: {active_kernels() or 'none of pyvit'}")
+                last = step + 1 == self.steps
+                if step % c.log_every == 0 or last or self.overflows:
+                    log.write(step, **values, images_per_s=progress.rate(step), time=round(time.time(), 3))
+                progress.update(step, f"loss {values['loss']:.4f}")
+                if (step + 1) % c.save_every == 0 or last or self.stop:
+                    saved = self.save(step + 1)
+                if self.stop and not last:
+                    left = "the same command resumes it" if self.saved else "nothing is left of it"
+                    self.tell(f"stopped after step {step + 1} of {self.steps}; {self._left()}; {left}")
+                    raise Stopped(self.stop)
+                if c.eval_every and not last and (step + 1) % (c.eval_every * self.per_epoch) == 0:
+                    log.write(step, **self.evaluate())
+        finally:
+            progress.close()
+        return saved
 
     def close(self) -> None:
         """Drop the networks and leave the process group that this run joined, in that order; the run is of no use afterwards."""
+        self.lock.release()
         self.accelerator.free_memory()
         del self.model, self.optimizer, self.recipe
         if self.joined and dist.is_initialized():
@@ -290,19 +450,24 @@ class Run:
             leave()
             AcceleratorState._reset_state(reset_partial_state=True)  # the next run of this process joins a new group
 
-    def export(self, results: dict[str, float]) -> None:
-        """``model.safetensors`` and ``results.json``."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    def export(self, results: dict[str, float]) -> list[str]:
+        """Write ``model.safetensors``, ``config.json`` and ``results.json``; returns those that could not be written."""
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-        state = get_model_state_dict(self.recipe.exported(), options=options)
-        if self.main:
+        state = get_model_state_dict(self.recipe.exported(), options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        writes = {
+            "model.safetensors": lambda path: checkpoint.save_weights(path, state),
+            "config.json": lambda path: checkpoint.save_json(path, dataclasses.asdict(self.config)),
+            "results.json": lambda path: checkpoint.save_json(path, results),
+        }
+        lost = []
+        for name, write in writes.items() if self.main else ():
             try:
-                checkpoint.save_weights(self.folder / "model.safetensors", state)
-                checkpoint.save_json(self.folder / "config.json", dataclasses.asdict(self.config))
-                checkpoint.save_json(self.folder / "results.json", results)
+                write(self.folder / name)
             except OSError as error:
-                say(f"warning: cannot write the weights: {error}; {self.folder / 'last.pt'} holds them")
+                say(f"warning: cannot write {self.folder / name}: {error}")
+                lost.append(name)
+        return lost
 
 
 def _finite(value: float) -> bool:
@@ -314,20 +479,23 @@ def _whole(batch: Any) -> Any:
     return batch
 
 
-def _maybe(defer: bool, accelerator: Any, model: nn.Module) -> Any:
-    import contextlib
-
-    return accelerator.no_sync(model) if defer else contextlib.nullcontext()
-
-
 def train(config: Config) -> dict[str, float]:
     """Train as ``config`` says, from the last checkpoint in its folder if there is one; returns the final evaluation.
 
     The folder gets config.json, log.jsonl, last.pt (whole or absent), and at the end model.safetensors and results.json.
-    Raises ValueError for settings that do not fit, before anything is trained.
+    Raises ValueError for settings that do not fit, before anything is trained; FloatingPointError when the loss is not finite; OSError when
+    what was trained could not be written. On SIGINT or SIGTERM the run saves itself after the step at hand and raises
+    :class:`pyvit.train.stop.Stopped`, a SystemExit.
     """
     warnings.filterwarnings("ignore", message=".*No device id is provided.*")
+    warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified in DDP constructor.*")
     run = Run(config)
-    results = run.run()
+    try:
+        results = run.run()
+    except Stopped:
+        run.close()
+        raise
+    finally:
+        run.lock.release()
     run.close()
     return results

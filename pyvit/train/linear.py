@@ -12,6 +12,7 @@ from pyvit.data import Data
 from pyvit.eval.features import embed, labels_of, over
 from pyvit.train import augment
 from pyvit.train.config import Config
+from pyvit.train.options import Option
 from pyvit.train.rank_norm import RankNorm
 from pyvit.train.recipe import Recipe, Views, build, initialise
 
@@ -20,7 +21,7 @@ class Linear(Recipe):
     """Features pass a batch norm without parameters, then one matrix; nothing below is touched."""
 
     defaults: ClassVar[dict[str, Any]] = {"epochs": 90, "batch_size": 16384, "weight_decay": 0.0, "warmup": 10 / 90, "clip": 0.0}
-    options: ClassVar[dict[str, Any]] = {"crop": 0.08}
+    options: ClassVar[dict[str, Option]] = {"crop": Option(0.08, "smallest share of an image that a random crop keeps", "(0, 1]")}
     base_lr, base_batch, optimizer = 0.1, 256, "sgd"
 
     def __init__(self, config: Config, data: Data) -> None:
@@ -29,6 +30,8 @@ class Linear(Recipe):
             raise ValueError("linear: init must name a run's folder or a checkpoint whose features to use")
         if data.classes is None:
             raise ValueError(f"linear: data must have classes (one subfolder each), {data.name} has none")
+        if len(data.classes) < 2:
+            raise ValueError(f"linear: data must have at least 2 classes to tell apart, {data.name} has {', '.join(data.classes)}")
         self.model = build(config.model or "", data, config, num_classes=0)
         initialise(self.model, config.init)
         self.model.requires_grad_(False)

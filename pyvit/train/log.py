@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -45,29 +48,53 @@ class Log:
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
 
     def write(self, step: int, **values: Any) -> None:
-        """One line. A disk that is full costs the line and a warning, not the run."""
+        """One line, without values that are not finite. A disk that is full costs the line and a warning, not the run."""
         if not self.enabled:
             return
+        values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         record = {"step": step, **{k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}}
         try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            if self._writer is not None:
-                for key, value in values.items():
-                    if isinstance(value, (int, float)):
-                        self._writer.add_scalar(key, value, step)
+            self._append(json.dumps(record) + "\n")
         except OSError as error:
-            if not self._warned:
-                say(f"warning: cannot write {self.path}: {error}; the run goes on")
-            self._warned = True
+            self._warn(f"cannot write {self.path}: {error}")
+        if self._writer is None:
+            return
+        try:
+            for key, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._writer.add_scalar(key, value, step)
+        except OSError as error:  # of its writing thread, from an earlier call
+            self._warn(f"cannot write TensorBoard's events: {error}")
+
+    def _append(self, line: str) -> None:
+        """A whole line or nothing."""
+        with self.path.open("ab", buffering=0) as file:
+            end, content = file.seek(0, os.SEEK_END), line.encode()
+            try:
+                while content:
+                    content = content[file.write(content) or 0 :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(end)
+                raise
+
+    def _warn(self, message: str) -> None:
+        if not self._warned:
+            say(f"warning: {message}; the run goes on")
+        self._warned = True
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            try:
+                self._writer.close()
+            except OSError as error:
+                self._warn(f"cannot write TensorBoard's events: {error}")
 
 
 def say(message: str) -> None:
-    print(message, flush=True)
+    """Print a line. What the terminal cannot show, such as names of files in another encoding, is escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(message.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 class Progress:

@@ -12,7 +12,8 @@ from pyvit.models.mae import MaskedAutoencoder
 from pyvit.models.registry import settings_of
 from pyvit.models.vit import VisionTransformer
 from pyvit.train import augment
-from pyvit.train.config import Config, parse
+from pyvit.train.config import Config
+from pyvit.train.options import Option, parse
 from pyvit.train.recipe import Recipe, Views, initialise
 
 
@@ -20,14 +21,14 @@ class MAE(Recipe):
     """The loss is the squared error of the hidden patches, each normalised by its own mean and variance."""
 
     defaults: ClassVar[dict[str, Any]] = {"epochs": 800, "batch_size": 4096, "weight_decay": 0.05, "warmup": 40 / 800, "clip": 0.0}
-    options: ClassVar[dict[str, Any]] = {
-        "mask_ratio": 0.75,
-        "norm_pix": True,
-        "decoder_dim": 512,
-        "decoder_depth": 8,
-        "decoder_heads": 16,
-        "crop": 0.2,
-        "slant": 0.0,
+    options: ClassVar[dict[str, Option]] = {
+        "mask_ratio": Option(0.75, "share of the patches that is hidden", "(0, 1)"),
+        "norm_pix": Option(True, "reconstruct pixels normalised within each patch"),
+        "decoder_dim": Option(512, "width of the decoder", "[1, inf)"),
+        "decoder_depth": Option(8, "blocks of the decoder", "[0, inf)"),
+        "decoder_heads": Option(16, "attention heads of the decoder", "[1, inf)"),
+        "crop": Option(0.2, "smallest share of an image that a random crop keeps", "(0, 1]"),
+        "slant": Option(0.0, "largest rotation and shear in degrees", "[0, 180)"),
     }
     base_lr, base_batch, betas = 1.5e-4, 256, (0.9, 0.95)
 

@@ -36,4 +36,6 @@ class RankNorm(nn.BatchNorm1d):
         for i, layer in enumerate(module):
             if type(layer) is nn.BatchNorm1d:
                 module[i] = RankNorm(layer.num_features, layer.eps, layer.momentum, layer.affine)
+                for ours, theirs in zip(module[i].parameters(), layer.parameters(), strict=True):
+                    ours.requires_grad_(theirs.requires_grad)
         return module

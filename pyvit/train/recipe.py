@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from pyvit.data import Data
 from pyvit.models.registry import create_model, settings_of
-from pyvit.train.config import Config, parse
+from pyvit.train.config import Config
+from pyvit.train.options import Option, SettingError, choose, parse
 
 Views = dict[str, Any]
 
@@ -26,27 +28,46 @@ class Recipe(nn.Module):
     optimizer's step: moving averages). Randomness that must not depend on how a batch is split among processes belongs in ``views``.
     """
 
-    #: Defaults of Config fields, and the recipe's own options with theirs.
+    #: Defaults of Config fields, and the recipe's own options.
     defaults: ClassVar[dict[str, Any]] = {}
-    options: ClassVar[dict[str, Any]] = {}
-    #: Base learning rate and the batch size it is for: lr = base_lr * batch / base_batch.
+    options: ClassVar[dict[str, Option]] = {}
+    #: Base learning rate and the batch size it is for; it grows with the batch, or with its square root (``scaling`` "sqrt").
     base_lr: ClassVar[float] = 5e-4
     base_batch: ClassVar[int] = 512
+    scaling: ClassVar[str] = "linear"
     optimizer: ClassVar[str] = "adamw"
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
+    eps: ClassVar[float] = 1e-8
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__()
-        self.config, self.data = config, data
-        given = parse(config.option, "option")
-        unknown = given.keys() - self.options.keys()
-        if unknown:
-            raise ValueError(
-                f"{config.recipe}: option must be one of {', '.join(self.options) or '(none)'}, got {', '.join(sorted(unknown))}"
-            )
-        self.opt = {**self.options, **given}
+        self.config, self.data, self.per_epoch = config, data, 1
+        self.opt = self.chosen(config)
         self.register_buffer("mean", torch.tensor(data.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(data.std)[:, None, None], persistent=False)
+
+    @classmethod
+    def chosen(cls, config: Config) -> dict[str, Any]:
+        """The recipe's options under ``config``. Raises SettingError for one that is unknown or out of its range."""
+        return choose(config.recipe, cls.options, parse(config.option, "option"))
+
+    @classmethod
+    def peak_lr(cls, batch: int) -> float:
+        """The peak learning rate for ``batch`` images per step."""
+        share = batch / cls.base_batch
+        return cls.base_lr * (math.sqrt(share) if cls.scaling == "sqrt" else share)
+
+    @classmethod
+    def rate_formula(cls) -> str:
+        """:meth:`peak_lr` in words."""
+        share = f"batch / {cls.base_batch}"
+        return f"{cls.base_lr:g} x {f'sqrt({share})' if cls.scaling == 'sqrt' else share}"
+
+    @property
+    def rows(self) -> int:
+        """Images of a micro-batch in this process."""
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        return (self.config.batch_size or world) // world // self.config.accumulate
 
     @property
     def group(self) -> Any:
@@ -71,6 +92,13 @@ class Recipe(nn.Module):
     def update(self, step: int, steps: int) -> None:
         """After the optimizer's step number ``step``."""
 
+    def skipped(self) -> None:
+        """In the place of :meth:`update`, after a step whose gradients overflowed: forget what this step has gathered."""
+
+    def rate_scales(self) -> Mapping[str, float]:
+        """Factors on the learning rate of the backbone's parameters whose name contains the key."""
+        return {}
+
     def schedule(self, step: int, steps: int) -> dict[str, float]:
         """Overrides of the step's "lr" or "weight_decay"; {} for the engine's cosine and constant."""
         return {}
@@ -93,13 +121,47 @@ class Recipe(nn.Module):
         return ", ".join(f"{k} {v:.4g}" for k, v in results.items()) or "done"
 
 
+class Contrastive(Recipe):
+    """A recipe whose loss compares all rows of a batch: :meth:`encode` them, then :meth:`compare` them.
+
+    With ``--accumulate`` the engine encodes every micro-batch first and compares the whole batch (:mod:`pyvit.train.grad_cache`), so that
+    no negative is lost.
+    """
+
+    def encode(self, views: Views) -> dict[str, Tensor]:
+        """Embeddings of a micro-batch, each (B, D)."""
+        raise NotImplementedError
+
+    def compare(self, embeddings: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{"loss": ..., and anything worth logging} of the embeddings of a whole batch."""
+        raise NotImplementedError
+
+    def forward(self, views: Views, cached: Any = None) -> dict[str, Tensor]:
+        live = self.encode(views)
+        return self.compare(live) if cached is None else cached.loss(self, live)
+
+    def check_batch(self) -> None:
+        """Refuse batches without negatives, and micro-batches that batch norms in the encoder would tell apart."""
+        name, batch, accumulate = self.config.recipe, self.config.batch_size, self.config.accumulate
+        if batch is not None and batch < 2:
+            raise SettingError(
+                f"{name}: batch_size must be at least 2, for the negatives of an image are the others of its batch, got {batch}"
+            )
+        norms = [m for m in self.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if accumulate > 1 and norms:
+            raise SettingError(
+                f"{name}: accumulate must be 1 with {self.config.model}, whose batch norms would take the statistics of each micro-batch, "
+                f"got {accumulate}"
+            )
+
+
 RECIPES = ("supervised", "finetune", "linear", "mae", "dino", "dinov2", "simclr", "clip", "siglip")
 
 
 def load_recipe(name: str) -> type[Recipe]:
     """The class of a recipe. Raises ValueError for an unknown name."""
     if name not in RECIPES:
-        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+        raise SettingError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
     return importlib.import_module(f"pyvit.train.{name}").RECIPE
 
 

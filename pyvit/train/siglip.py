@@ -6,22 +6,32 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from pyvit.data import Data
+from pyvit.losses.contrastive import need_negatives
 from pyvit.ops import sigmoid_contrastive
 from pyvit.train.clip import ImageText
-from pyvit.train.recipe import Views
+from pyvit.train.config import Config
+from pyvit.train.options import Option
 
 
 class SigLIP(ImageText):
     """Each pair of the batch is a yes-or-no question: no normalisation over the batch."""
 
     defaults: ClassVar[dict[str, Any]] = {**ImageText.defaults, "batch_size": 16384, "weight_decay": 1e-4, "lr": 1e-3}
-    options: ClassVar[dict[str, Any]] = {**ImageText.options, "context": 64}
+    options: ClassVar[dict[str, Option]] = {
+        **ImageText.options,
+        "context": Option(64, "tokens of a caption; longer ones are cut", "[3, inf)"),
+    }
     betas = (0.9, 0.95)
 
-    def forward(self, views: Views) -> dict[str, Tensor]:
-        images, text, scale, bias = self.model(views["images"], views["text"])
-        if bias is None:
-            raise ValueError(f"siglip: model must have a bias (siglip_*), {self.config.model} has none")
+    def __init__(self, config: Config, data: Data) -> None:
+        super().__init__(config, data)
+        if self.model.logit_bias is None:
+            raise ValueError(f"siglip: model must have a bias (siglip_*), {config.model} has none")
+
+    def compare(self, embeddings: dict[str, Tensor]) -> dict[str, Tensor]:
+        images, text, scale, bias = embeddings["images"], embeddings["text"], self.model.scale(), self.model.logit_bias
+        need_negatives(self.config.recipe, len(images), self.group)
         loss = sigmoid_contrastive(images, text, scale, bias, group=self.group)
         return {"loss": loss, "scale": scale.detach(), "bias": bias.detach()}
 

@@ -12,23 +12,32 @@ from pyvit.eval.features import embed
 from pyvit.losses import NTXentLoss
 from pyvit.train import augment
 from pyvit.train.config import Config
-from pyvit.train.heads import projection
+from pyvit.train.options import Option
 from pyvit.train.rank_norm import RankNorm
-from pyvit.train.recipe import Recipe, Views, build, initialise
+from pyvit.train.recipe import Contrastive, Views, build, initialise
 
 
-class SimCLR(Recipe):
+def projection(dim: int, hidden: int, out: int) -> nn.Sequential:
+    """The head: linear, batch norm, ReLU, linear, batch norm without shift (Chen et al., 2020, appendix B)."""
+    last = nn.BatchNorm1d(out)
+    last.bias.requires_grad_(False)  # stays 0
+    return nn.Sequential(
+        nn.Linear(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out, bias=False), last
+    )  # fmt: skip
+
+
+class SimCLR(Contrastive):
     """Each view picks its partner among all views of the batch."""
 
     defaults: ClassVar[dict[str, Any]] = {"epochs": 100, "batch_size": 4096, "weight_decay": 1e-6, "warmup": 0.1, "clip": 0.0}
-    options: ClassVar[dict[str, Any]] = {
-        "temperature": 0.1,
-        "hidden": 2048,
-        "out": 128,
-        "crop": 0.08,
-        "strength": 1.0,
-        "slant": 0.0,
-        "optimizer": "lars",
+    options: ClassVar[dict[str, Option]] = {
+        "temperature": Option(0.1, "of the softmax over similarities", "(0, inf)"),
+        "hidden": Option(2048, "width of the head's hidden layer", "[1, inf)"),
+        "out": Option(128, "width of the head's output", "[1, inf)"),
+        "crop": Option(0.08, "smallest share of an image that a random crop keeps", "(0, 1]"),
+        "strength": Option(1.0, "of the colour distortion", "[0, 2.5]"),
+        "slant": Option(0.0, "largest rotation and shear in degrees", "[0, 180)"),
+        "optimizer": Option("lars", "LARS for large batches, AdamW for small ones", choices=("lars", "adamw")),
     }
     base_lr, base_batch = 0.3, 256
 
@@ -46,6 +55,7 @@ class SimCLR(Recipe):
         self.loss = NTXentLoss(self.opt["temperature"], group=self.group)
         if self.group is not None:
             self.head = nn.SyncBatchNorm.convert_sync_batchnorm(self.head) if torch.cuda.is_available() else RankNorm.convert(self.head)
+        self.check_batch()
         self.augment = augment.simclr(data.size, data.flip, (self.opt["crop"], 1.0), self.opt["strength"], self.opt["slant"])
 
     @property
@@ -55,9 +65,13 @@ class SimCLR(Recipe):
     def views(self, batch: Views, step: int, steps: int) -> Views:
         return {"one": self.normalize(self.augment(batch["image"])), "two": self.normalize(self.augment(batch["image"]))}
 
-    def forward(self, views: Views) -> dict[str, Tensor]:
-        both = torch.cat([views["one"], views["two"]])
-        z1, z2 = self.head(embed(self.model, both)).chunk(2)
+    def encode(self, views: Views) -> dict[str, Tensor]:
+        """Features before the head, whose batch norms are over the whole batch."""
+        one, two = embed(self.model, torch.cat([views["one"], views["two"]])).chunk(2)
+        return {"one": one, "two": two}
+
+    def compare(self, embeddings: dict[str, Tensor]) -> dict[str, Tensor]:
+        z1, z2 = self.head(torch.cat([embeddings["one"], embeddings["two"]])).chunk(2)
         return {"loss": self.loss(z1, z2)}
 
     def evaluate(self, data: Data) -> dict[str, float]:

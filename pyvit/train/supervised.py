@@ -11,6 +11,7 @@ from pyvit.data import Data
 from pyvit.eval.features import predict
 from pyvit.train import augment
 from pyvit.train.config import Config
+from pyvit.train.options import Option
 from pyvit.train.recipe import Recipe, Views, build, initialise
 
 
@@ -18,12 +19,20 @@ class Supervised(Recipe):
     """Cross-entropy with smoothed labels on mixed, cropped, erased images, or on masked spectrograms (Gong et al., 2021)."""
 
     defaults: ClassVar[dict[str, Any]] = {"epochs": 300, "batch_size": 1024, "weight_decay": 0.05, "warmup": 20 / 300, "clip": 5.0}
-    options: ClassVar[dict[str, Any]] = {"augment": "standard", "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "drop_path": 0.1}
+    options: ClassVar[dict[str, Option]] = {
+        "augment": Option("standard", "strong, mild or no augmentation", choices=("standard", "mild", "none")),
+        "mixup": Option(0.8, "alpha of mixup's Beta distribution; 0 for none", "[0, inf)"),
+        "cutmix": Option(1.0, "alpha of CutMix's Beta distribution; 0 for none", "[0, inf)"),
+        "smoothing": Option(0.1, "share of the label that is spread over all classes", "[0, 1)"),
+        "drop_path": Option(0.1, "stochastic depth of the last block", "[0, 1)"),
+    }
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
         if data.classes is None:
             raise ValueError(f"{config.recipe}: data must have classes (one subfolder each), {data.name} has none")
+        if len(data.classes) < 2:
+            raise ValueError(f"{config.recipe}: data must have at least 2 classes to tell apart, {data.name} has {', '.join(data.classes)}")
         assert config.model is not None
         self.model = build(config.model, data, config, num_classes=len(data.classes), drop_path_rate=self.opt["drop_path"])
         if config.init is not None:
@@ -33,8 +42,6 @@ class Supervised(Recipe):
             "mild": lambda: augment.mild(data.flip),
             "none": augment.Augment,
         }
-        if self.opt["augment"] not in kinds:
-            raise ValueError(f"{config.recipe}: option augment must be one of {', '.join(kinds)}, got {self.opt['augment']!r}")
         self.augment = kinds[self.opt["augment"]]()
 
     @property

@@ -1,0 +1,118 @@
+"""A run's folder: who may write to it, and what its training set was."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from pyvit.data import Data
+from pyvit.data.stream import Stream
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+class Lock:
+    """``run.lock`` in a folder, held by one process at a time; the file names it.
+
+    The kernel drops the lock of a process that ends in whatever way, so a file that is left behind locks nothing. The lock is the
+    process's: its other threads, and a second run of its own in the same folder, are not kept out.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "run.lock"
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Take the lock, or raise ValueError naming the process that holds it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while self._file is None:
+            file = self.path.open("a+")
+            try:
+                if fcntl is not None:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                holder = self._holder(file)
+                file.close()
+                raise ValueError(f"{self.path.parent} is in use by {holder}; wait for it, end it, or choose another --out") from error
+            except OSError:  # a file system without locks
+                pass
+            if self._is_here(file):  # its last holder may have removed it between opening and locking
+                self._file = file
+            else:
+                file.close()
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
+        self._file.flush()
+
+    def _is_here(self, file: IO[str]) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    @staticmethod
+    def _holder(file: IO[str]) -> str:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            file.seek(0)
+            found = json.load(file)
+            return f"process {found['pid']} on {found['host']}"
+        return "another process"
+
+    def release(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            self._file.close()
+            self._file = None
+
+
+def fingerprint(data: Data) -> dict[str, Any]:
+    """What tells two training sets apart: how many images, the classes, and a hash of the images' names, labels and captions.
+
+    Of a stream, only what it says of itself is known. Names are those below the folder that all share, so that data may move.
+    """
+    train = data.train
+    if isinstance(train, Stream):
+        return {"images": train.count, "classes": data.classes, "hash": None}
+    digest = hashlib.sha256()
+    if (labels := getattr(train, "labels", None)) is not None:
+        digest.update(torch.as_tensor(labels).cpu().numpy().tobytes())
+    for strings in (_names(train), getattr(train, "captions", None) or ()):
+        digest.update("\0".join(map(str, strings)).encode("utf-8", "surrogateescape") + b"\1")
+    return {"images": len(train), "classes": data.classes, "hash": digest.hexdigest()[:16]}
+
+
+def _names(images: Any) -> list[str]:
+    """Paths below the folder they share; nothing where images are not files."""
+    at = getattr(images, "indices", None)
+    items = getattr(images if at is None else images.whole, "items", None)
+    if not isinstance(items, (list, tuple)) or not items or not isinstance(items[0], (str, Path)):
+        return []
+    names = [str(item) for item in (items if at is None else (items[i] for i in at))]
+    shared = os.path.commonpath([os.path.dirname(min(names)), os.path.dirname(max(names))])
+    return [name[len(shared) :] for name in names]
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two fingerprints, in words; "" for nothing."""
+    said = []
+    if before.get("images") != now["images"]:
+        said.append(f"it had {before.get('images')} images and has {now['images']}")
+    if before.get("classes") != now["classes"]:
+        lost = [c for c in before.get("classes") or [] if c not in (now["classes"] or [])]
+        new = [c for c in now["classes"] or [] if c not in (before.get("classes") or [])]
+        said.append(f"classes gone: {', '.join(lost) or 'none'}, new: {', '.join(new) or 'none'}")
+    if not said and before.get("hash") != now["hash"]:
+        said.append("other files, labels or captions of the same number")
+    return "; ".join(said)

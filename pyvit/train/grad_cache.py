@@ -1,0 +1,92 @@
+"""Contrastive losses over more images than fit into memory (GradCache; Gao et al., "Scaling Deep Contrastive Learning Batch Size", 2021).
+
+All micro-batches are encoded without a graph, the loss of the whole batch gives the gradient of every embedding, and a second forward pass
+of each micro-batch carries these gradients to the parameters. The gradients are those of one big batch, up to rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyvit.train.recipe import Contrastive, Views
+
+
+def rng_state(device: torch.device) -> list[Tensor]:
+    """The states of the random generators that a forward pass draws from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def set_rng_state(state: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
+
+
+@dataclass
+class Cached:
+    """What the second forward pass of a micro-batch needs of the whole batch.
+
+    embeddings: of every micro-batch, without a graph. gradients: of the loss by this micro-batch's embeddings. last: whether no other
+    micro-batch follows; its pass computes the loss with its own embeddings live, and so the gradients of the loss's own parameters.
+    """
+
+    embeddings: list[dict[str, Tensor]]
+    gradients: dict[str, Tensor]
+    last: bool
+
+    def loss(self, recipe: Contrastive, live: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{"loss": ...} whose backward pass adds this micro-batch's share of the gradients."""
+        if self.last:
+            return recipe.compare(_joined([*self.embeddings[:-1], live]))
+        return {"loss": torch.stack([(live[key].float() * g).sum() for key, g in self.gradients.items()]).sum()}
+
+
+def _joined(embeddings: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.cat([each[key] for each in embeddings]) for key in embeddings[0]}
+
+
+@dataclass
+class Micro:
+    """A micro-batch: its views, and the generators' states in which its forward passes begin."""
+
+    views: Views
+    state: list[Tensor]
+
+
+def cache(recipe: Contrastive, micros: list[Micro], device: torch.device, scale: float = 1.0) -> list[Cached]:
+    """The first forward pass of all micro-batches, and the gradients of their embeddings.
+
+    ``scale`` multiplies the loss while it is differentiated, as a gradient scaler does, so that half precision does not underflow.
+    """
+    embeddings = []
+    with _same_statistics(recipe):
+        with torch.no_grad():
+            for micro in micros:
+                set_rng_state(micro.state, device)
+                embeddings.append(recipe.encode(micro.views))
+        leaves = [{key: e.detach().requires_grad_() for key, e in each.items()} for each in embeddings]
+        with torch.enable_grad():
+            loss = recipe.compare(_joined(leaves))["loss"] * scale
+        found = iter(torch.autograd.grad(loss, [leaf for each in leaves for leaf in each.values()]))
+    gradients = [{key: next(found).float() / scale for key in each} for each in leaves]
+    return [Cached(embeddings, g, i + 1 == len(micros)) for i, g in enumerate(gradients)]
+
+
+@contextlib.contextmanager
+def _same_statistics(model: nn.Module) -> Iterator[None]:
+    """Undo what batch norms add to their running statistics: the second forward pass adds it again."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    buffers: list[Any] = [b for norm in norms for b in norm.buffers()]
+    before = [b.clone() for b in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
