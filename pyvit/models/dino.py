@@ -182,8 +182,8 @@ def block_masks(
     They are added until the share drawn from ``ratio`` is hidden. A mask is empty with probability 1 - ``probability``.
     """
     rows, columns = grid
-    draw = lambda low, high: low + (high - low) * float(torch.rand((), generator=generator))  # noqa: E731
-    masks = torch.zeros(count, rows, columns, dtype=torch.bool)
+    draw = lambda low, high: low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float32, device="cpu"))  # noqa: E731
+    masks = torch.zeros(count, rows, columns, dtype=torch.bool, device="cpu")
     for mask in masks:
         if draw(0, 1) >= probability:
             continue

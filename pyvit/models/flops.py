@@ -56,9 +56,9 @@ def count(model: str, **overrides: Any) -> Cost:
     with FakeTensorMode():
         for module in made.modules():
             for name, p in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=False))
+                setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="cpu"), requires_grad=False))
             for name, b in module.named_buffers(recurse=False):
-                setattr(module, name, torch.empty(b.shape, dtype=b.dtype))
+                setattr(module, name, torch.empty(b.shape, dtype=b.dtype, device="cpu"))
         return count_module(made, name=model)
 
 

@@ -93,7 +93,7 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-        statistics = torch.empty(2, x.numel() // x.shape[-1])
+        statistics = torch.empty(2, x.numel() // x.shape[-1], dtype=torch.float32, device="cpu")
         rows = x.contiguous()
         ctx.save_for_backward(rows, weight, bias, statistics)
         ctx.eps, ctx.dtype = eps, dtype
@@ -107,7 +107,7 @@ class _LayerNorm(torch.autograd.Function):
             formula = functools.partial(reference.layer_norm, eps=ctx.eps, dtype=ctx.dtype)
             return dispatch.formula_gradients(formula, (x, weight, bias), needs, grad)
         grad_x = recycled(x.shape, x.dtype)
-        sums = torch.empty(2, x.shape[-1]) if needs[1] or needs[2] else None
+        sums = torch.empty(2, x.shape[-1], dtype=torch.float32, device="cpu") if needs[1] or needs[2] else None
         torch.ops.pyvit.layer_norm_backward(grad.contiguous(), x, weight, statistics, grad_x, sums)
         return (
             grad_x if needs[0] else None,

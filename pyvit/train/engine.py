@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from pyvit.data import Data, load_data
 from pyvit.data.stream import Stream
 from pyvit.info import setting
-from pyvit.ops import products
 from pyvit.train import checkpoint, schedules
 from pyvit.train.config import FREE, Config, parse
 from pyvit.train.log import Log, Progress, active_kernels, say
@@ -53,7 +52,7 @@ class Plan(torch.utils.data.Sampler[list[int]]):
         for step in range(self.start, self.steps):
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
-                order = torch.randperm(self.n, generator=torch.Generator().manual_seed(step_seed(self.seed, epoch, 0)))
+                order = torch.randperm(self.n, generator=torch.Generator().manual_seed(step_seed(self.seed, epoch, 0)), device="cpu")
             at = step % per_epoch * self.batch
             for micro in order[at : at + self.batch].chunk(self.accumulate):
                 yield micro.chunk(self.world)[self.rank].tolist()
@@ -169,9 +168,7 @@ class Run:
         model, optimizer = self._parts()
         set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options)
         then, now = saved.get("setting", {}), self._setting()
-        if then == now:
-            products.adopt(saved["products"])
-        elif self.main:
+        if then != now and self.main:
             changes = ", ".join(
                 f"{k} was {then.get(k, 'not known')}, is {now.get(k, 'not set')}" for k in {**then, **now} if then.get(k) != now.get(k)
             )
@@ -189,15 +186,12 @@ class Run:
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a run that has made ``step`` steps; a disk that is full costs this checkpoint, not the run."""
-        from accelerate.utils import gather_object
-
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         model, optimizer = get_state_dict(*self._parts(), options=options)  # collective: on every rank
-        chosen = dict(gather_object(list(products.choices().items())))  # likewise; a class may have come up on one rank alone
         if self.main:
             state = {"step": step, "model": model, "optimizer": optimizer, "config": json.dumps(dataclasses.asdict(self.config))}
             try:
-                checkpoint.save(self.folder / "last.pt", {**state, "products": chosen, "setting": self._setting()})
+                checkpoint.save(self.folder / "last.pt", {**state, "setting": self._setting()})
             except OSError as error:
                 say(f"warning: no checkpoint at step {step}: {error}; the previous one is intact and the run goes on")
         self.accelerator.wait_for_everyone()
