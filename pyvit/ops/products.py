@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from pyvit import library
 from pyvit.memory import recycled, scratch
 from pyvit.ops import activations, product_rules
+from pyvit.ops.tracing import transformed
 
 POLICIES = ("auto", "measure", "onednn", "pyvit", "torch")
 _policy = os.environ.get("PYVIT_LINEAR") or "auto"
@@ -169,6 +170,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | No
 
 def grad_input(grad: Tensor, weight: Tensor) -> Tensor:
     """grad (N, M) weight (M, K) -> (N, K), in grad's dtype."""
+    if transformed(grad):  # batched gradients, counters of operations
+        return GRAD_INPUT["torch"](grad, weight)
     key = _key("grad_input", grad.shape[0], weight.shape, weight.is_contiguous(), _dtypes(grad.dtype, weight.dtype))
     found = _chosen.get(key)
     if found is None:
@@ -180,6 +183,8 @@ def grad_input(grad: Tensor, weight: Tensor) -> Tensor:
 def grad_weight(grad: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """grad (N, M), x (N, K) -> grad^T x (M, K) in ``dtype``: theirs (the default) or float32."""
     dtype = dtype or grad.dtype
+    if transformed(grad):
+        return GRAD_WEIGHT["torch"](grad, x, dtype)
     key = _key("grad_weight", grad.shape[0], grad.shape[1], x.shape[1], _dtypes(grad.dtype, dtype))
     found = _chosen.get(key)
     if found is None:
