@@ -235,6 +235,12 @@ def _is_dual(a: Any) -> bool:
     return isinstance(a, Tensor) and torch.autograd.forward_ad.unpack_dual(a).tangent is not None
 
 
+def is_batched(grad: Tensor) -> bool:
+    """Whether ``grad`` is several gradients in one tensor, of ``autograd.grad(is_grads_batched=True)``: no transform of torch.func is at
+    work then, and the tensor has no memory of its own."""
+    return not torch._C._dispatch_keys(grad).has(torch._C.DispatchKey.Dense)
+
+
 class Operator:
     """One dispatcher operator of :data:`pyvit.schemas.SCHEMAS`, with its fake kernel, gradient and kernels per backend.
 
@@ -264,6 +270,7 @@ class Operator:
         self.name, self._reference, self._autocast_args = name, reference, tuple(autocast_args)
         self._kernels: dict[str, Callable[..., Any]] = {"reference": lambda *args: reference(*args[:-1])}
         self._paths = kernels or {}
+        self._of_gradients = name.endswith("_backward")
         self._op = getattr(torch.ops.pyvit, name).default
         qualified = f"pyvit::{name}"
         torch.library.register_fake(qualified, fake)
@@ -308,8 +315,13 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         if args[-1] == "reference":  # plain PyTorch, which autograd and the compiler see through
             return self.kernel("reference")(*args)
-        if torch.compiler.is_compiling() or _is_traced() or torch._C._get_tracing_state() is not None:
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return self._op(*args)
+        if torch._C._len_torch_dispatch_stack() > 0:  # fake tensors, recorders, counters: they see what goes through the dispatcher
+            importlib.import_module("pyvit.ops.flops").register()
+            return self._op(*args)
+        if self._of_gradients and any(isinstance(a, Tensor) and is_batched(a) for a in args):
+            return self._op(*args)  # the dispatcher takes them one by one
         if torch._C._are_functorch_transforms_active():
             return self._op(*args) if self._transformed is None else self._transformed.apply(*args)
         if torch.autograd.forward_ad._current_level >= 0 and any(_is_dual(a) for a in args):
@@ -393,6 +405,8 @@ def reference_backward(
     for key in ("AutogradCPU", "AutogradCUDA", "AutogradMeta", "AutogradOther", "AutogradFunctionality", "ADInplaceOrView"):
         excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
     with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        if torch._C._are_functorch_transforms_active():  # a transform's tensors are no leaves, and autograd.grad does not see through it
+            return _pulled_back(reference, grads, [a.detach() if isinstance(a, Tensor) and not create_graph else a for a in args], inputs)
         leaves = {i: args[i].detach().requires_grad_() if not create_graph else args[i] for i in inputs}
         outputs = reference(*[leaves.get(i, a) for i, a in enumerate(args)])
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -402,6 +416,23 @@ def reference_backward(
                 [o for o, _ in pairs], [leaves[i] for i in inputs], [g for _, g in pairs], create_graph=create_graph, allow_unused=True
             )
         )
+
+
+def _pulled_back(
+    reference: Callable[..., Any], grads: Sequence[Tensor | None], args: Sequence[Any], inputs: Sequence[int]
+) -> list[Tensor | None]:
+    """:func:`reference_backward` by torch.func, inside of its transforms."""
+
+    def function(*given: Tensor) -> tuple[Tensor, ...]:
+        replaced = dict(zip(inputs, given, strict=True))
+        outputs = reference(*[replaced.get(i, a) for i, a in enumerate(args)])
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return tuple(o for o, g in zip(outputs, grads, strict=False) if g is not None)
+
+    outputs: tuple[Tensor, ...]
+    outputs, pull = torch.func.vjp(function, *[args[i] for i in inputs])  # type: ignore[misc]
+    wanted = [g for g in grads if g is not None]
+    return list(pull(tuple(g.to(o.dtype) for o, g in zip(outputs, wanted, strict=True))))
 
 
 def formula_gradients(

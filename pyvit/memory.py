@@ -43,11 +43,11 @@ def scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """
     n = math.prod(shape)
     if n * dtype.itemsize > _KEPT_BYTES:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     kept: Tensor | None = getattr(_kept, name, None)
     if kept is None or kept.numel() < n * dtype.itemsize:
         with torch.inference_mode(False):
-            kept = torch.empty(n * dtype.itemsize, dtype=torch.uint8)
+            kept = torch.empty(n * dtype.itemsize, dtype=torch.uint8, device="cpu")
         setattr(_kept, name, kept)
     return kept[: n * dtype.itemsize].view(dtype).view(*shape)
 
@@ -61,7 +61,7 @@ def recycled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """
     n = math.prod(shape) * dtype.itemsize
     if _uses is None or not _LEAST <= n <= _RECYCLED_BYTES // 4:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     kept: list[torch.UntypedStorage] = _kept.__dict__.setdefault("_recycled", [])
     found = None
     for at in range(len(kept)):
@@ -78,4 +78,4 @@ def recycled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
             del kept[0]
     kept.append(found)
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    return torch.empty(0, dtype=dtype).set_(found, 0, tuple(shape), strides)  # not a view, which autograd would guard
+    return torch.empty(0, dtype=dtype, device="cpu").set_(found, 0, tuple(shape), strides)  # not a view, which autograd would guard

@@ -23,7 +23,7 @@ def digits(size: int = 32) -> Data:
     images = torch.from_numpy(source.images).float()[:, None] * (255 / 16)
     images = F.interpolate(images, (size, size), mode="bilinear", align_corners=False).round().clamp(0, 255).to(torch.uint8)
     images = images.expand(-1, 3, -1, -1).contiguous()
-    held = torch.zeros(len(labels), dtype=torch.bool)
+    held = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     for c in range(10):
         held[(labels == c).nonzero()[4::5, 0]] = True
     captions = [_CAPTIONS[i % len(_CAPTIONS)].format(NAMES[c]) for i, c in enumerate(labels.tolist())]

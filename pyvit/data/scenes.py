@@ -34,12 +34,12 @@ def scenes(size: int = 64, count: int = 4000, seed: int = 0) -> Data:
 
 def _draw(size: int, generator: torch.Generator) -> tuple[Tensor, str, list[tuple[str, int]]]:
     def pick(n: int) -> int:
-        return int(torch.randint(0, n, (), generator=generator))
+        return int(torch.randint(0, n, (), generator=generator, device="cpu"))
 
-    canvas = torch.rand(3, 1, 1, generator=generator) * 60 + 10
-    image = canvas.expand(3, size, size) + torch.randn(3, size, size, generator=generator) * 8
-    quarters = torch.randperm(4, generator=generator)[:2].sort().values.tolist()
-    kinds = torch.randperm(len(COLORS) * len(SHAPES), generator=generator)[:2].tolist()
+    canvas = torch.rand(3, 1, 1, generator=generator, dtype=torch.float32, device="cpu") * 60 + 10
+    image = canvas.expand(3, size, size) + torch.randn(3, size, size, generator=generator, dtype=torch.float32, device="cpu") * 8
+    quarters = torch.randperm(4, generator=generator, device="cpu")[:2].sort().values.tolist()
+    kinds = torch.randperm(len(COLORS) * len(SHAPES), generator=generator, device="cpu")[:2].tolist()
     phrases, objects = [], []
     for quarter, kind in zip(quarters, kinds, strict=True):
         color, shape = list(COLORS)[kind % len(COLORS)], SHAPES[kind // len(COLORS)]
@@ -47,7 +47,7 @@ def _draw(size: int, generator: torch.Generator) -> tuple[Tensor, str, list[tupl
         radius = half * (0.28 + 0.12 * pick(100) / 100)
         center = [half * (0.5 + (pick(100) / 100 - 0.5) * 0.2) + half * q for q in (quarter // 2, quarter % 2)]
         inside = _inside(shape, size, center, radius)
-        image = torch.where(inside, torch.tensor(COLORS[color], dtype=image.dtype)[:, None, None], image)
+        image = torch.where(inside, torch.tensor(COLORS[color], dtype=image.dtype, device="cpu")[:, None, None], image)
         phrases.append(f"a {color} {shape} in the {PLACES[quarter]}")
         objects.append((f"a {color} {shape}", quarter))
     if pick(2):
@@ -56,8 +56,8 @@ def _draw(size: int, generator: torch.Generator) -> tuple[Tensor, str, list[tupl
 
 
 def _inside(shape: str, size: int, center: list[float], radius: float) -> Tensor:
-    y = (torch.arange(size) + 0.5 - center[0])[:, None] / radius
-    x = (torch.arange(size) + 0.5 - center[1])[None, :] / radius
+    y = (torch.arange(size, dtype=torch.float32, device="cpu") + 0.5 - center[0])[:, None] / radius
+    x = (torch.arange(size, dtype=torch.float32, device="cpu") + 0.5 - center[1])[None, :] / radius
     if shape == "circle":
         return x * x + y * y <= 1
     if shape == "square":

@@ -123,7 +123,7 @@ class Data:
         n, held = len(self.train), round(share * len(self.train))
         if not 0 < held < n:
             raise ValueError(f"validation: must leave some of the {n} training images on both sides, in (0, 1), got {share}")
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(0), device="cpu")
         test, train = (Part(self.train, at.sort().values.tolist()) for at in (order[:held], order[held:]))
         return dataclasses.replace(self, train=train, test=test, extra={})
 

@@ -34,16 +34,16 @@ def words(size: int = 64, per_word: int = 60, seed: int = 0, voice: str = "auto"
     spoken = program is not None and voice != "tones"
     generator = torch.Generator().manual_seed(seed)
     clips, labels = [], []
-    held = torch.arange(per_word) >= per_word - max(per_word // 5, 1)
+    held = torch.arange(per_word, device="cpu") >= per_word - max(per_word // 5, 1)
     for label, word in enumerate(WORDS):
         for again, new in enumerate(held.tolist()):
-            draw = torch.rand(3, generator=generator).tolist()
+            draw = torch.rand(3, generator=generator, dtype=torch.float32, device="cpu").tolist()
             voices = _VOICES[int(new)]
             clip = _say(str(program), word, voices[again % len(voices)], draw) if spoken else _sing(label, new, draw)
-            noise = torch.randn(clip.shape, generator=generator) * clip.std() * (0.05 + 0.25 * draw[2])
+            noise = torch.randn(clip.shape, generator=generator, dtype=torch.float32, device="cpu") * clip.std() * (0.05 + 0.25 * draw[2])
             clips.append(spectrogram(0.1 * (clip + noise) / clip.std(), RATE, size))
             labels.append(label)
-    images, target = torch.stack(clips), torch.tensor(labels)
+    images, target = torch.stack(clips), torch.tensor(labels, device="cpu")
     parts = [TensorImages(images[m], target[m], [WORDS[c] for c in target[m].tolist()]) for m in (~held.repeat(8), held.repeat(8))]
     extra = {"voice": "espeak" if spoken else "tones"}
     return Data("words", parts[0], parts[1], tuple(images.shape[2:]), WORDS, flip=False, mean=MEAN, std=STD, sound=True, extra=extra)
@@ -59,10 +59,10 @@ def _say(program: str, word: str, voice: str, draw: list[float]) -> Tensor:
 def _sing(label: int, higher: bool, draw: list[float]) -> Tensor:
     """Harmonics of a gliding pitch under two formants, and a syllable's rise and fall; a voice held out is ``higher``."""
     n = int(RATE * (0.4 + 0.3 * draw[1]))
-    t = torch.arange(n) / RATE
+    t = torch.arange(n, dtype=torch.float32, device="cpu") / RATE
     pitch = 210 + 50 * draw[0] if higher else 90 + 110 * draw[0]
     glide = 1 + (0.15 if label % 2 else -0.15) * t / t[-1]
-    wave_ = torch.zeros(n)
+    wave_ = torch.zeros(n, dtype=torch.float32, device="cpu")
     for k in range(1, 30):
         f = k * pitch
         level = sum(1 / (1 + ((f - formant) / 120) ** 2) for formant in _FORMANTS[label])

@@ -24,7 +24,7 @@ def knn_predict(queries: Tensor, bank: Tensor, labels: Tensor, classes: int, k: 
     for block in queries.split(1024):
         similar, nearest = (block @ bank.t()).topk(k, 1)
         weights = ((similar - 1) / temperature).exp()
-        votes.append(torch.zeros(len(block), classes).to(weights).scatter_add_(1, labels[nearest], weights))
+        votes.append(weights.new_zeros(len(block), classes).scatter_add_(1, labels[nearest], weights))
     return torch.cat(votes)
 
 

@@ -28,21 +28,21 @@ def linear_probe(
     mean, std = train[0].mean(0), train[0].std(0).clamp(min=1e-6)
     x, test_x = (train[0] - mean) / std, (test[0] - mean) / std
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(x), generator=generator)
+    order = torch.randperm(len(x), generator=generator, device="cpu")
     held, kept = order[: len(x) // 10], order[len(x) // 10 :]
-    weight = (torch.randn(len(rates), classes, x.shape[1], generator=generator) * 0.01).requires_grad_()
-    bias = torch.zeros(len(rates), 1, classes, requires_grad=True)
+    weight = (torch.randn(len(rates), classes, x.shape[1], generator=generator, dtype=torch.float32, device="cpu") * 0.01).requires_grad_()
+    bias = torch.zeros(len(rates), 1, classes, dtype=torch.float32, device="cpu", requires_grad=True)
     momentum = [torch.zeros_like(p) for p in (weight, bias)]
-    speed = torch.tensor(rates)[:, None, None]
+    speed = torch.tensor(rates, dtype=torch.float32, device="cpu")[:, None, None]
     steps = epochs * max(len(kept) // batch, 1)
     for step in range(steps):
         if step % max(len(kept) // batch, 1) == 0:
-            shuffled = kept[torch.randperm(len(kept), generator=generator)]
+            shuffled = kept[torch.randperm(len(kept), generator=generator, device="cpu")]
             batches = iter(shuffled.split(batch))
         at = next(batches)
         logits = x[at] @ weight.mT + bias  # (rates, B, classes)
         loss = F.cross_entropy(logits.flatten(0, 1), train[1][at].repeat(len(rates)), reduction="sum") / len(at)
-        factor = 0.5 * (1 + torch.cos(torch.tensor(step / steps * torch.pi)))
+        factor = 0.5 * (1 + torch.cos(torch.tensor(step / steps * torch.pi, dtype=torch.float32, device="cpu")))
         with torch.no_grad():
             for p, m, g in zip((weight, bias), momentum, torch.autograd.grad(loss, (weight, bias)), strict=True):
                 m.mul_(0.9).add_(g)

@@ -36,7 +36,7 @@ class _Centered(nn.Module):
         self.student_temp, self.momentum, self.centering, self.iterations, self.group = student_temp, momentum, centering, iterations, group
         self.deferred = False
         self._waiting: list[Tensor] = []
-        self.register_buffer("center", torch.zeros(prototypes))
+        self.register_buffer("center", torch.zeros(prototypes, dtype=torch.float32))
 
     @torch.no_grad()
     def _center(self, teacher: Tensor, prototypes: Tensor | None, temp: float) -> Tensor:
@@ -95,7 +95,7 @@ class DINOLoss(_Centered):
     ) -> Tensor:
         """student (S, N, C), teacher (T, N, C): scores, or features with prototypes (K, C). The first T student crops are the teacher's."""
         s, t, n = student.shape[0], teacher.shape[0], student.shape[1]
-        pairs = 1 - torch.eye(s, t, device=student.device)
+        pairs = 1 - torch.eye(s, t, dtype=torch.float32, device=student.device)
         if not pairs.any():
             raise ValueError(f"DINOLoss: student must have a crop that the teacher's single one can be compared with, got {s}")
         center = self._center(teacher.flatten(0, 1), teacher_prototypes, teacher_temp)

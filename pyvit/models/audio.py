@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyvit.models.deit import DistilledVisionTransformer
 from pyvit.models.registry import register
 from pyvit.models.vit import SIZES
+from pyvit.nn.constants import Constants
 
 
 class AudioSpectrogramTransformer(DistilledVisionTransformer):
@@ -36,7 +37,7 @@ class AudioSpectrogramTransformer(DistilledVisionTransformer):
         return x if pre_logits else self.head(x)
 
 
-class LogMel(nn.Module):
+class LogMel(Constants):
     """Waveforms (B, samples) at 16 kHz to normalised log-mel spectrograms (B, 1, mel bins, frames), AST's input.
 
     Frames of 25 ms every 10 ms, mean removed, pre-emphasis 0.97, Hann window, power spectrum, triangular filters even on the mel scale
@@ -51,11 +52,14 @@ class LogMel(nn.Module):
         self, mel_bins: int = 128, frames: int | None = 1024, rate: int = 16000, mean: float = -4.2677393, std: float = 4.5689974
     ) -> None:
         super().__init__()
-        self.frames, self.mean, self.std = frames, mean, std
+        self.frames, self.mean, self.std, self.mel_bins, self.rate = frames, mean, std, mel_bins, rate
         self.length, self.hop = rate * 25 // 1000, rate // 100
         self.size = 2 ** math.ceil(math.log2(self.length))
-        self.register_buffer("window", torch.hann_window(self.length, periodic=False), persistent=False)
-        self.register_buffer("filters", mel_filters(mel_bins, self.size, rate), persistent=False)
+        self.register_constants()
+
+    def constants(self) -> dict[str, Tensor]:
+        window = torch.hann_window(self.length, periodic=False, dtype=torch.float32, device="cpu")
+        return {"window": window, "filters": mel_filters(self.mel_bins, self.size, self.rate)}
 
     def forward(self, waves: Tensor) -> Tensor:
         if waves.dim() != 2 or waves.shape[1] < self.length:
@@ -73,8 +77,9 @@ class LogMel(nn.Module):
 def mel_filters(bins: int, size: int, rate: int, low: float = 20.0) -> Tensor:
     """Triangles (size // 2 + 1, bins) over the bins of an FFT of ``size``, straight on the mel scale."""
     mel = lambda f: 1127.0 * torch.log1p(f / 700.0)  # noqa: E731
-    edges = torch.linspace(*(float(mel(torch.tensor(f, dtype=torch.float64))) for f in (low, rate / 2)), bins + 2, dtype=torch.float64)
-    at = mel(torch.arange(size // 2 + 1, dtype=torch.float64) * rate / size)[:, None]
+    exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    edges = torch.linspace(*(float(mel(torch.tensor(f, **exact))) for f in (low, rate / 2)), bins + 2, **exact)
+    at = mel(torch.arange(size // 2 + 1, **exact) * rate / size)[:, None]
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
     filters = torch.minimum((at - left) / (centre - left), (right - at) / (right - centre)).clamp_min(0)
     return filters.float()

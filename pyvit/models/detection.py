@@ -176,7 +176,7 @@ class ViTDet(nn.Module):
 
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
         """Arguments of a forward pass."""
-        return (torch.zeros(batch, self.patch_embed.in_chans, *self.img_size, device=self.pos_embed.device),)
+        return (self.pos_embed.new_zeros(batch, self.patch_embed.in_chans, *self.img_size),)
 
 
 class ChannelNorm(nn.LayerNorm):

@@ -6,7 +6,6 @@ attention layer reports the scores it would store. "FLOPs" in the papers of ViT 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pyvit.dispatch import use_backend
 from pyvit.models.registry import create_model
+from pyvit.ops.flops import FORMULAS
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ def count(model: str, **overrides: Any) -> Cost:
     with FakeTensorMode():
         for module in made.modules():
             for name, p in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=False))
+                setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="cpu"), requires_grad=False))
             for name, b in module.named_buffers(recurse=False):
-                setattr(module, name, torch.empty(b.shape, dtype=b.dtype))
+                setattr(module, name, torch.empty(b.shape, dtype=b.dtype, device="cpu"))
         return count_module(made, name=model)
 
 
@@ -90,26 +90,6 @@ def count_module(model: nn.Module, inputs: Sequence[Any] | None = None, name: st
         sum(bh * q * k for bh, q, k in seen),
         sum(bh * q for bh, q, _ in seen),
     )
-
-
-def _attention(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: Any) -> int:
-    b, h, n, d = q
-    return 2 * b * h * n * k[2] * (d + v[3])
-
-
-def _window(qkv: Sequence[int], window_size: Sequence[int], *_: Any, **__: Any) -> int:
-    (b, h, w, c3), (wh, ww) = qkv, window_size
-    return 4 * b * -(-h // wh) * -(-w // ww) * (wh * ww) ** 2 * (c3 // 3)
-
-
-def _patches(images: Sequence[int], weight: Sequence[int], *args: Any, out_shape: Sequence[int], **__: Any) -> int:
-    prefix = args[3]
-    patches = out_shape[1] - (prefix[0] if prefix is not None else 0)
-    return 2 * out_shape[0] * patches * math.prod(weight)
-
-
-#: Floating-point operations of pyvit's operators from the shapes of their arguments, for ``torch.utils.flop_counter.FlopCounterMode``.
-FORMULAS = {torch.ops.pyvit.flash_attention: _attention, torch.ops.pyvit.window_attention: _window, torch.ops.pyvit.patch_embed: _patches}
 
 
 def attention_memory(tokens: int, heads: int, layers: int, itemsize: int = 4) -> int:

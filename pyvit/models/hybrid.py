@@ -140,7 +140,7 @@ class HybridVisionTransformer(VisionTransformer):
         return HybridEmbed(backbone, patch_size, embed_dim, options["bias"])
 
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
-        return (torch.zeros(batch, self._in_chans, *self.img_size, device=self.patch_embed.proj.weight.device),)
+        return (self.patch_embed.proj.weight.new_zeros(batch, self._in_chans, *self.img_size),)
 
 
 register("vit_base_r50_s16_224", HybridVisionTransformer, **SIZES["base"])

@@ -35,7 +35,7 @@ class MaskedAutoencoder(VisionTransformer):
         self.norm_pix_loss = norm_pix_loss
         self.decoder_embed = Linear(self.embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        positions = torch.cat((torch.zeros(1, decoder_embed_dim), sincos_2d(decoder_embed_dim, self.grid)))[None]
+        positions = F.pad(sincos_2d(decoder_embed_dim, self.grid).to(self.mask_token), (0, 0, 1, 0))[None]
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         self.decoder_blocks = nn.Sequential(*(Block(decoder_embed_dim, decoder_num_heads, eps=eps) for _ in range(decoder_depth)))
         self.decoder_norm = LayerNorm(decoder_embed_dim, eps, before_linear=True)
@@ -60,7 +60,7 @@ class MaskedAutoencoder(VisionTransformer):
 
         The mask is 1 where hidden. ``noise`` (B, N) decides the order where given; the smallest values are kept.
         """
-        noise = torch.rand(batch, patches, device=self.mask_token.device) if noise is None else noise
+        noise = torch.rand(batch, patches, dtype=torch.float32, device=self.mask_token.device) if noise is None else noise
         shuffle = noise.argsort(1)
         restore = shuffle.argsort(1)
         kept = int(patches * (1 - mask_ratio))

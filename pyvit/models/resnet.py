@@ -109,7 +109,7 @@ class ResNet(nn.Module):
 
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
         """Arguments of a forward pass."""
-        return (torch.zeros(batch, self.in_chans, self.img_size, self.img_size, device=self.bn1.weight.device),)
+        return (self.bn1.weight.new_zeros(batch, self.in_chans, self.img_size, self.img_size),)
 
 
 class AttentionPool2d(nn.Module):
@@ -160,7 +160,7 @@ class CLIPResNet(nn.Module):
 
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
         """Arguments of a forward pass."""
-        return (torch.zeros(batch, 3, self.img_size, self.img_size, device=self.bn1.weight.device),)
+        return (self.bn1.weight.new_zeros(batch, 3, self.img_size, self.img_size),)
 
 
 register("resnet18", ResNet, layers=(2, 2, 2, 2), bottleneck=False)

@@ -265,7 +265,7 @@ class VisionTransformer(nn.Module):
 
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
         """Arguments of a forward pass, of the size the model was made for."""
-        return (torch.zeros(batch, self.patch_embed.in_chans, *self.img_size, device=self.patch_embed.proj.weight.device),)
+        return (self.patch_embed.proj.weight.new_zeros(batch, self.patch_embed.in_chans, *self.img_size),)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(images))

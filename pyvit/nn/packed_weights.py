@@ -19,11 +19,11 @@ def pack_weights(model: nn.Module) -> int:
 
     :func:`unpack_weights` frees the copies; they do not travel with ``state_dict``, ``copy.deepcopy`` or pickling.
     """
-    return sum(packed.keep(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear))
+    return sum(packed.keep(layer) for layer in model.modules() if isinstance(layer, nn.Linear))
 
 
 def unpack_weights(model: nn.Module) -> None:
     """Free what :func:`pack_weights` keeps."""
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
-            packed.drop(layer.weight)
+            packed.drop(layer)

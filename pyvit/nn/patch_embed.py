@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyvit.nn.constants import Constants
 from pyvit.ops import patch_embed
 from pyvit.ops.patch_embed import grid_size
 
@@ -17,7 +18,7 @@ def pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(Constants):
     """Images (B, C, H, W), floating or uint8, to tokens (B, P + N, D), on :func:`pyvit.ops.patch_embed`.
 
     Args:
@@ -49,8 +50,13 @@ class PatchEmbed(nn.Module):
         self.norm = norm_layer(embed_dim) if norm_layer is not None else None
         self.mean: Tensor | None
         self.std: Tensor | None
-        self.register_buffer("mean", None if mean is None else torch.tensor(mean, dtype=torch.float32), persistent=False)
-        self.register_buffer("std", None if std is None else torch.tensor(std, dtype=torch.float32), persistent=False)
+        self.register_buffer("mean", None, persistent=False)
+        self.register_buffer("std", None, persistent=False)
+        self.pixels = {name: tuple(values) for name, values in (("mean", mean), ("std", std)) if values is not None}
+        self.register_constants()
+
+    def constants(self) -> dict[str, Tensor]:
+        return {name: torch.tensor(values, dtype=torch.float32, device="cpu") for name, values in self.pixels.items()}
 
     def grid(self, size: Sequence[int]) -> tuple[int, int]:
         """Rows and columns of patches of an image of (H, W) pixels."""

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from pyvit.nn.constants import Constants
 
 
 def sincos_2d(dim: int, grid: Sequence[int], temperature: float = 10000.0) -> Tensor:
@@ -44,7 +46,7 @@ def resample_positions(pos: Tensor, old: Sequence[int], new: Sequence[int], anti
     return image[0].permute(1, 2, 0).flatten(0, 1).to(pos.dtype)
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding(Constants):
     """2-D rotary positions over coordinates in [-1, 1], as described in the DINOv3 paper (Simeoni et al., 2025, section 3.2).
 
     Half of each head's angles follow the row, half the column, at periods base ** (4 i / d). In training ``jitter`` s draws one
@@ -63,15 +65,19 @@ class RotaryEmbedding(nn.Module):
         if head_dim % 4:
             raise ValueError(f"RotaryEmbedding: head_dim must be divisible by 4, got {head_dim}")
         self.head_dim, self.base, self.jitter = head_dim, base, jitter
-        self.register_buffer("periods", base ** (torch.arange(head_dim // 4) * (4.0 / head_dim)), persistent=False)
+        self.register_constants()
+
+    def constants(self) -> dict[str, Tensor]:
+        steps = torch.arange(self.head_dim // 4, dtype=torch.float32, device="cpu")
+        return {"periods": self.base ** (steps * (4.0 / self.head_dim))}
 
     def forward(self, grid: Sequence[int], prefix: int = 0) -> Tensor:
         """(prefix + rows * columns, 2, d), sines and cosines, float32; prefix tokens are not rotated."""
         device = self.periods.device
-        y, x = (2.0 * (torch.arange(n, device=device) + 0.5) / n - 1.0 for n in grid)
+        y, x = (2.0 * (torch.arange(n, dtype=torch.float32, device=device) + 0.5) / n - 1.0 for n in grid)
         if self.training and self.jitter != 1.0:
             reach = math.log(self.jitter)
-            scale = torch.empty((), device=device).uniform_(-reach, reach).exp()
+            scale = torch.empty((), dtype=torch.float32, device=device).uniform_(-reach, reach).exp()
             y, x = y * scale, x * scale
         coords = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)  # (N, 2)
         angles = (2 * math.pi * coords[:, :, None] / self.periods).flatten(1)  # (N, d/2)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as globally
 
-from pyvit.ops import packed, products
+from pyvit.ops import packed
 
 Run = Callable[[Tensor], Tensor]
 
@@ -53,7 +53,6 @@ class Snapshot:
             *map(Tensor.data_ptr, self.tensors),
             *map(_dtype, self.tensors),
             *map(_version, self.weights),
-            products.adoptions(),
             packed.changes(),
         ]
 

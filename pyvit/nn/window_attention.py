@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyvit.nn.constants import Constants
 from pyvit.nn.linear import Linear, apply, prepared
 from pyvit.nn.patch_embed import pair
 from pyvit.nn.replay import Run
@@ -116,7 +117,7 @@ class WindowAttention(nn.Module):
         return table[relative_position_index(self.window_size, table.device)].permute(2, 0, 1)
 
 
-class WindowAttentionV2(WindowAttention):
+class WindowAttentionV2(Constants, WindowAttention):
     """Swin V2's window attention: cosine similarity with a learned temperature, and the bias table made by a small network from log-spaced
     offsets, so that it carries over between window sizes. Liu et al., "Swin Transformer V2" (2022), section 3.
 
@@ -129,7 +130,11 @@ class WindowAttentionV2(WindowAttention):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self.logit_scale = nn.Parameter(torch.full((self.num_heads, 1, 1), math.log(10.0)))
         self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, self.num_heads, bias=False))
-        self.register_buffer("coords", log_offsets(self.window_size, pair(pretrained_window_size)), persistent=False)
+        self.pretrained_window_size = pair(pretrained_window_size)
+        self.register_constants()
+
+    def constants(self) -> dict[str, Tensor]:
+        return {"coords": log_offsets(self.window_size, self.pretrained_window_size)}
 
     def _make_qkv(self, dim: int, qkv_bias: bool) -> None:
         self.qkv = Linear(dim, 3 * dim, bias=False)
@@ -160,6 +165,6 @@ def log_offsets(window: tuple[int, int], pretrained: tuple[int, int] = (0, 0)) -
     """
     axes = []
     for n, trained in zip(window, pretrained, strict=True):
-        offset = torch.arange(1 - n, n, dtype=torch.float32) * (8.0 / max((trained or n) - 1, 1))
+        offset = torch.arange(1 - n, n, dtype=torch.float32, device="cpu") * (8.0 / max((trained or n) - 1, 1))
         axes.append(offset.sign() * torch.log2(offset.abs() + 1.0) / 3.0)
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyvit import library
 from pyvit.memory import scratch
 from pyvit.ops import reference
+from pyvit.ops.tracing import transformed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _aten = torch.ops.aten
@@ -54,9 +55,9 @@ def gradient(grad: Tensor, inner: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
     For relu, ``inner`` may be the result as well.
     """
-    if not _ours(inner):
+    if not _ours(inner) or transformed(grad):
         found = _GRADIENTS[name](grad, inner)
-        return found, found.sum_to_size(found.shape[-1:])
+        return found, found.reshape(-1, found.shape[-1]).sum(0)
     grad, inner = grad.contiguous(), inner.contiguous()
     found = torch.empty_like(inner)
     return found, torch.ops.pyvit.activation_backward(grad, inner, name, found, None)
@@ -64,9 +65,9 @@ def gradient(grad: Tensor, inner: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 def gradient_(grad: Tensor, inner: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """As :func:`gradient`, the first result in place of ``grad``, contiguous; returns activation(inner), passing, and the sum."""
-    if not _ours(inner):
+    if not _ours(inner) or transformed(grad):
         grad.copy_(_GRADIENTS[name](grad, inner))
-        return reference.ACTIVATIONS[name](inner), grad.sum_to_size(grad.shape[-1:])
+        return reference.ACTIVATIONS[name](inner), grad.reshape(-1, grad.shape[-1]).sum(0)
     inner = inner.contiguous()
     out = scratch("activation", inner.shape, inner.dtype)
     return out, torch.ops.pyvit.activation_backward(grad, inner, name, grad, out)

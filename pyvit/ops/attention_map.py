@@ -59,7 +59,7 @@ def _rows(q: Tensor, rows: int | Sequence[int] | Tensor) -> Tensor:
     checks.tensor(op, "q", q, "(B, H, Nq, D)", 4)
     given = isinstance(rows, Tensor)
     if not given:
-        rows = torch.tensor([rows] if isinstance(rows, int) else list(rows), dtype=torch.int64)  # type: ignore[arg-type]
+        rows = torch.tensor([rows] if isinstance(rows, int) else list(rows), dtype=torch.int64, device="cpu")  # type: ignore[arg-type]
     assert isinstance(rows, Tensor)
     if rows.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: rows must hold int64 indices, got {rows.dtype}")

@@ -11,8 +11,8 @@ from torch import Tensor
 from pyvit import dispatch
 from pyvit.dispatch import Call
 from pyvit.ops import checks
-from pyvit.ops.flash_attention import ATTENTION, check
-from pyvit.ops.tracing import traced
+from pyvit.ops.flash_attention import ATTENTION, ATTENTION_BACKWARD, check
+from pyvit.ops.tracing import traced, transformed
 
 
 def flash_attention_qkvpacked(
@@ -110,6 +110,10 @@ class _Packed(torch.autograd.Function):
             grads = (grad_out, torch.zeros_like(lse) if grad_lse is None else grad_lse)
             found = iter(torch.autograd.grad(results, given, grads, create_graph=True))
             return (*(next(found) if need else None for need in ctx.needs_input_grad[:2]), None, None)
+        if any(transformed(grad) for grad in (grad_out, grad_lse) if grad is not None):
+            call = (*parts(qkv), bias, *ctx.options, 0.0, None, "cpu")
+            q, k, v, grad_bias = ATTENTION_BACKWARD(grad_out, grad_lse, out, lse, bias_grad, *call)
+            return torch.stack((q, k, v), 2).transpose(1, 3), grad_bias if bias_grad else None, None, None
         grad, grad_bias = torch.ops.pyvit.flash_attention_qkvpacked_backward(
             grad_out, grad_lse, out, lse, bias_grad, qkv, bias, *ctx.options
         )

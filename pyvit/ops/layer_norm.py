@@ -13,7 +13,7 @@ from pyvit.backends import CAPABILITIES, MISSING
 from pyvit.dispatch import Call
 from pyvit.memory import recycled
 from pyvit.ops import checks, reference
-from pyvit.ops.tracing import traced
+from pyvit.ops.tracing import traced, transformed
 
 _DTYPES = CAPABILITIES["layer_norm"]["cpu"].dtypes
 
@@ -93,7 +93,7 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-        statistics = torch.empty(2, x.numel() // x.shape[-1])
+        statistics = torch.empty(2, x.numel() // x.shape[-1], dtype=torch.float32, device="cpu")
         rows = x.contiguous()
         ctx.save_for_backward(rows, weight, bias, statistics)
         ctx.eps, ctx.dtype = eps, dtype
@@ -102,12 +102,15 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, statistics = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        needs, formula = ctx.needs_input_grad, functools.partial(reference.layer_norm, eps=ctx.eps, dtype=ctx.dtype)
         if torch.is_grad_enabled():  # a gradient of the gradient was asked for: by the plain formula, which autograd sees through
-            formula = functools.partial(reference.layer_norm, eps=ctx.eps, dtype=ctx.dtype)
-            return dispatch.formula_gradients(formula, (x, weight, bias), needs, grad)
+            return (*dispatch.formula_gradients(formula, (x, weight, bias), needs[:3], grad), None, None)
+        if transformed(grad):
+            wanted = [i for i in range(3) if needs[i]]
+            found = dict(zip(wanted, dispatch.reference_backward(formula, (grad,), (x, weight, bias), wanted), strict=True))
+            return found.get(0), found.get(1), found.get(2), None, None
         grad_x = recycled(x.shape, x.dtype)
-        sums = torch.empty(2, x.shape[-1]) if needs[1] or needs[2] else None
+        sums = torch.empty(2, x.shape[-1], dtype=torch.float32, device="cpu") if needs[1] or needs[2] else None
         torch.ops.pyvit.layer_norm_backward(grad.contiguous(), x, weight, statistics, grad_x, sums)
         return (
             grad_x if needs[0] else None,

@@ -16,21 +16,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyvit import library
-from pyvit.ops import checks
+from pyvit.ops import checks, products
 
 #: Rows and columns of a tile: its operands and two float32 copies of it stay near a CPU's last-level cache.
 TILE = 512
 
 
-@functools.cache
 def _onednn() -> Callable[..., Tensor] | None:
     """oneDNN's float32 product, which torch exposes privately, or None. On some processors torch.matmul (MKL) has half its speed."""
-    try:
-        x = torch.ones(2, 2)
-        op = torch.ops.mkldnn._linear_pointwise
-        return op if torch.equal(op(x, x, None, "none", [], ""), x @ x.t()) else None
-    except (AttributeError, RuntimeError):
-        return None
+    return products.onednn() if "onednn" in products.forward_ways(torch.float32, torch.float32, None) else None
 
 
 @functools.cache
@@ -52,7 +46,7 @@ def product(x: Tensor, w: Tensor, out: Tensor | None = None, add: bool = False) 
     """
     if narrow(x, w) or (out is not None and _plain(x) and _plain(w)):
         if out is None:
-            out = torch.empty(x.shape[0], w.shape[0])
+            out = torch.empty(x.shape[0], w.shape[0], dtype=torch.float32, device="cpu")
         torch.ops.pyvit.product(x, w.t(), None, out, add)
         return out
     x, w = widen(x), widen(w)

@@ -1,6 +1,6 @@
 """Inference with weights kept packed on a CPU: linear layers, and a block's branch in one pass.
 
-A weight is packed as oneDNN multiplies it, as ``csrc/cpu/linear.cpp`` does, or both; which way a call goes is measured like any product's
+A weight is packed as oneDNN multiplies it, as ``csrc/cpu/linear.cpp`` does, or both; which way a call goes is decided as any product's
 (:mod:`pyvit.ops.products`). Nothing here is recorded by autograd.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyvit import dispatch, library
 from pyvit.memory import recycled
@@ -44,15 +44,20 @@ Way = Callable[[Tensor, Branch], Tensor]
 
 
 class Pack:
-    """The packed forms of a weight, and the ways that calls with it went."""
+    """The packed forms of a layer's weight, and the ways that calls with it went."""
 
-    def __init__(self, weight: Tensor) -> None:
-        key = id(weight)
-        self.weight = weakref.ref(weight, functools.partial(_forget, PACKS, key))
+    def __init__(self, layer: nn.Module, weight: Tensor) -> None:
+        # Of the layer, not of the weight: torch swaps no tensor that a weak reference points to.
+        self.layer = weakref.ref(layer, functools.partial(_forget, PACKS, id(weight)))
         self.of: tuple[Any, ...] = ()
         self.forms: dict[str, Tensor] = {}
         self.ways: dict[tuple[Any, ...], Way] = {}
         self.used: set[str] = set()  # the forms that these ways multiply
+
+    def is_of(self, weight: Tensor | None) -> bool:
+        """Whether ``weight`` is still the layer's."""
+        layer = self.layer()
+        return layer is not None and layer._parameters.get("weight") is weight
 
     def follow(self, weight: Tensor) -> None:
         """Forget what is known of a weight that has changed."""
@@ -70,9 +75,10 @@ class Pack:
         return found
 
 
-def _forget(packs: dict[int, Pack], key: int, _: object) -> None:
-    """A weight is gone. ``PACKS`` is an argument because when Python ends a module's names may be gone first."""
-    packs.pop(key, None)
+def _forget(packs: dict[int, Pack], key: int, gone: object) -> None:
+    """A layer is gone. ``PACKS`` is an argument because when Python ends a module's names may be gone first."""
+    if (pack := packs.get(key)) is not None and pack.layer is gone:
+        del packs[key]
 
 
 _changes = 0
@@ -85,12 +91,12 @@ _PACKERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _state(weight: Tensor) -> tuple[Any, ...]:
-    return weight._version, weight.data_ptr(), weight.dtype, products.adoptions()
+    return weight._version, weight.data_ptr(), weight.dtype
 
 
 def pack_of(weight: Tensor | None) -> Pack | None:
     pack = PACKS.get(id(weight))
-    return pack if pack is not None and pack.weight() is weight else None
+    return pack if pack is not None and pack.is_of(weight) else None
 
 
 @functools.cache
@@ -110,19 +116,25 @@ def _forms(dtype: torch.dtype) -> tuple[str, ...]:
     return tuple(found)
 
 
-def keep(weight: Tensor) -> bool:
-    """Keep ``weight`` packed from the next product without a gradient on; False where no library here can."""
+def keep(layer: nn.Module) -> bool:
+    """Keep the weight of ``layer`` packed from the next product without a gradient on; False where no library here can."""
     global _changes
-    able = products.policy() != "torch" and weight.dim() == 2 and weight.is_contiguous() and weight.numel() > 0
-    if able and weight.device.type == "cpu" and not weight.is_inference() and _forms(weight.dtype):
-        PACKS[id(weight)] = Pack(weight)
-        _changes += 1
-        return True
-    return False
+    weight = layer._parameters.get("weight")  # not one that a parametrization computes anew for every call
+    if weight is None or products.policy() == "torch" or weight.is_inference() or not _packable(weight):
+        return False
+    PACKS[id(weight)] = Pack(layer, weight)
+    _changes += 1
+    return True
 
 
-def drop(weight: Tensor) -> None:
+def _packable(weight: Tensor) -> bool:
+    able = type(weight) in (Tensor, nn.Parameter) and weight.layout == torch.strided and weight.device.type == "cpu"
+    return able and weight.dim() == 2 and weight.is_contiguous() and weight.numel() > 0 and bool(_forms(weight.dtype))
+
+
+def drop(layer: nn.Module) -> None:
     global _changes
+    weight = layer._parameters.get("weight")
     if (pack := pack_of(weight)) is not None:
         del PACKS[id(weight)]
         pack.forms.clear()  # whoever remembers the pack
@@ -193,11 +205,12 @@ def _small(t: Any) -> Any:
 
 def run(x: Tensor, branch: Branch) -> Tensor | None:
     """The branch by its fastest way, or None where its weights are not packed. Its tensors fit each other and have one dtype."""
-    packs = [pack for w in (branch.weight, branch.weight2) if w is not None and (pack := pack_of(w)) is not None]
-    if len(packs) < 1 + (branch.weight2 is not None):
+    weights = [w for w in (branch.weight, branch.weight2) if w is not None]
+    packs = [pack for w in weights if (pack := pack_of(w)) is not None]
+    if len(packs) < len(weights):
         return None
-    for pack in packs:
-        pack.follow(pack.weight())  # type: ignore[arg-type]
+    for pack, weight in zip(packs, weights, strict=True):
+        pack.follow(weight)
     rows = x.numel() // max(x.shape[-1], 1)
     key = _key(rows, x, branch)
     width = (branch.weight if branch.weight2 is None else branch.weight2).shape[0]
@@ -206,9 +219,13 @@ def run(x: Tensor, branch: Branch) -> Tensor | None:
         residual = None if branch.residual is None else branch.residual.reshape(-1, width)[:few]
         return (x if x.dim() < 2 else x.reshape(-1, x.shape[-1])[:few]), branch._replace(residual=residual)
 
-    measuring = products.known(key) is None
+    found = products._chosen.get(key)
+    measuring = found is None and products.policy() == "measure"
     before = [(dict(pack.ways), set(pack.used)) for pack in packs] if measuring else []
-    way = products.chosen(key, _ways(x, branch), arguments, rows, branch.weight, x)
+    if found is None:
+        kind = "packed layer" if branch.is_one_layer() else "packed branch"
+        found = products.choose(key, kind, _ways(x, branch), arguments, rows, branch.weight.shape, x.dtype)
+    way = found[0]
     for pack, (ways, used) in zip(packs, before, strict=False):  # calls that were only measured leave nothing
         pack.ways, pack.used = ways, used
     for pack in packs:
@@ -228,25 +245,20 @@ def _key(rows: int, x: Tensor, b: Branch) -> tuple[Any, ...]:
 
 
 def _ways(x: Tensor, b: Branch) -> dict[str, Way]:
-    """In order of preference where nothing is measured."""
+    """Those that serve here."""
     able = _forms(x.dtype)
-    ways: dict[str, Way] = {}
+    ways: dict[str, Way] = {"torch": _torch}
     if not b.is_one_layer():
         ways["layer by layer"] = _layer_by_layer
-    elif "onednn" in able:
-        ways |= {"onednn, activation fused": _onednn_fused} if b.activation in products.FUSED else {}
+    elif "onednn" in able and "onednn" in products.forward_ways(x.dtype, x.dtype, b.activation):
         ways["onednn"] = _onednn
-    if "pyvit" in able:
+    if "pyvit" in able and (b.is_one_layer() or products.policy() != "onednn"):
         ways["pyvit"] = _in_one_pass
-    return ways | {"torch": _torch}
+    return ways
 
 
 def _onednn(x: Tensor, b: Branch) -> Tensor:
     return products.by_onednn(x, PACKS[id(b.weight)].form("onednn", b.weight), b.bias, b.activation)
-
-
-def _onednn_fused(x: Tensor, b: Branch) -> Tensor:
-    return products.by_onednn_fused(x, PACKS[id(b.weight)].form("onednn", b.weight), b.bias, b.activation)
 
 
 def _in_one_pass(x: Tensor, b: Branch) -> Tensor:
@@ -295,7 +307,7 @@ def _torch(x: Tensor, b: Branch) -> Tensor:
 
 
 #: The forms a way multiplies itself.
-_USES = {_onednn: {"onednn"}, _onednn_fused: {"onednn"}, _in_one_pass: {"pyvit"}}
+_USES = {_onednn: {"onednn"}, _in_one_pass: {"pyvit"}}
 
 
 def around(x: Tensor, layers: Callable[[Tensor], Tensor], branch: Branch, backend: str | None = None) -> Tensor:

@@ -1,28 +1,28 @@
-"""Matrix products on a CPU by whichever is fastest for the shape, torch's libraries or ``csrc/cpu/product.cpp``: measured once, remembered
-for the process.
+"""Matrix products on a CPU, torch's libraries' or ``csrc/cpu/product.cpp``'s: :mod:`pyvit.ops.product_rules` says which for a shape.
 
-The ways differ in rounding, so a choice is part of a result's bits. The processes of one group choose alike, the first to measure for all,
-and a process that goes on with another's work adopts its choices.
+The ways differ in rounding, so a choice is part of a result's bits: with the same processor and threads every process chooses alike.
+``PYVIT_LINEAR=measure`` times them instead, once per class of shapes and process, and gives that up.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import time
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pyvit import library
 from pyvit.memory import recycled, scratch
-from pyvit.ops import activations
+from pyvit.ops import activations, product_rules
+from pyvit.ops.tracing import transformed
 
-POLICIES = ("auto", "onednn", "pyvit", "torch")
+POLICIES = ("auto", "measure", "onednn", "pyvit", "torch")
 _policy = os.environ.get("PYVIT_LINEAR") or "auto"
 if _policy not in POLICIES:
     raise ValueError(f"PYVIT_LINEAR must be one of {', '.join(POLICIES)}, got {_policy!r}")
@@ -38,25 +38,13 @@ _CLOSE = {"pyvit": 1.05}
 FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
 
 
-def _find_onednn() -> Callable[..., Tensor] | None:
-    """torch's private operator on oneDNN, if this torch has it and it computes what is expected."""
+@functools.cache
+def onednn() -> Callable[..., Tensor] | None:
+    """torch's private operator on oneDNN, if this torch has it."""
     try:
-        op = torch.ops.mkldnn._linear_pointwise.default
-        x, w, b = torch.arange(6.0).view(2, 3), torch.arange(-6.0, 6.0).view(4, 3), torch.arange(4.0)
-        return op if torch.equal(op(x, w, b, "none", [], ""), F.linear(x, w, b)) else None
+        return torch.ops.mkldnn._linear_pointwise.default  # type: ignore[no-any-return]
     except (AttributeError, RuntimeError):
         return None
-
-
-_onednn: Callable[..., Tensor] | None = None
-_looked = False
-
-
-def onednn() -> Callable[..., Tensor] | None:
-    global _onednn, _looked
-    if not _looked:
-        _onednn, _looked = _find_onednn(), True
-    return _onednn
 
 
 def _narrow(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -71,13 +59,10 @@ def by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | N
 
 
 def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    y = _onednn(x, *_narrow(x, weight, bias), "none", [], "")  # type: ignore[misc]
-    return y if activation is None else activations.activate_(y, activation)
-
-
-def by_onednn_fused(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    attribute, algorithm = FUSED[activation or ""]
-    return _onednn(x, *_narrow(x, weight, bias), attribute, [], algorithm)  # type: ignore[misc]
+    """With its own activation, where it has it."""
+    attribute, algorithm = FUSED.get(activation or "", ("none", ""))
+    y = onednn()(x, *_narrow(x, weight, bias), attribute, [], algorithm)  # type: ignore[misc]
+    return y if activation is None or activation in FUSED else activations.activate_(y, activation)
 
 
 def _in_float32(product: Callable[..., Tensor]) -> Way:
@@ -100,70 +85,55 @@ def _transposed(x: Tensor) -> Tensor:
     return x.t()
 
 
-def _ours(a: Tensor, b: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None, passing: bool = False) -> Tensor:
-    """a (N, K) b (K, M) + bias of ``dtype``, a's or float32; a and b contiguous, or transposed views of what is.
-
-    ``passing``: of those that are soon done with, in recycled memory.
-    """
-    out = (recycled if passing else torch.empty)((a.shape[0], b.shape[1]), dtype=dtype or a.dtype)
+def _ours(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a (N, K) b (K, M) + bias in ``out``, of a's dtype or float32; a and b contiguous, or transposed views of what is."""
     torch.ops.pyvit.product.default(a, b, None if bias is None else bias.contiguous(), out, False)
     return out
 
 
 def by_pyvit(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device="cpu")  # the result itself, not a view of rows
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = _ours(rows, weight.t(), bias).view(*x.shape[:-1], weight.shape[0])
+    _ours(rows, weight.t(), y.view(rows.shape[0], weight.shape[0]), bias)
     return y if activation is None else activations.activate_(y, activation)
 
 
-#: For each product, its ways in order of preference where nothing is measured.
-_FORWARD: Mapping[str, Way] = {
-    "onednn, activation fused": by_onednn_fused,
+def _grad_weight_by_pyvit(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return _ours(grad.contiguous().t(), x, torch.empty(grad.shape[1], x.shape[1], dtype=dtype, device="cpu"))
+
+
+#: For each product, its ways by name.
+FORWARD: Mapping[str, Way] = {
     "onednn": by_onednn,
     "pyvit": by_pyvit,
     "float32 copies": _in_float32(lambda *args: forward(*args)),
     "torch": by_torch,
 }
-_GRAD_INPUT: Mapping[str, Way] = {
-    "onednn": lambda grad, weight: _onednn(grad, weight.to(grad.dtype).t(), None, "none", [], ""),  # type: ignore[misc]
-    "pyvit": lambda grad, weight: _ours(grad.contiguous(), weight, passing=True),
+GRAD_INPUT: Mapping[str, Way] = {
+    "onednn": lambda grad, weight: onednn()(grad, weight.to(grad.dtype).t(), None, "none", [], ""),  # type: ignore[misc]
+    "pyvit": lambda grad, weight: _ours(grad.contiguous(), weight, recycled((grad.shape[0], weight.shape[1]), grad.dtype)),
     "float32 copies": _in_float32(lambda *args: grad_input(*args)),
     "torch": lambda grad, weight: grad @ weight.to(grad.dtype),
 }
-_GRAD_WEIGHT: Mapping[str, Way] = {
-    "onednn": lambda grad, x, dtype: _onednn(_transposed(grad), x.t(), None, "none", [], "").to(dtype),  # type: ignore[misc]
-    "pyvit": lambda grad, x, dtype: _ours(grad.contiguous().t(), x, dtype=dtype),
+GRAD_WEIGHT: Mapping[str, Way] = {
+    "onednn": lambda grad, x, dtype: onednn()(_transposed(grad), x.t(), None, "none", [], "").to(dtype),  # type: ignore[misc]
+    "pyvit": _grad_weight_by_pyvit,
     "float32 copies": lambda grad, x, dtype: _in_float32(lambda *args: grad_weight(*args))(grad, x).to(dtype),
     "torch": lambda grad, x, dtype: (grad.t() @ x).to(dtype),
 }
 
 Key = tuple[Any, ...]
 _chosen: dict[Key, tuple[Way, str]] = {}
-_adopted: dict[Key, str] = {}
-_adoptions = 0
 
 
-def adoptions() -> int:
-    """How often choices were adopted: what was remembered of a choice before is stale."""
-    return _adoptions
-
-
-def choices() -> dict[Key, str]:
-    """The way chosen for each class of products so far, for :func:`adopt`."""
-    return {key: how.partition(" (")[0] for key, (_, how) in _chosen.items()}
-
-
-def adopt(choices: Mapping[Key, str]) -> None:
-    """Choose as another process did instead of measuring. A way that cannot serve here is measured anew, with a warning."""
-    for key, name in choices.items():
-        _adopted[key] = name
-        _chosen.pop(key, None)
-    global _adoptions
-    _adoptions += 1
+def rows_class(rows: int) -> int:
+    """Rows that are multiplied alike: the least power of two that is larger."""
+    return 1 << rows.bit_length()
 
 
 def _key(kind: str, rows: int, *rest: Any) -> Key:
-    return (kind, rows.bit_length(), *rest, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+    key = (kind, rows_class(rows), *rest)
+    return (*key, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) if _policy == "measure" else key
 
 
 def forward_key(rows: int, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Key:
@@ -174,16 +144,8 @@ def _dtypes(narrow: torch.dtype, wide: torch.dtype) -> Any:
     return narrow if narrow == wide else (narrow, wide)
 
 
-def chosen(key: Key, ways: Mapping[str, Way], arguments: Callable[[int], tuple[Any, ...]], rows: int, weight: Tensor, x: Tensor) -> Way:
-    """The way for ``key`` among ``ways``, by name, one of them "torch"; measured with ``arguments(rows)`` the first time."""
-    found = _chosen.get(key)
-    if found is None:
-        found = _chosen[key] = _choose(key, ways, arguments, rows, weight, x)
-    return found[0]
-
-
 def known(key: Key) -> str | None:
-    """What was chosen for ``key``, and how it was found."""
+    """What was chosen for ``key``, and why."""
     return _chosen[key][1] if key in _chosen else None
 
 
@@ -199,63 +161,84 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | No
     key = forward_key(rows, x, weight, bias, activation)
     found = _chosen.get(key)
     if found is None:
-        ways = {n: w for n, w in _FORWARD.items() if n != "onednn, activation fused" or activation in FUSED}
-        few = x if x.dim() < 2 else x.reshape(-1, x.shape[-1])
-        found = _chosen[key] = _choose(key, ways, lambda rows: (few[:rows], weight, bias, activation), few.shape[0], weight, x)
+        few = x.reshape(-1, x.shape[-1]) if x.numel() else x
+        plain = weight.is_contiguous()
+        ways = forward_ways(x.dtype, weight.dtype, activation) if plain else {"torch": by_torch}
+        found = choose(key, "forward", ways, lambda n: (few[:n], weight, bias, activation), rows, weight.shape, x.dtype)
     return found[0](x, weight, bias, activation)
 
 
 def grad_input(grad: Tensor, weight: Tensor) -> Tensor:
     """grad (N, M) weight (M, K) -> (N, K), in grad's dtype."""
+    if transformed(grad):  # batched gradients, counters of operations
+        return GRAD_INPUT["torch"](grad, weight)
     key = _key("grad_input", grad.shape[0], weight.shape, weight.is_contiguous(), _dtypes(grad.dtype, weight.dtype))
     found = _chosen.get(key)
     if found is None:
-        found = _chosen[key] = _choose(key, _GRAD_INPUT, lambda rows: (grad[:rows], weight), grad.shape[0], weight, grad)
+        ways = grad_input_ways(grad.dtype, weight.dtype) if weight.is_contiguous() else {"torch": GRAD_INPUT["torch"]}
+        found = choose(key, "grad_input", ways, lambda n: (grad[:n], weight), grad.shape[0], weight.shape, grad.dtype)
     return found[0](grad, weight)
 
 
 def grad_weight(grad: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """grad (N, M), x (N, K) -> grad^T x (M, K) in ``dtype``: theirs (the default) or float32."""
     dtype = dtype or grad.dtype
+    if transformed(grad):
+        return GRAD_WEIGHT["torch"](grad, x, dtype)
     key = _key("grad_weight", grad.shape[0], grad.shape[1], x.shape[1], _dtypes(grad.dtype, dtype))
     found = _chosen.get(key)
     if found is None:
-        shape = torch.empty(grad.shape[1], x.shape[1], device="meta")
-        found = _chosen[key] = _choose(key, _GRAD_WEIGHT, lambda rows: (grad[:rows], x[:rows], dtype), grad.shape[0], shape, grad)
+        ways, shape = grad_weight_ways(grad.dtype, dtype), (grad.shape[1], x.shape[1])
+        found = choose(key, "grad_weight", ways, lambda n: (grad[:n], x[:n], dtype), grad.shape[0], shape, grad.dtype)
     return found[0](grad, x, dtype)
 
 
-def _choose(
-    key: Key, ways: Mapping[str, Way], arguments: Callable[[int], tuple[Any, ...]], rows: int, weight: Tensor, x: Tensor
+def choose(
+    key: Key,
+    kind: str,
+    ways: Mapping[str, Way],
+    arguments: Callable[[int], tuple[Any, ...]],
+    rows: int,
+    weight: tuple[int, ...],
+    dtype: torch.dtype,
 ) -> tuple[Way, str]:
-    """The fastest of ``ways`` on the first rows of the call's own tensors, or the one chosen elsewhere, and how it was found."""
-    plain = ways["torch"]
-    if _policy == "torch":
-        return plain, "torch (PYVIT_LINEAR)"
-    if (
-        x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
-        or x.dim() < 2
-        or not x.numel() * weight.numel()
-        or not weight.is_contiguous()
-    ):
-        return plain, "torch (nothing else takes this call)"
-    few = arguments(min(rows, _PROBE_ROWS))
-    wanted = plain(*few)
-    able = {n: way for n, way in ways.items() if way is plain or (_serves(n, x.dtype) and _agrees(way, few, wanted))}
-    if len(able) == 1:
-        return plain, "torch (nothing else takes this call)"
-    name = "pyvit" if _policy == "pyvit" and _policy in able else next(iter(able))
-    if _policy != "auto" or torch.are_deterministic_algorithms_enabled():
-        return able[name], f"{name} ({'PYVIT_LINEAR' if _policy != 'auto' else 'deterministic algorithms: not measured'})"
-    if (name := _adopted.get(key, "")) in able:
-        return able[name], f"{name} (as chosen before)"
-    if name:
-        warnings.warn("a matrix product chosen before is not available here: measured anew, results may differ by rounding", stacklevel=2)
-    many = min(rows, max(_PROBE_ROWS, _PROBE_FLOPS // (2 * weight.numel())))
+    """The way for ``key`` among ``ways``, by name, one of them "torch", and why: by PYVIT_LINEAR, the rules, or, under
+    ``PYVIT_LINEAR=measure``, by timing ``arguments(n)``, the call's own on its first n rows."""
+    name, why = _choice(kind, ways, arguments, rows, weight, dtype)
+    _chosen[key] = ways[name], f"{name} ({why})"
+    return _chosen[key]
+
+
+def _choice(
+    kind: str,
+    ways: Mapping[str, Way],
+    arguments: Callable[[int], tuple[Any, ...]],
+    rows: int,
+    weight: tuple[int, ...],
+    dtype: torch.dtype,
+) -> tuple[str, str]:
+    out, inner = weight
+    if len(ways) == 1 or not rows * out * inner:
+        return "torch", "nothing else takes this call"
+    if _policy in ways:
+        return _policy, "PYVIT_LINEAR"
+    if _policy == "measure" and not torch.are_deterministic_algorithms_enabled():
+        return _measured(ways, arguments, rows, out * inner)
+    return by_rule(kind, ways, rows, weight, dtype), f"by rule for {product_rules.isa(dtype)}"
+
+
+def by_rule(kind: str, ways: Collection[str], rows: int, weight: tuple[int, ...], dtype: torch.dtype) -> str:
+    """Of ``ways`` the one that the rules want for ``rows`` and a weight of that shape."""
+    shape = product_rules.Shape(rows_class(rows), *weight)
+    return next((name for name in product_rules.preference(kind, dtype, shape) if name in ways), "torch")
+
+
+def _measured(ways: Mapping[str, Way], arguments: Callable[[int], tuple[Any, ...]], rows: int, weight: int) -> tuple[str, str]:
+    many = min(rows, max(_PROBE_ROWS, _PROBE_FLOPS // (2 * weight)))
     args = arguments(many)
-    best = dict.fromkeys(able, float("inf"))
+    best = dict.fromkeys(ways, float("inf"))
     for _ in range(_ROUNDS):  # interleaved, so that another process disturbs all alike
-        for name, way in able.items():
+        for name, way in ways.items():
             if best[name] < float("inf") and best[name] > _HOPELESS * min(best.values()):
                 continue
             start = time.perf_counter()
@@ -263,41 +246,59 @@ def _choose(
             best[name] = min(best[name], time.perf_counter() - start)
     fastest = min(best.values())
     name = next((n for n, t in best.items() if n in _CLOSE and t < _CLOSE[n] * fastest), min(best, key=best.__getitem__))
-    figures = ", ".join(f"{n} {t * 1e3:.3f} ms" for n, t in best.items())
-    if (first := _of_group(key, name)) != name and first in able:
-        return able[first], f"{first} (as another process of the group chose; measured on {many} rows: {figures})"
-    return able[name], f"{name} (measured on {many} rows: {figures})"
+    return name, f"measured on {many} rows: {', '.join(f'{n} {t * 1e3:.3f} ms' for n, t in best.items())}"
 
 
-def _serves(name: str, dtype: torch.dtype) -> bool:
-    if name.startswith("onednn"):
-        return onednn() is not None
-    if name == "float32 copies":
-        return dtype != torch.float32
-    return library.problem() is None
+@functools.cache
+def forward_ways(narrow: torch.dtype, wide: torch.dtype, activation: str | None) -> dict[str, Way]:
+    """The ways of :func:`forward` that serve an x of ``narrow`` and a weight of ``wide`` on this machine."""
+    return _serving(FORWARD, _numbers((5, 24), narrow), _numbers((9, 24), wide), _numbers((9,), wide), activation)
 
 
-def _of_group(key: Key, name: str) -> str:
-    """What the first process of the default group to measure ``key`` chose: ``name`` if it is this one. No process waits for another."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return name
-    return dist.distributed_c10d._get_default_store().compare_set(f"pyvit.products/{key}", "", name).decode()
+@functools.cache
+def grad_input_ways(narrow: torch.dtype, wide: torch.dtype) -> dict[str, Way]:
+    return _serving(GRAD_INPUT, _numbers((5, 9), narrow), _numbers((9, 24), wide))
 
 
-def _agrees(way: Way, args: tuple[Any, ...], wanted: Tensor) -> bool:
+@functools.cache
+def grad_weight_ways(narrow: torch.dtype, wide: torch.dtype) -> dict[str, Way]:
+    return _serving(GRAD_WEIGHT, _numbers((5, 9), narrow), _numbers((5, 24), narrow), wide)
+
+
+def _numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    n = torch.Size(shape).numel()
+    return (torch.arange(n, dtype=torch.float32, device="cpu") * 5 % 7 - 3).view(shape).to(dtype) / 2
+
+
+def _serving(ways: Mapping[str, Way], *args: Any) -> dict[str, Way]:
+    """Those of ``ways`` that take a small call and give its result: a library may refuse a dtype or an activation on this processor."""
+    dtype = args[0].dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return {"torch": ways["torch"]}
+    there = {"onednn": onednn() is not None, "pyvit": library.problem() is None, "float32 copies": dtype != torch.float32, "torch": True}
+    with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        wanted = ways["torch"](*args)
+        return {name: way for name, way in ways.items() if there[name] and (name == "torch" or agrees(way, args, wanted))}
+
+
+def agrees(way: Way, args: tuple[Any, ...], wanted: Tensor) -> bool:
     """Whether ``way`` takes the call and gives the result but for rounding."""
     try:
         found = way(*args)
     except RuntimeError:  # oneDNN refuses a dtype or an attribute on this processor
         return False
     eps = max(torch.finfo(dtype).eps for dtype in (wanted.dtype, args[0].dtype))
-    tolerance = 64 * eps * float(wanted.abs().nan_to_num(0.0, 0.0, 0.0).max())
-    return found.shape == wanted.shape and bool(((found - wanted).abs().nan_to_num(0.0) <= tolerance).all())
+    tolerance = 64 * eps * float(wanted.abs().max())
+    return found.shape == wanted.shape and bool(((found - wanted).abs() <= tolerance).all())
 
 
 def explain(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> list[str]:
-    """What is known of the choice for a call, for :func:`pyvit.explain`; nothing is computed."""
-    found = known(forward_key(x.numel() // max(x.shape[-1], 1), x, weight, bias, activation))
-    if found is not None:
-        return [f"matrix product by {found}"]
-    return [f"matrix product not chosen yet: PYVIT_LINEAR={_policy}" + ("; the first call measures" if _policy == "auto" else "")]
+    """Which product a call takes, for :func:`pyvit.explain`; nothing of it is computed."""
+    rows = x.numel() // max(x.shape[-1], 1)
+    found = known(forward_key(rows, x, weight, bias, activation))
+    if found is None and _policy == "measure":
+        return ["matrix product not chosen yet: PYVIT_LINEAR=measure; the first call measures"]
+    if found is None:
+        ways = forward_ways(x.dtype, weight.dtype, activation) if weight.is_contiguous() else {"torch": by_torch}
+        found = "{} ({})".format(*_choice("forward", ways, lambda _: (), rows, tuple(weight.shape), x.dtype))
+    return [f"matrix product by {found}"]

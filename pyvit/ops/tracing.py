@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from pyvit import dispatch
+
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
@@ -19,6 +21,11 @@ def traced(*tensors: Tensor) -> bool:
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )
+
+
+def transformed(grad: Tensor) -> bool:
+    """Whether a backward may not take ``grad`` to a kernel: as :func:`traced`, or because it is several in one (``is_grads_batched``)."""
+    return traced(grad) or dispatch.is_batched(grad)
 
 
 def compiled_inference(*tensors: Tensor) -> bool:

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 from pyvit.data import Data, load_data
 from pyvit.data.stream import Stream
 from pyvit.info import setting
-from pyvit.ops import products
 from pyvit.train import checkpoint, schedules
 from pyvit.train.config import FREE, Config
 from pyvit.train.folder import Lock, changes, fingerprint
@@ -227,9 +226,7 @@ class Run:
         if self.accelerator.scaler is not None and saved.get("scaler"):
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         then, now = saved.get("setting", {}), self._setting()
-        if then == now:
-            products.adopt(saved["products"])
-        elif self.main:
+        if then != now and self.main:
             said = ", ".join(
                 f"{k} was {then.get(k, 'not known')}, is {now.get(k, 'not set')}" for k in {**then, **now} if then.get(k) != now.get(k)
             )
@@ -272,21 +269,18 @@ class Run:
 
         Returns whether it is written. Raises FloatingPointError for parameters that are not finite.
         """
-        from accelerate.utils import gather_object
-
         unsound = not all(bool(torch.isfinite(getattr(p, "_local_tensor", p)).all()) for p in self.model.parameters())
         if self._largest(int(unsound))[0]:
             raise FloatingPointError(f"step {step - 1}: parameters are no longer finite; {self._left()}")
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         model, optimizer = get_state_dict(*self._parts(), options=options)  # collective: on every rank
-        chosen = dict(gather_object(list(products.choices().items())))  # likewise; a class may have come up on one rank alone
         written = True
         if self.main:
             scaler = self.accelerator.scaler
             state = {"step": step, "model": model, "optimizer": optimizer, "config": json.dumps(dataclasses.asdict(self.config))}
             state |= {"skipped": self.skipped, "scaler": scaler.state_dict() if scaler is not None else {}, "data": self.fingerprint}
             try:
-                checkpoint.save(self.folder / "last.pt", {**state, "products": chosen, "setting": self._setting()})
+                checkpoint.save(self.folder / "last.pt", {**state, "setting": self._setting()})
             except OSError as error:
                 say(f"warning: no checkpoint at step {step}: {error}; {self._left()}")
                 written = False

@@ -62,7 +62,7 @@ class MAE(Recipe):
     def views(self, batch: Views, step: int, steps: int) -> Views:
         images = self.normalize(self.augment(batch["image"]))
         rows, columns = self.model.patch_embed.grid(images.shape[2:])
-        return {"images": images, "noise": torch.rand(len(images), rows * columns, device=images.device)}
+        return {"images": images, "noise": torch.rand(len(images), rows * columns, dtype=torch.float32, device=images.device)}
 
     def forward(self, views: Views) -> dict[str, Tensor]:
         loss, _, _ = self.model(views["images"], self.opt["mask_ratio"], views["noise"])

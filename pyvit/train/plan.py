@@ -35,7 +35,7 @@ class Plan(torch.utils.data.Sampler[list[int]]):
         for step in range(self.start, self.steps):
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
-                order = torch.randperm(self.n, generator=torch.Generator().manual_seed(step_seed(self.seed, epoch, 0)))
+                order = torch.randperm(self.n, generator=torch.Generator().manual_seed(step_seed(self.seed, epoch, 0)), device="cpu")
             at = step % per_epoch * self.batch
             for micro in order[at : at + self.batch].chunk(self.accumulate):
                 yield micro.chunk(self.world)[self.rank].tolist()

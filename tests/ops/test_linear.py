@@ -28,7 +28,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_compiling.*")
 
 
-@pytest.fixture(params=["onednn", "pyvit", "torch", "auto"])
+@pytest.fixture(params=["onednn", "pyvit", "torch", "auto", "measure"])
 def policy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each policy, with nothing remembered."""
     monkeypatch.setattr(products, "_policy", request.param)
@@ -201,12 +201,12 @@ def test_transforms_modes_and_subclasses_see_the_plain_formula() -> None:
     assert linear(*(t.to("meta") for t in (x, weight, bias))).shape == (5, 6, 24)
 
 
-def test_measured_once_per_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_policy", "auto")
+def test_measured_once_per_class_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_policy", "measure")
     monkeypatch.setattr(products, "_chosen", {})
     seen = []
-    choose = products._choose
-    monkeypatch.setattr(products, "_choose", lambda *args: seen.append(1) or choose(*args))
+    measured = products._measured
+    monkeypatch.setattr(products, "_measured", lambda *args: seen.append(1) or measured(*args))
     x, weight, bias = inputs(torch.float32, 100)
     for rows in (100, 99, 70, 100):
         linear(x[:rows], weight, bias)
@@ -214,72 +214,52 @@ def test_measured_once_per_class(monkeypatch: pytest.MonkeyPatch) -> None:
     linear(x[:30], weight, bias)
     linear(x, weight, bias, activation="relu")
     assert len(seen) == 3
-
-
-@pytest.mark.skipif(products.onednn() is None, reason="this torch has no oneDNN product")
-def test_explain_says_which(policy: str) -> None:
-    x, weight, bias = inputs(torch.float32, 100)
-    assert "not chosen yet" in str(pyvit.explain("linear", x, weight, bias, activation="gelu"))
-    linear(x, weight, bias, activation="gelu")
-    report = pyvit.explain(linear, x, weight, bias, activation="gelu")
-    assert report.chosen == "cpu"
-    wanted = {
-        "onednn": "onednn, activation fused (PYVIT_LINEAR)",
-        "pyvit": "(PYVIT_LINEAR)",
-        "torch": "torch (PYVIT_LINEAR)",
-        "auto": "measured on 100 rows",
-    }
-    assert wanted[policy] in str(report)
-    assert pyvit.explain("linear", x.double(), weight.double()).chosen == "reference"
-
-
-def test_choices_are_adopted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Instead of measuring; a way that cannot serve here is replaced, and that is said."""
-    monkeypatch.setattr(products, "_policy", "auto")
-    monkeypatch.setattr(products, "_chosen", {})
-    monkeypatch.setattr(products, "_adopted", {})
-    x, weight, bias = inputs(torch.float32, 100)
-    linear(x, weight, bias, activation="gelu")
-    (key,) = products.choices()
-    for name in products._FORWARD:
-        if not products._serves(name, torch.bfloat16) and name != "torch":
-            continue
-        products.adopt({key: name})
-        if name == "float32 copies":  # of float32: not a way of its own
-            with pytest.warns(UserWarning, match="is not available here"):
-                linear(x, weight, bias, activation="gelu")
-            continue
-        linear(x, weight, bias, activation="gelu")
-        assert products.choices() == {key: name}
-        assert "measured" not in products._chosen[key][1]
-
-
-def test_deterministic_algorithms_take_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_policy", "auto")
-    monkeypatch.setattr(products, "_chosen", {})
-    x, weight, bias = inputs(torch.float32, 100)
     torch.use_deterministic_algorithms(True)
     try:
         linear(x, weight, bias)
     finally:
         torch.use_deterministic_algorithms(False)
-    ((_, how),) = products._chosen.values()
-    assert "measured on" not in how
+    assert len(seen) == 3
+    assert "by rule" in list(products._chosen.values())[-1][1]
+
+
+@pytest.mark.skipif("onednn" not in products.forward_ways(torch.float32, torch.float32, "gelu"), reason="this torch has no oneDNN product")
+def test_explain_says_which(policy: str) -> None:
+    x, weight, bias = inputs(torch.float32, 100)
+    before = str(pyvit.explain("linear", x, weight, bias, activation="gelu"))
+    assert not products._chosen
+    linear(x, weight, bias, activation="gelu")
+    report = pyvit.explain(linear, x, weight, bias, activation="gelu")
+    assert report.chosen == "cpu"
+    wanted = {
+        "onednn": "onednn (PYVIT_LINEAR)",
+        "pyvit": "(PYVIT_LINEAR)",
+        "torch": "torch (PYVIT_LINEAR)",
+        "auto": "(by rule for ",
+        "measure": "measured on 100 rows",
+    }
+    assert wanted[policy] in str(report)
+    assert ("not chosen yet" in before) if policy == "measure" else (before == str(report))
+    assert pyvit.explain("linear", x.double(), weight.double()).chosen == "reference"
 
 
 def test_a_wrong_library_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A product that returns something else, or raises, is dropped for torch's."""
+    """A product that returns something else, or raises, is dropped for another."""
     x, weight, bias = inputs(torch.float32, 100)
-    monkeypatch.setattr(products, "_looked", True)
+    monkeypatch.setattr(products, "_policy", "onednn")
 
     def refuses(*_: object) -> Tensor:
         raise RuntimeError("could not create a primitive")
 
-    for broken in (lambda x, w, *_: torch.zeros(x.shape[0], w.shape[0]), refuses, None):
-        monkeypatch.setattr(products, "_onednn", broken)
-        monkeypatch.setattr(products, "_chosen", {})
-        torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
-        assert not any(how.startswith("onednn") for _, how in products._chosen.values())
+    try:
+        for broken in (lambda x, w, *_: torch.zeros(x.shape[0], w.shape[0]), refuses, None):
+            monkeypatch.setattr(products, "onednn", lambda broken=broken: broken)
+            monkeypatch.setattr(products, "_chosen", {})
+            products.forward_ways.cache_clear()
+            torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
+            assert not any(how.startswith("onednn") for _, how in products._chosen.values())
+    finally:
+        products.forward_ways.cache_clear()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -300,7 +280,7 @@ def test_environment() -> None:
         return subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=False)
 
     assert "torch (PYVIT_LINEAR)" in run("torch").stdout
-    assert "PYVIT_LINEAR must be one of auto, onednn, pyvit, torch, got 'mkl'" in run("mkl").stderr
+    assert "PYVIT_LINEAR must be one of auto, measure, onednn, pyvit, torch, got 'mkl'" in run("mkl").stderr
 
 
 def test_module_is_a_linear_layer_that_can_be_copied() -> None:
@@ -401,9 +381,9 @@ def test_products_of_float32_copies_are_rounded_once(dtype: torch.dtype, autocas
     name = "float32 copies"
     with torch.autocast("cpu", dtype=dtype, enabled=autocast):
         found = (
-            products._FORWARD[name](x, weight, bias, "gelu"),
-            products._GRAD_INPUT[name](grad, weight),
-            products._GRAD_WEIGHT[name](grad, x, dtype),
+            products.FORWARD[name](x, weight, bias, "gelu"),
+            products.GRAD_INPUT[name](grad, weight),
+            products.GRAD_WEIGHT[name](grad, x, dtype),
         )
     x, weight, bias, grad = (t.double() for t in (x, weight, bias, grad))
     wanted = (torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, bias)), grad @ weight, grad.t() @ x)

@@ -213,13 +213,13 @@ def test_the_first_layer_runs_once_where_only_its_weight_is_packed(monkeypatch: 
     monkeypatch.setattr(products, "_policy", "onednn")
     monkeypatch.setattr(products, "_chosen", {})
     layer, x = Mlp(16, 32), torch.randn(3, 16)
-    if not packed.keep(layer.fc1.weight):
+    if not packed.keep(layer.fc1):
         pytest.skip("oneDNN packs no weights here")
     with torch.no_grad():
         wanted = layer(x)
         calls: list[int] = []
-        one = products._onednn
-        monkeypatch.setattr(products, "_onednn", lambda *args: calls.append(args[0].shape[-1]) or one(*args))
+        one = products.onednn()
+        monkeypatch.setattr(products, "onednn", lambda: lambda *args: calls.append(args[0].shape[-1]) or one(*args))
         torch.testing.assert_close(layer(x), wanted)
         assert calls == [16, 32]
         pyvit.ops.linear(x, layer.fc1.weight, layer.fc1.bias)

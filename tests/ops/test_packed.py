@@ -64,11 +64,19 @@ def branch(dtype: torch.dtype, rows: int, k: int, h: int, m: int, activation: st
     )
 
 
+def keep(weight: Tensor) -> bool:
+    """Packed as the weight of a layer that lives as long as it."""
+    layer = nn.Linear(1, 1, bias=False)
+    layer._parameters["weight"] = weight
+    weight.layer = layer
+    return packed.keep(layer)
+
+
 def run(x: Tensor, b: packed.Branch) -> Tensor:
     with torch.no_grad():
         for weight in (b.weight, b.weight2):
             if weight is not None:
-                assert packed.keep(weight)
+                assert keep(weight)
         found = packed.run(x, b)
         again = packed.again(x, b)
     torch.testing.assert_close(again, found, rtol=0, atol=0, equal_nan=True)
@@ -171,7 +179,7 @@ def test_surroundings_by_any_way(own: None, grad: bool) -> None:
                 found = call(x, b)
                 torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
                 for weight in (b.weight, b.weight2):
-                    assert weight is None or packed.keep(weight)
+                    assert weight is None or keep(weight)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 coarse = call(x, b)
             assert coarse.dtype == torch.float32
@@ -193,7 +201,7 @@ def test_errors() -> None:
         linear(x, w, norm=(torch.ones(6), None, 1e-5))
     with pytest.raises(ValueError, match="linear: x must be of shape"):
         linear(x, w2, residual=x)
-    assert packed.keep(w)
+    assert keep(w)
     with torch.no_grad():  # packed, where calls like it went before, too
         linear(x, w, norm=(torch.ones(8), None, 1e-5))
         with pytest.raises(ValueError, match=r"layer_norm: weight must be of shape \(8,\)"):
@@ -281,38 +289,23 @@ def test_compiled_inference_takes_the_branch(own: None) -> None:
     assert seen.count(torch.ops.pyvit.branch) == 3
 
 
-def test_only_the_chosen_form_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("policy", ["auto", "measure", "onednn", "pyvit"])
+def test_only_the_chosen_form_is_kept(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a layer and of a branch; under "measure" every way has run, and packed what it needs."""
+    monkeypatch.setattr(products, "_policy", policy)
     monkeypatch.setattr(products, "_chosen", {})
     weight, x = torch.randn(64, 64), torch.randn(50, 64)
-    for policy in ("pyvit", "onednn", "auto"):
-        monkeypatch.setattr(products, "_policy", policy)
-        products._chosen.clear()
-        assert packed.keep(weight)
-        with torch.no_grad():
+    assert keep(weight)
+    layer = Mlp(64, 128)
+    pyvit.pack_weights(layer)
+    with torch.no_grad():
+        for _ in range(2):
             linear(x, weight)
-        forms = set(packed.PACKS[id(weight)].forms)
-        assert len(forms) <= 1
-        if policy == "pyvit":
-            assert forms == {"pyvit"}
-    for way in ("pyvit", "layer by layer"):
-        layer = Mlp(64, 128)
-        pyvit.pack_weights(layer)
-        products._chosen.clear()
-        choose = products._choose
-
-        def pick(key: object, ways: dict, *rest: object, way: str = way, choose: object = choose) -> object:
-            found = choose(key, ways, *rest)  # measured: every way has run, and packed what it needs
-            name = way if "layer by layer" in ways else "onednn"
-            return (ways[name], name) if name in ways else found
-
-        monkeypatch.setattr(products, "_choose", pick)
-        with torch.no_grad():
             layer(x)
-            layer(x)
-        monkeypatch.setattr(products, "_choose", choose)
-        held = [packed.PACKS[id(each.weight)].forms for each in (layer.fc1, layer.fc2)]
-        assert all(len(forms) <= 1 for forms in held), way
-        assert way != "pyvit" or all(set(forms) == {"pyvit"} for forms in held)
+    held = [set(packed.PACKS[id(each)].forms) for each in (weight, layer.fc1.weight, layer.fc2.weight)]
+    assert all(len(forms) <= 1 for forms in held)
+    if policy in packed._forms(torch.float32):
+        assert held == [{policy}] * 3
 
 
 def test_recycled_memory_is_nobodys() -> None:

@@ -132,28 +132,18 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(tmp_path: Path) -> None:
     [("supervised", False), pytest.param("supervised", True, marks=pytest.mark.slow), pytest.param("clip", True, marks=pytest.mark.slow)],
 )
 def test_the_engine_on_two_ranks_ends_with_the_weights_of_one(tmp_path: Path, recipe: str, fsdp: bool) -> None:
-    """``train`` as a launcher starts it: without augmentation, three steps on two ranks are three steps on one.
-
-    By the clock of one rank the first matrix product that is measured is the fastest, by the other's the last: they choose alike.
-    """
+    """``train`` as a launcher starts it: without augmentation, three steps on two ranks are three steps on one."""
     plain = {"supervised": ["augment='none'", "drop_path=0.0"], "clip": ["crop=1.0", "context=24"]}[recipe]
     settings = {**RECIPES[recipe], "recipe": recipe, "option": plain, "batch_size": 16, "steps": 3, "clip": 1.0, "save_every": 2}
     train(Config(**settings, out=str(tmp_path / "one")))
     script = """
-import itertools, json, os, sys, pathlib, types
-from accelerate.utils import gather_object
-from pyvit.ops import products
-from pyvit.train import Config, checkpoint, engine
-power = (2.0, 0.5)[int(os.environ["RANK"])]
-products.time = types.SimpleNamespace(perf_counter=(n**power for n in itertools.count(1)).__next__)
+import json, sys, pathlib
+from pyvit.train import Config, engine
 sys.path.insert(0, sys.argv[2])
 from test_ranks import gloo_threads
 run = engine.Run(Config(**json.loads(sys.argv[1])))
 run.run()
 pathlib.Path(run.folder.parent, "kind").write_text(str(type(run.model)))
-mine, other = (dict(items) for items in gather_object([list(products.choices().items())]))
-assert mine == other and mine, (mine, other)
-assert checkpoint.load(run.folder / "last.pt")["products"].items() <= mine.items()
 assert run.world == 2 and ("gloo_tcp_loop" in gloo_threads() or sys.platform != "linux")
 run.close()
 assert not gloo_threads()

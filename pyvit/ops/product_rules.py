@@ -1,0 +1,78 @@
+"""Which matrix product runs on a CPU, as data. ``python -m benchmarks.products`` measures what these rules cost.
+
+The ways of multiplying differ in rounding, so a choice is part of a result's bits. It follows from the processor, the dtype and the shape
+alone: every process chooses alike.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from pyvit import library
+
+#: Instruction sets of the rules: the kernels' own (``PYVIT_CPU_ISA``), or "amx" where oneDNN has matrix registers for the dtype.
+ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
+
+#: Products: of a linear layer, of its two gradients, and in inference with packed weights of a layer and of a block's branch.
+KINDS = ("forward", "grad_input", "grad_weight", "packed layer", "packed branch")
+
+
+class Shape(NamedTuple):
+    """rows (N, K) times a weight (M, K): ``rows`` is the least power of two that is larger than N; a branch counts its first layer."""
+
+    rows: int
+    out: int
+    inner: int
+
+
+class Rule(NamedTuple):
+    """``ways`` in order of preference, for products that fit the other fields; an empty field fits all."""
+
+    ways: tuple[str, ...]
+    kinds: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    isas: tuple[str, ...] = ()
+    most_rows: int = 1 << 62
+    least_weight: int = 0  # elements
+
+    def fits(self, kind: str, dtype: str, isa: str, shape: Shape) -> bool:
+        return (
+            (not self.kinds or kind in self.kinds)
+            and (not self.dtypes or dtype in self.dtypes)
+            and (not self.isas or isa in self.isas)
+            and shape.rows <= self.most_rows
+            and shape.out * shape.inner >= self.least_weight
+        )
+
+
+_NARROW = ("bfloat16", "float16")
+_OURS = ("pyvit", "layer by layer", "onednn", "torch")
+
+#: The first that fits decides; of its ways, the first that this processor and these libraries offer.
+RULES = (
+    Rule(("layer by layer", "onednn", "pyvit", "torch"), isas=("amx",)),
+    Rule(_OURS, isas=("avx512bf16", "avx512")),
+    Rule(_OURS, isas=("avx2",), dtypes=_NARROW),
+    Rule(_OURS, isas=("avx2",), kinds=("packed layer", "packed branch")),
+    Rule(("torch", "onednn", "pyvit"), isas=("avx2",), least_weight=1 << 20),  # of float32: where MKL's reuse of a large weight pays
+    Rule(_OURS, isas=("avx2",)),
+    Rule(("layer by layer", "onednn", "float32 copies", "torch")),
+)
+
+
+@functools.cache
+def isa(dtype: torch.dtype) -> str:
+    """The instruction set that rules for ``dtype`` are looked up by."""
+    amx = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}.get(dtype)
+    if amx is not None and getattr(torch.cpu, amx, bool)():
+        return "amx"
+    return str(torch.ops.pyvit.cpu_isa()) if library.problem() is None else "portable"
+
+
+def preference(kind: str, dtype: torch.dtype, shape: Shape) -> tuple[str, ...]:
+    """The names of ways of multiplying, best first."""
+    name, found = str(dtype).removeprefix("torch."), isa(dtype)
+    return next(rule.ways for rule in RULES if rule.fits(kind, name, found, shape))
