@@ -31,7 +31,7 @@ class ImageText(Recipe):
             raise ValueError(f"{config.recipe}: model must have two towers (clip_* or siglip_*), got {config.model}")
         if config.init is not None:
             initialise(self.model, config.init)
-        self.augment = augment.mae(data.size, data.flip, (self.opt["crop"], 1.0))
+        self.augment = augment.mae(data.size, False, (self.opt["crop"], 1.0))  # a mirror makes the caption's "left" wrong
 
     @property
     def backbone(self) -> nn.Module:
@@ -41,8 +41,8 @@ class ImageText(Recipe):
         return self.model
 
     def views(self, batch: Views, step: int, steps: int) -> Views:
-        text = self.tokenizer(batch["caption"]).to(batch["image"].device)
-        return {"images": self.normalize(self.augment(batch["image"])), "text": text}
+        images = self.normalize(self.augment(self.cropped(batch)["crop"]))
+        return {"images": images, "text": self.tokenizer(batch["caption"]).to(images.device)}
 
     def forward(self, views: Views) -> dict[str, Tensor]:
         images, text, scale, _ = self.model(views["images"], views["text"])

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.utils.data import DataLoader
 
-from pyvit.data import Data, load_data
+from pyvit.data import Data, load_data, loading
 from pyvit.data.stream import Stream
 from pyvit.info import setting
 from pyvit.ops import products
@@ -57,6 +56,20 @@ class Plan(torch.utils.data.Sampler[list[int]]):
             at = step % per_epoch * self.batch
             for micro in order[at : at + self.batch].chunk(self.accumulate):
                 yield micro.chunk(self.world)[self.rank].tolist()
+
+
+class Numbered:
+    """The micro-batches of a plan with the number of their step, from which their crops are drawn."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        for n, indices in enumerate(self.plan):
+            yield self.plan.start + n // self.plan.accumulate, indices
 
 
 def _settle(config: Config) -> Config:
@@ -207,12 +220,11 @@ class Run:
     def batches(self) -> Iterator[dict[str, Any]]:
         c = self.config
         train, spread = self.data.train, (c.batch_size or 1, self.start, self.steps, c.seed, self.rank, self.world, c.accumulate)
+        crops = self.recipe.crops
         if isinstance(train, Stream):
-            yield from DataLoader(train.batches(*spread), batch_size=None, num_workers=min(c.workers, 1))
+            yield from loading.streamed(train, train.batches(*spread, crops), c.workers)
             return
-        plan = Plan(len(train), *spread)
-        workers = {"num_workers": c.workers, "persistent_workers": c.workers > 0, "prefetch_factor": 4 if c.workers else None}
-        yield from DataLoader(train, batch_sampler=plan, collate_fn=_whole, **workers)  # type: ignore[arg-type]
+        yield from loading.drawn(train, crops, Numbered(Plan(len(train), *spread)), c.seed, c.workers)
 
     def step(self, step: int, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
         """One optimizer step; returns the figures to log."""
@@ -307,11 +319,6 @@ class Run:
 
 def _finite(value: float) -> bool:
     return value - value == 0
-
-
-def _whole(batch: Any) -> Any:
-    """Data sets here return whole batches."""
-    return batch
 
 
 def _maybe(defer: bool, accelerator: Any, model: nn.Module) -> Any:

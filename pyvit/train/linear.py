@@ -52,7 +52,7 @@ class Linear(Recipe):
         return nn.Sequential(self.norm, self.head)
 
     def views(self, batch: Views, step: int, steps: int) -> Views:
-        return {"images": self.normalize(self.augment(batch["image"])), "labels": batch["label"]}
+        return {"images": self.normalize(self.augment(self.cropped(batch)["crop"])), "labels": batch["label"]}
 
     def forward(self, views: Views) -> dict[str, Tensor]:
         with torch.no_grad():

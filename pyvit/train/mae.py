@@ -59,7 +59,7 @@ class MAE(Recipe):
         return self.model
 
     def views(self, batch: Views, step: int, steps: int) -> Views:
-        images = self.normalize(self.augment(batch["image"]))
+        images = self.normalize(self.augment(self.cropped(batch)["crop"]))
         rows, columns = self.model.patch_embed.grid(images.shape[2:])
         return {"images": images, "noise": torch.rand(len(images), rows * columns, device=images.device)}
 

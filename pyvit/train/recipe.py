@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pyvit.data import Data
+from pyvit.data.crops import Crop, crop_images, generator
 from pyvit.models.registry import create_model, settings_of
 from pyvit.train.config import Config, parse
 
@@ -57,6 +58,19 @@ class Recipe(nn.Module):
         """uint8, or floats in [0, 1], to what the networks take."""
         images = images / 255 if images.dtype == torch.uint8 else images
         return (images - self.mean) / self.std
+
+    @property
+    def crops(self) -> dict[str, Crop]:
+        """The crops this recipe learns from, by name; the data cut them out of whole images. {} for whole images."""
+        augment = getattr(self, "augment", None)
+        return {"crop": augment.crop} if augment is not None and augment.crop is not None else {}
+
+    def cropped(self, batch: Views) -> Views:
+        """``batch`` with an entry for each of :attr:`crops`, cut out of its whole images where the data have not done it."""
+        if batch.keys() >= self.crops.keys():
+            return batch
+        seeds = torch.randint(2**62, (len(batch["image"]),)).tolist()
+        return {**batch, **crop_images(batch["image"], self.crops, [generator(seed) for seed in seeds])}
 
     def views(self, batch: Views, step: int, steps: int) -> Views:
         raise NotImplementedError

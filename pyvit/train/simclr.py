@@ -53,7 +53,8 @@ class SimCLR(Recipe):
         return self.model
 
     def views(self, batch: Views, step: int, steps: int) -> Views:
-        return {"one": self.normalize(self.augment(batch["image"])), "two": self.normalize(self.augment(batch["image"]))}
+        one, two = (self.normalize(self.augment(crop)) for crop in self.cropped(batch)["crop"])
+        return {"one": one, "two": two}
 
     def forward(self, views: Views) -> dict[str, Tensor]:
         both = torch.cat([views["one"], views["two"]])

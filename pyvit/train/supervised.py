@@ -42,7 +42,7 @@ class Supervised(Recipe):
         return self.model
 
     def views(self, batch: Views, step: int, steps: int) -> Views:
-        images = self.augment(batch["image"])
+        images = self.augment(self.cropped(batch)["crop"] if self.crops else batch["image"])
         targets = F.one_hot(batch["label"], len(self.data.classes or ())).to(images.dtype)
         images, targets = augment.mixup(images, targets, self.opt["mixup"], self.opt["cutmix"])
         return {"images": self.normalize(images), "targets": targets}
@@ -52,7 +52,7 @@ class Supervised(Recipe):
         return {"loss": F.cross_entropy(logits.float(), views["targets"], label_smoothing=self.opt["smoothing"])}
 
     def evaluate(self, data: Data) -> dict[str, float]:
-        logits, labels = predict(self.model, data.test, self.normalize)
+        logits, labels = predict(self.model, data.test, self.normalize, group=self.group)
         top = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
         return {"accuracy": 100 * top[:, 0].float().mean().item(), "top5": 100 * top.any(1).float().mean().item()}
 
