@@ -91,6 +91,28 @@ def labels_of(images: Images) -> Tensor:
     return torch.as_tensor(known)[images.readable()]
 
 
+def check_finite(what: str, *features: Tensor) -> None:
+    """Raise ValueError for features that are not finite, of which no figure would mean anything."""
+    for each in features:
+        if bad := int((~each.isfinite()).flatten(1).any(1).sum()):
+            raise ValueError(f"{what}: features must be finite, those of {bad} of {len(each)} images are not")
+
+
+def check_labelled(what: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> None:
+    """Raise ValueError where (features, labels) of either set are empty or of different length, or training has fewer than two classes."""
+    for name, (rows, labels) in (("training", train), ("held-out", test)):
+        if not len(rows) or len(rows) != len(labels):
+            raise ValueError(f"{what}: there must be one label for each of the {name} features, got {len(rows)} and {len(labels)}")
+    if len(train[1].unique()) < 2:
+        raise ValueError(f"{what}: the training images must be of at least two classes, all are of one")
+
+
+def right(scores: Tensor, labels: Tensor) -> float:
+    """Share of rows (N, classes) whose highest score is that of the label; n classes that tie for it count 1/n each."""
+    best = scores == scores.amax(1, keepdim=True)
+    return (best.gather(1, labels[:, None].to(best.device))[:, 0] / best.sum(1).clamp(min=1)).mean().item()
+
+
 def predict(
     model: nn.Module, images: Images, normalize: Callable[[Tensor], Tensor], batch: int = 256, group: Any = None
 ) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ class ImageText(Recipe):
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
-        if "caption" not in data.test.fetch([0]):
+        if data.train.captions is None:
             raise ValueError(f"{config.recipe}: data must have captions (a CSV with image and caption, say), {data.name} has none")
         self.tokenizer = load_tokenizer(self.opt["tokenizer"], self.opt["context"])
         text = {"vocab_size": self.tokenizer.vocab_size, "context_length": self.opt["context"]}

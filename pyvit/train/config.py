@@ -39,6 +39,7 @@ class Config:
     fsdp: bool = option(False, "shard parameters, gradients and optimizer over processes (FSDP2) instead of replicating them (DDP)")
     image_size: int | None = option(None, "side of the images; default the data set's own, or 224")
     validation: float = option(0.0, "share of the training images to evaluate on in the place of the held-out ones, to choose settings by")
+    flip: bool = option(True, "mirror images at random; never spectrograms, built-in digits or images with captions")
     workers: int = option(0, "processes that read images")
     seed: int = option(0, "of weights, order and augmentation")
     save_every: int = option(200, "steps between checkpoints; one is always written at the end")

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from pyvit.data import Data, load_data, loading
+from pyvit.data.saved import describe
 from pyvit.data.stream import Stream
 from pyvit.info import setting
 from pyvit.ops import products
@@ -139,6 +140,10 @@ class Run:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         self.data: Data = load_data(config.data, config.image_size, config.validation)
+        if not config.flip:
+            self.data = dataclasses.replace(self.data, flip=False)
+        if self.main:
+            say(self.data.summary())
         if config.image_size is None:
             self.config = config = dataclasses.replace(config, image_size=self.data.size[1])
         batch, stream = config.batch_size or 1, isinstance(self.data.train, Stream)
@@ -172,6 +177,7 @@ class Run:
         if saved is None:
             if self.main:
                 checkpoint.save_json(self.folder / "config.json", config)
+                self._keep_data()
             return 0
         before = json.loads(saved["config"])
         differ = [k for k in config if k not in FREE and config[k] != before.get(k, getattr(Config, k, None))]
@@ -190,6 +196,12 @@ class Run:
             )
             say(f"note: {changes}; from here on the bits are not those of an unbroken run")
         return int(saved["step"])
+
+    def _keep_data(self) -> None:
+        """Classes, preprocessing and vocabulary, so that evaluation needs the run's folder alone."""
+        checkpoint.save_json(self.folder / "data.json", describe(self.data, self.config.data))
+        if (tokenizer := Path(str(getattr(self.recipe, "opt", {}).get("tokenizer", "bytes")))).is_file():
+            checkpoint.write_atomic(self.folder / "tokenizer.json", lambda file: file.write(tokenizer.read_bytes()))
 
     def _setting(self) -> dict[str, str]:
         """What, with the same settings, a run's bits depend on."""
@@ -283,8 +295,10 @@ class Run:
         finally:
             progress.close()
             for problem in self.data.train.problems if self.main else ():
-                say(f"skipped {problem}")
+                say(f"skipped {problem}".encode("ascii", "backslashreplace").decode())
         results = self.evaluate()
+        for line in self.data.damage() if self.main else ():
+            say(f"note: {line}")
         log.write(self.steps, **results)
         log.close()
         self.export(results)
@@ -312,6 +326,7 @@ class Run:
             try:
                 checkpoint.save_weights(self.folder / "model.safetensors", state)
                 checkpoint.save_json(self.folder / "config.json", dataclasses.asdict(self.config))
+                self._keep_data()
                 checkpoint.save_json(self.folder / "results.json", results)
             except OSError as error:
                 say(f"warning: cannot write the weights: {error}; {self.folder / 'last.pt'} holds them")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvit.data import Data
-from pyvit.eval.features import embed, labels_of, over
+from pyvit.eval.features import embed, labels_of, over, right
 from pyvit.train import augment
 from pyvit.train.config import Config
 from pyvit.train.rank_norm import RankNorm
@@ -22,6 +22,7 @@ class Linear(Recipe):
     defaults: ClassVar[dict[str, Any]] = {"epochs": 90, "batch_size": 16384, "weight_decay": 0.0, "warmup": 10 / 90, "clip": 0.0}
     options: ClassVar[dict[str, Any]] = {"crop": 0.08}
     base_lr, base_batch, optimizer = 0.1, 256, "sgd"
+    classifies = True
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
@@ -49,7 +50,10 @@ class Linear(Recipe):
         return self.model
 
     def exported(self) -> nn.Module:
-        return nn.Sequential(self.norm, self.head)
+        return nn.ModuleDict({"model": self.model, "norm": self.norm, "head": self.head})
+
+    def encoder(self) -> nn.Module:
+        return self.model
 
     def views(self, batch: Views, step: int, steps: int) -> Views:
         return {"images": self.normalize(self.augment(self.cropped(batch)["crop"])), "labels": batch["label"]}
@@ -61,11 +65,12 @@ class Linear(Recipe):
 
     def evaluate(self, data: Data) -> dict[str, float]:
         device = self.head.weight.device
-        logits = over(data.test, lambda b: self.head(self.norm(embed(self.model, self.normalize(b["image"])).float())), device=device)
-        return {"accuracy": 100 * (logits.argmax(1) == labels_of(data.test)).float().mean().item()}
+        compute = lambda b: self.head(self.norm(embed(self.model, self.normalize(b["image"])).float()))  # noqa: E731
+        logits = over(data.test, compute, device=device, group=self.group)
+        return {"accuracy": 100 * right(logits, labels_of(data.test))}
 
     def expectation(self, results: dict[str, float]) -> str:
-        return f"linear accuracy {results['accuracy']:.2f} % on {len(self.data.test)} held-out images"
+        return f"linear accuracy {results['accuracy']:.2f} % on {len(self.data.test.readable())} held-out images"
 
 
 RECIPE = Linear

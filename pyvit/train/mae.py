@@ -71,7 +71,7 @@ class MAE(Recipe):
         """The reconstruction loss of held-out images, and how well their neighbours share their label."""
         from pyvit.eval.knn import knn_accuracy_of
 
-        batch = data.test.fetch(range(min(len(data.test), 512)))
+        batch = data.test.fetch(data.test.readable()[:512])
         images = self.normalize(batch["image"].to(self.mean.device))
         loss, _, _ = self.model(images, self.opt["mask_ratio"])
         return {"test_loss": float(loss), **knn_accuracy_of(self, data)}

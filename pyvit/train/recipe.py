@@ -35,6 +35,8 @@ class Recipe(nn.Module):
     base_batch: ClassVar[int] = 512
     optimizer: ClassVar[str] = "adamw"
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
+    #: Whether the exported network has one output for each of the data's classes, in their order.
+    classifies: ClassVar[bool] = False
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__()
@@ -98,6 +100,10 @@ class Recipe(nn.Module):
         """The network worth keeping, saved as the run's weights."""
         return self.backbone
 
+    def encoder(self) -> nn.Module:
+        """The network whose features and attention are evaluated."""
+        return self.exported()
+
     def evaluate(self, data: Data) -> dict[str, float]:
         """Figures of merit on held-out images."""
         return {}
@@ -152,6 +158,8 @@ def initialise(model: nn.Module, init: str) -> list[str]:
 
     Heads of another shape are left as they are. Returns the names that were not loaded; raises when nothing fits.
     """
+    if not init:  # a finished run that is loaded again: its own weights follow
+        return []
     path = Path(init)
     if path.is_dir():
         path = path / "model.safetensors"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvit.data import Data
-from pyvit.eval.features import predict
+from pyvit.eval.features import predict, right
 from pyvit.train import augment
 from pyvit.train.config import Config
 from pyvit.train.recipe import Recipe, Views, build, initialise
@@ -18,6 +18,7 @@ class Supervised(Recipe):
     """Cross-entropy with smoothed labels on mixed, cropped, erased images, or on masked spectrograms (Gong et al., 2021)."""
 
     defaults: ClassVar[dict[str, Any]] = {"epochs": 300, "batch_size": 1024, "weight_decay": 0.05, "warmup": 20 / 300, "clip": 5.0}
+    classifies = True
     options: ClassVar[dict[str, Any]] = {"augment": "standard", "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "drop_path": 0.1}
 
     def __init__(self, config: Config, data: Data) -> None:
@@ -54,10 +55,10 @@ class Supervised(Recipe):
     def evaluate(self, data: Data) -> dict[str, float]:
         logits, labels = predict(self.model, data.test, self.normalize, group=self.group)
         top = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
-        return {"accuracy": 100 * top[:, 0].float().mean().item(), "top5": 100 * top.any(1).float().mean().item()}
+        return {"accuracy": 100 * right(logits, labels), "top5": 100 * top.any(1).float().mean().item()}
 
     def expectation(self, results: dict[str, float]) -> str:
-        line = f"test accuracy {results['accuracy']:.2f} % on {len(self.data.test)} held-out images"
+        line = f"test accuracy {results['accuracy']:.2f} % on {len(self.data.test.readable())} held-out images"
         usual = {("digits", "vit"): 97, ("digits", "swi"): 96}.get((self.data.name, (self.config.model or "")[:3]))
         return line + (f"; with the default settings, expect at least {usual} %" if usual else "")
 
