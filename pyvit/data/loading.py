@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pyvit.data.crops import Crop
@@ -59,7 +60,8 @@ def fetched(images: Images, indices: Sequence[int], batch: int, workers: int | N
 def _read(images: Images, source: Any, workers: int, **options: Any) -> Iterator[Batch]:
     """What a loader brings, after what its workers could not read is known to ``images`` here."""
     ahead = {"num_workers": workers, "prefetch_factor": 4 if workers else None}
-    for batch in DataLoader(source, **options, **ahead):
+    own = torch.Generator()  # a loader draws a seed for its workers: not from the random numbers of the run
+    for batch in DataLoader(source, **options, **ahead, generator=own):
         images.note(batch.pop("problems", {}))
         yield batch
 

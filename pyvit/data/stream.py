@@ -17,7 +17,6 @@ from pyvit.data.decode import CENTRE, ImageDecoder
 from pyvit.data.files import TOLERATED, TOLERATED_FILES, DecodedImages, Decoder, stack_views
 from pyvit.data.hub import choose_splits, columns_of, open_hugging_face, split_spec, undecoded
 from pyvit.data.sets import Batch, Data, Images
-from pyvit.data.split import digest
 
 #: Examples that are shuffled among each other, held out where there is no split for it, and read for nearest neighbours.
 BUFFER, HELD, SAMPLE = 1024, 512, 2048
@@ -51,8 +50,6 @@ class Stream(Images):
         self.table, self.decoder, self.count, self.classes, self.name = table, decoder, count, classes, name
         self.image, self.label, self.caption = image, label, caption
         self.captions = [] if caption else None
-        self.held: set[bytes] = set()
-        self.held_sizes: set[int] = set()
         self._bad: dict[int, str] = {}
         self._read = 0
         self._sample: Images | None = None
@@ -81,7 +78,7 @@ class Stream(Images):
     def sample(self) -> Images:
         """The first examples, kept undecoded in memory."""
         if self._sample is None:
-            self._sample = self.hold(itertools.islice(self._kept(self.table), SAMPLE))
+            self._sample = self.hold(self.table.take(SAMPLE))
         return self._sample
 
     def fetch(self, indices: Sequence[int]) -> Batch:
@@ -99,26 +96,6 @@ class Stream(Images):
         if not isinstance(value, int) or not 0 <= value < self.classes:
             raise ValueError(f"data: labels of {self.name} must be in 0..{self.classes - 1}, got {value!r}")
         return value
-
-    def hold_out(self, held: DecodedImages) -> None:
-        """Never train on the images of ``held``, which may come again later in the stream."""
-        self.held = {self._content(item) for item in held.items}
-        self.held_sizes = {self._size(item) for item in held.items}
-
-    @staticmethod
-    def _content(item: Any) -> bytes:
-        content = item.get("bytes") if isinstance(item, Mapping) else item
-        return digest(content) if isinstance(content, bytes) else str(item).encode()
-
-    @staticmethod
-    def _size(item: Any) -> int:
-        content = item.get("bytes") if isinstance(item, Mapping) else item
-        return len(content) if isinstance(content, bytes) else -1
-
-    def _kept(self, rows: Any) -> Iterator[dict[str, Any]]:
-        for row in rows:
-            if self._size(row[self.image]) not in self.held_sizes or self._content(row[self.image]) not in self.held:
-                yield row
 
     def batches(
         self,
@@ -143,7 +120,7 @@ class Stream(Images):
             shuffled = self.table.shuffle(seed=seed + epoch, buffer_size=BUFFER)
             number = 0
             try:
-                for row in self._kept(split_dataset_by_node(shuffled, rank, world)):
+                for row in split_dataset_by_node(shuffled, rank, world):
                     number += 1
                     yield row
             except Exception as error:  # a damaged shard, a connection that breaks: datasets raises what its readers raise
@@ -233,5 +210,5 @@ def hugging_face_stream(spec: str, size: int) -> Data:
         if len(test) < HELD or (count is not None and count <= HELD):
             raise ValueError(f"data: hf-stream:{name} must have more than the {HELD} examples that are held out; read it as hf:{name}")
         train = stream(train.skip(HELD), count - HELD if count else None)
-    train.hold_out(test)
+    notes.append("not searched for repeated images: a stream is not known in advance")
     return Data(Path(name).name, train, test, (size, size), names, flip=caption is None, notes=notes)
