@@ -37,6 +37,8 @@ def open_image(source: Any) -> AbstractContextManager[Any]:
 
 def _orientation(image: Any) -> int:
     """EXIF's number for how the camera was held, 1 for upright. Damaged EXIF says nothing of the pixels, which may be whole."""
+    if image.format == "TIFF":
+        image.load()  # by which Pillow turns a TIFF itself, and forgets the number
     try:
         return int(image.getexif().get(0x0112, 1))
     except Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -79,8 +80,10 @@ def scan(path: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Tree:
                     tree.files.append(path / name)
                 else:
                     tree.left_out["broken links" if entry.is_symlink() else "devices and pipes"] += 1
-            except PermissionError as error:
-                raise PermissionError(f"data: {path / name} cannot be read: {error.strerror}") from error
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise type(error)(f"data: {path / name} cannot be read: {error.strerror}") from error
+                tree.left_out["broken links"] += 1
     return tree
 
 
