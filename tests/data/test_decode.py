@@ -119,7 +119,7 @@ def broken(kind: str) -> bytes:
         Image.new("1", (20000, 10000)).save(file, "PNG")
         return file.getvalue()
     if kind == "overwritten png":
-        noise.save(file, "PNG")
+        Image.radial_gradient("L").save(file, "PNG")
         return file.getvalue()[:3000] + b"\xa5" * 3000 + file.getvalue()[6000:]
     if kind == "png of a wrong colour type":
         head = struct.pack(">IIBBBBB", 8, 8, 8, 99, 0, 0, 0)
