@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-import wave
+import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,10 +49,70 @@ def resample(samples: Tensor, rate: int, wanted: int) -> Tensor:
     return torch.fft.irfft(torch.fft.rfft(samples.double())[: n // 2 + 1], n).float() * (n / samples.numel())
 
 
-def read_wave(path: Path | BinaryIO) -> tuple[Tensor, int]:
-    """Mono samples in [-1, 1] and the rate of a PCM .wav file of 16 bits."""
-    with wave.open(str(path) if isinstance(path, Path) else path) as file:
-        if file.getsampwidth() != 2:
-            raise ValueError(f"{path}: only 16-bit PCM is read, this file has {8 * file.getsampwidth()} bits")
-        samples = torch.frombuffer(bytearray(file.readframes(file.getnframes())), dtype=torch.int16).float() / 32768
-        return samples.view(-1, file.getnchannels()).mean(1), file.getframerate()
+def read_wave(source: Any) -> tuple[Tensor, int]:
+    """Mono samples in [-1, 1] and the rate of a .wav file: PCM of 8, 16, 24 or 32 bits, or floats of 32 or 64; channels are averaged.
+
+    ``source`` is a path or an open file. Raises ValueError for another encoding, for values that are not finite, and for a file that is
+    damaged or cut short.
+    """
+    content = Path(source).read_bytes() if isinstance(source, (str, Path)) else source.read()
+    if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
+        raise ValueError("not a .wav file: it must begin with RIFF and WAVE")
+    form = data = None
+    at = 12
+    while at + 8 <= len(content) and data is None:
+        name, size = content[at : at + 4], int.from_bytes(content[at + 4 : at + 8], "little")
+        body = content[at + 8 : at + 8 + size]
+        if len(body) < size and not (name == b"data" and size >= _UNKNOWN):
+            raise ValueError(f"cut short: the part {name!r} should have {size} bytes and has {len(body)}")
+        if name == b"fmt ":
+            form = body
+        elif name == b"data":
+            data = body
+        at += 8 + size + size % 2
+    if form is None or len(form) < 16 or data is None:
+        raise ValueError("damaged: it must have a format and data")
+    kind, channels, rate, _, frame, bits = struct.unpack("<HHIIHH", form[:16])
+    if kind == _EXTENSIBLE and len(form) >= 26:
+        kind = int.from_bytes(form[24:26], "little")
+    if (kind, bits) not in _SAMPLES:
+        raise ValueError(f"samples must be PCM of 8, 16, 24 or 32 bits or floats of 32 or 64, got encoding {kind} of {bits} bits")
+    if not channels or not LOWEST <= rate <= HIGHEST or frame != channels * bits // 8:
+        raise ValueError(f"damaged: {channels} channels of {bits} bits in frames of {frame} bytes at {rate} Hz")
+    if size >= _UNKNOWN:
+        data = data[: len(data) // frame * frame]
+    if not data or len(data) % frame:
+        raise ValueError(f"cut short: {len(data)} bytes of samples are not whole frames of {frame} bytes")
+    samples = _SAMPLES[kind, bits](data)
+    if not bool(samples.isfinite().all()):
+        raise ValueError("samples must be finite")
+    return samples.view(-1, channels).mean(1), rate
+
+
+#: Rates that are read, in Hz; others are damage.
+LOWEST, HIGHEST = 1000, 768_000
+
+#: Programs that write to a pipe cannot go back to say how much they wrote: a size from here on means "to the end".
+_UNKNOWN = 0x7FFF0000
+
+_EXTENSIBLE = 0xFFFE
+
+
+def _integers(data: bytes, dtype: torch.dtype, full: float, middle: int = 0) -> Tensor:
+    return (torch.frombuffer(bytearray(data), dtype=dtype).double() - middle).div_(full).float()
+
+
+def _pcm24(data: bytes) -> Tensor:
+    low, middle, high = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, 3).int().unbind(1)
+    return ((high << 24 | middle << 16 | low << 8) >> 8).float() / 2**23
+
+
+#: (encoding, bits) -> samples from bytes; 1 is PCM, 3 is floats.
+_SAMPLES: dict[tuple[int, int], Callable[[bytes], Tensor]] = {
+    (1, 8): lambda data: _integers(data, torch.uint8, 128, 128),
+    (1, 16): lambda data: _integers(data, torch.int16, 2**15),
+    (1, 24): _pcm24,
+    (1, 32): lambda data: _integers(data, torch.int32, 2**31),
+    (3, 32): lambda data: torch.frombuffer(bytearray(data), dtype=torch.float32),
+    (3, 64): lambda data: torch.frombuffer(bytearray(data), dtype=torch.float64).float(),
+}

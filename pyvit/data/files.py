@@ -1,219 +1,193 @@
-"""Images, spectrograms and captions read from disk or from Hugging Face ``datasets``."""
+"""Images, spectrograms and captions read from files when they are asked for."""
 
 from __future__ import annotations
 
-import csv
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
-from pyvit.data.audio import BANDS, MEAN, STD, read_wave, spectrogram
+from pyvit.data.audio import BANDS, MEAN, STD
+from pyvit.data.crops import Crop, generator
+from pyvit.data.decode import ImageDecoder, SoundDecoder, decode_image
+from pyvit.data.layout import read_layout
 from pyvit.data.sets import Batch, Data, Images
+from pyvit.data.split import group_files, hold_out, on_both_sides
 
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+__all__ = ["DecodedImages", "Decoder", "decode_image", "folder"]
 
-#: More than this share of unreadable files is a mistake in the data, not an accident.
-_TOLERATED = 0.2
-
-
-class DecodedImages(Images):
-    """Items decoded when asked for.
-
-    One that cannot be read is reported once, by name, and the next readable one takes its place, so that a batch keeps its size and a run
-    its course.
-    """
-
-    def __init__(
-        self,
-        items: Sequence[Any],
-        decode: Callable[[Any], Tensor],
-        labels: Sequence[int] | None = None,
-        captions: Sequence[str] | None = None,
-    ) -> None:
-        self.items, self.labels, self.captions, self._decode = items, labels, captions, decode
-        self._bad: dict[int, str] = {}
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    @property
-    def problems(self) -> list[str]:
-        return list(self._bad.values())
-
-    def _read(self, index: int) -> tuple[int, Tensor]:
-        for step in range(len(self)):
-            at = (index + step) % len(self)
-            if at in self._bad:
-                continue
-            try:
-                return at, self._decode(self.items[at])
-            except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow and wave raise for damaged files
-                name = self.items[at] if isinstance(self.items[at], (str, Path)) else f"item {at}"
-                self._bad[at] = f"{name}: {type(error).__name__}: {error}"
-                warnings.warn(f"skipped {self._bad[at]}", stacklevel=2)
-                if len(self._bad) > max(_TOLERATED * len(self), 1):
-                    raise ValueError(f"{len(self._bad)} of {len(self)} files cannot be read, the last: {self._bad[at]}") from error
-        raise ValueError("no file could be read")
-
-    def fetch(self, indices: Sequence[int]) -> Batch:
-        read = [self._read(int(i)) for i in indices]
-        batch: Batch = {"image": torch.stack([image for _, image in read])}
-        if self.labels is not None:
-            batch["label"] = torch.tensor([self.labels[i] for i, _ in read])
-        if self.captions is not None:
-            batch["caption"] = [self.captions[i] for i, _ in read]
-        return batch
+#: More than this share of unreadable files, and more than so many, is a mistake in the data, not an accident.
+TOLERATED, TOLERATED_FILES = 0.05, 3
 
 
-def decode_image(source: Any, size: int) -> Tensor:
-    """A path or a PIL image to uint8 (3, size, size): shorter side to ``size`` (bicubic, antialiased), then the centre."""
-    from PIL import Image
+class Decoder(Protocol):
+    """What makes pixels of an item, see :class:`pyvit.data.decode.ImageDecoder`."""
 
-    with Image.open(source) if isinstance(source, (str, Path)) else source as image:
-        if hasattr(image, "draft"):
-            image.draft("RGB", (size, size))  # JPEG decodes at a fraction of its size when that is enough
-        rgb = image.convert("RGB")
-    side = min(rgb.size)
-    left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
-    square = rgb.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    return torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1).contiguous()
+    shape: tuple[int, int, int]
+
+    def whole(self, source: Any) -> Tensor: ...
+
+    def views(self, source: Any, crops: Mapping[str, Crop], draw: Any) -> dict[str, list[Tensor]]: ...
 
 
-class _DecodeImage:
-    """A picklable ``decode_image`` of one size."""
+class Picked(Sequence[Any]):
+    """Those of ``items`` that are at ``at``, read when asked for."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __call__(self, source: Any) -> Tensor:
-        return decode_image(source, self.size)
-
-
-class _DecodeAudio(_DecodeImage):
-    def __call__(self, source: Any) -> Tensor:
-        return spectrogram(*read_wave(source), self.size)
-
-
-def _split(n: int) -> tuple[list[int], list[int]]:
-    """One item in ten held out, by position: the same split every time."""
-    held = [i for i in range(n) if i % 10 == 9] or [n - 1]
-    kept = set(held)
-    return [i for i in range(n) if i not in kept] or held, held
-
-
-def folder(root: Path, size: int | None = None) -> Data:
-    """A folder of images or of .wav files.
-
-    Subfolders are classes; ``train/`` and ``val/`` (or ``test/``) at the top are the split, else one item in ten is held out.
-    """
-    parts = [root / "train", next((root / n for n in ("val", "test") if (root / n).is_dir()), root / "val")]
-    split = parts[0].is_dir() and parts[1].is_dir()
-    files = [sorted(p for p in part.rglob("*") if p.is_file()) for part in (parts if split else [root])]
-    found = [[p for p in part if p.suffix.lower() in _IMAGES] for part in files]
-    sounds = not any(found)
-    if sounds:
-        found = [[p for p in part if p.suffix.lower() == ".wav"] for part in files]
-    if not all(found):
-        empty = parts[[bool(f) for f in found].index(False)] if split else root
-        raise FileNotFoundError(f"data: no image ({', '.join(_IMAGES)}) and no .wav file under {empty}")
-    roots = parts if split else [root]
-    names = [
-        [p.relative_to(r).parts[0] if len(p.relative_to(r).parts) > 1 else "" for p in part] for part, r in zip(found, roots, strict=True)
-    ]
-    classes = sorted({n for part in names for n in part})
-    labelled = len(classes) > 1 and "" not in classes
-    size = size or (1024 if sounds else 224)
-    decode = (_DecodeAudio if sounds else _DecodeImage)(size)
-
-    def part(paths: list[Path], kinds: list[str]) -> Images:
-        return DecodedImages(paths, decode, [classes.index(k) for k in kinds] if labelled else None)
-
-    if split:
-        train, test = (part(p, k) for p, k in zip(found, names, strict=True))
-    else:
-        train, test = (part([found[0][i] for i in at], [names[0][i] for i in at]) for at in _split(len(found[0])))
-    known = classes if labelled else None
-    if sounds:
-        return Data(root.name, train, test, (BANDS, size), known, flip=False, mean=MEAN, std=STD, sound=True)
-    return Data(root.name, train, test, (size, size), known)
-
-
-def captioned_csv(path: Path, size: int) -> Data:
-    """A CSV file with a header and the columns ``image`` (paths, relative to the file) and ``caption``; ``label`` is optional."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"image", "caption"} <= rows[0].keys():
-        seen = ", ".join(rows[0]) if rows else "no row"
-        raise ValueError(f"data: {path} must have a header with the columns image and caption, got {seen}")
-    classes = sorted({r["label"] for r in rows}) if "label" in rows[0] else None
-
-    def part(at: list[int]) -> Images:
-        labels = [classes.index(rows[i]["label"]) for i in at] if classes else None
-        return DecodedImages([path.parent / rows[i]["image"] for i in at], _DecodeImage(size), labels, [rows[i]["caption"] for i in at])
-
-    train, test = (part(at) for at in _split(len(rows)))
-    return Data(path.stem, train, test, (size, size), classes)
-
-
-class _Column(Sequence[Any]):
-    """One column of a Hugging Face table, read item by item."""
-
-    def __init__(self, table: Any, name: str, at: Sequence[int]) -> None:
-        self.table, self.name, self.at = table.select_columns([name]), name, at
+    def __init__(self, items: Sequence[Any], at: Sequence[int]) -> None:
+        self.items, self.at = items, at
 
     def __len__(self) -> int:
         return len(self.at)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.table[self.at[index]][self.name]
+        return self.items[self.at[index]]
 
 
-def open_hugging_face(name: str, streaming: bool = False) -> Any:
-    """The splits of a hub name, or of a folder of images with metadata, of parquet files or of WebDataset shards."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("data 'hf:' needs the package datasets: pip install datasets") from error
-    if not Path(name).is_dir():
-        return datasets.load_dataset(name, streaming=streaming)
-    for kind, ending in (("webdataset", "tar"), ("parquet", "parquet")):
-        shards = sorted(map(str, Path(name).glob(f"*.{ending}")))
-        if shards:
-            return datasets.load_dataset(kind, data_files={"train": shards}, streaming=streaming)
-    return datasets.load_dataset("imagefolder", data_dir=name, streaming=streaming)
+class DecodedImages(Images):
+    """Items decoded when asked for.
+
+    One that cannot be read is reported once, by name. In training another takes its place, so that a batch keeps its size; in evaluation it
+    is left out, so that nothing is judged by its label. Too many of them raise ValueError.
+    """
+
+    decodes = True
+
+    def __init__(
+        self,
+        items: Sequence[Any],
+        decoder: Decoder,
+        labels: Sequence[int] | None = None,
+        captions: Sequence[str] | None = None,
+        groups: Sequence[int] | None = None,
+    ) -> None:
+        self.items, self.labels, self.captions, self.groups, self.decoder = items, labels, captions, groups, decoder
+        self._bad: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def part(self, indices: Sequence[int]) -> Images:
+        at = list(indices)
+        pick = lambda values: None if values is None else [values[i] for i in at]  # noqa: E731
+        items = pick(self.items) if isinstance(self.items, list) else Picked(self.items, at)
+        return DecodedImages(items, self.decoder, pick(self.labels), pick(self.captions), pick(self.groups))
+
+    def identity(self) -> Any:
+        items = list(map(str, self.items)) if isinstance(self.items, list) else len(self)
+        return items, self.labels, self.captions
+
+    @property
+    def bad(self) -> dict[int, str]:
+        return self._bad
+
+    def note(self, problems: Mapping[int, str]) -> None:
+        for at, problem in problems.items():
+            if at in self._bad:
+                continue
+            self._bad[at] = problem
+            warnings.warn(f"skipped {problem}".encode(errors="backslashreplace").decode(), stacklevel=2)
+            if len(self._bad) > max(TOLERATED * len(self), TOLERATED_FILES):
+                raise ValueError(f"data: {len(self._bad)} of {len(self)} files cannot be read, the last: {problem}")
+
+    def _try(self, at: int, read: Any, problems: dict[int, str]) -> Any:
+        """``read`` of item ``at``, or None. Decoders raise almost anything for a damaged file."""
+        if at in self._bad or at in problems:
+            return None
+        try:
+            return read(self.items[at])
+        except ImportError:
+            raise  # Pillow is missing: that is no file's fault
+        except Exception as error:
+            item = self.items[at] if isinstance(self.items, list) else None
+            where = str(item) if isinstance(item, (str, Path)) else f"item {at}"
+            problems[at] = f"{where}: {type(error).__name__}: {error}"
+            if get_worker_info() is None:
+                self.note({at: problems.pop(at)})
+            return None
+
+    def _batch(self, at: Sequence[int], problems: dict[int, str]) -> Batch:
+        batch: Batch = {"index": torch.tensor(at, dtype=torch.int64), "problems": problems}
+        if self.labels is not None:
+            batch["label"] = torch.tensor([self.labels[i] for i in at], dtype=torch.int64)
+        if self.captions is not None:
+            batch["caption"] = [self.captions[i] for i in at]
+        return batch
+
+    def fetch(self, indices: Sequence[int]) -> Batch:
+        problems: dict[int, str] = {}
+        read = {int(i): self._try(int(i), self.decoder.whole, problems) for i in indices}
+        at = [int(i) for i in indices if read[int(i)] is not None]
+        images = torch.stack([read[i] for i in at]) if at else torch.empty(0, *self.decoder.shape, dtype=torch.uint8)
+        return {"image": images, **self._batch(at, problems)}
+
+    def draw(self, indices: Sequence[int], crops: Mapping[str, Crop], seed: int, step: int) -> Batch:
+        problems: dict[int, str] = {}
+        read = [self._readable(int(i), crops, seed, step, problems) for i in indices]
+        views = stack_views([found for _, found in read], crops, self.decoder)
+        return {**views, **self._batch([at for at, _ in read], problems)}
+
+    def _readable(
+        self, index: int, crops: Mapping[str, Crop], seed: int, step: int, problems: dict[int, str]
+    ) -> tuple[int, dict[str, list[Tensor]]]:
+        """Views of item ``index``, or of the next one that can be read."""
+
+        def views(item: Any) -> dict[str, list[Tensor]]:
+            return self.decoder.views(item, crops, generator(seed, step, index)) if crops else {"image": [self.decoder.whole(item)]}
+
+        for at in (*range(index, len(self)), *range(index)):
+            if (found := self._try(at, views, problems)) is not None:
+                return at, found
+        raise ValueError("data: no file could be read" + "".join(f"; the last: {p}" for p in [*problems.values()][-1:]))
 
 
-def columns_of(spec: str, columns: Sequence[str]) -> tuple[str, str | None, str | None]:
-    """Which columns hold images, labels and captions."""
-    find = lambda *names: next((c for c in names if c in columns), None)  # noqa: E731
-    image = find("image", "jpg", "jpeg", "png", "webp", "img")
-    if image is None:
-        raise ValueError(f"data: hf:{spec} must have a column image, jpg, png or img, got {', '.join(columns)}")
-    return image, find("label", "labels", "cls", "fine_label"), find("caption", "text", "txt")
+def stack_views(read: Sequence[Mapping[str, list[Tensor]]], crops: Mapping[str, Crop], decoder: Decoder) -> dict[str, Tensor]:
+    """The views of every image as one tensor for each crop, see :class:`Crop`."""
+    found = {}
+    for name in read[0] if read else ():
+        views = [torch.stack(same) for same in zip(*(each[name] for each in read), strict=True)]
+        if name not in crops or crops[name].count is None:
+            found[name] = views[0]
+        else:
+            empty = torch.empty(0, len(read), decoder.shape[0], *crops[name].size, dtype=torch.uint8)
+            found[name] = torch.stack(views) if views else empty
+    return found
 
 
-def hugging_face(spec: str, size: int) -> Data:
-    """ "NAME[:SPLIT]" of ``datasets``: a hub name, a folder of images with metadata, of parquet files or of WebDataset shards."""
-    name, _, split = spec.partition(":")
-    loaded = open_hugging_face(name)
-    train = loaded[split or "train"]
-    held = next((loaded[s] for s in ("validation", "test", "val") if s in loaded and s != split), None)
-    image, label, caption = columns_of(spec, train.column_names)
-    names = getattr(train.features.get(label), "names", None) if label else None
+def folder(root: Path, size: int | None = None) -> Data:
+    """A folder of images or of .wav files.
 
-    def part(table: Any, at: Sequence[int]) -> Images:
-        labels = [int(v) for v in table.select(at)[label]] if label else None
-        captions = list(table.select(at)[caption]) if caption else None
-        return DecodedImages(_Column(table, image, at), _DecodeImage(size), labels, captions)
-
-    if held is not None:
-        parts = part(train, range(len(train))), part(held, range(len(held)))
+    Subfolders are classes; ``train`` and ``val`` (or ``valid``, ``validation``, ``dev``, ``test``, ``eval``, in any case) at the top are
+    the split, else one image in ten of each class is held out. Links are followed, hidden files and folders are not read. What is left
+    out, and why, is in ``Data.notes``.
+    """
+    layout = read_layout(root)
+    found = layout.train + (layout.held_out or [])
+    paths, groups = [path for path, _ in found], group_files([path for path, _ in found])
+    notes = layout.notes
+    if groups is None:
+        notes.append(f"not searched for repeated images: {len(paths)} are too many")
+    classes = sorted({name for _, name in layout.train} - {""})
+    number = {name: i for i, name in enumerate(classes)}
+    labels = [number[name] for _, name in found] if classes else None
+    if layout.held_out is None:
+        train, test = hold_out(groups or range(len(found)), labels, classes, range(len(found)), notes)
+        notes.insert(0, "one image in ten is held out")
     else:
-        parts = tuple(part(train, at) for at in _split(len(train)))  # type: ignore[assignment]
-    if label and names is None:
-        names = [str(v) for v in sorted({*parts[0].labels, *parts[1].labels})]  # type: ignore[attr-defined]
-    return Data(name.rstrip("/").rpartition("/")[2], *parts, (size, size), names)
+        train, test = list(range(len(layout.train))), list(range(len(layout.train), len(found)))
+        if groups is not None:
+            on_both_sides(groups[: len(train)], groups[len(train) :], notes)
+    size = size or (1024 if layout.sounds else 224)
+    decoder = SoundDecoder(size) if layout.sounds else ImageDecoder(size)
+
+    def part(at: list[int]) -> Images:
+        return DecodedImages([paths[i] for i in at], decoder, labels and [labels[i] for i in at], groups=groups and [groups[i] for i in at])
+
+    known, name = classes or None, os.path.basename(os.path.abspath(root))
+    if layout.sounds:
+        return Data(name, part(train), part(test), (BANDS, size), known, flip=False, mean=MEAN, std=STD, sound=True, notes=notes)
+    return Data(name, part(train), part(test), (size, size), known, notes=notes)

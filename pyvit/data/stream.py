@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
-from pyvit.data.files import DecodedImages, columns_of, decode_image, open_hugging_face
+from pyvit.data.crops import Crop, generator
+from pyvit.data.decode import CENTRE, ImageDecoder
+from pyvit.data.files import TOLERATED, TOLERATED_FILES, DecodedImages, Decoder, stack_views
+from pyvit.data.hub import choose_splits, columns_of, open_hugging_face, split_spec, undecoded
 from pyvit.data.sets import Batch, Data, Images
 
 #: Examples that are shuffled among each other, held out where there is no split for it, and read for nearest neighbours.
@@ -24,19 +26,32 @@ class Stream(Images):
     """The examples of an iterable table, in an order that is a function of the seed alone.
 
     Each epoch every rank takes its own shards, or every world-th example where shards do not divide evenly. An image that cannot be read is
-    reported by its place in the stream, and another of its batch stands in for it.
+    reported by its place in the stream, and another of its batch stands in for it; too many of them raise ValueError.
 
     Args:
         table: a ``datasets.IterableDataset`` whose images are not decoded; image, label, caption: names of its columns, or None.
-        decode: what makes uint8 (3, S, S) of an image file. count: examples per epoch, None when the source does not say.
+        decoder: what makes pixels of an image file. count: examples per epoch, None when the source does not say.
+        classes: how many labels there are. name: of the source, for messages.
     """
 
+    streamed = True
+
     def __init__(
-        self, table: Any, decode: Callable[[Any], Tensor], image: str, label: str | None, caption: str | None, count: int | None
+        self,
+        table: Any,
+        decoder: Decoder,
+        image: str,
+        label: str | None,
+        caption: str | None,
+        count: int | None,
+        classes: int = 0,
+        name: str = "the stream",
     ) -> None:
-        self.table, self.decode, self.count = table, decode, count
+        self.table, self.decoder, self.count, self.classes, self.name = table, decoder, count, classes, name
         self.image, self.label, self.caption = image, label, caption
-        self._problems: list[str] = []
+        self.captions = [] if caption else None
+        self._bad: dict[int, str] = {}
+        self._read = 0
         self._sample: Images | None = None
 
     def __len__(self) -> int:
@@ -44,9 +59,21 @@ class Stream(Images):
             raise ValueError("data: the stream does not say how many examples it has; give --steps in place of --epochs")
         return self.count
 
+    def counted(self) -> str:
+        return "streamed" if self.count is None else str(self.count)
+
+    def identity(self) -> Any:
+        return self.count
+
     @property
-    def problems(self) -> list[str]:
-        return self._problems
+    def bad(self) -> dict[int, str]:
+        return self._bad
+
+    def note(self, problems: Mapping[int, str]) -> None:
+        for at, problem in problems.items():
+            if at not in self._bad:
+                self._bad[at] = problem
+                warnings.warn(f"skipped {problem}".encode(errors="backslashreplace").decode(), stacklevel=2)
 
     def sample(self) -> Images:
         """The first examples, kept undecoded in memory."""
@@ -60,16 +87,30 @@ class Stream(Images):
     def hold(self, rows: Any) -> DecodedImages:
         """``rows`` of the same columns as images that can be fetched."""
         rows = list(rows)
-        labels = [int(row[self.label]) for row in rows] if self.label else None
+        labels = [self._label(row) for row in rows] if self.label else None
         captions = [str(row[self.caption]) for row in rows] if self.caption else None
-        return DecodedImages([row[self.image] for row in rows], self.decode, labels, captions)
+        return DecodedImages([row[self.image] for row in rows], self.decoder, labels, captions)
+
+    def _label(self, row: dict[str, Any]) -> int:
+        value = row[self.label]
+        if not isinstance(value, int) or not 0 <= value < self.classes:
+            raise ValueError(f"data: labels of {self.name} must be in 0..{self.classes - 1}, got {value!r}")
+        return value
 
     def batches(
-        self, batch: int, start: int, steps: int, seed: int, rank: int = 0, world: int = 1, accumulate: int = 1
+        self,
+        batch: int,
+        start: int,
+        steps: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+        crops: Mapping[str, Crop] | None = None,
     ) -> IterableDataset[Batch]:
         """The micro-batches of ``rank`` for steps ``start`` to ``steps``. Examples of earlier steps are read and passed over, undecoded."""
         size = batch // world // accumulate
-        return _Batches(self, size, start * accumulate * size, (steps - start) * accumulate, seed, rank, world)
+        return _Batches(self, size, start * accumulate * size, (steps - start) * accumulate, seed, rank, world, crops or {})
 
     def rows(self, seed: int, rank: int, world: int) -> Iterator[dict[str, Any]]:
         """The rows of ``rank``, epoch after epoch without end."""
@@ -77,31 +118,46 @@ class Stream(Images):
 
         for epoch in itertools.count():
             shuffled = self.table.shuffle(seed=seed + epoch, buffer_size=BUFFER)
-            empty = True
-            for row in split_dataset_by_node(shuffled, rank, world):
-                empty = False
-                yield row
-            if empty:
-                raise ValueError(f"data: the stream has no example for process {rank} of {world}")
+            number = 0
+            try:
+                for row in split_dataset_by_node(shuffled, rank, world):
+                    number += 1
+                    yield row
+            except Exception as error:  # a damaged shard, a connection that breaks: datasets raises what its readers raise
+                raise ValueError(f"data: {self.name} broke off after {number} examples: {type(error).__name__}: {error}") from error
+            if not number:
+                raise ValueError(f"data: {self.name} has no example for process {rank} of {world}")
 
-    def read(self, rows: list[dict[str, Any]], first: int) -> Batch:
+    def read(self, rows: list[dict[str, Any]], first: int, crops: Mapping[str, Crop] | None = None, seed: int = 0, rank: int = 0) -> Batch:
         """Decode ``rows``, of which the first is number ``first`` of this rank's stream."""
-        images: list[Tensor | None] = []
+        found: list[dict[str, list[Tensor]] | None] = []
+        problems: dict[int, str] = {}
         for number, row in enumerate(rows, first):
             try:
-                images.append(self.decode(row[self.image]))
-            except (OSError, ValueError, SyntaxError, EOFError, TypeError) as error:
-                where = row.get("__key__") or (row[self.image] or {}).get("path") or f"example {number}"
-                self._problems.append(f"{where}: {type(error).__name__}: {error}")
-                warnings.warn(f"skipped {self._problems[-1]}", stacklevel=2)
-                images.append(None)
-        good = [i for i, image in enumerate(images) if image is not None]
+                views = self.decoder.views(row[self.image], crops, generator(seed, rank, number)) if crops else None
+                found.append(views or {"image": [self.decoder.whole(row[self.image])]})
+            except ImportError:
+                raise
+            except Exception as error:
+                item = row[self.image]
+                where = row.get("__key__") or (item.get("path") if isinstance(item, Mapping) else None) or f"example {number}"
+                problems[number] = f"{where}: {type(error).__name__}: {error}"
+                found.append(None)
+        self._read += len(rows)
+        if get_worker_info() is None:
+            self.note(problems)
+        else:
+            self._bad.update(problems)  # the main process says it
+        good = [i for i, views in enumerate(found) if views is not None]
         if not good:
-            raise ValueError(f"data: none of {len(rows)} examples in a row can be read, the last: {self._problems[-1]}")
-        at = [i if images[i] is not None else good[i % len(good)] for i in range(len(rows))]
-        batch: Batch = {"image": torch.stack([images[i] for i in at])}
+            raise ValueError(f"data: none of {len(rows)} examples in a row can be read, the last: {[*self._bad.values()][-1]}")
+        if len(self._bad) > max(TOLERATED * self._read, TOLERATED_FILES):
+            last = [*self._bad.values()][-1]
+            raise ValueError(f"data: {len(self._bad)} of the {self._read} examples read cannot be decoded, the last: {last}")
+        at = [i if found[i] is not None else good[i % len(good)] for i in range(len(rows))]
+        batch: Batch = {**stack_views([found[i] for i in at], crops or {}, self.decoder), "problems": problems}
         if self.label:
-            batch["label"] = torch.tensor([int(rows[i][self.label]) for i in at])
+            batch["label"] = torch.tensor([self._label(rows[i]) for i in at], device="cpu")
         if self.caption:
             batch["caption"] = [str(rows[i][self.caption]) for i in at]
         return batch
@@ -110,53 +166,49 @@ class Stream(Images):
 class _Batches(IterableDataset[Batch]):
     """See :meth:`Stream.batches`; picklable, so that a worker process can read ahead."""
 
-    def __init__(self, stream: Stream, size: int, skip: int, count: int, seed: int, rank: int, world: int) -> None:
-        self.stream, self.size, self.skip, self.count, self.seed, self.ranks = stream, size, skip, count, seed, (rank, world)
+    def __init__(
+        self, stream: Stream, size: int, skip: int, count: int, seed: int, rank: int, world: int, crops: Mapping[str, Crop]
+    ) -> None:
+        self.stream, self.size, self.skip, self.count, self.seed = stream, size, skip, count, seed
+        self.ranks, self.crops = (rank, world), crops
 
     def __iter__(self) -> Iterator[Batch]:
         rows = itertools.islice(self.stream.rows(self.seed, *self.ranks), self.skip, None)
         for number in range(self.count):
-            yield self.stream.read(list(itertools.islice(rows, self.size)), self.skip + number * self.size)
-
-
-class _Decode:
-    """An undecoded ``datasets.Image``, {"bytes": ..., "path": ...}, to pixels."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __call__(self, source: Any) -> Tensor:
-        from PIL import Image
-
-        content = source["bytes"]
-        return decode_image(Image.open(io.BytesIO(content)) if content is not None else source["path"], self.size)
+            part = list(itertools.islice(rows, self.size))
+            yield self.stream.read(part, self.skip + number * self.size, self.crops, self.seed, self.ranks[0])
 
 
 def hugging_face_stream(spec: str, size: int) -> Data:
-    """ "NAME[:SPLIT]" as in :func:`pyvit.data.files.hugging_face`, streamed. The first 512 examples are held out where no other split is.
+    """ "NAME[:SPLIT]" as in :func:`pyvit.data.hub.hugging_face`, streamed. The first 512 examples are held out where no other split is.
 
     Labels are used where the data set names its classes (``ClassLabel``).
     """
-    import datasets
-
-    name, _, split = spec.partition(":")
-    loaded = open_hugging_face(name, streaming=True)
+    name, split = split_spec(spec)
+    loaded, notes = open_hugging_face(name, streaming=True)
     if (split or "train") not in loaded:
         raise ValueError(f"data: hf-stream:{name} must have the split {split or 'train'!r}, got {', '.join(loaded)}")
-    train = loaded[split or "train"]
+    train, other = choose_splits(loaded, name, split, notes)
     image, label, caption = columns_of(spec, train.column_names or list(next(iter(train))))
-    features = train.features or {}
-    names = getattr(features.get(label), "names", None) if label else None
-    if image in features:
-        train = train.cast_column(image, datasets.Image(decode=False))
+    names = getattr((train.features or {}).get(label), "names", None) if label else None
+    if label and not names:
+        notes.append(f"labels of the column {label} are not used: the stream does not name its classes")
     known = (train.info.splits or {}).get(split or "train")
     count = getattr(known, "num_examples", None) or None
-    make = lambda table, n: Stream(table, _Decode(size), image, label if names else None, caption, n)  # noqa: E731
-    other = next((s for s in ("validation", "test", "val") if s in loaded and s != split), None)
+    decoder = ImageDecoder(size, CENTRE if caption is None else 1.0)
+
+    def stream(table: Any, count: int | None) -> Stream:
+        kept = label if names else None
+        return Stream(undecoded(table, image), decoder, image, kept, caption, count, len(names or ()), f"hf-stream:{name}")
+
     if other is not None:
-        held = loaded[other].cast_column(image, datasets.Image(decode=False)) if image in features else loaded[other]
-        stream = make(train, count)
+        train, test = stream(train, count), stream(other, None).hold(undecoded(other, image).take(HELD))
     else:
-        held, stream = train, make(train.skip(HELD), count - HELD if count else None)
-    test = stream.hold(held.take(HELD))
-    return Data(Path(name).name, stream, test, (size, size), names)
+        notes[0] = f"trained on the split {split or 'train'}, the first {HELD} examples are held out"
+        whole = stream(train, count)
+        test = whole.hold(whole.table.take(HELD))
+        if len(test) < HELD or (count is not None and count <= HELD):
+            raise ValueError(f"data: hf-stream:{name} must have more than the {HELD} examples that are held out; read it as hf:{name}")
+        train = stream(train.skip(HELD), count - HELD if count else None)
+    notes.append("not searched for repeated images: a stream is not known in advance")
+    return Data(Path(name).name, train, test, (size, size), names, flip=caption is None, notes=notes)

@@ -25,7 +25,7 @@ class ByteTokenizer:
         ids = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
         for row, text in zip(ids, texts, strict=True):
             content = list(text.lower().encode())[: self.context_length - 2]
-            row[: len(content) + 2] = torch.tensor([self.start, *content, self.end])
+            row[: len(content) + 2] = torch.tensor([self.start, *content, self.end], device="cpu")
         return ids
 
 

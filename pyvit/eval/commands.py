@@ -11,26 +11,42 @@ import torch
 from pyvit.eval import contact_sheet, retrieval, visualize, zero_shot
 from pyvit.eval import knn as knn_module
 from pyvit.eval import linear as linear_module
-from pyvit.eval.features import features
+from pyvit.eval.features import check_finite, features, labels_of, right
 from pyvit.train.runs import load_run
 
 
+def _open(run: str, data: str | None) -> tuple[Any, Any]:
+    """The run and its images, said in a few lines."""
+    recipe, chosen = load_run(run, data)
+    print(chosen.summary())
+    return recipe, chosen
+
+
 def _features(recipe: Any, data: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [features(recipe.exported(), part, recipe.normalize) for part in (data.train.sample(), data.test)]
+    found = [features(recipe.encoder(), part, recipe.normalize) for part in (data.train.sample(), data.test)]
+    _say_damage(data)
+    return found
+
+
+def _say_damage(data: Any) -> None:
+    for name, part in (("training", data.train.sample()), ("held-out", data.test)):
+        if part.bad:
+            print(f"note: {len(part.bad)} of {len(part)} {name} images cannot be read and are left out")
 
 
 def knn(run: str, data: str | None = None, temperature: float = 0.07) -> dict[str, float]:
-    """Weighted k-nearest neighbours on frozen features, k of 10, 20, 100 and 200."""
-    recipe, chosen = load_run(run, data)
+    """Weighted k-nearest neighbours on frozen features, k of 10, 20, 100 and 200; 1 and 5 where there are fewer than 10 images."""
+    recipe, chosen = _open(run, data)
     train, test = _features(recipe, chosen)
-    found = {f"k={k}": knn_module.knn_accuracy(train, test, k, temperature) for k in (10, 20, 100, 200) if k <= len(train[0])}
+    ks = [k for k in (10, 20, 100, 200) if k <= len(train[0])] or [k for k in (1, 5) if k <= len(train[0])]
+    found = {f"k={k}": knn_module.knn_accuracy(train, test, k, temperature) for k in ks}
     print(f"{run}: k-NN accuracy " + ", ".join(f"{v:.2f} % ({k})" for k, v in found.items()))
     return found
 
 
 def linear(run: str, data: str | None = None, epochs: int = 50) -> dict[str, float]:
     """Linear probe on frozen features over a grid of rates."""
-    recipe, chosen = load_run(run, data)
+    recipe, chosen = _open(run, data)
     found = linear_module.linear_probe(*_features(recipe, chosen), epochs=epochs)
     print(f"{run}: linear accuracy {found['linear']:.2f} % (rate {found['rate']:g})")
     return found
@@ -40,38 +56,41 @@ def zero_shot_command(
     run: str, data: str | None = None, template: list[str] | None = None, out: str | None = None, count: int = 8
 ) -> float:
     """Accuracy of a classifier made of class names, and a sheet of ranked probabilities per image."""
-    recipe, chosen = load_run(run, data)
+    recipe, chosen = _open(run, data)
+    retrieval.check_towers("zero-shot", recipe)
     if not chosen.classes:
         raise ValueError("zero-shot: data must have classes")
     model, templates = recipe.exported(), template or list(zero_shot.OF_DATA.get(chosen.name, zero_shot.TEMPLATES))
     classifier = zero_shot.text_classifier(model, recipe.tokenizer, chosen.classes, templates)
-    probabilities = zero_shot.zero_shot(model, chosen.test, classifier, recipe.normalize)
-    labels = torch.as_tensor(chosen.test.labels)
-    accuracy = 100 * (probabilities.argmax(1) == labels).float().mean().item()
-    at = visualize.choose(count, len(labels))
-    images = contact_sheet.enlarge(chosen.test.fetch(at)["image"] / 255, 128)
+    logits = zero_shot.zero_shot_logits(model, chosen.test, classifier, recipe.normalize)
+    check_finite("zero-shot", logits)
+    accuracy = 100 * right(logits, labels_of(chosen.test))
+    place = {at: row for row, at in enumerate(chosen.test.readable())}
+    batch = chosen.test.fetch([chosen.test.readable()[i] for i in visualize.choose(count, len(logits))])
     ranked = []
-    for i in at:
-        best = probabilities[i].topk(min(5, len(chosen.classes)))
+    for i in batch["index"].tolist():
+        best = zero_shot.probabilities(model, logits[place[i]][None])[0].topk(min(5, len(chosen.classes)))
         ranked.append([(chosen.classes[int(c)], float(p)) for p, c in zip(best.values, best.indices, strict=True)])
-    truth = [chosen.classes[int(labels[i])] for i in at]
+    truth = [chosen.classes[int(label)] for label in batch["label"]]
+    images = contact_sheet.enlarge(batch["image"] / 255, 128)
     path = contact_sheet.save_guesses(_path(run, out, "zero_shot"), images, truth, ranked, f"zero-shot: {accuracy:.1f} % right")
+    _say_damage(chosen)
     print(f"{run}: zero-shot accuracy {accuracy:.2f} % from {len(templates)} prompts per class; wrote {path}")
     return accuracy
 
 
 def retrieval_command(run: str, data: str | None = None, out: str | None = None, count: int = 6) -> dict[str, float]:
     """Recall@k of images by caption and captions by image; of drawn scenes, the parts that phrases point at, with a sheet of maps."""
-    recipe, chosen = load_run(run, data)
+    recipe, chosen = _open(run, data)
     found = retrieval.recall_of(recipe, chosen, (1, 5, 10))
+    _say_damage(chosen)
     print(f"{run}: recall " + (", ".join(f"{k} {v:.1f} %" for k, v in found.items()) or "not measured: too few captions are distinct"))
     if "parts" in chosen.extra:
         found["parts"] = retrieval.quarter_accuracy(recipe, chosen)
         print(f"{run}: phrase points at the right quarter in {found['parts']:.1f} % (chance: 25 %)")
-    batch = chosen.test.fetch(visualize.choose(count, len(chosen.test)))
-    phrases = (
-        [chosen.extra["parts"][i][0][0] for i in visualize.choose(count, len(chosen.test))] if "parts" in chosen.extra else batch["caption"]
-    )
+    batch = _some(chosen, count)
+    parts = chosen.extra.get("parts")
+    phrases = [parts[i][0][0] for i in batch["index"].tolist()] if parts else batch["caption"]
     maps = retrieval.part_map(recipe.exported(), recipe.normalize(batch["image"]), recipe.tokenizer(phrases))
     picture = contact_sheet.enlarge(batch["image"] / 255, 128)
     warm = contact_sheet.enlarge(contact_sheet.heat(maps), 128, smooth=True)
@@ -105,13 +124,22 @@ def patches(run: str, data: str | None = None, out: str | None = None, count: in
 
 
 def _tower(recipe: Any) -> Any:
-    model = recipe.exported()
+    model = recipe.encoder()
     return getattr(model, "visual", model)
+
+
+def _some(data: Any, count: int) -> dict[str, Any]:
+    """``count`` held-out images, spread over those that can be read."""
+    known = data.test.readable()
+    batch = data.test.fetch([known[i] for i in visualize.choose(count, len(known))])
+    if not len(batch["image"]):
+        raise ValueError(f"data: none of {count} held-out images of {data.name} can be read")
+    return batch
 
 
 def _pictures(run: str, data: str | None, count: int) -> tuple[Any, torch.Tensor, torch.Tensor]:
     recipe, chosen = load_run(run, data)
-    images = chosen.test.fetch(visualize.choose(count, len(chosen.test)))["image"] / 255
+    images = _some(chosen, count)["image"] / 255
     return recipe, images, recipe.normalize(images)
 
 

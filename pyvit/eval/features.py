@@ -2,37 +2,123 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pyvit.data import Images
+from pyvit.data.loading import fetched
 
 
 @torch.no_grad()
-def over(images: Images, compute: Callable[[dict[str, Any]], Tensor], batch: int = 256, device: torch.device | str = "cpu") -> Tensor:
-    """``compute`` of every batch in order, concatenated on the CPU."""
-    found = []
-    for start in range(0, len(images), batch):
-        part = images.fetch(range(start, min(start + batch, len(images))))
-        found.append(compute({k: v.to(device) if isinstance(v, Tensor) else v for k, v in part.items()}).cpu())
-    return torch.cat(found)
+def over(
+    images: Images,
+    compute: Callable[[dict[str, Any]], Tensor],
+    batch: int = 256,
+    device: torch.device | str = "cpu",
+    group: Any = None,
+    workers: int | None = None,
+) -> Tensor:
+    """``compute`` of every batch in order, concatenated on the CPU: one row for each image that can be read.
+
+    Those that cannot are in ``images.bad`` afterwards, and :func:`labels_of` leaves out theirs.
+
+    Args:
+        group: ranks that share the work; each gets all results. workers: processes that decode, None for as many as are of use.
+    """
+    if group is not None:  # what one rank found unreadable in training, all leave out
+        known: list[dict[int, str]] = [{}] * dist.get_world_size(group)
+        dist.all_gather_object(known, dict(images.bad), group=group)
+        for problems in known:
+            images.note(problems)
+    every = images.readable()
+    rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+    mine = every[rank * len(every) // world : (rank + 1) * len(every) // world]
+    found, read = [], list[int]()
+    progress = Progress(len(mine) if rank == 0 else 0)
+    for part in fetched(images, mine, batch, workers):
+        at = part.pop("index", None)
+        if len(part["image"]):
+            read += at.tolist() if at is not None else mine[len(read) : len(read) + len(part["image"])]
+            found.append(compute({k: v.to(device) if isinstance(v, Tensor) else v for k, v in part.items()}).cpu())
+        progress.update(len(part["image"]))
+    progress.close()
+    results = torch.cat(found) if found else None
+    if world > 1:
+        parts: list[Any] = [None] * world
+        dist.all_gather_object(parts, (read, results), group=group)
+        read = [i for some, _ in parts for i in some]
+        kept = [rows for _, rows in parts if rows is not None]
+        results = torch.cat(kept) if kept else None
+        images.note({i: f"image {i}, which another process could not read" for i in sorted(set(every) - set(read))})
+    if results is None:
+        raise ValueError(
+            f"evaluation: none of the {len(images)} images can be read" + "".join(f"; the last: {p}" for p in images.problems[-1:])
+        )
+    return results
+
+
+class Progress:
+    """A line on the error stream every ten seconds of a long evaluation."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self.began = self.said = time.monotonic()
+
+    def update(self, n: int) -> None:
+        self.done += n
+        now = time.monotonic()
+        if self.total and now - self.said > 10:
+            left = (now - self.began) / max(self.done, 1) * (self.total - self.done)
+            print(f"evaluating: {self.done} of {self.total} images, {left:.0f} s left", file=sys.stderr, flush=True)
+            self.said = now
+
+    def close(self) -> None:
+        if self.total and self.said != self.began:
+            print(f"evaluated {self.done} images in {time.monotonic() - self.began:.0f} s", file=sys.stderr, flush=True)
 
 
 def labels_of(images: Images) -> Tensor:
-    """Labels of a data set (N,) int64. Raises ValueError when it has none."""
+    """Labels (N,) int64 of the images that are not known to be unreadable. Raises ValueError when there are none."""
     known = getattr(images, "labels", None)
     if known is None:
         raise ValueError("this evaluation needs labels, and the data set has none")
-    return torch.as_tensor(known)
+    return torch.as_tensor(known)[images.readable()]
 
 
-def predict(model: nn.Module, images: Images, normalize: Callable[[Tensor], Tensor], batch: int = 256) -> tuple[Tensor, Tensor]:
-    """Logits (N, classes) float32 and labels (N,)."""
+def check_finite(what: str, *features: Tensor) -> None:
+    """Raise ValueError for features that are not finite, of which no figure would mean anything."""
+    for each in features:
+        if bad := int((~each.isfinite()).flatten(1).any(1).sum()):
+            raise ValueError(f"{what}: features must be finite, those of {bad} of {len(each)} images are not")
+
+
+def check_labelled(what: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> None:
+    """Raise ValueError where (features, labels) of either set are empty or of different length, or training has fewer than two classes."""
+    for name, (rows, labels) in (("training", train), ("held-out", test)):
+        if not len(rows) or len(rows) != len(labels):
+            raise ValueError(f"{what}: there must be one label for each of the {name} features, got {len(rows)} and {len(labels)}")
+    if len(train[1].unique()) < 2:
+        raise ValueError(f"{what}: the training images must be of at least two classes, all are of one")
+
+
+def right(scores: Tensor, labels: Tensor) -> float:
+    """Share of rows (N, classes) whose highest score is that of the label; n classes that tie for it count 1/n each."""
+    best = scores == scores.amax(1, keepdim=True)
+    return (best.gather(1, labels[:, None].to(best.device))[:, 0] / best.sum(1).clamp(min=1)).mean().item()
+
+
+def predict(
+    model: nn.Module, images: Images, normalize: Callable[[Tensor], Tensor], batch: int = 256, group: Any = None
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, classes) float32 and labels (N,), of the images that can be read; see :func:`over`."""
     device = next(model.parameters()).device
-    logits = over(images, lambda b: model(normalize(b["image"])).float(), batch, device)
+    logits = over(images, lambda b: model(normalize(b["image"])).float(), batch, device, group)
     return logits, labels_of(images)
 
 
@@ -46,7 +132,10 @@ def embed(model: nn.Module, images: Tensor) -> Tensor:
     return features[:, 0] if features.dim() == 3 else features.flatten(2).mean(2) if features.dim() == 4 else features
 
 
-def features(model: nn.Module, images: Images, normalize: Callable[[Tensor], Tensor], batch: int = 256) -> tuple[Tensor, Tensor]:
-    """Feature vectors (N, D) float32 and labels (N,)."""
+def features(
+    model: nn.Module, images: Images, normalize: Callable[[Tensor], Tensor], batch: int = 256, group: Any = None
+) -> tuple[Tensor, Tensor]:
+    """Feature vectors (N, D) float32 and labels (N,), of the images that can be read; see :func:`over`."""
     device = next(model.parameters()).device
-    return over(images, lambda b: embed(model, normalize(b["image"])).float(), batch, device), labels_of(images)
+    found = over(images, lambda b: embed(model, normalize(b["image"])).float(), batch, device, group)
+    return found, labels_of(images)

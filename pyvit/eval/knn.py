@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyvit.data import Data
-from pyvit.eval.features import features
+from pyvit.eval.features import check_finite, check_labelled, features, right
 
 
 def knn_predict(queries: Tensor, bank: Tensor, labels: Tensor, classes: int, k: int = 20, temperature: float = 0.07) -> Tensor:
@@ -19,25 +19,39 @@ def knn_predict(queries: Tensor, bank: Tensor, labels: Tensor, classes: int, k: 
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"knn: k must be in 1..{len(bank)}, the size of the bank, got {k}")
+    check_finite("knn", queries, bank)
     queries, bank = F.normalize(queries.float(), dim=1), F.normalize(bank.float(), dim=1)
     votes = []
     for block in queries.split(1024):
-        similar, nearest = (block @ bank.t()).topk(k, 1)
-        weights = ((similar - 1) / temperature).exp()
-        votes.append(weights.new_zeros(len(block), classes).scatter_add_(1, labels[nearest], weights))
+        similar = block @ bank.t()
+        values, nearest = similar.topk(min(k + 1, len(bank)), 1)
+        weights = ((values[:, :k] - 1) / temperature).exp()
+        vote = weights.new_zeros(len(block), classes).scatter_add_(1, labels[nearest[:, :k]], weights)
+        if len(bank) > k:
+            for row in (values[:, k] == values[:, k - 1]).nonzero()[:, 0]:
+                vote[row] = _shared_votes(similar[row], labels, classes, k, temperature)
+        votes.append(vote)
     return torch.cat(votes)
+
+
+def _shared_votes(similar: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
+    """Votes (classes,) of a query whose k-th neighbour is not alone: those as far share the votes that are left, whatever their places."""
+    last = similar.topk(k).values[-1]
+    nearer, tied = similar > last, similar == last
+    weights = ((similar - 1) / temperature).exp() * (nearer + tied * ((k - nearer.sum()) / tied.sum()))
+    return weights.new_zeros(classes).scatter_add_(0, labels, weights)
 
 
 def knn_accuracy(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], k: int = 20, temperature: float = 0.07) -> float:
     """Percentage of test features whose neighbours' vote is right; both are (features, labels)."""
+    check_labelled("knn", train, test)
     classes = int(max(train[1].max(), test[1].max())) + 1
-    return 100 * (knn_predict(test[0], *train, classes, k, temperature).argmax(1) == test[1]).float().mean().item()
+    return 100 * right(knn_predict(test[0], *train, classes, k, temperature), test[1])
 
 
 def knn_accuracy_of(recipe: Any, data: Data, k: int = 20) -> dict[str, float]:
     """{"knn": accuracy} of a recipe's exported network, or {} for data without labels."""
-    if data.classes is None:
+    if data.classes is None or len(data.classes) < 2:
         return {}
-    model = recipe.exported()
-    train, test = (features(model, part, recipe.normalize) for part in (data.train.sample(), data.test))
+    train, test = (features(recipe.encoder(), part, recipe.normalize, group=recipe.group) for part in (data.train.sample(), data.test))
     return {"knn": knn_accuracy(train, test, min(k, len(train[0])))}

@@ -10,43 +10,72 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvit.data import Data, Images
-from pyvit.eval.features import over
+from pyvit.eval.features import check_finite, over
 
 
 def recall(similarities: Tensor, right: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[int, float]:
-    """Percentage of queries (rows) with a right answer among their k best: similarities (Q, N), right (Q, N) bool."""
-    order = similarities.argsort(1, descending=True)
-    hits = right.gather(1, order)
-    return {k: 100 * hits[:, :k].any(1).float().mean().item() for k in ks if k <= similarities.shape[1]}
+    """Percentage of queries (rows) with a right answer among their k best: similarities (Q, N), right (Q, N) bool.
+
+    A wrong answer as similar as the best right one comes before it: ties find nothing. Of fewer than k answers no figure is given.
+    Raises ValueError for similarities that are not finite, of which none is before another.
+    """
+    if not similarities.numel() or similarities.shape != right.shape:
+        raise ValueError(f"recall: similarities and right must be (Q, N), got {tuple(similarities.shape)} and {tuple(right.shape)}")
+    check_finite("recall", similarities)
+    best = similarities.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+    before = ((similarities >= best) & ~right).sum(1)
+    before = before.where(right.any(1), similarities.shape[1])  # a query without a right answer finds none
+    return {k: 100 * (before < k).float().mean().item() for k in ks if k <= similarities.shape[1]}
 
 
 @torch.no_grad()
 def embed_pairs(
-    model: nn.Module, images: Images, tokenizer: Callable[..., Tensor], normalize: Callable[[Tensor], Tensor]
+    model: nn.Module, images: Images, tokenizer: Callable[..., Tensor], normalize: Callable[[Tensor], Tensor], group: Any = None
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """Image embeddings (N, D), text embeddings (N, D) and the captions."""
+    """Image embeddings (N, D), text embeddings (N, D) and the captions, of the images that can be read."""
+    if images.captions is None:
+        raise ValueError("retrieval: data must have captions")
     device = next(model.parameters()).device
-    captions: list[str] = []
 
     def both(batch: dict[str, Any]) -> Tensor:
-        captions.extend(batch["caption"])
         pictures = model.encode_image(normalize(batch["image"]))  # type: ignore[operator]
         return torch.stack([pictures, model.encode_text(tokenizer(batch["caption"]).to(device))], 1)  # type: ignore[operator]
 
-    pairs = over(images, both, device=device)
-    return pairs[:, 0], pairs[:, 1], captions
+    pairs = over(images, both, device=device, group=group)
+    return pairs[:, 0], pairs[:, 1], [images.captions[i] for i in images.readable()]
 
 
 def recall_of(recipe: Any, data: Data, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
-    """Recall@k both ways on held-out pairs, or {} where few captions are distinct. Equal captions are all right answers."""
-    images, texts, captions = embed_pairs(recipe.exported(), data.test, recipe.tokenizer, recipe.normalize)
+    """Recall@k both ways on held-out pairs, or {} where few captions are distinct.
+
+    Each image is one answer, whatever the number of its captions, all of which are right, as are equal captions of other images.
+    """
+    check_towers("retrieval", recipe)
+    images, texts, captions = embed_pairs(recipe.exported(), data.test, recipe.tokenizer, recipe.normalize, recipe.group)
     if len(set(captions)) < len(captions) / 4:
         return {}
-    names = {c: i for i, c in enumerate(dict.fromkeys(captions))}
-    ids = torch.tensor([names[c] for c in captions])
-    right = ids[:, None] == ids[None, :]
-    both = {"text_to_image": recall(texts @ images.t(), right, ks), "image_to_text": recall(images @ texts.t(), right, ks)}
+    shown = [i if data.test.groups is None else data.test.groups[i] for i in data.test.readable()]
+    image, first = _numbered(shown)
+    text, said = _numbered(captions)
+    images, texts = images[first], texts[said]
+    right = torch.zeros(len(texts), len(images), dtype=torch.bool)
+    right[text, image] = True
+    both = {"text_to_image": recall(texts @ images.t(), right, ks), "image_to_text": recall(images @ texts.t(), right.t(), ks)}
     return {f"{name}@{k}": value for name, found in both.items() for k, value in found.items()}
+
+
+def _numbered(values: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """For each value the number of its kind, and for each kind the place of its first value."""
+    first: dict[Any, int] = {}
+    for i, value in enumerate(values):
+        first.setdefault(value, i)
+    number = {kind: n for n, kind in enumerate(first)}
+    return torch.tensor([number[value] for value in values], device="cpu"), torch.tensor(list(first.values()), device="cpu")
+
+
+def check_towers(what: str, recipe: Any) -> None:
+    if not hasattr(recipe, "tokenizer"):
+        raise ValueError(f"{what}: the run must be of the recipe clip or siglip, it is of {recipe.config.recipe}")
 
 
 @torch.no_grad()
@@ -81,10 +110,12 @@ def part_map(model: nn.Module, images: Tensor, text: Tensor) -> Tensor:
 
 def quarter_accuracy(recipe: Any, data: Data, limit: int = 200) -> float:
     """Of drawn scenes: how often the quarter that fits a phrase best is the one its object is in, in per cent (chance: 25)."""
-    model, parts = recipe.exported(), data.extra["parts"][:limit]
+    model, parts = recipe.exported(), data.extra.get("parts", [])[:limit]
+    if not parts:
+        raise ValueError(f"parts: data must be drawn scenes, which say where things are, {data.name} does not")
     device = next(model.parameters()).device
     queries = [(i, phrase, quarter) for i, objects in enumerate(parts) for phrase, quarter in objects]
     images = recipe.normalize(data.test.fetch([i for i, _, _ in queries])["image"].to(device))
     maps = part_map(model, images, recipe.tokenizer([p for _, p, _ in queries]).to(device))
     best = F.adaptive_max_pool2d(maps[:, None], 2).flatten(1).argmax(1).cpu()
-    return 100 * (best == torch.tensor([q for _, _, q in queries])).float().mean().item()
+    return 100 * (best == torch.tensor([q for _, _, q in queries], device="cpu")).float().mean().item()

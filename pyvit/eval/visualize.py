@@ -72,4 +72,6 @@ def pca_colors(features: Tensor) -> Tensor:
 
 def choose(count: int, total: int) -> list[int]:
     """``count`` indices spread over ``total``."""
-    return [math.floor(i * total / count) for i in range(min(count, total))]
+    if count < 1:
+        raise ValueError(f"count: must be at least 1, got {count}")
+    return [math.floor(i * total / min(count, total)) for i in range(min(count, total))]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvit.data import Data, Images
-from pyvit.eval.features import labels_of, over
+from pyvit.eval.features import check_finite, labels_of, over, right
 
 TEMPLATES = ("a photo of a {}", "a picture of the {}", "{}")
 
@@ -24,20 +24,39 @@ def text_classifier(model: nn.Module, tokenizer: Callable[..., Tensor], classes:
     if not templates or any("{}" not in t for t in templates):
         raise ValueError(f"zero-shot: templates must each contain {{}}, got {list(templates)}")
     device = next(model.parameters()).device
-    prompts = tokenizer([t.format(c) for c in classes for t in templates]).to(device)
+    names = [c.replace("_", " ") for c in classes]
+    prompts = tokenizer([t.replace("{}", name) for name in names for t in templates]).to(device)
     each = torch.cat([model.encode_text(part) for part in prompts.split(256)])  # type: ignore[operator]
     return F.normalize(each.view(len(classes), len(templates), -1).mean(1), dim=-1)
 
 
+def zero_shot_logits(
+    model: nn.Module, images: Images, classifier: Tensor, normalize: Callable[[Tensor], Tensor], group: Any = None
+) -> Tensor:
+    """Logits (N, classes) of every image that can be read: similarity times the model's scale, plus its bias where it has one (SigLIP)."""
+    scale, bias = model.scale(), getattr(model, "logit_bias", None)  # type: ignore[operator]
+
+    def compute(batch: dict[str, Any]) -> Tensor:
+        similar = scale * model.encode_image(normalize(batch["image"])).float() @ classifier.t()  # type: ignore[operator]
+        return similar if bias is None else similar + bias
+
+    return over(images, compute, device=classifier.device, group=group)
+
+
+def probabilities(model: nn.Module, logits: Tensor) -> Tensor:
+    """Of each class: among the others (CLIP's softmax), or on its own, so that they need not add up to 1 (SigLIP's sigmoid)."""
+    return logits.softmax(1) if getattr(model, "logit_bias", None) is None else logits.sigmoid()
+
+
 def zero_shot(model: nn.Module, images: Images, classifier: Tensor, normalize: Callable[[Tensor], Tensor]) -> Tensor:
-    """Class probabilities (N, classes) of every image, at the model's own temperature."""
-    scale = model.scale()  # type: ignore[operator]
-    return over(images, lambda b: (scale * model.encode_image(normalize(b["image"])) @ classifier.t()).softmax(1), device=classifier.device)  # type: ignore[operator]
+    """Class probabilities (N, classes) of every image, at the model's own temperature; see :func:`probabilities`."""
+    return probabilities(model, zero_shot_logits(model, images, classifier, normalize))
 
 
 def zero_shot_accuracy_of(recipe: Any, data: Data, templates: Sequence[str] | None = None) -> dict[str, float]:
     """{"zero_shot": accuracy} of a two-tower recipe on held-out images, from the names of the classes."""
     model = recipe.exported()
     classifier = text_classifier(model, recipe.tokenizer, data.classes or (), templates or OF_DATA.get(data.name, TEMPLATES))
-    probabilities = zero_shot(model, data.test, classifier, recipe.normalize)
-    return {"zero_shot": 100 * (probabilities.argmax(1) == labels_of(data.test)).float().mean().item()}
+    logits = zero_shot_logits(model, data.test, classifier, recipe.normalize, recipe.group)
+    check_finite("zero-shot", logits)
+    return {"zero_shot": 100 * right(logits, labels_of(data.test))}

@@ -236,7 +236,7 @@ def block_masks(
         raise ValueError(f"block_masks: ratio must be (low, high) with 0 <= low <= high < 1, got {ratio}")
     if not 0.0 <= probability <= 1.0:
         raise ValueError(f"block_masks: probability must be in [0, 1], got {probability}")
-    draw = random.Random(int(torch.randint(2**62, (), generator=generator)))
+    draw = random.Random(int(torch.randint(2**62, (), generator=generator, device="cpu")))
     if spread:
         masked = int(count * probability)
         step = (ratio[1] - ratio[0]) / max(masked, 1)

@@ -1,4 +1,4 @@
-"""Each paper's augmentation, on whole batches, with kornia."""
+"""Each paper's augmentation: crops, which the data cut out of whole images, and what follows on whole batches, with kornia."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pyvit.data.crops import Crop
 
 
 def _kornia() -> Any:
@@ -20,7 +22,11 @@ def _kornia() -> Any:
 
 
 class Augment(nn.Sequential):
-    """uint8 or [0, 1] images (B, 3, H, W) to augmented floats in [0, 1]."""
+    """uint8 or [0, 1] images (B, 3, H, W) to augmented floats in [0, 1]; ``crop`` is what the data cut them by, None for whole ones."""
+
+    def __init__(self, *layers: nn.Module, crop: Crop | None = None) -> None:
+        super().__init__(*layers)
+        self.crop = crop
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -28,12 +34,11 @@ class Augment(nn.Sequential):
         return super().forward(x).clamp(0, 1)
 
 
-def crop(size: tuple[int, int], scale: tuple[float, float], flip: bool, slant: float = 0.0) -> list[nn.Module]:
-    """Random resized crop (none for ``scale`` (1, 1)) and flip; ``slant`` turns and shears by up to so many degrees first."""
+def _turn_and_flip(flip: bool, slant: float = 0.0) -> list[nn.Module]:
+    """Turning and shearing by up to ``slant`` degrees and small shifts (none for 0), then a mirror for half of the images."""
     k = _kornia()
-    layers = [k.RandomResizedCrop(size, scale=scale, ratio=(3 / 4, 4 / 3), resample="BICUBIC", cropping_mode="slice")]
     turn = [k.RandomAffine(degrees=slant, translate=(0.1, 0.1), scale=(0.9, 1.1), shear=slant)] if slant else []
-    return [*turn, *(layers if scale[0] < 1 else []), *([k.RandomHorizontalFlip()] if flip else [])]
+    return [*turn, *([k.RandomHorizontalFlip()] if flip else [])]
 
 
 def mild(flip: bool) -> Augment:
@@ -46,12 +51,15 @@ def mild(flip: bool) -> Augment:
 def supervised(size: tuple[int, int], flip: bool) -> Augment:
     """Random resized crop, flip, colour, and erasing (Swin's and DeiT's, with colour jitter for their policy of operations)."""
     k = _kornia()
-    return Augment(*crop(size, (0.08, 1.0), flip), k.ColorJitter(0.4, 0.4, 0.4, p=0.8), k.RandomErasing(p=0.25))
+    layers = [*_turn_and_flip(flip), k.ColorJitter(0.4, 0.4, 0.4, p=0.8), k.RandomErasing(p=0.25)]
+    return Augment(*layers, crop=Crop(size, (0.08, 1.0)))
 
 
-def mae(size: tuple[int, int], flip: bool, scale: tuple[float, float] = (0.2, 1.0), slant: float = 0.0) -> Augment:
+def mae(
+    size: tuple[int, int], flip: bool, scale: tuple[float, float] = (0.2, 1.0), slant: float = 0.0, views: int | None = None
+) -> Augment:
     """Crop and flip alone (He et al., 2022, appendix A.1)."""
-    return Augment(*crop(size, scale, flip, slant))
+    return Augment(*_turn_and_flip(flip, slant), crop=Crop(size, scale, count=views))
 
 
 def _blur(size: tuple[int, int], p: float) -> nn.Module:
@@ -62,17 +70,26 @@ def _blur(size: tuple[int, int], p: float) -> nn.Module:
 def simclr(
     size: tuple[int, int], flip: bool, scale: tuple[float, float] = (0.08, 1.0), strength: float = 1.0, slant: float = 0.0
 ) -> Augment:
-    """Crop, flip, colour distortion, grey, blur (Chen et al., 2020, appendix A)."""
+    """Two crops, flip, colour distortion, grey, blur (Chen et al., 2020, appendix A)."""
     k, s = _kornia(), strength
     jitter = k.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
-    return Augment(*crop(size, scale, flip, slant), jitter, k.RandomGrayscale(p=0.2), _blur(size, 0.5))
+    layers = [*_turn_and_flip(flip, slant), jitter, k.RandomGrayscale(p=0.2), _blur(size, 0.5)]
+    return Augment(*layers, crop=Crop(size, scale, count=2))
 
 
-def dino(size: tuple[int, int], flip: bool, scale: tuple[float, float], blur: float, solarize: float, slant: float = 0.0) -> Augment:
+def dino(
+    size: tuple[int, int],
+    flip: bool,
+    scale: tuple[float, float],
+    blur: float,
+    solarize: float,
+    slant: float = 0.0,
+    views: int | None = None,
+) -> Augment:
     """Crop, flip, colour, grey, blur, solarisation (BYOL's, as DINO uses it)."""
     k = _kornia()
-    layers = [*crop(size, scale, flip, slant), k.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8), k.RandomGrayscale(p=0.2), _blur(size, blur)]
-    return Augment(*layers, *([k.RandomSolarize(0.0, 0.0, p=solarize)] if solarize else []))
+    layers = [*_turn_and_flip(flip, slant), k.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8), k.RandomGrayscale(p=0.2), _blur(size, blur)]
+    return Augment(*layers, *([k.RandomSolarize(0.0, 0.0, p=solarize)] if solarize else []), crop=Crop(size, scale, count=views))
 
 
 class Spectrogram(Augment):

@@ -30,7 +30,7 @@ class ImageText(Contrastive):
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
-        if "caption" not in data.test.fetch([0]):
+        if data.train.captions is None:
             raise ValueError(f"{config.recipe}: data must have captions (a CSV with image and caption, say), {data.name} has none")
         self.tokenizer = load_tokenizer(self.opt["tokenizer"], self.opt["context"])
         text = {"vocab_size": self.tokenizer.vocab_size, "context_length": self.opt["context"]}
@@ -40,7 +40,7 @@ class ImageText(Contrastive):
         if config.init is not None:
             initialise(self.model, config.init)
         self.check_batch()
-        self.augment = augment.mae(data.size, data.flip, (self.opt["crop"], 1.0))
+        self.augment = augment.mae(data.size, False, (self.opt["crop"], 1.0))  # a mirror makes the caption's "left" wrong
 
     @property
     def backbone(self) -> nn.Module:
@@ -50,8 +50,8 @@ class ImageText(Contrastive):
         return self.model
 
     def views(self, batch: Views, step: int, steps: int) -> Views:
-        text = self.tokenizer(batch["caption"]).to(batch["image"].device)
-        return {"images": self.normalize(self.augment(batch["image"])), "text": text}
+        images = self.normalize(self.augment(self.cropped(batch)["crop"]))
+        return {"images": images, "text": self.tokenizer(batch["caption"]).to(images.device)}
 
     def encode(self, views: Views) -> dict[str, Tensor]:
         return {"images": self.model.encode_image(views["images"]), "text": self.model.encode_text(views["text"])}

@@ -48,6 +48,7 @@ class Config:
     validation: float = option(
         0.0, "share of the training images to evaluate on in the place of the held-out ones, to choose settings by", "[0, 1)"
     )
+    flip: bool = option(True, "mirror images at random; never spectrograms, built-in digits or images with captions")
     workers: int = option(0, "processes that read images", "[0, inf)")
     seed: int = option(0, "of weights, order and augmentation", "[0, inf)")
     save_every: int = option(200, "steps between checkpoints; one is always written at the end", "(0, inf)")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvit.data import Data
+from pyvit.data.crops import Crop
 from pyvit.losses import DINOLoss
 from pyvit.models.dino import DINOHead, SelfDistillation
 from pyvit.models.dino import Views as Compared
@@ -71,11 +72,11 @@ class DINO(Recipe):
         low, high = (o["local_crop"], o["global_crop"]), (o["global_crop"], 1.0)
         side = self.local_size(data.size)
         if o["distort"]:
-            self.local = augment.dino((side, side), data.flip, low, blur=0.5, solarize=0.0, slant=o["slant"])
+            self.local = augment.dino((side, side), data.flip, low, blur=0.5, solarize=0.0, slant=o["slant"], views=o["local_crops"])
             self.first = augment.dino(data.size, data.flip, high, blur=1.0, solarize=0.0, slant=o["slant"])
             self.second = augment.dino(data.size, data.flip, high, blur=0.1, solarize=o["solarize"], slant=o["slant"])
         else:
-            self.local = augment.mae((side, side), data.flip, low, o["slant"])
+            self.local = augment.mae((side, side), data.flip, low, o["slant"], o["local_crops"])
             self.first = self.second = augment.mae(data.size, data.flip, high, o["slant"])
 
     def network(self, config: Config, data: Data) -> nn.Module:
@@ -117,10 +118,16 @@ class DINO(Recipe):
     def schedule(self, step: int, steps: int) -> dict[str, float]:
         return {"weight_decay": schedules.cosine(step, steps, self.config.weight_decay or 0.0, self.opt["weight_decay_end"])}
 
+    @property
+    def crops(self) -> dict[str, Crop]:
+        """Two global crops and ``local_crops`` local ones, each of the whole image."""
+        found = {"first": self.first.crop, "second": self.second.crop, **({"local": self.local.crop} if self.opt["local_crops"] else {})}
+        return {name: crop for name, crop in found.items() if crop is not None}
+
     def views(self, batch: Views, step: int, steps: int) -> Views:
-        images, o = batch["image"], self.opt
-        large = [self.normalize(crop(images)) for crop in (self.first, self.second)]
-        small = [self.normalize(self.local(images)) for _ in range(o["local_crops"])]
+        batch, o = self.cropped(batch), self.opt
+        large = [self.normalize(augmented(batch[name])) for name, augmented in (("first", self.first), ("second", self.second))]
+        small = [self.normalize(self.local(crop)) for crop in batch["local"]] if o["local_crops"] else []
         temp = schedules.linear(step, int(o["warm_teacher"] * steps), o["warm_teacher_temp"], o["teacher_temp"])
         return {"global": torch.stack(large), "local": torch.stack(small) if small else None, "teacher_temp": temp}
 

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.utils.data import DataLoader
 
-from pyvit.data import Data, load_data
+from pyvit.data import Data, load_data, loading
+from pyvit.data.saved import describe
 from pyvit.data.stream import Stream
 from pyvit.info import setting
 from pyvit.train import checkpoint, schedules
@@ -31,10 +31,24 @@ from pyvit.train.plan import Plan, step_seed
 from pyvit.train.presets import MODELS, PRESETS, TOWERS
 from pyvit.train.recipe import Contrastive, Recipe, load_recipe
 from pyvit.train.sharding import leave, shard, whole
-from pyvit.train.stop import Requests, Stopped, deaf
+from pyvit.train.stop import Requests, Stopped
 
 #: So many overflows of float16 in a row are no search for the loss scale: from 65536 it is then below 1e-3.
 OVERFLOWS = 27
+
+
+class Numbered:
+    """The micro-batches of a plan with the number of their step, from which their crops are drawn."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        for n, indices in enumerate(self.plan):
+            yield self.plan.start + n // self.plan.accumulate, indices
 
 
 def _settle(config: Config) -> Config:
@@ -128,6 +142,10 @@ class Run:
     def _prepare(self) -> None:
         config = self.config
         self.data: Data = load_data(config.data, config.image_size, config.validation)
+        if not config.flip:
+            self.data = dataclasses.replace(self.data, flip=False)
+        if self.main:
+            say(self.data.summary())
         if config.image_size is None:
             self.config = config = dataclasses.replace(config, image_size=self.data.size[1])
         batch, stream = config.batch_size or 1, isinstance(self.data.train, Stream)
@@ -198,6 +216,7 @@ class Run:
         if saved is None:
             if self.main:
                 checkpoint.save_json(self.folder / "config.json", config)
+                self._keep_data()
             return 0
         if missing := {"config", "step", "model", "optimizer"} - saved.keys():
             raise ValueError(f"{path} is no checkpoint of pyvit: it lacks {', '.join(sorted(missing))}")
@@ -255,6 +274,12 @@ class Run:
             dist.broadcast_object_list(same, src=0)
         return same[0]
 
+    def _keep_data(self) -> None:
+        """Classes, preprocessing and vocabulary, so that evaluation needs the run's folder alone."""
+        checkpoint.save_json(self.folder / "data.json", describe(self.data, self.config.data))
+        if (tokenizer := Path(str(getattr(self.recipe, "opt", {}).get("tokenizer", "bytes")))).is_file():
+            checkpoint.write_atomic(self.folder / "tokenizer.json", lambda file: file.write(tokenizer.read_bytes()))
+
     def _setting(self) -> dict[str, str]:
         """What, with the same settings, a run's bits depend on."""
         device = self.accelerator.device
@@ -297,12 +322,11 @@ class Run:
     def batches(self) -> Iterator[dict[str, Any]]:
         c = self.config
         train, spread = self.data.train, (c.batch_size or 1, self.start, self.steps, c.seed, self.rank, self.world, c.accumulate)
+        crops = self.recipe.crops
         if isinstance(train, Stream):
-            yield from DataLoader(train.batches(*spread), batch_size=None, num_workers=min(c.workers, 1), worker_init_fn=deaf)
+            yield from loading.streamed(train, train.batches(*spread, crops), c.workers)
             return
-        plan = Plan(len(train), *spread)
-        workers = {"num_workers": c.workers, "persistent_workers": c.workers > 0, "prefetch_factor": 4 if c.workers else None}
-        yield from DataLoader(train, batch_sampler=plan, collate_fn=_whole, worker_init_fn=deaf, **workers)  # type: ignore[arg-type]
+        yield from loading.drawn(train, crops, Numbered(Plan(len(train), *spread)), c.seed, c.workers)
 
     def step(self, step: int, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
         """One optimizer step; returns the figures to log. Schedules pass over steps that float16 has cost."""
@@ -397,8 +421,10 @@ class Run:
                 saved = self._loop(log)
         finally:
             for problem in self.data.train.problems if self.main else ():
-                say(f"skipped {problem}")
+                say(f"skipped {problem}".encode("ascii", "backslashreplace").decode())
         results = self.evaluate()
+        for line in self.data.damage() if self.main else ():
+            say(f"note: {line}")
         log.write(self.steps, **results)
         log.close()
         lost = [] if saved else ["last.pt"]
@@ -452,6 +478,7 @@ class Run:
         writes = {
             "model.safetensors": lambda path: checkpoint.save_weights(path, state),
             "config.json": lambda path: checkpoint.save_json(path, dataclasses.asdict(self.config)),
+            "data.json": lambda path: self._keep_data(),
             "results.json": lambda path: checkpoint.save_json(path, results),
         }
         lost = []
@@ -466,11 +493,6 @@ class Run:
 
 def _finite(value: float) -> bool:
     return value - value == 0
-
-
-def _whole(batch: Any) -> Any:
-    """Data sets here return whole batches."""
-    return batch
 
 
 def train(config: Config) -> dict[str, float]:

@@ -23,7 +23,7 @@ class Finetune(Supervised):
         super().__init__(config, data)
 
     def expectation(self, results: dict[str, float]) -> str:
-        return f"test accuracy {results['accuracy']:.2f} % on {len(self.data.test)} held-out images"
+        return f"test accuracy {results['accuracy']:.2f} % on {len(self.data.test.readable())} held-out images"
 
 
 RECIPE = Finetune

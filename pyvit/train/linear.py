@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvit.data import Data
-from pyvit.eval.features import embed, labels_of, over
+from pyvit.eval.features import embed, labels_of, over, right
 from pyvit.train import augment
 from pyvit.train.config import Config
 from pyvit.train.options import Option
@@ -23,6 +23,7 @@ class Linear(Recipe):
     defaults: ClassVar[dict[str, Any]] = {"epochs": 90, "batch_size": 16384, "weight_decay": 0.0, "warmup": 10 / 90, "clip": 0.0}
     options: ClassVar[dict[str, Option]] = {"crop": Option(0.08, "smallest share of an image that a random crop keeps", "(0, 1]")}
     base_lr, base_batch, optimizer = 0.1, 256, "sgd"
+    classifies = True
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
@@ -52,10 +53,13 @@ class Linear(Recipe):
         return self.model
 
     def exported(self) -> nn.Module:
-        return nn.Sequential(self.norm, self.head)
+        return nn.ModuleDict({"model": self.model, "norm": self.norm, "head": self.head})
+
+    def encoder(self) -> nn.Module:
+        return self.model
 
     def views(self, batch: Views, step: int, steps: int) -> Views:
-        return {"images": self.normalize(self.augment(batch["image"])), "labels": batch["label"]}
+        return {"images": self.normalize(self.augment(self.cropped(batch)["crop"])), "labels": batch["label"]}
 
     def forward(self, views: Views) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -64,11 +68,12 @@ class Linear(Recipe):
 
     def evaluate(self, data: Data) -> dict[str, float]:
         device = self.head.weight.device
-        logits = over(data.test, lambda b: self.head(self.norm(embed(self.model, self.normalize(b["image"])).float())), device=device)
-        return {"accuracy": 100 * (logits.argmax(1) == labels_of(data.test)).float().mean().item()}
+        compute = lambda b: self.head(self.norm(embed(self.model, self.normalize(b["image"])).float()))  # noqa: E731
+        logits = over(data.test, compute, device=device, group=self.group)
+        return {"accuracy": 100 * right(logits, labels_of(data.test))}
 
     def expectation(self, results: dict[str, float]) -> str:
-        return f"linear accuracy {results['accuracy']:.2f} % on {len(self.data.test)} held-out images"
+        return f"linear accuracy {results['accuracy']:.2f} % on {len(self.data.test.readable())} held-out images"
 
 
 RECIPE = Linear

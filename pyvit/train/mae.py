@@ -60,7 +60,7 @@ class MAE(Recipe):
         return self.model
 
     def views(self, batch: Views, step: int, steps: int) -> Views:
-        images = self.normalize(self.augment(batch["image"]))
+        images = self.normalize(self.augment(self.cropped(batch)["crop"]))
         rows, columns = self.model.patch_embed.grid(images.shape[2:])
         return {"images": images, "noise": torch.rand(len(images), rows * columns, dtype=torch.float32, device=images.device)}
 
@@ -72,7 +72,7 @@ class MAE(Recipe):
         """The reconstruction loss of held-out images, and how well their neighbours share their label."""
         from pyvit.eval.knn import knn_accuracy_of
 
-        batch = data.test.fetch(range(min(len(data.test), 512)))
+        batch = data.test.fetch(data.test.readable()[:512])
         images = self.normalize(batch["image"].to(self.mean.device))
         loss, _, _ = self.model(images, self.opt["mask_ratio"])
         return {"test_loss": float(loss), **knn_accuracy_of(self, data)}

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pyvit.data import Data
+from pyvit.data.crops import Crop, crop_images, generator
 from pyvit.models.registry import create_model, settings_of
 from pyvit.train.config import Config
 from pyvit.train.options import Option, SettingError, choose, parse
@@ -38,6 +39,8 @@ class Recipe(nn.Module):
     optimizer: ClassVar[str] = "adamw"
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     eps: ClassVar[float] = 1e-8
+    #: Whether the exported network has one output for each of the data's classes, in their order.
+    classifies: ClassVar[bool] = False
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__()
@@ -79,6 +82,19 @@ class Recipe(nn.Module):
         images = images / 255 if images.dtype == torch.uint8 else images
         return (images - self.mean) / self.std
 
+    @property
+    def crops(self) -> dict[str, Crop]:
+        """The crops this recipe learns from, by name; the data cut them out of whole images. {} for whole images."""
+        augment = getattr(self, "augment", None)
+        return {"crop": augment.crop} if augment is not None and augment.crop is not None else {}
+
+    def cropped(self, batch: Views) -> Views:
+        """``batch`` with an entry for each of :attr:`crops`, cut out of its whole images where the data have not done it."""
+        if batch.keys() >= self.crops.keys():
+            return batch
+        seeds = torch.randint(2**62, (len(batch["image"]),), device="cpu").tolist()
+        return {**batch, **crop_images(batch["image"], self.crops, [generator(seed) for seed in seeds])}
+
     def views(self, batch: Views, step: int, steps: int) -> Views:
         raise NotImplementedError
 
@@ -111,6 +127,10 @@ class Recipe(nn.Module):
     def exported(self) -> nn.Module:
         """The network worth keeping, saved as the run's weights."""
         return self.backbone
+
+    def encoder(self) -> nn.Module:
+        """The network whose features and attention are evaluated."""
+        return self.exported()
 
     def evaluate(self, data: Data) -> dict[str, float]:
         """Figures of merit on held-out images."""
@@ -200,6 +220,8 @@ def initialise(model: nn.Module, init: str) -> list[str]:
 
     Heads of another shape are left as they are. Returns the names that were not loaded; raises when nothing fits.
     """
+    if not init:  # a finished run that is loaded again: its own weights follow
+        return []
     path = Path(init)
     if path.is_dir():
         path = path / "model.safetensors"

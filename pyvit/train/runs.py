@@ -1,7 +1,8 @@
-"""A finished run, loaded again: its network, its data, its preprocessing."""
+"""A finished run, loaded again: its network, its preprocessing, and the images to measure it on."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,21 +10,68 @@ from typing import Any
 import torch
 
 from pyvit.data import Data, load_data
+from pyvit.data.saved import described
 
 
 def load_run(folder: str | Path, data: str | None = None) -> tuple[Any, Data]:
-    """The recipe of the run in ``folder`` with its trained weights, in evaluation mode, and its data, or the set named by ``data``."""
-    from pyvit.train import Config
+    """The recipe of the run in ``folder`` with its trained weights, in evaluation mode, and its data, or the set named by ``data``.
+
+    The folder is all that is needed beside the images: neither the data nor the ``init`` of the training need be where they were. Labels
+    follow the run's classes, by name. Raises ValueError for data that do not fit the run.
+    """
+    from pyvit.train.config import Config, parse
     from pyvit.train.recipe import load_recipe
 
     folder = Path(folder)
     if not (folder / "config.json").exists() or not (folder / "model.safetensors").exists():
         raise FileNotFoundError(f"run: {folder} must hold config.json and model.safetensors, as a finished 'pyvit train' leaves them")
+    record = _read(folder / "config.json")
+    if unknown := record.keys() - {field.name for field in dataclasses.fields(Config)}:
+        raise ValueError(f"run: {folder / 'config.json'} has settings of another version of pyvit: {', '.join(sorted(unknown))}")
+    config = Config(**record)
+    kept = _read(folder / "data.json") if (folder / "data.json").exists() else None
+    trained_on = described(kept) if kept else load_data(config.data, config.image_size, config.validation)
+    chosen = _images(config, kept, data, trained_on)
+    if config.init is not None:
+        config = dataclasses.replace(config, init="")  # all weights are in the run's own file
+    if (folder / "tokenizer.json").exists():
+        options = {**parse(config.option, "option"), "tokenizer": str(folder / "tokenizer.json")}
+        config = dataclasses.replace(config, option=[f"{k}={v!r}" for k, v in options.items()])
+    torch.manual_seed(config.seed)
+    recipe = load_recipe(config.recipe)(config, trained_on)
+    _load(recipe.exported(), folder / "model.safetensors")
+    return recipe.eval(), chosen.with_classes(trained_on.classes) if recipe.classifies else chosen
+
+
+def _images(config: Any, kept: dict[str, Any] | None, data: str | None, trained_on: Data) -> Data:
+    if data is None:
+        if not kept:
+            return trained_on
+        spec = kept["source"] if not Path(config.data).expanduser().exists() and Path(kept["source"]).exists() else config.data
+        try:
+            return load_data(spec, trained_on.size[1], config.validation)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; name the images to measure on with --data") from error
+    found = load_data(data, trained_on.size[1])
+    if found.sound != trained_on.sound:
+        kinds = [("spectrograms" if each.sound else "images") for each in (trained_on, found)]
+        raise ValueError(f"data: the run was trained on {kinds[0]}, {found.name} has {kinds[1]}")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"run: {path} is damaged: {error}") from error
+
+
+def _load(model: torch.nn.Module, path: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config = Config(**json.loads((folder / "config.json").read_text()))
-    own = load_data(config.data, config.image_size, config.validation)
-    torch.manual_seed(config.seed)
-    recipe = load_recipe(config.recipe)(config, own)
-    recipe.exported().load_state_dict(load_file(str(folder / "model.safetensors")))
-    return recipe.eval(), load_data(data, config.image_size) if data is not None else own
+    try:
+        model.load_state_dict(load_file(str(path)))
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"run: {path} is damaged, or of another version of pyvit: {reason[:300]}") from error

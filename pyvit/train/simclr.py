@@ -63,7 +63,8 @@ class SimCLR(Contrastive):
         return self.model
 
     def views(self, batch: Views, step: int, steps: int) -> Views:
-        return {"one": self.normalize(self.augment(batch["image"])), "two": self.normalize(self.augment(batch["image"]))}
+        one, two = (self.normalize(self.augment(crop)) for crop in self.cropped(batch)["crop"])
+        return {"one": one, "two": two}
 
     def encode(self, views: Views) -> dict[str, Tensor]:
         """Features before the head, whose batch norms are over the whole batch."""

@@ -46,8 +46,3 @@ class Requests:
             yield
         finally:
             restore()
-
-
-def deaf(_: int = 0) -> None:
-    """For processes that read data: Ctrl-C is for the one that trains, which ends them when it is done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvit.data import Data
-from pyvit.eval.features import predict
+from pyvit.eval.features import predict, right
 from pyvit.train import augment
 from pyvit.train.config import Config
 from pyvit.train.options import Option
@@ -26,6 +26,7 @@ class Supervised(Recipe):
         "smoothing": Option(0.1, "share of the label that is spread over all classes", "[0, 1)"),
         "drop_path": Option(0.1, "stochastic depth of the last block", "[0, 1)"),
     }
+    classifies = True
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
@@ -49,7 +50,7 @@ class Supervised(Recipe):
         return self.model
 
     def views(self, batch: Views, step: int, steps: int) -> Views:
-        images = self.augment(batch["image"])
+        images = self.augment(self.cropped(batch)["crop"] if self.crops else batch["image"])
         targets = F.one_hot(batch["label"], len(self.data.classes or ())).to(images.dtype)
         images, targets = augment.mixup(images, targets, self.opt["mixup"], self.opt["cutmix"])
         return {"images": self.normalize(images), "targets": targets}
@@ -59,12 +60,12 @@ class Supervised(Recipe):
         return {"loss": F.cross_entropy(logits.float(), views["targets"], label_smoothing=self.opt["smoothing"])}
 
     def evaluate(self, data: Data) -> dict[str, float]:
-        logits, labels = predict(self.model, data.test, self.normalize)
+        logits, labels = predict(self.model, data.test, self.normalize, group=self.group)
         top = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
-        return {"accuracy": 100 * top[:, 0].float().mean().item(), "top5": 100 * top.any(1).float().mean().item()}
+        return {"accuracy": 100 * right(logits, labels), "top5": 100 * top.any(1).float().mean().item()}
 
     def expectation(self, results: dict[str, float]) -> str:
-        line = f"test accuracy {results['accuracy']:.2f} % on {len(self.data.test)} held-out images"
+        line = f"test accuracy {results['accuracy']:.2f} % on {len(self.data.test.readable())} held-out images"
         usual = {("digits", "vit"): 97, ("digits", "swi"): 96}.get((self.data.name, (self.config.model or "")[:3]))
         return line + (f"; with the default settings, expect at least {usual} %" if usual else "")
 

@@ -1,0 +1,103 @@
+"""Tables of image files and their captions."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from pathlib import Path
+
+from pyvit.data.decode import ImageDecoder
+from pyvit.data.files import TOLERATED, TOLERATED_FILES, DecodedImages
+from pyvit.data.sets import Data, Images
+from pyvit.data.split import group_files, hold_out
+
+ENDINGS = (".csv", ".tsv", ".txt")
+
+
+def captioned(path: Path, size: int) -> Data:
+    """A table with a header and the columns ``image`` (paths, relative to the file) and ``caption``; ``label`` is optional.
+
+    Fields are parted by commas, semicolons, tabs or bars; the text is UTF-8, or UTF-16 with its mark. One image in ten is held out, with
+    all of its captions. Evaluation sees the largest square of an image, and none is mirrored, which would make "left" of "right".
+    """
+    rows, notes = _rows(path)
+    images = [path.parent / row["image"].strip() for row in rows]
+    missing = [image for image in dict.fromkeys(images) if not os.path.exists(image)]
+    if len(missing) > max(TOLERATED * len(set(images)), TOLERATED_FILES):
+        raise FileNotFoundError(
+            f"data: {len(missing)} of {len(set(images))} images that {path} names do not exist, the first: {missing[0]}"
+        )
+    classes = None
+    if "label" in rows[0]:
+        if without := [row["line"] for row in rows if not row["label"]]:
+            raise ValueError(f"data: {path} must have a label in every row, line {without[0]} and {len(without) - 1} more have none")
+        classes = sorted({row["label"] for row in rows})
+    labels = [classes.index(row["label"]) for row in rows] if classes else None
+    groups = _same_image(images, notes)
+    files = list(map(os.path.realpath, images))
+    train, test = hold_out(groups, labels, classes, files, notes)
+
+    def part(at: list[int]) -> Images:
+        chosen = [images[i] for i in at], ImageDecoder(size, 1.0), labels and [labels[i] for i in at]
+        return DecodedImages(*chosen, [rows[i]["caption"] for i in at], [groups[i] for i in at])
+
+    notes.insert(0, f"one image in ten is held out, of {len(set(groups))}")
+    return Data(path.stem, part(train), part(test), (size, size), classes, flip=False, notes=notes)
+
+
+def _same_image(images: list[Path], notes: list[str]) -> list[int]:
+    """A number for each row, equal for the same file and for files of the same content."""
+    files = list(dict.fromkeys(map(os.path.realpath, images)))
+    equal = group_files([Path(f) for f in files])
+    if equal is None:
+        notes.append(f"not searched for repeated images: {len(files)} files are too many")
+    number = dict(zip(files, equal or range(len(files)), strict=True))
+    return [number[os.path.realpath(image)] for image in images]
+
+
+def _text(path: Path) -> str:
+    content = path.read_bytes()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"data: {path} must be UTF-8, or UTF-16 with its mark; line {line} is not: save it as UTF-8") from error
+    if "\0" in text:
+        raise ValueError(f"data: {path} must be text; line {text.count(chr(10), 0, text.index(chr(0))) + 1} has NUL bytes")
+    return text
+
+
+def _rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+    """Rows with their line numbers under "line", and what was left out."""
+    text = _text(path)
+    first = text.lstrip().partition("\n")[0]
+    parting = max(",;\t|", key=first.count)
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=parting, skipinitialspace=True, strict=True)
+    rows: list[dict[str, str]] = []
+    empty = 0
+    try:
+        header = [name.strip().lower() for name in next((row for row in table if row), [])]
+        if not {"image", "caption"} <= set(header):
+            raise ValueError(f"data: {path} must have a header with the columns image and caption, got {', '.join(header) or 'no row'}")
+        if len(set(header)) < len(header):
+            raise ValueError(f"data: {path} must name each column once, got {', '.join(header)}")
+        for row in table:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise ValueError(
+                    f"data: {path}, line {table.line_num}: {len(row)} fields under a header of {len(header)}; "
+                    f"quote captions that contain {parting!r}"
+                )
+            named = {**dict(zip(header, row, strict=True)), "line": str(table.line_num)}
+            if named["image"].strip() and named["caption"].strip():
+                rows.append(named)
+            else:
+                empty += 1
+    except csv.Error as error:
+        raise ValueError(f"data: {path}, line {table.line_num}: {error}") from error
+    if not rows:
+        raise ValueError(f"data: {path} must have rows with an image and a caption under its header, got none")
+    return rows, [f"left out: {empty} rows without an image or a caption"] if empty else []

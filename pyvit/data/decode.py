@@ -1,0 +1,147 @@
+"""One image or sound of any source to pixels: the same file gives the same pixels from a folder, a table and a stream."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyvit.data.audio import BANDS, read_wave, spectrogram
+from pyvit.data.crops import Box, Crop, centre_box, crop_images
+
+#: An evaluated image is resized and this share of its side cut out of the middle, where it has the pixels (He et al., 2016: 224 of 256).
+CENTRE = 0.875
+
+#: A JPEG is decoded at a fraction of its size only where so many source pixels are left for each of a view, as in Pillow's thumbnails.
+_SPARE = 2
+
+
+def open_image(source: Any) -> AbstractContextManager[Any]:
+    """A path, bytes, a ``datasets`` record {"bytes": ..., "path": ...} or a PIL image, opened; a file of ours is closed afterwards."""
+    from PIL import Image
+
+    if isinstance(source, Mapping):
+        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
+    if source is None:
+        raise ValueError("there is no image")
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return Image.open(io.BytesIO(source))
+    return Image.open(source) if isinstance(source, (str, Path)) else nullcontext(source)
+
+
+def _orientation(image: Any) -> int:
+    """EXIF's number for how the camera was held, 1 for upright. Damaged EXIF says nothing of the pixels, which may be whole."""
+    if image.format == "TIFF":
+        image.load()  # by which Pillow turns a TIFF itself, and forgets the number
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:
+        return 1
+
+
+def upright_rgb(image: Any, turn: int) -> Any:
+    """Eight bits in three channels, turned as EXIF says, transparent parts over white.
+
+    16 bits are scaled by the range of the format and floats by [0, 1]; other ranges of values raise ValueError, since what is black and
+    what is white in them is not known.
+    """
+    from PIL import Image
+
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _eight_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    rgb = image.convert("RGB")
+    flip = Image.Transpose
+    turned = {
+        2: flip.FLIP_LEFT_RIGHT, 3: flip.ROTATE_180, 4: flip.FLIP_TOP_BOTTOM, 5: flip.TRANSPOSE,
+        6: flip.ROTATE_270, 7: flip.TRANSVERSE, 8: flip.ROTATE_90,
+    }.get(turn)  # fmt: skip
+    return rgb if turned is None else rgb.transpose(turned)
+
+
+def _eight_bits(image: Any) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    if image.mode == "I" and image.format == "TIFF":
+        raise ValueError("32-bit integers have no known white; convert the image to 8 or 16 bits")
+    values = np.asarray(image).astype(np.float64)
+    most = 1.0 if image.mode == "F" else 65535.0
+    low, high = float(values.min()), float(values.max())
+    if not 0 <= low <= high <= most:  # NaN included
+        raise ValueError(f"values of mode {image.mode} must be in 0..{most:g}, got {low:g}..{high:g}; convert the image to 8 bits")
+    return Image.fromarray(np.rint(values * (255 / most)).astype(np.uint8))
+
+
+def cut(image: Any, wanted: Sequence[tuple[Box, tuple[int, int]]], size: tuple[int, int], turn: int) -> list[Tensor]:
+    """uint8 (3, h, w) of each (box, (h, w)), boxes in pixels of the upright image, which is ``size`` (width, height)."""
+    from PIL import Image
+
+    needed = min((min((r - l) / w, (b - t) / h) for (l, t, r, b), (h, w) in wanted), default=1.0)
+    shrink = next((s for s in (8, 4, 2) if needed >= s * _SPARE), 1)
+    if shrink > 1 and hasattr(image, "draft"):
+        image.draft("RGB", (image.width // shrink, image.height // shrink))
+    rgb = upright_rgb(image, turn)
+    across, down = rgb.width / size[0], rgb.height / size[1]
+    found = []
+    for (l, t, r, b), (h, w) in wanted:
+        box = (l * across, t * down, min(r * across, rgb.width), min(b * down, rgb.height))
+        view = rgb.resize((w, h), Image.Resampling.BICUBIC, box=box)
+        found.append(torch.frombuffer(bytearray(view.tobytes()), dtype=torch.uint8).view(h, w, 3).permute(2, 0, 1))
+    return found
+
+
+def decode_image(source: Any, size: int, centre: float = 1.0) -> Tensor:
+    """A path, bytes or a PIL image to uint8 (3, size, size): the largest square in the middle (bicubic, antialiased).
+
+    ``centre`` below 1 leaves out the square's rim, down to that share of its side, as far as the rest keeps ``size`` pixels: an image that
+    small is not enlarged to be cut.
+    """
+    with open_image(source) as image:
+        turn = _orientation(image)
+        width, height = image.size if turn < 5 else image.size[::-1]
+        side = min(width, height)
+        share = min(max(size / side, centre), 1.0)
+        return cut(image, [(centre_box(width, height, (1, 1), share), (size, size))], (width, height), turn)[0].contiguous()
+
+
+class ImageDecoder:
+    """Image files as the whole view that evaluation takes, and as a recipe's crops. Picklable."""
+
+    def __init__(self, size: int, centre: float = CENTRE) -> None:
+        self.shape, self.centre = (3, size, size), centre
+
+    def whole(self, source: Any) -> Tensor:
+        return decode_image(source, self.shape[1], self.centre)
+
+    def views(self, source: Any, crops: Mapping[str, Crop], draw: random.Random) -> dict[str, list[Tensor]]:
+        """Every crop is cut out of the full image; a JPEG is decoded no finer than the finest of them needs."""
+        with open_image(source) as image:
+            turn = _orientation(image)
+            width, height = image.size if turn < 5 else image.size[::-1]
+            boxes = {name: crop.boxes(width, height, draw) for name, crop in crops.items()}
+            wanted = [(box, crops[name].size) for name, found in boxes.items() for box in found]
+            views = iter(cut(image, wanted, (width, height), turn))
+        return {name: [next(views) for _ in found] for name, found in boxes.items()}
+
+
+class SoundDecoder:
+    """.wav files as spectrograms (1, 128 bands, frames), low bands first. Picklable."""
+
+    def __init__(self, frames: int) -> None:
+        self.shape = (1, BANDS, frames)
+
+    def whole(self, source: Any) -> Tensor:
+        return spectrogram(*read_wave(source), self.shape[2])
+
+    def views(self, source: Any, crops: Mapping[str, Crop], draw: random.Random) -> dict[str, list[Tensor]]:
+        found = crop_images(self.whole(source)[None], crops, [draw])
+        return {name: [view[0]] if crops[name].count is None else list(view[:, 0]) for name, view in found.items()}
