@@ -17,10 +17,12 @@ _LIBRARIES = []
 
 
 def peer(name: str) -> ModuleType:
-    """timm or open_clip, which import torchvision and do without it; or a skipped file."""
+    """A library of others, imported after torchvision where that is there, which all of them look for; or a skipped file."""
     if name not in sys.modules and importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed", allow_module_level=True)
-    if importlib.util.find_spec("transformers") is not None:  # it remembers whether torchvision is there: ask before a stand-in is
+    if importlib.util.find_spec("torchvision") is not None:
+        torchvision()
+    elif importlib.util.find_spec("transformers") is not None:  # it remembers that torchvision is not there: ask before a stand-in is
         importlib.import_module("transformers.image_utils")
     return import_peer(name)
 

@@ -12,8 +12,9 @@ from torch import nn
 import pyvit
 from tests.integrations.checks import check_accelerated, counts
 from tests.models.parity import randomise, relative_error
+from tests.peers import peer
 
-transformers = pytest.importorskip("transformers")
+transformers = peer("transformers")
 
 TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
 IMAGE = {"image_size": 32, "patch_size": 8}
