@@ -208,7 +208,7 @@ def test_pickled_and_as_a_context():
         assert counts(report) == {"Conv2d": 1, "ViTAttention": 2, "ViTMLP": 2}
         found = model(pixels(model, 32, 32)).logits
         other = pickle.loads(pickle.dumps(model))
-        assert other.vit.layers[0].attention.forward.args[0] is other.vit.layers[0].attention
+        assert other.vit.layers[0].attention.forward.module is other.vit.layers[0].attention
         assert torch.equal(other(pixels(model, 32, 32)).logits, found)
     assert torch.equal(model(pixels(model, 32, 32)).logits, expected)
 
