@@ -23,7 +23,7 @@ def _absent(name: str) -> None:
 
 
 def peer(name: str) -> ModuleType:
-    """timm or open_clip, which import torchvision and do without it; or a skipped file."""
+    """A library of others, imported after torchvision where that is there, which all of them look for; or a skipped file."""
     if name not in sys.modules and importlib.util.find_spec(name) is None:
         _absent(name)
     if importlib.util.find_spec("transformers") is not None:  # it remembers whether torchvision is there: ask before a stand-in is

@@ -6,15 +6,16 @@ Classes are known by name, so that nothing is imported that the model at hand ha
 
 from __future__ import annotations
 
-import functools
 import importlib
-import itertools
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
-from pyvit.integrations.common import Left, Replacement, Rule, kind
+from pyvit.integrations import originals
+from pyvit.integrations.common import Rule
+from pyvit.integrations.forwards import WATCHED, Forward, Left, forwards, kind, put, take_away
+from pyvit.integrations.unknown import unknown_attention
 
 __all__ = ["AccelerateError", "Report", "Row", "accelerate", "restore"]
 
@@ -52,6 +53,16 @@ class Report:
                 lines.append(f"  {title} {count} x {what.rpartition('.')[2]} ({first[what, note]}{', ...' if count > 1 else ''}): {note}")
         return "\n".join(lines)
 
+    def refresh(self) -> Report:
+        """What serves the model now: patches, subclasses, other layers and hooks may have come after :func:`accelerate`."""
+        paths = {id(module): path for path, module in self.model.named_modules()}
+        now = Report(self.model, [], [row for row in self.left if not row.note.startswith(WATCHED)])
+        for forward in forwards(self.model):
+            reason = forward.reason(_known) or forward.changed() or forward.seen()
+            row = Row(paths[id(forward.module)], kind(forward.module), reason or forward.item.by)
+            (now.left if reason else now.replaced).append(row)
+        return now
+
     def __enter__(self) -> Report:
         return self
 
@@ -78,57 +89,57 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
     restore(model)
-    found: list[tuple[str, Replacement]] = []
+    originals.renew()
+    found: list[tuple[str, Forward]] = []
     left: list[tuple[str, Left]] = []
     paths = {id(module): path for path, module in model.named_modules()}
     for path, module in model.named_modules():
         rule = _rule(kind(module))
         if rule is None:
-            if _is_attention(module):
-                left.append((path, Left(module, "not a class that pyvit knows")))
             continue
         for item in rule(module):
             where = paths.get(id(item.module), path)
             if isinstance(item, Left):
                 left.append((where, item))
-            elif item.method in vars(item.module):
-                left.append((where, Left(item.module, f"its {item.method} is already replaced on this instance, by something else")))
-            else:
-                found.append((where, item))
-    served = {id(item.module) for _, item in found}
+                continue
+            forward = Forward(item)
+            reason = forward.reason(_known)
+            if reason is None:
+                found.append((where, forward))
+            elif not item.optional:
+                left.append((where, Left(item.module, reason)))
+    served = {id(forward.module) for _, forward in found}
+    left += unknown_attention(model, served | {id(item.module) for _, item in left}, _known)
+    watched = [(path, Left(forward.module, note)) for path, forward in found if not forward.item.optional and (note := forward.seen())]
     report = Report(
         model,
-        [Row(path, kind(item.module), item.by) for path, item in found],
-        [Row(path, kind(item.module), item.reason) for path, item in left if id(item.module) not in served],
+        [Row(path, kind(forward.module), forward.item.by) for path, forward in found],
+        [Row(path, kind(item.module), item.reason) for path, item in left if id(item.module) not in served]
+        + [Row(path, kind(item.module), item.reason) for path, item in watched],
     )
     if strict and (report.left or not report.replaced):
         raise AccelerateError(f"accelerate: strict, and not everything can be replaced\n{report}")
-    for _, item in found:
-        setattr(item.module, item.method, functools.partial(item.function, item.module))
+    for _, forward in found:
+        put(forward)
     return report
 
 
 def restore(model: nn.Module) -> None:
-    """Undo :func:`accelerate`: every module of ``model``, which may be a copy, has its class's methods again."""
+    """Undo :func:`accelerate`: every module of ``model``, which may be a copy, runs its class's methods again.
+
+    What another library wrapped around a replaced forward stays, and reaches the class's own.
+    """
     for module in model.modules():
-        for name in [name for name, value in vars(module).items() if _is_ours(value)]:
-            delattr(module, name)
+        take_away(module)
 
 
-def _is_ours(value: Any) -> bool:
-    return isinstance(value, functools.partial) and getattr(value.func, "__module__", "").startswith(__name__ + ".")
+def _known(name: str) -> bool:
+    return _rule(name) is not None
 
 
 def _rule(name: str) -> Rule | None:
     library = name.partition(".")[0]
     if library not in (*_LIBRARIES, "torch"):
         return None
-    rules = importlib.import_module(f"{__name__}.{'parts' if library == 'torch' else library}").RULES
+    rules = importlib.import_module(f"{__name__}.{'common' if library == 'torch' else library}").RULES
     return rules.get(name)
-
-
-def _is_attention(module: nn.Module) -> bool:
-    """Whether something of an unknown class looks like attention with weights of its own."""
-    name = type(module).__name__.lower()
-    parameters = any(True for _ in itertools.chain(module.parameters(recurse=False), module.children()))
-    return "attention" in name and parameters and not type(module).__module__.startswith("pyvit.")

@@ -3,71 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyvit import ops
-from pyvit.nn.linear import hooked
+from pyvit.integrations import originals
+from pyvit.integrations.forwards import Left, Replacement, kind, ordinary_weights, servable, served_by
+from pyvit.nn.linear import hooked, ordinary
 from pyvit.nn.linear import plain as is_plain
 from pyvit.ops import flash_attention, linear, patch_embed
 from pyvit.ops.patch_embed import grid_size
 
-
-class Replacement(NamedTuple):
-    """``module.method`` becomes ``function(module, ...)``; ``by`` says what of pyvit serves it."""
-
-    module: nn.Module
-    function: Callable[..., Any]
-    by: str
-    method: str = "forward"
-
-
-class Left(NamedTuple):
-    """A module that stays as it is, and why."""
-
-    module: nn.Module
-    reason: str
-
-
 #: What to replace in an instance of a class.
 Rule = Callable[[Any], Iterator[Replacement | Left]]
 
-
-def kind(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+_LINEAR, _DROPOUT = originals.number(nn.Linear), originals.number(nn.Dropout)
 
 
 def plain(module: nn.Module) -> bool:
     """A torch Linear with nothing in or around it: its weights may be used directly."""
-    return is_plain(module, nn.Linear)
+    return is_plain(module, nn.Linear) and originals.unchanged(_LINEAR)
 
 
-def replaced(module: nn.Module, function: Callable[..., Any], method: str = "forward") -> bool:
-    """Whether ``module.method`` is ``function`` now."""
-    return getattr(vars(module).get(method), "func", None) is function
+def untouched(module: nn.Module) -> bool:
+    """Whether a call of ``module`` would run its class's code as its library wrote it, and nobody would see it."""
+    if type(module) not in originals.numbers and not torch.compiler.is_compiling():
+        originals.record(type(module))
+    number = originals.numbers.get(type(module), -1)
+    return number >= 0 and not hooked(module) and "forward" not in vars(module) and ordinary_weights(module) and originals.unchanged(number)
+
+
+def rate(drop: nn.Module) -> float | None:
+    """The share that a dropout drops now, if it need not be called; else None."""
+    if hooked(drop) or "forward" in vars(drop):
+        return None
+    if type(drop) is nn.Identity:
+        return 0.0
+    if type(drop) is not nn.Dropout or not originals.unchanged(_DROPOUT):
+        return None
+    return drop.p if drop.training and drop.p else 0.0
+
+
+def fused_rate(module: Any) -> float | None:
+    """The share that ``F.scaled_dot_product_attention`` is asked to drop by ``module.attn_drop.p if module.training else 0.0``."""
+    return getattr(module.attn_drop, "p", 0.0) if module.training else 0.0
+
+
+def idle(drop: nn.Module | None) -> bool:
+    """Whether ``drop`` drops nothing, and nothing watches it."""
+    return drop is None or rate(drop) == 0.0
 
 
 def surroundings(x: Tensor, norm: nn.Module, scale: nn.Module | None, drop_path: nn.Module | None) -> dict[str, Any] | None:
     """``norm`` and ``scale`` of x + drop_path(scale(branch(norm(x)))) as arguments of a branch that computes all of it.
 
-    In inference on a CPU, where nothing is dropped and nothing watches these modules; None otherwise.
+    In inference on a CPU, where nothing is dropped; None otherwise. That nothing watches these modules, and that each is of a class that
+    pyvit knows, is for who bypasses them to ask: they are ``parts`` of its :class:`Replacement`.
     """
-    if torch.is_grad_enabled() or not x.is_cpu or hooked(norm, scale, drop_path):
+    if torch.is_grad_enabled() or not x.is_cpu or not served_by(norm, _layer_norm) or getattr(norm, "_fast_norm", False):
         return None
-    if not replaced(norm, _layer_norm) or getattr(norm, "_fast_norm", False):
-        return None
-    for module, known in ((drop_path, _DROP_PATHS), (scale, _LAYER_SCALES)):
-        if module is not None and type(module) is not nn.Identity and (kind(module) not in known or "forward" in vars(module)):
-            return None
-    if drop_path is not None and getattr(drop_path, "drop_prob", 0.0) and drop_path.training:
+    if getattr(drop_path, "drop_prob", 0.0) and drop_path.training:  # type: ignore[union-attr]
         return None
     return {"norm": (norm.weight, norm.bias, norm.eps), "scale": getattr(scale, "gamma", None)}
-
-
-_DROP_PATHS = {"timm.layers.drop.DropPath"}
-_LAYER_SCALES = {"timm.layers.layer_scale.LayerScale", "timm.models.vision_transformer.LayerScale"}
 
 
 def project(layer: nn.Module, x: Tensor, activation: nn.Module | None = None, **around: Any) -> Tensor:
@@ -96,16 +95,14 @@ _ACTIVATIONS = {
 
 def activation_name(module: nn.Module) -> str | None:
     """The name by which :func:`pyvit.ops.linear` knows an activation, or None."""
-    if hooked(module) or "forward" in vars(module):
-        return None
-    if type(module) is nn.GELU:
-        return {"none": "gelu", "tanh": "gelu_tanh"}[module.approximate]
-    return _ACTIVATIONS.get(kind(module))
+    gelu = {"none": "gelu", "tanh": "gelu_tanh"}
+    name = gelu.get(module.approximate) if type(module) is nn.GELU else _ACTIVATIONS.get(kind(module))
+    return name if name is not None and untouched(module) else None
 
 
 def mlp(module: nn.Module) -> Iterator[Replacement]:
     """fc1, activation_fn, fc2."""
-    yield Replacement(module, _mlp, "mlp")
+    yield Replacement(module, _mlp, "mlp", needs="fc1 activation_fn fc2", may="config")
 
 
 def _mlp(module: Any, x: Tensor) -> Tensor:
@@ -114,9 +111,10 @@ def _mlp(module: Any, x: Tensor) -> Tensor:
 
 def two_layers(fc1: nn.Module, activation: nn.Module, fc2: nn.Module, x: Tensor, **around: Any) -> Tensor:
     """fc2(activation(fc1(x))), as one where all three :func:`are_one`; only then with :func:`surroundings`."""
-    if not are_one(fc1, activation, fc2):
+    name = activation_name(activation)
+    if name is None or not plain(fc1) or not plain(fc2):
         return project(fc2, project(fc1, x, activation))
-    return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=activation_name(activation), **around)  # type: ignore[arg-type]
+    return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=name, **around)  # type: ignore[arg-type]
 
 
 def are_one(fc1: nn.Module, activation: nn.Module, fc2: nn.Module) -> bool:
@@ -161,7 +159,8 @@ def _patch_conv(conv: nn.Conv2d, images: Tensor) -> Tensor:
     if cut or images.dim() != 4 or images.dtype == torch.uint8:
         return nn.Conv2d.forward(conv, images)
     tokens = patch_embed(images, conv.weight, conv.bias, stride=stride)
-    return tokens.transpose(1, 2).unflatten(2, grid_size(size, patch, stride))
+    # In this order: of transpose and unflatten one image gets strides that torch's BatchNorm misreads in its backward.
+    return tokens.unflatten(1, grid_size(size, patch, stride)).permute(0, 3, 1, 2)
 
 
 def windows_match(size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> bool:
@@ -172,6 +171,11 @@ def windows_match(size: tuple[int, int], window: tuple[int, int], shift: tuple[i
 def cosine_table(network: nn.Module, coords: Tensor, heads: int) -> Tensor:
     """Swin V2's bias table ((2 wh - 1) (2 ww - 1), heads) from its network and its coordinates (1, 2 wh - 1, 2 ww - 1, 2)."""
     return 16 * torch.sigmoid(network(coords).view(-1, heads))
+
+
+def usable(mask: Tensor | None) -> bool:
+    """Whether a mask is none, or one that our kernels read as torch does: torch refuses integers."""
+    return mask is None or (ordinary(mask) and (mask.dtype == torch.bool or mask.is_floating_point()))
 
 
 def torch_mask(mask: Tensor, q: Tensor) -> Tensor:
@@ -186,7 +190,7 @@ def multihead(module: nn.MultiheadAttention) -> Iterator[Replacement | Left]:
     elif module.bias_k is not None or module.add_zero_attn:
         yield Left(module, "add_bias_kv or add_zero_attn")
     else:
-        yield Replacement(module, _multihead, "flash_attention, in calls with need_weights=False")
+        yield Replacement(module, _multihead, "flash_attention, in calls with need_weights=False", parts=("out_proj",))
 
 
 def _multihead(
@@ -200,7 +204,10 @@ def _multihead(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    if need_weights or key_padding_mask is not None or query.dim() != 3 or query.is_nested or (is_causal and attn_mask is None):
+    served = (
+        query.dim() == 3 and servable(key) and servable(value) and usable(attn_mask) and (attn_mask is None or attn_mask.dim() in (2, 3))
+    )
+    if need_weights or key_padding_mask is not None or not served or (is_causal and attn_mask is None):
         return nn.MultiheadAttention.forward(
             module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )

@@ -9,30 +9,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyvit.integrations import originals
 from pyvit.integrations.common import (
-    Left,
-    Replacement,
     Rule,
     are_one,
     cosine_table,
-    hooked,
+    fused_rate,
+    idle,
     known,
     layer_norm,
     patch_conv,
     plain,
     project,
-    replaced,
+    rate,
     surroundings,
     two_layers,
+    untouched,
+    usable,
     windows_match,
 )
-from pyvit.nn.linear import idle
+from pyvit.integrations.forwards import Forward, Left, Replacement, layout, served_by
 from pyvit.ops import flash_attention, flash_attention_qkvpacked, linear, window_attention
 from pyvit.ops.packed import Norm
 
 
-def attention(module: nn.Module) -> Iterator[Replacement]:
-    yield Replacement(module, _attention, "flash_attention")
+def attention(module: nn.Module) -> Iterator[Replacement | Left]:
+    if "training" not in originals.record(type(module)).reads:  # timm 0.9.0 to 0.9.2
+        yield Left(module, "this version of timm drops attention weights in evaluation too")
+        return
+    needs = "qkv q_norm k_norm attn_drop proj proj_drop num_heads scale fused_attn"
+    yield Replacement(module, _attention, "flash_attention", needs=needs, may="head_dim attn_dim norm gate")
 
 
 def _attention(
@@ -46,18 +52,14 @@ def _attention(
     residual: Tensor | None = None,
 ) -> Tensor:
     """With ``norm``, ``scale`` and ``residual`` (see :func:`pyvit.ops.linear`) the branch, where the module is :func:`_whole_attention`."""
-    if (is_causal and attn_mask is not None) or (not module.fused_attn and hooked(module.attn_drop)):
+    drop = fused_rate(module) if module.fused_attn else rate(module.attn_drop)
+    if (is_causal and attn_mask is not None) or drop is None or not usable(attn_mask):
         options = {"attn_mask": attn_mask, "is_causal": is_causal} if is_causal else {} if attn_mask is None else {"attn_mask": attn_mask}
         return type(module).forward(module, x, **options)
     gate, norm_of_heads = getattr(module, "gate", None), getattr(module, "norm", None)
-    options = {
-        "bias": attn_mask,
-        "is_causal": is_causal,
-        "scale": None if module.fused_attn else module.scale,
-        "dropout_p": module.attn_drop.p if module.training else 0.0,
-    }
+    options = {"bias": attn_mask, "is_causal": is_causal, "scale": None if module.fused_attn else module.scale, "dropout_p": drop}
     qkv = project(module.qkv, x, norm=norm).unflatten(-1, (3, module.num_heads, -1))  # (B, N, 3, H, d)
-    if type(module.q_norm) is type(module.k_norm) is nn.Identity and not hooked(module.q_norm, module.k_norm):
+    if _nothing(module.q_norm) and _nothing(module.k_norm):
         out = flash_attention_qkvpacked(qkv, **options).flatten(2)
     else:
         q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, N, d)
@@ -69,21 +71,28 @@ def _attention(
     return module.proj_drop(project(module.proj, out, scale=scale, residual=residual))
 
 
+def _nothing(module: nn.Module) -> bool:
+    return type(module) is nn.Identity and untouched(module)
+
+
 def _whole_attention(module: Any) -> bool:
     """Whether nothing stands between the branch's ends and its two projections."""
     return (
-        replaced(module, _attention)
+        served_by(module, _attention)
         and plain(module.qkv)
         and plain(module.proj)
         and getattr(module, "gate", None) is None
         and idle(module.proj_drop)
-        and (module.fused_attn or not hooked(module.attn_drop))
-        and not hooked(module)
+        and (module.fused_attn or rate(module.attn_drop) is not None)
     )
 
 
+_BLOCK = "norm1 attn ls1 drop_path1 norm2 mlp ls2 drop_path2"
+
+
 def block(module: Any) -> Iterator[Replacement]:
-    yield Replacement(module, _block, "branches of one pass, where weights are packed")
+    by = "branches of one pass, where weights are packed"
+    yield Replacement(module, _block, by, needs=_BLOCK, parts=tuple(_BLOCK.split()), optional=True)
 
 
 def _block(module: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -98,37 +107,46 @@ def _block(module: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
 
 def mlp(module: Any) -> Iterator[Replacement]:
     if isinstance(module.fc1, nn.Linear):  # else convolutions, on maps
-        yield Replacement(module, _mlp, "mlp")
+        yield Replacement(module, _mlp, "mlp", needs="fc1 act drop1 fc2 drop2", may="norm")
 
 
 def _mlp(module: Any, x: Tensor, **around: Any) -> Tensor:
     """With ``norm``, ``scale`` and ``residual`` the branch, where the module is :func:`_whole_mlp`."""
-    norm = getattr(module, "norm", nn.Identity())
-    if type(norm) is nn.Identity and not (module.drop1.p and module.drop1.training) and not hooked(norm, module.drop1):
+    norm = getattr(module, "norm", None)
+    if (norm is None or _nothing(norm)) and idle(module.drop1):
         return module.drop2(two_layers(module.fc1, module.act, module.fc2, x, **around))
-    return module.drop2(project(module.fc2, norm(module.drop1(project(module.fc1, x, module.act)))))
+    x = module.drop1(project(module.fc1, x, module.act))
+    return module.drop2(project(module.fc2, x if norm is None else norm(x)))
 
 
 def _whole_mlp(module: Any) -> bool:
     norm = getattr(module, "norm", None)
     return (
-        replaced(module, _mlp)
-        and (norm is None or type(norm) is nn.Identity)
+        served_by(module, _mlp)
+        and (norm is None or _nothing(norm))
         and are_one(module.fc1, module.act, module.fc2)
         and idle(module.drop1)
         and idle(module.drop2)
-        and not hooked(module, norm)
     )
 
 
 def swin(block: Any) -> Iterator[Replacement | Left]:
-    attn = block.attn
-    if plain(attn.qkv):
-        yield Replacement(block, _swin, "window_attention", "_attn")
-        if not hasattr(attn, "logit_scale"):  # V2 normalises after its branches
-            yield Replacement(block, _swin_block, "branches of one pass, where weights are packed")
-    else:
+    attn, cosine = block.attn, hasattr(block.attn, "logit_scale")
+    needs = "qkv proj attn_drop proj_drop softmax num_heads window_size "
+    needs += "logit_scale cpb_mlp relative_coords_table q_bias k_bias v_bias" if cosine else "relative_position_bias_table scale fused_attn"
+    reason = layout(attn, needs, "relative_position_index qkv_bias_separate window_area dim pretrained_window_size")
+    if reason is not None:
+        yield Left(block, f"its attn {reason}")
+    elif not plain(attn.qkv):
         yield Left(block, "its qkv is not a plain Linear")
+    else:
+        needs = "attn norm1 drop_path1 norm2 mlp drop_path2 window_size shift_size input_resolution"
+        may = "attn_mask window_area target_shift_size always_partition dynamic_mask"
+        parts = ("attn", "attn.attn_drop", "attn.softmax")
+        yield Replacement(block, _swin, "window_attention", "_attn", needs=needs, may=may, parts=parts)
+        if not cosine:  # V2 normalises after its branches
+            by, parts = "branches of one pass, where weights are packed", (*parts, "norm1", "drop_path1", "norm2", "mlp", "drop_path2")
+            yield Replacement(block, _swin_block, by, needs=needs, may=may, parts=parts, optional=True)
 
 
 def _swin_block(block: Any, x: Tensor) -> Tensor:
@@ -136,11 +154,16 @@ def _swin_block(block: Any, x: Tensor) -> Tensor:
     attn = block.attn
     first = surroundings(x, block.norm1, None, block.drop_path1)
     second = surroundings(x, block.norm2, None, block.drop_path2)
-    whole = replaced(block, _swin, "_attn") and _fits(block, x) and plain(attn.proj) and idle(attn.proj_drop) and _whole_mlp(block.mlp)
-    if first is None or second is None or not whole:
+    own = vars(block).get("_attn")
+    whole = type(own) is Forward and own.function is _swin and _drop(attn) is not None and _fits(block, x)
+    if first is None or second is None or not whole or not (plain(attn.proj) and idle(attn.proj_drop) and _whole_mlp(block.mlp)):
         return type(block).forward(block, x)  # type: ignore[no-any-return]
     x = _swin(block, x, residual=x, **first)
     return _mlp(block.mlp, x, residual=x, **second)
+
+
+def _drop(attn: Any) -> float | None:
+    return fused_rate(attn) if getattr(attn, "fused_attn", False) else rate(attn.attn_drop)
 
 
 def _fits(block: Any, x: Tensor) -> bool:
@@ -150,7 +173,7 @@ def _fits(block: Any, x: Tensor) -> bool:
     # timm rolls before it pads, and its stored mask is that of one size.
     stored = getattr(block, "dynamic_mask", False) or size == tuple(block.input_resolution)
     same = not any(shift) or (_divides(size, window) and stored)
-    return same and windows_match(size, window, shift) and plain(attn.qkv) and not hooked(attn, attn.attn_drop, attn.softmax)
+    return same and windows_match(size, window, shift) and plain(attn.qkv)
 
 
 def _divides(size: tuple[int, ...], window: tuple[int, ...]) -> bool:
@@ -160,7 +183,8 @@ def _divides(size: tuple[int, ...], window: tuple[int, ...]) -> bool:
 def _swin(block: Any, x: Tensor, *, norm: Norm | None = None, scale: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """Of a block of either version: roll, partition, attention and the reverse, x (B, H, W, C) -> (B, H, W, C); or the whole branch."""
     attn, window = block.attn, tuple(block.window_size)
-    if not _fits(block, x):
+    drop = _drop(attn)
+    if drop is None or not _fits(block, x):
         return type(block)._attn(block, x)
     cosine = hasattr(attn, "logit_scale")
     bias = attn.qkv.bias
@@ -178,13 +202,14 @@ def _swin(block: Any, x: Tensor, *, norm: Norm | None = None, scale: Tensor | No
         bias_table=cosine_table(attn.cpb_mlp, attn.relative_coords_table, attn.num_heads) if cosine else attn.relative_position_bias_table,
         logit_scale=attn.logit_scale.flatten() if cosine else None,
         pad_qkv=pad,
-        dropout_p=attn.attn_drop.p if attn.training else 0.0,
+        scale=None if cosine or attn.fused_attn else attn.scale,
+        dropout_p=drop,
     )
     return attn.proj_drop(project(attn.proj, out, scale=scale, residual=residual))
 
 
 def merging(module: Any) -> Iterator[Replacement]:
-    yield Replacement(module, _merging, "linear")
+    yield Replacement(module, _merging, "linear", needs="norm reduction", may="dim out_dim")
 
 
 def _merging(module: Any, x: Tensor) -> Tensor:
@@ -205,6 +230,9 @@ RULES: dict[str, Rule] = {
     "timm.models.vision_transformer.Block": block,
     "timm.layers.mlp.Mlp": mlp,
     "timm.layers.norm.LayerNorm": layer_norm,
+    "timm.layers.drop.DropPath": known,
+    "timm.layers.layer_scale.LayerScale": known,
+    "timm.models.vision_transformer.LayerScale": known,
     "timm.layers.patch_embed.PatchEmbed": patch_conv("proj"),
     "timm.layers.patch_embed.PatchEmbedWithSize": patch_conv("proj"),
     "timm.models.swin_transformer.SwinTransformerBlock": swin,

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from pyvit.integrations.common import Replacement, Rule, cosine_table, patch_conv, sequential
+from pyvit.integrations.common import Rule, cosine_table, patch_conv, sequential
+from pyvit.integrations.forwards import Replacement
 from pyvit.ops import linear, window_attention
 
 
 def swin(module: nn.Module) -> Iterator[Replacement]:
-    yield Replacement(module, _swin, "window_attention")
+    needs = "window_size shift_size num_heads attention_dropout dropout qkv proj "
+    needs += "logit_scale cpb_mlp relative_coords_table" if hasattr(module, "logit_scale") else "relative_position_bias_table"
+    yield Replacement(module, _swin, "window_attention", needs=needs, may="relative_position_index", parts=("qkv", "proj"))
 
 
 def _swin(module: Any, x: Tensor) -> Tensor:

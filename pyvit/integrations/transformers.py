@@ -11,20 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyvit.integrations import originals
 from pyvit.integrations.common import (
-    Left,
-    Replacement,
     Rule,
     cosine_table,
-    hooked,
     known,
     mlp,
     patch_conv,
     plain,
     project,
+    rate,
     two_layers,
+    usable,
     windows_match,
 )
+from pyvit.integrations.forwards import Left, Replacement, is_idle, layout
 from pyvit.nn.attention import rotate
 from pyvit.ops import flash_attention, linear, window_attention
 
@@ -40,15 +41,19 @@ def _weights_wanted(module: Any, config: Any, *, eager: bool) -> bool:
     """Whether a call's probabilities are to be returned: asked for, or there for a hook to see."""
     if getattr(config, "output_attentions", False):
         return True
-    return eager and any(not _is_idle(hook) for hook in module._forward_hooks.values())
+    return eager and any(not is_idle(hook) for hook in module._forward_hooks.values())
 
 
-def _is_idle(hook: Any) -> bool:
-    """Whether a hook is transformers' own collector of outputs, and does not collect probabilities at the moment."""
-    if "output_capturing_hook" not in getattr(hook, "__qualname__", ""):
-        return False
-    active = sys.modules["transformers.utils.output_capturing"]._active_collector.get()  # type: ignore[attr-defined]
-    return active is None or "attentions" not in active
+def _is_own(implementation: str) -> bool:
+    """Whether the attention function of that name is transformers' own: eager, which each model has for itself, or sdpa."""
+    found = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS.get(implementation)
+    if implementation == "eager":
+        return found is None
+    own = getattr(sys.modules.get("transformers.integrations.sdpa_attention"), "sdpa_attention_forward", None)
+    return implementation == "sdpa" and found is own is not None and originals.unchanged(originals.numbers.get(own, -1))
+
+
+_is_own._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see originals.unchanged
 
 
 def attention(module: Any, rotary: bool = False) -> Iterator[Replacement | Left]:
@@ -56,12 +61,25 @@ def attention(module: Any, rotary: bool = False) -> Iterator[Replacement | Left]
         yield Left(module, "laid out as before transformers 5")
     elif _implementation(module) not in ("eager", "sdpa"):
         yield Left(module, f"the attention implementation {_implementation(module)!r} was chosen; set_attn_implementation('sdpa') first")
+    elif (reason := _foreign(_implementation(module))) is not None:
+        yield Left(module, reason)
     else:
-        yield Replacement(module, _rotary_attention if rotary else _attention, "flash_attention")
+        function = _rotary_attention if rotary else _attention
+        yield Replacement(module, function, "flash_attention", needs="config head_dim q_proj k_proj v_proj", may=_MAY)
+
+
+def _foreign(implementation: str) -> str | None:
+    """Why an attention function is not the one that pyvit replaces, or None."""
+    if implementation == "sdpa":
+        originals.record(sys.modules["transformers.integrations.sdpa_attention"].sdpa_attention_forward)
+    return None if _is_own(implementation) else f"the attention function {implementation!r} is not transformers' own"
+
+
+_MAY = "o_proj out_proj attention_dropout dropout scaling scale is_causal embed_dim num_heads num_attention_heads num_key_value_groups"
 
 
 def _attention(module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    if not _served(module, kwargs):
+    if not _served(module, attention_mask, kwargs):
         return type(module).forward(module, hidden_states, attention_mask, **kwargs)
     return _fused(module, hidden_states, attention_mask, kwargs.get("is_causal")), None
 
@@ -73,7 +91,7 @@ def _rotary_attention(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    if position_embeddings is None or not _served(module, kwargs):
+    if position_embeddings is None or not _served(module, attention_mask, kwargs):
         return type(module).forward(module, hidden_states, attention_mask, position_embeddings, **kwargs)
     cos, sin = position_embeddings  # (patches, d), of the last tokens: those before them are not rotated
     prefix = (0, 0, hidden_states.shape[1] - cos.shape[0], 0)
@@ -81,11 +99,13 @@ def _rotary_attention(
     return _fused(module, hidden_states, attention_mask, kwargs.get("is_causal"), rope), None
 
 
-def _served(module: Any, kwargs: dict[str, Any]) -> bool:
+def _served(module: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
     implementation = _implementation(module)
-    unknown = implementation not in ("eager", "sdpa") or any(v is not None for name, v in kwargs.items() if name not in _IDLE)
-    wanted = kwargs.get("output_attentions") or _weights_wanted(module, module.config, eager=implementation == "eager")
-    return not (unknown or wanted)
+    if not _is_own(implementation) or any(v is not None for name, v in kwargs.items() if name not in _IDLE):
+        return False
+    if not usable(mask) or (mask is not None and mask.dtype == torch.bool and implementation == "eager"):  # which adds it
+        return False
+    return not (kwargs.get("output_attentions") or _weights_wanted(module, module.config, eager=implementation == "eager"))
 
 
 def _fused(module: Any, x: Tensor, mask: Tensor | None, causal: bool | None, rope: Tensor | None = None) -> Tensor:
@@ -99,7 +119,7 @@ def _fused(module: Any, x: Tensor, mask: Tensor | None, causal: bool | None, rop
         k.transpose(1, 2),
         v.transpose(1, 2),
         bias=mask,
-        is_causal=mask is None and bool(module.is_causal if causal is None else causal),
+        is_causal=mask is None and _implementation(module) == "sdpa" and bool(module.is_causal if causal is None else causal),
         scale=module.scaling if hasattr(module, "scaling") else module.scale,
         dropout_p=dropout if module.training else 0.0,
     )
@@ -109,7 +129,7 @@ def _fused(module: Any, x: Tensor, mask: Tensor | None, causal: bool | None, rop
 
 def up_down(module: nn.Module) -> Iterator[Replacement]:
     """An MLP of up_proj, act_fn and down_proj."""
-    yield Replacement(module, _up_down, "mlp")
+    yield Replacement(module, _up_down, "mlp", needs="up_proj act_fn down_proj", may="config")
 
 
 def _up_down(module: Any, x: Tensor) -> Tensor:
@@ -127,10 +147,27 @@ def _projections(layer: Any, version: int) -> tuple[nn.Module, ...]:
 def swin(layer: Any, version: int) -> Iterator[Replacement | Left]:
     if version == 1 and not hasattr(layer.attention, "q_proj"):
         yield Left(layer, "laid out as before transformers 5")
+        return
+    if version == 1:
+        inner, needs = (
+            layer.attention,
+            "config num_attention_heads attention_dropout scaling q_proj k_proj v_proj o_proj relative_position_bias",
+        )
+        reason = _foreign(_implementation(inner)) or layout(inner, needs, "head_dim is_causal")
+        parts = ("attention", "attention.relative_position_bias")
+    else:
+        inner, needs = layer.attention.self, "query key value dropout logit_scale continuous_position_bias_mlp relative_coords_table"
+        reason = layout(inner, needs + " num_attention_heads window_size", "relative_position_index all_head_size attention_head_size")
+        parts = ("attention", "attention.self", "attention.self.dropout", "attention.output")
+    if reason is not None:
+        yield Left(layer, f"its attention: {reason}")
     elif not all(map(plain, _projections(layer, version))):
         yield Left(layer, "its projections are not plain Linear layers")
     else:
-        yield Replacement(layer, _swin if version == 1 else _swin_v2, "window_attention")
+        needs = "attention layernorm_before layernorm_after window_size shift_size drop_path "
+        needs += "mlp dropout" if version == 1 else "intermediate output"
+        may = "input_resolution gradient_checkpointing"
+        yield Replacement(layer, _swin if version == 1 else _swin_v2, "window_attention", needs=needs, may=may, parts=parts)
 
 
 def _windows(layer: Any, x: Tensor, version: int, **options: Any) -> Tensor:
@@ -146,13 +183,9 @@ def _windows(layer: Any, x: Tensor, version: int, **options: Any) -> Tensor:
 
 
 def _same_windows(layer: Any, trained: int, size: tuple[int, int], version: int) -> bool:
-    """Whether a layer's windows, which may shrink with the map, are those of its table, shifted as pyvit shifts and watched by nobody."""
-    window, shift, attn = layer.window_size, layer.shift_size, layer.attention
-    inner = () if version == 1 else (attn.self, attn.output, attn.self.dropout)
-    eager = version == 2 or _implementation(attn) == "eager"
-    watched = hooked(*inner) or _weights_wanted(attn, getattr(attn, "config", None), eager=eager) or bool(attn._forward_pre_hooks)
-    same = window == trained and windows_match(size, (window, window), (shift, shift))
-    return same and not watched and all(map(plain, _projections(layer, version)))
+    """Whether a layer's windows, which may shrink with the map, are those of its table, shifted as pyvit shifts, between plain layers."""
+    window, shift = layer.window_size, layer.shift_size
+    return window == trained and windows_match(size, (window, window), (shift, shift)) and all(map(plain, _projections(layer, version)))
 
 
 def _checkpointed(layer: Any, call: functools.partial[Any], *args: Any) -> Any:
@@ -168,8 +201,7 @@ def _swin(
     if not always_partition:
         layer.set_shift_and_window_size(input_dimensions)
     trained = layer.attention.relative_position_bias.window_size[0]
-    idle = all(v is None for name, v in kwargs.items() if name not in _IDLE) and not kwargs.get("output_attentions")
-    if not idle or not _same_windows(layer, trained, input_dimensions, 1):
+    if not _served(layer.attention, None, kwargs) or not _same_windows(layer, trained, input_dimensions, 1):
         return type(layer).forward(layer, hidden_states, input_dimensions, always_partition=always_partition, **kwargs)
     return _checkpointed(layer, functools.partial(_swin_block, layer, input_dimensions), hidden_states), None
 
@@ -193,7 +225,8 @@ def _swin_v2(
     layer: Any, hidden_states: Tensor, input_dimensions: tuple[int, int], output_attentions: bool | None = False
 ) -> tuple[Tensor, ...]:
     attn = layer.attention.self
-    if output_attentions or not _same_windows(layer, attn.window_size[0], input_dimensions, 2):
+    drop = rate(attn.dropout)
+    if output_attentions or drop is None or not _same_windows(layer, attn.window_size[0], input_dimensions, 2):
         return type(layer).forward(layer, hidden_states, input_dimensions, output_attentions)
     out = _windows(
         layer,
@@ -202,7 +235,7 @@ def _swin_v2(
         num_heads=attn.num_attention_heads,
         bias_table=cosine_table(attn.continuous_position_bias_mlp, attn.relative_coords_table, attn.num_attention_heads),
         logit_scale=attn.logit_scale.flatten(),
-        dropout_p=attn.dropout.p if attn.training else 0.0,
+        dropout_p=drop,
     )
     out = layer.attention.output.dropout(out.flatten(1, 2))
     x = hidden_states + layer.drop_path(layer.layernorm_before(out))
@@ -210,7 +243,7 @@ def _swin_v2(
 
 
 def intermediate(module: nn.Module) -> Iterator[Replacement]:
-    yield Replacement(module, _intermediate, "linear")
+    yield Replacement(module, _intermediate, "linear", needs="dense intermediate_act_fn")
 
 
 def _intermediate(module: Any, x: Tensor) -> Tensor:
@@ -219,7 +252,7 @@ def _intermediate(module: Any, x: Tensor) -> Tensor:
 
 
 def output(module: nn.Module) -> Iterator[Replacement]:
-    yield Replacement(module, _output, "linear")
+    yield Replacement(module, _output, "linear", needs="dense dropout")
 
 
 def _output(module: Any, x: Tensor) -> Tensor:
@@ -247,6 +280,7 @@ RULES: dict[str, Rule] = {
     **_rules("dinov3_vit", "DINOv3ViT", Embeddings=patch_conv("patch_embeddings")),
     **_rules("siglip", "Siglip", MultiheadAttentionPoolingHead=known),
     **_rules("swin", "Swin", Layer=functools.partial(swin, version=1), Attention=known, MLP=mlp, PatchEmbeddings=patch_conv("projection")),
-    **_rules("swinv2", "Swinv2", Layer=functools.partial(swin, version=2), Attention=known, SelfAttention=known),
+    **_rules("swin", "Swin", RelativePositionBias=known),
+    **_rules("swinv2", "Swinv2", Layer=functools.partial(swin, version=2), Attention=known, SelfAttention=known, SelfOutput=known),
     **_rules("swinv2", "Swinv2", Intermediate=intermediate, Output=output, PatchEmbeddings=patch_conv("projection")),
 }

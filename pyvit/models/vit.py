@@ -286,7 +286,7 @@ class VisionTransformer(nn.Module):
                 y = self.norm(x) if norm else x
                 prefix, patches = y[:, : self.num_prefix_tokens], y[:, self.num_prefix_tokens :]
                 if reshape:
-                    patches = patches.transpose(1, 2).unflatten(2, self.patch_embed.grid(images.shape[2:]))
+                    patches = patches.unflatten(1, self.patch_embed.grid(images.shape[2:])).permute(0, 3, 1, 2)
                 found[i] = (patches, prefix) if return_prefix_tokens else patches
         return tuple(found[i] for i in wanted)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as globally
 
 from pyvit.ops import layer_norm, linear, packed
 from pyvit.ops.packed import Branch, Norm
@@ -25,16 +26,39 @@ class Linear(nn.Linear):
         return super().extra_repr() + (f", activation={self.activation}" if self.activation else "")
 
 
+_GLOBAL_HOOKS = (
+    globally._global_forward_hooks,
+    globally._global_forward_pre_hooks,
+    globally._global_backward_hooks,
+    globally._global_backward_pre_hooks,
+)
+
+
 def hooked(*modules: nn.Module | None) -> bool:
     """Whether anything watches calls of these modules, and so would notice that they are bypassed."""
+    if any(_GLOBAL_HOOKS):
+        return any(m is not None for m in modules)
     return any(
         m is not None and bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks) for m in modules
     )
 
 
+def ordinary(t: Any) -> bool:
+    """Whether a tensor is one of torch's own, whose memory a kernel may read: no quantised or sharded weight, no proxy of a tracer."""
+    return type(t) in _TENSORS or type(t).__module__.startswith("torch._subclasses.")  # of torch.compile and torch.export
+
+
+_TENSORS = (Tensor, nn.Parameter)
+
+
 def plain(layer: nn.Module, kind: type[nn.Module] = Linear) -> bool:
-    """A ``kind`` with nothing in or around it (adapters, quantisation, hooks): its weights may be used directly."""
-    return type(layer) is kind and not hooked(layer) and "forward" not in vars(layer)
+    """A ``kind`` with nothing in or around it (adapters, quantised weights, hooks): its weights may be used directly."""
+    return (
+        type(layer) is kind
+        and not hooked(layer)
+        and "forward" not in vars(layer)
+        and all(p is None or ordinary(p) for p in layer._parameters.values())
+    )
 
 
 def idle(drop: nn.Dropout | None) -> bool:

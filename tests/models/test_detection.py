@@ -8,14 +8,14 @@ import torch
 import pyvit
 from pyvit.models.detection import DecomposedAttention
 from tests.models.parity import check_parity, randomise, share
-from tests.peers import torchvision
+from tests.peers import peer, torchvision
 
 BODY = {"embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 2, "window_size": 3, "global_blocks": [1]}
 
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 24)], ids=str)
 def test_vitdet(size):
-    transformers = pytest.importorskip("transformers")
+    transformers = peer("transformers")
     config = transformers.VitDetConfig(
         hidden_size=48,
         num_hidden_layers=2,

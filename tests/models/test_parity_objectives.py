@@ -8,8 +8,9 @@ import torch
 import pyvit
 from pyvit.models.audio import LogMel
 from tests.models.parity import check_parity, randomise, relative_error, share
+from tests.peers import peer
 
-transformers = pytest.importorskip("transformers")
+transformers = peer("transformers")
 
 TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
 OURS = {"embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 2.0}

@@ -5,8 +5,9 @@ import torch
 
 from pyvit.nn import Attention, RotaryEmbedding
 from tests.models.parity import check_parity, randomise, relative_error
+from tests.peers import peer
 
-transformers = pytest.importorskip("transformers")
+transformers = peer("transformers")
 dinov3 = pytest.importorskip("transformers.models.dinov3_vit.modeling_dinov3_vit")
 
 

@@ -1,0 +1,280 @@
+"""What stands in the place of a module's forward: a replacement for the calls that it can serve, the class's own forward for the others."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._jit_internal import FunctionModifiers
+
+from pyvit.integrations import originals
+from pyvit.nn.linear import hooked, ordinary
+
+
+class Replacement(NamedTuple):
+    """``module.method`` becomes ``function(module, ...)``; ``by`` says what of pyvit serves it.
+
+    ``needs``, ``may``: names of all attributes that the class has, or may have, in versions of its library that ``function`` is right for.
+    ``parts``: submodules that are not called; ``function`` only runs while each is of a known class and unchanged. ``optional``: nothing
+    is lost to speak of where it cannot serve.
+    """
+
+    module: nn.Module
+    function: Callable[..., Any]
+    by: str
+    method: str = "forward"
+    needs: str = ""
+    may: str = ""
+    parts: tuple[str, ...] = ()
+    optional: bool = False
+
+
+class Left(NamedTuple):
+    """A module that stays as it is, and why."""
+
+    module: nn.Module
+    reason: str
+
+
+def kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def servable(x: Any) -> bool:
+    """Whether kernels exist for such an input: its dtype, its device, its layout."""
+    return ordinary(x) and x.dtype in _DTYPES and (x.is_cpu or x.is_cuda) and x.layout is torch.strided and not x.is_nested
+
+
+def ordinary_weights(module: nn.Module) -> bool:
+    """Whether the parameters and buffers that ``module`` itself holds are :func:`ordinary` tensors."""
+    for tensors in (module._parameters, module._buffers):
+        for t in tensors.values():
+            if t is not None and not ordinary(t):
+                return False
+    return True
+
+
+def same(found: type, known: type) -> bool:
+    """Whether a class is ``known``, perhaps under the name that FSDP gives it."""
+    return found is known or (found.__module__.startswith("torch.distributed.") and found.__bases__[-1:] == (known,))
+
+
+WATCHED = "a hook watches"
+
+
+def watched(module: nn.Module | None) -> bool:
+    """Whether a hook would see calls of ``module``."""
+    if module is None or not hooked(module):
+        return False
+    others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(others) or not module._forward_hooks or not all(map(is_idle, module._forward_hooks.values()))
+
+
+def is_idle(hook: Any) -> bool:
+    """Whether a hook is transformers' own collector of outputs, and collects no probabilities at the moment."""
+    if "output_capturing_hook" not in getattr(hook, "__qualname__", ""):
+        return False
+    active = sys.modules["transformers.utils.output_capturing"]._active_collector.get()  # type: ignore[attr-defined]
+    return active is None or "attentions" not in active
+
+
+class _Part(NamedTuple):
+    """A module that is not called: its path from the module that is, its class, the number of the class's code."""
+
+    path: tuple[str, ...]
+    kind: type
+    code: int
+    methods: frozenset[str]
+
+    def of(self, module: nn.Module) -> nn.Module | None:
+        found: nn.Module | None = module
+        for name in self.path:
+            found = None if found is None else found._modules.get(name)
+        return found
+
+
+#: Classes besides those of the rules that may stand in a place that is not called.
+_PARTS = {
+    "torch.nn.modules.activation.Softmax",
+    "torch.nn.modules.dropout.Dropout",
+    "torch.nn.modules.linear.Identity",
+    "torch.nn.modules.linear.Linear",
+    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear",
+}
+
+
+class Forward:
+    """In ``vars(module)[method]`` of an accelerated module. What is as it was is asked at every call: patches and hooks may come later."""
+
+    #: As if by torch.jit.ignore: scripting then compiles the class's own forward.
+    _torchscript_modifier = FunctionModifiers.IGNORE
+
+    def __init__(self, item: Replacement) -> None:
+        self.item, self.module, self.function, self.method = item, item.module, item.function, item.method
+        self.active, self.kind = True, None
+        self._learn()
+
+    def _learn(self) -> None:
+        module, method = self.module, self.method
+        self.kind = type(module)
+        self.code = originals.number(self.kind)
+        self.others = originals.record(self.kind).methods - {method}
+        self.parts = []
+        for path in self.item.parts:
+            part = _Part(tuple(path.split(".")), type(None), -1, frozenset()).of(module)
+            if part is not None:
+                code = originals.record(type(part))
+                self.parts.append(_Part(tuple(path.split(".")), type(part), originals.number(type(part)), code.methods))
+        ours = list(inspect.signature(self.function).parameters.values())[1:]
+        own = getattr(self.kind, method, None)
+        self.theirs = list(inspect.signature(own).parameters.values())[1:] if callable(own) else []
+        self.ours = [p for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD]
+        self.first = self.theirs[0].name if self.theirs else ""
+        self.names = frozenset(p.name for p in self.ours[1:])
+        self.any_names = any(p.kind is p.VAR_KEYWORD for p in ours)
+        self.most = 1000 if any(p.kind is p.VAR_POSITIONAL for p in ours) else len(self.ours)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What was learnt of classes is of this process. The module is not whole yet when its copy is made.
+        return _empty, (), {"item": self.item._replace(module=None), "module": self.module, "active": self.active}  # type: ignore[arg-type]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.item = self.item._replace(module=self.module)
+        self.function, self.method, self.kind = self.item.function, self.item.method, None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.kind is None:
+            self._learn()
+        if not args and self.first in kwargs:
+            args = (kwargs.pop(self.first),)
+        if args and self.active and servable(args[0]) and len(args) <= self.most and self._takes(kwargs) and self.holds():
+            return self.function(self.module, *args, **kwargs)
+        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
+
+    def _takes(self, kwargs: dict[str, Any]) -> bool:
+        return self.any_names or all(name in self.names for name in kwargs)
+
+    def holds(self) -> bool:
+        """Whether the module and the parts that would not be called are as they were, and nothing watches these parts."""
+        module = self.module
+        if self.kind is None:
+            self._learn()
+        if not (self.active and same(type(module), self.kind) and originals.unchanged(self.code) and ordinary_weights(module)):
+            return False
+        if not _methods_are_ours(module, self.others, holding=False):
+            return False
+        for part in self.parts:
+            found = part.of(module)
+            if found is None or not same(type(found), part.kind) or watched(found) or not originals.unchanged(part.code):
+                return False
+            if not ordinary_weights(found) or not _methods_are_ours(found, part.methods):
+                return False
+        return True
+
+    def reason(self, known: Callable[[str], bool]) -> str | None:
+        """Why it does not serve for as long as nothing changes, or None; ``known`` says of which classes' names there are rules."""
+        module, method = self.module, self.method
+        code = originals.record(type(module))
+        if code.foreign:
+            return code.foreign
+        for name in code.methods & vars(module).keys():
+            if vars(module)[name] is not self and not (isinstance(vars(module)[name], Forward) and name != method):
+                return f"its {name} is already replaced on this instance, by something else"
+        if (reason := self._drift()) is not None:
+            return reason
+        if not ordinary_weights(module):
+            return "its weights are of a tensor class that kernels cannot read"
+        for path in self.item.parts:
+            part = _Part(tuple(path.split(".")), type(None), -1, frozenset()).of(module)
+            if part is None:
+                continue
+            code = originals.record(type(part))
+            if not (kind(part) in _PARTS or known(kind(part))):
+                return f"its {path} is a {kind(part)}, which pyvit does not know"
+            if code.foreign:
+                return f"its {path}: {code.foreign}"
+            if not _methods_are_ours(part, code.methods, holding=False):
+                return f"its {path} has methods that are replaced on this instance"
+            if not ordinary_weights(part):
+                return f"the weights of its {path} are of a tensor class that kernels cannot read"
+        return None
+
+    def seen(self) -> str | None:
+        """What is said of a hook on a part that would not be called, or None."""
+        for path in self.item.parts:
+            if watched(_Part(tuple(path.split(".")), type(None), -1, frozenset()).of(self.module)):
+                return f"{WATCHED} its {path}: the original runs for as long as it does"
+        return None
+
+    def changed(self) -> str | None:
+        """What is said of a module that is no longer as it was when it was replaced, or None."""
+        return None if self.seen() or self.holds() else "changed since it was replaced: the original runs"
+
+    def _drift(self) -> str | None:
+        """How the class differs from those of the versions that the replacement was written for."""
+        module = self.module
+        for ours, theirs in zip(self.ours[1:], self.theirs[1:], strict=False):
+            known = theirs.kind in (theirs.VAR_KEYWORD, theirs.VAR_POSITIONAL) or (ours.name, ours.default) == (theirs.name, theirs.default)
+            if not known:
+                return f"its {self.method} takes ({', '.join(p.name for p in self.theirs)}), which is not what pyvit knows of the class"
+        extra = [p.name for p in self.theirs[len(self.ours) :] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        if extra and not self.any_names:
+            return f"its {self.method} takes {extra[0]}, which pyvit does not know"
+        return layout(module, self.item.needs, self.item.may) if self.item.needs else None
+
+
+_INTERNAL = {*vars(nn.Module()), "_forwards_of_pyvit"}
+
+
+def layout(module: nn.Module, needs: str, may: str) -> str | None:
+    """How a module differs from a class of which pyvit knows the attributes, those it ``needs`` and those it ``may`` have; or None."""
+    code, required = originals.record(type(module)), set(needs.split())
+    missing = sorted(name for name in required if not hasattr(module, name))
+    if missing:
+        return f"has no {', '.join(missing)}: not a version of {code.library} that pyvit knows"
+    own = {*module._modules, *module._parameters, *module._buffers}
+    read = {name for name in vars(module) if name in code.reads and name not in _INTERNAL}
+    unknown = sorted((own | read) - required - set(may.split()))
+    return f"has {', '.join(unknown)}: not a version of {code.library} that pyvit knows" if unknown else None
+
+
+def _empty() -> Forward:
+    return Forward.__new__(Forward)
+
+
+def _methods_are_ours(module: nn.Module, methods: frozenset[str], holding: bool = True) -> bool:
+    """Whether an instance carries none of its class's methods itself but what accelerate put there, which would serve."""
+    own = vars(module)
+    return not any(name in own and not (type(own[name]) is Forward and (not holding or own[name].holds())) for name in methods)
+
+
+def put(forward: Forward) -> None:
+    own = vars(forward.module)
+    own[forward.method] = forward
+    own["_forwards_of_pyvit"] = (*own.get("_forwards_of_pyvit", ()), forward)
+
+
+def take_away(module: nn.Module) -> None:
+    """Undo what :func:`put` did. Where another library wrapped a forward, its wrapper stays and reaches the class's own."""
+    for forward in vars(module).pop("_forwards_of_pyvit", ()):
+        forward.active = False
+        if vars(module).get(forward.method) is forward:
+            delattr(module, forward.method)
+
+
+def forwards(model: nn.Module) -> list[Forward]:
+    return [forward for module in model.modules() for forward in vars(module).get("_forwards_of_pyvit", ())]
+
+
+def served_by(module: nn.Module, function: Callable[..., Any], method: str = "forward") -> bool:
+    """Whether a call of ``module`` would run ``function`` now, and nobody would see the call."""
+    forward = vars(module).get(method)
+    return type(forward) is Forward and forward.function is function and forward.holds() and not watched(module)
