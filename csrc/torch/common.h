@@ -12,14 +12,9 @@
 #include <vector>
 
 #include "../cpu/isa.h"
+#include "checks.h"
 
 namespace pyvit {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
-using Ints = std::vector<int64_t>;
-using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
 
 inline Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -29,8 +24,6 @@ inline Dtype dtype_of(const Tensor& t) {
       return Dtype::bf16;
     case ScalarType::Half:
       return Dtype::f16;
-    case ScalarType::Bool:
-      return Dtype::boolean;
     default:
       STD_TORCH_CHECK(false,
                       "pyvit: the cpu kernels take float32, bfloat16 and float16 tensors; use backend='reference'");

@@ -1,8 +1,8 @@
 // Schemas and CPU kernels of torch.ops.pyvit, on LibTorch's stable ABI: one binary for every torch >= 2.10 and every
 // Python.
 //
-// Shapes, dtypes and devices are checked by pyvit/ops before a call gets here; what is checked below is what would be
-// unsafe otherwise.
+// pyvit/ops checks its arguments before a call gets here, and says more where they do not fit; others call these
+// operators too, so that each entry checks (checks.h) what its kernel relies on.
 #include "common.h"
 
 #include <algorithm>
@@ -32,7 +32,8 @@ Tensor make_heads(const Tensor& like, int64_t b, int64_t h, int64_t n, int64_t d
 Bias bias_of(const Maybe& bias) {
   if (!bias) return {};
   auto stride = [&](int i) { return bias->size(i) == 1 ? 0 : bias->stride(i); };
-  return {bias->data_ptr(), dtype_of(*bias), stride(0), stride(1), stride(2), stride(3)};
+  const Dtype dtype = bias->scalar_type() == ScalarType::Bool ? Dtype::boolean : dtype_of(*bias);
+  return {bias->data_ptr(), dtype, stride(0), stride(1), stride(2), stride(3)};
 }
 
 // attention
@@ -62,6 +63,11 @@ Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v, const 
   return a;
 }
 
+// The kernels' registers and scratch are laid out for so many channels.
+void check_channels(const Checks& checks, const Tensor& q, const Tensor& v) {
+  checks.that(q.size(q.dim() - 1) <= 256 && v.size(v.dim() - 1) <= 256, "q and v", "of at most 256 channels per head");
+}
+
 void check_dropout(double dropout_p) {
   STD_TORCH_CHECK(dropout_p == 0, "pyvit: the cpu kernels have no dropout; use backend='reference'");
 }
@@ -70,6 +76,9 @@ std::tuple<Tensor, Tensor> flash_attention(Tensor q, Tensor k, Tensor v, Maybe b
                                            double dropout_p, Maybe, std::string backend) {
   check_backend(backend);
   check_dropout(dropout_p);
+  const Checks checks("flash_attention");
+  checks.attention(q, k, v, bias);
+  check_channels(checks, q, v);
   q = rows(q);
   k = rows(k);
   v = rows(v);
@@ -102,6 +111,9 @@ AttentionGrad gradient_of(const Tensor& grad_out, const Maybe& grad_lse, const T
 Tensor flash_attention_backward_(Tensor grad_out, Maybe grad_lse, Tensor out, Tensor lse, bool bias_grad, Tensor q,
                                  Tensor k, Tensor v, Maybe bias, bool is_causal, double scale, Tensor dq, Tensor dk,
                                  Tensor dv) {
+  const Checks checks("flash_attention_backward");
+  checks.results(grad_out, grad_lse, out, lse, bias_grad, q, v, bias, false);
+  check_channels(checks, q, v);
   q = rows(q);
   k = rows(k);
   v = rows(v);
@@ -126,6 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(Tensor grad_
                                                                     double dropout_p, Maybe, std::string backend) {
   check_backend(backend);
   check_dropout(dropout_p);
+  Checks("flash_attention_backward").attention(q, k, v, bias);
   Tensor dq = make_heads(q, q.size(0), q.size(1), q.size(2), q.size(3));
   Tensor dk = make_heads(k, k.size(0), k.size(1), k.size(2), k.size(3));
   Tensor dv = make_heads(v, v.size(0), v.size(1), v.size(2), v.size(3));
@@ -138,23 +151,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(Tensor grad_
 std::tuple<Tensor, Tensor> flash_attention_qkvpacked_backward(Tensor grad_out, Maybe grad_lse, Tensor out, Tensor lse,
                                                               bool bias_grad, Tensor qkv, Maybe bias, bool is_causal,
                                                               double scale) {
-  Tensor grad = make(qkv, shape_of(qkv));
+  const Checks checks("flash_attention_qkvpacked_backward");
+  checks.shape("qkv", qkv, {ANY, ANY, 3, ANY, ANY});
   auto part = [](const Tensor& t, int64_t i) { return torch::stable::transpose(torch::stable::select(t, 2, i), 1, 2); };
+  checks.attention(part(qkv, 0), part(qkv, 1), part(qkv, 2), bias);
+  Tensor grad = make(qkv, shape_of(qkv));
   Tensor dbias =
       flash_attention_backward_(grad_out, grad_lse, out, lse, bias_grad, part(qkv, 0), part(qkv, 1), part(qkv, 2), bias,
                                 is_causal, scale, part(grad, 0), part(grad, 1), part(grad, 2));
   return {grad, dbias};
 }
 
-// The cumulative lengths as int64 on the host's side, checked: the kernels index with them.
-Ints lengths(const Tensor& cu, int64_t total, int64_t longest, const char* name) {
+// The cumulative lengths as int64 on the host's side, checked: the kernels index with them. `longest` becomes the
+// longest there is: work is divided by it.
+Ints lengths(const Tensor& cu, int64_t total, int64_t& longest, const char* name) {
   Tensor wide = dense(cu.scalar_type() == ScalarType::Long ? cu : torch::stable::to(cu, ScalarType::Long));
   const int64_t* p = static_cast<const int64_t*>(wide.data_ptr());
   Ints ends(p, p + wide.numel());
   bool good = !ends.empty() && ends.front() == 0 && ends.back() == total;
-  for (size_t i = 1; good && i < ends.size(); i++) good = ends[i] >= ends[i - 1] && ends[i] - ends[i - 1] <= longest;
+  int64_t most = 0;
+  for (size_t i = 1; good && i < ends.size(); i++) {
+    good = ends[i] >= ends[i - 1] && ends[i] - ends[i - 1] <= longest;
+    most = std::max(most, ends[i] - ends[i - 1]);
+  }
   STD_TORCH_CHECK(good, "pyvit: flash_attention_varlen: ", name, " must ascend from 0 to ", total,
                   " in steps of at most ", longest);
+  longest = most;
   return ends;
 }
 
@@ -170,10 +192,11 @@ std::tuple<Tensor, Tensor> flash_attention_varlen(Tensor q, Tensor k, Tensor v, 
                                                   Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
                                                   Maybe bias, bool is_causal, double scale, std::string backend) {
   check_backend(backend);
+  const Checks checks("flash_attention_varlen");
+  checks.packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, bias);
+  check_channels(checks, q, v);
   const Ints cu_q = lengths(cu_seqlens_q, q.size(0), max_seqlen_q, "cu_seqlens_q");
   const Ints cu_k = lengths(cu_seqlens_k, k.size(0), max_seqlen_k, "cu_seqlens_k");
-  STD_TORCH_CHECK(cu_q.size() == cu_k.size(),
-                  "pyvit: flash_attention_varlen: cu_seqlens_q and cu_seqlens_k must have one length");
   q = rows(q);
   k = rows(k);
   v = rows(v);
@@ -191,6 +214,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_varlen_backward(
     Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, Maybe bias, bool is_causal,
     double scale, std::string backend) {
   check_backend(backend);
+  const Checks checks("flash_attention_varlen_backward");
+  checks.packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, bias);
+  checks.results(grad_out, grad_lse, out, lse, bias_grad, q, v, bias, true);
+  check_channels(checks, q, v);
   const Ints cu_q = lengths(cu_seqlens_q, q.size(0), max_seqlen_q, "cu_seqlens_q");
   const Ints cu_k = lengths(cu_seqlens_k, k.size(0), max_seqlen_k, "cu_seqlens_k");
   q = rows(q);
@@ -215,6 +242,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_varlen_backward(
 
 Tensor attention_map(Tensor q, Tensor k, Tensor rows_index, Maybe bias, double scale, std::string backend) {
   check_backend(backend);
+  const Checks checks("attention_map");
+  checks.queries_and_keys(q, k, false);
+  check_channels(checks, q, k);
+  checks.shape("rows", rows_index, {q.size(0), ANY});
+  checks.dtype("rows", rows_index, {ScalarType::Long}, "int64");
+  checks.device("rows", rows_index, q);
+  checks.bias(bias, q, {q.size(0), q.size(1), q.size(2), k.size(2)});
   q = rows(q);
   k = rows(k);
   rows_index = dense(rows_index);
@@ -237,8 +271,6 @@ Map map_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.
 
 Window window_of(const Tensor& qkv, const Ints& window, const Ints& shift, int64_t heads, const Maybe& table,
                  const Maybe& logit_scale, const Maybe& pad, double scale, const Tensor& out, const Tensor& lse) {
-  STD_TORCH_CHECK(window.size() == 2 && shift.size() == 2,
-                  "pyvit: window_attention: window_size and shift_size must be pairs");
   return {qkv.size(0),
           qkv.size(1),
           qkv.size(2),
@@ -263,6 +295,7 @@ std::tuple<Tensor, Tensor> window_attention(Tensor qkv, Ints window_size, Ints s
                                             double dropout_p, Maybe, std::string backend) {
   check_backend(backend);
   check_dropout(dropout_p);
+  Checks("window_attention").window(qkv, window_size, shift_size, num_heads, bias_table, logit_scale, pad_qkv);
   qkv = rows(qkv);
   bias_table = parameter(bias_table);
   logit_scale = parameter(logit_scale);
@@ -290,6 +323,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward(Tensor grad
                                                                      double dropout_p, Maybe, std::string backend) {
   check_backend(backend);
   check_dropout(dropout_p);
+  const Checks checks("window_attention_backward");
+  checks.window(qkv, window_size, shift_size, num_heads, bias_table, logit_scale, pad_qkv);
+  checks.window_results(grad_out, out, lse, qkv, window_size, num_heads);
   qkv = rows(qkv);
   grad_out = rows(grad_out);
   out = rows(out);
@@ -313,8 +349,6 @@ struct PatchTensors {
 
   // The kernels' view; `out` may be null.
   Patch view(const Ints& stride, void* out) const {
-    STD_TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0,
-                    "pyvit: patch_embed: stride must be a pair of positive ints");
     const int64_t h = images.size(2), w = images.size(3), ph = weight.size(2), pw = weight.size(3);
     const int64_t all = ((h - ph) / stride[0] + 1) * ((w - pw) / stride[1] + 1);
     if (keep) {
@@ -361,6 +395,7 @@ PatchTensors patch_tensors(const Tensor& images, const Tensor& weight, const May
 Tensor patch_embed(Tensor images, Tensor weight, Maybe bias, Ints stride, Maybe pos_embed, Maybe prefix, Maybe keep,
                    Maybe mean, Maybe std, std::string backend) {
   check_backend(backend);
+  Checks("patch_embed").patches(images, weight, bias, stride, pos_embed, prefix, keep, mean, std);
   const PatchTensors t = patch_tensors(images, weight, bias, pos_embed, prefix, keep, mean, std);
   Patch p = t.view(stride, nullptr);
   Tensor out = make(weight, {p.batch, p.prefix_tokens + p.kept, p.dim});
@@ -375,6 +410,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(Tensor g
                                                                         Maybe prefix, Maybe keep, Maybe mean, Maybe std,
                                                                         std::string backend) {
   check_backend(backend);
+  Checks("patch_embed_backward")
+      .patch_results(grad_out, images_grad, images, weight, bias, stride, pos_embed, prefix, keep, mean, std);
   const PatchTensors t = patch_tensors(images, weight, bias, pos_embed, prefix, keep, mean, std);
   grad_out = dense(grad_out);
   const Patch p = t.view(stride, nullptr);

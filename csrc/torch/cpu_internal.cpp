@@ -1,5 +1,5 @@
-// The passes that pyvit/ops builds operators of, on LibTorch's stable ABI: not public, checked by their callers but for
-// what would be unsafe.
+// The passes that pyvit/ops builds operators of, on LibTorch's stable ABI: not public, but anyone can call torch.ops,
+// so that each checks what its kernel relies on.
 #include "common.h"
 
 #include <algorithm>
@@ -140,7 +140,9 @@ Tensor pack_layer(Tensor weight) {
 }
 
 Layer layer_of(const Tensor& x, int64_t in, const Tensor& packed, int64_t out, const Maybe& bias) {
-  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Int && packed.is_contiguous() &&
+  constexpr int64_t MANY = int64_t(1) << 48;  // whatever is computed of fewer elements does not overflow
+  STD_TORCH_CHECK(in >= 0 && out >= 0 && out <= MANY / std::max<int64_t>(in, 1) &&
+                      packed.scalar_type() == ScalarType::Int && packed.is_contiguous() &&
                       packed.numel() == kernels().packed_layer_size(in, out, dtype_of(x)),
                   "pyvit: packed_layers: a weight packed for other sizes or another dtype");
   STD_TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == out && bias->scalar_type() == x.scalar_type()),
@@ -205,7 +207,8 @@ void product(Tensor a, Tensor b, Maybe bias, Tensor out, bool add) {
                   "pyvit: product: a and b must be matrices that fit each other, b of the dtype of a or float32");
   const int64_t n = a.size(0), m = b.size(1), k = a.size(1);
   STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == n && out.size(1) == m && (m <= 1 || out.stride(1) == 1) &&
-                      narrow_or_wide(out) && (!add || out.scalar_type() == ScalarType::Float),
+                      (n <= 1 || out.stride(0) >= m) && narrow_or_wide(out) &&
+                      (!add || out.scalar_type() == ScalarType::Float),
                   "pyvit: product: out must be of shape (", n, ", ", m,
                   ") with contiguous rows, float32 or, if not added to, of the dtype of a");
   STD_TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == m && bias->scalar_type() == b.scalar_type()),
@@ -229,6 +232,9 @@ void transposed(Tensor x, Tensor out) {
 // streaming losses: the tile of scores is contiguous float32, the rest float32 vectors of its rows or columns
 
 void log_sum_exp(Tensor scores, int64_t dim, Tensor top, Tensor total) {
+  const Checks checks("log_sum_exp");
+  checks.shape("scores", scores, {ANY, ANY});
+  checks.that(dim == 0 || dim == 1, "dim", "0 or 1");
   const int64_t rows = scores.size(0), cols = scores.size(1), n = dim == 1 ? rows : cols;
   const float* p = vector(scores, rows * cols, "scores");
   const TileScores t{rows, cols, p, dim == 1, vector(top, n, "top"), vector(total, n, "total")};
@@ -237,6 +243,10 @@ void log_sum_exp(Tensor scores, int64_t dim, Tensor top, Tensor total) {
 
 Distillation distillation_of(const Tensor& student, const Tensor& teacher, const Maybe& center, double student_temp,
                              double teacher_temp) {
+  const Checks checks("distillation_tile");
+  checks.shape("student", student, {ANY, ANY, ANY});
+  checks.shape("teacher", teacher, {ANY, student.size(1), student.size(2)});
+  checks.that(student_temp > 0 && teacher_temp > 0, "student_temp and teacher_temp", "positive");
   Distillation d{};
   d.s = student.size(0);
   d.t = teacher.size(0);
@@ -273,9 +283,19 @@ void distillation_tile_backward(Tensor student, Tensor teacher, Maybe center, do
 
 // losses over all pairs of rows: one call for the rows of a and those of b, added to the caller's sums in place
 
+// Both with contiguous rows; with `own`, b is a.
+void pair_rows(Tensor& a, Tensor& b, bool own) {
+  Checks("pairs").that(!own || (a.data_ptr() == b.data_ptr() && a.numel() == b.numel()), "b", "a itself with own");
+  a = rows(a);
+  b = own ? a : rows(b);
+}
+
 Pairs pairs_of(const Tensor& a, const Tensor& b, bool own, int64_t shift, double scale) {
-  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && a.scalar_type() == b.scalar_type(),
-                  "pyvit: pairs: a and b must be matrices with rows of the same length and dtype");
+  const Checks checks("pairs");
+  checks.shape("a", a, {ANY, ANY});
+  checks.shape("b", b, {ANY, a.size(1)});
+  checks.as("b", b, a);
+  checks.that(shift >= -1 && shift < std::max<int64_t>(b.size(0), 1), "shift", "-1 or an index of b's rows");
   Pairs p{};
   p.n = a.size(0);
   p.m = b.size(0);
@@ -300,9 +320,10 @@ float* gradient(const Maybe& t, const Pairs& p, int64_t n) {
 
 Tensor pair_softmax(Tensor a, Tensor b, bool own, double scale, Tensor top_a, Tensor total_a, Maybe top_b,
                     Maybe total_b) {
-  a = rows(a);
-  b = own ? a : rows(b);
+  pair_rows(a, b, own);
   Pairs p = pairs_of(a, b, own, -1, scale);
+  Checks("pairs").that(top_b.has_value() == total_b.has_value() && !(own && top_b), "top_b and total_b",
+                       "given together, and not with own");
   p.top_a = vector(top_a, p.n, "top_a");
   p.total_a = vector(total_a, p.n, "total_a");
   p.top_b = own ? p.top_a : top_b ? vector(*top_b, p.m, "top_b") : nullptr;
@@ -313,9 +334,9 @@ Tensor pair_softmax(Tensor a, Tensor b, bool own, double scale, Tensor top_a, Te
 
 Tensor pair_softmax_backward(Tensor a, Tensor b, bool own, int64_t shift, double scale, Tensor lse_a, Tensor lse_b,
                              Tensor grad_a, Maybe grad_b) {
-  a = rows(a);
-  b = own ? a : rows(b);
+  pair_rows(a, b, own);
   const Pairs p = pairs_of(a, b, own, shift, scale);
+  Checks("pairs").that(!(own && grad_b), "grad_b", "None with own");
   PairsGrad g{vector(lse_a, p.n, "lse_a"), vector(lse_b, p.m, "lse_b"), gradient(grad_a, p, p.n),
               gradient(grad_b, p, p.m), grad_a.size(1)};
   if (own) g.grad_b = g.grad_a;
@@ -370,7 +391,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyvit, m) {
   m.def("product(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, bool add) -> ()");
   // For pyvit/ops/loss_tiles.py.
   m.def("log_sum_exp(Tensor scores, int dim, Tensor(a!) top, Tensor(b!) total) -> ()");
-  // For pyvit/ops/distillation_cross_entropy.py. Scores (crops, N, K), lse, tops and totals (crops, N), cross and weights (S, T, N).
+  // For pyvit/ops/distillation_cross_entropy.py. Scores (crops, N, K), lse, tops and totals (crops, N), cross and
+  // weights (S, T, N).
   m.def(
       "distillation_tile(Tensor student, Tensor teacher, Tensor? center, float student_temp, float teacher_temp, "
       "Tensor(a!) top_s, Tensor(b!) total_s, Tensor(c!) top_t, Tensor(d!) total_t, Tensor(e!) cross) -> ()");

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../cuda/launch.h"
+#include "checks.h"
 
 #ifndef PYVIT_CUDA_DISPATCH
 #define PYVIT_CUDA_DISPATCH CUDA
@@ -41,11 +42,6 @@ namespace pyvit {
 namespace {
 
 using cuda::Type;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
-using Ints = std::vector<int64_t>;
-using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Type type_of(const Tensor& t) {
@@ -243,6 +239,7 @@ std::tuple<Tensor, Tensor> flash_attention(const Tensor& q, const Tensor& k, con
                                            bool is_causal, double scale, double dropout_p, const Maybe&,
                                            const std::string& backend) {
   check_call(backend, dropout_p);
+  Checks("flash_attention").attention(q, k, v, bias);
   return AttentionCall(q, k, v, bias, is_causal, scale).forward();
 }
 
@@ -251,6 +248,9 @@ Four flash_attention_backward(const Tensor& grad_out, const Maybe& grad_lse, con
                               bool is_causal, double scale, double dropout_p, const Maybe&,
                               const std::string& backend) {
   check_call(backend, dropout_p);
+  const Checks checks("flash_attention_backward");
+  checks.attention(q, k, v, bias);
+  checks.results(grad_out, grad_lse, out, lse, bias_grad, q, v, bias, false);
   return AttentionCall(q, k, v, bias, is_causal, scale).backward(grad_out, grad_lse, out, lse, bias_grad);
 }
 
@@ -259,6 +259,7 @@ std::tuple<Tensor, Tensor> flash_attention_varlen(const Tensor& q, const Tensor&
                                                   const Maybe& bias, bool is_causal, double scale,
                                                   const std::string& backend) {
   check_call(backend, 0);
+  Checks("flash_attention_varlen").packed(q, k, v, cu_q, cu_k, longest_q, longest_k, bias);
   return AttentionCall(q, k, v, bias, is_causal, scale, Packing{cu_q, cu_k, longest_q, longest_k}).forward();
 }
 
@@ -268,6 +269,9 @@ Four flash_attention_varlen_backward(const Tensor& grad_out, const Maybe& grad_l
                                      int64_t longest_k, const Maybe& bias, bool is_causal, double scale,
                                      const std::string& backend) {
   check_call(backend, 0);
+  const Checks checks("flash_attention_varlen_backward");
+  checks.packed(q, k, v, cu_q, cu_k, longest_q, longest_k, bias);
+  checks.results(grad_out, grad_lse, out, lse, bias_grad, q, v, bias, true);
   AttentionCall call(q, k, v, bias, is_causal, scale, Packing{cu_q, cu_k, longest_q, longest_k});
   return call.backward(grad_out, grad_lse, out, lse, bias_grad);
 }
@@ -306,6 +310,7 @@ std::tuple<Tensor, Tensor> window_attention(const Tensor& qkv, const Ints& windo
                                             const Maybe& table, const Maybe& logit_scale, const Maybe& pad,
                                             double scale, double dropout_p, const Maybe&, const std::string& backend) {
   check_call(backend, dropout_p);
+  Checks("window_attention").window(qkv, window, shift, heads, table, logit_scale, pad);
   WindowCall call(qkv, window, shift, heads, table, logit_scale, pad, scale);
   Tensor out = make(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3) / 3});
   Tensor lse = make(qkv, {qkv.size(0), call.windows(), heads, call.area()}, ScalarType::Float);
@@ -319,6 +324,9 @@ Four window_attention_backward(const Tensor& grad_out_, const Tensor& out_, cons
                                const Maybe& logit_scale, const Maybe& pad, double scale, double dropout_p, const Maybe&,
                                const std::string& backend) {
   check_call(backend, dropout_p);
+  const Checks checks("window_attention_backward");
+  checks.window(qkv, window, shift, heads, table, logit_scale, pad);
+  checks.window_results(grad_out_, out_, lse_, qkv, window, heads);
   WindowCall call(qkv, window, shift, heads, table, logit_scale, pad, scale);
   const Tensor grad_out = near(rows(grad_out_), {1, 2}), out = rows(dense(out_)), lse = dense(lse_);
   call.w.out = out.data_ptr(), call.w.lse = data<float>(lse);
@@ -398,6 +406,7 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const Maybe& bias
                    const Maybe& pos_embed, const Maybe& prefix, const Maybe& keep, const Maybe& mean, const Maybe& std,
                    const std::string& backend) {
   check_call(backend, 0);
+  Checks("patch_embed").patches(images, weight, bias, stride, pos_embed, prefix, keep, mean, std);
   PatchCall call(images, weight, bias, stride, pos_embed, prefix, keep, mean, std);
   Tensor out = make(weight, {call.p.batch, call.p.prefix_rows + call.p.kept, call.p.dim});
   call.p.out = out.data_ptr();
@@ -410,6 +419,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(
     const Maybe& bias, const Ints& stride, const Maybe& pos_embed, const Maybe& prefix, const Maybe& keep,
     const Maybe& mean, const Maybe& std, const std::string& backend) {
   check_call(backend, 0);
+  Checks("patch_embed_backward")
+      .patch_results(grad_out_, images_grad, images, weight, bias, stride, pos_embed, prefix, keep, mean, std);
   PatchCall call(images, weight, bias, stride, pos_embed, prefix, keep, mean, std);
   const Tensor grad_out = rows(dense(grad_out_));
   cuda::PatchEmbedGradient g{};
