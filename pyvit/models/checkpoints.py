@@ -64,6 +64,23 @@ class LoadReport:
         return "\n".join(lines)
 
 
+    def summary(self) -> str:
+        """The report with the names of one part of the model as one: what was loaded, resampled, left as initialised, not used."""
+        lines = [f"{self.format} checkpoint: {len(self.loaded)} parameters loaded"]
+        left = [*self.missing, *(f"{entry.split()[0]} (another shape)" for entry in self.mismatched), *self.not_finite]
+        told = {"adapted": fold(self.adapted), "left as initialised": _parts(left), "not used": _parts([*self.unused, *self.unexpected])}
+        told |= {"differs": fold(self.differs), "note": fold(self.notes)}
+        return "\n".join([*lines, *(f"  {name}: {', '.join(found)}" for name, found in told.items() if found)])
+
+
+def _parts(names: Iterable[str]) -> list[str]:
+    """Names by what stands before their first dot, with the number of each: "text.* (31)"."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.partition(".")[0], []).append(name)
+    return [found[0] if len(found) == 1 else f"{group}.* ({len(found)})" for group, found in groups.items()]
+
+
 def fold(names: Iterable[str], most: int = 20) -> list[str]:
     """Names that differ in the numbers of blocks alone as one, such as "blocks.*.attn.qkv.bias (12)"."""
     groups: dict[str, list[str]] = {}
@@ -89,11 +106,12 @@ class Source(NamedTuple):
     config: dict[str, Any]
     wrapper: str  # the dictionary the tensors were taken from, "" for none
     plain: bool  # nothing tells which library wrote it
+    name: str  # for messages
 
 
 def load_checkpoint(
     model: nn.Module,
-    source: str | os.PathLike[str] | Mapping[str, Any],
+    source: str | os.PathLike[str] | Mapping[str, Any] | Source,
     *,
     strict: bool = True,
     allow: Sequence[str] = (),
@@ -125,7 +143,7 @@ def load_checkpoint(
     target = model.state_dict()
     if any(v.is_meta for v in target.values()):
         raise ValueError("load_checkpoint: model is on the meta device, which holds no weights: model.to_empty(device='cpu') first")
-    opened = open_source(source, target.keys())
+    opened = source if isinstance(source, Source) else open_source(source, target.keys())
     found = recognise(opened.state) if name is None else _format(name)
     native, unknown, unused = to_native(opened.state, found)
     facts = {**opened.facts, **({} if opened.facts else facts_of_config(opened.config, native))}
@@ -165,7 +183,7 @@ def load_checkpoint(
     allowed = [re.compile(p) for p in (*allow, *_OPTIONAL)]
     wrong = [k.split()[0] for k in (*report.missing, *report.unexpected, *report.mismatched, *report.not_finite, *report.differs)]
     if (strict and any(not any(p.fullmatch(k) for p in allowed) for k in wrong)) or not chosen:
-        raise CheckpointError(report, os.fspath(source) if isinstance(source, str | os.PathLike) else "the checkpoint")
+        raise CheckpointError(report, opened.name)
     model.load_state_dict(chosen, strict=False)
     for path, end in settings.items():
         model.get_submodule(path).eot = end  # type: ignore[assignment]
@@ -230,7 +248,7 @@ def open_source(source: str | os.PathLike[str] | Mapping[str, Any], target: Coll
     """:func:`read_state`, and what else the source tells."""
     config: dict[str, Any] = {}
     header: dict[str, Any] = {}
-    name = "source"
+    name = "the checkpoint"
     if isinstance(source, str | os.PathLike):
         name = os.fspath(source)
         source, config, header = files.read(source)
@@ -242,13 +260,13 @@ def open_source(source: str | os.PathLike[str] | Mapping[str, Any], target: Coll
         content = content[inner]
     state = {k: v for k, v in content.items() if isinstance(v, Tensor)}
     if not state:
-        raise ValueError(f"load_checkpoint: no tensors in {name}, whose keys are {list(content)[:8]}")
+        raise ValueError(f"load_checkpoint: no tensors in source, {name}, whose keys are {list(content)[:8]}")
     facts = facts_in(content, header)
     state, facts = _without_prefixes(state, facts, target)
     if any(k.endswith("input_resolution") for k in state) and not facts:  # OpenAI's own archives
         facts = {rf"{tower}\.blocks\.\d+\.mlp(\.fc1)?": {"activation": "quick_gelu"} for tower in ("visual", "text")}
     known = bool(facts) or bool(config and "recipe" not in config) or hasattr(content, "_metadata")
-    return Source(state, facts, config, ".".join(wrappers), not known)
+    return Source(state, facts, config, ".".join(wrappers), not known, name)
 
 
 def _inside(content: Mapping[str, Any]) -> str | None:

@@ -166,16 +166,17 @@ def _timm(config: Mapping[str, Any], weight: Tensor | None) -> Facts:
 
 def compare(theirs: Facts, ours: Facts) -> Iterator[tuple[str, str, Any, Any]]:
     """(module, name, theirs, ours) of each fact that both know and that differs."""
-    paths = {re.compile(path): facts for path, facts in theirs.items()} if any("\\" in p for p in theirs) else None
     for module, mine in ours.items():
-        found = [theirs[module]] if paths is None and module in theirs else []
-        if paths is not None:
-            found = [facts for path, facts in paths.items() if path.fullmatch(module)]
-        for facts in found:
-            for name, value in facts.items():
-                if name in mine and not _same(value, mine[name]):
-                    yield module, name, value, mine[name]
+        for path, facts in theirs.items():
+            if path == module or ("\\" in path and re.fullmatch(path, module)):
+                for name, value in facts.items():
+                    if name in mine and plain(value) != mine[name]:
+                        yield module, name, value, mine[name]
 
 
-def _same(a: Any, b: Any) -> bool:
-    return plain(a) == plain(b)
+def lookup(facts: Facts, module: str, name: str) -> Any:
+    """One fact of a module, None where nothing names it."""
+    for path, held in facts.items():
+        if name in held and (path == module or ("\\" in path and re.fullmatch(path, module))):
+            return held[name]
+    return None

@@ -52,6 +52,11 @@ class PatchEmbed(nn.Module):
         self.register_buffer("mean", None if mean is None else torch.tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", None if std is None else torch.tensor(std, dtype=torch.float32), persistent=False)
 
+    @property
+    def multiple(self) -> int:
+        """Pixels that the height of images must be a multiple of."""
+        return self.patch_size[0]
+
     def grid(self, size: Sequence[int]) -> tuple[int, int]:
         """Rows and columns of patches of an image of (H, W) pixels."""
         h, w = (-(-n // p) * p if self.pad else n for n, p in zip(size, self.patch_size, strict=True))

@@ -62,9 +62,9 @@ def save_json(path: Path, value: Any) -> None:
     write_atomic(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
-def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    """A safetensors file of ``state``, atomically."""
+def save_weights(path: Path, state: Mapping[str, Tensor], header: dict[str, str] | None = None) -> None:
+    """A safetensors file of ``state``, atomically; ``header``: texts beside it."""
     from safetensors.torch import save as serialise
 
-    content = serialise({k: v.detach().cpu().contiguous().clone() for k, v in state.items()})
+    content = serialise({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, header)
     write_atomic(path, lambda file: file.write(content))

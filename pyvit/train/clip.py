@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from pyvit.data import Data, load_tokenizer
+from pyvit.models.clip import clip_resnet, clip_vit, siglip_vit
+from pyvit.models.registry import settings_of
 from pyvit.ops import info_nce
 from pyvit.train import augment
 from pyvit.train.config import Config
@@ -19,6 +21,11 @@ class ImageText(Recipe):
     defaults: ClassVar[dict[str, Any]] = {"epochs": 32, "batch_size": 32768, "weight_decay": 0.2, "warmup": 0.01, "clip": 0.0, "lr": 5e-4}
     options: ClassVar[dict[str, Any]] = {"tokenizer": "bytes", "context": 77, "crop": 0.9}
     betas = (0.9, 0.98)
+    takes, encodes = "of two towers, for images and for text", False
+
+    @classmethod
+    def fits(cls, name: str) -> bool:
+        return settings_of(name)[0] in (clip_vit, clip_resnet, siglip_vit)
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
@@ -26,7 +33,8 @@ class ImageText(Recipe):
             raise ValueError(f"{config.recipe}: data must have captions (a CSV with image and caption, say), {data.name} has none")
         self.tokenizer = load_tokenizer(self.opt["tokenizer"], self.opt["context"])
         text = {"vocab_size": self.tokenizer.vocab_size, "context_length": self.opt["context"]}
-        self.model = build(config.model or "", data, config, **text)
+        text |= {"eot": self.tokenizer.end, "pad": self.tokenizer.pad}
+        self.model = build(config.model or "", data, config, whole=True, **text)
         if not hasattr(self.model, "encode_text"):
             raise ValueError(f"{config.recipe}: model must have two towers (clip_* or siglip_*), got {config.model}")
         if config.init is not None:

@@ -83,7 +83,8 @@ class DINO(Recipe):
 
     def local_size(self, size: tuple[int, int]) -> int:
         """3/7 of the image, in whole patches: 96 of 224."""
-        patch = self.student.patch_embed.patch_size[0]  # type: ignore[union-attr]
+        stem = getattr(self.student, "patch_embed", None)
+        patch = 1 if stem is None else stem.multiple  # type: ignore[union-attr]
         return max(round(size[0] * 3 / 7 / patch), 1) * patch
 
     @property

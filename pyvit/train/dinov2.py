@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from pyvit.data import Data
 from pyvit.losses import IBOTLoss, KoLeoLoss
+from pyvit.models.encoders import encoder
+from pyvit.models.vit import VisionTransformer
 from pyvit.train.config import Config
 from pyvit.train.dino import DINO
 from pyvit.train.heads import PrototypeHead
@@ -42,6 +44,13 @@ class DINOv2(DINO):
         "koleo": 0.1,
     }
     base_lr, base_batch = 4e-3, 1024
+    takes = "a vision transformer, whose patches a mask token can hide"
+    decides = ("init_values", "mask_token")
+
+    @classmethod
+    def fits(cls, name: str) -> bool:
+        found = encoder(name)
+        return found is not None and issubclass(found.constructor, VisionTransformer)
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
@@ -58,7 +67,7 @@ class DINOv2(DINO):
 
     def network(self, config: Config, data: Data) -> nn.Module:
         o = self.opt
-        switches = {"init_values": o["layer_scale"] or None, "activation": {"mlp": "gelu", "swiglu": "swiglu"}[o["ffn"]]}
+        switches = {"init_values": o["layer_scale"] or None, **({"activation": "swiglu"} if o["ffn"] == "swiglu" else {})}
         uniform = {"drop_path_rate": o["drop_path"], "drop_path_uniform": True}
         return build(config.model or "", data, config, num_classes=0, mask_token=True, **switches, **uniform)
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from pyvit.data import Data, load_data
 from pyvit.data.stream import Stream
 from pyvit.info import setting
+from pyvit.models.facts import header_of
 from pyvit.ops import products
 from pyvit.train import checkpoint, schedules
 from pyvit.train.config import FREE, Config, parse
@@ -27,6 +28,7 @@ from pyvit.train.optim import LARS, parameter_groups
 from pyvit.train.recipe import Recipe, load_recipe
 from pyvit.train.sharding import leave, shard, whole
 from pyvit.train.small import MODELS, PRESETS, TOWERS
+from pyvit.train.start import adopt, check_model, inherit
 
 
 def step_seed(seed: int, step: int, rank: int, part: int = 0) -> int:
@@ -62,18 +64,14 @@ class Plan(torch.utils.data.Sampler[list[int]]):
 def _settle(config: Config) -> Config:
     """Fill what the user left open: the small presets, then the recipe's defaults, and the name of the run's folder."""
     recipe = load_recipe(config.recipe)
-    inherited: dict[str, Any] = {}
-    if config.init is not None and (Path(config.init) / "config.json").exists():
-        before = json.loads((Path(config.init) / "config.json").read_text())
-        inherited = {"model": before["model"], "image_size": before["image_size"]}
-        if config.model in (None, before["model"]):
-            config = dataclasses.replace(config, set=[*before["set"], *config.set])
-    config = config.resolved(inherited)
+    config = inherit(config, recipe)
     preset = dict(PRESETS.get((config.recipe, config.data), {}))
     given = parse(config.option, "option")
     options = {**preset.pop("option", {}), **given}
     config = dataclasses.replace(config, option=[f"{k}={v!r}" for k, v in options.items()])
     config = config.resolved({"model": TOWERS.get((config.recipe, config.data)) or MODELS.get(config.data, "vit_small_patch16_224")})
+    check_model(recipe, config)
+    config = adopt(config, recipe)
     config = config.resolved({k: v for k, v in preset.items() if k not in ("epochs",) or config.steps is None})
     config = config.resolved(recipe.defaults)
     for name in ("epochs", "steps", "batch_size", "accumulate", "save_every", "log_every"):
@@ -298,7 +296,7 @@ class Run:
         state = get_model_state_dict(self.recipe.exported(), options=options)
         if self.main:
             try:
-                checkpoint.save_weights(self.folder / "model.safetensors", state)
+                checkpoint.save_weights(self.folder / "model.safetensors", state, header_of(self.recipe.exported()))
                 checkpoint.save_json(self.folder / "config.json", dataclasses.asdict(self.config))
                 checkpoint.save_json(self.folder / "results.json", results)
             except OSError as error:

@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from pyvit.models.clip import siglip_vit
+from pyvit.models.registry import settings_of
 from pyvit.ops import sigmoid_contrastive
 from pyvit.train.clip import ImageText
 from pyvit.train.recipe import Views
@@ -17,6 +19,11 @@ class SigLIP(ImageText):
     defaults: ClassVar[dict[str, Any]] = {**ImageText.defaults, "batch_size": 16384, "weight_decay": 1e-4, "lr": 1e-3}
     options: ClassVar[dict[str, Any]] = {**ImageText.options, "context": 64}
     betas = (0.9, 0.95)
+    takes = "of two towers with a bias beside the temperature"
+
+    @classmethod
+    def fits(cls, name: str) -> bool:
+        return settings_of(name)[0] is siglip_vit
 
     def forward(self, views: Views) -> dict[str, Tensor]:
         images, text, scale, bias = self.model(views["images"], views["text"])
