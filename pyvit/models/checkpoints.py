@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-import argparse
-import math
 import os
-import pickle
 import re
-import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pyvit.models import files
+from pyvit.models.adapt import adapt
+from pyvit.models.facts import Facts, compare, describe, facts_in, facts_of_config
 from pyvit.models.formats import FORMATS, NATIVE, Format, pattern
-from pyvit.nn import WindowAttention, WindowAttentionV2, resample_positions
 
-#: Dictionaries that training loops wrap a state dict in, and prefixes that wrappers put before every key.
-WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher", "student", "model_ema", "ema", "module", "net", "backbone")
-PREFIXES = ("module.", "_orig_mod.", "backbone.", "teacher.", "student.", "model.", "net.")
+#: Dictionaries that training loops wrap a state dict in, moving averages first; and prefixes that wrappers put before every key.
+WRAPPERS = (
+    "state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "state_dict", "model_state_dict", "model", "student", "module",
+    "net", "backbone",
+)  # fmt: skip
+PREFIXES = ("module.", "backbone.", "teacher.", "student.", "model.", "net.")
+#: What compiled and sharded modules put into the middle of keys.
+_INNER = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 #: First layer of a ViT, a Swin and a ResNet: "encoder." before one of them is a wrapper's (SimCLR), elsewhere a layout's own name.
 STEMS = ("patch_embed.proj.weight", "conv1.weight")
+
+#: Parameters a file may lack: timm's DINOv2 leaves the mask token out, old files the counters of batch norms.
+_OPTIONAL = (r"(.*\.)?mask_token", r".*num_batches_tracked")
+
+#: Facts of which a difference is only noted, and facts by which tables are resampled.
+_NOTED, _RESAMPLED = ("eps",), ("grid", "window_size")
 
 
 @dataclass
@@ -32,7 +41,8 @@ class LoadReport:
 
     missing: parameters of the model that the checkpoint does not have. unexpected: keys that no rule knows or the model has no place for.
     mismatched: parameters whose shape does not fit. unused: keys of pre-training heads and buffers, left out by design.
-    adapted: parameters resampled to another size.
+    adapted: parameters resampled to another size. not_finite: parameters with NaN or infinity. differs: settings that shapes do not show
+    (heads, activation, ...) and that the file names otherwise than the model has them. notes: what was assumed, and small differences.
     """
 
     format: str
@@ -42,77 +52,175 @@ class LoadReport:
     mismatched: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     adapted: list[str] = field(default_factory=list)
+    not_finite: list[str] = field(default_factory=list)
+    differs: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{self.format} checkpoint: {len(self.loaded)} parameters loaded"]
-        for name in ("adapted", "missing", "unexpected", "mismatched", "unused"):
-            keys = getattr(self, name)
-            if keys:
-                lines.append(f"  {name} ({len(keys)}): {', '.join(keys)}")
+        for name in ("adapted", "missing", "unexpected", "mismatched", "not_finite", "differs", "unused", "notes"):
+            if keys := getattr(self, name):
+                lines.append(f"  {name} ({len(keys)}): {', '.join(fold(keys))}")
         return "\n".join(lines)
 
+    def summary(self) -> str:
+        """The report with the names of one part of the model as one: what was loaded, resampled, left as initialised, not used."""
+        lines = [f"{self.format} checkpoint: {len(self.loaded)} parameters loaded"]
+        left = [*self.missing, *(f"{entry.split()[0]} (another shape)" for entry in self.mismatched), *self.not_finite]
+        told = {"adapted": fold(self.adapted), "left as initialised": _parts(left), "not used": _parts([*self.unused, *self.unexpected])}
+        told |= {"differs": fold(self.differs), "note": fold(self.notes)}
+        return "\n".join([*lines, *(f"  {name}: {', '.join(found)}" for name, found in told.items() if found)])
 
-class CheckpointError(RuntimeError):
+
+def _parts(names: Iterable[str]) -> list[str]:
+    """Names by what stands before their first dot, with the number of each: "text.* (31)"."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.partition(".")[0], []).append(name)
+    return [found[0] if len(found) == 1 else f"{group}.* ({len(found)})" for group, found in groups.items()]
+
+
+def fold(names: Iterable[str], most: int = 20) -> list[str]:
+    """Names that differ in the numbers of blocks alone as one, such as "blocks.*.attn.qkv.bias (12)"."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
+    folded = [found[0] if len(found) == 1 else f"{group} ({len(found)})" for group, found in groups.items()]
+    return folded if len(folded) <= most else [*folded[:most], f"and {len(folded) - most} more"]
+
+
+class CheckpointError(ValueError, RuntimeError):
     """The checkpoint does not fit the model; ``report`` says where."""
 
-    def __init__(self, report: LoadReport) -> None:
-        super().__init__(f"load_checkpoint: the checkpoint does not fit the model (strict=False loads what does)\n{report}")
+    def __init__(self, report: LoadReport, name: str = "the checkpoint") -> None:
+        super().__init__(f"load_checkpoint: {name} does not fit the model (strict=False loads what does)\n{report}")
         self.report = report
+
+
+class Source(NamedTuple):
+    """A checkpoint as read: its tensors without wrappers and prefixes, what it says about its modules, the configuration beside it."""
+
+    state: dict[str, Tensor]
+    facts: Facts
+    config: dict[str, Any]
+    wrapper: str  # the dictionary the tensors were taken from, "" for none
+    plain: bool  # nothing tells which library wrote it
+    name: str  # for messages
 
 
 def load_checkpoint(
     model: nn.Module,
-    source: str | os.PathLike[str] | Mapping[str, Any],
+    source: str | os.PathLike[str] | Mapping[str, Any] | Source,
     *,
     strict: bool = True,
     allow: Sequence[str] = (),
     name: str | None = None,
+    grid: Sequence[int] | None = None,
 ) -> LoadReport:
     """Load weights of any recognised layout into a pyvit model, in place.
 
-    Position tables and relative-position biases of another grid or window are resampled.
+    Position tables and relative-position biases of another grid or window, and patch projections of another patch size or number of
+    channels, are resampled. A ViT takes the image tower of a CLIP.
 
     Args:
         model: a model of :mod:`pyvit.models`.
-        source: ``.safetensors``, a file of ``torch.save`` (read with ``weights_only``) or OpenAI's TorchScript archives; or a state dict,
-            wrapped or not.
-        strict: raise :class:`CheckpointError` if anything is missing, unexpected or of another shape; the model is then left untouched.
-        allow: regular expressions of the model's keys that may be missing, unexpected or mismatched (``("head\\\\..*",)`` to fine-tune).
+        source: a file of ``torch.save`` (no code in it is run), ``.safetensors`` or OpenAI's TorchScript archives; a folder with one of
+            them, of ``pyvit train``, transformers, timm or open_clip, whose configuration is read too; or a state dict, wrapped or not.
+        strict: raise :class:`CheckpointError` if anything is missing, unexpected, of another shape, not finite, or if the file's
+            configuration names other heads, another activation or another stride than the model's; the model is then left untouched.
+        allow: regular expressions of the model's keys that may be missing, unexpected or mismatched (``("head\\..*",)`` to fine-tune), or
+            of settings that may differ (``".*num_heads"``).
         name: the format, where it should not be recognised from the keys (see :func:`formats`).
+        grid: rows and columns of the checkpoint's positions, where neither the file nor its configuration says; square by default.
 
     Returns the report, which names every key that was not simply copied.
 
-    Raises ValueError for a file that is no checkpoint or holds objects besides tensors and plain values.
+    Raises ValueError for a file that is no checkpoint or holds other objects in the place of tensors.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_checkpoint: model must be a torch.nn.Module, got {type(model).__name__}")
-    state = read_state(source, model.state_dict().keys())
-    found = recognise(state) if name is None else _format(name)
-    native, unknown, unused = to_native(state, found)
-    report = LoadReport(found.name, unused=unused)
     target = model.state_dict()
-    report.adapted = adapt(model, native, target)
+    if any(v.is_meta for v in target.values()):
+        raise ValueError("load_checkpoint: model is on the meta device, which holds no weights: model.to_empty(device='cpu') first")
+    opened = source if isinstance(source, Source) else open_source(source, target.keys())
+    found = recognise(opened.state) if name is None else _format(name)
+    native, unknown, unused = to_native(opened.state, found)
+    facts = {**opened.facts, **({} if opened.facts else facts_of_config(opened.config, native))}
+    native, facts, other = _tower(native, facts, target)
+    if grid is not None:
+        facts |= {path: {**facts.get(path, {}), "grid": list(grid)} for path, held in describe(model).items() if "grid" in held}
+    report = LoadReport(found.name, unused=unused + other)
+    if opened.wrapper:
+        report.notes.append(f"weights taken from {opened.wrapper!r}")
+    square = not (opened.plain and found is NATIVE)
+    report.adapted, unfit = adapt(model, native, target, {path.replace("\\", ""): f for path, f in facts.items()}, square)
     skipped = [re.compile(p) for p in (*found.extra, *found.drop)]
+    if "dist_token" not in target and any(note.endswith("left out") for note in report.adapted):
+        skipped.append(re.compile("dist_token"))
     chosen: dict[str, Tensor] = {}
+    failed = {entry.split()[0]: entry for entry in unfit}
     for key, value in native.items():
         if key not in target:
             (report.unused if any(p.fullmatch(key) for p in skipped) else unknown).append(key)
+        elif key in failed:
+            report.mismatched.append(failed[key])
         elif value.shape != target[key].shape:
             report.mismatched.append(f"{key} {tuple(value.shape)} for {tuple(target[key].shape)}")
         elif value.is_floating_point() != target[key].is_floating_point():
             report.mismatched.append(f"{key} {value.dtype} for {target[key].dtype}")
+        elif value.is_meta or not bool(torch.isfinite(value).all()):
+            report.not_finite.append(f"{key} (on the meta device)" if value.is_meta else key)
         else:
             chosen[key] = value
             report.loaded.append(key)
     report.unexpected = unknown
-    bad_shape = {entry.split()[0] for entry in report.mismatched}
-    report.missing = [key for key in target if key not in chosen and key not in bad_shape]
-    allowed = [re.compile(p) for p in (*allow, r"(.*\.)?mask_token")]  # timm's DINOv2 checkpoints leave the mask token out
-    wrong = [k.split()[0] for k in (*report.missing, *report.unexpected, *report.mismatched)]
+    bad = {entry.split()[0] for entry in (*report.mismatched, *report.not_finite)}
+    report.missing = [key for key in target if key not in chosen and key not in bad]
+    settings = _settings(model, facts, report, any(key.startswith(("head.", "head_dist.", "fc.")) for key in chosen))
+    if found.name in ("OpenAI CLIP", "open_clip") and not any("activation" in f for f in facts.values()):
+        report.notes.append("the file does not say whether its activation is quick_gelu (OpenAI's) or gelu; the model's is kept")
+    allowed = [re.compile(p) for p in (*allow, *_OPTIONAL)]
+    wrong = [k.split()[0] for k in (*report.missing, *report.unexpected, *report.mismatched, *report.not_finite, *report.differs)]
     if (strict and any(not any(p.fullmatch(k) for p in allowed) for k in wrong)) or not chosen:
-        raise CheckpointError(report)
+        raise CheckpointError(report, opened.name)
     model.load_state_dict(chosen, strict=False)
+    for path, end in settings.items():
+        model.get_submodule(path).eot = end  # type: ignore[assignment]
     return report
+
+
+def _settings(model: nn.Module, facts: Facts, report: LoadReport, head: bool) -> dict[str, int]:
+    """Compare facts of the file with the model's into ``report``; returns the end tokens that text towers take over from the file."""
+    taken: dict[str, int] = {}
+    noted: dict[str, None] = {}
+    for path, fact, theirs, ours in compare(facts, describe(model)):
+        entry = f"{path + '.' if path else ''}{fact} {theirs!r} in the file, {ours!r} in the model"
+        if fact in _RESAMPLED or (fact == "global_pool" and not head):
+            continue
+        if fact in _NOTED:
+            noted[f"{fact} {theirs!r} in the file, {ours!r} in the model"] = None
+        elif fact == "eot" and ours is None:
+            taken[path] = theirs
+            report.notes.append(f"{path}.eot {theirs}, the end token that the file names")
+        elif fact == "eot" and theirs is None and ours == model.get_submodule(path).vocab_size - 1:
+            continue
+        else:
+            report.differs.append(entry)
+    report.notes += noted
+    return taken
+
+
+def _tower(native: dict[str, Tensor], facts: Facts, target: Collection[str]) -> tuple[dict[str, Tensor], Facts, list[str]]:
+    """Of the towers of a CLIP the one that a model of one tower takes, and the keys of the other."""
+    if not any(k.startswith("visual.") for k in native) or any(k.startswith(("visual.", "text.")) for k in target):
+        return native, facts, []
+    tower = "text." if "token_embedding.weight" in target else "visual."
+    chosen = {k.removeprefix(tower): v for k, v in native.items() if k.startswith(tower)}
+    if "head.bias" in target or not any(k.startswith("head.") for k in target):
+        chosen.pop("head.weight", None)  # the projection into the common space is no classifier
+    other = [k for k in native if k.removeprefix(tower) not in chosen or not k.startswith(tower)]
+    cut = re.compile(re.escape(tower[:-1]) + r"(\\?\.|$)")
+    return chosen, {cut.sub("", path, count=1): f for path, f in facts.items() if cut.match(path)}, other
 
 
 def formats() -> list[str]:
@@ -132,54 +240,68 @@ def read_state(source: str | os.PathLike[str] | Mapping[str, Any], target: Colle
 
     ``target`` are the keys of the model they are for: a prefix that they have too is no wrapper's.
     """
+    return open_source(source, target).state
+
+
+def open_source(source: str | os.PathLike[str] | Mapping[str, Any], target: Collection[str] = ()) -> Source:
+    """:func:`read_state`, and what else the source tells."""
+    config: dict[str, Any] = {}
+    header: dict[str, Any] = {}
+    name = "the checkpoint"
     if isinstance(source, str | os.PathLike):
-        source = _read_file(os.fspath(source))
+        name = os.fspath(source)
+        source, config, header = files.read(source)
     if not isinstance(source, Mapping):
         raise TypeError(f"load_checkpoint: source must hold a state dict, got {type(source).__name__}")
-    while inner := next((source[w] for w in WRAPPERS if isinstance(source.get(w), Mapping)), None):
-        source = inner
-    state = {k: v for k, v in source.items() if isinstance(v, Tensor)}
+    content, wrappers = source, list[str]()
+    while inner := _inside(content):
+        wrappers.append(inner)
+        content = content[inner]
+    state = {k: v for k, v in content.items() if isinstance(v, Tensor)}
     if not state:
-        raise ValueError(f"load_checkpoint: no tensors in source, whose keys are {list(source)[:8]}")
+        raise ValueError(f"load_checkpoint: no tensors in source, {name}, whose keys are {list(content)[:8]}")
+    facts = facts_in(content, header)
+    state, facts = _without_prefixes(state, facts, target)
+    if any(k.endswith("input_resolution") for k in state) and not facts:  # OpenAI's own archives
+        facts = {rf"{tower}\.blocks\.\d+\.mlp(\.fc1)?": {"activation": "quick_gelu"} for tower in ("visual", "text")}
+    known = bool(facts) or bool(config and "recipe" not in config) or hasattr(content, "_metadata")
+    return Source(state, facts, config, ".".join(wrappers), not known, name)
+
+
+def _inside(content: Mapping[str, Any]) -> str | None:
+    """The wrapper's dictionary to take weights from, or None where ``content`` is a state dict itself."""
+    holds = [k for k, v in content.items() if isinstance(v, Mapping) and any(isinstance(t, Tensor) for t in files.flat(v))]
+    if named := next((w for w in WRAPPERS if w in holds), None):
+        return named
+    if any(isinstance(v, Tensor) for v in content.values()):
+        return None
+    weights = [k for k in holds if not re.match(r"optim|.*scheduler|.*scaler|.*optimizer", str(k))]
+    return weights[0] if len(weights) == 1 else None
+
+
+def _without_prefixes(state: dict[str, Tensor], facts: Facts, target: Collection[str]) -> tuple[dict[str, Tensor], Facts]:
+    if not any(_INNER.search(k) for k in target):
+        state = {_INNER.sub("", k): v for k, v in state.items()}
+        facts = {_INNER.sub("", k + ".")[:-1]: v for k, v in facts.items()}
+    state.pop("n_averaged", None)  # torch.optim.swa_utils.AveragedModel
     prefixes = [p for p in PREFIXES if not any(k.startswith(p) for k in target)]
     while True:
         prefix = next((p for p in prefixes if any(k.startswith(p) for k in state)), None)
         if prefix is None and not any(k.startswith("encoder.") for k in target) and any("encoder." + stem in state for stem in STEMS):
             prefix = "encoder."
         if prefix is None:  # DINOv2 trains in chunks of blocks: blocks.chunk.i
-            return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}
+            return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}, facts
         if prefix == "teacher.":  # as among WRAPPERS, the better of the two
             state = {k: v for k, v in state.items() if not k.startswith("student.")}
+            facts = {k: v for k, v in facts.items() if not k.startswith("student.")}
         # A DINO checkpoint holds heads beside the backbone: keys without the prefix stay as they are.
         stripped = {k.removeprefix(prefix): v for k, v in state.items()}
         if len(stripped) < len(state):
             twice = [k for k in state if k.startswith(prefix) and k.removeprefix(prefix) in state]
             raise ValueError(f"load_checkpoint: source has keys with and without the prefix {prefix!r}: {', '.join(twice[:5])}")
+        # Facts of modules above the prefix ("" of the wrapper) give way to those of the module inside.
+        facts = {**facts, **{(k + ".").removeprefix(prefix).removesuffix("."): v for k, v in facts.items() if (k + ".").startswith(prefix)}}
         state = stripped
-
-
-def _read_file(path: str) -> Any:
-    """What a file holds, read without running any code in it."""
-    if path.endswith(".safetensors"):
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"load_checkpoint: {path} is no safetensors file: {error}") from error
-    try:
-        if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
-            return torch.jit.load(path, map_location="cpu").state_dict()
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's, DeiT's and MAE's training scripts save their arguments
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, IndexError, KeyError, RuntimeError, ValueError) as error:
-        if named := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(
-                f"load_checkpoint: {path} holds objects besides tensors and plain values ({named[1]}); if you trust it, read it with "
-                "torch.load(path, weights_only=False) and give its state dict"
-            ) from error
-        raise ValueError(f"load_checkpoint: {path} is no file of torch.save: {type(error).__name__}: {error}") from error
 
 
 def recognise(state: Mapping[str, Tensor]) -> Format:
@@ -236,41 +358,3 @@ def from_native(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     if left:
         raise ValueError(f"from_native: the {layout.name} layout has no name for {', '.join(left)}")
     return found
-
-
-def adapt(model: nn.Module, state: dict[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
-    """Resample position tables in ``state`` to the model's grid and windows, in place; returns what was done."""
-    notes = []
-    for prefix, module in ((f"{n}." if n else "", m) for n, m in model.named_modules()):
-        key = prefix + "pos_embed"
-        if key in state and key in target and hasattr(module, "grid"):
-            state[key], note = _fit_positions(module, state, prefix, target[key])
-            notes += [f"{key} {note}"] if note else []
-        key = prefix + "relative_position_bias_table"
-        if isinstance(module, WindowAttention) and not isinstance(module, WindowAttentionV2) and key in state:
-            table, new = state[key], tuple(2 * w - 1 for w in module.window_size)
-            old = math.isqrt(table.shape[0])
-            if table.shape[0] != new[0] * new[1] and old * old == table.shape[0]:
-                state[key] = resample_positions(table, (old, old), new, antialias=False)
-                notes.append(f"{key} {old}x{old} -> {new[0]}x{new[1]}")
-    return notes
-
-
-def _fit_positions(module: Any, state: dict[str, Tensor], prefix: str, target: Tensor) -> tuple[Tensor, str]:
-    pos = state[prefix + "pos_embed"]
-    if pos.shape == target.shape or pos.shape[2] != target.shape[2]:
-        return pos, ""
-    tokens = target.shape[1] - module.grid[0] * module.grid[1]  # positions of class and distillation tokens
-    there = next((t for t in (tokens, 0, 1, 2) if math.isqrt(pos.shape[1] - t) ** 2 == pos.shape[1] - t), tokens)
-    side = math.isqrt(pos.shape[1] - there)
-    if side * side != pos.shape[1] - there or tokens == 2 != there:
-        return pos, ""  # not a square grid: reported as mismatched
-    note = f"{side}x{side} -> {module.grid[0]}x{module.grid[1]}"
-    of_class, of_patches = pos[:, :there], resample_positions(pos[0, there:], (side, side), module.grid)[None]
-    if there > tokens:  # no position for the class token here: it becomes part of the token
-        state[prefix + "cls_token"] = state[prefix + "cls_token"] + of_class[:, :1]
-        return of_patches, note + ", class position added to cls_token"
-    if there < tokens:
-        of_class = of_patches.new_zeros(1, tokens, of_patches.shape[2])
-        note += ", class position zero"
-    return torch.cat((of_class, of_patches), 1), note

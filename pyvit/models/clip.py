@@ -15,17 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pyvit.models.facts import Described
 from pyvit.models.registry import register
 from pyvit.models.resnet import CLIPResNet
 from pyvit.models.vit import VisionTransformer
 from pyvit.nn import Block, LayerNorm, Linear
 
 
-class TextTransformer(nn.Module):
+class TextTransformer(Described):
     """Token ids (B, L) to embeddings (B, embed_dim); L up to ``context_length``.
 
     Args:
-        pool: "eot", the token of the largest id (CLIP), or "last" (SigLIP). causal: each token sees those before it (CLIP).
+        pool: "eot", the end token (CLIP), or "last" (SigLIP). causal: each token sees those before it (CLIP).
+        eot: id of the end token, of which the first in each row is taken, or the last token of a row without one; None: the token of the
+            largest id, which is the end token of OpenAI's vocabulary.
         proj_bias: of the output projection.
     """
 
@@ -43,17 +46,15 @@ class TextTransformer(nn.Module):
         causal: bool = True,
         proj_bias: bool = False,
         eps: float = 1e-5,
+        eot: int | None = None,
     ) -> None:
         super().__init__()
+        if eot is not None and not 0 <= eot < vocab_size:
+            raise ValueError(f"TextTransformer: eot must be an id below vocab_size = {vocab_size}, got {eot}")
         if pool not in ("eot", "last"):
             raise ValueError(f"TextTransformer: pool must be 'eot' or 'last', got {pool!r}")
-        self.context_length, self.vocab_size, self.pool, self.causal, self.grad_checkpointing = (
-            context_length,
-            vocab_size,
-            pool,
-            causal,
-            False,
-        )
+        self.context_length, self.vocab_size, self.pool, self.eot, self.causal = context_length, vocab_size, pool, eot, causal
+        self.grad_checkpointing = False
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
         make = {"mlp_ratio": mlp_ratio, "activation": activation, "eps": eps}
@@ -77,12 +78,19 @@ class TextTransformer(nn.Module):
             else:
                 x = block(x, is_causal=self.causal)
         x = self.ln_final(x)
-        # The end-of-text token has the largest id; with causal attention it alone has read the whole text.
-        x = x[:, -1] if self.pool == "last" else x[torch.arange(x.shape[0], device=x.device), text.argmax(-1)]
+        x = x[:, -1] if self.pool == "last" else x[torch.arange(x.shape[0], device=x.device), self.end_of(text)]
         return self.proj(x)
 
+    def end_of(self, text: Tensor) -> Tensor:
+        """Where each row of ids (B, L) ends, (B,): with causal attention that token alone has read the whole text, and no padding."""
+        if self.eot is None:
+            return text.argmax(-1)
+        ends = text == self.eot
+        ends[:, -1] = True  # of a row without an end
+        return ends.int().argmax(-1)  # the first
 
-class TextCBOW(nn.Module):
+
+class TextCBOW(Described):
     """The mean of the words' vectors, projected: (B, L) ids to (B, embed_dim). Id ``pad`` counts for nothing. Figure 3 of CLIP names it."""
 
     def __init__(self, embed_dim: int = 512, vocab_size: int = 49408, width: int = 512, pad: int = 0) -> None:
@@ -180,9 +188,14 @@ def clip_vit(
     text_heads: int = 8,
     text: str = "transformer",
     activation: str = "quick_gelu",
+    eot: int | None = None,
+    pad: int = 0,
     **visual: Any,
 ) -> CLIP:
-    """CLIP with a ViT image tower (section 2.4). ``text``: "transformer" or "cbow"; ``visual``: further settings of the ViT."""
+    """CLIP with a ViT image tower (section 2.4). ``text``: "transformer" or "cbow"; ``visual``: further settings of the ViT.
+
+    ``eot`` and ``pad``: ids of the tokenizer's end and padding, see :class:`TextTransformer` and :class:`TextCBOW`.
+    """
     settings = {"pre_norm": True, "patch_bias": False, "norm_eps": 1e-5, "activation": activation, "num_classes": 0, **visual}
     make = {"embed_dim": width, "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio}
     tower = VisionTransformer(img_size=img_size, patch_size=patch_size, **make, **settings)
@@ -191,17 +204,17 @@ def clip_vit(
         nn.init.normal_(parameter, std=width**-0.5)
     tower.head = Linear(width, embed_dim, bias=False)  # a projection without bias
     nn.init.normal_(tower.head.weight, std=width**-0.5)
-    words = text_tower(text, embed_dim, vocab_size, context_length, text_width, text_heads, text_depth, mlp_ratio, activation)
-    return CLIP(tower, words)
+    transformer = {"num_heads": text_heads, "depth": text_depth, "mlp_ratio": mlp_ratio, "activation": activation, "eot": eot}
+    return CLIP(tower, text_tower(text, embed_dim, vocab_size, context_length, text_width, pad, **transformer))
 
 
-def text_tower(kind: str, embed_dim: int, vocab_size: int, context_length: int, width: int, *transformer: Any) -> nn.Module:
+def text_tower(kind: str, embed_dim: int, vocab_size: int, context_length: int, width: int, pad: int, **transformer: Any) -> nn.Module:
     """The text encoder called ``kind``: "transformer" or "cbow"."""
     if kind == "cbow":
-        return TextCBOW(embed_dim, vocab_size, width)
+        return TextCBOW(embed_dim, vocab_size, width, pad)
     if kind != "transformer":
         raise ValueError(f"clip: text must be 'transformer' or 'cbow', got {kind!r}")
-    return TextTransformer(embed_dim, vocab_size, context_length, width, *transformer)
+    return TextTransformer(embed_dim, vocab_size, context_length, width, **transformer)
 
 
 def siglip_vit(
@@ -238,10 +251,13 @@ def clip_resnet(
     text_heads: int = 8,
     mlp_ratio: float = 4.0,
     text: str = "transformer",
+    eot: int | None = None,
+    pad: int = 0,
 ) -> CLIP:
     """CLIP with a residual image tower and attention pooling (section 2.4)."""
     tower = CLIPResNet(layers, embed_dim, num_heads, img_size, width)
-    return CLIP(tower, text_tower(text, embed_dim, vocab_size, context_length, text_width, text_heads, text_depth, mlp_ratio, "quick_gelu"))
+    transformer = {"num_heads": text_heads, "depth": text_depth, "mlp_ratio": mlp_ratio, "activation": "quick_gelu", "eot": eot}
+    return CLIP(tower, text_tower(text, embed_dim, vocab_size, context_length, text_width, pad, **transformer))
 
 
 register("clip_resnet50_224", clip_resnet)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pyvit.models.facts import Described
 from pyvit.models.registry import create_model, register
 from pyvit.models.swin import SwinTransformer
 from pyvit.models.vit import SIZES
@@ -109,7 +110,7 @@ class ViTDetBlock(nn.Module):
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
-class ViTDet(nn.Module):
+class ViTDet(Described):
     """Images (B, C, H, W) to one map (B, D, H/16, W/16): a ViT whose blocks attend in windows but for a few (section 3).
 
     Its parameters have a ViT's names: MAE's weights load with ``allow=("cls_token", "norm.*", ".*rel_pos.*")``.

@@ -108,6 +108,10 @@ class HybridEmbed(PatchEmbed):
         super().__init__(patch_size, backbone.channels, embed_dim, bias=bias)
         self.backbone = backbone
 
+    @property
+    def multiple(self) -> int:
+        return self.backbone.stride * self.patch_size[0]
+
     def grid(self, size: Sequence[int]) -> tuple[int, int]:
         step = self.backbone.stride
         if any(n % (step * p) for n, p in zip(size, self.patch_size, strict=True)):

@@ -5,46 +5,80 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from pyvit.models import swin, vit
-from pyvit.models.checkpoints import LoadReport, load_checkpoint, read_state, recognise, to_native
+from pyvit.models.checkpoints import LoadReport, Source, load_checkpoint, open_source, recognise, to_native
 from pyvit.models.clip import clip_vit, siglip_vit
 from pyvit.models.deit import DistilledVisionTransformer
+from pyvit.models.facts import Facts, facts_of_config, lookup
 from pyvit.models.mae import MaskedAutoencoder
 
 
 def model_from_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any], **overrides: Any) -> tuple[nn.Module, LoadReport]:
     """A ViT, DeiT, MAE, Swin, CLIP or SigLIP model with the weights of ``source``, and the report of loading it.
 
-    Heads of attention do not show in a ViT's shapes: widths of the published sizes take theirs, others 64 channels per head; give
-    ``num_heads`` where that is wrong. Swin V2's windows show in the buffers that Microsoft's and torchvision's checkpoints hold; timm's and
+    Heads of attention, the activation and the like do not show in shapes: they are the file's where it or the configuration beside it names
+    them. Where nothing does, widths of the published sizes take their heads, others 64 channels per head; give ``num_heads`` where that is
+    wrong. Swin V2's windows show in the buffers that Microsoft's and torchvision's checkpoints hold; timm's and
     transformers' have none and need ``window_size`` (and ``img_size``). ``overrides`` win over what was inferred.
 
     Raises ValueError when the layout is of no known kind of model, or is of a Swin V2 whose window nothing tells.
     """
-    state = read_state(source)
-    native, _, _ = to_native(state, recognise(state))
-    constructor, settings = infer(native)
+    opened = open_source(source)
+    state, layout = opened.state, recognise(opened.state)
+    native, _, _ = to_native(state, layout)
+    facts = opened.facts or facts_of_config(opened.config, native)
+    constructor, settings = infer(native, facts)
+    settings |= _told(facts, constructor, settings)
     if settings.get("version") == 2:
         settings |= _windows_v2(state, settings)
         if "window_size" not in {**settings, **overrides}:
             raise ValueError("model_from_checkpoint: nothing in this Swin V2 checkpoint tells its window: give window_size (and img_size)")
     model = constructor(**{**settings, **overrides})
-    return model, load_checkpoint(model, state)
+    return model, load_checkpoint(model, opened, allow=(r".*num_heads",) if "num_heads" in overrides else ())
 
 
-def infer(state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:
-    """Constructor and settings for a native state dict."""
-    if "visual.patch_embed.proj.weight" in state:
-        return _clip(state)
+def _told(facts: Facts, constructor: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of ``constructor`` that the file or its configuration names: heads, activation, epsilon, pooling."""
+    at = "visual." if constructor in (clip_vit, siglip_vit) else ""
+    wanted = {"norm_eps": (at + "norm", "eps"), "global_pool": (at[:-1], "global_pool")}
+    if "num_heads" in settings and constructor is not swin.SwinTransformer:
+        wanted |= {"num_heads": (at + "blocks.0.attn", "num_heads"), "activation": (at + "blocks.0.mlp.fc1", "activation")}
+    if constructor is clip_vit and "text_heads" in settings:
+        wanted |= {"text_heads": ("text.blocks.0.attn", "num_heads"), "eot": ("text", "eot")}
+    found = {name: lookup(facts, path, fact) for name, (path, fact) in wanted.items()}
+    return {k: v for k, v in found.items() if v is not None}
+
+
+def structure(source: Source) -> dict[str, Any]:
+    """Settings of a ViT that must fit the weights and that a model's name may leave open; {} where the weights are not a ViT's."""
+    native, _, _ = to_native(source.state, recognise(source.state))
+    facts = source.facts or facts_of_config(source.config, native)
+    at = "visual." if any(k.startswith("visual.") for k in native) else ""
+    if f"{at}blocks.0.attn.qkv.weight" not in native or f"{at}patch_embed.proj.weight" not in native:
+        return {}
+    shown = _vit(native, at, (1, 1))
+    told = {
+        "norm_eps": lookup(facts, at + "blocks.0.norm1", "eps"),
+        "activation": lookup(facts, at + "blocks.0.mlp.fc1", "activation"),
+        "global_pool": lookup(facts, at[:-1], "global_pool"),
+    }
+    names = ("qkv_bias", "qk_norm", "init_values", "reg_tokens", "pre_norm", "patch_bias", "activation", "global_pool", "mlp_ratio")
+    return {**{k: v for k, v in told.items() if v is not None}, **{k: shown[k] for k in names if k in shown}}
+
+
+def infer(state: Mapping[str, Tensor], facts: Facts | None = None) -> tuple[Any, dict[str, Any]]:
+    """Constructor and settings for a native state dict; ``facts``: what else the file tells."""
+    if "visual.patch_embed.proj.weight" in state and "text.token_embedding.weight" in state:
+        return _clip(state, lookup(facts or {}, "visual", "grid"))
     if "patch_embed.proj.weight" in state and any(k.startswith("layers.0.blocks.0.") for k in state):
         return swin.SwinTransformer, _swin(state)
     if "patch_embed.proj.weight" in state and "blocks.0.attn.qkv.weight" in state:
-        settings = _vit(state, "")
+        settings = _vit(state, "", lookup(facts or {}, "", "grid"))
         if "decoder_embed.weight" in state:
             return MaskedAutoencoder, settings | _decoder(state)
         return DistilledVisionTransformer if "head_dist.weight" in state else vit.VisionTransformer, settings
@@ -66,7 +100,7 @@ def _mlp(state: Mapping[str, Tensor], block: str, width: int) -> dict[str, Any]:
     return {"activation": "swiglu", "mlp_ratio": hidden * 1.5 / width} if wide == 2 * hidden else {"mlp_ratio": hidden / width}
 
 
-def _vit(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
+def _vit(state: Mapping[str, Tensor], prefix: str, grid: Sequence[int] | None = None) -> dict[str, Any]:
     at = lambda key: state.get(prefix + key)  # noqa: E731
     width, chans, ph, pw = state[prefix + "patch_embed.proj.weight"].shape
     registers, head = at("reg_token"), at("head.weight")
@@ -100,6 +134,9 @@ def _vit(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     pos = at("pos_embed")
     if pos is None:
         return settings | {"pos_embed": "none"}
+    if grid is not None:
+        held = pos.shape[1] - grid[0] * grid[1]
+        return settings | {"img_size": (grid[0] * ph, grid[1] * pw), "no_embed_class": held == 0}
     found = [t for t in (tokens, 0) if math.isqrt(pos.shape[1] - t) ** 2 == pos.shape[1] - t]
     if not found:
         raise ValueError(
@@ -159,8 +196,8 @@ def _windows_v2(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dic
     return found | ({} if trained == windows else {"pretrained_window_sizes": trained})
 
 
-def _clip(state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:
-    visual = _vit(state, "visual.")
+def _clip(state: Mapping[str, Tensor], grid: Sequence[int] | None) -> tuple[Any, dict[str, Any]]:
+    visual = _vit(state, "visual.", grid)
     words = state["text.token_embedding.weight"].shape
     shared = {
         "img_size": visual["img_size"],

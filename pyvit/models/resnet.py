@@ -104,8 +104,17 @@ class ResNet(nn.Module):
             maps.append(x)
         return maps
 
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The last map (B, C, H/32, W/32)."""
+        return self.forward_pyramid(images)[-1]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The map to logits (B, num_classes), or to its mean (B, C), which enters the classifier."""
+        x = x.mean((2, 3))
+        return x if pre_logits else self.fc(x)
+
     def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.forward_pyramid(images)[-1].mean((2, 3)))
+        return self.forward_head(self.forward_features(images))
 
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
         """Arguments of a forward pass."""

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pyvit.models.facts import Described
 from pyvit.models.registry import register
 from pyvit.nn import AttentionPool, Block, LayerNorm, Linear, Packing, PatchEmbed, RotaryEmbedding, resample_positions, sincos_2d
 from pyvit.nn.patch_embed import pair
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Described):
     """Images (B, C, H, W) to logits (B, num_classes), with timm's parameter names. H and W: any multiple of the patch.
 
     Args:

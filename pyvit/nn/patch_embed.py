@@ -58,6 +58,11 @@ class PatchEmbed(Constants):
     def constants(self) -> dict[str, Tensor]:
         return {name: torch.tensor(values, dtype=torch.float32, device="cpu") for name, values in self.pixels.items()}
 
+    @property
+    def multiple(self) -> int:
+        """Pixels that the height of images must be a multiple of."""
+        return self.patch_size[0]
+
     def grid(self, size: Sequence[int]) -> tuple[int, int]:
         """Rows and columns of patches of an image of (H, W) pixels."""
         h, w = (-(-n // p) * p if self.pad else n for n, p in zip(size, self.patch_size, strict=True))

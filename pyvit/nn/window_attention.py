@@ -130,7 +130,8 @@ class WindowAttentionV2(Constants, WindowAttention):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self.logit_scale = nn.Parameter(torch.full((self.num_heads, 1, 1), math.log(10.0)))
         self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, self.num_heads, bias=False))
-        self.pretrained_window_size = pair(pretrained_window_size)
+        trained = zip(pair(pretrained_window_size), self.window_size, strict=True)
+        self.pretrained_window_size = tuple(n or own for n, own in trained)
         self.register_constants()
 
     def constants(self) -> dict[str, Tensor]:

@@ -90,9 +90,9 @@ def load_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    """A safetensors file of ``state``, atomically."""
+def save_weights(path: Path, state: Mapping[str, Tensor], header: dict[str, str] | None = None) -> None:
+    """A safetensors file of ``state``, atomically; ``header``: texts beside it."""
     from safetensors.torch import save as serialise
 
-    content = serialise({k: v.detach().cpu().contiguous().clone() for k, v in state.items()})
+    content = serialise({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, header)
     write_atomic(path, lambda file: file.write(content))

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from pyvit.data import Data, load_tokenizer
 from pyvit.losses.contrastive import need_negatives
+from pyvit.models.clip import clip_resnet, clip_vit, siglip_vit
+from pyvit.models.registry import settings_of
 from pyvit.ops import info_nce
 from pyvit.train import augment
 from pyvit.train.config import Config
@@ -27,6 +29,11 @@ class ImageText(Contrastive):
         "crop": Option(0.9, "smallest share of an image that a random crop keeps", "(0, 1]"),
     }
     betas, eps = (0.9, 0.98), 1e-6
+    takes, encodes = "of two towers, for images and for text", False
+
+    @classmethod
+    def fits(cls, name: str) -> bool:
+        return settings_of(name)[0] in (clip_vit, clip_resnet, siglip_vit)
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
@@ -34,7 +41,8 @@ class ImageText(Contrastive):
             raise ValueError(f"{config.recipe}: data must have captions (a CSV with image and caption, say), {data.name} has none")
         self.tokenizer = load_tokenizer(self.opt["tokenizer"], self.opt["context"])
         text = {"vocab_size": self.tokenizer.vocab_size, "context_length": self.opt["context"]}
-        self.model = build(config.model or "", data, config, **text)
+        text |= {"eot": self.tokenizer.end, "pad": self.tokenizer.pad}
+        self.model = build(config.model or "", data, config, whole=True, **text)
         if not hasattr(self.model, "encode_text"):
             raise ValueError(f"{config.recipe}: model must have two towers (clip_* or siglip_*), got {config.model}")
         if config.init is not None:

@@ -98,7 +98,7 @@ class DINO(Recipe):
     def local_size(self, size: tuple[int, int]) -> int:
         """The side of small crops: 3/7 of the image, in whole patches, where it is not given: 96 of 224."""
         stem = getattr(self.backbone, "patch_embed", None)
-        patch = 1 if stem is None else stem.patch_size[0]
+        patch = 1 if stem is None else stem.multiple
         side = self.opt["local_size"]
         if side % patch:
             raise SettingError(f"{self.config.recipe}: option local_size must be a multiple of the patch, {patch}, got {side}")

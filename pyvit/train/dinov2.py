@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyvit.data import Data
 from pyvit.losses import IBOTLoss, KoLeoLoss
 from pyvit.models.dino import SelfDistillation, block_masks
+from pyvit.models.encoders import encoder
 from pyvit.models.vit import VisionTransformer
 from pyvit.train.config import Config
 from pyvit.train.dino import DINO
@@ -46,6 +47,13 @@ class DINOv2(DINO):
         "patch_embed_rate": Option(0.2, "factor on the learning rate of the patch embedding", "(0, inf)"),
     }
     base_lr, base_batch, scaling = 4e-3, 1024, "sqrt"
+    takes = "a vision transformer, whose patches a mask token can hide"
+    decides = ("init_values", "mask_token")
+
+    @classmethod
+    def fits(cls, name: str) -> bool:
+        found = encoder(name)
+        return found is not None and issubclass(found.constructor, VisionTransformer)
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
@@ -66,7 +74,7 @@ class DINOv2(DINO):
 
     def network(self, config: Config, data: Data) -> nn.Module:
         o = self.opt
-        switches = {"init_values": o["layer_scale"] or None, "activation": {"mlp": "gelu", "swiglu": "swiglu"}[o["ffn"]]}
+        switches = {"init_values": o["layer_scale"] or None, **({"activation": "swiglu"} if o["ffn"] == "swiglu" else {})}
         uniform = {"drop_path_rate": o["drop_path"], "drop_path_uniform": True}
         network = build(config.model or "", data, config, num_classes=0, mask_token=bool(o["ibot"]), **switches, **uniform)
         if not isinstance(network, VisionTransformer):

@@ -20,6 +20,7 @@ from pyvit.data import Data, load_data, loading
 from pyvit.data.saved import describe
 from pyvit.data.stream import Stream
 from pyvit.info import setting
+from pyvit.models.facts import header_of
 from pyvit.train import checkpoint, schedules
 from pyvit.train.config import FREE, Config
 from pyvit.train.folder import Lock, changes, fingerprint
@@ -31,6 +32,7 @@ from pyvit.train.plan import Plan, step_seed
 from pyvit.train.presets import MODELS, PRESETS, TOWERS
 from pyvit.train.recipe import Contrastive, Recipe, load_recipe
 from pyvit.train.sharding import leave, shard, whole
+from pyvit.train.start import adopt, check_model, inherit
 from pyvit.train.stop import Requests, Stopped
 
 #: So many overflows of float16 in a row are no search for the loss scale: from 65536 it is then below 1e-3.
@@ -55,18 +57,14 @@ def _settle(config: Config) -> Config:
     """Fill what the user left open: the small presets, then the recipe's defaults, and the name of the run's folder."""
     config.check()
     recipe = load_recipe(config.recipe)
-    inherited: dict[str, Any] = {}
-    if config.init is not None and (Path(config.init) / "config.json").exists():
-        before = checkpoint.load_json(Path(config.init) / "config.json")
-        inherited = {"model": before["model"], "image_size": before["image_size"]}
-        if config.model in (None, before["model"]):
-            config = dataclasses.replace(config, set=[*before["set"], *config.set])
-    config = config.resolved(inherited)
+    config = inherit(config, recipe)
     preset = dict(PRESETS.get((config.recipe, config.data), {}))
     given = parse(config.option, "option")
     options = {**preset.pop("option", {}), **given}
     config = dataclasses.replace(config, option=[f"{k}={v!r}" for k, v in options.items()])
     config = config.resolved({"model": TOWERS.get((config.recipe, config.data)) or MODELS.get(config.data, "vit_small_patch16_224")})
+    check_model(recipe, config)
+    config = adopt(config, recipe)
     config = config.resolved({k: v for k, v in preset.items() if k not in ("epochs",) or config.steps is None})
     config = config.resolved({"min_lr": 0.0, **recipe.defaults})
     recipe.chosen(config)
@@ -476,7 +474,7 @@ class Run:
 
         state = get_model_state_dict(self.recipe.exported(), options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         writes = {
-            "model.safetensors": lambda path: checkpoint.save_weights(path, state),
+            "model.safetensors": lambda path: checkpoint.save_weights(path, state, header_of(self.recipe.exported())),
             "config.json": lambda path: checkpoint.save_json(path, dataclasses.asdict(self.config)),
             "data.json": lambda path: self._keep_data(),
             "results.json": lambda path: checkpoint.save_json(path, results),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pyvit.data import Data
-from pyvit.train.config import Config
 from pyvit.train.supervised import Supervised
 
 
@@ -16,11 +14,7 @@ class Finetune(Supervised):
         **Supervised.defaults, "epochs": 100, "layer_decay": 0.65, "warmup": 0.05, "clip": 0.0
     }  # fmt: skip
     base_lr, base_batch = 5e-4, 256
-
-    def __init__(self, config: Config, data: Data) -> None:
-        if config.init is None:
-            raise ValueError("finetune: init must name a run's folder or a checkpoint; to train from nothing use supervised")
-        super().__init__(config, data)
+    needs_init = "a run's folder or a checkpoint; to train from nothing use supervised"
 
     def expectation(self, results: dict[str, float]) -> str:
         return f"test accuracy {results['accuracy']:.2f} % on {len(self.data.test.readable())} held-out images"

@@ -17,6 +17,26 @@ from pyvit.train.rank_norm import RankNorm
 from pyvit.train.recipe import Recipe, Views, build, initialise
 
 
+class Probe(nn.Module):
+    """A network and a linear classifier of its features: images (B, C, H, W) to logits (B, classes)."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The network's."""
+        return self.backbone.forward_features(images)  # type: ignore[operator]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The network's features to logits, or to what enters the classifier (B, D)."""
+        x = self.backbone.forward_head(x, pre_logits=True)  # type: ignore[operator]
+        return x if pre_logits else self.head(x.float())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+
 class Linear(Recipe):
     """Features pass a batch norm without parameters, then one matrix; nothing below is touched."""
 
@@ -24,17 +44,17 @@ class Linear(Recipe):
     options: ClassVar[dict[str, Option]] = {"crop": Option(0.08, "smallest share of an image that a random crop keeps", "(0, 1]")}
     base_lr, base_batch, optimizer = 0.1, 256, "sgd"
     classifies = True
+    needs_init = "a run's folder or a checkpoint whose features to use"
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
-        if config.init is None:
-            raise ValueError("linear: init must name a run's folder or a checkpoint whose features to use")
         if data.classes is None:
             raise ValueError(f"linear: data must have classes (one subfolder each), {data.name} has none")
         if len(data.classes) < 2:
             raise ValueError(f"linear: data must have at least 2 classes to tell apart, {data.name} has {', '.join(data.classes)}")
         self.model = build(config.model or "", data, config, num_classes=0)
-        initialise(self.model, config.init)
+        if config.init is not None:
+            initialise(self.model, config.init)
         self.model.requires_grad_(False)
         with torch.no_grad():
             width = embed(self.model.eval(), torch.zeros(2, data.channels, *data.size)).shape[1]
@@ -53,7 +73,7 @@ class Linear(Recipe):
         return self.model
 
     def exported(self) -> nn.Module:
-        return nn.ModuleDict({"model": self.model, "norm": self.norm, "head": self.head})
+        return Probe(self.model, nn.Sequential(self.norm, self.head))
 
     def encoder(self) -> nn.Module:
         return self.model

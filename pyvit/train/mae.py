@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pyvit.data import Data
+from pyvit.models.encoders import encoder
 from pyvit.models.mae import MaskedAutoencoder
-from pyvit.models.registry import settings_of
 from pyvit.models.vit import VisionTransformer
 from pyvit.train import augment
 from pyvit.train.config import Config
@@ -31,25 +31,36 @@ class MAE(Recipe):
         "slant": Option(0.0, "largest rotation and shear in degrees", "[0, 180)"),
     }
     base_lr, base_batch, betas = 1.5e-4, 256, (0.9, 0.95)
+    takes = "a plain vision transformer, whose patches do not overlap"
+    decides = ("global_pool", "mask_token", "num_classes")
+    adds = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss")
+
+    @classmethod
+    def fits(cls, name: str) -> bool:
+        found = encoder(name)
+        return found is not None and found.constructor is VisionTransformer
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
-        constructor, settings = settings_of(config.model or "")
-        if not isinstance(constructor, type) or not issubclass(constructor, VisionTransformer):
-            raise ValueError(f"mae: model must be a vision transformer (vit_* or mae_*), got {config.model}")
+        found = encoder(config.model or "", parse(config.set, "set"))
+        if found is None or found.constructor is not VisionTransformer:
+            raise ValueError(f"mae: model must be {self.takes}, got {config.model}")
         decoder = {
             f"decoder_{k}": self.opt[o]
             for k, o in (("embed_dim", "decoder_dim"), ("depth", "decoder_depth"), ("num_heads", "decoder_heads"))
         }
         wanted = {
-            **settings,
+            **found.settings,
             "num_classes": 0,
+            "global_pool": "token" if found.settings.get("class_token", True) else "avg",
             "img_size": data.size,
             "in_chans": data.channels,
             **decoder,
             "norm_pix_loss": self.opt["norm_pix"],
         }
-        self.model = MaskedAutoencoder(**{**wanted, **parse(config.set, "set")})
+        self.model = MaskedAutoencoder(
+            **{**wanted, **found.changed, **{k: v for k, v in parse(config.set, "set").items() if k in self.adds}}
+        )
         self.model.set_grad_checkpointing(config.checkpointing)
         if config.init is not None:
             initialise(self.model, config.init)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import math
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,9 +13,12 @@ from torch import Tensor, nn
 
 from pyvit.data import Data
 from pyvit.data.crops import Crop, crop_images, generator
-from pyvit.models.registry import create_model, settings_of
+from pyvit.models.encoders import encoder
 from pyvit.train.config import Config
 from pyvit.train.options import Option, SettingError, choose, parse
+from pyvit.train.start import build, initialise
+
+__all__ = ["RECIPES", "Recipe", "Views", "build", "initialise", "load_recipe"]
 
 Views = dict[str, Any]
 
@@ -41,6 +42,18 @@ class Recipe(nn.Module):
     eps: ClassVar[float] = 1e-8
     #: Whether the exported network has one output for each of the data's classes, in their order.
     classifies: ClassVar[bool] = False
+    #: Models: what is taken, in words, and whether it is an image encoder; settings of it that the recipe decides, and further ones it has.
+    takes: ClassVar[str] = "a model with an image encoder"
+    encodes: ClassVar[bool] = True
+    decides: ClassVar[tuple[str, ...]] = ()
+    adds: ClassVar[tuple[str, ...]] = ()
+    #: What ``--init`` must name, for a recipe that cannot do without.
+    needs_init: ClassVar[str] = ""
+
+    @classmethod
+    def fits(cls, name: str) -> bool:
+        """Whether the recipe can train the registered model ``name``."""
+        return encoder(name) is not None
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__()
@@ -183,62 +196,3 @@ def load_recipe(name: str) -> type[Recipe]:
     if name not in RECIPES:
         raise SettingError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
     return importlib.import_module(f"pyvit.train.{name}").RECIPE
-
-
-def build(name: str, data: Data, config: Config, **settings: Any) -> nn.Module:
-    """The model of a run: its registered settings, under those of the recipe that its constructor knows, under ``--set``.
-
-    The image size is the data's; that of a model without ``img_size`` is free.
-    """
-    constructor, _ = settings_of(name)
-    wanted = {"img_size": data.size, **settings, **({"in_chans": 1} if data.sound else {})}
-    known = set(_parameters(constructor))
-    if data.sound and "in_chans" not in known:
-        raise ValueError(f"{config.recipe}: model must take spectrograms of one channel (ast_*, vit_*, swin_*), {name} does not")
-    chosen = {k: v for k, v in wanted.items() if k in known}
-    model = create_model(name, **{**chosen, **parse(config.set, "set")})
-    if config.checkpointing:
-        if not hasattr(model, "set_grad_checkpointing"):
-            raise ValueError(f"checkpointing: {name} does not support it")
-        model.set_grad_checkpointing()
-    return model
-
-
-def _parameters(constructor: Any) -> Iterator[str]:
-    """Names a constructor takes, through **kwargs into the classes it extends."""
-    for each in inspect.getmro(constructor) if inspect.isclass(constructor) else (constructor,):
-        if each in (nn.Module, object):
-            return
-        parameters = inspect.signature(each.__init__ if inspect.isclass(each) else each).parameters.values()
-        yield from (p.name for p in parameters)
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return
-
-
-def initialise(model: nn.Module, init: str) -> list[str]:
-    """Load the weights that ``init`` holds for ``model``: a run's folder, or a checkpoint of any format pyvit reads.
-
-    Heads of another shape are left as they are. Returns the names that were not loaded; raises when nothing fits.
-    """
-    if not init:  # a finished run that is loaded again: its own weights follow
-        return []
-    path = Path(init)
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if not path.exists():
-        raise FileNotFoundError(f"init: {path} does not exist")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(str(path))
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    own = model.state_dict()
-    fits = {k: v for k, v in state.items() if isinstance(v, Tensor) and k in own and own[k].shape == v.shape}
-    if len(fits) < len(own) / 2:
-        from pyvit.models.checkpoints import load_checkpoint
-
-        load_checkpoint(model, path)
-        return []
-    model.load_state_dict(fits, strict=False)
-    return sorted(own.keys() - fits.keys())

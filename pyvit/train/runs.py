@@ -32,8 +32,7 @@ def load_run(folder: str | Path, data: str | None = None) -> tuple[Any, Data]:
     kept = _read(folder / "data.json") if (folder / "data.json").exists() else None
     trained_on = described(kept) if kept else load_data(config.data, config.image_size, config.validation)
     chosen = _images(config, kept, data, trained_on)
-    if config.init is not None:
-        config = dataclasses.replace(config, init="")  # all weights are in the run's own file
+    config = dataclasses.replace(config, init=None)  # all weights are in the run's own file
     if (folder / "tokenizer.json").exists():
         options = {**parse(config.option, "option"), "tokenizer": str(folder / "tokenizer.json")}
         config = dataclasses.replace(config, option=[f"{k}={v!r}" for k, v in options.items()])

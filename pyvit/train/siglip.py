@@ -8,6 +8,8 @@ from torch import Tensor
 
 from pyvit.data import Data
 from pyvit.losses.contrastive import need_negatives
+from pyvit.models.clip import siglip_vit
+from pyvit.models.registry import settings_of
 from pyvit.ops import sigmoid_contrastive
 from pyvit.train.clip import ImageText
 from pyvit.train.config import Config
@@ -23,6 +25,11 @@ class SigLIP(ImageText):
         "context": Option(64, "tokens of a caption; longer ones are cut", "[3, inf)"),
     }
     betas = (0.9, 0.95)
+    takes = "of two towers with a bias beside the temperature"
+
+    @classmethod
+    def fits(cls, name: str) -> bool:
+        return settings_of(name)[0] is siglip_vit
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)

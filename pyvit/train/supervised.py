@@ -57,6 +57,8 @@ class Supervised(Recipe):
 
     def forward(self, views: Views) -> dict[str, Tensor]:
         logits = self.model(views["images"])
+        if isinstance(logits, tuple):  # a distilled DeiT without a teacher: both heads together learn the labels
+            logits = sum(logits) / len(logits)
         return {"loss": F.cross_entropy(logits.float(), views["targets"], label_smoothing=self.opt["smoothing"])}
 
     def evaluate(self, data: Data) -> dict[str, float]:

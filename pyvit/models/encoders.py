@@ -1,0 +1,73 @@
+"""The image encoder in every registered model: what a recipe that needs one network for images takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from pyvit.models.clip import clip_vit, siglip_vit
+from pyvit.models.dino import HEAD, distilled
+from pyvit.models.mae import MaskedAutoencoder
+from pyvit.models.registry import settings_of
+from pyvit.models.resnet import ResNet
+from pyvit.models.simclr import SimCLR
+from pyvit.models.swin import SwinTransformer
+from pyvit.models.vit import VisionTransformer
+
+#: Settings of models around an encoder that are not the encoder's.
+_DECODER = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss")
+_PROJECTION = ("encoder", "hidden_dim", "out_dim", "batch_norm")
+_TEXT = ("embed_dim", "vocab_size", "context_length", "text_width", "text_depth", "text_heads", "text", "eot", "pad")
+
+
+class Encoder(NamedTuple):
+    """A constructor, the settings a name is registered with, and those that were changed, both as the constructor knows them."""
+
+    constructor: type[nn.Module]
+    settings: dict[str, Any]
+    changed: dict[str, Any]
+
+
+def encoder(name: str, changed: Mapping[str, Any] | None = None) -> Encoder | None:
+    """The image encoder of the registered model ``name``, with some settings changed, or None for a model that has none on its own.
+
+    It is the model itself for ViT, Swin and ResNet; what is trained in ``mae_*``, ``dino_*``, ``ibot_*``, ``dinov2_*`` and ``simclr_*``;
+    the image tower of ``clip_vit_*`` and ``siglip_*``. Raises ValueError for an unknown name.
+    """
+    constructor, settings = settings_of(name)
+    changed = dict(changed or {})
+    without = lambda given, names: {k: v for k, v in given.items() if k not in names}  # noqa: E731
+    if constructor is MaskedAutoencoder:
+        return Encoder(VisionTransformer, without({"pos_embed": "sincos", **settings}, _DECODER), without(changed, _DECODER))
+    if constructor is distilled:
+        return Encoder(VisionTransformer, without(settings, HEAD), without(changed, HEAD))
+    if constructor is SimCLR:
+        return encoder(settings["encoder"], {**without(settings, _PROJECTION), **without(changed, _PROJECTION)})
+    if constructor in (clip_vit, siglip_vit):
+        tower = lambda given: {{"width": "embed_dim"}.get(k, k): v for k, v in given.items() if k not in _TEXT}  # noqa: E731
+        defaults = {p.name: p.default for p in inspect.signature(constructor).parameters.values() if p.default is not p.empty}
+        kind = (
+            {"pre_norm": True, "patch_bias": False, "norm_eps": 1e-5}
+            if constructor is clip_vit
+            else {"class_token": False, "global_pool": "map", "activation": "gelu_tanh"}
+        )
+        return Encoder(VisionTransformer, {**kind, **tower({**defaults, **settings})}, tower(changed))
+    if isinstance(constructor, type) and issubclass(constructor, VisionTransformer | SwinTransformer | ResNet):
+        return Encoder(constructor, settings, changed)
+    return None
+
+
+def parameters(constructor: Any) -> Iterator[str]:
+    """Names of the settings a constructor takes, through **kwargs into the classes it extends."""
+    for each in inspect.getmro(constructor) if inspect.isclass(constructor) else (constructor,):
+        if each in (nn.Module, object):
+            return
+        given = inspect.signature(each.__init__ if inspect.isclass(each) else each).parameters.values()
+        yield from (p.name for p in given if p.kind is not p.VAR_KEYWORD and p.name != "self")
+        if not any(p.kind is p.VAR_KEYWORD for p in given):
+            return
+    if constructor in (clip_vit, siglip_vit):  # their **visual are the tower's
+        yield from parameters(VisionTransformer)

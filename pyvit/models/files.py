@@ -1,0 +1,206 @@
+"""Weights out of the files and folders people have, without running any code in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import struct
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: Files that hold a folder's weights, in the order they are looked for: transformers', timm's and pyvit's own, then open_clip's.
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+
+#: First bytes of what is often found in the place of weights, and what to say about it.
+_NOT_WEIGHTS = (
+    (b"version https://git-lfs", "is a git-lfs pointer, not the weights it stands for: run 'git lfs pull' where it comes from"),
+    (b"<", "is a web page, not weights: the download was answered with an error or a login page"),
+    (b"{", "is JSON text, not weights"),
+    (b"\x1f\x8b", "is compressed (gzip): unpack it first"),
+    (b"BZh", "is compressed (bzip2): unpack it first"),
+    (b"\xfd7zXZ", "is compressed (xz): unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "is compressed (zstd): unpack it first"),
+    (b"\x89HDF", "is an HDF5 file (Keras), which is not read: convert it to safetensors"),
+)
+
+
+def read(source: str | os.PathLike[str]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """What a file or folder of weights holds, the configuration beside it, and the metadata in it ({} without).
+
+    Read are files of ``torch.save`` and safetensors, TorchScript archives, indices of shards, and folders that hold one of them: those of
+    transformers, timm, open_clip and ``pyvit train``. Objects of other libraries (a training script's arguments) become empty
+    :class:`Opaque` objects; no code of theirs runs.
+
+    Raises FileNotFoundError, or a ValueError of one line that names the file and what is wrong with it.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = weights_in(path)
+    if not path.exists():
+        reason = "is a link to a file that does not exist" if path.is_symlink() else "does not exist"
+        raise FileNotFoundError(f"load_checkpoint: {path} {reason}")
+    if not path.is_file():
+        raise ValueError(f"load_checkpoint: {path} is no regular file")
+    if path.name.endswith(".index.json"):
+        found: tuple[Any, dict[str, Any]] = _read_shards(path), {}
+    else:
+        found = _read_file(path)
+    return found[0], config_beside(path), found[1]
+
+
+def weights_in(folder: Path) -> Path:
+    """The file of weights in a folder. Raises ValueError when there is none, or more than one of names that say nothing."""
+    for name in WEIGHTS:
+        if (folder / name).exists() or (folder / name).is_symlink():
+            return folder / name
+    others = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    if (folder / "last.pt").exists() and (folder / "config.json").exists():
+        raise ValueError(f"load_checkpoint: {folder} holds a run that has not finished: no model.safetensors yet; run its command again")
+    if len(others) == 1:
+        return others[0]
+    held = ", ".join(p.name for p in (others or sorted(folder.iterdir()))[:8]) or "nothing"
+    wanted = "name one of its files" if others else f"it must hold {', '.join(WEIGHTS[:3])} or another file of weights"
+    raise ValueError(f"load_checkpoint: {folder} is a folder, {wanted}; it holds {held}")
+
+
+def config_beside(path: Path) -> dict[str, Any]:
+    """``config.json``, or ``open_clip_config.json``, in the folder of a file; {} without one that can be read."""
+    for name in ("config.json", "open_clip_config.json"):
+        try:
+            found = json.loads((path.parent / name).read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _read_shards(path: Path) -> dict[str, Any]:
+    try:
+        places = json.loads(path.read_text())["weight_map"]
+        names = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"load_checkpoint: {path} is no index of shards: it must be JSON with a 'weight_map'") from error
+    state: dict[str, Any] = {}
+    for name in names:
+        shard = path.parent / Path(name).name
+        if not shard.exists():
+            raise FileNotFoundError(f"load_checkpoint: {path} names {name}, which is not in its folder")
+        content, _ = _read_file(shard)
+        state.update(content)
+    lost = [key for key in places if key not in state]
+    if lost:
+        raise ValueError(f"load_checkpoint: {path} names tensors that its shards do not hold: {', '.join(lost[:5])}")
+    return state
+
+
+def _read_file(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Content and metadata of one file."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise ValueError(f"load_checkpoint: {path} is empty")
+    for start, reason in _NOT_WEIGHTS:
+        if head.lstrip()[: len(start)] == start:
+            raise ValueError(f"load_checkpoint: {path} {reason}")
+    if path.suffix == ".safetensors" or (head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 1 << 27):
+        return _read_safetensors(path)
+    names: list[str] = []
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                members = archive.namelist()
+            if any(n.endswith("/constants.pkl") for n in members):
+                return torch.jit.load(path, map_location="cpu").state_dict(), {}
+            if not any(n.endswith("data.pkl") for n in members):
+                kind = "arrays of NumPy (JAX, Flax)" if all(n.endswith(".npy") for n in members) else "other files"
+                raise ValueError(f"a zip archive of {kind}, not of torch.save")
+        return _read_pickle(path, names), {}
+    except OSError:
+        raise
+    except Exception as error:  # whatever bytes may raise in the readers of pickles and archives
+        if str(error).startswith("load_checkpoint:"):
+            raise
+        if named := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(_opaque(path, [named[1], *names])) from error
+        damaged = " (cut short or damaged)" if head.startswith(b"PK") and not zipfile.is_zipfile(path) else ""
+        reason = str(error).strip().split("\n")[0].split(". Note that")[0]
+        raise ValueError(f"load_checkpoint: {path} is no file of torch.save{damaged}: {type(error).__name__}: {reason[:300]}") from error
+
+
+def _read_safetensors(path: Path) -> tuple[Any, dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return load_file(path), dict(metadata)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"load_checkpoint: {path} is no safetensors file, or is cut short: {error}") from error
+
+
+class Opaque:
+    """In the place of an object of another library: made and filled by the pickle that holds it, without any of its code."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _dictionary(*args: Any) -> dict[Any, Any]:
+    return {}
+
+
+def _read_pickle(path: Path, names: list[str]) -> Any:
+    """A file of ``torch.save``, by torch's reader that only makes tensors and plain values; ``names`` gets the classes of other objects."""
+    if zipfile.is_zipfile(path):
+        names += torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    while True:
+        stand_ins = [(_dictionary if name == "collections.defaultdict" else type(name, (Opaque,), {}), name) for name in names]
+        try:
+            with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():  # type: ignore[arg-type]
+                warnings.simplefilter("ignore")
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            break
+        except pickle.UnpicklingError as error:  # the format before torch 1.6 is not scanned beforehand
+            named = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+            if named is None or named[1] in names:
+                raise
+            names.append(named[1])
+    if names and not any(isinstance(v, torch.Tensor) for v in flat(content)):
+        found = [type(v).__name__ for v in flat(content) if isinstance(v, Opaque)]
+        raise ValueError(_opaque(path, found or names))
+    return content
+
+
+def flat(content: Any, depth: int = 3) -> Any:
+    """Values of dictionaries in dictionaries."""
+    if isinstance(content, dict) and depth:
+        for value in content.values():
+            yield from flat(value, depth - 1)
+    else:
+        yield content
+
+
+def _opaque(path: Path, names: list[str]) -> str:
+    return (
+        f"load_checkpoint: {path} holds objects besides tensors and plain values ({', '.join(names[:5])}) in the place of weights; if you "
+        "trust it, read it with torch.load(path, weights_only=False) and give its state dict"
+    )

@@ -1,0 +1,160 @@
+"""Where a run starts from: the model it names, and the weights that ``--init`` names."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pyvit.data import Data
+from pyvit.models.checkpoints import CheckpointError, LoadReport, load_checkpoint, open_source
+from pyvit.models.encoders import encoder, parameters
+from pyvit.models.infer import infer, structure
+from pyvit.models.registry import create_model, list_models, settings_of
+from pyvit.train.config import Config
+from pyvit.train.log import say
+from pyvit.train.options import parse
+
+#: What may differ from the weights that a run starts from: heads, the norm between pooling and head, what pre-training adds.
+HEADS = (r"head(_dist)?\..*", r"fc\..*", r"fc_norm\..*", r"mask_token", r"decoder_.*")
+
+
+def check_model(recipe: Any, config: Config) -> None:
+    """Refuse, before any data is read, a model that the recipe cannot train or settings it does not have. Raises ValueError."""
+    if recipe.needs_init and config.init is None:
+        raise ValueError(f"{config.recipe}: init must name {recipe.needs_init}")
+    name = config.model or ""
+    settings_of(name)
+    if not recipe.fits(name):
+        families = sorted(
+            {fitting.split("_")[0] + "_*" if "_" in fitting else fitting for fitting in list_models() if recipe.fits(fitting)}
+        )
+        raise ValueError(f"{config.recipe}: model must be {recipe.takes}, one of {', '.join(families)}; got {name}")
+    chosen = parse(config.set, "set")
+    found = encoder(name, chosen) if recipe.encodes else None
+    known = set(parameters(found.constructor if found is not None else settings_of(name)[0]))
+    changed = found.changed if found is not None else chosen
+    if unknown := sorted(changed.keys() - known - set(recipe.adds)):
+        raise ValueError(f"{config.recipe}: set must name settings of {name} ({', '.join(sorted(known))}), got {', '.join(unknown)}")
+
+
+def build(name: str, data: Data, config: Config, whole: bool = False, **settings: Any) -> nn.Module:
+    """The model of a run: its registered settings, under those of the recipe that its constructor knows, under ``--set``.
+
+    It is the image encoder of the model called ``name`` (see :func:`pyvit.models.encoders.encoder`), or with ``whole`` that model itself.
+    Image size and channels are the data's; the image size of a model without ``img_size`` is free.
+    """
+    constructor, registered = settings_of(name)
+    changed = parse(config.set, "set")
+    if not whole:
+        found = encoder(name, changed)
+        if found is None:
+            raise ValueError(f"{config.recipe}: model must have an image encoder, {name} has none")
+        constructor, registered, changed = found
+    known = set(parameters(constructor))
+    if data.sound and (whole or "in_chans" not in known):
+        raise ValueError(f"{config.recipe}: model must take spectrograms of one channel (ast_*, vit_*, swin_*), {name} does not")
+    wanted = {"img_size": data.size, "in_chans": data.channels, **settings}
+    if constructor is not settings_of(name)[0]:
+        model = constructor(**{**registered, **{k: v for k, v in wanted.items() if k in known}, **changed})
+    else:
+        model = create_model(name, **{**{k: v for k, v in wanted.items() if k in known}, **changed})
+    if config.checkpointing:
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise ValueError(f"checkpointing: {name} does not support it")
+        model.set_grad_checkpointing()
+    return model
+
+
+def inherit(config: Config, recipe: Any) -> Config:
+    """``config`` with model, image size and settings of the model of the run that ``--init`` names, where it gives none of its own."""
+    if config.init is None:
+        return config
+    before = _run_of(Path(config.init).expanduser())
+    if before is not None:
+        config = config.resolved({"model": before["model"], "image_size": before["image_size"]})
+        if config.model == before["model"]:
+            given, theirs = parse(config.set, "set"), parse(before["set"], "set")
+            found = encoder(before["model"], theirs) if recipe.encodes else None
+            known = set(parameters(found.constructor)) | set(recipe.adds) if found is not None else theirs.keys()
+            kept = (k for k in theirs if k not in given and (found is None or k not in found.changed or k in known))
+            config = dataclasses.replace(config, set=[*(f"{k}={theirs[k]!r}" for k in kept), *config.set])
+    return config
+
+
+def adopt(config: Config, recipe: Any) -> Config:
+    """``config`` with the settings that show in the weights of ``--init`` and that nothing else gives, as entries of ``set``.
+
+    LayerScale, registers, gated MLPs, biases, norms, pooling: what a model needs to take the weights. Settings that the recipe decides stay.
+    """
+    if config.init is None or not recipe.encodes:
+        return config
+    found = encoder(config.model or "", parse(config.set, "set"))
+    assert found is not None  # see check_model
+    shown = structure(open_source(config.init))
+    defaults = {p.name: p.default for each in inspect.getmro(found.constructor) if each is not nn.Module and "__init__" in vars(each)
+                for p in inspect.signature(each.__init__).parameters.values()}  # fmt: skip
+    given = {*found.settings, *found.changed, *recipe.decides}
+    taken = {k: v for k, v in shown.items() if k in defaults and k not in given and v != defaults[k]}
+    if taken:
+        _say(f"init: {config.init}: settings of the model taken from the weights: {', '.join(f'{k}={v}' for k, v in taken.items())}")
+    return dataclasses.replace(config, set=[*(f"{k}={v!r}" for k, v in taken.items()), *config.set])
+
+
+def _run_of(path: Path) -> dict[str, Any] | None:
+    """The configuration of the run of ``pyvit train`` in a folder, or of the run a file of weights is of; None without one."""
+    try:
+        found = json.loads(((path if path.is_dir() else path.parent) / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    fields = {"recipe", "model", "image_size", "set"}
+    if not isinstance(found, dict) or not fields <= found.keys() or (path.is_file() and path.name not in ("model.safetensors", "last.pt")):
+        return None
+    return found
+
+
+def initialise(model: nn.Module, init: str, allow: Sequence[str] = ()) -> LoadReport:
+    """Load the weights that ``init`` holds for ``model`` and say what was done: a run's folder, or whatever :func:`load_checkpoint` reads.
+
+    Heads alone may differ, and what ``allow`` names; a CLIP takes the weights of an image model into its image tower. The report says
+    what was loaded, resampled, left as initialised and not used.
+
+    Raises ValueError when the weights are of another model, with the names that differ, and for what is no file of weights.
+    """
+    source = open_source(init, model.state_dict().keys())
+    target, note = model, ""
+    two = hasattr(model, "visual")
+    if two and not any(k.startswith(("text", "visual", "vision_model", "token_embedding", "logit")) for k in source.state):
+        target, two, note = model.visual, False, "\n  the text tower stays as initialised"  # type: ignore[assignment]
+        source = open_source(init, target.state_dict().keys())
+    unused = (r"norm\..*",) if isinstance(getattr(target, "norm", None), nn.Identity) else ()  # fc_norm takes its place
+    try:
+        report = load_checkpoint(target, source, allow=allow if two else (*HEADS, *unused, *allow))
+    except CheckpointError as error:
+        raise ValueError(f"init: {init} does not fit {type(target).__name__}; it holds {_held(source)}\n{error.report}") from error
+    _say(f"init: {init}: {report.summary()}{note}")
+    return report
+
+
+def _held(source: Any) -> str:
+    """The architecture in a checkpoint, in words."""
+    from pyvit.models.checkpoints import recognise, to_native
+
+    try:
+        constructor, settings = infer(to_native(source.state, recognise(source.state))[0])
+    except (ValueError, KeyError, IndexError):
+        return "another kind of model"
+    names = ("patch_size", "in_chans", "embed_dim", "width", "depth", "depths", "num_classes", "reg_tokens", "init_values", "activation")
+    return f"{constructor.__name__}: " + ", ".join(f"{k}={settings[k]}" for k in names if settings.get(k) is not None)
+
+
+def _say(line: str) -> None:
+    """A line of the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        say(line)
