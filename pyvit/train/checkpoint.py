@@ -6,7 +6,6 @@ import contextlib
 import glob
 import json
 import os
-import pickle
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -63,7 +62,9 @@ def load(path: Path) -> dict[str, Any] | None:
         return None
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # the unpickler raises whatever the damage leads to
         raise ValueError(f"{path} is damaged or no checkpoint of pyvit: {str(error).splitlines()[0] if str(error) else error!r}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is no checkpoint of pyvit: it holds a {type(found).__name__}")

@@ -278,7 +278,11 @@ class Run:
         if self._largest(int(unsound))[0]:
             raise FloatingPointError(f"step {step - 1}: parameters are no longer finite; {self._left()}")
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        untouched = not self._parts()[1].state  # torch would make up a first step for an optimizer that has made none
         model, optimizer = get_state_dict(*self._parts(), options=options)  # collective: on every rank
+        if untouched:
+            self._parts()[1].state.clear()
+            optimizer["state"] = {}
         chosen = dict(gather_object(list(products.choices().items())))  # likewise; a class may have come up on one rank alone
         written = True
         if self.main:
