@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,14 @@ def invoke(*arguments: str):
 def run(*arguments: str, code: str = "", **env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "pyvit"]
     return subprocess.run([*command, *arguments], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+@pytest.fixture
+def handlers():
+    """The command line answers Ctrl-C itself."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_info():
@@ -73,21 +82,19 @@ def test_flops():
         (["eval", "knn", "/nonexistent"], 1, "pyvit: run: /nonexistent must hold config.json"),
     ],
 )
-def test_user_errors_are_one_line(arguments, code, message, tmp_path):
+def test_user_errors_are_one_line(arguments, code, message, tmp_path, monkeypatch, capsys, handlers):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("x")
     (tmp_path / "damaged").mkdir()
     for name in ("last.pt", "config.json"):
         (tmp_path / "damaged" / name).write_text("x")
-    done = subprocess.run(
-        [sys.executable, "-m", "pyvit", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == code, done.stderr
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
+    monkeypatch.setattr(sys, "argv", ["pyvit", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == code, said
+    assert message in said
+    assert len(said.splitlines()) == 1, said
 
 
 @pytest.mark.parametrize(
@@ -103,7 +110,7 @@ def test_user_errors_are_one_line(arguments, code, message, tmp_path):
         (RuntimeError(), "RuntimeError"),
     ],
 )
-def test_every_error_is_said_in_a_line(error, line, monkeypatch, capsys, tmp_path):
+def test_every_error_is_said_in_a_line(error, line, monkeypatch, capsys, tmp_path, handlers):
     """Those that are not a sentence with their kind, the files that were given, and how to see more."""
     (tmp_path / "weights.pth").touch()
 

@@ -118,7 +118,7 @@ def test_data_that_change_are_refused(tmp_path):
     settings = {**PICTURES, "data": str(data), "steps": 2, "out": out}
     train(Config(**settings))
     (data / "dark" / "00.png").rename(data / "dark" / "renamed.png")
-    with pytest.raises(ValueError, match="the training set has changed since the run began: other files.*--allow-changed-data"):
+    with pytest.raises(ValueError, match=r"the training set has changed since the run began: other files.*--allow-changed-data"):
         train(Config(**settings))
     shutil.copy(data / "dark" / "01.png", data / "dark" / "01b.png")
     with pytest.raises(ValueError, match=r"it had \d+ images and has \d+"):
