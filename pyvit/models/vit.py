@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from pyvit.models.registry import register
 from pyvit.nn import AttentionPool, Block, LayerNorm, Linear, Packing, PatchEmbed, RotaryEmbedding, resample_positions, sincos_2d
 from pyvit.nn.patch_embed import pair
+from pyvit.nn.rates import check_rate
 
 
 class VisionTransformer(nn.Module):
@@ -102,6 +103,7 @@ class VisionTransformer(nn.Module):
             self.rope = RotaryEmbedding(embed_dim // num_heads, rope_base)
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.norm_pre = LayerNorm(embed_dim, norm_eps) if pre_norm else nn.Identity()
+        check_rate("VisionTransformer: drop_path_rate", drop_path_rate)
         rates = [drop_path_rate if drop_path_uniform else drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.Sequential(
             *(

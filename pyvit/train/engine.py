@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
 
@@ -39,6 +38,8 @@ OVERFLOWS = 27
 def _settle(config: Config) -> Config:
     """Fill what the user left open: the small presets, then the recipe's defaults, and the name of the run's folder."""
     config.check()
+    if config.epochs is not None and config.steps is not None:
+        raise SettingError(f"epochs and steps: give one of them, got {config.epochs} and {config.steps}")
     recipe = load_recipe(config.recipe)
     inherited: dict[str, Any] = {}
     if config.init is not None and (Path(config.init) / "config.json").exists():
@@ -146,9 +147,8 @@ class Run(Resumable):
         if config.compile:
             self.model.compile()
         self.start = self._resume()
-        norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.recipe.modules())
-        if config.accumulate > 1 and norms and not isinstance(self.recipe, Contrastive):
-            self.tell(f"note: batch norms take their statistics of each of the {config.accumulate} micro-batches, not of the whole batch")
+        if config.accumulate > 1 and (parts := self.recipe.of_micro_batches()):
+            self.tell(f"note: {' and '.join(parts)} see each of the {config.accumulate} micro-batches alone, not the whole batch")
 
     def batches(self) -> Iterator[dict[str, Any]]:
         c = self.config
