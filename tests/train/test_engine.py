@@ -121,14 +121,14 @@ def test_clip_sets_its_scale_back_after_the_step(tmp_path):
         run = Run(Config(recipe=name, out=str(tmp_path / name), **settings))
         scale, seen = run.recipe.model.logit_scale, []
         scale.data.fill_(math.log(118.2))
-        assert float(run.recipe.model.scale()) == pytest.approx(118.2, rel=1e-4)
+        assert float(run.recipe.model.scale().detach()) == pytest.approx(118.2, rel=1e-4)
         run.recipe.gradients = lambda step, steps, seen=seen, scale=scale: seen.append(float(scale.grad))
         run.step(0, run.batches())
         assert seen[0] != 0
         if bound is None:
-            assert float(scale.exp()) == pytest.approx(118.2, rel=1e-2)
+            assert float(scale.detach().exp()) == pytest.approx(118.2, rel=1e-2)
         else:
-            assert float(scale) == pytest.approx(bound)
+            assert float(scale.detach()) == pytest.approx(bound)
         run.close()
 
 
@@ -149,7 +149,7 @@ def test_one_class_is_nothing_to_learn():
 
 
 def test_masks_that_hide_nothing_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="mask_ratio must hide some of the 16 patches and leave some, 0.99 leaves 0"):
+    with pytest.raises(ValueError, match=r"mask_ratio must hide some of the 16 patches and leave some, 0\.99 leaves 0"):
         train(Config(recipe="mae", data="digits", batch_size=8, steps=1, option=["mask_ratio=0.99"], out=str(tmp_path)))
 
 
@@ -198,10 +198,6 @@ def test_unknown_options_are_refused(recipe, tmp_path):
         ({"recipe": "clip", "data": "synthetic", "model": "vit_pico_patch4_32", "image_size": 32, "batch_size": 8}, "two towers"),
         ({"option": ["augment=wild"]}, "option augment must be one of"),
         ({"epochs": 1.0}, "epochs and steps: give one of them"),
-        (
-            {"layer_decay": 0.5, "recipe": "dino", "model": "resnet18", "option": ["distort=False"], "batch_size": 5000},
-            "batch_size must be",
-        ),
     ],
 )
 def test_bad_settings_are_refused_before_training(settings, message, tmp_path):
