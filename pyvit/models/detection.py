@@ -21,6 +21,7 @@ from pyvit.models.swin import SwinTransformer
 from pyvit.models.vit import SIZES
 from pyvit.nn import DropPath, LayerNorm, Linear, Mlp, PatchEmbed, resample_positions
 from pyvit.nn.patch_embed import pair
+from pyvit.nn.rates import check_rate
 from pyvit.nn.residual import surroundings
 from pyvit.ops import flash_attention, window_attention
 from pyvit.ops.reference import window_partition, window_reverse
@@ -139,6 +140,7 @@ class ViTDet(Described):
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        check_rate("ViTDet: drop_path_rate", drop_path_rate)
         self.img_size, self.embed_dim, self.grad_checkpointing = pair(img_size), embed_dim, False
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, pad=True)
         self.grid = self.patch_embed.grid(pair(pretrain_img_size))

@@ -15,6 +15,7 @@ from pyvit.models.registry import register
 from pyvit.nn import DropPath, LayerNorm, Linear, Mlp, PatchEmbed, WindowAttention, WindowAttentionV2, replay
 from pyvit.nn.linear import apply, plain
 from pyvit.nn.patch_embed import pair
+from pyvit.nn.rates import check_rate
 from pyvit.nn.residual import prepared, surroundings
 
 
@@ -173,6 +174,7 @@ class SwinTransformer(Described):
         self.num_features = [embed_dim * 2**s for s in range(len(depths))]
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm_layer=LayerNorm, pad=True, mean=mean, std=std)
         grid = self.patch_embed.grid(pair(img_size))
+        check_rate("SwinTransformer: drop_path_rate", drop_path_rate)
         rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
         stages = []
         for s, (dim, depth, heads) in enumerate(zip(self.num_features, depths, num_heads, strict=True)):

@@ -13,6 +13,7 @@ from pyvit.models.facts import Described
 from pyvit.models.registry import register
 from pyvit.nn import AttentionPool, Block, LayerNorm, Linear, Packing, PatchEmbed, RotaryEmbedding, resample_positions, sincos_2d
 from pyvit.nn.patch_embed import pair
+from pyvit.nn.rates import check_rate
 
 
 class VisionTransformer(Described):
@@ -103,6 +104,7 @@ class VisionTransformer(Described):
             self.rope = RotaryEmbedding(embed_dim // num_heads, rope_base)
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.norm_pre = LayerNorm(embed_dim, norm_eps) if pre_norm else nn.Identity()
+        check_rate("VisionTransformer: drop_path_rate", drop_path_rate)
         rates = [drop_path_rate if drop_path_uniform else drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.Sequential(
             *(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvit.nn.linear import Linear, apply, hooked, prepared
+from pyvit.nn.rates import check_rate
 from pyvit.nn.replay import Run
 from pyvit.ops import attention_map, flash_attention, flash_attention_qkvpacked, flash_attention_varlen
 from pyvit.ops.flash_attention_qkvpacked import prepared as attention_prepared
@@ -69,8 +70,9 @@ class Attention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"Attention: num_heads must divide dim = {dim}, got {num_heads}")
+        check_rate("Attention: attn_drop", attn_drop, one=True)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.qkv = Linear(dim, 3 * dim, qkv_bias, **factory)

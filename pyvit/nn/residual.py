@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyvit.nn.attention import Packing
 from pyvit.nn.layer_norm import LayerNorm
 from pyvit.nn.linear import hooked, plain
+from pyvit.nn.rates import check_rate
 from pyvit.nn.replay import Run
 
 
@@ -58,8 +59,7 @@ class DropPath(nn.Module):
 
     def __init__(self, p: float = 0.0, form: str = "sample") -> None:
         super().__init__()
-        if not 0.0 <= p < 1.0:
-            raise ValueError(f"DropPath: p must be in [0, 1), got {p}")
+        check_rate("DropPath: p", p)
         if form not in ("sample", "batch"):
             raise ValueError(f"DropPath: form must be 'sample' or 'batch', got {form!r}")
         self.p, self.form = p, form

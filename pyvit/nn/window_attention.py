@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyvit.nn.constants import Constants
 from pyvit.nn.linear import Linear, apply, prepared
 from pyvit.nn.patch_embed import pair
+from pyvit.nn.rates import check_rate
 from pyvit.nn.replay import Run
 from pyvit.ops import layer_norm, window_attention
 from pyvit.ops.packed import Norm
@@ -47,8 +48,9 @@ class WindowAttention(nn.Module):
         mask_padding: bool = False,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"{type(self).__name__}: num_heads must divide dim = {dim}, got {num_heads}")
+        check_rate(f"{type(self).__name__}: attn_drop", attn_drop, one=True)
         self.num_heads, self.window_size, self.shift_size = num_heads, pair(window_size), pair(shift_size)
         self.attn_drop, self.mask_padding = attn_drop, mask_padding
         self._make_qkv(dim, qkv_bias)

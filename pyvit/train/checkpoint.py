@@ -6,7 +6,6 @@ import contextlib
 import glob
 import json
 import os
-import pickle
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,11 +33,12 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    with contextlib.suppress(OSError):  # some file systems cannot flush a folder; the file is in place
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -63,7 +63,9 @@ def load(path: Path) -> dict[str, Any] | None:
         return None
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # the unpickler raises whatever the damage leads to
         raise ValueError(f"{path} is damaged or no checkpoint of pyvit: {str(error).splitlines()[0] if str(error) else error!r}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is no checkpoint of pyvit: it holds a {type(found).__name__}")

@@ -150,6 +150,9 @@ class DINO(Recipe):
                 for p in head.last_layer.parameters():
                     p.grad = None
 
+    def of_micro_batches(self) -> list[str]:
+        return [*super().of_micro_batches(), *(["Sinkhorn-Knopp"] if self.opt["centering"] == "sinkhorn_knopp" else [])]
+
     def losses(self) -> list[Any]:
         """The losses that keep a centre."""
         return [self.loss]

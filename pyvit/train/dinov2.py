@@ -96,6 +96,9 @@ class DINOv2(DINO):
     def rate_scales(self) -> Mapping[str, float]:
         return {"patch_embed": self.opt["patch_embed_rate"]}
 
+    def of_micro_batches(self) -> list[str]:
+        return [*super().of_micro_batches(), *(["KoLeo"] if self.opt["koleo"] else [])]
+
     def losses(self) -> list[Any]:
         return [self.loss, self.ibot]
 

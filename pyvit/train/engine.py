@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 import warnings
 from collections.abc import Iterator
@@ -13,17 +12,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from pyvit.data import Data, load_data, loading
-from pyvit.data.saved import describe
 from pyvit.data.stream import Stream
-from pyvit.info import setting
 from pyvit.models.facts import header_of
 from pyvit.train import checkpoint, schedules
-from pyvit.train.config import FREE, Config
-from pyvit.train.folder import Lock, changes, fingerprint
+from pyvit.train.config import Config
+from pyvit.train.folder import Lock
 from pyvit.train.grad_cache import Micro, cache, rng_state, set_rng_state
 from pyvit.train.log import Log, Progress, active_kernels, say
 from pyvit.train.optim import LARS, parameter_groups
@@ -31,6 +27,7 @@ from pyvit.train.options import SettingError, parse
 from pyvit.train.plan import Plan, step_seed
 from pyvit.train.presets import MODELS, PRESETS, TOWERS
 from pyvit.train.recipe import Contrastive, Recipe, load_recipe
+from pyvit.train.resume import Resumable
 from pyvit.train.sharding import leave, shard, whole
 from pyvit.train.start import adopt, check_model, inherit
 from pyvit.train.stop import Requests, Stopped
@@ -56,6 +53,8 @@ class Numbered:
 def _settle(config: Config) -> Config:
     """Fill what the user left open: the small presets, then the recipe's defaults, and the name of the run's folder."""
     config.check()
+    if config.epochs is not None and config.steps is not None:
+        raise SettingError(f"epochs and steps: give one of them, got {config.epochs} and {config.steps}")
     recipe = load_recipe(config.recipe)
     config = inherit(config, recipe)
     preset = dict(PRESETS.get((config.recipe, config.data), {}))
@@ -116,7 +115,7 @@ def _rates(optimizer: Any, recipe: Recipe, config: Config, step: int, steps: int
     return values["lr"]
 
 
-class Run:
+class Run(Resumable):
     """One training run; see :func:`train`."""
 
     def __init__(self, config: Config) -> None:
@@ -127,8 +126,7 @@ class Run:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         self.requests, self.stop = Requests(), 0
-        self.saved = 0  # steps of the checkpoint on disk
-        self.skipped = self.overflows = 0  # steps that float16 has cost, in all and in a row
+        self.overflows = 0  # steps in a row that float16 has cost
         self.lock = Lock(self.folder)
         try:
             self._on_main(self.lock.acquire)
@@ -164,158 +162,8 @@ class Run:
         if config.compile:
             self.model.compile()
         self.start = self._resume()
-        norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.recipe.modules())
-        if config.accumulate > 1 and norms and not isinstance(self.recipe, Contrastive):
-            self.tell(f"note: batch norms take their statistics of each of the {config.accumulate} micro-batches, not of the whole batch")
-
-    # -- processes ---------------------------------------------------------------------------------------------------------------
-
-    def tell(self, message: str) -> None:
-        """Say something once, not on every rank."""
-        if self.main:
-            say(message)
-
-    def _on_main(self, action: Any) -> None:
-        """``action()`` on the main process; a ValueError or OSError there is raised on every rank, so that none waits for the others."""
-        problem: list[str | None] = [None]
-        if self.main:
-            try:
-                action()
-            except (ValueError, OSError) as error:
-                if self.world == 1:
-                    raise
-                problem = [str(error)]
-        if self.world > 1:
-            dist.broadcast_object_list(problem, src=0)
-            if problem[0] is not None:
-                raise ValueError(problem[0])
-
-    def _largest(self, *values: int) -> list[int]:
-        """The largest of each value over all ranks."""
-        if self.world == 1:
-            return list(values)
-        both = torch.tensor(values, device=self.accelerator.device)
-        dist.all_reduce(both, dist.ReduceOp.MAX)
-        return both.tolist()
-
-    # -- resuming ----------------------------------------------------------------------------------------------------------------
-
-    def _resume(self) -> int:
-        """Load the last checkpoint of the same run, if there is one; the number of steps it had made."""
-        path, config = self.folder / "last.pt", dataclasses.asdict(self.config)
-        if self.main:
-            checkpoint.sweep(self.folder, "last.pt", "model.safetensors", "config.json", "results.json", "log.jsonl")
-        if self.config.overwrite:
-            if self.main:
-                path.unlink(missing_ok=True)
-            self.accelerator.wait_for_everyone()
-        self.fingerprint = fingerprint(self.data) if self.main else {}
-        saved = checkpoint.load(path)
-        if saved is None:
-            if self.main:
-                checkpoint.save_json(self.folder / "config.json", config)
-                self._keep_data()
-            return 0
-        if missing := {"config", "step", "model", "optimizer"} - saved.keys():
-            raise ValueError(f"{path} is no checkpoint of pyvit: it lacks {', '.join(sorted(missing))}")
-        before = json.loads(saved["config"])
-        moved = self._on_main_same_data(saved.get("data"))
-        differ = [k for k in config if k not in FREE and k in before and config[k] != before[k] and not (k == "data" and moved)]
-        if differ:
-            said = ", ".join(f"{k} was {before.get(k)!r}, is {config[k]!r}" for k in differ)
-            raise ValueError(f"{self.folder} holds another run ({said}); choose another --out, or --overwrite it")
-        # Not strict, for parameters that have not moved yet, such as DINO's prototypes in the first epoch, have no state in the optimizer.
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
-        model, optimizer = self._parts()
-        try:
-            if differ := self.recipe.state_dict().keys() ^ saved["model"].keys():
-                raise ValueError(f"{min(differ)} is in one of both alone")
-            set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options)
-        except (RuntimeError, KeyError, ValueError) as error:
-            said = str(error).splitlines()[0]
-            raise ValueError(
-                f"{path} does not fit this version's {self.config.recipe} ({said}); choose another --out, or --overwrite it"
-            ) from error
-        for name, p in self.recipe.named_parameters():
-            if name not in saved["optimizer"]["state"]:
-                optimizer.state.pop(p, None)  # what loading made up for it
-        self.skipped, self.saved = saved.get("skipped", 0), int(saved["step"])
-        if self.accelerator.scaler is not None and saved.get("scaler"):
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
-        then, now = saved.get("setting", {}), self._setting()
-        if then != now and self.main:
-            said = ", ".join(
-                f"{k} was {then.get(k, 'not known')}, is {now.get(k, 'not set')}" for k in {**then, **now} if then.get(k) != now.get(k)
-            )
-            say(f"note: {said}; from here on the bits are not those of an unbroken run")
-        return self.saved
-
-    def _on_main_same_data(self, before: dict[str, Any] | None) -> bool:
-        """Whether the training set is known to be the one the run began with. Raises ValueError when it is another."""
-        same = [False]
-
-        def compare() -> None:
-            if before is None:
-                return
-            found = changes(before, self.fingerprint)
-            same[0] = not found and before["hash"] is not None
-            if found and self.config.allow_changed_data:
-                say(f"warning: the training set has changed since the run began: {found}")
-            elif found:
-                raise ValueError(
-                    f"{self.folder}: the training set has changed since the run began: {found}; choose another --out, or give "
-                    "--allow-changed-data to go on with it"
-                )
-
-        self._on_main(compare)
-        if self.world > 1:
-            dist.broadcast_object_list(same, src=0)
-        return same[0]
-
-    def _keep_data(self) -> None:
-        """Classes, preprocessing and vocabulary, so that evaluation needs the run's folder alone."""
-        checkpoint.save_json(self.folder / "data.json", describe(self.data, self.config.data))
-        if (tokenizer := Path(str(getattr(self.recipe, "opt", {}).get("tokenizer", "bytes")))).is_file():
-            checkpoint.write_atomic(self.folder / "tokenizer.json", lambda file: file.write(tokenizer.read_bytes()))
-
-    def _setting(self) -> dict[str, str]:
-        """What, with the same settings, a run's bits depend on."""
-        device = self.accelerator.device
-        gpu = {"GPU": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
-        return {**setting(), **gpu, "processes": str(self.world)}
-
-    def _parts(self) -> tuple[nn.Module, torch.optim.Optimizer]:
-        return self.model, getattr(self.optimizer, "optimizer", self.optimizer)
-
-    def save(self, step: int) -> bool:
-        """Write the checkpoint of a run that has made ``step`` steps; a disk that is full costs this checkpoint, not the run.
-
-        Returns whether it is written. Raises FloatingPointError for parameters that are not finite.
-        """
-        unsound = not all(bool(torch.isfinite(getattr(p, "_local_tensor", p)).all()) for p in self.model.parameters())
-        if self._largest(int(unsound))[0]:
-            raise FloatingPointError(f"step {step - 1}: parameters are no longer finite; {self._left()}")
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        model, optimizer = get_state_dict(*self._parts(), options=options)  # collective: on every rank
-        written = True
-        if self.main:
-            scaler = self.accelerator.scaler
-            state = {"step": step, "model": model, "optimizer": optimizer, "config": json.dumps(dataclasses.asdict(self.config))}
-            state |= {"skipped": self.skipped, "scaler": scaler.state_dict() if scaler is not None else {}, "data": self.fingerprint}
-            try:
-                checkpoint.save(self.folder / "last.pt", {**state, "setting": self._setting()})
-            except OSError as error:
-                say(f"warning: no checkpoint at step {step}: {error}; {self._left()}")
-                written = False
-        written = not self._largest(int(not written))[0]
-        self.saved = step if written else self.saved
-        return written
-
-    def _left(self) -> str:
-        """What of the run is on the disk."""
-        return f"the checkpoint of step {self.saved} is intact" if self.saved else "there is no checkpoint yet"
-
-    # -- the loop ----------------------------------------------------------------------------------------------------------------
+        if config.accumulate > 1 and (parts := self.recipe.of_micro_batches()):
+            self.tell(f"note: {' and '.join(parts)} see each of the {config.accumulate} micro-batches alone, not the whole batch")
 
     def batches(self) -> Iterator[dict[str, Any]]:
         c = self.config
@@ -470,8 +318,6 @@ class Run:
 
     def export(self, results: dict[str, float]) -> list[str]:
         """Write ``model.safetensors``, ``config.json`` and ``results.json``; returns those that could not be written."""
-        from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
         state = get_model_state_dict(self.recipe.exported(), options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         writes = {
             "model.safetensors": lambda path: checkpoint.save_weights(path, state, header_of(self.recipe.exported())),

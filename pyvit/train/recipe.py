@@ -124,6 +124,10 @@ class Recipe(nn.Module):
     def skipped(self) -> None:
         """In the place of :meth:`update`, after a step whose gradients overflowed: forget what this step has gathered."""
 
+    def of_micro_batches(self) -> list[str]:
+        """What depends on the rows that it sees together, and with ``--accumulate`` sees those of a micro-batch alone."""
+        return ["batch norms"] if has_batch_norm(self) else []
+
     def rate_scales(self) -> Mapping[str, float]:
         """Factors on the learning rate of the backbone's parameters whose name contains the key."""
         return {}
@@ -154,6 +158,10 @@ class Recipe(nn.Module):
         return ", ".join(f"{k} {v:.4g}" for k, v in results.items()) or "done"
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
 class Contrastive(Recipe):
     """A recipe whose loss compares all rows of a batch: :meth:`encode` them, then :meth:`compare` them.
 
@@ -173,6 +181,9 @@ class Contrastive(Recipe):
         live = self.encode(views)
         return self.compare(live) if cached is None else cached.loss(self, live)
 
+    def of_micro_batches(self) -> list[str]:
+        return []
+
     def check_batch(self) -> None:
         """Refuse batches without negatives, and micro-batches that batch norms in the encoder would tell apart."""
         name, batch, accumulate = self.config.recipe, self.config.batch_size, self.config.accumulate
@@ -180,8 +191,7 @@ class Contrastive(Recipe):
             raise SettingError(
                 f"{name}: batch_size must be at least 2, for the negatives of an image are the others of its batch, got {batch}"
             )
-        norms = [m for m in self.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        if accumulate > 1 and norms:
+        if accumulate > 1 and has_batch_norm(self.backbone):
             raise SettingError(
                 f"{name}: accumulate must be 1 with {self.config.model}, whose batch norms would take the statistics of each micro-batch, "
                 f"got {accumulate}"

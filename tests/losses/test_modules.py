@@ -135,3 +135,77 @@ def test_bad_settings():
         NTXentLoss(0.0)
     with pytest.raises(ValueError, match="student must have a crop"):
         DINOLoss(8)(torch.randn(1, 2, 8), torch.randn(1, 2, 8), 0.1)
+
+
+def test_a_scale_above_its_bound_comes_back():
+    """The parameter is set back and keeps its gradient, as after a step of the paper's training; SigLIP's has no bound."""
+    a, b = torch.randn(6, 4), torch.randn(6, 4)
+    loss = CLIPLoss(max_scale=50.0)
+    loss.logit_scale.data.fill_(5.0)
+    loss(a, b).backward()
+    torch.testing.assert_close(loss.logit_scale.detach(), torch.tensor(math.log(50.0)))
+    assert loss.logit_scale.grad.abs() > 0
+    wide, logits = SigLIPLoss(), F.normalize(a) @ F.normalize(b).t() * 118.2 - 10
+    wide.logit_scale.data.fill_(math.log(118.2))
+    torch.testing.assert_close(wide(a, b), -F.logsigmoid((2 * torch.eye(6) - 1) * logits).sum() / 6)
+
+
+@pytest.mark.parametrize("loss", [CLIPLoss(), SigLIPLoss(), NTXentLoss()], ids=lambda loss: type(loss).__name__)
+def test_a_pair_alone_has_no_negatives(loss):
+    with pytest.raises(ValueError, match=rf"{type(loss).__name__}: the batch must have at least 2 pairs over all ranks.*got 1 .*drop_last"):
+        loss(torch.randn(1, 4), torch.randn(1, 4))
+
+
+def test_triplets_are_whole():
+    for shapes in ([(0, 4)] * 3, [(3, 4), (3, 4), (2, 4)], [(4,)] * 3):
+        with pytest.raises(ValueError, match="TripletLoss: anchor, positive and negative must be of one shape"):
+            TripletLoss()(*(torch.randn(shape) for shape in shapes))
+
+
+def test_ibot_is_the_formula_of_the_papers_code():
+    """1 / (masked patches of the image), summed over patches, over all images of the batch, in float64."""
+    torch.manual_seed(0)
+    mask = torch.rand(6, 9) < torch.tensor([0.0, 0.5, 0.0, 0.9, 0.2, 0.0])[:, None]
+    student, teacher = torch.randn(6, 9, 5, dtype=torch.float64), torch.randn(6, 9, 5, dtype=torch.float64)
+    total = 0.0
+    for image in range(6):
+        for patch in range(9):
+            if mask[image, patch]:
+                target, scores = (teacher[image, patch] / 0.07).softmax(0), (student[image, patch] / 0.1).log_softmax(0)
+                total -= float((target * scores).sum()) / int(mask[image].sum()) / 6
+    weights = (mask / mask.sum(1, keepdim=True).clamp_min(1) / 6)[mask]
+    got = IBOTLoss(5)(student[mask].float(), teacher[mask].float(), weights, 0.07)
+    assert float(got) == pytest.approx(total, rel=1e-5)
+
+
+def test_a_deferred_centre_waits():
+    loss, first, second = DINOLoss(6), torch.randn(2, 3, 6), torch.randn(2, 3, 6)
+    loss.deferred = True
+    for teacher in (first, second):
+        loss(torch.randn(2, 3, 6), teacher, 0.1)
+        assert not loss.center.any()
+    loss.update_center()
+    torch.testing.assert_close(loss.center, 0.1 * torch.stack([first, second]).mean((0, 1, 2)))
+    loss(torch.randn(2, 3, 6), first, 0.1)
+    before = loss.center.clone()
+    loss.update_center(keep=False)
+    loss.update_center()
+    assert torch.equal(loss.center, before)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+def test_temperatures_scales_and_momenta_have_ranges(bad):
+    for make in (
+        lambda: NTXentLoss(bad),
+        lambda: CLIPLoss(init_scale=bad),
+        lambda: CLIPLoss(max_scale=bad),
+        lambda: SigLIPLoss(init_scale=bad),
+        lambda: DINOLoss(8, student_temp=bad),
+        lambda: IBOTLoss(8, student_temp=bad),
+        lambda: DINOLoss(8)(torch.randn(2, 2, 8), torch.randn(2, 2, 8), bad),
+    ):
+        with pytest.raises(ValueError, match="must be positive and finite"):
+            make()
+    for make in (lambda: DINOLoss(8, momentum=bad or 2.0), lambda: TripletLoss(bad or -0.1), lambda: DINOLoss(1)):
+        with pytest.raises(ValueError, match="must be"):
+            make()

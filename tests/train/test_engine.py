@@ -64,6 +64,106 @@ def test_layer_decay(name):
     assert decays[id(named[head])]
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "wanted"),
+    [
+        ("resnet18", {}, {"conv1.weight": 0, "layer1.0.bn1.weight": 1, "layer3.1.conv2.weight": 6, "fc.weight": 9}),
+        (
+            "vit_small_r26_s32_224",
+            {"depth": 3},
+            {"patch_embed.backbone.stages.2.blocks.1.conv1.weight": 0, "pos_embed": 0, "blocks.2.norm1.weight": 3, "norm.weight": 4},
+        ),
+        (
+            "swinv2_tiny_window8_256",
+            {"img_size": 64, "embed_dim": 16, "num_heads": (1, 1, 2, 2), "depths": (1, 1, 2, 1)},
+            {"layers.2.downsample.reduction.weight": 3, "layers.2.blocks.1.attn.logit_scale": 4, "norm.weight": 6},
+        ),
+    ],
+)
+def test_layers_of_other_backbones(name, settings, wanted):
+    model = pyvit.create_model(name, **{"num_classes": 3, **settings})
+    scale = {id(p): g["lr_scale"] for g in parameter_groups(model, model, 0.5) for p in g["params"]}
+    named, last = dict(model.named_parameters()), max(wanted.values())
+    for key, layer in wanted.items():
+        assert scale[id(named[key])] == 0.5 ** (last - layer), key
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_small_patch14_reg4_dinov2", "swinv2_tiny_window8_256", "siglip_pico_patch8_32", "clip_pico_patch8_32", "clip_resnet50_224"],
+)
+def test_what_does_not_decay(name):
+    """Vectors, positions, tokens, registers, bias tables, temperatures."""
+    with torch.device("meta"):
+        model = pyvit.create_model(name)
+    decays = {id(p): g["decays"] for g in parameter_groups(model, model, 1.0) for p in g["params"]}
+    for key, p in model.named_parameters():
+        spared = ("pos", "token", "latent", "logit_", "bias_table", "cpb")
+        exempt = p.dim() < 2 or (any(word in key for word in spared) and "token_embedding" not in key)
+        assert decays[id(p)] != exempt, key
+
+
+def test_lars_leaves_positions_to_their_norm():
+    """They do not decay, and their step is a share of their norm as that of every other matrix."""
+    p = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    p.grad = torch.tensor([[0.0, 2.0]])
+    LARS([{"params": [p], "decays": False}], lr=1.0, weight_decay=10.0, trust=0.1).step()
+    torch.testing.assert_close(p.data, torch.tensor([[3.0, 3.5]]))
+
+
+def test_clip_sets_its_scale_back_after_the_step(tmp_path):
+    """At a scale above 100 there is a gradient, and the parameter ends at the bound; SigLIP keeps 118.2."""
+    from pyvit.train.engine import Run
+
+    tiny = ["width=24", "depth=1", "num_heads=1", "patch_size=8"]
+    for name, more, bound in (("clip", ["text_depth=1"], math.log(100.0)), ("siglip", [], None)):
+        settings = {"data": "digits", "steps": 4, "batch_size": 8, "set": [*tiny, *more], "option": ["context=24"]}
+        run = Run(Config(recipe=name, out=str(tmp_path / name), **settings))
+        scale, seen = run.recipe.model.logit_scale, []
+        scale.data.fill_(math.log(118.2))
+        assert float(run.recipe.model.scale().detach()) == pytest.approx(118.2, rel=1e-4)
+        run.recipe.gradients = lambda step, steps, seen=seen, scale=scale: seen.append(float(scale.grad))
+        run.step(0, run.batches())
+        assert seen[0] != 0
+        if bound is None:
+            assert float(scale.detach().exp()) == pytest.approx(118.2, rel=1e-2)
+        else:
+            assert float(scale.detach()) == pytest.approx(bound)
+        run.close()
+
+
+def test_what_takes_micro_batches_alone_says_so(tmp_path, capsys):
+    tiny = ["embed_dim=24", "depth=1", "num_heads=1", "patch_size=8"]
+    options = ["prototypes=40", "hidden=16", "bottleneck=8", "local_crops=0"]
+    settings = {"data": "digits", "steps": 1, "batch_size": 8, "accumulate": 2, "set": tiny, "option": options}
+    train(Config(recipe="dinov2", out=str(tmp_path), **settings))
+    assert "note: Sinkhorn-Knopp and KoLeo see each of the 2 micro-batches alone" in capsys.readouterr().out
+
+
+def test_one_class_is_nothing_to_learn():
+    data = load_data("digits")
+    data.classes = ["all"]
+    for name in ("supervised", "finetune", "linear"):
+        with pytest.raises(ValueError, match=f"{name}: data must have at least 2 classes"):
+            load_recipe(name)(Config(recipe=name, init="x", model="vit_pico_patch8_32"), data)
+
+
+def test_masks_that_hide_nothing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"mask_ratio must hide some of the 16 patches and leave some, 0\.99 leaves 0"):
+        train(Config(recipe="mae", data="digits", batch_size=8, steps=1, option=["mask_ratio=0.99"], out=str(tmp_path)))
+
+
+@pytest.mark.parametrize("rate", [1.0, -0.1, float("nan"), 5.0])
+def test_rates_of_models_are_checked(rate):
+    """Also where a single block would never see the rate."""
+    for name, more in (("vit_pico_patch8_32", {"depth": 1}), ("swin_pico_patch4_window4_32", {"depths": (1,), "num_heads": (1,)})):
+        with pytest.raises(ValueError, match=r"drop_path_rate must be in \[0, 1\)"):
+            pyvit.create_model(name, drop_path_rate=rate, **more)
+        if rate != 1.0:
+            with pytest.raises(ValueError, match=r"attn_drop must be in \[0, 1\]"):
+                pyvit.create_model(name, attn_drop_rate=rate, **more)
+
+
 def test_lars_step():
     p = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
     p.grad = torch.tensor([[0.0, 2.0]])
@@ -97,6 +197,7 @@ def test_unknown_options_are_refused(recipe, tmp_path):
         ({"recipe": "finetune"}, "init must name"),
         ({"recipe": "clip", "data": "synthetic", "model": "vit_pico_patch4_32", "image_size": 32, "batch_size": 8}, "two towers"),
         ({"option": ["augment=wild"]}, "option augment must be one of"),
+        ({"epochs": 1.0}, "epochs and steps: give one of them"),
     ],
 )
 def test_bad_settings_are_refused_before_training(settings, message, tmp_path):

@@ -116,8 +116,11 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_full_disk_costs_the_checkpoint_and_not_the_run(tmp_path):
-    """Past a limit on file size the kernel refuses to write, as it does on a full disk; log lines are shorter than the limit."""
+def test_full_disk_costs_the_checkpoint_and_the_exit_code(tmp_path):
+    """All steps are made; what could not be written is named, and nothing else is claimed.
+
+    Past a limit on file size the kernel refuses to write, as it does on a full disk; log lines are shorter than the limit.
+    """
     settings = {**SMALL, "recipe": "supervised", "steps": 4, "save_every": 2, "out": str(tmp_path / "run")}
 
     def starve() -> None:
@@ -125,9 +128,10 @@ def test_full_disk_costs_the_checkpoint_and_not_the_run(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     done = run(settings, preexec_fn=starve)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
     assert "warning: no checkpoint at step 2" in done.stdout
-    assert "warning: cannot write the weights" in done.stdout
+    assert "there is no checkpoint yet" in done.stdout
+    assert "last.pt, model.safetensors could not be written; there is no checkpoint yet" in done.stderr
     assert not (tmp_path / "run" / "last.pt").exists()
     assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
     assert len(losses(tmp_path / "run")) == 4

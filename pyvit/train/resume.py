@@ -1,0 +1,187 @@
+"""What a run leaves on the disk while it trains, and how it goes on from there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from pyvit.data import Data
+from pyvit.data.saved import describe
+from pyvit.info import setting
+from pyvit.train import checkpoint
+from pyvit.train.config import FREE, Config
+from pyvit.train.folder import changes, fingerprint
+from pyvit.train.log import say
+from pyvit.train.recipe import Recipe
+
+
+class Resumable:
+    """The part of a run that its checkpoints hold, on one process or many."""
+
+    config: Config
+    folder: Path
+    accelerator: Any
+    data: Data
+    recipe: Recipe
+    model: nn.Module
+    optimizer: Any
+    main: bool
+    world: int
+    #: Steps of the checkpoint on the disk, and steps that float16 has cost.
+    saved: int = 0
+    skipped: int = 0
+
+    def tell(self, message: str) -> None:
+        """Say something once, not on every rank."""
+        if self.main:
+            say(message)
+
+    def _on_main(self, action: Callable[[], None]) -> None:
+        """``action()`` on the main process; a ValueError or OSError there is raised on every rank, so that none waits for the others."""
+        problem: list[str | None] = [None]
+        if self.main:
+            try:
+                action()
+            except (ValueError, OSError) as error:
+                if self.world == 1:
+                    raise
+                problem = [str(error)]
+        if self.world > 1:
+            dist.broadcast_object_list(problem, src=0)
+            if problem[0] is not None:
+                raise ValueError(problem[0])
+
+    def _largest(self, *values: int) -> list[int]:
+        """The largest of each value over all ranks."""
+        if self.world == 1:
+            return list(values)
+        both = torch.tensor(values, device=self.accelerator.device)
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        return both.tolist()
+
+    def _resume(self) -> int:
+        """Load the last checkpoint of the same run, if there is one; the number of steps it had made."""
+        path, config = self.folder / "last.pt", dataclasses.asdict(self.config)
+        if self.main:
+            checkpoint.sweep(self.folder, "last.pt", "model.safetensors", "config.json", "data.json", "results.json", "log.jsonl")
+        if self.config.overwrite:
+            if self.main:
+                path.unlink(missing_ok=True)
+            self.accelerator.wait_for_everyone()
+        self.fingerprint = fingerprint(self.data) if self.main else {}
+        saved = checkpoint.load(path)
+        if saved is None:
+            if self.main:
+                checkpoint.save_json(self.folder / "config.json", config)
+                self._keep_data()
+            return 0
+        if missing := {"config", "step", "model", "optimizer"} - saved.keys():
+            raise ValueError(f"{path} is no checkpoint of pyvit: it lacks {', '.join(sorted(missing))}")
+        before = json.loads(saved["config"])
+        moved = self._on_main_same_data(saved.get("data"))
+        differ = [k for k in config if k not in FREE and k in before and config[k] != before[k] and not (k == "data" and moved)]
+        if differ:
+            said = ", ".join(f"{k} was {before.get(k)!r}, is {config[k]!r}" for k in differ)
+            raise ValueError(f"{self.folder} holds another run ({said}); choose another --out, or --overwrite it")
+        # Not strict, for parameters that have not moved yet, such as DINO's prototypes in the first epoch, have no state in the optimizer.
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+        model, optimizer = self._parts()
+        try:
+            if differ := self.recipe.state_dict().keys() ^ saved["model"].keys():
+                raise ValueError(f"{min(differ)} is in one of both alone")
+            set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options)
+        except (RuntimeError, KeyError, ValueError) as error:
+            said = str(error).splitlines()[0]
+            raise ValueError(
+                f"{path} does not fit this version's {self.config.recipe} ({said}); choose another --out, or --overwrite it"
+            ) from error
+        for name, p in self.recipe.named_parameters():
+            if name not in saved["optimizer"]["state"]:
+                optimizer.state.pop(p, None)  # what loading made up for it
+        self.skipped, self.saved = saved.get("skipped", 0), int(saved["step"])
+        if self.accelerator.scaler is not None and saved.get("scaler"):
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        then, now = saved.get("setting", {}), self._setting()
+        if then != now and self.main:
+            said = ", ".join(
+                f"{k} was {then.get(k, 'not known')}, is {now.get(k, 'not set')}" for k in {**then, **now} if then.get(k) != now.get(k)
+            )
+            say(f"note: {said}; from here on the bits are not those of an unbroken run")
+        return self.saved
+
+    def _on_main_same_data(self, before: dict[str, Any] | None) -> bool:
+        """Whether the training set is known to be the one the run began with. Raises ValueError when it is another."""
+        same = [False]
+
+        def compare() -> None:
+            if before is None:
+                return
+            found = changes(before, self.fingerprint)
+            same[0] = not found and before["hash"] is not None
+            if found and self.config.allow_changed_data:
+                say(f"warning: the training set has changed since the run began: {found}")
+            elif found:
+                raise ValueError(
+                    f"{self.folder}: the training set has changed since the run began: {found}; choose another --out, or give "
+                    "--allow-changed-data to go on with it"
+                )
+
+        self._on_main(compare)
+        if self.world > 1:
+            dist.broadcast_object_list(same, src=0)
+        return same[0]
+
+    def _keep_data(self) -> None:
+        """Classes, preprocessing and vocabulary, so that evaluation needs the run's folder alone."""
+        checkpoint.save_json(self.folder / "data.json", describe(self.data, self.config.data))
+        if (tokenizer := Path(str(getattr(self.recipe, "opt", {}).get("tokenizer", "bytes")))).is_file():
+            checkpoint.write_atomic(self.folder / "tokenizer.json", lambda file: file.write(tokenizer.read_bytes()))
+
+    def _setting(self) -> dict[str, str]:
+        """What, with the same settings, a run's bits depend on."""
+        device = self.accelerator.device
+        gpu = {"GPU": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+        return {**setting(), **gpu, "processes": str(self.world)}
+
+    def _parts(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        return self.model, getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def save(self, step: int) -> bool:
+        """Write the checkpoint of a run that has made ``step`` steps; a disk that is full costs this checkpoint, not the run.
+
+        Returns whether it is written. Raises FloatingPointError for parameters that are not finite.
+        """
+        unsound = not all(bool(torch.isfinite(getattr(p, "_local_tensor", p)).all()) for p in self.model.parameters())
+        if self._largest(int(unsound))[0]:
+            raise FloatingPointError(f"step {step - 1}: parameters are no longer finite; {self._left()}")
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        untouched = not self._parts()[1].state  # torch would make up a first step for an optimizer that has made none
+        model, optimizer = get_state_dict(*self._parts(), options=options)  # collective: on every rank
+        if untouched:
+            self._parts()[1].state.clear()
+            optimizer["state"] = {}
+        written = True
+        if self.main:
+            scaler = self.accelerator.scaler
+            state = {"step": step, "model": model, "optimizer": optimizer, "config": json.dumps(dataclasses.asdict(self.config))}
+            state |= {"skipped": self.skipped, "scaler": scaler.state_dict() if scaler is not None else {}, "data": self.fingerprint}
+            try:
+                checkpoint.save(self.folder / "last.pt", {**state, "setting": self._setting()})
+            except OSError as error:
+                say(f"warning: no checkpoint at step {step}: {error}; {self._left()}")
+                written = False
+        written = not self._largest(int(not written))[0]
+        self.saved = step if written else self.saved
+        return written
+
+    def _left(self) -> str:
+        """What of the run is on the disk."""
+        return f"the checkpoint of step {self.saved} is intact" if self.saved else "there is no checkpoint yet"
