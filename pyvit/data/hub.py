@@ -57,6 +57,9 @@ def _open(datasets: Any, name: str, streaming: bool, notes: list[str]) -> dict[s
         )
         if files:
             return dict(datasets.load_dataset(kind, data_files=_by_split(files, root, notes), streaming=streaming))
+    odd = [p.name for p in root.iterdir() if p.is_dir() and p.name.lower() in (*TRAIN, *HELD_OUT) and p.name != p.name.lower()]
+    if odd:  # of which datasets would make one split, the held-out images in it
+        raise ValueError(f"the folders of splits must be in lower case, got {', '.join(sorted(odd))}; or give the folder without hf:")
     return dict(datasets.load_dataset("imagefolder", data_dir=str(root), streaming=streaming))
 
 

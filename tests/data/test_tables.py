@@ -277,6 +277,15 @@ def test_damaged_tables_name_the_source(tmp_path, stream):
         load_data(f"{stream}:{tmp_path}", 8)
 
 
+def test_folders_of_splits_in_capitals_are_refused(tmp_path):
+    for split in ("Train", "Val"):
+        for kind in "ab":
+            pictures(tmp_path / split / kind, 2)
+    with pytest.raises(ValueError, match="must be in lower case, got Train, Val"):
+        load_data(f"hf:{tmp_path}", 8)
+    assert load_data(str(tmp_path), 8).classes == ["a", "b"]
+
+
 def test_splits_that_are_not_there(tmp_path):
     save(tmp_path / "train.parquet", range(12))
     with pytest.raises(ValueError, match="must have the split 'nowhere', got train"):
