@@ -262,7 +262,7 @@ def test_unreadable_images_are_left_out_of_figures(workers):
     model.forward_head, model.forward_features = (lambda x, pre_logits: x), (lambda x: x.flatten(1))
     found, labels = features(model, DecodedImages(items, Fragile(), list(range(6))), lambda x: x.float())
     assert (found.flatten().tolist(), labels.tolist()) == ([5, 7, 9, 4], [0, 2, 3, 5])
-    with pytest.raises(ValueError, match="none of the 2 images can be read; the last: item 1"):
+    with pytest.raises(ValueError, match="none of the 2 images can be read; the last: row 1"):
         over(DecodedImages((-1, -1), Fragile()), lambda b: b["image"], batch=2)
 
 

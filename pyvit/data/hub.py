@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyvit.data.decode import CENTRE, ImageDecoder
-from pyvit.data.files import DecodedImages
+from pyvit.data.files import DecodedImages, Picked
 from pyvit.data.sets import Data, Images
 from pyvit.data.split import COMPARED, HELD_OUT, TRAIN, digest, group_equal, hold_out, on_both_sides
 
@@ -178,6 +178,24 @@ def _labels(tables: Sequence[Any], column: str, name: str) -> tuple[list[list[in
     return [[number[v] for v in part] for part in values], [str(v) for v in known]
 
 
+def caption_texts(value: Any) -> list[str]:
+    """The captions of one example, of which it may have a list; empty ones are none."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if unfit := [v for v in values if not (v is None or isinstance(v, str))]:
+        raise ValueError(f"data: captions must be text or lists of texts, got {type(unfit[0]).__name__}")
+    return [text for text in values if text and text.strip()]
+
+
+def _rows(tables: Sequence[Any], caption: str | None, notes: list[str]) -> tuple[list[list[int]], list[list[str]] | None]:
+    """For each table the rows of its items, and their captions: a row with several is several items, one without is none."""
+    if caption is None:
+        return [list(range(len(table))) for table in tables], None
+    texts = [[caption_texts(value) for value in table[caption]] for table in tables]
+    if without := sum(not each for part in texts for each in part):
+        notes.append(f"left out: {without} rows without a caption")
+    return [[i for i, each in enumerate(part) for _ in each] for part in texts], [[t for each in part for t in each] for part in texts]
+
+
 def hugging_face(spec: str, size: int) -> Data:
     """ "NAME[:SPLIT]": a hub name, or a folder of parquet files, of WebDataset shards, of a saved data set, or of images with metadata.
 
@@ -191,24 +209,30 @@ def hugging_face(spec: str, size: int) -> Data:
     for table in tables[1:]:
         if lacking := [c for c in (image, label, caption) if c and c not in table.column_names]:
             raise ValueError(f"data: the held-out split of hf:{name} must have the columns of the other, {', '.join(lacking)} is missing")
+    rows, texts = _rows(tables, caption, notes)
+    if not all(rows):
+        raise ValueError(f"data: hf:{name} must have {'captions' if caption else 'examples'} in every split, one has none")
     labels, names = _labels(tables, label, name) if label else (None, None)
     groups = _groups(tables, image, notes)
-    decoder = ImageDecoder(size, CENTRE if caption is None else 1.0)
-    n = len(tables[0])
+    if groups is not None:
+        groups = [groups[i + (len(tables[0]) if which else 0)] for which, part in enumerate(rows) for i in part]
+    n = len(rows[0])
     if held is None:
-        train_at, test_at = hold_out(groups or range(n), labels and labels[0], names, range(n), notes)
-        sides = (0, train_at), (0, test_at)
+        known = [labels[0][i] for i in rows[0]] if labels else None
+        train_at, test_at = hold_out(groups or rows[0], known, names, rows[0], notes)
+        sides = [(0, train_at), (0, test_at)]
     else:
-        sides = (0, list(range(n))), (1, list(range(len(tables[1]))))
+        sides = [(which, list(range(len(part)))) for which, part in enumerate(rows)]
         if groups is not None:
             on_both_sides(groups[:n], groups[n:], notes)
+    decoder = ImageDecoder(size, CENTRE if caption is None else 1.0)
 
     def part(which: int, at: list[int]) -> Images:
-        table = tables[which].select(at)
-        captions = [str(text) for text in table[caption]] if caption else None
-        found = labels and [labels[which][i] for i in at]
+        chosen = [rows[which][i] for i in at]
+        items = Picked(Column(tables[which].select_columns([image]), image), chosen)
+        found = labels and [labels[which][i] for i in chosen]
         same = groups and [groups[i + which * n] for i in at]
-        return DecodedImages(Column(table, image), decoder, found, captions, same)
+        return DecodedImages(items, decoder, found, texts and [texts[which][i] for i in at], same)
 
     title = name.rstrip("/").rpartition("/")[2]
     return Data(title, part(*sides[0]), part(*sides[1]), (size, size), names, flip=caption is None, notes=notes)

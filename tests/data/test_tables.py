@@ -242,6 +242,34 @@ def test_repeated_images_of_a_table_stay_on_one_side(tmp_path):
     assert not data.flip
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_lists_of_captions_and_rows_without_one(tmp_path, stream):
+    rows = {
+        "image": [png(i) for i in range(12)],
+        "caption": [[f"{k} of {i}" for k in range(3)] if i != 4 else [None, " "] for i in range(12)],
+    }
+    features = datasets.Features({"image": datasets.Image(), "caption": [datasets.Value("string")]})
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / f"{split}.parquet"))
+    if not stream:
+        (tmp_path / "test.parquet").unlink()
+        data = load_data(f"hf:{tmp_path}", 8)
+        assert (len(data.train), len(data.test)) == (30, 3)
+        assert data.test.captions == ["0 of 10", "1 of 10", "2 of 10"]
+        assert data.train.captions[:4] == ["0 of 0", "1 of 0", "2 of 0", "0 of 1"]
+        assert "1 rows without a caption" in data.summary()
+        assert len(set(data.train.groups)) == 10
+        return
+    data = load_data(f"hf-stream:{tmp_path}", 8)
+    assert data.test.captions == [f"0 of {i}" for i in range(12) if i != 4]
+    with pytest.warns(UserWarning, match="examples without a caption are left out"):
+        batches = list(data.train.batches(12, 0, 8, 0))
+    said = [caption for batch in batches for caption in batch["caption"]]
+    assert len(said) == 96
+    assert len(set(said)) > 24  # not the first of each alone
+    assert all(" of " in caption for caption in said)
+
+
 def test_images_on_both_sides_of_given_splits_are_counted(tmp_path):
     save(tmp_path / "train.parquet", range(12))
     save(tmp_path / "test.parquet", range(8, 14))
@@ -265,7 +293,7 @@ def test_a_damaged_image_of_a_table_is_left_out(tmp_path):
     rows = {"image": [png(i) if i != 2 else {"bytes": b"rubbish", "path": None} for i in range(12)], "label": [i % 2 for i in range(12)]}
     datasets.Dataset.from_dict(rows, features=CLASSES).to_parquet(str(tmp_path / "train.parquet"))
     data = load_data(f"hf:{tmp_path}", 8)
-    with pytest.warns(UserWarning, match="skipped item 2: UnidentifiedImageError"):
+    with pytest.warns(UserWarning, match="skipped row 2: UnidentifiedImageError"):
         batch = data.train.fetch(range(len(data.train)))
     assert 2 not in batch["index"].tolist()
 
