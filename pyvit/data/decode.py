@@ -121,6 +121,9 @@ class ImageDecoder:
     def __init__(self, size: int, centre: float = CENTRE) -> None:
         self.shape, self.centre = (3, size, size), centre
 
+    def centred(self, centre: float) -> ImageDecoder:
+        return ImageDecoder(self.shape[1], centre)
+
     def whole(self, source: Any) -> Tensor:
         return decode_image(source, self.shape[1], self.centre)
 

@@ -138,6 +138,13 @@ def _splits(tree: Tree, notes: list[str]) -> tuple[Tree, Tree | None]:
     for names in (train, *(found[kind] for kind in HELD_OUT)):
         if len(names) > 1:
             raise ValueError(f"data: {tree.path} must have one folder to train on and one to hold out, got {', '.join(names)}")
+    if train and held and len(tree.folders[train[0]].folders) > 1:
+        # A held-out folder without classes, such as a competition's test images, tells nothing about a classifier.
+        flat = [name for name in held if not tree.folders[name].folders]
+        held = [name for name in held if name not in flat]
+        notes += [f"left out: {name}, {_count(tree.folders[name])} images without class folders" for name in flat]
+        if not held:
+            return tree.folders[train[0]], None
     if train and held:
         for name in (*held[1:], *others):
             notes.append(f"left out: {name}, {_count(tree.folders[name])} images beside {train[0]} and {held[0]}")

@@ -54,6 +54,7 @@ def test_the_folder_says_what_the_network_takes(run):
     assert kept["size"] == [32, 32]
     assert len(kept["mean"]) == len(kept["std"]) == 3
     assert kept["images"] == ["14", "2"]
+    assert kept["centre"] == 0.875
 
 
 def test_a_relative_path_is_found_from_elsewhere(tmp_path, monkeypatch):
@@ -148,6 +149,8 @@ def test_a_vocabulary_is_kept_with_the_run(tmp_path):
     (tmp_path / "vocabulary.json").unlink()
     recipe, data = load_run(tmp_path / "run")
     assert recipe.evaluate(data) == pytest.approx(results)
+    other = load_run(tmp_path / "run", str(shades(tmp_path / "other")))[1]
+    assert other.test.decoder.centre == other.train.decoder.centre == 1.0  # as the run's own images were seen, not a folder's 0.875
 
 
 def test_unreadable_images_are_counted_at_the_end(tmp_path, capsys):
