@@ -95,12 +95,24 @@ def choose_splits(loaded: dict[str, Any], name: str, split: str, notes: list[str
     train = split or "train"
     if train not in loaded:
         raise ValueError(f"data: hf:{name} must have the split {train!r}, got {', '.join(loaded)}; name one as hf:{name}:SPLIT")
-    held = next((s for s in _HELD if s in loaded and s != train), None)
+    held = next((s for s in _HELD if s in loaded and s != train and _has_labels(loaded[train], loaded[s])), None)
     others = [s for s in loaded if s not in (train, held)]
-    notes.append(f"trained on the split {train}, " + (f"held out: {held}" if held else "one image in ten is held out"))
+    notes.append(f"trained on the split {train}, " + (f"held out: {held}" if held else "a part of it is held out"))
     if others:
         notes.append(f"not used: the split{'s' if len(others) > 1 else ''} {', '.join(others)}")
     return loaded[train], None if held is None else loaded[held]
+
+
+def _has_labels(train: Any, held: Any) -> bool:
+    """Whether a held-out split can be measured on: not the test part of a competition, whose labels are -1 or missing."""
+    label = columns_of("", train.column_names)[1] if train.column_names else None
+    if label is None or not held.column_names:
+        return True
+    if label not in held.column_names:
+        return False
+    first = held.select_columns([label])
+    rows = first.take(512) if hasattr(first, "take") else first
+    return any(row[label] not in (None, -1) for row in rows)
 
 
 def columns_of(spec: str, columns: Sequence[str]) -> tuple[str, str | None, str | None]:
@@ -207,7 +219,7 @@ def hugging_face(spec: str, size: int) -> Data:
     image, label, caption = columns_of(spec, train.column_names)
     tables = [undecoded(table, image) for table in (train, held) if table is not None]
     for table in tables[1:]:
-        if lacking := [c for c in (image, label, caption) if c and c not in table.column_names]:
+        if lacking := [c for c in (image, caption) if c and c not in table.column_names]:
             raise ValueError(f"data: the held-out split of hf:{name} must have the columns of the other, {', '.join(lacking)} is missing")
     rows, texts = _rows(tables, caption, notes)
     if not all(rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -74,8 +75,10 @@ def scan(path: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Tree:
                     seen = entry.stat()
                     if (seen.st_dev, seen.st_ino) in above:
                         tree.left_out[f"link {name} to a folder above it"] += 1
-                    else:
-                        tree.folders[name] = scan(path / name, above)
+                    elif (known := unicodedata.normalize("NFC", name)) in tree.folders:
+                        raise ValueError(f"data: {path} has two folders {known!r}, written in different ways")
+                    else:  # one name, whichever way the system writes its accents
+                        tree.folders[known] = scan(path / name, above)
                 elif entry.is_file():
                     tree.files.append(path / name)
                 else:

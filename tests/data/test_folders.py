@@ -281,6 +281,17 @@ def test_names_that_are_no_text_are_read_and_shown_safely(tmp_path):
         data.train.fetch([0])
 
 
+def test_accents_may_be_written_in_two_ways(tmp_path):
+    classes(tmp_path / "train", ("caf\u00e9", "th\u00e9"))
+    classes(tmp_path / "val", ("cafe\u0301", "the\u0301"), seed=50)
+    data = read(tmp_path)
+    assert data.classes == ["caf\u00e9", "th\u00e9"]
+    assert data.test.labels == [0, 0, 0, 1, 1, 1]
+    classes(tmp_path / "train", ("cafe\u0301",))
+    with pytest.raises(ValueError, match="written in different ways"):
+        read(tmp_path)
+
+
 def test_no_image_at_all_names_what_is_there(tmp_path):
     (tmp_path / "a.flac").write_bytes(b"x")
     with pytest.raises(FileNotFoundError, match=r"there are 1 .flac files"):

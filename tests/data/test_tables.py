@@ -223,6 +223,17 @@ def test_labels_that_are_none_are_refused(tmp_path, labels, message):
         load_data(f"hf:{tmp_path}", 8)
 
 
+@pytest.mark.parametrize("stream", ["hf", "hf-stream"])
+def test_a_test_split_without_labels_is_not_measured_on(tmp_path, stream):
+    numbers = range(20) if stream == "hf" else range(600)
+    save(tmp_path / "train.parquet", numbers)
+    save(tmp_path / "test.parquet", range(1050, 1056), labels=[-1] * 6)
+    data = load_data(f"{stream}:{tmp_path}", 8)
+    assert set(data.test.labels) == {0, 1}
+    assert len(data.test) == (2 if stream == "hf" else 512)
+    assert "not used: the split test" in data.summary()
+
+
 def test_held_out_labels_must_be_known(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
     save(tmp_path / "train.parquet", range(4), labels=list("abab"), features=features)
