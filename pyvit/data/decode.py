@@ -38,8 +38,8 @@ def open_image(source: Any) -> AbstractContextManager[Any]:
 def _orientation(image: Any) -> int:
     """EXIF's number for how the camera was held, 1 for upright. Damaged EXIF says nothing of the pixels, which may be whole."""
     if image.format not in ("JPEG", "MPO"):
-        # Only these are decoded at a fraction of their size, later. Pillow turns a TIFF itself when it loads it, and forgets the number; and
-        # it loads a PNG for its EXIF, after which one that could not be decoded looks as if it had been.
+        # Only these are decoded at a fraction of their size, later. Pillow turns a TIFF itself when it loads it, and forgets the number;
+        # and it loads a PNG for its EXIF, after which one that could not be decoded looks as if it had been.
         image.load()
     try:
         return int(image.getexif().get(0x0112, 1))
@@ -120,6 +120,9 @@ class ImageDecoder:
 
     def __init__(self, size: int, centre: float = CENTRE) -> None:
         self.shape, self.centre = (3, size, size), centre
+
+    def centred(self, centre: float) -> ImageDecoder:
+        return ImageDecoder(self.shape[1], centre)
 
     def whole(self, source: Any) -> Tensor:
         return decode_image(source, self.shape[1], self.centre)

@@ -78,8 +78,8 @@ class DecodedImages(Images):
         return DecodedImages(items, self.decoder, pick(self.labels), pick(self.captions), pick(self.groups))
 
     def identity(self) -> Any:
-        items = list(map(str, self.items)) if isinstance(self.items, list) else len(self)
-        return items, self.labels, self.captions
+        names = self.items if isinstance(self.items, list) else ()
+        return len(self), ["/".join(Path(i).parts[-3:]) for i in names if isinstance(i, (str, Path))], self.labels, self.captions
 
     @property
     def bad(self) -> dict[int, str]:
@@ -104,7 +104,8 @@ class DecodedImages(Images):
             raise  # Pillow is missing: that is no file's fault
         except Exception as error:
             item = self.items[at] if isinstance(self.items, list) else None
-            where = str(item) if isinstance(item, (str, Path)) else f"item {at}"
+            row = self.items.at[at] if isinstance(self.items, Picked) else at
+            where = str(item) if isinstance(item, (str, Path)) else f"row {row}"
             problems[at] = f"{where}: {type(error).__name__}: {error}"
             if get_worker_info() is None:
                 self.note({at: problems.pop(at)})

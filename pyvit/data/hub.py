@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyvit.data.decode import CENTRE, ImageDecoder
-from pyvit.data.files import DecodedImages
+from pyvit.data.files import DecodedImages, Picked
 from pyvit.data.sets import Data, Images
 from pyvit.data.split import COMPARED, HELD_OUT, TRAIN, digest, group_equal, hold_out, on_both_sides
 
@@ -57,6 +57,9 @@ def _open(datasets: Any, name: str, streaming: bool, notes: list[str]) -> dict[s
         )
         if files:
             return dict(datasets.load_dataset(kind, data_files=_by_split(files, root, notes), streaming=streaming))
+    odd = [p.name for p in root.iterdir() if p.is_dir() and p.name.lower() in (*TRAIN, *HELD_OUT) and p.name != p.name.lower()]
+    if odd:  # of which datasets would make one split, the held-out images in it
+        raise ValueError(f"the folders of splits must be in lower case, got {', '.join(sorted(odd))}; or give the folder without hf:")
     return dict(datasets.load_dataset("imagefolder", data_dir=str(root), streaming=streaming))
 
 
@@ -92,12 +95,24 @@ def choose_splits(loaded: dict[str, Any], name: str, split: str, notes: list[str
     train = split or "train"
     if train not in loaded:
         raise ValueError(f"data: hf:{name} must have the split {train!r}, got {', '.join(loaded)}; name one as hf:{name}:SPLIT")
-    held = next((s for s in _HELD if s in loaded and s != train), None)
+    held = next((s for s in _HELD if s in loaded and s != train and _has_labels(loaded[train], loaded[s])), None)
     others = [s for s in loaded if s not in (train, held)]
-    notes.append(f"trained on the split {train}, " + (f"held out: {held}" if held else "one image in ten is held out"))
+    notes.append(f"trained on the split {train}, " + (f"held out: {held}" if held else "a part of it is held out"))
     if others:
         notes.append(f"not used: the split{'s' if len(others) > 1 else ''} {', '.join(others)}")
     return loaded[train], None if held is None else loaded[held]
+
+
+def _has_labels(train: Any, held: Any) -> bool:
+    """Whether a held-out split can be measured on: not the test part of a competition, whose labels are -1 or missing."""
+    label = columns_of("", train.column_names)[1] if train.column_names else None
+    if label is None or not held.column_names:
+        return True
+    if label not in held.column_names:
+        return False
+    first = held.select_columns([label])
+    rows = first.take(512) if hasattr(first, "take") else first
+    return any(row[label] not in (None, -1) for row in rows)
 
 
 def columns_of(spec: str, columns: Sequence[str]) -> tuple[str, str | None, str | None]:
@@ -175,6 +190,24 @@ def _labels(tables: Sequence[Any], column: str, name: str) -> tuple[list[list[in
     return [[number[v] for v in part] for part in values], [str(v) for v in known]
 
 
+def caption_texts(value: Any) -> list[str]:
+    """The captions of one example, of which it may have a list; empty ones are none."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if unfit := [v for v in values if not (v is None or isinstance(v, str))]:
+        raise ValueError(f"data: captions must be text or lists of texts, got {type(unfit[0]).__name__}")
+    return [text for text in values if text and text.strip()]
+
+
+def _rows(tables: Sequence[Any], caption: str | None, notes: list[str]) -> tuple[list[list[int]], list[list[str]] | None]:
+    """For each table the rows of its items, and their captions: a row with several is several items, one without is none."""
+    if caption is None:
+        return [list(range(len(table))) for table in tables], None
+    texts = [[caption_texts(value) for value in table[caption]] for table in tables]
+    if without := sum(not each for part in texts for each in part):
+        notes.append(f"left out: {without} rows without a caption")
+    return [[i for i, each in enumerate(part) for _ in each] for part in texts], [[t for each in part for t in each] for part in texts]
+
+
 def hugging_face(spec: str, size: int) -> Data:
     """ "NAME[:SPLIT]": a hub name, or a folder of parquet files, of WebDataset shards, of a saved data set, or of images with metadata.
 
@@ -186,26 +219,32 @@ def hugging_face(spec: str, size: int) -> Data:
     image, label, caption = columns_of(spec, train.column_names)
     tables = [undecoded(table, image) for table in (train, held) if table is not None]
     for table in tables[1:]:
-        if lacking := [c for c in (image, label, caption) if c and c not in table.column_names]:
+        if lacking := [c for c in (image, caption) if c and c not in table.column_names]:
             raise ValueError(f"data: the held-out split of hf:{name} must have the columns of the other, {', '.join(lacking)} is missing")
+    rows, texts = _rows(tables, caption, notes)
+    if not all(rows):
+        raise ValueError(f"data: hf:{name} must have {'captions' if caption else 'examples'} in every split, one has none")
     labels, names = _labels(tables, label, name) if label else (None, None)
     groups = _groups(tables, image, notes)
-    decoder = ImageDecoder(size, CENTRE if caption is None else 1.0)
-    n = len(tables[0])
+    if groups is not None:
+        groups = [groups[i + (len(tables[0]) if which else 0)] for which, part in enumerate(rows) for i in part]
+    n = len(rows[0])
     if held is None:
-        train_at, test_at = hold_out(groups or range(n), labels and labels[0], names, range(n), notes)
-        sides = (0, train_at), (0, test_at)
+        known = [labels[0][i] for i in rows[0]] if labels else None
+        train_at, test_at = hold_out(groups or rows[0], known, names, rows[0], notes)
+        sides = [(0, train_at), (0, test_at)]
     else:
-        sides = (0, list(range(n))), (1, list(range(len(tables[1]))))
+        sides = [(which, list(range(len(part)))) for which, part in enumerate(rows)]
         if groups is not None:
             on_both_sides(groups[:n], groups[n:], notes)
+    decoder = ImageDecoder(size, CENTRE if caption is None else 1.0)
 
     def part(which: int, at: list[int]) -> Images:
-        table = tables[which].select(at)
-        captions = [str(text) for text in table[caption]] if caption else None
-        found = labels and [labels[which][i] for i in at]
+        chosen = [rows[which][i] for i in at]
+        items = Picked(Column(tables[which].select_columns([image]), image), chosen)
+        found = labels and [labels[which][i] for i in chosen]
         same = groups and [groups[i + which * n] for i in at]
-        return DecodedImages(Column(table, image), decoder, found, captions, same)
+        return DecodedImages(items, decoder, found, texts and [texts[which][i] for i in at], same)
 
     title = name.rstrip("/").rpartition("/")[2]
     return Data(title, part(*sides[0]), part(*sides[1]), (size, size), names, flip=caption is None, notes=notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -74,8 +75,10 @@ def scan(path: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Tree:
                     seen = entry.stat()
                     if (seen.st_dev, seen.st_ino) in above:
                         tree.left_out[f"link {name} to a folder above it"] += 1
-                    else:
-                        tree.folders[name] = scan(path / name, above)
+                    elif (known := unicodedata.normalize("NFC", name)) in tree.folders:
+                        raise ValueError(f"data: {path} has two folders {known!r}, written in different ways")
+                    else:  # one name, whichever way the system writes its accents
+                        tree.folders[known] = scan(path / name, above)
                 elif entry.is_file():
                     tree.files.append(path / name)
                 else:
@@ -138,6 +141,13 @@ def _splits(tree: Tree, notes: list[str]) -> tuple[Tree, Tree | None]:
     for names in (train, *(found[kind] for kind in HELD_OUT)):
         if len(names) > 1:
             raise ValueError(f"data: {tree.path} must have one folder to train on and one to hold out, got {', '.join(names)}")
+    if train and held and len(tree.folders[train[0]].folders) > 1:
+        # A held-out folder without classes, such as a competition's test images, tells nothing about a classifier.
+        flat = [name for name in held if not tree.folders[name].folders]
+        held = [name for name in held if name not in flat]
+        notes += [f"left out: {name}, {_count(tree.folders[name])} images without class folders" for name in flat]
+        if not held:
+            return tree.folders[train[0]], None
     if train and held:
         for name in (*held[1:], *others):
             notes.append(f"left out: {name}, {_count(tree.folders[name])} images beside {train[0]} and {held[0]}")

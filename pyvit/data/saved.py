@@ -38,6 +38,7 @@ def describe(data: Data, source: str) -> dict[str, Any]:
         "std": list(data.std),
         "sound": data.sound,
         "flip": data.flip,
+        "centre": getattr(getattr(data.test, "decoder", None), "centre", None),
         "captioned": data.train.captions is not None,
         "images": [data.train.counted(), data.test.counted()],
         "fingerprint": data.fingerprint(),

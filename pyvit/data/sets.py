@@ -66,6 +66,13 @@ class Images(Dataset[Batch]):
             found.labels = labels if isinstance(self.labels, Tensor) else labels.tolist()
         return found
 
+    def centred(self, centre: float | None) -> Images:
+        """These images, evaluated in ``centre`` of their middle, see :class:`pyvit.data.decode.ImageDecoder`; None changes nothing."""
+        found = copy.copy(self)
+        if centre is not None and hasattr(decoder := getattr(self, "decoder", None), "centred"):
+            found.decoder = decoder.centred(centre)  # type: ignore[union-attr]
+        return found
+
     def counted(self) -> str:
         """How many there are, as far as that is known."""
         return str(len(self))
@@ -257,6 +264,8 @@ def load_data(spec: str, size: int | None = None, validation: float = 0.0, **opt
 
     Raises ValueError for a name that is neither, FileNotFoundError for a path that is not there.
     """
+    if not spec.strip() or spec in ("hf:", "hf-stream:"):
+        raise ValueError(f"data: must name a folder, a table of captions, a Hugging Face set or one that is built in, got {spec!r}")
     if validation:
         return load_data(spec, size, **options).validation(validation)
     builtin = _builtin()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from pyvit.data.crops import Crop, generator
 from pyvit.data.decode import CENTRE, ImageDecoder
 from pyvit.data.files import TOLERATED, TOLERATED_FILES, DecodedImages, Decoder, stack_views
-from pyvit.data.hub import choose_splits, columns_of, open_hugging_face, split_spec, undecoded
+from pyvit.data.hub import caption_texts, choose_splits, columns_of, open_hugging_face, split_spec, undecoded
 from pyvit.data.sets import Batch, Data, Images
 
 #: Examples that are shuffled among each other, held out where there is no split for it, and read for nearest neighbours.
@@ -86,9 +87,9 @@ class Stream(Images):
 
     def hold(self, rows: Any) -> DecodedImages:
         """``rows`` of the same columns as images that can be fetched."""
-        rows = list(rows)
+        rows = [row for row in rows if not self.caption or caption_texts(row[self.caption])]
         labels = [self._label(row) for row in rows] if self.label else None
-        captions = [str(row[self.caption]) for row in rows] if self.caption else None
+        captions = [self._caption(row) for row in rows] if self.caption else None
         return DecodedImages([row[self.image] for row in rows], self.decoder, labels, captions)
 
     def _label(self, row: dict[str, Any]) -> int:
@@ -96,6 +97,11 @@ class Stream(Images):
         if not isinstance(value, int) or not 0 <= value < self.classes:
             raise ValueError(f"data: labels of {self.name} must be in 0..{self.classes - 1}, got {value!r}")
         return value
+
+    def _caption(self, row: dict[str, Any], draw: random.Random | None = None) -> str:
+        """The example's caption; of several one drawn at random, or the first."""
+        texts = caption_texts(row[self.caption])
+        return texts[0] if draw is None else draw.choice(texts)
 
     def batches(
         self,
@@ -121,6 +127,9 @@ class Stream(Images):
             number = 0
             try:
                 for row in split_dataset_by_node(shuffled, rank, world):
+                    if self.caption and not caption_texts(row[self.caption]):
+                        warnings.warn(f"{self.name}: examples without a caption are left out", stacklevel=2)
+                        continue
                     number += 1
                     yield row
             except Exception as error:  # a damaged shard, a connection that breaks: datasets raises what its readers raise
@@ -131,10 +140,13 @@ class Stream(Images):
     def read(self, rows: list[dict[str, Any]], first: int, crops: Mapping[str, Crop] | None = None, seed: int = 0, rank: int = 0) -> Batch:
         """Decode ``rows``, of which the first is number ``first`` of this rank's stream."""
         found: list[dict[str, list[Tensor]] | None] = []
+        captions: list[str] = []
         problems: dict[int, str] = {}
         for number, row in enumerate(rows, first):
+            draw = generator(seed, rank, number)
+            captions.append(self._caption(row, draw) if self.caption else "")
             try:
-                views = self.decoder.views(row[self.image], crops, generator(seed, rank, number)) if crops else None
+                views = self.decoder.views(row[self.image], crops, draw) if crops else None
                 found.append(views or {"image": [self.decoder.whole(row[self.image])]})
             except ImportError:
                 raise
@@ -159,7 +171,7 @@ class Stream(Images):
         if self.label:
             batch["label"] = torch.tensor([self._label(rows[i]) for i in at], device="cpu")
         if self.caption:
-            batch["caption"] = [str(rows[i][self.caption]) for i in at]
+            batch["caption"] = [captions[i] for i in at]
         return batch
 
 

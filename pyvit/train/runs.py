@@ -55,7 +55,8 @@ def _images(config: Any, kept: dict[str, Any] | None, data: str | None, trained_
     if found.sound != trained_on.sound:
         kinds = [("spectrograms" if each.sound else "images") for each in (trained_on, found)]
         raise ValueError(f"data: the run was trained on {kinds[0]}, {found.name} has {kinds[1]}")
-    return found
+    centre = (kept or {}).get("centre")
+    return dataclasses.replace(found, train=found.train.centred(centre), test=found.test.centred(centre))
 
 
 def _read(path: Path) -> dict[str, Any]:

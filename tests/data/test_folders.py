@@ -195,12 +195,23 @@ def test_held_out_classes_must_be_known_and_keep_their_numbers(tmp_path):
         read(tmp_path)
 
 
-def test_class_folders_on_one_side_alone_give_no_classes(tmp_path):
+def test_held_out_images_without_classes_are_left_out(tmp_path):
     classes(tmp_path / "train")
-    picture(tmp_path / "val" / "0.png", 70)
+    picture(tmp_path / "test" / "0.png", 70)
+    data = read(tmp_path)
+    assert data.classes == ["cat", "dog"]
+    assert (len(data.train), len(data.test)) == (4, 2)
+    assert "left out: test, 1 images without class folders" in data.summary()
+
+
+def test_training_images_without_classes_have_none(tmp_path):
+    classes(tmp_path / "val")
+    for i in range(3):
+        picture(tmp_path / "train" / f"{i}.png", 70 + i)
     data = read(tmp_path)
     assert data.classes is None
-    assert "train has class folders and val has no class folders" in data.summary()
+    assert (len(data.train), len(data.test)) == (3, 6)
+    assert "train has no class folders and val has class folders" in data.summary()
 
 
 def test_the_split_does_not_depend_on_the_order_of_files(tmp_path, monkeypatch):
@@ -268,6 +279,17 @@ def test_names_that_are_no_text_are_read_and_shown_safely(tmp_path):
     (Path(data.train.items[0])).write_bytes(b"x")
     with pytest.warns(UserWarning, match="skipped"):
         data.train.fetch([0])
+
+
+def test_accents_may_be_written_in_two_ways(tmp_path):
+    classes(tmp_path / "train", ("caf\u00e9", "th\u00e9"))
+    classes(tmp_path / "val", ("cafe\u0301", "the\u0301"), seed=50)
+    data = read(tmp_path)
+    assert data.classes == ["caf\u00e9", "th\u00e9"]
+    assert data.test.labels == [0, 0, 0, 1, 1, 1]
+    classes(tmp_path / "train", ("cafe\u0301",))
+    with pytest.raises(ValueError, match="written in different ways"):
+        read(tmp_path)
 
 
 def test_no_image_at_all_names_what_is_there(tmp_path):

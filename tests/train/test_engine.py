@@ -191,6 +191,7 @@ def test_unknown_options_are_refused(recipe, tmp_path):
         ({"epochs": -1.0}, "epochs must be above 0, got -1.0"),
         ({"recipe": "sleep"}, "recipe must be one of"),
         ({"data": "nowhere"}, "data: must be a folder"),
+        ({"data": ""}, "data: must name a folder"),
         ({"batch_size": 5000}, "batch_size must be at most the 1442 images"),
         ({"batch_size": 15, "accumulate": 2}, "batch_size must be"),
         ({"model": "vit_huge"}, "name must be a registered model"),
