@@ -68,7 +68,9 @@ class FileTokenizer:
         self.end: int = named["eos_token"] if self._appends else last  # type: ignore[assignment]
         room = context_length - self._appends
         if room <= added:
-            raise ValueError(f"tokenizer: context_length must be above {added + self._appends}, the tokens {path} adds, got {context_length}")
+            raise ValueError(
+                f"tokenizer: context_length must be above {added + self._appends}, the tokens {path} adds, got {context_length}"
+            )
         tokenizer.enable_truncation(room)
         self._left = padding.get("direction") == "left"
         self.pad: int = next(i for i in (padding.get("pad_id"), named["pad_token"], self.end) if i is not None)

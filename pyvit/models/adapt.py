@@ -15,14 +15,18 @@ from pyvit.models.facts import Facts
 from pyvit.nn import WindowAttention, WindowAttentionV2, resample_positions
 
 #: First convolutions, whose input channels are the image's.
-_STEM = re.compile(r"(.*\.)?(patch_embed\.(proj|backbone\.(stem\.)?conv|backbone\.convs\.0)|visual\.conv1|encoder\.conv1|(?<![\w.])conv1)\.weight")
+_STEM = re.compile(
+    r"(.*\.)?(patch_embed\.(proj|backbone\.(stem\.)?conv|backbone\.convs\.0)|visual\.conv1|encoder\.conv1|(?<![\w.])conv1)\.weight"
+)
 
 
 class Unknown(ValueError):
     """Nothing tells the grid of a table that has the model's number of entries and, it may be, another aspect."""
 
 
-def adapt(model: nn.Module, state: dict[str, Tensor], target: Mapping[str, Tensor], facts: Facts, square: bool) -> tuple[list[str], list[str]]:
+def adapt(
+    model: nn.Module, state: dict[str, Tensor], target: Mapping[str, Tensor], facts: Facts, square: bool
+) -> tuple[list[str], list[str]]:
     """Fit what is in ``state`` to the model, in place; returns what was done, and what cannot be fitted with the reason.
 
     ``facts``: what the file says about its modules. ``square``: tables of which it says nothing are of square grids.
@@ -99,7 +103,9 @@ def _grid(n: int, tokens: Sequence[int], known: Any, new: Sequence[int], own: in
     if n == area + own and new[0] != new[1] and not square:
         if _is_square(area):
             side = math.isqrt(area)
-            raise Unknown(f"of {area} patches: the file does not say whether they are {side}x{side} or {_names(new)}; give grid=(rows, columns)")
+            raise Unknown(
+                f"of {area} patches: the file does not say whether they are {side}x{side} or {_names(new)}; give grid=(rows, columns)"
+            )
         return tuple(new), own
     for there in tokens:
         if _is_square(n - there):
@@ -189,6 +195,8 @@ def resample_patch(weight: Tensor, size: Sequence[int]) -> Tensor:
     """
     old = weight.shape[2:]
     basis = torch.eye(old[0] * old[1]).view(-1, 1, *old)
-    resize = F.interpolate(basis, size=tuple(size), mode="bicubic", antialias=True).flatten(1)  # (old area, new area): row i is pixel i resized
+    resize = F.interpolate(basis, size=tuple(size), mode="bicubic", antialias=True).flatten(
+        1
+    )  # (old area, new area): row i is pixel i resized
     found = weight.float().flatten(2) @ torch.linalg.pinv(resize).T  # (D, C, new area)
     return found.view(*weight.shape[:2], *size).to(weight.dtype)

@@ -63,7 +63,6 @@ class LoadReport:
                 lines.append(f"  {name} ({len(keys)}): {', '.join(fold(keys))}")
         return "\n".join(lines)
 
-
     def summary(self) -> str:
         """The report with the names of one part of the model as one: what was loaded, resampled, left as initialised, not used."""
         lines = [f"{self.format} checkpoint: {len(self.loaded)} parameters loaded"]

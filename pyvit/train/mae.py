@@ -57,7 +57,9 @@ class MAE(Recipe):
             **decoder,
             "norm_pix_loss": self.opt["norm_pix"],
         }
-        self.model = MaskedAutoencoder(**{**wanted, **found.changed, **{k: v for k, v in parse(config.set, "set").items() if k in self.adds}})
+        self.model = MaskedAutoencoder(
+            **{**wanted, **found.changed, **{k: v for k, v in parse(config.set, "set").items() if k in self.adds}}
+        )
         self.model.set_grad_checkpointing(config.checkpointing)
         if config.init is not None:
             initialise(self.model, config.init)

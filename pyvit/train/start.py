@@ -31,7 +31,9 @@ def check_model(recipe: Any, config: Config) -> None:
     name = config.model or ""
     settings_of(name)
     if not recipe.fits(name):
-        families = sorted({fitting.split("_")[0] + "_*" if "_" in fitting else fitting for fitting in list_models() if recipe.fits(fitting)})
+        families = sorted(
+            {fitting.split("_")[0] + "_*" if "_" in fitting else fitting for fitting in list_models() if recipe.fits(fitting)}
+        )
         raise ValueError(f"{config.recipe}: model must be {recipe.takes}, one of {', '.join(families)}; got {name}")
     chosen = parse(config.set, "set")
     found = encoder(name, chosen) if recipe.encodes else None
@@ -88,7 +90,7 @@ def inherit(config: Config, recipe: Any) -> Config:
 def adopt(config: Config, recipe: Any) -> Config:
     """``config`` with the settings that show in the weights of ``--init`` and that nothing else gives, as entries of ``set``.
 
-    LayerScale, registers, gated MLPs, biases, norms, pooling: what a model needs to take the weights. Settings that the recipe decides stay.
+    LayerScale, registers, gated MLPs, biases, norms, pooling: what a model needs to take the weights. What the recipe decides stays.
     """
     if config.init is None or not recipe.encodes:
         return config
