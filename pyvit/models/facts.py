@@ -37,7 +37,7 @@ def describe(model: nn.Module) -> Facts:
         held = {name: plain(getattr(module, name)) for name in NAMES if hasattr(module, name) and not callable(getattr(module, name))}
         if not held.get("activation", True):  # a linear layer without one
             del held["activation"]
-        if "stride" in held:  # of patches that overlap, else it follows from their size
+        if hasattr(module, "patch_size") and "stride" in held:  # of patches that overlap, else it follows from their size
             held["stride"] = None if module.stride == module.patch_size else held["stride"]
         if held:
             found[path] = held

@@ -17,11 +17,12 @@ from pyvit.models.checkpoints import CheckpointError, LoadReport, load_checkpoin
 from pyvit.models.encoders import encoder, parameters
 from pyvit.models.infer import infer, structure
 from pyvit.models.registry import create_model, list_models, settings_of
+from pyvit.models.vit import VisionTransformer
 from pyvit.train.config import Config, parse
 from pyvit.train.log import say
 
-#: What may differ from the weights that a run starts from: heads, the norm between pooling and head, what pre-training adds.
-HEADS = (r"head(_dist)?\..*", r"fc\..*", r"fc_norm\..*", r"mask_token", r"decoder_.*")
+#: What may differ from the weights that a run starts from: heads, pooling and the norm before them, what pre-training adds.
+HEADS = (r"head(_dist)?\..*", r"fc\..*", r"fc_norm\..*", r"attn_pool\..*", r"mask_token", r"decoder_.*")
 
 
 def check_model(recipe: Any, config: Config) -> None:
@@ -95,7 +96,8 @@ def adopt(config: Config, recipe: Any) -> Config:
     if config.init is None or not recipe.encodes:
         return config
     found = encoder(config.model or "", parse(config.set, "set"))
-    assert found is not None  # see check_model
+    if found is None or not issubclass(found.constructor, VisionTransformer):
+        return config
     shown = structure(open_source(config.init))
     defaults = {p.name: p.default for each in inspect.getmro(found.constructor) if each is not nn.Module and "__init__" in vars(each)
                 for p in inspect.signature(each.__init__).parameters.values()}  # fmt: skip
