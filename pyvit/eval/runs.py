@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,7 @@ def load_run(folder: str | Path, data: str | None = None) -> tuple[Any, Data]:
         raise FileNotFoundError(f"run: {folder} must hold config.json and model.safetensors, as a finished 'pyvit train' leaves them")
     from safetensors.torch import load_file
 
-    # What the run began with is in its weights, and in its settings; the file that --init named need not be there any more.
-    config = dataclasses.replace(Config(**json.loads((folder / "config.json").read_text())), init=None)
+    config = Config(**json.loads((folder / "config.json").read_text()))
     own = load_data(config.data, config.image_size, config.validation)
     torch.manual_seed(config.seed)
     recipe = load_recipe(config.recipe)(config, own)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyvit.models import swin, vit
+from pyvit.models.audio import AudioSpectrogramTransformer
 from pyvit.models.checkpoints import LoadReport, Source, load_checkpoint, open_source, recognise, to_native
 from pyvit.models.clip import clip_vit, siglip_vit
 from pyvit.models.deit import DistilledVisionTransformer
@@ -81,7 +82,10 @@ def infer(state: Mapping[str, Tensor], facts: Facts | None = None) -> tuple[Any,
         settings = _vit(state, "", lookup(facts or {}, "", "grid"))
         if "decoder_embed.weight" in state:
             return MaskedAutoencoder, settings | _decoder(state)
-        return DistilledVisionTransformer if "head_dist.weight" in state else vit.VisionTransformer, settings
+        if "dist_token" in state and "fc_norm.weight" in state:
+            return AudioSpectrogramTransformer, _spectrogram(settings, facts or {})
+        distilled = "head_dist.weight" in state or ("dist_token" in state and "head.weight" not in state)
+        return DistilledVisionTransformer if distilled else vit.VisionTransformer, settings
     raise ValueError(f"model_from_checkpoint: source is not a ViT, Swin or CLIP; its keys begin with {list(state)[:5]}")
 
 
@@ -144,6 +148,18 @@ def _vit(state: Mapping[str, Tensor], prefix: str, grid: Sequence[int] | None = 
         )
     side = math.isqrt(pos.shape[1] - found[0])
     return settings | {"img_size": (side * ph, side * pw), "no_embed_class": found[0] == 0}
+
+
+def _spectrogram(settings: dict[str, Any], facts: Facts) -> dict[str, Any]:
+    """Settings of an AST, whose two tokens are averaged; its patches may overlap, which no shape shows."""
+    grid, stride = lookup(facts, "", "grid"), lookup(facts, "patch_embed", "stride")
+    if grid is None:
+        raise ValueError(
+            "model_from_checkpoint: nothing tells the spectrogram's size and the stride of its patches: create the model by name"
+        )
+    stride = stride or settings["patch_size"]
+    size = tuple((n - 1) * s + p for n, s, p in zip(grid, stride, settings["patch_size"], strict=True))
+    return {**settings, "img_size": size, "patch_stride": tuple(stride), "global_pool": "token"}
 
 
 def _decoder(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -120,20 +121,28 @@ def _run_of(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def initialise(model: nn.Module, init: str, allow: Sequence[str] = ()) -> LoadReport:
+def initialise(model: nn.Module, init: str, allow: Sequence[str] = ()) -> LoadReport | None:
     """Load the weights that ``init`` holds for ``model`` and say what was done: a run's folder, or whatever :func:`load_checkpoint` reads.
+
+    None for an empty ``init``: a finished run that is loaded again, whose own weights follow.
 
     Heads alone may differ, and what ``allow`` names; a CLIP takes the weights of an image model into its image tower. The report says
     what was loaded, resampled, left as initialised and not used.
 
     Raises ValueError when the weights are of another model, with the names that differ, and for what is no file of weights.
     """
+    if not init:
+        return None
     source = open_source(init, model.state_dict().keys())
     target, note = model, ""
     two = hasattr(model, "visual")
     if two and not any(k.startswith(("text", "visual", "vision_model", "token_embedding", "logit")) for k in source.state):
         target, two, note = model.visual, False, "\n  the text tower stays as initialised"  # type: ignore[assignment]
         source = open_source(init, target.state_dict().keys())
+    if "norm.running_mean" in source.state:  # a linear probe's batch norm and the classifier of what it normalised
+        for key in [k for k in source.state if re.fullmatch(r"norm\.(running_(mean|var)|num_batches_tracked)|head\..*", k)]:
+            del source.state[key]
+        note += "\n  the probe's classifier is not used"
     unused = (r"norm\..*",) if isinstance(getattr(target, "norm", None), nn.Identity) else ()  # fc_norm takes its place
     try:
         report = load_checkpoint(target, source, allow=allow if two else (*HEADS, *unused, *allow))
