@@ -157,6 +157,10 @@ def test_an_end_is_added_where_the_file_adds_none(tmp_path):
     path = write_tokenizer(tmp_path / "bare", template=False, beside={"eos_token": "[END]", "pad_token": "[PAD]"})
     read = load_tokenizer(str(path), 5)
     assert read(["a b", "a b c d e f"]).tolist() == [[4, 5, 2, 3, 3], [4, 5, 6, 7, 2]]
+    (tmp_path / "alone.json").write_bytes(read.content())  # as a run keeps it
+    alone = load_tokenizer(str(tmp_path / "alone.json"), 5)
+    assert (alone.end, alone.pad) == (2, 3)
+    assert alone(["a b", "a b c d e f"]).tolist() == [[4, 5, 2, 3, 3], [4, 5, 6, 7, 2]]
     with pytest.raises(ValueError, match=r"ends texts with no token, and no eos_token is named"):
         load_tokenizer(str(write_tokenizer(tmp_path / "nothing", template=False)), 5)
 
