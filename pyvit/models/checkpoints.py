@@ -31,6 +31,9 @@ STEMS = ("patch_embed.proj.weight", "conv1.weight")
 #: Parameters a file may lack: timm's DINOv2 leaves the mask token out, old files the counters of batch norms.
 _OPTIONAL = (r"(.*\.)?mask_token", r".*num_batches_tracked")
 
+#: Wrappers of a model that may be given in its place, beside a compiled one.
+_WRAPPED = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
 #: Facts of which a difference is only noted, and facts by which tables are resampled.
 _NOTED, _RESAMPLED = ("eps",), ("grid", "window_size")
 
@@ -123,7 +126,7 @@ def load_checkpoint(
     channels, are resampled. A ViT takes the image tower of a CLIP.
 
     Args:
-        model: a model of :mod:`pyvit.models`.
+        model: a model of :mod:`pyvit.models`, compiled or wrapped for several processes or not.
         source: a file of ``torch.save`` (no code in it is run), ``.safetensors`` or OpenAI's TorchScript archives; a folder with one of
             them, of ``pyvit train``, transformers, timm or open_clip, whose configuration is read too; or a state dict, wrapped or not.
         strict: raise :class:`CheckpointError` if anything is missing, unexpected, of another shape, not finite, or if the file's
@@ -139,6 +142,8 @@ def load_checkpoint(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_checkpoint: model must be a torch.nn.Module, got {type(model).__name__}")
+    while (inner := getattr(model, "_orig_mod", None) or (model.module if isinstance(model, _WRAPPED) else None)) is not None:
+        model = inner
     target = model.state_dict()
     if any(v.is_meta for v in target.values()):
         raise ValueError("load_checkpoint: model is on the meta device, which holds no weights: model.to_empty(device='cpu') first")
@@ -168,7 +173,7 @@ def load_checkpoint(
             report.mismatched.append(f"{key} {tuple(value.shape)} for {tuple(target[key].shape)}")
         elif value.is_floating_point() != target[key].is_floating_point():
             report.mismatched.append(f"{key} {value.dtype} for {target[key].dtype}")
-        elif value.is_meta or not bool(torch.isfinite(value).all()):
+        elif value.is_meta or not _finite(value):
             report.not_finite.append(f"{key} (on the meta device)" if value.is_meta else key)
         else:
             chosen[key] = value
@@ -187,6 +192,10 @@ def load_checkpoint(
     for path, end in settings.items():
         model.get_submodule(path).eot = end  # type: ignore[assignment]
     return report
+
+
+def _finite(value: Tensor) -> bool:
+    return bool(torch.isfinite(value.float() if value.is_floating_point() and value.element_size() == 1 else value).all())
 
 
 def _settings(model: nn.Module, facts: Facts, report: LoadReport, head: bool) -> dict[str, int]:
