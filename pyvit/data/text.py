@@ -44,6 +44,8 @@ class FileTokenizer:
 
     def __init__(self, path: str | Path, context_length: int = 77) -> None:
         from tokenizers import Tokenizer
+        from tokenizers.processors import Sequence as InTurn
+        from tokenizers.processors import TemplateProcessing
 
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -52,39 +54,40 @@ class FileTokenizer:
         self._tokenizer, self.context_length = tokenizer, context_length
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())  # ids may have gaps
         beside = {**_beside(path, "special_tokens_map.json"), **_beside(path, "tokenizer_config.json")}
-        named = {name: tokenizer.token_to_id(_content(beside.get(name))) for name in ("eos_token", "pad_token")}
-        tokenizer.no_truncation()
+        end, pad = (tokenizer.token_to_id(_content(beside.get(name))) for name in ("eos_token", "pad_token"))
         padding = tokenizer.padding or {}
+        tokenizer.no_truncation()
         tokenizer.no_padding()
-        empty = tokenizer.encode("")
-        added = tokenizer.num_special_tokens_to_add(False)
-        last = empty.ids[-1] if added and empty.ids and tokenizer.encode("a").ids[-1] == empty.ids[-1] else None
-        if last is None and named["eos_token"] is None:
+        empty, some = tokenizer.encode("").ids, tokenizer.encode("a").ids
+        own = empty[-1] if empty and some[-1:] == empty[-1:] else None  # what the file ends a text with
+        if own is None and end is None:
             raise ValueError(
                 f"tokenizer: {path} ends texts with no token, and no eos_token is named in a tokenizer_config.json beside it: "
                 "a text tower needs one"
             )
-        self._appends = last is None or (named["eos_token"] is not None and last != named["eos_token"])
-        self.end: int = named["eos_token"] if self._appends else last  # type: ignore[assignment]
-        room = context_length - self._appends
-        if room <= added:
-            raise ValueError(
-                f"tokenizer: context_length must be above {added + self._appends}, the tokens {path} adds, got {context_length}"
-            )
-        tokenizer.enable_truncation(room)
-        self._left = padding.get("direction") == "left"
-        self.pad: int = next(i for i in (padding.get("pad_id"), named["pad_token"], self.end) if i is not None)
+        if end is not None and own != end:
+            name = tokenizer.id_to_token(end)
+            last = TemplateProcessing(single=["$A", name], special_tokens=[(name, end)])
+            before = tokenizer.post_processor
+            tokenizer.post_processor = last if before is None else InTurn([before, last])
+        self.end: int = own if end is None else end
+        if context_length <= (added := tokenizer.num_special_tokens_to_add(False)):
+            raise ValueError(f"tokenizer: context_length must be above {added}, the tokens {path} adds, got {context_length}")
+        tokenizer.enable_truncation(context_length)
+        self.pad: int = next(i for i in (padding.get("pad_id"), pad, self.end) if i is not None)
         if self.pad >= self.vocab_size:
             raise ValueError(f"tokenizer: {path} pads with id {self.pad}, its ids are below {self.vocab_size}")
+        side = padding.get("direction", "right")
+        tokenizer.enable_padding(direction=side, pad_id=self.pad, pad_token=tokenizer.id_to_token(self.pad), length=context_length)
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """(B, context_length) int64."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        ids = torch.full((len(texts), self.context_length), self.pad, dtype=torch.int64)
-        for row, encoded in zip(ids, self._tokenizer.encode_batch(texts), strict=True):
-            found = torch.tensor([*encoded.ids, *([self.end] if self._appends else [])])
-            row[slice(-len(found), None) if self._left else slice(len(found))] = found
-        return ids
+        return torch.tensor([e.ids for e in self._tokenizer.encode_batch(texts)], dtype=torch.int64, device="cpu")
+
+    def content(self) -> bytes:
+        """A tokenizer.json that stands alone, end and padding in it."""
+        return self._tokenizer.to_str().encode()
 
 
 def _beside(path: str | Path, name: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvit.eval.contact_sheet import enlarge, heat
+from pyvit.models.resnet import ResNet
 
 
 def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
@@ -51,8 +52,12 @@ def reconstruction_columns(recipe: Any, images: Tensor, mask_ratio: float, side:
 
 @torch.no_grad()
 def patch_features(model: nn.Module, images: Tensor) -> Tensor:
-    """Patch tokens (B, rows, columns, D) of a ViT, or the last map of a Swin."""
+    """Patch tokens (B, rows, columns, D) of a ViT, or the last map of a Swin or ResNet."""
+    if not hasattr(model, "forward_features"):
+        raise ValueError(f"patches: the run's network must be a ViT, Swin or ResNet, {type(model).__name__} is none")
     features = model.forward_features(images)  # type: ignore[operator]
+    if isinstance(model, ResNet):
+        return features.permute(0, 2, 3, 1)
     if features.dim() == 4:
         return features
     return features[:, model.num_prefix_tokens :].unflatten(1, model.patch_embed.grid(images.shape[2:]))  # type: ignore[misc,union-attr,operator]

@@ -70,14 +70,20 @@ def _fit_positions(module: Any, state: dict[str, Tensor], key: str, target: Mapp
         return ""
     tokens = target[key].shape[1] - new[0] * new[1]  # positions of class and distillation token
     held = 1 if "decoder" in key else sum(prefix + name in state for name in ("cls_token", "dist_token"))
-    found = _grid(pos.shape[1], list(dict.fromkeys((held, 0, tokens, 1, 2))), known, new, tokens, square)
+    registers = state[prefix + "reg_token"].shape[1] if prefix + "reg_token" in state and "decoder" not in key else 0
+    found = _grid(pos.shape[1], list(dict.fromkeys((held, 0, tokens, held + registers, 1, 2))), known, new, tokens, square)
     if found is None:
         return ""  # reported as mismatched
     old, there = found
+    moved = ""
+    if registers and there == held + registers:  # timm's with positions for all prefix tokens: those of registers become part of them
+        state[prefix + "reg_token"] = state[prefix + "reg_token"] + pos[:, held:there]
+        state[key] = pos = torch.cat((pos[:, :held], pos[:, there:]), 1)
+        there, moved = held, "positions of registers added to reg_token"
     if tuple(old) == new and there == tokens:
-        return ""
+        return moved
     first, patches = pos[:, :there], resample_positions(pos[0, there:], old, new, **getattr(module, "interpolation", {}))[None]
-    note = f"{_names(old)} -> {_names(new)}"
+    note = f"{_names(old)} -> {_names(new)}" + (f", {moved}" if moved else "")
     if there < tokens:
         if there:
             return ""  # a distillation token without a position: the token is missing too

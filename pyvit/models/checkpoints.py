@@ -6,30 +6,34 @@ import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyvit.models import files
 from pyvit.models.adapt import adapt
-from pyvit.models.facts import Facts, compare, describe, facts_in, facts_of_config
+from pyvit.models.facts import Facts, compare, describe, facts_of_config
 from pyvit.models.formats import FORMATS, NATIVE, Format, pattern
+from pyvit.models.source import Source, open_source, read_state
 
-#: Dictionaries that training loops wrap a state dict in, moving averages first; and prefixes that wrappers put before every key.
-WRAPPERS = (
-    "state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "state_dict", "model_state_dict", "model", "student", "module",
-    "net", "backbone",
-)  # fmt: skip
-PREFIXES = ("module.", "backbone.", "teacher.", "student.", "model.", "net.")
-#: What compiled and sharded modules put into the middle of keys.
-_INNER = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
-#: First layer of a ViT, a Swin and a ResNet: "encoder." before one of them is a wrapper's (SimCLR), elsewhere a layout's own name.
-STEMS = ("patch_embed.proj.weight", "conv1.weight")
+__all__ = [
+    "CheckpointError",
+    "LoadReport",
+    "Source",
+    "formats",
+    "from_native",
+    "load_checkpoint",
+    "open_source",
+    "read_state",
+    "recognise",
+    "to_native",
+]
 
 #: Parameters a file may lack: timm's DINOv2 leaves the mask token out, old files the counters of batch norms.
 _OPTIONAL = (r"(.*\.)?mask_token", r".*num_batches_tracked")
+
+#: Wrappers of a model that may be given in its place, beside a compiled one.
+_WRAPPED = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 #: Facts of which a difference is only noted, and facts by which tables are resampled.
 _NOTED, _RESAMPLED = ("eps",), ("grid", "window_size")
@@ -97,17 +101,6 @@ class CheckpointError(ValueError, RuntimeError):
         self.report = report
 
 
-class Source(NamedTuple):
-    """A checkpoint as read: its tensors without wrappers and prefixes, what it says about its modules, the configuration beside it."""
-
-    state: dict[str, Tensor]
-    facts: Facts
-    config: dict[str, Any]
-    wrapper: str  # the dictionary the tensors were taken from, "" for none
-    plain: bool  # nothing tells which library wrote it
-    name: str  # for messages
-
-
 def load_checkpoint(
     model: nn.Module,
     source: str | os.PathLike[str] | Mapping[str, Any] | Source,
@@ -123,7 +116,7 @@ def load_checkpoint(
     channels, are resampled. A ViT takes the image tower of a CLIP.
 
     Args:
-        model: a model of :mod:`pyvit.models`.
+        model: a model of :mod:`pyvit.models`, compiled or wrapped for several processes or not.
         source: a file of ``torch.save`` (no code in it is run), ``.safetensors`` or OpenAI's TorchScript archives; a folder with one of
             them, of ``pyvit train``, transformers, timm or open_clip, whose configuration is read too; or a state dict, wrapped or not.
         strict: raise :class:`CheckpointError` if anything is missing, unexpected, of another shape, not finite, or if the file's
@@ -139,6 +132,8 @@ def load_checkpoint(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_checkpoint: model must be a torch.nn.Module, got {type(model).__name__}")
+    while (inner := getattr(model, "_orig_mod", None) or (model.module if isinstance(model, _WRAPPED) else None)) is not None:
+        model = inner
     target = model.state_dict()
     if any(v.is_meta for v in target.values()):
         raise ValueError("load_checkpoint: model is on the meta device, which holds no weights: model.to_empty(device='cpu') first")
@@ -168,7 +163,7 @@ def load_checkpoint(
             report.mismatched.append(f"{key} {tuple(value.shape)} for {tuple(target[key].shape)}")
         elif value.is_floating_point() != target[key].is_floating_point():
             report.mismatched.append(f"{key} {value.dtype} for {target[key].dtype}")
-        elif value.is_meta or not bool(torch.isfinite(value).all()):
+        elif value.is_meta or not _finite(value):
             report.not_finite.append(f"{key} (on the meta device)" if value.is_meta else key)
         else:
             chosen[key] = value
@@ -187,6 +182,10 @@ def load_checkpoint(
     for path, end in settings.items():
         model.get_submodule(path).eot = end  # type: ignore[assignment]
     return report
+
+
+def _finite(value: Tensor) -> bool:
+    return bool(torch.isfinite(value.float() if value.is_floating_point() and value.element_size() == 1 else value).all())
 
 
 def _settings(model: nn.Module, facts: Facts, report: LoadReport, head: bool) -> dict[str, int]:
@@ -233,75 +232,6 @@ def _format(name: str) -> Format:
         if candidate.name == name:
             return candidate
     raise ValueError(f"checkpoint format must be one of {', '.join(formats())}, got {name!r}")
-
-
-def read_state(source: str | os.PathLike[str] | Mapping[str, Any], target: Collection[str] = ()) -> dict[str, Tensor]:
-    """The tensors of a file or (wrapped) state dict, without the wrappers' dictionaries and prefixes.
-
-    ``target`` are the keys of the model they are for: a prefix that they have too is no wrapper's.
-    """
-    return open_source(source, target).state
-
-
-def open_source(source: str | os.PathLike[str] | Mapping[str, Any], target: Collection[str] = ()) -> Source:
-    """:func:`read_state`, and what else the source tells."""
-    config: dict[str, Any] = {}
-    header: dict[str, Any] = {}
-    name = "the checkpoint"
-    if isinstance(source, str | os.PathLike):
-        name = os.fspath(source)
-        source, config, header = files.read(source)
-    if not isinstance(source, Mapping):
-        raise TypeError(f"load_checkpoint: source must hold a state dict, got {type(source).__name__}")
-    content, wrappers = source, list[str]()
-    while inner := _inside(content):
-        wrappers.append(inner)
-        content = content[inner]
-    state = {k: v for k, v in content.items() if isinstance(v, Tensor)}
-    if not state:
-        raise ValueError(f"load_checkpoint: no tensors in source, {name}, whose keys are {list(content)[:8]}")
-    facts = facts_in(content, header)
-    state, facts = _without_prefixes(state, facts, target)
-    if any(k.endswith("input_resolution") for k in state) and not facts:  # OpenAI's own archives
-        facts = {rf"{tower}\.blocks\.\d+\.mlp(\.fc1)?": {"activation": "quick_gelu"} for tower in ("visual", "text")}
-    known = bool(facts) or bool(config and "recipe" not in config) or hasattr(content, "_metadata")
-    return Source(state, facts, config, ".".join(wrappers), not known, name)
-
-
-def _inside(content: Mapping[str, Any]) -> str | None:
-    """The wrapper's dictionary to take weights from, or None where ``content`` is a state dict itself."""
-    holds = [k for k, v in content.items() if isinstance(v, Mapping) and any(isinstance(t, Tensor) for t in files.flat(v))]
-    if named := next((w for w in WRAPPERS if w in holds), None):
-        return named
-    if any(isinstance(v, Tensor) for v in content.values()):
-        return None
-    weights = [k for k in holds if not re.match(r"optim|.*scheduler|.*scaler|.*optimizer", str(k))]
-    return weights[0] if len(weights) == 1 else None
-
-
-def _without_prefixes(state: dict[str, Tensor], facts: Facts, target: Collection[str]) -> tuple[dict[str, Tensor], Facts]:
-    if not any(_INNER.search(k) for k in target):
-        state = {_INNER.sub("", k): v for k, v in state.items()}
-        facts = {_INNER.sub("", k + ".")[:-1]: v for k, v in facts.items()}
-    state.pop("n_averaged", None)  # torch.optim.swa_utils.AveragedModel
-    prefixes = [p for p in PREFIXES if not any(k.startswith(p) for k in target)]
-    while True:
-        prefix = next((p for p in prefixes if any(k.startswith(p) for k in state)), None)
-        if prefix is None and not any(k.startswith("encoder.") for k in target) and any("encoder." + stem in state for stem in STEMS):
-            prefix = "encoder."
-        if prefix is None:  # DINOv2 trains in chunks of blocks: blocks.chunk.i
-            return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}, facts
-        if prefix == "teacher.":  # as among WRAPPERS, the better of the two
-            state = {k: v for k, v in state.items() if not k.startswith("student.")}
-            facts = {k: v for k, v in facts.items() if not k.startswith("student.")}
-        # A DINO checkpoint holds heads beside the backbone: keys without the prefix stay as they are.
-        stripped = {k.removeprefix(prefix): v for k, v in state.items()}
-        if len(stripped) < len(state):
-            twice = [k for k in state if k.startswith(prefix) and k.removeprefix(prefix) in state]
-            raise ValueError(f"load_checkpoint: source has keys with and without the prefix {prefix!r}: {', '.join(twice[:5])}")
-        # Facts of modules above the prefix ("" of the wrapper) give way to those of the module inside.
-        facts = {**facts, **{(k + ".").removeprefix(prefix).removesuffix("."): v for k, v in facts.items() if (k + ".").startswith(prefix)}}
-        state = stripped
 
 
 def recognise(state: Mapping[str, Tensor]) -> Format:

@@ -241,7 +241,7 @@ def siglip_vit(
 def clip_resnet(
     layers: Sequence[int] = (3, 4, 6, 3),
     embed_dim: int = 1024,
-    img_size: int = 224,
+    img_size: int | Sequence[int] = 224,
     width: int = 64,
     num_heads: int = 32,
     vocab_size: int = 49408,

@@ -37,6 +37,8 @@ def describe(model: nn.Module) -> Facts:
         held = {name: plain(getattr(module, name)) for name in NAMES if hasattr(module, name) and not callable(getattr(module, name))}
         if not held.get("activation", True):  # a linear layer without one
             del held["activation"]
+        if hasattr(module, "patch_size") and "stride" in held:  # of patches that overlap, else it follows from their size
+            held["stride"] = None if module.stride == module.patch_size else held["stride"]
         if held:
             found[path] = held
     return found
@@ -112,7 +114,7 @@ def facts_of_config(config: Mapping[str, Any], native: Mapping[str, Tensor]) -> 
         return {
             **_tower(config, ""),
             "": {"grid": [(n - side) // s + 1 for n, s in zip(size, strides, strict=True)]},
-            "patch_embed": {"stride": strides},
+            "patch_embed": {"stride": None if strides == square(side) else strides},
         }
     if kind in ("swin", "swinv2"):
         facts = _tower({**config, "num_attention_heads": None}, "", r"layers\.\d+\.blocks\.\d+")

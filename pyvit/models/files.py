@@ -130,15 +130,16 @@ def _read_file(path: Path) -> tuple[Any, dict[str, Any]]:
                 kind = "arrays of NumPy (JAX, Flax)" if all(n.endswith(".npy") for n in members) else "other files"
                 raise ValueError(f"a zip archive of {kind}, not of torch.save")
         return _read_pickle(path, names), {}
-    except OSError:
-        raise
     except Exception as error:  # whatever bytes may raise in the readers of pickles and archives
         if str(error).startswith("load_checkpoint:"):
             raise
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(_opaque(path, [named[1], *names])) from error
+        if "persistent_load of storage" in str(error):  # a module with its source code, as torch saved them before 1.6
+            raise ValueError(_opaque(path, names or ["torch.nn.Module"])) from error
         damaged = " (cut short or damaged)" if head.startswith(b"PK") and not zipfile.is_zipfile(path) else ""
-        reason = str(error).strip().split("\n")[0].split(". Note that")[0]
+        told = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))
+        reason = told[1] if told else (str(error).strip() or "nothing more is said").splitlines()[0]
         raise ValueError(f"load_checkpoint: {path} is no file of torch.save{damaged}: {type(error).__name__}: {reason[:300]}") from error
 
 
@@ -181,9 +182,10 @@ def _read_pickle(path: Path, names: list[str]) -> Any:
             break
         except pickle.UnpicklingError as error:  # the format before torch 1.6 is not scanned beforehand
             named = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-            if named is None or named[1] in names:
+            name = "" if named is None else named[1] if "." in named[1] else f"builtins.{named[1]}"
+            if not name or name in names:
                 raise
-            names.append(named[1])
+            names.append(name)
     if names and not any(isinstance(v, torch.Tensor) for v in flat(content)):
         found = [type(v).__name__ for v in flat(content) if isinstance(v, Opaque)]
         raise ValueError(_opaque(path, found or names))

@@ -368,7 +368,7 @@ DINOV2 = Format(
         rule("blocks.{i}.mlp.fc1.{p}", "blocks.{i}.mlp.w12.{p}", swiglu=True),
         rule("blocks.{i}.mlp.fc2.{p}", "blocks.{i}.mlp.w3.{p}", swiglu=True),
     ),
-    extra=(r"(dino_head|ibot_head)\..*",),
+    extra=(r"(dino_head|ibot_head)\..*", r"mask_token"),
 )
 
 #: pyvit's own layout, which is timm's; DINO and MAE of facebookresearch share it.
@@ -377,7 +377,7 @@ NATIVE = Format(
     (),
     (),
     drop=(r".*attn_mask", r".*relative_position_index", r".*relative_coords_table"),
-    extra=(r"decoder_.*", r"mask_token", r"head\.(mlp|last_layer)\..*", r"projection\..*"),
+    extra=(r"decoder_.*", r"mask_token", r"(patch_)?head\.(mlp|last_layer)\..*", r"projection\..*"),
 )
 
 #: In the order they are tried.

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyvit.models import swin, vit
+from pyvit.models.audio import AudioSpectrogramTransformer
 from pyvit.models.checkpoints import LoadReport, Source, load_checkpoint, open_source, recognise, to_native
 from pyvit.models.clip import clip_vit, siglip_vit
 from pyvit.models.deit import DistilledVisionTransformer
@@ -23,8 +24,8 @@ def model_from_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any], **
 
     Heads of attention, the activation and the like do not show in shapes: they are the file's where it or the configuration beside it names
     them. Where nothing does, widths of the published sizes take their heads, others 64 channels per head; give ``num_heads`` where that is
-    wrong. Swin V2's windows show in the buffers that Microsoft's and torchvision's checkpoints hold; timm's and
-    transformers' have none and need ``window_size`` (and ``img_size``). ``overrides`` win over what was inferred.
+    wrong. Swin V2's windows show in the buffers that Microsoft's and torchvision's checkpoints hold and in transformers'
+    configuration; timm's need ``window_size`` (and ``img_size``). ``overrides`` win over what was inferred.
 
     Raises ValueError when the layout is of no known kind of model, or is of a Swin V2 whose window nothing tells.
     """
@@ -33,13 +34,17 @@ def model_from_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any], **
     native, _, _ = to_native(state, layout)
     facts = opened.facts or facts_of_config(opened.config, native)
     constructor, settings = infer(native, facts)
-    settings |= _told(facts, constructor, settings)
+    told = _told(facts, constructor, settings)
+    settings |= told
     if settings.get("version") == 2:
-        settings |= _windows_v2(state, settings)
+        settings |= _windows_v2(state, settings) or _windows_named(opened.config)
         if "window_size" not in {**settings, **overrides}:
             raise ValueError("model_from_checkpoint: nothing in this Swin V2 checkpoint tells its window: give window_size (and img_size)")
     model = constructor(**{**settings, **overrides})
-    return model, load_checkpoint(model, opened, allow=(r".*num_heads",) if "num_heads" in overrides else ())
+    report = load_checkpoint(model, opened, allow=(r".*num_heads",) if "num_heads" in overrides else ())
+    if constructor is not swin.SwinTransformer and not {"num_heads"} & (told.keys() | overrides.keys()):
+        report.notes.append(f"num_heads={settings['num_heads']} is a guess from the width: nothing in the file names it")
+    return model, report
 
 
 def _told(facts: Facts, constructor: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +86,10 @@ def infer(state: Mapping[str, Tensor], facts: Facts | None = None) -> tuple[Any,
         settings = _vit(state, "", lookup(facts or {}, "", "grid"))
         if "decoder_embed.weight" in state:
             return MaskedAutoencoder, settings | _decoder(state)
-        return DistilledVisionTransformer if "head_dist.weight" in state else vit.VisionTransformer, settings
+        if "dist_token" in state and "fc_norm.weight" in state:
+            return AudioSpectrogramTransformer, _spectrogram(settings, facts or {})
+        distilled = "head_dist.weight" in state or ("dist_token" in state and "head.weight" not in state)
+        return DistilledVisionTransformer if distilled else vit.VisionTransformer, settings
     raise ValueError(f"model_from_checkpoint: source is not a ViT, Swin or CLIP; its keys begin with {list(state)[:5]}")
 
 
@@ -146,6 +154,18 @@ def _vit(state: Mapping[str, Tensor], prefix: str, grid: Sequence[int] | None = 
     return settings | {"img_size": (side * ph, side * pw), "no_embed_class": found[0] == 0}
 
 
+def _spectrogram(settings: dict[str, Any], facts: Facts) -> dict[str, Any]:
+    """Settings of an AST, whose two tokens are averaged; its patches may overlap, which no shape shows."""
+    grid, stride = lookup(facts, "", "grid"), lookup(facts, "patch_embed", "stride")
+    if grid is None:
+        raise ValueError(
+            "model_from_checkpoint: nothing tells the spectrogram's size and the stride of its patches: create the model by name"
+        )
+    stride = stride or settings["patch_size"]
+    size = tuple((n - 1) * s + p for n, s, p in zip(grid, stride, settings["patch_size"], strict=True))
+    return {**settings, "img_size": size, "patch_stride": tuple(stride), "global_pool": "token"}
+
+
 def _decoder(state: Mapping[str, Tensor]) -> dict[str, Any]:
     width = state["decoder_embed.weight"].shape[0]
     depth = _count(state, r"decoder_blocks\.(\d+)\.")
@@ -194,6 +214,15 @@ def _windows_v2(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dic
         trained.append(1 + round(8.0 * (windows[-1] - 1) / reach) if reach else 0)
     found = {"window_size": max(windows), "img_size": windows[-1] * 2 ** (len(depths) - 1) * settings["patch_size"]}
     return found | ({} if trained == windows else {"pretrained_window_sizes": trained})
+
+
+def _windows_named(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Swin V2's windows in the configuration of transformers."""
+    if "window_size" not in config:
+        return {}
+    trained = config.get("pretrained_window_sizes") or []
+    named = {"pretrained_window_sizes": tuple(trained)} if any(trained) else {}
+    return {"window_size": config["window_size"], **({"img_size": config["image_size"]} if "image_size" in config else {}), **named}
 
 
 def _clip(state: Mapping[str, Tensor], grid: Sequence[int] | None) -> tuple[Any, dict[str, Any]]:

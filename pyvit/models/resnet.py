@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyvit.models.registry import register
 from pyvit.nn import Linear
+from pyvit.nn.patch_embed import pair
 from pyvit.ops import flash_attention
 
 
@@ -77,10 +78,10 @@ class ResNet(nn.Module):
         in_chans: int = 3,
         width: int = 64,
         small: bool = False,
-        img_size: int = 224,
+        img_size: int | Sequence[int] = 224,
     ) -> None:
         super().__init__()
-        self.img_size, self.in_chans, self.small = img_size, in_chans, small
+        self.img_size, self.in_chans, self.small = pair(img_size), in_chans, small
         self.conv1 = conv(in_chans, width, 3) if small else conv(in_chans, width, 7, 2)
         self.bn1 = nn.BatchNorm2d(width)
         (self.layer1, self.layer2, self.layer3, self.layer4), self.num_features = stages(width, layers, bottleneck, False)
@@ -118,7 +119,7 @@ class ResNet(nn.Module):
 
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
         """Arguments of a forward pass."""
-        return (self.bn1.weight.new_zeros(batch, self.in_chans, self.img_size, self.img_size),)
+        return (self.bn1.weight.new_zeros(batch, self.in_chans, *self.img_size),)
 
 
 class AttentionPool2d(nn.Module):
@@ -147,15 +148,22 @@ class CLIPResNet(nn.Module):
     """CLIP's image tower RN50 and its kin: three stem convolutions, antialiased strides, attention pooling; OpenAI's names."""
 
     def __init__(
-        self, layers: Sequence[int] = (3, 4, 6, 3), embed_dim: int = 1024, num_heads: int = 32, img_size: int = 224, width: int = 64
+        self,
+        layers: Sequence[int] = (3, 4, 6, 3),
+        embed_dim: int = 1024,
+        num_heads: int = 32,
+        img_size: int | Sequence[int] = 224,
+        width: int = 64,
     ) -> None:
         super().__init__()
-        self.img_size = img_size
+        self.img_size = pair(img_size)
+        if self.img_size[0] != self.img_size[1] or self.img_size[0] % 32:
+            raise ValueError(f"CLIPResNet: img_size must be square and a multiple of 32, got {self.img_size}")
         self.conv1, self.bn1 = conv(3, width // 2, 3, 2), nn.BatchNorm2d(width // 2)
         self.conv2, self.bn2 = conv(width // 2, width // 2, 3), nn.BatchNorm2d(width // 2)
         self.conv3, self.bn3 = conv(width // 2, width, 3), nn.BatchNorm2d(width)
         (self.layer1, self.layer2, self.layer3, self.layer4), channels = stages(width, layers, True, True)
-        self.attnpool = AttentionPool2d(img_size // 32, channels, num_heads, embed_dim)
+        self.attnpool = AttentionPool2d(self.img_size[0] // 32, channels, num_heads, embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(images)))
@@ -169,7 +177,7 @@ class CLIPResNet(nn.Module):
 
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
         """Arguments of a forward pass."""
-        return (self.bn1.weight.new_zeros(batch, 3, self.img_size, self.img_size),)
+        return (self.bn1.weight.new_zeros(batch, 3, *self.img_size),)
 
 
 register("resnet18", ResNet, layers=(2, 2, 2, 2), bottleneck=False)

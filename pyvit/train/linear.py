@@ -17,26 +17,6 @@ from pyvit.train.rank_norm import RankNorm
 from pyvit.train.recipe import Recipe, Views, build, initialise
 
 
-class Probe(nn.Module):
-    """A network and a linear classifier of its features: images (B, C, H, W) to logits (B, classes)."""
-
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.backbone, self.head = backbone, head
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """The network's."""
-        return self.backbone.forward_features(images)  # type: ignore[operator]
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The network's features to logits, or to what enters the classifier (B, D)."""
-        x = self.backbone.forward_head(x, pre_logits=True)  # type: ignore[operator]
-        return x if pre_logits else self.head(x.float())
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(images))
-
-
 class Linear(Recipe):
     """Features pass a batch norm without parameters, then one matrix; nothing below is touched."""
 
@@ -73,7 +53,7 @@ class Linear(Recipe):
         return self.model
 
     def exported(self) -> nn.Module:
-        return Probe(self.model, nn.Sequential(self.norm, self.head))
+        return nn.ModuleDict({"model": self.model, "norm": self.norm, "head": self.head})
 
     def encoder(self) -> nn.Module:
         return self.model

@@ -53,6 +53,7 @@ class MAE(Recipe):
             **found.settings,
             "num_classes": 0,
             "global_pool": "token" if found.settings.get("class_token", True) else "avg",
+            "fc_norm": False,
             "img_size": data.size,
             "in_chans": data.channels,
             **decoder,

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from pyvit.models.checkpoints import CheckpointError, LoadReport, load_checkpoin
 from pyvit.models.encoders import encoder, parameters
 from pyvit.models.infer import infer, structure
 from pyvit.models.registry import create_model, list_models, settings_of
+from pyvit.models.vit import VisionTransformer
 from pyvit.train.config import Config
 from pyvit.train.log import say
 from pyvit.train.options import parse
 
-#: What may differ from the weights that a run starts from: heads, the norm between pooling and head, what pre-training adds.
-HEADS = (r"head(_dist)?\..*", r"fc\..*", r"fc_norm\..*", r"mask_token", r"decoder_.*")
+#: What may differ from the weights that a run starts from: heads, pooling and the norm before them, what pre-training adds.
+HEADS = (r"head(_dist)?\..*", r"fc\..*", r"fc_norm\..*", r"attn_pool\..*", r"mask_token", r"decoder_.*")
 
 
 def check_model(recipe: Any, config: Config) -> None:
@@ -91,12 +93,13 @@ def inherit(config: Config, recipe: Any) -> Config:
 def adopt(config: Config, recipe: Any) -> Config:
     """``config`` with the settings that show in the weights of ``--init`` and that nothing else gives, as entries of ``set``.
 
-    LayerScale, registers, gated MLPs, biases, norms, pooling: what a model needs to take the weights. Settings that the recipe decides stay.
+    LayerScale, registers, gated MLPs, biases, norms, pooling: what a model needs to take the weights. What the recipe decides stays.
     """
     if config.init is None or not recipe.encodes:
         return config
     found = encoder(config.model or "", parse(config.set, "set"))
-    assert found is not None  # see check_model
+    if found is None or not issubclass(found.constructor, VisionTransformer):
+        return config
     shown = structure(open_source(config.init))
     defaults = {p.name: p.default for each in inspect.getmro(found.constructor) if each is not nn.Module and "__init__" in vars(each)
                 for p in inspect.signature(each.__init__).parameters.values()}  # fmt: skip
@@ -119,20 +122,28 @@ def _run_of(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def initialise(model: nn.Module, init: str, allow: Sequence[str] = ()) -> LoadReport:
+def initialise(model: nn.Module, init: str, allow: Sequence[str] = ()) -> LoadReport | None:
     """Load the weights that ``init`` holds for ``model`` and say what was done: a run's folder, or whatever :func:`load_checkpoint` reads.
+
+    None for an empty ``init``: a finished run that is loaded again, whose own weights follow.
 
     Heads alone may differ, and what ``allow`` names; a CLIP takes the weights of an image model into its image tower. The report says
     what was loaded, resampled, left as initialised and not used.
 
     Raises ValueError when the weights are of another model, with the names that differ, and for what is no file of weights.
     """
+    if not init:
+        return None
     source = open_source(init, model.state_dict().keys())
     target, note = model, ""
     two = hasattr(model, "visual")
     if two and not any(k.startswith(("text", "visual", "vision_model", "token_embedding", "logit")) for k in source.state):
         target, two, note = model.visual, False, "\n  the text tower stays as initialised"  # type: ignore[assignment]
         source = open_source(init, target.state_dict().keys())
+    if "norm.running_mean" in source.state:  # a linear probe's batch norm and the classifier of what it normalised
+        for key in [k for k in source.state if re.fullmatch(r"norm\.(running_(mean|var)|num_batches_tracked)|head\..*", k)]:
+            del source.state[key]
+        note += "\n  the probe's classifier is not used"
     unused = (r"norm\..*",) if isinstance(getattr(target, "norm", None), nn.Identity) else ()  # fc_norm takes its place
     try:
         report = load_checkpoint(target, source, allow=allow if two else (*HEADS, *unused, *allow))
