@@ -58,7 +58,7 @@ class TensorImages(Images):
         return len(self.images)
 
     def fetch(self, indices: Sequence[int]) -> Batch:
-        at = torch.as_tensor(indices)
+        at = torch.as_tensor(indices, device="cpu")
         batch: Batch = {"image": self.images[at]}
         if self.labels is not None:
             batch["label"] = self.labels[at]
@@ -73,7 +73,7 @@ class Part(Images):
     def __init__(self, whole: Images, indices: Sequence[int]) -> None:
         self.whole, self.indices = whole, list(indices)
         labels, captions = getattr(whole, "labels", None), getattr(whole, "captions", None)
-        self.labels = None if labels is None else torch.as_tensor(labels)[self.indices]
+        self.labels = None if labels is None else torch.as_tensor(labels, device="cpu")[self.indices]
         self.captions = None if captions is None else [captions[i] for i in self.indices]
 
     def __len__(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as globally
 
 from pyvit.ops import layer_norm, linear, packed
 from pyvit.ops.packed import Branch, Norm
@@ -25,11 +26,16 @@ class Linear(nn.Linear):
         return super().extra_repr() + (f", activation={self.activation}" if self.activation else "")
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+#: Of ``torch.nn.modules.module.register_module_forward_hook`` and its like: called for every module.
+GLOBAL_HOOKS = tuple(getattr(globally, f"_global{name}") for name in HOOKS)
+
+
 def hooked(*modules: nn.Module | None) -> bool:
     """Whether anything watches calls of these modules, and so would notice that they are bypassed."""
-    return any(
-        m is not None and bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks) for m in modules
-    )
+    given = [m for m in modules if m is not None]
+    own = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in given)
+    return own or (bool(given) and any(GLOBAL_HOOKS))
 
 
 def plain(layer: nn.Module, kind: type[nn.Module] = Linear) -> bool:
@@ -37,15 +43,15 @@ def plain(layer: nn.Module, kind: type[nn.Module] = Linear) -> bool:
     return type(layer) is kind and not hooked(layer) and "forward" not in vars(layer)
 
 
-def idle(drop: nn.Dropout | None) -> bool:
-    """Whether ``drop`` drops nothing, and nothing watches it."""
-    return drop is None or not ((drop.p and drop.training) or hooked(drop))
+def idle(drop: nn.Module | None) -> bool:
+    """Whether ``drop`` returns what it is given, and nothing watches it. A class that is not known may do anything."""
+    return drop is None or plain(drop, nn.Identity) or (plain(drop, nn.Dropout) and not (drop.p and drop.training))
 
 
 def apply(
     layer: nn.Module,
     x: Tensor,
-    drop: nn.Dropout | None = None,
+    drop: nn.Module | None = None,
     *,
     norm: Norm | None = None,
     scale: Tensor | None = None,
@@ -61,9 +67,7 @@ def apply(
     return y if residual is None else residual + y
 
 
-def prepared(
-    layer: nn.Module, x: Tensor, drop: nn.Dropout | None = None, **around: Any
-) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+def prepared(layer: nn.Module, x: Tensor, drop: nn.Module | None = None, **around: Any) -> Callable[[Tensor, Tensor | None], Tensor] | None:
     """:func:`apply` as a function of x and residual, for inputs like these: see :mod:`pyvit.nn.replay`."""
     if not (plain(layer) and idle(drop)):
         return None

@@ -50,7 +50,7 @@ class Mlp(nn.Module):
         return None if run is None else lambda x: run(x, x)
 
     @staticmethod
-    def _is_one(fc1: Linear, fc2: Linear, drop: nn.Dropout) -> bool:
+    def _is_one(fc1: Linear, fc2: Linear, drop: nn.Module) -> bool:
         """Whether the layers are what :func:`pyvit.ops.mlp` computes."""
         return plain(fc1) and plain(fc2) and bool(fc1.activation) and not fc2.activation and idle(drop)
 

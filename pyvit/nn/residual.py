@@ -31,11 +31,13 @@ def surroundings(norm: nn.Module, scale: nn.Module | None, drop_path: DropPath, 
     In inference, where nothing is dropped and nothing watches these modules; None otherwise, or where the branch's class (itself, for a
     subclass may compute something else) does not say ``whole_branch``.
     """
-    if torch.is_grad_enabled() or (drop_path.p and drop_path.training) or not plain(norm, LayerNorm) or hooked(drop_path, scale, branch):
+    if torch.is_grad_enabled() or not plain(norm, LayerNorm) or not plain(drop_path, DropPath) or hooked(scale, branch):
+        return None
+    if drop_path.p and drop_path.training:
         return None
     if not vars(type(branch)).get("whole_branch") or "forward" in vars(branch):
         return None
-    if scale is not None and type(scale) is not nn.Identity and not plain(scale, LayerScale):
+    if scale is not None and not plain(scale, nn.Identity) and not plain(scale, LayerScale):
         return None
     return {"norm": (norm.weight, norm.bias, norm.eps), "scale": getattr(scale, "gamma", None)}
 

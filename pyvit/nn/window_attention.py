@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvit.nn.constants import Constants
-from pyvit.nn.linear import Linear, apply, prepared
+from pyvit.nn.linear import Linear, apply, plain, prepared
 from pyvit.nn.patch_embed import pair
 from pyvit.nn.replay import Run
 from pyvit.ops import layer_norm, window_attention
@@ -146,7 +146,7 @@ class WindowAttentionV2(Constants, WindowAttention):
             return apply(self.qkv, x, norm=norm), None
         x = x if norm is None else layer_norm(x, *norm)
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))  # a key bias would not survive the cosine
-        return F.linear(x, self.qkv.weight, bias), bias
+        return (F.linear(x, self.qkv.weight, bias) if plain(self.qkv) else self.qkv(x) + bias), bias
 
     def bias_table(self) -> Tensor:
         # A few thousand numbers, every window's bias: not worth autocast's rounding.
