@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyvit.nn.linear import Linear, apply, plain, prepared
+from pyvit.nn.linear import Linear, apply, bypassed, plain, prepared
 from pyvit.nn.replay import Run
 from pyvit.ops import attention_map, flash_attention, flash_attention_qkvpacked, flash_attention_varlen
 from pyvit.ops.flash_attention_qkvpacked import prepared as attention_prepared
@@ -40,6 +40,7 @@ class Packing(NamedTuple):
         return torch.cat(rows), Packing.of([self.lengths[s] for s in chosen], x.device)
 
 
+@bypassed
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, C) -> (B, N, C); takes the place of timm's ``attn_layer``. Vaswani et al. (2017).
 

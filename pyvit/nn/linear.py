@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules import module as globally
@@ -11,7 +11,24 @@ from torch.nn.modules import module as globally
 from pyvit.ops import layer_norm, linear, packed
 from pyvit.ops.packed import Branch, Norm
 
+_CALL = nn.Module.__call__
+_FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.Identity, nn.Dropout)}
+Kind = TypeVar("Kind", bound=type[nn.Module])
 
+
+def bypassed(kind: Kind) -> Kind:
+    """Of a class whose work others may do without calling it, as long as its forward is the one it has now."""
+    _FORWARDS[kind] = kind.forward
+    return kind
+
+
+def unpatched(module: nn.Module) -> bool:
+    """Whether a call of ``module``, of a :func:`bypassed` class, would run the class's own code."""
+    kind = type(module)
+    return kind.forward is _FORWARDS.get(kind) and kind.__call__ is _CALL and "forward" not in vars(module)
+
+
+@bypassed
 class Linear(nn.Linear):
     """``torch.nn.Linear`` by parameters and keys; ``activation`` (see :func:`pyvit.ops.linear`) is applied in the same call."""
 
@@ -40,7 +57,7 @@ def hooked(*modules: nn.Module | None) -> bool:
 
 def plain(layer: nn.Module, kind: type[nn.Module] = Linear) -> bool:
     """A ``kind`` with nothing in or around it (adapters, quantisation, hooks): its weights may be used directly."""
-    return type(layer) is kind and not hooked(layer) and "forward" not in vars(layer)
+    return type(layer) is kind and unpatched(layer) and not hooked(layer)
 
 
 def idle(drop: nn.Module | None) -> bool:

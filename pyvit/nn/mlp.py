@@ -7,12 +7,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvit.nn.linear import Linear, apply, idle, plain, prepared
+from pyvit.nn.linear import Linear, apply, bypassed, idle, plain, prepared
 from pyvit.nn.replay import Run
 from pyvit.ops import mlp, packed
 from pyvit.ops.packed import Branch, Norm
 
 
+@bypassed
 class Mlp(nn.Module):
     """fc2(activation(fc1(x))): (..., C) -> (..., C)."""
 
@@ -55,6 +56,7 @@ class Mlp(nn.Module):
         return plain(fc1) and plain(fc2) and bool(fc1.activation) and not fc2.activation and idle(drop)
 
 
+@bypassed
 class SwiGLU(nn.Module):
     """fc2(silu(a) * b) with (a, b) = fc1(x): (..., C) -> (..., C). Shazeer, "GLU Variants Improve Transformer" (2020).
 

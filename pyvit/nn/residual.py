@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from pyvit.nn.attention import Packing
 from pyvit.nn.layer_norm import LayerNorm
-from pyvit.nn.linear import hooked, plain
+from pyvit.nn.linear import bypassed, hooked, plain, unpatched
 from pyvit.nn.replay import Run
 
 
+@bypassed
 class LayerScale(nn.Module):
     """A learned factor per channel, (..., C) -> (..., C). Touvron et al., "Going deeper with Image Transformers" (2021)."""
 
@@ -35,7 +36,7 @@ def surroundings(norm: nn.Module, scale: nn.Module | None, drop_path: DropPath, 
         return None
     if drop_path.p and drop_path.training:
         return None
-    if not vars(type(branch)).get("whole_branch") or "forward" in vars(branch):
+    if not vars(type(branch)).get("whole_branch") or not unpatched(branch):
         return None
     if scale is not None and not plain(scale, nn.Identity) and not plain(scale, LayerScale):
         return None
@@ -50,6 +51,7 @@ def prepared(x: Tensor, norm: nn.Module, scale: nn.Module | None, drop_path: Dro
     return branch.prepared(x, **around, **options)  # type: ignore[operator, no-any-return]
 
 
+@bypassed
 class DropPath(nn.Module):
     """Stochastic depth: in training, each sample's branch is dropped with probability ``p`` and the others are divided by 1 - p.
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvit.nn.constants import Constants
-from pyvit.nn.linear import Linear, apply, plain, prepared
+from pyvit.nn.linear import Linear, apply, bypassed, plain, prepared
 from pyvit.nn.patch_embed import pair
 from pyvit.nn.replay import Run
 from pyvit.ops import layer_norm, window_attention
@@ -20,6 +20,7 @@ from pyvit.ops.reference import relative_position_index
 from pyvit.ops.window_attention import prepared as attention_prepared
 
 
+@bypassed
 class WindowAttention(nn.Module):
     """Attention in (shifted) windows with a relative-position bias: (B, H, W, C) -> (B, H, W, C), any H and W.
 

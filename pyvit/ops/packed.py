@@ -267,8 +267,7 @@ def run(x: Tensor, branch: Branch) -> Tensor | None:
     measuring = found is None and products.policy() == "measure"
     before = [(dict(pack.ways), set(pack.used)) for pack in packs] if measuring else []
     if found is None:
-        kind = "packed layer" if branch.is_one_layer() else "packed branch"
-        found = products.choose(key, kind, _ways(x, branch), arguments, rows, branch.weight.shape, x.dtype)
+        found = products.choose(key, _kind(branch), _ways(x, branch), arguments, rows, branch.weight.shape, x.dtype)
     way = found[0]
     for pack, (ways, used) in zip(packs, before, strict=False):  # calls that were only measured leave nothing
         pack.ways, pack.used = ways, used
@@ -286,6 +285,10 @@ def _key(rows: int, x: Tensor, b: Branch) -> tuple[Any, ...]:
     rest = (b.bias2 is None, b.norm and (b.norm[0] is None, b.norm[1] is None), b.scale is None, b.residual is None)
     second = () if b.weight2 is None else (b.weight2.shape,)
     return ("packed", *products.forward_key(rows, x, b.weight, b.bias, b.activation), *second, *rest)
+
+
+def _kind(b: Branch) -> str:
+    return "packed layer" if b.is_one_layer() else "packed branch"
 
 
 def _ways(x: Tensor, b: Branch) -> dict[str, Way]:
@@ -367,11 +370,13 @@ def around(x: Tensor, layers: Callable[[Tensor], Tensor], branch: Branch, backen
 
 
 def explain(x: Tensor, branch: Branch) -> list[str]:
-    """What is known of the way of a call, for :func:`pyvit.explain`; nothing is computed."""
-    if pack_of(branch.weight) is None:
+    """The way of a call whose weights are packed, for :func:`pyvit.explain`; nothing is computed."""
+    weights = [w for w in (branch.weight, branch.weight2) if w is not None]
+    if any(pack_of(w) is None or w.dtype != x.dtype for w in weights):
         return []
-    found = products.known(_key(x.numel() // max(x.shape[-1], 1), x, branch))
-    return [] if found is None else [f"weights kept packed: {found}"]
+    rows = x.numel() // max(x.shape[-1], 1)
+    known = products.known(_key(rows, x, branch))
+    return [f"weights kept packed: {known or products.expected(_kind(branch), _ways(x, branch), rows, branch.weight.shape, x.dtype)}"]
 
 
 library.FRAGMENT.define(

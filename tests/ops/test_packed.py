@@ -492,3 +492,23 @@ def test_a_replaced_block_runs_again_after_a_write() -> None:
         made(x)
         made(x)
         assert replay.again(made, x, False) is not None
+
+
+def test_explain_says_which(own: None) -> None:
+    """Before a call as after it, of the call that the packed weights take."""
+    made, x = Mlp(64, 128), torch.randn(5, 64)
+    arguments = (x, made.fc1.weight, made.fc1.bias, made.fc2.weight, made.fc2.bias)
+    with torch.no_grad():
+        assert "matrix product by pyvit" in str(pyvit.explain(mlp, *arguments))
+        pyvit.pack_weights(made)
+        before = str(pyvit.explain(mlp, *arguments))
+        assert "weights kept packed: pyvit (PYVIT_LINEAR)" in before
+        made(x)
+        assert str(pyvit.explain(mlp, *arguments)) == before
+    assert "packed" not in str(pyvit.explain(mlp, *arguments))
+
+
+def test_prints_of_what_is_no_matrix_are_refused() -> None:
+    for t in (torch.zeros(4), torch.zeros(4, 4).t()[:2], torch.zeros(1, 1)):
+        with pytest.raises(RuntimeError, match="weight must be a contiguous matrix of 8 bytes or more"):
+            torch.ops.pyvit.weight_print(t)
