@@ -12,7 +12,7 @@ from pyvit.ops import layer_norm, linear, packed
 from pyvit.ops.packed import Branch, Norm
 
 _CALL = nn.Module.__call__
-_FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.Identity, nn.Dropout)}
+_FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.Identity, nn.Dropout, nn.Linear, nn.LayerNorm)}
 Kind = TypeVar("Kind", bound=type[nn.Module])
 
 
@@ -23,9 +23,9 @@ def bypassed(kind: Kind) -> Kind:
 
 
 def unpatched(module: nn.Module) -> bool:
-    """Whether a call of ``module``, of a :func:`bypassed` class, would run the class's own code."""
+    """Whether a call of ``module`` would run its class's own code: that of a :func:`bypassed` class, or of another as it was first seen."""
     kind = type(module)
-    return kind.forward is _FORWARDS.get(kind) and kind.__call__ is _CALL and "forward" not in vars(module)
+    return kind.forward is _FORWARDS.setdefault(kind, kind.forward) and kind.__call__ is _CALL and "forward" not in vars(module)
 
 
 @bypassed
