@@ -116,7 +116,7 @@ class Ninja(build_ext):
                 )
         target(Path(isa), CSRC / "cpu/isa.cpp", [], text)
         stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{build}", includes, define]
-        ops = [target(build / f"torch_{unit}.o", CSRC / f"torch/{unit}.cpp", stable, text) for unit in ("cpu", "cpu_internal")]
+        ops = [target(build / f"torch_{unit}.o", CSRC / f"torch/{unit}.cpp", stable, text) for unit in ("cpu", "cpu_internal", "watch")]
         # libstdc++ first: torch carries parts of it, and a reference bound to those would tie the library to this torch.
         libs = ["-lstdc++", f"-L{torch_lib}", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--no-undefined", "-Wl,-z,defs", "-lpthread"]
         if archs:

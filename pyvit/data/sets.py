@@ -122,18 +122,18 @@ class TensorImages(Images):
         return len(self.images)
 
     def fetch(self, indices: Sequence[int]) -> Batch:
-        at = torch.as_tensor(indices)
+        at = torch.as_tensor(indices, device="cpu")
         return {"image": self.images[at], **self._known(at)}
 
     def part(self, indices: Sequence[int]) -> Images:
-        at = torch.as_tensor(indices)
+        at = torch.as_tensor(indices, device="cpu")
         known = self._known(at)
         return TensorImages(self.images[at], known.get("label"), known.get("caption"))
 
     def draw(self, indices: Sequence[int], crops: Mapping[str, Crop], seed: int, step: int) -> Batch:
         if not crops:
             return self.fetch(indices)
-        at = torch.as_tensor(indices)
+        at = torch.as_tensor(indices, device="cpu")
         draws = [generator(seed, step, int(i)) for i in indices]
         return {**crop_images(self.images[at], crops, draws), **self._known(at)}
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyvit.nn.linear import Linear, apply, hooked, prepared
+from pyvit.nn.linear import Linear, apply, bypassed, plain, prepared
 from pyvit.nn.rates import check_rate
 from pyvit.nn.replay import Run
 from pyvit.ops import attention_map, flash_attention, flash_attention_qkvpacked, flash_attention_varlen
@@ -41,6 +41,7 @@ class Packing(NamedTuple):
         return torch.cat(rows), Packing.of([self.lengths[s] for s in chosen], x.device)
 
 
+@bypassed
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, C) -> (B, N, C); takes the place of timm's ``attn_layer``. Vaswani et al. (2017).
 
@@ -115,7 +116,7 @@ class Attention(nn.Module):
             q, k, v = self.project(x, rope, norm)
             cu, longest = packing.cu_seqlens, max(packing.lengths, default=0)
             out = flash_attention_varlen(q, k, v, cu, cu, longest, longest, bias=attn_mask, is_causal=is_causal)
-        elif rope is None and type(self.q_norm) is type(self.k_norm) is nn.Identity:
+        elif rope is None and plain(self.q_norm, nn.Identity) and plain(self.k_norm, nn.Identity):
             qkv = apply(self.qkv, x, norm=norm).unflatten(-1, (3, self.num_heads, self.head_dim))
             out = flash_attention_qkvpacked(qkv, bias=attn_mask, is_causal=is_causal, dropout_p=dropout)
         else:
@@ -126,7 +127,7 @@ class Attention(nn.Module):
     def prepared(self, x: Tensor, is_causal: bool = False, *, norm: Norm | None = None, scale: Tensor | None = None) -> Run | None:
         """:meth:`forward` with the residual x, as :mod:`pyvit.nn.replay` wants it."""
         between = (self.q_norm, self.k_norm, self.norm)
-        if (self.training and self.attn_drop) or {*map(type, between)} != {nn.Identity} or hooked(*between):
+        if (self.training and self.attn_drop) or not all(plain(m, nn.Identity) for m in between):
             return None
         qkv = x.new_empty(*x.shape[:-1], 3, self.num_heads, self.head_dim)
         out = x.new_empty(*x.shape[:-1], self.num_heads * self.head_dim)

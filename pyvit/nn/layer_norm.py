@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyvit.nn.linear import bypassed
 from pyvit.ops import layer_norm
 
 
+@bypassed
 class LayerNorm(nn.LayerNorm):
     """``torch.nn.LayerNorm`` over the last dimension, by parameters and keys, on :func:`pyvit.ops.layer_norm`.
 

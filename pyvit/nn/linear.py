@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules import module as globally
@@ -11,7 +11,24 @@ from torch.nn.modules import module as globally
 from pyvit.ops import layer_norm, linear, packed
 from pyvit.ops.packed import Branch, Norm
 
+_CALL = nn.Module.__call__
+_FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.Identity, nn.Dropout, nn.Linear, nn.LayerNorm)}
+Kind = TypeVar("Kind", bound=type[nn.Module])
 
+
+def bypassed(kind: Kind) -> Kind:
+    """Of a class whose work others may do without calling it, as long as its forward is the one it has now."""
+    _FORWARDS[kind] = kind.forward
+    return kind
+
+
+def unpatched(module: nn.Module) -> bool:
+    """Whether a call of ``module`` would run its class's own code: that of a :func:`bypassed` class, or of another as it was first seen."""
+    kind = type(module)
+    return kind.forward is _FORWARDS.setdefault(kind, kind.forward) and kind.__call__ is _CALL and "forward" not in vars(module)
+
+
+@bypassed
 class Linear(nn.Linear):
     """``torch.nn.Linear`` by parameters and keys; ``activation`` (see :func:`pyvit.ops.linear`) is applied in the same call."""
 
@@ -26,21 +43,16 @@ class Linear(nn.Linear):
         return super().extra_repr() + (f", activation={self.activation}" if self.activation else "")
 
 
-_GLOBAL_HOOKS = (
-    globally._global_forward_hooks,
-    globally._global_forward_pre_hooks,
-    globally._global_backward_hooks,
-    globally._global_backward_pre_hooks,
-)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+#: Of ``torch.nn.modules.module.register_module_forward_hook`` and its like: called for every module.
+GLOBAL_HOOKS = tuple(getattr(globally, f"_global{name}") for name in HOOKS)
 
 
 def hooked(*modules: nn.Module | None) -> bool:
     """Whether anything watches calls of these modules, and so would notice that they are bypassed."""
-    if any(_GLOBAL_HOOKS):
-        return any(m is not None for m in modules)
-    return any(
-        m is not None and bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks) for m in modules
-    )
+    given = [m for m in modules if m is not None]
+    own = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in given)
+    return own or (bool(given) and any(GLOBAL_HOOKS))
 
 
 def ordinary(t: Any) -> bool:
@@ -53,23 +65,20 @@ _TENSORS = (Tensor, nn.Parameter)
 
 def plain(layer: nn.Module, kind: type[nn.Module] = Linear) -> bool:
     """A ``kind`` with nothing in or around it (adapters, quantised weights, hooks): its weights may be used directly."""
-    return (
-        type(layer) is kind
-        and not hooked(layer)
-        and "forward" not in vars(layer)
-        and all(p is None or ordinary(p) for p in layer._parameters.values())
-    )
+    if type(layer) is not kind or not unpatched(layer) or hooked(layer):
+        return False
+    return all(p is None or ordinary(p) for p in layer._parameters.values())
 
 
-def idle(drop: nn.Dropout | None) -> bool:
-    """Whether ``drop`` drops nothing, and nothing watches it."""
-    return drop is None or not ((drop.p and drop.training) or hooked(drop))
+def idle(drop: nn.Module | None) -> bool:
+    """Whether ``drop`` returns what it is given, and nothing watches it. A class that is not known may do anything."""
+    return drop is None or plain(drop, nn.Identity) or (plain(drop, nn.Dropout) and not (drop.p and drop.training))
 
 
 def apply(
     layer: nn.Module,
     x: Tensor,
-    drop: nn.Dropout | None = None,
+    drop: nn.Module | None = None,
     *,
     norm: Norm | None = None,
     scale: Tensor | None = None,
@@ -85,9 +94,7 @@ def apply(
     return y if residual is None else residual + y
 
 
-def prepared(
-    layer: nn.Module, x: Tensor, drop: nn.Dropout | None = None, **around: Any
-) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+def prepared(layer: nn.Module, x: Tensor, drop: nn.Module | None = None, **around: Any) -> Callable[[Tensor, Tensor | None], Tensor] | None:
     """:func:`apply` as a function of x and residual, for inputs like these: see :mod:`pyvit.nn.replay`."""
     if not (plain(layer) and idle(drop)):
         return None

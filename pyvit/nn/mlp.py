@@ -7,12 +7,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvit.nn.linear import Linear, apply, idle, plain, prepared
+from pyvit.nn.linear import Linear, apply, bypassed, idle, plain, prepared
 from pyvit.nn.replay import Run
 from pyvit.ops import mlp, packed
 from pyvit.ops.packed import Branch, Norm
 
 
+@bypassed
 class Mlp(nn.Module):
     """fc2(activation(fc1(x))): (..., C) -> (..., C)."""
 
@@ -50,11 +51,12 @@ class Mlp(nn.Module):
         return None if run is None else lambda x: run(x, x)
 
     @staticmethod
-    def _is_one(fc1: Linear, fc2: Linear, drop: nn.Dropout) -> bool:
+    def _is_one(fc1: Linear, fc2: Linear, drop: nn.Module) -> bool:
         """Whether the layers are what :func:`pyvit.ops.mlp` computes."""
         return plain(fc1) and plain(fc2) and bool(fc1.activation) and not fc2.activation and idle(drop)
 
 
+@bypassed
 class SwiGLU(nn.Module):
     """fc2(silu(a) * b) with (a, b) = fc1(x): (..., C) -> (..., C). Shazeer, "GLU Variants Improve Transformer" (2020).
 

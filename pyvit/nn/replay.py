@@ -14,20 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as globally
 
+from pyvit.nn.linear import GLOBAL_HOOKS, HOOKS
 from pyvit.ops import packed
 
 Run = Callable[[Tensor], Tensor]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(getattr(globally, f"_global{name}") for name in _HOOKS)
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _MOST = 64  # shapes of inputs
 
 
 class Snapshot:
-    """What a module and its parts are: classes, parts, parameters, attributes, how weights are kept, and that no hook watches them."""
+    """What a module and its parts are: classes, parts, parameters, attributes, what packed weights hold, and that no hook watches them."""
 
     def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
@@ -38,12 +36,15 @@ class Snapshot:
             for parts in (m._modules, m._parameters, m._buffers):
                 held += [(parts, name, part) for name, part in parts.items()]
                 self.tensors += [t for t in parts.values() if isinstance(t, Tensor)]
-        self.weights = [t for t in self.tensors if packed.pack_of(t) is not None]
-        held += [(vars(kind), "forward", vars(kind)["forward"]) for kind in {*map(type, modules)} if "forward" in vars(kind)]
+        packs = {id(t): pack for t in self.tensors if (pack := packed.pack_of(t)) is not None and pack.print is not None}
+        self.packs, self.weights = list(packs.values()), [t for t in self.tensors if id(t) in packs]
+        self.prints = torch.stack([pack.print for pack in self.packs]) if packs else None  # type: ignore[misc]
+        self.turn, self.stale = 0, False
+        self.kinds = list({*map(type, modules)})
         self.dictionaries, self.keys, self.objects = zip(*held, strict=True)
         self.kind, self.parts = type(module), modules[1:]  # the module itself must not be kept alive by its snapshot
         self.attributes = [vars(m) for m in modules]
-        self.hooks = [attributes for attributes in self.attributes for _ in _HOOKS], _HOOKS * len(modules)
+        self.hooks = [attributes for attributes in self.attributes for _ in HOOKS], HOOKS * len(modules)
         self.state = self._state()
 
     def _state(self) -> list[Any]:
@@ -52,26 +53,32 @@ class Snapshot:
             *map(len, self.attributes),  # a patched forward is one more
             *map(Tensor.data_ptr, self.tensors),
             *map(_dtype, self.tensors),
-            *map(_version, self.weights),
+            *map(packed.state, self.weights),
+            *map(_forward, self.kinds),
+            *map(_call_of, self.kinds),
             packed.changes(),
         ]
 
     def watched(self) -> bool:
         """Whether hooks watch the module or a part of it; a dictionary of hooks may have been replaced since."""
-        return any(_GLOBAL_HOOKS) or any(map(operator.getitem, *self.hooks))
+        return any(GLOBAL_HOOKS) or any(map(operator.getitem, *self.hooks))
 
     def holds(self, module: nn.Module) -> bool:
         """Whether the module is still the same. Its values may have changed, but those that are kept packed."""
         try:
-            if type(module) is not self.kind or self.watched():
+            if self.stale or type(module) is not self.kind or self.watched():
                 return False
             found = map(operator.getitem, self.dictionaries, self.keys)
-            return all(map(operator.is_, found, self.objects)) and self._state() == self.state
-        except KeyError:
+            if not all(map(operator.is_, found, self.objects)) or self._state() != self.state:
+                return False
+            self.turn += 1
+            self.stale = self.prints is not None and not packed.unchanged(self.packs, self.prints, self.turn)
+            return not self.stale
+        except (KeyError, AttributeError):
             return False
 
 
-_dtype, _version = operator.attrgetter("dtype"), operator.attrgetter("_version")
+_dtype, _forward, _call_of = map(operator.attrgetter, ("dtype", "forward", "__call__"))
 
 
 class _Known:

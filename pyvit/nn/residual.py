@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from pyvit.nn.attention import Packing
 from pyvit.nn.layer_norm import LayerNorm
-from pyvit.nn.linear import hooked, plain
+from pyvit.nn.linear import bypassed, hooked, plain, unpatched
 from pyvit.nn.rates import check_rate
 from pyvit.nn.replay import Run
 
 
+@bypassed
 class LayerScale(nn.Module):
     """A learned factor per channel, (..., C) -> (..., C). Touvron et al., "Going deeper with Image Transformers" (2021)."""
 
@@ -32,11 +33,13 @@ def surroundings(norm: nn.Module, scale: nn.Module | None, drop_path: DropPath, 
     In inference, where nothing is dropped and nothing watches these modules; None otherwise, or where the branch's class (itself, for a
     subclass may compute something else) does not say ``whole_branch``.
     """
-    if torch.is_grad_enabled() or (drop_path.p and drop_path.training) or not plain(norm, LayerNorm) or hooked(drop_path, scale, branch):
+    if torch.is_grad_enabled() or not plain(norm, LayerNorm) or not plain(drop_path, DropPath) or hooked(scale, branch):
         return None
-    if not vars(type(branch)).get("whole_branch") or "forward" in vars(branch):
+    if drop_path.p and drop_path.training:
         return None
-    if scale is not None and type(scale) is not nn.Identity and not plain(scale, LayerScale):
+    if not vars(type(branch)).get("whole_branch") or not unpatched(branch):
+        return None
+    if scale is not None and not plain(scale, nn.Identity) and not plain(scale, LayerScale):
         return None
     return {"norm": (norm.weight, norm.bias, norm.eps), "scale": getattr(scale, "gamma", None)}
 
@@ -49,6 +52,7 @@ def prepared(x: Tensor, norm: nn.Module, scale: nn.Module | None, drop_path: Dro
     return branch.prepared(x, **around, **options)  # type: ignore[operator, no-any-return]
 
 
+@bypassed
 class DropPath(nn.Module):
     """Stochastic depth: in training, each sample's branch is dropped with probability ``p`` and the others are divided by 1 - p.
 

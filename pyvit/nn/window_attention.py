@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvit.nn.constants import Constants
-from pyvit.nn.linear import Linear, apply, prepared
+from pyvit.nn.linear import Linear, apply, bypassed, plain, prepared
 from pyvit.nn.patch_embed import pair
 from pyvit.nn.rates import check_rate
 from pyvit.nn.replay import Run
@@ -21,6 +21,7 @@ from pyvit.ops.reference import relative_position_index
 from pyvit.ops.window_attention import prepared as attention_prepared
 
 
+@bypassed
 class WindowAttention(nn.Module):
     """Attention in (shifted) windows with a relative-position bias: (B, H, W, C) -> (B, H, W, C), any H and W.
 
@@ -149,7 +150,7 @@ class WindowAttentionV2(Constants, WindowAttention):
             return apply(self.qkv, x, norm=norm), None
         x = x if norm is None else layer_norm(x, *norm)
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))  # a key bias would not survive the cosine
-        return F.linear(x, self.qkv.weight, bias), bias
+        return (F.linear(x, self.qkv.weight, bias) if plain(self.qkv) else self.qkv(x) + bias), bias
 
     def bias_table(self) -> Tensor:
         # A few thousand numbers, every window's bias: not worth autocast's rounding.

@@ -6,9 +6,11 @@ A weight is packed as oneDNN multiplies it, as ``csrc/cpu/linear.cpp`` does, or 
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +52,8 @@ class Pack:
         # Of the layer, not of the weight: torch swaps no tensor that a weak reference points to.
         self.layer = weakref.ref(layer, functools.partial(_forget, PACKS, id(weight)))
         self.of: tuple[Any, ...] = ()
+        self.print: Tensor | None = None  # of the weight that the forms were made of
+        self.turn = 0
         self.forms: dict[str, Tensor] = {}
         self.ways: dict[tuple[Any, ...], Way] = {}
         self.used: set[str] = set()  # the forms that these ways multiply
@@ -59,14 +63,25 @@ class Pack:
         layer = self.layer()
         return layer is not None and layer._parameters.get("weight") is weight
 
-    def follow(self, weight: Tensor) -> None:
-        """Forget what is known of a weight that has changed."""
-        of = _state(weight)
-        if self.of != of:
-            self.of = of
-            self.forms.clear()
-            self.ways.clear()
-            self.used.clear()
+    def same(self, weight: Tensor) -> bool:
+        """Whether ``weight`` is what the forms were made of."""
+        self.turn += 1
+        return self.print is not None and self.of == state(weight) and unchanged([self], self.print, self.turn)
+
+    def follow(self, weight: Tensor) -> bool:
+        """Forget what is known of a weight that has changed; False where it can no longer be packed."""
+        if not self.same(weight):
+            self.forget()
+            if weight.is_inference() or not _packable(weight):
+                return False
+            self.of, self.print = state(weight), torch.ops.pyvit.weight_print.default(weight.detach())
+        return True
+
+    def forget(self) -> None:
+        self.print = None
+        self.forms.clear()
+        self.ways.clear()
+        self.used.clear()
 
     def form(self, name: str, weight: Tensor) -> Tensor:
         found = self.forms.get(name)
@@ -90,8 +105,34 @@ _PACKERS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _state(weight: Tensor) -> tuple[Any, ...]:
-    return weight._version, weight.data_ptr(), weight.dtype
+def state(weight: Tensor) -> tuple[Any, ...]:
+    """What a change of ``weight`` that PyTorch counts changes, and where and how its elements lie."""
+    return -1 if weight.is_inference() else weight._version, weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
+
+
+@functools.cache
+def _changed() -> Callable[[int, int, int], int]:
+    """``pyvit_weights_changed`` of csrc/torch/watch.cpp."""
+    function = ctypes.PyDLL(str(library.PATH)).pyvit_weights_changed
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), ctypes.c_int
+    return function  # type: ignore[no-any-return]
+
+
+def unchanged(packs: Sequence[Pack], prints: Tensor, turn: int) -> bool:
+    """Whether the weights of ``packs``, whose :func:`state` is as it was, hold what their prints (packs, words) tell: some words of each,
+    and of 128 stripes the one whose turn it is. Packs whose weights do not are forgotten."""
+    found = _changed()(prints.data_ptr(), len(packs), turn)
+    if found:
+        for pack in packs:
+            pack.forget()
+    if found == 2:
+        warnings.warn(
+            "pyvit: a packed weight was written to past PyTorch's count of changes (through .data, NumPy or DLPack), so little of it that "
+            "only now it was seen: earlier results may be of the old weight. Call pyvit.pack_weights(model) after such a change.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return not found
 
 
 def pack_of(weight: Tensor | None) -> Pack | None:
@@ -109,7 +150,7 @@ def _forms(dtype: torch.dtype) -> tuple[str, ...]:
                 continue
             if name == "pyvit" and library.problem() is not None:
                 continue
-            _PACKERS[name](torch.zeros(16, 16, dtype=dtype))
+            _PACKERS[name](torch.zeros(16, 16, dtype=dtype, device="cpu"))
         except RuntimeError:
             continue
         found.append(name)
@@ -128,8 +169,11 @@ def keep(layer: nn.Module) -> bool:
 
 
 def _packable(weight: Tensor) -> bool:
-    able = type(weight) in (Tensor, nn.Parameter) and weight.layout == torch.strided and weight.device.type == "cpu"
-    return able and weight.dim() == 2 and weight.is_contiguous() and weight.numel() > 0 and bool(_forms(weight.dtype))
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.layout == torch.strided and weight.device.type == "cpu"
+    if not plain or weight.dim() != 2 or not weight.is_contiguous() or not weight.data_ptr():
+        return False
+    # The library tells whether a weight has changed; one below a word is not worth the trouble.
+    return library.problem() is None and weight.numel() * weight.element_size() >= 8 and bool(_forms(weight.dtype))
 
 
 def drop(layer: nn.Module) -> None:
@@ -137,7 +181,7 @@ def drop(layer: nn.Module) -> None:
     weight = layer._parameters.get("weight")
     if (pack := pack_of(weight)) is not None:
         del PACKS[id(weight)]
-        pack.forms.clear()  # whoever remembers the pack
+        pack.forget()  # whoever remembers the pack
         _changes += 1
 
 
@@ -168,7 +212,7 @@ def direct(x: Tensor) -> bool:
 
 def _known_way(x: Tensor, branch: Branch) -> Way | None:
     for weight in (branch.weight, branch.weight2):
-        if weight is not None and ((pack := pack_of(weight)) is None or pack.of != _state(weight)):
+        if weight is not None and ((pack := pack_of(weight)) is None or not pack.same(weight)):
             return None
     return PACKS[id(branch.weight)].ways.get(_call(x, branch))
 
@@ -209,8 +253,8 @@ def run(x: Tensor, branch: Branch) -> Tensor | None:
     packs = [pack for w in weights if (pack := pack_of(w)) is not None]
     if len(packs) < len(weights):
         return None
-    for pack, weight in zip(packs, weights, strict=True):
-        pack.follow(weight)
+    if not all(pack.follow(weight) for pack, weight in zip(packs, weights, strict=True)):
+        return None
     rows = x.numel() // max(x.shape[-1], 1)
     key = _key(rows, x, branch)
     width = (branch.weight if branch.weight2 is None else branch.weight2).shape[0]
@@ -223,8 +267,7 @@ def run(x: Tensor, branch: Branch) -> Tensor | None:
     measuring = found is None and products.policy() == "measure"
     before = [(dict(pack.ways), set(pack.used)) for pack in packs] if measuring else []
     if found is None:
-        kind = "packed layer" if branch.is_one_layer() else "packed branch"
-        found = products.choose(key, kind, _ways(x, branch), arguments, rows, branch.weight.shape, x.dtype)
+        found = products.choose(key, _kind(branch), _ways(x, branch), arguments, rows, branch.weight.shape, x.dtype)
     way = found[0]
     for pack, (ways, used) in zip(packs, before, strict=False):  # calls that were only measured leave nothing
         pack.ways, pack.used = ways, used
@@ -242,6 +285,10 @@ def _key(rows: int, x: Tensor, b: Branch) -> tuple[Any, ...]:
     rest = (b.bias2 is None, b.norm and (b.norm[0] is None, b.norm[1] is None), b.scale is None, b.residual is None)
     second = () if b.weight2 is None else (b.weight2.shape,)
     return ("packed", *products.forward_key(rows, x, b.weight, b.bias, b.activation), *second, *rest)
+
+
+def _kind(b: Branch) -> str:
+    return "packed layer" if b.is_one_layer() else "packed branch"
 
 
 def _ways(x: Tensor, b: Branch) -> dict[str, Way]:
@@ -323,11 +370,13 @@ def around(x: Tensor, layers: Callable[[Tensor], Tensor], branch: Branch, backen
 
 
 def explain(x: Tensor, branch: Branch) -> list[str]:
-    """What is known of the way of a call, for :func:`pyvit.explain`; nothing is computed."""
-    if pack_of(branch.weight) is None:
+    """The way of a call whose weights are packed, for :func:`pyvit.explain`; nothing is computed."""
+    weights = [w for w in (branch.weight, branch.weight2) if w is not None]
+    if any(pack_of(w) is None or w.dtype != x.dtype for w in weights):
         return []
-    found = products.known(_key(x.numel() // max(x.shape[-1], 1), x, branch))
-    return [] if found is None else [f"weights kept packed: {found}"]
+    rows = x.numel() // max(x.shape[-1], 1)
+    known = products.known(_key(rows, x, branch))
+    return [f"weights kept packed: {known or products.expected(_kind(branch), _ways(x, branch), rows, branch.weight.shape, x.dtype)}"]
 
 
 library.FRAGMENT.define(

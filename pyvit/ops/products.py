@@ -292,13 +292,16 @@ def agrees(way: Way, args: tuple[Any, ...], wanted: Tensor) -> bool:
     return found.shape == wanted.shape and bool(((found - wanted).abs() <= tolerance).all())
 
 
+def expected(kind: str, ways: Mapping[str, Way], rows: int, weight: tuple[int, ...], dtype: torch.dtype) -> str:
+    """What a call that nothing is remembered of will choose, and why."""
+    if _policy == "measure" and not torch.are_deterministic_algorithms_enabled():
+        return "the fastest that the first call measures (PYVIT_LINEAR=measure)"
+    return "{} ({})".format(*_choice(kind, ways, lambda _: (), rows, weight, dtype))
+
+
 def explain(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> list[str]:
     """Which product a call takes, for :func:`pyvit.explain`; nothing of it is computed."""
     rows = x.numel() // max(x.shape[-1], 1)
+    ways = forward_ways(x.dtype, weight.dtype, activation) if weight.is_contiguous() else {"torch": by_torch}
     found = known(forward_key(rows, x, weight, bias, activation))
-    if found is None and _policy == "measure":
-        return ["matrix product not chosen yet: PYVIT_LINEAR=measure; the first call measures"]
-    if found is None:
-        ways = forward_ways(x.dtype, weight.dtype, activation) if weight.is_contiguous() else {"torch": by_torch}
-        found = "{} ({})".format(*_choice("forward", ways, lambda _: (), rows, tuple(weight.shape), x.dtype))
-    return [f"matrix product by {found}"]
+    return [f"matrix product by {found or expected('forward', ways, rows, tuple(weight.shape), x.dtype)}"]

@@ -20,7 +20,7 @@ import pyvit
 from pyvit import library
 from pyvit.models import create_model
 from pyvit.models.swin import SwinBlock
-from pyvit.nn import Attention, Block, Linear, WindowAttention, replay
+from pyvit.nn import Attention, Block, LayerNorm, Linear, Mlp, WindowAttention, replay
 from pyvit.ops import packed, products
 
 pytestmark = pytest.mark.skipif(library.problem() is not None, reason="needs the compiled library")
@@ -288,6 +288,64 @@ def test_hooks_on_every_module_are_called() -> None:
     made(X)
     handle.remove()
     assert made.attn in seen
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_hooks_on_every_module_see_every_part(packs: bool) -> None:
+    """Of layers that would be bypassed, too, whether weights are packed or not."""
+    made = block(init_values=0.5)
+    if not packs:
+        pyvit.unpack_weights(made)
+    wanted = made(X)
+    made(X)
+    seen: list[nn.Module] = []
+    for register in (globally.register_module_forward_pre_hook, globally.register_module_forward_hook):
+        seen.clear()
+        handle = register(lambda module, *_: seen.append(module))
+        found = made(X)
+        handle.remove()
+        assert {made.attn, made.attn.qkv, made.attn.proj, made.mlp, made.mlp.fc1, made.mlp.fc2, made.norm1, made.ls1} <= {*seen}
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["forward", "__call__"])
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.Identity, Linear, LayerNorm, Attention, Mlp])
+def test_a_class_patched_later(kind: type[nn.Module], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it has the method from a parent, too."""
+    made = block()
+    made(X)
+    made(X)
+    calls: list[nn.Module] = []
+    before = getattr(kind, name)
+    monkeypatch.setattr(kind, name, lambda self, *args, **kw: calls.append(self) or before(self, *args, **kw), raising=False)
+    assert replay.again(made, X, False) is None
+    found = made(X)
+    assert len(calls) == sum(type(m) is kind for m in made.modules()) + (kind is nn.Dropout)  # the MLP calls its own twice
+    monkeypatch.undo()
+    torch.testing.assert_close(found, made(X), rtol=1e-5, atol=1e-5)
+
+
+class Doubled(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("drop", [nn.Identity(), nn.Dropout(0.5).eval(), Doubled(), nn.Dropout1d(0.3).eval(), nn.AlphaDropout(0.5).train()])
+def test_what_stands_in_a_dropouts_place_runs(drop: nn.Module) -> None:
+    made = block()
+    made.attn.proj_drop = made.mlp.drop = drop
+    for _ in range(3):
+        torch.manual_seed(0)
+        found = made(X)
+        torch.manual_seed(0)
+        x = X + drop(made.attn.proj(made.attn.norm(_attended(made, made.norm1(X)))))
+        y = F.gelu(F.linear(made.norm2(x), made.mlp.fc1.weight, made.mlp.fc1.bias))
+        torch.testing.assert_close(found, x + drop(made.mlp.fc2(drop(y))), rtol=1e-5, atol=1e-5)
+
+
+def _attended(made: nn.Module, x: Tensor) -> Tensor:
+    q, k, v = made.attn.qkv(x).unflatten(-1, (3, 2, 16)).transpose(1, 3).unbind(2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def test_dropout_gradients_autocast_and_backends(long: Long) -> None:

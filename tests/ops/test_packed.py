@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import itertools
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from torch import Tensor, nn
 import pyvit
 from pyvit import library, memory
 from pyvit.models import create_model
-from pyvit.nn import Block, Mlp
+from pyvit.nn import Block, Mlp, replay
 from pyvit.ops import linear, mlp, packed, products, reference
 from pyvit.testing import compare, layout
 
@@ -343,3 +347,168 @@ def test_results_held_by_the_caller_are_not_overwritten(own: None) -> None:
         outs = [linear(x, model.weight, model.bias) for x in inputs]  # 2 MiB each
         for x, out in zip(inputs, outs, strict=True):
             torch.testing.assert_close(out, F.linear(x, model.weight, model.bias), rtol=1e-4, atol=1e-4)
+
+
+def _numpy(w: Tensor) -> None:
+    w.detach().numpy()[:] *= -1.5
+
+
+def _dlpack(w: Tensor) -> None:
+    torch.from_dlpack(w.detach()).mul_(-1.5)
+
+
+def _set(w: Tensor) -> None:
+    w.data = torch.randn_like(w)
+
+
+WRITES = {
+    "data +=": lambda w: w.data.add_(torch.randn(w.shape)),
+    "data.copy_": lambda w: w.data.copy_(torch.randn(w.shape)),
+    "data =": _set,
+    "data of its transpose": lambda w: setattr(w, "data", w.data.t()),
+    "detach": lambda w: w.detach().mul_(-1.5),
+    "in place": lambda w: w.mul_(-1.5),
+    "foreach": lambda w: torch._foreach_mul_([w], -1.5),
+    "set_": lambda w: w.set_(torch.randn_like(w)),
+    "numpy": _numpy,
+    "dlpack": _dlpack,
+    "storage": lambda w: w.untyped_storage().copy_(torch.randn(w.shape).untyped_storage()),
+    "a head's rows": lambda w: w.data[8 : 8 + len(w) // 48].zero_(),  # of a ViT-L
+    "a head's columns": lambda w: w.data[:, 16 : 16 + w.shape[1] // 48 + 1].zero_(),
+    "rows exchanged": lambda w: w.data.copy_(w.data.flip(0)),
+    "pruned": lambda w: w.data.mul_((torch.rand(w.shape) > 0.3).float()),
+    "swapped": lambda w: torch.utils.swap_tensors(w, nn.Parameter(torch.randn(w.shape))),
+}
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["replayed", "layer"])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_writes_to_packed_weights_are_seen(write: Callable[[Tensor], object], again: bool) -> None:
+    """However they are made, also past the count of changes that autograd keeps."""
+    block = Block(64, 2).eval() if again else Mlp(64, 64).eval()
+    pyvit.pack_weights(block)
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        for _ in range(3):
+            block(x)
+        for weight in [m.weight for m in block.modules() if isinstance(m, nn.Linear)]:
+            if weight.shape[0] == weight.shape[1] or write is not WRITES["data of its transpose"]:
+                write(weight)
+            for _ in range(3):
+                torch.testing.assert_close(block(x), copy.deepcopy(block)(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["replayed", "layer"])
+def test_a_single_element_is_seen_in_the_end_and_said(again: bool) -> None:
+    block = Block(64, 2).eval() if again else Mlp(64, 128).eval()
+    pyvit.pack_weights(block)
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        for _ in range(3):
+            block(x)
+        for at in (5, 1001, 7777):
+            (block.mlp if again else block).fc1.weight.data.view(-1)[at] += 100.0
+            with pytest.warns(RuntimeWarning, match="written to past PyTorch's count of changes"):
+                _ = [block(x) for _ in range(128)]
+            torch.testing.assert_close(block(x), copy.deepcopy(block)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_replaced_weights_are_not_multiplied_packed() -> None:
+    """By load_state_dict(assign=True), a parametrization, functional_call, copies and pickles; and ids that return after a collection."""
+    made = nn.Sequential(Mlp(64, 128), Mlp(64, 128)).eval()
+    x = torch.randn(3, 64)
+
+    def check() -> None:
+        with torch.no_grad():
+            for _ in range(3):
+                torch.testing.assert_close(made(x), formula_of(made, x), rtol=1e-4, atol=1e-4)
+
+    def formula_of(made: nn.Module, x: Tensor) -> Tensor:
+        for layer in made:
+            x = F.linear(F.gelu(F.linear(x, layer.fc1.weight, layer.fc1.bias)), layer.fc2.weight, layer.fc2.bias)
+        return x
+
+    assert pyvit.pack_weights(made) == 4
+    check()
+    made.load_state_dict({k: torch.randn_like(v) * 0.1 for k, v in made.state_dict().items()}, assign=True)
+    check()
+    assert pyvit.pack_weights(made) == 4
+    check()
+    other = {k: torch.randn_like(v) * 0.1 for k, v in made.state_dict().items()}
+    with torch.no_grad():
+        found = torch.func.functional_call(made, other, (x,))
+        wanted = copy.deepcopy(made)
+        wanted.load_state_dict(other)
+        torch.testing.assert_close(found, formula_of(wanted, x), rtol=1e-4, atol=1e-4)
+    check()
+    made.share_memory()
+    check()
+    made.requires_grad_(False)
+    check()
+    nn.utils.parametrizations.weight_norm(made[0].fc1)
+    assert pyvit.pack_weights(made) == 3
+    check()
+    with torch.no_grad():
+        made[0].fc1.parametrizations.weight.original0.mul_(2.0)
+    check()
+    again = pickle.loads(pickle.dumps(made[1]))
+    assert all(packed.pack_of(p) is None for p in [*again.parameters(), *copy.deepcopy(made).parameters()])
+    for _ in range(200):  # an id that a weight had may be another's
+        made[1].fc1 = type(made[1].fc1)(64, 128, activation="gelu")
+        gc.collect(0)
+        check()
+
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_conversions(swap: bool) -> None:
+    """Also by exchanging tensors, which no weak reference may point to."""
+    model = Block(64, 2).eval()
+    x = torch.randn(2, 5, 64)
+    pyvit.pack_weights(model)
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        with torch.no_grad():
+            for dtype in (torch.bfloat16, torch.float64, torch.float32):
+                for _ in range(3):
+                    model(x.to(next(model.parameters()).dtype))
+                model.to(dtype)
+                torch.testing.assert_close(model(x.to(dtype)), copy.deepcopy(model)(x.to(dtype)), rtol=0.02, atol=0.02)
+            model.load_state_dict({k: torch.randn_like(v) for k, v in model.state_dict().items()})
+            torch.testing.assert_close(model(x), copy.deepcopy(model)(x), rtol=1e-3, atol=1e-3)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def test_a_replaced_block_runs_again_after_a_write() -> None:
+    """The short way is found again once what changed has been packed anew."""
+    made = Block(64, 2).eval()
+    pyvit.pack_weights(made)
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        for _ in range(3):
+            made(x)
+        made.mlp.fc1.weight.data.mul_(2.0)
+        made(x)
+        made(x)
+        assert replay.again(made, x, False) is not None
+
+
+def test_explain_says_which(own: None) -> None:
+    """Before a call as after it, of the call that the packed weights take."""
+    made, x = Mlp(64, 128), torch.randn(5, 64)
+    arguments = (x, made.fc1.weight, made.fc1.bias, made.fc2.weight, made.fc2.bias)
+    with torch.no_grad():
+        assert "matrix product by pyvit" in str(pyvit.explain(mlp, *arguments))
+        pyvit.pack_weights(made)
+        before = str(pyvit.explain(mlp, *arguments))
+        assert "weights kept packed: pyvit (PYVIT_LINEAR)" in before
+        made(x)
+        assert str(pyvit.explain(mlp, *arguments)) == before
+    assert "packed" not in str(pyvit.explain(mlp, *arguments))
+
+
+def test_prints_of_what_is_no_matrix_are_refused() -> None:
+    for t in (torch.zeros(4), torch.zeros(4, 4).t()[:2], torch.zeros(1, 1)):
+        with pytest.raises(RuntimeError, match="weight must be a contiguous matrix of 8 bytes or more"):
+            torch.ops.pyvit.weight_print(t)
