@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
-from pyvit.ops import pairs, reference_losses, streaming
+from pyvit.ops import checks, pairs, reference_losses, streaming
 from pyvit.ops.streaming import LogSumExp, Ring, widen
 
 
@@ -34,7 +34,7 @@ def nt_xent(
     """
     call = _check(z1, z2, temperature, group)
     chosen = dispatch.select(call, backend)
-    t = streaming.scalar("nt_xent", "temperature", temperature, z1)
+    t = streaming.scalar(temperature, z1)
     with torch.autocast(z1.device.type, enabled=False):
         if group is not None:
             Ring(group).check_equal("nt_xent", "z1", z1.shape[0], z1.device)
@@ -44,6 +44,9 @@ def nt_xent(
 
 def _check(z1: Tensor, z2: Tensor, temperature: float | Tensor, group: Any) -> Call:
     streaming.embeddings("nt_xent", z1=z1, z2=z2)
+    streaming.check_scalars("nt_xent", temperature=temperature)
+    if not isinstance(temperature, Tensor):
+        checks.positive("nt_xent", "temperature", temperature)
     found = streaming.features(z1, z2, temperature if isinstance(temperature, Tensor) else None, group=group)
     return Call("nt_xent", z1.device.type, z1.dtype, tuple(found))
 
@@ -51,6 +54,19 @@ def _check(z1: Tensor, z2: Tensor, temperature: float | Tensor, group: Any) -> C
 @dispatch.describes("nt_xent")
 def _describe(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, group: Any = None, **_: Any) -> tuple[Call, list[str]]:
     return _check(z1, z2, temperature, group), []
+
+
+def _check_low(z1: Tensor, z2: Tensor, temperature: Tensor) -> Call:
+    call = _check(z1, z2, temperature, None)
+    checks.exactly("nt_xent", "temperature", temperature, (), checks.wide(z1.dtype), z1)
+    return call
+
+
+def _check_low_backward(grad: Tensor, lse: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor) -> Call:
+    call = _check_low(z1, z2, temperature)
+    checks.exactly("nt_xent_backward", "grad", grad, (), temperature.dtype, z1)
+    checks.exactly("nt_xent_backward", "lse", lse, (2 * z1.shape[0],), temperature.dtype, z1)
+    return call
 
 
 def _forward(z1: Tensor, z2: Tensor, temperature: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
@@ -134,6 +150,7 @@ NT_XENT_BACKWARD = Operator(
     "nt_xent_backward",
     reference=_reference_backward,
     fake=_fake_backward,
+    check=_check_low_backward,
     kernels={"cpu": _TILES_BACKWARD, "cuda": _TILES_BACKWARD, "triton": "pyvit.triton_kernels.contrastive:nt_xent_backward"},
     **dispatch.double_backward(reference_losses.nt_xent, n_grads=1, n_skipped=1, inputs=(0, 1, 2)),
 )
@@ -141,6 +158,7 @@ NT_XENT = Operator(
     "nt_xent",
     reference=reference_losses.nt_xent,
     fake=_fake,
+    check=_check_low,
     setup_context=_setup_context,
     backward=_backward,
     kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.contrastive:nt_xent"},

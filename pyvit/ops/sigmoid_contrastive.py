@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
-from pyvit.ops import pairs, reference_losses, streaming
+from pyvit.ops import checks, pairs, reference_losses, streaming
 from pyvit.ops.streaming import Ring, widen
 
 
@@ -40,7 +40,7 @@ def sigmoid_contrastive(
     """
     call = _check(a, b, scale, bias, group)
     chosen = dispatch.select(call, backend)
-    s, t = streaming.scalar("sigmoid_contrastive", "scale", scale, a), streaming.scalar("sigmoid_contrastive", "bias", bias, a)
+    s, t = streaming.scalar(scale, a), streaming.scalar(bias, a)
     with torch.autocast(a.device.type, enabled=False):
         if group is not None:
             Ring(group).check_equal("sigmoid_contrastive", "a", a.shape[0], a.device)
@@ -50,6 +50,7 @@ def sigmoid_contrastive(
 
 def _check(a: Tensor, b: Tensor, scale: float | Tensor, bias: float | Tensor, group: Any) -> Call:
     streaming.embeddings("sigmoid_contrastive", a=a, b=b)
+    streaming.check_scalars("sigmoid_contrastive", scale=scale, bias=bias)
     found = streaming.features(a, b, *(t for t in (scale, bias) if isinstance(t, Tensor)), group=group)
     return Call("sigmoid_contrastive", a.device.type, a.dtype, tuple(found))
 
@@ -57,6 +58,19 @@ def _check(a: Tensor, b: Tensor, scale: float | Tensor, bias: float | Tensor, gr
 @dispatch.describes("sigmoid_contrastive")
 def _describe(a: Tensor, b: Tensor, scale: float | Tensor, bias: float | Tensor, *, group: Any = None, **_: Any) -> tuple[Call, list[str]]:
     return _check(a, b, scale, bias, group), []
+
+
+def _check_low(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Call:
+    call = _check(a, b, scale, bias, None)
+    for name, t in (("scale", scale), ("bias", bias)):
+        checks.exactly("sigmoid_contrastive", name, t, (), checks.wide(a.dtype), a)
+    return call
+
+
+def _check_low_backward(grad: Tensor, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Call:
+    call = _check_low(a, b, scale, bias)
+    checks.exactly("sigmoid_contrastive_backward", "grad", grad, (), scale.dtype, a)
+    return call
 
 
 def _forward(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, ring: Ring) -> Tensor:
@@ -139,6 +153,7 @@ SIGMOID_BACKWARD = Operator(
     "sigmoid_contrastive_backward",
     reference=_reference_backward,
     fake=_fake_backward,
+    check=_check_low_backward,
     kernels={"cpu": _TILES_BACKWARD, "cuda": _TILES_BACKWARD, "triton": "pyvit.triton_kernels.contrastive:sigmoid_contrastive_backward"},
     **dispatch.double_backward(reference_losses.sigmoid_contrastive, n_grads=1, n_skipped=0, inputs=(0, 1, 2, 3)),
 )
@@ -146,6 +161,7 @@ SIGMOID = Operator(
     "sigmoid_contrastive",
     reference=reference_losses.sigmoid_contrastive,
     fake=_fake,
+    check=_check_low,
     setup_context=_setup_context,
     backward=_backward,
     kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.contrastive:sigmoid_contrastive"},
