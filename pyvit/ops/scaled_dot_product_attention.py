@@ -90,9 +90,9 @@ def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> t
 def _mask(mask: Tensor, query: Tensor, scores: tuple[int, ...]) -> Tensor:
     """A mask for scores of this shape with the leading dimensions of :func:`_broadcast`."""
     checks.dense(_OP, "attn_mask", mask)
-    fits = 2 <= mask.dim() <= len(scores) and all(have in (1, want) for have, want in zip(mask.shape[::-1], scores[::-1], strict=False))
+    fits = mask.dim() <= len(scores) and all(have in (1, want) for have, want in zip(mask.shape[::-1], scores[::-1], strict=False))
     if not fits:
-        checks.fail(_OP, "attn_mask", f"of at least two dimensions and broadcastable to {scores}", checks.shape(mask))
+        checks.fail(_OP, "attn_mask", f"broadcastable to {scores}", checks.shape(mask))
     if mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise TypeError(f"{_OP}: attn_mask must be bool, float32 or of the dtype of query, {query.dtype}, got {mask.dtype}")
     if mask.dim() <= 4 and len(scores) <= 4:
