@@ -7,12 +7,13 @@ an :class:`Operator`. The same Operator stands behind ``torch.ops.pyvit.<name>``
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -227,6 +228,9 @@ def autocast(device: str, *tensors: Any) -> Any:
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
+_Backward = TypeVar("_Backward", bound=Callable[..., Any])
+
+
 def no_autocast(*tensors: Any) -> contextlib.AbstractContextManager[Any]:
     """The context of formulas whose operands were cast already: autocast is off for the device of the first of ``tensors`` that is one."""
     device = next((t.device.type for t in tensors if isinstance(t, Tensor)), None)
@@ -235,14 +239,15 @@ def no_autocast(*tensors: Any) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False)
 
 
-def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(backward: _Backward) -> _Backward:
     """``backward`` with autocast off, under which its caller may be: the forward's operands were cast, or were left wide on purpose."""
 
+    @functools.wraps(backward)
     def call(ctx: Any, *grads: Any) -> Any:
         with no_autocast(*grads):
             return backward(ctx, *grads)
 
-    return call
+    return cast(_Backward, call)
 
 
 _TRACERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
@@ -296,7 +301,7 @@ class Operator:
         self._transformed: type[torch.autograd.Function] | None = None
         if backward is not None:
             assert setup_context is not None
-            backward = _without_autocast(backward)
+            backward = without_autocast(backward)
             torch.library.register_autograd(qualified, backward, setup_context=setup_context)
             self._function = self._make_function(setup_context, backward)
             self._transformed = self._make_transformed(setup_context, backward)

@@ -118,6 +118,7 @@ class _Sharded(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @dispatch.without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b, scale, lse_a, lse_b = ctx.saved_tensors
         return *_gradients(ctx.ring.sum(grad), lse_a, lse_b, a, b, scale, ctx.ring), None

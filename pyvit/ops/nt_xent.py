@@ -115,6 +115,7 @@ class _Sharded(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @dispatch.without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *_gradients(ctx.ring.sum(grad), *ctx.saved_tensors, ctx.ring), None  # type: ignore[call-arg]
 

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from conftest import EXAMPLES
 from torch import Tensor
 
 from pyvit import library
 from pyvit.dispatch import Operator
 from pyvit.ops.reference import ACTIVATIONS
 from pyvit.testing import Served, layout
+from tests.ops.conftest import EXAMPLES
 
 OPERATORS = {
     value.name: value
