@@ -6,12 +6,14 @@ an :class:`Operator`. The same Operator stands behind ``torch.ops.pyvit.<name>``
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -98,6 +100,10 @@ def select(call: Call, backend: str | None = None) -> str:
     wanted = backend if backend is not None else _override
     if torch.compiler.is_compiling():  # the choice is made while tracing; a cache here would be a side effect of the graph
         return _select(call, wanted)
+    return _chosen(call, wanted)
+
+
+def _chosen(call: Call, wanted: str | None) -> str:
     key = (call, wanted)
     chosen = _choices.get(key)
     if chosen is None:
@@ -219,7 +225,29 @@ def autocast(device: str, *tensors: Any) -> Any:
     if not available or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+_Backward = TypeVar("_Backward", bound=Callable[..., Any])
+
+
+def no_autocast(*tensors: Any) -> contextlib.AbstractContextManager[Any]:
+    """The context of formulas whose operands were cast already: autocast is off for the device of the first of ``tensors`` that is one."""
+    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), None)
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def without_autocast(backward: _Backward) -> _Backward:
+    """``backward`` with autocast off, under which its caller may be: the forward's operands were cast, or were left wide on purpose."""
+
+    @functools.wraps(backward)
+    def call(ctx: Any, *grads: Any) -> Any:
+        with no_autocast(*grads):
+            return backward(ctx, *grads)
+
+    return cast(_Backward, call)
 
 
 _TRACERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
@@ -251,6 +279,7 @@ class Operator:
         name: key into SCHEMAS.
         reference: the naive form, same arguments less the trailing ``backend``.
         fake: shapes, dtypes and strides of the outputs, same arguments as the schema.
+        check: the contract for those who call torch.ops: the schema's arguments less ``backend`` to the call they are, or an error.
         setup_context, backward: as for ``torch.library.register_autograd``.
         autocast_args: positions of the tensors cast under autocast.
         kernels: per backend, "module:function" imported at first use, or None for the dispatcher's own C++ kernel.
@@ -262,12 +291,13 @@ class Operator:
         *,
         reference: Callable[..., Any],
         fake: Callable[..., Any],
+        check: Callable[..., Call],
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         autocast_args: Sequence[int] = (),
         kernels: dict[str, str] | None = None,
     ) -> None:
-        self.name, self._reference, self._autocast_args = name, reference, tuple(autocast_args)
+        self.name, self._reference, self._check, self._autocast_args = name, reference, check, tuple(autocast_args)
         self._kernels: dict[str, Callable[..., Any]] = {"reference": lambda *args: reference(*args[:-1])}
         self._paths = kernels or {}
         self._of_gradients = name.endswith("_backward")
@@ -278,6 +308,7 @@ class Operator:
         self._transformed: type[torch.autograd.Function] | None = None
         if backward is not None:
             assert setup_context is not None
+            backward = without_autocast(backward)
             torch.library.register_autograd(qualified, backward, setup_context=setup_context)
             self._function = self._make_function(setup_context, backward)
             self._transformed = self._make_transformed(setup_context, backward)
@@ -303,14 +334,9 @@ class Operator:
         return found
 
     def run(self, *args: Any) -> Any:
-        """Kernel of the dispatcher where the library has none of its own: resolves ``backend`` (the last argument)."""
-        backend = args[-1]
-        if backend == "auto":
-            device = next(a.device.type for a in args if isinstance(a, Tensor))
-            op = self.name.removesuffix("_backward")
-            able = [b for b in preference(op) if absent(op, b, device) is None and b in CAPABILITIES[op]]
-            backend = able[0]
-        return self.kernel(backend)(*args)
+        """Kernel of the dispatcher where the library has none of its own: checks the arguments, resolves ``backend``, the last of them."""
+        *given, backend = args
+        return self.kernel(_chosen(self._check(*given), None if backend == "auto" else backend))(*given, backend)
 
     def __call__(self, *args: Any) -> Any:
         if args[-1] == "reference":  # plain PyTorch, which autograd and the compiler see through
@@ -404,6 +430,8 @@ def reference_backward(
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in ("AutogradCPU", "AutogradCUDA", "AutogradMeta", "AutogradOther", "AutogradFunctionality", "ADInplaceOrView"):
         excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    if not inputs:
+        return []
     with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
         if torch._C._are_functorch_transforms_active():  # a transform's tensors are no leaves, and autograd.grad does not see through it
             return _pulled_back(reference, grads, [a.detach() if isinstance(a, Tensor) and not create_graph else a for a in args], inputs)
@@ -411,11 +439,12 @@ def reference_backward(
         outputs = reference(*[leaves.get(i, a) for i, a in enumerate(args)])
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=False) if g is not None and o.requires_grad]
-        return list(
-            torch.autograd.grad(
-                [o for o, _ in pairs], [leaves[i] for i in inputs], [g for _, g in pairs], create_graph=create_graph, allow_unused=True
-            )
+        found = torch.autograd.grad(
+            [o for o, _ in pairs], [leaves[i] for i in inputs], [g for _, g in pairs], create_graph=create_graph, allow_unused=True
         )
+        if create_graph:
+            return list(found)
+        return [torch.zeros_like(leaves[i]) if g is None else g for i, g in zip(inputs, found, strict=True)]
 
 
 def _pulled_back(
@@ -440,7 +469,8 @@ def formula_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``formula(*inputs)`` that can be differentiated again, for those of ``inputs`` that need one, None for the others."""
     given = [t for t, need in zip(inputs, needs, strict=False) if need and t is not None]
-    found = iter(torch.autograd.grad(formula(*inputs), given, grads, create_graph=True))
+    with no_autocast(*grads):
+        found = iter(torch.autograd.grad(formula(*inputs), given, grads, create_graph=True))
     return tuple(next(found) if need else None for need in needs)
 
 

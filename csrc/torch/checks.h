@@ -35,6 +35,7 @@ class Checks {
   explicit Checks(const char* op) : op_(op) {}
 
   void shape(const char* name, const Tensor& t, std::initializer_list<int64_t> wanted) const {
+    STD_TORCH_CHECK(t.defined(), "pyvit: ", op_, ": ", name, " must be a Tensor, got None");
     const Shape have = t.sizes();
     bool fits = have.size() == wanted.size();
     for (size_t i = 0; fits && i < have.size(); i++) {
@@ -190,7 +191,7 @@ class Checks {
     floating("weight", weight);
     dtype("images", images, {ScalarType::Byte, weight.scalar_type()}, "uint8 or of the dtype of weight");
     device("images", images, weight);
-    that(weight.size(2) > 0 && weight.size(3) > 0, "weight", "a patch of at least one pixel");
+    that(weight.numel() > 0, "weight", "of at least one element");
     that(stride.size() == 2 && stride[0] > 0 && stride[1] > 0 && stride[0] <= weight.size(2) &&
              stride[1] <= weight.size(3),
          "stride", "two positive ints of at most the patch");

@@ -70,8 +70,8 @@ inline T* data(const Maybe& t) {
 }
 
 inline float* vector(const Tensor& t, int64_t n, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.numel() == n && t.is_contiguous(), "pyvit: ", name,
-                  " must be ", n, " contiguous float32 numbers");
+  STD_TORCH_CHECK(t.defined() && t.scalar_type() == ScalarType::Float && t.numel() == n && t.is_contiguous(),
+                  "pyvit: ", name, " must be ", n, " contiguous float32 numbers");
   return static_cast<float*>(t.data_ptr());
 }
 

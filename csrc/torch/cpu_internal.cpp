@@ -141,7 +141,7 @@ Tensor pack_layer(Tensor weight) {
 
 Layer layer_of(const Tensor& x, int64_t in, const Tensor& packed, int64_t out, const Maybe& bias) {
   constexpr int64_t MANY = int64_t(1) << 48;  // whatever is computed of fewer elements does not overflow
-  STD_TORCH_CHECK(in >= 0 && out >= 0 && out <= MANY / std::max<int64_t>(in, 1) &&
+  STD_TORCH_CHECK(packed.defined() && in >= 0 && out >= 0 && out <= MANY / std::max<int64_t>(in, 1) &&
                       packed.scalar_type() == ScalarType::Int && packed.is_contiguous() &&
                       packed.numel() == kernels().packed_layer_size(in, out, dtype_of(x)),
                   "pyvit: packed_layers: a weight packed for other sizes or another dtype");
@@ -154,10 +154,10 @@ Layer layer_of(const Tensor& x, int64_t in, const Tensor& packed, int64_t out, c
 void packed_layers(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bias, double eps, Tensor first, int64_t first_out,
                    Maybe first_bias, std::string activation, Maybe second, int64_t second_out, Maybe second_bias,
                    Maybe scale, Maybe residual, Tensor out) {
+  STD_TORCH_CHECK(x.defined() && x.dim() > 0, "pyvit: packed_layers: x must have a last dimension");
   x = dense(x);
   for (Maybe* t : {&norm_weight, &norm_bias, &first_bias, &second_bias, &scale, &residual})
     if (*t) *t = dense(**t);
-  STD_TORCH_CHECK(x.dim() > 0, "pyvit: packed_layers: x must have a last dimension");
   Layers a{};
   const int64_t in = x.size(x.dim() - 1), width = second ? second_out : first_out;
   a.rows = in ? x.numel() / in : 0;
@@ -285,15 +285,16 @@ void distillation_tile_backward(Tensor student, Tensor teacher, Maybe center, do
 
 // Both with contiguous rows; with `own`, b is a.
 void pair_rows(Tensor& a, Tensor& b, bool own) {
-  Checks("pairs").that(!own || (a.data_ptr() == b.data_ptr() && a.numel() == b.numel()), "b", "a itself with own");
+  const Checks checks("pairs");
+  checks.shape("a", a, {ANY, ANY});
+  checks.shape("b", b, {ANY, a.size(1)});
+  checks.that(!own || (a.data_ptr() == b.data_ptr() && a.numel() == b.numel()), "b", "a itself with own");
   a = rows(a);
   b = own ? a : rows(b);
 }
 
 Pairs pairs_of(const Tensor& a, const Tensor& b, bool own, int64_t shift, double scale) {
   const Checks checks("pairs");
-  checks.shape("a", a, {ANY, ANY});
-  checks.shape("b", b, {ANY, a.size(1)});
   checks.as("b", b, a);
   checks.that(shift >= -1 && shift < std::max<int64_t>(b.size(0), 1), "shift", "-1 or an index of b's rows");
   Pairs p{};
@@ -312,7 +313,7 @@ Pairs pairs_of(const Tensor& a, const Tensor& b, bool own, int64_t shift, double
 }
 
 float* gradient(const Maybe& t, const Pairs& p, int64_t n) {
-  STD_TORCH_CHECK(!t || (t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->dim() == 2 &&
+  STD_TORCH_CHECK(!t || (t->defined() && t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->dim() == 2 &&
                          t->size(0) == n && t->size(1) == (p.d + 15) / 16 * 16),
                   "pyvit: gradients over pairs must be contiguous float32, rows padded to 16");
   return data<float>(t);
@@ -353,16 +354,14 @@ Pairs sigmoid_pairs(const Tensor& a, const Tensor& b, int64_t shift, double scal
 }
 
 Tensor pair_sigmoid(Tensor a, Tensor b, int64_t shift, double scale, double bias, Tensor total) {
-  a = rows(a);
-  b = rows(b);
+  pair_rows(a, b, false);
   kernels().pairs(sigmoid_pairs(a, b, shift, scale, bias, total));
   return total;
 }
 
 Tensor pair_sigmoid_backward(Tensor a, Tensor b, int64_t shift, double scale, double bias, Tensor total, Tensor grad_a,
                              Tensor grad_b) {
-  a = rows(a);
-  b = rows(b);
+  pair_rows(a, b, false);
   const Pairs p = sigmoid_pairs(a, b, shift, scale, bias, total);
   kernels().pairs_backward(p, {nullptr, nullptr, gradient(grad_a, p, p.n), gradient(grad_b, p, p.m), grad_a.size(1)});
   return total;

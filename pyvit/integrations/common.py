@@ -180,7 +180,7 @@ def usable(mask: Tensor | None) -> bool:
 
 def torch_mask(mask: Tensor, q: Tensor) -> Tensor:
     """A mask of torch's MultiheadAttention, (L, S) or (B H, L, S), with True where attention is forbidden, for q (B, H, L, d)."""
-    mask = ~mask if mask.dtype == torch.bool else mask.to(q.dtype)
+    mask = ~mask if mask.dtype == torch.bool else mask.to(q.dtype) if mask.is_floating_point() else mask  # refused, as by torch
     return mask if mask.dim() == 2 else mask.unflatten(0, q.shape[:2])
 
 

@@ -6,8 +6,9 @@ library.define_operators()
 
 from pyvit.ops.attention_map import attention_map  # noqa: E402
 from pyvit.ops.distillation_cross_entropy import distillation_cross_entropy  # noqa: E402
-from pyvit.ops.flash_attention import flash_attention, flash_attention_varlen, scaled_dot_product_attention  # noqa: E402
+from pyvit.ops.flash_attention import flash_attention  # noqa: E402
 from pyvit.ops.flash_attention_qkvpacked import flash_attention_qkvpacked  # noqa: E402
+from pyvit.ops.flash_attention_varlen import flash_attention_varlen  # noqa: E402
 from pyvit.ops.info_nce import info_nce  # noqa: E402
 from pyvit.ops.koleo import koleo  # noqa: E402
 from pyvit.ops.layer_norm import layer_norm  # noqa: E402
@@ -15,6 +16,7 @@ from pyvit.ops.linear import linear  # noqa: E402
 from pyvit.ops.mlp import mlp  # noqa: E402
 from pyvit.ops.nt_xent import nt_xent  # noqa: E402
 from pyvit.ops.patch_embed import patch_embed  # noqa: E402
+from pyvit.ops.scaled_dot_product_attention import scaled_dot_product_attention  # noqa: E402
 from pyvit.ops.sigmoid_contrastive import sigmoid_contrastive  # noqa: E402
 from pyvit.ops.sinkhorn_knopp import sinkhorn_center, sinkhorn_knopp  # noqa: E402
 from pyvit.ops.window_attention import window_attention  # noqa: E402

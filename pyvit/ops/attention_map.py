@@ -41,26 +41,27 @@ def attention_map(
     """
     q, k, bias = _prepare(q, k, bias)
     indices = _rows(q, rows)
-    chosen = dispatch.select(_check(q, k, bias), backend)
-    return MAP(q, k, indices, bias, q.shape[-1] ** -0.5 if scale is None else scale, chosen)
+    call = _check(q, k, bias)
+    scale = checks.scale("attention_map", scale, q.shape[3])
+    return MAP(q, k, indices, bias, scale, dispatch.select(call, backend))
 
 
 def _prepare(q: Tensor, k: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Operands in autocast's dtype, bias with its leading dimensions."""
     device = checks.device("attention_map", "q", q)
     q, k = dispatch.autocast(device, q, k)
-    if bias is not None and bias.dim() < 4:
-        bias = bias[(None,) * (4 - bias.dim())]
-    return q, k, bias
+    return q, k, checks.with_leading("attention_map", bias)
 
 
 def _rows(q: Tensor, rows: int | Sequence[int] | Tensor) -> Tensor:
     op = "attention_map"
     checks.tensor(op, "q", q, "(B, H, Nq, D)", 4)
-    given = isinstance(rows, Tensor)
-    if not given:
-        rows = torch.tensor([rows] if isinstance(rows, int) else list(rows), dtype=torch.int64, device="cpu")  # type: ignore[arg-type]
-    assert isinstance(rows, Tensor)
+    if not isinstance(rows, Tensor):
+        given = [rows] if hasattr(rows, "__index__") else rows
+        if not isinstance(given, Sequence) and not hasattr(given, "__array__"):
+            raise TypeError(f"{op}: rows must be an int, a sequence of ints or an int64 Tensor, got {type(rows).__name__}")
+        rows = torch.tensor([checks.whole(op, "rows", row) for row in given], dtype=torch.int64, device="cpu")
+    checks.dense(op, "rows", rows)
     if rows.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: rows must hold int64 indices, got {rows.dtype}")
     if rows.dim() not in (1, 2) or (rows.dim() == 2 and rows.shape[0] != q.shape[0]):
@@ -82,6 +83,8 @@ def _check(q: Tensor, k: Tensor, bias: Tensor | None) -> Call:
         checks.fail(op, "k", f"of shape ({q.shape[0]}, Hkv, Nk, {q.shape[3]}) to fit q", checks.shape(k))
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         checks.fail(op, "k", f"with a number of heads that divides q's {q.shape[1]}", k.shape[1])
+    if q.shape[3] == 0:
+        checks.fail(op, "q and k", "of at least one channel per head", "D = 0")
     features = ["gqa"] if k.shape[1] != q.shape[1] else []
     if bias is not None:
         checks.bias(op, bias, q, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
@@ -90,10 +93,21 @@ def _check(q: Tensor, k: Tensor, bias: Tensor | None) -> Call:
 
 
 @dispatch.describes("attention_map")
-def _describe(q: Tensor, k: Tensor, rows: Any, *, bias: Tensor | None = None, **_: Any) -> tuple[Call, list[str]]:
+def _describe(q: Tensor, k: Tensor, rows: Any, *, bias: Tensor | None = None, scale: Any = None, **_: Any) -> tuple[Call, list[str]]:
     q, k, bias = _prepare(q, k, bias)
     _rows(q, rows)
-    return _check(q, k, bias), dispatch.copy_notes(q=q, k=k)
+    call = _check(q, k, bias)
+    checks.scale("attention_map", scale, q.shape[3])
+    return call, dispatch.copy_notes(q=q, k=k)
+
+
+def _check_low(q: Tensor, k: Tensor, rows: Tensor, bias: Tensor | None, _scale: float) -> Call:
+    checks.tensor("attention_map", "rows", rows, "(B, R)", 2)
+    if rows.dtype != torch.int64:
+        raise TypeError(f"attention_map: rows must be int64, got {rows.dtype}")
+    _rows(q, rows)
+    checks.same("attention_map", "rows", rows, "q", q, dtype=False)
+    return _check(q, k, bias)
 
 
 def _fake(q: Tensor, k: Tensor, rows: Tensor, *_: Any) -> Tensor:
@@ -119,6 +133,7 @@ MAP = Operator(
     "attention_map",
     reference=reference.attention_map,
     fake=_fake,
+    check=_check_low,
     setup_context=_setup_context,
     backward=_backward,
     autocast_args=(0, 1),

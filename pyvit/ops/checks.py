@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -19,18 +22,76 @@ def shape(t: Tensor) -> str:
 
 
 def tensor(op: str, argument: str, t: Any, wanted: str, dims: int) -> None:
-    """``t`` must be a tensor of ``dims`` dimensions; ``wanted`` spells the shape."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{op}: {argument} must be a Tensor of shape {wanted}, got {type(t).__name__}")
+    """``t`` must be a dense tensor of ``dims`` dimensions; ``wanted`` spells the shape."""
+    dense(op, argument, t, f" of shape {wanted}")
     if t.dim() != dims:
         fail(op, argument, f"of shape {wanted}", shape(t))
 
 
-def device(op: str, argument: str, t: Any) -> str:
-    """The type of the device of ``t``, which must be a tensor; the first thing an operator looks at."""
+def dense(op: str, argument: str, t: Any, more: str = "") -> None:
+    """``t`` must be a tensor whose elements lie in memory by strides."""
     if not isinstance(t, Tensor):
-        raise TypeError(f"{op}: {argument} must be a Tensor, got {type(t).__name__}")
+        raise TypeError(f"{op}: {argument} must be a Tensor{more}, got {type(t).__name__}")
+    if t.layout is not torch.strided or t.is_nested:
+        hint = "convert it with to_dense()"
+        if t.is_nested:
+            hint = "flash_attention takes nested q, k and v, and flash_attention_varlen their values(); elsewhere, give values() or pad"
+        layout = "nested" if t.is_nested else str(t.layout).removeprefix("torch.").removeprefix("_")
+        raise TypeError(f"{op}: {argument} must be a dense Tensor{more}, got a {layout} one; {hint}")
+
+
+def device(op: str, argument: str, t: Any) -> str:
+    """The type of the device of ``t``, which must be a dense tensor; the first thing an operator looks at."""
+    dense(op, argument, t)
     return t.device.type
+
+
+def number(op: str, argument: str, value: Any) -> float:
+    """``value`` must be a number. As in torch, a tensor without dimensions is one, but not where it would lack its gradient."""
+    if type(value) is float or type(value) is int:
+        return value
+    if isinstance(value, Tensor):
+        if value.dim() or value.requires_grad or value.is_complex():
+            what = "one that requires a gradient, and there is none for it" if value.requires_grad else f"{value.dtype} of {shape(value)}"
+            raise TypeError(f"{op}: {argument} must be a number or a tensor of no dimensions without a gradient, got {what}")
+        return value.item()
+    if not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: {argument} must be a number, got {type(value).__name__}")
+    return value if isinstance(value, (torch.SymFloat, torch.SymInt)) else float(value)  # type: ignore[return-value]
+
+
+def positive(op: str, argument: str, value: Any) -> float:
+    value = number(op, argument, value)
+    if not value > 0:
+        fail(op, argument, "positive", value)
+    return value
+
+
+def whole(op: str, argument: str, value: Any, least: int | None = None) -> int:
+    """``value`` must be an integer, at least ``least``; a tensor or array of one is one."""
+    if type(value) is not int:
+        if isinstance(value, bool) or not (hasattr(value, "__index__") or isinstance(value, torch.SymInt)):
+            raise TypeError(f"{op}: {argument} must be an int, got {type(value).__name__}")
+        if not isinstance(value, torch.SymInt):
+            try:
+                value = operator.index(value)
+            except TypeError as error:
+                raise TypeError(f"{op}: {argument} must be an int, got {value!r}") from error
+    if least is not None and value < least:
+        fail(op, argument, f"at least {least}", value)
+    return value
+
+
+def flag(op: str, argument: str, value: Any) -> None:
+    if type(value) is not bool:
+        raise TypeError(f"{op}: {argument} must be a bool, got {type(value).__name__}")
+
+
+def no_gradient(op: str, **tensors: Tensor | None) -> None:
+    """Tensors that have no gradient must not ask for one."""
+    for argument, t in tensors.items():
+        if t is not None and t.requires_grad and torch.is_grad_enabled():
+            raise TypeError(f"{op}: {argument} must not require a gradient, since it gets none, got a tensor that does; detach it")
 
 
 def floating(op: str, argument: str, t: Tensor) -> None:
@@ -55,19 +116,45 @@ def bias(op: str, t: Tensor, q: Tensor, wanted: tuple[int, int, int, int]) -> No
     same(op, "bias", t, "q", q, dtype=False)
 
 
-def probability(op: str, argument: str, p: float) -> None:
+def with_leading(op: str, bias: Tensor | None) -> Tensor | None:
+    """An attention bias with its leading dimensions, 4 in all."""
+    if bias is None:
+        return None
+    dense(op, "bias", bias)
+    return bias if bias.dim() >= 4 else bias[(None,) * (4 - bias.dim())]
+
+
+def scale(op: str, value: Any, channels: int) -> float:
+    """The factor on attention's scores, by default 1/sqrt(channels)."""
+    return max(channels, 1) ** -0.5 if value is None else number(op, "scale", value)
+
+
+def dropout(op: str, p: Any) -> float:
+    """A probability of dropping, in [0, 1)."""
+    p = number(op, "dropout_p", p)
     if not 0.0 <= p < 1.0:
-        fail(op, argument, "in [0, 1)", p)
+        fail(op, "dropout_p", "in [0, 1)", p)
+    return p
 
 
 def pair(op: str, argument: str, value: Any, least: int) -> tuple[int, int]:
     """An int or a pair of ints, each at least ``least``, as a pair."""
-    values = (value, value) if isinstance(value, int) else tuple(value)
-    if len(values) != 2 or not all(isinstance(v, int) for v in values):
+    values = (value, value) if isinstance(value, (int, torch.SymInt)) else tuple(value) if isinstance(value, Sequence) else ()
+    if len(values) != 2 or not all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in values):
         raise TypeError(f"{op}: {argument} must be an int or a pair of ints, got {value!r}")
     if min(values) < least:
         fail(op, argument, f"at least {least} in each direction", values)
     return values
+
+
+def exactly(op: str, argument: str, t: Any, wanted: Sequence[int], dtype: torch.dtype, like: Tensor) -> None:
+    """``t`` must be of this shape and dtype, and on the device of ``like``: what an operator computed, given to its backward."""
+    tensor(op, argument, t, str(tuple(wanted)), len(wanted))
+    if t.shape != tuple(wanted):
+        fail(op, argument, f"of shape {tuple(wanted)}", shape(t))
+    if t.dtype != dtype:
+        raise TypeError(f"{op}: {argument} must be {dtype}, got {t.dtype}")
+    same(op, argument, t, "the other arguments", like, dtype=False)
 
 
 def is_fake(t: Tensor) -> bool:
@@ -83,3 +170,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def dropout_seed(p: float, like: Tensor) -> Tensor | None:
     """A fresh seed from torch's generator of that device (so torch.manual_seed and CUDA graphs govern it), or None without dropout."""
     return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=like.device) if p > 0 else None
+
+
+def seed(op: str, t: Any, p: float, like: Tensor) -> None:
+    """Dropout's, as :func:`dropout_seed` makes it."""
+    if p:
+        exactly(op, "seed", t, (1,), torch.int64, like)

@@ -39,8 +39,10 @@ def distillation_cross_entropy(
         student_temp, teacher_temp: positive temperatures.
         center: (K,), taken from the teacher's logits: DINO's running centre, or the potentials of
             :func:`pyvit.ops.sinkhorn_center`, with which the teacher's softmax is the Sinkhorn assignment. No gradient.
-        student_prototypes, teacher_prototypes: (K, C) and (K, C'); logits = features prototypes^T, a tile of K at a time.
-        weights: (S, T, N) or broadcastable to it; default 1 / (S T N), the mean. Zero excludes a pair (a crop against itself).
+        student_prototypes, teacher_prototypes: (K, C) and (K, C'); logits = features prototypes^T, a tile of K at a time. The teacher's get
+            no gradient.
+        weights: (S, T, N) or broadcastable to it; default 1 / (S T N), the mean. Zero excludes a pair (a crop against itself). Neither
+            they nor the temperatures have a gradient.
         backend: force one backend.
 
     Returns:
@@ -50,25 +52,40 @@ def distillation_cross_entropy(
 
     Sources: Caron et al., "DINO" (2021), algorithm 1; Zhou et al., "iBOT" (2022), equation 2.
     """
-    student, teacher = (t[None] if isinstance(t, Tensor) and t.dim() == 2 else t for t in (student, teacher))
-    call = _check(student, teacher, student_temp, teacher_temp, center, student_prototypes, teacher_prototypes, weights)
+    student, teacher = _crops("student", student), _crops("teacher", teacher)
+    student_temp, teacher_temp = _temperatures(student_temp, teacher_temp)
+    wide = checks.wide(student.dtype)
+    teacher, student_prototypes, teacher_prototypes = (_as_wide(t, wide) for t in (teacher, student_prototypes, teacher_prototypes))
+    call = _check(student, teacher, center, student_prototypes, teacher_prototypes, weights)
     chosen = dispatch.select(call, backend)
     shape = (student.shape[0], teacher.shape[0], student.shape[1])
-    wide = checks.wide(student.dtype)
     if weights is None:
         weights = torch.full((1, 1, 1), 1 / max(shape[0] * shape[1] * shape[2], 1), dtype=wide, device=student.device)
     weights = weights.detach().to(wide).expand(shape)
     teacher, fixed = teacher.detach(), None if teacher_prototypes is None else teacher_prototypes.detach()
     with torch.autocast(student.device.type, enabled=False):
         args = (student, teacher, student_prototypes, fixed, None if center is None else center.detach(), weights)
-        return DISTILL(*args, float(student_temp), float(teacher_temp), chosen)[0]
+        return DISTILL(*args, student_temp, teacher_temp, chosen)[0]
+
+
+def _crops(name: str, t: Tensor) -> Tensor:
+    """(crops, N, C): one crop's (N, C) is a batch of one."""
+    checks.dense(_OP, name, t)
+    return t[None] if t.dim() == 2 else t
+
+
+def _as_wide(t: Any, wide: torch.dtype) -> Any:
+    """``t`` in the dtype of the sums if that of its own would be another: float32 and float64 multiply in no product."""
+    return t.to(wide) if isinstance(t, Tensor) and t.is_floating_point() and checks.wide(t.dtype) != wide else t
+
+
+def _temperatures(student_temp: Any, teacher_temp: Any) -> tuple[float, float]:
+    return checks.positive(_OP, "student_temp", student_temp), checks.positive(_OP, "teacher_temp", teacher_temp)
 
 
 def _check(
     student: Tensor,
     teacher: Tensor,
-    student_temp: float,
-    teacher_temp: float,
     center: Tensor | None,
     student_prototypes: Tensor | None,
     teacher_prototypes: Tensor | None,
@@ -86,17 +103,22 @@ def _check(
             counts.append(t.shape[2])
             continue
         checks.tensor(_OP, f"{name}_prototypes", prototypes, "(K, C)", 2)
+        checks.floating(_OP, f"{name}_prototypes", prototypes)
         checks.same(_OP, f"{name}_prototypes", prototypes, name, t, dtype=False)
         if prototypes.shape[1] != t.shape[2]:
             checks.fail(_OP, f"{name}_prototypes", f"of shape (K, {t.shape[2]}) to fit {name}", checks.shape(prototypes))
         counts.append(prototypes.shape[0])
     if counts[0] != counts[1] or counts[0] == 0:
         checks.fail(_OP, "teacher", f"scored on the student's {counts[0]} prototypes, at least one", counts[1])
+    for name, optional in (("center", center), ("weights", weights)):
+        if optional is not None:
+            checks.dense(_OP, name, optional)
+            checks.same(_OP, name, optional, "student", student, dtype=False)
+            if optional.is_complex():
+                raise TypeError(f"{_OP}: {name} must be real, got {optional.dtype}")
     if center is not None and tuple(center.shape) != (counts[0],):
         checks.fail(_OP, "center", f"of shape ({counts[0]},)", checks.shape(center))
-    for name, value in (("student_temp", student_temp), ("teacher_temp", teacher_temp)):
-        if not value > 0:
-            checks.fail(_OP, name, "positive", value)
+    checks.no_gradient(_OP, weights=weights)
     wanted = (student.shape[0], teacher.shape[0], student.shape[1])
     if weights is not None and (weights.dim() != 3 or any(h not in (1, w) for h, w in zip(weights.shape, wanted, strict=True))):
         checks.fail(_OP, "weights", f"broadcastable to {wanted}", checks.shape(weights))
@@ -108,9 +130,31 @@ def _check(
 
 @dispatch.describes(_OP)
 def _describe(student: Tensor, teacher: Tensor, student_temp: float, teacher_temp: float, **kw: Any) -> tuple[Call, list[str]]:
-    student, teacher = (t[None] if t.dim() == 2 else t for t in (student, teacher))
+    student, teacher = _crops("student", student), _crops("teacher", teacher)
+    _temperatures(student_temp, teacher_temp)
     optional = [kw.get(name) for name in ("center", "student_prototypes", "teacher_prototypes", "weights")]
-    return _check(student, teacher, student_temp, teacher_temp, *optional), []
+    return _check(student, teacher, *optional), []
+
+
+def _check_low(
+    student: Tensor, teacher: Tensor, ws: Tensor | None, wt: Tensor | None, center: Tensor | None, weights: Tensor, *temperatures: float
+) -> Call:
+    _temperatures(*temperatures)
+    call = _check(student, teacher, center, ws, wt, weights)
+    for name, t in (("teacher", teacher), ("student_prototypes", ws), ("teacher_prototypes", wt)):
+        if t is not None and (t.dtype == torch.float64) != (student.dtype == torch.float64):
+            raise TypeError(f"{_OP}: {name} must be float64 if student is, and only then, got {t.dtype}")
+    shape = (student.shape[0], teacher.shape[0], student.shape[1])
+    checks.exactly(_OP, "weights", weights, shape, checks.wide(student.dtype), student)
+    return call
+
+
+def _check_low_backward(grad: Tensor, lse_s: Tensor, lse_t: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> Call:
+    call = _check_low(student, teacher, *rest)
+    wide = checks.wide(student.dtype)
+    for name, t, shape in (("grad", grad, ()), ("lse_student", lse_s, student.shape[:2]), ("lse_teacher", lse_t, teacher.shape[:2])):
+        checks.exactly(f"{_OP}_backward", name, t, shape, wide, student)
+    return call
 
 
 class _Tiles:
@@ -290,6 +334,7 @@ DISTILL_BACKWARD = Operator(
     f"{_OP}_backward",
     reference=_reference_backward,
     fake=_fake_backward,
+    check=_check_low_backward,
     kernels={
         "cpu": _TILES_BACKWARD,
         "cuda": _TILES_BACKWARD,
@@ -301,6 +346,7 @@ DISTILL = Operator(
     _OP,
     reference=reference_losses.distillation_cross_entropy,
     fake=_fake,
+    check=_check_low,
     setup_context=_setup_context,
     backward=_backward,
     kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.pairwise_losses:distillation_cross_entropy"},

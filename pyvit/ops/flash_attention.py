@@ -1,8 +1,8 @@
-"""Exact attention that never stores the score matrix: contract, fake kernels and gradients of the dense and packed forms."""
+"""Exact attention that never stores the score matrix: contract, fake kernels and gradients."""
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
-from pyvit.ops import checks, reference
+from pyvit.ops import checks, nested, reference
 
 
 def flash_attention(
@@ -29,13 +29,14 @@ def flash_attention(
     """softmax(scale * q k^T + bias) v, without the (Nq, Nk) matrix in memory, in forward or backward.
 
     Args:
-        q: queries (B, H, Nq, D). Any strides; kernels copy when the last dimension is not contiguous.
+        q: queries (B, H, Nq, D). Any strides; kernels copy when the last dimension is not contiguous. Nested q, k and v (B, H, j, D) of
+            layout torch.jagged go to :func:`flash_attention_varlen`, and so does their result come back nested; without dropout.
         k: keys (B, Hkv, Nk, D); Hkv = H, or a divisor of H with ``enable_gqa``.
         v: values (B, Hkv, Nk, Dv).
         bias: added to the scaled scores (float32 or the dtype of q), or bool with True = attend; any broadcast of (B, H, Nq, Nk).
             A float bias gets its gradient, summed over the broadcast dimensions.
         is_causal: query i attends to keys 0..i (top-left aligned, as in ``F.scaled_dot_product_attention``).
-        scale: factor on the scores, default 1/sqrt(D).
+        scale: factor on the scores, default 1/sqrt(D); a number, without a gradient.
         dropout_p: probability of dropping an attention weight, in [0, 1).
         enable_gqa: grouped-query attention: each key head serves H / Hkv consecutive query heads.
         return_lse: also return the log-sum-exp of the scores.
@@ -52,98 +53,25 @@ def flash_attention(
     Sources: Dao et al., "FlashAttention" (2022) and "FlashAttention-2" (2023); Milakov and Gimelshein, "Online normalizer calculation
     for softmax" (2018).
     """
-    q, k, v, bias = _prepare("flash_attention", q, k, v, bias)
+    if isinstance(q, Tensor) and q.is_nested:
+        return nested.attention(q, k, v, bias, is_causal, scale, dropout_p, enable_gqa, return_lse, backend)
+    q, k, v, bias = prepare("flash_attention", q, k, v, bias)
+    dropout_p = checks.dropout("flash_attention", dropout_p)
     call = check(q, k, v, bias, is_causal, dropout_p, enable_gqa, return_lse)
+    scale = checks.scale("flash_attention", scale, q.shape[3])
     chosen = dispatch.select(call, backend)
-    out, lse = ATTENTION(
-        q, k, v, bias, is_causal, q.shape[-1] ** -0.5 if scale is None else scale, dropout_p, checks.dropout_seed(dropout_p, q), chosen
-    )
+    out, lse = ATTENTION(q, k, v, bias, is_causal, scale, dropout_p, checks.dropout_seed(dropout_p, q), chosen)
     return (out, lse) if return_lse else out
 
 
-def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """``torch.nn.functional.scaled_dot_product_attention`` by signature and meaning, on :func:`flash_attention`.
-
-    query (..., H, Nq, D) with any number of leading dimensions, at least (Nq, D). One difference, on purpose: a fully masked row gives
-    zeros in every dtype and on every device.
-    """
-    if query.dim() == 4:
-        return flash_attention(  # type: ignore[return-value]
-            query, key, value, bias=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    lead = query.shape[:-2]
-    if query.dim() < 2 or key.shape[:-2] != lead or value.shape[:-2] != lead:
-        checks.fail("scaled_dot_product_attention", "key and value", f"of leading shape {tuple(lead)} like query", tuple(key.shape))
-    flat = [t.reshape(-1, 1, *t.shape[-2:]) for t in (query, key, value)]
-    if attn_mask is not None and attn_mask.dim() > 2:
-        if any(have not in (1, want) for have, want in zip(reversed(attn_mask.shape[:-2]), reversed(lead), strict=False)):
-            wanted = (*lead, query.shape[-2], key.shape[-2])
-            checks.fail("scaled_dot_product_attention", "attn_mask", f"broadcastable to {tuple(wanted)}", checks.shape(attn_mask))
-        attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-2:]).reshape(-1, 1, *attn_mask.shape[-2:])
-    out = flash_attention(*flat, bias=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
-    return out.reshape(*lead, *out.shape[-2:])  # type: ignore[union-attr]
-
-
-def flash_attention_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    bias: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    return_lse: bool = False,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention over sequences of different lengths packed one after another: multi-crop batches, images of any size.
-
-    Args:
-        q: queries (Tq, H, D), the sequences' tokens concatenated.
-        k, v: keys (Tk, Hkv, D) and values (Tk, Hkv, Dv); Hkv divides H.
-        cu_seqlens_q, cu_seqlens_k: (S + 1,) int32 or int64, ascending, from 0 to Tq (Tk): sequence s is rows cu[s] to cu[s + 1].
-        max_seqlen_q, max_seqlen_k: at least the longest sequence.
-        bias: any broadcast of (S, H, max_seqlen_q, max_seqlen_k); each sequence uses the top-left corner. Float or bool, as in
-            :func:`flash_attention`, and with a gradient.
-        is_causal, scale, return_lse, backend: as in :func:`flash_attention`.
-
-    Returns:
-        out (Tq, H, Dv); with ``return_lse`` also lse (H, Tq) float32.
-
-    Raises ValueError, TypeError, BackendError as :func:`flash_attention`.
-    """
-    q, k, v, bias = _prepare("flash_attention_varlen", q, k, v, bias)
-    call = _check_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, bias, is_causal, return_lse)
-    chosen = dispatch.select(call, backend)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = VARLEN(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, bias, is_causal, scale, chosen)
-    return (out, lse) if return_lse else out
-
-
-def _prepare(op: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def prepare(op: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Operands in autocast's dtype, bias with its leading dimensions."""
     device = checks.device(op, "q", q)
     q, k, v = dispatch.autocast(device, q, k, v)
-    if bias is not None and bias.dim() < 4:
-        bias = bias[(None,) * (4 - bias.dim())]
-    return q, k, v, bias
+    return q, k, v, checks.with_leading(op, bias)
 
 
-def _features(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, dropout_p: float, gqa: bool, lse: bool
-) -> tuple[str, ...]:
+def asked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, dropout_p: float, gqa: bool, lse: bool) -> tuple[str, ...]:
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad))
     found = []
     if bias is not None:
@@ -192,89 +120,64 @@ def check(
         checks.fail(op, "q, k and v", "of at least one channel per head", f"D = {d}, Dv = {dv}")
     if bias is not None:
         checks.bias(op, bias, q, (b, h, nq, nk))
-    if dropout_p:
-        checks.probability(op, "dropout_p", dropout_p)
-    features = _features(q, k, v, bias, is_causal, dropout_p, hk != h, return_lse)
+    checks.flag(op, "is_causal", is_causal)
+    features = asked(q, k, v, bias, is_causal, dropout_p, hk != h, return_lse)
     device = q.device.type
     dims = (d,) if d == dv else (d, dv)
     return Call("flash_attention", device, q.dtype, features, dims, dispatch.sizes(device, b, h, hk, nq, nk, max(d, dv)))
 
 
-def _check_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    max_q: int,
-    max_k: int,
-    bias: Tensor | None,
-    is_causal: bool,
-    return_lse: bool,
-) -> Call:
-    op = "flash_attention_varlen"
-    checks.tensor(op, "q", q, "(Tq, H, D)", 3)
-    checks.tensor(op, "k", k, "(Tk, Hkv, D)", 3)
-    checks.tensor(op, "v", v, "(Tk, Hkv, Dv)", 3)
-    checks.floating(op, "q", q)
-    checks.same(op, "k", k, "q", q)
-    checks.same(op, "v", v, "q", q)
-    if k.shape[2] != q.shape[2]:
-        checks.fail(op, "k", f"of shape (Tk, Hkv, {q.shape[2]}) to fit q", checks.shape(k))
-    if v.shape[:2] != k.shape[:2]:
-        checks.fail(op, "v", f"of shape ({k.shape[0]}, {k.shape[1]}, Dv) to fit k", checks.shape(v))
-    h, hk = q.shape[1], k.shape[1]
-    if hk == 0 or h % hk:
-        checks.fail(op, "k", f"with a number of heads that divides q's {h}", hk)
-    for name, cu, total, longest, most in (
-        ("cu_seqlens_q", cu_q, q, max_q, "max_seqlen_q"),
-        ("cu_seqlens_k", cu_k, k, max_k, "max_seqlen_k"),
-    ):
-        checks.tensor(op, name, cu, "(S + 1,)", 1)
-        if cu.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{op}: {name} must be int32 or int64, got {cu.dtype}")
-        checks.same(op, name, cu, "q", q, dtype=False)
-        if cu.shape[0] < 1 or cu.shape[0] != cu_q.shape[0]:
-            checks.fail(op, name, f"of the length of cu_seqlens_q, {cu_q.shape[0]}, at least 1", cu.shape[0])
-        if cu.device.type == "cpu" and not torch.compiler.is_compiling() and not checks.is_fake(cu):
-            ends = cu.tolist()
-            lengths = [hi - lo for lo, hi in itertools.pairwise(ends)]
-            if ends[0] != 0 or ends[-1] != total.shape[0] or min(lengths, default=0) < 0:
-                checks.fail(op, name, f"ascending from 0 to {total.shape[0]}", ends if len(ends) < 12 else [*ends[:5], "...", *ends[-5:]])
-            if max(lengths, default=0) > longest:
-                checks.fail(op, most, f"at least the longest sequence, {max(lengths)}", longest)
-    if bias is not None:
-        checks.bias(op, bias, q, (cu_q.shape[0] - 1, h, max_q, max_k))
-    features = _features(q, k, v, bias, is_causal, 0.0, hk != h, return_lse)
-    device, dims = q.device.type, sorted({q.shape[2], v.shape[2]})
-    return Call(op, device, q.dtype, features, tuple(dims), dispatch.sizes(device, cu_q.shape[0] - 1, h, hk, max_q, max_k, dims[-1]))
-
-
 @dispatch.describes("flash_attention")
-def _describe(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, **kw: Any) -> tuple[Call, list[str]]:
-    q, k, v, bias = _prepare("flash_attention", q, k, v, bias)
-    flags = [kw.get(name, 0) for name in ("is_causal", "dropout_p", "enable_gqa", "return_lse")]
-    return check(q, k, v, bias, *flags), dispatch.copy_notes(q=q, k=k, v=v)
-
-
-@dispatch.describes("flash_attention_varlen")
-def _describe_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    bias: Tensor | None = None,
-    is_causal: bool = False,
-    return_lse: bool = False,
-    **_: Any,
-) -> tuple[Call, list[str]]:
-    q, k, v, bias = _prepare("flash_attention_varlen", q, k, v, bias)
-    call = _check_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, bias, is_causal, return_lse)
+def _describe(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, scale: Any = None, **kw: Any) -> tuple[Call, list[str]]:
+    if isinstance(q, Tensor) and q.is_nested:
+        return nested.describe(q, k, v, bias, kw)
+    q, k, v, bias = prepare("flash_attention", q, k, v, bias)
+    dropout_p = checks.dropout("flash_attention", kw.get("dropout_p", 0.0))
+    flags = [kw.get(name, False) for name in ("enable_gqa", "return_lse")]
+    call = check(q, k, v, bias, kw.get("is_causal", False), dropout_p, *flags)
+    checks.scale("flash_attention", scale, q.shape[3])
     return call, dispatch.copy_notes(q=q, k=k, v=v)
+
+
+def _check_low(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, _scale: float, dropout_p: float, seed: Tensor | None
+) -> Call:
+    call = check(q, k, v, bias, is_causal, checks.dropout("flash_attention", dropout_p), True, False)
+    checks.seed("flash_attention", seed, dropout_p, q)
+    return call
+
+
+def _check_low_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> Call:
+    call = _check_low(q, k, v, *rest)
+    check_results(grad_out, grad_lse, out, lse, bias_grad, rest[0], (*q.shape[:3], v.shape[3]), q.shape[:3], q)
+    return call
+
+
+def check_results(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    bias_grad: bool,
+    bias: Tensor | None,
+    of_out: Sequence[int],
+    of_lse: Sequence[int],
+    q: Tensor,
+) -> None:
+    """What a backward takes before its forward's arguments: results of the shapes ``of_out`` and ``of_lse``, and their gradients."""
+    op = "attention's backward"
+    for name, t, shape, dtype in (
+        ("grad_out", grad_out, of_out, q.dtype),
+        ("out", out, of_out, q.dtype),
+        ("lse", lse, of_lse, checks.wide(q.dtype)),
+        ("grad_lse", grad_lse, of_lse, checks.wide(q.dtype)),
+    ):
+        if t is not None:
+            checks.exactly(op, name, t, shape, dtype, q)
+    if bias_grad and (bias is None or bias.dtype == torch.bool):
+        checks.fail(op, "bias_grad", "False without a float bias", bias_grad)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -295,10 +198,10 @@ def _fake_backward(
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = [t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (q, k, v)]
-    return grads[0], grads[1], grads[2], _fake_bias_grad(q, bias, bias_grad)
+    return grads[0], grads[1], grads[2], fake_bias_grad(q, bias, bias_grad)
 
 
-def _fake_bias_grad(q: Tensor, bias: Tensor | None, bias_grad: bool) -> Tensor:
+def fake_bias_grad(q: Tensor, bias: Tensor | None, bias_grad: bool) -> Tensor:
     return bias.new_empty(bias.shape) if bias is not None and bias_grad else q.new_empty(0)
 
 
@@ -332,75 +235,23 @@ def _reference(*args: Any) -> tuple[Tensor, Tensor]:
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
-_TRITON = "pyvit.triton_kernels.flash_attention:"
+TRITON = "pyvit.triton_kernels.flash_attention:"
 
 ATTENTION_BACKWARD = Operator(
     "flash_attention_backward",
     reference=_reference_backward,
     fake=_fake_backward,
-    kernels={"triton": _TRITON + "flash_attention_backward"},
+    check=_check_low_backward,
+    kernels={"triton": TRITON + "flash_attention_backward"},
     **dispatch.double_backward(reference.flash_attention, n_grads=2, n_skipped=3, inputs=(0, 1, 2, 3)),
 )
 ATTENTION = Operator(
     "flash_attention",
     reference=_reference,
     fake=_fake,
+    check=_check_low,
     setup_context=_setup_context,
     backward=_backward,
     autocast_args=(0, 1, 2),
-    kernels={"triton": _TRITON + "flash_attention"},
-)
-
-
-def _fake_varlen(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[1], q.shape[0], dtype=checks.wide(q.dtype))
-
-
-def _fake_varlen_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = [t.new_empty(t.shape) for t in (q, k, v)]
-    return grads[0], grads[1], grads[2], _fake_bias_grad(q, rest[4], bias_grad)
-
-
-def _setup_varlen(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_q, cu_k, max_q, max_k, bias, *ctx.options = inputs
-    ctx.lengths = (max_q, max_k)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, cu_q, cu_k, bias, *output)
-
-
-def _backward_varlen(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, cu_q, cu_k, bias, out, lse = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    bias_grad = bias is not None and ctx.needs_input_grad[7]
-    *grads, grad_bias = VARLEN_BACKWARD(grad_out, grad_lse, out, lse, bias_grad, q, k, v, cu_q, cu_k, *ctx.lengths, bias, *ctx.options)
-    return *grads, None, None, None, None, grad_bias if bias_grad else None, None, None, None
-
-
-def _reference_varlen_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, *args: Any
-) -> tuple[Tensor, ...]:
-    wanted = [0, 1, 2, 7] if bias_grad else [0, 1, 2]
-    grads = dispatch.reference_backward(reference.flash_attention_varlen, (grad_out, grad_lse), args, wanted)
-    filled = [torch.zeros_like(args[i]) if g is None else g.contiguous() for i, g in zip(wanted, grads, strict=True)]
-    return *filled[:3], filled[3] if bias_grad else args[0].new_empty(0)
-
-
-VARLEN_BACKWARD = Operator(
-    "flash_attention_varlen_backward",
-    reference=_reference_varlen_backward,
-    fake=_fake_varlen_backward,
-    kernels={"triton": _TRITON + "flash_attention_varlen_backward"},
-    **dispatch.double_backward(reference.flash_attention_varlen, n_grads=2, n_skipped=3, inputs=(0, 1, 2, 7)),
-)
-VARLEN = Operator(
-    "flash_attention_varlen",
-    reference=reference.flash_attention_varlen,
-    fake=_fake_varlen,
-    setup_context=_setup_varlen,
-    backward=_backward_varlen,
-    autocast_args=(0, 1, 2),
-    kernels={"triton": _TRITON + "flash_attention_varlen"},
+    kernels={"triton": TRITON + "flash_attention"},
 )

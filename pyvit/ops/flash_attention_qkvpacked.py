@@ -14,6 +14,8 @@ from pyvit.ops import checks
 from pyvit.ops.flash_attention import ATTENTION, ATTENTION_BACKWARD, check
 from pyvit.ops.tracing import traced, transformed
 
+_OP = "flash_attention_qkvpacked"
+
 
 def flash_attention_qkvpacked(
     qkv: Tensor,
@@ -36,9 +38,10 @@ def flash_attention_qkvpacked(
 
     Returns out (B, N, H, D); with ``return_lse`` also lse (B, H, N) float32. Raises as :func:`pyvit.ops.flash_attention`.
     """
+    dropout_p = checks.dropout(_OP, dropout_p)
     call, qkv, bias = _prepare(qkv, bias, is_causal, dropout_p, return_lse)
+    scale = checks.scale(_OP, scale, qkv.shape[4])
     chosen = dispatch.select(call, backend)
-    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     wanted = torch.is_grad_enabled() and (qkv.requires_grad or (bias is not None and bias.requires_grad))
     if chosen == "cpu" and wanted and not traced(qkv, *([] if bias is None else [bias])):
         out, lse = _Packed.apply(qkv, bias, is_causal, scale)
@@ -54,7 +57,7 @@ def prepared(qkv: Tensor, is_causal: bool) -> Callable[[Tensor], Tensor] | None:
     call, *_ = _prepare(qkv, None, is_causal, 0.0, False)
     if dispatch.select(call) != "cpu":
         return None
-    kernel, scale = ATTENTION.kernel("cpu"), qkv.shape[-1] ** -0.5
+    kernel, scale = ATTENTION.kernel("cpu"), checks.scale(_OP, None, qkv.shape[4])
 
     def attend(qkv: Tensor) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
@@ -71,20 +74,19 @@ def parts(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _prepare(qkv: Tensor, bias: Tensor | None, is_causal: bool, dropout_p: float, return_lse: bool) -> tuple[Call, Tensor, Tensor | None]:
-    op = "flash_attention_qkvpacked"
-    device = checks.device(op, "qkv", qkv)
-    checks.tensor(op, "qkv", qkv, "(B, N, 3, H, D)", 5)
+    checks.tensor(_OP, "qkv", qkv, "(B, N, 3, H, D)", 5)
     if qkv.shape[2] != 3:
-        checks.fail(op, "qkv", "of shape (B, N, 3, H, D)", checks.shape(qkv))
-    (qkv,) = dispatch.autocast(device, qkv)
-    if bias is not None and bias.dim() < 4:
-        bias = bias[(None,) * (4 - bias.dim())]
-    return check(*parts(qkv), bias, is_causal, dropout_p, False, return_lse, op), qkv, bias
+        checks.fail(_OP, "qkv", "of shape (B, N, 3, H, D)", checks.shape(qkv))
+    (qkv,) = dispatch.autocast(qkv.device.type, qkv)
+    bias = checks.with_leading(_OP, bias)
+    return check(*parts(qkv), bias, is_causal, dropout_p, False, return_lse, _OP), qkv, bias
 
 
-@dispatch.describes("flash_attention_qkvpacked")
-def _describe(qkv: Tensor, *, bias: Tensor | None = None, **kw: Any) -> tuple[Call, list[str]]:
-    call, qkv, bias = _prepare(qkv, bias, *(kw.get(name, 0) for name in ("is_causal", "dropout_p", "return_lse")))
+@dispatch.describes(_OP)
+def _describe(qkv: Tensor, *, bias: Tensor | None = None, scale: Any = None, **kw: Any) -> tuple[Call, list[str]]:
+    dropout_p = checks.dropout(_OP, kw.get("dropout_p", 0.0))
+    call, qkv, bias = _prepare(qkv, bias, kw.get("is_causal", False), dropout_p, kw.get("return_lse", False))
+    checks.scale(_OP, scale, qkv.shape[4])
     return call, dispatch.copy_notes(qkv=qkv)
 
 
@@ -105,11 +107,12 @@ class _Packed(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         if torch.is_grad_enabled():  # a gradient of the gradient was asked for: by the parts, which have one
-            results = ATTENTION(*parts(qkv), bias, *ctx.options, 0.0, None, "cpu")
-            given = [t for t, need in zip((qkv, bias), ctx.needs_input_grad, strict=False) if need]
-            grads = (grad_out, torch.zeros_like(lse) if grad_lse is None else grad_lse)
-            found = iter(torch.autograd.grad(results, given, grads, create_graph=True))
-            return (*(next(found) if need else None for need in ctx.needs_input_grad[:2]), None, None)
+            given = (grad_out, torch.zeros_like(lse) if grad_lse is None else grad_lse)
+
+            def formula(qkv: Tensor, bias: Tensor | None) -> Any:
+                return ATTENTION(*parts(qkv), bias, *ctx.options, 0.0, None, "cpu")
+
+            return *dispatch.formula_gradients(formula, (qkv, bias), ctx.needs_input_grad[:2], *given), None, None
         if any(transformed(grad) for grad in (grad_out, grad_lse) if grad is not None):
             call = (*parts(qkv), bias, *ctx.options, 0.0, None, "cpu")
             q, k, v, grad_bias = ATTENTION_BACKWARD(grad_out, grad_lse, out, lse, bias_grad, *call)

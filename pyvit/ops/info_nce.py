@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
-from pyvit.ops import loss_tiles, pairwise_losses, reference_losses
+from pyvit.ops import checks, loss_tiles, pairwise_losses, reference_losses
 from pyvit.ops.loss_tiles import LogSumExp, Ring, widen
 
 
@@ -35,7 +35,7 @@ def info_nce(a: Tensor, b: Tensor, scale: float | Tensor, *, group: dist.Process
     """
     call = _check(a, b, scale, group)
     chosen = dispatch.select(call, backend)
-    s = loss_tiles.scalar("info_nce", "scale", scale, a)
+    s = loss_tiles.scalar(scale, a)
     with torch.autocast(a.device.type, enabled=False):
         if group is not None:
             Ring(group).check_equal("info_nce", "a", a.shape[0], a.device)
@@ -45,6 +45,7 @@ def info_nce(a: Tensor, b: Tensor, scale: float | Tensor, *, group: dist.Process
 
 def _check(a: Tensor, b: Tensor, scale: float | Tensor, group: Any) -> Call:
     loss_tiles.embeddings("info_nce", a=a, b=b)
+    loss_tiles.check_scalars("info_nce", scale=scale)
     found = loss_tiles.features(a, b, scale if isinstance(scale, Tensor) else None, group=group)
     return Call("info_nce", a.device.type, a.dtype, tuple(found))
 
@@ -52,6 +53,19 @@ def _check(a: Tensor, b: Tensor, scale: float | Tensor, group: Any) -> Call:
 @dispatch.describes("info_nce")
 def _describe(a: Tensor, b: Tensor, scale: float | Tensor, *, group: Any = None, **_: Any) -> tuple[Call, list[str]]:
     return _check(a, b, scale, group), []
+
+
+def _check_low(a: Tensor, b: Tensor, scale: Tensor) -> Call:
+    call = _check(a, b, scale, None)
+    checks.exactly("info_nce", "scale", scale, (), checks.wide(a.dtype), a)
+    return call
+
+
+def _check_low_backward(grad: Tensor, lse_a: Tensor, lse_b: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Call:
+    call = _check_low(a, b, scale)
+    for name, t, shape in (("grad", grad, ()), ("lse_a", lse_a, a.shape[:1]), ("lse_b", lse_b, a.shape[:1])):
+        checks.exactly("info_nce_backward", name, t, shape, scale.dtype, a)
+    return call
 
 
 def _forward(a: Tensor, b: Tensor, scale: Tensor, ring: Ring) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,6 +118,7 @@ class _Sharded(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @dispatch.without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b, scale, lse_a, lse_b = ctx.saved_tensors
         return *_gradients(ctx.ring.sum(grad), lse_a, lse_b, a, b, scale, ctx.ring), None
@@ -143,6 +158,7 @@ INFO_NCE_BACKWARD = Operator(
     "info_nce_backward",
     reference=_reference_backward,
     fake=_fake_backward,
+    check=_check_low_backward,
     kernels={"cpu": _TILES_BACKWARD, "cuda": _TILES_BACKWARD, "triton": "pyvit.triton_kernels.pairwise_losses:info_nce_backward"},
     **dispatch.double_backward(reference_losses.info_nce, n_grads=1, n_skipped=2, inputs=(0, 1, 2)),
 )
@@ -150,6 +166,7 @@ INFO_NCE = Operator(
     "info_nce",
     reference=reference_losses.info_nce,
     fake=_fake,
+    check=_check_low,
     setup_context=_setup_context,
     backward=_backward,
     kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.pairwise_losses:info_nce"},

@@ -19,7 +19,8 @@ def koleo(x: Tensor, *, eps: float = 1e-8, group: dist.ProcessGroup | None = Non
     """-mean_i log(||x_i - x_nn(i)|| + eps), nn(i) the row of the largest inner product with x_i, itself left out.
 
     Args:
-        x: embeddings (N, D), N at least 2, used as they are (DINOv2 normalises them first, which makes nn the nearest).
+        x: embeddings (N, D), used as they are (DINOv2 normalises them first, which makes nn the nearest). A single row is its own
+            neighbour, as in DINOv2's code: a constant loss, without a gradient.
         eps: keeps the logarithm and its gradient finite for rows that coincide.
         group: ranks that share one batch, each with as many rows: neighbours are sought on all of them. Every rank returns the loss of the
             whole batch, and receives the gradient of the sum of those copies.
@@ -29,7 +30,9 @@ def koleo(x: Tensor, *, eps: float = 1e-8, group: dist.ProcessGroup | None = Non
 
     Source: Sablayrolles et al., "Spreading vectors for similarity search" (2019), equation 5.
     """
-    call = _check(x, 1 if group is not None else 2)
+    call, eps = _check(x), checks.number("koleo", "eps", eps)
+    if not eps >= 0:
+        checks.fail("koleo", "eps", "at least 0", eps)
     if group is not None:
         Ring(group).check_equal("koleo", "x", x.shape[0], x.device)
         x = loss_tiles.all_rows(x, group)
@@ -43,15 +46,16 @@ def koleo(x: Tensor, *, eps: float = 1e-8, group: dist.ProcessGroup | None = Non
 
 
 @dispatch.describes("koleo")
-def _describe(x: Tensor, **_: Any) -> tuple[Call, list[str]]:
+def _describe(x: Tensor, *, eps: Any = 1e-8, **_: Any) -> tuple[Call, list[str]]:
+    checks.number("koleo", "eps", eps)
     return _check(x), []
 
 
-def _check(x: Tensor, least: int = 2) -> Call:
+def _check(x: Tensor) -> Call:
     checks.tensor("koleo", "x", x, "(N, D)", 2)
     checks.floating("koleo", "x", x)
-    if x.shape[0] < least:
-        checks.fail("koleo", "x", "of at least two rows, else none has a neighbour", checks.shape(x))
+    if x.shape[0] == 0:
+        checks.fail("koleo", "x", "of at least one row", checks.shape(x))
     return Call("nearest_neighbor", x.device.type, x.dtype, tuple(loss_tiles.features(x)))
 
 
@@ -79,5 +83,6 @@ NEAREST = Operator(
     "nearest_neighbor",
     reference=reference_losses.nearest_neighbor,
     fake=_fake,
+    check=_check,
     kernels={"cpu": "pyvit.ops.koleo:_tiled", "cuda": "pyvit.ops.koleo:_tiled"},
 )

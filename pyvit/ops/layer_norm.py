@@ -40,7 +40,7 @@ def layer_norm(
     Statistics are float32 (float64 for float64). Returns (..., C). Raises ValueError or TypeError naming the argument that does not fit,
     BackendError where ``backend`` cannot serve.
     """
-    device = check(x, weight, bias)
+    device, eps = check(x, weight, bias), checks.number("layer_norm", "eps", eps)
     dtype = x.dtype if dtype is None else dtype
     if _select(device, x.dtype, dtype, backend) == "reference" or traced(x):
         return reference.layer_norm(x, weight, bias, eps, dtype)
@@ -80,7 +80,10 @@ def _select(device: str, given: torch.dtype, wanted: torch.dtype, backend: str |
 
 
 @dispatch.describes("layer_norm")
-def _describe(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *_: Any, **__: Any) -> tuple[Call, list[str]]:
+def _describe(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: Any = 1e-5, *_: Any, **__: Any
+) -> tuple[Call, list[str]]:
+    checks.number("layer_norm", "eps", eps)
     return Call("layer_norm", check(x, weight, bias), x.dtype, ()), dispatch.copy_notes(x=x)
 
 

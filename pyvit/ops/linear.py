@@ -191,6 +191,7 @@ class _Linear(torch.autograd.Function):
         return out
 
     @staticmethod
+    @dispatch.without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, inner = ctx.saved_tensors
         needs = ctx.needs_input_grad

@@ -211,12 +211,21 @@ def all_rows(t: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _AllRows.apply(t, group)
 
 
-def scalar(op: str, argument: str, value: float | Tensor, like: Tensor) -> Tensor:
+def check_scalars(op: str, **values: Any) -> None:
+    """Each must be a number or a real tensor of one element."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            checks.number(op, name, value)
+            continue
+        checks.dense(op, name, value)
+        if value.numel() != 1 or value.is_complex():
+            checks.fail(op, name, "a number or a tensor of one element", f"{value.dtype} of {checks.shape(value)}")
+
+
+def scalar(value: float | Tensor, like: Tensor) -> Tensor:
     """A number or a one-element tensor as a 0-d tensor in the accumulation dtype; gradients flow to it."""
     dtype = checks.wide(like.dtype)
     if isinstance(value, Tensor):
-        if value.numel() != 1:
-            checks.fail(op, argument, "a number or a tensor of one element", checks.shape(value))
         return value.reshape(()).to(like.device, dtype)
     return torch.full((), float(value), dtype=dtype, device=like.device)
 

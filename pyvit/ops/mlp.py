@@ -115,6 +115,7 @@ class _Mlp(torch.autograd.Function):
         return products.forward(activations.activate(inner, activation, passing=True), fc2_weight, fc2_bias, None)
 
     @staticmethod
+    @dispatch.without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, inner = ctx.saved_tensors
         x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = inputs

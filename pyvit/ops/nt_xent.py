@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
-from pyvit.ops import loss_tiles, pairwise_losses, reference_losses
+from pyvit.ops import checks, loss_tiles, pairwise_losses, reference_losses
 from pyvit.ops.loss_tiles import LogSumExp, Ring, widen
 
 
@@ -34,7 +34,7 @@ def nt_xent(
     """
     call = _check(z1, z2, temperature, group)
     chosen = dispatch.select(call, backend)
-    t = loss_tiles.scalar("nt_xent", "temperature", temperature, z1)
+    t = loss_tiles.scalar(temperature, z1)
     with torch.autocast(z1.device.type, enabled=False):
         if group is not None:
             Ring(group).check_equal("nt_xent", "z1", z1.shape[0], z1.device)
@@ -44,6 +44,9 @@ def nt_xent(
 
 def _check(z1: Tensor, z2: Tensor, temperature: float | Tensor, group: Any) -> Call:
     loss_tiles.embeddings("nt_xent", z1=z1, z2=z2)
+    loss_tiles.check_scalars("nt_xent", temperature=temperature)
+    if not isinstance(temperature, Tensor):
+        checks.positive("nt_xent", "temperature", temperature)
     found = loss_tiles.features(z1, z2, temperature if isinstance(temperature, Tensor) else None, group=group)
     return Call("nt_xent", z1.device.type, z1.dtype, tuple(found))
 
@@ -51,6 +54,19 @@ def _check(z1: Tensor, z2: Tensor, temperature: float | Tensor, group: Any) -> C
 @dispatch.describes("nt_xent")
 def _describe(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, group: Any = None, **_: Any) -> tuple[Call, list[str]]:
     return _check(z1, z2, temperature, group), []
+
+
+def _check_low(z1: Tensor, z2: Tensor, temperature: Tensor) -> Call:
+    call = _check(z1, z2, temperature, None)
+    checks.exactly("nt_xent", "temperature", temperature, (), checks.wide(z1.dtype), z1)
+    return call
+
+
+def _check_low_backward(grad: Tensor, lse: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor) -> Call:
+    call = _check_low(z1, z2, temperature)
+    checks.exactly("nt_xent_backward", "grad", grad, (), temperature.dtype, z1)
+    checks.exactly("nt_xent_backward", "lse", lse, (2 * z1.shape[0],), temperature.dtype, z1)
+    return call
 
 
 def _forward(z1: Tensor, z2: Tensor, temperature: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
@@ -99,6 +115,7 @@ class _Sharded(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @dispatch.without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *_gradients(ctx.ring.sum(grad), *ctx.saved_tensors, ctx.ring), None  # type: ignore[call-arg]
 
@@ -134,6 +151,7 @@ NT_XENT_BACKWARD = Operator(
     "nt_xent_backward",
     reference=_reference_backward,
     fake=_fake_backward,
+    check=_check_low_backward,
     kernels={"cpu": _TILES_BACKWARD, "cuda": _TILES_BACKWARD, "triton": "pyvit.triton_kernels.pairwise_losses:nt_xent_backward"},
     **dispatch.double_backward(reference_losses.nt_xent, n_grads=1, n_skipped=1, inputs=(0, 1, 2)),
 )
@@ -141,6 +159,7 @@ NT_XENT = Operator(
     "nt_xent",
     reference=reference_losses.nt_xent,
     fake=_fake,
+    check=_check_low,
     setup_context=_setup_context,
     backward=_backward,
     kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.pairwise_losses:nt_xent"},

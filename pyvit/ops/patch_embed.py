@@ -41,7 +41,7 @@ def patch_embed(
         pos_embed: (N, D), added to the N patch tokens.
         prefix: (P, D), class token and registers with their own position already added; put before the patches.
         keep: (B, K) int64 in [0, N), the patches to compute, in that order (MAE); the others cost nothing.
-        mean, std: (C,) float32, of pixels in 0..1: (x - mean) / std is folded in. Both or neither.
+        mean, std: (C,) float32, of pixels in 0..1: (x - mean) / std is folded in. Both or neither; they have no gradient.
         backend: force one backend.
 
     Returns:
@@ -93,6 +93,8 @@ def _check(
     steps = (ph, pw) if stride is None else checks.pair(op, "stride", stride, 1)
     if steps[0] > ph or steps[1] > pw:
         checks.fail(op, "stride", f"at most the patch, {(ph, pw)}, so that every pixel is read", steps)
+    if weight.numel() == 0:
+        checks.fail(op, "weight", "of at least one element", checks.shape(weight))
     if h < ph or w < pw:
         checks.fail(op, "images", f"at least as large as one patch, {(ph, pw)}", f"{h} x {w} pixels")
     if (steps[0] == ph and h % ph) or (steps[1] == pw and w % pw):
@@ -101,12 +103,14 @@ def _check(
     for name, t, wanted in (("bias", bias, (d,)), ("pos_embed", pos_embed, (gh * gw, d)), ("prefix", prefix, ("P", d))):
         if t is None:
             continue
+        checks.dense(op, name, t)
         if t.dim() != len(wanted) or any(isinstance(n, int) and n != s for n, s in zip(wanted, t.shape, strict=True)):
             checks.fail(op, name, f"of shape ({', '.join(map(str, wanted))}) for {gh} x {gw} patches of width {d}", checks.shape(t))
         if t.dtype not in (torch.float32, weight.dtype):
             raise TypeError(f"{op}: {name} must be float32 or of the dtype of weight, {weight.dtype}, got {t.dtype}")
         checks.same(op, name, t, "images", images, dtype=False)
     if keep is not None:
+        checks.dense(op, "keep", keep)
         if keep.dim() != 2 or keep.shape[0] != b:
             checks.fail(op, "keep", f"of shape ({b}, K)", checks.shape(keep))
         if keep.dtype != torch.int64:
@@ -119,9 +123,11 @@ def _check(
         checks.fail(op, "mean and std", "given together", f"{'mean' if std is None else 'std'} alone")
     for name, t in (("mean", mean), ("std", std)):
         if t is not None:
+            checks.dense(op, name, t)
             if tuple(t.shape) != (c,) or t.dtype != torch.float32:
                 checks.fail(op, name, f"float32 of shape ({c},)", f"{t.dtype} {checks.shape(t)}")
             checks.same(op, name, t, "images", images, dtype=False)
+    checks.no_gradient(op, mean=mean, std=std)
     features = ["uint8"] if images.dtype == torch.uint8 else []
     features += [name for name, t in (("normalize", mean), ("pos_embed", pos_embed), ("prefix", prefix), ("keep", keep)) if t is not None]
     if steps != (ph, pw):
@@ -142,6 +148,30 @@ def _describe(images: Tensor, weight: Tensor, bias: Tensor | None = None, *, str
     return call, dispatch.copy_notes(images=images, weight=weight)
 
 
+def _check_low(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    pos_embed: Tensor | None,
+    prefix: Tensor | None,
+    keep: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+) -> Call:
+    return _check(images, weight, bias, stride, pos_embed, prefix, keep, mean, std)[0]
+
+
+def _check_low_backward(grad_out: Tensor, images_grad: bool, _weight_grad: bool, images: Tensor, weight: Tensor, *rest: Any) -> Call:
+    call = _check_low(images, weight, *rest)
+    op = "patch_embed_backward"
+    shape = (images.shape[0], _tokens(images, weight, rest[1], rest[3], rest[4]), weight.shape[0])
+    checks.exactly(op, "grad_out", grad_out, shape, weight.dtype, weight)
+    if images_grad and images.dtype == torch.uint8:
+        checks.fail(op, "images_grad", "False for uint8 images", images_grad)
+    return call
+
+
 def _fake(
     images: Tensor,
     weight: Tensor,
@@ -152,9 +182,13 @@ def _fake(
     keep: Tensor | None,
     *_: Any,
 ) -> Tensor:
+    return weight.new_empty(images.shape[0], _tokens(images, weight, stride, prefix, keep), weight.shape[0])
+
+
+def _tokens(images: Tensor, weight: Tensor, stride: Sequence[int], prefix: Tensor | None, keep: Tensor | None) -> int:
+    """Of an image, prefix and patches."""
     gh, gw = grid_size(images.shape[2:], weight.shape[2:], stride)
-    tokens = (gh * gw if keep is None else keep.shape[1]) + (0 if prefix is None else prefix.shape[0])
-    return weight.new_empty(images.shape[0], tokens, weight.shape[0])
+    return (gh * gw if keep is None else keep.shape[1]) + (0 if prefix is None else prefix.shape[0])
 
 
 def _fake_backward(
@@ -190,6 +224,7 @@ PATCH_BACKWARD = Operator(
     "patch_embed_backward",
     reference=_reference_backward,
     fake=_fake_backward,
+    check=_check_low_backward,
     kernels={"triton": _TRITON + "patch_embed_backward"},
     **dispatch.double_backward(reference.patch_embed, n_grads=1, n_skipped=2, inputs=(0, 1, 2, 4, 5)),
 )
@@ -197,6 +232,7 @@ PATCH = Operator(
     "patch_embed",
     reference=lambda *args: reference.patch_embed(*args).contiguous(),
     fake=_fake,
+    check=_check_low,
     setup_context=_setup_context,
     backward=_backward,
     autocast_args=(0, 1, 2, 4, 5),

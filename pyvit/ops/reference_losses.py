@@ -69,7 +69,7 @@ def nearest_neighbor(x: Tensor) -> Tensor:
 def sinkhorn_knopp(scores: Tensor, temperature: float, iterations: int) -> Tensor:
     """Alternate normalisation of exp(scores / temperature) (B, K): columns to 1 / K, then rows to 1 / B; rows of the result sum to 1."""
     x = scores.to(wide(scores.dtype)) / temperature
-    q = (x - x.max()).exp()
+    q = (x - x.logsumexp((0, 1))).exp()
     for _ in range(iterations):
         q = q / q.sum(0, keepdim=True) / q.shape[1]
         q = q / q.sum(1, keepdim=True) / q.shape[0]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
-from pyvit.ops import loss_tiles, pairwise_losses, reference_losses
+from pyvit.ops import checks, loss_tiles, pairwise_losses, reference_losses
 from pyvit.ops.loss_tiles import Ring, widen
 
 
@@ -40,7 +40,7 @@ def sigmoid_contrastive(
     """
     call = _check(a, b, scale, bias, group)
     chosen = dispatch.select(call, backend)
-    s, t = loss_tiles.scalar("sigmoid_contrastive", "scale", scale, a), loss_tiles.scalar("sigmoid_contrastive", "bias", bias, a)
+    s, t = loss_tiles.scalar(scale, a), loss_tiles.scalar(bias, a)
     with torch.autocast(a.device.type, enabled=False):
         if group is not None:
             Ring(group).check_equal("sigmoid_contrastive", "a", a.shape[0], a.device)
@@ -50,6 +50,7 @@ def sigmoid_contrastive(
 
 def _check(a: Tensor, b: Tensor, scale: float | Tensor, bias: float | Tensor, group: Any) -> Call:
     loss_tiles.embeddings("sigmoid_contrastive", a=a, b=b)
+    loss_tiles.check_scalars("sigmoid_contrastive", scale=scale, bias=bias)
     found = loss_tiles.features(a, b, *(t for t in (scale, bias) if isinstance(t, Tensor)), group=group)
     return Call("sigmoid_contrastive", a.device.type, a.dtype, tuple(found))
 
@@ -57,6 +58,19 @@ def _check(a: Tensor, b: Tensor, scale: float | Tensor, bias: float | Tensor, gr
 @dispatch.describes("sigmoid_contrastive")
 def _describe(a: Tensor, b: Tensor, scale: float | Tensor, bias: float | Tensor, *, group: Any = None, **_: Any) -> tuple[Call, list[str]]:
     return _check(a, b, scale, bias, group), []
+
+
+def _check_low(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Call:
+    call = _check(a, b, scale, bias, None)
+    for name, t in (("scale", scale), ("bias", bias)):
+        checks.exactly("sigmoid_contrastive", name, t, (), checks.wide(a.dtype), a)
+    return call
+
+
+def _check_low_backward(grad: Tensor, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Call:
+    call = _check_low(a, b, scale, bias)
+    checks.exactly("sigmoid_contrastive_backward", "grad", grad, (), scale.dtype, a)
+    return call
 
 
 def _forward(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, ring: Ring) -> Tensor:
@@ -108,6 +122,7 @@ class _Sharded(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @dispatch.without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *_gradients(ctx.ring.sum(grad), *ctx.saved_tensors, ctx.ring), None  # type: ignore[call-arg]
 
@@ -139,6 +154,7 @@ SIGMOID_BACKWARD = Operator(
     "sigmoid_contrastive_backward",
     reference=_reference_backward,
     fake=_fake_backward,
+    check=_check_low_backward,
     kernels={
         "cpu": _TILES_BACKWARD,
         "cuda": _TILES_BACKWARD,
@@ -150,6 +166,7 @@ SIGMOID = Operator(
     "sigmoid_contrastive",
     reference=reference_losses.sigmoid_contrastive,
     fake=_fake,
+    check=_check_low,
     setup_context=_setup_context,
     backward=_backward,
     kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.pairwise_losses:sigmoid_contrastive"},

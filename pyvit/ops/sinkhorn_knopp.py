@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,15 +24,35 @@ def sinkhorn_knopp(scores: Tensor, temperature: float, iterations: int = 3, *, g
     Args:
         scores: (B, K), this rank's samples.
         temperature: positive; DINOv2's teacher temperature.
-        iterations: rounds, 3 in SwAV and DINOv2.
+        iterations: rounds, 3 in SwAV and DINOv2. Without any, the whole of the batch's B rows is normalised at once, as in their code.
         group: ranks that share one batch; only K numbers per round are exchanged.
 
     Returns (B, K) float32 (float64 for float64), each row summing to 1. No gradient: it is a target.
 
     Sources: Cuturi, "Sinkhorn Distances" (2013); Caron et al., "SwAV" (2020), section 3.1.
     """
+    temperature, iterations = _check(scores, temperature, iterations, 0)
+    if iterations == 0:
+        return _normalised(scores, temperature, Ring(group))
     center = sinkhorn_center(scores, temperature, iterations, group=group)
     return ((widen(scores.detach()) - center) / temperature).softmax(-1)
+
+
+def _check(scores: Tensor, temperature: Any, iterations: Any, least: int) -> tuple[float, int]:
+    checks.tensor(_OP, "scores", scores, "(B, K)", 2)
+    checks.floating(_OP, "scores", scores)
+    return checks.positive(_OP, "temperature", temperature), checks.whole(_OP, "iterations", iterations, least)
+
+
+@torch.no_grad()
+def _normalised(scores: Tensor, temperature: float, ring: Ring) -> Tensor:
+    """exp(scores / temperature) over its sum, times the number of samples, both over ranks."""
+    x = widen(scores) / temperature
+    total = LogSumExp(1, x)
+    if x.numel():
+        total.add(slice(None), x.reshape(1, -1), 1)
+    samples = ring.sum(torch.full((), float(x.shape[0]), dtype=x.dtype, device=x.device))
+    return (x - _shared(total, ring)).exp() * samples
 
 
 @torch.no_grad()
@@ -49,18 +70,15 @@ def sinkhorn_center(
 
     Args:
         features: scores (B, K), or features (B, C) with ``prototypes`` (K, C); scores = features prototypes^T, a tile at a time.
-        temperature, iterations, group: as in :func:`sinkhorn_knopp`.
+        temperature, iterations, group: as in :func:`sinkhorn_knopp`, but at least one iteration: no centre stands for none.
 
     Returns center (K,), float32 or float64.
     """
-    checks.tensor(_OP, "scores", features, "(B, K)", 2)
-    checks.floating(_OP, "scores", features)
-    if not temperature > 0:
-        checks.fail(_OP, "temperature", "positive", temperature)
-    if not isinstance(iterations, int) or iterations < 1:
-        checks.fail(_OP, "iterations", "an integer of at least 1", iterations)
+    temperature, iterations = _check(features, temperature, iterations, 1)
     if prototypes is not None:
         checks.tensor(_OP, "prototypes", prototypes, "(K, C)", 2)
+        checks.floating(_OP, "prototypes", prototypes)
+        checks.same(_OP, "prototypes", prototypes, "scores", features, dtype=False)
         if prototypes.shape[1] != features.shape[1]:
             checks.fail(_OP, "prototypes", f"of shape (K, {features.shape[1]})", checks.shape(prototypes))
     with torch.autocast(features.device.type, enabled=False):

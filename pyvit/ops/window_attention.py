@@ -55,6 +55,7 @@ def window_attention(
     Sources: Liu et al., "Swin Transformer" (2021), section 3.2, and "Swin Transformer V2" (2022), section 3.
     """
     qkv = _prepare(qkv)
+    dropout_p = checks.dropout("window_attention", dropout_p)
     call, window, shift, scale = _check(qkv, window_size, shift_size, num_heads, bias_table, logit_scale, pad_qkv, scale, dropout_p)
     chosen = dispatch.select(call, backend)
     seed = checks.dropout_seed(dropout_p, qkv)
@@ -111,7 +112,7 @@ def _check(
     b, h, w, c3 = qkv.shape
     if h == 0 or w == 0:
         checks.fail(op, "qkv", "a map of at least one token", checks.shape(qkv))
-    if num_heads < 1 or c3 == 0 or c3 % (3 * num_heads):
+    if checks.whole(op, "num_heads", num_heads) < 1 or c3 == 0 or c3 % (3 * num_heads):
         checks.fail(op, "num_heads", f"a divisor of C = {c3 / 3:g} (qkv has {c3} = 3C channels)", num_heads)
     d = c3 // 3 // num_heads
     if logit_scale is not None and scale is not None:
@@ -124,13 +125,12 @@ def _check(
     ):
         if t is None:
             continue
+        checks.dense(op, name, t)
         if tuple(t.shape) != wanted:
             checks.fail(op, name, f"of shape {wanted}", checks.shape(t))
         if t.dtype not in (torch.float32, qkv.dtype):
             raise TypeError(f"{op}: {name} must be float32 or of the dtype of qkv, {qkv.dtype}, got {t.dtype}")
         checks.same(op, name, t, "qkv", qkv, dtype=False)
-    if dropout_p:
-        checks.probability(op, "dropout_p", dropout_p)
     tensors = (qkv, bias_table, logit_scale, pad_qkv)
     features = [name for name, t in (("bias_table", bias_table), ("logit_scale", logit_scale), ("pad_qkv", pad_qkv)) if t is not None]
     if shift != (0, 0):
@@ -143,7 +143,7 @@ def _check(
         features.append("grad")
     device = qkv.device.type
     call = Call(op, device, qkv.dtype, tuple(features), (d,), dispatch.sizes(device, b, h, w, *window, num_heads, d))
-    return call, window, shift, d**-0.5 if scale is None else scale
+    return call, window, shift, checks.scale(op, scale, d)
 
 
 @dispatch.describes("window_attention")
@@ -152,8 +152,38 @@ def _describe(
 ) -> tuple[Call, list[str]]:
     qkv = _prepare(qkv)
     table, logit_scale, pad, scale = (kw.get(name) for name in ("bias_table", "logit_scale", "pad_qkv", "scale"))
-    call, *_ = _check(qkv, window_size, shift_size, num_heads, table, logit_scale, pad, scale, kw.get("dropout_p", 0.0))
+    dropout_p = checks.dropout("window_attention", kw.get("dropout_p", 0.0))
+    call, *_ = _check(qkv, window_size, shift_size, num_heads, table, logit_scale, pad, scale, dropout_p)
     return call, dispatch.copy_notes(qkv=qkv)
+
+
+def _check_low(
+    qkv: Tensor,
+    window_size: Sequence[int],
+    shift_size: Sequence[int],
+    num_heads: int,
+    bias_table: Tensor | None,
+    logit_scale: Tensor | None,
+    pad_qkv: Tensor | None,
+    _scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Call:
+    op = "window_attention"
+    dropout_p = checks.dropout(op, dropout_p)
+    call, *_ = _check(qkv, window_size, shift_size, num_heads, bias_table, logit_scale, pad_qkv, None, dropout_p)
+    checks.seed(op, seed, dropout_p, qkv)
+    return call
+
+
+def _check_low_backward(grad_out: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, *rest: Any) -> Call:
+    call = _check_low(qkv, *rest)
+    op = "window_attention_backward"
+    (b, h, w, c3), (wh, ww) = qkv.shape, rest[0]
+    for name, t in (("grad_out", grad_out), ("out", out)):
+        checks.exactly(op, name, t, (b, h, w, c3 // 3), qkv.dtype, qkv)
+    checks.exactly(op, "lse", lse, (b, -(-h // wh) * -(-w // ww), rest[2], wh * ww), checks.wide(qkv.dtype), qkv)
+    return call
 
 
 def _fake(qkv: Tensor, window_size: Sequence[int], shift_size: Sequence[int], num_heads: int, *_: Any) -> tuple[Tensor, Tensor]:
@@ -204,6 +234,7 @@ WINDOW_BACKWARD = Operator(
     "window_attention_backward",
     reference=_reference_backward,
     fake=_fake_backward,
+    check=_check_low_backward,
     kernels={"triton": _TRITON + "window_attention_backward"},
     **dispatch.double_backward(reference.window_attention, n_grads=1, n_skipped=2, inputs=(0, 4, 5, 6)),
 )
@@ -211,6 +242,7 @@ WINDOW = Operator(
     "window_attention",
     reference=reference.window_attention,
     fake=_fake,
+    check=_check_low,
     setup_context=_setup_context,
     backward=_backward,
     autocast_args=(0,),

@@ -80,7 +80,7 @@ def test_a_number_that_is_not_finite_is_not_hidden(op):
 @pytest.mark.skipif(library.problem() is not None, reason="the library is not in use")
 def test_the_library_refuses_what_it_cannot_take():
     a, b, sums = torch.zeros(5, 4), torch.zeros(6, 4), torch.zeros(5)
-    with pytest.raises(RuntimeError, match="a and b must be matrices with rows of the same length and dtype"):
+    with pytest.raises(RuntimeError, match=r"pairs: b must be of shape \(\*, 4\), got \(6, 3\)"):
         torch.ops.pyvit.pair_sigmoid(a, b[:, :3], -1, 1.0, 0.0, sums)
     with pytest.raises(RuntimeError, match="top_b must be 6 contiguous float32 numbers"):
         torch.ops.pyvit.pair_softmax(a, b, False, 1.0, sums, sums.clone(), sums.clone(), torch.zeros(6))
@@ -295,9 +295,12 @@ X = torch.randn(4, 3)
         ),
         (lambda: distillation_cross_entropy(X, X, 0.1, 0.1, student_prototypes=torch.randn(5, 2)), "student_prototypes must be of shape"),
         (lambda: distillation_cross_entropy(X, X, 0.1, 0.1, weights=torch.ones(2)), "weights must be broadcastable"),
-        (lambda: koleo(X[:1]), "x must be of at least two rows"),
+        (lambda: koleo(X[:0]), "x must be of at least one row"),
+        (lambda: koleo(X, eps=-1.0), "eps must be at least 0"),
         (lambda: sinkhorn_knopp(X, -1.0), "temperature must be positive"),
-        (lambda: sinkhorn_knopp(X, 1.0, 0), "iterations must be an integer of at least 1"),
+        (lambda: sinkhorn_knopp(X, 1.0, -1), "iterations must be at least 0"),
+        (lambda: sinkhorn_knopp(X, 1.0, 2.5), "iterations must be an int"),
+        (lambda: sinkhorn_center(X, 1.0, 0), "iterations must be at least 1"),
     ],
 )
 def test_errors_name_the_argument(call, message):

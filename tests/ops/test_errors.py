@@ -58,6 +58,7 @@ VALUE = [  # operator, arguments changed, the argument named, the rest of the me
     ("flash_attention", {"dropout_p": -0.1}, "dropout_p", ["[0, 1)", "-0.1"]),
     ("flash_attention", {"k": K.to(meta)}, "k", ["device of q", "cpu", "meta"]),
     ("flash_attention", {"bias": z(5, 7, device=meta)}, "bias", ["device of q", "cpu", "meta"]),
+    ("flash_attention", {"dropout_p": float("nan")}, "dropout_p", ["[0, 1)", "nan"]),
     ("flash_attention", {"backend": "tritn"}, "backend", ["cuda, triton, cpu, reference", "tritn"]),
     ("flash_attention_varlen", {"q": Q}, "q", ["(Tq, H, D)", "(2, 4, 5, 8)"]),
     ("flash_attention_varlen", {"k": K}, "k", ["(Tk, Hkv, D)"]),
@@ -73,6 +74,8 @@ VALUE = [  # operator, arguments changed, the argument named, the rest of the me
     ("flash_attention_varlen", {"cu_seqlens_q": ints([], dtype=torch.int32)}, "cu_seqlens_q", ["at least 1", "0"]),
     ("flash_attention_varlen", {"max_seqlen_q": 4}, "max_seqlen_q", ["longest sequence, 5", "4"]),
     ("flash_attention_varlen", {"max_seqlen_k": 3}, "max_seqlen_k", ["longest sequence, 5", "3"]),
+    ("flash_attention_varlen", {"max_seqlen_k": -1}, "max_seqlen_k", ["at least 0", "-1"]),
+    ("flash_attention_varlen", {"q": z(9, 4, 0), "k": z(9, 2, 0)}, "q, k and v", ["one channel", "D = 0"]),
     ("flash_attention_varlen", {"bias": z(3, 1, 1, 1)}, "bias", ["(2, 4, 5, 5)", "(3, 1, 1, 1)"]),
     ("attention_map", {"q": z(5, 8)}, "q", ["(B, H, Nq, D)", "(5, 8)"]),
     ("attention_map", {"k": z(5, 8)}, "k", ["(B, Hkv, Nk, D)", "(5, 8)"]),
@@ -81,6 +84,7 @@ VALUE = [  # operator, arguments changed, the argument named, the rest of the me
     ("attention_map", {"rows": [5]}, "rows", ["[0, 5)", "5..5"]),
     ("attention_map", {"rows": -1}, "rows", ["[0, 5)", "-1..-1"]),
     ("attention_map", {"rows": ints([[0], [0], [0]])}, "rows", ["(2, R)", "(3, 1)"]),
+    ("attention_map", {"q": z(2, 4, 5, 0), "k": z(2, 4, 7, 0)}, "q and k", ["one channel", "D = 0"]),
     ("attention_map", {"bias": z(2, 4, 1, 6)}, "bias", ["(2, 4, 5, 7)", "(2, 4, 1, 6)"]),
     ("window_attention", {"qkv": z(6, 7, 24)}, "qkv", ["(B, H, W, 3C)", "(6, 7, 24)"]),
     ("window_attention", {"qkv": z(2, 0, 7, 24)}, "qkv", ["at least one token", "(2, 0, 7, 24)"]),
@@ -103,6 +107,8 @@ VALUE = [  # operator, arguments changed, the argument named, the rest of the me
     ("patch_embed", {"images": z(2, 3, 3, 12), "stride": 2}, "images", ["at least as large as one patch, (4, 4)", "3 x 12"]),
     ("patch_embed", {"stride": (4, 5)}, "stride", ["at most the patch, (4, 4)", "(4, 5)"]),
     ("patch_embed", {"stride": 0}, "stride", ["at least 1", "(0, 0)"]),
+    ("patch_embed", {"weight": z(5, 3, 0, 4)}, "weight", ["at least one element", "(5, 3, 0, 4)"]),
+    ("patch_embed", {"weight": z(0, 3, 4, 4)}, "weight", ["at least one element", "(0, 3, 4, 4)"]),
     ("patch_embed", {"bias": z(4)}, "bias", ["(5)", "(4)"]),
     ("patch_embed", {"pos_embed": z(7, 5)}, "pos_embed", ["(6, 5)", "2 x 3 patches", "(7, 5)"]),
     ("patch_embed", {"pos_embed": z(1, 6, 5)}, "pos_embed", ["(6, 5)", "(1, 6, 5)"]),
@@ -150,7 +156,29 @@ TYPE = [
     ("patch_embed", {"images": [1]}, "images", ["Tensor", "list"]),
     ("attention_map", {"q": 1}, "q", ["Tensor", "int"]),
     ("flash_attention_varlen", {"q": 1}, "q", ["Tensor", "int"]),
+    ("flash_attention", {"is_causal": 1}, "is_causal", ["bool", "int"]),
+    ("flash_attention_varlen", {"is_causal": torch.tensor(True)}, "is_causal", ["bool", "Tensor"]),
+    ("flash_attention_varlen", {"max_seqlen_q": 5.0}, "max_seqlen_q", ["int", "float"]),
+    ("flash_attention_varlen", {"max_seqlen_q": ints([5, 5])}, "max_seqlen_q", ["int", "tensor"]),
+    ("attention_map", {"rows": [0.9]}, "rows", ["int", "float"]),
+    ("attention_map", {"rows": [True]}, "rows", ["int", "bool"]),
+    ("attention_map", {"rows": 1.5}, "rows", ["int", "float"]),
+    ("attention_map", {"rows": torch.ones(5, dtype=torch.bool)}, "rows", ["int64", "bool"]),
+    ("window_attention", {"num_heads": 2.0}, "num_heads", ["int", "float"]),
+    ("window_attention", {"window_size": 3.0}, "window_size", ["pair of ints", "3.0"]),
+    ("window_attention", {"window_size": True}, "window_size", ["pair of ints", "True"]),
+    ("window_attention", {"bias_table": [[1.0]]}, "bias_table", ["Tensor", "list"]),
+    ("patch_embed", {"keep": [[0], [1]]}, "keep", ["Tensor", "list"]),
+    ("patch_embed", {"keep": z(2, 1, dtype=torch.int32)}, "keep", ["int64", "int32"]),
+    ("patch_embed", {"prefix": [1.0]}, "prefix", ["Tensor", "list"]),
+    ("patch_embed", {"mean": [0.5] * 3, "std": z(3)}, "mean", ["Tensor", "list"]),
 ]
+TYPE += [  # a mask is bool or a float: of whole numbers, 0 and 1 would be added
+    (op, {"bias": torch.ones(n, 7 if op != "flash_attention_varlen" else 5, dtype=dtype)}, "bias", ["bool, float32", str(dtype)])
+    for op, n in (("flash_attention", 5), ("flash_attention_varlen", 5), ("attention_map", 5))
+    for dtype in (torch.uint8, torch.int32, torch.int64, torch.float64, torch.complex64)
+]
+TYPE += [(op, {"bias": [[0.0]]}, "bias", ["Tensor", "list"]) for op in ("flash_attention", "flash_attention_varlen", "attention_map")]
 
 
 @pytest.mark.parametrize(
@@ -189,14 +217,3 @@ def test_explain_refuses_arguments_the_operator_does_not_have() -> None:
         explain("flash_attention", Q, K, K, attn_mask=None)
     with pytest.raises(ValueError, match=r"explain: op must be one of .*flash_attention.*got 'flash'"):
         explain("flash", Q, K, K)
-
-
-def test_sdpa_twin_refuses() -> None:
-    """Leading dimensions that differ, and a mask that does not broadcast."""
-    twin = ops.scaled_dot_product_attention
-    with pytest.raises(ValueError, match=r"key and value must be of leading shape \(2, 3, 1\)"):
-        twin(z(2, 3, 1, 5, 8), z(2, 4, 1, 7, 8), z(2, 4, 1, 7, 8))
-    with pytest.raises(ValueError, match=r"attn_mask must be broadcastable to \(4, 5, 7\), got shape \(3, 5, 7\)"):
-        twin(z(4, 5, 8), z(4, 7, 8), z(4, 7, 8), attn_mask=z(3, 5, 7))
-    with pytest.raises(ValueError, match="query"):
-        twin(z(8), z(8), z(8))

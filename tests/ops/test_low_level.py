@@ -1,0 +1,75 @@
+"""Operators called as anyone may, through torch.ops: what does not fit is refused by name, and no process dies of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyvit
+from pyvit import library
+
+WORKER = Path(__file__).with_name("low_level.py")
+
+
+def _calls(*names: str, **environment: str) -> list[str]:
+    """Lines of low_level.py; those of ``wrong:`` calls are its verdict."""
+    variables = os.environ | {"PYTHONPATH": str(WORKER.parents[2]), "OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run([sys.executable, "-W", "ignore", str(WORKER), *names], capture_output=True, text=True, env=variables)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, f"rc {done.returncode} at {lines[-1:]}: {done.stderr[-2000:]}"
+    return lines
+
+
+GROUPS = {
+    "attention": ["flash_attention", "flash_attention-causal", "flash_attention~backward", "flash_attention_qkvpacked_backward"],
+    "packed": ["flash_attention_varlen", "flash_attention_varlen~backward", "attention_map"],
+    "maps": ["window_attention", "window_attention-cosine", "window_attention~backward", "window_attention-cosine~backward"],
+    "patches": ["patch_embed", "patch_embed-bytes", "patch_embed~backward", "patch_embed-bytes~backward"],
+    "losses": ["info_nce", "nt_xent", "sigmoid_contrastive", "distillation_cross_entropy", "nearest_neighbor"],
+    "passes": ["activation", "activation_backward", "layer_norm", "layer_norm_backward", "product", "transposed", "log_sum_exp"],
+    "tiles": ["pair_softmax", "pair_softmax_backward", "pair_sigmoid", "pair_sigmoid_backward", "distillation_tile"],
+}
+GROUPS["losses"] += [f"{name}_backward" for name in GROUPS["losses"][:4]]
+GROUPS["tiles"] += ["distillation_tile_backward", "pack_layer", "packed_layers"]
+COMPILED = ("passes", "tiles")
+
+
+@pytest.mark.skipif(library.problem() is not None, reason="needs the compiled library")
+@pytest.mark.parametrize("group", GROUPS)
+def test_changed_arguments(group: str) -> None:
+    lines = _calls(*GROUPS[group])
+    assert len(lines) > 25 * len(GROUPS[group])
+    assert not [line for line in lines if line.startswith("wrong:")]
+
+
+def test_changed_arguments_without_the_library() -> None:
+    """The contract in Python, which also stands before Triton's kernels."""
+    names = [name for group, names in GROUPS.items() if group not in COMPILED for name in names if "qkvpacked" not in name]
+    lines = _calls(*names, PYVIT_NO_LIBRARY="1")
+    assert len(lines) > 25 * len(names)
+    assert not [line for line in lines if line.startswith("wrong:")]
+
+
+@pytest.mark.skipif(library.problem() is not None, reason="needs the compiled library")
+def test_every_operator_is_called() -> None:
+    """A new operator needs a line in GROUPS."""
+    called = {
+        name.partition("-")[0].partition("~")[0] + ("_backward" if "~" in name else "") for names in GROUPS.values() for name in names
+    }
+    known = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("pyvit::")}
+    about_the_library = {"cpu_isa", "cuda_archs", "fma_peak", "branch"}  # branch: packed layers in compiled graphs, see test_packed.py
+    assert known - about_the_library == called
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton", "gpu"])
+def test_a_backend_that_cannot_run_is_refused_by_name(backend: str) -> None:
+    q = torch.randn(1, 1, 4, 8)
+    with pytest.raises((RuntimeError, ValueError), match=backend):
+        torch.ops.pyvit.flash_attention(q, q, q, None, False, 1.0, 0.0, None, backend)
+    with pytest.raises((pyvit.BackendError, ValueError), match=backend):
+        torch.ops.pyvit.info_nce(q[0, 0], q[0, 0], torch.tensor(1.0), backend)
