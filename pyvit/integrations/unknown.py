@@ -34,7 +34,7 @@ def unknown_attention(model: nn.Module, handled: set[int], known: Callable[[str]
         if id(module) in handled or name.startswith("pyvit.") or known(name):
             continue
         if type(module) not in computing:
-            computing[type(module)] = computes_attention(type(module), module)
+            computing[type(module)] = computes_attention(module)
         own = any(True for _ in itertools.chain(module.parameters(recurse=False), module.children()))
         named = "attention" in type(module).__name__.lower() and own and not any(id(m) in attending for m in module.modules())
         if computing[type(module)] or named:
@@ -43,8 +43,12 @@ def unknown_attention(model: nn.Module, handled: set[int], known: Callable[[str]
     return found[::-1]
 
 
-def computes_attention(kind: type, module: nn.Module) -> bool:
-    """Whether a class's code weighs something by a softmax over products, or has that done."""
-    reads = Code(kind).reads
-    softmax = "softmax" in reads or any(isinstance(child, nn.Softmax) and name in reads for name, child in module._modules.items())
-    return bool(_WHOLE & reads) or (softmax and bool(_PRODUCTS & reads))
+def computes_attention(module: nn.Module) -> bool:
+    """Whether the code of a module's class, or of one that it derives from, weighs something by a softmax over products."""
+    for kind in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
+        if issubclass(kind, nn.Module):
+            reads = Code(kind).reads
+            softmax = "softmax" in reads or any(isinstance(child, nn.Softmax) and name in reads for name, child in module.named_children())
+            if _WHOLE & reads or (softmax and _PRODUCTS & reads):
+                return True
+    return False

@@ -65,3 +65,26 @@ def check_accelerated(model: nn.Module, call: Callable[[nn.Module], Tensor], rep
     pyvit.restore(model)
     assert torch.equal(_results(model, call)[0], expected)
     assert not any({"forward", "_attn"} & set(vars(m)) for m in (*model.modules(), *other.modules()))
+
+
+class Quantised(torch.Tensor):
+    """A weight as of quantisation libraries: a linear layer takes it, hardly anything else does."""
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> Quantised:
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    def __init__(self, values: Tensor) -> None:
+        self.values_ = values
+
+    @classmethod
+    def __torch_function__(cls, function, kinds, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            return torch.nn.functional.linear(args[0], args[1].values_ * 2, *args[2:], **(kwargs or {}))
+        return super().__torch_function__(function, kinds, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, kinds, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].values_)
+        raise NotImplementedError(f"Quantised: {function}")
