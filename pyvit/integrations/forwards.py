@@ -253,6 +253,8 @@ def _empty() -> Forward:
 def _methods_are_ours(module: nn.Module, methods: frozenset[str], holding: bool = True) -> bool:
     """Whether an instance carries none of its class's methods itself but what accelerate put there, which would serve."""
     own = vars(module)
+    if methods.isdisjoint(own):
+        return True
     return not any(name in own and not (type(own[name]) is Forward and (not holding or own[name].holds())) for name in methods)
 
 

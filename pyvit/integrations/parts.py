@@ -13,7 +13,7 @@ from pyvit.integrations import originals
 from pyvit.integrations.forwards import Left, Replacement, kind, ordinary_weights, servable, served_by
 from pyvit.nn.linear import hooked, ordinary
 from pyvit.nn.linear import plain as is_plain
-from pyvit.ops import flash_attention, linear, patch_embed
+from pyvit.ops import flash_attention, linear, packed, patch_embed
 from pyvit.ops.patch_embed import grid_size
 
 #: What to replace in an instance of a class.
@@ -56,14 +56,25 @@ def idle(drop: nn.Module | None) -> bool:
     return drop is None or rate(drop) == 0.0
 
 
+def packs() -> bool:
+    """Whether weights are packed, without which a block gains nothing from branches of one pass."""
+    return torch.compiler.is_compiling() or bool(packed.PACKS)
+
+
+_DROP_PATHS = {"timm.layers.drop.DropPath"}
+_LAYER_SCALES = {"timm.layers.layer_scale.LayerScale", "timm.models.vision_transformer.LayerScale"}
+
+
 def surroundings(x: Tensor, norm: nn.Module, scale: nn.Module | None, drop_path: nn.Module | None) -> dict[str, Any] | None:
     """``norm`` and ``scale`` of x + drop_path(scale(branch(norm(x)))) as arguments of a branch that computes all of it.
 
-    In inference on a CPU, where nothing is dropped; None otherwise. That nothing watches these modules, and that each is of a class that
-    pyvit knows, is for who bypasses them to ask: they are ``parts`` of its :class:`Replacement`.
+    In inference on a CPU, where nothing is dropped and these modules are what they seem; None otherwise.
     """
     if torch.is_grad_enabled() or not x.is_cpu or not served_by(norm, _layer_norm) or getattr(norm, "_fast_norm", False):
         return None
+    for module, known in ((drop_path, _DROP_PATHS), (scale, _LAYER_SCALES)):
+        if module is not None and not ((type(module) is nn.Identity or kind(module) in known) and untouched(module)):
+            return None
     if getattr(drop_path, "drop_prob", 0.0) and drop_path.training:  # type: ignore[union-attr]
         return None
     return {"norm": (norm.weight, norm.bias, norm.eps), "scale": getattr(scale, "gamma", None)}

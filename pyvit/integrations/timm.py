@@ -19,6 +19,7 @@ from pyvit.integrations.parts import (
     idle,
     known,
     layer_norm,
+    packs,
     patch_conv,
     plain,
     project,
@@ -91,15 +92,14 @@ _BLOCK = "norm1 attn ls1 drop_path1 norm2 mlp ls2 drop_path2"
 
 
 def block(module: Any) -> Iterator[Replacement]:
-    by = "branches of one pass, where weights are packed"
-    yield Replacement(module, _block, by, needs=_BLOCK, parts=tuple(_BLOCK.split()), optional=True)
+    yield Replacement(module, _block, "branches of one pass, where weights are packed", needs=_BLOCK, optional=True)
 
 
 def _block(module: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
-    first = surroundings(x, module.norm1, module.ls1, module.drop_path1)
-    second = surroundings(x, module.norm2, module.ls2, module.drop_path2)
-    simple = not args and all(value is None or value is False for value in options.values())
-    if first is None or second is None or not simple or not _whole_attention(module.attn) or not _whole_mlp(module.mlp):
+    simple = packs() and not args and all(value is None or value is False for value in options.values())
+    first = surroundings(x, module.norm1, module.ls1, module.drop_path1) if simple else None
+    second = None if first is None else surroundings(x, module.norm2, module.ls2, module.drop_path2)
+    if first is None or second is None or not _whole_attention(module.attn) or not _whole_mlp(module.mlp):
         return type(module).forward(module, x, *args, **options)  # type: ignore[no-any-return]
     x = _attention(module.attn, x, residual=x, **first)
     return _mlp(module.mlp, x, residual=x, **second)
@@ -145,17 +145,16 @@ def swin(block: Any) -> Iterator[Replacement | Left]:
         parts = ("attn", "attn.attn_drop", "attn.softmax")
         yield Replacement(block, _swin, "window_attention", "_attn", needs=needs, may=may, parts=parts)
         if not cosine:  # V2 normalises after its branches
-            by, parts = "branches of one pass, where weights are packed", (*parts, "norm1", "drop_path1", "norm2", "mlp", "drop_path2")
-            yield Replacement(block, _swin_block, by, needs=needs, may=may, parts=parts, optional=True)
+            by = "branches of one pass, where weights are packed"
+            yield Replacement(block, _swin_block, by, needs=needs, may=may, optional=True)
 
 
 def _swin_block(block: Any, x: Tensor) -> Tensor:
     """Of a block of the first version."""
-    attn = block.attn
-    first = surroundings(x, block.norm1, None, block.drop_path1)
-    second = surroundings(x, block.norm2, None, block.drop_path2)
-    own = vars(block).get("_attn")
-    whole = type(own) is Forward and own.function is _swin and _drop(attn) is not None and _fits(block, x)
+    attn, own = block.attn, vars(block).get("_attn")
+    first = surroundings(x, block.norm1, None, block.drop_path1) if packs() else None
+    second = None if first is None else surroundings(x, block.norm2, None, block.drop_path2)
+    whole = type(own) is Forward and own.function is _swin and own.holds() and _drop(attn) is not None and _fits(block, x)
     if first is None or second is None or not whole or not (plain(attn.proj) and idle(attn.proj_drop) and _whole_mlp(block.mlp)):
         return type(block).forward(block, x)  # type: ignore[no-any-return]
     x = _swin(block, x, residual=x, **first)

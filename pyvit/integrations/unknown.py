@@ -45,9 +45,9 @@ def unknown_attention(model: nn.Module, handled: set[int], known: Callable[[str]
 
 def computes_attention(module: nn.Module) -> bool:
     """Whether the code of a module's class, or of one that it derives from, weighs something by a softmax over products."""
-    for kind in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
-        if issubclass(kind, nn.Module):
-            reads = Code(kind).reads
+    for ancestor in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
+        if issubclass(ancestor, nn.Module):
+            reads = Code(ancestor).reads
             softmax = "softmax" in reads or any(isinstance(child, nn.Softmax) and name in reads for name, child in module.named_children())
             if _WHOLE & reads or (softmax and _PRODUCTS & reads):
                 return True

@@ -43,7 +43,14 @@ def transformers(kind: str, **config: object) -> Model:
 
 
 def _hf_vit(**extra: object) -> Model:
-    config = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 96, "image_size": 32, "patch_size": 8}
+    config = {
+        "hidden_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 3,
+        "intermediate_size": 96,
+        "image_size": 32,
+        "patch_size": 8,
+    }
     return transformers("ViT", **config, **extra)
 
 
@@ -82,6 +89,7 @@ MODELS: dict[str, Callable[[], Model]] = {
     "timm swin": lambda: (timm("swin_tiny_patch4_window7_224", **_SWIN), on(32, 32)),
     "timm swin v2": lambda: (timm("swinv2_tiny_window8_256", **_SWIN), on(32, 32)),
     "transformers vit": _hf_vit,
+    "transformers vit eager": lambda: _hf_vit(attn_implementation="eager"),
     "transformers swin": lambda: _hf_swin("Swin"),
     "transformers swin v2": lambda: _hf_swin("Swinv2"),
     "torchvision vit": _torchvision_vit,

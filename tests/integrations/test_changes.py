@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import functools
-import importlib
 import types
 
 import pytest
-import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize, prune
 
-import pyvit
-from tests.integrations.checks import Quantised
-from tests.integrations.models import MODELS
-from tests.models.parity import relative_error
-
-
-def other(out):
-    """Other numbers, of the same size as before: no layer norm undoes that."""
-    return (out[0].flip(-1), *out[1:]) if isinstance(out, tuple) else out.flip(-1)
-
-
-def mine(function):
-    """A function of the user's in the place of ``function``."""
-    return lambda *args, **kwargs: other(function(*args, **kwargs))
+from tests.integrations.checks import check_changed, made, mine, other
 
 
 def instance_forward(module, stack):
@@ -97,30 +78,6 @@ CHANGES = [
 ]
 
 
-@functools.cache
-def _made(name):
-    return MODELS[name]()
-
-
-def check(name, change, when):
-    """A model that is accelerated and changed gives what the same gives that was only changed; how much that is, and the report."""
-    model, run = _made(name)
-    plain, model, other = None, copy.deepcopy(model), copy.deepcopy(model)
-    with torch.no_grad():
-        plain = run(model)
-        report = pyvit.accelerate(model) if when == "after" else None
-        with contextlib.ExitStack() as stack:
-            change(other, stack)
-            expected = run(other)
-        with contextlib.ExitStack() as stack:
-            change(model, stack)
-            report = pyvit.accelerate(model) if report is None else report.refresh()
-            assert relative_error(run(model), expected) < 1e-4
-            pyvit.restore(model)
-            assert relative_error(run(model), expected) < 1e-5
-    return relative_error(plain, expected), report
-
-
 #: Modules that a replacement does not call, or replaces.
 PLACES = [
     ("timm vit", "blocks.0"),
@@ -174,10 +131,10 @@ PLACES = [
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize(("name", "place"), PLACES, ids=str)
 def test_changed_modules(name, place, change, when):
-    module = _made(name)[0].get_submodule(place)
+    module = made(name)[0].get_submodule(place)
     if change is class_forward and type(module).__module__ == "torch.nn.modules.container":
         pytest.skip("every model is made of it")
-    effect, report = check(name, lambda model, stack: change(model.get_submodule(place), stack), when)
+    effect, report = check_changed(name, lambda model, stack: change(model.get_submodule(place), stack), when)
     if (name, place.rpartition(".")[2], change.__name__) not in WITHOUT_EFFECT:
         assert effect > 1e-3
     if place.rpartition(".")[2] in ("attn", "attention", "self_attention") and "hook" not in change.__name__:
