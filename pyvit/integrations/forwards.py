@@ -241,7 +241,7 @@ def layout(module: nn.Module, needs: str, may: str) -> str | None:
     if missing:
         return f"has no {', '.join(missing)}: not a version of {code.library} that pyvit knows"
     own = {*module._modules, *module._parameters, *module._buffers}
-    read = {name for name in vars(module) if name in code.reads and name not in _INTERNAL}
+    read = {name for name in vars(module) if name in code.reads and name not in _INTERNAL and name not in code.methods}
     unknown = sorted((own | read) - required - set(may.split()))
     return f"has {', '.join(unknown)}: not a version of {code.library} that pyvit knows" if unknown else None
 

@@ -43,12 +43,17 @@ def rate(drop: nn.Module) -> float | None:
         return 0.0
     if type(drop) is not nn.Dropout or not originals.unchanged(_DROPOUT):
         return None
-    return drop.p if drop.training and drop.p else 0.0
+    return share(drop.p, drop.training)
+
+
+def share(p: float, training: bool) -> float | None:
+    """What our attention is asked to drop; None where that is everything, which it refuses."""
+    return 0.0 if not training else p if p < 1.0 else None
 
 
 def fused_rate(module: Any) -> float | None:
-    """The share that ``F.scaled_dot_product_attention`` is asked to drop by ``module.attn_drop.p if module.training else 0.0``."""
-    return getattr(module.attn_drop, "p", 0.0) if module.training else 0.0
+    """What ``F.scaled_dot_product_attention`` is asked to drop by ``module.attn_drop.p if module.training else 0.0``, as :func:`share`."""
+    return share(getattr(module.attn_drop, "p", 0.0), module.training)
 
 
 def idle(drop: nn.Module | None) -> bool:
@@ -215,9 +220,8 @@ def _multihead(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    served = (
-        query.dim() == 3 and servable(key) and servable(value) and usable(attn_mask) and (attn_mask is None or attn_mask.dim() in (2, 3))
-    )
+    drop, shaped = share(module.dropout, module.training), query.dim() == 3 and (attn_mask is None or attn_mask.dim() in (2, 3))
+    served = shaped and drop is not None and servable(key) and servable(value) and usable(attn_mask)
     if need_weights or key_padding_mask is not None or not served or (is_causal and attn_mask is None):
         return nn.MultiheadAttention.forward(
             module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -232,7 +236,7 @@ def _multihead(
     # (B, N, C) or (N, B, C) to (B, H, N, d)
     q, k, v = (t.unflatten(-1, (module.num_heads, module.head_dim)).movedim(batch, 0).transpose(1, 2) for t in (q, k, v))
     bias = None if attn_mask is None else torch_mask(attn_mask, q)
-    out = flash_attention(q, k, v, bias=bias, dropout_p=module.dropout if module.training else 0.0)
+    out = flash_attention(q, k, v, bias=bias, dropout_p=drop or 0.0)
     out = out.transpose(1, 2).flatten(2).movedim(0, batch)  # type: ignore[union-attr]
     return linear(out, module.out_proj.weight, module.out_proj.bias), None
 

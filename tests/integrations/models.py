@@ -13,11 +13,16 @@ from tests.models.parity import randomise
 Model = tuple[nn.Module, Callable[[nn.Module], Tensor]]
 
 
+def like(model: nn.Module, x: Tensor) -> Tensor:
+    parameter = next(model.parameters())
+    return x.to(parameter.device, parameter.dtype)
+
+
 def on(*size: int) -> Callable[[nn.Module], Tensor]:
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(3))
 
     def call(model: nn.Module) -> Tensor:
-        out = model(images)
+        out = model(like(model, images))
         return out if isinstance(out, Tensor) else out.last_hidden_state
 
     return call
@@ -74,13 +79,13 @@ def _open_clip() -> Model:
     text = {"context_length": 10, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
     model = randomise(peers.peer("open_clip").CLIP(embed_dim=32, vision_cfg=vision, text_cfg=text)).eval()
     images = torch.randn(2, 3, 16, 16)
-    return model, lambda m: m.encode_image(images)
+    return model, lambda m: m.encode_image(like(m, images))
 
 
 def _open_clip_custom() -> Model:
     block = peers.peer("open_clip").transformer.CustomResidualAttentionBlock
     x = torch.randn(2, 9, 32)
-    return randomise(block(32, 2, norm_layer=nn.LayerNorm, qk_norm=True)).eval(), lambda m: m(x)
+    return randomise(block(32, 2, norm_layer=nn.LayerNorm, qk_norm=True)).eval(), lambda m: m(like(m, x))
 
 
 MODELS: dict[str, Callable[[], Model]] = {
