@@ -113,8 +113,9 @@ def _examine(model: nn.Module, installed: dict[tuple[int, str], Forward] | None 
             report.replaced.append(Row(paths[id(item.module)], kind(item.module), item.by))
             if not item.optional and (note := forward.seen()) is not None:
                 report.left.append(Row(paths[id(item.module)], kind(item.module), note))
-    served = {id(forward.module) for forward in report.found if not forward.item.optional}
-    left += unknown_attention(model, served | {id(item.module) for _, item in left}, _known)
+    replaced = [forward.module for forward in report.found if not forward.item.optional]
+    left += unknown_attention(model, [*replaced, *(item.module for _, item in left)])
+    served = {*map(id, replaced)}
     report.left += [Row(path, kind(item.module), item.reason) for path, item in left if id(item.module) not in served]
     return report
 

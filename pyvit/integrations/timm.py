@@ -33,10 +33,12 @@ from pyvit.integrations.parts import (
 from pyvit.ops import flash_attention, flash_attention_qkvpacked, linear, window_attention
 from pyvit.ops.packed import Norm
 
+_ALWAYS = "drops attention weights in evaluation too, as timm 0.9.0 to 0.9.2 do"
+
 
 def attention(module: nn.Module) -> Iterator[Replacement | Left]:
-    if "training" not in originals.record(type(module)).reads:  # timm 0.9.0 to 0.9.2
-        yield Left(module, "this version of timm drops attention weights in evaluation too")
+    if hasattr(module, "fused_attn") and "training" not in originals.record(type(module)).reads:
+        yield Left(module, _ALWAYS)
         return
     needs = "qkv q_norm k_norm attn_drop proj proj_drop num_heads scale fused_attn"
     yield Replacement(module, _attention, "flash_attention", needs=needs, may="head_dim attn_dim norm gate")
@@ -135,6 +137,8 @@ def swin(block: Any) -> Iterator[Replacement | Left]:
     needs = "qkv proj attn_drop proj_drop softmax num_heads window_size "
     needs += "logit_scale cpb_mlp relative_coords_table q_bias k_bias v_bias" if cosine else "relative_position_bias_table scale fused_attn"
     reason = layout(attn, needs, "relative_position_index qkv_bias_separate window_area dim pretrained_window_size")
+    if reason is None and not cosine and "training" not in originals.record(type(attn)).reads:
+        reason = _ALWAYS
     if reason is not None:
         yield Left(block, f"its attn {reason}")
     elif not plain(attn.qkv):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Iterable
 
 from torch import nn
 
-from pyvit.integrations.forwards import Left, kind
+from pyvit.integrations.forwards import Left
 from pyvit.integrations.originals import Code
 
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
@@ -24,14 +24,14 @@ _WHOLE = {
 }
 
 
-def unknown_attention(model: nn.Module, handled: set[int], known: Callable[[str], bool]) -> list[tuple[str, Left]]:
-    """Modules of ``model`` that are attention, of no class that is ``known``, with none of ``handled`` in them to have been it."""
+def unknown_attention(model: nn.Module, handled: Iterable[nn.Module]) -> list[tuple[str, Left]]:
+    """Modules of ``model`` that are attention and neither ``handled`` nor a part of what is."""
     found: list[tuple[str, Left]] = []
     computing: dict[type, bool] = {}
-    attending: set[int] = set(handled)
+    attending = {id(part) for module in handled for part in module.modules()}
+    covered = set(attending)
     for path, module in reversed(list(model.named_modules())):  # what is inside comes first
-        name = kind(module)
-        if id(module) in handled or name.startswith("pyvit.") or known(name):
+        if id(module) in covered or type(module).__module__.startswith("pyvit."):
             continue
         if type(module) not in computing:
             computing[type(module)] = computes_attention(module)
