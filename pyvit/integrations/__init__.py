@@ -14,7 +14,7 @@ from torch import nn
 
 from pyvit.integrations import originals
 from pyvit.integrations.common import Rule
-from pyvit.integrations.forwards import WATCHED, Forward, Left, forwards, kind, put, take_away
+from pyvit.integrations.forwards import Forward, Left, forwards, kind, put, take_away
 from pyvit.integrations.unknown import unknown_attention
 
 __all__ = ["AccelerateError", "Report", "Row", "accelerate", "restore"]
@@ -39,6 +39,7 @@ class Report:
 
     def __init__(self, model: nn.Module, replaced: list[Row], left: list[Row]) -> None:
         self.model, self.replaced, self.left = model, replaced, left
+        self.found: list[Forward] = []
 
     def __str__(self) -> str:
         lines = [f"replaced {len(self.replaced)}, left {len(self.left)}"]
@@ -55,13 +56,7 @@ class Report:
 
     def refresh(self) -> Report:
         """What serves the model now: patches, subclasses, other layers and hooks may have come after :func:`accelerate`."""
-        paths = {id(module): path for path, module in self.model.named_modules()}
-        now = Report(self.model, [], [row for row in self.left if not row.note.startswith(WATCHED)])
-        for forward in forwards(self.model):
-            reason = forward.reason(_known) or forward.changed() or forward.seen()
-            row = Row(paths[id(forward.module)], kind(forward.module), reason or forward.item.by)
-            (now.left if reason else now.replaced).append(row)
-        return now
+        return _examine(self.model, {(id(forward.module), forward.method): forward for forward in forwards(self.model)})
 
     def __enter__(self) -> Report:
         return self
@@ -89,38 +84,39 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
     restore(model)
-    originals.renew()
-    found: list[tuple[str, Forward]] = []
-    left: list[tuple[str, Left]] = []
-    paths = {id(module): path for path, module in model.named_modules()}
-    for path, module in model.named_modules():
-        rule = _rule(kind(module))
-        if rule is None:
-            continue
-        for item in rule(module):
-            where = paths.get(id(item.module), path)
-            if isinstance(item, Left):
-                left.append((where, item))
-                continue
-            forward = Forward(item)
-            reason = forward.reason(_known)
-            if reason is None:
-                found.append((where, forward))
-            elif not item.optional:
-                left.append((where, Left(item.module, reason)))
-    served = {id(forward.module) for _, forward in found}
-    left += unknown_attention(model, served | {id(item.module) for _, item in left}, _known)
-    watched = [(path, Left(forward.module, note)) for path, forward in found if not forward.item.optional and (note := forward.seen())]
-    report = Report(
-        model,
-        [Row(path, kind(forward.module), forward.item.by) for path, forward in found],
-        [Row(path, kind(item.module), item.reason) for path, item in left if id(item.module) not in served]
-        + [Row(path, kind(item.module), item.reason) for path, item in watched],
-    )
+    report = _examine(model)
     if strict and (report.left or not report.replaced):
         raise AccelerateError(f"accelerate: strict, and not everything can be replaced\n{report}")
-    for _, forward in found:
+    for forward in report.found:
         put(forward)
+    return report
+
+
+def _examine(model: nn.Module, installed: dict[tuple[int, str], Forward] | None = None) -> Report:
+    """What can be replaced in ``model``, or what serves of that which was ``installed``, by identity of the module and by method."""
+    originals.renew()
+    report = Report(model, [], [])
+    left: list[tuple[str, Left]] = []
+    paths = {id(module): path for path, module in model.named_modules()}
+    for module in model.modules():
+        for item in rule(module) if (rule := _rule(kind(module))) is not None else ():
+            if isinstance(item, Left):
+                left.append((paths.get(id(item.module), ""), item))
+                continue
+            forward = Forward(item) if installed is None else installed.get((id(item.module), item.method))
+            reason = "not replaced" if forward is None else forward.reason(_known) or (forward.changed() if installed is not None else None)
+            if forward is None or reason is not None:
+                if not item.optional:
+                    left.append((paths[id(item.module)], Left(item.module, reason or "")))
+                continue
+            report.found.append(forward)
+            report.replaced.append(Row(paths[id(item.module)], kind(item.module), item.by))
+            if not item.optional and (note := forward.seen()) is not None:
+                report.left.append(Row(paths[id(item.module)], kind(item.module), note))
+    replaced = [forward.module for forward in report.found if not forward.item.optional]
+    left += unknown_attention(model, [*replaced, *(item.module for _, item in left)])
+    served = {*map(id, replaced)}
+    report.left += [Row(path, kind(item.module), item.reason) for path, item in left if id(item.module) not in served]
     return report
 
 

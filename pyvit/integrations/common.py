@@ -13,7 +13,7 @@ from pyvit.integrations import originals
 from pyvit.integrations.forwards import Left, Replacement, kind, ordinary_weights, servable, served_by
 from pyvit.nn.linear import hooked, ordinary
 from pyvit.nn.linear import plain as is_plain
-from pyvit.ops import flash_attention, linear, patch_embed
+from pyvit.ops import flash_attention, linear, packed, patch_embed
 from pyvit.ops.patch_embed import grid_size
 
 #: What to replace in an instance of a class.
@@ -43,12 +43,17 @@ def rate(drop: nn.Module) -> float | None:
         return 0.0
     if type(drop) is not nn.Dropout or not originals.unchanged(_DROPOUT):
         return None
-    return drop.p if drop.training and drop.p else 0.0
+    return share(drop.p, drop.training)
+
+
+def share(p: float, training: bool) -> float | None:
+    """What our attention is asked to drop; None where that is everything, which it refuses."""
+    return 0.0 if not training else p if p < 1.0 else None
 
 
 def fused_rate(module: Any) -> float | None:
-    """The share that ``F.scaled_dot_product_attention`` is asked to drop by ``module.attn_drop.p if module.training else 0.0``."""
-    return getattr(module.attn_drop, "p", 0.0) if module.training else 0.0
+    """What ``F.scaled_dot_product_attention`` is asked to drop by ``module.attn_drop.p if module.training else 0.0``, as :func:`share`."""
+    return share(getattr(module.attn_drop, "p", 0.0), module.training)
 
 
 def idle(drop: nn.Module | None) -> bool:
@@ -56,14 +61,25 @@ def idle(drop: nn.Module | None) -> bool:
     return drop is None or rate(drop) == 0.0
 
 
+def packs() -> bool:
+    """Whether weights are packed, without which a block gains nothing from branches of one pass."""
+    return torch.compiler.is_compiling() or bool(packed.PACKS)
+
+
+_DROP_PATHS = {"timm.layers.drop.DropPath"}
+_LAYER_SCALES = {"timm.layers.layer_scale.LayerScale", "timm.models.vision_transformer.LayerScale"}
+
+
 def surroundings(x: Tensor, norm: nn.Module, scale: nn.Module | None, drop_path: nn.Module | None) -> dict[str, Any] | None:
     """``norm`` and ``scale`` of x + drop_path(scale(branch(norm(x)))) as arguments of a branch that computes all of it.
 
-    In inference on a CPU, where nothing is dropped; None otherwise. That nothing watches these modules, and that each is of a class that
-    pyvit knows, is for who bypasses them to ask: they are ``parts`` of its :class:`Replacement`.
+    In inference on a CPU, where nothing is dropped and these modules are what they seem; None otherwise.
     """
     if torch.is_grad_enabled() or not x.is_cpu or not served_by(norm, _layer_norm) or getattr(norm, "_fast_norm", False):
         return None
+    for module, known in ((drop_path, _DROP_PATHS), (scale, _LAYER_SCALES)):
+        if module is not None and not ((type(module) is nn.Identity or kind(module) in known) and untouched(module)):
+            return None
     if getattr(drop_path, "drop_prob", 0.0) and drop_path.training:  # type: ignore[union-attr]
         return None
     return {"norm": (norm.weight, norm.bias, norm.eps), "scale": getattr(scale, "gamma", None)}
@@ -204,9 +220,8 @@ def _multihead(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    served = (
-        query.dim() == 3 and servable(key) and servable(value) and usable(attn_mask) and (attn_mask is None or attn_mask.dim() in (2, 3))
-    )
+    drop, shaped = share(module.dropout, module.training), query.dim() == 3 and (attn_mask is None or attn_mask.dim() in (2, 3))
+    served = shaped and drop is not None and servable(key) and servable(value) and usable(attn_mask)
     if need_weights or key_padding_mask is not None or not served or (is_causal and attn_mask is None):
         return nn.MultiheadAttention.forward(
             module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -221,7 +236,7 @@ def _multihead(
     # (B, N, C) or (N, B, C) to (B, H, N, d)
     q, k, v = (t.unflatten(-1, (module.num_heads, module.head_dim)).movedim(batch, 0).transpose(1, 2) for t in (q, k, v))
     bias = None if attn_mask is None else torch_mask(attn_mask, q)
-    out = flash_attention(q, k, v, bias=bias, dropout_p=module.dropout if module.training else 0.0)
+    out = flash_attention(q, k, v, bias=bias, dropout_p=drop or 0.0)
     out = out.transpose(1, 2).flatten(2).movedim(0, batch)  # type: ignore[union-attr]
     return linear(out, module.out_proj.weight, module.out_proj.bias), None
 

@@ -241,7 +241,7 @@ def layout(module: nn.Module, needs: str, may: str) -> str | None:
     if missing:
         return f"has no {', '.join(missing)}: not a version of {code.library} that pyvit knows"
     own = {*module._modules, *module._parameters, *module._buffers}
-    read = {name for name in vars(module) if name in code.reads and name not in _INTERNAL}
+    read = {name for name in vars(module) if name in code.reads and name not in _INTERNAL and name not in code.methods}
     unknown = sorted((own | read) - required - set(may.split()))
     return f"has {', '.join(unknown)}: not a version of {code.library} that pyvit knows" if unknown else None
 
@@ -253,6 +253,8 @@ def _empty() -> Forward:
 def _methods_are_ours(module: nn.Module, methods: frozenset[str], holding: bool = True) -> bool:
     """Whether an instance carries none of its class's methods itself but what accelerate put there, which would serve."""
     own = vars(module)
+    if methods.isdisjoint(own):
+        return True
     return not any(name in own and not (type(own[name]) is Forward and (not holding or own[name].holds())) for name in methods)
 
 

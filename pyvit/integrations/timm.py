@@ -18,6 +18,7 @@ from pyvit.integrations.common import (
     idle,
     known,
     layer_norm,
+    packs,
     patch_conv,
     plain,
     project,
@@ -32,10 +33,12 @@ from pyvit.integrations.forwards import Forward, Left, Replacement, layout, serv
 from pyvit.ops import flash_attention, flash_attention_qkvpacked, linear, window_attention
 from pyvit.ops.packed import Norm
 
+_ALWAYS = "drops attention weights in evaluation too, as timm 0.9.0 to 0.9.2 do"
+
 
 def attention(module: nn.Module) -> Iterator[Replacement | Left]:
-    if "training" not in originals.record(type(module)).reads:  # timm 0.9.0 to 0.9.2
-        yield Left(module, "this version of timm drops attention weights in evaluation too")
+    if hasattr(module, "fused_attn") and "training" not in originals.record(type(module)).reads:
+        yield Left(module, _ALWAYS)
         return
     needs = "qkv q_norm k_norm attn_drop proj proj_drop num_heads scale fused_attn"
     yield Replacement(module, _attention, "flash_attention", needs=needs, may="head_dim attn_dim norm gate")
@@ -91,15 +94,14 @@ _BLOCK = "norm1 attn ls1 drop_path1 norm2 mlp ls2 drop_path2"
 
 
 def block(module: Any) -> Iterator[Replacement]:
-    by = "branches of one pass, where weights are packed"
-    yield Replacement(module, _block, by, needs=_BLOCK, parts=tuple(_BLOCK.split()), optional=True)
+    yield Replacement(module, _block, "branches of one pass, where weights are packed", needs=_BLOCK, optional=True)
 
 
 def _block(module: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
-    first = surroundings(x, module.norm1, module.ls1, module.drop_path1)
-    second = surroundings(x, module.norm2, module.ls2, module.drop_path2)
-    simple = not args and all(value is None or value is False for value in options.values())
-    if first is None or second is None or not simple or not _whole_attention(module.attn) or not _whole_mlp(module.mlp):
+    simple = packs() and not args and all(value is None or value is False for value in options.values())
+    first = surroundings(x, module.norm1, module.ls1, module.drop_path1) if simple else None
+    second = None if first is None else surroundings(x, module.norm2, module.ls2, module.drop_path2)
+    if first is None or second is None or not _whole_attention(module.attn) or not _whole_mlp(module.mlp):
         return type(module).forward(module, x, *args, **options)  # type: ignore[no-any-return]
     x = _attention(module.attn, x, residual=x, **first)
     return _mlp(module.mlp, x, residual=x, **second)
@@ -135,6 +137,8 @@ def swin(block: Any) -> Iterator[Replacement | Left]:
     needs = "qkv proj attn_drop proj_drop softmax num_heads window_size "
     needs += "logit_scale cpb_mlp relative_coords_table q_bias k_bias v_bias" if cosine else "relative_position_bias_table scale fused_attn"
     reason = layout(attn, needs, "relative_position_index qkv_bias_separate window_area dim pretrained_window_size")
+    if reason is None and not cosine and "training" not in originals.record(type(attn)).reads:
+        reason = _ALWAYS
     if reason is not None:
         yield Left(block, f"its attn {reason}")
     elif not plain(attn.qkv):
@@ -145,17 +149,16 @@ def swin(block: Any) -> Iterator[Replacement | Left]:
         parts = ("attn", "attn.attn_drop", "attn.softmax")
         yield Replacement(block, _swin, "window_attention", "_attn", needs=needs, may=may, parts=parts)
         if not cosine:  # V2 normalises after its branches
-            by, parts = "branches of one pass, where weights are packed", (*parts, "norm1", "drop_path1", "norm2", "mlp", "drop_path2")
-            yield Replacement(block, _swin_block, by, needs=needs, may=may, parts=parts, optional=True)
+            by = "branches of one pass, where weights are packed"
+            yield Replacement(block, _swin_block, by, needs=needs, may=may, optional=True)
 
 
 def _swin_block(block: Any, x: Tensor) -> Tensor:
     """Of a block of the first version."""
-    attn = block.attn
-    first = surroundings(x, block.norm1, None, block.drop_path1)
-    second = surroundings(x, block.norm2, None, block.drop_path2)
-    own = vars(block).get("_attn")
-    whole = type(own) is Forward and own.function is _swin and _drop(attn) is not None and _fits(block, x)
+    attn, own = block.attn, vars(block).get("_attn")
+    first = surroundings(x, block.norm1, None, block.drop_path1) if packs() else None
+    second = None if first is None else surroundings(x, block.norm2, None, block.drop_path2)
+    whole = type(own) is Forward and own.function is _swin and own.holds() and _drop(attn) is not None and _fits(block, x)
     if first is None or second is None or not whole or not (plain(attn.proj) and idle(attn.proj_drop) and _whole_mlp(block.mlp)):
         return type(block).forward(block, x)  # type: ignore[no-any-return]
     x = _swin(block, x, residual=x, **first)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from pyvit.integrations.common import Rule, cosine_table, patch_conv, sequential
+from pyvit.integrations.common import Rule, cosine_table, patch_conv, sequential, share
 from pyvit.integrations.forwards import Replacement
 from pyvit.ops import linear, window_attention
 
@@ -22,6 +22,9 @@ def swin(module: nn.Module) -> Iterator[Replacement]:
 
 def _swin(module: Any, x: Tensor) -> Tensor:
     """Of either version, x (B, H, W, C) -> (B, H, W, C); what pads the map holds the qkv bias."""
+    drop = share(module.attention_dropout, module.training)
+    if drop is None:
+        return type(module).forward(module, x)  # type: ignore[no-any-return]
     window, heads, bias = tuple(module.window_size), module.num_heads, module.qkv.bias
     cosine = hasattr(module, "logit_scale")
     if cosine and bias is not None:
@@ -37,7 +40,7 @@ def _swin(module: Any, x: Tensor) -> Tensor:
         bias_table=cosine_table(module.cpb_mlp, module.relative_coords_table, heads) if cosine else module.relative_position_bias_table,
         logit_scale=module.logit_scale.flatten() if cosine else None,
         pad_qkv=None if divides else qkv.new_zeros(qkv.shape[-1]) if bias is None else bias,
-        dropout_p=module.attention_dropout if module.training else 0.0,
+        dropout_p=drop,
     )
     return dropout(linear(out, module.proj.weight, module.proj.bias), module.dropout, module.training)
 

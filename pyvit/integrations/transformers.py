@@ -21,6 +21,7 @@ from pyvit.integrations.common import (
     plain,
     project,
     rate,
+    share,
     two_layers,
     usable,
     windows_match,
@@ -105,7 +106,13 @@ def _served(module: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
         return False
     if not usable(mask) or (mask is not None and mask.dtype == torch.bool and implementation == "eager"):  # which adds it
         return False
+    if _drop(module) is None:
+        return False
     return not (kwargs.get("output_attentions") or _weights_wanted(module, module.config, eager=implementation == "eager"))
+
+
+def _drop(module: Any) -> float | None:
+    return share(module.attention_dropout if hasattr(module, "attention_dropout") else module.dropout, module.training)
 
 
 def _fused(module: Any, x: Tensor, mask: Tensor | None, causal: bool | None, rope: Tensor | None = None) -> Tensor:
@@ -113,7 +120,6 @@ def _fused(module: Any, x: Tensor, mask: Tensor | None, causal: bool | None, rop
     q, k, v = (project(layer, x).unflatten(-1, (-1, module.head_dim)) for layer in (module.q_proj, module.k_proj, module.v_proj))
     if rope is not None:
         q, k = rotate(q, rope), rotate(k, rope)
-    dropout = module.attention_dropout if hasattr(module, "attention_dropout") else module.dropout
     out = flash_attention(
         q.transpose(1, 2),  # (B, H, N, d)
         k.transpose(1, 2),
@@ -121,7 +127,7 @@ def _fused(module: Any, x: Tensor, mask: Tensor | None, causal: bool | None, rop
         bias=mask,
         is_causal=mask is None and _implementation(module) == "sdpa" and bool(module.is_causal if causal is None else causal),
         scale=module.scaling if hasattr(module, "scaling") else module.scale,
-        dropout_p=dropout if module.training else 0.0,
+        dropout_p=_drop(module),  # type: ignore[arg-type]
     )
     out = out.transpose(1, 2).flatten(2)  # type: ignore[union-attr]
     return project(module.o_proj if hasattr(module, "o_proj") else module.out_proj, out)
@@ -215,7 +221,7 @@ def _swin_block(layer: Any, size: tuple[int, int], x: Tensor) -> Tensor:
         num_heads=attn.num_attention_heads,
         bias_table=attn.relative_position_bias.relative_position_bias_table,
         scale=attn.scaling,
-        dropout_p=attn.attention_dropout if attn.training else 0.0,
+        dropout_p=_drop(attn),  # type: ignore[arg-type]
     )
     x = shortcut + layer.drop_path(layer.dropout(out.flatten(1, 2)))
     return layer.dropout(layer.mlp(layer.layernorm_after(x))) + x

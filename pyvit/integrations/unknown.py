@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Iterable
 
 from torch import nn
 
-from pyvit.integrations.forwards import Left, kind
+from pyvit.integrations.forwards import Left
 from pyvit.integrations.originals import Code
 
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
@@ -24,17 +24,17 @@ _WHOLE = {
 }
 
 
-def unknown_attention(model: nn.Module, handled: set[int], known: Callable[[str], bool]) -> list[tuple[str, Left]]:
-    """Modules of ``model`` that are attention, of no class that is ``known``, with none of ``handled`` in them to have been it."""
+def unknown_attention(model: nn.Module, handled: Iterable[nn.Module]) -> list[tuple[str, Left]]:
+    """Modules of ``model`` that are attention and neither ``handled`` nor a part of what is."""
     found: list[tuple[str, Left]] = []
     computing: dict[type, bool] = {}
-    attending: set[int] = set(handled)
+    attending = {id(part) for module in handled for part in module.modules()}
+    covered = set(attending)
     for path, module in reversed(list(model.named_modules())):  # what is inside comes first
-        name = kind(module)
-        if id(module) in handled or name.startswith("pyvit.") or known(name):
+        if id(module) in covered or type(module).__module__.startswith("pyvit."):
             continue
         if type(module) not in computing:
-            computing[type(module)] = computes_attention(type(module), module)
+            computing[type(module)] = computes_attention(module)
         own = any(True for _ in itertools.chain(module.parameters(recurse=False), module.children()))
         named = "attention" in type(module).__name__.lower() and own and not any(id(m) in attending for m in module.modules())
         if computing[type(module)] or named:
@@ -43,8 +43,12 @@ def unknown_attention(model: nn.Module, handled: set[int], known: Callable[[str]
     return found[::-1]
 
 
-def computes_attention(kind: type, module: nn.Module) -> bool:
-    """Whether a class's code weighs something by a softmax over products, or has that done."""
-    reads = Code(kind).reads
-    softmax = "softmax" in reads or any(isinstance(child, nn.Softmax) and name in reads for name, child in module._modules.items())
-    return bool(_WHOLE & reads) or (softmax and bool(_PRODUCTS & reads))
+def computes_attention(module: nn.Module) -> bool:
+    """Whether the code of a module's class, or of one that it derives from, weighs something by a softmax over products."""
+    for ancestor in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
+        if issubclass(ancestor, nn.Module):
+            reads = Code(ancestor).reads
+            softmax = "softmax" in reads or any(isinstance(child, nn.Softmax) and name in reads for name, child in module.named_children())
+            if _WHOLE & reads or (softmax and _PRODUCTS & reads):
+                return True
+    return False

@@ -60,7 +60,7 @@ def ordinary(t: Any) -> bool:
     return type(t) in _TENSORS or type(t).__module__.startswith("torch._subclasses.")  # of torch.compile and torch.export
 
 
-_TENSORS = (Tensor, nn.Parameter)
+_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 
 
 def plain(layer: nn.Module, kind: type[nn.Module] = Linear) -> bool:
