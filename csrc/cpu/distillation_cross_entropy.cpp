@@ -1,8 +1,7 @@
 // A tile of both networks' scores on the same prototypes, for the cross-entropy of a student's softmax with a
 // teacher's: in the forward what it adds to the running sums, in the backward the student's derivatives. One sample at
 // a time, whose teacher probabilities stay in cache for all crops of the student.
-#include "gemm_tile.h"
-#include "kernel_args.h"
+#include "softmax.h"
 
 namespace pyvit::PYVIT_ISA {
 namespace {
@@ -15,7 +14,7 @@ struct Row {
   float scale;
   vf operator()(int64_t c, int n) const {
     const vf x = read(scores + c, n);
-    const vf v = (center ? x - read(center + c, n) : x) * scale;
+    const vf v = rounded((center ? x - read(center + c, n) : x) * scale);  // the same before every difference
     return n == W ? v : (first_lanes(n) ? v : set1(-INF));
   }
 };

@@ -53,7 +53,7 @@ void forward_rows(const Attention& a, const Head& head, const KeyPanels<D, T>& p
                   Prefetch& next) {
   const int64_t block = std::min(KEY_BLOCK, std::max<int64_t>(head.nk, 1)), ld = round_up(block, W),
                 ldo = round_up(a.dv, W);
-  const float scale2 = a.scale * LOG2E;
+  const Scores kind(a.scale, a.bias.data);
   BiasRows bias(a.bias, head.b, head.h, bias_buffer);
   const T* q = head.query<T>(a.q);
   T* result = head.query<T>(a.out);
@@ -72,9 +72,9 @@ void forward_rows(const Attention& a, const Head& head, const KeyPanels<D, T>& p
               next);
       const auto valid = [&](int64_t r) { return a.causal ? std::clamp<int64_t>(i + r + 1 - j, 0, n) : n; };
       float top[ROWS];
-      for (int64_t r = 0; r < rows; r++) top[r] = row_max(scores + r * ld, valid(r), bias.row(i + r, j, n), scale2);
+      for (int64_t r = 0; r < rows; r++) top[r] = row_max(scores + r * ld, valid(r), bias.row(i + r, j, n), kind);
       for (int64_t r = 0; r < rows; r++) {
-        const float factor = row_exp<D>(scores + r * ld, n, valid(r), a.bias.data ? 1.f : scale2, top[r], state[r]);
+        const float factor = row_exp<D>(scores + r * ld, n, valid(r), kind.unit, top[r], state[r]);
         if (j && factor != 1.f)
           for (int64_t c = 0; c < ldo; c += W) store(out + r * ldo + c, load(out + r * ldo + c) * factor);
       }
@@ -92,7 +92,7 @@ void forward_rows(const Attention& a, const Head& head, const KeyPanels<D, T>& p
       store_row(result + (i + r) * a.out.n, out + r * ldo, sum[r] == 0 ? 0.f : 1.f / sum[r], a.dv);
     }
     for (int64_t r = 0; r < rows; r += W) {
-      const vf s = load(sum + r), l = (load(top + r) + log2v(s)) * LN2;
+      const vf s = load(sum + r), l = load(top + r) * kind.natural + log2v(s) * LN2;
       write(lse + i + r, s == 0.f ? set1(-INF) : (s != s ? s : l), int(std::min<int64_t>(W, rows - r)));
     }
   }
@@ -161,8 +161,9 @@ void map_rows(const AttentionMap& m) {
         pack_a<D>(static_cast<const T*>(m.q.data) + b * m.q.b + h * m.q.h + i * m.q.n, 0, 1, m.d, query);
         gemm<D>(1, m.nk, lanes, query, lanes, 1, keys, lanes, scores, ld);
         RowState state;
-        const float scale2 = m.scale * LOG2E, top = row_max(scores, m.nk, bias.row(i, 0, m.nk), scale2);
-        row_exp<F32>(scores, m.nk, m.nk, m.bias.data ? 1.f : scale2, top, state);
+        const Scores kind(m.scale, m.bias.data);
+        const float top = row_max(scores, m.nk, bias.row(i, 0, m.nk), kind);
+        row_exp<F32>(scores, m.nk, m.nk, kind.unit, top, state);
         T* out = static_cast<T*>(m.out.data) + b * m.out.b + h * m.out.h + r * m.out.n;
         store_row(out, scores, state.sum == 0 ? 0.f : 1.f / state.sum, m.nk);
       }

@@ -61,13 +61,26 @@ struct Grads {
   int64_t ld;
 };
 
-// One row (float32) or a pair of rows (bf16, whose lanes hold two queries) of P and dS from scores and dP.
+// A log-sum-exp from whose magnitude on its rounding shows in the gradients.
+constexpr float LARGE = 128.f;
+
+// Of the rows of a block: what makes probabilities of scores, and delta = sum of dO * O, less the gradient of the
+// log-sum-exp. P = exp2(score - lse2), with scores in powers of two; where that is not sure to be at most 1, because a
+// log-sum-exp is LARGE and float32 has rounded away what was added to the largest score, P = exp2((score - top) * unit
+// - log2_sum), with scores as the forward took them.
+struct RowStatistics {
+  static constexpr int64_t ROWS = ROW_BLOCK + 2 * MR;
+  float delta[ROWS], lse2[ROWS], top[ROWS], log2_sum[ROWS];
+};
+
+// One row (float32) or a pair of rows (bf16, whose lanes hold two queries) of P and dS from products and dP.
 // dS = P (dP - delta); columns from `valid` on are 0.
-template <class D>
+template <class D, bool FROM_TOP>
 inline void gradient_rows(const Grads<D>& g, int64_t r, int64_t rows, int64_t n, const int64_t* valid,
-                          const float* const* bias, float scale2, const float* lse2, const float* delta,
+                          const float* const* bias, float scale2, const Scores& scores, const RowStatistics& of,
                           float* const* grad_bias, int64_t bias_k) {
   const int64_t ld = g.ld;
+  const float *lse2 = of.lse2 + r, *top = of.top + r, *log2_sum = of.log2_sum + r, *delta = of.delta + r;
   vf bias_sum[D::K] = {};
   for (int64_t c = 0; c < n; c += W) {
     vf p[D::K], ds[D::K];
@@ -76,8 +89,18 @@ inline void gradient_rows(const Grads<D>& g, int64_t r, int64_t rows, int64_t n,
       if (left <= 0) {
         p[k] = ds[k] = vf{};
       } else {
-        vf x = load(g.scores + (r + k) * ld + c) * scale2 - lse2[k];
-        if (bias[k]) x += (left == W ? load(bias[k] + c) : load_n(bias[k] + c, left)) * LOG2E;
+        vf x = load(g.scores + (r + k) * ld + c);
+        if constexpr (FROM_TOP) {
+          if (bias[k]) {
+            x = x * scores.factor + read(bias[k] + c, left);
+          } else {
+            x = rounded(x * scores.factor);
+          }
+          x = (x - top[k]) * scores.unit - log2_sum[k];
+        } else {
+          x = x * scale2 - lse2[k];
+          if (bias[k]) x += read(bias[k] + c, left) * LOG2E;
+        }
         p[k] = exp2_for<D>(x);
         ds[k] = p[k] * (load(g.dscores + (r + k) * ld + c) - delta[k]);
         if (left < W) {
@@ -201,7 +224,7 @@ class Backward {
 
   void block(const Head& head, int64_t i, int64_t rows, BiasRows* bias, float* grad_k, float* grad_v,
              float* grad_bias) {
-    const float scale2 = a_.scale * LOG2E;
+    const Scores kind(a_.scale, a_.bias.data);
     const T* q = head.query<T>(a_.q) + i * a_.q.n;
     const T* dout = head.query<T>(g_.grad_out) + i * g_.grad_out.n;
     const int64_t lanes = lanes_of<D>(a_.d), lanes_v = lanes_of<D>(a_.dv), row_lanes = lanes_of<D>(rows);
@@ -209,8 +232,10 @@ class Backward {
     pack_a<D>(dout, g_.grad_out.n, rows, a_.dv, grads_out_);
     pack_rows<D>(q, a_.q.n, rows, a_.d, query_rows_);
     pack_rows<D>(dout, g_.grad_out.n, rows, a_.dv, grad_rows_);
-    float delta[ROW_BLOCK + 2 * MR], lse2[ROW_BLOCK + 2 * MR];
-    statistics(head, i, rows, dout, delta, lse2);
+    RowStatistics of;
+    const bool from_top = statistics(head, i, rows, dout, of);
+    if (from_top) sum_again(head, i, rows, bias[0], kind, of);
+    const auto rows_of_gradients = from_top ? gradient_rows<D, true> : gradient_rows<D, false>;
     const int64_t keys = a_.causal ? std::min(head.nk, i + rows) : head.nk;
     if (!keys) std::fill(grad_q_, grad_q_ + rows * ldd_, 0.f);
     for (int64_t j = 0, at = 0; j < keys; j += KEY_BLOCK, at++) {
@@ -229,8 +254,8 @@ class Backward {
           bias_rows[k] = bias[k].row(row, j, n);
           if (grad_bias) grad_rows[k] = grad_bias + (g_.bias_q > 1 ? row * g_.bias_k : 0) + (g_.bias_k > 1 ? j : 0);
         }
-        gradient_rows<D>(s_, r, rows, n, valid, bias_rows, scale2, lse2 + r, delta + r, grad_rows,
-                         g_.bias_k > 1 ? 1 : 0);
+        rows_of_gradients(s_, r, rows, n, valid, bias_rows, a_.scale * LOG2E, kind, of, grad_rows,
+                          g_.bias_k > 1 ? 1 : 0);
       }
       const uint32_t* ds = reinterpret_cast<const uint32_t*>(s_.dscores);
       const uint32_t* k_rows = panels_.k_r + at * panels_.stride_r;
@@ -246,9 +271,9 @@ class Backward {
     for (int64_t r = 0; r < rows; r++) store_row(result + r * g_.grad_q.n, grad_q_ + r * ldd_, a_.scale, a_.d);
   }
 
-  // delta = sum of dO * O, less the gradient of the log-sum-exp; lse in base 2, +inf for a row without keys so that P
-  // is 0.
-  void statistics(const Head& head, int64_t i, int64_t rows, const T* dout, float* delta, float* lse2) {
+  // delta and lse2, which is +inf for a row without keys so that P is 0. Returns whether a log-sum-exp is LARGE.
+  bool statistics(const Head& head, int64_t i, int64_t rows, const T* dout, RowStatistics& of) {
+    bool large = false;
     const T* out = head.query<T>(a_.out) + i * a_.out.n;
     const int64_t at = head.statistic(a_) + i;
     for (int64_t r = 0; r < rows; r++) {
@@ -257,10 +282,34 @@ class Backward {
       int64_t c = 0;
       for (; c + W <= a_.dv; c += W) sum += load(o + c) * load(g + c);
       if (c < a_.dv) sum += load_n(o + c, int(a_.dv - c)) * load_n(g + c, int(a_.dv - c));
-      delta[r] = reduce_add(sum) - (g_.grad_lse ? g_.grad_lse[at + r] : 0.f);
-      lse2[r] = a_.lse[at + r] == -INF ? INF : a_.lse[at + r] * LOG2E;
+      const float lse = a_.lse[at + r];
+      of.delta[r] = reduce_add(sum) - (g_.grad_lse ? g_.grad_lse[at + r] : 0.f);
+      of.lse2[r] = lse == -INF ? INF : lse * LOG2E;
+      large |= std::fabs(lse) > LARGE && lse != -INF;
     }
-    delta[rows] = lse2[rows] = 0.f;
+    of.delta[rows] = of.lse2[rows] = of.top[rows] = of.log2_sum[rows] = 0.f;
+    return large;
+  }
+
+  // top and log2_sum of every row, as the forward found them.
+  void sum_again(const Head& head, int64_t i, int64_t rows, BiasRows& bias, const Scores& kind, RowStatistics& of) {
+    const int64_t keys = a_.causal ? std::min(head.nk, i + rows) : head.nk, lanes = lanes_of<D>(a_.d);
+    RowState state[RowStatistics::ROWS];
+    for (int64_t j = 0, at = 0; j < keys; j += KEY_BLOCK, at++) {
+      const int64_t n = std::min(KEY_BLOCK, keys - j), packed = std::min(KEY_BLOCK, head.nk - j);
+      gemm<D>(rows, std::min(packed, round_up(n, NR)), lanes, queries_, lanes, 1, panels_.k_t + at * panels_.stride_k,
+              lanes, s_.scores, ld_);
+      for (int64_t r = 0; r < rows; r++) {
+        const int64_t valid = a_.causal ? std::clamp<int64_t>(i + r + 1 - j, 0, n) : n;
+        float* s = s_.scores + r * ld_;
+        row_exp<D>(s, n, valid, kind.unit, row_max(s, valid, bias.row(i + r, j, n), kind), state[r]);
+      }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      const bool empty = state[r].sum == 0.f;
+      of.top[r] = empty ? 0.f : state[r].max;
+      of.log2_sum[r] = empty ? INF : std::log2(state[r].sum);
+    }
   }
 
   const Attention& a_;

@@ -9,7 +9,6 @@
 // nothing by it, and their derivatives are rounded to it before they multiply the inputs, as probabilities are in
 // attention.
 #include "pairwise_losses.h"
-#include "softmax.h"
 
 namespace pyvit::PYVIT_ISA {
 namespace {
@@ -86,15 +85,14 @@ class Worker {
   void sums(const PairTile& t, int64_t r, int64_t c) {
     if (p_.sigmoid) return sigmoid_tile(t, p_.scale, p_.bias, p_.total_a + r);
     const bool both = p_.total_b && !t.diagonal;
-    softmax_tile(t, p_.scale * LOG2E, {p_.top_a + r, p_.total_a + r},
-                 both ? Sums{p_.top_b + c, p_.total_b + c} : Sums{});
+    softmax_tile(t, p_.scale, {p_.top_a + r, p_.total_a + r}, both ? Sums{p_.top_b + c, p_.total_b + c} : Sums{});
   }
 
   void gradient(const PairTile& t, int64_t r, int64_t c, int64_t a0) {
     if (p_.sigmoid) {
       sigmoid_gradient_tile(t, p_.scale, p_.bias, p_.total_a + r);
     } else {
-      softmax_gradient_tile(t, p_.scale * LOG2E, g_->lse_a + r, g_->lse_b + c);
+      softmax_gradient_tile(t, p_.scale, g_->lse_a + r, g_->lse_b + c);
     }
     auto* rows = reinterpret_cast<uint32_t*>(t.s);
     const uint32_t* columns = rows;
@@ -161,18 +159,7 @@ void run(const Pairs& p, const PairsGrad* g) {
 
 }  // namespace
 
-void pairs(const Pairs& p) {
-  // Base 2 inside, so that a call rounds each running maximum once.
-  auto rescale = [&](float factor) {
-    if (p.sigmoid) return;
-    for (int64_t i = 0; i < p.n; i++) p.top_a[i] = std::max(p.top_a[i] * factor, -std::numeric_limits<float>::max());
-    if (p.total_b && !p.own)
-      for (int64_t i = 0; i < p.m; i++) p.top_b[i] = std::max(p.top_b[i] * factor, -std::numeric_limits<float>::max());
-  };
-  rescale(LOG2E);
-  run(p, nullptr);
-  rescale(LN2);
-}
+void pairs(const Pairs& p) { run(p, nullptr); }
 
 void pairs_backward(const Pairs& p, const PairsGrad& g) { run(p, &g); }
 

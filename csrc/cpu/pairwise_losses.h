@@ -2,19 +2,21 @@
 // loss's derivative with respect to it. A tile lies in L2; every function passes over it once or twice.
 #pragma once
 
-#include "gemm_tile.h"
-#include "kernel_args.h"
+#include "softmax.h"
 
 namespace pyvit::PYVIT_ISA {
 
 // Rows and columns of a tile at most: whole register tiles, and with the rows it came from within L2.
 constexpr int64_t PAIR_TILE = W == 16 ? 192 : 96;
 
-// Running log-sum-exps in base 2. `top` starts at the least finite number: what is masked whole stays at total 0.
+// exp(x - top): the difference first, which is exact where it counts, so that no probability is above 1.
+inline vf exp_less(vf x, vf top) { return exp2v((x - top) * LOG2E); }
+
+// Running log-sum-exps. `top` starts at the least finite number: what is masked whole stays at total 0.
 struct Sums {
   float *top, *total;
   void add(int64_t i, float now, float sum) const {
-    total[i] = total[i] * std::exp2(top[i] - now) + sum;
+    total[i] = total[i] * std::exp(top[i] - now) + sum;
     top[i] = now;
   }
 };
@@ -44,8 +46,8 @@ struct PairTile {
   }
 };
 
-// Scales a tile of similarities to logits in base 2, and adds it to the sums of its rows and, unless null, its columns.
-inline void softmax_tile(const PairTile& t, float scale2, Sums rows, Sums cols) {
+// Scales a tile of similarities to logits, and adds it to the sums of its rows and, unless null, its columns.
+inline void softmax_tile(const PairTile& t, float scale, Sums rows, Sums cols) {
   const int64_t width = t.padded();
   float top[PAIR_TILE], sum[PAIR_TILE], row_top[PAIR_TILE];
   for (int64_t c = 0; c < width; c++) {
@@ -53,7 +55,7 @@ inline void softmax_tile(const PairTile& t, float scale2, Sums rows, Sums cols) 
     sum[c] = 0.f;
   }
   for (int64_t i = 0; i < t.rows; i++)
-    for (int64_t c = 0; c < width; c += W) store(t.s + i * t.ld + c, load(t.s + i * t.ld + c) * scale2);
+    for (int64_t c = 0; c < width; c += W) store(t.s + i * t.ld + c, load(t.s + i * t.ld + c) * scale);
   t.pad(-INF);
   t.set_diagonal(-INF);
   for (int64_t i = 0; i < t.rows; i++) {
@@ -73,11 +75,11 @@ inline void softmax_tile(const PairTile& t, float scale2, Sums rows, Sums cols) 
     if (cols.top) {
       for (int64_t c = 0; c < width; c += W) {
         const vf x = load(s + c);
-        total += exp2v(x - most);
-        store(sum + c, load(sum + c) + exp2v(x - load(top + c)));
+        total += exp_less(x, most);
+        store(sum + c, load(sum + c) + exp_less(x, load(top + c)));
       }
     } else {
-      for (int64_t c = 0; c < width; c += W) total += exp2v(load(s + c) - most);
+      for (int64_t c = 0; c < width; c += W) total += exp_less(load(s + c), most);
     }
     rows.add(i, row_top[i], reduce_add(total));
   }
@@ -85,16 +87,16 @@ inline void softmax_tile(const PairTile& t, float scale2, Sums rows, Sums cols) 
 }
 
 // Similarities to the derivative of the sum of both directions' cross-entropies with respect to the logits: the
-// probabilities by rows plus those by columns, less 2 for a positive pair. Log-sum-exps in natural logarithms.
-inline void softmax_gradient_tile(const PairTile& t, float scale2, const float* row_lse, const float* col_lse) {
+// probabilities by rows plus those by columns, less 2 for a positive pair.
+inline void softmax_gradient_tile(const PairTile& t, float scale, const float* row_lse, const float* col_lse) {
   float lse[PAIR_TILE];
-  for (int64_t c = 0; c < t.padded(); c++) lse[c] = c < t.cols ? col_lse[c] * LOG2E : 0.f;
+  for (int64_t c = 0; c < t.padded(); c++) lse[c] = c < t.cols ? col_lse[c] : 0.f;
   for (int64_t i = 0; i < t.rows; i++) {
     float* s = t.s + i * t.ld;
-    const vf by_row = set1(row_lse[i] * LOG2E);
+    const vf by_row = set1(row_lse[i]);
     for (int64_t c = 0; c < t.padded(); c += W) {
-      const vf x = load(s + c) * scale2;
-      store(s + c, exp2v(x - by_row) + exp2v(x - load(lse + c)));
+      const vf x = rounded(load(s + c) * scale);
+      store(s + c, exp_less(x, by_row) + exp_less(x, load(lse + c)));
     }
   }
   t.set_diagonal(0.f);

@@ -67,47 +67,67 @@ inline vf exp2_for(vf x) {
   return exp2v<D::K == 2>(x);
 }
 
-// The running maximum and sum of one row, in base 2.
+// x as it is rounded: the compiler makes no multiply-add of a product before and a difference after.
+inline vf rounded(vf x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
+// Scores of products of queries and keys: the products themselves, or products times `factor` plus a bias. A difference
+// of two scores times `unit` is in powers of two. Scores stay in natural units until the largest is subtracted: times
+// log2(e) a finite one may be infinite, and large ones that differ may round to the same.
+struct Scores {
+  bool raw;
+  float factor, unit;
+  float natural;  // what a score is multiplied by to be one of the caller's
+
+  Scores(float scale, bool biased)
+      : raw(!biased && scale > 0),
+        factor(raw ? 1.f : scale),
+        unit(raw ? scale * LOG2E : LOG2E),
+        natural(raw ? scale : 1.f) {}
+};
+
+// The running maximum of a row's scores, and the sum of its exponentials relative to it.
 struct RowState {
   float max = -INF, sum = 0.f;
 };
 
-// One row of scores (n columns, the first `valid` of them allowed) in two steps, each over all rows of a block before
-// the next, so that no row waits for another's reductions. First: the largest, in units of log2; with a bias the scores
-// stay scaled and the bias added (scale2 is 1 from then on).
-inline float row_max(float* s, int64_t valid, const float* bias, float scale2) {
+// One row of products (n columns, the first `valid` of them allowed) in two steps, each over all rows of a block before
+// the next, so that no row waits for another's reductions. First: products become scores in place; the largest.
+inline float row_max(float* s, int64_t valid, const float* bias, const Scores& scores) {
   const int64_t whole = valid / W * W;
   const int tail = int(valid - whole);
   vf top = set1(-INF);
+  auto largest = [&](vf x, int64_t c) {
+    store(s + c, x);
+    top = vmax(top, c < whole ? x : load_n(s + c, tail, -INF));
+  };
   if (bias) {
-    for (int64_t c = 0; c < whole; c += W) {
-      const vf x = load(s + c) * scale2 + load(bias + c) * LOG2E;
-      store(s + c, x);
-      top = vmax(top, x);
-    }
-    if (tail) {
-      const vf x = load(s + whole) * scale2 + load_n(bias + whole, tail) * LOG2E;
-      store(s + whole, x);
-      top = vmax(top, load_n(s + whole, tail, -INF));
-    }
+    for (int64_t c = 0; c < whole; c += W) largest(load(s + c) * scores.factor + load(bias + c), c);
+    if (tail) largest(load(s + whole) * scores.factor + load_n(bias + whole, tail), whole);
+  } else if (!scores.raw) {
+    for (int64_t c = 0; c < valid; c += W) largest(load(s + c) * scores.factor, c);
   } else {
-    const vf sign = set1(scale2 < 0 ? -0.f : 0.f);  // the largest product is that of the largest or of the least score
-    auto largest = [&](vf x) { top = vmax(top, (vf)((vi)x ^ (vi)sign)); };
 #pragma GCC unroll 4
-    for (int64_t c = 0; c < whole; c += W) largest(load(s + c));
-    if (tail) largest(load_n(s + whole, tail, scale2 < 0 ? INF : -INF));
-    return valid ? reduce_max(top) * std::fabs(scale2) : -INF;
+    for (int64_t c = 0; c < whole; c += W) top = vmax(top, load(s + c));
+    if (tail) top = vmax(top, load_n(s + whole, tail, -INF));
   }
   return reduce_max(top);
 }
 
-// Scores, in units of log2, from which on their rounding shows in a probability.
-constexpr float LARGE = 0x1p20f;
-
 // Then: probabilities relative to the new running maximum, as lanes in place; columns from `valid` to round_up(n, W)
 // become 0. Returns the factor by which earlier sums must shrink.
 template <class D>
-inline float row_exp(float* s, int64_t n, int64_t valid, float scale2, float here, RowState& state) {
+inline float row_exp(float* s, int64_t n, int64_t valid, float unit, float here, RowState& state) {
   const int64_t whole = valid / W * W;
   const int tail = int(valid - whole);
   const float before = state.max;
@@ -119,27 +139,23 @@ inline float row_exp(float* s, int64_t n, int64_t valid, float scale2, float her
       return 1.f;
     }
     now = NAN;
-  } else if (scale2 != 1.f && std::fabs(now) > LARGE) {
-    // A product that is subtracted from before it is rounded misses the largest one by what rounding took.
-    for (int64_t c = 0; c < valid; c += W) store(s + c, load(s + c) * scale2);
-    scale2 = 1.f;
   }
   vf sum{};
 #pragma GCC unroll 2
   for (int64_t c = 0; c < whole; c += W) {
-    const vf p = exp2_for<D>(load(s + c) * scale2 - now);
+    const vf p = exp2_for<D>((load(s + c) - now) * unit);
     sum += p;
     store_lanes<D>(lanes, c, p);
   }
   int64_t c = whole;
   if (tail) {
-    const vf p = keep_first(exp2_for<D>(load(s + c) * scale2 - now), tail);
+    const vf p = keep_first(exp2_for<D>((load(s + c) - now) * unit), tail);
     sum += p;
     store_lanes<D>(lanes, c, p);
     c += W;
   }
   for (; c < n; c += W) store_lanes<D>(lanes, c, vf{});
-  const float factor = before == -INF ? 0.f : std::exp2(before - now);
+  const float factor = before == -INF ? 0.f : std::exp2((before - now) * unit);
   state.max = now;
   state.sum = state.sum * factor + reduce_add(sum);
   return factor;

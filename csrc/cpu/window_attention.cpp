@@ -34,12 +34,12 @@ class Forward {
   }
 
   // out: pointers to the rows of the result.
-  void run(const float* bias, double scale2, float* lse, float* const* out) {
+  void run(const float* bias, double scale, float* lse, float* const* out) {
     const int64_t cols = g_.apart ? n - 1 : g_.ld;
     for (int64_t i = 0; i < cols;)
       i += W * next_group((cols - i) / W,
-                          [&](auto v) { queries<decltype(v)::value>(i, bias + i, scale2, lse + i, out + i); });
-    if (g_.apart) last_query(bias + n * g_.ld, scale2, lse + n - 1, out[n - 1]);
+                          [&](auto v) { queries<decltype(v)::value>(i, bias + i, scale, lse + i, out + i); });
+    if (g_.apart) last_query(bias + n * g_.ld, scale, lse + n - 1, out[n - 1]);
   }
 
   Ahead ahead;
@@ -50,15 +50,14 @@ class Forward {
 
   // V vectors of queries from `first` on: all their scores, in L1, then softmax, then the output.
   template <int V>
-  void queries(int64_t first, const float* bias, double scale2, float* lse, float* const* out) {
+  void queries(int64_t first, const float* bias, double factor, float* lse, float* const* out) {
     constexpr int64_t ld = V * W;
     const int64_t count = std::min(ld, n - first);
-    const std::pair<float, float> scale = split(scale2);
+    const std::pair<float, float> scale = split(factor);
     float* const scores = scores_;
     const int64_t ld_bias = g_.ld;
     vf top[V], sum[V];
-    for (int v = 0; v < V; v++)
-      top[v] = set1(-1e30f), sum[v] = vf{};  // finite, so that a row without keys sums to zero
+    for (int v = 0; v < V; v++) top[v] = set1(LEAST), sum[v] = vf{};  // finite, so that a row without keys sums to zero
     product<D, V, false>(
         n, lanes_of<D>(d), keys_, ldk_, queries_ + first, g_.ld,
         [=, highest = top](int64_t j, int v, vf x) __attribute__((always_inline)) {
@@ -72,20 +71,20 @@ class Forward {
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) {
         const float* s = scores_ + j * ld + v * W;
-        const vf e = exp2v<D::K == 2>(load(s) - top[v]);
+        const vf e = exp2v<D::K == 2>((load(s) - top[v]) * LOG2E);
         sum[v] += e;
         if constexpr (D::K == 1) {
           store_as(p + j * ld + v * W, e);
         } else {
-          const vf next = j + 1 < n ? exp2v<true>(load(s + ld) - top[v]) : vf{};
+          const vf next = j + 1 < n ? exp2v<true>((load(s + ld) - top[v]) * LOG2E) : vf{};
           sum[v] += next;
           store_as(p + j / 2 * ld + v * W, pair_lanes(e, next));
         }
       }
     float inverse[V * W];
     for (int v = 0; v < V; v++) {
-      store(inverse + v * W, 1.f / sum[v]);
-      const vf l = sum[v] == 0.f ? set1(-INF) : (top[v] + log2v(sum[v])) * LN2;
+      store(inverse + v * W, sum[v] == 0.f ? vf{} : 1.f / sum[v]);
+      const vf l = sum[v] == 0.f ? set1(-INF) : top[v] + log2v(sum[v]) * LN2;
       if (count > v * W) store_up_to(lse + v * W, l, count - v * W);
     }
     product_then<D, true>(
@@ -95,10 +94,10 @@ class Forward {
         ahead);
   }
 
-  void last_query(const float* bias, double scale2, float* lse, float* out) {
-    const std::pair<float, float> scale = split(scale2);
+  void last_query(const float* bias, double factor, float* lse, float* out) {
+    const std::pair<float, float> scale = split(factor);
     dots<D>(keys_, n, ldk_, last_, row_);
-    vf top = set1(-1e30f), sum{};
+    vf top = set1(LEAST), sum{};
     for (int64_t j = 0; j < n; j += W) {
       const vf x = load(row_ + j) * scale.first + (load(row_ + j) * scale.second + load(bias + j));
       store(row_ + j, x);
@@ -107,12 +106,12 @@ class Forward {
     const float most = reduce_max(top);
     E* p = reinterpret_cast<E*>(row_);
     for (int64_t j = 0; j < n; j += W) {
-      const vf e = exp2v<D::K == 2>(load(row_ + j) - most);
+      const vf e = exp2v<D::K == 2>((load(row_ + j) - most) * LOG2E);
       sum += e;
       store(p + j, e);
     }
-    const float total = reduce_add(sum), inverse = 1.f / total;
-    *lse = total == 0 ? -INF : (most + std::log2(total)) * LN2;
+    const float total = reduce_add(sum), inverse = total == 0 ? 0.f : 1.f / total;
+    *lse = total == 0 ? -INF : most + std::log2(total) * LN2;
     product_then<D, false>(
         1, d, lanes_of<D>(n), reinterpret_cast<uint32_t*>(row_), 0, values_, ldv_,
         [=, width = d](int64_t, int64_t c, vf x)
@@ -166,7 +165,7 @@ class Worker {
     attention_.pack(operands_);
     if constexpr (std::is_same_v<T, float>)
       for (int64_t i = 0; i < n_; i++) results_[i] = site.out[i] + head * w_.d;
-    attention_.run(site.place.bias(shared_.bias(head)), shared_.scale2(head), w_.lse + (index * w_.heads + head) * n_,
+    attention_.run(site.place.bias(shared_.bias(head)), shared_.scale(head), w_.lse + (index * w_.heads + head) * n_,
                    results_);
     if constexpr (!std::is_same_v<T, float>)
       for (int64_t i = 0; i < n_; i++)

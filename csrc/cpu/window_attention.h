@@ -10,6 +10,9 @@
 
 namespace pyvit::PYVIT_ISA {
 
+// Where running maxima start: no finite score lies below.
+constexpr float LEAST = std::numeric_limits<float>::lowest();
+
 // Packing. Row i of an operand is rows[i] + at, d channels.
 
 template <class T>

@@ -74,9 +74,9 @@ class Worker {
     const float* lse = w_.lse + (index * w_.heads + head) * n;
     for (int64_t i = 0; i < g_.ld; i += W) {
       const vf l = i + W <= n ? load(lse + i) : load_n(lse + i, int(n - i), -INF);
-      store(lse2_ + i, l == set1(-INF) ? set1(INF) : l * LOG2E);
+      store(lse2_ + i, l == set1(-INF) ? set1(INF) : vmin(set1(-LEAST), l * LOG2E));  // in this order a NaN stays
     }
-    const float scale = float(shared_.scale(head));
+    const float scale = float(shared_.scale(head)), scale2 = float(shared_.scale(head) * 1.4426950408889634);
     // Straight to the map, but where normalisation or the sums of padding tokens come in between.
     const bool straight = !w_.logit_scale && !records_.pads;
     T* const* rows = site.result;
@@ -85,7 +85,7 @@ class Worker {
       store_up_to(rows[i] + part * channels + head * d + c, x, d - c);
     };
     float* const buffers[3] = {rows_[0], rows_[1], rows_[2]};
-    gradients_.run(site.place.bias(shared_.bias(head)), float(shared_.scale2(head)), lse2_,
+    gradients_.run(site.place.bias(shared_.bias(head)), scale, scale2, lse2_,
                    tiles_ ? tiles_ + (head - first_head_) * tile_ : nullptr,
                    [=](int part, int64_t i, int64_t c, vf x) __attribute__((always_inline)) {
                      if (straight) {

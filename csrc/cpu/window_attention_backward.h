@@ -65,16 +65,21 @@ class WindowGradients {
   // to, or null. put(0, 1 or 2, i, c, x) takes W channels of a row of dq, dk or dv; dq and dk lack the factor on the
   // scores.
   template <class Put>
-  void run(const float* bias, float scale2, const float* lse2, float* grad_bias, const Put put) {
+  void run(const float* bias, float scale, float scale2, const float* lse2, float* grad_bias, const Put put) {
     const int64_t cols = g_.apart ? n - 1 : g_.ld;
     for (int64_t first = 0; first < cols; first += batch_) {
       const int64_t end = std::min(cols, first + batch_);
       for (int64_t i = first; i < end;)
         i += W * next_group((end - i) / W, [&](auto v) {
-               probabilities<decltype(v)::value>(i, i - first, bias + i, scale2, lse2 + i,
-                                                 grad_bias ? grad_bias + i : nullptr);
+               constexpr int V = decltype(v)::value;
+               float* const of_bias = grad_bias ? grad_bias + i : nullptr;
+               if (any_large(lse2 + i, V * W)) {
+                 probabilities<V, true>(i, i - first, bias + i, scale, nullptr, of_bias);
+               } else {
+                 probabilities<V, false>(i, i - first, bias + i, scale2, lse2 + i, of_bias);
+               }
              });
-      if (g_.apart && end == cols) last_query(end - first, bias + n * g_.ld, scale2, lse2[n - 1], grad_bias);
+      if (g_.apart && end == cols) last_query(end - first, bias + n * g_.ld, scale, grad_bias);
       products(first, end == cols ? n - first : end - first, put);
     }
   }
@@ -90,16 +95,33 @@ class WindowGradients {
     return round_up(each, widest_group(g)) * W;
   }
 
+  // Whether some log-sum-exp is so large that the sum of the powers it stands for may not be a float.
+  static bool any_large(const float* lse2, int64_t count) {
+    bool found = false;
+    for (int64_t i = 0; i < count; i++) found |= std::fabs(lse2[i]) > 0x1p10f && lse2[i] != INF;
+    return found;
+  }
+
   // P and dS = P (dP - delta) of V vectors of queries, from column `at` of the batch. delta = sum of P dP, and the sum
   // of P once more: what rounding left in the log-sum-exp, or in a 16-bit output, does not enter the gradients.
-  template <int V>
-  void probabilities(int64_t first, int64_t at, const float* bias, float scale2, const float* lse2, float* grad_bias) {
+  // FROM_TOP: of the scores themselves, whose largest is found again, and without lse2; otherwise of scores in powers
+  // of two.
+  template <int V, bool FROM_TOP>
+  void probabilities(int64_t first, int64_t at, const float* bias, float scale, const float* lse2, float* grad_bias) {
     float *const scores = s_ + at, *const grads = ds_ + at;
     const int64_t ldp = ldp_, ld_bias = g_.ld;
+    vf top[V];
+    for (int v = 0; v < V; v++) top[v] = set1(LEAST);
     product<D, V, false>(
         n, lanes_of<D>(d), keys_, lda_, queries_ + first, g_.ld,
-        [=](int64_t j, int v, vf x) __attribute__((always_inline)) {
-          x = x * scale2 + (load(bias + j * ld_bias + v * W) - load(lse2 + v * W));
+        [=, highest = top](int64_t j, int v, vf x) __attribute__((always_inline)) {
+          const vf b = load(bias + j * ld_bias + v * W);
+          if constexpr (FROM_TOP) {
+            x = x * scale + b;
+            highest[v] = vmax(highest[v], x);
+          } else {
+            x = x * scale + (b * LOG2E - load(lse2 + v * W));
+          }
           store(scores + j * ldp + v * W, x);
         },
         ahead);
@@ -112,7 +134,7 @@ class WindowGradients {
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) {
         float* s = scores + j * ldp_ + v * W;
-        const vf e = exp2v<D::K == 2>(load(s));
+        const vf e = exp2v<D::K == 2>(FROM_TOP ? (load(s) - top[v]) * LOG2E : load(s));
         sum[v] += e;
         delta[v] += e * load(grads + j * ldp_ + v * W);
         store(s, e);
@@ -151,13 +173,19 @@ class WindowGradients {
   static vf inverse(vf sum) { return sum == 0.f ? vf{} : 1.f / sum; }
 
   // The query done apart becomes the column `at`.
-  void last_query(int64_t at, const float* bias, float scale2, float lse2, float* grad_bias) {
+  void last_query(int64_t at, const float* bias, float scale, float* grad_bias) {
     float *p = row_, *ds = row_ + g_.ld;
     dots<D>(keys_, n, lda_, last_query_, p);
     dots<D>(values_, n, lda_, last_grad_, ds);
-    vf sum{}, delta{};
+    vf sum{}, delta{}, top = set1(LEAST);
     for (int64_t j = 0; j < n; j += W) {
-      const vf e = exp2v<D::K == 2>(load(p + j) * scale2 + (load(bias + j) - lse2));
+      const vf x = load(p + j) * scale + load(bias + j);
+      store(p + j, x);
+      top = vmax(top, x);
+    }
+    const float most = reduce_max(top);
+    for (int64_t j = 0; j < n; j += W) {
+      const vf e = exp2v<D::K == 2>((load(p + j) - most) * LOG2E);
       sum += e;
       delta += e * load(ds + j);
       store(p + j, e);

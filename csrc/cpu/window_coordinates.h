@@ -96,7 +96,7 @@ class Place {
   bool mixed_ = false;
 };
 
-// What a call prepares once: the bias of every head in units of log2, expanded to (keys, queries), for the query done
+// What a call prepares once: the bias of every head, expanded to (keys, queries), for the query done
 // apart one more row over the keys; the padding token; the factors on the scores.
 template <class T>
 class Shared {
@@ -112,7 +112,7 @@ class Shared {
     std::fill(column, column + rows + W, 0.f);
     for (int64_t h = 0; h < heads; h++) {
       if (w.table)
-        for (int64_t r = 0; r < rows; r++) column[r] = w.table[r * w.heads + h] * LOG2E;
+        for (int64_t r = 0; r < rows; r++) column[r] = w.table[r * w.heads + h];
       expand(column, bias_ + h * stride_);
     }
     memory_ = &memory;
@@ -120,11 +120,10 @@ class Shared {
 
   const float* bias(int64_t head) const { return bias_ + (w_.table ? head * stride_ : 0); }
   T* padding() const { return pad_; }
-  // The factor on the products of queries and keys; in units of log2.
+  // The factor on the products of queries and keys.
   double scale(int64_t head) const {
     return w_.logit_scale ? std::exp(double(std::min(w_.logit_scale[head], LN100))) : w_.scale;
   }
-  double scale2(int64_t head) const { return scale(head) * 1.4426950408889634; }
 
   // More memory that every thread may use until the call ends.
   template <class U>

@@ -75,7 +75,10 @@ def add_softmax_gradients(
         x, y = widen(a[i]), widen(b[j])
         scores = product(x * scale, y)
         g = torch.sub(scores, lse_a[i, None]).exp_()
-        g += scores.sub_(lse_b[j]).exp_()
+        scores.sub_(lse_b[j])
+        if own and i == j:  # the sums were taken over rows, and a product need not be rounded as its mirror image
+            scores.clamp_(max=0)
+        g += scores.exp_()
         if own and i == j:
             g.fill_diagonal_(0)
             _positives(g, (i, j), None if shift is None else -shift).sub_(2)  # the mirror image is in the same tile

@@ -73,8 +73,9 @@ def _causal(rows: int, cols: int, device: torch.device) -> Tensor:
 
 
 def _biased(scores: Tensor, bias: Tensor | None, is_causal: bool) -> Tensor:
+    """Scores with bias and mask, in the wider of both dtypes: a finite float32 bias may be infinite in float16 or bfloat16."""
     if bias is not None:
-        scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias.to(scores.dtype)
+        scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
     if is_causal:
         scores = scores.masked_fill(~_causal(scores.shape[-2], scores.shape[-1], scores.device), -math.inf)
     return scores
@@ -94,7 +95,7 @@ def flash_attention(
     if groups != 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     p, lse = _softmax_lse(_biased(q * scale @ k.transpose(-2, -1), bias, is_causal))
-    out = _drop(p, dropout_p, seed) @ v
+    out = _drop(p.to(v.dtype), dropout_p, seed) @ v
     return out, lse
 
 
@@ -134,7 +135,7 @@ def attention_map(q: Tensor, k: Tensor, rows: Tensor, bias: Tensor | None, scale
     if bias is not None and bias.shape[2] > 1:
         where = rows[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3])
         bias = bias.expand(rows.shape[0], -1, -1, -1).gather(2, where)
-    return _softmax_lse(_biased(q.gather(2, at) * scale @ k.transpose(-2, -1), bias, False))[0]
+    return _softmax_lse(_biased(q.gather(2, at) * scale @ k.transpose(-2, -1), bias, False))[0].to(q.dtype)
 
 
 def window_padding(size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -223,11 +224,11 @@ def window_attention(
         scores = q * scale @ k.transpose(-2, -1)
     if bias_table is not None:
         bias = bias_table[relative_position_index(window, qkv.device)]  # (n, n, heads)
-        scores = scores + bias.permute(2, 0, 1).to(scores.dtype)
+        scores = scores + bias.permute(2, 0, 1)
     allowed = window_mask(size, window, (shift_size[0], shift_size[1]), pad_qkv is None, qkv.device)
     scores = scores.masked_fill(~allowed[:, None], -math.inf)
     p, lse = _softmax_lse(scores)
-    out = (_drop(p, dropout_p, seed) @ v).transpose(2, 3).reshape(b, x.shape[1], n, c3 // 3)
+    out = (_drop(p.to(v.dtype), dropout_p, seed) @ v).transpose(2, 3).reshape(b, x.shape[1], n, c3 // 3)
     out = window_reverse(out, window, (hp, wp)).roll((sy, sx), (1, 2))[:, :h, :w]
     return out.contiguous(), lse
 

@@ -134,6 +134,39 @@ def test_large_logits(op):
         assert math.isfinite(PAIRWISE[op][0](**tensors))
 
 
+@pytest.mark.parametrize("size", [1e3, 3e4, 1e7, 1e12])
+@pytest.mark.parametrize("repeated", [False, True])
+@pytest.mark.parametrize(("op", "where"), SERVED, ids=lambda v: str(v))
+def test_logits_of_few_digits(op, where, repeated, size):
+    """A probability computed again is at most 1, however much of the logits float32 has rounded away."""
+    if where.dtype == torch.float16:
+        pytest.skip("no such embeddings")
+    tensors = inputs(op, 40, 16, where.dtype, where.device, size=size)
+    if repeated:
+        for name in PAIRWISE[op][2]:
+            tensors[name][20:] = tensors[name][:20].clone()
+    leaves = [tensors[name].requires_grad_() for name in PAIRWISE[op][2]]
+    found = [torch.autograd.grad(PAIRWISE[op][0](**tensors, backend=b), leaves) for b in (where.backend, "reference")]
+    for ours, naive in zip(*found, strict=True):
+        assert float(ours.abs().max()) <= 2 * float(naive.abs().max()) + 1e-5 * size
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-7, 1e-12])
+@pytest.mark.parametrize("prototypes", [False, True])
+def test_distillation_at_tiny_temperatures(prototypes, temperature):
+    """Both networks' probabilities are at most 1, and the row whose scores are all alike keeps its mean."""
+    student, teacher = torch.randn(2, 9, 24), torch.randn(1, 9, 24)
+    student[:, 3] = teacher[:, 3] = 0.7
+    extra = {n: torch.randn(24, 24) for n in ("student_prototypes", "teacher_prototypes")} if prototypes else {}
+    student.requires_grad_()
+    grads = []
+    for backend in ("cpu", "reference"):
+        loss = distillation_cross_entropy(student, teacher, temperature, temperature, **extra, backend=backend)
+        grads.append(torch.autograd.grad(loss, student)[0])
+    bound = 2 * float(grads[1].abs().max()) + 1e-5 / temperature
+    assert float(grads[0].abs().max()) <= bound
+
+
 class Largest(TorchDispatchMode):
     """The number of elements of the largest tensor that an operation returns."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyvit.ops import flash_attention, scaled_dot_product_attention
 from pyvit.testing import LAYOUTS, Served, check_op, poisoned, served
+from tests.extremes import ROWS, extreme_bias
 
 on_every = pytest.mark.parametrize("on", served("flash_attention", "grad", "bias"), ids=str)
 with_lse = functools.partial(flash_attention, return_lse=True)
@@ -204,6 +205,53 @@ def test_magnitudes(on: Served, case: str) -> None:
         tensors["bias"] = _bias(on, (60, 77), torch.float32) * 500 - 1e4
     lse = with_lse(**{name: t.double() for name, t in tensors.items()}, backend="reference")[1]
     check_op(with_lse, tensors, backend=on.backend, scores=float(lse.abs().max()))
+
+
+@pytest.mark.isa
+@on_every
+@pytest.mark.parametrize("nk", [5, 37, 64, 1100])
+def test_finite_masks(on: Served, nk: int) -> None:
+    """Rows masked by finite numbers, whole or in part: the mean of what is left, as the naive form, and its gradients."""
+    for dtype in {torch.float32, on.dtype}:
+        tensors = {**qkv(on, 2, 2, ROWS, nk, 32), "bias": extreme_bias(nk, dtype).to(on.device)}
+        check_op(with_lse, tensors, backend=on.backend, broadcast={"bias": (2, 2, ROWS, nk)})
+
+
+@pytest.mark.isa
+@on_every
+@pytest.mark.parametrize("value", [-1e4, -1e9, -1e30, torch.finfo(torch.float32).min, torch.finfo(torch.float32).max])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 1, 1), (1, 1, 20, 1), (1, 1, 1, 41), (2, 3, 20, 41)], ids=str)
+def test_rows_shifted_by_any_number(on: Served, shape: tuple[int, ...], value: float) -> None:
+    """Softmax does not see what is added to all of a row: probabilities are at most 1, and gradients those without the bias, up to what
+    the addition rounds away."""
+    tensors = qkv(on, 2, 3, 20, 41, 32)
+    bias = {"bias": torch.full(shape, value, device=on.device)}
+    for causal in (False, True):
+        check_op(with_lse, {**tensors, **bias}, backend=on.backend, broadcast={"bias": (2, 3, 20, 41)}, is_causal=causal)
+    naive = torch.softmax((tensors["q"].float() * 32**-0.5 @ tensors["k"].float().mT + value), -1)
+    out = flash_attention(**tensors, **bias, backend=on.backend)
+    torch.testing.assert_close(out.float(), naive @ tensors["v"].float(), rtol=0.02, atol=0.02 if on.dtype != torch.float32 else 1e-5)
+
+
+@pytest.mark.isa
+@on_every
+@pytest.mark.parametrize("scale", [300.0, -300.0, 1e5, 1e9])
+@pytest.mark.parametrize("nk", [16, 1100])
+def test_gradients_at_large_scales(on: Served, scale: float, nk: int) -> None:
+    """Scores so large that float32 holds few of their digits, and rows with ties at the top among them."""
+    if on.dtype == torch.float16:
+        pytest.skip("its gradients overflow")
+    tensors = qkv(on, 1, 2, 18, nk, 16)
+    tensors["k"][:, :, nk // 2 :] = tensors["k"][:, :, : nk - nk // 2].flip(2)  # every key twice, or nearly every
+    largest = float((tensors["q"].double() @ tensors["k"].double().mT).abs().max()) * abs(scale)
+    check_op(with_lse, tensors, backend=on.backend, scale=scale, scores=largest)
+    leaves = [t.float().requires_grad_() for t in tensors.values()]
+    q, k, v = leaves
+    wanted = torch.autograd.grad(torch.softmax(q * scale @ k.mT, -1) @ v, leaves, torch.ones(1, 2, 18, 16, device=on.device))
+    ours = [t.requires_grad_() for t in tensors.values()]
+    got = torch.autograd.grad(flash_attention(*ours, scale=scale, backend=on.backend), ours, torch.ones_like(ours[0]))
+    bound = float(wanted[2].abs().max())
+    assert float(got[2].abs().max()) <= 1.5 * bound, "a probability above 1"
 
 
 @on_every

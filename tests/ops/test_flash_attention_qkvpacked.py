@@ -31,11 +31,14 @@ def results(function: object, qkv: Tensor, bias: Tensor | None, grads: list[Tens
 @pytest.mark.isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 37, 197])
-@pytest.mark.parametrize("kind", ["none", "bias", "mask", "causal"])
+@pytest.mark.parametrize("kind", ["none", "bias", "mask", "causal", "finite mask"])
 def test_same_bits_as_the_parts(dtype: torch.dtype, n: int, kind: str) -> None:
     b, h, d = 2, 3, 24
     qkv = torch.randn(b, n, 3, h, d).to(dtype)
     bias = {"bias": torch.randn(h, 1, n), "mask": torch.rand(b, 1, n, n) > 0.3}.get(kind)
+    if kind == "finite mask":
+        bias = torch.full((1, 1, n, 1), -1e9)
+        bias[:, :, ::2] = torch.finfo(torch.float32).min
     grads, options = [torch.randn(b, n, h, d), torch.randn(b, h, n)], {"is_causal": kind == "causal"}
     ours = results(lambda *a, **k: flash_attention_qkvpacked(*a, return_lse=True, **k), qkv, bias, grads, **options)
     for a, other in zip(ours, results(by_parts, qkv, bias, grads, **options), strict=True):

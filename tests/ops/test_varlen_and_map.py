@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyvit.ops import attention_map, flash_attention, flash_attention_varlen
 from pyvit.testing import Served, check_op, compare, layout, poisoned, served
+from tests.extremes import ROWS, extreme_bias
 
 varlen = functools.partial(flash_attention_varlen, return_lse=True)
 on_varlen = pytest.mark.parametrize("on", served("flash_attention_varlen", "grad", "bias"), ids=str)
@@ -154,3 +155,27 @@ def test_map_rows_are_those_of_attention(on: Served) -> None:
     out = flash_attention(q, k, v, backend="reference")[:, :, [0, 7]]
     torch.testing.assert_close(p.float() @ v.float(), out.float(), rtol=0, atol=30 * torch.finfo(on.dtype).eps)
     torch.testing.assert_close(p.float().sum(-1), torch.ones(2, 3, 2, device=on.device), rtol=0, atol=4 * torch.finfo(on.dtype).eps)
+
+
+@pytest.mark.isa
+@on_varlen
+def test_finite_masks_of_packed_sequences(on: Served) -> None:
+    for dtype in {torch.float32, on.dtype}:
+        tensors, options = packed(on, [ROWS, 3, ROWS], [37, 12, 70])
+        tensors["bias"] = extreme_bias(70, dtype).to(on.device)[None, None]
+        _check(on, tensors, options, broadcast={"bias": (3, 2, ROWS, 70)})
+
+
+@pytest.mark.isa
+@on_map
+def test_maps_of_finite_masks(on: Served) -> None:
+    """Every row of probabilities sums to 1, but for those that may attend to nothing, and to no more."""
+    for dtype in {torch.float32, on.dtype}:
+        tensors = {"q": on.randn(1, 2, ROWS, 32), "k": on.randn(1, 2, 70, 32), "bias": extreme_bias(70, dtype).to(on.device)}
+        op = functools.partial(attention_map, rows=range(ROWS))
+        check_op(op, tensors, backend=on.backend, grads=())
+        sums = op(**tensors, backend=on.backend).float().sum(-1)
+        wanted = torch.ones(ROWS, device=on.device)
+        wanted[8] = 0
+        if not (on.backend == "reference" and dtype == torch.float16):  # there the sum of score and bias overflows, as in torch
+            torch.testing.assert_close(sums, wanted.expand_as(sums), rtol=0, atol=0.02)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyvit.ops import reference, window_attention
 from pyvit.testing import LAYOUTS, Served, check_op, served
+from tests.extremes import ROWS, extreme_table
 
 on_every = pytest.mark.parametrize("on", served("window_attention", "grad", "bias_table", "shift", "padding", "pad_qkv"), ids=str)
 
@@ -184,3 +185,34 @@ def test_each_image_and_head_by_itself(on: Served) -> None:
     one = tensors["qkv"].view(3, 9, 10, 3, 3, 16)[:, :, :, :, 1].flatten(3)
     alone = op(one, bias_table=tensors["bias_table"][:, 1:2], num_heads=1)
     torch.testing.assert_close(out.view(3, 9, 10, 3, 16)[..., 1, :], alone, rtol=0, atol=4 * torch.finfo(on.dtype).eps)
+
+
+@pytest.mark.isa
+@on_every
+@pytest.mark.parametrize("kinds", [(), ("logit_scale",), ("pad_qkv",), ("logit_scale", "pad_qkv")], ids=str)
+@pytest.mark.parametrize("window", [2, 4, 7, 8, 12])
+def test_finite_masks(on: Served, window: int, kinds: tuple[str, ...]) -> None:
+    """Tables whose numbers mask rows whole or in part, by -inf or by finite numbers: the naive form's result and gradients."""
+    tensors = inputs(on, 1, (2 * window, 2 * window - 1), (window, window), ROWS, 16, *kinds)
+    tensors["bias_table"] = extreme_table((2 * window - 1) ** 2).to(on.device)
+    op = functools.partial(window_attention, window_size=window, shift_size=window // 2, num_heads=ROWS)
+    check_op(op, tensors, backend=on.backend, scores=100.0 if "logit_scale" in kinds else 0.0)
+
+
+@pytest.mark.isa
+@on_every
+@pytest.mark.parametrize("value", [-1e9, -1e30, torch.finfo(torch.float32).min, torch.finfo(torch.float32).max])
+@pytest.mark.parametrize("window", [3, 7, 8, 12])
+def test_table_of_one_number(on: Served, window: int, value: float) -> None:
+    """What the addition rounds away is gone: means, and gradients no larger than theirs."""
+    tensors = inputs(on, 2, (window, 2 * window), (window, window), 2, 16)
+    tensors["bias_table"] = torch.full(((2 * window - 1) ** 2, 2), value, device=on.device)
+    op = functools.partial(window_attention, window_size=window, num_heads=2)
+    check_op(op, tensors, backend=on.backend)
+    leaf = tensors["qkv"].requires_grad_()
+    out = op(leaf, bias_table=tensors["bias_table"], backend=on.backend)
+    (grad,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
+    v = tensors["qkv"].detach().float().unflatten(3, (3, 32))[..., 2, :]
+    mean = v.unflatten(2, (2, window)).mean((1, 3))  # (B, windows, C)
+    torch.testing.assert_close(out.detach().float().unflatten(2, (2, window)).mean((1, 3)), mean, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(grad.unflatten(3, (3, 32))[..., 2, :].float(), torch.ones_like(v), rtol=0.02, atol=0)
