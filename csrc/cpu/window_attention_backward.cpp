@@ -1,5 +1,5 @@
-// Shifted-window attention, backward: one (image, window, head) after another (window_attention_backward.h), and what is summed
-// over them.
+// Shifted-window attention, backward: one (image, window, head) after another (window_attention_backward.h), and what
+// is summed over them.
 //
 // A real token is in exactly one window, so its gradient is written once. What several windows add to (bias table,
 // logit scale, padding token) is summed per unit of work, units follow from the shapes alone, and their sums are added
