@@ -17,13 +17,15 @@ help:             ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */ \t/' | sort
 
 # The environment, remade when its definition changes. torch first: the rest builds against it.
-$(VENV)/.ready: pyproject.toml tests/peers.txt
+$(VENV)/.ready: pyproject.toml tests/peers.txt benchmarks/torchvision_operators.py
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -c 'import sys; assert sys.version_info >= (3, 10), f"pyvit needs Python >= 3.10, found {sys.version}"'
 	$(PY) -m pip install -q --upgrade pip "setuptools>=77" wheel
 	$(PY) -m pip install -q "$(TORCH)" numpy ninja "pybind11>=2.13"
 	PATH="$(abspath $(BIN)):$$PATH" PYTHONWARNINGS=ignore::UserWarning $(PY) -m pip install -q --no-build-isolation -e ".[test,lint]"
 	$(PY) -m pip install -q --no-deps -r tests/peers.txt
+	cp benchmarks/torchvision_operators.py "$$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
+	echo "import torchvision_operators" > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/torchvision_operators.pth"
 	touch $@
 
 build: $(VENV)/.ready ## the environment and the compiled library

@@ -1,7 +1,7 @@
 """The libraries a user could reach for instead, each with the same weights; one that is missing says why.
 
-timm, open_clip and transformers import torchvision, to load and augment images. Its wheels need the torch build they were made for: beside
-another one their compiled operators are missing, and without torchvision empty modules stand in for it. The models are untouched by either.
+timm, open_clip and transformers import torchvision, to load and augment images. Where it was built for another torch,
+:mod:`benchmarks.torchvision_operators` lets it import; without it empty modules stand in for it. The models are untouched by either.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import importlib.metadata
 import importlib.util
 import io
 import logging
-import re
 import sys
 import types
 import warnings
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import baselines
+from benchmarks import baselines, torchvision_operators  # noqa: F401
 
 _PACKAGES = {
     "timm": ("timm",),
@@ -79,27 +78,6 @@ def _without_torchvision() -> Iterator[None]:
             del sys.modules[name]
 
 
-_OPERATORS: list[torch.library.Library] = []
-
-
-def import_torchvision() -> types.ModuleType:
-    """torchvision; its Python part where its compiled operators, of detection, do not load beside this torch. ImportError without it.
-
-    Its fake kernels ask at import for the names of these operators: each that is missing is declared, without a kernel.
-    """
-    while True:
-        try:
-            return importlib.import_module("torchvision")
-        except RuntimeError as error:
-            missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
-            if missing is None:
-                raise
-            _OPERATORS.append(torch.library.Library("torchvision", "FRAGMENT"))  # its declarations live as long as it
-            _OPERATORS[-1].define(f"{missing[1]}(Tensor x) -> Tensor")
-            for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-                del sys.modules[name]
-
-
 def import_timm() -> types.ModuleType:
     """timm, whether or not torchvision works beside this torch."""
     return import_peer("timm")
@@ -110,7 +88,7 @@ def import_peer(name: str) -> types.ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     try:
-        import_torchvision()
+        import torchvision  # noqa: F401
     except ImportError:
         with _without_torchvision():
             return importlib.import_module(name)

@@ -6,7 +6,6 @@ With ``PYVIT_TEST_PTX=sm_90`` (or sm_80) Triton's kernels serve CPU tensors, com
 
 from __future__ import annotations
 
-import contextlib
 import os
 import zlib
 from collections.abc import Iterator
@@ -14,10 +13,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.peers import import_torchvision
-
-with contextlib.suppress(ImportError):  # before transformers and timm import it, which they cannot beside some builds of torch
-    import_torchvision()
+from benchmarks import torchvision_operators  # noqa: F401  (before transformers and timm import torchvision)
 
 _asked = os.environ.get("PYVIT_TEST_SEED") or "0"
 SEED = int.from_bytes(os.urandom(4), "little") if _asked == "random" else int(_asked)

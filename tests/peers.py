@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks.peers import import_peer, import_torchvision
+from benchmarks.peers import import_peer
 
 
 def _absent(name: str) -> None:
@@ -34,7 +34,7 @@ def peer(name: str) -> ModuleType:
 def torchvision() -> ModuleType:
     """torchvision, whose classification models need none of its compiled operators; or a skipped file."""
     try:
-        return import_torchvision()
+        return importlib.import_module("torchvision")
     except ImportError:
         _absent("torchvision")
         raise
