@@ -49,7 +49,7 @@ def trained(folder: str, name: str, kind: str) -> dict[str, torch.Tensor]:
     run.step(1, batches)
     if hasattr(run.recipe.model, "teacher"):
         drop_path_is_off(run)
-    run.requests.signal = 15 if run.rank == 1 else 0  # asked of one rank alone
+    run.signals.last = 15 if run.rank == 1 else 0  # asked of one rank alone
     run.step(2, batches)
     assert run.stop == 15
     run.lock.release()
