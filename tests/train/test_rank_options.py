@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -140,6 +141,7 @@ def same_gradients(folder: str, name: str, found: dict[str, dict[str, torch.Tens
             torch.testing.assert_close(gradients[key], want, rtol=0, atol=atol, msg=lambda m, s=f"{name} {kind} {key}": f"{s}: {m}")
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     """All in one pair of processes, since starting them costs more than a step."""
     with socket.socket() as free:
