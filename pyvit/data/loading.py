@@ -62,14 +62,18 @@ def _read(images: Images, source: Any, workers: int, **options: Any) -> Iterator
     """What a loader brings, after what its workers could not read is known to ``images`` here."""
     ahead = {"num_workers": workers, "prefetch_factor": 4 if workers else None}
     own = torch.Generator()  # a loader draws a seed for its workers: not from the random numbers of the run
-    for batch in DataLoader(source, **options, **ahead, generator=own, worker_init_fn=_ignore_interrupt):
+    for batch in DataLoader(source, **options, **ahead, generator=own, worker_init_fn=_ignore_signals):
         images.note(batch.pop("problems", {}))
         yield batch
 
 
-def _ignore_interrupt(_: int) -> None:
-    """Ctrl-C is for the process that trains, which ends its workers when it is done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(_: int) -> None:
+    """Terminals and schedulers signal all processes of a run, and the one that trains still needs those that read.
+
+    It ends them when it is done, and they end by themselves when it is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _whole(batch: Any) -> Any:

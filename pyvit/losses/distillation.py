@@ -35,7 +35,7 @@ class _Centered(nn.Module):
             raise ValueError(f"{name}: momentum must be in [0, 1), got {momentum}")
         self.student_temp, self.momentum, self.centering, self.iterations, self.group = student_temp, momentum, centering, iterations, group
         self.deferred = False
-        self._waiting: list[Tensor] = []
+        self._batch_means: list[Tensor] = []
         self.register_buffer("center", torch.zeros(prototypes, dtype=torch.float32))
 
     @torch.no_grad()
@@ -51,7 +51,7 @@ class _Centered(nn.Module):
                 if self.group is not None:
                     dist.all_reduce(total, group=self.group)
                 mean = total[:-1] / total[-1].clamp_min(1)
-                self._waiting.append(mean if prototypes is None else prototypes.float() @ mean)
+                self._batch_means.append(mean if prototypes is None else prototypes.float() @ mean)
             if not self.deferred:
                 self.update_center()
         return used
@@ -59,9 +59,9 @@ class _Centered(nn.Module):
     @torch.no_grad()
     def update_center(self, keep: bool = True) -> None:
         """Move the running mean towards the mean of the scores seen since the last call; with ``keep`` False, forget these scores."""
-        if self._waiting and keep:
-            self.center.lerp_(torch.stack(self._waiting).mean(0).to(self.center.dtype), 1 - self.momentum)
-        self._waiting.clear()
+        if self._batch_means and keep:
+            self.center.lerp_(torch.stack(self._batch_means).mean(0).to(self.center.dtype), 1 - self.momentum)
+        self._batch_means.clear()
 
 
 class DINOLoss(_Centered):

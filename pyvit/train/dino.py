@@ -11,7 +11,7 @@ from pyvit.data import Data
 from pyvit.data.crops import Crop
 from pyvit.losses import DINOLoss
 from pyvit.models.dino import DINOHead, SelfDistillation
-from pyvit.models.dino import Views as Compared
+from pyvit.models.dino import Views as Outputs
 from pyvit.train import augment, schedules
 from pyvit.train.config import Config
 from pyvit.train.options import Option, SettingError
@@ -131,8 +131,8 @@ class DINO(Recipe):
         temp = schedules.linear(step, int(o["warm_teacher"] * steps), o["warm_teacher_temp"], o["teacher_temp"])
         return {"global": torch.stack(large), "local": torch.stack(small) if small else None, "teacher_temp": temp}
 
-    def compared(self, views: Views) -> Compared:
-        """What student and teacher say of the crops."""
+    def outputs(self, views: Views) -> Outputs:
+        """What student and teacher make of the crops."""
         return self.model(views["global"], views["local"] if views["local"] is not None else (), views.get("mask"))
 
     def prototypes(self, patches: bool = False) -> dict[str, Tensor]:
@@ -140,7 +140,7 @@ class DINO(Recipe):
         return {f"{side}_prototypes": self.model.head_of(side, patches).prototypes for side in ("student", "teacher")}
 
     def forward(self, views: Views) -> dict[str, Tensor]:
-        seen = self.compared(views)
+        seen = self.outputs(views)
         return {"loss": self.loss(seen.student, seen.teacher, views["teacher_temp"], **self.prototypes())}
 
     def gradients(self, step: int, steps: int) -> None:
@@ -163,7 +163,7 @@ class DINO(Recipe):
         for loss in self.losses():
             loss.update_center()
 
-    def skipped(self) -> None:
+    def step_skipped(self) -> None:
         for loss in self.losses():
             loss.update_center(keep=False)
 

@@ -20,7 +20,7 @@ from pyvit.models.facts import header_of
 from pyvit.train import checkpoint, schedules
 from pyvit.train.config import Config
 from pyvit.train.folder import Lock
-from pyvit.train.grad_cache import Micro, cache, rng_state, set_rng_state
+from pyvit.train.grad_cache import MicroBatch, cache, rng_state, set_rng_state
 from pyvit.train.log import Log, Progress, active_kernels, say
 from pyvit.train.optim import LARS, parameter_groups
 from pyvit.train.options import SettingError, parse
@@ -30,7 +30,7 @@ from pyvit.train.recipe import Contrastive, Recipe, load_recipe
 from pyvit.train.resume import Resumable
 from pyvit.train.sharding import leave, shard, whole
 from pyvit.train.start import adopt, check_model, inherit
-from pyvit.train.stop import Requests, Stopped
+from pyvit.train.stop import Stopped, StopSignals
 
 #: So many overflows of float16 in a row are no search for the loss scale: from 65536 it is then below 1e-3.
 OVERFLOWS = 27
@@ -125,7 +125,7 @@ class Run(Resumable):
         self.accelerator = _accelerator(config)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
-        self.requests, self.stop = Requests(), 0
+        self.signals, self.stop = StopSignals(), 0
         self.overflows = 0  # steps in a row that float16 has cost
         self.lock = Lock(self.folder)
         try:
@@ -187,7 +187,7 @@ class Run(Resumable):
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), c.clip)
             totals["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         scaler = self.accelerator.scaler
-        bad, self.stop = self._largest(int(scaler is None and not all(map(_finite, totals.values()))), self.requests.signal)
+        bad, self.stop = self._max_over_ranks(int(scaler is None and not all(map(_finite, totals.values()))), self.signals.last)
         if bad:
             raise FloatingPointError(f"step {step}: the loss or its gradient is not finite ({totals}); {self._left()}")
         self.optimizer.step()
@@ -197,7 +197,7 @@ class Run(Resumable):
             return {**totals, "lr": lr}
         self._count(step, getattr(self.optimizer, "step_was_skipped", False))
         if self.overflows:
-            self.recipe.skipped()
+            self.recipe.step_skipped()
         else:
             self.recipe.update(at, self.steps)
         return {**totals, "lr": lr, "loss_scale": scaler.get_scale(), "skipped_steps": self.skipped}
@@ -233,7 +233,7 @@ class Run(Resumable):
         """The gradients of the loss of all micro-batches as one, see :mod:`pyvit.train.grad_cache`."""
         device, scaler, micros = self.accelerator.device, self.accelerator.scaler, []
         for part in range(self.config.accumulate):
-            micros.append(Micro(self._views(step, at, part, batches), rng_state(device)))
+            micros.append(MicroBatch(self._views(step, at, part, batches), rng_state(device)))
         with whole(self.recipe), self.accelerator.autocast():
             caches = cache(self.recipe, micros, device, 1.0 if scaler is None else scaler.get_scale())  # type: ignore[arg-type]
         found: dict[str, torch.Tensor] = {}
@@ -263,7 +263,7 @@ class Run(Resumable):
             self.tell(f"resuming {self.folder} at step {self.start} of {self.steps}")
         self.model.train()
         try:
-            with self.requests.heard():
+            with self.signals.caught():
                 saved = self._loop(log)
         finally:
             for problem in self.data.train.problems if self.main else ():

@@ -37,15 +37,11 @@ class Lock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while self._file is None:
             file = self.path.open("a+")
-            try:
-                if fcntl is not None:
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError) as error:
-                holder = self._holder(file)
+            holder = self._holder(file)
+            if not self._lock(file, holder):
                 file.close()
-                raise ValueError(f"{self.path.parent} is in use by {holder}; wait for it, end it, or choose another --out") from error
-            except OSError:  # a file system without locks
-                pass
+                named = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "another process"
+                raise ValueError(f"{self.path.parent} is in use by {named}; wait for it, end it, or choose another --out")
             if self._is_here(file):  # its last holder may have removed it between opening and locking
                 self._file = file
             else:
@@ -55,6 +51,19 @@ class Lock:
         self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
         self._file.flush()
 
+    @staticmethod
+    def _lock(file: IO[str], holder: dict[str, Any]) -> bool:
+        """Lock ``file``, if nobody else has; where files cannot be locked, the process it names must not run on this machine."""
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError:  # a file system without locks
+            pass
+        return holder.get("host") != socket.gethostname() or holder.get("pid") == os.getpid() or not _runs(holder.get("pid"))
+
     def _is_here(self, file: IO[str]) -> bool:
         try:
             return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
@@ -62,12 +71,14 @@ class Lock:
             return False
 
     @staticmethod
-    def _holder(file: IO[str]) -> str:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+    def _holder(file: IO[str]) -> dict[str, Any]:
+        """Who wrote the file, {} if nobody can be read from it."""
+        try:
             file.seek(0)
             found = json.load(file)
-            return f"process {found['pid']} on {found['host']}"
-        return "another process"
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def release(self) -> None:
         if self._file is not None:
@@ -75,6 +86,17 @@ class Lock:
                 self.path.unlink()
             self._file.close()
             self._file = None
+
+
+def _runs(pid: Any) -> bool:
+    """Whether a process of this machine has the number ``pid``."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, TypeError, OverflowError):
+        return False
+    return True
 
 
 def fingerprint(data: Data) -> dict[str, Any]:

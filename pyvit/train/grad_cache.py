@@ -43,43 +43,43 @@ class Cached:
     def loss(self, recipe: Contrastive, live: dict[str, Tensor]) -> dict[str, Tensor]:
         """{"loss": ...} whose backward pass adds this micro-batch's share of the gradients."""
         if self.last:
-            return recipe.compare(_joined([*self.embeddings[:-1], live]))
+            return recipe.compare(_concatenated([*self.embeddings[:-1], live]))
         return {"loss": torch.stack([(live[key].float() * g).sum() for key, g in self.gradients.items()]).sum()}
 
 
-def _joined(embeddings: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _concatenated(embeddings: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.cat([each[key] for each in embeddings]) for key in embeddings[0]}
 
 
 @dataclass
-class Micro:
+class MicroBatch:
     """A micro-batch: its views, and the generators' states in which its forward passes begin."""
 
     views: Views
     state: list[Tensor]
 
 
-def cache(recipe: Contrastive, micros: list[Micro], device: torch.device, scale: float = 1.0) -> list[Cached]:
+def cache(recipe: Contrastive, micros: list[MicroBatch], device: torch.device, scale: float = 1.0) -> list[Cached]:
     """The first forward pass of all micro-batches, and the gradients of their embeddings.
 
     ``scale`` multiplies the loss while it is differentiated, as a gradient scaler does, so that half precision does not underflow.
     """
     embeddings = []
-    with _same_statistics(recipe):
+    with _unchanged_statistics(recipe):
         with torch.no_grad():
             for micro in micros:
                 set_rng_state(micro.state, device)
                 embeddings.append(recipe.encode(micro.views))
         leaves = [{key: e.detach().requires_grad_() for key, e in each.items()} for each in embeddings]
         with torch.enable_grad():
-            loss = recipe.compare(_joined(leaves))["loss"] * scale
+            loss = recipe.compare(_concatenated(leaves))["loss"] * scale
         found = iter(torch.autograd.grad(loss, [leaf for each in leaves for leaf in each.values()]))
     gradients = [{key: next(found).float() / scale for key in each} for each in leaves]
     return [Cached(embeddings, g, i + 1 == len(micros)) for i, g in enumerate(gradients)]
 
 
 @contextlib.contextmanager
-def _same_statistics(model: nn.Module) -> Iterator[None]:
+def _unchanged_statistics(model: nn.Module) -> Iterator[None]:
     """Undo what batch norms add to their running statistics: the second forward pass adds it again."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     buffers: list[Any] = [b for norm in norms for b in norm.buffers()]

@@ -121,7 +121,7 @@ class Recipe(nn.Module):
     def update(self, step: int, steps: int) -> None:
         """After the optimizer's step number ``step``."""
 
-    def skipped(self) -> None:
+    def step_skipped(self) -> None:
         """In the place of :meth:`update`, after a step whose gradients overflowed: forget what this step has gathered."""
 
     def of_micro_batches(self) -> list[str]:

@@ -59,7 +59,7 @@ class Resumable:
             if problem[0] is not None:
                 raise ValueError(problem[0])
 
-    def _largest(self, *values: int) -> list[int]:
+    def _max_over_ranks(self, *values: int) -> list[int]:
         """The largest of each value over all ranks."""
         if self.world == 1:
             return list(values)
@@ -160,7 +160,7 @@ class Resumable:
         Returns whether it is written. Raises FloatingPointError for parameters that are not finite.
         """
         unsound = not all(bool(torch.isfinite(getattr(p, "_local_tensor", p)).all()) for p in self.model.parameters())
-        if self._largest(int(unsound))[0]:
+        if self._max_over_ranks(int(unsound))[0]:
             raise FloatingPointError(f"step {step - 1}: parameters are no longer finite; {self._left()}")
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         untouched = not self._parts()[1].state  # torch would make up a first step for an optimizer that has made none
@@ -178,7 +178,7 @@ class Resumable:
             except OSError as error:
                 say(f"warning: no checkpoint at step {step}: {error}; {self._left()}")
                 written = False
-        written = not self._largest(int(not written))[0]
+        written = not self._max_over_ranks(int(not written))[0]
         self.saved = step if written else self.saved
         return written
 

@@ -17,14 +17,14 @@ class Stopped(SystemExit):
         self.signal = number
 
 
-class Requests:
-    """The last signal that arrived within :meth:`heard`, 0 for none."""
+class StopSignals:
+    """``last``: the last signal that arrived within :meth:`caught`, 0 for none."""
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.last = 0
 
     @contextlib.contextmanager
-    def heard(self) -> Iterator[None]:
+    def caught(self) -> Iterator[None]:
         """Note SIGINT and SIGTERM instead of ending; the second one ends at once, as without us. Signals reach the main thread alone."""
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -32,7 +32,7 @@ class Requests:
         before: dict[int, Any] = {}
 
         def note(number: int, frame: Any) -> None:
-            self.signal = number
+            self.last = number
             restore()
 
         def restore() -> None:

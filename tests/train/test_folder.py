@@ -45,15 +45,12 @@ def wait_for(path: Path, lines: int = 1) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_resumes(tmp_path, number):
-    """Also with processes that read data, which Ctrl-C reaches too, since a terminal sends it to all."""
+    """Also with processes that read data, which the signal reaches too, since terminals and schedulers send it to all."""
     out = tmp_path / "run"
     settings = {**SMALL, "steps": 2000, "save_every": 10_000, "workers": 1, "out": str(out)}
     running = start(settings, start_new_session=True)
     wait_for(out / "log.jsonl", 3)
-    if number == signal.SIGINT:
-        os.killpg(running.pid, number)
-    else:
-        running.send_signal(number)
+    os.killpg(running.pid, number)
     said = running.communicate(timeout=120)[0]
     assert running.returncode == 128 + number, said
     assert "Traceback" not in said
@@ -81,6 +78,25 @@ def test_two_runs_in_one_folder(tmp_path):
     assert (out / "run.lock").exists()
     train(Config(**{**settings, "steps": 1, "overwrite": True}))
     assert not (out / "run.lock").exists()
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """The process that the file names is asked for: one that runs here holds the folder, one that has ended does not."""
+    from pyvit.train import folder
+
+    monkeypatch.setattr(folder, "fcntl", None)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for pid, held in ((os.getppid(), True), (ended.pid, False)):
+        (tmp_path / "run.lock").write_text(json.dumps({"pid": pid, "host": folder.socket.gethostname()}))
+        lock = Lock(tmp_path)
+        if held:
+            with pytest.raises(ValueError, match=f"is in use by process {pid} on "):
+                lock.acquire()
+        else:
+            lock.acquire()
+            lock.release()
+    assert not (tmp_path / "run.lock").exists()
 
 
 def test_a_failed_start_leaves_the_folder_free(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from pyvit.data import load_data
 from pyvit.train import Config, train
 from pyvit.train.engine import _settle
-from pyvit.train.grad_cache import Micro, cache, rng_state, set_rng_state
+from pyvit.train.grad_cache import MicroBatch, cache, rng_state, set_rng_state
 from pyvit.train.recipe import load_recipe
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def test_micro_batches_give_the_gradients_of_the_batch(name):
     recipe.load_state_dict({**recipe.state_dict(), **{n: b for n, b in buffers.items() if n in recipe.state_dict()}})
     cut = [{k: v.chunk(3)[i] for k, v in views.items()} for i in range(3)]
     for scale in (1.0, 1024.0):
-        got, found = accumulated(recipe, [Micro(v, rng_state(CPU)) for v in cut], scale)
+        got, found = accumulated(recipe, [MicroBatch(v, rng_state(CPU)) for v in cut], scale)
         torch.testing.assert_close(got, loss.detach(), rtol=1e-5, atol=1e-6)
         close(found, wanted)
         if scale == 1.0:
@@ -81,7 +81,7 @@ def test_both_forward_passes_draw_alike(name):
     cut, micros, live = [{k: v.chunk(3)[i] for k, v in views.items()} for i in range(3)], [], []
     for part, each in enumerate(cut):
         torch.manual_seed(part)
-        micros.append(Micro(each, rng_state(CPU)))
+        micros.append(MicroBatch(each, rng_state(CPU)))
         live.append(recipe.encode(each))
     recipe.compare({key: torch.cat([e[key] for e in live]) for key in live[0]})["loss"].backward()
     wanted = gradients(recipe)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -49,7 +50,7 @@ def trained(folder: str, name: str, kind: str) -> dict[str, torch.Tensor]:
     run.step(1, batches)
     if hasattr(run.recipe.model, "teacher"):
         drop_path_is_off(run)
-    run.requests.signal = 15 if run.rank == 1 else 0  # asked of one rank alone
+    run.signals.last = 15 if run.rank == 1 else 0  # asked of one rank alone
     run.step(2, batches)
     assert run.stop == 15
     run.lock.release()
@@ -140,6 +141,7 @@ def same_gradients(folder: str, name: str, found: dict[str, dict[str, torch.Tens
             torch.testing.assert_close(gradients[key], want, rtol=0, atol=atol, msg=lambda m, s=f"{name} {kind} {key}": f"{s}: {m}")
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     """All in one pair of processes, since starting them costs more than a step."""
     with socket.socket() as free:

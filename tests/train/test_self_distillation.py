@@ -39,7 +39,7 @@ def test_the_teacher_drops_nothing(name):
     recipe.train()
     rates = [m.p for m in recipe.model.student.modules() if isinstance(m, DropPath)]
     assert max(rates) == 0.3
-    first, second = recipe.compared(views), recipe.compared(views)
+    first, second = recipe.outputs(views), recipe.outputs(views)
     assert torch.equal(first.teacher, second.teacher)
     assert not torch.equal(first.student, second.student)
     if name == "dinov2":
@@ -57,6 +57,20 @@ def test_the_teacher_has_neither_gradient_nor_optimizer_state(tmp_path):
     momentum = run.recipe.opt["momentum"]
     for old, now, student in zip(before, run.recipe.model.teacher.parameters(), run.recipe.model.student.parameters(), strict=True):
         torch.testing.assert_close(now, momentum * old + (1 - momentum) * student.detach(), rtol=1e-5, atol=1e-7)
+    run.close()
+
+
+def test_a_resumed_teacher_drops_nothing(tmp_path):
+    chosen = settings("dino", "drop_path=0.3", out=str(tmp_path), set=[*TINY, "drop_path_rate=0.3"])
+    run = engine.Run(chosen)
+    run.step(0, run.batches())
+    run.save(1)
+    run.close()
+    run = engine.Run(chosen)
+    run.model.train()
+    views = run.recipe.views(run.data.train.fetch(range(8)), 1, 4)
+    assert run.start == 1
+    assert torch.equal(run.recipe.outputs(views).teacher, run.recipe.outputs(views).teacher)
     run.close()
 
 
@@ -93,7 +107,7 @@ def test_ibot_counts_as_in_the_papers_code():
     assert 0 < mask.any(1).sum() < len(mask)
     with torch.no_grad():
         got = recipe(views)["ibot"]
-        seen = recipe.compared(views)
+        seen = recipe.outputs(views)
         of = recipe.prototypes(patches=True)
         student = (seen.student_patches @ of["student_prototypes"].T).double() / 0.1
         teacher = ((seen.teacher_patches @ of["teacher_prototypes"].T).double() - recipe.ibot.center.double()) / views["teacher_temp"]
@@ -143,12 +157,12 @@ def test_the_centre_moves_once_a_step():
     recipe, views = make("dino", "center_momentum=0.5", "batch_norm=False")
     cut = [{k: v.chunk(2, 1)[i] if isinstance(v, torch.Tensor) else v for k, v in views.items()} for i in range(2)]
     with torch.no_grad():
-        seen = recipe.compared(views)
+        seen = recipe.outputs(views)
         want = 0.5 * (seen.teacher @ recipe.model.head_of("teacher").prototypes.T).mean((0, 1))
         for part in cut:
             recipe(part)
     assert not recipe.loss.center.any()
-    recipe.skipped()
+    recipe.step_skipped()
     recipe.update(0, 4)
     assert not recipe.loss.center.any()
     with torch.no_grad():
