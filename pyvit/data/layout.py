@@ -24,8 +24,10 @@ _NOT_DATA = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume
 
 @dataclass
 class Tree:
-    """A folder: its subfolders by name and its files, links followed; ``left_out`` counts what was passed over, by reason,
-    ``empty`` names the subfolders without a file of the kind looked for."""
+    """A folder: its subfolders by name and its files, links followed.
+
+    ``left_out`` counts what was passed over, by reason; ``empty`` names the subfolders without a file of the kind looked for.
+    """
 
     path: Path
     folders: dict[str, Tree] = field(default_factory=dict)

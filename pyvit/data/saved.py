@@ -41,7 +41,6 @@ def describe(data: Data, source: str) -> dict[str, Any]:
         "centre": getattr(getattr(data.test, "decoder", None), "centre", None),
         "captioned": data.train.captions is not None,
         "images": [data.train.counted(), data.test.counted()],
-        "fingerprint": data.fingerprint(),
     }
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pyvit.data.crops import Crop, crop_images, generator
-from pyvit.data.split import digest
 
 Batch = dict[str, Any]
 
@@ -76,10 +75,6 @@ class Images(Dataset[Batch]):
     def counted(self) -> str:
         """How many there are, as far as that is known."""
         return str(len(self))
-
-    def identity(self) -> Any:
-        """What tells these images from others without reading them, see :meth:`Data.fingerprint`."""
-        return len(self)
 
     #: Whether images come in the order of a stream, and not by index; whether they are decoded when asked for.
     streamed = decodes = False
@@ -188,10 +183,6 @@ class Data:
         """How many images of each split could not be read so far."""
         sides = (("training images were replaced by others", self.train), ("held-out images are left out of the figures", self.test))
         return [f"{len(s.bad)} of {len(s)} {what}: they cannot be read" for what, s in sides if s.bad]
-
-    def fingerprint(self) -> str:
-        """A short hash of what is in the two sets, without reading pixels: names or sizes, labels, captions, in order."""
-        return digest(repr([self.classes, self.size, self.train.identity(), self.test.identity()]).encode(errors="backslashreplace")).hex()
 
     def validation(self, share: float) -> Data:
         """These data for choosing settings: ``share`` of the training images, the same ones every time, in the place of the held-out ones.

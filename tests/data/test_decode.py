@@ -183,6 +183,16 @@ def test_many_damaged_files_stop_the_run(tmp_path):
         images.draw(range(30), {}, 0, 0)
 
 
+def test_a_few_unreadable_files_are_named_and_the_others_counted(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(1000)]
+    images = DecodedImages(paths, ImageDecoder(8))
+    with pytest.warns(UserWarning, match="skipped") as said:
+        images.note({i: f"{i}.png: gone" for i in range(40)})
+    assert len(said) == 21
+    assert "further ones are counted" in str(said[-1].message)
+    assert len(images.problems) == 40
+
+
 def test_evaluation_takes_seven_eighths_where_there_are_pixels_to_spare():
     """A frame around the picture: gone from a large image, kept of one that is no larger than the view."""
     for side, kept in ((256, False), (32, True)):
