@@ -12,6 +12,7 @@ from PIL import Image
 
 from pyvit.data import load_data
 from pyvit.eval import commands
+from pyvit.eval.runs import load_run
 from pyvit.train import Config, train
 from pyvit.train.checkpoint import save_weights
 
@@ -39,12 +40,12 @@ def run(tmp_path):
 
 
 def test_images_may_have_moved(run, tmp_path, capsys):
-    recipe, data = commands.load_run(run, str(tmp_path / "new"))
+    recipe, data = load_run(run, str(tmp_path / "new"))
     assert recipe.data.classes == data.classes == ["dark", "light"]
     assert commands.knn(str(run), str(tmp_path / "new")).keys() == {"k=10"}
     assert "2 classes: dark, light" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match=r"old' does not exist; name the images to measure on with --data"):
-        commands.load_run(run)
+        load_run(run)
 
 
 def test_the_folder_says_what_the_network_takes(run):
@@ -61,7 +62,7 @@ def test_a_relative_path_is_found_from_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "work")
     train(Config(**TINY, data="./data", out=str(tmp_path / "run"), option=PLAIN))
     monkeypatch.chdir(tmp_path)
-    assert commands.load_run(tmp_path / "run")[1].classes == ["dark", "light"]
+    assert load_run(tmp_path / "run")[1].classes == ["dark", "light"]
 
 
 @pytest.mark.parametrize("recipe", ["finetune", "linear"])
@@ -70,7 +71,7 @@ def test_the_run_that_it_began_from_may_be_gone(run, tmp_path, recipe):
     settings = {**TINY, "data": str(tmp_path / "new"), "out": str(out), "init": str(run), "recipe": recipe}
     results = train(Config(**settings, option=PLAIN if recipe == "finetune" else []))
     shutil.rmtree(run)
-    again, data = commands.load_run(out)
+    again, data = load_run(out)
     assert again.evaluate(data)["accuracy"] == results["accuracy"]
     assert "k=10" in commands.knn(str(out))
     assert "linear" in commands.linear(str(out), epochs=1)
@@ -82,7 +83,7 @@ def test_labels_follow_the_classes_of_the_run_by_name(run, tmp_path):
     for part in ("train", "val"):
         shades(tmp_path / "two" / part)
     shutil.rmtree(tmp_path / "two" / "val" / "dark")
-    data = commands.load_run(run, str(tmp_path / "two"))[1]
+    data = load_run(run, str(tmp_path / "two"))[1]
     assert data.test.fetch([0])["label"].tolist() == [1]
     kept = json.loads((run / "data.json").read_text())
     (run / "data.json").write_text(json.dumps({**kept, "classes": ["light", "middle", "dark"]}))
@@ -95,25 +96,19 @@ def test_labels_follow_the_classes_of_the_run_by_name(run, tmp_path):
 def test_classes_that_the_run_does_not_know_are_listed(run, tmp_path):
     shades(tmp_path / "other", ("dark", "grey", "pale"))
     with pytest.raises(ValueError, match=r"that the run was trained on, dark, light; it has grey, pale"):
-        commands.load_run(run, str(tmp_path / "other"))
-
-
-def test_pictures_of_few_images(run, tmp_path):
-    assert commands.attention(str(run), str(tmp_path / "new"), count=20).exists()
-    with pytest.raises(ValueError, match="count: must be at least 1, got 0"):
-        commands.attention(str(run), str(tmp_path / "new"), count=0)
+        load_run(run, str(tmp_path / "other"))
 
 
 def test_spectrograms_are_no_images(run):
     with pytest.raises(ValueError, match="the run was trained on images, words has spectrograms"):
-        commands.load_run(run, "words")
+        load_run(run, "words")
 
 
 def test_self_supervised_runs_are_measured_on_other_classes(run, tmp_path):
     settings = {**TINY, "recipe": "simclr", "option": ["hidden=16", "out=8"], "out": str(tmp_path / "simclr")}
     train(Config(**settings, data=str(tmp_path / "new")))
     shades(tmp_path / "other", ("a", "b", "c"))
-    assert commands.load_run(tmp_path / "simclr", str(tmp_path / "other"))[1].classes == ["a", "b", "c"]
+    assert load_run(tmp_path / "simclr", str(tmp_path / "other"))[1].classes == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("damage", ["config.json", "data.json", "model.safetensors", "weights"])
@@ -124,14 +119,14 @@ def test_a_damaged_run_names_its_file(run, tmp_path, damage):
     else:
         (run / damage).write_bytes((run / damage).read_bytes()[:20])
     with pytest.raises(ValueError, match=rf"run: .*{damage} is damaged"):
-        commands.load_run(run, str(tmp_path / "new"))
+        load_run(run, str(tmp_path / "new"))
 
 
 def test_settings_of_another_version_are_named(run, tmp_path):
     kept = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**kept, "warp": 9}))
     with pytest.raises(ValueError, match="settings of another version of pyvit: warp"):
-        commands.load_run(run, str(tmp_path / "new"))
+        load_run(run, str(tmp_path / "new"))
 
 
 @pytest.mark.parametrize("command", ["zero_shot_command", "retrieval_command", "reconstruct"])
@@ -152,9 +147,9 @@ def test_a_vocabulary_is_kept_with_the_run(tmp_path):
     settings = {**TINY, "model": "clip_pico_patch8_32", "recipe": "clip", "data": str(tmp_path / "t.csv"), "option": option}
     results = train(Config(**settings, out=str(tmp_path / "run")))
     (tmp_path / "vocabulary.json").unlink()
-    recipe, data = commands.load_run(tmp_path / "run")
+    recipe, data = load_run(tmp_path / "run")
     assert recipe.evaluate(data) == pytest.approx(results)
-    other = commands.load_run(tmp_path / "run", str(shades(tmp_path / "other")))[1]
+    other = load_run(tmp_path / "run", str(shades(tmp_path / "other")))[1]
     assert other.test.decoder.centre == other.train.decoder.centre == 1.0  # as the run's own images were seen, not a folder's 0.875
 
 
