@@ -37,7 +37,7 @@ class Tree:
 
     def every(self) -> list[Path]:
         """Files of this folder and of those below it, in the order of their names."""
-        return sorted(self.files) + [p for name in sorted(self.folders) for p in self.folders[name].every()]
+        return self.files + [p for name in sorted(self.folders) for p in self.folders[name].every()]
 
     def passed_over(self) -> Counter[str]:
         return sum((f.passed_over() for f in self.folders.values()), self.left_out.copy())

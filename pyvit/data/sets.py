@@ -167,11 +167,11 @@ class Data:
         return 1 if self.sound else 3
 
     def summary(self) -> str:
-        """What was found, for a run's first lines: images of each split, classes, what is left out and why. In ASCII, for any terminal."""
+        """What was found, for a run's first lines: images of each split, classes, what is left out and why. Control codes are escaped."""
         kind = "spectrograms" if self.sound else "images"
         lines = [f"data {self.name}: {self.train.counted()} {kind} to train on, {self.test.counted()} held out; {self._of_classes()}"]
         lines += [f"  {note}" for note in self.notes]
-        return "\n".join(lines).encode("ascii", "backslashreplace").decode()
+        return "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines)
 
     def _of_classes(self) -> str:
         if self.classes is None:
@@ -192,7 +192,8 @@ class Data:
         """
         if self.train.streamed:
             raise ValueError(f"validation: must be 0 for a stream, whose images are not known in advance, got {share} for {self.name}")
-        n, held = len(self.train), round(share * len(self.train))
+        n = len(self.train)
+        held = round(share * n) if 0 < share < 1 else 0  # NaN included
         if not 0 < held < n:
             raise ValueError(f"validation: must leave some of the {n} training images on both sides, in (0, 1), got {share}")
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
@@ -257,6 +258,8 @@ def load_data(spec: str, size: int | None = None, validation: float = 0.0, **opt
     """
     if not spec.strip() or spec in ("hf:", "hf-stream:"):
         raise ValueError(f"data: must name a folder, a table of captions, a Hugging Face set or one that is built in, got {spec!r}")
+    if size is not None and size < 1:
+        raise ValueError(f"data: size must be at least 1, got {size}")
     if validation:
         return load_data(spec, size, **options).validation(validation)
     builtin = _builtin()

@@ -153,6 +153,14 @@ def test_a_vocabulary_is_kept_with_the_run(tmp_path):
     assert other.test.decoder.centre == other.train.decoder.centre == 1.0  # as the run's own images were seen, not a folder's 0.875
 
 
+def test_retrieval_of_towers_without_parts_gives_its_figures(tmp_path, capsys):
+    settings = {**TINY, "model": "siglip_pico_patch8_32", "recipe": "siglip", "option": ["context=16"]}
+    train(Config(**{**settings, "data": "digits"}, out=str(tmp_path / "run")))
+    commands.retrieval_command(str(tmp_path / "run"))
+    assert "no picture of parts" in capsys.readouterr().out
+    assert commands.zero_shot_command(str(tmp_path / "run"), count=2) >= 0
+
+
 def test_unreadable_images_are_counted_at_the_end(tmp_path, capsys):
     for part in ("train", "val"):
         shades(tmp_path / "d" / part)
