@@ -235,7 +235,8 @@ class Data:
         return dataclasses.replace(self, train=train, test=test, classes=list(classes), notes=notes)
 
 
-def _builtin() -> dict[str, Callable[..., Data]]:
+def builtin() -> dict[str, Callable[..., Data]]:
+    """The sets that need no path, by name."""
     from pyvit.data.digits import digits
     from pyvit.data.scenes import scenes
     from pyvit.data.synthetic import synthetic
@@ -262,9 +263,9 @@ def load_data(spec: str, size: int | None = None, validation: float = 0.0, **opt
         raise ValueError(f"data: size must be at least 1, got {size}")
     if validation:
         return load_data(spec, size, **options).validation(validation)
-    builtin = _builtin()
-    if spec in builtin:
-        return builtin[spec](**({} if size is None else {"size": size}), **options)
+    sets = builtin()
+    if spec in sets:
+        return sets[spec](**({} if size is None else {"size": size}), **options)
     if spec.startswith("hf-stream:"):
         from pyvit.data.stream import hugging_face_stream
 
@@ -286,4 +287,4 @@ def load_data(spec: str, size: int | None = None, validation: float = 0.0, **opt
         raise ValueError(f"data: {spec!r} is a file; it must be a table of captions ({', '.join(ENDINGS)}) or a folder")
     if "/" in spec or path.suffix:
         raise FileNotFoundError(f"data: {spec!r} does not exist")
-    raise ValueError(f"data: must be a folder, a CSV file, hf:NAME or one of {', '.join(builtin)}, got {spec!r}")
+    raise ValueError(f"data: must be a folder, a CSV file, hf:NAME or one of {', '.join(sets)}, got {spec!r}")

@@ -60,9 +60,12 @@ def test_the_folder_says_what_the_network_takes(run):
 def test_a_relative_path_is_found_from_elsewhere(tmp_path, monkeypatch):
     shades(tmp_path / "work" / "data")
     monkeypatch.chdir(tmp_path / "work")
-    train(Config(**TINY, data="./data", out=str(tmp_path / "run"), option=PLAIN))
+    train(Config(**TINY, data="data", out=str(tmp_path / "run"), option=PLAIN))
+    (tmp_path / "work" / "digits").mkdir()  # a folder of the name of a built-in set is not what was trained on
+    train(Config(data="digits", steps=1, batch_size=16, set=["depth=1"], out=str(tmp_path / "digits")))
     monkeypatch.chdir(tmp_path)
     assert load_run(tmp_path / "run")[1].classes == ["dark", "light"]
+    assert len(load_run(tmp_path / "digits")[1].test) == 355
 
 
 @pytest.mark.parametrize("recipe", ["finetune", "linear"])
