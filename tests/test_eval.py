@@ -266,6 +266,15 @@ def test_unreadable_images_are_left_out_of_figures(workers):
         over(DecodedImages((-1, -1), Fragile()), lambda b: b["image"], batch=2)
 
 
+def test_settings_out_of_range_are_refused():
+    train, test = shifted(30, 0), shifted(30, 1)
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="temperature must be above 0"):
+            knn_accuracy(train, test, 1, temperature)
+    with pytest.raises(ValueError, match="epochs must be at least 1"):
+        linear_probe(train, test, epochs=0)
+
+
 def test_indices_to_look_at_are_different():
     assert visualize.choose(8, 5) == [0, 1, 2, 3, 4]
     assert visualize.choose(2, 10) == [0, 5]

@@ -22,7 +22,7 @@ def captioned(path: Path, size: int) -> Data:
     all of its captions. Evaluation sees the largest square of an image, and none is mirrored, which would make "left" of "right".
     """
     rows, notes = _rows(path)
-    images = [path.parent / row["image"].strip() for row in rows]
+    images = [path.parent / row["image"] for row in rows]
     missing = [image for image in dict.fromkeys(images) if not os.path.exists(image)]
     if len(missing) > max(TOLERATED * len(set(images)), TOLERATED_FILES):
         raise FileNotFoundError(
@@ -91,8 +91,8 @@ def _rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
                     f"data: {path}, line {table.line_num}: {len(row)} fields under a header of {len(header)}; "
                     f"quote captions that contain {parting!r}"
                 )
-            named = {**dict(zip(header, row, strict=True)), "line": str(table.line_num)}
-            if named["image"].strip() and named["caption"].strip():
+            named = {**dict(zip(header, map(str.strip, row), strict=True)), "line": str(table.line_num)}
+            if named["image"] and named["caption"]:
                 rows.append(named)
             else:
                 empty += 1

@@ -80,7 +80,12 @@ def _eight_bits(image: Any) -> Any:
     low, high = float(values.min()), float(values.max())
     if not 0 <= low <= high <= most:  # NaN included
         raise ValueError(f"values of mode {image.mode} must be in 0..{most:g}, got {low:g}..{high:g}; convert the image to 8 bits")
-    return Image.fromarray(np.rint(values * (255 / most)).astype(np.uint8))
+    shown = most - values if image.format == "TIFF" and image.tag_v2.get(262) == 0 else values  # a TIFF in which 0 is white
+    grey = Image.fromarray(np.rint(shown * (255 / most)).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if not isinstance(clear, int):
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))
 
 
 def cut(image: Any, wanted: Sequence[tuple[Box, tuple[int, int]]], size: tuple[int, int], turn: int) -> list[Tensor]:

@@ -24,6 +24,9 @@ __all__ = ["DecodedImages", "Decoder", "decode_image", "folder"]
 #: More than this share of unreadable files, and more than so many, is a mistake in the data, not an accident.
 TOLERATED, TOLERATED_FILES = 0.05, 3
 
+#: So many unreadable files are named.
+NAMED = 20
+
 
 class Decoder(Protocol):
     """What makes pixels of an item, see :class:`pyvit.data.decode.ImageDecoder`."""
@@ -77,10 +80,6 @@ class DecodedImages(Images):
         items = pick(self.items) if isinstance(self.items, list) else Picked(self.items, at)
         return DecodedImages(items, self.decoder, pick(self.labels), pick(self.captions), pick(self.groups))
 
-    def identity(self) -> Any:
-        names = self.items if isinstance(self.items, list) else ()
-        return len(self), ["/".join(Path(i).parts[-3:]) for i in names if isinstance(i, (str, Path))], self.labels, self.captions
-
     @property
     def bad(self) -> dict[int, str]:
         return self._bad
@@ -90,7 +89,7 @@ class DecodedImages(Images):
             if at in self._bad:
                 continue
             self._bad[at] = problem
-            warnings.warn(f"skipped {problem}".encode(errors="backslashreplace").decode(), stacklevel=2)
+            warn_skipped(problem, len(self._bad))
             if len(self._bad) > max(TOLERATED * len(self), TOLERATED_FILES):
                 raise ValueError(f"data: {len(self._bad)} of {len(self)} files cannot be read, the last: {problem}")
 
@@ -144,6 +143,14 @@ class DecodedImages(Images):
             if (found := self._try(at, views, problems)) is not None:
                 return at, found
         raise ValueError("data: no file could be read" + "".join(f"; the last: {p}" for p in [*problems.values()][-1:]))
+
+
+def warn_skipped(problem: str, number: int) -> None:
+    """Name an unreadable file, unless many have been named; all are counted at the end of a run."""
+    if number <= NAMED:
+        warnings.warn(f"skipped {problem}".encode(errors="backslashreplace").decode(), stacklevel=3)
+    elif number == NAMED + 1:
+        warnings.warn(f"skipped {NAMED} files; further ones are counted, not named", stacklevel=3)
 
 
 def stack_views(read: Sequence[Mapping[str, list[Tensor]]], crops: Mapping[str, Crop], decoder: Decoder) -> dict[str, Tensor]:

@@ -24,8 +24,10 @@ _NOT_DATA = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume
 
 @dataclass
 class Tree:
-    """A folder: its subfolders by name and its files, links followed; ``left_out`` counts what was passed over, by reason,
-    ``empty`` names the subfolders without a file of the kind looked for."""
+    """A folder: its subfolders by name and its files, links followed.
+
+    ``left_out`` counts what was passed over, by reason; ``empty`` names the subfolders without a file of the kind looked for.
+    """
 
     path: Path
     folders: dict[str, Tree] = field(default_factory=dict)
@@ -35,7 +37,7 @@ class Tree:
 
     def every(self) -> list[Path]:
         """Files of this folder and of those below it, in the order of their names."""
-        return sorted(self.files) + [p for name in sorted(self.folders) for p in self.folders[name].every()]
+        return self.files + [p for name in sorted(self.folders) for p in self.folders[name].every()]
 
     def passed_over(self) -> Counter[str]:
         return sum((f.passed_over() for f in self.folders.values()), self.left_out.copy())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pyvit.data.crops import Crop
-from pyvit.data.sets import Batch, Data, Images
+from pyvit.data.sets import Batch, Data, Images, builtin
 
 
 class Absent(Images):
@@ -26,11 +26,24 @@ class Absent(Images):
         return self.fetch(indices)
 
 
+def _path(source: str) -> tuple[str, Path | None]:
+    """ "hf:" or "hf-stream:" or nothing, and the path after it; None for a built-in set."""
+    kind = next((kind for kind in ("hf-stream:", "hf:") if source.startswith(kind)), "")
+    return kind, Path(source[len(kind) :]).expanduser() if source not in builtin() else None
+
+
+def found(source: str, recorded: str) -> str:
+    """``source`` as it was given, or where that is not here, the place that :func:`describe` recorded of it."""
+    here, there = (path for _, path in map(_path, (source, recorded)))
+    gone = here is not None and not here.exists() and there is not None and there.exists()
+    return recorded if gone else source
+
+
 def describe(data: Data, source: str) -> dict[str, Any]:
     """A JSON record of ``data``, read from ``source``."""
-    path = Path(source).expanduser()
+    kind, path = _path(source)
     return {
-        "source": str(path.absolute()) if path.exists() else source,
+        "source": f"{kind}{path.absolute()}" if path is not None and path.exists() else source,
         "name": data.name,
         "classes": data.classes,
         "size": list(data.size),
@@ -41,7 +54,6 @@ def describe(data: Data, source: str) -> dict[str, Any]:
         "centre": getattr(getattr(data.test, "decoder", None), "centre", None),
         "captioned": data.train.captions is not None,
         "images": [data.train.counted(), data.test.counted()],
-        "fingerprint": data.fingerprint(),
     }
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pyvit.data.crops import Crop, crop_images, generator
-from pyvit.data.split import digest
 
 Batch = dict[str, Any]
 
@@ -76,10 +75,6 @@ class Images(Dataset[Batch]):
     def counted(self) -> str:
         """How many there are, as far as that is known."""
         return str(len(self))
-
-    def identity(self) -> Any:
-        """What tells these images from others without reading them, see :meth:`Data.fingerprint`."""
-        return len(self)
 
     #: Whether images come in the order of a stream, and not by index; whether they are decoded when asked for.
     streamed = decodes = False
@@ -172,11 +167,11 @@ class Data:
         return 1 if self.sound else 3
 
     def summary(self) -> str:
-        """What was found, for a run's first lines: images of each split, classes, what is left out and why. In ASCII, for any terminal."""
+        """What was found, for a run's first lines: images of each split, classes, what is left out and why. Control codes are escaped."""
         kind = "spectrograms" if self.sound else "images"
         lines = [f"data {self.name}: {self.train.counted()} {kind} to train on, {self.test.counted()} held out; {self._of_classes()}"]
         lines += [f"  {note}" for note in self.notes]
-        return "\n".join(lines).encode("ascii", "backslashreplace").decode()
+        return "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines)
 
     def _of_classes(self) -> str:
         if self.classes is None:
@@ -189,10 +184,6 @@ class Data:
         sides = (("training images were replaced by others", self.train), ("held-out images are left out of the figures", self.test))
         return [f"{len(s.bad)} of {len(s)} {what}: they cannot be read" for what, s in sides if s.bad]
 
-    def fingerprint(self) -> str:
-        """A short hash of what is in the two sets, without reading pixels: names or sizes, labels, captions, in order."""
-        return digest(repr([self.classes, self.size, self.train.identity(), self.test.identity()]).encode(errors="backslashreplace")).hex()
-
     def validation(self, share: float) -> Data:
         """These data for choosing settings: ``share`` of the training images, the same ones every time, in the place of the held-out ones.
 
@@ -201,7 +192,8 @@ class Data:
         """
         if self.train.streamed:
             raise ValueError(f"validation: must be 0 for a stream, whose images are not known in advance, got {share} for {self.name}")
-        n, held = len(self.train), round(share * len(self.train))
+        n = len(self.train)
+        held = round(share * n) if 0 < share < 1 else 0  # NaN included
         if not 0 < held < n:
             raise ValueError(f"validation: must leave some of the {n} training images on both sides, in (0, 1), got {share}")
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0), device="cpu").tolist()
@@ -243,7 +235,8 @@ class Data:
         return dataclasses.replace(self, train=train, test=test, classes=list(classes), notes=notes)
 
 
-def _builtin() -> dict[str, Callable[..., Data]]:
+def builtin() -> dict[str, Callable[..., Data]]:
+    """The sets that need no path, by name."""
     from pyvit.data.digits import digits
     from pyvit.data.scenes import scenes
     from pyvit.data.spoken_words import words
@@ -266,11 +259,13 @@ def load_data(spec: str, size: int | None = None, validation: float = 0.0, **opt
     """
     if not spec.strip() or spec in ("hf:", "hf-stream:"):
         raise ValueError(f"data: must name a folder, a table of captions, a Hugging Face set or one that is built in, got {spec!r}")
+    if size is not None and size < 1:
+        raise ValueError(f"data: size must be at least 1, got {size}")
     if validation:
         return load_data(spec, size, **options).validation(validation)
-    builtin = _builtin()
-    if spec in builtin:
-        return builtin[spec](**({} if size is None else {"size": size}), **options)
+    sets = builtin()
+    if spec in sets:
+        return sets[spec](**({} if size is None else {"size": size}), **options)
     if spec.startswith("hf-stream:"):
         from pyvit.data.stream import hugging_face_stream
 
@@ -292,4 +287,4 @@ def load_data(spec: str, size: int | None = None, validation: float = 0.0, **opt
         raise ValueError(f"data: {spec!r} is a file; it must be a table of captions ({', '.join(ENDINGS)}) or a folder")
     if "/" in spec or path.suffix:
         raise FileNotFoundError(f"data: {spec!r} does not exist")
-    raise ValueError(f"data: must be a folder, a CSV file, hf:NAME or one of {', '.join(builtin)}, got {spec!r}")
+    raise ValueError(f"data: must be a folder, a CSV file, hf:NAME or one of {', '.join(sets)}, got {spec!r}")

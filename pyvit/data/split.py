@@ -33,8 +33,9 @@ def hold_out(
     lacking = _one_sided(sides, label, 0.5)
     if lacking and files is not None:
         sides = _tenths([(c, files[i]) if c in lacking else groups[i] for i, c in enumerate(label)], label)
-        parted, lacking = lacking, _one_sided(sides, label, 1.0)
-        if (parted := parted - lacking) and notes is not None and len(set(groups)) < len(set(files)):
+        copies, lacking = lacking, _one_sided(sides, label, 1.0)
+        parted = copies - lacking
+        if parted and notes is not None and len(set(groups)) < len(set(files)):
             notes.append("copies of one image are on both sides" + ("" if labels is None else f", in {_named(sorted(parted), names)}"))
     else:
         lacking = _one_sided(sides, label, 1.0)

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from pyvit.data.crops import Crop, generator
 from pyvit.data.decode import CENTRE, ImageDecoder
-from pyvit.data.files import TOLERATED, TOLERATED_FILES, DecodedImages, Decoder, stack_views
+from pyvit.data.files import TOLERATED, TOLERATED_FILES, DecodedImages, Decoder, stack_views, warn_skipped
 from pyvit.data.hub import caption_texts, choose_splits, columns_of, open_hugging_face, split_spec, undecoded
 from pyvit.data.sets import Batch, Data, Images
 
@@ -63,9 +63,6 @@ class Stream(Images):
     def counted(self) -> str:
         return "streamed" if self.count is None else str(self.count)
 
-    def identity(self) -> Any:
-        return self.count
-
     @property
     def bad(self) -> dict[int, str]:
         return self._bad
@@ -74,7 +71,7 @@ class Stream(Images):
         for at, problem in problems.items():
             if at not in self._bad:
                 self._bad[at] = problem
-                warnings.warn(f"skipped {problem}".encode(errors="backslashreplace").decode(), stacklevel=2)
+                warn_skipped(problem, len(self._bad))
 
     def sample(self) -> Images:
         """The first examples, kept undecoded in memory."""

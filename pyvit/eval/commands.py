@@ -12,13 +12,14 @@ from pyvit.eval import contact_sheet, retrieval, visualize, zero_shot
 from pyvit.eval import knn as knn_module
 from pyvit.eval import linear as linear_module
 from pyvit.eval.features import check_finite, features, labels_of, right
+from pyvit.train.log import say
 from pyvit.train.runs import load_run
 
 
 def _open(run: str, data: str | None) -> tuple[Any, Any]:
     """The run and its images, said in a few lines."""
     recipe, chosen = load_run(run, data)
-    print(chosen.summary())
+    say(chosen.summary())
     return recipe, chosen
 
 
@@ -85,12 +86,16 @@ def retrieval_command(run: str, data: str | None = None, out: str | None = None,
     found = retrieval.recall_of(recipe, chosen, (1, 5, 10))
     _say_damage(chosen)
     print(f"{run}: recall " + (", ".join(f"{k} {v:.1f} %" for k, v in found.items()) or "not measured: too few captions are distinct"))
-    if "parts" in chosen.extra:
+    known = retrieval.has_parts(recipe.exported())
+    if "parts" in chosen.extra and known:
         found["parts"] = retrieval.quarter_accuracy(recipe, chosen)
         print(f"{run}: phrase points at the right quarter in {found['parts']:.1f} % (chance: 25 %)")
     batch = _some(chosen, count)
     parts = chosen.extra.get("parts")
     phrases = [parts[i][0][0] for i in batch["index"].tolist()] if parts else batch["caption"]
+    if not known:
+        print("no picture of parts: the image tower is no ViT with a class token")
+        return found
     maps = retrieval.part_map(recipe.exported(), recipe.normalize(batch["image"]), recipe.tokenizer(phrases))
     picture = contact_sheet.enlarge(batch["image"] / 255, 128)
     warm = contact_sheet.enlarge(contact_sheet.heat(maps), 128, smooth=True)
@@ -109,6 +114,8 @@ def attention(run: str, data: str | None = None, mass: float = 0.6, out: str | N
 
 def reconstruct(run: str, data: str | None = None, mask_ratio: float = 0.75, out: str | None = None, count: int = 8, seed: int = 0) -> Path:
     """Sheet of an MAE's reconstructions."""
+    if not 0 < mask_ratio < 1:
+        raise ValueError(f"mask-ratio: must be in (0, 1), got {mask_ratio}")
     recipe, images, _ = _pictures(run, data, count)
     torch.manual_seed(seed)
     columns = visualize.reconstruction_columns(recipe, images, mask_ratio)

@@ -19,6 +19,8 @@ def knn_predict(queries: Tensor, bank: Tensor, labels: Tensor, classes: int, k: 
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"knn: k must be in 1..{len(bank)}, the size of the bank, got {k}")
+    if not temperature > 0:
+        raise ValueError(f"knn: temperature must be above 0, got {temperature}")
     check_finite("knn", queries, bank)
     queries, bank = F.normalize(queries.float(), dim=1), F.normalize(bank.float(), dim=1)
     votes = []

@@ -32,6 +32,8 @@ def linear_probe(
     fifth in turn, and the best rate then learns from all. Of rates that are right equally often, the one with the lowest loss is taken.
     Raises ValueError for features that are not finite, and where training has fewer than two classes.
     """
+    if epochs < 1:
+        raise ValueError(f"linear: epochs must be at least 1, got {epochs}")
     check_labelled("linear", train, test)
     check_finite("linear", train[0], test[0])
     classes = int(max(train[1].max(), test[1].max())) + 1

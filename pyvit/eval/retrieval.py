@@ -78,6 +78,12 @@ def check_towers(what: str, recipe: Any) -> None:
         raise ValueError(f"{what}: the run must be of the recipe clip or siglip, it is of {recipe.config.recipe}")
 
 
+def has_parts(model: nn.Module) -> bool:
+    """Whether :func:`part_map` knows the image tower: a ViT with a class token."""
+    visual = model.visual
+    return bool(getattr(visual, "num_prefix_tokens", 0)) and getattr(visual, "attn_pool", None) is None
+
+
 @torch.no_grad()
 def part_map(model: nn.Module, images: Tensor, text: Tensor) -> Tensor:
     """Similarity of each patch to a text: images (B, C, H, W) normalised, text ids (B, L) -> (B, rows, columns).
@@ -87,7 +93,7 @@ def part_map(model: nn.Module, images: Tensor, text: Tensor) -> Tensor:
     (2022).
     """
     visual = model.visual
-    if not hasattr(visual, "num_prefix_tokens") or getattr(visual, "attn_pool", None) is not None:
+    if not has_parts(model):
         raise ValueError("parts: the image tower must be a ViT with a class token, whose patches share its projection")
     entering: list[Tensor] = []
     last = visual.blocks[-1]  # type: ignore[index]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pyvit.data import Data, load_data
-from pyvit.data.saved import described
+from pyvit.data.saved import described, found
 
 
 def load_run(folder: str | Path, data: str | None = None) -> tuple[Any, Data]:
@@ -46,17 +46,16 @@ def _images(config: Any, kept: dict[str, Any] | None, data: str | None, trained_
     if data is None:
         if not kept:
             return trained_on
-        spec = kept["source"] if not Path(config.data).expanduser().exists() and Path(kept["source"]).exists() else config.data
         try:
-            return load_data(spec, trained_on.size[1], config.validation)
+            return load_data(found(config.data, kept["source"]), trained_on.size[1], config.validation)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; name the images to measure on with --data") from error
-    found = load_data(data, trained_on.size[1])
-    if found.sound != trained_on.sound:
-        kinds = [("spectrograms" if each.sound else "images") for each in (trained_on, found)]
-        raise ValueError(f"data: the run was trained on {kinds[0]}, {found.name} has {kinds[1]}")
+    chosen = load_data(data, trained_on.size[1])
+    if chosen.sound != trained_on.sound:
+        kinds = [("spectrograms" if each.sound else "images") for each in (trained_on, chosen)]
+        raise ValueError(f"data: the run was trained on {kinds[0]}, {chosen.name} has {kinds[1]}")
     centre = (kept or {}).get("centre")
-    return dataclasses.replace(found, train=found.train.centred(centre), test=found.test.centred(centre))
+    return dataclasses.replace(chosen, train=chosen.train.centred(centre), test=chosen.test.centred(centre))
 
 
 def _read(path: Path) -> dict[str, Any]:

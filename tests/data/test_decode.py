@@ -40,6 +40,46 @@ def test_floats_from_0_to_1_are_scaled_and_others_refused(tmp_path):
             decode_image(tmp_path / f"{name}.tif", 32)
 
 
+def wide_png(color: int, values: np.ndarray, extra: bytes = b"") -> bytes:
+    """A PNG of 16 bits a channel, which Pillow does not write."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, color, 0, 0, 0))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    transparency = chunk(b"tRNS", extra) if extra else b""
+    return b"\x89PNG\r\n\x1a\n" + head + transparency + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("color", [0, 2, 4, 6])
+def test_sixteen_bits_of_every_kind_of_png(color):
+    wide, full = RAMP * 65535, np.full_like(RAMP, 65535)
+    channels = {0: [wide], 2: [wide] * 3, 4: [wide, full], 6: [wide, wide, wide, full]}[color]
+    got = decode_image(wide_png(color, np.stack(channels, -1)), 64).float()
+    assert (got - torch.from_numpy(RAMP * 255)).abs().max() <= 1
+
+
+def test_a_transparent_value_of_sixteen_bits_is_white():
+    values = np.full((16, 16, 1), 1000)
+    values[:, 8:] = 0
+    got = decode_image(wide_png(0, values, struct.pack(">H", 0)), 16)
+    assert got[:, 8, 4].tolist() == [4] * 3
+    assert got[:, 8, 12].tolist() == [255] * 3
+
+
+def test_tiff_files_in_which_0_is_white(tmp_path):
+    for name, values in (("narrow", np.uint8), ("wide", np.uint16)):
+        image = Image.fromarray(np.rint(RAMP * np.iinfo(values).max).astype(values))
+        image.save(tmp_path / f"{name}.tif")
+        content = (tmp_path / f"{name}.tif").read_bytes()
+        black = struct.pack("<HHIHH", 262, 3, 1, 1, 0)
+        assert content.count(black) == 1
+        (tmp_path / f"{name}.tif").write_bytes(content.replace(black, struct.pack("<HHIHH", 262, 3, 1, 0, 0)))
+        got = decode_image(tmp_path / f"{name}.tif", 64).float()
+        assert (got - (255 - torch.from_numpy(RAMP * 255))).abs().max() <= 1, name
+
+
 def test_32_bit_integers_are_refused(tmp_path):
     Image.fromarray((RAMP * 1e6).astype(np.int32)).save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match="32-bit integers have no known white"):
@@ -181,6 +221,16 @@ def test_many_damaged_files_stop_the_run(tmp_path):
     images = DecodedImages(paths, ImageDecoder(8))
     with pytest.warns(UserWarning, match="skipped"), pytest.raises(ValueError, match=r"4 of 30 files cannot be read, the last: .*3.png"):
         images.draw(range(30), {}, 0, 0)
+
+
+def test_a_few_unreadable_files_are_named_and_the_others_counted(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(1000)]
+    images = DecodedImages(paths, ImageDecoder(8))
+    with pytest.warns(UserWarning, match="skipped") as said:
+        images.note({i: f"{i}.png: gone" for i in range(40)})
+    assert len(said) == 21
+    assert "further ones are counted" in str(said[-1].message)
+    assert len(images.problems) == 40
 
 
 def test_evaluation_takes_seven_eighths_where_there_are_pixels_to_spare():

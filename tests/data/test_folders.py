@@ -275,10 +275,17 @@ def test_names_that_are_no_text_are_read_and_shown_safely(tmp_path):
     classes(tmp_path, ("cat", os.fsdecode(b"caf\xe9"), "日本"))
     data = read(tmp_path)
     assert len(data.classes) == 3
-    assert data.summary().isascii()
+    assert "\\udce9" in data.summary().encode().decode()
+    assert "日本" in data.summary()
     (Path(data.train.items[0])).write_bytes(b"x")
     with pytest.warns(UserWarning, match="skipped"):
         data.train.fetch([0])
+
+
+def test_names_are_shown_without_control_codes(tmp_path):
+    classes(tmp_path, ("cat", "\x1b[31mred\n"))
+    assert "\\x1b[31mred\\n" in read(tmp_path).summary()
+    assert len(read(tmp_path).summary().splitlines()) == 2
 
 
 def test_accents_may_be_written_in_two_ways(tmp_path):

@@ -67,6 +67,14 @@ def test_tables_that_cannot_be_read_name_the_file_and_the_line(tmp_path, content
     assert str(tmp_path / "t.csv") in str(error.value)
 
 
+def test_spaces_around_fields_mean_nothing(tmp_path):
+    pictures(tmp_path)
+    (tmp_path / "t.csv").write_text(
+        "image, caption, label\n" + "".join(f" {n} , a picture ,{' x' if i % 2 else 'x '}\n" for i, n in enumerate(ROWS))
+    )
+    assert load_data(str(tmp_path / "t.csv"), 8).classes == ["x"]
+
+
 def test_rows_without_a_caption_are_counted(tmp_path):
     pictures(tmp_path)
     (tmp_path / "t.csv").write_text("image,caption\n" + "".join(f"{name},{'' if i == 3 else 'x'}\n" for i, name in enumerate(ROWS)))

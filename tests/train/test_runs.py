@@ -60,9 +60,12 @@ def test_the_folder_says_what_the_network_takes(run):
 def test_a_relative_path_is_found_from_elsewhere(tmp_path, monkeypatch):
     shades(tmp_path / "work" / "data")
     monkeypatch.chdir(tmp_path / "work")
-    train(Config(**TINY, data="./data", out=str(tmp_path / "run"), option=PLAIN))
+    train(Config(**TINY, data="data", out=str(tmp_path / "run"), option=PLAIN))
+    (tmp_path / "work" / "digits").mkdir()  # a folder of the name of a built-in set is not what was trained on
+    train(Config(data="digits", steps=1, batch_size=16, set=["depth=1"], out=str(tmp_path / "digits")))
     monkeypatch.chdir(tmp_path)
     assert load_run(tmp_path / "run")[1].classes == ["dark", "light"]
+    assert len(load_run(tmp_path / "digits")[1].test) == 355
 
 
 @pytest.mark.parametrize("recipe", ["finetune", "linear"])
@@ -151,6 +154,14 @@ def test_a_vocabulary_is_kept_with_the_run(tmp_path):
     assert recipe.evaluate(data) == pytest.approx(results)
     other = load_run(tmp_path / "run", str(shades(tmp_path / "other")))[1]
     assert other.test.decoder.centre == other.train.decoder.centre == 1.0  # as the run's own images were seen, not a folder's 0.875
+
+
+def test_retrieval_of_towers_without_parts_gives_its_figures(tmp_path, capsys):
+    settings = {**TINY, "model": "siglip_pico_patch8_32", "recipe": "siglip", "option": ["context=16"]}
+    train(Config(**{**settings, "data": "digits"}, out=str(tmp_path / "run")))
+    commands.retrieval_command(str(tmp_path / "run"))
+    assert "no picture of parts" in capsys.readouterr().out
+    assert commands.zero_shot_command(str(tmp_path / "run"), count=2) >= 0
 
 
 def test_unreadable_images_are_counted_at_the_end(tmp_path, capsys):
