@@ -21,7 +21,7 @@ class ImageText(Recipe):
     defaults: ClassVar[dict[str, Any]] = {"epochs": 32, "batch_size": 32768, "weight_decay": 0.2, "warmup": 0.01, "clip": 0.0, "lr": 5e-4}
     options: ClassVar[dict[str, Any]] = {"tokenizer": "bytes", "context": 77, "crop": 0.9}
     betas = (0.9, 0.98)
-    takes, encodes = "of two towers, for images and for text", False
+    takes, encodes = "one of two towers, for images and for text", False
 
     @classmethod
     def fits(cls, name: str) -> bool:

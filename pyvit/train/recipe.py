@@ -35,7 +35,7 @@ class Recipe(nn.Module):
     optimizer: ClassVar[str] = "adamw"
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     #: Models: what is taken, in words, and whether it is an image encoder; settings of it that the recipe decides, and further ones it has.
-    takes: ClassVar[str] = "a model with an image encoder"
+    takes: ClassVar[str] = "one with an image encoder"
     encodes: ClassVar[bool] = True
     decides: ClassVar[tuple[str, ...]] = ()
     adds: ClassVar[tuple[str, ...]] = ()

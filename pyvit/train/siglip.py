@@ -19,7 +19,7 @@ class SigLIP(ImageText):
     defaults: ClassVar[dict[str, Any]] = {**ImageText.defaults, "batch_size": 16384, "weight_decay": 1e-4, "lr": 1e-3}
     options: ClassVar[dict[str, Any]] = {**ImageText.options, "context": 64}
     betas = (0.9, 0.95)
-    takes = "of two towers with a bias beside the temperature"
+    takes = "one of two towers with a bias beside the temperature"
 
     @classmethod
     def fits(cls, name: str) -> bool:

@@ -33,16 +33,21 @@ def check_model(recipe: Any, config: Config) -> None:
     name = config.model or ""
     settings_of(name)
     if not recipe.fits(name):
-        families = sorted(
-            {fitting.split("_")[0] + "_*" if "_" in fitting else fitting for fitting in list_models() if recipe.fits(fitting)}
-        )
-        raise ValueError(f"{config.recipe}: model must be {recipe.takes}, one of {', '.join(families)}; got {name}")
+        raise ValueError(f"{config.recipe}: model must be {recipe.takes}, one of {', '.join(_families(recipe))}; got {name}")
     chosen = parse(config.set, "set")
     found = encoder(name, chosen) if recipe.encodes else None
     known = set(parameters(found.constructor if found is not None else settings_of(name)[0]))
     changed = found.changed if found is not None else chosen
     if unknown := sorted(changed.keys() - known - set(recipe.adds)):
         raise ValueError(f"{config.recipe}: set must name settings of {name} ({', '.join(sorted(known))}), got {', '.join(unknown)}")
+
+
+def _families(recipe: Any) -> list[str]:
+    """The models a recipe can train, by the first part of their names: "vit_*", or "some deit_*" where it is not all of them."""
+    found: dict[str, list[bool]] = {}
+    for name in list_models():
+        found.setdefault(name.partition("_")[0] + "_*" if "_" in name else name, []).append(recipe.fits(name))
+    return [family if all(fits) else f"some {family}" for family, fits in found.items() if any(fits)]
 
 
 def build(name: str, data: Data, config: Config, whole: bool = False, **settings: Any) -> nn.Module:

@@ -108,7 +108,7 @@ def test_models_are_taken_or_refused_before_data_is_read(recipe, monkeypatch):
         if expected(recipe, name):
             assert _settle(config(recipe, name)).model == name
             continue
-        with pytest.raises(ValueError, match=rf"^{recipe}: model must be .*one of .*\*.*; got {name}$") as caught:
+        with pytest.raises(ValueError, match=rf"^{recipe}: model must be .*, one of .*\*.*; got {name}$") as caught:
             train(config(recipe, name))
         assert "\n" not in str(caught.value)
 
