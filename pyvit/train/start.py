@@ -28,8 +28,8 @@ HEADS = (r"head(_dist)?\..*", r"fc\..*", r"fc_norm\..*", r"attn_pool\..*", r"mas
 
 def check_model(recipe: Any, config: Config) -> None:
     """Refuse, before any data is read, a model that the recipe cannot train or settings it does not have. Raises ValueError."""
-    if recipe.needs_init and config.init is None:
-        raise ValueError(f"{config.recipe}: init must name {recipe.needs_init}")
+    if (recipe.needs_init and config.init is None) or (config.init is not None and not config.init.strip()):
+        raise ValueError(f"{config.recipe}: init must name {recipe.needs_init or 'a run or a checkpoint'}, got {config.init!r}")
     name = config.model or ""
     settings_of(name)
     if not recipe.fits(name):

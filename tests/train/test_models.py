@@ -141,6 +141,9 @@ def test_unknown_settings_are_refused_before_data_is_read():
     for recipe, name in (("supervised", "vit_tiny_patch16_224"), ("clip", "clip_pico_patch8_32"), ("mae", "vit_pico_patch8_32")):
         with pytest.raises(ValueError, match=rf"{recipe}: set must name settings of {name} .*, got dept"):
             train(Config(recipe=recipe, model=name, data="nowhere", set=["dept=2"]))
+    for recipe, given in (("finetune", None), ("linear", None), ("finetune", ""), ("supervised", " ")):
+        with pytest.raises(ValueError, match=rf"{recipe}: init must name .*, got {given!r}"):
+            train(Config(recipe=recipe, model="vit_pico_patch8_32", data="nowhere", init=given))
     with pytest.raises(ValueError, match=r"did you mean"):
         train(Config(model="vit_pico_patch8_23", data="nowhere"))
 
