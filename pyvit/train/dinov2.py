@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyvit.data import Data
 from pyvit.losses import IBOTLoss, KoLeoLoss
-from pyvit.models.encoders import encoder
+from pyvit.models.encoders import image_encoder
 from pyvit.models.vit import VisionTransformer
 from pyvit.train.config import Config
 from pyvit.train.dino import DINO
@@ -49,7 +49,7 @@ class DINOv2(DINO):
 
     @classmethod
     def fits(cls, name: str) -> bool:
-        found = encoder(name)
+        found = image_encoder(name)
         return found is not None and issubclass(found.constructor, VisionTransformer)
 
     def __init__(self, config: Config, data: Data) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pyvit.data import Data
-from pyvit.models.encoders import encoder
+from pyvit.models.encoders import image_encoder
 from pyvit.train.config import Config, parse
 from pyvit.train.start import build, initialise
 
@@ -45,7 +45,7 @@ class Recipe(nn.Module):
     @classmethod
     def fits(cls, name: str) -> bool:
         """Whether the recipe can train the registered model ``name``."""
-        return encoder(name) is not None
+        return image_encoder(name) is not None
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__()

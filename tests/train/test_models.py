@@ -7,7 +7,7 @@ import torch
 
 import pyvit
 from pyvit.data import Data, TensorImages
-from pyvit.models.encoders import encoder
+from pyvit.models.encoders import image_encoder
 from pyvit.models.registry import settings_of
 from pyvit.models.resnet import ResNet
 from pyvit.models.swin import SwinTransformer
@@ -33,7 +33,7 @@ def tiny(name):
         return vit if name.startswith("siglip") else {**vit, **TEXT}
     if name.startswith("clip_resnet"):
         return {"layers": (1, 1, 1, 1), "width": 8, "num_heads": 2, **TEXT}
-    found = encoder(name)
+    found = image_encoder(name)
     if found.constructor is SwinTransformer:
         return {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 2, "pretrained_window_sizes": None}
     if found.constructor is ResNet:
