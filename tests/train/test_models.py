@@ -148,6 +148,13 @@ def test_unknown_settings_are_refused_before_data_is_read():
         train(Config(model="vit_pico_patch8_23", data="nowhere"))
 
 
+def test_the_models_of_built_in_sets_fit():
+    for recipe, data in [(r, d) for r in RECIPES if r not in ("finetune", "linear") for d in ("digits", "scenes", "words")]:
+        if recipe in ("clip", "siglip") and data == "words":
+            continue
+        assert load_recipe(recipe).fits(_settle(Config(recipe=recipe, data=data)).model)
+
+
 def test_a_registered_encoder_keeps_its_settings():
     """What a model's name says reaches the encoder that a recipe trains."""
     recipe = load_recipe("supervised")(_settle(config("supervised", "clip_vit_base_patch32_224")), images())
