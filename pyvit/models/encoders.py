@@ -31,7 +31,7 @@ class Encoder(NamedTuple):
     changed: dict[str, Any]
 
 
-def encoder(name: str, changed: Mapping[str, Any] | None = None) -> Encoder | None:
+def image_encoder(name: str, changed: Mapping[str, Any] | None = None) -> Encoder | None:
     """The image encoder of the registered model ``name``, with some settings changed, or None for a model that has none on its own.
 
     It is the model itself for ViT, Swin and ResNet; what is trained in ``mae_*``, ``dino_*``, ``ibot_*``, ``dinov2_*`` and ``simclr_*``;
@@ -45,7 +45,7 @@ def encoder(name: str, changed: Mapping[str, Any] | None = None) -> Encoder | No
     if constructor is distilled:
         return Encoder(VisionTransformer, without(settings, HEAD), without(changed, HEAD))
     if constructor is SimCLR:
-        return encoder(settings["encoder"], {**without(settings, _PROJECTION), **without(changed, _PROJECTION)})
+        return image_encoder(settings["encoder"], {**without(settings, _PROJECTION), **without(changed, _PROJECTION)})
     if constructor in (clip_vit, siglip_vit):
         tower = lambda given: {{"width": "embed_dim"}.get(k, k): v for k, v in given.items() if k not in _TEXT}  # noqa: E731
         defaults = {p.name: p.default for p in inspect.signature(constructor).parameters.values() if p.default is not p.empty}

@@ -105,7 +105,13 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
 
 def _mlp(state: Mapping[str, Tensor], block: str, width: int) -> dict[str, Any]:
     wide, hidden = state[block + "mlp.fc1.weight"].shape[0], state[block + "mlp.fc2.weight"].shape[1]
-    return {"activation": "swiglu", "mlp_ratio": hidden * 1.5 / width} if wide == 2 * hidden else {"mlp_ratio": hidden / width}
+    return {"activation": "swiglu", "mlp_ratio": hidden * 1.5 / width} if wide == 2 * hidden else {"mlp_ratio": _ratio(hidden, width)}
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """The ratio of which int(width * ratio) is hidden, whatever the division loses."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
 
 def _vit(state: Mapping[str, Tensor], prefix: str, grid: Sequence[int] | None = None) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class ImageText(Contrastive):
         "crop": Option(0.9, "smallest share of an image that a random crop keeps", "(0, 1]"),
     }
     betas, eps = (0.9, 0.98), 1e-6
-    takes, encodes = "of two towers, for images and for text", False
+    takes, encodes = "one of two towers, for images and for text", False
 
     @classmethod
     def fits(cls, name: str) -> bool:

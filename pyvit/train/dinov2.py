@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from pyvit.data import Data
 from pyvit.losses import IBOTLoss, KoLeoLoss
 from pyvit.models.dino import SelfDistillation, block_masks
-from pyvit.models.encoders import encoder
 from pyvit.models.vit import VisionTransformer
 from pyvit.train.config import Config
 from pyvit.train.dino import DINO
@@ -52,7 +51,7 @@ class DINOv2(DINO):
 
     @classmethod
     def fits(cls, name: str) -> bool:
-        found = encoder(name)
+        found = image_image_encoder(name)
         return found is not None and issubclass(found.constructor, VisionTransformer)
 
     def __init__(self, config: Config, data: Data) -> None:

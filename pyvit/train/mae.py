@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvit.data import Data
-from pyvit.models.encoders import encoder
+from pyvit.models.encoders import image_encoder
 from pyvit.models.mae import MaskedAutoencoder
 from pyvit.models.vit import VisionTransformer
 from pyvit.train import augment
@@ -37,12 +37,12 @@ class MAE(Recipe):
 
     @classmethod
     def fits(cls, name: str) -> bool:
-        found = encoder(name)
+        found = image_encoder(name)
         return found is not None and found.constructor is VisionTransformer
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
-        found = encoder(config.model or "", parse(config.set, "set"))
+        found = image_encoder(config.model or "", parse(config.set, "set"))
         if found is None or found.constructor is not VisionTransformer:
             raise ValueError(f"mae: model must be {self.takes}, got {config.model}")
         decoder = {

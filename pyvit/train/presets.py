@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-#: The model that a built-in set trains when none is named, for one tower and for two.
+#: The model that a built-in set trains when none is named, for any recipe and for those that need another.
 MODELS = {
     "digits": "vit_pico_patch8_32",
     "scenes": "vit_pico_patch8_64",
@@ -12,6 +12,7 @@ MODELS = {
     "synthetic": "vit_small_patch16_224",
 }
 TOWERS = {
+    ("mae", "words"): "vit_pico_patch8_32",  # an AST's patches overlap
     ("clip", "digits"): "clip_pico_patch8_32",
     ("clip", "scenes"): "clip_pico_patch8_64",
     ("siglip", "digits"): "siglip_pico_patch8_32",

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from pyvit.data import Data
 from pyvit.data.crops import Crop, crop_images, generator
-from pyvit.models.encoders import encoder
 from pyvit.train.config import Config
 from pyvit.train.options import Option, SettingError, choose, parse
 from pyvit.train.start import build, initialise
@@ -43,7 +42,7 @@ class Recipe(nn.Module):
     #: Whether the exported network has one output for each of the data's classes, in their order.
     classifies: ClassVar[bool] = False
     #: Models: what is taken, in words, and whether it is an image encoder; settings of it that the recipe decides, and further ones it has.
-    takes: ClassVar[str] = "a model with an image encoder"
+    takes: ClassVar[str] = "one with an image encoder"
     encodes: ClassVar[bool] = True
     decides: ClassVar[tuple[str, ...]] = ()
     adds: ClassVar[tuple[str, ...]] = ()
@@ -53,7 +52,7 @@ class Recipe(nn.Module):
     @classmethod
     def fits(cls, name: str) -> bool:
         """Whether the recipe can train the registered model ``name``."""
-        return encoder(name) is not None
+        return image_image_encoder(name) is not None
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ class SigLIP(ImageText):
         "context": Option(64, "tokens of a caption; longer ones are cut", "[3, inf)"),
     }
     betas = (0.9, 0.95)
-    takes = "of two towers with a bias beside the temperature"
+    takes = "one of two towers with a bias beside the temperature"
 
     @classmethod
     def fits(cls, name: str) -> bool:

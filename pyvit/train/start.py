@@ -15,7 +15,7 @@ from torch import nn
 
 from pyvit.data import Data
 from pyvit.models.checkpoints import CheckpointError, LoadReport, load_checkpoint, open_source
-from pyvit.models.encoders import encoder, parameters
+from pyvit.models.encoders import image_encoder, parameters
 from pyvit.models.infer import infer, structure
 from pyvit.models.registry import create_model, list_models, settings_of
 from pyvit.models.vit import VisionTransformer
@@ -29,33 +29,38 @@ HEADS = (r"head(_dist)?\..*", r"fc\..*", r"fc_norm\..*", r"attn_pool\..*", r"mas
 
 def check_model(recipe: Any, config: Config) -> None:
     """Refuse, before any data is read, a model that the recipe cannot train or settings it does not have. Raises ValueError."""
-    if recipe.needs_init and config.init is None:
-        raise ValueError(f"{config.recipe}: init must name {recipe.needs_init}")
+    if (recipe.needs_init and config.init is None) or (config.init is not None and not config.init.strip()):
+        raise ValueError(f"{config.recipe}: init must name {recipe.needs_init or 'a run or a checkpoint'}, got {config.init!r}")
     name = config.model or ""
     settings_of(name)
     if not recipe.fits(name):
-        families = sorted(
-            {fitting.split("_")[0] + "_*" if "_" in fitting else fitting for fitting in list_models() if recipe.fits(fitting)}
-        )
-        raise ValueError(f"{config.recipe}: model must be {recipe.takes}, one of {', '.join(families)}; got {name}")
+        raise ValueError(f"{config.recipe}: model must be {recipe.takes}, one of {', '.join(_families(recipe))}; got {name}")
     chosen = parse(config.set, "set")
-    found = encoder(name, chosen) if recipe.encodes else None
+    found = image_encoder(name, chosen) if recipe.encodes else None
     known = set(parameters(found.constructor if found is not None else settings_of(name)[0]))
     changed = found.changed if found is not None else chosen
     if unknown := sorted(changed.keys() - known - set(recipe.adds)):
         raise ValueError(f"{config.recipe}: set must name settings of {name} ({', '.join(sorted(known))}), got {', '.join(unknown)}")
 
 
+def _families(recipe: Any) -> list[str]:
+    """The models a recipe can train, by the first part of their names: "vit_*", or "some deit_*" where it is not all of them."""
+    found: dict[str, list[bool]] = {}
+    for name in list_models():
+        found.setdefault(name.partition("_")[0] + "_*" if "_" in name else name, []).append(recipe.fits(name))
+    return [family if all(fits) else f"some {family}" for family, fits in found.items() if any(fits)]
+
+
 def build(name: str, data: Data, config: Config, whole: bool = False, **settings: Any) -> nn.Module:
     """The model of a run: its registered settings, under those of the recipe that its constructor knows, under ``--set``.
 
-    It is the image encoder of the model called ``name`` (see :func:`pyvit.models.encoders.encoder`), or with ``whole`` that model itself.
+    It is the image encoder of the model called ``name``, see :func:`pyvit.models.encoders.image_encoder`, or with ``whole`` that model.
     Image size and channels are the data's; the image size of a model without ``img_size`` is free.
     """
     constructor, registered = settings_of(name)
     changed = parse(config.set, "set")
     if not whole:
-        found = encoder(name, changed)
+        found = image_encoder(name, changed)
         if found is None:
             raise ValueError(f"{config.recipe}: model must have an image encoder, {name} has none")
         constructor, registered, changed = found
@@ -83,7 +88,7 @@ def inherit(config: Config, recipe: Any) -> Config:
         config = config.resolved({"model": before["model"], "image_size": before["image_size"]})
         if config.model == before["model"]:
             given, theirs = parse(config.set, "set"), parse(before["set"], "set")
-            found = encoder(before["model"], theirs) if recipe.encodes else None
+            found = image_encoder(before["model"], theirs) if recipe.encodes else None
             known = set(parameters(found.constructor)) | set(recipe.adds) if found is not None else theirs.keys()
             kept = (k for k in theirs if k not in given and (found is None or k not in found.changed or k in known))
             config = dataclasses.replace(config, set=[*(f"{k}={theirs[k]!r}" for k in kept), *config.set])
@@ -97,7 +102,7 @@ def adopt(config: Config, recipe: Any) -> Config:
     """
     if config.init is None or not recipe.encodes:
         return config
-    found = encoder(config.model or "", parse(config.set, "set"))
+    found = image_encoder(config.model or "", parse(config.set, "set"))
     if found is None or not issubclass(found.constructor, VisionTransformer):
         return config
     shown = structure(open_source(config.init))

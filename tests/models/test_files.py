@@ -286,3 +286,37 @@ def test_suffixes_do_not_decide(tmp_path):
     load_checkpoint(model, tmp_path / "a.bin")
     assert same(model, source.state_dict())
     assert files.read(tmp_path / "a.bin")[1] == {}
+
+
+def test_configurations_of_timm_and_open_clip(tmp_path):
+    """timm names the architecture and the image, open_clip the heads and the activation."""
+    source = vit(img_size=(16, 64))
+    config = {"architecture": "vit_small_patch16_224", "pretrained_cfg": {"input_size": [3, 16, 64]}, "model_args": {"num_heads": 2}}
+    folder = folder_of(tmp_path / "timm", source.state_dict(), config, "safetensors")
+    assert load_checkpoint(vit(), folder).adapted == ["pos_embed 2x8 -> 4x4"]
+    del config["model_args"]
+    (folder / "config.json").write_text(json.dumps(config))  # the architecture's own 6 heads
+    with pytest.raises(ValueError, match=r"num_heads 6 in the file, 2 in the model"):
+        load_checkpoint(vit(), folder)
+    towers = {"img_size": 32, "patch_size": 8, "width": 64, "depth": 1, "num_heads": 1, "text_width": 24, "text_depth": 1, "text_heads": 2}
+    make = lambda **more: pyvit.create_model("clip_vit_base_patch32_224", **{**towers, **more}, vocab_size=20, context_length=8)  # noqa: E731
+    text = {"context_length": 8, "vocab_size": 20, "width": 24, "heads": 2, "layers": 1}
+    named = {"model_cfg": {"vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8}, "text_cfg": text}}
+    path = tmp_path / "open_clip"
+    path.mkdir()
+    torch.save(from_native(make().state_dict(), "OpenAI CLIP"), path / "open_clip_pytorch_model.bin")
+    (path / "open_clip_config.json").write_text(json.dumps(named))
+    with pytest.raises(ValueError, match=r"activation 'gelu' in the file, 'quick_gelu' in the model"):
+        load_checkpoint(make(), path)
+    assert not load_checkpoint(make(activation="gelu"), path).notes
+    with pytest.raises(ValueError, match=r"num_heads 1 in the file, 2 in the model"):
+        load_checkpoint(make(activation="gelu", num_heads=2), path)
+
+
+def test_wrapped_models():
+    source, model = vit(), vit()
+    for wrapped in (torch.nn.DataParallel(model), torch.compile(model, backend="eager")):
+        with torch.no_grad():
+            model.pos_embed.zero_()
+        load_checkpoint(wrapped, source.state_dict())
+        assert same(model, source.state_dict())

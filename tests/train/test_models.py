@@ -7,7 +7,7 @@ import torch
 
 import pyvit
 from pyvit.data import Data, TensorImages
-from pyvit.models.encoders import encoder
+from pyvit.models.encoders import image_encoder
 from pyvit.models.registry import settings_of
 from pyvit.models.resnet import ResNet
 from pyvit.models.swin import SwinTransformer
@@ -33,7 +33,7 @@ def tiny(name):
         return vit if name.startswith("siglip") else {**vit, **TEXT}
     if name.startswith("clip_resnet"):
         return {"layers": (1, 1, 1, 1), "width": 8, "num_heads": 2, **TEXT}
-    found = encoder(name)
+    found = image_encoder(name)
     if found.constructor is SwinTransformer:
         return {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 2, "pretrained_window_sizes": None}
     if found.constructor is ResNet:
@@ -108,7 +108,7 @@ def test_models_are_taken_or_refused_before_data_is_read(recipe, monkeypatch):
         if expected(recipe, name):
             assert _settle(config(recipe, name)).model == name
             continue
-        with pytest.raises(ValueError, match=rf"^{recipe}: model must be .*one of .*\*.*; got {name}$") as caught:
+        with pytest.raises(ValueError, match=rf"^{recipe}: model must be .*, one of .*\*.*; got {name}$") as caught:
             train(config(recipe, name))
         assert "\n" not in str(caught.value)
 
@@ -141,8 +141,18 @@ def test_unknown_settings_are_refused_before_data_is_read():
     for recipe, name in (("supervised", "vit_tiny_patch16_224"), ("clip", "clip_pico_patch8_32"), ("mae", "vit_pico_patch8_32")):
         with pytest.raises(ValueError, match=rf"{recipe}: set must name settings of {name} .*, got dept"):
             train(Config(recipe=recipe, model=name, data="nowhere", set=["dept=2"]))
+    for recipe, given in (("finetune", None), ("linear", None), ("finetune", ""), ("supervised", " ")):
+        with pytest.raises(ValueError, match=rf"{recipe}: init must name .*, got {given!r}"):
+            train(Config(recipe=recipe, model="vit_pico_patch8_32", data="nowhere", init=given))
     with pytest.raises(ValueError, match=r"did you mean"):
         train(Config(model="vit_pico_patch8_23", data="nowhere"))
+
+
+def test_the_models_of_built_in_sets_fit():
+    for recipe, data in [(r, d) for r in RECIPES if r not in ("finetune", "linear") for d in ("digits", "scenes", "words")]:
+        if recipe in ("clip", "siglip") and data == "words":
+            continue
+        assert load_recipe(recipe).fits(_settle(Config(recipe=recipe, data=data)).model)
 
 
 def test_a_registered_encoder_keeps_its_settings():
