@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from pyvit.ops import packed
+from pyvit.ops import packs
 
 
 def pack_weights(model: nn.Module) -> int:
@@ -25,11 +25,11 @@ def pack_weights(model: nn.Module) -> int:
 
     :func:`unpack_weights` frees the copies; they do not travel with ``state_dict``, ``copy.deepcopy`` or pickling.
     """
-    return sum(packed.keep(layer) for layer in model.modules() if isinstance(layer, nn.Linear))
+    return sum(packs.keep(layer) for layer in model.modules() if isinstance(layer, nn.Linear))
 
 
 def unpack_weights(model: nn.Module) -> None:
     """Free what :func:`pack_weights` keeps."""
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
-            packed.drop(layer)
+            packs.drop(layer)
