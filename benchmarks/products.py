@@ -28,7 +28,7 @@ from torch import nn
 
 from benchmarks.measure import interleave
 from pyvit import library
-from pyvit.ops import packed, product_rules, products
+from pyvit.ops import packed, packs, product_rules, products
 
 #: The same instruction set for the kernels, oneDNN and MKL.
 ENVIRONMENTS = {
@@ -102,7 +102,7 @@ def contenders(case: Case) -> tuple[dict[str, Callable[[], object]], str]:
             ]
             first += second
         for layer in first:
-            packed.keep(layer)
+            packs.keep(layer)
         ways, calls = packed._ways(x, branches[0]), [(x, b) for b in branches]
     if dtype == torch.float16 and len(ways) > 1:
         del ways["torch"]  # twenty to fifty times the others' time, and of this command's

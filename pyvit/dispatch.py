@@ -346,7 +346,7 @@ class Operator:
         if torch._C._len_torch_dispatch_stack() > 0:  # fake tensors, recorders, counters: they see what goes through the dispatcher
             importlib.import_module("pyvit.ops.flops").register()
             return self._op(*args)
-        if self._of_gradients and any(isinstance(a, Tensor) and is_batched(a) for a in args):
+        if self._of_gradients and any(isinstance(a, Tensor) and is_batched(a) for a in args[:2]):
             return self._op(*args)  # the dispatcher takes them one by one
         if torch._C._are_functorch_transforms_active():
             return self._op(*args) if self._transformed is None else self._transformed.apply(*args)

@@ -77,7 +77,7 @@ extern "C" __attribute__((visibility("default"))) int pyvit_weights_changed(cons
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyvit, m) {
-  // For pyvit/ops/packed.py.
+  // For pyvit/ops/packs.py.
   m.def("weight_print(Tensor weight) -> Tensor");
 }
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pyvit.nn.linear import GLOBAL_HOOKS, HOOKS
 from pyvit.ops import packed
+from pyvit.ops.packs import PACKS, changes, pack_of, state, unchanged
 
 Run = Callable[[Tensor], Tensor]
 
@@ -36,7 +37,7 @@ class Snapshot:
             for parts in (m._modules, m._parameters, m._buffers):
                 held += [(parts, name, part) for name, part in parts.items()]
                 self.tensors += [t for t in parts.values() if isinstance(t, Tensor)]
-        packs = {id(t): pack for t in self.tensors if (pack := packed.pack_of(t)) is not None and pack.print is not None}
+        packs = {id(t): pack for t in self.tensors if (pack := pack_of(t)) is not None and pack.print is not None}
         self.packs, self.weights = list(packs.values()), [t for t in self.tensors if id(t) in packs]
         self.prints = torch.stack([pack.print for pack in self.packs]) if packs else None  # type: ignore[misc]
         self.turn, self.stale = 0, False
@@ -53,10 +54,10 @@ class Snapshot:
             *map(len, self.attributes),  # a patched forward is one more
             *map(Tensor.data_ptr, self.tensors),
             *map(_dtype, self.tensors),
-            *map(packed.state, self.weights),
+            *map(state, self.weights),
             *map(_forward, self.kinds),
             *map(_call_of, self.kinds),
-            packed.changes(),
+            changes(),
         ]
 
     def watched(self) -> bool:
@@ -72,7 +73,7 @@ class Snapshot:
             if not all(map(operator.is_, found, self.objects)) or self._state() != self.state:
                 return False
             self.turn += 1
-            self.stale = self.prints is not None and not packed.unchanged(self.packs, self.prints, self.turn)
+            self.stale = self.prints is not None and not unchanged(self.packs, self.prints, self.turn)
             return not self.stale
         except (KeyError, AttributeError):
             return False
@@ -109,7 +110,7 @@ def again(module: nn.Module, x: Tensor, *options: Any) -> Tensor | None:
 
 def record(module: nn.Module, x: Tensor, *options: Any) -> None:
     """After a run: keep how it goes, as ``module.prepared(x, *options)`` says: a function of x, or None where that takes more."""
-    if torch.compiler.is_compiling() or not packed.PACKS or not packed.direct(x):
+    if torch.compiler.is_compiling() or not PACKS or not packed.direct(x):
         return
     known = _known.get(id(module))
     if known is not None and known.snapshot.watched():

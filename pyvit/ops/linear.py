@@ -1,8 +1,8 @@
 """A linear layer with its activation, on the fastest matrix product at hand; fused where that can.
 
 On a CPU torch's default product is not always the fastest: oneDNN, inside torch, may be twice as fast and applies the activation while the
-result is in registers, and ``csrc/cpu`` has products of its own. Which is fastest depends on processor and shape, so it is measured
-(:mod:`pyvit.ops.products`). On a GPU the product is the vendor's.
+result is in registers, and ``csrc/cpu`` has products of its own. Which is taken follows from processor, dtype and shape by rules that were
+measured beforehand (:mod:`pyvit.ops.product_rules`). On a GPU the product is the vendor's.
 """
 
 from __future__ import annotations
@@ -42,21 +42,24 @@ def linear(
         norm: (weight, bias, eps) of a layer norm of x, as for :func:`pyvit.ops.layer_norm`; None for none.
         scale: (M,), LayerScale's; None for 1.
         residual: (..., M); None for 0.
-        backend: "cpu" (the measured choice), "reference" (the plain formula), or None: "cpu" where it can serve.
+        backend: "cpu" (the product of the rules), "reference" (the plain formula), or None: "cpu" where it can serve.
 
     Returns (..., M). Raises ValueError or TypeError naming the argument that does not fit, BackendError where ``backend`` cannot serve.
 
-    The first call of a kind (rows to the next power of two, M, K, dtype, activation, threads) measures torch's product, oneDNN's and
-    pyvit's own, which takes about ten times as long as the call, and the process keeps the fastest. Processes of one torch.distributed
-    group keep what the first of them found, and a resumed ``pyvit train`` what it had chosen. Where no gradient is wanted and the weight
-    is packed (:func:`pyvit.pack_weights`), norm, scale and residual cost no pass over memory in pyvit's own product.
+    Which product runs, torch's, oneDNN's or pyvit's own, is part of the result's last bits. It follows from the instruction set, the dtype,
+    M, K and the rows to the next power of two: the same call on the same processor with as many threads has the same bits in every process.
+    Where no gradient is wanted and the weight is packed (:func:`pyvit.pack_weights`), norm, scale and residual cost no pass over memory in
+    pyvit's own product.
 
     Under autocast on a CPU the weights stay float32 beside a 16-bit x: the product rounds them as it packs them, no copies are kept for
     the backward pass, and their gradients are float32 sums that were never rounded.
 
-    The environment variable ``PYVIT_LINEAR`` pins ``onednn``, ``pyvit`` or ``torch`` (default ``auto``); under
-    ``torch.use_deterministic_algorithms`` nothing is measured and oneDNN is taken wherever it can. Graphs that ``torch.compile`` makes
-    without gradients choose as eager calls do; those with gradients, exported ones and tensors that are traced hold the plain formula.
+    The environment variable ``PYVIT_LINEAR`` pins ``onednn``, ``pyvit`` or ``torch`` wherever that can serve (default ``auto``: the rules).
+    With ``measure`` the first call of a kind in each process times them, which takes about ten times as long as the call, and keeps the
+    fastest: processes may then differ in the last bits. Under ``torch.use_deterministic_algorithms`` nothing is measured.
+
+    Graphs that ``torch.compile`` makes without gradients choose as eager calls do; those with gradients, exported ones and tensors that are
+    traced hold the plain formula.
     """
     branch = Branch(weight, bias, activation, None, None, norm, scale, residual)
     if backend is None and (out := packed.again(x, branch)) is not None:

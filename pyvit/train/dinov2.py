@@ -51,7 +51,7 @@ class DINOv2(DINO):
 
     @classmethod
     def fits(cls, name: str) -> bool:
-        found = image_image_encoder(name)
+        found = image_encoder(name)
         return found is not None and issubclass(found.constructor, VisionTransformer)
 
     def __init__(self, config: Config, data: Data) -> None:

@@ -52,7 +52,7 @@ class Recipe(nn.Module):
     @classmethod
     def fits(cls, name: str) -> bool:
         """Whether the recipe can train the registered model ``name``."""
-        return image_image_encoder(name) is not None
+        return image_encoder(name) is not None
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__()

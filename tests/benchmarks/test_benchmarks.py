@@ -426,3 +426,29 @@ def test_profile_counts_products_and_knows_kinds() -> None:
     assert found["matrix products"][1] == flops
     assert found["activation"][2] == 4 * 2 * 10 * 11
     assert profile.attention_flops("vit_tiny_patch16_224", 2) == 2 * 12 * 4 * 197 * 197 * 192
+
+
+@pytest.mark.skipif(library.problem() is not None, reason="needs the compiled library")
+def test_products_report_what_the_rules_lose(tmp_path, capsys):
+    from benchmarks import products
+
+    only = "packed branch, float32, 197 x 192"
+    assert products.main(["--only", only, "--seconds", "2", "--threads", "1", "--out", str(tmp_path / "products.csv")]) == 0
+    said = capsys.readouterr().out
+    assert "packed branch  float32      1 cases" in said
+    assert "rules 1." in said
+    rows = (tmp_path / "products.csv").read_text().splitlines()
+    assert len(rows) == 4  # layer by layer, pyvit, torch
+    assert sum(row.endswith("True") for row in rows) == 1
+    with pytest.raises(SystemExit):
+        products.main(["--isa", "mmx"])
+
+
+def test_products_are_those_of_every_layer():
+    from benchmarks.products import cases
+    from pyvit.ops.product_rules import KINDS
+
+    found = cases()
+    assert len(set(found)) == len(found) > 1000
+    assert {case.kind for case in found} == set(KINDS)
+    assert {case.rows for case in found} >= {197, 1576, 3136, 25088, 49, 392}

@@ -21,7 +21,7 @@ from pyvit import library
 from pyvit.models import create_model
 from pyvit.models.swin import SwinBlock
 from pyvit.nn import Attention, Block, LayerNorm, Linear, Mlp, WindowAttention, replay
-from pyvit.ops import packed, products
+from pyvit.ops import packs, products
 
 pytestmark = pytest.mark.skipif(library.problem() is not None, reason="needs the compiled library")
 
@@ -401,7 +401,7 @@ def test_nothing_is_kept_alive() -> None:
     made = block()
     made(X)
     made(X)
-    key, form = id(made), weakref.ref(packed.PACKS[id(made.mlp.fc1.weight)].forms["pyvit"])
+    key, form = id(made), weakref.ref(packs.PACKS[id(made.mlp.fc1.weight)].forms["pyvit"])
     assert replay._known[key].runs
     pyvit.unpack_weights(made)
     assert form() is None

@@ -17,7 +17,7 @@ from pyvit.models.audio import LogMel
 from pyvit.models.dino import block_masks
 from pyvit.models.flops import count
 from pyvit.nn import PatchEmbed, RotaryEmbedding, WindowAttentionV2
-from pyvit.ops import packed, products
+from pyvit.ops import packs, products
 from tests.ops.small_calls import CASES, Case
 
 
@@ -25,7 +25,7 @@ from tests.ops.small_calls import CASES, Case
 def other(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """A function that sets another default; nothing of what libraries can do is known by then."""
     monkeypatch.setattr(products, "_chosen", {})
-    for known in (products.forward_ways, products.grad_input_ways, products.grad_weight_ways, packed._forms):
+    for known in (products.forward_ways, products.grad_input_ways, products.grad_weight_ways, packs.forms):
         known.cache_clear()
     memory._kept.__dict__.clear()
 
@@ -118,7 +118,7 @@ def gradients(model: nn.Module, images: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize(("name", "settings"), MODELS.values(), ids=MODELS)
 def test_models_run(name: str, settings: dict[str, object], other: Callable[[], None]) -> None:
     """A model that was made before, as after; in inference with packed weights, too."""
-    model = pyvit.create_model(name, num_classes=10, **settings)
+    model = pyvit.create_model(name, num_classes=0, **settings)
     images = torch.randn(2, 3, settings["img_size"], settings["img_size"])
     other()
     found = gradients(model, images)
@@ -137,10 +137,10 @@ def test_models_run(name: str, settings: dict[str, object], other: Callable[[], 
 @pytest.mark.parametrize(("name", "settings"), MODELS.values(), ids=MODELS)
 def test_models_are_made_in_another_dtype(name: str, settings: dict[str, object], dtype: torch.dtype) -> None:
     """As torch's own layers: parameters of the default dtype, and the numbers of a float32 model that was cast."""
-    wanted = pyvit.create_model(name, num_classes=10, **settings).to(dtype)
+    wanted = pyvit.create_model(name, num_classes=0, **settings).to(dtype)
     torch.set_default_dtype(dtype)
     try:
-        model = pyvit.create_model(name, num_classes=10, **settings)
+        model = pyvit.create_model(name, num_classes=0, **settings)
         assert {p.dtype for p in model.parameters()} == {dtype}
         model.load_state_dict(wanted.state_dict())
         images = torch.randn(2, 3, settings["img_size"], settings["img_size"])
@@ -167,9 +167,9 @@ def test_masked_autoencoders_are_made_in_another_dtype() -> None:
 @pytest.mark.parametrize(("name", "settings"), MODELS.values(), ids=MODELS)
 def test_models_without_memory_are_filled(name: str, settings: dict[str, object]) -> None:
     """Made on the meta device, given memory and a state dict: constants that no state dict holds are there as well."""
-    wanted = pyvit.create_model(name, num_classes=10, **settings).eval()
+    wanted = pyvit.create_model(name, num_classes=0, **settings).eval()
     with torch.device("meta"):
-        model = pyvit.create_model(name, num_classes=10, **settings).eval()
+        model = pyvit.create_model(name, num_classes=0, **settings).eval()
     assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"meta"}
     model.to_empty(device="cpu")
     model.load_state_dict(wanted.state_dict())

@@ -17,7 +17,7 @@ import pyvit
 from pyvit import library, memory
 from pyvit.models import create_model
 from pyvit.nn import Block, Mlp, replay
-from pyvit.ops import linear, mlp, packed, products, reference
+from pyvit.ops import linear, mlp, packed, packs, products, reference
 from pyvit.testing import compare, layout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -73,7 +73,7 @@ def keep(weight: Tensor) -> bool:
     layer = nn.Linear(1, 1, bias=False)
     layer._parameters["weight"] = weight
     weight.layer = layer
-    return packed.keep(layer)
+    return packs.keep(layer)
 
 
 def run(x: Tensor, b: packed.Branch) -> Tensor:
@@ -306,9 +306,9 @@ def test_only_the_chosen_form_is_kept(policy: str, monkeypatch: pytest.MonkeyPat
         for _ in range(2):
             linear(x, weight)
             layer(x)
-    held = [set(packed.PACKS[id(each)].forms) for each in (weight, layer.fc1.weight, layer.fc2.weight)]
+    held = [set(packs.PACKS[id(each)].forms) for each in (weight, layer.fc1.weight, layer.fc2.weight)]
     assert all(len(forms) <= 1 for forms in held)
-    if policy in packed._forms(torch.float32):
+    if policy in packs.forms(torch.float32):
         assert held == [{policy}] * 3
 
 
@@ -452,7 +452,7 @@ def test_replaced_weights_are_not_multiplied_packed() -> None:
         made[0].fc1.parametrizations.weight.original0.mul_(2.0)
     check()
     again = pickle.loads(pickle.dumps(made[1]))
-    assert all(packed.pack_of(p) is None for p in [*again.parameters(), *copy.deepcopy(made).parameters()])
+    assert all(packs.pack_of(p) is None for p in [*again.parameters(), *copy.deepcopy(made).parameters()])
     for _ in range(200):  # an id that a weight had may be another's
         made[1].fc1 = type(made[1].fc1)(64, 128, activation="gelu")
         gc.collect(0)
