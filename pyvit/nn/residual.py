@@ -12,6 +12,7 @@ from pyvit.nn.attention import Packing
 from pyvit.nn.layer_norm import LayerNorm
 from pyvit.nn.linear import hooked, plain
 from pyvit.nn.replay import Run
+from pyvit.ops import checks
 
 
 class LayerScale(nn.Module):
@@ -58,6 +59,7 @@ class DropPath(nn.Module):
 
     def __init__(self, p: float = 0.0, form: str = "sample") -> None:
         super().__init__()
+        p = checks.number("DropPath", "p", p)
         if not 0.0 <= p < 1.0:
             raise ValueError(f"DropPath: p must be in [0, 1), got {p}")
         if form not in ("sample", "batch"):
