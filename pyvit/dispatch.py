@@ -269,6 +269,18 @@ def is_batched(grad: Tensor) -> bool:
     return not torch._C._dispatch_keys(grad).has(torch._C.DispatchKey.Dense)
 
 
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """``fake`` for tensors of one device; with one meta tensor among others the dispatcher would ask it too."""
+
+    def call(*args: Any) -> Any:
+        devices = {a.device for a in args if isinstance(a, Tensor)}
+        if len(devices) > 1:
+            raise ValueError(f"{name}: tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
+        return fake(*args)
+
+    return call
+
+
 class Operator:
     """One dispatcher operator of :data:`pyvit.schemas.SCHEMAS`, with its fake kernel, gradient and kernels per backend.
 
@@ -303,7 +315,7 @@ class Operator:
         self._of_gradients = name.endswith("_backward")
         self._op = getattr(torch.ops.pyvit, name).default
         qualified = f"pyvit::{name}"
-        torch.library.register_fake(qualified, fake)
+        torch.library.register_fake(qualified, _on_one_device(name, fake))
         self._function: type[torch.autograd.Function] | None = None
         self._transformed: type[torch.autograd.Function] | None = None
         if backward is not None:

@@ -13,6 +13,7 @@ from pyvit.nn.layer_norm import LayerNorm
 from pyvit.nn.linear import bypassed, hooked, plain, unpatched
 from pyvit.nn.rates import check_rate
 from pyvit.nn.replay import Run
+from pyvit.ops import checks
 
 
 @bypassed
@@ -63,6 +64,7 @@ class DropPath(nn.Module):
 
     def __init__(self, p: float = 0.0, form: str = "sample") -> None:
         super().__init__()
+        p = checks.number("DropPath", "p", p)
         check_rate("DropPath: p", p)
         if form not in ("sample", "batch"):
             raise ValueError(f"DropPath: form must be 'sample' or 'batch', got {form!r}")

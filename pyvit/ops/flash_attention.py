@@ -29,8 +29,8 @@ def flash_attention(
     """softmax(scale * q k^T + bias) v, without the (Nq, Nk) matrix in memory, in forward or backward.
 
     Args:
-        q: queries (B, H, Nq, D). Any strides; kernels copy when the last dimension is not contiguous. Nested q, k and v (B, H, j, D) of
-            layout torch.jagged go to :func:`flash_attention_varlen`, and so does their result come back nested; without dropout.
+        q: queries (B, H, Nq, D). Any strides; kernels copy when the last dimension is not contiguous. Nested q, k and v
+            (B, H, j, D) of layout torch.jagged are served as packed sequences, and the result is nested; they have no dropout.
         k: keys (B, Hkv, Nk, D); Hkv = H, or a divisor of H with ``enable_gqa``.
         v: values (B, Hkv, Nk, Dv).
         bias: added to the scaled scores (float32 or the dtype of q), or bool with True = attend; any broadcast of (B, H, Nq, Nk).

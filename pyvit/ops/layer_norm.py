@@ -58,7 +58,8 @@ def check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
     for name, t in (("weight", weight), ("bias", bias)):
         if t is None:
             continue
-        if not isinstance(t, Tensor) or t.shape != wanted:
+        checks.dense("layer_norm", name, t)
+        if t.shape != wanted:
             checks.tensor("layer_norm", name, t, f"({wanted[0]},)", 1)
             checks.fail("layer_norm", name, f"of shape ({wanted[0]},)", checks.shape(t))
         if t.device != x.device or t.dtype not in (x.dtype, torch.float32):

@@ -126,6 +126,8 @@ def prepare(
     checks.tensor(op, _weight, weight, "(M, K)", 2)
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         checks.fail(op, _x, f"of shape (..., {weight.shape[1]}) to fit {_weight} {tuple(weight.shape)}", checks.shape(x))
+    if bias is not None:
+        checks.dense(op, _bias, bias)
     if bias is not None and bias.shape != weight.shape[:1]:
         checks.fail(op, _bias, f"of shape ({weight.shape[0]},)", checks.shape(bias))
     wide = all(t is None or (t.dtype == torch.float32 and t.is_cpu) for t in (weight, bias))

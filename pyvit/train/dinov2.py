@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyvit.data import Data
 from pyvit.losses import IBOTLoss, KoLeoLoss
 from pyvit.models.dino import SelfDistillation, block_masks
+from pyvit.models.encoders import image_encoder
 from pyvit.models.vit import VisionTransformer
 from pyvit.train.config import Config
 from pyvit.train.dino import DINO

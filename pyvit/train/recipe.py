@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyvit.data import Data
 from pyvit.data.crops import Crop, crop_images, generator
+from pyvit.models.encoders import image_encoder
 from pyvit.train.config import Config
 from pyvit.train.options import Option, SettingError, choose, parse
 from pyvit.train.start import build, initialise

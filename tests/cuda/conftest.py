@@ -22,8 +22,9 @@ from pyvit import backends, dispatch
 from pyvit.schemas import SCHEMAS
 
 # The package's attributes of these names are the functions.
-flash_attention, window_attention, patch_embed = (
-    importlib.import_module(f"pyvit.ops.{name}") for name in ("flash_attention", "window_attention", "patch_embed")
+flash_attention, flash_attention_varlen, window_attention, patch_embed = (
+    importlib.import_module(f"pyvit.ops.{name}")
+    for name in ("flash_attention", "flash_attention_varlen", "window_attention", "patch_embed")
 )
 
 ROOT = Path(__file__).parents[2]
@@ -144,8 +145,8 @@ def cuda_on_host(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Emulato
     for operator in (
         flash_attention.ATTENTION,
         flash_attention.ATTENTION_BACKWARD,
-        flash_attention.VARLEN,
-        flash_attention.VARLEN_BACKWARD,
+        flash_attention_varlen.VARLEN,
+        flash_attention_varlen.VARLEN_BACKWARD,
         window_attention.WINDOW,
         window_attention.WINDOW_BACKWARD,
         patch_embed.PATCH,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyvit import explain, ops
+from pyvit import accelerate, explain, ops
 
 meta = torch.device("meta")
 
@@ -217,3 +217,15 @@ def test_explain_refuses_arguments_the_operator_does_not_have() -> None:
         explain("flash_attention", Q, K, K, attn_mask=None)
     with pytest.raises(ValueError, match=r"explain: op must be one of .*flash_attention.*got 'flash'"):
         explain("flash", Q, K, K)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
+def test_masks_of_torchs_attention(dtype: torch.dtype) -> None:
+    """An accelerated MultiheadAttention refuses masks of whole numbers, as torch does: they were added as numbers."""
+    module, x = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.randn(1, 4, 8)
+    mask = torch.triu(torch.ones(4, 4), 1)
+    for _ in range(2):
+        with pytest.raises((AssertionError, RuntimeError, TypeError), match="bool"):
+            module(x, x, x, need_weights=False, attn_mask=mask.to(dtype))
+        module(x, x, x, need_weights=False, attn_mask=mask.bool())
+        accelerate(module)

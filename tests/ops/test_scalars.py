@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyvit import explain, ops
 from pyvit.losses import DINOLoss, NTXentLoss
+from pyvit.nn.residual import DropPath
 
 torch.manual_seed(0)
 Q = torch.randn(2, 2, 5, 8)
@@ -118,5 +119,7 @@ def test_modules() -> None:
     loss = NTXentLoss(nn.Parameter(torch.tensor(0.5)))  # type: ignore[arg-type]
     loss(X, X.flip(0)).backward()
     assert loss.temperature.grad.abs() > 0  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="DropPath: p must be a number"):
+        DropPath(nn.Parameter(torch.tensor(0.5)))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="student_temp must be a number"):
         DINOLoss(8, student_temp=nn.Parameter(torch.tensor(0.5)))(X[None], torch.stack([X, X]), 0.1)  # type: ignore[arg-type]

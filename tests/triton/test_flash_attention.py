@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from pyvit.ops import reference
-from pyvit.ops.flash_attention import _reference_backward, _reference_varlen_backward
+from pyvit.ops.flash_attention import _reference_backward
+from pyvit.ops.flash_attention_varlen import _reference_backward as varlen_reference
 
 flash = pytest.importorskip("pyvit.triton_kernels.flash_attention")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -117,7 +118,7 @@ def test_packed_sequences(agree, small_tiles, monkeypatch, bias_shape, causal: b
     for cast in (_exact, list):
         own = cast(args)
         r = reference.flash_attention_varlen(*own)
-        forms.append((*r, *_reference_varlen_backward(*cast([grad_out, grad_lse]), *r, bias is not None, *own)))
+        forms.append((*r, *varlen_reference(*cast([grad_out, grad_lse]), *r, bias is not None, *own)))
     agree((out, lse, *grads), *forms, 2)
 
 
