@@ -14,6 +14,7 @@ from torch import nn
 
 from pyvit.integrations import originals
 from pyvit.integrations.forwards import Forward, Left, forwards, kind, put, take_away
+from pyvit.integrations.functional import calls_sdpa, sdpa
 from pyvit.integrations.parts import Rule
 from pyvit.integrations.unknown import unknown_attention
 
@@ -99,7 +100,7 @@ def _examine(model: nn.Module, installed: dict[tuple[int, str], Forward] | None 
     left: list[tuple[str, Left]] = []
     paths = {id(module): path for path, module in model.named_modules()}
     for module in model.modules():
-        for item in rule(module) if (rule := _rule(kind(module))) is not None else ():
+        for item in rule(module) if (rule := _rule_of(module)) is not None else ():
             if isinstance(item, Left):
                 left.append((paths.get(id(item.module), ""), item))
                 continue
@@ -131,6 +132,13 @@ def restore(model: nn.Module) -> None:
 
 def _known(name: str) -> bool:
     return _rule(name) is not None
+
+
+def _rule_of(module: nn.Module) -> Rule | None:
+    rule = _rule(kind(module))
+    if rule is not None or type(module).__module__.partition(".")[0] in ("torch", "pyvit"):
+        return rule
+    return sdpa if calls_sdpa(type(module)) else None
 
 
 def _rule(name: str) -> Rule | None:
