@@ -101,6 +101,8 @@ PLACES = [
     ("timm swin", "layers.1.downsample.reduction"),
     ("timm swin v2", "layers.0.blocks.1.attn"),
     ("timm swin v2", "layers.0.blocks.1.attn.cpb_mlp"),
+    ("timm eva", "blocks.0.attn"),
+    ("timm eva", "blocks.0.attn.proj"),
     ("transformers vit", "layers.0.attention"),
     ("transformers vit", "layers.0.attention.q_proj"),
     ("transformers vit", "layers.0.attention.o_proj"),

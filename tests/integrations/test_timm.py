@@ -162,8 +162,9 @@ def test_a_class_token_that_attends():
 
 
 @pytest.mark.slow
-def test_compiles_without_a_break():
-    model, images = make("vit_tiny_patch16_224", **VIT), on(32, 32)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_compiles_without_a_break(name):
+    model, images = make(name, **VIT), on(32, 32)
     expected = images(model)
     pyvit.accelerate(model)
     assert relative_error(images(torch.compile(model, fullgraph=True)), expected) < 1e-4

@@ -11,7 +11,7 @@ from tests.integrations.checks import made
 from tests.models.parity import relative_error
 from tests.peers import peer
 
-NAMES = ["timm vit", "timm swin", "timm swin v2", "torchvision vit", "torchvision swin", "open_clip custom"]
+NAMES = ["timm vit", "timm eva", "timm swin", "timm swin v2", "torchvision vit", "torchvision swin", "open_clip custom"]
 
 
 def accelerated(name):
