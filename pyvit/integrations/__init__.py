@@ -72,11 +72,12 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     In place and per instance: the same parameters and buffers under the same names, the same outputs and gradients up to rounding (dropout
     draws other numbers), training and evaluation, autocast, ``torch.compile``, ``copy.deepcopy`` and ``pickle``. Call it after weights are
     loaded and adapters are put in, before ``torch.compile`` and wrappers for distributed training. A call that a replacement cannot serve
-    (attention probabilities asked for, hooks on a bypassed module, an unusual mask) runs the original forward.
+    (attention probabilities asked for, an unusual mask, a device without kernels), or must not (hooks, patches or subclasses where the
+    library's own code would be bypassed, put there before or after), runs the original forward.
 
     Args:
         model: any module; classes that pyvit does not know are not touched.
-        strict: raise where an attention module was left, or nothing was replaced.
+        strict: raise where something known or any attention is left, or nothing is replaced.
 
     Returns a :class:`Report`; ``print`` it. ``with pyvit.accelerate(model):`` restores at the end.
 

@@ -48,7 +48,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def servable(x: Any) -> bool:
-    """Whether kernels exist for such an input: its dtype, its device, its layout."""
+    """Whether kernels exist for such an input: its dtype, its device, its layout, and no export that does not know our operators."""
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        return False
     return ordinary(x) and x.dtype in _DTYPES and (x.is_cpu or x.is_cuda) and x.layout is torch.strided and not x.is_nested
 
 

@@ -84,6 +84,24 @@ def test_videos():
     check_accelerated(model, lambda m: m(video.to(m.dtype)).last_hidden_state, {"VivitAttention": 2, "VivitMLP": 2})
 
 
+def test_packed_images_with_padding():
+    widths = {name: value for name, value in _WIDTHS.items() if name != "image_size"}
+    model = make("Siglip2Vision", {**widths, "num_patches": 16}, head="Model")
+    patches, shapes = torch.randn(2, 16, 192), torch.tensor([[4, 4], [3, 4]])
+    mask = (torch.arange(16) < torch.tensor([[16], [12]])).long()
+    call = lambda m: m(pixel_values=patches.to(m.dtype), pixel_attention_mask=mask, spatial_shapes=shapes).pooler_output  # noqa: E731
+    check_accelerated(model, call, {"Siglip2Attention": 2, "Siglip2MLP": 3, "MultiheadAttention": 1})
+
+
+def test_the_vision_tower_of_a_language_model():
+    from transformers.models.idefics3 import modeling_idefics3 as idefics
+
+    torch.manual_seed(0)
+    model = randomise(idefics.Idefics3VisionTransformer(idefics.Idefics3VisionConfig(**_WIDTHS)))
+    replaced = {"Conv2d": 1, "Idefics3VisionAttention": 2, "Idefics3VisionMLP": 2}
+    check_accelerated(model, lambda m: m(pixels(m, 32, 32)).last_hidden_state, replaced)
+
+
 def test_mae():
     decoder = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     extra = {f"decoder_{name}": value for name, value in decoder.items()}
