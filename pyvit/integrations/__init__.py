@@ -15,6 +15,7 @@ from torch import nn
 from pyvit.integrations import originals
 from pyvit.integrations.common import Rule
 from pyvit.integrations.forwards import Forward, Left, forwards, kind, put, take_away
+from pyvit.integrations.functional import calls_sdpa, sdpa
 from pyvit.integrations.unknown import unknown_attention
 
 __all__ = ["AccelerateError", "Report", "Row", "accelerate", "restore"]
@@ -71,11 +72,12 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     In place and per instance: the same parameters and buffers under the same names, the same outputs and gradients up to rounding (dropout
     draws other numbers), training and evaluation, autocast, ``torch.compile``, ``copy.deepcopy`` and ``pickle``. Call it after weights are
     loaded and adapters are put in, before ``torch.compile`` and wrappers for distributed training. A call that a replacement cannot serve
-    (attention probabilities asked for, hooks on a bypassed module, an unusual mask) runs the original forward.
+    (attention probabilities asked for, an unusual mask, a device without kernels), or must not (hooks, patches or subclasses where the
+    library's own code would be bypassed, put there before or after), runs the original forward.
 
     Args:
         model: any module; classes that pyvit does not know are not touched.
-        strict: raise where an attention module was left, or nothing was replaced.
+        strict: raise where something known or any attention is left, or nothing is replaced.
 
     Returns a :class:`Report`; ``print`` it. ``with pyvit.accelerate(model):`` restores at the end.
 
@@ -99,7 +101,7 @@ def _examine(model: nn.Module, installed: dict[tuple[int, str], Forward] | None 
     left: list[tuple[str, Left]] = []
     paths = {id(module): path for path, module in model.named_modules()}
     for module in model.modules():
-        for item in rule(module) if (rule := _rule(kind(module))) is not None else ():
+        for item in rule(module) if (rule := _rule_of(module)) is not None else ():
             if isinstance(item, Left):
                 left.append((paths.get(id(item.module), ""), item))
                 continue
@@ -131,6 +133,13 @@ def restore(model: nn.Module) -> None:
 
 def _known(name: str) -> bool:
     return _rule(name) is not None
+
+
+def _rule_of(module: nn.Module) -> Rule | None:
+    rule = _rule(kind(module))
+    if rule is not None or type(module).__module__.partition(".")[0] in ("torch", "pyvit"):
+        return rule
+    return sdpa if calls_sdpa(type(module)) else None
 
 
 def _rule(name: str) -> Rule | None:

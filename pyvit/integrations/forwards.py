@@ -48,7 +48,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def servable(x: Any) -> bool:
-    """Whether kernels exist for such an input: its dtype, its device, its layout."""
+    """Whether kernels exist for such an input: its dtype, its device, its layout, and no export that does not know our operators."""
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        return False
     return ordinary(x) and x.dtype in _DTYPES and (x.is_cpu or x.is_cuda) and x.layout is torch.strided and not x.is_nested
 
 
@@ -225,7 +227,9 @@ class Forward:
             known = theirs.kind in (theirs.VAR_KEYWORD, theirs.VAR_POSITIONAL) or (ours.name, ours.default) == (theirs.name, theirs.default)
             if not known:
                 return f"its {self.method} takes ({', '.join(p.name for p in self.theirs)}), which is not what pyvit knows of the class"
-        extra = [p.name for p in self.theirs[len(self.ours) :] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        extra = [
+            p.name for p in self.theirs[len(self.ours) :] if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]
         if extra and not self.any_names:
             return f"its {self.method} takes {extra[0]}, which pyvit does not know"
         return layout(module, self.item.needs, self.item.may) if self.item.needs else None

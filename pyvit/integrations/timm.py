@@ -74,6 +74,24 @@ def _attention(
     return module.proj_drop(project(module.proj, out, scale=scale, residual=residual))
 
 
+def cross(module: nn.Module) -> Iterator[Replacement]:
+    needs = "num_heads scale wq wk wv attn_drop proj proj_drop"
+    yield Replacement(module, _cross, "flash_attention", needs=needs)
+
+
+def _cross(module: Any, x: Tensor) -> Tensor:
+    """CrossViT's: the class token attends, (B, N, C) -> (B, 1, C)."""
+    drop = rate(module.attn_drop)
+    if drop is None:
+        return type(module).forward(module, x)  # type: ignore[no-any-return]
+    heads = (
+        project(layer, y).unflatten(-1, (module.num_heads, -1)) for layer, y in ((module.wq, x[:, :1]), (module.wk, x), (module.wv, x))
+    )
+    q, k, v = (t.transpose(1, 2) for t in heads)  # (B, H, N, d)
+    out = flash_attention(q, k, v, scale=module.scale, dropout_p=drop).transpose(1, 2).flatten(2)  # type: ignore[union-attr]
+    return module.proj_drop(project(module.proj, out))
+
+
 def _nothing(module: nn.Module) -> bool:
     return type(module) is nn.Identity and untouched(module)
 
@@ -231,6 +249,7 @@ RULES: dict[str, Rule] = {
     "timm.layers.attention.Attention": attention,
     "timm.models.vision_transformer.Attention": attention,
     "timm.models.vision_transformer.Block": block,
+    "timm.models.crossvit.CrossAttention": cross,
     "timm.layers.mlp.Mlp": mlp,
     "timm.layers.norm.LayerNorm": layer_norm,
     "timm.layers.drop.DropPath": known,

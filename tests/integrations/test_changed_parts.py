@@ -22,6 +22,8 @@ FUNCTIONS = [
     ("timm vit", "torch.nn.functional", "gelu"),
     ("timm vit", "torch.nn.functional", "layer_norm"),
     ("timm vit", "torch.nn.functional", "conv2d"),
+    ("timm eva", "torch.nn.functional", "scaled_dot_product_attention"),
+    ("timm eva", "timm.models.eva", "apply_rot_embed_cat"),
     ("timm vit unfused", "timm.layers.attention", "maybe_add_mask"),
     ("timm swin", "timm.models.swin_transformer", "window_partition"),
     ("timm swin v2", "timm.models.swin_transformer_v2", "window_reverse"),

@@ -148,6 +148,23 @@ def test_undone_under_accelerate():
         assert relative_error(model(images), expected) < 1e-4
 
 
+@pytest.mark.parametrize("wrapped", ["before", "after"])
+def test_within_a_compiled_model(wrapped):
+    model, run = fresh("timm vit")
+    with torch.no_grad():
+        original = run(model)
+        compiled = torch.compile(model, backend="eager") if wrapped == "before" else None
+        if compiled is not None:
+            assert relative_error(run(compiled), original) < 1e-4
+        pyvit.accelerate(model if compiled is None else compiled)
+        compiled = torch.compile(model, backend="eager") if compiled is None else compiled
+        assert relative_error(run(compiled), original) < 1e-4
+        assert not torch.equal(run(compiled), original)
+        pyvit.restore(compiled)
+        assert relative_error(run(compiled), original) < 1e-5
+        assert torch.equal(run(model), original)
+
+
 def test_a_report_says_what_came_after():
     model, _ = fresh("timm swin")
     report = pyvit.accelerate(model, strict=True)
@@ -168,12 +185,16 @@ def test_a_report_says_what_came_after():
         pyvit.accelerate(model, strict=True)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("grid", [(4, 4), (1, 4), (4, 1), (1, 1), (2, 3)], ids=str)
-@pytest.mark.parametrize("behind", ["batch norm", "group norm", "convolution", "depthwise"])
-def test_maps_have_strides_that_torch_reads_rightly(behind, grid, batch):
-    if behind == "batch norm" and batch * grid[0] * grid[1] == 1:
-        pytest.skip("one value per channel")
+GRIDS = [(batch, grid) for grid in [(4, 4), (1, 4), (4, 1), (1, 1), (2, 3)] for batch in (1, 2)]
+LAYERS = ["batch norm", "group norm", "convolution", "depthwise"]
+
+
+@pytest.mark.parametrize(
+    ("behind", "batch", "grid"),
+    [(behind, *at) for behind in LAYERS for at in GRIDS if (behind, *at) != ("batch norm", 1, (1, 1))],  # one value per channel
+    ids=str,
+)
+def test_maps_have_strides_that_torch_reads_rightly(behind, batch, grid):
     layers = {
         "batch norm": nn.BatchNorm2d(8),
         "group norm": nn.GroupNorm(2, 8),
@@ -208,11 +229,8 @@ def _check_gradients(model, exact, images, target):
         assert float((ours - theirs).abs().max()) < 1e-5 * scale
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("size", [(32, 32), (8, 32), (8, 8)], ids=str)
-def test_maps_of_intermediate_layers_have_such_strides(size, batch):
-    if batch == 1 and size == (8, 8):
-        pytest.skip("one value per channel")
+@pytest.mark.parametrize(("batch", "size"), [(1, (32, 32)), (1, (8, 32)), (2, (32, 32)), (2, (8, 32)), (2, (8, 8))], ids=str)
+def test_maps_of_intermediate_layers_have_such_strides(batch, size):
     config = {"img_size": size, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
     vit = pyvit.create_model("vit_tiny_patch16_224", **config)
     norm = nn.BatchNorm2d(24)

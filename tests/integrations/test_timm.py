@@ -105,14 +105,66 @@ def test_masks_and_hooks_of_attention():
 
 
 def test_what_is_not_known_is_said():
-    report = pyvit.accelerate(timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=28))
+    report = pyvit.accelerate(timm.create_model("cait_xxs24_224", depth=1))
     assert [row.note for row in report.left] == ["not a class that pyvit knows"]
-    assert counts(report)["Conv2d"] == 1
+    assert counts(report) == {"Conv2d": 1, "ClassAttn": 2, "Mlp": 3}
+
+
+SMALL = {
+    "eva02_tiny_patch14_224": {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 28, "qkv_fused": True},
+    "vit_small_patch16_dinov3": {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 32},
+    "beit_base_patch16_224": {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 32, "use_rel_pos_bias": True},
+    "vit_relpos_small_patch16_224": {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 32},
+    "vit_base_patch16_siglip_224": {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 32},
+    "vit_base_patch16_rope_224": {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 32},
+    "samvit_base_patch16_224": {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 32, "global_attn_indexes": (1,)},
+    "twins_svt_small": {"img_size": 64, "embed_dims": (16, 32, 32, 32), "num_heads": (2, 4, 4, 4), "depths": (2, 2, 2, 2)},
+    "pvt_v2_b0": {},
+    "nest_tiny": {},
+    "hiera_tiny_224": {"stages": (1, 1, 1, 1)},
+    "davit_tiny": {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 32), "num_heads": (2, 2, 2, 2)},
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_classes_that_call_torchs_attention(name, monkeypatch):
+    """Any class whose forward calls F.scaled_dot_product_attention, with outputs and gradients as before."""
+    from pyvit.integrations import functional
+
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=7, **SMALL[name])
+    randomise(model) if name != "hiera_tiny_224" else model.eval()
+    size = SMALL[name].get("img_size", model.default_cfg["input_size"][-1])
+    images = torch.randn(1, 3, size, size)
+
+    def results():
+        model.zero_grad()
+        out = model(images)
+        out.square().sum().backward()
+        return out.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    expected = results()
+    report = pyvit.accelerate(model)
+    assert any(forward.function is functional._forward for forward in report.found)
+    assert all("Channel" in row.kind for row in report.left), report
+    calls, attention = [], functional.flash_attention
+    monkeypatch.setattr(functional, "flash_attention", lambda *a, **k: calls.append(a) or attention(*a, **k))
+    found = results()
+    assert calls
+    assert relative_error(found[0], expected[0]) < 1e-4
+    assert relative_error(found[1], expected[1]) < 1e-3
+
+
+def test_a_class_token_that_attends():
+    cross = randomise(timm.models.crossvit.CrossAttention(24, 3))
+    x = torch.randn(2, 5, 24)
+    check_accelerated(cross, lambda m: m(x.to(m.proj.weight.dtype)), {"CrossAttention": 1})
 
 
 @pytest.mark.slow
-def test_compiles_without_a_break():
-    model, images = make("vit_tiny_patch16_224", **VIT), on(32, 32)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_compiles_without_a_break(name):
+    model, images = make(name, **VIT), on(32, 32)
     expected = images(model)
     pyvit.accelerate(model)
     assert relative_error(images(torch.compile(model, fullgraph=True)), expected) < 1e-4

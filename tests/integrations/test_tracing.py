@@ -11,7 +11,9 @@ from tests.integrations.checks import made
 from tests.models.parity import relative_error
 from tests.peers import peer
 
-NAMES = ["timm vit", "timm swin", "timm swin v2", "torchvision vit", "torchvision swin", "open_clip custom"]
+NAMES = ["timm vit", "timm eva", "timm swin", "timm swin v2", "torchvision vit", "torchvision swin", "open_clip custom"]
+
+UNTRACEABLE = {("open_clip custom", torch.fx.symbolic_trace)}  # as they are
 
 
 def accelerated(name):
@@ -23,18 +25,12 @@ def accelerated(name):
     return model, run, expected
 
 
-def traceable(trace, name):
-    """Whether the original can be traced."""
-    try:
-        return trace(copy.deepcopy(made(name)[0]))
-    except Exception:
-        pytest.skip(f"{name} cannot be traced as it is")
-
-
-@pytest.mark.parametrize("trace", [torch.fx.symbolic_trace, torch.jit.script], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "trace"),
+    [(name, trace) for name in NAMES for trace in (torch.fx.symbolic_trace, torch.jit.script) if (name, trace) not in UNTRACEABLE],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_symbolic_traces_see_the_original(name, trace):
-    traceable(trace, name)
     model, run, expected = accelerated(name)
     traced = trace(model)
     with torch.no_grad():
@@ -56,18 +52,18 @@ def test_feature_extraction():
     assert all(relative_error(found[n], theirs[n]) < 1e-4 for n in nodes)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
-@pytest.mark.parametrize("how", [{}, {"feature_cls": "fx"}], ids=str)
-def test_timm_features(name, how):
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("vit_tiny_patch16_224", {"depth": 2, "num_heads": 2, "out_indices": (0, 1)}),
+        ("vit_tiny_patch16_224", {"depth": 2, "num_heads": 2, "out_indices": (0,), "feature_cls": "fx"}),
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "num_heads": (2, 2), "window_size": 4, "out_indices": (0, 1)}),
+    ],
+    ids=str,
+)
+def test_timm_features(name, config):
     torch.manual_seed(0)
-    sizes = {"img_size": 32, "embed_dim": 24, "features_only": True}
-    sizes |= {"depth": 2, "num_heads": 2} if "vit" in name else {"depths": (1, 1), "num_heads": (2, 2), "window_size": 4}
-    if how:
-        sizes["out_indices"] = (0,)
-    try:
-        model = peer("timm").create_model(name, **sizes, **how).eval()
-    except RuntimeError:
-        pytest.skip("timm has no such features")
+    model = peer("timm").create_model(name, img_size=32, embed_dim=24, features_only=True, **config).eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = model(images)

@@ -55,6 +55,53 @@ def test_rotary(size, attention):
         assert relative_error(compiled, model(pixels(model, *size)).last_hidden_state) < 1e-4
 
 
+_WIDTHS = {**TINY, **IMAGE, "intermediate_size": 96}
+_MORE = {
+    "ViTMSN": ({}, {"Conv2d": 1, "ViTMSNAttention": 2, "ViTMSNMLP": 2}),
+    "IJepa": ({}, {"Conv2d": 1, "IJepaAttention": 2, "IJepaMLP": 2}),
+    "Beit": ({"use_relative_position_bias": True}, {"Conv2d": 1, "BeitAttention": 2, "BeitMLP": 2}),
+    "CLIPSegVision": ({}, {"Conv2d": 1, "CLIPSegAttention": 2, "CLIPSegMLP": 2}),
+    "AltCLIPVision": ({}, {"Conv2d": 1, "AltCLIPAttention": 2, "AltCLIPMLP": 2}),
+    "MetaClip2Vision": ({}, {"Conv2d": 1, "MetaClip2Attention": 2, "MetaClip2MLP": 2}),
+    "OwlViTVision": ({}, {"Conv2d": 1, "OwlViTAttention": 2, "OwlViTMLP": 2}),
+    "Owlv2Vision": ({}, {"Conv2d": 1, "Owlv2Attention": 2, "Owlv2MLP": 2}),
+    "Aimv2Vision": ({"use_head": False}, {"Conv2d": 1, "Aimv2Attention": 2}),
+    "ChineseCLIPVision": ({}, {"Conv2d": 1, "ChineseCLIPVisionAttention": 2, "ChineseCLIPVisionMLP": 2}),
+    "GitVision": ({}, {"Conv2d": 1, "GitVisionAttention": 2, "GitVisionMLP": 2}),
+}
+
+
+@pytest.mark.parametrize("kind", _MORE)
+def test_more_image_models(kind):
+    options, replaced = _MORE[kind]
+    model = make(kind, {**_WIDTHS, **options}, head="Model")
+    check_accelerated(model, lambda m: m(pixels(m, 32, 32)).last_hidden_state, replaced)
+
+
+def test_videos():
+    model = make("Vivit", {**_WIDTHS, "num_frames": 4, "tubelet_size": [2, 8, 8]}, head="Model")
+    video = torch.randn(1, 4, 3, 32, 32)
+    check_accelerated(model, lambda m: m(video.to(m.dtype)).last_hidden_state, {"VivitAttention": 2, "VivitMLP": 2})
+
+
+def test_packed_images_with_padding():
+    widths = {name: value for name, value in _WIDTHS.items() if name != "image_size"}
+    model = make("Siglip2Vision", {**widths, "num_patches": 16}, head="Model")
+    patches, shapes = torch.randn(2, 16, 192), torch.tensor([[4, 4], [3, 4]])
+    mask = (torch.arange(16) < torch.tensor([[16], [12]])).long()
+    call = lambda m: m(pixel_values=patches.to(m.dtype), pixel_attention_mask=mask, spatial_shapes=shapes).pooler_output  # noqa: E731
+    check_accelerated(model, call, {"Siglip2Attention": 2, "Siglip2MLP": 3, "MultiheadAttention": 1})
+
+
+def test_the_vision_tower_of_a_language_model():
+    from transformers.models.idefics3 import modeling_idefics3 as idefics
+
+    torch.manual_seed(0)
+    model = randomise(idefics.Idefics3VisionTransformer(idefics.Idefics3VisionConfig(**_WIDTHS)))
+    replaced = {"Conv2d": 1, "Idefics3VisionAttention": 2, "Idefics3VisionMLP": 2}
+    check_accelerated(model, lambda m: m(pixels(m, 32, 32)).last_hidden_state, replaced)
+
+
 def test_mae():
     decoder = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     extra = {f"decoder_{name}": value for name, value in decoder.items()}
