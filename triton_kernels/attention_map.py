@@ -135,7 +135,7 @@ def attention_map(q: Tensor, k: Tensor, rows: Tensor, bias: Tensor | None, scale
         "GROUPS": heads // max(k.shape[1], 1),
         "n_rows": n_rows,
         "n_k": n_k,
-        "scale": scale,
+        "scale": float(scale),
         "D": d,
         "D_PARTS": parts(d),
         "BLOCK_M": c.block_m,

@@ -56,7 +56,7 @@ class _Problem:
             "GROUPS": self.heads // max(self.kv_heads, 1),
             "n_q": self.n_q,
             "n_k": self.n_k,
-            "scale": scale,
+            "scale": float(scale),
             **dropout_args(dropout_p, seed),
             "D": self.d,
             "DV": self.dv,
