@@ -8,15 +8,15 @@ import triton.language as tl
 from pyvit.triton_kernels.common import (
     BOOL_BIAS,
     FLOAT_BIAS,
-    LOG2E,
     NO_BIAS,
     arch_of,
     dot_parts,
     launch,
     load_rows,
-    log2_scale,
+    powers,
     precision,
     rows_unit,
+    unit_of,
 )
 from pyvit.triton_kernels.tiles import choose, parts
 from torch import Tensor
@@ -39,18 +39,21 @@ def map_scores(
     M: tl.constexpr,
     N: tl.constexpr,
     BIAS: tl.constexpr,
+    RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Scores in powers of two of the gathered queries, whose rows of the bias are ``at``."""
+    """Scores of the gathered queries, whose rows of the bias are ``at``."""
     keys = load_rows(k, cols, cols < n_k, stride, D, D_PARTS)
-    s = dot_parts(queries, keys, M, N, PRECISION) * scale
+    s = dot_parts(queries, keys, M, N, PRECISION)
+    if not RAW:
+        s *= scale
     if BIAS != NO_BIAS:
         where = bias + at[:, None] * bias_strides[2] + cols.to(tl.int64)[None, :] * bias_strides[3]
         loaded = tl.load(where, mask=valid[:, None] & (cols < n_k)[None, :], other=0)
         if BIAS == BOOL_BIAS:
             s = tl.where(loaded != 0, s, float("-inf"))
         else:
-            s += loaded.to(tl.float32) * LOG2E
+            s += loaded.to(tl.float32)
     return tl.where((cols < n_k)[None, :], s, float("-inf"))
 
 
@@ -75,6 +78,7 @@ def map_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BIAS: tl.constexpr,
+    RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """BLOCK_M of the rows asked for, of one head: the log-sum-exp in the first pass over the keys, the probabilities in the second."""
@@ -87,16 +91,17 @@ def map_rows(
     queries = load_rows(q + b * q_strides[0] + h * q_strides[1], at, valid, q_strides[2], D, D_PARTS)
     k += b * k_strides[0] + h // GROUPS * k_strides[1]
     bias += b * bias_strides[0] + h * bias_strides[1]
+    unit = unit_of(scale, RAW)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, n_k, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         s = map_scores(
-            queries, k, bias, at, valid, cols, n_k, k_strides[2], bias_strides, scale, D, D_PARTS, BLOCK_M, BLOCK_N, BIAS, PRECISION
+            queries, k, bias, at, valid, cols, n_k, k_strides[2], bias_strides, scale, D, D_PARTS, BLOCK_M, BLOCK_N, BIAS, RAW, PRECISION
         )
         higher = tl.maximum(top, tl.max(s, 1))
         against = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp2(top - against) + tl.sum(tl.exp2(s - against[:, None]), 1)
+        total = total * powers(top, against, unit) + tl.sum(powers(s, against[:, None], unit), 1)
         top = higher
     top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.where(total == 0.0, 1.0, total)
@@ -104,9 +109,9 @@ def map_rows(
     for start in range(0, n_k, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         s = map_scores(
-            queries, k, bias, at, valid, cols, n_k, k_strides[2], bias_strides, scale, D, D_PARTS, BLOCK_M, BLOCK_N, BIAS, PRECISION
+            queries, k, bias, at, valid, cols, n_k, k_strides[2], bias_strides, scale, D, D_PARTS, BLOCK_M, BLOCK_N, BIAS, RAW, PRECISION
         )
-        p = tl.exp2(s - top[:, None]) / total[:, None]
+        p = powers(s, top[:, None], unit) / total[:, None]
         tl.store(out + cols[None, :], p.to(out.dtype.element_ty), mask=valid[:, None] & (cols < n_k)[None, :])
 
 
@@ -130,12 +135,13 @@ def attention_map(q: Tensor, k: Tensor, rows: Tensor, bias: Tensor | None, scale
         "GROUPS": heads // max(k.shape[1], 1),
         "n_rows": n_rows,
         "n_k": n_k,
-        "scale": log2_scale(scale),
+        "scale": float(scale),
         "D": d,
         "D_PARTS": parts(d),
         "BLOCK_M": c.block_m,
         "BLOCK_N": c.block_n,
         "BIAS": (NO_BIAS if bias is None else BOOL_BIAS if bias.dtype == torch.bool else FLOAT_BIAS).value,
+        "RAW": (bias is None or bias.dtype == torch.bool) and scale > 0,
         "PRECISION": precision(q),
     }
     launch(map_rows, -(-n_rows // c.block_m) * heads * batch if n_k else 0, args, c.warps, c.stages)

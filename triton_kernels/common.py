@@ -7,7 +7,6 @@ A width that is not a power of two is covered by a tuple of power-of-two parts (
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +22,8 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NO_BIAS, FLOAT_BIAS, BOOL_BIAS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+#: A log-sum-exp from whose magnitude on its rounding shows in the gradients: its row is summed again.
+LARGE = tl.constexpr(128.0)
 
 
 @triton.jit
@@ -125,19 +126,39 @@ def sequence(cu_seqlens, b, n, VARLEN: tl.constexpr):
 
 @triton.jit
 def biased(s, bias, rows, cols, n_q, n_k, strides, BIAS: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr):
-    """Scores in powers of two with bias added and masks applied; rows and cols are index tensors that broadcast to the shape of ``s``."""
+    """Scores with bias added and masks applied; rows and cols are index tensors that broadcast to the shape of ``s``.
+
+    They stay in natural units until the largest is subtracted: times log2(e) a finite bias may be infinite, and large ones that differ
+    may round to the same.
+    """
     if BIAS != NO_BIAS:
         at = bias + rows.to(tl.int64) * strides[2] + cols.to(tl.int64) * strides[3]
         loaded = tl.load(at, mask=(rows < n_q) & (cols < n_k), other=0)
         if BIAS == BOOL_BIAS:
             s = tl.where(loaded != 0, s, float("-inf"))
         else:
-            s += loaded.to(tl.float32) * LOG2E
+            s += loaded.to(tl.float32)
     if CAUSAL and MASK:
         s = tl.where(rows >= cols, s, float("-inf"))
     if MASK:
         s = tl.where(cols < n_k, s, float("-inf"))
     return s
+
+
+@triton.jit
+def unit_of(scale, RAW: tl.constexpr):
+    """What makes powers of two of differences of scores. RAW scores, which nothing is added to, are products before ``scale``: the
+    largest is subtracted from them as it is, where a multiply-add would subtract the rounded largest from its exact self."""
+    unit = LOG2E
+    if RAW:
+        unit = scale * LOG2E
+    return unit
+
+
+@triton.jit
+def powers(s, top, unit):
+    """exp2 of scores less the largest of their row."""
+    return tl.exp2((s - top) * unit)
 
 
 @triton.jit
@@ -260,7 +281,3 @@ def dropout_args(dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
         "keep_scale": 1.0 / (1.0 - dropout_p),
         "DROPOUT": dropout_p > 0.0,
     }
-
-
-def log2_scale(scale: float) -> float:
-    return scale * math.log2(math.e)

@@ -12,7 +12,6 @@ from pyvit.triton_kernels.common import (
     arch_of,
     dropout_args,
     launch,
-    log2_scale,
     precision,
     processors,
     rows_unit,
@@ -57,7 +56,7 @@ class _Problem:
             "GROUPS": self.heads // max(self.kv_heads, 1),
             "n_q": self.n_q,
             "n_k": self.n_k,
-            "scale": log2_scale(scale),
+            "scale": float(scale),
             **dropout_args(dropout_p, seed),
             "D": self.d,
             "DV": self.dv,
@@ -68,6 +67,8 @@ class _Problem:
             "VARLEN": cu is not None,
             "PRECISION": precision(q),
         }
+        # Nothing is added to the scores, and the largest is the largest product.
+        self.raw = {"RAW": (bias is None or bias.dtype == torch.bool) and scale > 0}
         # Without a bias the kernels still add an offset to its pointer; q's is as good as any and is never read.
         self.bias_args: dict[str, Any] = {
             "bias": self.q if bias is None else bias,
@@ -108,7 +109,7 @@ class _Problem:
 def _forward(p: _Problem) -> tuple[Tensor, Tensor]:
     out, lse = p.like(p.q, p.dv), p.rows()
     args = p.tensors(q=p.q, k=p.k, v=p.v, out=out) | p.bias_args | p.common | {"lse": lse, "lse_strides": p.row_strides(lse)}
-    args |= {"RAW": p.bias is None and p.scale > 0}  # the largest score is then the largest product
+    args |= p.raw
     if forward_short_fits(p.arch, p.itemsize, (p.d, p.dv), p.n_k):
         c = p.choose("forward_short")
         tiles = -(-p.n_q // c.block_m)
@@ -127,32 +128,31 @@ def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, p: _Problem
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_q, grad_k, grad_v = p.like(p.q, p.d), p.like(p.k, p.d), p.like(p.v, p.dv)
-    delta, log_sums = p.rows(), p.rows()
+    delta, shifts, rests = p.rows(), p.rows(), p.rows()
     grad_out, out = rows_unit(grad_out), rows_unit(out)
     args = p.tensors(grad_out=grad_out, q=p.q, k=p.k, v=p.v) | p.bias_args | p.common
-    args |= {"lse": lse.contiguous(), "delta": delta, "lse_strides": p.row_strides(delta)}
-    own = {"grad_lse": None if grad_lse is None else grad_lse.contiguous(), "factor": p.scale}
+    args |= {"delta": delta, "shifts": shifts, "rests": rests, "lse_strides": p.row_strides(delta)}
+    own = {"lse": lse.contiguous(), "grad_lse": None if grad_lse is None else grad_lse.contiguous(), "factor": p.scale}
     outputs = p.tensors(grad_q=grad_q, grad_k=grad_k, grad_v=grad_v, out=out)
     only = lambda *names: {k: v for k, v in outputs.items() if k.removesuffix("_strides") in names}  # noqa: E731
     if p.heads == p.kv_heads and backward_short_fits(p.itemsize, max(p.d, p.dv), p.n_q, p.n_k):
         c = p.choose("backward_short")
         # The bias tile takes registers that half as many queries leave free.
         shape = {"BLOCK_M": c.block_m if p.bias is None else max(16, c.block_m // 2), "BLOCK_N": one_tile(p.n_k)}
-        every = args | own | outputs | shape
+        every = args | own | outputs | shape | p.raw
         del every["GROUPS"]  # each query head has its own key head
         launch(backward_short, p.batch * p.heads, every, c.warps, c.stages)
     else:
         c = p.choose("backward_dq")
         shape = {"BLOCK_M": c.block_m, "WIDTHS": (c.block_n, c.edge_n)}
         grid = -(-p.n_q // c.block_m) * p.heads * p.batch
-        launch(backward_dq, grid, args | own | only("grad_q", "out") | shape | {"log_sums": log_sums}, c.warps, c.stages)
+        launch(backward_dq, grid, args | own | only("grad_q", "out") | shape | p.raw, c.warps, c.stages)
         c = p.choose("backward_dkdv")
         shape = {"BLOCK_M": c.block_n, "BLOCK_N": c.block_m, "factor": p.scale}
         grid = -(-p.n_k // c.block_m) * p.kv_heads * p.batch
         # A single head's addresses stay the same over the loop; those of a head in parts are too many registers to keep.
         grouped = p.heads != p.kv_heads or len(parts(p.d)) > 1
-        every = args | only("grad_k", "grad_v") | shape | {"log_sums": log_sums, "GROUPED": grouped}
-        del every["lse"]
+        every = args | only("grad_k", "grad_v") | shape | p.raw | {"GROUPED": grouped}
         launch(backward_dkdv, grid, every, c.warps, c.stages)
     if p.bias is None or not bias_grad:
         return grad_q, grad_k, grad_v, p.q.new_empty(0)

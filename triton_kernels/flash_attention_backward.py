@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from pyvit.triton_kernels.common import (
-    LOG2E,
+    LARGE,
     add_products,
     biased,
     dot_parts,
@@ -16,18 +16,44 @@ from pyvit.triton_kernels.common import (
     draw_of,
     kept,
     load_rows,
+    powers,
     sequence,
     span,
     store_rows,
+    unit_of,
     zero_parts,
 )
 
 
 @triton.jit
-def load_lse(lse, rows, n):
-    """Log-sum-exp in powers of two, such that exp2(score - it) is 0 in rows past the end and in rows that may attend to nothing."""
-    value = tl.load(lse + rows, mask=rows < n, other=float("inf")) * LOG2E
-    return tl.where(value == float("-inf"), 0.0, value)
+def any_large(lse):
+    """Whether some row's log-sum-exp is LARGE (infinite ones stand for rows that do not exist): float32 may then have rounded away all
+    that was added to the largest score, and probabilities made from it would not sum to 1."""
+    return tl.max(tl.where(lse < float("inf"), tl.abs(lse), 0.0), 0) > LARGE
+
+
+@triton.jit
+def load_shift(lse, rows, n, scale, RAW: tl.constexpr):
+    """What is subtracted from scores, the log-sum-exp, such that probabilities are 0 in rows past the end and in rows that may attend to
+    nothing; and whether one of these rows has a LARGE one."""
+    value = tl.load(lse + rows, mask=rows < n, other=float("inf"))
+    value = tl.where(value == float("-inf"), 0.0, value)
+    large = any_large(value)
+    if RAW:
+        value = value / scale
+    return value, large
+
+
+@triton.jit
+def probabilities(s, shift, rest, unit):
+    """Of scores: exp2((s - shift) * unit - rest). Of a row with a LARGE log-sum-exp ``shift`` is the largest score and ``rest`` the
+    logarithm of the sum of the powers that are then left, as the forward had them; otherwise the log-sum-exp and 0."""
+    return tl.exp2((s - shift) * unit - rest)
+
+
+@triton.jit
+def log_total(total):
+    return tl.where(total == 0.0, 0.0, tl.log2(total))
 
 
 @triton.jit
@@ -40,13 +66,9 @@ def row_delta(out, grad, grad_lse, rows, n, stride, DV: tl.constexpr, DV_PARTS: 
 
 
 @triton.jit
-def score_gradient(
+def tile_scores(
     left,
     right,
-    grad_left,
-    grad_right,
-    log_sum,
-    row_sum,
     bias,
     bias_strides,
     rows,
@@ -54,23 +76,40 @@ def score_gradient(
     n_q,
     n_k,
     scale,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    RAW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile (M, N) of scores as the forward took them; left and right are queries and keys, or the other way round."""
+    s = dot_parts(left, right, M, N, PRECISION)
+    if not RAW:
+        s *= scale
+    return biased(s, bias, rows, cols, n_q, n_k, bias_strides, BIAS, CAUSAL, MASK)
+
+
+@triton.jit
+def score_gradient(
+    p,
+    grad_left,
+    grad_right,
+    row_sum,
+    rows,
+    cols,
     draw,
     head,
     threshold,
     keep_scale,
     M: tl.constexpr,
     N: tl.constexpr,
-    BIAS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile (M, N) of probabilities after dropout, and of the gradients of the scores: left and right are queries and keys, grad_left and
-    grad_right output gradients and values, or the other way round; row statistics and indices broadcast to the tile."""
-    s = dot_parts(left, right, M, N, PRECISION) * scale
-    s = biased(s, bias, rows, cols, n_q, n_k, bias_strides, BIAS, CAUSAL, MASK)
-    p = tl.exp2(s - log_sum)
+    """A tile (M, N) of probabilities after dropout, and of the gradients of the scores: grad_left and grad_right are output gradients and
+    values, or the other way round; row sums and indices broadcast to the tile."""
     dp = dot_parts(grad_left, grad_right, M, N, PRECISION)
     dropped = p
     if DROPOUT:
@@ -89,6 +128,8 @@ def backward_short(
     bias,
     out,
     lse,
+    shifts,
+    rests,
     delta,
     grad_lse,
     grad_q,
@@ -124,6 +165,7 @@ def backward_short(
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     VARLEN: tl.constexpr,
+    RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """All gradients of one head by one program, which holds all its keys: five products per tile of queries, where a pass for dQ and
@@ -145,6 +187,7 @@ def backward_short(
     if grad_lse is not None:
         grad_lse += row_at
     draw = draw_of(seed, DROPOUT)
+    unit = unit_of(scale, RAW)
 
     cols = tl.arange(0, BLOCK_N)
     inside = cols < k_len
@@ -159,11 +202,23 @@ def backward_short(
         queries = load_rows(q, rows, valid, q_strides[2], D, D_PARTS)
         grad = load_rows(grad_out, rows, valid, grad_out_strides[2], DV, DV_PARTS)
         row_sum = row_delta(out, grad, grad_lse, rows, q_len, out_strides[2], DV, DV_PARTS)
-        tl.store(delta + row_at + rows, row_sum, mask=valid)  # for the bias gradient
-        log_sum = load_lse(lse + row_at, rows, q_len)
+        shift, large = load_shift(lse + row_at, rows, q_len, scale, RAW)
+        rest = tl.zeros((BLOCK_M,), tl.float32)
+        s = tile_scores(
+            keys, queries, bias, bias_strides, rows[None, :], cols[:, None], q_len, k_len, scale, BLOCK_N, BLOCK_M, BIAS, CAUSAL, True,
+            RAW, PRECISION,
+        )  # fmt: skip
+        if large:
+            top = tl.max(s, 0)
+            shift = tl.where(top == float("-inf"), 0.0, top)
+            rest = log_total(tl.sum(powers(s, shift[None, :], unit), 0))
+        at = row_at + rows  # for the bias gradient
+        tl.store(delta + at, row_sum, mask=valid)
+        tl.store(shifts + at, shift, mask=valid)
+        tl.store(rests + at, rest, mask=valid)
         dropped, ds = score_gradient(
-            keys, queries, values, grad, log_sum[None, :], row_sum[None, :], bias, bias_strides, rows[None, :], cols[:, None],
-            q_len, k_len, scale, draw, pid, threshold, keep_scale, BLOCK_N, BLOCK_M, BIAS, CAUSAL, True, DROPOUT, PRECISION,
+            probabilities(s, shift[None, :], rest[None, :], unit), values, grad, row_sum[None, :], rows[None, :], cols[:, None],
+            draw, pid, threshold, keep_scale, BLOCK_N, BLOCK_M, DROPOUT, PRECISION,
         )  # fmt: skip
         dv = add_products(dv, dropped.to(v.dtype.element_ty), grad, 0, PRECISION)
         ds = ds.to(q.dtype.element_ty)
@@ -183,7 +238,8 @@ def backward_dq(
     bias,
     out,
     lse,
-    log_sums,
+    shifts,
+    rests,
     delta,
     grad_lse,
     grad_q,
@@ -216,10 +272,11 @@ def backward_dq(
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     VARLEN: tl.constexpr,
+    RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dQ of one query tile, walking the keys; also writes what :func:`backward_dkdv` reads of each row: its sum (delta), and its
-    log-sum-exp as probabilities take it."""
+    """dQ of one query tile, walking the keys; also writes what :func:`backward_dkdv` reads of each row: its sum (delta), and what
+    probabilities take."""
     blocks = tl.cdiv(n_q, BLOCK_M)
     pid = tl.program_id(0)
     head = pid // blocks
@@ -237,17 +294,16 @@ def backward_dq(
     if grad_lse is not None:
         grad_lse += row_at
     draw = draw_of(seed, DROPOUT)
+    unit = unit_of(scale, RAW)
 
     first_row = pid % blocks * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     inside = rows < q_len
     queries = load_rows(q, rows, inside, q_strides[2], D, D_PARTS)
     grad = load_rows(grad_out, rows, inside, grad_out_strides[2], DV, DV_PARTS)
-    log_sum = load_lse(lse + row_at, rows, q_len)
+    shift, large = load_shift(lse + row_at, rows, q_len, scale, RAW)
+    rest = tl.zeros((BLOCK_M,), tl.float32)
     row_sum = row_delta(out, grad, grad_lse, rows, q_len, out_strides[2], DV, DV_PARTS)
-    tl.store(delta + row_at + rows, row_sum, mask=inside)
-    tl.store(log_sums + row_at + rows, log_sum, mask=inside)
-    dq = zero_parts((BLOCK_M,), D_PARTS)
     end = k_len
     whole = k_len // WIDTHS[0] * WIDTHS[0]
     if CAUSAL:
@@ -256,14 +312,39 @@ def backward_dq(
     if VARLEN:  # tiles past the sequence's end walk nothing
         end = tl.where(first_row < q_len, end, 0)
         whole = tl.where(first_row < q_len, whole, 0)
+    if large:
+        top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        for start in tl.range(0, end, WIDTHS[1], num_stages=1):
+            cols = span(start, WIDTHS[1])
+            keys = load_rows(k, cols, cols < k_len, k_strides[2], D, D_PARTS)
+            s = tile_scores(
+                queries, keys, bias, bias_strides, rows[:, None], cols[None, :], q_len, k_len, scale, BLOCK_M, WIDTHS[1], BIAS, CAUSAL,
+                True, RAW, PRECISION,
+            )  # fmt: skip
+            higher = tl.maximum(top, tl.max(s, 1))
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
+            total = total * powers(top, shift, unit) + tl.sum(powers(s, shift[:, None], unit), 1)
+            top = higher
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        rest = log_total(total)
+    at = row_at + rows
+    tl.store(delta + at, row_sum, mask=inside)
+    tl.store(shifts + at, shift, mask=inside)
+    tl.store(rests + at, rest, mask=inside)
+    dq = zero_parts((BLOCK_M,), D_PARTS)
     for edge in tl.static_range(2):
         for start in range(whole if edge else 0, end if edge else whole, WIDTHS[edge]):
             cols = span(start, WIDTHS[edge])
             keys = load_rows(k, cols, cols < k_len if edge == 1 else None, k_strides[2], D, D_PARTS)
             values = load_rows(v, cols, cols < k_len if edge == 1 else None, v_strides[2], DV, DV_PARTS)
+            s = tile_scores(
+                queries, keys, bias, bias_strides, rows[:, None], cols[None, :], q_len, k_len, scale, BLOCK_M, WIDTHS[edge], BIAS, CAUSAL,
+                edge == 1, RAW, PRECISION,
+            )  # fmt: skip
             _, ds = score_gradient(
-                queries, keys, grad, values, log_sum[:, None], row_sum[:, None], bias, bias_strides, rows[:, None], cols[None, :],
-                q_len, k_len, scale, draw, head, threshold, keep_scale, BLOCK_M, WIDTHS[edge], BIAS, CAUSAL, edge == 1, DROPOUT, PRECISION,
+                probabilities(s, shift[:, None], rest[:, None], unit), grad, values, row_sum[:, None], rows[:, None], cols[None, :],
+                draw, head, threshold, keep_scale, BLOCK_M, WIDTHS[edge], DROPOUT, PRECISION,
             )  # fmt: skip
             dq = add_products(dq, ds.to(queries[0].dtype), keys, 0, PRECISION)
     store_rows(grad_q, dq, 0, factor, rows, inside, grad_q_strides[2], D, D_PARTS)
@@ -276,7 +357,8 @@ def backward_dkdv(
     k,
     v,
     bias,
-    log_sums,
+    shifts,
+    rests,
     delta,
     grad_k,
     grad_v,
@@ -310,6 +392,7 @@ def backward_dkdv(
     DROPOUT: tl.constexpr,
     VARLEN: tl.constexpr,
     GROUPED: tl.constexpr,
+    RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dK and dV of BLOCK_N keys of one key head, walking the queries of its group in blocks of BLOCK_M."""
@@ -325,6 +408,7 @@ def backward_dkdv(
     grad_k += b * grad_k_strides[0] + kv_head * grad_k_strides[1] + k_first * grad_k_strides[2]
     grad_v += b * grad_v_strides[0] + kv_head * grad_v_strides[1] + k_first * grad_v_strides[2]
     draw = draw_of(seed, DROPOUT)
+    unit = unit_of(scale, RAW)
 
     first_col = pid % blocks * BLOCK_N
     cols = first_col + tl.arange(0, BLOCK_N)
@@ -349,13 +433,18 @@ def backward_dkdv(
         at = grad_out + b * grad_out_strides[0] + h * grad_out_strides[1] + q_first * grad_out_strides[2]
         grad = load_rows(at, rows, rows < q_len, grad_out_strides[2], DV, DV_PARTS)
         row_at = b * lse_strides[0] + h * lse_strides[1] + q_first
-        log_sum = tl.load(log_sums + row_at + rows, mask=rows < q_len, other=float("inf"))
+        shift = tl.load(shifts + row_at + rows, mask=rows < q_len, other=float("inf"))
+        rest = tl.load(rests + row_at + rows, mask=rows < q_len, other=0.0)
         row_sum = tl.load(delta + row_at + rows, mask=rows < q_len, other=0.0)
         where = bias + b * bias_strides[0] + h * bias_strides[1]
         # Keys past the end spoil their own rows alone, which are not stored: no mask.
+        s = tile_scores(
+            keys, queries, where, bias_strides, rows[None, :], cols[:, None], q_len, k_len, scale, BLOCK_N, BLOCK_M, BIAS, CAUSAL, CAUSAL,
+            RAW, PRECISION,
+        )  # fmt: skip
         dropped, ds = score_gradient(
-            keys, queries, values, grad, log_sum[None, :], row_sum[None, :], where, bias_strides, rows[None, :], cols[:, None],
-            q_len, k_len, scale, draw, b * H + h, threshold, keep_scale, BLOCK_N, BLOCK_M, BIAS, CAUSAL, CAUSAL, DROPOUT, PRECISION,
+            probabilities(s, shift[None, :], rest[None, :], unit), values, grad, row_sum[None, :], rows[None, :], cols[:, None],
+            draw, b * H + h, threshold, keep_scale, BLOCK_N, BLOCK_M, DROPOUT, PRECISION,
         )  # fmt: skip
         dv = add_products(dv, dropped.to(v.dtype.element_ty), grad, 0, PRECISION)
         dk = add_products(dk, ds.to(q.dtype.element_ty), queries, 0, PRECISION)

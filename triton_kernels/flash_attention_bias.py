@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from pyvit.triton_kernels.common import draw_of, load_rows, sequence
-from pyvit.triton_kernels.flash_attention_backward import load_lse, score_gradient
+from pyvit.triton_kernels.common import LOG2E, draw_of, load_rows, sequence
+from pyvit.triton_kernels.flash_attention_backward import probabilities, score_gradient, tile_scores
 
 
 @triton.jit
@@ -15,7 +15,8 @@ def bias_gradient(
     k,
     v,
     bias,
-    lse,
+    shifts,
+    rests,
     delta,
     grad_bias,
     cu_q,
@@ -86,12 +87,17 @@ def bias_gradient(
         at = v + b * v_strides[0] + h // GROUPS * v_strides[1] + k_first * v_strides[2]
         values = load_rows(at, cols, cols < k_len, v_strides[2], DV, DV_PARTS)
         row_at = b * lse_strides[0] + h * lse_strides[1] + q_first
-        log_sum = load_lse(lse + row_at, rows, q_len)
+        shift = tl.load(shifts + row_at + rows, mask=rows < q_len, other=float("inf"))
+        rest = tl.load(rests + row_at + rows, mask=rows < q_len, other=0.0)
         row_sum = tl.load(delta + row_at + rows, mask=rows < q_len, other=0.0)
         where = bias + b * bias_strides[0] + h * bias_strides[1]
+        s = tile_scores(
+            queries, keys, where, bias_strides, rows[:, None], cols[None, :], q_len, k_len, scale, BLOCK_M, BLOCK_N, BIAS, CAUSAL, True,
+            False, PRECISION,
+        )  # fmt: skip
         _, ds = score_gradient(
-            queries, keys, grad, values, log_sum[:, None], row_sum[:, None], where, bias_strides, rows[:, None], cols[None, :],
-            q_len, k_len, scale, draw, b * H + h, threshold, keep_scale, BLOCK_M, BLOCK_N, BIAS, CAUSAL, True, DROPOUT, PRECISION,
+            probabilities(s, shift[:, None], rest[:, None], LOG2E), grad, values, row_sum[:, None], rows[:, None], cols[None, :],
+            draw, b * H + h, threshold, keep_scale, BLOCK_M, BLOCK_N, DROPOUT, PRECISION,
         )  # fmt: skip
         acc += ds
     plane = (split * bias_shape[0] + bias_b).to(tl.int64) * bias_shape[1] + bias_h

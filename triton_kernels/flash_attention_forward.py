@@ -1,6 +1,6 @@
 """Forward kernels of attention, after Dao et al., "FlashAttention-2" (2023).
 
-Both compute softmax in powers of two with log2(e) folded into the scale, and store only the output and the log-sum-exp.
+Both compute softmax in powers of two, and store only the output and the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from pyvit.triton_kernels.common import (
     draw_of,
     kept,
     load_rows,
+    powers,
     sequence,
     span,
     store_rows,
+    unit_of,
     zero_parts,
 )
 
@@ -35,19 +37,10 @@ def load_blocks(base, n, stride, D: tl.constexpr, PARTS: tl.constexpr, ROW_PARTS
 
 
 @triton.jit
-def powers(s, top, scale, RAW: tl.constexpr):
-    """exp2 of scores less the largest of their row. RAW scores are scaled after that: of scores so large that their rounding counts for
-    more than 1, a multiply-add would subtract the rounded largest from its exact self."""
-    if RAW:
-        return tl.exp2((s - top) * scale)
-    return tl.exp2(s - top)
-
-
-@triton.jit
 def log_sum_exp(top, total, scale, RAW: tl.constexpr):
     if RAW:
         top = top * scale
-    return (top + tl.log2(total)) * LN2
+    return top + tl.log2(total) * LN2
 
 
 @triton.jit
@@ -103,6 +96,7 @@ def forward_short(
     bias += b * bias_strides[0] + h * bias_strides[1]
     draw = draw_of(seed, DROPOUT)
 
+    unit = unit_of(scale, RAW)
     keys = load_blocks(k, k_len, k_strides[2], D, D_PARTS, KEY_PARTS)
     values = load_blocks(v, k_len, v_strides[2], DV, DV_PARTS, KEY_PARTS)
     for tile in range(GROUP):
@@ -129,7 +123,7 @@ def forward_short(
         acc = zero_parts((BLOCK_M,), DV_PARTS)
         start: tl.constexpr = 0
         for j in tl.static_range(len(KEY_PARTS)):
-            p = powers(scores[j], top[:, None], scale, RAW)
+            p = powers(scores[j], top[:, None], unit)
             total += tl.sum(p, 1)
             if DROPOUT:
                 cols = start + tl.arange(0, KEY_PARTS[j])
@@ -195,6 +189,7 @@ def forward_long(
     bias += b * bias_strides[0] + h * bias_strides[1]
     draw = draw_of(seed, DROPOUT)
 
+    unit = unit_of(scale, RAW)
     first_row = pid % blocks * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     queries = load_rows(q, rows, rows < q_len, q_strides[2], D, D_PARTS)
@@ -219,8 +214,8 @@ def forward_long(
             s = biased(s, bias, rows[:, None], cols[None, :], q_len, k_len, bias_strides, BIAS, CAUSAL, edge == 1)
             higher = tl.maximum(top, tl.max(s, 1))
             against = tl.where(higher == float("-inf"), 0.0, higher)
-            p = powers(s, against[:, None], scale, RAW)
-            shrink = powers(top, against, scale, RAW)
+            p = powers(s, against[:, None], unit)
+            shrink = powers(top, against, unit)
             total = total * shrink + tl.sum(p, 1)
             top = higher
             if DROPOUT:

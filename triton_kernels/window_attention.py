@@ -164,7 +164,8 @@ def window_attention_backward(
     args = m.common | {
         "grad_out": grad_out,
         "grad_out_strides": grad_out.stride()[:3],
-        "lse": lse.contiguous(),
+        "shifts": lse.contiguous(),
+        "rests": None,
         "row_sums": None,
         "grad_qkv": grad_qkv,
         "grad_qkv_strides": grad_qkv.stride()[:3],
@@ -175,8 +176,9 @@ def window_attention_backward(
         sums = _Sums(m, groups, (groups, tiles))
         own = {"turned": None, "bias_partial": sums.bias, "logit_partial": sums.logit}
     else:
-        args |= {"row_sums": torch.empty_like(args["lse"]), "turned": m.turned()}
-        sums = _gradients_by_tiles(m, args, rows_unit(out))
+        args |= {name: torch.empty_like(lse, memory_format=torch.contiguous_format) for name in ("shifts", "rests", "row_sums")}
+        args |= {"turned": m.turned()}
+        sums = _gradients_by_tiles(m, args, rows_unit(out), lse.contiguous())
         own = {"bias_partial": None, "logit_partial": None}
     shape = {"share": share, "BLOCK_N": c.block_m if whole else c.block_n, "BLOCK_M": c.block_m, "ALL": whole}
     pad_partial = m.qkv.new_zeros((groups, tiles, 2, m.heads, m.d), dtype=torch.float32)
@@ -187,14 +189,14 @@ def window_attention_backward(
     return grad_qkv, sums.table_grad(bias_table, m), sums.logit_grad(logit_scale, m), grad_pad
 
 
-def _gradients_by_tiles(m: _Map, args: dict[str, Any], out: Tensor) -> _Sums:
-    """Of windows larger than a tile: the queries' gradients and row sums, then the table's."""
+def _gradients_by_tiles(m: _Map, args: dict[str, Any], out: Tensor, lse: Tensor) -> _Sums:
+    """Of windows larger than a tile: the queries' gradients and what their rows leave, then the table's."""
     c, b = m.choose("window_backward_queries"), m.choose("window_backward_bias")
     tiles, bias_tiles = -(-m.rows // c.block_m), -(-m.rows // b.block_m) * -(-m.rows // b.block_n)
     groups, share = m.spread(b, bias_tiles)
     sums = _Sums(m, groups, (m.total, tiles))
     common = _without(args, "table", "PACK")
-    own = {"out": out, "out_strides": out.stride()[:3], "logit_partial": sums.logit}
+    own = {"out": out, "out_strides": out.stride()[:3], "lse": lse, "logit_partial": sums.logit}
     own |= {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "EDGE_N": c.edge_n}
     launch(window_backward_queries, m.heads * m.total * tiles, _without(common, "total") | own, c.warps, c.stages)
     if sums.bias is not None:

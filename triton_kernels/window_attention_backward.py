@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from pyvit.triton_kernels.common import LN2, LOG2E, add_products, dot_parts, dot_rows, draw_of, kept, load_rows, zero_parts, zeros_of
+from pyvit.triton_kernels.common import (
+    LOG2E,
+    add_products,
+    dot_parts,
+    dot_rows,
+    draw_of,
+    kept,
+    load_rows,
+    powers,
+    zero_parts,
+    zeros_of,
+)
+from pyvit.triton_kernels.flash_attention_backward import any_large, log_total, probabilities
 from pyvit.triton_kernels.window_attention_forward import (
     attending,
     gather,
@@ -27,7 +39,8 @@ def query_side(
     qkv,
     pad,
     grad_out,
-    lse,
+    shifts,
+    rests,
     row_sums,
     window,
     y,
@@ -45,27 +58,19 @@ def query_side(
     AREA: tl.constexpr,
     COSINE: tl.constexpr,
 ):
-    """Of placed queries: their rows and 1 / norm, the gradients of their outputs, their row sums where there are any, the log-sum-exps.
-
-    These are infinite past the windows and finite in rows that attend to nothing: probabilities there become 0.
+    """Of placed queries: their rows and 1 / norm, the gradients of their outputs, their row sums and rests where there are any, and what
+    is subtracted from their scores: infinite past the windows and finite in rows that attend to nothing, whose probabilities are then 0.
     """
     first = h * D
     queries, inverse = normalised(gather(qkv, pad, first, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE)
     grad = load_rows(grad_out + first, row_offset(window, y, x, windows, grad_out_strides), real, 1, D, D_PARTS)
     at = (window.to(tl.int64) * HEADS + h) * AREA + rows % AREA
-    row_sum = 0.0
+    row_sum, rest = 0.0, 0.0
     if row_sums is not None:
         row_sum = tl.load(row_sums + at, mask=inside, other=0.0)
-    log_sum = tl.load(lse + at, mask=inside, other=float("inf"))
-    return queries, inverse, grad, row_sum, tl.where(log_sum == float("-inf"), 0.0, log_sum)
-
-
-@triton.jit
-def weight(s, log_sum, like):
-    """The probability of a natural score; in float32 the difference comes first, which is small, so that its rounding is."""
-    if like.dtype.element_ty == tl.float32:
-        return tl.exp2((s - log_sum) * LOG2E)
-    return tl.exp2(s * LOG2E - log_sum * LOG2E)
+        rest = tl.load(rests + at, mask=inside, other=0.0)
+    shift = tl.load(shifts + at, mask=inside, other=float("inf"))
+    return queries, inverse, grad, row_sum, tl.where(shift == float("-inf"), 0.0, shift), rest
 
 
 @triton.jit
@@ -107,7 +112,8 @@ def window_backward_keys(
     turned,
     logit_scale,
     pad,
-    lse,
+    shifts,
+    rests,
     row_sums,
     grad_qkv,
     bias_partial,
@@ -152,7 +158,6 @@ def window_backward_keys(
     h, tile, group = pid % HEADS, pid // HEADS % tiles, pid // HEADS // tiles
     at_q, at_k, at_v = h * D, (HEADS + h) * D, (2 * HEADS + h) * D
     natural = score_factor(logit_scale, scale, h)
-    factor = natural * LOG2E
     draw = draw_of(seed, DROPOUT)
     cols = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     held = zeros_of(BLOCK_M, BLOCK_N)
@@ -171,17 +176,22 @@ def window_backward_keys(
         for first in range(0, ROWS, BLOCK_N):
             rows = first + tl.arange(0, BLOCK_N)
             q_window, qy, qx, q_inside, q_real, q_region = place(rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
-            queries, q_inverse, grad, row_sum, log_sum = query_side(
-                qkv, pad, grad_out, lse, row_sums, q_window, qy, qx, rows, q_inside, q_real, h, HEADS,
+            queries, q_inverse, grad, row_sum, shift_of, rest = query_side(
+                qkv, pad, grad_out, shifts, rests, row_sums, q_window, qy, qx, rows, q_inside, q_real, h, HEADS,
                 windows, qkv_strides, grad_out_strides, D, D_PARTS, AREA, COSINE,
             )  # fmt: skip
-            raw = dot_parts(keys, queries, BLOCK_M, BLOCK_N, PRECISION) * (factor if ALL else natural)
+            raw = dot_parts(keys, queries, BLOCK_M, BLOCK_N, PRECISION) * natural
             s = raw
             if ALL:
                 if table is not None:
                     s += held
                 s = attending(s, q_region[None, :], region[:, None], allowed[:, None], table, padded, shift, PACK)
-                p = tl.exp2(s - (log_sum * LOG2E)[None, :])
+                rest = tl.zeros((BLOCK_N,), tl.float32)
+                if any_large(shift_of):
+                    top = tl.max(s, 0)
+                    shift_of = tl.where(top == float("-inf"), 0.0, top)
+                    rest = log_total(tl.sum(powers(s, shift_of[None, :], LOG2E), 0))
+                p = probabilities(s, shift_of[None, :], rest[None, :], LOG2E)
                 if qkv.dtype.element_ty == tl.float32:  # whole rows are here: what rounding left in the log-sum-exp is taken out
                     total_p = tl.sum(p, 0)
                     p = p / tl.where(total_p == 0.0, 1.0, total_p)[None, :]
@@ -190,7 +200,7 @@ def window_backward_keys(
                     near, near_keys = tl.minimum(rows, ROWS - 1), tl.minimum(cols, ROWS - 1)
                     s += pair_bias(turned, near[None, :], near_keys[:, None], h, WINDOW)
                 s = within_regions(s, q_region[None, :], region[:, None], piece, windows, windows_x, shift)
-                p = weight(s, log_sum[None, :], qkv)
+                p = probabilities(s, shift_of[None, :], rest[None, :], LOG2E)
             dp = dot_parts(values, grad, BLOCK_M, BLOCK_N, PRECISION)
             dropped = p
             if DROPOUT:
@@ -228,12 +238,12 @@ def window_backward_keys(
             at = bias_partial + (group * HEADS + h).to(tl.int64) * ROWS * ROWS + rows[None, :] * ROWS + cols[:, None]
             tl.store(at, grad_bias, mask=(rows[None, :] < ROWS) & (cols[:, None] < ROWS))
         if COSINE:  # (groups, tiles, heads)
-            tl.store(logit_partial + pid, tl.sum(grad_logit, 0) * LN2)
+            tl.store(logit_partial + pid, tl.sum(grad_logit, 0))
 
 
 @triton.jit
 def walk_keys_backward(
-    dq, queries, grad, row_sum, log_sum, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows,
+    dq, queries, grad, row_sum, shift_of, rest, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows,
     windows_x, HEADS, natural, draw, threshold, keep_scale, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_N: tl.constexpr, COSINE: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -242,12 +252,28 @@ def walk_keys_backward(
         queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS, natural,
         D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
     )  # fmt: skip
-    p = weight(s, log_sum[:, None], qkv)
+    p = probabilities(s, shift_of[:, None], rest[:, None], LOG2E)
     dp = dot_parts(grad, values, rows.shape[0], BLOCK_N, PRECISION)
     if DROPOUT:
         keep = kept(draw, (window * HEADS + h + rows * 0)[:, None], rows[:, None], cols[None, :], threshold)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     return add_products(dq, (p * (dp - row_sum[:, None])).to(qkv.dtype.element_ty), keys, 0, PRECISION)
+
+
+@triton.jit
+def walk_keys_again(
+    top, total, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS,
+    natural, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, COSINE: tl.constexpr,
+    EDGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of a row's largest score and the sum of the powers relative to it, over BLOCK_N keys."""
+    _, _, _, s = key_side(
+        queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS, natural,
+        D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
+    )  # fmt: skip
+    higher = tl.maximum(top, tl.max(s, 1))
+    against = tl.where(higher == float("-inf"), 0.0, higher)
+    return higher, total * powers(top, against, LOG2E) + tl.sum(powers(s, against[:, None], LOG2E), 1)
 
 
 @triton.jit
@@ -259,6 +285,8 @@ def window_backward_queries(
     pad,
     out,
     lse,
+    shifts,
+    rests,
     row_sums,
     grad_qkv,
     logit_partial,
@@ -298,24 +326,37 @@ def window_backward_queries(
     inside = every < AREA
     rows = tl.minimum(every, AREA - 1)  # rows past the window repeat its last, and are not stored
     _, y, x, _, real, region = place(rows, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
-    queries, inverse, grad, _, log_sum = query_side(
-        qkv, pad, grad_out, lse, None, window, y, x, rows, rows < AREA, real, h, HEADS, windows, qkv_strides, grad_out_strides,
+    queries, inverse, grad, _, shift_of, _ = query_side(
+        qkv, pad, grad_out, lse, None, None, window, y, x, rows, rows < AREA, real, h, HEADS, windows, qkv_strides, grad_out_strides,
         D, D_PARTS, AREA, COSINE,
     )  # fmt: skip
     row_sum = dot_rows(load_rows(out + h * D, row_offset(window, y, x, windows, out_strides), real, 1, D, D_PARTS), grad)
-    tl.store(row_sums + (window.to(tl.int64) * HEADS + h) * AREA + rows, row_sum, mask=inside)
+    rest = tl.zeros((BLOCK_M,), tl.float32)
+    if any_large(shift_of):
+        top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        for first in tl.range(0, AREA, EDGE_N, num_stages=1):
+            top, rest = walk_keys_again(
+                top, rest, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows,
+                windows_x, HEADS, natural, D, D_PARTS, WINDOW, EDGE_N, COSINE, AREA % EDGE_N != 0, PRECISION,
+            )  # fmt: skip
+        shift_of = tl.where(top == float("-inf"), 0.0, top)
+        rest = log_total(rest)
+    at = (window.to(tl.int64) * HEADS + h) * AREA + rows
+    tl.store(row_sums + at, row_sum, mask=inside)
+    tl.store(shifts + at, shift_of, mask=inside)
+    tl.store(rests + at, rest, mask=inside)
     dq = zero_parts((BLOCK_M,), D_PARTS)
     for first in range(0, WHOLE, BLOCK_N):
         dq = walk_keys_backward(
-            dq, queries, grad, row_sum, log_sum, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift,
+            dq, queries, grad, row_sum, shift_of, rest, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift,
             windows, windows_x, HEADS, natural, draw, threshold, keep_scale, D, D_PARTS, WINDOW, BLOCK_N, COSINE, False, DROPOUT, PRECISION,
         )  # fmt: skip
     if AREA > WHOLE:
         for first in range(WHOLE, AREA, EDGE_N):
             dq = walk_keys_backward(
-                dq, queries, grad, row_sum, log_sum, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift,
-                windows, windows_x, HEADS, natural, draw, threshold, keep_scale, D, D_PARTS, WINDOW, EDGE_N, COSINE, AREA % EDGE_N != 0,
-                DROPOUT, PRECISION,
+                dq, queries, grad, row_sum, shift_of, rest, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded,
+                shift, windows, windows_x, HEADS, natural, draw, threshold, keep_scale, D, D_PARTS, WINDOW, EDGE_N, COSINE,
+                AREA % EDGE_N != 0, DROPOUT, PRECISION,
             )  # fmt: skip
     dq = times(dq, natural)
     if COSINE:  # (windows, tiles, heads): a temperature scales every score of a row, so its gradient is queries times dQ
@@ -331,7 +372,8 @@ def window_backward_bias(
     turned,
     logit_scale,
     pad,
-    lse,
+    shifts,
+    rests,
     row_sums,
     bias_partial,
     seed,
@@ -373,8 +415,8 @@ def window_backward_bias(
     for piece in range(group * share, tl.minimum(group * share + share, total)):
         window, y, x, inside, real, region = place(rows, piece, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
         _, ky, kx, _, key_real, key_region = place(cols, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
-        queries, _, grad, row_sum, log_sum = query_side(
-            qkv, pad, grad_out, lse, row_sums, window, y, x, rows, inside, real, h, HEADS, windows, qkv_strides, grad_out_strides,
+        queries, _, grad, row_sum, shift_of, rest = query_side(
+            qkv, pad, grad_out, shifts, rests, row_sums, window, y, x, rows, inside, real, h, HEADS, windows, qkv_strides, grad_out_strides,
             D, D_PARTS, AREA, COSINE,
         )  # fmt: skip
         offset = row_offset(window, ky, kx, windows, qkv_strides)
@@ -384,7 +426,7 @@ def window_backward_bias(
         s = within_regions(s, region[:, None], key_region[None, :], window, windows, windows_x, shift)
         if padded is not None and pad is None:
             s = tl.where(key_real[None, :], s, float("-inf"))
-        p = weight(s, log_sum[:, None], qkv)
+        p = probabilities(s, shift_of[:, None], rest[:, None], LOG2E)
         dp = dot_parts(grad, values, BLOCK_M, BLOCK_N, PRECISION)
         if DROPOUT:
             keep = kept(draw, (window * HEADS + h + rows * 0)[:, None], rows[:, None], cols[None, :], threshold)

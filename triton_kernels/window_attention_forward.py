@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from pyvit.triton_kernels.common import LN2, LOG2E, add_products, dot_parts, dot_rows, draw_of, kept, load_rows, span, zero_parts
+from pyvit.triton_kernels.common import LN2, LOG2E, add_products, dot_parts, dot_rows, draw_of, kept, load_rows, powers, span, zero_parts
 
 LN100 = tl.constexpr(4.605170185988092)
 NORM_EPS = tl.constexpr(1e-12)
@@ -117,12 +117,12 @@ def normalised_backward(grads, unit, inverse, COSINE: tl.constexpr):
 
 @triton.jit
 def table_bias(table, i, j, h, HEADS, WINDOW: tl.constexpr, PACK: tl.constexpr):
-    """Relative-position bias of queries ``i`` and keys ``j`` (they broadcast), in powers of two; -inf past the tile's rows."""
+    """Relative-position bias of queries ``i`` and keys ``j`` (they broadcast); -inf past the tile's rows."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     ti, tj = i % AREA, j % AREA
     dy, dx = ti // WINDOW[1] - tj // WINDOW[1], ti % WINDOW[1] - tj % WINDOW[1]
     row = (dy + WINDOW[0] - 1) * (2 * WINDOW[1] - 1) + dx + WINDOW[1] - 1
-    return tl.load(table + row * HEADS + h, mask=(i < PACK * AREA) & (j < PACK * AREA), other=float("-inf")).to(tl.float32) * LOG2E
+    return tl.load(table + row * HEADS + h, mask=(i < PACK * AREA) & (j < PACK * AREA), other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def slot(r, WINDOW: tl.constexpr):
 
 @triton.jit
 def pair_bias(turned, i, j, h, WINDOW: tl.constexpr):
-    """Natural bias of queries ``i`` and keys ``j`` (within the window; they broadcast) from the table as (heads, offsets)."""
+    """Bias of queries ``i`` and keys ``j`` (within the window; they broadcast) from the table as (heads, offsets)."""
     OFFSETS: tl.constexpr = (2 * WINDOW[0] - 1) * (2 * WINDOW[1] - 1)
     return tl.load(turned + h * OFFSETS + OFFSETS // 2 + (slot(i, WINDOW) - slot(j, WINDOW)))
 
@@ -173,7 +173,7 @@ def bias_parts(table, rows, h, HEADS, KEY_PARTS: tl.constexpr, WINDOW: tl.conste
 
 @triton.jit
 def score_factor(logit_scale, scale, h):
-    """What multiplies q k^T, natural: ``scale``, or Swin V2's clamped temperature."""
+    """What multiplies q k^T: ``scale``, or Swin V2's clamped temperature."""
     if logit_scale is not None:
         scale = tl.exp(tl.minimum(tl.load(logit_scale + h).to(tl.float32), LN100))
     return scale
@@ -217,7 +217,7 @@ def window_forward(
     pid = tl.program_id(0)
     h, tile, group = pid % HEADS, pid // HEADS % tiles, pid // HEADS // tiles
     at_q, at_k, at_v = h * D, (HEADS + h) * D, (2 * HEADS + h) * D
-    factor = score_factor(logit_scale, scale, h) * LOG2E
+    factor = score_factor(logit_scale, scale, h)
     draw = draw_of(seed, DROPOUT)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     held = ()
@@ -250,7 +250,7 @@ def window_forward(
         acc = zero_parts((BLOCK_M,), D_PARTS)
         start: tl.constexpr = 0
         for j in tl.static_range(len(KEY_PARTS)):
-            p = tl.exp2(scores[j] - top[:, None])
+            p = powers(scores[j], top[:, None], LOG2E)
             sum_p += tl.sum(p, 1)
             if DROPOUT:
                 cols = start + span(0, KEY_PARTS[j])
@@ -263,7 +263,7 @@ def window_forward(
         sum_p = tl.where(empty, 1.0, sum_p)
         scatter(out + at_q, times(acc, (keep_scale / sum_p)[:, None]), row_offset(window, y, x, windows, out_strides), real, D, D_PARTS)
         at = lse + (window.to(tl.int64) * HEADS + h) * AREA + rows % AREA
-        tl.store(at, tl.where(empty, float("-inf"), (top + tl.log2(sum_p)) * LN2), mask=inside)
+        tl.store(at, tl.where(empty, float("-inf"), top + tl.log2(sum_p) * LN2), mask=inside)
 
 
 @triton.jit
@@ -272,7 +272,7 @@ def key_side(
     D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, COSINE: tl.constexpr, EDGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N keys and values of a window and the queries' natural scores; with EDGE some of them may lie past the window."""
+    """BLOCK_N keys and values of a window and the queries' scores; with EDGE some of them may lie past the window."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     cols = first + tl.arange(0, BLOCK_N)
     near = tl.minimum(cols, AREA - 1) if EDGE else cols
@@ -303,9 +303,9 @@ def walk_keys(
         D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
     )  # fmt: skip
     new_top = tl.maximum(top, tl.max(s, 1))
-    shown = tl.where(new_top == float("-inf"), 0.0, new_top) * LOG2E
-    p = tl.exp2(s * LOG2E - shown[:, None])
-    decay = tl.exp2(top * LOG2E - shown)
+    shown = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = powers(s, shown[:, None], LOG2E)
+    decay = powers(top, shown, LOG2E)
     sum_p = sum_p * decay + tl.sum(p, 1)
     if DROPOUT:
         p = tl.where(kept(draw, (window * HEADS + h + rows * 0)[:, None], rows[:, None], cols[None, :], threshold), p, 0.0)

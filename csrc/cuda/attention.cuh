@@ -146,8 +146,9 @@ PYVIT_DEVICE void inverse_norms(Tile<T, D> tile, int rows, float* out) {
 }
 
 // A warp's 16 rows of products as scores, in steps of 8 columns: for cosine attention divided by both norms; with bias,
-// and -inf where a query does not attend to a key. In powers of two once multiplied by `unit`, which is positive: what
-// comes next multiplies and adds at no cost. Rows are queries, or (KEYS) keys.
+// and -inf where a query does not attend to a key. Differences of scores times `unit`, which is positive, are in powers
+// of two: a product with log2(e) before the largest is subtracted would take finite scores to infinity, and of large
+// ones round what tells them apart. Rows are queries, or (KEYS) keys.
 template <bool KEYS, class Problem>
 struct ScoreTile {
   const Problem& problem;
@@ -160,7 +161,7 @@ struct ScoreTile {
                          const float* column_norms_, int lane)
       : problem(p),
         rows(p.template score_rows<KEYS>(head, row0, lane >> 2, column0_, columns)),
-        unit(rows.plain ? p.scale_log2 : 1.0f),
+        unit(p.unit()),
         row_norms(warp_norms + (lane >> 2)),
         column_norms(column_norms_ + 2 * (lane & 3)),
         column0(column0_),
@@ -231,16 +232,17 @@ struct Layout {
     char* at = shared_memory() + own_tiles * Tile<T, D>::bytes(rows) + 2 * s * Tile<T, D>::bytes(kColumns);
     return {{reinterpret_cast<T*>(at)}, {reinterpret_cast<T*>(at + Tile<T, D>::bytes(kColumns))}};
   }
-  // Per own row and per column of each stage: inverse norms; per column of each stage: log-sum-exp and delta.
+  // Per own row and per column of each stage: inverse norms; per column of each stage: shift, rest and delta.
   PYVIT_DEVICE float* row_norms() const { return reinterpret_cast<float*>(shared_memory() + tile_bytes()); }
   PYVIT_DEVICE float* column_norms(int s) const { return row_norms() + rows + s * kColumns; }
-  PYVIT_DEVICE float* column_lse(int s) const { return row_norms() + rows + (stages + s) * kColumns; }
-  PYVIT_DEVICE float* column_delta(int s) const { return row_norms() + rows + (2 * stages + s) * kColumns; }
-  PYVIT_DEVICE char* rest() const { return reinterpret_cast<char*>(row_norms() + rows + 3 * stages * kColumns); }
+  PYVIT_DEVICE float* column_shift(int s) const { return row_norms() + rows + (stages + s) * kColumns; }
+  PYVIT_DEVICE float* column_rest(int s) const { return row_norms() + rows + (2 * stages + s) * kColumns; }
+  PYVIT_DEVICE float* column_delta(int s) const { return row_norms() + rows + (3 * stages + s) * kColumns; }
+  PYVIT_DEVICE char* rest() const { return reinterpret_cast<char*>(row_norms() + rows + 4 * stages * kColumns); }
   __host__ __device__ int tile_bytes() const {
     return own_tiles * Tile<T, D>::bytes(rows) + 2 * stages * Tile<T, D>::bytes(kColumns);
   }
-  __host__ __device__ int bytes() const { return tile_bytes() + (rows + 3 * stages * kColumns) * 4; }
+  __host__ __device__ int bytes() const { return tile_bytes() + (rows + 4 * stages * kColumns) * 4; }
 };
 
 // Stages of the pass that owns keys, which walks the queries of every head that shares them: the tiles of different
@@ -260,9 +262,57 @@ PYVIT_DEVICE Range range_of(int64_t count, int part, int parts) {
   return {int(count * part / parts), int(count * (part + 1) / parts)};
 }
 
-// lse in powers of two; a row that attends to nothing, or does not exist, gets +inf, which makes its probabilities
-// zero.
-PYVIT_DEVICE float backward_lse(float lse) { return lse == -infinity() ? infinity() : lse * kLog2e; }
+// The backward's probabilities are exp2((score - shift) * unit - rest): shift is the log-sum-exp and rest 0, or, where
+// a log-sum-exp is large and float32 may have rounded away all that was added to the largest score, shift is that score
+// and rest the logarithm of the sum that is left (RowSum). A row that attends to nothing, or does not exist, gets the
+// shift +inf, which makes its probabilities zero.
+template <class Problem>
+PYVIT_DEVICE float backward_shift(const Problem& problem, float lse) {
+  return lse == -infinity() ? infinity() : lse / problem.natural();
+}
+PYVIT_DEVICE bool large(float lse) { return fabsf(lse) > 128.0f && lse != -infinity(); }
+PYVIT_DEVICE float probability(float score, float shift, float rest, float unit) {
+  return exp2_fast((score - shift) * unit - rest);
+}
+
+// The largest of a row's scores and the sum of their powers, found again: two rows of a warp, four lanes each.
+struct RowSum {
+  float top[2] = {-infinity(), -infinity()}, total[2] = {0.0f, 0.0f};
+
+  template <bool KEYS, class Problem, int NT>
+  PYVIT_DEVICE void add(const float (&products)[NT][4], const ScoreTile<KEYS, Problem>& scores, int pairs) {
+    float high[2] = {-infinity(), -infinity()};
+    const auto visit = [&](auto use) {
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        if (n / 2 >= pairs) continue;
+        float s[4] = {products[n][0], products[n][1], products[n][2], products[n][3]};
+        scores.normalize(s, n);
+        scores.finish(s, n);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) use(e >> 1, s[e]);
+      }
+    };
+    visit([&](int half, float s) { high[half] = fmaxf(high[half], s); });
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      high[half] = fmaxf(top[half], row_max(high[half]));
+      if (high[half] != -infinity()) total[half] *= exp2_fast((top[half] - high[half]) * scores.unit);
+      top[half] = high[half];
+    }
+    visit([&](int half, float s) {
+      if (high[half] != -infinity()) total[half] += exp2_fast((s - high[half]) * scores.unit);
+    });
+  }
+  PYVIT_DEVICE void finish(float (&shift)[2], float (&rest)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = row_sum(total[half]);
+      if (shift[half] == infinity() || sum == 0.0f) continue;
+      shift[half] = top[half], rest[half] = log2f(sum);
+    }
+  }
+};
 
 // Rows per block: the number of warps that wastes the fewest rows and re-reads the least, within `most_bytes` of shared
 // memory.

@@ -1,5 +1,6 @@
 // Gradients of queries, and of keys and values: two kernels, each the owner of the rows that it writes. The first also
-// writes delta, what the softmax's gradient subtracts, for the second and for that of a bias.
+// writes delta, what the softmax's gradient subtracts, and each row's shift and rest, for the second and for that of a
+// bias.
 #pragma once
 
 #include "attention.cuh"
@@ -33,54 +34,67 @@ __global__ void __launch_bounds__(256, 1)
   for (int index = range.first; index < range.last; ++index) {
     problem.begin(index);
     if (q0 >= problem.nq) continue;
-    const auto load_keys = [&](int kt) {
-      const Stage<T, D> to = memory.stage(kt & 1);
-      load_rows(problem, 8 * NT, kt * 8 * NT, problem.nk,
+    const int keys = problem.last_key(q0 + rows), key_tiles = (keys + 8 * NT - 1) / (8 * NT);
+    // Where the block has a row whose log-sum-exp is large, its rows are summed again before their gradients are made.
+    bool again = false;
+    for (int i = lane; i < rows; i += 32) again |= q0 + i < problem.nq && large(*problem.lse(head, q0 + i));
+    const int sums_end = warp_sum(again ? 1.0f : 0.0f) > 0.0f ? key_tiles : 0, steps = sums_end + key_tiles;
+    const auto slot = [&](int step) { return key_tiles > 1 ? step & 1 : 0; };
+    const auto load_keys = [&](int step) {
+      const Stage<T, D> to = memory.stage(slot(step));
+      load_rows(problem, 8 * NT, (step < key_tiles ? step : step - key_tiles) * 8 * NT, problem.nk,
                 rows_of(to.first, problem.d, [&](auto at) { return problem.k(at); }),
                 rows_of(to.second, problem.dv, [&](auto at) { return problem.v(at); }));
       copy_commit();
     };
-    const int keys = problem.last_key(q0 + rows), key_tiles = (keys + 8 * NT - 1) / (8 * NT);
     if (key_tiles) {
       load_rows(problem, rows, q0, problem.nq, rows_of(q, problem.d, [&](auto at) { return problem.q(head, at); }),
                 rows_of(grad_out, problem.dv, [&](auto at) { return problem.grad_out(head, at); }));
       load_keys(0);
     }
-    float lse[2], delta[2] = {0.0f, 0.0f}, dq[D / 8][4] = {}, dots[2] = {0.0f, 0.0f}, slip[2] = {0.0f, 0.0f},
-                  mean[2] = {0.0f, 0.0f};
+    float shift[2], rest[2] = {0.0f, 0.0f}, delta[2] = {0.0f, 0.0f}, dq[D / 8][4] = {}, dots[2] = {0.0f, 0.0f},
+                    slip[2] = {0.0f, 0.0f}, mean[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = q0 + row0 + g + 8 * half;
-      lse[half] = i < problem.nq ? backward_lse(*problem.lse(head, i)) : infinity();
+      shift[half] = i < problem.nq ? backward_shift(problem, *problem.lse(head, i)) : infinity();
     }
-    for (int kt = 0; kt < key_tiles; ++kt) {
+    RowSum sums;
+    for (int step = 0; step < steps; ++step) {
       copy_wait<0>();
       PYVIT_BARRIER();
-      if (kt + 1 < key_tiles) load_keys(kt + 1);
-      const Stage<T, D> stage = memory.stage(kt & 1);
+      if (step + 1 < steps && key_tiles > 1) load_keys(step + 1);
+      const Stage<T, D> stage = memory.stage(slot(step));
       if (problem.cosine()) {
-        if (kt == 0) inverse_norms(q, rows, memory.row_norms());
-        inverse_norms(stage.first, 8 * NT, memory.column_norms(kt & 1));
+        if (step == 0) inverse_norms(q, rows, memory.row_norms());
+        inverse_norms(stage.first, 8 * NT, memory.column_norms(slot(step)));
         PYVIT_BARRIER();
       }
       if (q0 + row0 >= problem.nq) continue;
+      const int kt = step < sums_end ? step : step - sums_end, k0 = kt * 8 * NT, pairs = pairs_of(keys - k0, 8 * NT);
+      const float* key_norms = memory.column_norms(slot(step));
+      const ScoreTile<false, Problem> scores(problem, head, q0 + row0, k0, 16 * pairs, memory.row_norms() + row0,
+                                             key_norms, lane);
+      float s[NT][4];
+      multiply_rows<T, D, NT>(s, q, row0, stage.first, pairs, lane);
+      if (step < sums_end) {
+        sums.add(s, scores, pairs);
+        continue;
+      }
       if (kt == 0) {
+        if (sums_end) sums.finish(shift, rest);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int row = row0 + g + 8 * half, i = q0 + row;
           delta[half] = row_sum(delta_part(problem, grad_out, row, i, t));
           if (i < problem.nq) delta[half] -= problem.grad_lse(head, i);
-          float* kept = i < problem.nq ? problem.delta_at(head, i) : nullptr;
-          if (kept && t == 0) *kept = delta[half];
+          if (i >= problem.nq || t != 0) continue;
+          if (float* kept = problem.delta_at(head, i)) *kept = delta[half];
+          *problem.shift(head, i) = shift[half], *problem.rest(head, i) = rest[half];
         }
       }
-      const int k0 = kt * 8 * NT, pairs = pairs_of(keys - k0, 8 * NT);
-      float s[NT][4], dp[NT][4];
-      multiply_rows<T, D, NT>(s, q, row0, stage.first, pairs, lane);
+      float dp[NT][4];
       multiply_rows<T, D, NT>(dp, grad_out, row0, stage.second, pairs, lane);
-      const float* key_norms = memory.column_norms(kt & 1);
-      const ScoreTile<false, Problem> scores(problem, head, q0 + row0, k0, 16 * pairs, memory.row_norms() + row0,
-                                             key_norms, lane);
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         if (n / 2 >= pairs) continue;
@@ -89,7 +103,7 @@ __global__ void __launch_bounds__(256, 1)
         scores.finish(p, n);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          p[e] = exp2_fast(p[e] * scores.unit - lse[e >> 1]);
+          p[e] = probability(p[e], shift[e >> 1], rest[e >> 1], scores.unit);
           ds[e] = p[e] * (dp[n][e] - delta[e >> 1]);
         }
         if constexpr (SUMS) {
@@ -178,7 +192,8 @@ __global__ void __launch_bounds__(256, 1)
       copy_commit();
       for (int i = thread; i < 8 * NT; i += blockDim.x) {
         const bool real = q0 + i < problem.nq;
-        memory.column_lse(step & 1)[i] = real ? backward_lse(*problem.lse(head, q0 + i)) : infinity();
+        memory.column_shift(step & 1)[i] = real ? *problem.shift(head, q0 + i) : infinity();
+        memory.column_rest(step & 1)[i] = real ? *problem.rest(head, q0 + i) : 0.0f;
         memory.column_delta(step & 1)[i] = real ? problem.delta(head, q0 + i) : 0.0f;
       }
     };
@@ -201,7 +216,8 @@ __global__ void __launch_bounds__(256, 1)
       if (k0 + row0 >= problem.nk) continue;
       const int head = problem.head + step / per_pass, q0 = (first_tile + step % per_pass) * 8 * NT,
                 pairs = pairs_of(problem.nq - q0, 8 * NT);
-      const float *lse = memory.column_lse(step & 1), *delta = memory.column_delta(step & 1);
+      const float *shift = memory.column_shift(step & 1), *rest = memory.column_rest(step & 1),
+                  *delta = memory.column_delta(step & 1);
       float s[NT][4], dp[NT][4];
       multiply_rows<T, D, NT>(s, k, row0, stage.first, pairs, lane);
       multiply_rows<T, D, NT>(dp, v, row0, stage.second, pairs, lane);
@@ -217,7 +233,7 @@ __global__ void __launch_bounds__(256, 1)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int column = n * 8 + 2 * t + (e & 1);
-          p[e] = exp2_fast(p[e] * scores.unit - lse[column]);
+          p[e] = probability(p[e], shift[column], rest[column], scores.unit);
           dp[n][e] = p[e] * (dp[n][e] - delta[column]);
         }
         if (problem.cosine()) {

@@ -68,11 +68,12 @@ __global__ void __launch_bounds__(256)
     }
     if (q0 + row0 >= problem.nq) continue;
     const int pairs = pairs_of(problem.nk - k0, 8 * NT);
-    float s[NT][4], dp[NT][4], lse[2], delta[2];
+    float s[NT][4], dp[NT][4], shift[2], rest[2], delta[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = q0 + row0 + g + 8 * half;
-      lse[half] = r < problem.nq ? backward_lse(*problem.lse(head, r)) : infinity();
+      shift[half] = r < problem.nq ? *problem.shift(head, r) : infinity();
+      rest[half] = r < problem.nq ? *problem.rest(head, r) : 0.0f;
       delta[half] = r < problem.nq ? problem.delta(head, r) : 0.0f;
     }
     multiply_rows<T, D, NT>(s, q, row0, stage.first, pairs, lane);
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(256)
       scores.finish(s[n], n);
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        sums[n][e] += exp2_fast(s[n][e] * scores.unit - lse[e >> 1]) * (dp[n][e] - delta[e >> 1]);
+        sums[n][e] += probability(s[n][e], shift[e >> 1], rest[e >> 1], scores.unit) * (dp[n][e] - delta[e >> 1]);
     }
   }
   if (broadcast[3]) {  // one column: the sum lands in element 0 of each row

@@ -60,15 +60,16 @@ __global__ void __launch_bounds__(256) attention_forward(const __grid_constant__
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        high[half] = fmaxf(top[half], row_max(high[half]) * scores.unit);
-        const float base = high[half] == -infinity() ? 0.0f : high[half], shrink = exp2_fast(top[half] - base);
+        high[half] = fmaxf(top[half], row_max(high[half]));
+        const float base = high[half] == -infinity() ? 0.0f : high[half],
+                    shrink = exp2_fast((top[half] - base) * scores.unit);
         total[half] *= shrink;
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
           if (n / 2 >= pairs) continue;
 #pragma unroll
           for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            s[n][e] = exp2_fast(s[n][e] * scores.unit - base);
+            s[n][e] = exp2_fast((s[n][e] - base) * scores.unit);
             total[half] += s[n][e];
           }
         }
@@ -90,7 +91,8 @@ __global__ void __launch_bounds__(256) attention_forward(const __grid_constant__
       const int i = q0 + row0 + g + 8 * t;
       if (t < 2 && i < problem.nq) {
         const float sum = t ? total[1] : total[0];
-        *problem.lse(head, i) = sum == 0.0f ? -infinity() : ((t ? top[1] : top[0]) + log2f(sum)) * kLn2;
+        *problem.lse(head, i) =
+            sum == 0.0f ? -infinity() : (t ? top[1] : top[0]) * problem.natural() + log2f(sum) * kLn2;
       }
       store_rows(q, row0, out, problem.dv, lane,
                  [&](int row) { return q0 + row < problem.nq ? problem.out(head, problem.at(q0 + row)) : nullptr; });

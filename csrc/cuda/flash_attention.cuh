@@ -12,7 +12,8 @@ struct Dense {
 
   const Params& p;
   int head, nq, nk, d, dv;
-  float scale, scale_log2;
+  float scale;
+  bool raw;  // scores are products before `scale`: nothing is added to them, and the largest is the largest product
   int sequence = 0, kv_head = 0;
   int64_t q_first = 0, k_first = 0;
 
@@ -23,13 +24,16 @@ struct Dense {
         d(params.forward.d),
         dv(params.forward.dv),
         scale(params.forward.scale),
-        scale_log2(params.forward.scale * kLog2e) {
+        raw((params.forward.bias == nullptr || params.forward.bias_type == Type::boolean) &&
+            params.forward.scale > 0.0f) {
     set_head(first_head);
   }
   PYVIT_DEVICE void set_head(int h) {
     head = h;
     kv_head = h / queries_per_key_head(p);
   }
+  PYVIT_DEVICE float natural() const { return raw ? scale : 1.0f; }
+  PYVIT_DEVICE float unit() const { return natural() * kLog2e; }
   PYVIT_DEVICE void use(char*) {}
   PYVIT_DEVICE static int queries_per_key_head(const Params& params) {
     return params.forward.heads / params.forward.kv_heads;
@@ -79,6 +83,8 @@ struct Dense {
     return sequence * p.forward.lse_stride[0] + h * p.forward.lse_stride[1] + q_first + i;
   }
   PYVIT_DEVICE float* lse(int h, int i) const { return p.forward.lse + statistic(h, i); }
+  PYVIT_DEVICE float* shift(int h, int i) const { return p.shift + statistic(h, i); }
+  PYVIT_DEVICE float* rest(int h, int i) const { return p.rest + statistic(h, i); }
   PYVIT_DEVICE float* delta_at(int h, int i) const { return p.delta + statistic(h, i); }
   PYVIT_DEVICE float delta(int h, int i) const { return *delta_at(h, i); }
   PYVIT_DEVICE float grad_lse(int h, int i) const { return p.grad_lse ? p.grad_lse[statistic(h, i)] : 0.0f; }
@@ -94,7 +100,7 @@ struct Dense {
     const bool all = KEYS ? !f.causal || row0 + 15 <= column0
                           : column0 + columns <= nk && (!f.causal || column0 + columns - 1 <= row0);
     const int64_t at = sequence * f.bias_stride[0] + h * f.bias_stride[1] + (row0 + g) * f.bias_stride[KEYS ? 3 : 2];
-    return {f.bias == nullptr && all && scale > 0.0f, row0 + g, bias_at(static_cast<const char*>(f.bias), at)};
+    return {f.bias == nullptr && all && raw, row0 + g, bias_at(static_cast<const char*>(f.bias), at)};
   }
   PYVIT_DEVICE const char* bias_at(const char* from, int64_t elements) const {
     const Type type = p.forward.bias_type;
@@ -103,8 +109,8 @@ struct Dense {
   PYVIT_DEVICE float biased(float score, const char* bias) const {
     const Type type = p.forward.bias_type;
     if (type == Type::boolean) return *bias ? score : -infinity();
-    return score + kLog2e * (type == Type::f32 ? *reinterpret_cast<const float*>(bias)
-                                               : widen(*reinterpret_cast<const T*>(bias)));
+    return score +
+           (type == Type::f32 ? *reinterpret_cast<const float*>(bias) : widen(*reinterpret_cast<const T*>(bias)));
   }
   // Of 16 x 8 scores, those of a lane: of two rows, 8 apart, two columns from `column0 + pair` on. Queries that do not
   // exist may get anything.
@@ -114,7 +120,7 @@ struct Dense {
     const Attention& f = p.forward;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      s[e] *= scale_log2;
+      if (!raw) s[e] *= scale;
       const int row = rows.first + (e >> 1) * 8, column = column0 + pair + (e & 1);
       const int i = KEYS ? column : row, j = KEYS ? row : column;
       if (i >= nq || j >= nk || (f.causal && j > i))

@@ -48,8 +48,8 @@ struct AttentionGradient {
   Attention forward;
   const void* grad_out;
   int64_t grad_out_stride[3];
-  const float* grad_lse;  // laid out as lse, or null
-  float* delta;           // laid out as lse: scratch
+  const float* grad_lse;        // laid out as lse, or null
+  float *delta, *shift, *rest;  // laid out as lse: scratch
   void *grad_q, *grad_k, *grad_v;
   int64_t grad_q_stride[3], grad_k_stride[3], grad_v_stride[3];
   void* grad_bias;         // contiguous, or null
@@ -76,6 +76,7 @@ struct WindowGradient {
   const void* grad_out;
   int64_t grad_out_stride[3];
   float* delta;                                          // (batch, height, width, heads) scratch
+  float *shift, *rest;                                   // laid out as lse: scratch
   void* grad_qkv;                                        // contiguous
   float *grad_bias_table, *grad_logit_scale, *grad_pad;  // or null
   int chunks;                                            // groups of windows: each sums its windows in order

@@ -170,7 +170,7 @@ def attention_launch(what: str, n: int, width: int, size: int, columns: int, own
 
     def shared(rows: int) -> int:
         stages = 2 if n > columns else 1
-        tiles = (own_tiles * rows + 2 * stages * columns) * width * size + (rows + 3 * stages * columns) * 4
+        tiles = (own_tiles * rows + 2 * stages * columns) * width * size + (rows + 4 * stages * columns) * 4
         return tiles + extra + sums * rows * -(-n // 8) * 32
 
     best, least = 2, float("inf")
@@ -215,7 +215,7 @@ def launch_of(kernel: str, tokens: int = 197) -> Launch:
         extra, n = (window_scratch(window), window**2) if window else (0, tokens)
         what = f"window {window}" if window else f"{n} tokens"
         if name == "attention_backward_bias":
-            return Launch(what, 128, (2 * 64 + 2 * columns) * width * size + (64 + 3 * columns) * 4 + extra)
+            return Launch(what, 128, (2 * 64 + 2 * columns) * width * size + (64 + 4 * columns) * 4 + extra)
         return attention_launch(what, n, width, size, columns, 1 if name == "attention_forward" else 2, extra, sums)
     if name.startswith("patch_embed_"):
         return Launch("any", 256, 32768)

@@ -35,7 +35,7 @@ struct Windows {
 
   const Params& p;
   int head = 0, nq, nk, d, dv;
-  float scale = 0.0f, scale_log2 = 0.0f;
+  float scale = 0.0f;
   int rows, columns, shift_y, shift_x, down, across, center, table_rows;
   uint32_t row_factor;
   int found = -2, window_y = 0, window_x = 0, found_image = 0;  // whose tokens were found last
@@ -79,13 +79,14 @@ struct Windows {
   PYVIT_DEVICE void read_head(int h) {
     head = h;
     scale = cosine() ? exp2f(fminf(p.forward.logit_scale[h], 4.605170185988092f) * kLog2e) : p.forward.scale;
-    scale_log2 = scale * kLog2e;
   }
   PYVIT_DEVICE void read_table() {
     const float* from = p.forward.bias_table;
     for (int i = threadIdx.x; i < table_rows; i += blockDim.x)
-      table[i] = from ? from[int64_t(i) * p.forward.heads + head] * kLog2e : 0.0f;
+      table[i] = from ? from[int64_t(i) * p.forward.heads + head] : 0.0f;
   }
+  PYVIT_DEVICE float natural() const { return 1.0f; }
+  PYVIT_DEVICE float unit() const { return kLog2e; }
   PYVIT_DEVICE static int queries_per_key_head(const Params&) { return 1; }
   PYVIT_DEVICE int count() const { return p.forward.batch * down * across; }
   PYVIT_DEVICE int heads() const { return p.forward.heads; }
@@ -163,9 +164,10 @@ struct Windows {
   PYVIT_DEVICE T* grad_q(int, Token at) const { return grad_part(0, at); }
   PYVIT_DEVICE T* grad_k(Token at) const { return grad_part(1, at); }
   PYVIT_DEVICE T* grad_v(Token at) const { return grad_part(2, at); }
-  PYVIT_DEVICE float* lse(int h, int i) const {
-    return p.forward.lse + (int64_t(index) * p.forward.heads + h) * nq + i;
-  }
+  PYVIT_DEVICE int64_t statistic(int h, int i) const { return (int64_t(index) * p.forward.heads + h) * nq + i; }
+  PYVIT_DEVICE float* lse(int h, int i) const { return p.forward.lse + statistic(h, i); }
+  PYVIT_DEVICE float* shift(int h, int i) const { return p.shift + statistic(h, i); }
+  PYVIT_DEVICE float* rest(int h, int i) const { return p.rest + statistic(h, i); }
   PYVIT_DEVICE float* delta_at(int h, int i) const {
     const Token token = at(i);
     return token.real() ? p.delta + place(token) * p.forward.heads + h : nullptr;
@@ -201,7 +203,7 @@ struct Windows {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int place = columns.at[e & 1].place;
-      s[e] = s[e] * scale_log2 + *reinterpret_cast<const float*>(at.table[e >> 1] + (KEYS ? place : -place));
+      s[e] = s[e] * scale + *reinterpret_cast<const float*>(at.table[e >> 1] + (KEYS ? place : -place));
     }
     if (edge || (!KEYS && column0 + 8 > nk)) {
 #pragma unroll

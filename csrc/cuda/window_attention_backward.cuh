@@ -112,12 +112,28 @@ __global__ void __launch_bounds__(16 * NT * TILES, TILES == 1 && sizeof(T) == 2 
     PYVIT_BARRIER();
     if (stages == 2 && more) load(buffer ^ 1, stage ^ 1);
 
-    float dq[D / 8][4] = {}, lse[2], delta[2], means[2][3] = {};  // of dP, scores and their product
+    float dq[D / 8][4] = {}, shift[2], rest[2] = {0.0f, 0.0f}, delta[2];
+    float means[2][3] = {};  // of dP, scores and their product
+    bool again = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = row0 + g + 8 * half;
-      lse[half] = i < n ? backward_lse(*problem.lse(head, i)) : infinity();
+      const float lse = i < n ? *problem.lse(head, i) : -infinity();
+      shift[half] = backward_shift(problem, lse);
+      again |= large(lse);
       if constexpr (TILES > 1) delta[half] = row_sum(delta_part(problem, grad_out, row0 + g + 8 * half, i, t));
+    }
+    if (warp_sum(again ? 1.0f : 0.0f) > 0.0f) {
+      RowSum sums;
+      for (int k0 = 0; k0 < n; k0 += 8 * NT) {
+        const int pairs = pairs_of(n - k0, 8 * NT);
+        float s[NT][4];
+        multiply_rows<T, D, NT>(s, q, row0, k.from(k0), pairs, lane);
+        sums.add(s,
+                 ScoreTile<false, Windows<T>>(problem, head, row0, k0, 16 * pairs, q_norms + row0, k_norms + k0, lane),
+                 pairs);
+      }
+      sums.finish(shift, rest);
     }
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
@@ -135,7 +151,7 @@ __global__ void __launch_bounds__(16 * NT * TILES, TILES == 1 && sizeof(T) == 2 
         scores.finish(p, m);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          p[e] = exp2_fast(p[e] - lse[e >> 1]);
+          p[e] = probability(p[e], shift[e >> 1], rest[e >> 1], scores.unit);
           means[e >> 1][0] += p[e] * dp[m][e];
         }
         if (cosine) {

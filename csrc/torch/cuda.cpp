@@ -197,8 +197,8 @@ struct AttentionCall {
     g.forward = a;
     g.grad_out = grad_out.data_ptr(), g.grad_lse = data<float>(grad_lse);
     set(g.grad_out_stride, strides(grad_out));
-    const Tensor delta = make_like(lse);
-    g.delta = data<float>(delta);
+    const Tensor delta = make_like(lse), shifts = make_like(lse), rests = make_like(lse);
+    g.delta = data<float>(delta), g.shift = data<float>(shifts), g.rest = data<float>(rests);
     const auto like = [&](const Tensor& t) {
       return packing ? make_like(t) : make_heads(t, t.size(0), t.size(1), t.size(2), t.size(3));
     };
@@ -335,8 +335,9 @@ Four window_attention_backward(const Tensor& grad_out_, const Tensor& out_, cons
   g.grad_out = grad_out.data_ptr();
   set(g.grad_out_stride, {grad_out.stride(0), grad_out.stride(1), grad_out.stride(2)});
   const int64_t b = qkv.size(0), h = qkv.size(1), w = qkv.size(2), n = call.area(), count = b * call.windows();
-  const Tensor delta = make(qkv, {b, h, w, heads}, ScalarType::Float);
+  const Tensor delta = make(qkv, {b, h, w, heads}, ScalarType::Float), shifts = make_like(lse), rests = make_like(lse);
   Tensor grad_qkv = make(qkv, shape_of(qkv));
+  g.shift = data<float>(shifts), g.rest = data<float>(rests);
   g.delta = data<float>(delta), g.grad_qkv = grad_qkv.data_ptr();
   const int64_t tiles = cuda::window_query_tiles(call.w);
   // Groups of windows: enough blocks to fill a GPU; a function of the shapes alone, so that the order of the sums, and

@@ -34,7 +34,8 @@ def flash_attention(
         k: keys (B, Hkv, Nk, D); Hkv = H, or a divisor of H with ``enable_gqa``.
         v: values (B, Hkv, Nk, Dv).
         bias: added to the scaled scores (float32 or the dtype of q), or bool with True = attend; any broadcast of (B, H, Nq, Nk).
-            A float bias gets its gradient, summed over the broadcast dimensions.
+            A float bias gets its gradient, summed over the broadcast dimensions. -inf and False keep a query from a key. A finite number
+            does not, however large: a row with ``torch.finfo(dtype).min`` everywhere attends to all keys alike.
         is_causal: query i attends to keys 0..i (top-left aligned, as in ``F.scaled_dot_product_attention``).
         scale: factor on the scores, default 1/sqrt(D); a number, without a gradient.
         dropout_p: probability of dropping an attention weight, in [0, 1).
@@ -44,7 +45,7 @@ def flash_attention(
 
     Returns:
         out (B, H, Nq, Dv), stored as (B, Nq, H, Dv) so that ``out.transpose(1, 2).flatten(2)`` is free; with ``return_lse`` also
-        lse (B, H, Nq) float32, natural logarithm. A row that may attend to nothing gives zeros, and lse -inf.
+        lse (B, H, Nq) float32, natural logarithm. A row that may attend to nothing gives zeros, no gradient, and lse -inf.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype or device does not fit; the message names it.

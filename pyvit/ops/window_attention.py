@@ -39,6 +39,7 @@ def window_attention(
             their region. An axis whose padded map is a single window is not shifted.
         num_heads: heads; C = heads * d.
         bias_table: relative-position bias ((2 wh - 1) (2 ww - 1), heads), row (dy + wh - 1) (2 ww - 1) + dx + ww - 1 for query minus key.
+            -inf keeps a query from a key, a finite number does not; a query without keys gives zeros.
         logit_scale: (heads,), the raw logarithm: Swin V2's cosine attention, normalised q and k times exp(min(logit_scale, ln 100)).
         pad_qkv: (3C,), what the padding tokens of a map that does not divide by the window hold (the qkv bias gives torchvision's and
             transformers' result). None masks them out. Padding comes before the shift, on the bottom and right.

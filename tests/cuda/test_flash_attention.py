@@ -7,6 +7,7 @@ import torch
 
 from pyvit import testing
 from pyvit.ops import flash_attention, flash_attention_varlen
+from tests.extremes import ROWS, extreme_bias
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 pytestmark = pytest.mark.usefixtures("cuda_on_host")
@@ -51,6 +52,27 @@ def test_grouped_heads_and_two_widths(nq, causal):
 @pytest.mark.parametrize("store", [s for s in testing.LAYOUTS if s != "contiguous"])
 def test_strides(store):
     testing.check_op(flash_attention, _qkv(torch.bfloat16, 2, 2, 21, 30, 16), backend="cuda", store=store, store_grad=store)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("nk", [37, 150])
+def test_finite_masks(dtype, nk):
+    """Rows masked by finite numbers, whole and in part, in one tile of keys and in several; each broadcast's gradient."""
+    for bias in {torch.float32: extreme_bias(nk), dtype: extreme_bias(nk, dtype)}.values():
+        tensors = _qkv(dtype, 1, 2, ROWS, nk, 32) | {"bias": bias}
+        testing.check_op(flash_attention, tensors, backend="cuda", return_lse=True, broadcast={"bias": (1, 2, ROWS, nk)})
+    tensors = _qkv(dtype, 1, 2, ROWS, nk, 32) | {"bias": extreme_bias(nk)[:, :1].contiguous()}
+    testing.check_op(flash_attention, tensors, backend="cuda", is_causal=True, broadcast={"bias": (1, 2, ROWS, nk)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [300.0, 1e6, -300.0])
+def test_large_scales(dtype, scale):
+    """Without a bias, scores of which float32 holds few digits, every key twice."""
+    tensors = _qkv(dtype, 1, 2, 20, 150, 16)
+    tensors["k"][:, :, 75:] = tensors["k"][:, :, :75].flip(2)
+    largest = float((tensors["q"].double() @ tensors["k"].double().mT).abs().max()) * abs(scale)
+    testing.check_op(flash_attention, tensors, backend="cuda", scale=scale, return_lse=True, scores=largest)
 
 
 def test_no_heads():

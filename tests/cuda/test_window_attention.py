@@ -7,6 +7,7 @@ import torch
 
 from pyvit import testing
 from pyvit.ops import window_attention
+from tests.extremes import ROWS, extreme_table
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 pytestmark = pytest.mark.usefixtures("cuda_on_host")
@@ -71,6 +72,23 @@ def test_oblong_windows_and_small_heads():
 def test_an_axis_of_one_window_is_not_shifted():
     tensors = _tensors(torch.bfloat16, 2, 5, 14, 2, 64, (7, 7), parameters=torch.bfloat16)
     testing.check_op(window_attention, tensors, backend="cuda", window_size=7, shift_size=3, num_heads=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("window", [7, 12, 13])
+def test_finite_masks(dtype, cosine, window):
+    """Tables whose numbers mask rows by -inf or finite numbers, in one pass with whole rows, in one with parts, in several."""
+    tensors = _tensors(dtype, 1, window, window, ROWS, 16, (window, window), cosine=cosine)
+    tensors["bias_table"] = extreme_table((2 * window - 1) ** 2)
+    testing.check_op(window_attention, tensors, backend="cuda", window_size=window, num_heads=ROWS, scores=30.0 if cosine else 0.0)
+
+
+def test_the_largest_windows_under_finite_masks():
+    """The table's gradient in a pass of its own."""
+    tensors = _tensors(torch.bfloat16, 1, 18, 18, 3, 32, (18, 18))
+    tensors["bias_table"] = extreme_table(35**2)[:, [1, 3, 10]].contiguous()
+    testing.check_op(window_attention, tensors, backend="cuda", window_size=18, num_heads=3)
 
 
 def test_without_a_table():

@@ -9,6 +9,7 @@ from torch import Tensor
 from pyvit.ops import reference
 from pyvit.ops.flash_attention import _reference_backward
 from pyvit.ops.flash_attention_varlen import _reference_backward as varlen_reference
+from tests.extremes import ROWS, extreme_bias
 
 flash = pytest.importorskip("pyvit.triton_kernels.flash_attention")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -18,7 +19,7 @@ def _exact(args: list) -> list:
     return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
 
 
-def _compare(agree, args: list, lse_grad: bool, bias_grad: bool) -> None:
+def _compare(agree, args: list, lse_grad: bool, bias_grad: bool, scores: float = 0.0) -> None:
     out, lse = flash.flash_attention(*args)
     assert out.transpose(1, 2).is_contiguous()
     assert lse.dtype == F32
@@ -31,7 +32,7 @@ def _compare(agree, args: list, lse_grad: bool, bias_grad: bool) -> None:
         r_out, r_lse = reference.flash_attention(*own)
         g = (cast([grad_out])[0], None if grad_lse is None else grad_lse.to(r_lse.dtype))
         forms.append((r_out, r_lse, *_reference_backward(*g, r_out, r_lse, bias_grad, *own)))
-    agree((out, lse, *grads), *forms, 2)
+    agree((out, lse, *grads), *forms, 2, scores=scores)
 
 
 def _inputs(dtype: torch.dtype, b: int, h: int, hk: int, nq: int, nk: int, d: int, dv: int) -> list[Tensor]:
@@ -72,6 +73,33 @@ def test_features(agree, small_tiles, monkeypatch, case: str, family: str) -> No
     dtype = F16 if family == "short" else F32  # float32 has no short backward
     args = [*_inputs(dtype, *shape), bias, options.get("is_causal", False), 0.3, p, seed]
     _compare(agree, args, lse_grad=True, bias_grad="bias" in options)
+
+
+@pytest.mark.parametrize("family", ["short", "long"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_finite_masks(agree, small_tiles, monkeypatch, family: str, causal: bool) -> None:
+    """Rows masked by finite numbers, whole and in part, and rows lifted as far: probabilities at most 1 in every kernel."""
+    if family == "long":
+        monkeypatch.setattr(flash, "forward_short_fits", lambda *_: False)
+        monkeypatch.setattr(flash, "backward_short_fits", lambda *_: False)
+    dtype = F16 if family == "short" else F32  # float32 has no short backward
+    bias = extreme_bias(53)[None, None]
+    args = [*_inputs(dtype, 1, 2, 2, ROWS, 53, 16, 16), bias, causal, 0.3, 0.0, None]
+    _compare(agree, args, lse_grad=True, bias_grad=True)
+    _compare(agree, [*args[:3], bias[..., :1].contiguous(), *args[4:]], lse_grad=True, bias_grad=True)
+
+
+@pytest.mark.parametrize("family", ["short", "long"])
+@pytest.mark.parametrize("scale", [300.0, 1e5])
+def test_large_scales(agree, small_tiles, monkeypatch, family: str, scale: float) -> None:
+    """Without a bias, scores of which float32 holds few digits, every key twice."""
+    if family == "long":
+        monkeypatch.setattr(flash, "forward_short_fits", lambda *_: False)
+        monkeypatch.setattr(flash, "backward_short_fits", lambda *_: False)
+    q, k, v = _inputs(BF16, 1, 2, 2, 20, 36, 16, 16)
+    k[:, :, 18:] = k[:, :, :18].flip(2)
+    largest = float((q.double() @ k.double().mT).abs().max()) * scale
+    _compare(agree, [q, k, v, None, False, scale, 0.0, None], lse_grad=True, bias_grad=False, scores=largest)
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["fp32", "fp16", "bf16"])

@@ -9,6 +9,7 @@ from torch import Tensor
 from pyvit.ops import reference
 from pyvit.ops.patch_embed import _reference_backward as patch_reference
 from pyvit.ops.window_attention import _reference_backward as window_reference
+from tests.extremes import ROWS, extreme_bias, extreme_table
 
 windows = pytest.importorskip("pyvit.triton_kernels.window_attention")
 patches = pytest.importorskip("pyvit.triton_kernels.patch_embed")
@@ -36,10 +37,11 @@ WINDOWS = [
 ]
 
 
-def _compare_windows(agree, dtype, size, window, shift, heads, d, features) -> None:
+def _compare_windows(agree, dtype, size, window, shift, heads, d, features, table=None) -> None:
     qkv = torch.randn(*size, 3 * heads * d).to(dtype)
-    table = torch.randn((2 * window[0] - 1) * (2 * window[1] - 1), heads) if "table" in features else None
-    logit = torch.tensor([4.9, 1.0])[:heads] if "cosine" in features else None
+    if "table" in features:
+        table = torch.randn((2 * window[0] - 1) * (2 * window[1] - 1), heads)
+    logit = torch.linspace(4.9, 1.0, heads) if "cosine" in features else None
     pad = torch.randn(3 * heads * d).to(dtype) if "pad" in features else None
     p, seed = (0.2, torch.randint(0, 2**62, (1,))) if "dropout" in features else (0.0, None)
     args = [qkv, window, shift, heads, table, logit, pad, 0.4, p, seed]
@@ -65,6 +67,23 @@ def test_windows(agree, case) -> None:
 def test_windows_in_low_precision(agree, dtype) -> None:
     _compare_windows(agree, dtype, (1, 8, 9), (7, 7), (3, 3), 1, 32, "table pad")
     _compare_windows(agree, dtype, (1, 9, 10), (9, 9), (3, 3), 1, 32, "table")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("features", ["", "cosine pad"])
+@pytest.mark.parametrize("window", [(3, 3), (7, 7), (9, 9)], ids=str)
+def test_finite_masks(agree, dtype, window: tuple[int, int], features: str) -> None:
+    """Tables whose numbers mask rows by -inf or finite numbers, in windows side by side, alone in a tile, and in several."""
+    table = extreme_table((2 * window[0] - 1) * (2 * window[1] - 1))
+    size = (1, window[0] + 1, 2 * window[1]) if "pad" in features else (1, *window)
+    _compare_windows(agree, dtype, size, window, (1, 1), ROWS, 16, features, table)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=["fp32", "fp16"])
+def test_maps_of_finite_masks(agree, dtype) -> None:
+    q, k = torch.randn(1, 2, ROWS, 16).to(dtype), torch.randn(1, 2, 150, 16).to(dtype)
+    args = [q, k, torch.arange(ROWS)[None], extreme_bias(150)[None, None], 0.3]
+    agree([maps.attention_map(*args)], [reference.attention_map(*_exact(args))], [reference.attention_map(*args)], 1)
 
 
 @pytest.mark.slow
