@@ -14,7 +14,7 @@ from torch import nn
 
 from pyvit.integrations import originals
 from pyvit.integrations.common import Rule
-from pyvit.integrations.forwards import Forward, Left, forwards, kind, put, take_away
+from pyvit.integrations.forwards import Forward, Left, Reason, forwards, kind, put, take_away
 from pyvit.integrations.functional import calls_sdpa, sdpa
 from pyvit.integrations.unknown import unknown_attention
 
@@ -33,6 +33,8 @@ class Row(NamedTuple):
     path: str
     kind: str
     note: str
+    #: Of what was left: because the user's own code is there (a subclass, a patch, a hook), and runs.
+    users: bool = False
 
 
 class Report:
@@ -77,7 +79,8 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
 
     Args:
         model: any module; classes that pyvit does not know are not touched.
-        strict: raise where something known or any attention is left, or nothing is replaced.
+        strict: raise where a module that pyvit knows, or any attention, is left for another reason than the user's own code (subclasses,
+            patches, hooks, which run), or where nothing is replaced.
 
     Returns a :class:`Report`; ``print`` it. ``with pyvit.accelerate(model):`` restores at the end.
 
@@ -87,7 +90,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
     restore(model)
     report = _examine(model)
-    if strict and (report.left or not report.replaced):
+    if strict and (not report.replaced or not all(row.users for row in report.left)):
         raise AccelerateError(f"accelerate: strict, and not everything can be replaced\n{report}")
     for forward in report.found:
         put(forward)
@@ -106,19 +109,24 @@ def _examine(model: nn.Module, installed: dict[tuple[int, str], Forward] | None 
                 left.append((paths.get(id(item.module), ""), item))
                 continue
             forward = Forward(item) if installed is None else installed.get((id(item.module), item.method))
-            reason = "not replaced" if forward is None else forward.reason(_known) or (forward.changed() if installed is not None else None)
+            reason = Reason("not replaced") if forward is None else forward.reason(_known)
+            if forward is not None and reason is None and installed is not None and (changed := forward.changed()) is not None:
+                reason = Reason(changed, True)
             if forward is None or reason is not None:
-                if not item.optional:
-                    left.append((paths[id(item.module)], Left(item.module, reason or "")))
+                if not item.optional and reason is not None:
+                    left.append((paths[id(item.module)], Left(item.module, *reason)))
                 continue
             report.found.append(forward)
             report.replaced.append(Row(paths[id(item.module)], kind(item.module), item.by))
             if not item.optional and (note := forward.seen()) is not None:
-                report.left.append(Row(paths[id(item.module)], kind(item.module), note))
+                report.left.append(Row(paths[id(item.module)], kind(item.module), note, True))
     replaced = [forward.module for forward in report.found if not forward.item.optional]
-    left += unknown_attention(model, [*replaced, *(item.module for _, item in left)])
+    left += [
+        (path, item._replace(users=_overrides(type(item.module))))
+        for path, item in unknown_attention(model, [*replaced, *(item.module for _, item in left)])
+    ]
     served = {*map(id, replaced)}
-    report.left += [Row(path, kind(item.module), item.reason) for path, item in left if id(item.module) not in served]
+    report.left += [Row(path, kind(item.module), item.reason, item.users) for path, item in left if id(item.module) not in served]
     return report
 
 
@@ -133,6 +141,13 @@ def restore(model: nn.Module) -> None:
 
 def _known(name: str) -> bool:
     return _rule(name) is not None
+
+
+def _overrides(cls: type) -> bool:
+    """Whether a class is a user's own, derived from one that pyvit knows."""
+    if cls.__module__.partition(".")[0] in (*_LIBRARIES, "torch"):
+        return False
+    return any(_known(f"{base.__module__}.{base.__qualname__}") for base in cls.__mro__[1:])
 
 
 def _rule_of(module: nn.Module) -> Rule | None:

@@ -33,11 +33,19 @@ class Replacement(NamedTuple):
     optional: bool = False
 
 
+class Reason(NamedTuple):
+    """Why a module stays as it is; ``users``: it is the user's own code there that must run, and does."""
+
+    text: str
+    users: bool = False
+
+
 class Left(NamedTuple):
-    """A module that stays as it is, and why."""
+    """A module that stays as it is, and why; ``users`` as in :class:`Reason`."""
 
     module: nn.Module
     reason: str
+    users: bool = False
 
 
 def kind(module: nn.Module) -> str:
@@ -181,32 +189,33 @@ class Forward:
                 return False
         return True
 
-    def reason(self, known: Callable[[str], bool]) -> str | None:
+    def reason(self, known: Callable[[str], bool]) -> Reason | None:
         """Why it does not serve for as long as nothing changes, or None; ``known`` says of which classes' names there are rules."""
         module, method = self.module, self.method
         code = originals.record(type(module))
         if code.foreign:
-            return code.foreign
+            return Reason(code.foreign, True)
         for name in code.methods & vars(module).keys():
             if vars(module)[name] is not self and not (isinstance(vars(module)[name], Forward) and name != method):
-                return f"its {name} is already replaced on this instance, by something else"
+                return Reason(f"its {name} is already replaced on this instance, by something else", True)
         if (reason := self._drift()) is not None:
-            return reason
+            return Reason(reason)
         if not ordinary_weights(module):
-            return "its weights are of a tensor class that kernels cannot read"
+            return Reason("its weights are of a tensor class that kernels cannot read")
         for path in self.item.parts:
             part = _Part(tuple(path.split(".")), type(None), -1, frozenset()).of(module)
             if part is None:
                 continue
             code = originals.record(type(part))
             if not (kind(part) in _PARTS or known(kind(part))):
-                return f"its {path} is a {kind(part)}, which pyvit does not know"
+                users = code.library not in (originals.record(type(module)).library, "torch")
+                return Reason(f"its {path} is a {kind(part)}, which pyvit does not know", users)
             if code.foreign:
-                return f"its {path}: {code.foreign}"
+                return Reason(f"its {path}: {code.foreign}", True)
             if not _methods_are_ours(part, code.methods, holding=False):
-                return f"its {path} has methods that are replaced on this instance"
+                return Reason(f"its {path} has methods that are replaced on this instance", True)
             if not ordinary_weights(part):
-                return f"the weights of its {path} are of a tensor class that kernels cannot read"
+                return Reason(f"the weights of its {path} are of a tensor class that kernels cannot read")
         return None
 
     def seen(self) -> str | None:

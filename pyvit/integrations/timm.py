@@ -155,7 +155,8 @@ def swin(block: Any) -> Iterator[Replacement | Left]:
     needs = "qkv proj attn_drop proj_drop softmax num_heads window_size "
     needs += "logit_scale cpb_mlp relative_coords_table q_bias k_bias v_bias" if cosine else "relative_position_bias_table scale fused_attn"
     reason = layout(attn, needs, "relative_position_index qkv_bias_separate window_area dim pretrained_window_size")
-    if reason is None and not cosine and "training" not in originals.record(type(attn)).reads:
+    theirs = next((cls for cls in type(attn).__mro__ if cls.__module__.startswith("timm.")), type(attn))
+    if reason is None and not cosine and "training" not in originals.record(theirs).reads:
         reason = _ALWAYS
     if reason is not None:
         yield Left(block, f"its attn {reason}")
