@@ -85,6 +85,7 @@ def info() -> Info:
 def setting() -> dict[str, str]:
     """What decides how a CPU rounds: torch and its threads, the processor, and how pyvit was told to use it."""
     found = {
+        "pyvit": __version__,
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "processor": _processor(),
         "kernels' instruction set": _isa(),

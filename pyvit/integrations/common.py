@@ -196,7 +196,10 @@ def usable(mask: Tensor | None) -> bool:
 
 def torch_mask(mask: Tensor, q: Tensor) -> Tensor:
     """A mask of torch's MultiheadAttention, (L, S) or (B H, L, S), with True where attention is forbidden, for q (B, H, L, d)."""
-    mask = ~mask if mask.dtype == torch.bool else mask.to(q.dtype) if mask.is_floating_point() else mask  # refused, as by torch
+    if mask.dtype == torch.bool:
+        mask = ~mask
+    elif mask.is_floating_point() and mask.dtype != torch.float32:  # -1e9 in float32 would be -inf in 16 bits
+        mask = mask.to(q.dtype)
     return mask if mask.dim() == 2 else mask.unflatten(0, q.shape[:2])
 
 

@@ -64,7 +64,7 @@ class DINOHead(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """Unit vectors (..., bottleneck)."""
         rows = self.mlp(x.flatten(0, -2))  # batch norms take rows
-        return F.normalize(rows, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12).view(*x.shape[:-1], -1)
+        return F.normalize(rows, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12).view(*x.shape[:-1], rows.shape[-1])
 
     @property
     def prototypes(self) -> Tensor:

@@ -10,7 +10,7 @@ from pyvit.nn import replay
 from pyvit.nn.attention import Attention, Packing
 from pyvit.nn.layer_norm import LayerNorm
 from pyvit.nn.mlp import Mlp, SwiGLU, swiglu_hidden
-from pyvit.nn.residual import DropPath, LayerScale, prepared, surroundings
+from pyvit.nn.residual import DropPath, LayerScale, add_branch, prepared, surroundings
 
 
 class Block(nn.Module):
@@ -65,15 +65,16 @@ class Block(nn.Module):
         return out
 
     def _forward(self, x: Tensor, packing: Packing | None, rope: Tensor | None, attend: dict[str, Any]) -> Tensor:
-        if rope is not None and packing is not None and self.training and self.drop_path1.p and self.drop_path1.form == "batch":
+        drop = self.drop_path1
+        if rope is not None and packing is not None and drop.training and getattr(drop, "form", "") == "batch" and drop.p:
             raise ValueError("Block: drop_path_form must be 'sample' to train with rope on packed sequences")
         if (around := surroundings(self.norm1, self.ls1, self.drop_path1, self.attn)) is not None:
             x = self.attn(x, packing=packing, rope=rope, residual=x, **around, **attend)
         else:
-            x = self.drop_path1.residual(x, lambda y, p: self.ls1(self.attn(self.norm1(y), packing=p, rope=rope, **attend)), packing)
+            x = add_branch(self.drop_path1, x, lambda y, p: self.ls1(self.attn(self.norm1(y), packing=p, rope=rope, **attend)), packing)
         if (around := surroundings(self.norm2, self.ls2, self.drop_path2, self.mlp)) is not None:
             return self.mlp(x, residual=x, **around)
-        return self.drop_path2.residual(x, lambda y, p: self.ls2(self.mlp(self.norm2(y))), packing)
+        return add_branch(self.drop_path2, x, lambda y, p: self.ls2(self.mlp(self.norm2(y))), packing)
 
     def prepared(self, x: Tensor, is_causal: bool) -> replay.Run | None:
         """:meth:`forward` as :mod:`pyvit.nn.replay` wants it."""

@@ -96,3 +96,13 @@ class DropPath(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}, form={self.form}"
+
+
+def add_branch(
+    drop_path: nn.Module, x: Tensor, branch: Callable[[Tensor, Packing | None], Tensor], packing: Packing | None = None
+) -> Tensor:
+    """x + drop_path(branch(x, packing)): without the work of dropped samples where it is an unwatched :class:`DropPath`."""
+    if plain(drop_path, DropPath):
+        return drop_path.residual(x, branch, packing)
+    y = branch(x, packing)
+    return x + (drop_path(y, packing) if isinstance(drop_path, DropPath) else drop_path(y))

@@ -266,7 +266,7 @@ class Run(Resumable):
             with self.signals.caught():
                 saved = self._loop(log)
         finally:
-            for problem in self.data.train.problems if self.main else ():
+            for problem in self.data.train.problems[:20] if self.main else ():
                 say(f"skipped {problem}".encode("ascii", "backslashreplace").decode())
         results = self.evaluate()
         for line in self.data.damage() if self.main else ():

@@ -142,8 +142,8 @@ class Resumable:
     def _keep_data(self) -> None:
         """Classes, preprocessing and vocabulary, so that evaluation needs the run's folder alone."""
         checkpoint.save_json(self.folder / "data.json", describe(self.data, self.config.data))
-        if (tokenizer := Path(str(getattr(self.recipe, "opt", {}).get("tokenizer", "bytes")))).is_file():
-            checkpoint.write_atomic(self.folder / "tokenizer.json", lambda file: file.write(tokenizer.read_bytes()))
+        if (content := getattr(getattr(self.recipe, "tokenizer", None), "content", None)) is not None:
+            checkpoint.write_atomic(self.folder / "tokenizer.json", lambda file: file.write(content()))
 
     def _setting(self) -> dict[str, str]:
         """What, with the same settings, a run's bits depend on."""

@@ -437,3 +437,20 @@ def test_attention_by_sdpa_agrees() -> None:
     x = x + made.ls1.gamma * made.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
     x = x + made.ls2.gamma * made.mlp.fc2(F.gelu(F.linear(made.norm2(x), made.mlp.fc1.weight, made.mlp.fc1.bias)))
     torch.testing.assert_close(made(X), x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_stands_in_the_place_of_stochastic_depth_runs(training):
+    """nn.Identity, a module of the user's, and a hook on a DropPath that drops nothing."""
+    block, x = pyvit.nn.Block(32, 2).train(training), torch.randn(2, 5, 32)
+    expected = block(x)
+    block.drop_path1 = nn.Identity()
+    torch.testing.assert_close(block(x), expected)
+    block.drop_path2 = nn.Threshold(1e9, 0.0)  # lets nothing through
+    plain = x + block.attn(block.norm1(x))
+    torch.testing.assert_close(block(x), plain)
+    seen = []
+    block = pyvit.nn.Block(32, 2).train(training)
+    block.drop_path1.register_forward_hook(lambda *_: seen.append(1))
+    block(x)
+    assert seen == [1]
