@@ -61,10 +61,11 @@ docs: build       ## regenerate the tables in docs/ (compiles every GPU kernel: 
 	$(PY) -m pyvit.triton_kernels.tools.compile_report --dtype bf16 fp32
 	$(PY) csrc/cuda/resources.py
 
-lint: $(VENV)/.ready ## ruff, mypy, clang-format
+lint: $(VENV)/.ready ## ruff, mypy, clang-format, import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
 format: $(VENV)/.ready ## rewrite sources in the project's style

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from pyvit.data import load_data
-from pyvit.eval import commands
+from pyvit.cli import evaluate as commands
 from pyvit.train import Config, train
 from pyvit.train.checkpoint import save_weights
 from pyvit.train.runs import load_run

@@ -86,9 +86,9 @@ def application() -> Any:
         train.command(recipe, help=_RECIPE_HELP[recipe], epilog=_options_of(recipe))(_trainer(recipe))
     evaluate = typer.Typer(help="Measure what a model has learned, or look at it.", no_args_is_help=True, callback=_keep_memory)
     app.add_typer(evaluate, name="eval")
-    from pyvit.eval import commands
+    from pyvit.cli.evaluate import COMMANDS
 
-    for name, command in commands.COMMANDS.items():
+    for name, command in COMMANDS.items():
         evaluate.command(name)(command)
     return app
 
@@ -227,7 +227,7 @@ def _convert(source: Path, target: Path, to: str) -> None:
 
 
 def _bench(ctx: Any) -> None:
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks" / "__main__.py").exists():
         raise FileNotFoundError(
             "bench: the benchmark suite is not installed with the package; run this from a checkout of pyvit ('make bench')"
