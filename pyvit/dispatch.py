@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from pyvit import gpu_choice, library
+from pyvit import gpu_choice, library, torch_private
 from pyvit.backends import BACKENDS, CAPABILITIES, absent, preference
 
 
@@ -141,7 +141,7 @@ def sizes(device: str, *values: int) -> tuple[int, ...]:
     """``values`` for :attr:`Call.sizes` of a GPU call; none where one is symbolic, since one graph then serves them all."""
     if device != "cuda":
         return ()
-    if torch.compiler.is_compiling() or _is_traced():
+    if torch.compiler.is_compiling() or torch_private.is_traced():
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
         return values if all(has_static_value(v) for v in values) else ()
@@ -250,23 +250,9 @@ def without_autocast(backward: _Backward) -> _Backward:
     return cast(_Backward, call)
 
 
-_TRACERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
-
-
-def _is_traced() -> bool:
-    """Whether tensors may have no values: under FakeTensorMode or make_fx, and while the compiler runs a backward formula to trace it."""
-    return torch._C._len_torch_dispatch_stack() > 0 and any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
-
-
 def _is_dual(a: Any) -> bool:
     """Whether ``a`` carries a forward-mode tangent, which a kernel would drop."""
     return isinstance(a, Tensor) and torch.autograd.forward_ad.unpack_dual(a).tangent is not None
-
-
-def is_batched(grad: Tensor) -> bool:
-    """Whether ``grad`` is several gradients in one tensor, of ``autograd.grad(is_grads_batched=True)``: no transform of torch.func is at
-    work then, and the tensor has no memory of its own."""
-    return not torch._C._dispatch_keys(grad).has(torch._C.DispatchKey.Dense)
 
 
 def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -353,20 +339,22 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         if args[-1] == "reference":  # plain PyTorch, which autograd and the compiler see through
             return self.kernel("reference")(*args)
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._op(*args)
-        if torch._C._len_torch_dispatch_stack() > 0:  # fake tensors, recorders, counters: they see what goes through the dispatcher
+        watched = torch_private.dispatch_modes() > 0  # fake tensors, recorders, counters: they see what goes through the dispatcher
+        if watched:
             importlib.import_module("pyvit.ops.flops").register()
-            return self._op(*args)
-        if self._of_gradients and any(isinstance(a, Tensor) and is_batched(a) for a in args[:2]):
-            return self._op(*args)  # the dispatcher takes them one by one
-        if torch._C._are_functorch_transforms_active():
+        if torch_private.transforms_active():
             return self._op(*args) if self._transformed is None else self._transformed.apply(*args)
-        if torch.autograd.forward_ad._current_level >= 0 and any(_is_dual(a) for a in args):
+        if watched:
+            return self._op(*args)
+        if self._of_gradients and any(isinstance(a, Tensor) and torch_private.is_batched(a) for a in args[:2]):
+            return self._op(*args)  # the dispatcher takes them one by one
+        if torch_private.forward_mode() and any(_is_dual(a) for a in args):
             raise NotImplementedError(f"{self.name}: forward-mode differentiation needs backend='reference', got {args[-1]!r}")
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return self._function.apply(*args) if self._function is not None else self._op(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch_private.below_autograd():
             return self.kernel(args[-1])(*args)
 
     def _make_function(self, setup_context: Callable[..., None], backward: Callable[..., Any]) -> type[torch.autograd.Function]:
@@ -375,7 +363,7 @@ class Operator:
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
-                with torch._C._AutoDispatchBelowAutograd():
+                with torch_private.below_autograd():
                     output = operator.kernel(args[-1])(*args)
                 setup_context(ctx, args, output)
                 return output
@@ -420,13 +408,11 @@ class Operator:
         return Transformed
 
     def _autocast(self, device: str) -> Callable[..., Any]:
-        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
-
         def cast(*args: Any) -> Any:
             listed = list(args)
             for at in self._autocast_args:
                 (listed[at],) = autocast(device.lower(), args[at])
-            with torch._C._ExcludeDispatchKeyGuard(keys):
+            with torch_private.without_autocast_layer(device):
                 return self._op(*listed)
 
         return cast
@@ -439,13 +425,10 @@ def reference_backward(
 
     Kernels run below the dispatcher's autograd layer; this puts it back in force.
     """
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in ("AutogradCPU", "AutogradCUDA", "AutogradMeta", "AutogradOther", "AutogradFunctionality", "ADInplaceOrView"):
-        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
     if not inputs:
         return []
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
-        if torch._C._are_functorch_transforms_active():  # a transform's tensors are no leaves, and autograd.grad does not see through it
+    with torch_private.above_autograd(), torch.enable_grad():
+        if torch_private.transforms_active():  # a transform's tensors are no leaves, and autograd.grad does not see through it
             return _pulled_back(reference, grads, [a.detach() if isinstance(a, Tensor) and not create_graph else a for a in args], inputs)
         leaves = {i: args[i].detach().requires_grad_() if not create_graph else args[i] for i in inputs}
         outputs = reference(*[leaves.get(i, a) for i, a in enumerate(args)])

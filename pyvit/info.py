@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pyvit import library
+from pyvit import library, torch_private
 from pyvit.backends import BACKENDS, CAPABILITIES, absent
 from pyvit.version import __version__
 
@@ -68,6 +68,8 @@ def info() -> Info:
     elif problem is None:
         archs = torch.ops.pyvit.cuda_archs()
         system["CUDA in the library"] = f"for {archs}" if archs else "no (built without nvcc)"
+    if lacking := torch_private.missing():
+        system["torch lacks"] = f"{', '.join(lacking)}: slower stand-ins serve"
     system["CUDA in torch"] = torch.version.cuda or (f"ROCm {torch.version.hip}" if torch.version.hip else "no, a CPU build")
     backends = {}
     for backend in BACKENDS:

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyvit.torch_private import storage_uses
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # <malloc.h>
 _MOST = 2**31 - 1
 
 _kept = threading.local()
 _KEPT_BYTES = 64 << 20
 _RECYCLED_BYTES, _RECYCLED, _LEAST = 256 << 20, 64, 512 << 10
-_uses = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def keep_memory() -> bool:
@@ -60,14 +61,14 @@ def recycled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     512 KiB or above 64 MiB are allocated as ever: looking for one takes some microseconds.
     """
     n = math.prod(shape) * dtype.itemsize
-    if _uses is None or not _LEAST <= n <= _RECYCLED_BYTES // 4:
+    if storage_uses is None or not _LEAST <= n <= _RECYCLED_BYTES // 4:
         return torch.empty(shape, dtype=dtype, device="cpu")
     kept: list[torch.UntypedStorage] = _kept.__dict__.setdefault("_recycled", [])
     found = None
     for at in range(len(kept)):
         storage = kept[at]
         # No tensor but ours, and the storage itself with nobody: the list, this name and the call's argument hold it.
-        if storage.nbytes() == n and _uses(storage._cdata) == 1 and sys.getrefcount(storage) <= 3:
+        if storage.nbytes() == n and storage_uses(storage._cdata) == 1 and sys.getrefcount(storage) <= 3:
             del kept[at]
             found = None if storage.is_shared() else storage  # memory that another process may be reading
             break

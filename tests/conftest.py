@@ -9,11 +9,16 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import torchvision_operators  # noqa: F401  (before transformers and timm import torchvision)
+
+# What the compiler makes, for each worker apart: two that write the same file have been seen to leave half of it.
+_worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "inductor" / _worker))
 
 _asked = os.environ.get("PYVIT_TEST_SEED") or "0"
 SEED = int.from_bytes(os.urandom(4), "little") if _asked == "random" else int(_asked)

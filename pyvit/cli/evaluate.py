@@ -48,7 +48,8 @@ def knn(run: str, data: str | None = None, temperature: float = 0.07) -> dict[st
 def linear(run: str, data: str | None = None, epochs: int = 50) -> dict[str, float]:
     """Linear probe on frozen features over a grid of rates."""
     recipe, chosen = _open(run, data)
-    found = linear_module.linear_probe(*_features(recipe, chosen), epochs=epochs)
+    train, test = _features(recipe, chosen)
+    found = linear_module.linear_probe(train, test, epochs=epochs)
     print(f"{run}: linear accuracy {found['linear']:.2f} % (rate {found['rate']:g})")
     return found
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._jit_internal import FunctionModifiers
 
 from pyvit.integrations import originals
 from pyvit.nn.linear import hooked, ordinary
@@ -124,7 +123,7 @@ class Forward:
     """In ``vars(module)[method]`` of an accelerated module. What is as it was is asked at every call: patches and hooks may come later."""
 
     #: As if by torch.jit.ignore: scripting then compiles the class's own forward.
-    _torchscript_modifier = FunctionModifiers.IGNORE
+    _torchscript_modifier = torch.jit.ignore(lambda: None)._torchscript_modifier  # type: ignore[attr-defined]
 
     def __init__(self, item: Replacement) -> None:
         self.item, self.module, self.function, self.method = item, item.module, item.function, item.method

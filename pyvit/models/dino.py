@@ -22,6 +22,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from pyvit.models.registry import register, settings_of
 from pyvit.models.vit import SIZES, VisionTransformer
 from pyvit.nn import DropPath, Linear
+from pyvit.torch_private import lerp_all
 
 
 class DINOHead(nn.Module):
@@ -152,7 +153,7 @@ class SelfDistillation(nn.Module):
     def update_teacher(self, momentum: float) -> None:
         """teacher <- momentum * teacher + (1 - momentum) * student (0.996 to 1 in DINO, 0.994 to 1 in DINOv2)."""
         teacher, student = list(self.teacher.parameters()), [p.detach() for p in self.student.parameters()]
-        torch._foreach_lerp_(teacher, student, 1.0 - momentum)
+        lerp_all(teacher, student, 1.0 - momentum)
 
     def forward(self, global_crops: Sequence[Tensor], local_crops: Sequence[Tensor] = (), masks: Sequence[Tensor] | None = None) -> Views:
         """global_crops T x (B, C, H, W), local_crops (B, C, h, w) each, masks T x (B, N) bool of the global crops' hidden patches.

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyvit.dispatch import use_backend
 from pyvit.models.registry import create_model
 from pyvit.ops.flops import FORMULAS
+from pyvit.torch_private import fake_mode
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def count(model: str, **overrides: Any) -> Cost:
     with torch.device("meta"):
         made = create_model(model, **overrides).eval()
         made = getattr(made, "encoder_of", lambda: made)()
-    with FakeTensorMode():
+    with fake_mode():
         for module in made.modules():
             for name, p in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="cpu"), requires_grad=False))

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.nn.modules import module as globally
 
 from pyvit.ops import layer_norm, linear, packed
 from pyvit.ops.packed import Branch, Norm
+from pyvit.torch_private import GLOBAL_HOOKS
 
 _CALL = nn.Module.__call__
 _FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.Identity, nn.Dropout, nn.Linear, nn.LayerNorm)}
@@ -41,11 +41,6 @@ class Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", activation={self.activation}" if self.activation else "")
-
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-#: Of ``torch.nn.modules.module.register_module_forward_hook`` and its like: called for every module.
-GLOBAL_HOOKS = tuple(getattr(globally, f"_global{name}") for name in HOOKS)
 
 
 def hooked(*modules: nn.Module | None) -> bool:

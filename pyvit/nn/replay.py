@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyvit.nn.linear import GLOBAL_HOOKS, HOOKS
 from pyvit.ops import packed
 from pyvit.ops.packs import PACKS, changes, pack_of, state, unchanged
+from pyvit.torch_private import GLOBAL_HOOKS, HOOKS
 
 Run = Callable[[Tensor], Tensor]
 

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from pyvit.torch_private import FAKE_TENSORS
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -159,7 +161,7 @@ def exactly(op: str, argument: str, t: Any, wanted: Sequence[int], dtype: torch.
 
 def is_fake(t: Tensor) -> bool:
     """Whether ``t`` has no values to look at."""
-    return isinstance(t, torch._subclasses.FakeTensor)
+    return isinstance(t, FAKE_TENSORS)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

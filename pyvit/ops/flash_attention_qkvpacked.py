@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyvit import dispatch
+from pyvit import dispatch, torch_private
 from pyvit.dispatch import Call
 from pyvit.ops import checks
 from pyvit.ops.flash_attention import ATTENTION, ATTENTION_BACKWARD, check
@@ -60,7 +60,7 @@ def prepared(qkv: Tensor, is_causal: bool) -> Callable[[Tensor], Tensor] | None:
     kernel, scale = ATTENTION.kernel("cpu"), checks.scale(_OP, None, qkv.shape[4])
 
     def attend(qkv: Tensor) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch_private.below_autograd():
             out: Tensor = kernel(*parts(qkv), None, is_causal, scale, 0.0, None, "cpu")[0]
         return out.transpose(1, 2)
 
@@ -93,7 +93,7 @@ def _describe(qkv: Tensor, *, bias: Tensor | None = None, scale: Any = None, **k
 class _Packed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor | None, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch_private.below_autograd():
             out, lse = ATTENTION.kernel("cpu")(*parts(qkv), bias, is_causal, scale, 0.0, None, "cpu")
         ctx.options = (is_causal, scale)
         ctx.set_materialize_grads(False)

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from pyvit import torch_private
 
 Shape = Sequence[int]
 
@@ -129,7 +130,7 @@ def register() -> None:
     for packet, formula in FORMULAS.items():
         if packet not in module.flop_registry:
             module.register_flop_formula(packet, get_raw=getattr(formula, "_get_raw", False))(formula)
-    for mode in _get_current_dispatch_mode_stack():
+    for mode in torch_private.dispatch_mode_stack():
         if isinstance(counter := getattr(mode, "counter", None), module.FlopCounterMode):
             counter.flop_registry = {**{packet: module.flop_registry[packet] for packet in FORMULAS}, **counter.flop_registry}
 

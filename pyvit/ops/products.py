@@ -15,9 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from pyvit import library
+from pyvit import library, torch_private
 from pyvit.memory import recycled, scratch
 from pyvit.ops import activations, product_rules
 from pyvit.ops.tracing import transformed
@@ -276,7 +275,7 @@ def _serving(ways: Mapping[str, Way], *args: Any) -> dict[str, Way]:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return {"torch": ways["torch"]}
     there = {"onednn": onednn() is not None, "pyvit": library.problem() is None, "float32 copies": dtype != torch.float32, "torch": True}
-    with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with torch_private.without_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         wanted = ways["torch"](*args)
         return {name: way for name, way in ways.items() if there[name] and (name == "torch" or agrees(way, args, wanted))}
 

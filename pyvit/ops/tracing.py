@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from pyvit import dispatch
+from pyvit import torch_private
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
@@ -16,16 +15,16 @@ def traced(*tensors: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or not _PLAIN.issuperset(map(type, tensors))
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
+        or torch_private.transforms_active()
+        or torch_private.dispatch_modes() > 0
+        or torch.jit.is_tracing()
+        or torch_private.forward_mode()
     )
 
 
 def transformed(grad: Tensor) -> bool:
     """Whether a backward may not take ``grad`` to a kernel: as :func:`traced`, or because it is several in one (``is_grads_batched``)."""
-    return traced(grad) or dispatch.is_batched(grad)
+    return traced(grad) or torch_private.is_batched(grad)
 
 
 def compiled_inference(*tensors: Tensor) -> bool:
@@ -34,6 +33,6 @@ def compiled_inference(*tensors: Tensor) -> bool:
         torch.compiler.is_dynamo_compiling()
         and not torch.is_grad_enabled()
         and not torch.compiler.is_exporting()
-        and not torch._C._are_functorch_transforms_active()
+        and not torch_private.transforms_active()
         and all(type(t) in _PLAIN for t in tensors)
     )

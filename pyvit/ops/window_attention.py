@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyvit import dispatch
+from pyvit import dispatch, torch_private
 from pyvit.dispatch import Call, Operator
 from pyvit.ops import checks, reference
 
@@ -79,7 +79,7 @@ def prepared(
     kernel = WINDOW.kernel("cpu")
 
     def attend(qkv: Tensor) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch_private.below_autograd():
             out: Tensor = kernel(qkv, window, shift, num_heads, bias_table, None, pad_qkv, scale, 0.0, None, "cpu")[0]
         return out
 

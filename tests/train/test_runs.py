@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pyvit.data import load_data
 from pyvit.cli import evaluate as commands
+from pyvit.data import load_data
 from pyvit.train import Config, train
 from pyvit.train.checkpoint import save_weights
 from pyvit.train.runs import load_run
