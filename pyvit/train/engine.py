@@ -61,13 +61,13 @@ def _settle(config: Config) -> Config:
     given = parse(config.option, "option")
     options = {**preset.pop("option", {}), **given}
     config = dataclasses.replace(config, option=[f"{k}={v!r}" for k, v in options.items()])
+    recipe.chosen(config)
+    parse(config.set, "set")
     config = config.resolved({"model": TOWERS.get((config.recipe, config.data)) or MODELS.get(config.data, "vit_small_patch16_224")})
     check_model(recipe, config)
     config = adopt(config, recipe)
     config = config.resolved({k: v for k, v in preset.items() if k not in ("epochs",) or config.steps is None})
     config = config.resolved({"min_lr": 0.0, **recipe.defaults})
-    recipe.chosen(config)
-    parse(config.set, "set")
     if config.lr is None:
         config = dataclasses.replace(config, lr=recipe.peak_lr(config.batch_size or 1))
     if (config.min_lr or 0.0) > (config.lr or 0.0):

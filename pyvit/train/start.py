@@ -117,10 +117,13 @@ def adopt(config: Config, recipe: Any) -> Config:
 
 def _run_of(path: Path) -> dict[str, Any] | None:
     """The configuration of the run of ``pyvit train`` in a folder, or of the run a file of weights is of; None without one."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
     try:
-        found = json.loads(((path if path.is_dir() else path.parent) / "config.json").read_text())
-    except (OSError, ValueError):
+        found = json.loads(file.read_text())
+    except OSError:
         return None
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
     fields = {"recipe", "model", "image_size", "set"}
     if not isinstance(found, dict) or not fields <= found.keys() or (path.is_file() and path.name not in ("model.safetensors", "last.pt")):
         return None

@@ -140,7 +140,8 @@ def test_data_that_change_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"it had \d+ images and has \d+"):
         train(Config(**settings))
     (data / "new").mkdir()
-    shutil.copy(data / "dark" / "01.png", data / "new" / "0.png")
+    for name in ("00", "01"):
+        shutil.copy(data / "light" / f"{name}.png", data / "new" / f"{name}.png")
     with pytest.raises(ValueError, match="classes gone: none, new: new"):
         train(Config(**settings))
     shutil.rmtree(data / "new")

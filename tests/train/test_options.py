@@ -6,7 +6,9 @@ import dataclasses
 import math
 
 import pytest
+import torch
 
+import pyvit
 from pyvit.train import RECIPES, Config
 from pyvit.train.engine import _settle
 from pyvit.train.options import Option, inside, wording
@@ -14,7 +16,15 @@ from pyvit.train.presets import PRESETS
 from pyvit.train.recipe import load_recipe
 
 OPTIONS = [(recipe, name) for recipe in RECIPES for name in load_recipe(recipe).options]
-INIT = {"finetune": "x.pth", "linear": "x.pth"}
+NEED_INIT = ("finetune", "linear")
+
+
+@pytest.fixture(scope="module")
+def init(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Weights to begin with, for the recipes that need some."""
+    path = tmp_path_factory.mktemp("init") / "weights.pth"
+    torch.save(pyvit.create_model("vit_small_patch16_224", depth=1, embed_dim=48, num_heads=3).state_dict(), path)
+    return dict.fromkeys(NEED_INIT, str(path))
 
 
 def wrong(kind: type, within: str, choices: tuple) -> list:
@@ -44,10 +54,10 @@ def test_every_number_has_a_range():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_options_out_of_range_are_refused_by_name(recipe):
+def test_options_out_of_range_are_refused_by_name(recipe, init):
     for name, option in load_recipe(recipe).options.items():
         for value in wrong(type(option.default), option.within, option.choices):
-            config = Config(recipe=recipe, option=[f"{name}={value!r}"], init=INIT.get(recipe))
+            config = Config(recipe=recipe, option=[f"{name}={value!r}"], init=init.get(recipe))
             with pytest.raises(ValueError, match=f"{recipe}: option {name} must be "):
                 _settle(config)
 
@@ -61,9 +71,9 @@ def test_settings_out_of_range_are_refused_by_name(field):
                 _settle(Config(**{field.name: value}))
 
 
-def test_presets_are_in_range():
+def test_presets_are_in_range(init):
     for recipe, data in PRESETS:
-        _settle(Config(recipe=recipe, data=data, init=INIT.get(recipe)))
+        _settle(Config(recipe=recipe, data=data, init=init.get(recipe)))
 
 
 def test_the_last_rate_is_at_most_the_first():

@@ -121,7 +121,7 @@ def same_gradients(folder: str, name: str, found: dict[str, dict[str, torch.Tens
         plan = iter(Plan(len(data.train), 8, 0, 3, 0, rank, world, parts))
         for part in range(parts):
             torch.manual_seed(step_seed(1, 0, rank, part))
-            views.append(recipe.views(data.train.fetch(next(plan)), 0, 3))
+            views.append(recipe.views(data.train.draw(next(plan), recipe.crops, 0, 0), 0, 3))
     alone = recipe.encode({k: torch.cat([v[k] for v in views]) for k in views[0]})
     group, type(recipe).group = type(recipe).group, None
     if hasattr(recipe, "loss"):

@@ -140,9 +140,10 @@ def test_measurements_that_do_not_fit_the_run_are_refused(run, tmp_path, command
 
 def test_a_vocabulary_is_kept_with_the_run(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    words = {"[UNK]": 0, "shade": 1, **{str(i): i + 2 for i in range(20)}}
+    words = {"[UNK]": 0, "shade": 1, **{str(i): i + 2 for i in range(20)}, "[END]": 22}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="$A [END]", special_tokens=[("[END]", 22)])
     made.save(str(tmp_path / "vocabulary.json"))
     shades(tmp_path / "images", ("all",), n=20)
     (tmp_path / "t.csv").write_text("image,caption\n" + "".join(f"images/all/{i}.png,shade {i}\n" for i in range(20)))
