@@ -186,10 +186,11 @@ def main(argv: list[str] | None = None) -> int:
         command = [sys.executable, "-m", "benchmarks.products", "--work", *passed]
         env = {**os.environ, "PYVIT_LINEAR": "", **ENVIRONMENTS[isa]}
         lines = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
-        results += [{**found, "case": Case(*found["case"])} for found in map(json.loads, lines)]
-    if not results:
-        parser.error(f"--only: no case's name contains {args.only!r}")
-    report(results, args.worst)
+        found = [{**each, "case": Case(*each["case"])} for each in map(json.loads, lines)]
+        if not found:
+            parser.error(f"--only: no case's name contains {args.only!r}")
+        report(found, args.worst)
+        results += found
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="") as file:
         writer = csv.writer(file)
