@@ -75,7 +75,8 @@ template <class T, int D, int NT>
 PYVIT_DEVICE void accumulate_rows(float (&sums)[D / 8][4], const float (&weights)[NT][4], Tile<T, D> rows, int pairs,
                                   int lane) {
   Fragments<T> f;
-  constexpr bool kKeep = D <= 80;  // the addresses of wider rows take more registers than there are
+  // The addresses of wider rows take more registers than there are; few columns of floats use them too rarely.
+  constexpr bool kKeep = D <= 80 && (sizeof(T) == 2 || NT > 4);
   typename Fragments<T>::template Place<D> from[D / 16];
 #pragma unroll
   for (int d = 0; kKeep && d < D / 16; ++d) from[d] = f.place_b_transposed(rows, d * 16, lane);
@@ -232,12 +233,12 @@ struct Layout {
     char* at = shared_memory() + own_tiles * Tile<T, D>::bytes(rows) + 2 * s * Tile<T, D>::bytes(kColumns);
     return {{reinterpret_cast<T*>(at)}, {reinterpret_cast<T*>(at + Tile<T, D>::bytes(kColumns))}};
   }
-  // Per own row and per column of each stage: inverse norms; per column of each stage: shift, rest and delta.
+  // Of each own row: its inverse norm. Of each column of a stage: inverse norm, shift, rest and delta.
   PYVIT_DEVICE float* row_norms() const { return reinterpret_cast<float*>(shared_memory() + tile_bytes()); }
-  PYVIT_DEVICE float* column_norms(int s) const { return row_norms() + rows + s * kColumns; }
-  PYVIT_DEVICE float* column_shift(int s) const { return row_norms() + rows + (stages + s) * kColumns; }
-  PYVIT_DEVICE float* column_rest(int s) const { return row_norms() + rows + (2 * stages + s) * kColumns; }
-  PYVIT_DEVICE float* column_delta(int s) const { return row_norms() + rows + (3 * stages + s) * kColumns; }
+  PYVIT_DEVICE float* column_norms(int s) const { return row_norms() + rows + 4 * s * kColumns; }
+  PYVIT_DEVICE float* column_shift(int s) const { return column_norms(s) + kColumns; }
+  PYVIT_DEVICE float* column_rest(int s) const { return column_norms(s) + 2 * kColumns; }
+  PYVIT_DEVICE float* column_delta(int s) const { return column_norms(s) + 3 * kColumns; }
   PYVIT_DEVICE char* rest() const { return reinterpret_cast<char*>(row_norms() + rows + 4 * stages * kColumns); }
   __host__ __device__ int tile_bytes() const {
     return own_tiles * Tile<T, D>::bytes(rows) + 2 * stages * Tile<T, D>::bytes(kColumns);
