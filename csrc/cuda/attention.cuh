@@ -70,16 +70,15 @@ PYVIT_DEVICE void multiply_rows(float (&scores)[NT][4], Tile<T, D> a, int row0, 
   }
 }
 
-// sums[16 x D] += weights[16 x 8 NT] rows[0 ...], over the first `pairs` pairs of weight tiles.
-template <class T, int D, int NT>
+// sums[16 x D] += weights[16 x 8 NT] rows[0 ...], over the first `pairs` pairs of weight tiles. Addresses are kept
+// (KEEP) but where those of wider rows take more registers than there are.
+template <class T, int D, int NT, bool KEEP = (D <= 80)>
 PYVIT_DEVICE void accumulate_rows(float (&sums)[D / 8][4], const float (&weights)[NT][4], Tile<T, D> rows, int pairs,
                                   int lane) {
   Fragments<T> f;
-  // The addresses of wider rows take more registers than there are; few columns of floats use them too rarely.
-  constexpr bool kKeep = D <= 80 && (sizeof(T) == 2 || NT > 4);
   typename Fragments<T>::template Place<D> from[D / 16];
 #pragma unroll
-  for (int d = 0; kKeep && d < D / 16; ++d) from[d] = f.place_b_transposed(rows, d * 16, lane);
+  for (int d = 0; KEEP && d < D / 16; ++d) from[d] = f.place_b_transposed(rows, d * 16, lane);
 #pragma unroll
   for (int n = 0; n < NT / 2; ++n) {
     if (n < pairs) {
@@ -88,7 +87,7 @@ PYVIT_DEVICE void accumulate_rows(float (&sums)[D / 8][4], const float (&weights
         f.take_a(weights[2 * n], weights[2 * n + 1], step);
 #pragma unroll
         for (int d = 0; d < D / 16; ++d) {
-          if (!kKeep) from[d] = f.place_b_transposed(rows, d * 16, lane);
+          if (!KEEP) from[d] = f.place_b_transposed(rows, d * 16, lane);
           f.load_b_transposed(from[d], n * 16 + step * Fragments<T>::kK);
           f.multiply(sums[2 * d], sums[2 * d + 1]);
         }

@@ -7,6 +7,10 @@
 
 namespace pyvit::cuda {
 
+// Beside two matrices of scores and their sums floats leave no registers for addresses.
+template <class T, int D>
+constexpr bool kKeepAddresses = sizeof(T) == 2 && D <= 80;
+
 // With SUMS (windows, whose bias is one for all) the scores' gradients are also summed over the block's problems, in
 // shared memory behind what the problem keeps: four floats of a thread lie together, so that each has its own.
 template <class Problem, int D, int NT, bool SUMS>
@@ -143,7 +147,7 @@ __global__ void __launch_bounds__(256, 1)
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[n][e] = ds[e];
       }
-      accumulate_rows<T, D, NT>(dq, s, stage.first, pairs, lane);
+      accumulate_rows<T, D, NT, kKeepAddresses<T, D>>(dq, s, stage.first, pairs, lane);
     }
     if (q0 + row0 < problem.nq) {
 #pragma unroll
@@ -263,8 +267,8 @@ __global__ void __launch_bounds__(256, 1)
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[n][e] = p[e];
       }
-      accumulate_rows<T, D, NT>(dv, s, stage.second, pairs, lane);
-      accumulate_rows<T, D, NT>(dk, dp, stage.first, pairs, lane);
+      accumulate_rows<T, D, NT, kKeepAddresses<T, D>>(dv, s, stage.second, pairs, lane);
+      accumulate_rows<T, D, NT, kKeepAddresses<T, D>>(dk, dp, stage.first, pairs, lane);
     }
     if (k0 + row0 < problem.nk) {
 #pragma unroll

@@ -82,8 +82,9 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = q0 + row0 + g + 8 * half;
-      if (r >= problem.nq) continue;
-      const float shift = *problem.shift(head, r), rest = *problem.rest(head, r), delta = problem.delta(head, r);
+      const bool real = r < problem.nq;
+      const float shift = real ? *problem.shift(head, r) : infinity(), rest = real ? *problem.rest(head, r) : 0.0f,
+                  delta = real ? problem.delta(head, r) : 0.0f;
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         if (n / 2 >= pairs) continue;
