@@ -70,15 +70,15 @@ PYVIT_DEVICE void multiply_rows(float (&scores)[NT][4], Tile<T, D> a, int row0, 
   }
 }
 
-// sums[16 x D] += weights[16 x 8 NT] rows[0 ...], over the first `pairs` pairs of weight tiles.
-template <class T, int D, int NT>
+// sums[16 x D] += weights[16 x 8 NT] rows[0 ...], over the first `pairs` pairs of weight tiles. Addresses are kept
+// (KEEP) but where those of wider rows take more registers than there are.
+template <class T, int D, int NT, bool KEEP = (D <= 80)>
 PYVIT_DEVICE void accumulate_rows(float (&sums)[D / 8][4], const float (&weights)[NT][4], Tile<T, D> rows, int pairs,
                                   int lane) {
   Fragments<T> f;
-  constexpr bool kKeep = D <= 80;  // the addresses of wider rows take more registers than there are
   typename Fragments<T>::template Place<D> from[D / 16];
 #pragma unroll
-  for (int d = 0; kKeep && d < D / 16; ++d) from[d] = f.place_b_transposed(rows, d * 16, lane);
+  for (int d = 0; KEEP && d < D / 16; ++d) from[d] = f.place_b_transposed(rows, d * 16, lane);
 #pragma unroll
   for (int n = 0; n < NT / 2; ++n) {
     if (n < pairs) {
@@ -87,7 +87,7 @@ PYVIT_DEVICE void accumulate_rows(float (&sums)[D / 8][4], const float (&weights
         f.take_a(weights[2 * n], weights[2 * n + 1], step);
 #pragma unroll
         for (int d = 0; d < D / 16; ++d) {
-          if (!kKeep) from[d] = f.place_b_transposed(rows, d * 16, lane);
+          if (!KEEP) from[d] = f.place_b_transposed(rows, d * 16, lane);
           f.load_b_transposed(from[d], n * 16 + step * Fragments<T>::kK);
           f.multiply(sums[2 * d], sums[2 * d + 1]);
         }
@@ -232,12 +232,12 @@ struct Layout {
     char* at = shared_memory() + own_tiles * Tile<T, D>::bytes(rows) + 2 * s * Tile<T, D>::bytes(kColumns);
     return {{reinterpret_cast<T*>(at)}, {reinterpret_cast<T*>(at + Tile<T, D>::bytes(kColumns))}};
   }
-  // Per own row and per column of each stage: inverse norms; per column of each stage: shift, rest and delta.
+  // Of each own row: its inverse norm. Of each column of a stage: inverse norm, shift, rest and delta.
   PYVIT_DEVICE float* row_norms() const { return reinterpret_cast<float*>(shared_memory() + tile_bytes()); }
-  PYVIT_DEVICE float* column_norms(int s) const { return row_norms() + rows + s * kColumns; }
-  PYVIT_DEVICE float* column_shift(int s) const { return row_norms() + rows + (stages + s) * kColumns; }
-  PYVIT_DEVICE float* column_rest(int s) const { return row_norms() + rows + (2 * stages + s) * kColumns; }
-  PYVIT_DEVICE float* column_delta(int s) const { return row_norms() + rows + (3 * stages + s) * kColumns; }
+  PYVIT_DEVICE float* column_norms(int s) const { return row_norms() + rows + 4 * s * kColumns; }
+  PYVIT_DEVICE float* column_shift(int s) const { return column_norms(s) + kColumns; }
+  PYVIT_DEVICE float* column_rest(int s) const { return column_norms(s) + 2 * kColumns; }
+  PYVIT_DEVICE float* column_delta(int s) const { return column_norms(s) + 3 * kColumns; }
   PYVIT_DEVICE char* rest() const { return reinterpret_cast<char*>(row_norms() + rows + 4 * stages * kColumns); }
   __host__ __device__ int tile_bytes() const {
     return own_tiles * Tile<T, D>::bytes(rows) + 2 * stages * Tile<T, D>::bytes(kColumns);

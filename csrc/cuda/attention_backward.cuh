@@ -7,6 +7,10 @@
 
 namespace pyvit::cuda {
 
+// Beside two matrices of scores and their sums floats leave no registers for addresses.
+template <class T, int D>
+constexpr bool kKeepAddresses = sizeof(T) == 2 && D <= 80;
+
 // With SUMS (windows, whose bias is one for all) the scores' gradients are also summed over the block's problems, in
 // shared memory behind what the problem keeps: four floats of a thread lie together, so that each has its own.
 template <class Problem, int D, int NT, bool SUMS>
@@ -35,14 +39,9 @@ __global__ void __launch_bounds__(256, 1)
     problem.begin(index);
     if (q0 >= problem.nq) continue;
     const int keys = problem.last_key(q0 + rows), key_tiles = (keys + 8 * NT - 1) / (8 * NT);
-    // Where the block has a row whose log-sum-exp is large, its rows are summed again before their gradients are made.
-    bool again = false;
-    for (int i = lane; i < rows; i += 32) again |= q0 + i < problem.nq && large(*problem.lse(head, q0 + i));
-    const int sums_end = warp_sum(again ? 1.0f : 0.0f) > 0.0f ? key_tiles : 0, steps = sums_end + key_tiles;
-    const auto slot = [&](int step) { return key_tiles > 1 ? step & 1 : 0; };
-    const auto load_keys = [&](int step) {
-      const Stage<T, D> to = memory.stage(slot(step));
-      load_rows(problem, 8 * NT, (step < key_tiles ? step : step - key_tiles) * 8 * NT, problem.nk,
+    const auto load_keys = [&](int kt) {
+      const Stage<T, D> to = memory.stage(kt & 1);
+      load_rows(problem, 8 * NT, kt * 8 * NT, problem.nk,
                 rows_of(to.first, problem.d, [&](auto at) { return problem.k(at); }),
                 rows_of(to.second, problem.dv, [&](auto at) { return problem.v(at); }));
       copy_commit();
@@ -52,37 +51,59 @@ __global__ void __launch_bounds__(256, 1)
                 rows_of(grad_out, problem.dv, [&](auto at) { return problem.grad_out(head, at); }));
       load_keys(0);
     }
-    float shift[2], rest[2] = {0.0f, 0.0f}, delta[2] = {0.0f, 0.0f}, dq[D / 8][4] = {}, dots[2] = {0.0f, 0.0f},
-                    slip[2] = {0.0f, 0.0f}, mean[2] = {0.0f, 0.0f};
+    // Waits for a tile of keys, has the next one loaded, and finds the norms.
+    const auto take_keys = [&](int kt) {
+      copy_wait<0>();
+      PYVIT_BARRIER();
+      if (kt + 1 < key_tiles) load_keys(kt + 1);
+      if (problem.cosine()) {
+        if (kt == 0) inverse_norms(q, rows, memory.row_norms());
+        inverse_norms(memory.stage(kt & 1).first, 8 * NT, memory.column_norms(kt & 1));
+        PYVIT_BARRIER();
+      }
+    };
+    // A warp's products of queries and keys.
+    const auto multiply_keys = [&](float (&s)[NT][4], int kt) {
+      const int k0 = kt * 8 * NT, pairs = pairs_of(keys - k0, 8 * NT);
+      multiply_rows<T, D, NT>(s, q, row0, memory.stage(kt & 1).first, pairs, lane);
+      return ScoreTile<false, Problem>(problem, head, q0 + row0, k0, 16 * pairs, memory.row_norms() + row0,
+                                       memory.column_norms(kt & 1), lane);
+    };
+    float shift[2], rest[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = q0 + row0 + g + 8 * half;
       shift[half] = i < problem.nq ? backward_shift(problem, *problem.lse(head, i)) : infinity();
     }
-    RowSum sums;
-    for (int step = 0; step < steps; ++step) {
-      copy_wait<0>();
-      PYVIT_BARRIER();
-      if (step + 1 < steps && key_tiles > 1) load_keys(step + 1);
-      const Stage<T, D> stage = memory.stage(slot(step));
-      if (problem.cosine()) {
-        if (step == 0) inverse_norms(q, rows, memory.row_norms());
-        inverse_norms(stage.first, 8 * NT, memory.column_norms(slot(step)));
+    // Where the block has a row whose log-sum-exp is large, its rows are summed again before their gradients are made.
+    bool again = false;
+    for (int i = lane; i < rows; i += 32) again |= q0 + i < problem.nq && large(*problem.lse(head, q0 + i));
+    if (warp_sum(again ? 1.0f : 0.0f) > 0.0f) {
+      RowSum sums;
+      for (int kt = 0; kt < key_tiles; ++kt) {
+        take_keys(kt);
+        if (q0 + row0 >= problem.nq) continue;
+        float s[NT][4];
+        const auto scores = multiply_keys(s, kt);
+        sums.add(s, scores, pairs_of(keys - kt * 8 * NT, 8 * NT));
+      }
+      sums.finish(shift, rest);
+      if (key_tiles > 1) {
         PYVIT_BARRIER();
+        load_keys(0);
       }
+    }
+    float delta[2] = {0.0f, 0.0f}, dq[D / 8][4] = {}, dots[2] = {0.0f, 0.0f}, slip[2] = {0.0f, 0.0f},
+          mean[2] = {0.0f, 0.0f};
+    for (int kt = 0; kt < key_tiles; ++kt) {
+      take_keys(kt);
       if (q0 + row0 >= problem.nq) continue;
-      const int kt = step < sums_end ? step : step - sums_end, k0 = kt * 8 * NT, pairs = pairs_of(keys - k0, 8 * NT);
-      const float* key_norms = memory.column_norms(slot(step));
-      const ScoreTile<false, Problem> scores(problem, head, q0 + row0, k0, 16 * pairs, memory.row_norms() + row0,
-                                             key_norms, lane);
+      const int k0 = kt * 8 * NT, pairs = pairs_of(keys - k0, 8 * NT);
+      const Stage<T, D> stage = memory.stage(kt & 1);
+      const float* key_norms = memory.column_norms(kt & 1);
       float s[NT][4];
-      multiply_rows<T, D, NT>(s, q, row0, stage.first, pairs, lane);
-      if (step < sums_end) {
-        sums.add(s, scores, pairs);
-        continue;
-      }
+      const auto scores = multiply_keys(s, kt);
       if (kt == 0) {
-        if (sums_end) sums.finish(shift, rest);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int row = row0 + g + 8 * half, i = q0 + row;
@@ -126,7 +147,7 @@ __global__ void __launch_bounds__(256, 1)
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[n][e] = ds[e];
       }
-      accumulate_rows<T, D, NT>(dq, s, stage.first, pairs, lane);
+      accumulate_rows<T, D, NT, kKeepAddresses<T, D>>(dq, s, stage.first, pairs, lane);
     }
     if (q0 + row0 < problem.nq) {
 #pragma unroll
@@ -246,8 +267,8 @@ __global__ void __launch_bounds__(256, 1)
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[n][e] = p[e];
       }
-      accumulate_rows<T, D, NT>(dv, s, stage.second, pairs, lane);
-      accumulate_rows<T, D, NT>(dk, dp, stage.first, pairs, lane);
+      accumulate_rows<T, D, NT, kKeepAddresses<T, D>>(dv, s, stage.second, pairs, lane);
+      accumulate_rows<T, D, NT, kKeepAddresses<T, D>>(dk, dp, stage.first, pairs, lane);
     }
     if (k0 + row0 < problem.nk) {
 #pragma unroll

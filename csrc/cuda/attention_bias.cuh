@@ -68,14 +68,7 @@ __global__ void __launch_bounds__(256)
     }
     if (q0 + row0 >= problem.nq) continue;
     const int pairs = pairs_of(problem.nk - k0, 8 * NT);
-    float s[NT][4], dp[NT][4], shift[2], rest[2], delta[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int r = q0 + row0 + g + 8 * half;
-      shift[half] = r < problem.nq ? *problem.shift(head, r) : infinity();
-      rest[half] = r < problem.nq ? *problem.rest(head, r) : 0.0f;
-      delta[half] = r < problem.nq ? problem.delta(head, r) : 0.0f;
-    }
+    float s[NT][4], dp[NT][4];
     multiply_rows<T, D, NT>(s, q, row0, stage.first, pairs, lane);
     multiply_rows<T, D, NT>(dp, grad_out, row0, stage.second, pairs, lane);
     const ScoreTile<false, Problem> scores(problem, head, q0 + row0, k0, 16 * pairs, memory.row_norms() + row0,
@@ -85,9 +78,20 @@ __global__ void __launch_bounds__(256)
       if (n / 2 >= pairs) continue;
       scores.normalize(s[n], n);
       scores.finish(s[n], n);
+    }
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        sums[n][e] += probability(s[n][e], shift[e >> 1], rest[e >> 1], scores.unit) * (dp[n][e] - delta[e >> 1]);
+    for (int half = 0; half < 2; ++half) {
+      const int r = q0 + row0 + g + 8 * half;
+      const bool real = r < problem.nq;
+      const float shift = real ? *problem.shift(head, r) : infinity(), rest = real ? *problem.rest(head, r) : 0.0f,
+                  delta = real ? problem.delta(head, r) : 0.0f;
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        if (n / 2 >= pairs) continue;
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e)
+          sums[n][e] += probability(s[n][e], shift, rest, scores.unit) * (dp[n][e] - delta);
+      }
     }
   }
   if (broadcast[3]) {  // one column: the sum lands in element 0 of each row

@@ -8,6 +8,7 @@ namespace pyvit::cuda {
 const char* flash_attention(const Attention& forward, Stream stream) {
   AttentionGradient params{};
   params.forward = forward;
+  set_units(params.forward);
   return with_head_dim(forward.type, forward.d > forward.dv ? forward.d : forward.dv, [&](auto element, auto width) {
     using T = decltype(element);
     constexpr int D = width(), NT = kForwardColumns<T, D>;

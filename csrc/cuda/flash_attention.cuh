@@ -5,6 +5,12 @@
 
 namespace pyvit::cuda {
 
+// Whether scores are products before `scale`: nothing is added to them, and the largest is the largest product.
+__host__ __device__ inline bool raw_scores(const Attention& f) {
+  return (f.bias == nullptr || f.bias_type == Type::boolean) && f.scale > 0.0f;
+}
+inline void set_units(Attention& f) { f.natural = raw_scores(f) ? f.scale : 1.0f, f.unit = f.natural * kLog2e; }
+
 template <class Element>
 struct Dense {
   using T = Element;
@@ -13,7 +19,7 @@ struct Dense {
   const Params& p;
   int head, nq, nk, d, dv;
   float scale;
-  bool raw;  // scores are products before `scale`: nothing is added to them, and the largest is the largest product
+  bool raw;
   int sequence = 0, kv_head = 0;
   int64_t q_first = 0, k_first = 0;
 
@@ -24,16 +30,15 @@ struct Dense {
         d(params.forward.d),
         dv(params.forward.dv),
         scale(params.forward.scale),
-        raw((params.forward.bias == nullptr || params.forward.bias_type == Type::boolean) &&
-            params.forward.scale > 0.0f) {
+        raw(raw_scores(params.forward)) {
     set_head(first_head);
   }
   PYVIT_DEVICE void set_head(int h) {
     head = h;
     kv_head = h / queries_per_key_head(p);
   }
-  PYVIT_DEVICE float natural() const { return raw ? scale : 1.0f; }
-  PYVIT_DEVICE float unit() const { return natural() * kLog2e; }
+  PYVIT_DEVICE float natural() const { return p.forward.natural; }
+  PYVIT_DEVICE float unit() const { return p.forward.unit; }
   PYVIT_DEVICE void use(char*) {}
   PYVIT_DEVICE static int queries_per_key_head(const Params& params) {
     return params.forward.heads / params.forward.kv_heads;
@@ -118,9 +123,10 @@ struct Dense {
   PYVIT_DEVICE void finish_scores(float (&s)[4], const ScoreRows& rows, int column0, int pair) const {
     if (rows.plain) return;
     const Attention& f = p.forward;
+    const float factor = raw ? 1.0f : scale;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      if (!raw) s[e] *= scale;
+      s[e] *= factor;
       const int row = rows.first + (e >> 1) * 8, column = column0 + pair + (e & 1);
       const int i = KEYS ? column : row, j = KEYS ? row : column;
       if (i >= nq || j >= nk || (f.causal && j > i))

@@ -6,7 +6,9 @@
 
 namespace pyvit::cuda {
 
-const char* flash_attention_backward(const AttentionGradient& params, Stream stream) {
+const char* flash_attention_backward(const AttentionGradient& given, Stream stream) {
+  AttentionGradient params = given;
+  set_units(params.forward);
   const Attention& f = params.forward;
   return with_head_dim(f.type, f.d > f.dv ? f.d : f.dv, [&](auto element, auto width) -> const char* {
     using T = decltype(element);

@@ -31,6 +31,7 @@ struct Attention {
   int batch, heads, kv_heads, nq, nk, d, dv;
   bool causal;
   float scale;
+  float natural, unit;  // set by the launcher: what scores are multiplied by to be natural, and to be powers of two
   const void *q, *k, *v;
   int64_t q_stride[3], k_stride[3], v_stride[3];
   const void *cu_seqlens_q, *cu_seqlens_k;  // (batch + 1)

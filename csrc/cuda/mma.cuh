@@ -8,6 +8,7 @@
 
 #ifdef __CUDACC__
 #define PYVIT_DEVICE __device__ __forceinline__
+#define PYVIT_DEVICE_CALL __device__ __noinline__
 #define PYVIT_BARRIER() __syncthreads()
 #else
 #include <algorithm>
@@ -16,6 +17,7 @@
 
 #include "emulation/emulation.h"
 #define PYVIT_DEVICE inline
+#define PYVIT_DEVICE_CALL inline
 #define PYVIT_BARRIER() ::pyvit::emulation::block_barrier(__FILE__, __LINE__)
 #endif
 

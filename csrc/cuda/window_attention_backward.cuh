@@ -62,6 +62,27 @@ PYVIT_DEVICE void store_pair(Tile<T, COLUMNS> matrix, int row, int column, float
     to[0] = left, to[1] = right;
 }
 
+// What RowSum finds of a warp's rows.
+struct RowShifts {
+  float shift[2], rest[2];
+};
+
+// A call, and everything by value: in line, this rare branch would take registers from what it interrupts.
+template <class T, int D>
+PYVIT_DEVICE_CALL RowShifts sum_rows_again(Windows<T> problem, Tile<T, D> q, int row0, Tile<T, D> k,
+                                           const float* q_norms, const float* k_norms, int lane, RowShifts found) {
+  RowSum sums;
+#pragma unroll 1
+  for (int k0 = 0; k0 < problem.nk; k0 += 16) {
+    float s[2][4];
+    multiply_rows<T, D, 2>(s, q, row0, k.from(k0), 1, lane);
+    const ScoreTile<false, Windows<T>> scores(problem, problem.head, row0, k0, 16, q_norms + row0, k_norms + k0, lane);
+    sums.add(s, scores, 1);
+  }
+  sums.finish(found.shift, found.rest);
+  return found;
+}
+
 // Windows of up to 8 NT TILES tokens. A warp owns 16 queries, then 16 keys; a block goes through its chunk's windows of
 // one head, with the sums of the table's gradient in registers. While TILES is 1 a warp holds whole rows of scores, and
 // takes delta, what the softmax's gradient subtracts, from them; otherwise from the output.
@@ -112,29 +133,20 @@ __global__ void __launch_bounds__(16 * NT * TILES, TILES == 1 && sizeof(T) == 2 
     PYVIT_BARRIER();
     if (stages == 2 && more) load(buffer ^ 1, stage ^ 1);
 
-    float dq[D / 8][4] = {}, shift[2], rest[2] = {0.0f, 0.0f}, delta[2];
+    float dq[D / 8][4] = {}, delta[2];
+    RowShifts found = {};
     float means[2][3] = {};  // of dP, scores and their product
     bool again = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = row0 + g + 8 * half;
       const float lse = i < n ? *problem.lse(head, i) : -infinity();
-      shift[half] = backward_shift(problem, lse);
+      found.shift[half] = backward_shift(problem, lse);
       again |= large(lse);
       if constexpr (TILES > 1) delta[half] = row_sum(delta_part(problem, grad_out, row0 + g + 8 * half, i, t));
     }
-    if (warp_sum(again ? 1.0f : 0.0f) > 0.0f) {
-      RowSum sums;
-      for (int k0 = 0; k0 < n; k0 += 8 * NT) {
-        const int pairs = pairs_of(n - k0, 8 * NT);
-        float s[NT][4];
-        multiply_rows<T, D, NT>(s, q, row0, k.from(k0), pairs, lane);
-        sums.add(s,
-                 ScoreTile<false, Windows<T>>(problem, head, row0, k0, 16 * pairs, q_norms + row0, k_norms + k0, lane),
-                 pairs);
-      }
-      sums.finish(shift, rest);
-    }
+    if (warp_sum(again ? 1.0f : 0.0f) > 0.0f)
+      found = sum_rows_again<T, D>(problem, q, row0, k, q_norms, k_norms, lane, found);
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
       const int k0 = tile * 8 * NT, pairs = pairs_of(n - k0, 8 * NT);
@@ -151,7 +163,7 @@ __global__ void __launch_bounds__(16 * NT * TILES, TILES == 1 && sizeof(T) == 2 
         scores.finish(p, m);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          p[e] = probability(p[e], shift[e >> 1], rest[e >> 1], scores.unit);
+          p[e] = probability(p[e], found.shift[e >> 1], found.rest[e >> 1], scores.unit);
           means[e >> 1][0] += p[e] * dp[m][e];
         }
         if (cosine) {

@@ -11,13 +11,18 @@ import torch
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 
 
-def _attention(emulator: Any, seed: int) -> list[torch.Tensor]:
+def _attention(emulator: Any, seed: int, mask: float = 0.0) -> list[torch.Tensor]:
     """Several key tiles, grouped heads, a bias that broadcasts over queries."""
     q, grad = torch.randn(1, 2, 70, 32).bfloat16(), torch.randn(1, 2, 70, 32).bfloat16()
     k, v = torch.randn(1, 1, 150, 32).bfloat16(), torch.randn(1, 1, 150, 32).bfloat16()
-    options = (torch.randn(1, 2, 1, 150), False, 0.2, 0.0, None, "cuda")
+    options = (torch.randn(1, 2, 1, 150) + mask, False, 0.2, 0.0, None, "cuda")
     out, lse = emulator.op("flash_attention", q, k, v, *options, seed=seed)
     return [out, lse, *emulator.op("flash_attention_backward", grad, None, out, lse, True, q, k, v, *options, seed=seed + 1)]
+
+
+def _masked_attention(emulator: Any, seed: int) -> list[torch.Tensor]:
+    """Large log-sum-exps, whose rows the backward sums again."""
+    return _attention(emulator, seed, -1e4)
 
 
 def _windows(
@@ -77,7 +82,7 @@ def test_every_barrier_is_needed(emulator):
     met: set[str] = set()
     needed: set[str] = set()
     try:
-        for case in (_attention, _windows, _wide_windows, _large_windows, _largest_windows, _patches):
+        for case in (_attention, _masked_attention, _windows, _wide_windows, _large_windows, _largest_windows, _patches):
             emulator.skip_barrier("")
             emulator.call("pyvit_emulation_forget_sites")
             right = _outcome(case, emulator, 1)
