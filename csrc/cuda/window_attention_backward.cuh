@@ -83,6 +83,15 @@ PYVIT_DEVICE_CALL RowShifts sum_rows_again(Windows<T> problem, Tile<T, D> q, int
   return found;
 }
 
+// Whether it is true of any lane.
+PYVIT_DEVICE bool warp_any(bool x) {
+#ifdef __CUDA_ARCH__
+  return __any_sync(0xFFFFFFFFu, x);
+#else
+  return warp_sum(x ? 1.0f : 0.0f) > 0.0f;
+#endif
+}
+
 // Windows of up to 8 NT TILES tokens. A warp owns 16 queries, then 16 keys; a block goes through its chunk's windows of
 // one head, with the sums of the table's gradient in registers. While TILES is 1 a warp holds whole rows of scores, and
 // takes delta, what the softmax's gradient subtracts, from them; otherwise from the output.
@@ -145,8 +154,7 @@ __global__ void __launch_bounds__(16 * NT * TILES, TILES == 1 && sizeof(T) == 2 
       again |= large(lse);
       if constexpr (TILES > 1) delta[half] = row_sum(delta_part(problem, grad_out, row0 + g + 8 * half, i, t));
     }
-    if (warp_sum(again ? 1.0f : 0.0f) > 0.0f)
-      found = sum_rows_again<T, D>(problem, q, row0, k, q_norms, k_norms, lane, found);
+    if (warp_any(again)) found = sum_rows_again<T, D>(problem, q, row0, k, q_norms, k_norms, lane, found);
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
       const int k0 = tile * 8 * NT, pairs = pairs_of(n - k0, 8 * NT);

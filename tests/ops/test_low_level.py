@@ -35,7 +35,7 @@ GROUPS = {
     "tiles": ["pair_softmax", "pair_softmax_backward", "pair_sigmoid", "pair_sigmoid_backward", "distillation_tile"],
 }
 GROUPS["losses"] += [f"{name}_backward" for name in GROUPS["losses"][:4]]
-GROUPS["tiles"] += ["distillation_tile_backward", "pack_layer", "packed_layers"]
+GROUPS["tiles"] += ["distillation_tile_backward", "pack_layer", "packed_layers", "weight_print"]
 COMPILED = ("passes", "tiles")
 
 

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 #: Modules whose tests run kernels: interpreted, or compiled for each of these parts.
-RUN = ("test_attention.py", "test_windows.py", "test_losses.py")
+RUN = ("test_flash_attention.py", "test_window_attention.py", "test_pairwise_losses.py")
 PARTS = ("sm_80", "sm_90")
 
 
