@@ -65,8 +65,6 @@ def test_features(agree, small_tiles, monkeypatch, case: str, family: str) -> No
         monkeypatch.setattr(flash, "backward_short_fits", lambda *_: False)
     shape, options = FEATURES[case]
     dtype = F16 if family == "short" else F32  # float32 has no short backward
-    if case == "one bias" and dtype == F16:
-        pytest.skip("a sum of all scores' gradients, of outputs rounded to 16 bits: whether it keeps the rule depends on the draw")
     bias = torch.randn(options["bias"]) if "bias" in options else None
     if "mask" in options:
         bias = torch.rand(1, shape[1], shape[3], shape[4]) > 0.4
@@ -74,7 +72,10 @@ def test_features(agree, small_tiles, monkeypatch, case: str, family: str) -> No
     p = options.get("dropout_p", 0.0)
     seed = torch.randint(0, 2**62, (1,)) if p else None
     args = [*_inputs(dtype, *shape), bias, options.get("is_causal", False), 0.3, p, seed]
-    _compare(agree, args, lse_grad=True, bias_grad="bias" in options)
+    # Known fault, not checked: in 16 bits the gradient of a single bias, a sum of all scores' gradients, starts from rounded outputs and
+    # breaks the rule for some draws.
+    faulty = case == "one bias" and dtype == F16
+    _compare(agree, args, lse_grad=True, bias_grad="bias" in options and not faulty)
 
 
 @pytest.mark.parametrize("family", ["short", "long"])
