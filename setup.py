@@ -1,7 +1,8 @@
-"""Build of the two native artefacts with ninja: ``pyvit/lib/libpyvit_ops.so`` (torch operators) and ``pyvit._C`` (pybind11).
+"""Build of the two native artefacts with ninja: ``pyvit/lib/libpyvit_ops.so`` (torch operators) and ``pyvit._C``
+(pybind11).
 
-The operators need no Python and use only LibTorch's stable ABI at 2.10: one binary serves every torch >= 2.10 and every Python.
-CUDA kernels are compiled in when nvcc is found, whether or not the torch at hand is a CUDA build.
+The operators need no Python and use only LibTorch's stable ABI at 2.10: one binary serves every torch >= 2.10 and every
+Python. CUDA kernels are compiled in when nvcc is found, whether or not the torch at hand is a CUDA build.
 
 Environment: PYVIT_CUDA=0|1 (forbid or require CUDA), TORCH_CUDA_ARCH_LIST (default "8.0;9.0a;10.0a"), MAX_JOBS, CXX.
 """
@@ -23,15 +24,27 @@ ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-# -fno-math-errno lets sqrt and rounding inline; contraction gives the multiply-adds. No -ffast-math: NaN and infinity keep their meaning.
-CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
+# -fno-math-errno lets sqrt and rounding inline; contraction gives the multiply-adds. No -ffast-math: NaN and infinity
+# keep their meaning.
+CXXFLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+]
 KERNEL_FLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 ISAS = {"portable": []}
 if X86:
     ISAS["avx2"] = ["-march=x86-64-v3"]
     ISAS["avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
     ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
-KERNEL_UNITS = sorted(path.stem for path in (CSRC / "cpu").glob("*.cpp") if path.stem != "isa")  # each once per instruction set
+KERNEL_UNITS = sorted(
+    path.stem for path in (CSRC / "cpu").glob("*.cpp") if path.stem != "isa"
+)  # each once per instruction set
 
 
 def schemas() -> dict[str, str]:
@@ -57,7 +70,9 @@ def cuda_archs() -> list[str]:
 
 def cuda_library_paths() -> list[str]:
     """Where the toolkit's libraries are, by nvcc's own account: the command on PATH may be a wrapper elsewhere."""
-    said = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True).stderr
+    said = subprocess.run(
+        ["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True
+    ).stderr
     return re.findall(r'"(-L[^"]+)"', next(line for line in said.splitlines() if "LIBRARIES=" in line))
 
 
@@ -90,7 +105,10 @@ class Ninja(build_ext):
         module = destination / "pyvit" / ("_C" + sysconfig.get_config_var("EXT_SUFFIX"))
         for path in (library, module):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write(build / "build.ninja", self.rules(build, include_paths(), Path(torch.__file__).parent / "lib", library, module))
+        write(
+            build / "build.ninja",
+            self.rules(build, include_paths(), Path(torch.__file__).parent / "lib", library, module),
+        )
         jobs = os.environ.get("MAX_JOBS")
         subprocess.run([*ninja(), "-C", str(build), *(["-j", jobs] if jobs else [])], check=True)
 
@@ -112,13 +130,31 @@ class Ninja(build_ext):
         for name, extra in ISAS.items():
             for unit in KERNEL_UNITS:
                 kernels.append(
-                    target(build / f"{unit}.{name}.o", CSRC / f"cpu/{unit}.cpp", [*KERNEL_FLAGS, *extra, f"-DPYVIT_ISA={name}"], text)
+                    target(
+                        build / f"{unit}.{name}.o",
+                        CSRC / f"cpu/{unit}.cpp",
+                        [*KERNEL_FLAGS, *extra, f"-DPYVIT_ISA={name}"],
+                        text,
+                    )
                 )
         target(Path(isa), CSRC / "cpu/isa.cpp", [], text)
         stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{build}", includes, define]
-        ops = [target(build / f"torch_{unit}.o", CSRC / f"torch/{unit}.cpp", stable, text) for unit in ("cpu", "cpu_internal", "watch")]
-        # libstdc++ first: torch carries parts of it, and a reference bound to those would tie the library to this torch.
-        libs = ["-lstdc++", f"-L{torch_lib}", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--no-undefined", "-Wl,-z,defs", "-lpthread"]
+        ops = [
+            target(build / f"torch_{unit}.o", CSRC / f"torch/{unit}.cpp", stable, text)
+            for unit in ("cpu", "cpu_internal", "watch")
+        ]
+        # libstdc++ first: torch carries parts of it, and a reference bound to those would tie the library to this
+        # torch.
+        libs = [
+            "-lstdc++",
+            f"-L{torch_lib}",
+            "-ltorch",
+            "-ltorch_cpu",
+            "-lc10",
+            "-Wl,--no-undefined",
+            "-Wl,-z,defs",
+            "-lpthread",
+        ]
         if archs:
             flags = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode(archs)]
             for source in sorted((CSRC / "cuda").glob("*.cu")):

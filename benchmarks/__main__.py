@@ -19,19 +19,33 @@ SUITES = (*cases.SUITES, "scaling")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Check and time pyvit against naive, PyTorch and peers.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Check and time pyvit against naive, PyTorch and peers."
+    )
     parser.add_argument(
-        "suites", nargs="*", metavar="suite", help=f"any of: {', '.join(SUITES)} (default: all; scaling is shorter without --full)"
+        "suites",
+        nargs="*",
+        metavar="suite",
+        help=f"any of: {', '.join(SUITES)} (default: all; scaling is shorter without --full)",
     )
     level = parser.add_mutually_exclusive_group()
-    level.add_argument("--quick", dest="level", action="store_const", const="quick", help="tiny shapes, seconds: does everything run")
+    level.add_argument(
+        "--quick", dest="level", action="store_const", const="quick", help="tiny shapes, seconds: does everything run"
+    )
     level.add_argument("--full", dest="level", action="store_const", const="full", help="every row of every table")
     parser.add_argument("--peers", default="none", help=f"none, all, or a comma-separated list of: {', '.join(PEERS)}")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains TEXT (of every level)")
-    parser.add_argument("--threads", type=int, default=0, help="threads for every contender (default: torch's choice)")
-    parser.add_argument("--seconds", type=float, default=0.0, help="time for the clock per case (default: 0.4, --quick 0.05, --full 2)")
     parser.add_argument(
-        "--minutes", type=float, default=0.0, help="stop starting cases after so long (default: 4.5; none with --full, --only or peers)"
+        "--only", default="", metavar="TEXT", help="only cases whose name contains TEXT (of every level)"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="threads for every contender (default: torch's choice)")
+    parser.add_argument(
+        "--seconds", type=float, default=0.0, help="time for the clock per case (default: 0.4, --quick 0.05, --full 2)"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=0.0,
+        help="stop starting cases after so long (default: 4.5; none with --full, --only or peers)",
     )
     parser.add_argument(
         "--keep-memory",
@@ -46,7 +60,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     unknown = [name for name in args.suites if name not in SUITES]
     if unknown:
         parser.error(f"unknown suite {', '.join(unknown)}; choose from {', '.join(SUITES)}")
-    args.peers = {"all": PEERS, "none": ()}.get(args.peers) if args.peers in ("all", "none") else tuple(args.peers.split(","))
+    args.peers = (
+        {"all": PEERS, "none": ()}.get(args.peers) if args.peers in ("all", "none") else tuple(args.peers.split(","))
+    )
     strangers = [name for name in args.peers if name not in PEERS]
     if strangers:
         parser.error(f"unknown peer {', '.join(strangers)}; choose from {', '.join(PEERS)}")
@@ -65,8 +81,12 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     kept = args.keep_memory and pyvit.keep_memory()
     top = ceiling.measure(torch.get_num_threads(), 0.05 if args.level == "quick" else 0.5)
-    print("\n".join(report.machine(top)), *(["freed memory is kept by the process"] if kept else []), sep="\n", flush=True)
-    settings = runner.Settings(seconds=args.seconds, rounds=(3, 5) if args.level == "quick" else (5, 101), peers=args.peers)
+    print(
+        "\n".join(report.machine(top)), *(["freed memory is kept by the process"] if kept else []), sep="\n", flush=True
+    )
+    settings = runner.Settings(
+        seconds=args.seconds, rounds=(3, 5) if args.level == "quick" else (5, 101), peers=args.peers
+    )
     chosen = cases.select(tuple(s for s in args.suites if s in cases.SUITES), args.level, args.only)
     ops = list(dict.fromkeys(case.op for case in chosen))
     if args.minutes < math.inf:
@@ -74,7 +94,9 @@ def main(argv: list[str] | None = None) -> int:
     clock = lambda: time.perf_counter() - start  # noqa: E731
     left = lambda: 60 * args.minutes - clock()  # noqa: E731
     say = lambda line: print(f"{clock():6.1f} s  {line}", flush=True)  # noqa: E731
-    results = runner.run(chosen, settings, top, say, left, lambda rows: report.write_csv(rows, args.out / "results.csv"))
+    results = runner.run(
+        chosen, settings, top, say, left, lambda rows: report.write_csv(rows, args.out / "results.csv")
+    )
     results.rows.sort(key=lambda row: ops.index(row.op))
     results.outcomes.sort(key=lambda outcome: ops.index(outcome.case.op))
     pictures: list[Path] = []

@@ -1,7 +1,8 @@
-"""ViT and Swin in plain PyTorch, and the arithmetic of their attention as it is usually written: what the ops are compared with.
+"""ViT and Swin in plain PyTorch, and the arithmetic of their attention as it is usually written: what the ops are
+compared with.
 
-Written from the papers with timm's parameter names, so that weights pass between timm, pyvit and these; tests hold them to timm's outputs
-where timm is installed. ``attention`` is "sdpa" or "naive".
+Written from the papers with timm's parameter names, so that weights pass between timm, pyvit and these; tests hold them
+to timm's outputs where timm is installed. ``attention`` is "sdpa" or "naive".
 """
 
 from __future__ import annotations
@@ -56,12 +57,20 @@ def shift_mask(h: int, w: int, window: int, shift: int) -> Tensor:
 
 
 def window_core(
-    qkv: Tensor, heads: int, table: Tensor, index: Tensor, mask: Tensor | None, attend: Attend, logit_scale: Tensor | None = None
+    qkv: Tensor,
+    heads: int,
+    table: Tensor,
+    index: Tensor,
+    mask: Tensor | None,
+    attend: Attend,
+    logit_scale: Tensor | None = None,
 ) -> Tensor:
-    """Attention within windows, as Swin's authors and timm compute it: qkv (B * windows, area, 3C) -> (B * windows, area, C).
+    """Attention within windows, as Swin's authors and timm compute it: qkv (B * windows, area, 3C) -> (B * windows,
+    area, C).
 
-    table: relative-position bias ((2w - 1)**2, heads); index (area, area) into it and mask (windows, area, area) are built once per model.
-    logit_scale: Swin V2's cosine attention instead of the scaled product; only with the naive form.
+    table: relative-position bias ((2w - 1)**2, heads); index (area, area) into it and mask (windows, area, area) are
+    built once per model. logit_scale: Swin V2's cosine attention instead of the scaled product; only with the naive
+    form.
     """
     bw, n, c3 = qkv.shape
     q, k, v = qkv.view(bw, n, 3, heads, c3 // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -131,7 +140,14 @@ class ViT(nn.Module):
     """Dosovitskiy et al. (2021): (B, 3, size, size) -> (B, classes)."""
 
     def __init__(
-        self, width: int, depth: int, heads: int, patch: int = 16, size: int = 224, classes: int = 1000, attention: str = "sdpa"
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        patch: int = 16,
+        size: int = 224,
+        classes: int = 1000,
+        attention: str = "sdpa",
     ) -> None:
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -159,7 +175,9 @@ class WindowAttention(nn.Module):
         _, h, w, _ = x.shape
         s = self.shift
         windows = partition(x.roll((-s, -s), (1, 2)) if s else x, self.window)
-        out = window_core(self.qkv(windows), self.heads, self.relative_position_bias_table, self.index, self.mask, self.attend)
+        out = window_core(
+            self.qkv(windows), self.heads, self.relative_position_bias_table, self.index, self.mask, self.attend
+        )
         x = reverse(self.proj(out), self.window, h, w)
         return x.roll((s, s), (1, 2)) if s else x
 
@@ -222,7 +240,10 @@ class Swin(nn.Module):
         super().__init__()
         self.patch_embed = PatchEmbed(width, 4, norm=True)
         self.layers = nn.Sequential(
-            *(Stage(width << i, depths[i], heads[i], size // (4 << i), window, i > 0, ATTENTION[attention]) for i in range(len(depths)))
+            *(
+                Stage(width << i, depths[i], heads[i], size // (4 << i), window, i > 0, ATTENTION[attention])
+                for i in range(len(depths))
+            )
         )
         self.norm, self.head = nn.LayerNorm(width << (len(depths) - 1)), Head(width << (len(depths) - 1), classes)
 

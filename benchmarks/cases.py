@@ -15,9 +15,10 @@ LEVELS = ("quick", "default", "full")
 class Target:
     """A promise about ``ours``, each part optional.
 
-    ``ratio``: times as fast as the fastest of ``against``; ``ceiling``: percent of the machine's multiply-add rate; ``memory``: peak memory
-    as a part of that of the first of ``against``; ``extra_us``: microseconds a call may take beyond the fastest of ``against``;
-    ``roofline``: percent of what the memory bus and the arithmetic allow; ``each``: provider and how many times as fast as that one.
+    ``ratio``: times as fast as the fastest of ``against``; ``ceiling``: percent of the machine's multiply-add rate;
+    ``memory``: peak memory as a part of that of the first of ``against``; ``extra_us``: microseconds a call may take
+    beyond the fastest of ``against``; ``roofline``: percent of what the memory bus and the arithmetic allow; ``each``:
+    provider and how many times as fast as that one.
     """
 
     ratio: float | None = None
@@ -68,7 +69,9 @@ class Case:
     @property
     def baseline(self) -> tuple[str, ...]:
         """The providers whose fastest is 1.0 in the ratio column."""
-        return self.against or (self.target.against if self.target and self.target.against else BASELINES.get(self.op, ("sdpa", "naive")))
+        return self.against or (
+            self.target.against if self.target and self.target.against else BASELINES.get(self.op, ("sdpa", "naive"))
+        )
 
     def at(self, level: str) -> bool:
         """Whether a run at ``level`` includes this case."""
@@ -86,17 +89,33 @@ _FORWARD, _BACKWARD = "forward", "forward+backward"
 
 
 def _attention(
-    batch: int, heads: int, length: int, dim: int, dtype: str, mode: str, target: Target | None = None, level: str = "full", **kw: Any
+    batch: int,
+    heads: int,
+    length: int,
+    dim: int,
+    dtype: str,
+    mode: str,
+    target: Target | None = None,
+    level: str = "full",
+    **kw: Any,
 ) -> Case:
     options = {name: kw.pop(name) for name in ("bias", "causal") if name in kw}
     label = f"{batch}x{heads}x{length}x{dim}" + "".join(f" {name}" for name in options)
     return Case(
-        "flash_attention", label, dtype, mode, dict(batch=batch, heads=heads, length=length, dim=dim, **options), target, level, **kw
+        "flash_attention",
+        label,
+        dtype,
+        mode,
+        dict(batch=batch, heads=heads, length=length, dim=dim, **options),
+        target,
+        level,
+        **kw,
     )
 
 
 def attention() -> list[Case]:
-    """ViT-B and ViT-L shapes at 224, 384 and 512 pixels; Swin's as batches of short sequences; CLIP's text; ViT-H's head dimension."""
+    """ViT-B and ViT-L shapes at 224, 384 and 512 pixels; Swin's as batches of short sequences; CLIP's text; ViT-H's
+    head dimension."""
     best = ("sdpa", "naive")
     forward = {
         "fp32": {197: (2.7, 75), 577: (2.6, 82), 1025: (2.4, 87)},
@@ -109,7 +128,9 @@ def attention() -> list[Case]:
         for n, (times, percent) in targets.items():
             heads = 16 if n == 577 else 12
             target = Target(times, best, percent)
-            found.append(_attention(8, heads, n, 64, dtype, _FORWARD, target, "default", sources=sources.get(n, ("photos",))))
+            found.append(
+                _attention(8, heads, n, 64, dtype, _FORWARD, target, "default", sources=sources.get(n, ("photos",)))
+            )
     for dtype, targets in both.items():
         for n, times in targets.items():
             found.append(_attention(8 if n == 197 else 4, 12, n, 64, dtype, _BACKWARD, Target(times, best), "default"))
@@ -119,7 +140,9 @@ def attention() -> list[Case]:
             found.append(_attention(1, heads, n, dim, dtype, _FORWARD))
         found.append(_attention(1, 12, 4096, 64, dtype, _FORWARD))
         found.append(_attention(8, 16, 257, 80, dtype, _FORWARD))
-        found.append(_attention(8, 12, 197, 64, dtype, _FORWARD, level="default" if dtype == "fp32" else "full", bias=True))
+        found.append(
+            _attention(8, 12, 197, 64, dtype, _FORWARD, level="default" if dtype == "fp32" else "full", bias=True)
+        )
         found.append(_attention(8, 12, 197, 64, dtype, _BACKWARD, bias=True))
         found.append(_attention(8, 8, 77, 64, dtype, _FORWARD, causal=True, sources=("random",)))
         found.append(
@@ -133,7 +156,9 @@ def attention() -> list[Case]:
         )
     overhead = Target(against=("sdpa",), extra_us=10.0)
     small = {"batch": 1, "heads": 1, "length": 1, "dim": 8}
-    found.append(Case("flash_attention", "call overhead 1x1x1x8", "fp32", _FORWARD, small, overhead, "default", ("random",)))
+    found.append(
+        Case("flash_attention", "call overhead 1x1x1x8", "fp32", _FORWARD, small, overhead, "default", ("random",))
+    )
     found.append(_attention(2, 2, 65, 32, "fp32", _FORWARD, level="quick"))
     return found
 
@@ -142,7 +167,15 @@ def attention() -> list[Case]:
 SWIN_STAGES = ((56, 96, 3), (28, 192, 6), (14, 384, 12))
 
 
-def _windows(batch: int, stage: tuple[int, int, int], dtype: str, mode: str, target: Target | None, level: str = "full", **kw: Any) -> Case:
+def _windows(
+    batch: int,
+    stage: tuple[int, int, int],
+    dtype: str,
+    mode: str,
+    target: Target | None,
+    level: str = "full",
+    **kw: Any,
+) -> Case:
     side, width, heads = stage
     shape = {
         "batch": batch,
@@ -153,7 +186,9 @@ def _windows(batch: int, stage: tuple[int, int, int], dtype: str, mode: str, tar
         "shift": kw.get("shift", 3),
         "version": kw.get("version", 1),
     }
-    label = f"{batch}x{side}x{side}x{width} window {shape['window']} shift {shape['shift']}" + (" V2" if shape["version"] == 2 else "")
+    label = f"{batch}x{side}x{side}x{width} window {shape['window']} shift {shape['shift']}" + (
+        " V2" if shape["version"] == 2 else ""
+    )
     return Case("window_attention", label, dtype, mode, shape, target, level)
 
 
@@ -169,7 +204,9 @@ def windows() -> list[Case]:
     for window, stage in ((8, (64, 96, 3)), (12, (96, 128, 4))):
         for version in (1, 2):
             for dtype in ("fp32", "bf16"):
-                found.append(_windows(4, stage, dtype, _FORWARD, None, window=window, shift=window // 2, version=version))
+                found.append(
+                    _windows(4, stage, dtype, _FORWARD, None, window=window, shift=window // 2, version=version)
+                )
     found.append(_windows(8, SWIN_STAGES[0], "fp32", _FORWARD, None, shift=0))
     found.append(_windows(1, (14, 64, 2), "fp32", _FORWARD, None, "quick"))
     return found
@@ -181,28 +218,66 @@ def patches() -> list[Case]:
     found = []
     for dtype, times in (("fp32", 2.0), ("bf16", 1.4)):
         keep = Target(3.5, ("conv2d",)) if dtype == "fp32" else None
-        found.append(Case("patch_embed", "16x224 patch 16", dtype, _FORWARD, shape, Target(times, ("conv2d",)), "default"))
-        found.append(Case("patch_embed", "16x224 patch 16 keep 25 %", dtype, _FORWARD, dict(shape, keep=49), keep, "default"))
+        found.append(
+            Case("patch_embed", "16x224 patch 16", dtype, _FORWARD, shape, Target(times, ("conv2d",)), "default")
+        )
+        found.append(
+            Case("patch_embed", "16x224 patch 16 keep 25 %", dtype, _FORWARD, dict(shape, keep=49), keep, "default")
+        )
         level = "default" if dtype == "fp32" else "full"
         uint8 = Target(1.0, ("ours, float pixels",))
-        found.append(Case("patch_embed", "16x224 patch 16 uint8", dtype, _FORWARD, dict(shape, uint8=True), uint8, level))
+        found.append(
+            Case("patch_embed", "16x224 patch 16 uint8", dtype, _FORWARD, dict(shape, uint8=True), uint8, level)
+        )
         found.append(Case("patch_embed", "16x224 patch 16", dtype, _BACKWARD, shape))
-    found.append(Case("patch_embed", "2x64 patch 16", "fp32", _FORWARD, {"batch": 2, "size": 64, "patch": 16, "width": 64}, level="quick"))
+    found.append(
+        Case(
+            "patch_embed",
+            "2x64 patch 16",
+            "fp32",
+            _FORWARD,
+            {"batch": 2, "size": 64, "patch": 16, "width": 64},
+            level="quick",
+        )
+    )
     return found
 
 
 def linears() -> list[Case]:
     """ViT-B's and Swin-T's projections, rows x in x out, with and without the activation that follows."""
     found = []
-    for m, k, n, activation in ((1576, 768, 3072, "gelu"), (1576, 3072, 768, None), (1576, 768, 2304, None), (25088, 96, 384, "gelu")):
+    for m, k, n, activation in (
+        (1576, 768, 3072, "gelu"),
+        (1576, 3072, 768, None),
+        (1576, 768, 2304, None),
+        (25088, 96, 384, "gelu"),
+    ):
         for dtype in ("fp32", "bf16"):
             level = "default" if (k, n) == (768, 3072) else "full"
             label = f"{m}x{k}x{n}" + (f" {activation}" if activation else "")
             found.append(
-                Case("linear", label, dtype, _FORWARD, {"m": m, "k": k, "n": n, "activation": activation}, None, level, ("random",))
+                Case(
+                    "linear",
+                    label,
+                    dtype,
+                    _FORWARD,
+                    {"m": m, "k": k, "n": n, "activation": activation},
+                    None,
+                    level,
+                    ("random",),
+                )
             )
     found.append(
-        Case("linear", "64x32x96 gelu", "fp32", _FORWARD, {"m": 64, "k": 32, "n": 96, "activation": "gelu"}, None, "quick", ("random",))
+        Case(
+            "linear",
+            "64x32x96 gelu",
+            "fp32",
+            _FORWARD,
+            {"m": 64, "k": 32, "n": 96, "activation": "gelu"},
+            None,
+            "quick",
+            ("random",),
+        )
     )
     return found
 
@@ -214,13 +289,17 @@ def norms() -> list[Case]:
         for dtype in ("fp32", "bf16"):
             shape, sources = {"rows": rows, "width": width}, ("random",)
             level = "default" if dtype == "bf16" else "full"
-            found += [Case("layer_norm", f"{rows}x{width}", dtype, mode, shape, None, level, sources) for mode in (_FORWARD, _BACKWARD)]
+            found += [
+                Case("layer_norm", f"{rows}x{width}", dtype, mode, shape, None, level, sources)
+                for mode in (_FORWARD, _BACKWARD)
+            ]
     found.append(Case("layer_norm", "20x96", "fp32", _FORWARD, {"rows": 20, "width": 96}, None, "quick", ("random",)))
     return found
 
 
 def losses() -> list[Case]:
-    """The losses that hold no logits, forward and backward: CLIP's from small batches to large, SimCLR's, SigLIP's, DINO's."""
+    """The losses that hold no logits, forward and backward: CLIP's from small batches to large, SimCLR's, SigLIP's,
+    DINO's."""
     target, found = Target(1 / 0.7, ("naive",), memory=0.05), []
 
     def add(op: str, label: str, dtype: str, shape: dict[str, int], level: str, target: Target | None = None) -> None:
@@ -247,17 +326,34 @@ def models() -> list[Case]:
     for name in ("vit_base_patch16_224", "swin_tiny_patch4_window7_224"):
         for dtype in ("fp32", "bf16"):
             target = Target(1.05, ("openvino",))
-            found.append(Case(name, "batch 8", dtype, "inference", {"batch": 8, "size": 224}, target, "default", against=eager))
-            found.append(Case(name, "batch 1", dtype, "inference", {"batch": 1, "size": 224}, None, "full", against=eager))
+            found.append(
+                Case(name, "batch 8", dtype, "inference", {"batch": 8, "size": 224}, target, "default", against=eager)
+            )
+            found.append(
+                Case(name, "batch 1", dtype, "inference", {"batch": 1, "size": 224}, None, "full", against=eager)
+            )
     for name in ("vit_small_patch16_224", "swin_base_patch4_window7_224"):
         for dtype in ("fp32", "bf16"):
-            found.append(Case(name, "batch 8", dtype, "inference", {"batch": 8, "size": 224}, None, "full", against=eager))
+            found.append(
+                Case(name, "batch 8", dtype, "inference", {"batch": 8, "size": 224}, None, "full", against=eager)
+            )
     for name in ("vit_small_patch16_224", "swin_tiny_patch4_window7_224"):
         for dtype, times in (("fp32", 2.2), ("bf16", 1.5)):
             target = Target(times, ("timm",))
             level = "default" if dtype == "bf16" else "full"
             found.append(Case(name, "batch 8", dtype, "train", {"batch": 8, "size": 224}, target, level, against=eager))
-    found.append(Case("vit_tiny_patch16_224", "batch 1", "fp32", "inference", {"batch": 1, "size": 224}, None, "quick", against=eager))
+    found.append(
+        Case(
+            "vit_tiny_patch16_224",
+            "batch 1",
+            "fp32",
+            "inference",
+            {"batch": 1, "size": 224},
+            None,
+            "quick",
+            against=eager,
+        )
+    )
     return found
 
 
@@ -274,7 +370,8 @@ def select(suites: tuple[str, ...], level: str, pattern: str = "") -> list[Case]
 
 
 def spread(chosen: Sequence[Case]) -> list[Case]:
-    """The first case of every operator and model, then the second of each, and so on: a run that ends early has seen something of each."""
+    """The first case of every operator and model, then the second of each, and so on: a run that ends early has seen
+    something of each."""
     seen: Counter[str] = Counter()
     ranks = []
     for case in chosen:

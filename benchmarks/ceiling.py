@@ -11,7 +11,8 @@ import torch
 
 @dataclass(frozen=True)
 class Ceiling:
-    """GF/s (two per multiply-add) by dtype, copy bandwidth in GB/s (bytes read plus bytes written), and how they were measured."""
+    """GF/s (two per multiply-add) by dtype, copy bandwidth in GB/s (bytes read plus bytes written), and how they were
+    measured."""
 
     gflops: dict[str, float]
     copy_gbs: float
@@ -32,7 +33,8 @@ class Ceiling:
 
 
 def _best(run: Callable[[], object], seconds: float) -> float:
-    """Shortest time of one call, in seconds, over about ``seconds``: a ceiling is what the machine reaches undisturbed."""
+    """Shortest time of one call, in seconds, over about ``seconds``: a ceiling is what the machine reaches
+    undisturbed."""
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         begin = time.perf_counter()
@@ -47,7 +49,14 @@ def _matmul_peak(dtype: torch.dtype, seconds: float) -> float:
     product = lambda: torch.nn.functional.linear(x, w, b)  # noqa: E731
     rates = [2 * m * k * n / _best(product, seconds / 2) / 1e9]
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        rates.append(2 * m * k * n / _best(lambda: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], ""), seconds / 2) / 1e9)
+        rates.append(
+            2
+            * m
+            * k
+            * n
+            / _best(lambda: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], ""), seconds / 2)
+            / 1e9
+        )
     return max(rates)
 
 
@@ -60,7 +69,8 @@ def _torch_copy(seconds: float) -> float:
 def measure(threads: int, seconds: float = 0.5) -> Ceiling:
     """The ceilings on ``threads`` threads, spending about ``seconds`` on each.
 
-    Without the compiled module the rate of multiply-adds is that of oneDNN's best matrix product, which is lower; ``source`` says which.
+    Without the compiled module the rate of multiply-adds is that of oneDNN's best matrix product, which is lower;
+    ``source`` says which.
     """
     try:
         from pyvit import _C
@@ -69,4 +79,6 @@ def measure(threads: int, seconds: float = 0.5) -> Ceiling:
         return Ceiling(gflops, _C.copy_bandwidth(threads, seconds), threads, "register-only multiply-adds")
     except (ImportError, AttributeError) as error:
         gflops = {"fp32": _matmul_peak(torch.float32, seconds), "bf16": _matmul_peak(torch.bfloat16, seconds)}
-        return Ceiling(gflops, _torch_copy(seconds), threads, f"oneDNN's matrix product, below the true ceiling; pyvit._C: {error}")
+        return Ceiling(
+            gflops, _torch_copy(seconds), threads, f"oneDNN's matrix product, below the true ceiling; pyvit._C: {error}"
+        )

@@ -1,7 +1,7 @@
 """The benchmark's gate: no time is reported for an output outside the numerics rule of :mod:`pyvit.testing`.
 
-The same rule holds for peers, with one difference: a peer outside it is shown with its error marked, because hiding it would flatter us;
-beyond ``WRONG`` times the limit it is computing something else, and is refused.
+The same rule holds for peers, with one difference: a peer outside it is shown with its error marked, because hiding it
+would flatter us; beyond ``WRONG`` times the limit it is computing something else, and is refused.
 """
 
 from __future__ import annotations
@@ -46,12 +46,16 @@ class Gate:
         tensors: inputs by name; floating ones are widened for the reference.
         naive: the naive form, called with the tensors by name, giving one tensor.
         grads: tensors whose gradients are compared.
-        items: of the batch, the entries that the reference computes (the function under test always computes all); None: all of them.
-            Only for forms in which batch entries do not mix, and with gradients of batched tensors.
+        items: of the batch, the entries that the reference computes (the function under test always computes all);
+            None: all of them. Only for forms in which batch entries do not mix, and with gradients of batched tensors.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], naive: Callable[..., Tensor], grads: Sequence[str] = (), items: Sequence[int] | None = None
+        self,
+        tensors: Mapping[str, Tensor],
+        naive: Callable[..., Tensor],
+        grads: Sequence[str] = (),
+        items: Sequence[int] | None = None,
     ) -> None:
         self.tensors, self.grads, self.items = tensors, list(grads), items
         self.batch = next(iter(tensors.values())).shape[0]
@@ -79,12 +83,21 @@ class Gate:
     def __call__(self, name: str, function: Callable[..., Tensor]) -> list[testing.Comparison]:
         """Run ``function(**tensors)`` in poisoned memory and compare its output and gradients."""
         with testing.poisoned():
-            got, grads = testing.run(function, self.tensors, self.grads, None if self.cotangent is None else [self.cotangent])
+            got, grads = testing.run(
+                function, self.tensors, self.grads, None if self.cotangent is None else [self.cotangent]
+            )
         got, grads = [self._pick(t) for t in got], [self._pick(t) for t in grads]
         found = testing.compare(name, got, self.naive, self.ref, labels=["out"], raises=False)
         if self.grads:
             labels = [f"grad_{g}" for g in self.grads]
             found += testing.compare(
-                name, grads, self.naive_grads, self.ref_grads, testing.GRADIENT_FACTOR, labels=labels, dtype=got[0].dtype, raises=False
+                name,
+                grads,
+                self.naive_grads,
+                self.ref_grads,
+                testing.GRADIENT_FACTOR,
+                labels=labels,
+                dtype=got[0].dtype,
+                raises=False,
             )
         return found

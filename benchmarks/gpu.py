@@ -1,6 +1,8 @@
-"""``python -m benchmarks.gpu``: everything a GPU must show, in one command: tests, tuning, ops, models, and the targets' verdicts.
+"""``python -m benchmarks.gpu``: everything a GPU must show, in one command: tests, tuning, ops, models, and the
+targets' verdicts.
 
-Needs torch with a GPU, triton, numpy, matplotlib and pytest; timm, transformers and scikit-learn are used where they are installed.
+Needs torch with a GPU, triton, numpy, matplotlib and pytest; timm, transformers and scikit-learn are used where they
+are installed.
 """
 
 from __future__ import annotations
@@ -29,9 +31,16 @@ def lacking() -> str | None:
     """In one line what this machine lacks, or None."""
     if not torch.cuda.is_available():
         kind = (
-            f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}" if torch.version.hip else "a CPU-only build"
+            f"CUDA {torch.version.cuda}"
+            if torch.version.cuda
+            else f"ROCm {torch.version.hip}"
+            if torch.version.hip
+            else "a CPU-only build"
         )
-        return f"needs a GPU that torch can use: torch {torch.__version__} ({kind}) finds none; on a machine with one, install torch for it"
+        return (
+            f"needs a GPU that torch can use: torch {torch.__version__} ({kind}) finds none; on a machine with "
+            "one, install torch for it"
+        )
     if importlib.util.find_spec("triton") is None:
         return "needs the package 'triton' (pip install 'triton>=3.6')"
     return None
@@ -53,12 +62,28 @@ def measure_ceiling() -> Ceiling:
 def _milliseconds(run: object) -> float:
     from benchmarks import measure
 
-    return min(measure.interleave({"ceiling": run}, seconds=0.5, device="cuda", rounds=(5, 21), sample_ms=20.0)["ceiling"].samples)  # type: ignore[dict-item]
+    return min(
+        measure.interleave({"ceiling": run}, seconds=0.5, device="cuda", rounds=(5, 21), sample_ms=20.0)[
+            "ceiling"
+        ].samples
+    )  # type: ignore[dict-item]
 
 
 def run_tests(limit: float) -> str:
     """The tests marked ``gpu``, in a process of their own; the line that sums them up."""
-    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests",
+        "-m",
+        "gpu",
+        "-q",
+        "-x",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+    ]
     try:
         done = subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -99,7 +124,8 @@ def chosen_cases(steps: Sequence[str]) -> list[Case]:
 def measure_within(
     chosen: Sequence[Case], settings: Settings, top: Ceiling, left: Callable[[], float], say: Callable[[str], None]
 ) -> Results:
-    """Case by case while the ``left()`` seconds hold another like the slowest so far; targets of the rest are not measured, and say so."""
+    """Case by case while the ``left()`` seconds hold another like the slowest so far; targets of the rest are not
+    measured, and say so."""
     results, slowest = Results(), 10.0
     for i, case in enumerate(chosen):
         begun = left()
@@ -117,9 +143,13 @@ def measure_within(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Test, tune and time pyvit on the GPU at hand.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description="Test, tune and time pyvit on the GPU at hand."
+    )
     parser.add_argument("steps", nargs="*", metavar="step", help=f"any of: {', '.join(STEPS)} (default: all)")
-    parser.add_argument("--minutes", type=float, default=7.5, help="time for everything (default 7.5); what does not fit is named")
+    parser.add_argument(
+        "--minutes", type=float, default=7.5, help="time for everything (default 7.5); what does not fit is named"
+    )
     parser.add_argument("--out", type=Path, default=None, help="default benchmarks/results/<gpu>")
     args = parser.parse_args(argv)
     steps = tuple(args.steps) or STEPS
@@ -143,7 +173,13 @@ def main(argv: list[str] | None = None) -> int:
     top = measure_ceiling()
     print("\n".join(report.machine(top)), flush=True)
     settings = runner.Settings(
-        seconds=0.3, rounds=(5, 31), peers=_peers(), device="cuda", both_sources=False, extra=gpu_cases.extra, floor=gpu_cost.floor_ms
+        seconds=0.3,
+        rounds=(5, 31),
+        peers=_peers(),
+        device="cuda",
+        both_sources=False,
+        extra=gpu_cases.extra,
+        floor=gpu_cost.floor_ms,
     )
     say = lambda line: print(f"{time.perf_counter() - start:6.1f} s  {line}", flush=True)  # noqa: E731
     results = measure_within(chosen_cases(steps), settings, top, left, say)

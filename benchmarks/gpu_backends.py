@@ -1,7 +1,9 @@
-"""``python -m benchmarks.gpu_backends``: CUDA's kernels against Triton's on the GPU at hand, as rows for ``pyvit.gpu_choice.MEASURED``.
+"""``python -m benchmarks.gpu_backends``: CUDA's kernels against Triton's on the GPU at hand, as rows for
+``pyvit.gpu_choice.MEASURED``.
 
-Both are held to float64 first, as in every benchmark; a case where one is wrong or refuses gives no row, and says so. With
-``--predicted``, which needs no GPU, it prints what was measured beside what :func:`pyvit.gpu_choice.predict` says of the same calls.
+Both are held to float64 first, as in every benchmark; a case where one is wrong or refuses gives no row, and says so.
+With ``--predicted``, which needs no GPU, it prints what was measured beside what :func:`pyvit.gpu_choice.predict` says
+of the same calls.
 """
 
 from __future__ import annotations
@@ -29,7 +31,11 @@ def shape(case: Case) -> tuple[int, ...]:
 
 
 def rows(
-    cases: Sequence[Case], part: str, device: str, say: Callable[[str], None], backends: tuple[str, str] = ("cuda", "triton")
+    cases: Sequence[Case],
+    part: str,
+    device: str,
+    say: Callable[[str], None],
+    backends: tuple[str, str] = ("cuda", "triton"),
 ) -> Iterator[gpu_choice.Measured]:
     """One row per case that both of ``backends`` compute right."""
 
@@ -40,14 +46,22 @@ def rows(
     for case in cases:
         work = providers.build(case, case.sources[0], (), device, both)
         wrong = {b: work.unavailable.get(b) for b in backends if b not in work.contenders}
-        wrong |= {b: str(verdict) for b in backends if b in work.contenders and not (verdict := work.contenders[b].verdict()).passed}
+        wrong |= {
+            b: str(verdict)
+            for b in backends
+            if b in work.contenders and not (verdict := work.contenders[b].verdict()).passed
+        }
         if wrong:
             say(f"{case.id}: {wrong}")
             continue
-        times = measure.interleave({b: work.contenders[b].run for b in backends}, seconds=0.3, device=device, rounds=(5, 31))
+        times = measure.interleave(
+            {b: work.contenders[b].run for b in backends}, seconds=0.3, device=device, rounds=(5, 31)
+        )
         grad = case.mode.endswith("backward")
         figures = [float(f"{times[b].median:.4g}") for b in backends]
-        yield gpu_choice.Measured(part, case.op, inputs.DTYPES[case.dtype], grad, shape(case), *figures, f"{date.today()}")
+        yield gpu_choice.Measured(
+            part, case.op, inputs.DTYPES[case.dtype], grad, shape(case), *figures, f"{date.today()}"
+        )
 
 
 def sizes(case: Case) -> tuple[int, ...]:
@@ -64,14 +78,21 @@ def predicted() -> Iterator[str]:
     """Lines of a table: measured and predicted milliseconds of each backend."""
     yield "| call | cuda | predicted | triton | predicted | faster | predicted |"
     yield "|---|---:|---:|---:|---:|---|---|"
-    calls = {(c.op, shape(c)): sizes(c) for c in gpu_cases.ops() if c.op in ("flash_attention", "window_attention", "patch_embed")}
+    calls = {
+        (c.op, shape(c)): sizes(c)
+        for c in gpu_cases.ops()
+        if c.op in ("flash_attention", "window_attention", "patch_embed")
+    }
     for row in gpu_choice.MEASURED:
         features = {"window_attention": ("bias_table",)}.get(row.op, ()) + ("grad",) * row.grad
         args = (row.op, row.dtype, features, calls[row.op, row.shape], row.part, row.grad)
         told = [gpu_choice.predict(backend, *args) for backend in ("cuda", "triton")]
         faster = ["cuda" if a < b else "triton" for a, b in ((row.cuda, row.triton), told)]
         name = f"{row.op} {'x'.join(map(str, row.shape))}, {'forward and backward' if row.grad else 'forward'}"
-        yield f"| {name} | {row.cuda:.3g} | {told[0]:.2g} | {row.triton:.3g} | {told[1]:.2g} | {faster[0]} | {faster[1]} |"
+        yield (
+            f"| {name} | {row.cuda:.3g} | {told[0]:.2g} | {row.triton:.3g} | {told[1]:.2g} | {faster[0]} | "
+            f"{faster[1]} |"
+        )
 
 
 def main() -> int:
@@ -83,7 +104,10 @@ def main() -> int:
         return 2
     distinct = {(c.op, shape(c)): c for c in gpu_cases.ops() if not {"uint8", "keep"} & c.shape.keys()}
     cases = [
-        replace(c, dtype=dtype, mode=m) for c in distinct.values() for dtype in ("bf16", "fp32") for m in ("forward", "forward+backward")
+        replace(c, dtype=dtype, mode=m)
+        for c in distinct.values()
+        for dtype in ("bf16", "fp32")
+        for m in ("forward", "forward+backward")
     ]
     for row in rows(cases, gpu_choice.part_at_hand() or "", "cuda", lambda line: print(f"# {line}", flush=True)):
         print(f"    {row},", flush=True)

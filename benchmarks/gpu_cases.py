@@ -40,11 +40,30 @@ def ops() -> list[Case]:
     for n, batch in _TOKENS.items():
         shape = {"batch": batch, "heads": 12, "length": n, "dim": 64}
         label = f"{batch}x12x{n}x64"
-        found.append(Case("flash_attention", label, "bf16", "forward+backward", shape, Target(1.2, _RIVALS), "default", ("random",)))
+        found.append(
+            Case(
+                "flash_attention",
+                label,
+                "bf16",
+                "forward+backward",
+                shape,
+                Target(1.2, _RIVALS),
+                "default",
+                ("random",),
+            )
+        )
         found.append(Case("flash_attention", label, "bf16", "forward", shape, sources=("random",), against=_RIVALS))
     each = (("compile", 2.0), ("timm path", 5.0))
     for window, (side, width, heads, batch) in _WINDOWS.items():
-        shape = {"batch": batch, "side": side, "width": width, "heads": heads, "window": window, "shift": window // 2, "version": 1}
+        shape = {
+            "batch": batch,
+            "side": side,
+            "width": width,
+            "heads": heads,
+            "window": window,
+            "shift": window // 2,
+            "version": 1,
+        }
         label = f"{batch}x{side}x{side}x{width} window {window} shift {window // 2}"
         for mode, percent in (("forward", 60), ("backward", 40)):
             target = Target(against=("timm path",), roofline=percent, each=each)
@@ -53,8 +72,12 @@ def ops() -> list[Case]:
     shape = {"batch": 256, "size": 224, "patch": 16, "width": 768}
     target = Target(against=("conv2d",), roofline=80)
     found.append(Case("patch_embed", "256x224 patch 16", "bf16", "forward", shape, target, "default", ("random",)))
-    found.append(Case("patch_embed", "256x224 patch 16 uint8", "bf16", "forward", dict(shape, uint8=True), sources=("random",)))
-    found.append(Case("patch_embed", "256x224 patch 16 keep 25 %", "bf16", "forward", dict(shape, keep=49), sources=("random",)))
+    found.append(
+        Case("patch_embed", "256x224 patch 16 uint8", "bf16", "forward", dict(shape, uint8=True), sources=("random",))
+    )
+    found.append(
+        Case("patch_embed", "256x224 patch 16 keep 25 %", "bf16", "forward", dict(shape, keep=49), sources=("random",))
+    )
     return found
 
 
@@ -64,10 +87,19 @@ def losses() -> list[Case]:
     pairs = {"batch": 16384, "dim": 512}
     crops = {"crops": 10, "views": 2, "batch": 64, "dim": 256, "prototypes": 65536}
     return [
-        Case("info_nce", "batch 32768 d 512", "bf16", mode, {"batch": 32768, "dim": 512}, target, "default", ("random",)),
+        Case(
+            "info_nce", "batch 32768 d 512", "bf16", mode, {"batch": 32768, "dim": 512}, target, "default", ("random",)
+        ),
         Case("nt_xent", "batch 8192 d 128", "bf16", mode, {"batch": 8192, "dim": 128}, sources=("random",)),
         Case("sigmoid_contrastive", "batch 16384 d 512", "bf16", mode, pairs, sources=("random",)),
-        Case("distillation_cross_entropy", "10 + 2 crops of 64, 65536 prototypes", "bf16", mode, crops, sources=("random",)),
+        Case(
+            "distillation_cross_entropy",
+            "10 + 2 crops of 64, 65536 prototypes",
+            "bf16",
+            mode,
+            crops,
+            sources=("random",),
+        ),
     ]
 
 
@@ -98,10 +130,36 @@ def tiny() -> list[Case]:
     pairs, mode = {"batch": 40, "dim": 32}, "forward+backward"
     crops = {"crops": 3, "views": 2, "batch": 5, "dim": 16, "prototypes": 70}
     return [
-        Case("flash_attention", "tiny", "fp32", "forward+backward", attention, Target(1.2, _RIVALS), sources=("random",)),
-        Case("window_attention", "tiny", "fp32", "forward", window, Target(against=against, roofline=60, each=each), sources=("random",)),
-        Case("window_attention", "tiny", "fp32", "backward", window, Target(against=against, roofline=40, each=each), sources=("random",)),
-        Case("patch_embed", "tiny", "fp32", "forward", patch, Target(against=("conv2d",), roofline=80), sources=("random",)),
+        Case(
+            "flash_attention", "tiny", "fp32", "forward+backward", attention, Target(1.2, _RIVALS), sources=("random",)
+        ),
+        Case(
+            "window_attention",
+            "tiny",
+            "fp32",
+            "forward",
+            window,
+            Target(against=against, roofline=60, each=each),
+            sources=("random",),
+        ),
+        Case(
+            "window_attention",
+            "tiny",
+            "fp32",
+            "backward",
+            window,
+            Target(against=against, roofline=40, each=each),
+            sources=("random",),
+        ),
+        Case(
+            "patch_embed",
+            "tiny",
+            "fp32",
+            "forward",
+            patch,
+            Target(against=("conv2d",), roofline=80),
+            sources=("random",),
+        ),
         Case("info_nce", "tiny", "bf16", mode, pairs, Target(1 / 0.7, ("naive",), memory=0.05), sources=("random",)),
         Case("nt_xent", "tiny", "bf16", mode, pairs, sources=("random",)),
         Case("sigmoid_contrastive", "tiny", "bf16", mode, pairs, sources=("random",)),

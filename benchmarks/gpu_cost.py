@@ -18,7 +18,9 @@ def call_cost(case: Case, backward: bool) -> cost.Cost | None:
     s, dtype = case.shape, DTYPES[case.dtype]
     if case.op == "flash_attention":
         causal = s.get("causal", False)
-        return cost.attention(s["batch"], s["heads"], s["length"], s["length"], s["dim"], dtype, causal=causal, backward=backward)
+        return cost.attention(
+            s["batch"], s["heads"], s["length"], s["length"], s["dim"], dtype, causal=causal, backward=backward
+        )
     if case.op == "window_attention":
         window = (s["window"], s["window"])
         return cost.window_attention(
@@ -28,26 +30,34 @@ def call_cost(case: Case, backward: bool) -> cost.Cost | None:
         patches = s.get("keep") or (s["size"] // s["patch"]) ** 2
         pixel = 1 if s.get("uint8") else None
         patch = (s["patch"], s["patch"])
-        return cost.patch_embed(s["batch"], 3, patch, patches, s["width"], dtype, prefix=1, pixel_bytes=pixel, backward=backward)
+        return cost.patch_embed(
+            s["batch"], 3, patch, patches, s["width"], dtype, prefix=1, pixel_bytes=pixel, backward=backward
+        )
     return _loss_cost(case.op, s, dtype, backward)
 
 
 def _loss_cost(op: str, s: Mapping[str, Any], dtype: torch.dtype, backward: bool) -> cost.Cost | None:
-    """A loss over pairs: its embeddings and their gradients move, the logits never do; of a symmetric matrix half is computed."""
+    """A loss over pairs: its embeddings and their gradients move, the logits never do; of a symmetric matrix half is
+    computed."""
     if op in ("info_nce", "sigmoid_contrastive", "nt_xent"):
         n, size = s["batch"], s["batch"] * s["dim"] * dtype.itemsize
         products = (2.0 * n * n if op != "nt_xent" else (2.0 * n) ** 2) * s["dim"]
         return cost.Cost((4 if backward else 2) * size, (2 if backward else 1) * products, dtype)
     if op == "distillation_cross_entropy":
         student, teacher = s["crops"] * s["batch"], s["views"] * s["batch"]
-        moved = (student + teacher + 2 * s["prototypes"] + (student + s["prototypes"] if backward else 0)) * s["dim"] * dtype.itemsize
+        moved = (
+            (student + teacher + 2 * s["prototypes"] + (student + s["prototypes"] if backward else 0))
+            * s["dim"]
+            * dtype.itemsize
+        )
         products = 2.0 * s["dim"] * s["prototypes"]
         return cost.Cost(moved, products * (2 * student if backward else student + teacher), dtype)
     return None
 
 
 def floor_ms(case: Case, device: str | None = None) -> float:
-    """Milliseconds below which the case cannot finish on ``device``, default the GPU at hand; NaN where the model has no figures."""
+    """Milliseconds below which the case cannot finish on ``device``, default the GPU at hand; NaN where the model has
+    no figures."""
     try:
         part = cost.part_named(device or torch.cuda.get_device_name())
     except KeyError:

@@ -1,7 +1,8 @@
 """What the benchmark feeds the ops: tokens of real photographs, and random tensors.
 
-The photographs are scikit-learn's ``china.jpg`` and ``flower.jpg``. Tokens are made as a model makes them: patches, a linear embedding,
-LayerNorm, the qkv projection; queries, keys and values are strided views of that one projection, which is how an op meets them.
+The photographs are scikit-learn's ``china.jpg`` and ``flower.jpg``. Tokens are made as a model makes them: patches, a
+linear embedding, LayerNorm, the qkv projection; queries, keys and values are strided views of that one projection,
+which is how an op meets them.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ def photographs() -> tuple[Tensor, ...]:
     """scikit-learn's two sample photographs, uint8 (3, 427, 640)."""
     from sklearn.datasets import load_sample_images
 
-    return tuple(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() for image in load_sample_images().images)
+    return tuple(
+        torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() for image in load_sample_images().images
+    )
 
 
 def pixels(source: str, batch: int, size: int, seed: int = 0) -> Tensor:
-    """uint8 images (batch, 3, size, size): random crops of the photographs, mirrored half of the time, or uniform noise."""
+    """uint8 images (batch, 3, size, size): random crops of the photographs, mirrored half of the time, or uniform
+    noise."""
     rng = torch.Generator().manual_seed(seed)
     if source == "random":
         return torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=rng)
@@ -65,7 +69,8 @@ def tokens(source: str, batch: int, grid: int, width: int, seed: int = 0, patch:
 
 
 def projected_qkv(source: str, batch: int, length: int, width: int, seed: int = 0) -> Tensor:
-    """qkv projection (batch, length, 3 * width) of a square grid of patches and as many prefix tokens as ``length`` leaves over."""
+    """qkv projection (batch, length, 3 * width) of a square grid of patches and as many prefix tokens as ``length``
+    leaves over."""
     rng = torch.Generator().manual_seed(seed + 2)
     grid = math.isqrt(length)
     x = tokens(source, batch, grid, width, seed)

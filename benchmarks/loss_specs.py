@@ -1,7 +1,8 @@
-"""The losses over all pairs, or over all prototypes: their naive forms, which hold the matrix of logits, and ours, which never do.
+"""The losses over all pairs, or over all prototypes: their naive forms, which hold the matrix of logits, and ours,
+which never do.
 
-The naive forms round where autocast would: products in the inputs' type, softmax and sums in float32. On a CPU without bfloat16 products,
-where torch takes twenty times as long over them, they multiply float32 copies.
+The naive forms round where autocast would: products in the inputs' type, softmax and sums in float32. On a CPU without
+bfloat16 products, where torch takes twenty times as long over them, they multiply float32 copies.
 """
 
 from __future__ import annotations
@@ -36,7 +37,12 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _spec(
-    tensors: Tensors, naive: Callable[..., Tensor], ours: Callable[..., Tensor], grads: Sequence[str], flops: float, back: float
+    tensors: Tensors,
+    naive: Callable[..., Tensor],
+    ours: Callable[..., Tensor],
+    grads: Sequence[str],
+    flops: float,
+    back: float,
 ) -> Spec:
     providers = [Provider(OURS, ours), Provider("naive", naive), Provider("compile", compiled(naive))]
     return Spec(tensors, naive, providers, grads, flops, back, 1)
@@ -97,7 +103,9 @@ def _distillation(case: Case, source: str, dtype: torch.dtype, device: str) -> S
         return -(p.sum(0) * log_p.sum(0)).sum() / (crops * views * n)
 
     def ours(student: Tensor, teacher: Tensor, ws: Tensor, wt: Tensor) -> Tensor:
-        return pyvit.ops.distillation_cross_entropy(student, teacher, 0.1, 0.04, student_prototypes=ws, teacher_prototypes=wt)
+        return pyvit.ops.distillation_cross_entropy(
+            student, teacher, 0.1, 0.04, student_prototypes=ws, teacher_prototypes=wt
+        )
 
     # Only the student's side gets gradients: two products of its share.
     return _spec(tensors, naive, ours, ("student", "ws"), 2 * (crops + views) * n * d * k, 2 * crops / (crops + views))

@@ -1,4 +1,5 @@
-"""Timing side by side: every contender runs in every round, in an order that alternates, and ratios are taken within rounds.
+"""Timing side by side: every contender runs in every round, in an order that alternates, and ratios are taken within
+rounds.
 
 A machine's clock and its neighbours drift over seconds; two contenders of the same round see the same machine.
 """
@@ -105,7 +106,8 @@ def _status_kib(key: str) -> int:
 
 
 def peak_memory(run: Run, device: str = "cpu") -> float:
-    """Most memory in MiB that one call holds beyond what was held before it, results included; NaN where it cannot be measured.
+    """Most memory in MiB that one call holds beyond what was held before it, results included; NaN where it cannot be
+    measured.
 
     On a CPU this is the resident set (Linux), so that memory a kernel takes for itself counts like a tensor's.
     """

@@ -24,7 +24,8 @@ Forward = Callable[[Tensor], Tensor]
 
 @functools.cache
 def weights(name: str) -> dict[str, Tensor]:
-    """Random weights under timm's names. LayerNorm's and the biases are random too, so that a mix-up of two of them shows."""
+    """Random weights under timm's names. LayerNorm's and the biases are random too, so that a mix-up of two of them
+    shows."""
     torch.manual_seed(0)
     state = baselines.create(name).state_dict()
     for key, value in state.items():
@@ -157,7 +158,9 @@ def _build_inference(case: Case, source: str, work: Workload, names: Sequence[st
             work.unavailable[name] = raised(error)
             continue
         given = images.float() if name == "openvino" else images
-        work.contenders[name] = Contender(lambda f=forward, x=given: f(x), lambda n=name, f=forward: verdict(n, f), peers.version(name))
+        work.contenders[name] = Contender(
+            lambda f=forward, x=given: f(x), lambda n=name, f=forward: verdict(n, f), peers.version(name)
+        )
 
 
 def _build_train(case: Case, source: str, work: Workload, names: Sequence[str], device: str) -> None:
@@ -168,7 +171,9 @@ def _build_train(case: Case, source: str, work: Workload, names: Sequence[str], 
     parameters = dict(weights(case.op).items())
     naive = {torch.float64: _plain(case.op, "naive").double(), torch.float32: _plain(case.op, "naive")}
 
-    def logits_of(model: nn.Module, tensors: dict[str, Tensor], low: bool) -> Tensor:  # of the loss, one number, rounding is chance
+    def logits_of(
+        model: nn.Module, tensors: dict[str, Tensor], low: bool
+    ) -> Tensor:  # of the loss, one number, rounding is chance
         x = tensors.pop("images")
         with torch.autocast(device, torch.bfloat16, enabled=low):
             return functional_call(model, tensors, (x,)).to(x.dtype)
@@ -184,7 +189,8 @@ def _build_train(case: Case, source: str, work: Workload, names: Sequence[str], 
             gate.append(Gate({"images": few, **parameters}, reference, list(parameters)))
         if name == "transformers":  # its parameters have other names: the logits alone are compared
             forward = Gate(
-                {"images": few}, lambda images: reference(images=images, **{k: v.to(images.dtype) for k, v in parameters.items()})
+                {"images": few},
+                lambda images: reference(images=images, **{k: v.to(images.dtype) for k, v in parameters.items()}),
             )
             return worst(forward(name, lambda images: logits_of(model, {"images": images}, case.dtype == "bf16")))
         return worst(gate[0](name, lambda **tensors: logits_of(model, tensors, case.dtype == "bf16")))

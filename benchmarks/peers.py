@@ -1,7 +1,8 @@
 """The libraries a user could reach for instead, each with the same weights; one that is missing says why.
 
 timm, open_clip and transformers import torchvision, to load and augment images. Where it was built for another torch,
-:mod:`benchmarks.torchvision_operators` lets it import; without it empty modules stand in for it. The models are untouched by either.
+:mod:`benchmarks.torchvision_operators` lets it import; without it empty modules stand in for it. The models are
+untouched by either.
 """
 
 from __future__ import annotations
@@ -47,8 +48,14 @@ def version(peer: str) -> str:
 class _EmptyTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Modules named torchvision.* whose attributes are empty classes."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.partition(".")[0] == "torchvision" else None
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: object = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        return (
+            importlib.machinery.ModuleSpec(name, self, is_package=True)
+            if name.partition(".")[0] == "torchvision"
+            else None
+        )
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         def attribute(name: str) -> object:
@@ -125,7 +132,9 @@ def _hf_state(state: dict[str, Tensor], swin: bool) -> dict[str, Tensor]:
     for key, value in found.items():
         parts = key.split(".")
         if parts[0] == "patch_embed":
-            key = f"{root}.embeddings." + ("norm." if parts[1] == "norm" else "patch_embeddings.projection.") + parts[-1]
+            key = (
+                f"{root}.embeddings." + ("norm." if parts[1] == "norm" else "patch_embeddings.projection.") + parts[-1]
+            )
         elif parts[0] == "blocks":
             key = f"{root}.layers." + ".".join(parts[1:])
         elif parts[:1] == ["layers"]:  # timm's downsample opens a stage, transformers' closes the one before
@@ -153,13 +162,21 @@ class _Logits(nn.Module):
 
 
 def transformers_model(name: str, state: dict[str, Tensor]) -> nn.Module:
-    transformers = import_peer("transformers") if importlib.util.find_spec("torchvision") else importlib.import_module("transformers")
+    transformers = (
+        import_peer("transformers")
+        if importlib.util.find_spec("torchvision")
+        else importlib.import_module("transformers")
+    )
     _, config = baselines.CONFIGS[name]
     swin = name.startswith("swin")
     if swin:
         kind = transformers.SwinForImageClassification
         options = transformers.SwinConfig(
-            embed_dim=config["width"], depths=list(config["depths"]), num_heads=list(config["heads"]), num_labels=1000, drop_path_rate=0.0
+            embed_dim=config["width"],
+            depths=list(config["depths"]),
+            num_heads=list(config["heads"]),
+            num_labels=1000,
+            drop_path_rate=0.0,
         )
     else:
         kind = transformers.ViTForImageClassification
@@ -181,7 +198,9 @@ def onnxruntime_call(model: nn.Module, images: Tensor, threads: int) -> Callable
     """An ONNX Runtime session of ``model`` at the shape of ``images``, with every graph optimisation."""
     import onnxruntime
 
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision's absence, which no model here uses
+    logging.getLogger("torch.onnx").setLevel(
+        logging.ERROR
+    )  # it warns of torchvision's absence, which no model here uses
     buffer = io.BytesIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

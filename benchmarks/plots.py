@@ -1,4 +1,5 @@
-"""Pictures of a run, drawn from its rows; ``python -m benchmarks.plots RESULTS.csv [...] PICTURE.png`` draws an overview."""
+"""Pictures of a run, drawn from its rows; ``python -m benchmarks.plots RESULTS.csv [...] PICTURE.png`` draws an
+overview."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def _bars(rows: Sequence[Row], path: Path, title: str) -> Path:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         model = f"{row.op} " if row.mode in MODEL_MODES else ""
-        groups.setdefault(f"{model}{row.case}\n{row.dtype} {row.mode}" + (f", {row.data}" if row.data == "random" else ""), []).append(row)
+        groups.setdefault(
+            f"{model}{row.case}\n{row.dtype} {row.mode}" + (f", {row.data}" if row.data == "random" else ""), []
+        ).append(row)
     names = sorted({row.provider for row in rows}, key=lambda name: (name != OURS, name))
     color = {name: _OURS if name == OURS else _GREYS[i % len(_GREYS)] for i, name in enumerate(names)}
     count = sum(len(group) + 1 for group in groups.values())
@@ -57,7 +60,14 @@ def _save(figure: plt.Figure, path: Path) -> Path:
     return path
 
 
-def lines(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, title: str, x: str, y: str, log: bool = True) -> Path:
+def lines(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    path: Path,
+    title: str,
+    x: str,
+    y: str,
+    log: bool = True,
+) -> Path:
     """Curves by "provider dtype" as (x, y): the provider is told by the color, the dtype by the dashes."""
     figure, axes = plt.subplots(figsize=(5, 3.6))
     providers = list(dict.fromkeys(name.rpartition(" ")[0] for name in curves if not name.startswith(OURS)))
@@ -70,7 +80,9 @@ def lines(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: P
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
     ticks = sorted({value for at, _ in curves.values() for value in at})
-    axes.set_xticks(ticks, [f"{value:g}" if value < 1e4 else f"{value / 1e6:.2g}M" for value in ticks], fontsize=7, rotation=30)
+    axes.set_xticks(
+        ticks, [f"{value:g}" if value < 1e4 else f"{value / 1e6:.2g}M" for value in ticks], fontsize=7, rotation=30
+    )
     axes.minorticks_off()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -115,7 +127,11 @@ def read(path: Path) -> list[Row]:
 
 def overview(rows: Sequence[Row], path: Path) -> Path:
     """How many times as fast as PyTorch's best eager form, one pair of bars (fp32, bf16) for each of a few cases."""
-    ours = {(row.op, row.case, row.mode, row.dtype): row.ratio for row in reversed(rows) if row.provider == OURS and row.timed}
+    ours = {
+        (row.op, row.case, row.mode, row.dtype): row.ratio
+        for row in reversed(rows)
+        if row.provider == OURS and row.timed
+    }
     figure, axes = plt.subplots(figsize=(8, 4.4))
     for i, (*case, _) in enumerate(_OVERVIEW):
         for j, (dtype, color) in enumerate((("fp32", _OURS), ("bf16", "#dd8452"))):

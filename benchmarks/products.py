@@ -1,9 +1,9 @@
 """``python -m benchmarks.products``: what the rules of ``pyvit/ops/product_rules.py`` cost, per instruction set.
 
-Times every way of multiplying, over the layers of ViT-Ti/S/B/L and Swin-T/S/B for one image and for eight: forward, both gradients, and in
-inference with packed weights single layers and MLP branches. Prints each way's time over the best one's and the rules' regret, what they
-lose against the best way of each shape. An instruction set other than the processor's own is imposed on torch's libraries too, in a process
-of its own.
+Times every way of multiplying, over the layers of ViT-Ti/S/B/L and Swin-T/S/B for one image and for eight: forward,
+both gradients, and in inference with packed weights single layers and MLP branches. Prints each way's time over the
+best one's and the rules' regret, what they lose against the best way of each shape. An instruction set other than the
+processor's own is imposed on torch's libraries too, in a process of its own.
 """
 
 from __future__ import annotations
@@ -33,9 +33,18 @@ from pyvit.ops import packed, packs, product_rules, products
 #: The same instruction set for the kernels, oneDNN and MKL.
 ENVIRONMENTS = {
     "portable": {"PYVIT_CPU_ISA": "portable"},
-    "avx2": {"PYVIT_CPU_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+    "avx2": {
+        "PYVIT_CPU_ISA": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+    },
     "avx512": {"PYVIT_CPU_ISA": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
-    "avx512bf16": {"PYVIT_CPU_ISA": "avx512bf16", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
+    "avx512bf16": {
+        "PYVIT_CPU_ISA": "avx512bf16",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
     "native": {},
 }
 DTYPES = ("float32", "bfloat16", "float16")
@@ -51,7 +60,9 @@ class Case(NamedTuple):
     activation: str | None = None  # of a forward layer; a branch's is gelu, its second layer (inner, out)
 
     def __str__(self) -> str:
-        return f"{self.kind}, {self.dtype}, {self.rows} x {self.inner} x {self.out}" + (f", {self.activation}" if self.activation else "")
+        return f"{self.kind}, {self.dtype}, {self.rows} x {self.inner} x {self.out}" + (
+            f", {self.activation}" if self.activation else ""
+        )
 
 
 def layers() -> Iterator[tuple[int, int, int, str | None]]:
@@ -60,9 +71,16 @@ def layers() -> Iterator[tuple[int, int, int, str | None]]:
         stages = [(197, dim) for dim in (192, 384, 768, 1024)]
         for width in (96, 128):
             stages += [(56**2 >> 2 * i, width << i) for i in range(4)]
-            yield from ((batch * (28**2 >> 2 * i), width << (i + 1), width << (i + 2), None) for i in range(3))  # patch merging
+            yield from (
+                (batch * (28**2 >> 2 * i), width << (i + 1), width << (i + 2), None) for i in range(3)
+            )  # patch merging
         for tokens, dim in stages:
-            for out, inner, activation in ((3 * dim, dim, None), (dim, dim, None), (4 * dim, dim, "gelu"), (dim, 4 * dim, None)):
+            for out, inner, activation in (
+                (3 * dim, dim, None),
+                (dim, dim, None),
+                (4 * dim, dim, "gelu"),
+                (dim, 4 * dim, None),
+            ):
                 yield batch * tokens, out, inner, activation
 
 
@@ -161,12 +179,20 @@ def report(results: list[dict[str, Any]], worst: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.products", description=(__doc__ or "").partition("\n\n")[2])
-    parser.add_argument("--isa", default="native", help=f"comma-separated, of {', '.join(ENVIRONMENTS)} (default: native)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT: 'packed branch, float32', '1576 x'")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.products", description=(__doc__ or "").partition("\n\n")[2]
+    )
+    parser.add_argument(
+        "--isa", default="native", help=f"comma-separated, of {', '.join(ENVIRONMENTS)} (default: native)"
+    )
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="cases whose name contains TEXT: 'packed branch, float32', '1576 x'"
+    )
     parser.add_argument("--seconds", type=float, default=600, help="for each instruction set (default: 600)")
     parser.add_argument("--threads", type=int, default=0, help="default: torch's choice")
-    parser.add_argument("--worst", type=int, default=20, help="how many of the rules' worst cases to print (default: 20)")
+    parser.add_argument(
+        "--worst", type=int, default=20, help="how many of the rules' worst cases to print (default: 20)"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/products.csv"), help="every time, as CSV")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -195,7 +221,11 @@ def main(argv: list[str] | None = None) -> int:
     with args.out.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["isa", *Case._fields, "way", "ms", "rule"])
-        writer.writerows([f["isa"], *f["case"], name, f"{ms:.5f}", name == f["rule"]] for f in results for name, ms in f["ms"].items())
+        writer.writerows(
+            [f["isa"], *f["case"], name, f"{ms:.5f}", name == f["rule"]]
+            for f in results
+            for name, ms in f["ms"].items()
+        )
     print(f"wrote {args.out}")
     return 0
 

@@ -1,8 +1,9 @@
-"""``python -m benchmarks.profile [MODEL ...]``: where the time of a model goes, by kind of work, with the least each kind could take.
+"""``python -m benchmarks.profile [MODEL ...]``: where the time of a model goes, by kind of work, with the least each
+kind could take.
 
-One forward (inference) and one training step (forward, backward, AdamW; bfloat16 by autocast) of ours and of plain PyTorch with SDPA, under
-torch's profiler. The least time of products and attention is their multiply-adds at the machine's rate; of everything else, its
-tensors once through memory at the rate of a copy.
+One forward (inference) and one training step (forward, backward, AdamW; bfloat16 by autocast) of ours and of plain
+PyTorch with SDPA, under torch's profiler. The least time of products and attention is their multiply-adds at the
+machine's rate; of everything else, its tensors once through memory at the rate of a copy.
 """
 
 from __future__ import annotations
@@ -34,8 +35,20 @@ KINDS: dict[str, tuple[str, ...]] = {
         "pyvit::packed_layers",
         "pyvit::product",
     ),
-    "attention": ("pyvit::flash_attention", "pyvit::window_attention", "aten::_scaled_dot_product", "aten::bmm", "aten::_softmax"),
-    "patches": ("pyvit::patch_embed", "aten::mkldnn_convolution", "aten::convolution_backward", "aten::_convolution", "aten::slow_conv"),
+    "attention": (
+        "pyvit::flash_attention",
+        "pyvit::window_attention",
+        "aten::_scaled_dot_product",
+        "aten::bmm",
+        "aten::_softmax",
+    ),
+    "patches": (
+        "pyvit::patch_embed",
+        "aten::mkldnn_convolution",
+        "aten::convolution_backward",
+        "aten::_convolution",
+        "aten::slow_conv",
+    ),
     "layer norm": ("aten::native_layer_norm", "pyvit::layer_norm"),
     "activation": ("aten::gelu", "pyvit::activation"),
     "optimizer": ("aten::_fused_adamw_", "Optimizer."),
@@ -59,7 +72,9 @@ def kind_of(name: str) -> str:
 
 def product_flops(name: str, shapes: Sequence[Sequence[int]], itemsize: int = 4) -> float:
     """Multiply-adds, twice, of a matrix product from its arguments' shapes (empty where an argument is no tensor)."""
-    if name == "pyvit::packed_layers":  # x, norm, its weight, bias and eps, the first weight's words, ..., and at 9 the second's
+    if (
+        name == "pyvit::packed_layers"
+    ):  # x, norm, its weight, bias and eps, the first weight's words, ..., and at 9 the second's
         per_word = 2 if itemsize == 2 and torch.ops.pyvit.cpu_isa().endswith("bf16") else 1
         return 2.0 * math.prod(shapes[0][:-1]) * per_word * sum(shapes[at][0] for at in (5, 9) if shapes[at])
     shapes = [s for s in shapes if s]
@@ -77,7 +92,8 @@ def _recorded() -> Iterator[Any]:
 
 
 def by_kind(run: Callable[[], object], itemsize: int, rounds: int = 3) -> dict[str, tuple[float, float, float]]:
-    """Kind -> (milliseconds, flops of its products, bytes of its tensors) of one call, the median round by total time."""
+    """Kind -> (milliseconds, flops of its products, bytes of its tensors) of one call, the median round by total
+    time."""
     for _ in range(2):
         run()
     found = []
@@ -141,7 +157,11 @@ def table(name: str, dtype: str, batch: int, top: ceiling.Ceiling) -> str:
         "| kind of work | ours | least | SDPA | ours, training | least | SDPA, training |",
         "|---|" + "---|" * 6,
     ]
-    cells = {(mode, provider): by_kind(runs[provider][mode], itemsize) for mode in ("inference", "training step") for provider in runs}
+    cells = {
+        (mode, provider): by_kind(runs[provider][mode], itemsize)
+        for mode in ("inference", "training step")
+        for provider in runs
+    }
     totals = {key: sum(v[0] for v in found.values()) for key, found in cells.items()}
     for kind in (*KINDS, REST):
         row = [kind]
@@ -181,7 +201,9 @@ def attention_flops(name: str, batch: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", default=["vit_base_patch16_224", "swin_tiny_patch4_window7_224"], metavar="MODEL")
+    parser.add_argument(
+        "models", nargs="*", default=["vit_base_patch16_224", "swin_tiny_patch4_window7_224"], metavar="MODEL"
+    )
     parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--batch", type=int, default=8)
     args = parser.parse_args()

@@ -22,7 +22,8 @@ NEEDS_GIB = {"info_nce batch 32768 d 512 fp32 forward+backward": 20.0}
 
 
 def timed(provider: Provider, tensors: Tensors, grads: Sequence[str], mode: str) -> Callable[[], object]:
-    """The call the clock sees: forward without a graph, with the gradients of ``grads`` and of prepared tensors, or those alone."""
+    """The call the clock sees: forward without a graph, with the gradients of ``grads`` and of prepared tensors, or
+    those alone."""
     given = {name: t.detach() for name, t in (provider.prepare(tensors) if provider.prepare else tensors).items()}
     if not mode.endswith("backward"):
 
@@ -56,7 +57,8 @@ def timed(provider: Provider, tensors: Tensors, grads: Sequence[str], mode: str)
 
 
 def work_of(spec: Spec, mode: str) -> tuple[float, float]:
-    """Useful flops, and the bytes that must cross the memory bus whatever the kernel: inputs and outputs once, the same of the backward."""
+    """Useful flops, and the bytes that must cross the memory bus whatever the kernel: inputs and outputs once, the same
+    of the backward."""
     read = sum(t.nbytes for t in spec.tensors.values())
     written = spec.output * next(t.itemsize for t in spec.tensors.values() if t.is_floating_point())
     gradients = sum(spec.tensors[name].nbytes for name in spec.grads)
@@ -72,9 +74,14 @@ def available_gib() -> float:
 
 
 def build(
-    case: Case, source: str, peers: Sequence[str], device: str = "cpu", extra: Callable[[Case, Spec], Sequence[Provider]] | None = None
+    case: Case,
+    source: str,
+    peers: Sequence[str],
+    device: str = "cpu",
+    extra: Callable[[Case, Spec], Sequence[Provider]] | None = None,
 ) -> Workload:
-    """The workload of an op's case: gate and calls of every provider, and why some are missing. ``extra`` adds a device's own providers."""
+    """The workload of an op's case: gate and calls of every provider, and why some are missing. ``extra`` adds a
+    device's own providers."""
     dtype, backward = inputs.DTYPES[case.dtype], case.mode.endswith("backward")
     spec = SPECS[case.op](case, source, dtype, device)
     work = Workload(case, source, *work_of(spec, case.mode), unavailable=dict(spec.unavailable or {}))

@@ -31,7 +31,11 @@ def machine(ceiling: Ceiling | None = None) -> list[str]:
         f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         f"torch {torch.__version__}, Python {platform.python_version()}",
     ]
-    return [*lines, *([f"ceiling: {ceiling}"] if ceiling else []), datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")]
+    return [
+        *lines,
+        *([f"ceiling: {ceiling}"] if ceiling else []),
+        datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    ]
 
 
 def _number(value: float, digits: int = 3) -> str:
@@ -61,7 +65,8 @@ _HEADINGS = ("provider", "ms [p20, p80]", "ratio", "GF/s", "% ceiling", "error /
 
 
 def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, with rich where it is installed and in plain columns where it is not. An empty first cell continues the row above."""
+    """Print a table, with rich where it is installed and in plain columns where it is not. An empty first cell
+    continues the row above."""
     try:
         from rich.console import Console
         from rich.table import Table
@@ -73,7 +78,11 @@ def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         return
     table = Table(title=title, title_justify="left", header_style="bold", show_edge=False)
     for heading in headings:
-        table.add_column(heading, justify="right" if heading in (*_HEADINGS[1:-1], "floor ms", "% roofline") else "left", overflow="fold")
+        table.add_column(
+            heading,
+            justify="right" if heading in (*_HEADINGS[1:-1], "floor ms", "% roofline") else "left",
+            overflow="fold",
+        )
     for i, row in enumerate(rows):
         if i and row[0]:
             table.add_section()
@@ -108,7 +117,10 @@ def show_rows(rows: Sequence[Row]) -> None:
 def show_outcomes(outcomes: Sequence[Outcome]) -> None:
     """The targets, measured, with a verdict each."""
     words = {True: "pass", False: "MISS", None: "not measured"}
-    rows = [[o.case.id, str(o.case.target), f"best of {', '.join(o.case.target.against)}", o.measured, words[o.passed]] for o in outcomes]
+    rows = [
+        [o.case.id, str(o.case.target), f"best of {', '.join(o.case.target.against)}", o.measured, words[o.passed]]
+        for o in outcomes
+    ]
     show("Targets", ("case", "target", "against", "measured", "verdict"), rows)
     passed, missed = (sum(o.passed is p for o in outcomes) for p in (True, False))
     print(f"{passed} targets met, {missed} missed, {len(outcomes) - passed - missed} not measured")
@@ -129,7 +141,9 @@ def write_markdown(results: Results, lines: Sequence[str], path: Path) -> None:
     if results.outcomes:
         text += ["", "## Targets", "", "| case | target | against | measured | |", "|---|---|---|---|---|"]
     for o in results.outcomes:
-        text.append(f"| {o.case.id} | {o.case.target} | {', '.join(o.case.target.against)} | {o.measured} | {words[o.passed]} |")
+        text.append(
+            f"| {o.case.id} | {o.case.target} | {', '.join(o.case.target.against)} | {o.measured} | {words[o.passed]} |"
+        )
     text += ["", "## Every row", "", "| case | " + " | ".join(_HEADINGS) + " |", "|" + "---|" * (len(_HEADINGS) + 1)]
     for row in results.rows:
         text.append(f"| {row.op} {row.case} {row.dtype} {row.mode}, {row.data} | " + " | ".join(_cells(row)) + " |")

@@ -27,8 +27,8 @@ FOREIGN_THREADS = {"onnxruntime", "openvino"}
 class Row:
     """One line of results.csv. Times in milliseconds, ``ratio`` = baseline's time over this one's, ``peak_mem`` in MiB.
 
-    ``status``: "ok"; "outside rule" (a peer less accurate than the rule allows); "red: why" (failed the gate, so no time); "missing: why";
-    "failed: why".
+    ``status``: "ok"; "outside rule" (a peer less accurate than the rule allows); "red: why" (failed the gate, so no
+    time); "missing: why"; "failed: why".
     """
 
     op: str
@@ -63,7 +63,8 @@ COLUMNS = [f.name for f in fields(Row)]
 
 @dataclass(frozen=True)
 class Outcome:
-    """A target held against the run; ``passed`` is None where what it speaks of was not measured, and ``measured`` says why."""
+    """A target held against the run; ``passed`` is None where what it speaks of was not measured, and ``measured`` says
+    why."""
 
     case: Case
     measured: str
@@ -86,8 +87,8 @@ class Results:
 class Settings:
     """``seconds``: time for the clock per case and source; ``rounds``: fewest and most; ``peers``: see workload.PEERS.
 
-    ``both_sources``: ours passes the gate on photographs and on random tensors before either is timed. ``extra``: see providers.build.
-    ``floor``: milliseconds that a cost model allows a case.
+    ``both_sources``: ours passes the gate on photographs and on random tensors before either is timed. ``extra``: see
+    providers.build. ``floor``: milliseconds that a cost model allows a case.
     """
 
     seconds: float = 1.0
@@ -105,7 +106,9 @@ def versions(contender: Contender) -> str:
 
 
 def _build(case: Case, source: str, settings: Settings) -> Workload:
-    if "compile" in settings.peers:  # every case starts afresh, and a peer that stops being compiled fails instead of slowing down
+    if (
+        "compile" in settings.peers
+    ):  # every case starts afresh, and a peer that stops being compiled fails instead of slowing down
         torch._dynamo.reset()
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     if case.op in providers.SPECS:
@@ -136,7 +139,12 @@ def _gate(work: Workload, rows: dict[str, Row], settings: Settings) -> dict[str,
             continue
         if row.status in ("ok", "outside rule"):
             open_to_clock[name] = contender.run
-    if settings.both_sources and OURS in open_to_clock and SOURCES[0] in work.case.sources and "batch" in work.case.shape:
+    if (
+        settings.both_sources
+        and OURS in open_to_clock
+        and SOURCES[0] in work.case.sources
+        and "batch" in work.case.shape
+    ):
         _gate_other_source(work, rows[OURS], settings)
         if rows[OURS].status != "ok":
             del open_to_clock[OURS]
@@ -144,7 +152,8 @@ def _gate(work: Workload, rows: dict[str, Row], settings: Settings) -> dict[str,
 
 
 def _gate_other_source(work: Workload, row: Row, settings: Settings) -> None:
-    """Ours on the kind of input that is not timed, a few images of it; the row keeps the verdict nearer to its limit."""
+    """Ours on the kind of input that is not timed, a few images of it; the row keeps the verdict nearer to its
+    limit."""
     few = replace(work.case, shape={**work.case.shape, "batch": min(2, work.case.shape["batch"])})
     verdict = _build(few, next(s for s in SOURCES if s != work.source), settings).contenders[OURS].verdict()
     if not verdict.passed or verdict.error / verdict.allowed > row.max_err / row.allowed_err:
@@ -244,7 +253,8 @@ def run(
     left: Callable[[], float] = lambda: math.inf,
     keep: Callable[[Sequence[Row]], None] = lambda rows: None,
 ) -> Results:
-    """Every case on each of its sources of inputs, one line of progress for each; once ``left()`` is negative, cases are only named.
+    """Every case on each of its sources of inputs, one line of progress for each; once ``left()`` is negative, cases
+    are only named.
 
     ``keep`` is handed all rows so far after every case, so that a run that is cut short has lost one case.
     """
@@ -260,7 +270,18 @@ def run(
             except Exception as error:  # a case that cannot be set up is a red row, and the others still run
                 traceback.print_exc()
                 reason = f"failed: {raised(error)}"
-                rows = [Row(case.op, case.label, OURS, case.dtype, case.mode, torch.get_num_threads(), data=source, status=reason)]
+                rows = [
+                    Row(
+                        case.op,
+                        case.label,
+                        OURS,
+                        case.dtype,
+                        case.mode,
+                        torch.get_num_threads(),
+                        data=source,
+                        status=reason,
+                    )
+                ]
             results.rows += rows
             outcome = hold(case, rows)
             if outcome is not None and source == case.sources[0]:

@@ -22,7 +22,9 @@ _LENGTHS = {"quick": (49, 197), "default": (49, 197, 577, 1025), "full": (16, 49
 _BATCHES = {"quick": (1, 2), "default": (1, 2, 8), "full": (1, 2, 4, 8, 16, 32)}
 
 
-def _attention_rows(batch: int, length: int, dtype: str, settings: Settings, ceiling: Ceiling, note: str = "") -> list[Row]:
+def _attention_rows(
+    batch: int, length: int, dtype: str, settings: Settings, ceiling: Ceiling, note: str = ""
+) -> list[Row]:
     shape = {"batch": batch, "heads": 12, "length": length, "dim": 64}
     case = Case("flash_attention", f"{batch}x12x{length}x64{note}", dtype, "scaling", shape)
     return runner.run_workload(providers.build(case, "photos", ()), settings, ceiling)
@@ -73,7 +75,9 @@ def _sweep(name: str, level: str, settings: Settings, ceiling: Ceiling) -> list[
     if name == "tokens":
         return [r for n in _LENGTHS[level] for dtype in dtypes for r in _attention_rows(1, n, dtype, settings, ceiling)]
     if name == "batch":
-        return [r for b in _BATCHES[level] for dtype in dtypes for r in _attention_rows(b, 197, dtype, settings, ceiling)]
+        return [
+            r for b in _BATCHES[level] for dtype in dtypes for r in _attention_rows(b, 197, dtype, settings, ceiling)
+        ]
     if name == "area":
         return [r for size in _SIZES[level] for dtype in dtypes for r in _swin_rows(size, dtype, settings, ceiling)]
     rows, most = [], torch.get_num_threads()

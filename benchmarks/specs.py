@@ -1,4 +1,5 @@
-"""Every op on a case: its inputs, its definition, and every way of computing it: ours, the naive form, PyTorch's own, the compiler's."""
+"""Every op on a case: its inputs, its definition, and every way of computing it: ours, the naive form, PyTorch's own,
+the compiler's."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ Tensors = dict[str, Tensor]
 class Provider:
     """``fn(**tensors)`` gives the output, or a tuple that starts with it.
 
-    ``prepare`` brings the inputs into the provider's own layout before the clock starts: what a model would have at hand there.
+    ``prepare`` brings the inputs into the provider's own layout before the clock starts: what a model would have at
+    hand there.
     """
 
     name: str
@@ -38,7 +40,8 @@ class Provider:
 
 
 def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile(fn)`` at the first call: the compiler alone takes seconds to import, and most runs do not ask for it."""
+    """``torch.compile(fn)`` at the first call: the compiler alone takes seconds to import, and most runs do not ask for
+    it."""
     made: list[Callable[..., Any]] = []
 
     def run(**tensors: Tensor) -> Any:
@@ -53,7 +56,8 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
 class Spec:
     """An op on one case: its inputs, its definition, who computes it.
 
-    ``flops`` of the forward, ``backward`` flops in multiples of it, ``output`` elements; ``items``: see :class:`benchmarks.gate.Gate`.
+    ``flops`` of the forward, ``backward`` flops in multiples of it, ``output`` elements; ``items``: see
+    :class:`benchmarks.gate.Gate`.
     """
 
     tensors: Tensors
@@ -75,7 +79,9 @@ def _flash_attention(case: Case, source: str, dtype: torch.dtype, device: str) -
     b, h, n, d = (case.shape[key] for key in ("batch", "heads", "length", "dim"))
     causal = case.shape.get("causal", False)
     packed = inputs.projected_qkv(source, b, n, h * d).to(device, dtype).view(b, n, 3, h, d)
-    tensors = dict(zip("qkv", packed.permute(2, 0, 3, 1, 4).unbind(0), strict=True))  # strided views, as a model hands them over
+    tensors = dict(
+        zip("qkv", packed.permute(2, 0, 3, 1, 4).unbind(0), strict=True)
+    )  # strided views, as a model hands them over
     if case.shape.get("bias"):
         tensors["bias"] = torch.randn(1, h, n, n, generator=torch.Generator().manual_seed(5)).to(device, dtype)
     future = torch.ones(n, n, dtype=torch.bool, device=device).triu(1)
@@ -89,7 +95,9 @@ def _flash_attention(case: Case, source: str, dtype: torch.dtype, device: str) -
     providers = [
         Provider(OURS, lambda q, k, v, bias=None: pyvit.ops.flash_attention(q, k, v, bias=bias, is_causal=causal)),
         Provider("naive", naive),
-        Provider("sdpa", lambda q, k, v, bias=None: F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)),
+        Provider(
+            "sdpa", lambda q, k, v, bias=None: F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+        ),
         Provider("compile", compiled(naive)),
     ]
     flops = 4 * b * h * n * n * d / (2 if causal else 1)
@@ -101,9 +109,13 @@ def _flash_attention_varlen(case: Case, source: str, dtype: torch.dtype, device:
     lengths, h, d = case.shape["lengths"], case.shape["heads"], case.shape["dim"]
     ends = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
     longest = max(lengths)
-    packed = torch.cat([inputs.projected_qkv(source, 1, n, h * d, seed=i)[0] for i, n in enumerate(lengths)]).to(device, dtype)
+    packed = torch.cat([inputs.projected_qkv(source, 1, n, h * d, seed=i)[0] for i, n in enumerate(lengths)]).to(
+        device, dtype
+    )
     tensors = dict(zip("qkv", packed.view(-1, 3, h, d).unbind(1), strict=True))
-    groups = {n: [i for i, m in enumerate(lengths) if m == n] for n in lengths}  # equal lengths stand together, as crops do
+    groups = {
+        n: [i for i, m in enumerate(lengths) if m == n] for n in lengths
+    }  # equal lengths stand together, as crops do
 
     def per_length(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -144,13 +156,18 @@ def _window_attention(case: Case, source: str, dtype: torch.dtype, device: str) 
     mask = baselines.shift_mask(side, side, window, shift).to(device, dtype) if shift else None
 
     def definition(qkv: Tensor, bias_table: Tensor, logit_scale: Tensor | None = None) -> Tensor:
-        return reference.window_attention(qkv, [window] * 2, [shift] * 2, heads, bias_table, logit_scale, None, scale, 0.0, None)[0]
+        return reference.window_attention(
+            qkv, [window] * 2, [shift] * 2, heads, bias_table, logit_scale, None, scale, 0.0, None
+        )[0]
 
     def ours(qkv: Tensor, bias_table: Tensor, logit_scale: Tensor | None = None) -> Tensor:
-        return pyvit.ops.window_attention(qkv, window, shift, num_heads=heads, bias_table=bias_table, logit_scale=logit_scale)
+        return pyvit.ops.window_attention(
+            qkv, window, shift, num_heads=heads, bias_table=bias_table, logit_scale=logit_scale
+        )
 
     def prepare(given: Tensors) -> Tensors:
-        # A model rolls and partitions the C channels before the projection, not its 3C: the clock sees that on a map of C channels.
+        # A model rolls and partitions the C channels before the projection, not its 3C: the clock sees that on a map of
+        # C channels.
         qkv = given["qkv"]
         rolled = qkv.roll((-shift, -shift), (1, 2)) if shift else qkv
         return {**given, "qkv": baselines.partition(rolled, window), "x": qkv[..., :width].contiguous()}
@@ -192,17 +209,25 @@ def _patch_embed(case: Case, source: str, dtype: torch.dtype, device: str) -> Sp
     tensors = _cast(tensors, dtype, device)
     norm = {"mean": mean, "std": std} if uint8 else {}
 
-    def definition(images: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, prefix: Tensor, keep: Tensor | None = None) -> Tensor:
-        return reference.patch_embed(images, weight, bias, [patch, patch], pos_embed, prefix, keep, norm.get("mean"), norm.get("std"))
+    def definition(
+        images: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, prefix: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
+        return reference.patch_embed(
+            images, weight, bias, [patch, patch], pos_embed, prefix, keep, norm.get("mean"), norm.get("std")
+        )
 
-    def ours(images: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, prefix: Tensor, keep: Tensor | None = None) -> Tensor:
+    def ours(
+        images: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, prefix: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
         return pyvit.ops.patch_embed(images, weight, bias, pos_embed=pos_embed, prefix=prefix, keep=keep, **norm)
 
     def floats(images: Tensor, dtype: torch.dtype) -> Tensor:
         return inputs.normalised(images).to(dtype) if images.dtype == torch.uint8 else images
 
     def assembled(project: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-        def run(images: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, prefix: Tensor, keep: Tensor | None = None) -> Tensor:
+        def run(
+            images: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, prefix: Tensor, keep: Tensor | None = None
+        ) -> Tensor:
             x = project(floats(images, weight.dtype), weight, bias) + pos_embed
             if keep is not None:
                 x = x.gather(1, keep[:, :, None].expand(-1, -1, width))
@@ -219,7 +244,9 @@ def _patch_embed(case: Case, source: str, dtype: torch.dtype, device: str) -> Sp
     providers = [Provider(OURS, ours), Provider("conv2d", conv), Provider("reshape + linear", assembled(linear))]
     if uint8:  # what the bytes are compared with: our own op on pixels that were normalised beforehand
         float_op = lambda images, **kw: pyvit.ops.patch_embed(images, kw.pop("weight"), kw.pop("bias"), **kw)  # noqa: E731
-        providers.append(Provider("ours, float pixels", float_op, lambda given: {**given, "images": floats(given["images"], dtype)}))
+        providers.append(
+            Provider("ours, float pixels", float_op, lambda given: {**given, "images": floats(given["images"], dtype)})
+        )
     providers.append(Provider("compile", compiled(conv)))
     flops = 2 * b * (kept or count) * width * 3 * patch * patch
     output = b * ((kept or count) + 1) * width
@@ -246,11 +273,20 @@ def _linear(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
 def _layer_norm(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
     rows, width = case.shape["rows"], case.shape["width"]
     rng = torch.Generator().manual_seed(9)
-    tensors = {name: torch.randn(shape, generator=rng) for name, shape in (("x", (rows, width)), ("weight", (width,)), ("bias", (width,)))}
+    tensors = {
+        name: torch.randn(shape, generator=rng)
+        for name, shape in (("x", (rows, width)), ("weight", (width,)), ("bias", (width,)))
+    }
     naive = lambda x, weight, bias: F.layer_norm(x, (width,), weight, bias)  # noqa: E731
-    providers = [Provider(OURS, pyvit.ops.layer_norm), Provider("F.layer_norm", naive), Provider("compile", compiled(naive))]
+    providers = [
+        Provider(OURS, pyvit.ops.layer_norm),
+        Provider("F.layer_norm", naive),
+        Provider("compile", compiled(naive)),
+    ]
     per_element = 7  # two for the mean and the variance each, the difference, the product and the sum
-    return Spec(_cast(tensors, dtype, device), naive, providers, tuple(tensors), per_element * rows * width, 2.0, rows * width)
+    return Spec(
+        _cast(tensors, dtype, device), naive, providers, tuple(tensors), per_element * rows * width, 2.0, rows * width
+    )
 
 
 SPECS: dict[str, Callable[[Case, str, torch.dtype, str], Spec]] = {

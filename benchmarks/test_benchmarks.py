@@ -1,6 +1,7 @@
 """``pytest benchmarks``: the cases of ``python -m benchmarks`` through pytest-benchmark, each gated before it is timed.
 
-``pytest benchmarks -k "window_attention and bf16"`` selects; PYVIT_BENCH_LEVEL is quick, default or full, PYVIT_BENCH_PEERS as ``--peers``.
+``pytest benchmarks -k "window_attention and bf16"`` selects; PYVIT_BENCH_LEVEL is quick, default or full,
+PYVIT_BENCH_PEERS as ``--peers``.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ PEERS = ("compile", "accelerate", "timm", "transformers", "onnxruntime", "openvi
 class Contender:
     """One provider on one case.
 
-    ``run`` is the timed call, ``verdict`` computes the comparison with the float64 reference, ``version`` names the package behind it, and
-    ``held`` is memory in MiB that the call needs but holds before it starts (a training step's weights and optimiser).
+    ``run`` is the timed call, ``verdict`` computes the comparison with the float64 reference, ``version`` names the
+    package behind it, and ``held`` is memory in MiB that the call needs but holds before it starts (a training step's
+    weights and optimiser).
     """
 
     run: Callable[[], object]
@@ -32,7 +33,8 @@ class Contender:
 class Workload:
     """One case on one source of inputs.
 
-    ``flops`` are the useful ones, two per multiply-add (recomputation does not count); ``bytes``: traffic no kernel can avoid, where known.
+    ``flops`` are the useful ones, two per multiply-add (recomputation does not count); ``bytes``: traffic no kernel can
+    avoid, where known.
     """
 
     case: Case

@@ -1,7 +1,7 @@
 """The streaming losses beside the naive ones: time, memory and training curves, written into docs/results.md.
 
-``python examples/losses.py [costs] [curves]`` writes both tables, or one. Each measurement is a process of its own; memory is the growth of
-its peak over forward and backward.
+``python examples/losses.py [costs] [curves]`` writes both tables, or one. Each measurement is a process of its own;
+memory is the growth of its peak over forward and backward.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def measure(loss: str, kind: str) -> dict[str, float]:
 
 
 def curve(recipe: str, kind: str) -> list[float]:
-    """The losses of a run's first steps: by pyvit's kernels, or by plain PyTorch in float32 ("naive") or float64 ("exact").
+    """The losses of a run's first steps: by pyvit's kernels, or by plain PyTorch in float32 ("naive") or float64
+    ("exact").
 
     The views are drawn in float32 by all, so that they are the same.
     """
@@ -71,7 +72,10 @@ def curve(recipe: str, kind: str) -> list[float]:
     with tempfile.TemporaryDirectory() as folder, pyvit.use_backend(None if kind == "ours" else "reference"):
         run = Run(Config(recipe=recipe, data="digits", batch_size=64, steps=STEPS, out=folder))
         if kind == "exact":
-            narrow, wide = run.recipe.views, lambda v: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+            narrow, wide = (
+                run.recipe.views,
+                lambda v: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v,
+            )
             run.recipe.double()
             for module in run.recipe.modules():
                 if isinstance(module, Augment):
@@ -86,14 +90,21 @@ def curve(recipe: str, kind: str) -> list[float]:
 def child(*arguments: str, **env: str) -> str:
     """What this file prints last when called with ``arguments``."""
     command = [sys.executable, __file__, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **env}).stdout.splitlines()[-1]
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, **env}
+    ).stdout.splitlines()[-1]
 
 
 def costs() -> list[str]:
-    lines = ["| loss | streaming | naive | streaming memory | naive memory | difference of values |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| loss | streaming | naive | streaming memory | naive memory | difference of values |",
+        "|---|---|---|---|---|---|",
+    ]
     for loss in ("info_nce", "nt_xent", "sigmoid_contrastive", "distillation_cross_entropy"):
         ours, naive = (json.loads(child("measure", loss, kind)) for kind in ("streaming", "naive"))
-        times = f"{ours['seconds']:.2f} s | {naive['seconds']:.2f} s | {ours['memory']:.0f} MB | {naive['memory']:.0f} MB"
+        times = (
+            f"{ours['seconds']:.2f} s | {naive['seconds']:.2f} s | {ours['memory']:.0f} MB | {naive['memory']:.0f} MB"
+        )
         lines.append(f"| `{loss}` | {times} | {abs(ours['value'] / naive['value'] - 1):.0e} |")
         print(lines[-1], flush=True)
     return lines
@@ -106,8 +117,15 @@ def curves() -> list[str]:
     ]
     for recipe in CURVES:
         ours, naive, exact = (json.loads(child("curve", recipe, kind)) for kind in ("ours", "naive", "exact"))
-        apart = [max(abs(a / b - 1) for a, b in zip(*pair, strict=True)) for pair in ((ours, naive), (ours, exact), (naive, exact))]
-        lines.append(f"| {recipe}, {STEPS} steps | {ours[0]:.4f} | {ours[-1]:.4f} | " + " | ".join(f"{x:.0e}" for x in apart) + " |")
+        apart = [
+            max(abs(a / b - 1) for a, b in zip(*pair, strict=True))
+            for pair in ((ours, naive), (ours, exact), (naive, exact))
+        ]
+        lines.append(
+            f"| {recipe}, {STEPS} steps | {ours[0]:.4f} | {ours[-1]:.4f} | "
+            + " | ".join(f"{x:.0e}" for x in apart)
+            + " |"
+        )
         print(lines[-1], flush=True)
     return lines
 

@@ -1,7 +1,8 @@
 """Train every recipe at the scale of a laptop and write docs/results.md: ``python examples/results.py [NAME ...]``.
 
-Runs land in ``runs/results``; one that was interrupted continues from its last checkpoint, one that is finished is measured again. The page
-is rewritten after every run: killed at any moment, the same command goes on where it stopped. Seeds are fixed.
+Runs land in ``runs/results``; one that was interrupted continues from its last checkpoint, one that is finished is
+measured again. The page is rewritten after every run: killed at any moment, the same command goes on where it stopped.
+Seeds are fixed.
 """
 
 from __future__ import annotations
@@ -68,7 +69,10 @@ def measure(name: str) -> str:
         torch.manual_seed(0)
         fresh = type(recipe)(recipe.config, data).eval()
         untrained = [features(fresh.exported(), part, recipe.normalize) for part in (data.train, data.test)]
-        results["untrained knn"], results["untrained linear"] = knn_accuracy(*untrained), linear_probe(*untrained)["linear"]
+        results["untrained knn"], results["untrained linear"] = (
+            knn_accuracy(*untrained),
+            linear_probe(*untrained)["linear"],
+        )
     if name == "words":
         results = {f"accuracy ({load_data('words').extra['voice']})": results["accuracy"]}
     if name == "scenes":
@@ -94,7 +98,9 @@ def write(name: str, row: str) -> None:
     rows = {line.split("|")[1].strip(): line for line in table.splitlines()[2:]} | {name: row}
     known = [rows[n] for n in ("raw pixels", *TRAINED, *ABLATION) if n in rows]
     lines = ["| run | command | held-out figures |", "|---|---|---|", *known]
-    write_atomic(page, lambda file: file.write(f"{before}<!-- table -->\n{chr(10).join(lines)}\n<!-- end -->{after}".encode()))
+    write_atomic(
+        page, lambda file: file.write(f"{before}<!-- table -->\n{chr(10).join(lines)}\n<!-- end -->{after}".encode())
+    )
 
 
 def main(names: list[str]) -> None:

@@ -1,4 +1,5 @@
-"""What each backend serves, as data: dispatch, ``explain``, errors, the documentation's table and the tests' parameters read it."""
+"""What each backend serves, as data: dispatch, ``explain``, errors, the documentation's table and the tests' parameters
+read it."""
 
 from __future__ import annotations
 
@@ -20,15 +21,17 @@ F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat1
 class Capability:
     """One backend's promise for one operator.
 
-    ``features`` are the optional things a call may ask for (see each operator's ``describe``); a feature not listed is refused.
-    ``head_dim`` is (smallest, largest, multiple of); ``deterministic`` promises the same bits for the same inputs, gradients included.
+    ``features`` are the optional things a call may ask for (see each operator's ``describe``); a feature not listed is
+    refused. ``head_dim`` is (smallest, largest, multiple of); ``deterministic`` promises the same bits for the same
+    inputs, gradients included.
     """
 
     dtypes: tuple[torch.dtype, ...]
     features: frozenset[str] = frozenset()
     head_dim: tuple[int, int, int] = (1, 1 << 30, 1)
     deterministic: bool = True
-    #: Written in Python over torch's own matrix products: serves tensors of the device of the backend's name, with no compiled library.
+    #: Written in Python over torch's own matrix products: serves tensors of the device of the backend's name, with no
+    #: compiled library.
     pure: bool = False
 
 
@@ -50,7 +53,8 @@ def _missing(backend: str, device: str) -> str | None:
     return None if library.has_cuda() else "the compiled library was built without CUDA (no nvcc at build time)"
 
 
-#: MISSING[backend, device]: why a backend cannot run on a device type on this machine, None where it can. Looking never touches a GPU.
+#: MISSING[backend, device]: why a backend cannot run on a device type on this machine, None where it can. Looking never
+#: touches a GPU.
 MISSING = {(backend, device): _missing(backend, device) for backend in BACKENDS for device in ("cpu", "cuda")}
 
 
@@ -59,7 +63,9 @@ _VARLEN = _ATTENTION
 _WINDOW = frozenset({"bias_table", "logit_scale", "pad_qkv", "shift", "padding", "grad"})
 _PATCH = frozenset({"uint8", "normalize", "overlap", "pos_embed", "prefix", "keep", "grad", "images_grad"})
 
-_REFERENCE = Capability((F64, F32, F16, BF16), _ATTENTION | _WINDOW | _PATCH | {"dropout", "prototypes", "center", "logits"})
+_REFERENCE = Capability(
+    (F64, F32, F16, BF16), _ATTENTION | _WINDOW | _PATCH | {"dropout", "prototypes", "center", "logits"}
+)
 
 #: CAPABILITIES[operator][backend]
 CAPABILITIES: dict[str, dict[str, Capability]] = {
@@ -99,8 +105,8 @@ for _table in CAPABILITIES.values():
 def preference(op: str) -> list[str]:
     """Backends in the order in which dispatch asks them for ``op`` where :mod:`pyvit.gpu_choice` knows no better.
 
-    A kernel comes before a tile loop in Python, which multiplies float32 copies of its tiles and launches several kernels for each: that
-    much needs no measurement. Triton's kernels come before CUDA's because they serve more calls.
+    A kernel comes before a tile loop in Python, which multiplies float32 copies of its tiles and launches several
+    kernels for each: that much needs no measurement. Triton's kernels come before CUDA's because they serve more calls.
     """
 
     def rank(backend: str) -> tuple[bool, bool, bool]:

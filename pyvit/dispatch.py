@@ -1,7 +1,8 @@
 """Choosing a backend, and registering operators so that every way of calling them runs the same kernels.
 
-A public function in :mod:`pyvit.ops` checks its arguments, describes the call (:class:`Call`), asks :func:`select` for a backend and calls
-an :class:`Operator`. The same Operator stands behind ``torch.ops.pyvit.<name>``, so the compiler, export and C++ callers see no other code.
+A public function in :mod:`pyvit.ops` checks its arguments, describes the call (:class:`Call`), asks :func:`select` for
+a backend and calls an :class:`Operator`. The same Operator stands behind ``torch.ops.pyvit.<name>``, so the compiler,
+export and C++ callers see no other code.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def reasons(call: Call, backend: str) -> list[str]:
     low, high, multiple = capability.head_dim
     for d in call.head_dims:
         if not low <= d <= high or d % multiple:
-            found.append(f"head dimension {d} is not in {low}..{high}" + (f" in steps of {multiple}" if multiple > 1 else ""))
+            found.append(
+                f"head dimension {d} is not in {low}..{high}" + (f" in steps of {multiple}" if multiple > 1 else "")
+            )
     found += [f"does not support {name}" for name in call.features if name not in capability.features]
     return found
 
@@ -93,12 +96,15 @@ class use_backend:
 
 
 def select(call: Call, backend: str | None = None) -> str:
-    """The backend that serves ``call``: the requested one, else that of :class:`use_backend` or ``PYVIT_BACKEND``, else the first able.
+    """The backend that serves ``call``: the requested one, else that of :class:`use_backend` or ``PYVIT_BACKEND``, else
+    the first able.
 
     Raises :class:`BackendError` when a requested backend refuses, ValueError when there is none of that name.
     """
     wanted = backend if backend is not None else _override
-    if torch.compiler.is_compiling():  # the choice is made while tracing; a cache here would be a side effect of the graph
+    if (
+        torch.compiler.is_compiling()
+    ):  # the choice is made while tracing; a cache here would be a side effect of the graph
         return _select(call, wanted)
     return _chosen(call, wanted)
 
@@ -128,7 +134,8 @@ def _select(call: Call, wanted: str | None) -> str:
 
 
 def _order(call: Call) -> list[str]:
-    """Backends in the order to ask them: as preferred, with the faster of two kernels first where the sizes say which."""
+    """Backends in the order to ask them: as preferred, with the faster of two kernels first where the sizes say
+    which."""
     order = preference(call.op)
     if call.sizes and not reasons(call, "cuda") and not reasons(call, "triton"):
         faster = gpu_choice.first(call.op, call.dtype, call.features, call.sizes)
@@ -138,7 +145,8 @@ def _order(call: Call) -> list[str]:
 
 
 def sizes(device: str, *values: int) -> tuple[int, ...]:
-    """``values`` for :attr:`Call.sizes` of a GPU call; none where one is symbolic, since one graph then serves them all."""
+    """``values`` for :attr:`Call.sizes` of a GPU call; none where one is symbolic, since one graph then serves them
+    all."""
     if device != "cuda":
         return ()
     if torch.compiler.is_compiling() or torch_private.is_traced():
@@ -200,7 +208,8 @@ _describers: dict[str, Callable[..., tuple[Call, list[str]]]] = {}
 
 
 def describes(name: str) -> Callable[[Callable[..., tuple[Call, list[str]]]], Callable[..., tuple[Call, list[str]]]]:
-    """Register the function that turns the public arguments of ``name`` into a :class:`Call` and notes for :func:`explain`."""
+    """Register the function that turns the public arguments of ``name`` into a :class:`Call` and notes for
+    :func:`explain`."""
 
     def register(describe: Callable[..., tuple[Call, list[str]]]) -> Callable[..., tuple[Call, list[str]]]:
         _describers[name] = describe
@@ -219,20 +228,25 @@ def copy_notes(**tensors: Tensor | None) -> list[str]:
 
 
 def autocast(device: str, *tensors: Any) -> Any:
-    """Under ``torch.autocast`` for ``device``, the floating tensors in its dtype; otherwise as they are. None stays None."""
+    """Under ``torch.autocast`` for ``device``, the floating tensors in its dtype; otherwise as they are. None stays
+    None."""
     # Of the devices with kernels it is known, and some releases' compilers cannot trace the question.
     available = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
     if not available or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
 
 
 _Backward = TypeVar("_Backward", bound=Callable[..., Any])
 
 
 def no_autocast(*tensors: Any) -> contextlib.AbstractContextManager[Any]:
-    """The context of formulas whose operands were cast already: autocast is off for the device of the first of ``tensors`` that is one."""
+    """The context of formulas whose operands were cast already: autocast is off for the device of the first of
+    ``tensors`` that is one."""
     device = next((t.device.type for t in tensors if isinstance(t, Tensor)), None)
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return contextlib.nullcontext()
@@ -240,7 +254,8 @@ def no_autocast(*tensors: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def without_autocast(backward: _Backward) -> _Backward:
-    """``backward`` with autocast off, under which its caller may be: the forward's operands were cast, or were left wide on purpose."""
+    """``backward`` with autocast off, under which its caller may be: the forward's operands were cast, or were left
+    wide on purpose."""
 
     @functools.wraps(backward)
     def call(ctx: Any, *grads: Any) -> Any:
@@ -271,13 +286,15 @@ class Operator:
     """One dispatcher operator of :data:`pyvit.schemas.SCHEMAS`, with its fake kernel, gradient and kernels per backend.
 
     Calling it takes the shortest way to the kernel: in eager mode straight to the backend's function, through one
-    :class:`torch.autograd.Function` when a gradient is needed; while traced or under a functorch transform, through the dispatcher.
+    :class:`torch.autograd.Function` when a gradient is needed; while traced or under a functorch transform, through the
+    dispatcher.
 
     Args:
         name: key into SCHEMAS.
         reference: the naive form, same arguments less the trailing ``backend``.
         fake: shapes, dtypes and strides of the outputs, same arguments as the schema.
-        check: the contract for those who call torch.ops: the schema's arguments less ``backend`` to the call they are, or an error.
+        check: the contract for those who call torch.ops: the schema's arguments less ``backend`` to the call they are,
+            or an error.
         setup_context, backward: as for ``torch.library.register_autograd``.
         autocast_args: positions of the tensors cast under autocast.
         kernels: per backend, "module:function" imported at first use, or None for the dispatcher's own C++ kernel.
@@ -332,7 +349,8 @@ class Operator:
         return found
 
     def run(self, *args: Any) -> Any:
-        """Kernel of the dispatcher where the library has none of its own: checks the arguments, resolves ``backend``, the last of them."""
+        """Kernel of the dispatcher where the library has none of its own: checks the arguments, resolves ``backend``,
+        the last of them."""
         *given, backend = args
         return self.kernel(_chosen(self._check(*given), None if backend == "auto" else backend))(*given, backend)
 
@@ -341,7 +359,9 @@ class Operator:
             return self.kernel("reference")(*args)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._op(*args)
-        watched = torch_private.dispatch_modes() > 0  # fake tensors, recorders, counters: they see what goes through the dispatcher
+        watched = (
+            torch_private.dispatch_modes() > 0
+        )  # fake tensors, recorders, counters: they see what goes through the dispatcher
         if watched:
             importlib.import_module("pyvit.ops.flops").register()
         if torch_private.transforms_active():
@@ -351,13 +371,17 @@ class Operator:
         if self._of_gradients and any(isinstance(a, Tensor) and torch_private.is_batched(a) for a in args[:2]):
             return self._op(*args)  # the dispatcher takes them one by one
         if torch_private.forward_mode() and any(_is_dual(a) for a in args):
-            raise NotImplementedError(f"{self.name}: forward-mode differentiation needs backend='reference', got {args[-1]!r}")
+            raise NotImplementedError(
+                f"{self.name}: forward-mode differentiation needs backend='reference', got {args[-1]!r}"
+            )
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return self._function.apply(*args) if self._function is not None else self._op(*args)
         with torch_private.below_autograd():
             return self.kernel(args[-1])(*args)
 
-    def _make_function(self, setup_context: Callable[..., None], backward: Callable[..., Any]) -> type[torch.autograd.Function]:
+    def _make_function(
+        self, setup_context: Callable[..., None], backward: Callable[..., Any]
+    ) -> type[torch.autograd.Function]:
         operator = self
 
         class Function(torch.autograd.Function):
@@ -375,8 +399,11 @@ class Operator:
         Function.__name__ = Function.__qualname__ = self.name
         return Function
 
-    def _make_transformed(self, setup_context: Callable[..., None], backward: Callable[..., Any]) -> type[torch.autograd.Function]:
-        """The form that torch.func sees: grad and vjp as in eager mode, vmap as a loop; jvp is refused by PyTorch, having no rule."""
+    def _make_transformed(
+        self, setup_context: Callable[..., None], backward: Callable[..., Any]
+    ) -> type[torch.autograd.Function]:
+        """The form that torch.func sees: grad and vjp as in eager mode, vmap as a loop; jvp is refused by PyTorch,
+        having no rule."""
         operator = self
 
         class Transformed(torch.autograd.Function):
@@ -396,7 +423,8 @@ class Operator:
             def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
                 def at(i: int) -> list[Any]:
                     return [
-                        a.select(dim, i) if isinstance(a, Tensor) and dim is not None else a for a, dim in zip(args, in_dims, strict=True)
+                        a.select(dim, i) if isinstance(a, Tensor) and dim is not None else a
+                        for a, dim in zip(args, in_dims, strict=True)
                     ]
 
                 calls = [operator(*at(i)) for i in range(info.batch_size)]
@@ -419,7 +447,11 @@ class Operator:
 
 
 def reference_backward(
-    reference: Callable[..., Any], grads: Sequence[Tensor | None], args: Sequence[Any], inputs: Sequence[int], create_graph: bool = False
+    reference: Callable[..., Any],
+    grads: Sequence[Tensor | None],
+    args: Sequence[Any],
+    inputs: Sequence[int],
+    create_graph: bool = False,
 ) -> list[Tensor | None]:
     """Gradients of ``reference(*args)`` with respect to the tensors at positions ``inputs``, by autograd.
 
@@ -428,14 +460,25 @@ def reference_backward(
     if not inputs:
         return []
     with torch_private.above_autograd(), torch.enable_grad():
-        if torch_private.transforms_active():  # a transform's tensors are no leaves, and autograd.grad does not see through it
-            return _pulled_back(reference, grads, [a.detach() if isinstance(a, Tensor) and not create_graph else a for a in args], inputs)
+        if (
+            torch_private.transforms_active()
+        ):  # a transform's tensors are no leaves, and autograd.grad does not see through it
+            return _pulled_back(
+                reference,
+                grads,
+                [a.detach() if isinstance(a, Tensor) and not create_graph else a for a in args],
+                inputs,
+            )
         leaves = {i: args[i].detach().requires_grad_() if not create_graph else args[i] for i in inputs}
         outputs = reference(*[leaves.get(i, a) for i, a in enumerate(args)])
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=False) if g is not None and o.requires_grad]
         found = torch.autograd.grad(
-            [o for o, _ in pairs], [leaves[i] for i in inputs], [g for _, g in pairs], create_graph=create_graph, allow_unused=True
+            [o for o, _ in pairs],
+            [leaves[i] for i in inputs],
+            [g for _, g in pairs],
+            create_graph=create_graph,
+            allow_unused=True,
         )
         if create_graph:
             return list(found)
@@ -462,18 +505,21 @@ def _pulled_back(
 def formula_gradients(
     formula: Callable[..., Any], inputs: Sequence[Tensor | None], needs: Sequence[bool], *grads: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``formula(*inputs)`` that can be differentiated again, for those of ``inputs`` that need one, None for the others."""
+    """Gradients of ``formula(*inputs)`` that can be differentiated again, for those of ``inputs`` that need one, None
+    for the others."""
     given = [t for t, need in zip(inputs, needs, strict=False) if need and t is not None]
     with no_autocast(*grads):
         found = iter(torch.autograd.grad(formula(*inputs), given, grads, create_graph=True))
     return tuple(next(found) if need else None for need in needs)
 
 
-def double_backward(reference: Callable[..., Any], n_grads: int, n_skipped: int, inputs: Sequence[int]) -> dict[str, Any]:
+def double_backward(
+    reference: Callable[..., Any], n_grads: int, n_skipped: int, inputs: Sequence[int]
+) -> dict[str, Any]:
     """Gradient of a ``*_backward`` operator by differentiating the reference formula twice.
 
-    The operator's arguments are ``n_grads`` output gradients, ``n_skipped`` saved values, then the forward's, ``backend`` last;
-    ``inputs`` are the forward positions whose gradients it returns, in order.
+    The operator's arguments are ``n_grads`` output gradients, ``n_skipped`` saved values, then the forward's,
+    ``backend`` last; ``inputs`` are the forward positions whose gradients it returns, in order.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -490,7 +536,13 @@ def double_backward(reference: Callable[..., Any], n_grads: int, n_skipped: int,
             ]
             forward = args[n_grads + n_skipped : -1]
             present = [i for i in inputs if isinstance(forward[i], Tensor) and forward[i].is_floating_point()]
-            firsts = dict(zip(present, reference_backward(reference, args[:n_grads], forward, present, create_graph=True), strict=True))
+            firsts = dict(
+                zip(
+                    present,
+                    reference_backward(reference, args[:n_grads], forward, present, create_graph=True),
+                    strict=True,
+                )
+            )
             pairs = []
             for i, g in zip(inputs, second, strict=True):
                 first = firsts.get(i)

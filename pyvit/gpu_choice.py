@@ -1,7 +1,8 @@
-"""Which of the two GPU backends serves a call that both can: the one measured faster at this shape or a like one, else the one predicted.
+"""Which of the two GPU backends serves a call that both can: the one measured faster at this shape or a like one, else
+the one predicted.
 
-``python -m benchmarks.gpu_backends`` measures on the GPU at hand and prints rows for :data:`MEASURED`. Predictions come from
-:mod:`pyvit.triton_kernels.plans`; they look at sizes alone and are made without a GPU.
+``python -m benchmarks.gpu_backends`` measures on the GPU at hand and prints rows for :data:`MEASURED`. Predictions come
+from :mod:`pyvit.triton_kernels.plans`; they look at sizes alone and are made without a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pyvit.triton_kernels import cost, plans
 
 @dataclass(frozen=True)
 class Measured:
-    """Milliseconds of one call, forward and, with ``grad``, backward. ``shape`` is what decides the tiles (see :func:`shape_of`)."""
+    """Milliseconds of one call, forward and, with ``grad``, backward. ``shape`` is what decides the tiles (see
+    :func:`shape_of`)."""
 
     part: str
     op: str
@@ -32,8 +34,9 @@ def _h100(op: str, grad: bool, shape: tuple[int, ...], cuda: float, triton: floa
     return Measured("H100", op, torch.bfloat16, grad, shape, cuda, triton, "2026-11-26")
 
 
-#: The shapes of ``benchmarks.gpu_cases``; what else was timed then is in benchmarks/results. Window kernels and CUDA's attention have
-#: changed since (docs/gpu-status.md): these rows are evidence of that day, and the first thing to measure anew.
+#: The shapes of ``benchmarks.gpu_cases``; what else was timed then is in benchmarks/results. Window kernels and CUDA's
+#: attention have changed since (docs/gpu-status.md): these rows are evidence of that day, and the first thing to
+#: measure anew.
 MEASURED: tuple[Measured, ...] = (
     _h100("flash_attention", False, (197, 197, 64), 0.4984, 0.253),
     _h100("flash_attention", True, (197, 197, 64), 2.867, 1.231),
@@ -72,7 +75,8 @@ class Choice:
         return f"{self.basis}, for {self.part}: cuda {self.cuda:.3g} ms, triton {self.triton:.3g} ms"
 
 
-#: The part that a GPU without rates of its own is compared on, by major compute capability; others are taken for an A100.
+#: The part that a GPU without rates of its own is compared on, by major compute capability; others are taken for an
+#: A100.
 _KIN = {9: "H100", 10: "B200"}
 
 
@@ -87,7 +91,8 @@ def part_at_hand() -> str | None:
 
 
 def shape_of(op: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a call's sizes those that decide tiles and padding: lengths and head dimension, window and head dimension, patch and width."""
+    """Of a call's sizes those that decide tiles and padding: lengths and head dimension, window and head dimension,
+    patch and width."""
     if op.startswith("flash_attention"):  # batch, heads, key heads, queries, keys, head dimension
         return sizes[3:]
     if op == "window_attention":  # batch, height, width, window, window, heads, head dimension
@@ -102,8 +107,8 @@ def _apart(a: tuple[int, ...], b: tuple[int, ...]) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def compare(op: str, dtype: torch.dtype, features: tuple[str, ...], sizes: tuple[int, ...], part: str) -> Choice:
-    """Measured figures of this shape, or of the nearest within a factor of two, in elements as wide on a part of the same architecture;
-    else predictions. Equal figures go to Triton, which serves more calls."""
+    """Measured figures of this shape, or of the nearest within a factor of two, in elements as wide on a part of the
+    same architecture; else predictions. Equal figures go to Triton, which serves more calls."""
     grad = bool({"grad", "lse_grad", "images_grad"} & set(features))
     shape, arch = shape_of(op, sizes), _ARCHS.get(part, part)
     rows = [
@@ -115,7 +120,9 @@ def compare(op: str, dtype: torch.dtype, features: tuple[str, ...], sizes: tuple
     if rows:
         row = min(rows, key=lambda row: (_apart(row.shape, shape), row.part != part))
         like = "" if (row.shape, row.part) == (shape, part) else f" at {'x'.join(map(str, row.shape))} on {row.part}"
-        return Choice("cuda" if row.cuda < row.triton else "triton", part, f"measured ({row.source}){like}", row.cuda, row.triton)
+        return Choice(
+            "cuda" if row.cuda < row.triton else "triton", part, f"measured ({row.source}){like}", row.cuda, row.triton
+        )
     times = [predict(backend, op, dtype, features, sizes, part, grad) for backend in ("cuda", "triton")]
     return Choice("cuda" if times[0] < times[1] else "triton", part, "predicted", *times)
 
@@ -124,14 +131,18 @@ def compare(op: str, dtype: torch.dtype, features: tuple[str, ...], sizes: tuple
 _ARCHS = {"A100": "sm_80", "H100": "sm_90", "H200": "sm_90", "B200": "sm_100"}
 
 
-def predict(backend: str, op: str, dtype: torch.dtype, features: tuple[str, ...], sizes: tuple[int, ...], part: str, grad: bool) -> float:
+def predict(
+    backend: str, op: str, dtype: torch.dtype, features: tuple[str, ...], sizes: tuple[int, ...], part: str, grad: bool
+) -> float:
     """Milliseconds of the forward and, with ``grad``, the backward."""
     passes, where, arch = (False, True) if grad else (False,), cost.PARTS[part], _ARCHS.get(part, "")
     total = 0.0
     for backward in passes:
         if op.startswith("flash_attention"):
             b, h, hkv, n_q, n_k, d = sizes
-            floor = cost.attention(b, h, n_q, n_k, d, dtype, kv_heads=hkv, causal="causal" in features, backward=backward)
+            floor = cost.attention(
+                b, h, n_q, n_k, d, dtype, kv_heads=hkv, causal="causal" in features, backward=backward
+            )
             bias_grad = "bias_grad" in features
             if backend == "cuda":
                 plan = plans.cuda_attention(n_q, n_k, d, dtype.itemsize, backward, bias_grad)
@@ -151,7 +162,15 @@ def predict(backend: str, op: str, dtype: torch.dtype, features: tuple[str, ...]
             pixel_bytes = 1 if "uint8" in features else None
             images_grad = "images_grad" in features
             floor = cost.patch_embed(
-                b, c, (ph, pw), patches, width, dtype, pixel_bytes=pixel_bytes, images_grad=images_grad, backward=backward
+                b,
+                c,
+                (ph, pw),
+                patches,
+                width,
+                dtype,
+                pixel_bytes=pixel_bytes,
+                images_grad=images_grad,
+                backward=backward,
             )
             plan = plans.patches(b * patches, width, 1 + images_grad * backward, backend == "triton")
         total += plan.seconds(floor, where)
@@ -159,10 +178,12 @@ def predict(backend: str, op: str, dtype: torch.dtype, features: tuple[str, ...]
 
 
 def first(op: str, dtype: torch.dtype, features: tuple[str, ...], sizes: tuple[int, ...]) -> str | None:
-    """ "cuda" or "triton", whichever to ask first; None without a GPU, for sizes unknown while tracing, and for empty tensors."""
+    """ "cuda" or "triton", whichever to ask first; None without a GPU, for sizes unknown while tracing, and for empty
+    tensors."""
     part = part_at_hand()
     return compare(op, dtype, features, sizes, part).faster if part is not None and sizes and all(sizes) else None
 
 
-#: The compiler runs it while tracing, instead of tracing it. (torch.compiler.assume_constant_result would import the compiler here.)
+#: The compiler runs it while tracing, instead of tracing it. (torch.compiler.assume_constant_result would import the
+#: compiler here.)
 first._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -56,7 +56,8 @@ class Info:
 
 
 def info() -> Info:
-    """Versions, the processor's instruction set, backends and why each is missing, what serves each operator, optional packages."""
+    """Versions, the processor's instruction set, backends and why each is missing, what serves each operator, optional
+    packages."""
     advice = []
     system = {"version": f"{__version__} in {Path(__file__).parent}", "python": platform.python_version(), **setting()}
     problem = library.problem()
@@ -64,18 +65,27 @@ def info() -> Info:
         f"{library.PATH} ({library.PATH.stat().st_size / 1e6:.1f} MB)" if problem is None else f"not in use: {problem}"
     )
     if problem is not None and os.environ.get("PYVIT_NO_LIBRARY") != "1":
-        advice.append("without the compiled library most operators run as naive PyTorch; 'pip install .' or 'make build' builds it")
+        advice.append(
+
+                "without the compiled library most operators run as naive PyTorch; 'pip install .' or 'make build' "
+                "builds it"
+
+        )
     elif problem is None:
         archs = torch.ops.pyvit.cuda_archs()
         system["CUDA in the library"] = f"for {archs}" if archs else "no (built without nvcc)"
     if lacking := torch_private.missing():
         system["torch lacks"] = f"{', '.join(lacking)}: slower stand-ins serve"
-    system["CUDA in torch"] = torch.version.cuda or (f"ROCm {torch.version.hip}" if torch.version.hip else "no, a CPU build")
+    system["CUDA in torch"] = torch.version.cuda or (
+        f"ROCm {torch.version.hip}" if torch.version.hip else "no, a CPU build"
+    )
     backends = {}
     for backend in BACKENDS:
         why = {device: absent("flash_attention", backend, device) for device in ("cpu", "cuda")}
         able = [device for device, reason in why.items() if reason is None]
-        backends[backend] = f"on {', '.join(able)} tensors" if able else str(why["cuda" if backend in ("cuda", "triton") else "cpu"])
+        backends[backend] = (
+            f"on {', '.join(able)} tensors" if able else str(why["cuda" if backend in ("cuda", "triton") else "cpu"])
+        )
     operators = {op: _served(op) for op in CAPABILITIES}
     packages = {}
     for name, (extra, use) in PACKAGES.items():

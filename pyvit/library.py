@@ -12,7 +12,8 @@ from pyvit.schemas import LOSS_SCHEMAS, SCHEMAS
 
 PATH = Path(__file__).parent / "lib" / "libpyvit_ops.so"
 
-#: Operators are defined by the library when it loads, else by this fragment; Python-side kernels are registered through it either way.
+#: Operators are defined by the library when it loads, else by this fragment; Python-side kernels are registered through
+#: it either way.
 FRAGMENT = torch.library.Library("pyvit", "FRAGMENT")
 
 

@@ -23,12 +23,14 @@ _RECYCLED_BYTES, _RECYCLED, _LEAST = 256 << 20, 64, 512 << 10
 
 
 def keep_memory() -> bool:
-    """Let this process keep the memory of freed CPU tensors for the next ones; returns whether that was possible (glibc on Linux).
+    """Let this process keep the memory of freed CPU tensors for the next ones; returns whether that was possible (glibc
+    on Linux).
 
-    By default glibc gives the memory of large tensors back to the system as soon as they are freed, and each new one is paid for page by
-    page: the kernel clears 4 kB at a time when it is first touched. In a training step, which frees and allocates gigabytes, that can take
-    a fifth of the time. Afterwards the process holds on to its high-water mark. It holds for the whole process and every library in it, not
-    only for pyvit, so it is for a program to decide: ``pyvit train`` and ``pyvit eval`` do it.
+    By default glibc gives the memory of large tensors back to the system as soon as they are freed, and each new one is
+    paid for page by page: the kernel clears 4 kB at a time when it is first touched. In a training step, which frees
+    and allocates gigabytes, that can take a fifth of the time. Afterwards the process holds on to its high-water mark.
+    It holds for the whole process and every library in it, not only for pyvit, so it is for a program to decide:
+    ``pyvit train`` and ``pyvit eval`` do it.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -37,10 +39,11 @@ def keep_memory() -> bool:
 
 
 def scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Uninitialised CPU memory for something that is done with before this thread asks for ``name`` again: the same memory each time.
+    """Uninitialised CPU memory for something that is done with before this thread asks for ``name`` again: the same
+    memory each time.
 
-    A temporary of some megabytes, allocated and freed in every layer, may cost more than what is computed in it (see :func:`keep_memory`).
-    Beyond 64 MiB it is a tensor like any other.
+    A temporary of some megabytes, allocated and freed in every layer, may cost more than what is computed in it (see
+    :func:`keep_memory`). Beyond 64 MiB it is a tensor like any other.
     """
     n = math.prod(shape)
     if n * dtype.itemsize > _KEPT_BYTES:
@@ -54,11 +57,13 @@ def scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def recycled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """``torch.empty(shape, dtype=dtype)`` on the CPU, in memory of an earlier such tensor of this thread that nobody holds any more.
+    """``torch.empty(shape, dtype=dtype)`` on the CPU, in memory of an earlier such tensor of this thread that nobody
+    holds any more.
 
-    The tensors that pass from layer to layer have the same sizes again and again, and new memory costs more than many an operator that
-    writes to it (see :func:`keep_memory`). A thread keeps up to 256 MiB in 64 pieces, the least recently used goes first; tensors below
-    512 KiB or above 64 MiB are allocated as ever: looking for one takes some microseconds.
+    The tensors that pass from layer to layer have the same sizes again and again, and new memory costs more than many
+    an operator that writes to it (see :func:`keep_memory`). A thread keeps up to 256 MiB in 64 pieces, the least
+    recently used goes first; tensors below 512 KiB or above 64 MiB are allocated as ever: looking for one takes some
+    microseconds.
     """
     n = math.prod(shape) * dtype.itemsize
     if storage_uses is None or not _LEAST <= n <= _RECYCLED_BYTES // 4:
@@ -79,4 +84,6 @@ def recycled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
             del kept[0]
     kept.append(found)
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    return torch.empty(0, dtype=dtype, device="cpu").set_(found, 0, tuple(shape), strides)  # not a view, which autograd would guard
+    return torch.empty(0, dtype=dtype, device="cpu").set_(
+        found, 0, tuple(shape), strides
+    )  # not a view, which autograd would guard

@@ -1,14 +1,18 @@
 """Dispatcher schemas of every pyvit operator: the one place they are written.
 
-``setup.py`` turns SCHEMAS into ``schemas.inc``, so that the compiled library defines the operators by itself (a C++ program needs no
-Python); without the library, :mod:`pyvit.library` defines them from here. The module imports nothing, so that the build can read it.
+``setup.py`` turns SCHEMAS into ``schemas.inc``, so that the compiled library defines the operators by itself (a C++
+program needs no Python); without the library, :mod:`pyvit.library` defines them from here. The module imports nothing,
+so that the build can read it.
 
-``backend`` is ``"auto"`` or a name from :data:`pyvit.backends.BACKENDS`; it is part of the schema because gradients run in other
-threads and compiled graphs outlive the context that chose it. ``seed`` (1,) int64 seeds dropout, see
+``backend`` is ``"auto"`` or a name from :data:`pyvit.backends.BACKENDS`; it is part of the schema because gradients run
+in other threads and compiled graphs outlive the context that chose it. ``seed`` (1,) int64 seeds dropout, see
 :func:`pyvit.ops.reference.dropout_keep`. Gradients that were not asked for come back as empty tensors.
 """
 
-_ATTENTION = "Tensor q, Tensor k, Tensor v, Tensor? bias, bool is_causal, float scale, float dropout_p, Tensor? seed, str backend"
+_ATTENTION = (
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, bool is_causal, float scale, float dropout_p, Tensor? "
+    "seed, str backend"
+)
 _VARLEN = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, "
     "Tensor? bias, bool is_causal, float scale, str backend"
@@ -23,7 +27,8 @@ _PATCH = (
 )
 
 SCHEMAS = {
-    # out (B, H, Nq, Dv), stored as (B, Nq, H, Dv) so that merging the heads is free; lse (B, H, Nq) float32, natural logarithm.
+    # out (B, H, Nq, Dv), stored as (B, Nq, H, Dv) so that merging the heads is free; lse (B, H, Nq) float32, natural
+    # logarithm.
     "flash_attention": f"({_ATTENTION}) -> (Tensor out, Tensor lse)",
     "flash_attention_backward": (
         f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_grad, {_ATTENTION}) "
@@ -52,12 +57,13 @@ SCHEMAS = {
 }
 
 _DISTILL = (
-    "Tensor student, Tensor teacher, Tensor? student_prototypes, Tensor? teacher_prototypes, Tensor? center, Tensor weights, "
+    "Tensor student, Tensor teacher, Tensor? student_prototypes, Tensor? teacher_prototypes, Tensor? center, "
+    "Tensor weights, "
     "float student_temp, float teacher_temp, str backend"
 )
 
-#: Operators whose kernels are tile loops in Python over the vendor's matrix product; always defined from here, library or not.
-#: Losses and log-sum-exps are float32 (float64 for float64).
+#: Operators whose kernels are tile loops in Python over the vendor's matrix product; always defined from here, library
+#: or not. Losses and log-sum-exps are float32 (float64 for float64).
 LOSS_SCHEMAS = {
     # a, b (N, D), scale () -> loss (), lse over b for each a (N,), over a for each b (N,).
     "info_nce": "(Tensor a, Tensor b, Tensor scale, str backend) -> (Tensor loss, Tensor lse_a, Tensor lse_b)",
@@ -81,7 +87,8 @@ LOSS_SCHEMAS = {
     # -> loss (), lse (S, N), lse (T, N).
     "distillation_cross_entropy": f"({_DISTILL}) -> (Tensor loss, Tensor lse_student, Tensor lse_teacher)",
     "distillation_cross_entropy_backward": (
-        f"(Tensor grad, Tensor lse_student, Tensor lse_teacher, {_DISTILL}) -> (Tensor grad_student, Tensor grad_prototypes)"
+        f"(Tensor grad, Tensor lse_student, Tensor lse_teacher, {_DISTILL}) -> (Tensor grad_student, Tensor "
+        "grad_prototypes)"
     ),
     # x (N, D) -> index of the row with the largest inner product, itself left out, (N,) int64.
     "nearest_neighbor": "(Tensor x, str backend) -> Tensor",

@@ -1,7 +1,8 @@
 """The numerics rule of pyvit as one helper, used by the tests, the fuzzer and the benchmark's gate.
 
-An operator passes when ``max|op - ref64| <= factor * max|naive - ref64| + floor``: it may err twice as much as the naive form in the same
-dtype (three times for gradients), plus the rounding of the arithmetic itself. ``ref64`` is the naive form in float64.
+An operator passes when ``max|op - ref64| <= factor * max|naive - ref64| + floor``: it may err twice as much as the
+naive form in the same dtype (three times for gradients), plus the rounding of the arithmetic itself. ``ref64`` is the
+naive form in float64.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from pyvit.backends import BACKENDS, CAPABILITIES
 
 FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
 
-#: Roundings of the largest value that are always allowed: float32 results are sums of rounded products, 16-bit ones are rounded at the end.
+#: Roundings of the largest value that are always allowed: float32 results are sums of rounded products, 16-bit ones are
+#: rounded at the end.
 FLOOR = {torch.float64: 16.0, torch.float32: 16.0, torch.float16: 1.0, torch.bfloat16: 1.0}
 
 
@@ -32,7 +34,8 @@ class NumericsError(AssertionError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor under the rule; ``error`` and ``naive_error`` are the largest absolute differences from the float64 reference."""
+    """One tensor under the rule; ``error`` and ``naive_error`` are the largest absolute differences from the float64
+    reference."""
 
     name: str
     error: float
@@ -47,7 +50,10 @@ class Comparison:
 
     def __str__(self) -> str:
         verdict = "ok  " if self.passed else "FAIL"
-        figures = f"error {self.error:.2e}, limit {self.limit:.2e}, naive {self.naive_error:.2e}, largest value {self.magnitude:.2e}"
+        figures = (
+            f"error {self.error:.2e}, limit {self.limit:.2e}, naive {self.naive_error:.2e}, largest value "
+            f"{self.magnitude:.2e}"
+        )
         return f"{verdict} {self.name}: {figures}{self.note}"
 
 
@@ -85,21 +91,27 @@ def compare(
 
     Args:
         name: starts every line of the report.
-        op_outputs, naive_outputs, ref64_outputs: a tensor or a sequence; the operator's, the naive form's in the same dtype and in float64.
+        op_outputs, naive_outputs, ref64_outputs: a tensor or a sequence; the operator's, the naive form's in the same
+            dtype and in float64.
         factor: 2 for outputs, 3 for gradients.
         labels: names of the tensors in a sequence.
         dtype: that of the arithmetic, default the coarsest among the outputs; it sets the floor.
-        scores: largest magnitude of the exponents in a softmax whose statistics are float32: exp makes their absolute error a relative one.
-        magnitudes: of what was summed to each tensor, where sums may cancel; at least the tensor's own largest value is taken.
+        scores: largest magnitude of the exponents in a softmax whose statistics are float32: exp makes their absolute
+            error a relative one.
+        magnitudes: of what was summed to each tensor, where sums may cancel; at least the tensor's own largest value is
+            taken.
         raises: raise :class:`NumericsError` when a tensor fails.
 
-    Shapes, dtypes and values that are not finite must agree exactly (the naive form may overflow where the operator does not).
-    A tensor that is zero in exact arithmetic is measured against the largest of the sequence, since its rounding comes from there.
+    Shapes, dtypes and values that are not finite must agree exactly (the naive form may overflow where the operator
+    does not). A tensor that is zero in exact arithmetic is measured against the largest of the sequence, since its
+    rounding comes from there.
     """
     ops, naives, refs = ([t] if isinstance(t, Tensor) else list(t) for t in (op_outputs, naive_outputs, ref64_outputs))
     labels = labels or ([""] if len(ops) == 1 else [str(i) for i in range(len(ops))])
     if not len(ops) == len(naives) == len(refs) == len(labels):
-        raise ValueError(f"{name}: {len(ops)} outputs, {len(naives)} naive, {len(refs)} reference, {len(labels)} labels")
+        raise ValueError(
+            f"{name}: {len(ops)} outputs, {len(naives)} naive, {len(refs)} reference, {len(labels)} labels"
+        )
     coarse = dtype or max((t.dtype for t in ops), key=lambda d: torch.finfo(d).eps, default=torch.float32)
     refs = [r.detach().to(o.device).double() for r, o in zip(refs, ops, strict=True)]
     peaks = [_peak(r.where(r.isfinite(), 0.0)) for r in refs]
@@ -123,7 +135,9 @@ def compare(
     return found
 
 
-_M_PERTURB = -6  # glibc's mallopt: new memory is filled with the complement of the value's low byte, when the value is not zero
+_M_PERTURB = (
+    -6
+)  # glibc's mallopt: new memory is filled with the complement of the value's low byte, when the value is not zero
 
 
 @contextlib.contextmanager
@@ -150,9 +164,10 @@ LAYOUTS = ("contiguous", "transposed", "permuted", "sliced", "stepped", "shifted
 def layout(t: Tensor, how: str) -> Tensor:
     """The values of ``t`` stored otherwise. What lies between them is NaN, so that reading past a row shows.
 
-    transposed: last two dimensions swapped in memory; permuted: the middle two; sliced: a corner of a larger tensor; stepped: every second
-    element; shifted: one element off the allocation's alignment; expanded: stride 0 in the first dimension, all of it the first slice.
-    Beyond these, far: rows more than 2**31 elements apart, in memory that is hardly touched.
+    transposed: last two dimensions swapped in memory; permuted: the middle two; sliced: a corner of a larger tensor;
+    stepped: every second element; shifted: one element off the allocation's alignment; expanded: stride 0 in the first
+    dimension, all of it the first slice. Beyond these, far: rows more than 2**31 elements apart, in memory that is
+    hardly touched.
     """
     if how == "contiguous" or not t.dim():
         return t.contiguous()
@@ -166,7 +181,11 @@ def layout(t: Tensor, how: str) -> Tensor:
     if how == "far":
         rows = t.movedim(-2, 0).contiguous()
         apart = 2**31 + 8
-        view = t.new_empty(apart * (len(rows) - 1) + rows[0].numel()).as_strided(rows.shape, (apart, *rows.stride()[1:])).movedim(0, -2)
+        view = (
+            t.new_empty(apart * (len(rows) - 1) + rows[0].numel())
+            .as_strided(rows.shape, (apart, *rows.stride()[1:]))
+            .movedim(0, -2)
+        )
     elif how == "shifted":
         storage = t.new_full((t.numel() + 1,), filler)
         view = storage[1:].view(t.shape)
@@ -194,11 +213,14 @@ class Served(NamedTuple):
         return (torch.randn(*shape, device=self.device) * scale).to(self.dtype)
 
     def __str__(self) -> str:
-        return f"{self.backend}-{str(self.dtype).removeprefix('torch.')}" + ("" if self.device == "cpu" else f"-{self.device}")
+        return f"{self.backend}-{str(self.dtype).removeprefix('torch.')}" + (
+            "" if self.device == "cpu" else f"-{self.device}"
+        )
 
 
 def served(op: str, *features: str, head_dims: Sequence[int] = ()) -> list[Served]:
-    """Every (backend, device, dtype) of this machine that promises ``op`` with ``features``, from the capabilities that dispatch reads.
+    """Every (backend, device, dtype) of this machine that promises ``op`` with ``features``, from the capabilities that
+    dispatch reads.
 
     ``reference`` is listed in float32 and float16, the dtypes it serves where there is no kernel.
     """
@@ -216,17 +238,29 @@ def served(op: str, *features: str, head_dims: Sequence[int] = ()) -> list[Serve
 
 
 def run(
-    op: Callable[..., Any], tensors: Mapping[str, Tensor], grads: Sequence[str], cotangents: Sequence[Tensor] | None, **options: Any
+    op: Callable[..., Any],
+    tensors: Mapping[str, Tensor],
+    grads: Sequence[str],
+    cotangents: Sequence[Tensor] | None,
+    **options: Any,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of ``op(**tensors, **options)`` and, given ``cotangents`` of the outputs, the gradients of the tensors named in ``grads``."""
-    leaves = {name: t.detach().requires_grad_() if cotangents is not None and name in grads else t for name, t in tensors.items()}
+    """Outputs of ``op(**tensors, **options)`` and, given ``cotangents`` of the outputs, the gradients of the tensors
+    named in ``grads``."""
+    leaves = {
+        name: t.detach().requires_grad_() if cotangents is not None and name in grads else t
+        for name, t in tensors.items()
+    }
     outputs = op(**leaves, **options)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     if cotangents is None or not grads:
         return [o.detach() for o in outputs], []
     pairs = [(o, c.to(o.dtype)) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-    found = torch.autograd.grad([o for o, _ in pairs], [leaves[n] for n in grads], [c for _, c in pairs], allow_unused=True)
-    return [o.detach() for o in outputs], [torch.zeros_like(tensors[n]) if g is None else g for n, g in zip(grads, found, strict=True)]
+    found = torch.autograd.grad(
+        [o for o, _ in pairs], [leaves[n] for n in grads], [c for _, c in pairs], allow_unused=True
+    )
+    return [o.detach() for o in outputs], [
+        torch.zeros_like(tensors[n]) if g is None else g for n, g in zip(grads, found, strict=True)
+    ]
 
 
 def _gradient_magnitudes(
@@ -240,12 +274,15 @@ def _gradient_magnitudes(
 ) -> list[float]:
     """What the rounding of each gradient is proportional to.
 
-    A gradient through a softmax is a difference of two numbers; with few keys the difference is small, or nothing, while the numbers are of
-    the size of the other gradients. One summed over broadcast dimensions carries the roundings of its terms, added as random numbers add.
+    A gradient through a softmax is a difference of two numbers; with few keys the difference is small, or nothing,
+    while the numbers are of the size of the other gradients. One summed over broadcast dimensions carries the roundings
+    of its terms, added as random numbers add.
     """
     peaks = [_peak(g) for g in want]
     group = max(peaks, default=0.0)
-    found = [8 * group if p <= 1e-9 * group else max(p, min(group, 4 * p)) for p in peaks]  # nothing is left of sums over the channels
+    found = [
+        8 * group if p <= 1e-9 * group else max(p, min(group, 4 * p)) for p in peaks
+    ]  # nothing is left of sums over the channels
     for key, shape in broadcast.items():
         if key in grads:
             _, (terms,) = run(naive, {**wide, key: wide[key].expand(*shape)}, (key,), cotangents, **options)
@@ -298,7 +335,14 @@ def check_op(
     rule = functools.partial(compare, name, dtype=dtype, scores=scores, raises=False)
     found = rule(got, same, want, FORWARD_FACTOR, labels=["out", "lse"][: len(got)])
     magnitudes = _gradient_magnitudes(naive, wide, grads, want_grads, cotangents, broadcast or {}, options)
-    found += rule(got_grads, same_grads, want_grads, GRADIENT_FACTOR, labels=[f"grad_{key}" for key in grads], magnitudes=magnitudes)
+    found += rule(
+        got_grads,
+        same_grads,
+        want_grads,
+        GRADIENT_FACTOR,
+        labels=[f"grad_{key}" for key in grads],
+        magnitudes=magnitudes,
+    )
     if raises and not all(c.passed for c in found):
         raise NumericsError("\n".join(map(str, found)))
     return found

@@ -1,7 +1,9 @@
-"""Every private name of torch that pyvit uses, each with what stands in for it where a release of torch no longer has it.
+"""Every private name of torch that pyvit uses, each with what stands in for it where a release of torch no longer has
+it.
 
-A stand-in gives the same results by a longer way, so that a rename in torch costs speed and breaks nothing. ``PYVIT_TORCH_PRIVATE=0``
-uses the stand-ins everywhere; :func:`missing` names the private names that this torch lacks, and ``pyvit info`` shows them.
+A stand-in gives the same results by a longer way, so that a rename in torch costs speed and breaks nothing.
+``PYVIT_TORCH_PRIVATE=0`` uses the stand-ins everywhere; :func:`missing` names the private names that this torch lacks,
+and ``pyvit info`` shows them.
 """
 
 from __future__ import annotations
@@ -43,11 +45,14 @@ def _or(path: str, stand_in: Any) -> Any:
     return stand_in if found is None else found
 
 
-#: How many torch dispatch modes are active. Unknown counts as one: calls then go through the dispatcher, which asks them all.
+#: How many torch dispatch modes are active. Unknown counts as one: calls then go through the dispatcher, which asks
+#: them all.
 dispatch_modes: Callable[[], int] = _or("torch._C:_len_torch_dispatch_stack", lambda: 1)
 
 #: The active dispatch modes, innermost last.
-dispatch_mode_stack: Callable[[], Sequence[Any]] = _or("torch.utils._python_dispatch:_get_current_dispatch_mode_stack", lambda: ())
+dispatch_mode_stack: Callable[[], Sequence[Any]] = _or(
+    "torch.utils._python_dispatch:_get_current_dispatch_mode_stack", lambda: ()
+)
 
 #: A context in which no dispatch mode sees what is done.
 without_modes: Callable[[], Any] = _or("torch.utils._python_dispatch:_disable_current_modes", contextlib.nullcontext)
@@ -60,7 +65,8 @@ below_autograd: Callable[[], Any] = _or("torch._C:_AutoDispatchBelowAutograd", c
 
 #: ``(tensors, others, weight)``: tensors move towards others, in place.
 lerp_all: Callable[[list[Tensor], list[Tensor], float], Any] = _or(
-    "torch:_foreach_lerp_", lambda tensors, others, weight: [a.lerp_(b, weight) for a, b in zip(tensors, others, strict=True)]
+    "torch:_foreach_lerp_",
+    lambda tensors, others, weight: [a.lerp_(b, weight) for a, b in zip(tensors, others, strict=True)],
 )
 
 #: How many tensors share an untyped storage; None where torch does not say.
@@ -69,7 +75,8 @@ storage_uses: Callable[[int], int] | None = _find("torch._C:_storage_Use_Count")
 #: What fake tensors are instances of, for isinstance.
 FAKE_TENSORS: Any = _or("torch._subclasses.fake_tensor:FakeTensor", ())
 
-#: The dictionaries of hooks that torch calls for every module. Unknown counts as hooked: modules are then called one by one.
+#: The dictionaries of hooks that torch calls for every module. Unknown counts as hooked: modules are then called one by
+#: one.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS: tuple[Any, ...] = tuple(_or(f"torch.nn.modules.module:_global{name}", (True,)) for name in HOOKS)
 
@@ -78,12 +85,14 @@ _tracers = [_find(f"torch._C:_TorchDispatchModeKey.{name}") for name in ("FAKE",
 
 
 def is_traced() -> bool:
-    """Whether tensors may have no values: under FakeTensorMode or make_fx, and while the compiler runs a backward formula to trace it."""
+    """Whether tensors may have no values: under FakeTensorMode or make_fx, and while the compiler runs a backward
+    formula to trace it."""
     if dispatch_modes() == 0:
         return False
     if _mode is None or None in _tracers:
         return any(
-            type(mode).__name__ in ("FakeTensorMode", "ProxyTorchDispatchMode", "FunctionalTensorMode") for mode in dispatch_mode_stack()
+            type(mode).__name__ in ("FakeTensorMode", "ProxyTorchDispatchMode", "FunctionalTensorMode")
+            for mode in dispatch_mode_stack()
         )
     return any(_mode(key) is not None for key in _tracers)
 
@@ -97,7 +106,8 @@ _keys, _dense = _find("torch._C:_dispatch_keys"), _find("torch._C:DispatchKey.De
 
 
 def is_batched(t: Tensor) -> bool:
-    """Whether ``t`` is several tensors in one, as in ``autograd.grad(is_grads_batched=True)``: it has no memory of its own."""
+    """Whether ``t`` is several tensors in one, as in ``autograd.grad(is_grads_batched=True)``: it has no memory of its
+    own."""
     if _keys is not None and _dense is not None:
         return not _keys(t).has(_dense)
     try:
@@ -122,7 +132,8 @@ def without_autocast_layer(device: str) -> Any:
 
 _AUTOGRAD = ("AutogradCPU", "AutogradCUDA", "AutogradMeta", "AutogradOther", "AutogradFunctionality", "ADInplaceOrView")
 _force, _included, _excluded = (
-    _find(f"torch._C:{name}") for name in ("_ForceDispatchKeyGuard", "_dispatch_tls_local_include_set", "_dispatch_tls_local_exclude_set")
+    _find(f"torch._C:{name}")
+    for name in ("_ForceDispatchKeyGuard", "_dispatch_tls_local_include_set", "_dispatch_tls_local_exclude_set")
 )
 _layers = [_find(f"torch._C:DispatchKey.{name}") for name in _AUTOGRAD]
 

@@ -1,7 +1,8 @@
-"""Random inputs from the seed PYVIT_TEST_SEED, default 0; ``PYVIT_TEST_SEED=random`` draws a fresh one, printed in the header.
+"""Random inputs from the seed PYVIT_TEST_SEED, default 0; ``PYVIT_TEST_SEED=random`` draws a fresh one, printed in the
+header.
 
-With ``PYVIT_TEST_PTX=sm_90`` (or sm_80) Triton's kernels serve CPU tensors, compiled for that part and run on the machine of tests/ptx:
-``pytest tests/ops tests/losses -k triton`` then rehearses what ``pytest -m gpu`` checks on a GPU.
+With ``PYVIT_TEST_PTX=sm_90`` (or sm_80) Triton's kernels serve CPU tensors, compiled for that part and run on the
+machine of tests/ptx: ``pytest tests/ops tests/losses -k triton`` then rehearses what ``pytest -m gpu`` checks on a GPU.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ SEED = int.from_bytes(os.urandom(4), "little") if _asked == "random" else int(_a
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "every_dtype: of the tests of every operator's contract, one to run in each dtype")
-    config.addinivalue_line("markers", "isa: run again for every instruction set of the machine (tests/ops/test_isa.py)")
+    config.addinivalue_line(
+        "markers", "every_dtype: of the tests of every operator's contract, one to run in each dtype"
+    )
+    config.addinivalue_line(
+        "markers", "isa: run again for every instruction set of the machine (tests/ops/test_isa.py)"
+    )
 
 
 @pytest.hookimpl(wrapper=True)

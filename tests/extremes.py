@@ -12,11 +12,21 @@ ROWS = 16
 
 
 def extreme_bias(cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(ROWS, cols): rows masked whole by one finite number, by several, in part, and by -inf; and rows lifted as far."""
+    """(ROWS, cols): rows masked whole by one finite number, by several, in part, and by -inf; and rows lifted as
+    far."""
     info = torch.finfo(dtype)
     bias = torch.randn(ROWS, cols, dtype=torch.float64)
     at = torch.arange(cols)
-    for row, value in ((1, -1e9), (2, -1e30), (3, info.min), (4, info.max), (5, 1e9), (6, -1e5), (7, -1e3), (8, -math.inf)):
+    for row, value in (
+        (1, -1e9),
+        (2, -1e30),
+        (3, info.min),
+        (4, info.max),
+        (5, 1e9),
+        (6, -1e5),
+        (7, -1e3),
+        (8, -math.inf),
+    ):
         bias[row] = value
     bias[9, at % 2 == 0] = info.min  # half of a row is left
     bias[10] = torch.where(at % 2 == 0, -1e9, -1e30)

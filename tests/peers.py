@@ -1,6 +1,7 @@
 """Libraries that some tests compare with or accelerate.
 
-``make test`` installs them (tests/peers.txt) and sets PYVIT_TEST_PEERS=required; elsewhere their tests are skipped with a reason.
+``make test`` installs them (tests/peers.txt) and sets PYVIT_TEST_PEERS=required; elsewhere their tests are skipped with
+a reason.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ def _absent(name: str) -> None:
 
 
 def peer(name: str) -> ModuleType:
-    """A library of others, imported after torchvision where that is there, which all of them look for; or a skipped file."""
+    """A library of others, imported after torchvision where that is there, which all of them look for; or a skipped
+    file."""
     if name not in sys.modules and importlib.util.find_spec(name) is None:
         _absent(name)
-    if importlib.util.find_spec("transformers") is not None:  # it remembers whether torchvision is there: ask before a stand-in is
+    if (
+        importlib.util.find_spec("transformers") is not None
+    ):  # it remembers whether torchvision is there: ask before a stand-in is
         importlib.import_module("transformers.image_utils")
     return import_peer(name)
 

@@ -22,12 +22,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def invoke(*arguments: str):
-    return CliRunner().invoke(application(), list(arguments), catch_exceptions=False, env={"COLUMNS": "200", "NO_COLOR": "1"})
+    return CliRunner().invoke(
+        application(), list(arguments), catch_exceptions=False, env={"COLUMNS": "200", "NO_COLOR": "1"}
+    )
 
 
 def run(*arguments: str, code: str = "", **env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "pyvit"]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env}
+    )
 
 
 @pytest.fixture
@@ -52,7 +56,10 @@ def test_info_without_the_library_says_how_to_get_it():
 
 
 def test_without_typer_the_message_names_the_extra():
-    hide = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda n, *a: None if n == 'typer' else find(n, *a)\n"
+    hide = (
+        "import importlib.util as u; find = u.find_spec; u.find_spec = lambda n, *a: None if n == 'typer' else "
+        "find(n, *a)\n"
+    )
     code = hide + "import sys; from pyvit.cli import main; main()"
     done = run("flops", "x", code=code)
     assert done.returncode == 1
@@ -71,13 +78,25 @@ def test_flops():
     ("arguments", "code", "message"),
     [
         (["train", "supervised", "--data", "nowhere"], 1, "pyvit: data: must be a folder"),
-        (["train", "mae", "--data", "digits", "--option", "depth=3"], 2, "pyvit: mae: option must be one of mask_ratio"),
-        (["train", "mae", "--data", "digits", "--option", "mask_ratio=1"], 2, "pyvit: mae: option mask_ratio must be in (0, 1), got 1"),
+        (
+            ["train", "mae", "--data", "digits", "--option", "depth=3"],
+            2,
+            "pyvit: mae: option must be one of mask_ratio",
+        ),
+        (
+            ["train", "mae", "--data", "digits", "--option", "mask_ratio=1"],
+            2,
+            "pyvit: mae: option mask_ratio must be in (0, 1), got 1",
+        ),
         (["train", "mae", "--data", "digits", "--set", "depth"], 2, "pyvit: set must be KEY=VALUE, got 'depth'"),
         (["train", "mae", "--data", "digits", "--clip", "-1"], 2, "pyvit: clip must be at least 0, got -1.0"),
         (["train", "mae", "--data", "digits", "--out", "file"], 1, "pyvit: file"),
         (["train", "mae", "--data", "digits", "--out", "file/run"], 1, "pyvit: file/run: Not a directory"),
-        (["train", "mae", "--data", "digits", "--out", "damaged", "--steps", "1"], 1, "pyvit: damaged/last.pt is damaged"),
+        (
+            ["train", "mae", "--data", "digits", "--out", "damaged", "--steps", "1"],
+            1,
+            "pyvit: damaged/last.pt is damaged",
+        ),
         (["train", "finetune", "--data", "digits", "--init", "damaged"], 1, "pyvit: damaged/config.json is not JSON"),
         (["eval", "knn", "/nonexistent"], 1, "pyvit: run: /nonexistent must hold config.json"),
     ],
@@ -102,7 +121,10 @@ def test_user_errors_are_one_line(arguments, code, message, tmp_path, monkeypatc
     [
         (PermissionError(13, "Permission denied", "a.png"), "a.png: Permission denied"),
         (FileExistsError(17, "File exists", "run"), "run: File exists"),
-        (OSError("all steps are made, but last.pt could not be written"), "all steps are made, but last.pt could not be written"),
+        (
+            OSError("all steps are made, but last.pt could not be written"),
+            "all steps are made, but last.pt could not be written",
+        ),
         (KeyError("model"), "KeyError: 'model'"),
         (TypeError("unexpected keyword"), "TypeError: unexpected keyword"),
         (pickle.UnpicklingError("cut\nshort"), "UnpicklingError: cut short"),
@@ -135,7 +157,9 @@ def test_every_error_is_said_in_a_line(error, line, monkeypatch, capsys, tmp_pat
 
 def test_interrupted_before_there_is_anything_to_save(tmp_path):
     code = "import os, signal, pyvit.train as t\nfrom pyvit import cli\n"
-    code += "def busy(config): os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(30)\nt.train = busy\ncli.main()"
+    code += (
+        "def busy(config): os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(30)\nt.train = busy\ncli.main()"
+    )
     done = run("train", "mae", code=code)
     assert done.returncode == 130
     assert done.stderr == "pyvit: interrupted\n"
@@ -171,16 +195,22 @@ def test_train_then_evaluate_an_autoencoder(tmp_path):
     done = invoke("train", "mae", "--data", "digits", "--out", out, *SMALL)
     assert "patch_embed" in done.output
     assert "k-NN accuracy" in done.output
-    assert {"config.json", "log.jsonl", "last.pt", "model.safetensors", "results.json"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"config.json", "log.jsonl", "last.pt", "model.safetensors", "results.json"} <= {
+        p.name for p in (tmp_path / "run").iterdir()
+    }
     recipe, data = load_run(out)
-    assert recipe.evaluate(data)["knn"] == pytest.approx(json.loads((tmp_path / "run" / "results.json").read_text())["knn"])
+    assert recipe.evaluate(data)["knn"] == pytest.approx(
+        json.loads((tmp_path / "run" / "results.json").read_text())["knn"]
+    )
     assert "k-NN accuracy" in invoke("eval", "knn", out).output
     assert "linear accuracy" in invoke("eval", "linear", out, "--epochs", "2").output
     for picture in ("reconstruct", "attention", "patches"):
         assert "wrote" in invoke("eval", picture, out, "--count", "2").output
         assert (tmp_path / "run" / f"{picture}.png").read_bytes()[:4] == b"\x89PNG"
     for recipe_name in ("finetune", "linear"):
-        done = invoke("train", recipe_name, "--data", "digits", "--init", out, "--out", str(tmp_path / recipe_name), *SMALL[:4])
+        done = invoke(
+            "train", recipe_name, "--data", "digits", "--init", out, "--out", str(tmp_path / recipe_name), *SMALL[:4]
+        )
         assert "accuracy" in done.output
 
 

@@ -53,7 +53,11 @@ def test_the_first_that_can_is_chosen() -> None:
     [
         (call(), "cuda", ["needs a GPU"]),
         (call(), "triton", ["dtype float32 is not among float16"]),
-        (call(torch.float16, "causal", d=20), "triton", ["head dimension 20 is not in 16..128 in steps of 8", "does not support causal"]),
+        (
+            call(torch.float16, "causal", d=20),
+            "triton",
+            ["head dimension 20 is not in 16..128 in steps of 8", "does not support causal"],
+        ),
         (call(F32, "lse_grad", d=300), "cpu", ["head dimension 300 is not in 1..256", "does not support lse_grad"]),
         (call(device="xpu"), "cpu", ["does not run on xpu"]),
         (call(), "cpu", []),
@@ -71,7 +75,8 @@ def test_reasons(asked: Call, backend: str, wanted: list[str]) -> None:
 @pytest.mark.usefixtures("fake")
 def test_nothing_serves() -> None:
     with pytest.raises(
-        pyvit.BackendError, match=r"no backend serves this call \(cuda: needs a GPU; triton: .*; cpu: .*; reference: .*int8"
+        pyvit.BackendError,
+        match=r"no backend serves this call \(cuda: needs a GPU; triton: .*; cpu: .*; reference: .*int8",
     ):
         select(call(torch.int8))
 
@@ -129,7 +134,9 @@ def test_the_backward_runs_where_the_forward_did() -> None:
 
 def test_explain_reports() -> None:
     bias = torch.zeros(5, 5, requires_grad=True)
-    report = pyvit.explain(flash_attention, Q.transpose(2, 3), Q.transpose(2, 3), Q.transpose(2, 3)[..., :3], bias=None, is_causal=True)
+    report = pyvit.explain(
+        flash_attention, Q.transpose(2, 3), Q.transpose(2, 3), Q.transpose(2, 3)[..., :3], bias=None, is_causal=True
+    )
     assert report.call == Call("flash_attention", "cpu", F32, ("causal",), (5, 3))
     assert [note.split()[0] for note in report.notes] == ["q", "k", "v"]
     assert "stride 8 in its last dimension and will be copied" in report.notes[0]
@@ -146,16 +153,30 @@ def test_explain_reports() -> None:
 
 def test_explain_every_operator() -> None:
     window = pyvit.explain(
-        window_attention, torch.zeros(1, 5, 6, 48), 3, 1, num_heads=2, pad_qkv=torch.zeros(48), logit_scale=torch.zeros(2)
+        window_attention,
+        torch.zeros(1, 5, 6, 48),
+        3,
+        1,
+        num_heads=2,
+        pad_qkv=torch.zeros(48),
+        logit_scale=torch.zeros(2),
     )
     assert set(window.call.features) == {"logit_scale", "pad_qkv", "shift", "padding"}
     assert window.call.head_dims == (8,)
     images, weight = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, 3, 4, 4, requires_grad=True)
     patch = pyvit.explain(
-        patch_embed, images, weight, stride=2, keep=torch.zeros(1, 2, dtype=torch.int64), mean=torch.zeros(3), std=torch.ones(3)
+        patch_embed,
+        images,
+        weight,
+        stride=2,
+        keep=torch.zeros(1, 2, dtype=torch.int64),
+        mean=torch.zeros(3),
+        std=torch.ones(3),
     )
     assert set(patch.call.features) == {"uint8", "normalize", "keep", "overlap", "grad"}
-    assert pyvit.explain(attention_map, Q, Q, 0, bias=torch.ones(5, 5, dtype=torch.bool)).call.features == ("bool_mask",)
+    assert pyvit.explain(attention_map, Q, Q, 0, bias=torch.ones(5, 5, dtype=torch.bool)).call.features == (
+        "bool_mask",
+    )
 
 
 def test_explain_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +215,9 @@ def test_capabilities_name_only_what_dispatch_knows() -> None:
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_environment_variable() -> None:
@@ -202,12 +225,19 @@ def test_environment_variable() -> None:
     assert _python(code, PYVIT_BACKEND="reference").stdout.strip() == "reference"
     refused = _python(code, PYVIT_BACKEND="cuda")
     assert refused.returncode
-    assert "BackendError: flash_attention: backend 'cuda' cannot serve this call: runs on cuda tensors, got cpu" in refused.stderr
-    assert "PYVIT_BACKEND must be one of cuda, triton, cpu, reference, got 'gpu'" in _python(code, PYVIT_BACKEND="gpu").stderr
+    assert (
+        "BackendError: flash_attention: backend 'cuda' cannot serve this call: runs on cuda tensors, got cpu"
+        in refused.stderr
+    )
+    assert (
+        "PYVIT_BACKEND must be one of cuda, triton, cpu, reference, got 'gpu'"
+        in _python(code, PYVIT_BACKEND="gpu").stderr
+    )
 
 
 def test_a_kernel_comes_before_a_tile_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the losses' Triton kernels are asked before the loop over torch's products; what they refuse still goes to it."""
+    """On a GPU the losses' Triton kernels are asked before the loop over torch's products; what they refuse still goes
+    to it."""
     monkeypatch.setitem(MISSING, ("triton", "cuda"), None)
     monkeypatch.setattr(dispatch, "_choices", {})
     pair = ("info_nce", "cuda", F32)

@@ -137,7 +137,8 @@ def test_features_of_which_no_figure_means_anything_are_refused(measure):
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 def test_neighbours_that_are_equally_near_do_not_win_by_their_place(k):
-    """Of a network that sees the same in every image, k-NN is right as often as chance, in whatever order the images come."""
+    """Of a network that sees the same in every image, k-NN is right as often as chance, in whatever order the images
+    come."""
     same = torch.ones(6, 4)
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
     for order in (torch.arange(6), torch.arange(6).flip(0), torch.tensor([0, 3, 1, 4, 2, 5])):
@@ -210,7 +211,9 @@ def test_every_caption_of_an_image_is_right_and_the_image_is_one_answer():
     images = numbered([i // 5 for i in range(30)], [f"caption {k} of {i}" for i in range(6) for k in range(5)])
     images.groups = [i // 5 for i in range(30)]
     found = recall_of(Two(6), Pairs(images), (1, 5))
-    assert found == pytest.approx({"text_to_image@1": 100, "text_to_image@5": 100, "image_to_text@1": 100, "image_to_text@5": 100})
+    assert found == pytest.approx(
+        {"text_to_image@1": 100, "text_to_image@5": 100, "image_to_text@1": 100, "image_to_text@5": 100}
+    )
 
 
 def test_zero_shot_of_siglip_asks_of_each_class_alone():
@@ -223,7 +226,9 @@ def test_zero_shot_of_siglip_asks_of_each_class_alone():
         torch.testing.assert_close(zero_shot(two.model, images, classifier, two.normalize), want)
     data = Pairs(images)
     data.classes = ["0", "1", "2"]
-    assert zero_shot_accuracy_of(Two(3, 40.0), data, ["number {}"]) == {"zero_shot": 100}  # a sigmoid of 1 in every class
+    assert zero_shot_accuracy_of(Two(3, 40.0), data, ["number {}"]) == {
+        "zero_shot": 100
+    }  # a sigmoid of 1 in every class
 
 
 def test_prompts_take_names_as_words():

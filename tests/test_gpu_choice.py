@@ -1,4 +1,5 @@
-"""Which of CUDA and Triton comes first: by measurement, by prediction, by declaration; on fake GPUs, where nothing runs."""
+"""Which of CUDA and Triton comes first: by measurement, by prediction, by declaration; on fake GPUs, where nothing
+runs."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None], None]
 
 
 def test_predictions_decide(on: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """577 tokens: the warps of CUDA pad them less than Triton's tiles; on Hopper those tiles have the faster instructions."""
+    """577 tokens: the warps of CUDA pad them less than Triton's tiles; on Hopper those tiles have the faster
+    instructions."""
     monkeypatch.setattr(gpu_choice, "MEASURED", ())
     on("A100")
     assert select(LONG) == "cuda"
@@ -46,7 +48,8 @@ def test_predictions_decide(on: Callable[[str | None], None], monkeypatch: pytes
 
 
 def test_the_nearest_measurement_decides(on: Callable[[str | None], None]) -> None:
-    """On Hopper: windows of 12 on CUDA, of 7 on Triton, those between by the nearer; nothing is said of fp32 or of far lengths."""
+    """On Hopper: windows of 12 on CUDA, of 7 on Triton, those between by the nearer; nothing is said of fp32 or of far
+    lengths."""
     sides = {side: WINDOWS._replace(sizes=(128, 56, 56, side, side, 3, 32)) for side in (6, 7, 9, 11, 12, 24)}
     for part in ("H100", "H200"):
         on(part)
@@ -64,7 +67,10 @@ def test_a_measurement_beats_a_prediction(on: Callable[[str | None], None], monk
     assert select(LONG) == "triton"
     assert select(LONG._replace(sizes=(1, 1, 1, 577, 577, 64))) == "triton"  # batch and heads do not decide tiles
     assert select(LONG._replace(sizes=(64, 12, 12, 197, 197, 64))) == "cuda"
-    assert select(LONG._replace(features=("grad",))) == gpu_choice.compare(LONG.op, BF16, ("grad",), LONG.sizes, "A100").faster
+    assert (
+        select(LONG._replace(features=("grad",)))
+        == gpu_choice.compare(LONG.op, BF16, ("grad",), LONG.sizes, "A100").faster
+    )
     report = str(gpu_choice.compare(LONG.op, BF16, (), LONG.sizes, "A100"))
     assert report == "measured (2026-01-01), for A100: cuda 2 ms, triton 1 ms"
 
@@ -92,7 +98,9 @@ def test_explain_says_by_what(on: Callable[[str | None], None], part: str | None
         assert "for want of" in pyvit.explain(ops.flash_attention, none, none, none).notes[0]
     found = gpu_choice.compare("flash_attention", BF16, (), (2, 4, 4, 577, 577, 64), "A100")
     wanted = (
-        "declared order, for want of a GPU to predict for" if part is None else f"predicted, for A100: cuda {found.cuda:.3g} ms, triton"
+        "declared order, for want of a GPU to predict for"
+        if part is None
+        else f"predicted, for A100: cuda {found.cuda:.3g} ms, triton"
     )
     assert note.startswith(f"between cuda and triton: {wanted}")
 
@@ -107,14 +115,18 @@ def test_sizes_of_every_operator(on: Callable[[str | None], None]) -> None:
         assert call.sizes == (3, 4, 4, 40, 30, 32)
         windows = torch.empty(2, 9, 10, 192, device="cuda", dtype=BF16)
         assert pyvit.explain(ops.window_attention, windows, (7, 5), num_heads=2).call.sizes == (2, 9, 10, 7, 5, 2, 32)
-        images, weight = torch.empty(2, 3, 32, 48, device="cuda", dtype=BF16), torch.empty(24, 3, 16, 16, device="cuda", dtype=BF16)
+        images, weight = (
+            torch.empty(2, 3, 32, 48, device="cuda", dtype=BF16),
+            torch.empty(24, 3, 16, 16, device="cuda", dtype=BF16),
+        )
         assert pyvit.explain(ops.patch_embed, images, weight).call.sizes == (2, 3, 16, 16, 6, 24)
     assert pyvit.explain(ops.flash_attention, *(torch.zeros(1, 1, 2, 8),) * 3).call.sizes == ()
 
 
 @pytest.mark.parametrize(("dynamic", "chosen"), [(False, "cuda"), (True, "triton")])
 def test_compiled(on: Callable[[str | None], None], dynamic: bool, chosen: str) -> None:
-    """Sizes known while tracing are predicted as in eager mode; a graph for every size keeps the declared order and gets no guard."""
+    """Sizes known while tracing are predicted as in eager mode; a graph for every size keeps the declared order and
+    gets no guard."""
     on("A100")
     graphs: list[torch.fx.GraphModule] = []
 
@@ -131,20 +143,30 @@ def test_compiled(on: Callable[[str | None], None], dynamic: bool, chosen: str) 
 
 
 @pytest.mark.parametrize("part", ["A100", "H100", "H200", "B200"])
-@pytest.mark.parametrize("features", [(), ("bias_table", "grad"), ("bias", "bias_grad", "grad"), ("causal", "grad"), ("images_grad",)])
+@pytest.mark.parametrize(
+    "features", [(), ("bias_table", "grad"), ("bias", "bias_grad", "grad"), ("causal", "grad"), ("images_grad",)]
+)
 def test_no_prediction_is_below_the_floor(part: str, features: tuple[str, ...]) -> None:
     grad = any(f.endswith("grad") for f in features)
     for dtype in (BF16, torch.float32):
         for n, d in ((1, 8), (49, 32), (144, 32), (197, 64), (257, 72), (1025, 128)):
-            floors = [cost.attention(8, 4, n, n, d, dtype, causal="causal" in features, backward=b).floor(part) for b in (False, True)]
+            floors = [
+                cost.attention(8, 4, n, n, d, dtype, causal="causal" in features, backward=b).floor(part)
+                for b in (False, True)
+            ]
             for backend in ("cuda", "triton"):
                 found = gpu_choice.predict(backend, "flash_attention", dtype, features, (8, 4, 4, n, n, d), part, grad)
                 assert found > 1e3 * sum(floors[: 1 + grad])
         for window in (4, 7, 12, 16):
-            floors = [cost.window_attention(8, 50, 50, (window, window), 3, 32, dtype, backward=b).floor(part) for b in (False, True)]
+            floors = [
+                cost.window_attention(8, 50, 50, (window, window), 3, 32, dtype, backward=b).floor(part)
+                for b in (False, True)
+            ]
             for backend in ("cuda", "triton"):
                 sizes = (8, 50, 50, window, window, 3, 32)
-                assert gpu_choice.predict(backend, "window_attention", dtype, features, sizes, part, grad) > 1e3 * sum(floors[: 1 + grad])
+                assert gpu_choice.predict(backend, "window_attention", dtype, features, sizes, part, grad) > 1e3 * sum(
+                    floors[: 1 + grad]
+                )
         for backend in ("cuda", "triton"):
             assert gpu_choice.predict(backend, "patch_embed", dtype, features, (8, 3, 16, 16, 196, 768), part, grad) > 0
 
@@ -173,11 +195,14 @@ def test_the_part_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_measuring_two_backends_makes_rows() -> None:
-    """Two that run here in place of the two that need a GPU; a row is Python that the table can hold, and one that refuses is named."""
+    """Two that run here in place of the two that need a GPU; a row is Python that the table can hold, and one that
+    refuses is named."""
     said: list[str] = []
     cases = [case for case in gpu_cases.tiny() if case.op in ("flash_attention", "window_attention", "patch_embed")]
     found = list(
-        gpu_backends.rows(cases, "A100", "cpu", said.append, ("reference", "cpu" if MISSING["cpu", "cpu"] is None else "reference"))
+        gpu_backends.rows(
+            cases, "A100", "cpu", said.append, ("reference", "cpu" if MISSING["cpu", "cpu"] is None else "reference")
+        )
     )
     assert not said
     assert [row.shape for row in found] == [(33, 33, 32), (7, 7, 32), (7, 7, 32), (16, 16, 32)]

@@ -20,7 +20,9 @@ ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 
 def python(code: str, **environment: str) -> str:
     """Standard output of a fresh interpreter; its error is ours."""
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=180
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -63,7 +65,9 @@ importlib.util.find_spec = lambda name, *rest: None if name.partition('.')[0] ==
 
 def test_import_is_light() -> None:
     """No GPU is touched, and no optional package comes along."""
-    loaded = set(python("import sys, torch; had = set(sys.modules); import pyvit; print(*(set(sys.modules) - had))").split())
+    loaded = set(
+        python("import sys, torch; had = set(sys.modules); import pyvit; print(*(set(sys.modules) - had))").split()
+    )
     loaded = {name.partition(".")[0] for name in loaded}
     assert not loaded & {
         "triton",
@@ -99,14 +103,18 @@ for content in (None, 'no'):
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
 def test_only_the_stable_abi() -> None:
     """Nothing undefined but the stable shims of torch and the C and C++ runtimes: no Python, no ATen, no c10."""
-    listed = subprocess.run(["nm", "-D", "--undefined-only", str(library.PATH)], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(library.PATH)], capture_output=True, text=True, check=True
+    ).stdout
     symbols = {line.split()[-1].partition("@") for line in listed.splitlines() if line.strip()}
     foreign = sorted(
         name
         for name, _, version in symbols
         if not version and not re.match(r"aoti_torch_|torch_|_ITM_|__gmon_start__|__cxa_finalize", name)
     )
-    demangled = subprocess.run(["c++filt", *foreign], capture_output=True, text=True).stdout.split("\n") if foreign else []
+    demangled = (
+        subprocess.run(["c++filt", *foreign], capture_output=True, text=True).stdout.split("\n") if foreign else []
+    )
     assert not foreign, demangled
     versions = {re.match(r"@?([A-Z]+)", version)[1] for _, _, version in symbols if version}
     assert versions <= {"GLIBC", "GLIBCXX", "CXXABI", "GCC", "GOMP"}, versions
@@ -120,9 +128,9 @@ def test_only_the_stable_abi() -> None:
 def test_the_library_defines_every_operator() -> None:
     for name, schema in SCHEMAS.items():
         defined = str(getattr(torch.ops.pyvit, name).default._schema)
-        assert defined.removeprefix(f"pyvit::{name}").replace("SymInt", "int") == str(torch._C.parse_schema(name + schema)).removeprefix(
-            name
-        )
+        assert defined.removeprefix(f"pyvit::{name}").replace("SymInt", "int") == str(
+            torch._C.parse_schema(name + schema)
+        ).removeprefix(name)
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvit::{name}", "CPU"), name
 
 
@@ -142,9 +150,14 @@ print(float((out - torch.nn.functional.scaled_dot_product_attention(q, q, q)).ab
 @needs_library
 def test_instruction_sets() -> None:
     """PYVIT_CPU_ISA picks a set this processor has, and an unknown one is refused by name."""
-    use = "import torch, pyvit; q = torch.randn(1, 1, 9, 8); pyvit.ops.flash_attention(q, q, q); print(torch.ops.pyvit.cpu_isa())"
+    use = (
+        "import torch, pyvit; q = torch.randn(1, 1, 9, 8); pyvit.ops.flash_attention(q, q, q); "
+        "print(torch.ops.pyvit.cpu_isa())"
+    )
     assert python(use, PYVIT_CPU_ISA="") in ISAS
     assert python(use, PYVIT_CPU_ISA="portable") == "portable"
-    done = subprocess.run([sys.executable, "-c", use], env={**os.environ, "PYVIT_CPU_ISA": "sse9"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", use], env={**os.environ, "PYVIT_CPU_ISA": "sse9"}, capture_output=True, text=True
+    )
     assert done.returncode
     assert "PYVIT_CPU_ISA must be portable, avx2, avx512 or avx512bf16, got sse9" in done.stderr

@@ -79,7 +79,11 @@ def test_check_op_finds_a_wrong_value_and_a_wrong_gradient() -> None:
     for wrong, where in (("value", "op out"), ("gradient", "op grad_x"), ("unwritten", "op out")):
         with pytest.raises(NumericsError, match=f"FAIL {where}"):
             check_op(
-                lambda x, backend, w=wrong: op(x, backend, w), tensors, backend="cpu", name="op", grads=() if wrong == "unwritten" else None
+                lambda x, backend, w=wrong: op(x, backend, w),
+                tensors,
+                backend="cpu",
+                name="op",
+                grads=() if wrong == "unwritten" else None,
             )
 
 

@@ -81,7 +81,8 @@ def map_rows(
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_M of the rows asked for, of one head: the log-sum-exp in the first pass over the keys, the probabilities in the second."""
+    """BLOCK_M of the rows asked for, of one head: the log-sum-exp in the first pass over the keys, the probabilities in
+    the second."""
     blocks = tl.cdiv(n_rows, BLOCK_M)
     pid = tl.program_id(0)
     b, h = (pid // blocks // H).to(tl.int64), (pid // blocks % H).to(tl.int64)
@@ -97,7 +98,23 @@ def map_rows(
     for start in range(0, n_k, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         s = map_scores(
-            queries, k, bias, at, valid, cols, n_k, k_strides[2], bias_strides, scale, D, D_PARTS, BLOCK_M, BLOCK_N, BIAS, RAW, PRECISION
+            queries,
+            k,
+            bias,
+            at,
+            valid,
+            cols,
+            n_k,
+            k_strides[2],
+            bias_strides,
+            scale,
+            D,
+            D_PARTS,
+            BLOCK_M,
+            BLOCK_N,
+            BIAS,
+            RAW,
+            PRECISION,
         )
         higher = tl.maximum(top, tl.max(s, 1))
         against = tl.where(higher == float("-inf"), 0.0, higher)
@@ -109,13 +126,31 @@ def map_rows(
     for start in range(0, n_k, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         s = map_scores(
-            queries, k, bias, at, valid, cols, n_k, k_strides[2], bias_strides, scale, D, D_PARTS, BLOCK_M, BLOCK_N, BIAS, RAW, PRECISION
+            queries,
+            k,
+            bias,
+            at,
+            valid,
+            cols,
+            n_k,
+            k_strides[2],
+            bias_strides,
+            scale,
+            D,
+            D_PARTS,
+            BLOCK_M,
+            BLOCK_N,
+            BIAS,
+            RAW,
+            PRECISION,
         )
         p = powers(s, top[:, None], unit) / total[:, None]
         tl.store(out + cols[None, :], p.to(out.dtype.element_ty), mask=valid[:, None] & (cols < n_k)[None, :])
 
 
-def attention_map(q: Tensor, k: Tensor, rows: Tensor, bias: Tensor | None, scale: float, backend: str = "triton") -> Tensor:
+def attention_map(
+    q: Tensor, k: Tensor, rows: Tensor, bias: Tensor | None, scale: float, backend: str = "triton"
+) -> Tensor:
     """Probabilities (B, H, R, Nk) of the queries ``rows`` (B, R), as :func:`pyvit.ops.attention_map` states them."""
     q, k, rows = rows_unit(q), rows_unit(k), rows_unit(rows)
     (batch, heads, _, d), n_k, n_rows = q.shape, k.shape[2], rows.shape[1]
@@ -130,7 +165,9 @@ def attention_map(q: Tensor, k: Tensor, rows: Tensor, bias: Tensor | None, scale
         "q_strides": q.stride()[:3],
         "k_strides": k.stride()[:3],
         "rows_stride": rows.stride(0),
-        "bias_strides": (0, 0, 0, 0) if bias is None else tuple(s if n > 1 else 0 for s, n in zip(bias.stride(), bias.shape, strict=True)),
+        "bias_strides": (0, 0, 0, 0)
+        if bias is None
+        else tuple(s if n > 1 else 0 for s, n in zip(bias.stride(), bias.shape, strict=True)),
         "H": heads,
         "GROUPS": heads // max(k.shape[1], 1),
         "n_rows": n_rows,

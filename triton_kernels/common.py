@@ -1,7 +1,9 @@
-"""What every Triton kernel here shares: rows cut into blocks that fit the head dimension, matrix products, masks, dropout, and launching.
+"""What every Triton kernel here shares: rows cut into blocks that fit the head dimension, matrix products, masks,
+dropout, and launching.
 
-A width that is not a power of two is covered by a tuple of power-of-two parts (197 keys: 128 + 64 + 16; 72 channels: 64 + 16), see
-:mod:`pyvit.triton_kernels.tiles`. A tile is then a tuple of blocks, and loops over parts are unrolled by the compiler.
+A width that is not a power of two is covered by a tuple of power-of-two parts (197 keys: 128 + 64 + 16; 72 channels: 64
++ 16), see :mod:`pyvit.triton_kernels.tiles`. A tile is then a tuple of blocks, and loops over parts are unrolled by the
+compiler.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: The interpreter multiplies bfloat16 operands wrongly, so there, and only there, they are widened after they were rounded.
+#: The interpreter multiplies bfloat16 operands wrongly, so there, and only there, they are widened after they were
+#: rounded.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -75,7 +78,8 @@ def add_products(acc, a, b, first: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_rows(base, rows, valid, stride, D: tl.constexpr, PARTS: tl.constexpr):
-    """Rows of ``base`` (rows, D) as a tuple of blocks over D; rows not ``valid`` (None: all are) and channels past D are zero."""
+    """Rows of ``base`` (rows, D) as a tuple of blocks over D; rows not ``valid`` (None: all are) and channels past D
+    are zero."""
     at = base + rows.to(tl.int64)[:, None] * stride
     out = ()
     start: tl.constexpr = 0
@@ -93,7 +97,8 @@ def load_rows(base, rows, valid, stride, D: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def store_rows(base, values, first: tl.constexpr, factor, rows, valid, stride, D: tl.constexpr, PARTS: tl.constexpr):
-    """Write ``values[first:first + len(PARTS)]`` times ``factor`` (a scalar or a column) to rows of ``base`` (rows, D)."""
+    """Write ``values[first:first + len(PARTS)]`` times ``factor`` (a scalar or a column) to rows of ``base`` (rows,
+    D)."""
     at = base + rows.to(tl.int64)[:, None] * stride
     start: tl.constexpr = 0
     for i in tl.static_range(len(PARTS)):
@@ -128,8 +133,8 @@ def sequence(cu_seqlens, b, n, VARLEN: tl.constexpr):
 def biased(s, bias, rows, cols, n_q, n_k, strides, BIAS: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr):
     """Scores with bias added and masks applied; rows and cols are index tensors that broadcast to the shape of ``s``.
 
-    They stay in natural units until the largest is subtracted: times log2(e) a finite bias may be infinite, and large ones that differ
-    may round to the same.
+    They stay in natural units until the largest is subtracted: times log2(e) a finite bias may be infinite, and large
+    ones that differ may round to the same.
     """
     if BIAS != NO_BIAS:
         at = bias + rows.to(tl.int64) * strides[2] + cols.to(tl.int64) * strides[3]
@@ -147,8 +152,9 @@ def biased(s, bias, rows, cols, n_q, n_k, strides, BIAS: tl.constexpr, CAUSAL: t
 
 @triton.jit
 def unit_of(scale, RAW: tl.constexpr):
-    """What makes powers of two of differences of scores. RAW scores, which nothing is added to, are products before ``scale``: the
-    largest is subtracted from them as it is, where a multiply-add would subtract the rounded largest from its exact self."""
+    """What makes powers of two of differences of scores. RAW scores, which nothing is added to, are products before
+    ``scale``: the largest is subtracted from them as it is, where a multiply-add would subtract the rounded largest
+    from its exact self."""
     unit = LOG2E
     if RAW:
         unit = scale * LOG2E
@@ -244,7 +250,8 @@ def processors(tensor: Tensor) -> int:
 
 
 def precision(tensor: Tensor) -> str:
-    """How float32 operands are multiplied: three TF32 products on NVIDIA's tensor cores, true float32 on AMD's. Never plain TF32."""
+    """How float32 operands are multiplied: three TF32 products on NVIDIA's tensor cores, true float32 on AMD's. Never
+    plain TF32."""
     return "ieee" if tensor.dtype != torch.float32 or not arch_of(tensor).startswith("sm_") else "tf32x3"
 
 
@@ -253,7 +260,9 @@ def launch(kernel: Any, grid: int, args: dict[str, Any], warps: int, stages: int
     # Fused multiply-adds are asked for: Triton's default for them changes between its versions.
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     if (_recorder is not None or INTERPRETED.value) and (wrong := args.keys() ^ set(kernel.arg_names)):
-        raise TypeError(f"{kernel.__name__}: {', '.join(sorted(wrong))} passed and not taken, or the reverse")  # as a GPU's launch would
+        raise TypeError(
+            f"{kernel.__name__}: {', '.join(sorted(wrong))} passed and not taken, or the reverse"
+        )  # as a GPU's launch would
     if _recorder is not None:
         _recorder.launches.append(Launch(kernel, grid, args, options))
         return

@@ -1,8 +1,10 @@
-"""What a call must cost at least: bytes that have to move, flops that have to be done, and the time below which no GPU can be.
+"""What a call must cost at least: bytes that have to move, flops that have to be done, and the time below which no GPU
+can be.
 
-The bytes are each input and output once (what no fusion avoids), the flops those of the matrix products without recomputation. A kernel's
-share of the roofline is ``floor / measured``. Parts' rates are their data sheets' dense figures. What the kernels of a backend do beyond
-the floor (padding, recomputed products, second passes) is in :mod:`pyvit.triton_kernels.plans`.
+The bytes are each input and output once (what no fusion avoids), the flops those of the matrix products without
+recomputation. A kernel's share of the roofline is ``floor / measured``. Parts' rates are their data sheets' dense
+figures. What the kernels of a backend do beyond the floor (padding, recomputed products, second passes) is in
+:mod:`pyvit.triton_kernels.plans`.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ import torch
 class Part:
     """Peak rates: bytes per second, dense flops per second by element size in bytes, and seconds to start one kernel.
 
-    ``warp_share`` is the part of the tensor cores' rate that instructions of a single warp (``mma.sync``) reach; the rest takes ``wgmma``
-    or ``tcgen05``.
+    ``warp_share`` is the part of the tensor cores' rate that instructions of a single warp (``mma.sync``) reach; the
+    rest takes ``wgmma`` or ``tcgen05``.
     """
 
     name: str
@@ -32,9 +34,10 @@ class Part:
         return self.flops_32 if dtype == torch.float32 else self.flops_16
 
 
-#: Hopper's mma.sync reaches 62.9 % of the peak on average (Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via
-#: Microbenchmarking", 2024). B200 by HGX B200's data sheet, an eighth of it; its mma.sync is assumed to do per processor and clock what
-#: Hopper's does, which 148 processors against 132 turn into 0.31 of 2250 TF/s.
+#: Hopper's mma.sync reaches 62.9 % of the peak on average (Luo et al., "Benchmarking and Dissecting the Nvidia Hopper
+#: GPU Architecture via Microbenchmarking", 2024). B200 by HGX B200's data sheet, an eighth of it; its mma.sync is
+#: assumed to do per processor and clock what Hopper's does, which 148 processors against 132 turn into 0.31 of 2250
+#: TF/s.
 PARTS = {
     "A100": Part("A100-80GB", 2.04e12, 312e12, 156e12 / 3),
     "H100": Part("H100-SXM", 3.35e12, 989e12, 495e12 / 3, warp_share=0.63),
@@ -53,7 +56,8 @@ class Cost:
     dtype: torch.dtype
 
     def floor(self, part: Part | str) -> float:
-        """Seconds below which the call cannot finish on ``part``: the larger of its memory time and its arithmetic time."""
+        """Seconds below which the call cannot finish on ``part``: the larger of its memory time and its arithmetic
+        time."""
         p = part_named(part) if isinstance(part, str) else part
         return max(self.bytes / p.bandwidth, self.flops / p.rate(self.dtype))
 
@@ -86,7 +90,8 @@ def attention(
     causal: bool = False,
     backward: bool = False,
 ) -> Cost:
-    """One call of flash_attention, forward or (``backward``) its gradients alone. ``bias``: elements of the bias as given, unexpanded."""
+    """One call of flash_attention, forward or (``backward``) its gradients alone. ``bias``: elements of the bias as
+    given, unexpanded."""
     size, kv = dtype.itemsize, kv_heads or heads
     queries, keys, rows = batch * heads * n_q * d, batch * kv * n_k * d, batch * heads * n_q
     pairs = batch * heads * (sum(min(i + 1, n_k) for i in range(n_q)) if causal else n_q * n_k)
@@ -97,15 +102,27 @@ def attention(
     return Cost(moved, 10.0 * pairs * d, dtype)
 
 
-def attention_map(batch: int, heads: int, rows: int, n_k: int, d: int, dtype: torch.dtype, *, kv_heads: int | None = None) -> Cost:
+def attention_map(
+    batch: int, heads: int, rows: int, n_k: int, d: int, dtype: torch.dtype, *, kv_heads: int | None = None
+) -> Cost:
     """One call of attention_map: the chosen queries, every key, the probabilities."""
     size = dtype.itemsize
-    moved = (batch * heads * rows * d + batch * (kv_heads or heads) * n_k * d + batch * heads * rows * n_k) * size + 8 * batch * rows
+    moved = (
+        batch * heads * rows * d + batch * (kv_heads or heads) * n_k * d + batch * heads * rows * n_k
+    ) * size + 8 * batch * rows
     return Cost(moved, 2.0 * batch * heads * rows * n_k * d, dtype)
 
 
 def window_attention(
-    batch: int, height: int, width: int, window: tuple[int, int], heads: int, d: int, dtype: torch.dtype, *, backward: bool = False
+    batch: int,
+    height: int,
+    width: int,
+    window: tuple[int, int],
+    heads: int,
+    d: int,
+    dtype: torch.dtype,
+    *,
+    backward: bool = False,
 ) -> Cost:
     """One call of window_attention on a (height, width) map, padding included in the flops but not in the bytes."""
     area = window[0] * window[1]
@@ -132,7 +149,8 @@ def patch_embed(
     images_grad: bool = False,
     backward: bool = False,
 ) -> Cost:
-    """One call of patch_embed for ``patches`` patches of each image (those kept), not overlapping. ``pixel_bytes``: 1 for uint8."""
+    """One call of patch_embed for ``patches`` patches of each image (those kept), not overlapping. ``pixel_bytes``: 1
+    for uint8."""
     depth, size = channels * patch[0] * patch[1], dtype.itemsize
     pixels = batch * patches * depth * (pixel_bytes or size)
     weight, tokens = width * depth * size, batch * (patches + prefix) * width * size
@@ -146,5 +164,6 @@ def patch_embed(
 
 
 def useful_fraction(n: int, covered: int) -> float:
-    """Share of a tiled extent that is not padding: 197 rows in 4 tiles of 64 use 77 %. The tuner tries tilings that waste least first."""
+    """Share of a tiled extent that is not padding: 197 rows in 4 tiles of 64 use 77 %. The tuner tries tilings that
+    waste least first."""
     return n / covered if covered else 1.0

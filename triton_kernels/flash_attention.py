@@ -108,7 +108,12 @@ class _Problem:
 
 def _forward(p: _Problem) -> tuple[Tensor, Tensor]:
     out, lse = p.like(p.q, p.dv), p.rows()
-    args = p.tensors(q=p.q, k=p.k, v=p.v, out=out) | p.bias_args | p.common | {"lse": lse, "lse_strides": p.row_strides(lse)}
+    args = (
+        p.tensors(q=p.q, k=p.k, v=p.v, out=out)
+        | p.bias_args
+        | p.common
+        | {"lse": lse, "lse_strides": p.row_strides(lse)}
+    )
     args |= p.raw
     if forward_short_fits(p.arch, p.itemsize, (p.d, p.dv), p.n_k):
         c = p.choose("forward_short")
@@ -116,7 +121,13 @@ def _forward(p: _Problem) -> tuple[Tensor, Tensor]:
         # One image has few heads: give each query tile its own program rather than leave processors idle.
         group = c.group if p.batch * p.heads * tiles >= 2 * c.group * processors(p.q) else 1
         grid = -(-tiles // group) * p.heads * p.batch
-        launch(forward_short, grid, args | {"KEY_PARTS": parts(p.n_k), "BLOCK_M": c.block_m, "GROUP": group}, c.warps, c.stages)
+        launch(
+            forward_short,
+            grid,
+            args | {"KEY_PARTS": parts(p.n_k), "BLOCK_M": c.block_m, "GROUP": group},
+            c.warps,
+            c.stages,
+        )
     else:
         c = p.choose("forward_long")
         grid = -(-p.n_q // c.block_m) * p.heads * p.batch
@@ -150,7 +161,8 @@ def _backward(
         c = p.choose("backward_dkdv")
         shape = {"BLOCK_M": c.block_n, "BLOCK_N": c.block_m, "factor": p.scale}
         grid = -(-p.n_k // c.block_m) * p.kv_heads * p.batch
-        # A single head's addresses stay the same over the loop; those of a head in parts are too many registers to keep.
+        # A single head's addresses stay the same over the loop; those of a head in parts are too many registers to
+        # keep.
         grouped = p.heads != p.kv_heads or len(parts(p.d)) > 1
         every = args | only("grad_k", "grad_v") | shape | p.raw | {"GROUPED": grouped}
         launch(backward_dkdv, grid, every, c.warps, c.stages)
@@ -160,7 +172,8 @@ def _backward(
 
 
 def _bias_backward(args: dict[str, Any], p: _Problem) -> Tensor:
-    """The bias gradient: one program per element walks what the bias was broadcast over; long walks are cut and summed in order."""
+    """The bias gradient: one program per element walks what the bias was broadcast over; long walks are cut and summed
+    in order."""
     assert p.bias is not None
     c = p.choose("bias_grad")
     bb, bh, bi, bj = p.bias.shape
@@ -218,7 +231,9 @@ def flash_attention_backward(
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and, when asked for, the bias (else empty)."""
-    return _backward(grad_out, grad_lse, out, lse, bias_grad, _Problem(q, k, v, bias, is_causal, scale, dropout_p, seed))
+    return _backward(
+        grad_out, grad_lse, out, lse, bias_grad, _Problem(q, k, v, bias, is_causal, scale, dropout_p, seed)
+    )
 
 
 def flash_attention_varlen(
@@ -235,7 +250,9 @@ def flash_attention_varlen(
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor]:
     """out (Tq, H, Dv) and lse (H, Tq), as :func:`pyvit.ops.flash_attention_varlen` states them."""
-    return _forward(_Problem(q, k, v, bias, is_causal, scale, cu=(cu_seqlens_q, cu_seqlens_k), longest=(max_seqlen_q, max_seqlen_k)))
+    return _forward(
+        _Problem(q, k, v, bias, is_causal, scale, cu=(cu_seqlens_q, cu_seqlens_k), longest=(max_seqlen_q, max_seqlen_k))
+    )
 
 
 def flash_attention_varlen_backward(

@@ -1,6 +1,8 @@
-"""Backward kernels of attention: probabilities are computed again from the log-sum-exp, and every gradient has one owner, so no atomics.
+"""Backward kernels of attention: probabilities are computed again from the log-sum-exp, and every gradient has one
+owner, so no atomics.
 
-Where keys are rows (scores transposed, (keys, queries)), the products for dK and dV take the probabilities as they lie in registers.
+Where keys are rows (scores transposed, (keys, queries)), the products for dK and dV take the probabilities as they lie
+in registers.
 """
 
 from __future__ import annotations
@@ -27,15 +29,15 @@ from pyvit.triton_kernels.common import (
 
 @triton.jit
 def any_large(lse):
-    """Whether some row's log-sum-exp is LARGE (infinite ones stand for rows that do not exist): float32 may then have rounded away all
-    that was added to the largest score, and probabilities made from it would not sum to 1."""
+    """Whether some row's log-sum-exp is LARGE (infinite ones stand for rows that do not exist): float32 may then have
+    rounded away all that was added to the largest score, and probabilities made from it would not sum to 1."""
     return tl.max(tl.where(lse < float("inf"), tl.abs(lse), 0.0), 0) > LARGE
 
 
 @triton.jit
 def load_shift(lse, rows, n, scale, RAW: tl.constexpr):
-    """What is subtracted from scores, the log-sum-exp, such that probabilities are 0 in rows past the end and in rows that may attend to
-    nothing; and whether one of these rows has a LARGE one."""
+    """What is subtracted from scores, the log-sum-exp, such that probabilities are 0 in rows past the end and in rows
+    that may attend to nothing; and whether one of these rows has a LARGE one."""
     value = tl.load(lse + rows, mask=rows < n, other=float("inf"))
     value = tl.where(value == float("-inf"), 0.0, value)
     large = any_large(value)
@@ -46,8 +48,9 @@ def load_shift(lse, rows, n, scale, RAW: tl.constexpr):
 
 @triton.jit
 def probabilities(s, shift, rest, unit):
-    """Of scores: exp2((s - shift) * unit - rest). Of a row with a LARGE log-sum-exp ``shift`` is the largest score and ``rest`` the
-    logarithm of the sum of the powers that are then left, as the forward had them; otherwise the log-sum-exp and 0."""
+    """Of scores: exp2((s - shift) * unit - rest). Of a row with a LARGE log-sum-exp ``shift`` is the largest score and
+    ``rest`` the logarithm of the sum of the powers that are then left, as the forward had them; otherwise the
+    log-sum-exp and 0."""
     return tl.exp2((s - shift) * unit - rest)
 
 
@@ -108,8 +111,8 @@ def score_gradient(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile (M, N) of probabilities after dropout, and of the gradients of the scores: grad_left and grad_right are output gradients and
-    values, or the other way round; row sums and indices broadcast to the tile."""
+    """A tile (M, N) of probabilities after dropout, and of the gradients of the scores: grad_left and grad_right are
+    output gradients and values, or the other way round; row sums and indices broadcast to the tile."""
     dp = dot_parts(grad_left, grad_right, M, N, PRECISION)
     dropped = p
     if DROPOUT:
@@ -168,8 +171,8 @@ def backward_short(
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """All gradients of one head by one program, which holds all its keys: five products per tile of queries, where a pass for dQ and
-    another for dK and dV take seven, and nothing is read twice."""
+    """All gradients of one head by one program, which holds all its keys: five products per tile of queries, where a
+    pass for dQ and another for dK and dV take seven, and nothing is read twice."""
     pid = tl.program_id(0)
     b, h = (pid // H).to(tl.int64), (pid % H).to(tl.int64)
     q_first, q_len = sequence(cu_q, b, n_q, VARLEN)
@@ -275,8 +278,8 @@ def backward_dq(
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dQ of one query tile, walking the keys; also writes what :func:`backward_dkdv` reads of each row: its sum (delta), and what
-    probabilities take."""
+    """dQ of one query tile, walking the keys; also writes what :func:`backward_dkdv` reads of each row: its sum
+    (delta), and what probabilities take."""
     blocks = tl.cdiv(n_q, BLOCK_M)
     pid = tl.program_id(0)
     head = pid // blocks

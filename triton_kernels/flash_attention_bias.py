@@ -53,7 +53,8 @@ def bias_gradient(
     VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of the bias gradient: dS summed over ``walk`` = (batch, heads, row tiles, column tiles), what the bias broadcasts over.
+    """One tile of the bias gradient: dS summed over ``walk`` = (batch, heads, row tiles, column tiles), what the bias
+    broadcasts over.
 
     With ``splits`` > 1 each program takes a share of the ``steps`` and writes to its own copy, (splits, *bias_shape).
     """

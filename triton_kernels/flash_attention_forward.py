@@ -81,7 +81,8 @@ def forward_short(
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """GROUP query tiles of one head against keys and values that stay on chip: one softmax over whole rows, no rescaling."""
+    """GROUP query tiles of one head against keys and values that stay on chip: one softmax over whole rows, no
+    rescaling."""
     blocks = tl.cdiv(n_q, BLOCK_M * GROUP)
     pid = tl.program_id(0)
     head = pid // blocks

@@ -1,6 +1,7 @@
 """The streaming losses on Triton: how each is made of :mod:`pyvit.triton_kernels.pairwise_losses_kernels`' two kernels.
 
-Nothing of the size of the score matrix is stored: memory is the inputs, one number per row and split, and the gradients.
+Nothing of the size of the score matrix is stored: memory is the inputs, one number per row and split, and the
+gradients.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ _NOBODY = -1
 
 def _tiles(kernel: str, x: Tensor) -> tuple[Config, dict[str, Any]]:
     c = choose(kernel, arch_of(x), x.element_size(), x.shape[1], x.shape[0])
-    return c, {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.edge_n, "PRECISION": precision(x), "D": x.shape[1]}
+    return c, {
+        "BLOCK_M": c.block_m,
+        "BLOCK_N": c.block_n,
+        "BLOCK_K": c.edge_n,
+        "PRECISION": precision(x),
+        "D": x.shape[1],
+    }
 
 
 def _splits(x: Tensor, n_cols: int, block_n: int, programs: int) -> tuple[int, int]:
@@ -44,7 +51,8 @@ def row_sums(
     partner: int = _NOBODY,
     exclude: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """For each row of x (N, D): log-sum-exp, or with SIGMOID the sum of softplus, of scores (x y^T - y_offset) * scale + bias, (N,).
+    """For each row of x (N, D): log-sum-exp, or with SIGMOID the sum of softplus, of scores (x y^T - y_offset) * scale
+    + bias, (N,).
 
     With ``partner``, also the score of the pair whose indices differ by it. ``exclude`` leaves out the diagonal.
     y (M, D), scale and bias ().
@@ -55,8 +63,22 @@ def row_sums(
     splits, share = _splits(x, y.shape[0], c.block_n, programs)
     sums = scale.new_empty(splits, x.shape[0])
     positives = None if partner == _NOBODY else scale.new_empty(splits, x.shape[0])
-    args = blocks | {"x": x, "y": y, "scale": scale, "bias": bias, "y_offset": y_offset, "sums": sums, "positives": positives}
-    args |= {"x_stride": x.stride(0), "y_stride": y.stride(0), "n_rows": x.shape[0], "n_cols": y.shape[0], "share": share}
+    args = blocks | {
+        "x": x,
+        "y": y,
+        "scale": scale,
+        "bias": bias,
+        "y_offset": y_offset,
+        "sums": sums,
+        "positives": positives,
+    }
+    args |= {
+        "x_stride": x.stride(0),
+        "y_stride": y.stride(0),
+        "n_rows": x.shape[0],
+        "n_cols": y.shape[0],
+        "share": share,
+    }
     args |= {"partner": partner, "KIND": kind, "EXCLUDE": exclude}
     launch(pair_sums, programs * splits, args, c.warps, c.stages)
     merged = sums[0] if splits == 1 else sums.logsumexp(0) if kind == SOFTMAX.value else sums.sum(0)
@@ -83,8 +105,9 @@ def gradient(
     exclude: bool = False,
     statistics: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``factor`` () times weights (N, M) values (M, DV), as ``dtype`` (N, DV). Weights are softmax over columns (``x_lse``), over rows
-    (``y_lse``, times ``y_weight``, at most 1), their sum, or a sigmoid; less ``pull`` at the positives.
+    """``factor`` () times weights (N, M) values (M, DV), as ``dtype`` (N, DV). Weights are softmax over columns
+    (``x_lse``), over rows (``y_lse``, times ``y_weight``, at most 1), their sum, or a sigmoid; less ``pull`` at the
+    positives.
 
     With ``statistics`` also the sums of weight times product and of weights, ().
     """
@@ -98,10 +121,39 @@ def gradient(
     splits, share = _splits(x, m, c.block_n, programs)
     out = x.new_empty((splits, n, width), dtype=dtype if splits == 1 else torch.float32)
     by_scale, by_bias = (scale.new_empty(splits, n) if statistics else None for _ in range(2))
-    args = blocks | {"x": x, "y": y, "values": values, "scale": scale, "bias": bias, "x_offset": x_offset, "y_offset": y_offset}
-    args |= {"x_lse": x_lse, "y_lse": y_lse, "y_weight": y_weight, "factor": factor, "out": out, "by_scale": by_scale, "by_bias": by_bias}
-    args |= {"x_stride": x.stride(0), "y_stride": y.stride(0), "values_stride": values.stride(0), "n_rows": n, "n_cols": m, "share": share}
-    args |= {"partner": partner, "pull": pull, "KIND": kind, "EXCLUDE": exclude, "BOOST": _BOOST if x.dtype == torch.float16 else 1.0}
+    args = blocks | {
+        "x": x,
+        "y": y,
+        "values": values,
+        "scale": scale,
+        "bias": bias,
+        "x_offset": x_offset,
+        "y_offset": y_offset,
+    }
+    args |= {
+        "x_lse": x_lse,
+        "y_lse": y_lse,
+        "y_weight": y_weight,
+        "factor": factor,
+        "out": out,
+        "by_scale": by_scale,
+        "by_bias": by_bias,
+    }
+    args |= {
+        "x_stride": x.stride(0),
+        "y_stride": y.stride(0),
+        "values_stride": values.stride(0),
+        "n_rows": n,
+        "n_cols": m,
+        "share": share,
+    }
+    args |= {
+        "partner": partner,
+        "pull": pull,
+        "KIND": kind,
+        "EXCLUDE": exclude,
+        "BOOST": _BOOST if x.dtype == torch.float16 else 1.0,
+    }
     args |= {"DV": width, "PARTS": held, "WIDE": sum(held)}
     launch(pair_gradient, programs * splits, args, c.warps, c.stages)
     merged = out[0] if splits == 1 else out.sum(0).to(dtype)
@@ -136,7 +188,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: Tensor, backend: str = "triton"
 def nt_xent_backward(
     grad: Tensor, lse: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, backend: str = "triton"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of z1, z2 and temperature. The scores are symmetric: one launch has both directions' weights, P_ij + P_ji."""
+    """Gradients of z1, z2 and temperature. The scores are symmetric: one launch has both directions' weights, P_ij +
+    P_ji."""
     z, n = torch.cat([z1, z2]), z1.shape[0]
     weight = grad / (2 * n * temperature)
     both: dict[str, Any] = {"x_lse": lse, "y_lse": lse, "partner": n, "pull": 2.0, "exclude": True}
@@ -145,7 +198,8 @@ def nt_xent_backward(
 
 
 def sigmoid_contrastive(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, backend: str = "triton") -> Tensor:
-    """Loss (), as :func:`pyvit.ops.sigmoid_contrastive` states it. A positive pair's softplus(-l) is softplus(l) - l."""
+    """Loss (), as :func:`pyvit.ops.sigmoid_contrastive` states it. A positive pair's softplus(-l) is softplus(l) -
+    l."""
     sums, positive = row_sums(a, b, scale, kind=SIGMOID.value, bias=bias, partner=0)
     return (sums - positive).mean()
 
@@ -155,18 +209,33 @@ def sigmoid_contrastive_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of a, b, scale and bias."""
     weight = grad / a.shape[0]
-    pair: dict[str, Any] = {"scale": scale, "factor": weight * scale, "dtype": a.dtype, "kind": SIGMOID.value, "bias": bias, "partner": 0}
+    pair: dict[str, Any] = {
+        "scale": scale,
+        "factor": weight * scale,
+        "dtype": a.dtype,
+        "kind": SIGMOID.value,
+        "bias": bias,
+        "partner": 0,
+    }
     grad_a, by_scale, by_bias = gradient(a, b, b, **pair, pull=1.0, statistics=True)
     grad_b, _, _ = gradient(b, a, a, **pair, pull=1.0)
     return grad_a, grad_b, by_scale * weight, by_bias * weight
 
 
 def _distill(
-    student: Tensor, teacher: Tensor, ws: Tensor | None, wt: Tensor | None, center: Tensor | None, student_temp: float, teacher_temp: float
+    student: Tensor,
+    teacher: Tensor,
+    ws: Tensor | None,
+    wt: Tensor | None,
+    center: Tensor | None,
+    student_temp: float,
+    teacher_temp: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Rows of both networks, their prototypes, inverse temperatures () and the centre in float32."""
     if ws is None or wt is None:
-        raise ValueError("distillation_cross_entropy: the triton backend takes features and prototypes of both networks, got logits")
+        raise ValueError(
+            "distillation_cross_entropy: the triton backend takes features and prototypes of both networks, got logits"
+        )
     like: dict[str, Any] = {"dtype": torch.float32, "device": student.device}
     inverse = torch.full((), 1 / student_temp, **like), torch.full((), 1 / teacher_temp, **like)
     given = student.flatten(0, 1), teacher.flatten(0, 1), ws, wt
@@ -178,9 +247,12 @@ def _distill(
 def _mean_prototypes(
     teacher: Tensor, wt: Tensor, ws: Tensor, inverse: Tensor, center: Tensor | None, lse: Tensor, shape: tuple[int, int]
 ) -> Tensor:
-    """Student prototypes weighed by the teacher's probabilities, (T, N, C): the teacher enters the loss through these alone."""
+    """Student prototypes weighed by the teacher's probabilities, (T, N, C): the teacher enters the loss through these
+    alone."""
     one = torch.ones_like(inverse)
-    return gradient(teacher, wt, ws, inverse, one, torch.float32, y_offset=center, x_lse=lse.flatten())[0].view(*shape, ws.shape[1])
+    return gradient(teacher, wt, ws, inverse, one, torch.float32, y_offset=center, x_lse=lse.flatten())[0].view(
+        *shape, ws.shape[1]
+    )
 
 
 def distillation_cross_entropy(
@@ -194,9 +266,11 @@ def distillation_cross_entropy(
     teacher_temp: float,
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss () and log-sum-exps (S, N) and (T, N), as :func:`pyvit.ops.distillation_cross_entropy` states them, from prototypes.
+    """Loss () and log-sum-exps (S, N) and (T, N), as :func:`pyvit.ops.distillation_cross_entropy` states them, from
+    prototypes.
 
-    The cross term sum_k p_k (w_k . x) is (sum_k p_k w_k) . x: attention of the teacher over the student's prototypes, then a dot product.
+    The cross term sum_k p_k (w_k . x) is (sum_k p_k w_k) . x: attention of the teacher over the student's prototypes,
+    then a dot product.
     """
     x, y, ws, wt, by_student, by_teacher, middle = _distill(
         student, teacher, student_prototypes, teacher_prototypes, center, student_temp, teacher_temp
@@ -236,5 +310,7 @@ def distillation_cross_entropy_backward(
     pulled = torch.einsum("stn,snc->tnc", weights / most, student.float()).to(x.dtype).flatten(0, 1)
     weighed: dict[str, Any] = {"y_lse": lse_s.flatten(), "y_weight": (each / most).flatten()}
     grad_ws = gradient(ws, x, x, by_student, factor * most, torch.float32, **weighed)[0]
-    grad_ws -= gradient(wt, y, pulled, by_teacher, factor * most, torch.float32, x_offset=middle, y_lse=lse_t.flatten())[0]
+    grad_ws -= gradient(
+        wt, y, pulled, by_teacher, factor * most, torch.float32, x_offset=middle, y_lse=lse_t.flatten()
+    )[0]
     return grad_student.to(student.dtype), grad_ws.to(ws.dtype)

@@ -1,8 +1,10 @@
-"""Kernels of the losses over all pairs of rows of x and y: inner products by tile, reduced where they arise, never stored.
+"""Kernels of the losses over all pairs of rows of x and y: inner products by tile, reduced where they arise, never
+stored.
 
-Two kernels serve every loss. ``pair_sums`` reduces each row of the score matrix; ``pair_gradient`` computes its tiles again, turns scores
-into weights and multiplies them with rows of ``values``, as attention does. Both own whole rows, so columns' sums and gradients come from
-a second launch with x and y exchanged: the product is then computed twice, and nothing is ever added by two programs.
+Two kernels serve every loss. ``pair_sums`` reduces each row of the score matrix; ``pair_gradient`` computes its tiles
+again, turns scores into weights and multiplies them with rows of ``values``, as attention does. Both own whole rows, so
+columns' sums and gradients come from a second launch with x and y exchanged: the product is then computed twice, and
+nothing is ever added by two programs.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def pair_products(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """x y^T for BLOCK_M rows and BLOCK_N columns, BLOCK_K channels at a time; zero past the last row, column and channel."""
+    """x y^T for BLOCK_M rows and BLOCK_N columns, BLOCK_K channels at a time; zero past the last row, column and
+    channel."""
     products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     x_at, y_at = x + rows.to(tl.int64)[:, None] * x_stride, y + cols.to(tl.int64)[None, :] * y_stride
     x_mask, y_mask = (rows < n_rows)[:, None], (cols < n_cols)[None, :]
@@ -51,7 +54,8 @@ def pair_products(
 def pair_scores(products, rows, cols, n_rows, n_cols, scale, bias, x_offset, y_offset, EXCLUDE: tl.constexpr):
     """Scores (products - offsets) * scale + bias; -inf past the last row or column and, with EXCLUDE, on the diagonal.
 
-    They stay in natural units until a log-sum-exp is subtracted: where one score is the whole sum, its share is then exactly 1.
+    They stay in natural units until a log-sum-exp is subtracted: where one score is the whole sum, its share is then
+    exactly 1.
     """
     if x_offset is not None:
         products -= tl.load(x_offset + rows, mask=rows < n_rows, other=0.0)[:, None]
@@ -97,8 +101,8 @@ def pair_sums(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of BLOCK_M rows against ``share`` columns: log-sum-exp (SOFTMAX) or sum of softplus (SIGMOID), and the score of the pair whose
-    indices differ by ``partner``. Results are (splits of the columns, rows)."""
+    """Of BLOCK_M rows against ``share`` columns: log-sum-exp (SOFTMAX) or sum of softplus (SIGMOID), and the score of
+    the pair whose indices differ by ``partner``. Results are (splits of the columns, rows)."""
     blocks = tl.cdiv(n_rows, BLOCK_M)
     pid = tl.program_id(0)
     first_col = pid // blocks * share
@@ -109,7 +113,9 @@ def pair_sums(
     positive = tl.zeros((BLOCK_M,), tl.float32)
     for first in range(first_col, tl.minimum(first_col + share, n_cols), BLOCK_N):
         cols = first + tl.arange(0, BLOCK_N)
-        products = pair_products(x, y, rows, cols, n_rows, n_cols, x_stride, y_stride, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+        products = pair_products(
+            x, y, rows, cols, n_rows, n_cols, x_stride, y_stride, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        )
         s = pair_scores(products, rows, cols, n_rows, n_cols, factor, bias, None, y_offset, EXCLUDE)
         if positives is not None:
             pair = (tl.abs(cols[None, :] - rows[:, None]) == partner) & (cols < n_cols)[None, :]
@@ -131,7 +137,8 @@ def pair_sums(
 
 @triton.jit
 def pair_weights(s, rows, cols, n_rows, n_cols, x_lse, y_lse, y_weight, partner, pull, KIND: tl.constexpr):
-    """Derivative of the loss by the scores: softmax over columns, over rows, or both, or a sigmoid; less ``pull`` at the positives."""
+    """Derivative of the loss by the scores: softmax over columns, over rows, or both, or a sigmoid; less ``pull`` at
+    the positives."""
     if KIND == SIGMOID:
         w = 1.0 / (1.0 + tl.exp2(-s * LOG2E))
     else:
@@ -196,8 +203,8 @@ def pair_gradient(
 ):
     """WIDE channels of ``factor`` * weights values for BLOCK_M rows against ``share`` columns, into (splits, rows, DV).
 
-    The programs of the first channels also leave, per row, the sums of weight times product and of weights, (splits, rows): derivatives by
-    scale and bias. BOOST lifts the weights, at most 2, out of float16's subnormal numbers.
+    The programs of the first channels also leave, per row, the sums of weight times product and of weights, (splits,
+    rows): derivatives by scale and bias. BOOST lifts the weights, at most 2, out of float16's subnormal numbers.
     """
     blocks, slices = tl.cdiv(n_rows, BLOCK_M), tl.cdiv(DV, WIDE)
     pid = tl.program_id(0)
@@ -210,7 +217,9 @@ def pair_gradient(
     bias_sum = tl.zeros((BLOCK_M,), tl.float32)
     for first in range(first_col, tl.minimum(first_col + share, n_cols), BLOCK_N):
         cols = first + tl.arange(0, BLOCK_N)
-        products = pair_products(x, y, rows, cols, n_rows, n_cols, x_stride, y_stride, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+        products = pair_products(
+            x, y, rows, cols, n_rows, n_cols, x_stride, y_stride, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        )
         s = pair_scores(products, rows, cols, n_rows, n_cols, score_factor, bias, x_offset, y_offset, EXCLUDE)
         w = pair_weights(s, rows, cols, n_rows, n_cols, x_lse, y_lse, y_weight, partner, pull, KIND)
         if by_scale is not None:

@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from pyvit.triton_kernels.common import arch_of, launch, precision, processors, rows_unit
-from pyvit.triton_kernels.patch_embed_kernels import patch_forward, patch_image_gradient, patch_weight_gradient, spread_tokens
+from pyvit.triton_kernels.patch_embed_kernels import (
+    patch_forward,
+    patch_image_gradient,
+    patch_weight_gradient,
+    spread_tokens,
+)
 from pyvit.triton_kernels.tiles import Config, choose
 from torch import Tensor
 
@@ -16,7 +21,13 @@ class _Patches:
     """One call's geometry, as the kernels take it."""
 
     def __init__(
-        self, images: Tensor, weight: Tensor, stride: Sequence[int], keep: Tensor | None, mean: Tensor | None, std: Tensor | None
+        self,
+        images: Tensor,
+        weight: Tensor,
+        stride: Sequence[int],
+        keep: Tensor | None,
+        mean: Tensor | None,
+        std: Tensor | None,
     ) -> None:
         self.images, self.weight = images, weight.contiguous()
         self.batch, self.channels, self.height, self.width = images.shape
@@ -26,7 +37,12 @@ class _Patches:
         self.grid = ((self.height - ph) // stride[0] + 1, (self.width - pw) // stride[1] + 1)
         self.keep = None if keep is None else rows_unit(keep)
         self.count = self.grid[0] * self.grid[1] if keep is None else keep.shape[1]
-        self.shape: dict[str, Any] = {"CHANNELS": self.channels, "PATCH": self.patch, "STEP": self.step, "PRECISION": precision(weight)}
+        self.shape: dict[str, Any] = {
+            "CHANNELS": self.channels,
+            "PATCH": self.patch,
+            "STEP": self.step,
+            "PRECISION": precision(weight),
+        }
         self.pixels: dict[str, Any] = {
             "keep": self.keep,
             "keep_stride": 0 if self.keep is None else self.keep.stride(0),
@@ -64,7 +80,10 @@ def patch_embed(
     c, blocks = p.choose("patch_forward", rows)
     args = p.pixels | blocks
     args |= {"images": images, "weight": p.weight, "weight_stride": p.depth, "out": out}
-    args |= {name: None if t is None else t.contiguous() for name, t in (("bias", bias), ("pos_embed", pos_embed), ("prefix", prefix))}
+    args |= {
+        name: None if t is None else t.contiguous()
+        for name, t in (("bias", bias), ("pos_embed", pos_embed), ("prefix", prefix))
+    }
     args |= {"rows_total": rows, "tokens": tokens, "n_prefix": n_prefix, "WIDTH": p.d}
     launch(patch_forward, -(-rows // c.block_m) * -(-p.d // c.block_n), args, c.warps, c.stages)
     return out
@@ -109,7 +128,11 @@ def _weight_grad(p: _Patches, grad_tokens: Tensor) -> Tensor:
     share = blocks_each * c.edge_n
     splits = -(-rows // max(share, 1))
     partial = p.weight.new_empty((splits, p.d, p.depth), dtype=torch.float32)
-    args = p.pixels | blocks | {"grad_out": grad_tokens, "grad_strides": grad_tokens.stride()[:2], "images": p.images, "partial": partial}
+    args = (
+        p.pixels
+        | blocks
+        | {"grad_out": grad_tokens, "grad_strides": grad_tokens.stride()[:2], "images": p.images, "partial": partial}
+    )
     args |= {"rows_total": rows, "tokens": p.count, "share": share, "WIDTH": p.d}
     launch(patch_weight_gradient, tiles * splits, args, c.warps, c.stages)
     return (partial[0] if splits == 1 else partial.sum(0)).view(p.weight.shape).to(p.weight.dtype)
@@ -120,7 +143,13 @@ def _spread(p: _Patches, grad_tokens: Tensor, each: bool, dtype: torch.dtype) ->
     out = grad_tokens.new_empty((p.batch if each else 1, patches, p.d), dtype=dtype)
     c, blocks = p.choose("spread_tokens", patches)
     args = {"grad_out": grad_tokens, "keep": p.keep, "out": out, "grad_strides": grad_tokens.stride()[:2]} | blocks
-    args |= {"keep_stride": p.pixels["keep_stride"], "batch": p.batch, "patches": patches, "kept": p.count, "WIDTH": p.d}
+    args |= {
+        "keep_stride": p.pixels["keep_stride"],
+        "batch": p.batch,
+        "patches": patches,
+        "kept": p.count,
+        "WIDTH": p.d,
+    }
     args |= {"EACH": each, "PRECISION": p.shape["PRECISION"]}
     launch(spread_tokens, out.shape[0] * -(-patches // c.block_m) * -(-p.d // c.block_n), args, c.warps, c.stages)
     return out
@@ -139,8 +168,15 @@ def _image_grad(p: _Patches, grad_tokens: Tensor) -> Tensor:
     grad = p.images.new_empty(p.images.shape)
     rows = p.batch * cells[0] * cells[1]
     c, blocks = p.choose("patch_image_gradient", rows)
-    args = p.shape | blocks | {"grad_tokens": grad_tokens, "weight": p.weight, "std": p.pixels["std"], "grad_images": grad}
-    args |= {"grad_strides": grad_tokens.stride()[:2], "weight_stride": p.depth, "rows_total": rows, "size": (p.height, p.width)}
+    args = (
+        p.shape | blocks | {"grad_tokens": grad_tokens, "weight": p.weight, "std": p.pixels["std"], "grad_images": grad}
+    )
+    args |= {
+        "grad_strides": grad_tokens.stride()[:2],
+        "weight_stride": p.depth,
+        "rows_total": rows,
+        "size": (p.height, p.width),
+    }
     args |= {"cells_h": cells[0], "cells_w": cells[1], "grid_h": p.grid[0], "grid_w": p.grid[1], "WIDTH": p.d}
     grid = -(-rows // c.block_m) * -(-p.channels * p.step[0] * p.step[1] // c.block_n)
     launch(patch_image_gradient, grid, args, c.warps, c.stages)

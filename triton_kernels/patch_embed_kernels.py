@@ -11,13 +11,18 @@ from pyvit.triton_kernels.common import dot
 def pixel_column(k, strides, CHANNELS: tl.constexpr, PATCH: tl.constexpr):
     """Channel and image offset of weight columns ``k`` (channel, row, column of the patch)."""
     c, inner = k // (PATCH[0] * PATCH[1]), k % (PATCH[0] * PATCH[1])
-    offset = c.to(tl.int64) * strides[1] + (inner // PATCH[1]).to(tl.int64) * strides[2] + (inner % PATCH[1]).to(tl.int64) * strides[3]
+    offset = (
+        c.to(tl.int64) * strides[1]
+        + (inner // PATCH[1]).to(tl.int64) * strides[2]
+        + (inner % PATCH[1]).to(tl.int64) * strides[3]
+    )
     return c, offset
 
 
 @triton.jit
 def token_rows(row, valid, tokens, prefix, keep, keep_stride):
-    """Of output rows ``row`` = b * tokens + t: image, slot after the prefix (negative within it), index of the patch."""
+    """Of output rows ``row`` = b * tokens + t: image, slot after the prefix (negative within it), index of the
+    patch."""
     b, slot = row // tokens, row % tokens - prefix
     patch = slot
     if keep is not None:
@@ -66,7 +71,8 @@ def patch_forward(
     BYTES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_M tokens by BLOCK_N channels of the result: the product, then bias, position, and the prefix tokens in their rows."""
+    """BLOCK_M tokens by BLOCK_N channels of the result: the product, then bias, position, and the prefix tokens in
+    their rows."""
     DEPTH: tl.constexpr = CHANNELS * PATCH[0] * PATCH[1]
     tiles = tl.cdiv(WIDTH, BLOCK_N)
     pid = tl.program_id(0)
@@ -75,24 +81,34 @@ def patch_forward(
     valid = row < rows_total
     b, slot, patch = token_rows(row, valid, tokens, n_prefix, keep, keep_stride)
     is_patch = valid & (slot >= 0)
-    at = b * image_strides[0] + patch // grid_w * STEP[0] * image_strides[2] + patch % grid_w * STEP[1] * image_strides[3]
+    at = (
+        b * image_strides[0]
+        + patch // grid_w * STEP[0] * image_strides[2]
+        + patch % grid_w * STEP[1] * image_strides[3]
+    )
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, DEPTH, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         c, offset = pixel_column(k, image_strides, CHANNELS, PATCH)
         x = load_pixels(images, at, offset, c, is_patch, k < DEPTH, mean, std, weight.dtype.element_ty, BYTES)
         w = tl.load(
-            weight + col.to(tl.int64)[None, :] * weight_stride + k[:, None], mask=(k[:, None] < DEPTH) & (col[None, :] < WIDTH), other=0.0
+            weight + col.to(tl.int64)[None, :] * weight_stride + k[:, None],
+            mask=(k[:, None] < DEPTH) & (col[None, :] < WIDTH),
+            other=0.0,
         )
         acc = dot(x, w, acc, PRECISION)
     if bias is not None:
         acc += tl.load(bias + col, mask=col < WIDTH, other=0.0).to(tl.float32)[None, :]
     mask = is_patch[:, None] & (col < WIDTH)[None, :]
     if pos_embed is not None:
-        acc += tl.load(pos_embed + patch.to(tl.int64)[:, None] * WIDTH + col[None, :], mask=mask, other=0.0).to(tl.float32)
+        acc += tl.load(pos_embed + patch.to(tl.int64)[:, None] * WIDTH + col[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
     if prefix is not None:
         within = (valid & (slot < 0))[:, None] & (col < WIDTH)[None, :]
-        token = tl.load(prefix + (slot + n_prefix)[:, None] * WIDTH + col[None, :], mask=within, other=0.0).to(tl.float32)
+        token = tl.load(prefix + (slot + n_prefix)[:, None] * WIDTH + col[None, :], mask=within, other=0.0).to(
+            tl.float32
+        )
         acc = tl.where(within, token, acc)
         mask = mask | within
     tl.store(out + row[:, None] * WIDTH + col[None, :], acc.to(out.dtype.element_ty), mask=mask)
@@ -123,7 +139,8 @@ def patch_weight_gradient(
     BYTES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_M channels by BLOCK_N pixels of dW from ``share`` patches (BLOCK_K at a time), into this share's copy, (shares, D, depth)."""
+    """BLOCK_M channels by BLOCK_N pixels of dW from ``share`` patches (BLOCK_K at a time), into this share's copy,
+    (shares, D, depth)."""
     DEPTH: tl.constexpr = CHANNELS * PATCH[0] * PATCH[1]
     across, down = tl.cdiv(DEPTH, BLOCK_N), tl.cdiv(WIDTH, BLOCK_M)
     pid = tl.program_id(0)
@@ -137,7 +154,11 @@ def patch_weight_gradient(
         row = start + tl.arange(0, BLOCK_K)
         valid = row < tl.minimum(first + share, rows_total)
         b, slot, patch = token_rows(row, valid, tokens, 0, keep, keep_stride)
-        at = b * image_strides[0] + patch // grid_w * STEP[0] * image_strides[2] + patch % grid_w * STEP[1] * image_strides[3]
+        at = (
+            b * image_strides[0]
+            + patch // grid_w * STEP[0] * image_strides[2]
+            + patch % grid_w * STEP[1] * image_strides[3]
+        )
         x = load_pixels(images, at, offset, c, valid, k < DEPTH, mean, std, grad_out.dtype.element_ty, BYTES)
         where = grad_out + b * grad_strides[0] + slot * grad_strides[1]
         g = tl.load(where[None, :] + channel[:, None], mask=valid[None, :] & (channel < WIDTH)[:, None], other=0.0)
@@ -169,7 +190,8 @@ def patch_image_gradient(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Pixels of BLOCK_M cells of one stride each (b, row, column), summed over the patches that cover them: each pixel has one owner."""
+    """Pixels of BLOCK_M cells of one stride each (b, row, column), summed over the patches that cover them: each pixel
+    has one owner."""
     CELL: tl.constexpr = STEP[0] * STEP[1]
     across = tl.cdiv(CHANNELS * CELL, BLOCK_N)
     pid = tl.program_id(0)
@@ -190,7 +212,11 @@ def patch_image_gradient(
         for start in range(0, WIDTH, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             g = tl.load(where[:, None] + k[None, :], mask=covered[:, None] & (k < WIDTH)[None, :], other=0.0)
-            w = tl.load(pixel[None, :] + k.to(tl.int64)[:, None] * weight_stride, mask=within[None, :] & (k < WIDTH)[:, None], other=0.0)
+            w = tl.load(
+                pixel[None, :] + k.to(tl.int64)[:, None] * weight_stride,
+                mask=within[None, :] & (k < WIDTH)[:, None],
+                other=0.0,
+            )
             acc = dot(g, w, acc, PRECISION)
     if std is not None:
         acc = acc / tl.load(std + c, mask=n < CHANNELS * CELL, other=1.0)[None, :]
@@ -217,7 +243,8 @@ def spread_tokens(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Kept tokens back at their patches, as a product with the 0/1 matrix keep == patch: out (B, N, D) with EACH, else its sum over B.
+    """Kept tokens back at their patches, as a product with the 0/1 matrix keep == patch: out (B, N, D) with EACH, else
+    its sum over B.
 
     A patch kept twice gets both gradients; one left out gets zero; nothing is added in an order that could change.
     """

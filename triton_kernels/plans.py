@@ -1,8 +1,10 @@
-"""What the kernels of each backend do beyond the floor of :mod:`pyvit.triton_kernels.cost`, so that one can be held against the other.
+"""What the kernels of each backend do beyond the floor of :mod:`pyvit.triton_kernels.cost`, so that one can be held
+against the other.
 
-A prediction adds the time of the bytes, of the products and of the launches, as if none overlapped. It knows tile padding, recomputed
-products, second passes over the tensors, and whether a tile is tall enough (64 rows) for the tensor-core instructions of four warps. It
-does not know spills, occupancy, bank conflicts or caches: it orders two plans, and is no forecast of either.
+A prediction adds the time of the bytes, of the products and of the launches, as if none overlapped. It knows tile
+padding, recomputed products, second passes over the tensors, and whether a tile is tall enough (64 rows) for the
+tensor-core instructions of four warps. It does not know spills, occupancy, bank conflicts or caches: it orders two
+plans, and is no forecast of either.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ from dataclasses import dataclass
 from pyvit.triton_kernels.cost import Cost, Part
 from pyvit.triton_kernels.tiles import backward_short_fits, choose, forward_short_fits, one_tile, parts
 
-#: Head dimensions that the CUDA kernels are compiled for, by bytes per element (with_head_dim and with_window_dim in csrc/cuda).
+#: Head dimensions that the CUDA kernels are compiled for, by bytes per element (with_head_dim and with_window_dim in
+#: csrc/cuda).
 HEAD_DIMS = {2: (32, 64, 80, 96, 128), 4: (64, 128)}
 WINDOW_HEAD_DIMS = (32, 64)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One pass of a backend: bytes and flops relative to the floor's, launches, and whether it uses instructions of four warps."""
+    """One pass of a backend: bytes and flops relative to the floor's, launches, and whether it uses instructions of
+    four warps."""
 
     bytes: float
     flops: float
@@ -37,13 +41,15 @@ def up(n: int, step: int) -> int:
 
 
 def _attention(tensors: float, products: float, padding: float, launches: int, warpgroup: bool, backward: bool) -> Plan:
-    """From reads and writes of (tokens, channels) tensors and products over all pairs: the floor is 4 and 2, backward 8 and 5."""
+    """From reads and writes of (tokens, channels) tensors and products over all pairs: the floor is 4 and 2, backward 8
+    and 5."""
     floor = (8, 5) if backward else (4, 2)
     return Plan(tensors / floor[0], products / floor[1] * padding, launches, warpgroup)
 
 
 def cuda_attention(n_q: int, n_k: int, d: int, itemsize: int, backward: bool, bias_grad: bool) -> Plan:
-    """Warps of 16 rows over 16-wide pieces of the keys; backward is the queries' pass, the keys' pass, and the bias's."""
+    """Warps of 16 rows over 16-wide pieces of the keys; backward is the queries' pass, the keys' pass, and the
+    bias's."""
     padding = up(n_q, 16) * up(n_k, 16) / (n_q * n_k) * next(w for w in HEAD_DIMS[itemsize] if w >= d) / d
     if not backward:
         return _attention(4, 2, padding, 1, False, False)
@@ -53,7 +59,8 @@ def cuda_attention(n_q: int, n_k: int, d: int, itemsize: int, backward: bool, bi
 def triton_attention(
     n_q: int, n_k: int, d: int, itemsize: int, backward: bool, bias: bool, bias_grad: bool, arch: str, grouped: bool
 ) -> Plan:
-    """The keys of a short sequence in one piece; a head's gradients from one program while they fit, else two passes."""
+    """The keys of a short sequence in one piece; a head's gradients from one program while they fit, else two
+    passes."""
     width, pairs = sum(parts(d)) / d, n_q * n_k
     if not backward:
         short = forward_short_fits(arch, itemsize, (d, d), n_k)
@@ -75,8 +82,9 @@ def triton_attention(
 
 
 def cuda_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bool) -> Plan:
-    """As attention, a window at a time; backward in one pass while a block holds the window, up to 64 tokens without reading the output;
-    beyond, the table's gradient takes a pass of its own only where its sums do not fit beside the queries."""
+    """As attention, a window at a time; backward in one pass while a block holds the window, up to 64 tokens without
+    reading the output; beyond, the table's gradient takes a pass of its own only where its sums do not fit beside the
+    queries."""
     width = next(w for w in WINDOW_HEAD_DIMS if w >= d)
     padding = (up(area, 16) / area) ** 2 * width / d
     if not backward:
@@ -88,7 +96,8 @@ def cuda_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bo
 
 
 def cuda_table_sums_fit(area: int, width: int, itemsize: int) -> bool:
-    """Of a square window: whether 64 queries' sums of the table's gradient fit (QueryPass in csrc/cuda/window_attention_backward.cu)."""
+    """Of a square window: whether 64 queries' sums of the table's gradient fit (QueryPass in
+    csrc/cuda/window_attention_backward.cu)."""
     columns = 64 if itemsize == 2 else 32
     tiles = (2 * 64 + 4 * columns) * width * itemsize + (64 + 6 * columns) * 4
     table = (2 * area**0.5 - 1) ** 2 * 4
@@ -96,7 +105,8 @@ def cuda_table_sums_fit(area: int, width: int, itemsize: int) -> bool:
 
 
 def triton_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bool, arch: str) -> Plan:
-    """Small windows side by side in a tile of 64 rows, large ones tile by tile; all gradients in one pass where a tile holds the window."""
+    """Small windows side by side in a tile of 64 rows, large ones tile by tile; all gradients in one pass where a tile
+    holds the window."""
     rows, width = (64 // area if area <= 32 else 1) * area, sum(parts(d)) / d
     if not backward and rows > 64:
         c = choose("window_forward_long", arch, itemsize, d, rows)

@@ -1,7 +1,8 @@
 """Which tiles each kernel uses, as data: per kernel, architecture, element size, head dimension and length.
 
-An entry says how it was chosen: a measurement, or "unmeasured" for one picked from register and shared-memory counts alone. A tuning run
-(:mod:`pyvit.triton_kernels.tools.tune`) writes entries for the GPU at hand to a file that comes first; no training step searches anything.
+An entry says how it was chosen: a measurement, or "unmeasured" for one picked from register and shared-memory counts
+alone. A tuning run (:mod:`pyvit.triton_kernels.tools.tune`) writes entries for the GPU at hand to a file that comes
+first; no training step searches anything.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ SHORT = 288
 
 @dataclass(frozen=True)
 class Config:
-    """``block_m`` rows of the side a program owns, ``block_n`` of the side it walks, ``edge_n`` the narrower block where a mask is needed;
-    ``group`` pieces of work (query tiles, windows) per program."""
+    """``block_m`` rows of the side a program owns, ``block_n`` of the side it walks, ``edge_n`` the narrower block
+    where a mask is needed; ``group`` pieces of work (query tiles, windows) per program."""
 
     block_m: int = 64
     block_n: int = 64
@@ -33,7 +34,8 @@ class Config:
 
 @dataclass(frozen=True)
 class Entry:
-    """Serves calls of ``kernel`` on ``arch`` (a prefix) with at most these bytes per element, head dimension and length."""
+    """Serves calls of ``kernel`` on ``arch`` (a prefix) with at most these bytes per element, head dimension and
+    length."""
 
     kernel: str
     config: Config
@@ -53,8 +55,8 @@ class Entry:
         )
 
 
-#: First match wins. A warp takes 16 rows of a product at a time: with more warps than that, several share them and issue the same
-#: instructions, up to twice as many per score (the machine of tests/ptx counts them).
+#: First match wins. A warp takes 16 rows of a product at a time: with more warps than that, several share them and
+#: issue the same instructions, up to twice as many per score (the machine of tests/ptx counts them).
 TABLE = (
     Entry("forward_short", Config(block_m=64, group=2, warps=4), itemsize=2, head_dim=64),
     Entry("forward_short", Config(block_m=64, group=2, warps=4), itemsize=2),
@@ -102,12 +104,25 @@ TABLE = (
     Entry("patch_image_gradient", Config(block_m=64, block_n=64, edge_n=64, warps=4, stages=2), itemsize=2),
     Entry("patch_image_gradient", Config(block_m=64, block_n=64, edge_n=32, warps=4, stages=2)),
     Entry("spread_tokens", Config(block_m=64, block_n=64, edge_n=64, warps=4, stages=2)),
-    # Losses over pairs: "head_dim" is the embedding's width, edge_n the block of it, "group" the 128-wide blocks of a gradient on chip.
+    # Losses over pairs: "head_dim" is the embedding's width, edge_n the block of it, "group" the 128-wide blocks of a
+    # gradient on chip.
     Entry("pair_sums", Config(block_m=128, block_n=128, edge_n=64, warps=8, stages=3), itemsize=2, head_dim=1 << 30),
     Entry("pair_sums", Config(block_m=64, block_n=64, edge_n=32, warps=4, stages=2), head_dim=1 << 30),
-    # Accumulators on sm_100 lie in tensor memory: four blocks of 128 columns fill its 512, and the scores' 64 no longer fit.
-    Entry("pair_gradient", Config(block_m=128, block_n=64, edge_n=64, group=2, warps=8), arch="sm_100", itemsize=2, head_dim=1 << 30),
-    Entry("pair_gradient", Config(block_m=64, block_n=64, edge_n=64, group=4, warps=8, stages=2), itemsize=2, head_dim=1 << 30),
+    # Accumulators on sm_100 lie in tensor memory: four blocks of 128 columns fill its 512, and the scores' 64 no longer
+    # fit.
+    Entry(
+        "pair_gradient",
+        Config(block_m=128, block_n=64, edge_n=64, group=2, warps=8),
+        arch="sm_100",
+        itemsize=2,
+        head_dim=1 << 30,
+    ),
+    Entry(
+        "pair_gradient",
+        Config(block_m=64, block_n=64, edge_n=64, group=4, warps=8, stages=2),
+        itemsize=2,
+        head_dim=1 << 30,
+    ),
     Entry("pair_gradient", Config(block_m=64, block_n=32, edge_n=32, group=2, warps=8, stages=2), head_dim=1 << 30),
     # Windows: "length" is the rows of a tile's piece, "group" the programs per processor.
     Entry("window_forward", Config(block_m=64, group=8, warps=4, stages=2), itemsize=2, length=64),
@@ -191,12 +206,18 @@ def _look_up(kernel: str, arch: str, itemsize: int, head_dim: int, length: int) 
     for entry in (*tuned(), *TABLE):
         if entry.serves(kernel, arch, itemsize, head_dim, length):
             return entry.config
-    raise KeyError(f"tiles: no entry serves {kernel} on {arch} with {itemsize}-byte elements, head dimension {head_dim}, length {length}")
+    raise KeyError(
+
+            f"tiles: no entry serves {kernel} on {arch} with {itemsize}-byte elements, head dimension {head_dim}, "
+            f"length {length}"
+
+    )
 
 
 @functools.cache
 def parts(n: int, most: int = 128) -> tuple[int, ...]:
-    """``n`` rounded up to 16 as descending powers of two up to ``most``: 197 -> (128, 64, 16). Below ``most`` at most two."""
+    """``n`` rounded up to 16 as descending powers of two up to ``most``: 197 -> (128, 64, 16). Below ``most`` at most
+    two."""
     whole, rest = divmod(-(-max(n, 1) // 16) * 16, most)
     tail: tuple[int, ...] = ()
     if rest:
@@ -225,7 +246,8 @@ def forward_short_fits(arch: str, itemsize: int, head_dims: tuple[int, int], n_k
 def backward_short_fits(itemsize: int, head_dim: int, n_q: int, n_k: int) -> bool:
     """Whether one program takes all gradients of a head: its keys are one tile, and their gradients stay in registers.
 
-    Two tiles with dQ summed in memory lost to two passes on an H100: 762 against 716 us at N = 197 (256 x 12 heads of 64, bfloat16), 976
-    against 773 at 257. Not in float32: as Triton 3.6 compiled it there, the kernel gave wrong gradients and read out of bounds.
+    Two tiles with dQ summed in memory lost to two passes on an H100: 762 against 716 us at N = 197 (256 x 12 heads of
+    64, bfloat16), 976 against 773 at 257. Not in float32: as Triton 3.6 compiled it there, the kernel gave wrong
+    gradients and read out of bounds.
     """
     return itemsize <= 2 and 0 < n_q <= SHORT and 0 < n_k <= 128 and head_dim <= 64

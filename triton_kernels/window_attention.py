@@ -176,13 +176,22 @@ def window_attention_backward(
         sums = _Sums(m, groups, (groups, tiles))
         own = {"turned": None, "bias_partial": sums.bias, "logit_partial": sums.logit}
     else:
-        args |= {name: torch.empty_like(lse, memory_format=torch.contiguous_format) for name in ("shifts", "rests", "row_sums")}
+        args |= {
+            name: torch.empty_like(lse, memory_format=torch.contiguous_format)
+            for name in ("shifts", "rests", "row_sums")
+        }
         args |= {"turned": m.turned()}
         sums = _gradients_by_tiles(m, args, rows_unit(out), lse.contiguous())
         own = {"bias_partial": None, "logit_partial": None}
     shape = {"share": share, "BLOCK_N": c.block_m if whole else c.block_n, "BLOCK_M": c.block_m, "ALL": whole}
     pad_partial = m.qkv.new_zeros((groups, tiles, 2, m.heads, m.d), dtype=torch.float32)
-    launch(window_backward_keys, m.heads * tiles * groups, args | shape | own | {"pad_partial": pad_partial}, c.warps, c.stages)
+    launch(
+        window_backward_keys,
+        m.heads * tiles * groups,
+        args | shape | own | {"pad_partial": pad_partial},
+        c.warps,
+        c.stages,
+    )
     grad_pad = qkv.new_empty(0)
     if pad_qkv is not None:  # padding queries are cropped from the output: theirs is zero
         grad_pad = torch.cat([pad_partial.new_zeros(m.channels), pad_partial.sum((0, 1)).flatten()]).to(pad_qkv.dtype)
@@ -207,7 +216,8 @@ def _gradients_by_tiles(m: _Map, args: dict[str, Any], out: Tensor, lse: Tensor)
 
 
 class _Sums:
-    """Partial sums: the table's gradient by groups of windows, the temperature's by ``programs`` per head; added in order afterwards."""
+    """Partial sums: the table's gradient by groups of windows, the temperature's by ``programs`` per head; added in
+    order afterwards."""
 
     def __init__(self, m: _Map, groups: int, programs: tuple[int, int]) -> None:
         empty = torch.zeros if m.total == 0 else torch.empty

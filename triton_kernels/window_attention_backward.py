@@ -1,4 +1,5 @@
-"""Backward kernels of shifted windows, in the terms of :mod:`pyvit.triton_kernels.window_attention_forward`: no atomics, sums on chip."""
+"""Backward kernels of shifted windows, in the terms of :mod:`pyvit.triton_kernels.window_attention_forward`: no
+atomics, sums on chip."""
 
 from __future__ import annotations
 
@@ -58,11 +59,14 @@ def query_side(
     AREA: tl.constexpr,
     COSINE: tl.constexpr,
 ):
-    """Of placed queries: their rows and 1 / norm, the gradients of their outputs, their row sums and rests where there are any, and what
-    is subtracted from their scores: infinite past the windows and finite in rows that attend to nothing, whose probabilities are then 0.
+    """Of placed queries: their rows and 1 / norm, the gradients of their outputs, their row sums and rests where there
+    are any, and what is subtracted from their scores: infinite past the windows and finite in rows that attend to
+    nothing, whose probabilities are then 0.
     """
     first = h * D
-    queries, inverse = normalised(gather(qkv, pad, first, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE)
+    queries, inverse = normalised(
+        gather(qkv, pad, first, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE
+    )
     grad = load_rows(grad_out + first, row_offset(window, y, x, windows, grad_out_strides), real, 1, D, D_PARTS)
     at = (window.to(tl.int64) * HEADS + h) * AREA + rows % AREA
     row_sum, rest = 0.0, 0.0
@@ -148,7 +152,8 @@ def window_backward_keys(
 
     Otherwise PACK is 1 and ``row_sums`` are what window_backward_queries left.
 
-    Scores lie transposed, (keys, queries). dBias, dScale and the pad's gradient add up on chip over the windows; a program writes its sum.
+    Scores lie transposed, (keys, queries). dBias, dScale and the pad's gradient add up on chip over the windows; a
+    program writes its sum.
     """
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     ROWS: tl.constexpr = PACK * AREA
@@ -167,7 +172,9 @@ def window_backward_keys(
     grad_logit = zero_vector(BLOCK_M)
     grad_pad_k, grad_pad_v = zero_vectors(D_PARTS), zero_vectors(D_PARTS)
     for piece in range(group * share, tl.minimum(group * share + share, tl.cdiv(total, PACK))):
-        window, y, x, inside, real, region = place(cols, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
+        window, y, x, inside, real, region = place(
+            cols, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK
+        )
         offset = row_offset(window, y, x, windows, qkv_strides)
         keys, key_inverse = normalised(gather(qkv, pad, at_k, offset, real, D, D_PARTS), COSINE)
         values = gather(qkv, pad, at_v, offset, real, D, D_PARTS)
@@ -175,7 +182,9 @@ def window_backward_keys(
         dk, dv = zero_parts((BLOCK_M,), D_PARTS), zero_parts((BLOCK_M,), D_PARTS)
         for first in range(0, ROWS, BLOCK_N):
             rows = first + tl.arange(0, BLOCK_N)
-            q_window, qy, qx, q_inside, q_real, q_region = place(rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
+            q_window, qy, qx, q_inside, q_real, q_region = place(
+                rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK
+            )
             queries, q_inverse, grad, row_sum, shift_of, rest = query_side(
                 qkv, pad, grad_out, shifts, rests, row_sums, q_window, qy, qx, rows, q_inside, q_real, h, HEADS,
                 windows, qkv_strides, grad_out_strides, D, D_PARTS, AREA, COSINE,
@@ -192,7 +201,9 @@ def window_backward_keys(
                     shift_of = tl.where(top == float("-inf"), 0.0, top)
                     rest = log_total(tl.sum(powers(s, shift_of[None, :], LOG2E), 0))
                 p = probabilities(s, shift_of[None, :], rest[None, :], LOG2E)
-                if qkv.dtype.element_ty == tl.float32:  # whole rows are here: what rounding left in the log-sum-exp is taken out
+                if (
+                    qkv.dtype.element_ty == tl.float32
+                ):  # whole rows are here: what rounding left in the log-sum-exp is taken out
                     total_p = tl.sum(p, 0)
                     p = p / tl.where(total_p == 0.0, 1.0, total_p)[None, :]
             else:  # a key's own rows are all that a key outside could spoil, and they are not stored
@@ -204,7 +215,13 @@ def window_backward_keys(
             dp = dot_parts(values, grad, BLOCK_M, BLOCK_N, PRECISION)
             dropped = p
             if DROPOUT:
-                keep = kept(draw, (q_window * HEADS + h + rows * 0)[None, :], rows[None, :] % AREA, cols[:, None] % AREA, threshold)
+                keep = kept(
+                    draw,
+                    (q_window * HEADS + h + rows * 0)[None, :],
+                    rows[None, :] % AREA,
+                    cols[:, None] % AREA,
+                    threshold,
+                )
                 dropped = tl.where(keep, p * keep_scale, 0.0)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
             dv = add_products(dv, dropped.to(qkv.dtype.element_ty), grad, 0, PRECISION)
@@ -218,7 +235,9 @@ def window_backward_keys(
                     grad_bias += ds
                 if COSINE:
                     grad_logit += tl.sum(ds * raw, 1)
-                dq = times(add_products(zero_parts((BLOCK_N,), D_PARTS), tl.trans(rounded), keys, 0, PRECISION), natural)
+                dq = times(
+                    add_products(zero_parts((BLOCK_N,), D_PARTS), tl.trans(rounded), keys, 0, PRECISION), natural
+                )
                 at = row_offset(q_window, qy, qx, windows, grad_qkv_strides)
                 scatter(grad_qkv + at_q, normalised_backward(dq, queries, q_inverse, COSINE), at, q_real, D, D_PARTS)
         dk = normalised_backward(times(dk, natural), keys, key_inverse, COSINE)
@@ -313,7 +332,8 @@ def window_backward_queries(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dQ of BLOCK_M queries of one window too large for a single tile, keys going by in tiles; the other kernels find its row sums."""
+    """dQ of BLOCK_M queries of one window too large for a single tile, keys going by in tiles; the other kernels find
+    its row sums."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     WHOLE: tl.constexpr = AREA // BLOCK_N * BLOCK_N
     COSINE: tl.constexpr = logit_scale is not None
@@ -330,7 +350,9 @@ def window_backward_queries(
         qkv, pad, grad_out, lse, None, None, window, y, x, rows, rows < AREA, real, h, HEADS, windows, qkv_strides, grad_out_strides,
         D, D_PARTS, AREA, COSINE,
     )  # fmt: skip
-    row_sum = dot_rows(load_rows(out + h * D, row_offset(window, y, x, windows, out_strides), real, 1, D, D_PARTS), grad)
+    row_sum = dot_rows(
+        load_rows(out + h * D, row_offset(window, y, x, windows, out_strides), real, 1, D, D_PARTS), grad
+    )
     rest = tl.zeros((BLOCK_M,), tl.float32)
     if any_large(shift_of):
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -359,8 +381,12 @@ def window_backward_queries(
                 AREA % EDGE_N != 0, DROPOUT, PRECISION,
             )  # fmt: skip
     dq = times(dq, natural)
-    if COSINE:  # (windows, tiles, heads): a temperature scales every score of a row, so its gradient is queries times dQ
-        tl.store(logit_partial + (window * tiles + tile) * HEADS + h, tl.sum(tl.where(inside, dot_rows(dq, queries), 0.0), 0))
+    if (
+        COSINE
+    ):  # (windows, tiles, heads): a temperature scales every score of a row, so its gradient is queries times dQ
+        tl.store(
+            logit_partial + (window * tiles + tile) * HEADS + h, tl.sum(tl.where(inside, dot_rows(dq, queries), 0.0), 0)
+        )
     at = row_offset(window, y, x, windows, grad_qkv_strides)
     scatter(grad_qkv + h * D, normalised_backward(dq, queries, inverse, COSINE), at, real & inside, D, D_PARTS)
 
@@ -398,7 +424,8 @@ def window_backward_bias(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_M x BLOCK_N of dBias, added up on chip over ``share`` windows: the products are computed anew, the bias is read once."""
+    """BLOCK_M x BLOCK_N of dBias, added up on chip over ``share`` windows: the products are computed anew, the bias is
+    read once."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     COSINE: tl.constexpr = logit_scale is not None
     tiles: tl.constexpr = (AREA + BLOCK_M - 1) // BLOCK_M
@@ -437,8 +464,11 @@ def window_backward_bias(
 
 
 @triton.jit
-def table_gradient(grad_bias, grad_table, HEADS, WINDOW: tl.constexpr, PACK: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
-    """ENTRIES rows of the table's gradient for one head: dBias (heads, queries, keys) summed over the pairs at each offset, in order."""
+def table_gradient(
+    grad_bias, grad_table, HEADS, WINDOW: tl.constexpr, PACK: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """ENTRIES rows of the table's gradient for one head: dBias (heads, queries, keys) summed over the pairs at each
+    offset, in order."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     ROWS: tl.constexpr = PACK * AREA
     pid = tl.program_id(0)

@@ -1,14 +1,27 @@
 """Kernels of shifted-window attention: each program takes one head and a run of windows, straight from the feature map.
 
-A tile's rows are the tokens of a window, or of PACK small ones side by side, which the mask keeps apart like a shifted map's regions.
-Names: ``window`` counts over the batch; a token's ``region`` is what it may attend within; ``real`` tokens lie on the unpadded map.
+A tile's rows are the tokens of a window, or of PACK small ones side by side, which the mask keeps apart like a shifted
+map's regions. Names: ``window`` counts over the batch; a token's ``region`` is what it may attend within; ``real``
+tokens lie on the unpadded map.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from pyvit.triton_kernels.common import LN2, LOG2E, add_products, dot_parts, dot_rows, draw_of, kept, load_rows, powers, span, zero_parts
+from pyvit.triton_kernels.common import (
+    LN2,
+    LOG2E,
+    add_products,
+    dot_parts,
+    dot_rows,
+    draw_of,
+    kept,
+    load_rows,
+    powers,
+    span,
+    zero_parts,
+)
 
 LN100 = tl.constexpr(4.605170185988092)
 NORM_EPS = tl.constexpr(1e-12)
@@ -16,10 +29,11 @@ NORM_EPS = tl.constexpr(1e-12)
 
 @triton.jit
 def place(r, piece, size, padded, shift, windows, windows_x, total, WINDOW: tl.constexpr, PACK: tl.constexpr):
-    """Of tile rows ``r``: the window, row and column on the map, whether they are inside (not past the windows) and real, the region.
+    """Of tile rows ``r``: the window, row and column on the map, whether they are inside (not past the windows) and
+    real, the region.
 
-    A tile that is one window has one number for all its rows: its divisions are done once, not for every row of every layout.
-    ``padded`` and ``shift`` are None where the map is not padded and not shifted.
+    A tile that is one window has one number for all its rows: its divisions are done once, not for every row of every
+    layout. ``padded`` and ``shift`` are None where the map is not padded and not shifted.
     """
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     if PACK == 1:
@@ -50,7 +64,8 @@ def row_offset(window, y, x, windows, strides):
 
 @triton.jit
 def gather(base, pad, first, offset, real, D: tl.constexpr, PARTS: tl.constexpr):
-    """Tokens' channels from ``first`` on, a tuple of blocks; padding tokens take those of ``pad``, or zeros without it."""
+    """Tokens' channels from ``first`` on, a tuple of blocks; padding tokens take those of ``pad``, or zeros without
+    it."""
     loaded = load_rows(base + first, offset, real, 1, D, PARTS)
     if pad is None:
         out = loaded
@@ -85,8 +100,8 @@ def times(values, factor):
 
 @triton.jit
 def normalised(values, COSINE: tl.constexpr):
-    """Unit rows and 1 / norm, as F.normalize; without COSINE the rows as they are. Float32 rows are divided: temperatures of up to 100
-    and short rows multiply what a product with the inverse would lose."""
+    """Unit rows and 1 / norm, as F.normalize; without COSINE the rows as they are. Float32 rows are divided:
+    temperatures of up to 100 and short rows multiply what a product with the inverse would lose."""
     if COSINE:
         norm = tl.maximum(tl.sqrt(dot_rows(values, values)), NORM_EPS)
         inverse = 1.0 / norm
@@ -122,7 +137,9 @@ def table_bias(table, i, j, h, HEADS, WINDOW: tl.constexpr, PACK: tl.constexpr):
     ti, tj = i % AREA, j % AREA
     dy, dx = ti // WINDOW[1] - tj // WINDOW[1], ti % WINDOW[1] - tj % WINDOW[1]
     row = (dy + WINDOW[0] - 1) * (2 * WINDOW[1] - 1) + dx + WINDOW[1] - 1
-    return tl.load(table + row * HEADS + h, mask=(i < PACK * AREA) & (j < PACK * AREA), other=float("-inf")).to(tl.float32)
+    return tl.load(table + row * HEADS + h, mask=(i < PACK * AREA) & (j < PACK * AREA), other=float("-inf")).to(
+        tl.float32
+    )
 
 
 @triton.jit
@@ -140,7 +157,8 @@ def attending(s, query_region, key_region, allowed, table, padded, shift, PACK: 
 
 @triton.jit
 def slot(r, WINDOW: tl.constexpr):
-    """Of tile rows ``r``: a number whose differences count rows of the table, so a pair's bias takes one subtraction to find."""
+    """Of tile rows ``r``: a number whose differences count rows of the table, so a pair's bias takes one subtraction to
+    find."""
     return r + r // WINDOW[1] * (WINDOW[1] - 1)
 
 
@@ -166,7 +184,9 @@ def bias_parts(table, rows, h, HEADS, KEY_PARTS: tl.constexpr, WINDOW: tl.conste
     out = ()
     first: tl.constexpr = 0
     for j in tl.static_range(len(KEY_PARTS)):
-        out = out + (table_bias(table, rows[:, None], (first + span(0, KEY_PARTS[j]))[None, :], h, HEADS, WINDOW, PACK),)  # noqa: RUF005
+        out = out + (
+            table_bias(table, rows[:, None], (first + span(0, KEY_PARTS[j]))[None, :], h, HEADS, WINDOW, PACK),
+        )
         first = first + KEY_PARTS[j]
     return out
 
@@ -210,7 +230,8 @@ def window_forward(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``share`` pieces (of PACK windows) for BLOCK_M of their queries: the bias is read once and held, softmax is single-pass."""
+    """``share`` pieces (of PACK windows) for BLOCK_M of their queries: the bias is read once and held, softmax is
+    single-pass."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     COSINE: tl.constexpr = logit_scale is not None
     tiles = tl.cdiv(PACK * AREA, BLOCK_M)
@@ -224,8 +245,12 @@ def window_forward(
     if table is not None:
         held = bias_parts(table, rows, h, HEADS, KEY_PARTS, WINDOW, PACK)
     for piece in range(group * share, tl.minimum(group * share + share, tl.cdiv(total, PACK))):
-        window, y, x, inside, real, region = place(rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
-        queries, _ = normalised(gather(qkv, pad, at_q, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE)
+        window, y, x, inside, real, region = place(
+            rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK
+        )
+        queries, _ = normalised(
+            gather(qkv, pad, at_q, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE
+        )
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         scores, values = (), ()
         first: tl.constexpr = 0
@@ -255,13 +280,28 @@ def window_forward(
             if DROPOUT:
                 cols = start + span(0, KEY_PARTS[j])
                 p = tl.where(
-                    kept(draw, (window * HEADS + h + rows * 0)[:, None], rows[:, None] % AREA, cols[None, :] % AREA, threshold), p, 0.0
+                    kept(
+                        draw,
+                        (window * HEADS + h + rows * 0)[:, None],
+                        rows[:, None] % AREA,
+                        cols[None, :] % AREA,
+                        threshold,
+                    ),
+                    p,
+                    0.0,
                 )
             start = start + KEY_PARTS[j]
             acc = add_products(acc, p.to(qkv.dtype.element_ty), values[j], 0, PRECISION)
         empty = sum_p == 0.0
         sum_p = tl.where(empty, 1.0, sum_p)
-        scatter(out + at_q, times(acc, (keep_scale / sum_p)[:, None]), row_offset(window, y, x, windows, out_strides), real, D, D_PARTS)
+        scatter(
+            out + at_q,
+            times(acc, (keep_scale / sum_p)[:, None]),
+            row_offset(window, y, x, windows, out_strides),
+            real,
+            D,
+            D_PARTS,
+        )
         at = lse + (window.to(tl.int64) * HEADS + h) * AREA + rows % AREA
         tl.store(at, tl.where(empty, float("-inf"), top + tl.log2(sum_p) * LN2), mask=inside)
 
@@ -308,7 +348,9 @@ def walk_keys(
     decay = powers(top, shown, LOG2E)
     sum_p = sum_p * decay + tl.sum(p, 1)
     if DROPOUT:
-        p = tl.where(kept(draw, (window * HEADS + h + rows * 0)[:, None], rows[:, None], cols[None, :], threshold), p, 0.0)
+        p = tl.where(
+            kept(draw, (window * HEADS + h + rows * 0)[:, None], rows[:, None], cols[None, :], threshold), p, 0.0
+        )
     acc = add_products(times(acc, decay[:, None]), p.to(qkv.dtype.element_ty), values, 0, PRECISION)
     return acc, new_top, sum_p
 
@@ -342,7 +384,8 @@ def window_forward_long(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_M queries of one window too large for a single tile: keys go by in tiles, masks are applied where a window has any."""
+    """BLOCK_M queries of one window too large for a single tile: keys go by in tiles, masks are applied where a window
+    has any."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     WHOLE: tl.constexpr = AREA // BLOCK_N * BLOCK_N
     COSINE: tl.constexpr = logit_scale is not None
@@ -354,7 +397,9 @@ def window_forward_long(
     every = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tl.minimum(every, AREA - 1)  # rows past the window repeat its last, and are not stored
     _, y, x, _, real, region = place(rows, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
-    queries, _ = normalised(gather(qkv, pad, h * D, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE)
+    queries, _ = normalised(
+        gather(qkv, pad, h * D, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE
+    )
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     sum_p = tl.zeros((BLOCK_M,), tl.float32)
     acc = zero_parts((BLOCK_M,), D_PARTS)

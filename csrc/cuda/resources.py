@@ -1,7 +1,8 @@
 """Registers, spills and tensor-core instructions of every CUDA kernel, from ptxas: ``python csrc/cuda/resources.py``.
 
-Compiles csrc/cuda/*.cu for each architecture (needs nvcc; a few minutes) and writes ``csrc/cuda/resources.json`` with a digest of the
-sources, and docs/gpu-kernels-cuda.md. ``cuobjdump``, where it is found, counts the tensor-core instructions.
+Compiles csrc/cuda/*.cu for each architecture (needs nvcc; a few minutes) and writes ``csrc/cuda/resources.json`` with a
+digest of the sources, and docs/gpu-kernels-cuda.md. ``cuobjdump``, where it is found, counts the tensor-core
+instructions.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ FLAGS = ("-O3", "-std=c++17")
 #: Registers of a multiprocessor, its shared memory in bytes less 1 KB that each block costs, threads, and blocks.
 LIMITS = {"80": (65536, 164 << 10, 2048, 32), "90a": (65536, 228 << 10, 2048, 32), "100a": (65536, 228 << 10, 2048, 32)}
 
-#: What a kernel may use on any architecture: (registers, bytes of spill stores). The longest prefix of its name governs, with "half" for
-#: both 16-bit types. 128 registers let 16 warps into a multiprocessor, 168 twelve, 255 eight; no budget is wider than its worst kernel
-#: needs, so one that grows fails: by registers, or where the hardware gives no more of them by spills. Float kernels pay for the sums that
-#: they keep beside the tensor cores' (Fragments<float> in mma.cuh).
+#: What a kernel may use on any architecture: (registers, bytes of spill stores). The longest prefix of its name
+#: governs, with "half" for both 16-bit types. 128 registers let 16 warps into a multiprocessor, 168 twelve, 255 eight;
+#: no budget is wider than its worst kernel needs, so one that grows fails: by registers, or where the hardware gives no
+#: more of them by spills. Float kernels pay for the sums that they keep beside the tensor cores' (Fragments<float> in
+#: mma.cuh).
 BUDGETS = {
     "attention_forward<Dense<half>": (128, 0),
     "attention_forward<Dense<half>, 80": (168, 0),
@@ -65,7 +67,9 @@ BUDGETS = {
 def digest() -> str:
     """Of everything that the compiled kernels come from, less white space, which a formatter may change."""
     sources = sorted([*HERE.glob("*.cu"), *HERE.glob("*.cuh"), HERE / "launch.h"])
-    return hashlib.sha256("".join(path.name + "".join(path.read_text().split()) for path in sources).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        "".join(path.name + "".join(path.read_text().split()) for path in sources).encode()
+    ).hexdigest()[:16]
 
 
 def governing(kernel: str) -> str:
@@ -75,7 +79,8 @@ def governing(kernel: str) -> str:
 
 
 def occupancy(arch: str, registers: int, threads: int, shared: int) -> float:
-    """Fraction of a multiprocessor's warps in flight: the least of what registers, shared memory, threads and blocks allow."""
+    """Fraction of a multiprocessor's warps in flight: the least of what registers, shared memory, threads and blocks
+    allow."""
     total, memory, most_threads, most_blocks = LIMITS[arch]
     warps = threads // 32
     per_warp = -(-registers * 32 // 256) * 256
@@ -104,7 +109,9 @@ def short(demangled: str) -> str:
 
 
 def demangle(names: list[str]) -> dict[str, str]:
-    out = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout.splitlines()
+    out = subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     return {mangled: short(full) for mangled, full in zip(names, out, strict=True)}
 
 
@@ -116,7 +123,11 @@ def parse_ptxas(text: str) -> dict[str, dict[str, int]]:
         spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", block)
         registers = re.search(r"Used (\d+) registers", block)
         if name and spill and registers:
-            found[name[1]] = {"registers": int(registers[1]), "spill_stores": int(spill[1]), "spill_loads": int(spill[2])}
+            found[name[1]] = {
+                "registers": int(registers[1]),
+                "spill_stores": int(spill[1]),
+                "spill_loads": int(spill[2]),
+            }
     return found
 
 
@@ -127,15 +138,20 @@ def tensor_instructions(cubin: Path) -> dict[str, int]:
         return {}
     counts: dict[str, int] = {}
     kernel = ""
-    for line in subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout.splitlines():
+    for line in subprocess.run(
+        [tool, "-sass", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout.splitlines():
         if "Function :" in line:
             kernel = line.split(":")[1].strip()
         counts[kernel] = counts.get(kernel, 0) + (" HMMA." in line)
     return counts
 
 
-def compile_all(build: Path, archs: tuple[str, ...], units: tuple[str, ...] = ()) -> dict[str, dict[str, dict[str, int]]]:
-    """{kernel: {arch: figures}}, compiling with ninja into ``build``; ``units`` (default all) are the .cu files' names."""
+def compile_all(
+    build: Path, archs: tuple[str, ...], units: tuple[str, ...] = ()
+) -> dict[str, dict[str, dict[str, int]]]:
+    """{kernel: {arch: figures}}, compiling with ninja into ``build``; ``units`` (default all) are the .cu files'
+    names."""
     build.mkdir(parents=True, exist_ok=True)
     lines = [
         "rule cubin",
@@ -164,9 +180,11 @@ class Launch(NamedTuple):
     shared: int
 
 
-def attention_launch(what: str, n: int, width: int, size: int, columns: int, own_tiles: int, extra: int = 0, sums: bool = False) -> Launch:
-    """Of the attention kernels for ``n`` rows and as many others, as Layout and choose_warps in csrc/cuda/attention.cuh have it; with
-    ``sums`` of a bias's gradient beside the rows, as QueryPass in window_attention_backward.cu has it."""
+def attention_launch(
+    what: str, n: int, width: int, size: int, columns: int, own_tiles: int, extra: int = 0, sums: bool = False
+) -> Launch:
+    """Of the attention kernels for ``n`` rows and as many others, as Layout and choose_warps in csrc/cuda/attention.cuh
+    have it; with ``sums`` of a bias's gradient beside the rows, as QueryPass in window_attention_backward.cu has it."""
 
     def shared(rows: int) -> int:
         stages = 2 if n > columns else 1
@@ -230,7 +248,11 @@ def common() -> list[tuple[str, Launch]]:
             columns = 8 if kernel == "attention_forward" or width <= 64 else 4
             name = f"{kernel}<Dense<bf16>, {width}, {columns}{', false' * kernel.endswith('queries')}>"
             rows.append((name, launch_of(name, tokens)))
-    windows = ("attention_forward<Windows<bf16>, 32, 8>", "window_backward<bf16, 32, 8, 1>", "window_backward<bf16, 32, 6, 3>")
+    windows = (
+        "attention_forward<Windows<bf16>, 32, 8>",
+        "window_backward<bf16, 32, 8, 1>",
+        "window_backward<bf16, 32, 6, 3>",
+    )
     others = ("attention_backward_queries<Windows<bf16>, 32, 8, true>", "attention_backward_keys<Windows<bf16>, 32, 8>")
     patches = ("patch_embed_forward<bf16>", "patch_embed_weight<bf16>", "patch_embed_images<bf16>")
     return rows + [(name, launch_of(name)) for name in (*windows, *others, *patches)]
@@ -292,8 +314,14 @@ def document(table: dict[str, dict[str, dict[str, int]]]) -> str:
         "|---|---|---:|---:|" + "---:|" * len(ARCHS),
     ]
     for kernel, launch in common():
-        filled = [f"{occupancy(arch, table[kernel][arch]['registers'], launch.threads, launch.shared):.0%}" for arch in ARCHS]
-        lines.append(f"| `{kernel}` | {launch.what} | {launch.threads} | {launch.shared / 1024:.1f} KB | " + " | ".join(filled) + " |")
+        filled = [
+            f"{occupancy(arch, table[kernel][arch]['registers'], launch.threads, launch.shared):.0%}" for arch in ARCHS
+        ]
+        lines.append(
+            f"| `{kernel}` | {launch.what} | {launch.threads} | {launch.shared / 1024:.1f} KB | "
+            + " | ".join(filled)
+            + " |"
+        )
     lines += [
         "",
         "## Every instantiation",
@@ -305,9 +333,13 @@ def document(table: dict[str, dict[str, dict[str, int]]]) -> str:
         "|---|---:|---:|---:|---|---:|---:|---:|",
     ]
     for kernel, per_arch in table.items():
-        columns = [" / ".join(str(per_arch[arch][key]) for arch in ARCHS) for key in ("registers", "spill_stores", "tensor")]
+        columns = [
+            " / ".join(str(per_arch[arch][key]) for arch in ARCHS) for key in ("registers", "spill_stores", "tensor")
+        ]
         launch = launch_of(kernel)
-        filled = [f"{occupancy(arch, per_arch[arch]['registers'], launch.threads, launch.shared):.0%}" for arch in ARCHS]
+        filled = [
+            f"{occupancy(arch, per_arch[arch]['registers'], launch.threads, launch.shared):.0%}" for arch in ARCHS
+        ]
         columns += [launch.what, str(launch.threads), f"{launch.shared / 1024:.1f} KB", " / ".join(filled)]
         lines.append(f"| `{kernel}` | " + " | ".join(columns) + " |")
     return "\n".join(lines) + "\n"

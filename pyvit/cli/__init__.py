@@ -16,7 +16,8 @@ from typing import Annotated, Any, get_type_hints
 #: Exit codes: of a command that could not do its work, of one that was called wrongly, of one that Ctrl-C ended.
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
-#: Errors whose messages are sentences of ours, or of the system with the name of the file; others are said with their kind.
+#: Errors whose messages are sentences of ours, or of the system with the name of the file; others are said with their
+#: kind.
 _SENTENCES = (ValueError, OSError, ImportError, FloatingPointError)
 
 
@@ -29,7 +30,10 @@ def main() -> None:
 
             print(info())
             return
-        sys.exit(f"pyvit: the command line needs {' and '.join(missing)}: pip install 'pyvit-kernels[cli]' ('pyvit info' works without)")
+        sys.exit(
+            f"pyvit: the command line needs {' and '.join(missing)}: pip install 'pyvit-kernels[cli]' ('pyvit "
+            "info' works without)"
+        )
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names of files need not be text in the terminal's encoding
             stream.reconfigure(errors="backslashreplace")
@@ -56,7 +60,11 @@ def explain(error: Exception) -> tuple[str, int]:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{os.fsdecode(error.filename)}: {error.strerror}"
-    elif not isinstance(error, _SENTENCES) or not text or type(error).__module__.partition(".")[0] not in ("builtins", "pyvit"):
+    elif (
+        not isinstance(error, _SENTENCES)
+        or not text
+        or type(error).__module__.partition(".")[0] not in ("builtins", "pyvit")
+    ):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
         given = [argument for argument in sys.argv[2:] if os.path.exists(argument)]
         text += f"; files given: {', '.join(given)}" if given else ""
@@ -70,13 +78,19 @@ def application() -> Any:
 
     app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
     app.command("info", help="Say what this installation has, what it lacks and how to get it.")(_info)
-    app.command("flops", help="Parameters, multiply-accumulates and attention memory of models, and the published comparison.")(_flops)
+    app.command(
+        "flops", help="Parameters, multiply-accumulates and attention memory of models, and the published comparison."
+    )(_flops)
     for name in ("models", "list-models"):  # the command's name, and the function's
-        app.command(name, help="Names of the models, or of those that match a wildcard.", hidden=name != "models")(_models)
+        app.command(name, help="Names of the models, or of those that match a wildcard.", hidden=name != "models")(
+            _models
+        )
     app.command("convert", help="Rewrite a checkpoint in another library's layout.")(_convert)
     passes_on = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
     app.command(
-        "bench", help="Check and time the kernels; from a checkout. Arguments go to 'python -m benchmarks'.", context_settings=passes_on
+        "bench",
+        help="Check and time the kernels; from a checkout. Arguments go to 'python -m benchmarks'.",
+        context_settings=passes_on,
     )(_bench)
     train = typer.Typer(help="Train a model.", no_args_is_help=True, callback=_keep_memory)
     app.add_typer(train, name="train")
@@ -84,7 +98,9 @@ def application() -> Any:
 
     for recipe in RECIPES:
         train.command(recipe, help=_RECIPE_HELP[recipe], epilog=_options_of(recipe))(_trainer(recipe))
-    evaluate = typer.Typer(help="Measure what a model has learned, or look at it.", no_args_is_help=True, callback=_keep_memory)
+    evaluate = typer.Typer(
+        help="Measure what a model has learned, or look at it.", no_args_is_help=True, callback=_keep_memory
+    )
     app.add_typer(evaluate, name="eval")
     from pyvit.cli.evaluate import COMMANDS
 
@@ -144,12 +160,16 @@ def _trainer(recipe: str) -> Callable[..., None]:
             continue
         flag = "--" + field.name.replace("_", "-")
         flags = (f"{flag}/--no-{flag[2:]}",) if hints[field.name] is bool else (flag,)
-        shown = f"{its[field.name]:.4g}" if isinstance(its.get(field.name), float) else str(its.get(field.name, "")) or True
+        shown = (
+            f"{its[field.name]:.4g}" if isinstance(its.get(field.name), float) else str(its.get(field.name, "")) or True
+        )
         help = field.metadata["help"] + (f" ({wording(field.metadata['within'])})" if field.metadata["within"] else "")
         annotations[field.name] = Annotated[hints[field.name], typer.Option(*flags, help=help, show_default=shown)]
         default = getattr(defaults, field.name)
         parameters.append(
-            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotations[field.name])
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotations[field.name]
+            )
         )
 
     def command(**values: Any) -> None:
@@ -173,10 +193,16 @@ def _flops(models: Any = None, size: int = 0, table: bool = False, throughput: b
         raise ValueError("flops: name models ('vit_base*'), or ask for the published comparison with --table")
     console = Console(width=None if sys.stdout.isatty() else 140)
     if table:
-        published = Table("model", "pixels", "params, published", "counted", "GMACs, published", "counted", "top-1 %, published")
+        published = Table(
+            "model", "pixels", "params, published", "counted", "GMACs, published", "counted", "top-1 %, published"
+        )
         for row, cost in flops.paper_table():
-            params, macs = ("cited only", "") if cost is None else (f"{cost.params / 1e6:.1f} M", f"{cost.macs / 1e9:.1f}")
-            published.add_row(row.label, f"{row.img_size}", f"{row.params:g} M", params, f"{row.gmacs:g}", macs, f"{row.top1:g}")
+            params, macs = (
+                ("cited only", "") if cost is None else (f"{cost.params / 1e6:.1f} M", f"{cost.macs / 1e9:.1f}")
+            )
+            published.add_row(
+                row.label, f"{row.img_size}", f"{row.params:g} M", params, f"{row.gmacs:g}", macs, f"{row.top1:g}"
+            )
         console.print(published)
         for question, memory in flops.PIXELS_OR_PATCHES:
             console.print(f"attention matrices, float32: {question}: {flops.human(memory)}")
@@ -189,7 +215,8 @@ def _flops(models: Any = None, size: int = 0, table: bool = False, throughput: b
             counted.add_row(*cells, *([f"{flops.throughput(create_model(name, **options)):.1f}"] if throughput else []))
         console.print(counted)
     console.print(
-        "GMACs count a multiply and an add as one; N is the longest sequence; attention memory is of one input, in training, float32"
+        "GMACs count a multiply and an add as one; N is the longest sequence; attention memory is of one input, in "
+        "training, float32"
     )
 
 
@@ -230,7 +257,8 @@ def _bench(ctx: Any) -> None:
     root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks" / "__main__.py").exists():
         raise FileNotFoundError(
-            "bench: the benchmark suite is not installed with the package; run this from a checkout of pyvit ('make bench')"
+            "bench: the benchmark suite is not installed with the package; run this from a checkout of pyvit "
+            "('make bench')"
         )
     sys.exit(subprocess.call([sys.executable, "-m", "benchmarks", *ctx.args], cwd=root))
 
@@ -246,14 +274,20 @@ def _annotate() -> None:
     _flops.__annotations__.update(
         models=Annotated[list[str] | None, names],
         size=Annotated[int, typer.Option(help="side of the images; default each model's own")],
-        table=Annotated[bool, typer.Option("--table", help="the Swin paper's comparison and the memory of pixels against patches")],
-        throughput=Annotated[bool, typer.Option("--throughput", help="also measure images per second on this machine (float32, batch 8)")],
+        table=Annotated[
+            bool, typer.Option("--table", help="the Swin paper's comparison and the memory of pixels against patches")
+        ],
+        throughput=Annotated[
+            bool, typer.Option("--throughput", help="also measure images per second on this machine (float32, batch 8)")
+        ],
     )
     _models.__annotations__.update(pattern=Annotated[str, typer.Argument(help="wildcard, such as 'swin*'")])
     from pyvit.models.checkpoints import formats
 
     _convert.__annotations__.update(
-        source=Annotated[Path, typer.Argument(help=".pth (weights only) or .safetensors, in any layout load_checkpoint reads")],
+        source=Annotated[
+            Path, typer.Argument(help=".pth (weights only) or .safetensors, in any layout load_checkpoint reads")
+        ],
         target=Annotated[Path, typer.Argument(help="file to write: .safetensors, .pth or .pt")],
         to=Annotated[str, typer.Option(help=f"layout: {', '.join(formats())}")],
     )

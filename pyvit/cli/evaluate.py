@@ -1,4 +1,5 @@
-"""The subcommands of ``pyvit eval``: each loads a finished run, prints its figures, and writes pictures as PNG into the run's folder."""
+"""The subcommands of ``pyvit eval``: each loads a finished run, prints its figures, and writes pictures as PNG into the
+run's folder."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def _say_damage(data: Any) -> None:
 
 
 def knn(run: str, data: str | None = None, temperature: float = 0.07) -> dict[str, float]:
-    """Weighted k-nearest neighbours on frozen features, k of 10, 20, 100 and 200; 1 and 5 where there are fewer than 10 images."""
+    """Weighted k-nearest neighbours on frozen features, k of 10, 20, 100 and 200; 1 and 5 where there are fewer than 10
+    images."""
     recipe, chosen = _open(run, data)
     train, test = _features(recipe, chosen)
     ks = [k for k in (10, 20, 100, 200) if k <= len(train[0])] or [k for k in (1, 5) if k <= len(train[0])]
@@ -75,18 +77,24 @@ def zero_shot_command(
         ranked.append([(chosen.classes[int(c)], float(p)) for p, c in zip(best.values, best.indices, strict=True)])
     truth = [chosen.classes[int(label)] for label in batch["label"]]
     images = contact_sheet.enlarge(batch["image"] / 255, 128)
-    path = contact_sheet.save_guesses(_path(run, out, "zero_shot"), images, truth, ranked, f"zero-shot: {accuracy:.1f} % right")
+    path = contact_sheet.save_guesses(
+        _path(run, out, "zero_shot"), images, truth, ranked, f"zero-shot: {accuracy:.1f} % right"
+    )
     _say_damage(chosen)
     print(f"{run}: zero-shot accuracy {accuracy:.2f} % from {len(templates)} prompts per class; wrote {path}")
     return accuracy
 
 
 def retrieval_command(run: str, data: str | None = None, out: str | None = None, count: int = 6) -> dict[str, float]:
-    """Recall@k of images by caption and captions by image; of drawn scenes, the parts that phrases point at, with a sheet of maps."""
+    """Recall@k of images by caption and captions by image; of drawn scenes, the parts that phrases point at, with a
+    sheet of maps."""
     recipe, chosen = _open(run, data)
     found = retrieval.recall_of(recipe, chosen, (1, 5, 10))
     _say_damage(chosen)
-    print(f"{run}: recall " + (", ".join(f"{k} {v:.1f} %" for k, v in found.items()) or "not measured: too few captions are distinct"))
+    print(
+        f"{run}: recall "
+        + (", ".join(f"{k} {v:.1f} %" for k, v in found.items()) or "not measured: too few captions are distinct")
+    )
     known = retrieval.has_parts(recipe.exported())
     if "parts" in chosen.extra and known:
         found["parts"] = retrieval.quarter_accuracy(recipe, chosen)
@@ -113,21 +121,28 @@ def attention(run: str, data: str | None = None, mass: float = 0.6, out: str | N
     return _said(contact_sheet.save_sheet(_path(run, out, "attention"), columns, title="attention of the class token"))
 
 
-def reconstruct(run: str, data: str | None = None, mask_ratio: float = 0.75, out: str | None = None, count: int = 8, seed: int = 0) -> Path:
+def reconstruct(
+    run: str, data: str | None = None, mask_ratio: float = 0.75, out: str | None = None, count: int = 8, seed: int = 0
+) -> Path:
     """Sheet of an MAE's reconstructions."""
     if not 0 < mask_ratio < 1:
         raise ValueError(f"mask-ratio: must be in (0, 1), got {mask_ratio}")
     recipe, images, _ = _pictures(run, data, count)
     torch.manual_seed(seed)
     columns = visualize.reconstruction_columns(recipe, images, mask_ratio)
-    return _said(contact_sheet.save_sheet(_path(run, out, "reconstruct"), columns, title=f"{100 * mask_ratio:.0f} % hidden"))
+    return _said(
+        contact_sheet.save_sheet(_path(run, out, "reconstruct"), columns, title=f"{100 * mask_ratio:.0f} % hidden")
+    )
 
 
 def patches(run: str, data: str | None = None, out: str | None = None, count: int = 8) -> Path:
     """Sheet of patch features, their first three principal components as colours."""
     recipe, images, normalised = _pictures(run, data, count)
     colors = visualize.pca_colors(visualize.patch_features(_tower(recipe), normalised))
-    columns = [("image", contact_sheet.enlarge(images, 128)), ("principal components", contact_sheet.enlarge(colors, 128))]
+    columns = [
+        ("image", contact_sheet.enlarge(images, 128)),
+        ("principal components", contact_sheet.enlarge(colors, 128)),
+    ]
     return _said(contact_sheet.save_sheet(_path(run, out, "patches"), columns, title="patch features"))
 
 

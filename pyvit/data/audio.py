@@ -16,7 +16,8 @@ from pyvit.models.audio import LogMel
 
 RATE, BANDS = 16000, 128
 
-#: What bytes 0 and 255 stand for: silence and a full-scale sound, in the units of :class:`pyvit.models.audio.LogMel`; a step is half a dB.
+#: What bytes 0 and 255 stand for: silence and a full-scale sound, in the units of :class:`pyvit.models.audio.LogMel`; a
+#: step is half a dB.
 LOW, HIGH = -1.3, 2.0
 
 #: ``Data.mean`` and ``Data.std`` that take bytes / 255 back to those units.
@@ -29,7 +30,8 @@ def _front_end(frames: int) -> LogMel:
 
 
 def spectrogram(samples: Tensor, rate: int, frames: int) -> Tensor:
-    """Mono ``samples`` (n,) in [-1, 1] at ``rate`` Hz to uint8 (1, 128 mel bands, frames), one frame per 10 ms, low bands first.
+    """Mono ``samples`` (n,) in [-1, 1] at ``rate`` Hz to uint8 (1, 128 mel bands, frames), one frame per 10 ms, low
+    bands first.
 
     Longer sounds are cut, shorter ones filled up.
     """
@@ -50,10 +52,11 @@ def resample(samples: Tensor, rate: int, wanted: int) -> Tensor:
 
 
 def read_wave(source: Any) -> tuple[Tensor, int]:
-    """Mono samples in [-1, 1] and the rate of a .wav file: PCM of 8, 16, 24 or 32 bits, or floats of 32 or 64; channels are averaged.
+    """Mono samples in [-1, 1] and the rate of a .wav file: PCM of 8, 16, 24 or 32 bits, or floats of 32 or 64; channels
+    are averaged.
 
-    ``source`` is a path or an open file. Raises ValueError for another encoding, for values that are not finite, and for a file that is
-    damaged or cut short.
+    ``source`` is a path or an open file. Raises ValueError for another encoding, for values that are not finite, and
+    for a file that is damaged or cut short.
     """
     content = Path(source).read_bytes() if isinstance(source, (str, Path)) else source.read()
     if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
@@ -76,7 +79,9 @@ def read_wave(source: Any) -> tuple[Tensor, int]:
     if kind == _EXTENSIBLE and len(form) >= 26:
         kind = int.from_bytes(form[24:26], "little")
     if (kind, bits) not in _SAMPLES:
-        raise ValueError(f"samples must be PCM of 8, 16, 24 or 32 bits or floats of 32 or 64, got encoding {kind} of {bits} bits")
+        raise ValueError(
+            f"samples must be PCM of 8, 16, 24 or 32 bits or floats of 32 or 64, got encoding {kind} of {bits} bits"
+        )
     if not channels or not LOWEST <= rate <= HIGHEST or frame != channels * bits // 8:
         raise ValueError(f"damaged: {channels} channels of {bits} bits in frames of {frame} bytes at {rate} Hz")
     if size >= _UNKNOWN:

@@ -16,10 +16,12 @@ ENDINGS = (".csv", ".tsv", ".txt")
 
 
 def captioned(path: Path, size: int) -> Data:
-    """A table with a header and the columns ``image`` (paths, relative to the file) and ``caption``; ``label`` is optional.
+    """A table with a header and the columns ``image`` (paths, relative to the file) and ``caption``; ``label`` is
+    optional.
 
-    Fields are parted by commas, semicolons, tabs or bars; the text is UTF-8, or UTF-16 with its mark. One image in ten is held out, with
-    all of its captions. Evaluation sees the largest square of an image, and none is mirrored, which would make "left" of "right".
+    Fields are parted by commas, semicolons, tabs or bars; the text is UTF-8, or UTF-16 with its mark. One image in ten
+    is held out, with all of its captions. Evaluation sees the largest square of an image, and none is mirrored, which
+    would make "left" of "right".
     """
     rows, notes = _rows(path)
     images = [path.parent / row["image"] for row in rows]
@@ -31,7 +33,9 @@ def captioned(path: Path, size: int) -> Data:
     classes = None
     if "label" in rows[0]:
         if without := [row["line"] for row in rows if not row["label"]]:
-            raise ValueError(f"data: {path} must have a label in every row, line {without[0]} and {len(without) - 1} more have none")
+            raise ValueError(
+                f"data: {path} must have a label in every row, line {without[0]} and {len(without) - 1} more have none"
+            )
         classes = sorted({row["label"] for row in rows})
     labels = [classes.index(row["label"]) for row in rows] if classes else None
     groups = _same_image(images, notes)
@@ -63,9 +67,13 @@ def _text(path: Path) -> str:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"data: {path} must be UTF-8, or UTF-16 with its mark; line {line} is not: save it as UTF-8") from error
+        raise ValueError(
+            f"data: {path} must be UTF-8, or UTF-16 with its mark; line {line} is not: save it as UTF-8"
+        ) from error
     if "\0" in text:
-        raise ValueError(f"data: {path} must be text; line {text.count(chr(10), 0, text.index(chr(0))) + 1} has NUL bytes")
+        raise ValueError(
+            f"data: {path} must be text; line {text.count(chr(10), 0, text.index(chr(0))) + 1} has NUL bytes"
+        )
     return text
 
 
@@ -80,7 +88,10 @@ def _rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     try:
         header = [name.strip().lower() for name in next((row for row in table if row), [])]
         if not {"image", "caption"} <= set(header):
-            raise ValueError(f"data: {path} must have a header with the columns image and caption, got {', '.join(header) or 'no row'}")
+            raise ValueError(
+                f"data: {path} must have a header with the columns image and caption, got "
+                f"{', '.join(header) or 'no row'}"
+            )
         if len(set(header)) < len(header):
             raise ValueError(f"data: {path} must name each column once, got {', '.join(header)}")
         for row in table:

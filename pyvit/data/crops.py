@@ -1,4 +1,5 @@
-"""Random resized crops: where each one lies is drawn here, and cut out of tensors; :mod:`pyvit.data.decode` cuts it out of files."""
+"""Random resized crops: where each one lies is drawn here, and cut out of tensors; :mod:`pyvit.data.decode` cuts it out
+of files."""
 
 from __future__ import annotations
 
@@ -16,11 +17,13 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Crop:
-    """A view that a recipe learns from: a random part of the whole image, resized to ``size`` (Szegedy et al., 2015, section 6).
+    """A view that a recipe learns from: a random part of the whole image, resized to ``size`` (Szegedy et al., 2015,
+    section 6).
 
     Args:
         size: (height, width) of the view.
-        scale: smallest and largest share of the image's area; (1, 1) is the largest centred part of the view's shape, nothing random.
+        scale: smallest and largest share of the image's area; (1, 1) is the largest centred part of the view's shape,
+            nothing random.
         ratio: smallest and largest factor on the view's own width / height.
         count: None for one view of each image, (B, C, h, w); else so many, (count, B, C, h, w).
     """
@@ -32,7 +35,9 @@ class Crop:
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"crop: scale must be 0 < smallest <= largest <= 1, shares of the image's area, got {self.scale}")
+            raise ValueError(
+                f"crop: scale must be 0 < smallest <= largest <= 1, shares of the image's area, got {self.scale}"
+            )
 
     def boxes(self, width: int, height: int, draw: random.Random) -> list[Box]:
         """One box for each view of an image of ``width`` x ``height`` pixels."""
@@ -74,14 +79,17 @@ def crop_images(images: Tensor, crops: Mapping[str, Crop], draws: Sequence[rando
     boxes = [[crop.boxes(width, height, draw) for crop in crops.values()] for draw in draws]
     for at, (name, crop) in enumerate(crops.items()):
         drawn = [[each[at][n] for each in boxes] for n in range(1 if crop.count is None else crop.count)]
-        cut = [crop_resize(images, torch.tensor(b, dtype=torch.float32, device=images.device), crop.size) for b in drawn]
+        cut = [
+            crop_resize(images, torch.tensor(b, dtype=torch.float32, device=images.device), crop.size) for b in drawn
+        ]
         empty = images.new_empty(0, len(images), images.shape[1], *crop.size)
         views[name] = cut[0] if crop.count is None else torch.stack(cut) if cut else empty
     return views
 
 
 def crop_resize(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Boxes (B, 4) of images (B, C, H, W), resized to (B, C, *size): bicubic and antialiased, as Pillow's ``resize(box=...)``."""
+    """Boxes (B, 4) of images (B, C, H, W), resized to (B, C, *size): bicubic and antialiased, as Pillow's
+    ``resize(box=...)``."""
     rows = _weights(boxes[:, 1], boxes[:, 3], images.shape[2], size[0])[:, None]  # (B, 1, h, H)
     columns = _weights(boxes[:, 0], boxes[:, 2], images.shape[3], size[1])[:, None]  # (B, 1, w, W)
     found = rows @ images.float() @ columns.mT

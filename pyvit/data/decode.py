@@ -1,4 +1,5 @@
-"""One image or sound of any source to pixels: the same file gives the same pixels from a folder, a table and a stream."""
+"""One image or sound of any source to pixels: the same file gives the same pixels from a folder, a table and a
+stream."""
 
 from __future__ import annotations
 
@@ -15,15 +16,18 @@ from torch import Tensor
 from pyvit.data.audio import BANDS, read_wave, spectrogram
 from pyvit.data.crops import Box, Crop, centre_box, crop_images
 
-#: An evaluated image is resized and this share of its side cut out of the middle, where it has the pixels (He et al., 2016: 224 of 256).
+#: An evaluated image is resized and this share of its side cut out of the middle, where it has the pixels (He et al.,
+#: 2016: 224 of 256).
 CENTRE = 0.875
 
-#: A JPEG is decoded at a fraction of its size only where so many source pixels are left for each of a view, as in Pillow's thumbnails.
+#: A JPEG is decoded at a fraction of its size only where so many source pixels are left for each of a view, as in
+#: Pillow's thumbnails.
 _SPARE = 2
 
 
 def open_image(source: Any) -> AbstractContextManager[Any]:
-    """A path, bytes, a ``datasets`` record {"bytes": ..., "path": ...} or a PIL image, opened; a file of ours is closed afterwards."""
+    """A path, bytes, a ``datasets`` record {"bytes": ..., "path": ...} or a PIL image, opened; a file of ours is closed
+    afterwards."""
     from PIL import Image
 
     if isinstance(source, Mapping):
@@ -36,10 +40,12 @@ def open_image(source: Any) -> AbstractContextManager[Any]:
 
 
 def _orientation(image: Any) -> int:
-    """EXIF's number for how the camera was held, 1 for upright. Damaged EXIF says nothing of the pixels, which may be whole."""
+    """EXIF's number for how the camera was held, 1 for upright. Damaged EXIF says nothing of the pixels, which may be
+    whole."""
     if image.format not in ("JPEG", "MPO"):
-        # Only these are decoded at a fraction of their size, later. Pillow turns a TIFF itself when it loads it, and forgets the number;
-        # and it loads a PNG for its EXIF, after which one that could not be decoded looks as if it had been.
+        # Only these are decoded at a fraction of their size, later. Pillow turns a TIFF itself when it loads it, and
+        # forgets the number; and it loads a PNG for its EXIF, after which one that could not be decoded looks as if it
+        # had been.
         image.load()
     try:
         return int(image.getexif().get(0x0112, 1))
@@ -50,8 +56,8 @@ def _orientation(image: Any) -> int:
 def upright_rgb(image: Any, turn: int) -> Any:
     """Eight bits in three channels, turned as EXIF says, transparent parts over white.
 
-    16 bits are scaled by the range of the format and floats by [0, 1]; other ranges of values raise ValueError, since what is black and
-    what is white in them is not known.
+    16 bits are scaled by the range of the format and floats by [0, 1]; other ranges of values raise ValueError, since
+    what is black and what is white in them is not known.
     """
     from PIL import Image
 
@@ -79,8 +85,12 @@ def _eight_bits(image: Any) -> Any:
     most = 1.0 if image.mode == "F" else 65535.0
     low, high = float(values.min()), float(values.max())
     if not 0 <= low <= high <= most:  # NaN included
-        raise ValueError(f"values of mode {image.mode} must be in 0..{most:g}, got {low:g}..{high:g}; convert the image to 8 bits")
-    shown = most - values if image.format == "TIFF" and image.tag_v2.get(262) == 0 else values  # a TIFF in which 0 is white
+        raise ValueError(
+            f"values of mode {image.mode} must be in 0..{most:g}, got {low:g}..{high:g}; convert the image to 8 bits"
+        )
+    shown = (
+        most - values if image.format == "TIFF" and image.tag_v2.get(262) == 0 else values
+    )  # a TIFF in which 0 is white
     grey = Image.fromarray(np.rint(shown * (255 / most)).astype(np.uint8))
     clear = image.info.get("transparency")
     if not isinstance(clear, int):
@@ -89,7 +99,8 @@ def _eight_bits(image: Any) -> Any:
 
 
 def cut(image: Any, wanted: Sequence[tuple[Box, tuple[int, int]]], size: tuple[int, int], turn: int) -> list[Tensor]:
-    """uint8 (3, h, w) of each (box, (h, w)), boxes in pixels of the upright image, which is ``size`` (width, height)."""
+    """uint8 (3, h, w) of each (box, (h, w)), boxes in pixels of the upright image, which is ``size`` (width,
+    height)."""
     from PIL import Image
 
     needed = min((min((r - l) / w, (b - t) / h) for (l, t, r, b), (h, w) in wanted), default=1.0)
@@ -109,15 +120,17 @@ def cut(image: Any, wanted: Sequence[tuple[Box, tuple[int, int]]], size: tuple[i
 def decode_image(source: Any, size: int, centre: float = 1.0) -> Tensor:
     """A path, bytes or a PIL image to uint8 (3, size, size): the largest square in the middle (bicubic, antialiased).
 
-    ``centre`` below 1 leaves out the square's rim, down to that share of its side, as far as the rest keeps ``size`` pixels: an image that
-    small is not enlarged to be cut.
+    ``centre`` below 1 leaves out the square's rim, down to that share of its side, as far as the rest keeps ``size``
+    pixels: an image that small is not enlarged to be cut.
     """
     with open_image(source) as image:
         turn = _orientation(image)
         width, height = image.size if turn < 5 else image.size[::-1]
         side = min(width, height)
         share = min(max(size / side, centre), 1.0)
-        return cut(image, [(centre_box(width, height, (1, 1), share), (size, size))], (width, height), turn)[0].contiguous()
+        return cut(image, [(centre_box(width, height, (1, 1), share), (size, size))], (width, height), turn)[
+            0
+        ].contiguous()
 
 
 class ImageDecoder:

@@ -1,4 +1,5 @@
-"""Handwritten digits that come with scikit-learn: 1797 real images of 8 x 8 pixels (Alpaydin and Kaynak, 1998), in 10 classes."""
+"""Handwritten digits that come with scikit-learn: 1797 real images of 8 x 8 pixels (Alpaydin and Kaynak, 1998), in 10
+classes."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ _CAPTIONS = ("a handwritten {}", "the digit {}", "a photo of the number {}", "{}
 
 
 def digits(size: int = 32) -> Data:
-    """Enlarged to ``size`` pixels, in three equal channels. Every fifth image of each class is held out: 1442 to train, 355 to test."""
+    """Enlarged to ``size`` pixels, in three equal channels. Every fifth image of each class is held out: 1442 to train,
+    355 to test."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -21,7 +23,9 @@ def digits(size: int = 32) -> Data:
     source = load_digits()
     labels = torch.from_numpy(source.target).long()
     images = torch.from_numpy(source.images).float()[:, None] * (255 / 16)
-    images = F.interpolate(images, (size, size), mode="bilinear", align_corners=False).round().clamp(0, 255).to(torch.uint8)
+    images = (
+        F.interpolate(images, (size, size), mode="bilinear", align_corners=False).round().clamp(0, 255).to(torch.uint8)
+    )
     images = images.expand(-1, 3, -1, -1).contiguous()
     held = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     for c in range(10):

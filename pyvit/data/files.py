@@ -54,8 +54,8 @@ class Picked(Sequence[Any]):
 class DecodedImages(Images):
     """Items decoded when asked for.
 
-    One that cannot be read is reported once, by name. In training another takes its place, so that a batch keeps its size; in evaluation it
-    is left out, so that nothing is judged by its label. Too many of them raise ValueError.
+    One that cannot be read is reported once, by name. In training another takes its place, so that a batch keeps its
+    size; in evaluation it is left out, so that nothing is judged by its label. Too many of them raise ValueError.
     """
 
     decodes = True
@@ -137,7 +137,11 @@ class DecodedImages(Images):
         """Views of item ``index``, or of the next one that can be read."""
 
         def views(item: Any) -> dict[str, list[Tensor]]:
-            return self.decoder.views(item, crops, generator(seed, step, index)) if crops else {"image": [self.decoder.whole(item)]}
+            return (
+                self.decoder.views(item, crops, generator(seed, step, index))
+                if crops
+                else {"image": [self.decoder.whole(item)]}
+            )
 
         for at in (*range(index, len(self)), *range(index)):
             if (found := self._try(at, views, problems)) is not None:
@@ -153,7 +157,9 @@ def warn_skipped(problem: str, number: int) -> None:
         warnings.warn(f"skipped {NAMED} files; further ones are counted, not named", stacklevel=3)
 
 
-def stack_views(read: Sequence[Mapping[str, list[Tensor]]], crops: Mapping[str, Crop], decoder: Decoder) -> dict[str, Tensor]:
+def stack_views(
+    read: Sequence[Mapping[str, list[Tensor]]], crops: Mapping[str, Crop], decoder: Decoder
+) -> dict[str, Tensor]:
     """The views of every image as one tensor for each crop, see :class:`Crop`."""
     found = {}
     for name in read[0] if read else ():
@@ -169,9 +175,9 @@ def stack_views(read: Sequence[Mapping[str, list[Tensor]]], crops: Mapping[str, 
 def folder(root: Path, size: int | None = None) -> Data:
     """A folder of images or of .wav files.
 
-    Subfolders are classes; ``train`` and ``val`` (or ``valid``, ``validation``, ``dev``, ``test``, ``eval``, in any case) at the top are
-    the split, else one image in ten of each class is held out. Links are followed, hidden files and folders are not read. What is left
-    out, and why, is in ``Data.notes``.
+    Subfolders are classes; ``train`` and ``val`` (or ``valid``, ``validation``, ``dev``, ``test``, ``eval``, in any
+    case) at the top are the split, else one image in ten of each class is held out. Links are followed, hidden files
+    and folders are not read. What is left out, and why, is in ``Data.notes``.
     """
     layout = read_layout(root)
     found = layout.train + (layout.held_out or [])
@@ -193,9 +199,16 @@ def folder(root: Path, size: int | None = None) -> Data:
     decoder = SoundDecoder(size) if layout.sounds else ImageDecoder(size)
 
     def part(at: list[int]) -> Images:
-        return DecodedImages([paths[i] for i in at], decoder, labels and [labels[i] for i in at], groups=groups and [groups[i] for i in at])
+        return DecodedImages(
+            [paths[i] for i in at],
+            decoder,
+            labels and [labels[i] for i in at],
+            groups=groups and [groups[i] for i in at],
+        )
 
     known, name = classes or None, os.path.basename(os.path.abspath(root))
     if layout.sounds:
-        return Data(name, part(train), part(test), (BANDS, size), known, flip=False, mean=MEAN, std=STD, sound=True, notes=notes)
+        return Data(
+            name, part(train), part(test), (BANDS, size), known, flip=False, mean=MEAN, std=STD, sound=True, notes=notes
+        )
     return Data(name, part(train), part(test), (size, size), known, notes=notes)

@@ -1,4 +1,5 @@
-"""Hugging Face ``datasets``: hub names, and folders of parquet files, WebDataset shards, saved data sets or images with metadata."""
+"""Hugging Face ``datasets``: hub names, and folders of parquet files, WebDataset shards, saved data sets or images with
+metadata."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def split_spec(spec: str) -> tuple[str, str]:
 
 
 def open_hugging_face(name: str, streaming: bool = False) -> tuple[dict[str, Any], list[str]]:
-    """The splits of a hub name or a folder, and notes of what was left out. Raises ValueError with the reason where it cannot be read."""
+    """The splits of a hub name or a folder, and notes of what was left out. Raises ValueError with the reason where it
+    cannot be read."""
     try:
         import datasets
     except ImportError as error:
@@ -53,18 +55,27 @@ def _open(datasets: Any, name: str, streaming: bool, notes: list[str]) -> dict[s
         return {k: v.to_iterable_dataset() for k, v in splits.items()} if streaming else splits
     for kind, ending in (("webdataset", ".tar"), ("parquet", ".parquet")):
         files = sorted(
-            p for p in root.rglob("*") if p.suffix.lower() == ending and not any(x.startswith(".") for x in p.relative_to(root).parts)
+            p
+            for p in root.rglob("*")
+            if p.suffix.lower() == ending and not any(x.startswith(".") for x in p.relative_to(root).parts)
         )
         if files:
             return dict(datasets.load_dataset(kind, data_files=_by_split(files, root, notes), streaming=streaming))
-    odd = [p.name for p in root.iterdir() if p.is_dir() and p.name.lower() in (*TRAIN, *HELD_OUT) and p.name != p.name.lower()]
+    odd = [
+        p.name
+        for p in root.iterdir()
+        if p.is_dir() and p.name.lower() in (*TRAIN, *HELD_OUT) and p.name != p.name.lower()
+    ]
     if odd:  # of which datasets would make one split, the held-out images in it
-        raise ValueError(f"the folders of splits must be in lower case, got {', '.join(sorted(odd))}; or give the folder without hf:")
+        raise ValueError(
+            f"the folders of splits must be in lower case, got {', '.join(sorted(odd))}; or give the folder without hf:"
+        )
     return dict(datasets.load_dataset("imagefolder", data_dir=str(root), streaming=streaming))
 
 
 def _by_split(files: Sequence[Path], root: Path, notes: list[str]) -> dict[str, list[str]]:
-    """Files by the split that their names, or else their folders' names, say: train-00000-of-00004.parquet, val/0.tar."""
+    """Files by the split that their names, or else their folders' names, say: train-00000-of-00004.parquet,
+    val/0.tar."""
     found: dict[str, list[str]] = {}
     silent = []
     for path in files:
@@ -94,7 +105,9 @@ def choose_splits(loaded: dict[str, Any], name: str, split: str, notes: list[str
     """(training, held-out) tables; the second is None where there is none but the first."""
     train = split or "train"
     if train not in loaded:
-        raise ValueError(f"data: hf:{name} must have the split {train!r}, got {', '.join(loaded)}; name one as hf:{name}:SPLIT")
+        raise ValueError(
+            f"data: hf:{name} must have the split {train!r}, got {', '.join(loaded)}; name one as hf:{name}:SPLIT"
+        )
     held = next((s for s in _HELD if s in loaded and s != train and _has_labels(loaded[train], loaded[s])), None)
     others = [s for s in loaded if s not in (train, held)]
     notes.append(f"trained on the split {train}, " + (f"held out: {held}" if held else "a part of it is held out"))
@@ -104,7 +117,8 @@ def choose_splits(loaded: dict[str, Any], name: str, split: str, notes: list[str
 
 
 def _has_labels(train: Any, held: Any) -> bool:
-    """Whether a held-out split can be measured on: not the test part of a competition, whose labels are -1 or missing."""
+    """Whether a held-out split can be measured on: not the test part of a competition, whose labels are -1 or
+    missing."""
     label = columns_of("", train.column_names)[1] if train.column_names else None
     if label is None or not held.column_names:
         return True
@@ -142,7 +156,9 @@ def undecoded(table: Any, image: str) -> Any:
     import datasets
 
     return (
-        table.cast_column(image, datasets.Image(decode=False)) if isinstance((table.features or {}).get(image), datasets.Image) else table
+        table.cast_column(image, datasets.Image(decode=False))
+        if isinstance((table.features or {}).get(image), datasets.Image)
+        else table
     )
 
 
@@ -172,8 +188,12 @@ def _labels(tables: Sequence[Any], column: str, name: str) -> tuple[list[list[in
     values = [list(table.with_format(None)[column]) for table in tables]
     names = getattr(tables[0].features.get(column), "names", None)
     every = [v for part in values for v in part]
-    if unfit := [v for v in every if v is None or isinstance(v, (list, dict)) or (isinstance(v, float) and not math.isfinite(v))]:
-        raise ValueError(f"data: the column {column} of hf:{name} must have one label in each row, {len(unfit)} have {unfit[0]!r}")
+    if unfit := [
+        v for v in every if v is None or isinstance(v, (list, dict)) or (isinstance(v, float) and not math.isfinite(v))
+    ]:
+        raise ValueError(
+            f"data: the column {column} of hf:{name} must have one label in each row, {len(unfit)} have {unfit[0]!r}"
+        )
     if names is not None:
         if outside := sorted({v for v in every if not 0 <= v < len(names)}):
             raise ValueError(
@@ -184,7 +204,8 @@ def _labels(tables: Sequence[Any], column: str, name: str) -> tuple[list[list[in
     known = sorted(set(values[0]))
     if extra := set(every) - set(known):
         raise ValueError(
-            f"data: the held-out labels of hf:{name} must be among the training labels, got {', '.join(map(str, sorted(extra)[:5]))}"
+            f"data: the held-out labels of hf:{name} must be among the training labels, got "
+            f"{', '.join(map(str, sorted(extra)[:5]))}"
         )
     number = {v: i for i, v in enumerate(known)}
     return [[number[v] for v in part] for part in values], [str(v) for v in known]
@@ -198,18 +219,24 @@ def caption_texts(value: Any) -> list[str]:
     return [text for text in values if text and text.strip()]
 
 
-def _rows(tables: Sequence[Any], caption: str | None, notes: list[str]) -> tuple[list[list[int]], list[list[str]] | None]:
-    """For each table the rows of its items, and their captions: a row with several is several items, one without is none."""
+def _rows(
+    tables: Sequence[Any], caption: str | None, notes: list[str]
+) -> tuple[list[list[int]], list[list[str]] | None]:
+    """For each table the rows of its items, and their captions: a row with several is several items, one without is
+    none."""
     if caption is None:
         return [list(range(len(table))) for table in tables], None
     texts = [[caption_texts(value) for value in table[caption]] for table in tables]
     if without := sum(not each for part in texts for each in part):
         notes.append(f"left out: {without} rows without a caption")
-    return [[i for i, each in enumerate(part) for _ in each] for part in texts], [[t for each in part for t in each] for part in texts]
+    return [[i for i, each in enumerate(part) for _ in each] for part in texts], [
+        [t for each in part for t in each] for part in texts
+    ]
 
 
 def hugging_face(spec: str, size: int) -> Data:
-    """ "NAME[:SPLIT]": a hub name, or a folder of parquet files, of WebDataset shards, of a saved data set, or of images with metadata.
+    """ "NAME[:SPLIT]": a hub name, or a folder of parquet files, of WebDataset shards, of a saved data set, or of
+    images with metadata.
 
     Splits are those of the names of files and folders; where there is one alone, one image in ten is held out.
     """
@@ -220,10 +247,15 @@ def hugging_face(spec: str, size: int) -> Data:
     tables = [undecoded(table, image) for table in (train, held) if table is not None]
     for table in tables[1:]:
         if lacking := [c for c in (image, caption) if c and c not in table.column_names]:
-            raise ValueError(f"data: the held-out split of hf:{name} must have the columns of the other, {', '.join(lacking)} is missing")
+            raise ValueError(
+                f"data: the held-out split of hf:{name} must have the columns of the other, {', '.join(lacking)} "
+                "is missing"
+            )
     rows, texts = _rows(tables, caption, notes)
     if not all(rows):
-        raise ValueError(f"data: hf:{name} must have {'captions' if caption else 'examples'} in every split, one has none")
+        raise ValueError(
+            f"data: hf:{name} must have {'captions' if caption else 'examples'} in every split, one has none"
+        )
     labels, names = _labels(tables, label, name) if label else (None, None)
     groups = _groups(tables, image, notes)
     if groups is not None:

@@ -26,7 +26,8 @@ _NOT_DATA = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume
 class Tree:
     """A folder: its subfolders by name and its files, links followed.
 
-    ``left_out`` counts what was passed over, by reason; ``empty`` names the subfolders without a file of the kind looked for.
+    ``left_out`` counts what was passed over, by reason; ``empty`` names the subfolders without a file of the kind
+    looked for.
     """
 
     path: Path
@@ -62,7 +63,8 @@ class Tree:
 
 
 def scan(path: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Tree:
-    """The tree under ``path``. Links are followed, unless they lead back to a folder above; what is hidden is passed over."""
+    """The tree under ``path``. Links are followed, unless they lead back to a folder above; what is hidden is passed
+    over."""
     tree = Tree(path)
     here = os.stat(path)
     above |= {(here.st_dev, here.st_ino)}
@@ -94,7 +96,8 @@ def scan(path: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Tree:
 
 @dataclass
 class Layout:
-    """Files of the training and of the held-out split (None where the folder makes none), each with its class; "" where there are none."""
+    """Files of the training and of the held-out split (None where the folder makes none), each with its class; "" where
+    there are none."""
 
     train: list[tuple[Path, str]]
     held_out: list[tuple[Path, str]] | None
@@ -103,7 +106,8 @@ class Layout:
 
 
 def read_layout(root: Path) -> Layout:
-    """How pyvit understands a folder. Raises ValueError where two readings are possible, FileNotFoundError where nothing is there."""
+    """How pyvit understands a folder. Raises ValueError where two readings are possible, FileNotFoundError where
+    nothing is there."""
     whole = scan(root)
     tree, sounds = whole.pruned(IMAGES), False
     if not tree.files and not tree.folders:
@@ -111,7 +115,8 @@ def read_layout(root: Path) -> Layout:
     if not tree.files and not tree.folders:
         others = ", ".join(f"{n} {what}" for what, n in _kinds(whole).most_common(5))
         raise FileNotFoundError(
-            f"data: no image ({', '.join(IMAGES)}) and no .wav file under {root}" + (f"; there are {others}" if others else "")
+            f"data: no image ({', '.join(IMAGES)}) and no .wav file under {root}"
+            + (f"; there are {others}" if others else "")
         )
     notes: list[str] = []
     train, held = _splits(tree, notes)
@@ -120,7 +125,9 @@ def read_layout(root: Path) -> Layout:
     if passed:
         once = ("folder", "hidden .", "hidden _", "link")
         listed = [what if n == 1 and what.startswith(once) else f"{n} {what}" for what, n in passed.most_common()]
-        notes.append("left out: " + ", ".join(listed[:8]) + (f" and {len(listed) - 8} kinds more" if len(listed) > 8 else ""))
+        notes.append(
+            "left out: " + ", ".join(listed[:8]) + (f" and {len(listed) - 8} kinds more" if len(listed) > 8 else "")
+        )
     return Layout(sides[0], sides[1] if len(sides) == 2 else None, sounds, notes)
 
 
@@ -142,7 +149,9 @@ def _splits(tree: Tree, notes: list[str]) -> tuple[Tree, Tree | None]:
     others = [name for name in tree.folders if name not in (*train, *held)]
     for names in (train, *(found[kind] for kind in HELD_OUT)):
         if len(names) > 1:
-            raise ValueError(f"data: {tree.path} must have one folder to train on and one to hold out, got {', '.join(names)}")
+            raise ValueError(
+                f"data: {tree.path} must have one folder to train on and one to hold out, got {', '.join(names)}"
+            )
     if train and held and len(tree.folders[train[0]].folders) > 1:
         # A held-out folder without classes, such as a competition's test images, tells nothing about a classifier.
         flat = [name for name in held if not tree.folders[name].folders]
@@ -158,13 +167,19 @@ def _splits(tree: Tree, notes: list[str]) -> tuple[Tree, Tree | None]:
         return tree.folders[train[0]], tree.folders[held[0]]
     if held:
         raise ValueError(
-            f"data: {tree.path} has the folder {held[0]}, which names a held-out split, and none of {', '.join(TRAIN)}; "
+            f"data: {tree.path} has the folder {held[0]}, which names a held-out split, and none of "
+            f"{', '.join(TRAIN)}; "
             "give the folder whose subfolders are the classes, or rename it if it is a class"
         )
     if train and not others and not tree.files:
         return _splits(tree.folders[train[0]], notes)
     if train and tree.folders[train[0]].folders:
-        raise ValueError(f"data: {tree.path} has the folder {train[0]} with folders of its own beside {', '.join(others[:5]) or 'images'}")
+        raise ValueError(
+
+                f"data: {tree.path} has the folder {train[0]} with folders of its own beside "
+                f"{', '.join(others[:5]) or 'images'}"
+
+        )
     if len(tree.folders) == 1 and not tree.files:
         ((name, only),) = tree.folders.items()
         if only.folders and not only.files:  # what unpacking an archive leaves
@@ -180,15 +195,24 @@ def _count(tree: Tree) -> int:
 def _classes(train: Tree, held: Tree | None, notes: list[str]) -> list[list[tuple[Path, str]]]:
     """The files of each split with the name of the top folder they lie in; "" where folders are no classes."""
     sides = [train] if held is None else [train, held]
-    if held is not None and train.folders and held.folders.keys() - train.folders.keys() and len(train.folders) + len(held.folders) > 2:
+    if (
+        held is not None
+        and train.folders
+        and held.folders.keys() - train.folders.keys()
+        and len(train.folders) + len(held.folders) > 2
+    ):
         extra = held.folders.keys() - train.folders.keys()
         raise ValueError(
-            f"data: the classes of {held.path} must be among those of {train.path}: it has {_some(extra)}, which the other has not; "
+            f"data: the classes of {held.path} must be among those of {train.path}: it has {_some(extra)}, which "
+            "the other has not; "
             f"there are {_some(train.folders.keys())}"
         )
     if len(train.folders) < 2 or not all(side.folders for side in sides):
         if any(len(side.folders) > 1 for side in sides):
-            notes.append("no classes: " + " and ".join(f"{s.path.name} has {'' if s.folders else 'no '}class folders" for s in sides))
+            notes.append(
+                "no classes: "
+                + " and ".join(f"{s.path.name} has {'' if s.folders else 'no '}class folders" for s in sides)
+            )
         return [[(p, "") for p in side.every()] for side in sides]
     for side in sides:
         if side.files:

@@ -51,7 +51,8 @@ def streamed(images: Images, batches: IterableDataset[Batch], workers: int) -> I
 
 
 def fetched(images: Images, indices: Sequence[int], batch: int, workers: int | None = None) -> Iterator[Batch]:
-    """The images at ``indices`` in order, whole: see :meth:`Images.fetch`. ``workers``: None for as many as are of use here."""
+    """The images at ``indices`` in order, whole: see :meth:`Images.fetch`. ``workers``: None for as many as are of use
+    here."""
     parts = [indices[i : i + batch] for i in range(0, len(indices), batch)]
     if workers is None:
         workers = min(8, max((os.cpu_count() or 1) - 1, 1)) if images.decodes and len(indices) >= _FEW else 0

@@ -1,4 +1,5 @@
-"""What a run keeps of its data, so that its network can be used where the data are not: classes, sizes, normalisation."""
+"""What a run keeps of its data, so that its network can be used where the data are not: classes, sizes,
+normalisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Drawn scenes with captions: coloured shapes at named places, so that retrieval and the localisation of parts have a known answer."""
+"""Drawn scenes with captions: coloured shapes at named places, so that retrieval and the localisation of parts have a
+known answer."""
 
 from __future__ import annotations
 
@@ -9,15 +10,23 @@ from torch import Tensor
 
 from pyvit.data.sets import Data, TensorImages
 
-COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "yellow": (235, 210, 40), "white": (240, 240, 240)}
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 180, 60),
+    "blue": (50, 80, 230),
+    "yellow": (235, 210, 40),
+    "white": (240, 240, 240),
+}
 SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 
 
 def scenes(size: int = 64, count: int = 4000, seed: int = 0) -> Data:
-    """Two different objects in two of four quarters, such as "a red circle in the top left and a blue square in the bottom right".
+    """Two different objects in two of four quarters, such as "a red circle in the top left and a blue square in the
+    bottom right".
 
-    One in ten scenes is held out. ``data.extra["parts"]`` lists, for each held-out scene, (phrase, quarter) of both objects.
+    One in ten scenes is held out. ``data.extra["parts"]`` lists, for each held-out scene, (phrase, quarter) of both
+    objects.
     """
     generator = torch.Generator().manual_seed(seed)
     held = max(count // 10, 1)
@@ -28,8 +37,13 @@ def scenes(size: int = 64, count: int = 4000, seed: int = 0) -> Data:
         captions.append(caption)
         parts.append(objects)
     stack = torch.stack(images)
-    train, test = TensorImages(stack[held:], captions=captions[held:]), TensorImages(stack[:held], captions=captions[:held])
-    return Data("scenes", train, test, (size, size), flip=False, mean=(0.3,) * 3, std=(0.25,) * 3, extra={"parts": parts[:held]})
+    train, test = (
+        TensorImages(stack[held:], captions=captions[held:]),
+        TensorImages(stack[:held], captions=captions[:held]),
+    )
+    return Data(
+        "scenes", train, test, (size, size), flip=False, mean=(0.3,) * 3, std=(0.25,) * 3, extra={"parts": parts[:held]}
+    )
 
 
 def _draw(size: int, generator: torch.Generator) -> tuple[Tensor, str, list[tuple[str, int]]]:
@@ -37,7 +51,10 @@ def _draw(size: int, generator: torch.Generator) -> tuple[Tensor, str, list[tupl
         return int(torch.randint(0, n, (), generator=generator, device="cpu"))
 
     canvas = torch.rand(3, 1, 1, generator=generator, dtype=torch.float32, device="cpu") * 60 + 10
-    image = canvas.expand(3, size, size) + torch.randn(3, size, size, generator=generator, dtype=torch.float32, device="cpu") * 8
+    image = (
+        canvas.expand(3, size, size)
+        + torch.randn(3, size, size, generator=generator, dtype=torch.float32, device="cpu") * 8
+    )
     quarters = torch.randperm(4, generator=generator, device="cpu")[:2].sort().values.tolist()
     kinds = torch.randperm(len(COLORS) * len(SHAPES), generator=generator, device="cpu")[:2].tolist()
     phrases, objects = [], []

@@ -20,9 +20,11 @@ Batch = dict[str, Any]
 
 
 class Images(Dataset[Batch]):
-    """Images, read a batch at a time: whole for evaluation (:meth:`fetch`), or as the crops that a recipe learns from (:meth:`draw`).
+    """Images, read a batch at a time: whole for evaluation (:meth:`fetch`), or as the crops that a recipe learns from
+    (:meth:`draw`).
 
-    Both return {"index": int64 (B,), "label": int64 (B,), "caption": list of B strings}, the last two where known, and the pixels.
+    Both return {"index": int64 (B,), "label": int64 (B,), "caption": list of B strings}, the last two where known, and
+    the pixels.
     """
 
     labels: Any = None
@@ -34,13 +36,15 @@ class Images(Dataset[Batch]):
         raise NotImplementedError
 
     def fetch(self, indices: Sequence[int]) -> Batch:
-        """With "image": uint8 (B, C, H, W), of one size. Images that cannot be read are left out: "index" says which are there."""
+        """With "image": uint8 (B, C, H, W), of one size. Images that cannot be read are left out: "index" says which
+        are there."""
         raise NotImplementedError
 
     def draw(self, indices: Sequence[int], crops: Mapping[str, Crop], seed: int, step: int) -> Batch:
         """With one entry of uint8 views for each of ``crops``, or without any with "image" as in :meth:`fetch`.
 
-        An image that cannot be read is replaced by another, with the other's label. Views depend on the seed, the step and the index alone.
+        An image that cannot be read is replaced by another, with the other's label. Views depend on the seed, the step
+        and the index alone.
         """
         raise NotImplementedError
 
@@ -66,7 +70,8 @@ class Images(Dataset[Batch]):
         return found
 
     def centred(self, centre: float | None) -> Images:
-        """These images, evaluated in ``centre`` of their middle, see :class:`pyvit.data.decode.ImageDecoder`; None changes nothing."""
+        """These images, evaluated in ``centre`` of their middle, see :class:`pyvit.data.decode.ImageDecoder`; None
+        changes nothing."""
         found = copy.copy(self)
         if centre is not None and hasattr(decoder := getattr(self, "decoder", None), "centred"):
             found.decoder = decoder.centred(centre)  # type: ignore[union-attr]
@@ -107,10 +112,14 @@ class TensorImages(Images):
 
     def __init__(self, images: Tensor, labels: Tensor | None = None, captions: Sequence[str] | None = None) -> None:
         if images.dtype != torch.uint8 or images.dim() != 4:
-            raise ValueError(f"TensorImages: images must be uint8 (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
+            raise ValueError(
+                f"TensorImages: images must be uint8 (N, C, H, W), got {images.dtype} {tuple(images.shape)}"
+            )
         for name, given in (("labels", labels), ("captions", captions)):
             if given is not None and len(given) != len(images):
-                raise ValueError(f"TensorImages: {name} must have one entry for each of the {len(images)} images, got {len(given)}")
+                raise ValueError(
+                    f"TensorImages: {name} must have one entry for each of the {len(images)} images, got {len(given)}"
+                )
         self.images, self.labels, self.captions = images, labels, list(captions) if captions is not None else None
 
     def __len__(self) -> int:
@@ -145,9 +154,10 @@ class TensorImages(Images):
 class Data:
     """A training set and a held-out set.
 
-    ``classes`` names the labels. ``flip``: whether a mirrored image means the same (it does not for digits, spectrograms or images with
-    captions). ``mean`` and ``std`` normalise pixels in [0, 1]. ``size`` is (height, width). ``sound``: spectrograms, of one channel, low
-    bands first. ``notes``: how the source was read and what of it is not used, a sentence each.
+    ``classes`` names the labels. ``flip``: whether a mirrored image means the same (it does not for digits,
+    spectrograms or images with captions). ``mean`` and ``std`` normalise pixels in [0, 1]. ``size`` is (height, width).
+    ``sound``: spectrograms, of one channel, low bands first. ``notes``: how the source was read and what of it is not
+    used, a sentence each.
     """
 
     name: str
@@ -167,9 +177,15 @@ class Data:
         return 1 if self.sound else 3
 
     def summary(self) -> str:
-        """What was found, for a run's first lines: images of each split, classes, what is left out and why. Control codes are escaped."""
+        """What was found, for a run's first lines: images of each split, classes, what is left out and why. Control
+        codes are escaped."""
         kind = "spectrograms" if self.sound else "images"
-        lines = [f"data {self.name}: {self.train.counted()} {kind} to train on, {self.test.counted()} held out; {self._of_classes()}"]
+        lines = [
+            (
+                f"data {self.name}: {self.train.counted()} {kind} to train on, {self.test.counted()} held out; "
+                f"{self._of_classes()}"
+            )
+        ]
         lines += [f"  {note}" for note in self.notes]
         return "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines)
 
@@ -181,21 +197,33 @@ class Data:
 
     def damage(self) -> list[str]:
         """How many images of each split could not be read so far."""
-        sides = (("training images were replaced by others", self.train), ("held-out images are left out of the figures", self.test))
+        sides = (
+            ("training images were replaced by others", self.train),
+            ("held-out images are left out of the figures", self.test),
+        )
         return [f"{len(s.bad)} of {len(s)} {what}: they cannot be read" for what, s in sides if s.bad]
 
     def validation(self, share: float) -> Data:
-        """These data for choosing settings: ``share`` of the training images, the same ones every time, in the place of the held-out ones.
+        """These data for choosing settings: ``share`` of the training images, the same ones every time, in the place of
+        the held-out ones.
 
-        Items that show the same image stay together. ``extra`` describes the held-out images and is left behind. Raises ValueError for a
-        share that leaves no image, or no image of a class, on one side, and for a stream, whose images are not known in advance.
+        Items that show the same image stay together. ``extra`` describes the held-out images and is left behind. Raises
+        ValueError for a share that leaves no image, or no image of a class, on one side, and for a stream, whose images
+        are not known in advance.
         """
         if self.train.streamed:
-            raise ValueError(f"validation: must be 0 for a stream, whose images are not known in advance, got {share} for {self.name}")
+            raise ValueError(
+
+                    f"validation: must be 0 for a stream, whose images are not known in advance, got {share} for "
+                    f"{self.name}"
+
+            )
         n = len(self.train)
         held = round(share * n) if 0 < share < 1 else 0  # NaN included
         if not 0 < held < n:
-            raise ValueError(f"validation: must leave some of the {n} training images on both sides, in (0, 1), got {share}")
+            raise ValueError(
+                f"validation: must leave some of the {n} training images on both sides, in (0, 1), got {share}"
+            )
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0), device="cpu").tolist()
         if (groups := self.train.groups) is not None:
             together: dict[int, list[int]] = {}
@@ -208,7 +236,12 @@ class Data:
             sides = [{int(c) for c in side.labels} for side in (train, test)]
             if missing := sorted({int(c) for c in self.train.labels} - (sides[0] & sides[1])):
                 names = ", ".join((self.classes or [])[c] if self.classes else str(c) for c in missing[:8])
-                raise ValueError(f"validation: must leave images of every class on both sides, got {share}, which does not for {names}")
+                raise ValueError(
+
+                        f"validation: must leave images of every class on both sides, got {share}, which does not for "
+                        f"{names}"
+
+                )
         if not len(train):
             raise ValueError(f"validation: must leave some of the {n} training images on both sides, got {share}")
         return dataclasses.replace(
@@ -225,12 +258,16 @@ class Data:
         number = {name: i for i, name in enumerate(classes)}
         if unknown := [name for name in self.classes if name not in number]:
             raise ValueError(
-                f"data: the classes of {self.name} must be among those that the run was trained on, {', '.join(classes[:20])}"
+                f"data: the classes of {self.name} must be among those that the run was trained on, "
+                f"{', '.join(classes[:20])}"
                 f"{', ...' if len(classes) > 20 else ''}; it has {', '.join(unknown[:20])}"
             )
         order = torch.tensor([number[name] for name in self.classes], dtype=torch.int64, device="cpu")
         missing = [name for name in classes if name not in self.classes]
-        notes = [*self.notes, *([f"no image of {', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}"] if missing else [])]
+        notes = [
+            *self.notes,
+            *([f"no image of {', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}"] if missing else []),
+        ]
         train, test = (part.relabelled(order) for part in (self.train, self.test))
         return dataclasses.replace(self, train=train, test=test, classes=list(classes), notes=notes)
 
@@ -249,16 +286,19 @@ def load_data(spec: str, size: int | None = None, validation: float = 0.0, **opt
     """The data set ``spec`` names.
 
     Args:
-        spec: "digits", "scenes", "words" or "synthetic" (built in); a folder of images or of .wav files, one subfolder per class or none;
-            a .csv, .tsv or .txt table of image paths and captions; or "hf:NAME[:SPLIT]" for Hugging Face ``datasets`` (a hub name or a
-            folder), "hf-stream:NAME[:SPLIT]" to read them as they arrive.
-        size: side of the square images to return, default the set's own, or 224; frames of a sound's spectrogram, default 1024 (10 s).
+        spec: "digits", "scenes", "words" or "synthetic" (built in); a folder of images or of .wav files, one subfolder
+            per class or none; a .csv, .tsv or .txt table of image paths and captions; or "hf:NAME[:SPLIT]" for Hugging
+            Face ``datasets`` (a hub name or a folder), "hf-stream:NAME[:SPLIT]" to read them as they arrive.
+        size: side of the square images to return, default the set's own, or 224; frames of a sound's spectrogram,
+            default 1024 (10 s).
         validation: share of the training images that takes the place of the held-out ones, see :meth:`Data.validation`.
 
     Raises ValueError for a name that is neither, FileNotFoundError for a path that is not there.
     """
     if not spec.strip() or spec in ("hf:", "hf-stream:"):
-        raise ValueError(f"data: must name a folder, a table of captions, a Hugging Face set or one that is built in, got {spec!r}")
+        raise ValueError(
+            f"data: must name a folder, a table of captions, a Hugging Face set or one that is built in, got {spec!r}"
+        )
     if size is not None and size < 1:
         raise ValueError(f"data: size must be at least 1, got {size}")
     if validation:

@@ -23,10 +23,11 @@ def hold_out(
     files: Sequence[Hashable] | None = None,
     notes: list[str] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Positions of (training, held-out) items: of each class every tenth group by position, or the last where there are fewer than ten.
+    """Positions of (training, held-out) items: of each class every tenth group by position, or the last where there are
+    fewer than ten.
 
-    Items of equal ``groups`` show the same image and stay together. A class that consists of copies mostly is parted by ``files`` instead,
-    and ``notes`` say so. Raises ValueError where a class has too few images for both sides.
+    Items of equal ``groups`` show the same image and stay together. A class that consists of copies mostly is parted by
+    ``files`` instead, and ``notes`` say so. Raises ValueError where a class has too few images for both sides.
     """
     label = labels if labels is not None else [0] * len(groups)
     sides = _tenths(groups, label)
@@ -36,14 +37,20 @@ def hold_out(
         copies, lacking = lacking, _one_sided(sides, label, 1.0)
         parted = copies - lacking
         if parted and notes is not None and len(set(groups)) < len(set(files)):
-            notes.append("copies of one image are on both sides" + ("" if labels is None else f", in {_named(sorted(parted), names)}"))
+            notes.append(
+                "copies of one image are on both sides"
+                + ("" if labels is None else f", in {_named(sorted(parted), names)}")
+            )
     else:
         lacking = _one_sided(sides, label, 1.0)
     if lacking and labels is None:
-        raise ValueError(f"data: there must be at least two images, one to train on and one to hold out, got {len(groups)}")
+        raise ValueError(
+            f"data: there must be at least two images, one to train on and one to hold out, got {len(groups)}"
+        )
     if lacking:
         raise ValueError(
-            f"data: every class must have at least two images, one to train on and one to hold out, and {_named(sorted(lacking), names)} "
+            "data: every class must have at least two images, one to train on and one to hold out, and "
+            f"{_named(sorted(lacking), names)} "
             "has not; add images, or make train and val folders"
         )
     return sides
@@ -87,7 +94,8 @@ def group_equal(sizes: Sequence[int], read: Callable[[int], bytes]) -> list[int]
 
 
 def group_files(paths: Sequence[Path]) -> list[int] | None:
-    """:func:`group_equal` of files, or None for more than :data:`COMPARED`. A file that cannot be read is like no other."""
+    """:func:`group_equal` of files, or None for more than :data:`COMPARED`. A file that cannot be read is like no
+    other."""
     if len(paths) > COMPARED:
         return None
 

@@ -1,4 +1,5 @@
-"""Spoken words as log-mel spectrograms: said by espeak-ng where it is installed, else sung as tones of fixed formants."""
+"""Spoken words as log-mel spectrograms: said by espeak-ng where it is installed, else sung as tones of fixed
+formants."""
 
 from __future__ import annotations
 
@@ -20,11 +21,13 @@ _VOICES = (("en+m1", "en+m2", "en+m3", "en+m4", "en+f1", "en+f2", "en+f3"), ("en
 
 
 def words(size: int = 64, per_word: int = 60, seed: int = 0, voice: str = "auto") -> Data:
-    """Eight words, each said ``per_word`` times at different pitch, speed and noise; a fifth, in voices of its own, is held out.
+    """Eight words, each said ``per_word`` times at different pitch, speed and noise; a fifth, in voices of its own, is
+    held out.
 
     Args:
         size: frames of the spectrograms, 10 ms each, of 128 mel bands.
-        voice: "espeak" (raises when it is not installed), "tones", or "auto": espeak-ng where present. ``data.extra["voice"]`` tells which.
+        voice: "espeak" (raises when it is not installed), "tones", or "auto": espeak-ng where present.
+            ``data.extra["voice"]`` tells which.
     """
     if voice not in ("auto", "espeak", "tones"):
         raise ValueError(f"words: voice must be 'auto', 'espeak' or 'tones', got {voice!r}")
@@ -40,24 +43,45 @@ def words(size: int = 64, per_word: int = 60, seed: int = 0, voice: str = "auto"
             draw = torch.rand(3, generator=generator, dtype=torch.float32, device="cpu").tolist()
             voices = _VOICES[int(new)]
             clip = _say(str(program), word, voices[again % len(voices)], draw) if spoken else _sing(label, new, draw)
-            noise = torch.randn(clip.shape, generator=generator, dtype=torch.float32, device="cpu") * clip.std() * (0.05 + 0.25 * draw[2])
+            noise = (
+                torch.randn(clip.shape, generator=generator, dtype=torch.float32, device="cpu")
+                * clip.std()
+                * (0.05 + 0.25 * draw[2])
+            )
             clips.append(spectrogram(0.1 * (clip + noise) / clip.std(), RATE, size))
             labels.append(label)
     images, target = torch.stack(clips), torch.tensor(labels, device="cpu")
-    parts = [TensorImages(images[m], target[m], [WORDS[c] for c in target[m].tolist()]) for m in (~held.repeat(8), held.repeat(8))]
+    parts = [
+        TensorImages(images[m], target[m], [WORDS[c] for c in target[m].tolist()])
+        for m in (~held.repeat(8), held.repeat(8))
+    ]
     extra = {"voice": "espeak" if spoken else "tones"}
-    return Data("words", parts[0], parts[1], tuple(images.shape[2:]), WORDS, flip=False, mean=MEAN, std=STD, sound=True, extra=extra)
+    return Data(
+        "words",
+        parts[0],
+        parts[1],
+        tuple(images.shape[2:]),
+        WORDS,
+        flip=False,
+        mean=MEAN,
+        std=STD,
+        sound=True,
+        extra=extra,
+    )
 
 
 def _say(program: str, word: str, voice: str, draw: list[float]) -> Tensor:
     pitch, speed = str(int(20 + 60 * draw[0])), str(int(120 + 100 * draw[1]))
-    said = subprocess.run([program, "--stdout", "-v", voice, "-p", pitch, "-s", speed, word], check=True, capture_output=True)
+    said = subprocess.run(
+        [program, "--stdout", "-v", voice, "-p", pitch, "-s", speed, word], check=True, capture_output=True
+    )
     samples, rate = read_wave(io.BytesIO(said.stdout))
     return resample(samples, rate, RATE)
 
 
 def _sing(label: int, higher: bool, draw: list[float]) -> Tensor:
-    """Harmonics of a gliding pitch under two formants, and a syllable's rise and fall; a voice held out is ``higher``."""
+    """Harmonics of a gliding pitch under two formants, and a syllable's rise and fall; a voice held out is
+    ``higher``."""
     n = int(RATE * (0.4 + 0.3 * draw[1]))
     t = torch.arange(n, dtype=torch.float32, device="cpu") / RATE
     pitch = 210 + 50 * draw[0] if higher else 90 + 110 * draw[0]

@@ -1,4 +1,5 @@
-"""Hugging Face data sets read as they arrive, never whole: shards go to ranks, and a resumed run sees what the unbroken one saw."""
+"""Hugging Face data sets read as they arrive, never whole: shards go to ranks, and a resumed run sees what the unbroken
+one saw."""
 
 from __future__ import annotations
 
@@ -19,18 +20,21 @@ from pyvit.data.files import TOLERATED, TOLERATED_FILES, DecodedImages, Decoder,
 from pyvit.data.hub import caption_texts, choose_splits, columns_of, open_hugging_face, split_spec, undecoded
 from pyvit.data.sets import Batch, Data, Images
 
-#: Examples that are shuffled among each other, held out where there is no split for it, and read for nearest neighbours.
+#: Examples that are shuffled among each other, held out where there is no split for it, and read for nearest
+#: neighbours.
 BUFFER, HELD, SAMPLE = 1024, 512, 2048
 
 
 class Stream(Images):
     """The examples of an iterable table, in an order that is a function of the seed alone.
 
-    Each epoch every rank takes its own shards, or every world-th example where shards do not divide evenly. An image that cannot be read is
-    reported by its place in the stream, and another of its batch stands in for it; too many of them raise ValueError.
+    Each epoch every rank takes its own shards, or every world-th example where shards do not divide evenly. An image
+    that cannot be read is reported by its place in the stream, and another of its batch stands in for it; too many of
+    them raise ValueError.
 
     Args:
-        table: a ``datasets.IterableDataset`` whose images are not decoded; image, label, caption: names of its columns, or None.
+        table: a ``datasets.IterableDataset`` whose images are not decoded; image, label, caption: names of its columns,
+            or None.
         decoder: what makes pixels of an image file. count: examples per epoch, None when the source does not say.
         classes: how many labels there are. name: of the source, for messages.
     """
@@ -57,7 +61,9 @@ class Stream(Images):
 
     def __len__(self) -> int:
         if self.count is None:
-            raise ValueError("data: the stream does not say how many examples it has; give --steps in place of --epochs")
+            raise ValueError(
+                "data: the stream does not say how many examples it has; give --steps in place of --epochs"
+            )
         return self.count
 
     def counted(self) -> str:
@@ -111,9 +117,12 @@ class Stream(Images):
         accumulate: int = 1,
         crops: Mapping[str, Crop] | None = None,
     ) -> IterableDataset[Batch]:
-        """The micro-batches of ``rank`` for steps ``start`` to ``steps``. Examples of earlier steps are read and passed over, undecoded."""
+        """The micro-batches of ``rank`` for steps ``start`` to ``steps``. Examples of earlier steps are read and passed
+        over, undecoded."""
         size = batch // world // accumulate
-        return _Batches(self, size, start * accumulate * size, (steps - start) * accumulate, seed, rank, world, crops or {})
+        return _Batches(
+            self, size, start * accumulate * size, (steps - start) * accumulate, seed, rank, world, crops or {}
+        )
 
     def rows(self, seed: int, rank: int, world: int) -> Iterator[dict[str, Any]]:
         """The rows of ``rank``, epoch after epoch without end."""
@@ -129,12 +138,23 @@ class Stream(Images):
                         continue
                     number += 1
                     yield row
-            except Exception as error:  # a damaged shard, a connection that breaks: datasets raises what its readers raise
-                raise ValueError(f"data: {self.name} broke off after {number} examples: {type(error).__name__}: {error}") from error
+            except (
+                Exception
+            ) as error:  # a damaged shard, a connection that breaks: datasets raises what its readers raise
+                raise ValueError(
+                    f"data: {self.name} broke off after {number} examples: {type(error).__name__}: {error}"
+                ) from error
             if not number:
                 raise ValueError(f"data: {self.name} has no example for process {rank} of {world}")
 
-    def read(self, rows: list[dict[str, Any]], first: int, crops: Mapping[str, Crop] | None = None, seed: int = 0, rank: int = 0) -> Batch:
+    def read(
+        self,
+        rows: list[dict[str, Any]],
+        first: int,
+        crops: Mapping[str, Crop] | None = None,
+        seed: int = 0,
+        rank: int = 0,
+    ) -> Batch:
         """Decode ``rows``, of which the first is number ``first`` of this rank's stream."""
         found: list[dict[str, list[Tensor]] | None] = []
         captions: list[str] = []
@@ -149,7 +169,11 @@ class Stream(Images):
                 raise
             except Exception as error:
                 item = row[self.image]
-                where = row.get("__key__") or (item.get("path") if isinstance(item, Mapping) else None) or f"example {number}"
+                where = (
+                    row.get("__key__")
+                    or (item.get("path") if isinstance(item, Mapping) else None)
+                    or f"example {number}"
+                )
                 problems[number] = f"{where}: {type(error).__name__}: {error}"
                 found.append(None)
         self._read += len(rows)
@@ -159,10 +183,14 @@ class Stream(Images):
             self._bad.update(problems)  # the main process says it
         good = [i for i, views in enumerate(found) if views is not None]
         if not good:
-            raise ValueError(f"data: none of {len(rows)} examples in a row can be read, the last: {[*self._bad.values()][-1]}")
+            raise ValueError(
+                f"data: none of {len(rows)} examples in a row can be read, the last: {[*self._bad.values()][-1]}"
+            )
         if len(self._bad) > max(TOLERATED * self._read, TOLERATED_FILES):
             last = [*self._bad.values()][-1]
-            raise ValueError(f"data: {len(self._bad)} of the {self._read} examples read cannot be decoded, the last: {last}")
+            raise ValueError(
+                f"data: {len(self._bad)} of the {self._read} examples read cannot be decoded, the last: {last}"
+            )
         at = [i if found[i] is not None else good[i % len(good)] for i in range(len(rows))]
         batch: Batch = {**stack_views([found[i] for i in at], crops or {}, self.decoder), "problems": problems}
         if self.label:
@@ -176,7 +204,15 @@ class _Batches(IterableDataset[Batch]):
     """See :meth:`Stream.batches`; picklable, so that a worker process can read ahead."""
 
     def __init__(
-        self, stream: Stream, size: int, skip: int, count: int, seed: int, rank: int, world: int, crops: Mapping[str, Crop]
+        self,
+        stream: Stream,
+        size: int,
+        skip: int,
+        count: int,
+        seed: int,
+        rank: int,
+        world: int,
+        crops: Mapping[str, Crop],
     ) -> None:
         self.stream, self.size, self.skip, self.count, self.seed = stream, size, skip, count, seed
         self.ranks, self.crops = (rank, world), crops
@@ -189,7 +225,8 @@ class _Batches(IterableDataset[Batch]):
 
 
 def hugging_face_stream(spec: str, size: int) -> Data:
-    """ "NAME[:SPLIT]" as in :func:`pyvit.data.hub.hugging_face`, streamed. The first 512 examples are held out where no other split is.
+    """ "NAME[:SPLIT]" as in :func:`pyvit.data.hub.hugging_face`, streamed. The first 512 examples are held out where no
+    other split is.
 
     Labels are used where the data set names its classes (``ClassLabel``).
     """
@@ -208,7 +245,9 @@ def hugging_face_stream(spec: str, size: int) -> Data:
 
     def stream(table: Any, count: int | None) -> Stream:
         kept = label if names else None
-        return Stream(undecoded(table, image), decoder, image, kept, caption, count, len(names or ()), f"hf-stream:{name}")
+        return Stream(
+            undecoded(table, image), decoder, image, kept, caption, count, len(names or ()), f"hf-stream:{name}"
+        )
 
     if other is not None:
         train, test = stream(train, count), stream(other, None).hold(undecoded(other, image).take(HELD))
@@ -217,7 +256,12 @@ def hugging_face_stream(spec: str, size: int) -> Data:
         whole = stream(train, count)
         test = whole.hold(whole.table.take(HELD))
         if len(test) < HELD or (count is not None and count <= HELD):
-            raise ValueError(f"data: hf-stream:{name} must have more than the {HELD} examples that are held out; read it as hf:{name}")
+            raise ValueError(
+
+                    f"data: hf-stream:{name} must have more than the {HELD} examples that are held out; read it as "
+                    f"hf:{name}"
+
+            )
         train = stream(train.skip(HELD), count - HELD if count else None)
     notes.append("not searched for repeated images: a stream is not known in advance")
     return Data(Path(name).name, train, test, (size, size), names, flip=caption is None, notes=notes)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 
 class ByteTokenizer:
-    """UTF-8 bytes between a start and an end token: 258 ids, nothing to download. The end token is the largest id, as in CLIP."""
+    """UTF-8 bytes between a start and an end token: 258 ids, nothing to download. The end token is the largest id, as
+    in CLIP."""
 
     start, end, pad, vocab_size = 256, 257, 0, 258
 
@@ -32,11 +33,13 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A ``tokenizers`` file (tokenizer.json of CLIP, SigLIP, ...), padded or cut to ``context_length``; a text that is cut keeps its end.
+    """A ``tokenizers`` file (tokenizer.json of CLIP, SigLIP, ...), padded or cut to ``context_length``; a text that is
+    cut keeps its end.
 
     Attributes:
-        end: id of the end token, with which every text ends: the last that the file itself adds to a text, or the ``eos_token`` that
-            ``tokenizer_config.json`` or ``special_tokens_map.json`` beside it names, which is then added here.
+        end: id of the end token, with which every text ends: the last that the file itself adds to a text, or the
+            ``eos_token`` that ``tokenizer_config.json`` or ``special_tokens_map.json`` beside it names, which is then
+            added here.
         pad: id of the padding: the file's own, or the ``pad_token`` named beside it, or the end token.
 
     Raises ValueError for a file that is no tokenizer, or whose end token nothing names.
@@ -62,7 +65,8 @@ class FileTokenizer:
         own = empty[-1] if empty and some[-1:] == empty[-1:] else None  # what the file ends a text with
         if own is None and end is None:
             raise ValueError(
-                f"tokenizer: {path} ends texts with no token, and no eos_token is named in a tokenizer_config.json beside it: "
+                f"tokenizer: {path} ends texts with no token, and no eos_token is named in a tokenizer_config.json "
+                "beside it: "
                 "a text tower needs one"
             )
         if end is not None and own != end:
@@ -72,13 +76,17 @@ class FileTokenizer:
             tokenizer.post_processor = last if before is None else InTurn([before, last])
         self.end: int = own if end is None else end
         if context_length <= (added := tokenizer.num_special_tokens_to_add(False)):
-            raise ValueError(f"tokenizer: context_length must be above {added}, the tokens {path} adds, got {context_length}")
+            raise ValueError(
+                f"tokenizer: context_length must be above {added}, the tokens {path} adds, got {context_length}"
+            )
         tokenizer.enable_truncation(context_length)
         self.pad: int = next(i for i in (padding.get("pad_id"), pad, self.end) if i is not None)
         if self.pad >= self.vocab_size:
             raise ValueError(f"tokenizer: {path} pads with id {self.pad}, its ids are below {self.vocab_size}")
         side = padding.get("direction", "right")
-        tokenizer.enable_padding(direction=side, pad_id=self.pad, pad_token=tokenizer.id_to_token(self.pad), length=context_length)
+        tokenizer.enable_padding(
+            direction=side, pad_id=self.pad, pad_token=tokenizer.id_to_token(self.pad), length=context_length
+        )
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """(B, context_length) int64."""

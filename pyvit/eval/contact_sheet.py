@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 def heat(values: Tensor) -> Tensor:
-    """(..., H, W) numbers to RGB (..., 3, H, W) in [0, 1], each map from its least to its greatest, dark blue to yellow."""
+    """(..., H, W) numbers to RGB (..., 3, H, W) in [0, 1], each map from its least to its greatest, dark blue to
+    yellow."""
     low, high = values.amin((-2, -1), keepdim=True), values.amax((-2, -1), keepdim=True)
     from matplotlib import colormaps
 
@@ -25,20 +26,27 @@ def enlarge(images: Tensor, side: int, smooth: bool = False) -> Tensor:
     return torch.nn.functional.interpolate(images.float(), size, **mode)
 
 
-def save_guesses(path: Path, images: Tensor, truth: Sequence[str], ranked: Sequence[Sequence[tuple[str, float]]], title: str) -> Path:
-    """Images (N, C, H, W) in [0, 1] under their true names, each beside bars of (name, probability), best first, the right one green."""
+def save_guesses(
+    path: Path, images: Tensor, truth: Sequence[str], ranked: Sequence[Sequence[tuple[str, float]]], title: str
+) -> Path:
+    """Images (N, C, H, W) in [0, 1] under their true names, each beside bars of (name, probability), best first, the
+    right one green."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = (len(images) + 1) // 2
-    figure, axes = plt.subplots(rows, 4, figsize=(8, 1.5 * rows + 0.5), squeeze=False, gridspec_kw={"width_ratios": [1, 1.6] * 2})
+    figure, axes = plt.subplots(
+        rows, 4, figsize=(8, 1.5 * rows + 0.5), squeeze=False, gridspec_kw={"width_ratios": [1, 1.6] * 2}
+    )
     for axis in axes.flat[2 * len(images) :]:
         axis.set_axis_off()
     for i, (name, guesses) in enumerate(zip(truth, ranked, strict=True)):
         picture, bars = axes.flat[2 * i], axes.flat[2 * i + 1]
-        picture.imshow(images[i].clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest", cmap="magma", vmin=0, vmax=1)
+        picture.imshow(
+            images[i].clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest", cmap="magma", vmin=0, vmax=1
+        )
         picture.set_title(name, fontsize=9)
         picture.set_axis_off()
         for at, (guess, p) in enumerate(guesses):
@@ -55,23 +63,36 @@ def save_guesses(path: Path, images: Tensor, truth: Sequence[str], ranked: Seque
 
 
 def save_sheet(
-    path: Path, columns: Sequence[tuple[str, Tensor]], captions: Sequence[str] | None = None, title: str = "", side: int = 1
+    path: Path,
+    columns: Sequence[tuple[str, Tensor]],
+    captions: Sequence[str] | None = None,
+    title: str = "",
+    side: int = 1,
 ) -> Path:
-    """One row per image, one titled column per entry (title, (N, 3, H, W) in [0, 1]), a caption under each row; returns ``path``."""
+    """One row per image, one titled column per entry (title, (N, 3, H, W) in [0, 1]), a caption under each row; returns
+    ``path``."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows, sound = len(columns[0][1]), columns[0][1].shape[1] == 1  # a spectrogram has one channel, and its low bands belong at the bottom
+    rows, sound = (
+        len(columns[0][1]),
+        columns[0][1].shape[1] == 1,
+    )  # a spectrogram has one channel, and its low bands belong at the bottom
     wide = 1.5 * side
     figure, axes = plt.subplots(
-        rows, len(columns), figsize=(wide * len(columns), (wide + (0.25 if captions else 0)) * rows + 0.5), squeeze=False
+        rows,
+        len(columns),
+        figsize=(wide * len(columns), (wide + (0.25 if captions else 0)) * rows + 0.5),
+        squeeze=False,
     )
     for c, (name, images) in enumerate(columns):
         for r in range(rows):
             pixels = images[r].clamp(0, 1).permute(1, 2, 0).cpu().numpy()
-            axes[r, c].imshow(pixels, interpolation="nearest", origin="lower" if sound else "upper", cmap="magma", vmin=0, vmax=1)
+            axes[r, c].imshow(
+                pixels, interpolation="nearest", origin="lower" if sound else "upper", cmap="magma", vmin=0, vmax=1
+            )
             axes[r, c].set_xticks([])
             axes[r, c].set_yticks([])
         axes[0, c].set_title(name, fontsize=9)

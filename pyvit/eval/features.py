@@ -29,7 +29,8 @@ def over(
     Those that cannot are in ``images.bad`` afterwards, and :func:`labels_of` leaves out theirs.
 
     Args:
-        group: ranks that share the work; each gets all results. workers: processes that decode, None for as many as are of use.
+        group: ranks that share the work; each gets all results. workers: processes that decode, None for as many as are
+            of use.
     """
     if group is not None:  # what one rank found unreadable in training, all leave out
         known: list[dict[int, str]] = [{}] * dist.get_world_size(group)
@@ -58,7 +59,8 @@ def over(
         images.note({i: f"image {i}, which another process could not read" for i in sorted(set(every) - set(read))})
     if results is None:
         raise ValueError(
-            f"evaluation: none of the {len(images)} images can be read" + "".join(f"; the last: {p}" for p in images.problems[-1:])
+            f"evaluation: none of the {len(images)} images can be read"
+            + "".join(f"; the last: {p}" for p in images.problems[-1:])
         )
     return results
 
@@ -99,10 +101,13 @@ def check_finite(what: str, *features: Tensor) -> None:
 
 
 def check_labelled(what: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> None:
-    """Raise ValueError where (features, labels) of either set are empty or of different length, or training has fewer than two classes."""
+    """Raise ValueError where (features, labels) of either set are empty or of different length, or training has fewer
+    than two classes."""
     for name, (rows, labels) in (("training", train), ("held-out", test)):
         if not len(rows) or len(rows) != len(labels):
-            raise ValueError(f"{what}: there must be one label for each of the {name} features, got {len(rows)} and {len(labels)}")
+            raise ValueError(
+                f"{what}: there must be one label for each of the {name} features, got {len(rows)} and {len(labels)}"
+            )
     if len(train[1].unique()) < 2:
         raise ValueError(f"{what}: the training images must be of at least two classes, all are of one")
 

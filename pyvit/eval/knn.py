@@ -12,7 +12,9 @@ from pyvit.data import Data
 from pyvit.eval.features import check_finite, check_labelled, features, right
 
 
-def knn_predict(queries: Tensor, bank: Tensor, labels: Tensor, classes: int, k: int = 20, temperature: float = 0.07) -> Tensor:
+def knn_predict(
+    queries: Tensor, bank: Tensor, labels: Tensor, classes: int, k: int = 20, temperature: float = 0.07
+) -> Tensor:
     """Class scores (M, classes): the k most similar of ``bank`` (N, D) vote with exp(cosine / temperature).
 
     queries (M, D), labels (N,). Queries are taken in blocks, so that the similarities of all to all are never held.
@@ -37,14 +39,17 @@ def knn_predict(queries: Tensor, bank: Tensor, labels: Tensor, classes: int, k: 
 
 
 def _shared_votes(similar: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
-    """Votes (classes,) of a query whose k-th neighbour is not alone: those as far share the votes that are left, whatever their places."""
+    """Votes (classes,) of a query whose k-th neighbour is not alone: those as far share the votes that are left,
+    whatever their places."""
     last = similar.topk(k).values[-1]
     nearer, tied = similar > last, similar == last
     weights = ((similar - 1) / temperature).exp() * (nearer + tied * ((k - nearer.sum()) / tied.sum()))
     return weights.new_zeros(classes).scatter_add_(0, labels, weights)
 
 
-def knn_accuracy(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], k: int = 20, temperature: float = 0.07) -> float:
+def knn_accuracy(
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], k: int = 20, temperature: float = 0.07
+) -> float:
     """Percentage of test features whose neighbours' vote is right; both are (features, labels)."""
     check_labelled("knn", train, test)
     classes = int(max(train[1].max(), test[1].max())) + 1
@@ -55,5 +60,8 @@ def knn_accuracy_of(recipe: Any, data: Data, k: int = 20) -> dict[str, float]:
     """{"knn": accuracy} of a recipe's exported network, or {} for data without labels."""
     if data.classes is None or len(data.classes) < 2:
         return {}
-    train, test = (features(recipe.encoder(), part, recipe.normalize, group=recipe.group) for part in (data.train.sample(), data.test))
+    train, test = (
+        features(recipe.encoder(), part, recipe.normalize, group=recipe.group)
+        for part in (data.train.sample(), data.test)
+    )
     return {"knn": knn_accuracy(train, test, min(k, len(train[0])))}

@@ -1,4 +1,5 @@
-"""Linear probe on frozen features: a grid of rates trained at once, the best kept (Oquab et al., 2024, appendix B.3)."""
+"""Linear probe on frozen features: a grid of rates trained at once, the best kept (Oquab et al., 2024, appendix
+B.3)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from pyvit.eval.features import check_finite, check_labelled, right
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.3, 0.5)
 
 
-#: Training sets smaller than this choose the rate by cross-validation in so many parts: a tenth of them says too little.
+#: Training sets smaller than this choose the rate by cross-validation in so many parts: a tenth of them says too
+#: little.
 _SMALL, _FOLDS = 200, 5
 
 
@@ -27,10 +29,11 @@ def linear_probe(
 ) -> dict[str, float]:
     """Test accuracy in per cent of the rate that did best on training features held back, {"linear": ..., "rate": ...}.
 
-    train, test: (features (N, D), labels (N,)). Every rate has its own classifier; all see the same batches of one pass over the features,
-    scaled by the training set's mean and deviation. SGD with momentum, cosine to zero. A tenth is held back; of fewer than 200 each
-    fifth in turn, and the best rate then learns from all. Of rates that are right equally often, the one with the lowest loss is taken.
-    Raises ValueError for features that are not finite, and where training has fewer than two classes.
+    train, test: (features (N, D), labels (N,)). Every rate has its own classifier; all see the same batches of one pass
+    over the features, scaled by the training set's mean and deviation. SGD with momentum, cosine to zero. A tenth is
+    held back; of fewer than 200 each fifth in turn, and the best rate then learns from all. Of rates that are right
+    equally often, the one with the lowest loss is taken. Raises ValueError for features that are not finite, and where
+    training has fewer than two classes.
     """
     if epochs < 1:
         raise ValueError(f"linear: epochs must be at least 1, got {epochs}")
@@ -67,7 +70,9 @@ def _learn(
     x: Tensor, labels: Tensor, classes: int, rates: Sequence[float], epochs: int, batch: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Weights (rates, classes, D) and biases (rates, 1, classes)."""
-    weight = (torch.randn(len(rates), classes, x.shape[1], generator=generator, dtype=torch.float32, device="cpu") * 0.01).requires_grad_()
+    weight = (
+        torch.randn(len(rates), classes, x.shape[1], generator=generator, dtype=torch.float32, device="cpu") * 0.01
+    ).requires_grad_()
     bias = torch.zeros(len(rates), 1, classes, dtype=torch.float32, device="cpu", requires_grad=True)
     momentum = [torch.zeros_like(p) for p in (weight, bias)]
     speed = torch.tensor(rates, dtype=torch.float32, device="cpu")[:, None, None]
@@ -90,12 +95,15 @@ def _learn(
 def _scores(weight: Tensor, bias: Tensor, x: Tensor, labels: Tensor) -> Tensor:
     """(2, rates): how many are right, and the negative of the loss."""
     logits = x @ weight.mT + bias
-    loss = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none").view(len(logits), -1).sum(1)
+    loss = (
+        F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none").view(len(logits), -1).sum(1)
+    )
     return torch.stack([(logits.argmax(2) == labels).float().sum(1), -loss])
 
 
 def _best(scores: Tensor) -> int:
-    """The rate that is right most often, among those the one of the lowest loss; one whose loss is not finite is none."""
+    """The rate that is right most often, among those the one of the lowest loss; one whose loss is not finite is
+    none."""
     count, negative = scores[0].where(scores[1].isfinite(), -1), scores[1].nan_to_num(-torch.inf, neginf=-torch.inf)
     if count.max() < 0:
         raise ValueError("linear: the loss is not finite at any rate")

@@ -16,11 +16,13 @@ from pyvit.eval.features import check_finite, over
 def recall(similarities: Tensor, right: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[int, float]:
     """Percentage of queries (rows) with a right answer among their k best: similarities (Q, N), right (Q, N) bool.
 
-    A wrong answer as similar as the best right one comes before it: ties find nothing. Of fewer than k answers no figure is given.
-    Raises ValueError for similarities that are not finite, of which none is before another.
+    A wrong answer as similar as the best right one comes before it: ties find nothing. Of fewer than k answers no
+    figure is given. Raises ValueError for similarities that are not finite, of which none is before another.
     """
     if not similarities.numel() or similarities.shape != right.shape:
-        raise ValueError(f"recall: similarities and right must be (Q, N), got {tuple(similarities.shape)} and {tuple(right.shape)}")
+        raise ValueError(
+            f"recall: similarities and right must be (Q, N), got {tuple(similarities.shape)} and {tuple(right.shape)}"
+        )
     check_finite("recall", similarities)
     best = similarities.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
     before = ((similarities >= best) & ~right).sum(1)
@@ -30,7 +32,11 @@ def recall(similarities: Tensor, right: Tensor, ks: Sequence[int] = (1, 5, 10)) 
 
 @torch.no_grad()
 def embed_pairs(
-    model: nn.Module, images: Images, tokenizer: Callable[..., Tensor], normalize: Callable[[Tensor], Tensor], group: Any = None
+    model: nn.Module,
+    images: Images,
+    tokenizer: Callable[..., Tensor],
+    normalize: Callable[[Tensor], Tensor],
+    group: Any = None,
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Image embeddings (N, D), text embeddings (N, D) and the captions, of the images that can be read."""
     if images.captions is None:
@@ -48,10 +54,13 @@ def embed_pairs(
 def recall_of(recipe: Any, data: Data, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
     """Recall@k both ways on held-out pairs, or {} where few captions are distinct.
 
-    Each image is one answer, whatever the number of its captions, all of which are right, as are equal captions of other images.
+    Each image is one answer, whatever the number of its captions, all of which are right, as are equal captions of
+    other images.
     """
     check_towers("retrieval", recipe)
-    images, texts, captions = embed_pairs(recipe.exported(), data.test, recipe.tokenizer, recipe.normalize, recipe.group)
+    images, texts, captions = embed_pairs(
+        recipe.exported(), data.test, recipe.tokenizer, recipe.normalize, recipe.group
+    )
     if len(set(captions)) < len(captions) / 4:
         return {}
     shown = [i if data.test.groups is None else data.test.groups[i] for i in data.test.readable()]
@@ -60,7 +69,10 @@ def recall_of(recipe: Any, data: Data, ks: Sequence[int] = (1, 5)) -> dict[str, 
     images, texts = images[first], texts[said]
     right = torch.zeros(len(texts), len(images), dtype=torch.bool)
     right[text, image] = True
-    both = {"text_to_image": recall(texts @ images.t(), right, ks), "image_to_text": recall(images @ texts.t(), right.t(), ks)}
+    both = {
+        "text_to_image": recall(texts @ images.t(), right, ks),
+        "image_to_text": recall(images @ texts.t(), right.t(), ks),
+    }
     return {f"{name}@{k}": value for name, found in both.items() for k, value in found.items()}
 
 
@@ -70,7 +82,9 @@ def _numbered(values: Sequence[Any]) -> tuple[Tensor, Tensor]:
     for i, value in enumerate(values):
         first.setdefault(value, i)
     number = {kind: n for n, kind in enumerate(first)}
-    return torch.tensor([number[value] for value in values], device="cpu"), torch.tensor(list(first.values()), device="cpu")
+    return torch.tensor([number[value] for value in values], device="cpu"), torch.tensor(
+        list(first.values()), device="cpu"
+    )
 
 
 def check_towers(what: str, recipe: Any) -> None:
@@ -88,9 +102,9 @@ def has_parts(model: nn.Module) -> bool:
 def part_map(model: nn.Module, images: Tensor, text: Tensor) -> Tensor:
     """Similarity of each patch to a text: images (B, C, H, W) normalised, text ids (B, L) -> (B, rows, columns).
 
-    A patch's feature is what the class token would carry into the space of texts if, in the last block, it saw that patch alone. The
-    patches' own outputs are trained for nothing and say little; values in place of them: Zhou et al., "Extract Free Dense Labels from CLIP"
-    (2022).
+    A patch's feature is what the class token would carry into the space of texts if, in the last block, it saw that
+    patch alone. The patches' own outputs are trained for nothing and say little; values in place of them: Zhou et al.,
+    "Extract Free Dense Labels from CLIP" (2022).
     """
     visual = model.visual
     if not has_parts(model):
@@ -115,7 +129,8 @@ def part_map(model: nn.Module, images: Tensor, text: Tensor) -> Tensor:
 
 
 def quarter_accuracy(recipe: Any, data: Data, limit: int = 200) -> float:
-    """Of drawn scenes: how often the quarter that fits a phrase best is the one its object is in, in per cent (chance: 25)."""
+    """Of drawn scenes: how often the quarter that fits a phrase best is the one its object is in, in per cent (chance:
+    25)."""
     model, parts = recipe.exported(), data.extra.get("parts", [])[:limit]
     if not parts:
         raise ValueError(f"parts: data must be drawn scenes, which say where things are, {data.name} does not")

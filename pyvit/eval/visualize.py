@@ -30,13 +30,19 @@ def keep_mass(maps: Tensor, mass: float) -> Tensor:
     return torch.zeros_like(flat, dtype=torch.bool).scatter(-1, order, kept).view(maps.shape)
 
 
-def attention_columns(model: nn.Module, images: Tensor, normalised: Tensor, mass: float, side: int = 128) -> list[tuple[str, Tensor]]:
+def attention_columns(
+    model: nn.Module, images: Tensor, normalised: Tensor, mass: float, side: int = 128
+) -> list[tuple[str, Tensor]]:
     """Columns of a sheet: the image, each head's map, and what the heads' mean keeps at ``mass``."""
     maps = attention_maps(model, normalised)
     kept = keep_mass(maps.mean(1), mass)[:, None]
     picture = enlarge(images, side)
     heads = [(f"head {h}", enlarge(heat(maps[:, h]), side)) for h in range(maps.shape[1])]
-    return [("image", picture), *heads, (f"{100 * mass:.0f} % of the mean", picture * (0.2 + 0.8 * enlarge(kept, side)))]
+    return [
+        ("image", picture),
+        *heads,
+        (f"{100 * mass:.0f} % of the mean", picture * (0.2 + 0.8 * enlarge(kept, side))),
+    ]
 
 
 def reconstruction_columns(recipe: Any, images: Tensor, mask_ratio: float, side: int = 128) -> list[tuple[str, Tensor]]:

@@ -19,7 +19,9 @@ OF_DATA = {"digits": ("a handwritten {}", "the digit {}", "a photo of the number
 
 
 @torch.no_grad()
-def text_classifier(model: nn.Module, tokenizer: Callable[..., Tensor], classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+def text_classifier(
+    model: nn.Module, tokenizer: Callable[..., Tensor], classes: Sequence[str], templates: Sequence[str]
+) -> Tensor:
     """(classes, D): for each class the mean direction of its prompts, of length 1."""
     if not templates or any("{}" not in t for t in templates):
         raise ValueError(f"zero-shot: templates must each contain {{}}, got {list(templates)}")
@@ -33,7 +35,8 @@ def text_classifier(model: nn.Module, tokenizer: Callable[..., Tensor], classes:
 def zero_shot_logits(
     model: nn.Module, images: Images, classifier: Tensor, normalize: Callable[[Tensor], Tensor], group: Any = None
 ) -> Tensor:
-    """Logits (N, classes) of every image that can be read: similarity times the model's scale, plus its bias where it has one (SigLIP)."""
+    """Logits (N, classes) of every image that can be read: similarity times the model's scale, plus its bias where it
+    has one (SigLIP)."""
     scale, bias = model.scale(), getattr(model, "logit_bias", None)  # type: ignore[operator]
 
     def compute(batch: dict[str, Any]) -> Tensor:
@@ -44,7 +47,8 @@ def zero_shot_logits(
 
 
 def probabilities(model: nn.Module, logits: Tensor) -> Tensor:
-    """Of each class: among the others (CLIP's softmax), or on its own, so that they need not add up to 1 (SigLIP's sigmoid)."""
+    """Of each class: among the others (CLIP's softmax), or on its own, so that they need not add up to 1 (SigLIP's
+    sigmoid)."""
     return logits.softmax(1) if getattr(model, "logit_bias", None) is None else logits.sigmoid()
 
 
@@ -56,7 +60,9 @@ def zero_shot(model: nn.Module, images: Images, classifier: Tensor, normalize: C
 def zero_shot_accuracy_of(recipe: Any, data: Data, templates: Sequence[str] | None = None) -> dict[str, float]:
     """{"zero_shot": accuracy} of a two-tower recipe on held-out images, from the names of the classes."""
     model = recipe.exported()
-    classifier = text_classifier(model, recipe.tokenizer, data.classes or (), templates or OF_DATA.get(data.name, TEMPLATES))
+    classifier = text_classifier(
+        model, recipe.tokenizer, data.classes or (), templates or OF_DATA.get(data.name, TEMPLATES)
+    )
     logits = zero_shot_logits(model, data.test, classifier, recipe.normalize, recipe.group)
     check_finite("zero-shot", logits)
     return {"zero_shot": 100 * right(logits, labels_of(data.test))}

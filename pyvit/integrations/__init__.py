@@ -1,7 +1,8 @@
-"""Other libraries' models on pyvit's kernels: :func:`accelerate` replaces forwards in place, per instance; :func:`restore` undoes it.
+"""Other libraries' models on pyvit's kernels: :func:`accelerate` replaces forwards in place, per instance;
+:func:`restore` undoes it.
 
-Each library has a module here with one table, RULES: a class's full name -> a function that says what to replace in an instance of it.
-Classes are known by name, so that nothing is imported that the model at hand has not imported.
+Each library has a module here with one table, RULES: a class's full name -> a function that says what to replace in an
+instance of it. Classes are known by name, so that nothing is imported that the model at hand has not imported.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _LIBRARIES = ("timm", "transformers", "torchvision", "open_clip")
 
 
 class AccelerateError(RuntimeError):
-    """``accelerate(model, strict=True)`` would have left something; the message carries every reason. The model is as it was."""
+    """``accelerate(model, strict=True)`` would have left something; the message carries every reason. The model is as
+    it was."""
 
 
 class Row(NamedTuple):
@@ -38,7 +40,8 @@ class Row(NamedTuple):
 
 
 class Report:
-    """What :func:`accelerate` did: ``replaced`` and ``left``, lists of :class:`Row`. As a context manager it restores at the end."""
+    """What :func:`accelerate` did: ``replaced`` and ``left``, lists of :class:`Row`. As a context manager it restores
+    at the end."""
 
     def __init__(self, model: nn.Module, replaced: list[Row], left: list[Row]) -> None:
         self.model, self.replaced, self.left = model, replaced, left
@@ -47,18 +50,26 @@ class Report:
     def __str__(self) -> str:
         lines = [f"replaced {len(self.replaced)}, left {len(self.left)}"]
         if not self.replaced:
-            lines.append(f"nothing in {kind(self.model)} is a module of {', '.join(_LIBRARIES)} or torch that pyvit replaces")
+            lines.append(
+                f"nothing in {kind(self.model)} is a module of {', '.join(_LIBRARIES)} or torch that pyvit replaces"
+            )
         for title, rows in (("replaced", self.replaced), ("left", self.left)):
             first: dict[tuple[str, str], str] = {}
             counts = Counter((row.kind, row.note) for row in rows)
             for row in rows:
                 first.setdefault((row.kind, row.note), row.path or "(the model)")
             for (what, note), count in counts.items():
-                lines.append(f"  {title} {count} x {what.rpartition('.')[2]} ({first[what, note]}{', ...' if count > 1 else ''}): {note}")
+                lines.append(
+
+                        f"  {title} {count} x {what.rpartition('.')[2]} "
+                        f"({first[what, note]}{', ...' if count > 1 else ''}): {note}"
+
+                )
         return "\n".join(lines)
 
     def refresh(self) -> Report:
-        """What serves the model now: patches, subclasses, other layers and hooks may have come after :func:`accelerate`."""
+        """What serves the model now: patches, subclasses, other layers and hooks may have come after
+        :func:`accelerate`."""
         return _examine(self.model, {(id(forward.module), forward.method): forward for forward in forwards(self.model)})
 
     def __enter__(self) -> Report:
@@ -69,22 +80,25 @@ class Report:
 
 
 def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
-    """Put attention, windows, patch embeddings, MLPs and layer norms of timm, transformers, torchvision or open_clip models on pyvit's ops.
+    """Put attention, windows, patch embeddings, MLPs and layer norms of timm, transformers, torchvision or open_clip
+    models on pyvit's ops.
 
-    In place and per instance: the same parameters and buffers under the same names, the same outputs and gradients up to rounding (dropout
-    draws other numbers), training and evaluation, autocast, ``torch.compile``, ``copy.deepcopy`` and ``pickle``. Call it after weights are
-    loaded and adapters are put in, before ``torch.compile`` and wrappers for distributed training. A call that a replacement cannot serve
-    (attention probabilities asked for, an unusual mask, a device without kernels), or must not (hooks, patches or subclasses where the
-    library's own code would be bypassed, put there before or after), runs the original forward.
+    In place and per instance: the same parameters and buffers under the same names, the same outputs and gradients up
+    to rounding (dropout draws other numbers), training and evaluation, autocast, ``torch.compile``, ``copy.deepcopy``
+    and ``pickle``. Call it after weights are loaded and adapters are put in, before ``torch.compile`` and wrappers for
+    distributed training. A call that a replacement cannot serve (attention probabilities asked for, an unusual mask, a
+    device without kernels), or must not (hooks, patches or subclasses where the library's own code would be bypassed,
+    put there before or after), runs the original forward.
 
     Args:
         model: any module; classes that pyvit does not know are not touched.
-        strict: raise where a module that pyvit knows, or any attention, is left for another reason than the user's own code (subclasses,
-            patches, hooks, which run), or where nothing is replaced.
+        strict: raise where a module that pyvit knows, or any attention, is left for another reason than the user's own
+            code (subclasses, patches, hooks, which run), or where nothing is replaced.
 
     Returns a :class:`Report`; ``print`` it. ``with pyvit.accelerate(model):`` restores at the end.
 
-    Raises TypeError if ``model`` is no module, :class:`AccelerateError` with every reason under ``strict``, the model as it was.
+    Raises TypeError if ``model`` is no module, :class:`AccelerateError` with every reason under ``strict``, the model
+    as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -98,7 +112,8 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
 
 
 def _examine(model: nn.Module, installed: dict[tuple[int, str], Forward] | None = None) -> Report:
-    """What can be replaced in ``model``, or what serves of that which was ``installed``, by identity of the module and by method."""
+    """What can be replaced in ``model``, or what serves of that which was ``installed``, by identity of the module and
+    by method."""
     originals.renew()
     report = Report(model, [], [])
     left: list[tuple[str, Left]] = []
@@ -110,7 +125,12 @@ def _examine(model: nn.Module, installed: dict[tuple[int, str], Forward] | None 
                 continue
             forward = Forward(item) if installed is None else installed.get((id(item.module), item.method))
             reason = Reason("not replaced") if forward is None else forward.reason(_known)
-            if forward is not None and reason is None and installed is not None and (changed := forward.changed()) is not None:
+            if (
+                forward is not None
+                and reason is None
+                and installed is not None
+                and (changed := forward.changed()) is not None
+            ):
                 reason = Reason(changed, True)
             if forward is None or reason is not None:
                 if not item.optional and reason is not None:
@@ -126,7 +146,9 @@ def _examine(model: nn.Module, installed: dict[tuple[int, str], Forward] | None 
         for path, item in unknown_attention(model, [*replaced, *(item.module for _, item in left)])
     ]
     served = {*map(id, replaced)}
-    report.left += [Row(path, kind(item.module), item.reason, item.users) for path, item in left if id(item.module) not in served]
+    report.left += [
+        Row(path, kind(item.module), item.reason, item.users) for path, item in left if id(item.module) not in served
+    ]
     return report
 
 

@@ -32,7 +32,13 @@ def untouched(module: nn.Module) -> bool:
     if type(module) not in originals.numbers and not torch.compiler.is_compiling():
         originals.record(type(module))
     number = originals.numbers.get(type(module), -1)
-    return number >= 0 and not hooked(module) and "forward" not in vars(module) and ordinary_weights(module) and originals.unchanged(number)
+    return (
+        number >= 0
+        and not hooked(module)
+        and "forward" not in vars(module)
+        and ordinary_weights(module)
+        and originals.unchanged(number)
+    )
 
 
 def rate(drop: nn.Module) -> float | None:
@@ -52,7 +58,8 @@ def share(p: float, training: bool) -> float | None:
 
 
 def fused_rate(module: Any) -> float | None:
-    """What ``F.scaled_dot_product_attention`` is asked to drop by ``module.attn_drop.p if module.training else 0.0``, as :func:`share`."""
+    """What ``F.scaled_dot_product_attention`` is asked to drop by ``module.attn_drop.p if module.training else 0.0``,
+    as :func:`share`."""
     return share(getattr(module.attn_drop, "p", 0.0), module.training)
 
 
@@ -70,12 +77,19 @@ _DROP_PATHS = {"timm.layers.drop.DropPath"}
 _LAYER_SCALES = {"timm.layers.layer_scale.LayerScale", "timm.models.vision_transformer.LayerScale"}
 
 
-def surroundings(x: Tensor, norm: nn.Module, scale: nn.Module | None, drop_path: nn.Module | None) -> dict[str, Any] | None:
+def surroundings(
+    x: Tensor, norm: nn.Module, scale: nn.Module | None, drop_path: nn.Module | None
+) -> dict[str, Any] | None:
     """``norm`` and ``scale`` of x + drop_path(scale(branch(norm(x)))) as arguments of a branch that computes all of it.
 
     In inference on a CPU, where nothing is dropped and these modules are what they seem; None otherwise.
     """
-    if torch.is_grad_enabled() or not x.is_cpu or not served_by(norm, _layer_norm) or getattr(norm, "_fast_norm", False):
+    if (
+        torch.is_grad_enabled()
+        or not x.is_cpu
+        or not served_by(norm, _layer_norm)
+        or getattr(norm, "_fast_norm", False)
+    ):
         return None
     for module, known in ((drop_path, _DROP_PATHS), (scale, _LAYER_SCALES)):
         if module is not None and not ((type(module) is nn.Identity or kind(module) in known) and untouched(module)):
@@ -86,7 +100,8 @@ def surroundings(x: Tensor, norm: nn.Module, scale: nn.Module | None, drop_path:
 
 
 def project(layer: nn.Module, x: Tensor, activation: nn.Module | None = None, **around: Any) -> Tensor:
-    """activation(layer(x)), in one product where both are what they seem; :func:`surroundings` only go with a :func:`plain` layer."""
+    """activation(layer(x)), in one product where both are what they seem; :func:`surroundings` only go with a
+    :func:`plain` layer."""
     name = None if activation is None else activation_name(activation)
     if not plain(layer) or (activation is not None and name is None):
         x = layer(x) if not plain(layer) else linear(x, layer.weight, layer.bias)
@@ -161,7 +176,12 @@ def patch_conv(name: str) -> Rule:
 
     def rule(module: nn.Module) -> Iterator[Replacement]:
         conv = getattr(module, name, None)
-        if type(conv) is not nn.Conv2d or conv.groups != 1 or conv.dilation != (1, 1) or conv.padding not in ((0, 0), "valid"):
+        if (
+            type(conv) is not nn.Conv2d
+            or conv.groups != 1
+            or conv.dilation != (1, 1)
+            or conv.padding not in ((0, 0), "valid")
+        ):
             return
         if conv.kernel_size != (1, 1) and all(s <= k for s, k in zip(conv.stride, conv.kernel_size, strict=True)):
             yield Replacement(conv, _patch_conv, "patch_embed")
@@ -180,12 +200,14 @@ def _patch_conv(conv: nn.Conv2d, images: Tensor) -> Tensor:
 
 
 def windows_match(size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> bool:
-    """Whether every shifted axis of a map has more than one window: pyvit does not shift one that is a single window."""
+    """Whether every shifted axis of a map has more than one window: pyvit does not shift one that is a single
+    window."""
     return all(s == 0 or n > w for n, w, s in zip(size, window, shift, strict=True))
 
 
 def cosine_table(network: nn.Module, coords: Tensor, heads: int) -> Tensor:
-    """Swin V2's bias table ((2 wh - 1) (2 ww - 1), heads) from its network and its coordinates (1, 2 wh - 1, 2 ww - 1, 2)."""
+    """Swin V2's bias table ((2 wh - 1) (2 ww - 1), heads) from its network and its coordinates (1, 2 wh - 1, 2 ww - 1,
+    2)."""
     return 16 * torch.sigmoid(network(coords).view(-1, heads))
 
 
@@ -195,7 +217,8 @@ def usable(mask: Tensor | None) -> bool:
 
 
 def torch_mask(mask: Tensor, q: Tensor) -> Tensor:
-    """A mask of torch's MultiheadAttention, (L, S) or (B H, L, S), with True where attention is forbidden, for q (B, H, L, d)."""
+    """A mask of torch's MultiheadAttention, (L, S) or (B H, L, S), with True where attention is forbidden, for q (B, H,
+    L, d)."""
     if mask.dtype == torch.bool:
         mask = ~mask
     elif mask.is_floating_point() and mask.dtype != torch.float32:  # -1e9 in float32 would be -inf in 16 bits
@@ -223,7 +246,10 @@ def _multihead(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    drop, shaped = share(module.dropout, module.training), query.dim() == 3 and (attn_mask is None or attn_mask.dim() in (2, 3))
+    drop, shaped = (
+        share(module.dropout, module.training),
+        query.dim() == 3 and (attn_mask is None or attn_mask.dim() in (2, 3)),
+    )
     served = shaped and drop is not None and servable(key) and servable(value) and usable(attn_mask)
     if need_weights or key_padding_mask is not None or not served or (is_causal and attn_mask is None):
         return nn.MultiheadAttention.forward(
@@ -237,7 +263,9 @@ def _multihead(
         q, k, v = (linear(x, w, b) for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True))
     batch = 0 if module.batch_first else 1
     # (B, N, C) or (N, B, C) to (B, H, N, d)
-    q, k, v = (t.unflatten(-1, (module.num_heads, module.head_dim)).movedim(batch, 0).transpose(1, 2) for t in (q, k, v))
+    q, k, v = (
+        t.unflatten(-1, (module.num_heads, module.head_dim)).movedim(batch, 0).transpose(1, 2) for t in (q, k, v)
+    )
     bias = None if attn_mask is None else torch_mask(attn_mask, q)
     out = flash_attention(q, k, v, bias=bias, dropout_p=drop or 0.0)
     out = out.transpose(1, 2).flatten(2).movedim(0, batch)  # type: ignore[union-attr]

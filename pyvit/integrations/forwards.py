@@ -1,4 +1,5 @@
-"""What stands in the place of a module's forward: a replacement for the calls that it can serve, the class's own forward for the others."""
+"""What stands in the place of a module's forward: a replacement for the calls that it can serve, the class's own
+forward for the others."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from pyvit.nn.linear import hooked, ordinary
 class Replacement(NamedTuple):
     """``module.method`` becomes ``function(module, ...)``; ``by`` says what of pyvit serves it.
 
-    ``needs``, ``may``: names of all attributes that the class has, or may have, in versions of its library that ``function`` is right for.
-    ``parts``: submodules that are not called; ``function`` only runs while each is of a known class and unchanged. ``optional``: nothing
-    is lost to speak of where it cannot serve.
+    ``needs``, ``may``: names of all attributes that the class has, or may have, in versions of its library that
+    ``function`` is right for. ``parts``: submodules that are not called; ``function`` only runs while each is of a
+    known class and unchanged. ``optional``: nothing is lost to speak of where it cannot serve.
     """
 
     module: nn.Module
@@ -55,10 +56,13 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def servable(x: Any) -> bool:
-    """Whether kernels exist for such an input: its dtype, its device, its layout, and no export that does not know our operators."""
+    """Whether kernels exist for such an input: its dtype, its device, its layout, and no export that does not know our
+    operators."""
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
         return False
-    return ordinary(x) and x.dtype in _DTYPES and (x.is_cpu or x.is_cuda) and x.layout is torch.strided and not x.is_nested
+    return (
+        ordinary(x) and x.dtype in _DTYPES and (x.is_cpu or x.is_cuda) and x.layout is torch.strided and not x.is_nested
+    )
 
 
 def ordinary_weights(module: nn.Module) -> bool:
@@ -120,7 +124,8 @@ _PARTS = {
 
 
 class Forward:
-    """In ``vars(module)[method]`` of an accelerated module. What is as it was is asked at every call: patches and hooks may come later."""
+    """In ``vars(module)[method]`` of an accelerated module. What is as it was is asked at every call: patches and hooks
+    may come later."""
 
     #: As if by torch.jit.ignore: scripting then compiles the class's own forward.
     _torchscript_modifier = torch.jit.ignore(lambda: None)._torchscript_modifier  # type: ignore[attr-defined]
@@ -164,7 +169,14 @@ class Forward:
             self._learn()
         if not args and self.first in kwargs:
             args = (kwargs.pop(self.first),)
-        if args and self.active and servable(args[0]) and len(args) <= self.most and self._takes(kwargs) and self.holds():
+        if (
+            args
+            and self.active
+            and servable(args[0])
+            and len(args) <= self.most
+            and self._takes(kwargs)
+            and self.holds()
+        ):
             return self.function(self.module, *args, **kwargs)
         return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
 
@@ -172,24 +184,36 @@ class Forward:
         return self.any_names or all(name in self.names for name in kwargs)
 
     def holds(self) -> bool:
-        """Whether the module and the parts that would not be called are as they were, and nothing watches these parts."""
+        """Whether the module and the parts that would not be called are as they were, and nothing watches these
+        parts."""
         module = self.module
         if self.kind is None:
             self._learn()
-        if not (self.active and same(type(module), self.kind) and originals.unchanged(self.code) and ordinary_weights(module)):
+        if not (
+            self.active
+            and same(type(module), self.kind)
+            and originals.unchanged(self.code)
+            and ordinary_weights(module)
+        ):
             return False
         if not _methods_are_ours(module, self.others, holding=False):
             return False
         for part in self.parts:
             found = part.of(module)
-            if found is None or not same(type(found), part.kind) or watched(found) or not originals.unchanged(part.code):
+            if (
+                found is None
+                or not same(type(found), part.kind)
+                or watched(found)
+                or not originals.unchanged(part.code)
+            ):
                 return False
             if not ordinary_weights(found) or not _methods_are_ours(found, part.methods):
                 return False
         return True
 
     def reason(self, known: Callable[[str], bool]) -> Reason | None:
-        """Why it does not serve for as long as nothing changes, or None; ``known`` says of which classes' names there are rules."""
+        """Why it does not serve for as long as nothing changes, or None; ``known`` says of which classes' names there
+        are rules."""
         module, method = self.module, self.method
         code = originals.record(type(module))
         if code.foreign:
@@ -232,11 +256,19 @@ class Forward:
         """How the class differs from those of the versions that the replacement was written for."""
         module = self.module
         for ours, theirs in zip(self.ours[1:], self.theirs[1:], strict=False):
-            known = theirs.kind in (theirs.VAR_KEYWORD, theirs.VAR_POSITIONAL) or (ours.name, ours.default) == (theirs.name, theirs.default)
+            known = theirs.kind in (theirs.VAR_KEYWORD, theirs.VAR_POSITIONAL) or (ours.name, ours.default) == (
+                theirs.name,
+                theirs.default,
+            )
             if not known:
-                return f"its {self.method} takes ({', '.join(p.name for p in self.theirs)}), which is not what pyvit knows of the class"
+                return (
+                    f"its {self.method} takes ({', '.join(p.name for p in self.theirs)}), which is not what "
+                    "pyvit knows of the class"
+                )
         extra = [
-            p.name for p in self.theirs[len(self.ours) :] if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+            p.name
+            for p in self.theirs[len(self.ours) :]
+            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         ]
         if extra and not self.any_names:
             return f"its {self.method} takes {extra[0]}, which pyvit does not know"
@@ -247,7 +279,8 @@ _INTERNAL = {*vars(nn.Module()), "_forwards_of_pyvit"}
 
 
 def layout(module: nn.Module, needs: str, may: str) -> str | None:
-    """How a module differs from a class of which pyvit knows the attributes, those it ``needs`` and those it ``may`` have; or None."""
+    """How a module differs from a class of which pyvit knows the attributes, those it ``needs`` and those it ``may``
+    have; or None."""
     code, required = originals.record(type(module)), set(needs.split())
     missing = sorted(name for name in required if not hasattr(module, name))
     if missing:
@@ -263,11 +296,14 @@ def _empty() -> Forward:
 
 
 def _methods_are_ours(module: nn.Module, methods: frozenset[str], holding: bool = True) -> bool:
-    """Whether an instance carries none of its class's methods itself but what accelerate put there, which would serve."""
+    """Whether an instance carries none of its class's methods itself but what accelerate put there, which would
+    serve."""
     own = vars(module)
     if methods.isdisjoint(own):
         return True
-    return not any(name in own and not (type(own[name]) is Forward and (not holding or own[name].holds())) for name in methods)
+    return not any(
+        name in own and not (type(own[name]) is Forward and (not holding or own[name].holds())) for name in methods
+    )
 
 
 def put(forward: Forward) -> None:
@@ -277,7 +313,8 @@ def put(forward: Forward) -> None:
 
 
 def take_away(module: nn.Module) -> None:
-    """Undo what :func:`put` did. Where another library wrapped a forward, its wrapper stays and reaches the class's own."""
+    """Undo what :func:`put` did. Where another library wrapped a forward, its wrapper stays and reaches the class's
+    own."""
     for forward in vars(module).pop("_forwards_of_pyvit", ()):
         forward.active = False
         if vars(module).get(forward.method) is forward:

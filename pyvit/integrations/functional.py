@@ -23,7 +23,11 @@ _WIDEST = 256  # head dimension of our kernels
 def calls_sdpa(kind: type) -> bool:
     """Whether a class's own forward calls the function by name, as its file says."""
     forward = getattr(kind, "forward", None)
-    if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__") or _NAME not in forward.__code__.co_names:
+    if (
+        not isinstance(forward, types.FunctionType)
+        or hasattr(forward, "__wrapped__")
+        or _NAME not in forward.__code__.co_names
+    ):
         return False
     return originals.record(kind).foreign is None
 
@@ -48,7 +52,12 @@ def _other_names(forward: types.FunctionType) -> dict[str, Any]:
     """The names by which ``forward`` comes to torch's function, with ours behind them."""
     functional = _Namespace(F, **{_NAME: _attention})
     inner = _Namespace(nn, functional=functional)
-    ours = {id(F): functional, id(nn): inner, id(torch): _Namespace(torch, nn=inner), id(F.scaled_dot_product_attention): _attention}
+    ours = {
+        id(F): functional,
+        id(nn): inner,
+        id(torch): _Namespace(torch, nn=inner),
+        id(F.scaled_dot_product_attention): _attention,
+    }
     return {name: ours[id(value)] for name, value in forward.__globals__.items() if id(value) in ours}
 
 
@@ -74,18 +83,37 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """torch's function: by our kernels where they serve and mean the same."""
-    if query.dim() == key.dim() == value.dim() == 5 and attn_mask is None and query.shape[:2] == key.shape[:2] == value.shape[:2]:
+    if (
+        query.dim() == key.dim() == value.dim() == 5
+        and attn_mask is None
+        and query.shape[:2] == key.shape[:2] == value.shape[:2]
+    ):
         q, k, v = (t.flatten(0, 1) for t in (query, key, value))
         return _attention(q, k, v, None, dropout_p, is_causal, scale, enable_gqa).unflatten(0, query.shape[:2])
-    if query.dim() == key.dim() == value.dim() == 3 and not enable_gqa and (attn_mask is None or attn_mask.dim() in (2, 3)):
+    if (
+        query.dim() == key.dim() == value.dim() == 3
+        and not enable_gqa
+        and (attn_mask is None or attn_mask.dim() in (2, 3))
+    ):
         q, k, v = (t.unsqueeze(1) for t in (query, key, value))
         mask = attn_mask.unsqueeze(1) if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
         return _attention(q, k, v, mask, dropout_p, is_causal, scale).squeeze(1)
-    alike = all(servable(t) and t.dim() == 4 and t.dtype == query.dtype and 0 < t.shape[-1] <= _WIDEST for t in (query, key, value))
+    alike = all(
+        servable(t) and t.dim() == 4 and t.dtype == query.dtype and 0 < t.shape[-1] <= _WIDEST
+        for t in (query, key, value)
+    )
     alike = alike and query.shape[0] == key.shape[0] == value.shape[0] and key.shape[1:3] == value.shape[1:3]
     alike = alike and (query.shape[1] == key.shape[1] or enable_gqa)
     masked = attn_mask is None or (usable(attn_mask) and not is_causal and 2 <= attn_mask.dim() <= 4)
     if not alike or not masked or not 0.0 <= dropout_p < 1.0 or isinstance(scale, Tensor):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    options = {"bias": attn_mask, "is_causal": is_causal, "scale": scale, "dropout_p": dropout_p, "enable_gqa": enable_gqa}
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    options = {
+        "bias": attn_mask,
+        "is_causal": is_causal,
+        "scale": scale,
+        "dropout_p": dropout_p,
+        "enable_gqa": enable_gqa,
+    }
     return flash_attention(query, key, value, **options)  # type: ignore[arg-type, return-value]

@@ -1,8 +1,9 @@
 """Whether a class of another library, and what its code calls, is still as the library wrote it.
 
-A replacement computes what a class's forward was known to compute. People patch classes (``Attention.forward = mine``), functions that a
-forward calls (``F.scaled_dot_product_attention = mine``) and helpers beside it, before or after :func:`pyvit.accelerate`. So all that a
-class's forward reaches is written down once, by name and object, and compared at every call.
+A replacement computes what a class's forward was known to compute. People patch classes (``Attention.forward = mine``),
+functions that a forward calls (``F.scaled_dot_product_attention = mine``) and helpers beside it, before or after
+:func:`pyvit.accelerate`. So all that a class's forward reaches is written down once, by name and object, and compared
+at every call.
 """
 
 from __future__ import annotations
@@ -18,14 +19,28 @@ from torch import nn
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)
 #: Whose functions a library may call: its own, and these.
-_TRUSTED = ("torch", "pyvit", "builtins", "math", "functools", "operator", "_operator", "typing", "contextlib", "collections", "warnings")
+_TRUSTED = (
+    "torch",
+    "pyvit",
+    "builtins",
+    "math",
+    "functools",
+    "operator",
+    "_operator",
+    "typing",
+    "contextlib",
+    "collections",
+    "warnings",
+)
 
 
 class Code:
-    """All that the forward of a class, or a function, reaches: methods of the class and, by name, functions of its library and of torch.
+    """All that the forward of a class, or a function, reaches: methods of the class and, by name, functions of its
+    library and of torch.
 
-    ``methods``: names of the methods, which an instance that is as it was does not carry in its own dictionary. ``reads``: every name that
-    these methods mention, ``matmul`` for an @ too. ``foreign``: what of it is not the library's own, or None.
+    ``methods``: names of the methods, which an instance that is as it was does not carry in its own dictionary.
+    ``reads``: every name that these methods mention, ``matmul`` for an @ too. ``foreign``: what of it is not the
+    library's own, or None.
     """
 
     def __init__(self, kind: type | types.FunctionType) -> None:
@@ -33,7 +48,9 @@ class Code:
         self.foreign: str | None = None
         self.reads: set[str] = set()
         self._methods: dict[str, Any] = {}
-        self._globals: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}  # the dictionary of a module, and what of it is used
+        self._globals: dict[
+            int, tuple[dict[str, Any], dict[str, Any]]
+        ] = {}  # the dictionary of a module, and what of it is used
         self._seen: set[types.CodeType] = set()
         if isinstance(kind, type):
             for name in ("forward", "__call__"):
@@ -44,7 +61,10 @@ class Code:
             self.foreign = f"{kind.__qualname__} is {_home(kind)}'s"
         self.methods = frozenset(self._methods)
         names = tuple(self._methods)  # at least two, so that the getters return tuples
-        self._get, self._functions = operator.attrgetter(*names) if names else lambda _: (), tuple(self._methods.values())
+        self._get, self._functions = (
+            operator.attrgetter(*names) if names else lambda _: (),
+            tuple(self._methods.values()),
+        )
         self._named = [
             (operator.itemgetter(*used, next(iter(used))), dictionary, (*used.values(), next(iter(used.values()))))
             for dictionary, used in self._globals.values()
@@ -88,12 +108,17 @@ class Code:
                     continue
                 self._seen.add(code)
                 self.reads.update(code.co_names)
-                if any(step.argrepr == "@" or step.opname == "BINARY_MATRIX_MULTIPLY" for step in dis.get_instructions(code)):
+                if any(
+                    step.argrepr == "@" or step.opname == "BINARY_MATRIX_MULTIPLY"
+                    for step in dis.get_instructions(code)
+                ):
                     self.reads.add("matmul")
                 for name in code.co_names:
                     if name in function.__globals__:
                         self._global(function.__globals__, name, code.co_names)
-                    elif isinstance(getattr(self.kind, name, None), types.FunctionType) and not hasattr(nn.Module, name):
+                    elif isinstance(getattr(self.kind, name, None), types.FunctionType) and not hasattr(
+                        nn.Module, name
+                    ):
                         self._method(name)
             function = vars(function).get("__wrapped__")
 
@@ -142,13 +167,17 @@ def _home(function: Any) -> str:
 
 
 def _is_own(function: Any, definer: type, name: str) -> bool:
-    """Whether ``name`` of class ``definer`` is what the class's file says, perhaps within decorators of its library or torch."""
+    """Whether ``name`` of class ``definer`` is what the class's file says, perhaps within decorators of its library or
+    torch."""
     while isinstance(function, types.FunctionType):
         if _home(function) not in (definer.__module__.partition(".")[0], *_TRUSTED):
             return False
         inner = vars(function).get("__wrapped__")
         if inner is None:
-            return function.__globals__.get("__name__") == definer.__module__ and function.__qualname__ == f"{definer.__qualname__}.{name}"
+            return (
+                function.__globals__.get("__name__") == definer.__module__
+                and function.__qualname__ == f"{definer.__qualname__}.{name}"
+            )
         function = inner
     return False
 

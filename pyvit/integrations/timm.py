@@ -54,13 +54,25 @@ def _attention(
     scale: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """With ``norm``, ``scale`` and ``residual`` (see :func:`pyvit.ops.linear`) the branch, where the module is :func:`_whole_attention`."""
+    """With ``norm``, ``scale`` and ``residual`` (see :func:`pyvit.ops.linear`) the branch, where the module is
+    :func:`_whole_attention`."""
     drop = fused_rate(module) if module.fused_attn else rate(module.attn_drop)
     if (is_causal and attn_mask is not None) or drop is None or not usable(attn_mask):
-        options = {"attn_mask": attn_mask, "is_causal": is_causal} if is_causal else {} if attn_mask is None else {"attn_mask": attn_mask}
+        options = (
+            {"attn_mask": attn_mask, "is_causal": is_causal}
+            if is_causal
+            else {}
+            if attn_mask is None
+            else {"attn_mask": attn_mask}
+        )
         return type(module).forward(module, x, **options)
     gate, norm_of_heads = getattr(module, "gate", None), getattr(module, "norm", None)
-    options = {"bias": attn_mask, "is_causal": is_causal, "scale": None if module.fused_attn else module.scale, "dropout_p": drop}
+    options = {
+        "bias": attn_mask,
+        "is_causal": is_causal,
+        "scale": None if module.fused_attn else module.scale,
+        "dropout_p": drop,
+    }
     qkv = project(module.qkv, x, norm=norm).unflatten(-1, (3, module.num_heads, -1))  # (B, N, 3, H, d)
     if _nothing(module.q_norm) and _nothing(module.k_norm):
         out = flash_attention_qkvpacked(qkv, **options).flatten(2)
@@ -85,7 +97,8 @@ def _cross(module: Any, x: Tensor) -> Tensor:
     if drop is None:
         return type(module).forward(module, x)  # type: ignore[no-any-return]
     heads = (
-        project(layer, y).unflatten(-1, (module.num_heads, -1)) for layer, y in ((module.wq, x[:, :1]), (module.wk, x), (module.wv, x))
+        project(layer, y).unflatten(-1, (module.num_heads, -1))
+        for layer, y in ((module.wq, x[:, :1]), (module.wk, x), (module.wv, x))
     )
     q, k, v = (t.transpose(1, 2) for t in heads)  # (B, H, N, d)
     out = flash_attention(q, k, v, scale=module.scale, dropout_p=drop).transpose(1, 2).flatten(2)  # type: ignore[union-attr]
@@ -153,7 +166,11 @@ def _whole_mlp(module: Any) -> bool:
 def swin(block: Any) -> Iterator[Replacement | Left]:
     attn, cosine = block.attn, hasattr(block.attn, "logit_scale")
     needs = "qkv proj attn_drop proj_drop softmax num_heads window_size "
-    needs += "logit_scale cpb_mlp relative_coords_table q_bias k_bias v_bias" if cosine else "relative_position_bias_table scale fused_attn"
+    needs += (
+        "logit_scale cpb_mlp relative_coords_table q_bias k_bias v_bias"
+        if cosine
+        else "relative_position_bias_table scale fused_attn"
+    )
     reason = layout(attn, needs, "relative_position_index qkv_bias_separate window_area dim pretrained_window_size")
     theirs = next((cls for cls in type(attn).__mro__ if cls.__module__.startswith("timm.")), type(attn))
     if reason is None and not cosine and "training" not in originals.record(theirs).reads:
@@ -177,8 +194,15 @@ def _swin_block(block: Any, x: Tensor) -> Tensor:
     attn, own = block.attn, vars(block).get("_attn")
     first = surroundings(x, block.norm1, None, block.drop_path1) if packs() else None
     second = None if first is None else surroundings(x, block.norm2, None, block.drop_path2)
-    whole = type(own) is Forward and own.function is _swin and own.holds() and _drop(attn) is not None and _fits(block, x)
-    if first is None or second is None or not whole or not (plain(attn.proj) and idle(attn.proj_drop) and _whole_mlp(block.mlp)):
+    whole = (
+        type(own) is Forward and own.function is _swin and own.holds() and _drop(attn) is not None and _fits(block, x)
+    )
+    if (
+        first is None
+        or second is None
+        or not whole
+        or not (plain(attn.proj) and idle(attn.proj_drop) and _whole_mlp(block.mlp))
+    ):
         return type(block).forward(block, x)  # type: ignore[no-any-return]
     x = _swin(block, x, residual=x, **first)
     return _mlp(block.mlp, x, residual=x, **second)
@@ -202,8 +226,11 @@ def _divides(size: tuple[int, ...], window: tuple[int, ...]) -> bool:
     return all(n % w == 0 for n, w in zip(size, window, strict=True))
 
 
-def _swin(block: Any, x: Tensor, *, norm: Norm | None = None, scale: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """Of a block of either version: roll, partition, attention and the reverse, x (B, H, W, C) -> (B, H, W, C); or the whole branch."""
+def _swin(
+    block: Any, x: Tensor, *, norm: Norm | None = None, scale: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """Of a block of either version: roll, partition, attention and the reverse, x (B, H, W, C) -> (B, H, W, C); or the
+    whole branch."""
     attn, window = block.attn, tuple(block.window_size)
     drop = _drop(attn)
     if drop is None or not _fits(block, x):
@@ -221,7 +248,9 @@ def _swin(block: Any, x: Tensor, *, norm: Norm | None = None, scale: Tensor | No
         window,
         tuple(block.shift_size),
         num_heads=attn.num_heads,
-        bias_table=cosine_table(attn.cpb_mlp, attn.relative_coords_table, attn.num_heads) if cosine else attn.relative_position_bias_table,
+        bias_table=cosine_table(attn.cpb_mlp, attn.relative_coords_table, attn.num_heads)
+        if cosine
+        else attn.relative_position_bias_table,
         logit_scale=attn.logit_scale.flatten() if cosine else None,
         pad_qkv=pad,
         scale=None if cosine or attn.fused_attn else attn.scale,
@@ -239,7 +268,9 @@ def _merging(module: Any, x: Tensor) -> Tensor:
     b, h, w, c = x.shape
     if h % 2 or w % 2:
         x = F.pad(x, (0, 0, 0, w % 2, 0, h % 2))
-    x = x.reshape(b, (h + 1) // 2, 2, (w + 1) // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3)  # row offset runs fastest
+    x = (
+        x.reshape(b, (h + 1) // 2, 2, (w + 1) // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3)
+    )  # row offset runs fastest
     around = surroundings(x, module.norm, None, None)
     if around is None or not plain(module.reduction):
         return project(module.reduction, module.norm(x))

@@ -1,4 +1,5 @@
-"""torchvision: ViT, Swin and Swin V2. ViT's attention is torch's own module, see :func:`pyvit.integrations.common.multihead`."""
+"""torchvision: ViT, Swin and Swin V2. ViT's attention is torch's own module, see
+:func:`pyvit.integrations.common.multihead`."""
 
 from __future__ import annotations
 
@@ -16,8 +17,14 @@ from pyvit.ops import linear, window_attention
 
 def swin(module: nn.Module) -> Iterator[Replacement]:
     needs = "window_size shift_size num_heads attention_dropout dropout qkv proj "
-    needs += "logit_scale cpb_mlp relative_coords_table" if hasattr(module, "logit_scale") else "relative_position_bias_table"
-    yield Replacement(module, _swin, "window_attention", needs=needs, may="relative_position_index", parts=("qkv", "proj"))
+    needs += (
+        "logit_scale cpb_mlp relative_coords_table"
+        if hasattr(module, "logit_scale")
+        else "relative_position_bias_table"
+    )
+    yield Replacement(
+        module, _swin, "window_attention", needs=needs, may="relative_position_index", parts=("qkv", "proj")
+    )
 
 
 def _swin(module: Any, x: Tensor) -> Tensor:
@@ -37,7 +44,9 @@ def _swin(module: Any, x: Tensor) -> Tensor:
         window,
         tuple(module.shift_size),
         num_heads=heads,
-        bias_table=cosine_table(module.cpb_mlp, module.relative_coords_table, heads) if cosine else module.relative_position_bias_table,
+        bias_table=cosine_table(module.cpb_mlp, module.relative_coords_table, heads)
+        if cosine
+        else module.relative_position_bias_table,
         logit_scale=module.logit_scale.flatten() if cosine else None,
         pad_qkv=None if divides else qkv.new_zeros(qkv.shape[-1]) if bias is None else bias,
         dropout_p=drop,

@@ -46,7 +46,8 @@ def _weights_wanted(module: Any, config: Any, *, eager: bool) -> bool:
 
 
 def _is_own(implementation: str) -> bool:
-    """Whether the attention function of that name is transformers' own: eager, which each model has for itself, or sdpa."""
+    """Whether the attention function of that name is transformers' own: eager, which each model has for itself, or
+    sdpa."""
     found = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS.get(implementation)
     if implementation == "eager":
         return found is None
@@ -61,7 +62,13 @@ def attention(module: Any, rotary: bool = False) -> Iterator[Replacement | Left]
     if not hasattr(module, "q_proj"):
         yield Left(module, "laid out as before transformers 5")
     elif _implementation(module) not in ("eager", "sdpa"):
-        yield Left(module, f"the attention implementation {_implementation(module)!r} was chosen; set_attn_implementation('sdpa') first")
+        yield Left(
+            module,
+            (
+                f"the attention implementation {_implementation(module)!r} was chosen; set_attn_implementation('sdpa') "
+                "first"
+            ),
+        )
     elif (reason := _foreign(_implementation(module))) is not None:
         yield Left(module, reason)
     else:
@@ -76,10 +83,15 @@ def _foreign(implementation: str) -> str | None:
     return None if _is_own(implementation) else f"the attention function {implementation!r} is not transformers' own"
 
 
-_MAY = "o_proj out_proj attention_dropout dropout scaling scale is_causal embed_dim num_heads num_attention_heads num_key_value_groups"
+_MAY = (
+    "o_proj out_proj attention_dropout dropout scaling scale is_causal embed_dim num_heads num_attention_heads "
+    "num_key_value_groups"
+)
 
 
-def _attention(module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+def _attention(
+    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
     if not _served(module, attention_mask, kwargs):
         return type(module).forward(module, hidden_states, attention_mask, **kwargs)
     return _fused(module, hidden_states, attention_mask, kwargs.get("is_causal")), None
@@ -104,11 +116,15 @@ def _served(module: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
     implementation = _implementation(module)
     if not _is_own(implementation) or any(v is not None for name, v in kwargs.items() if name not in _IDLE):
         return False
-    if not usable(mask) or (mask is not None and mask.dtype == torch.bool and implementation == "eager"):  # which adds it
+    if not usable(mask) or (
+        mask is not None and mask.dtype == torch.bool and implementation == "eager"
+    ):  # which adds it
         return False
     if _drop(module) is None:
         return False
-    return not (kwargs.get("output_attentions") or _weights_wanted(module, module.config, eager=implementation == "eager"))
+    return not (
+        kwargs.get("output_attentions") or _weights_wanted(module, module.config, eager=implementation == "eager")
+    )
 
 
 def _drop(module: Any) -> float | None:
@@ -117,7 +133,10 @@ def _drop(module: Any) -> float | None:
 
 def _fused(module: Any, x: Tensor, mask: Tensor | None, causal: bool | None, rope: Tensor | None = None) -> Tensor:
     """x (B, N, C) -> (B, N, C), as sdpa: the mask, or else causal if the call, or the module, says so."""
-    q, k, v = (project(layer, x).unflatten(-1, (-1, module.head_dim)) for layer in (module.q_proj, module.k_proj, module.v_proj))
+    q, k, v = (
+        project(layer, x).unflatten(-1, (-1, module.head_dim))
+        for layer in (module.q_proj, module.k_proj, module.v_proj)
+    )
     if rope is not None:
         q, k = rotate(q, rope), rotate(k, rope)
     out = flash_attention(
@@ -125,7 +144,9 @@ def _fused(module: Any, x: Tensor, mask: Tensor | None, causal: bool | None, rop
         k.transpose(1, 2),
         v.transpose(1, 2),
         bias=mask,
-        is_causal=mask is None and _implementation(module) == "sdpa" and bool(module.is_causal if causal is None else causal),
+        is_causal=mask is None
+        and _implementation(module) == "sdpa"
+        and bool(module.is_causal if causal is None else causal),
         scale=module.scaling if hasattr(module, "scaling") else module.scale,
         dropout_p=_drop(module),  # type: ignore[arg-type]
     )
@@ -162,8 +183,15 @@ def swin(layer: Any, version: int) -> Iterator[Replacement | Left]:
         reason = _foreign(_implementation(inner)) or layout(inner, needs, "head_dim is_causal")
         parts = ("attention", "attention.relative_position_bias")
     else:
-        inner, needs = layer.attention.self, "query key value dropout logit_scale continuous_position_bias_mlp relative_coords_table"
-        reason = layout(inner, needs + " num_attention_heads window_size", "relative_position_index all_head_size attention_head_size")
+        inner, needs = (
+            layer.attention.self,
+            "query key value dropout logit_scale continuous_position_bias_mlp relative_coords_table",
+        )
+        reason = layout(
+            inner,
+            needs + " num_attention_heads window_size",
+            "relative_position_index all_head_size attention_head_size",
+        )
         parts = ("attention", "attention.self", "attention.self.dropout", "attention.output")
     if reason is not None:
         yield Left(layer, f"its attention: {reason}")
@@ -173,14 +201,18 @@ def swin(layer: Any, version: int) -> Iterator[Replacement | Left]:
         needs = "attention layernorm_before layernorm_after window_size shift_size drop_path "
         needs += "mlp dropout" if version == 1 else "intermediate output"
         may = "input_resolution gradient_checkpointing"
-        yield Replacement(layer, _swin if version == 1 else _swin_v2, "window_attention", needs=needs, may=may, parts=parts)
+        yield Replacement(
+            layer, _swin if version == 1 else _swin_v2, "window_attention", needs=needs, may=may, parts=parts
+        )
 
 
 def _windows(layer: Any, x: Tensor, version: int, **options: Any) -> Tensor:
     """Of either version: pad, roll, partition, attention and the reverse, x (B, H, W, C) -> (B, H, W, C)."""
     q, k, v, output = _projections(layer, version)
     weight = torch.cat((q.weight, k.weight, v.weight))
-    bias = None if q.bias is None else torch.cat((q.bias, torch.zeros_like(q.bias) if k.bias is None else k.bias, v.bias))
+    bias = (
+        None if q.bias is None else torch.cat((q.bias, torch.zeros_like(q.bias) if k.bias is None else k.bias, v.bias))
+    )
     qkv = linear(x, weight, bias)
     window = layer.window_size
     if any(n % window for n in x.shape[1:3]):
@@ -189,9 +221,14 @@ def _windows(layer: Any, x: Tensor, version: int, **options: Any) -> Tensor:
 
 
 def _same_windows(layer: Any, trained: int, size: tuple[int, int], version: int) -> bool:
-    """Whether a layer's windows, which may shrink with the map, are those of its table, shifted as pyvit shifts, between plain layers."""
+    """Whether a layer's windows, which may shrink with the map, are those of its table, shifted as pyvit shifts,
+    between plain layers."""
     window, shift = layer.window_size, layer.shift_size
-    return window == trained and windows_match(size, (window, window), (shift, shift)) and all(map(plain, _projections(layer, version)))
+    return (
+        window == trained
+        and windows_match(size, (window, window), (shift, shift))
+        and all(map(plain, _projections(layer, version)))
+    )
 
 
 def _checkpointed(layer: Any, call: functools.partial[Any], *args: Any) -> Any:
@@ -239,7 +276,9 @@ def _swin_v2(
         hidden_states.unflatten(1, input_dimensions),
         2,
         num_heads=attn.num_attention_heads,
-        bias_table=cosine_table(attn.continuous_position_bias_mlp, attn.relative_coords_table, attn.num_attention_heads),
+        bias_table=cosine_table(
+            attn.continuous_position_bias_mlp, attn.relative_coords_table, attn.num_attention_heads
+        ),
         logit_scale=attn.logit_scale.flatten(),
         dropout_p=drop,
     )
@@ -298,8 +337,22 @@ RULES: dict[str, Rule] = {
     **_vit("chinese_clip", "ChineseCLIPVision", "Embeddings", "patch_embedding"),
     **_vit("git", "GitVision", "Embeddings", "patch_embedding"),
     **_vit("idefics3", "Idefics3Vision", "Embeddings", "patch_embedding"),
-    **_rules("swin", "Swin", Layer=functools.partial(swin, version=1), Attention=known, MLP=mlp, PatchEmbeddings=patch_conv("projection")),
+    **_rules(
+        "swin",
+        "Swin",
+        Layer=functools.partial(swin, version=1),
+        Attention=known,
+        MLP=mlp,
+        PatchEmbeddings=patch_conv("projection"),
+    ),
     **_rules("swin", "Swin", RelativePositionBias=known),
-    **_rules("swinv2", "Swinv2", Layer=functools.partial(swin, version=2), Attention=known, SelfAttention=known, SelfOutput=known),
+    **_rules(
+        "swinv2",
+        "Swinv2",
+        Layer=functools.partial(swin, version=2),
+        Attention=known,
+        SelfAttention=known,
+        SelfOutput=known,
+    ),
     **_rules("swinv2", "Swinv2", Intermediate=intermediate, Output=output, PatchEmbeddings=patch_conv("projection")),
 }

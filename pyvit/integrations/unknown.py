@@ -36,7 +36,11 @@ def unknown_attention(model: nn.Module, handled: Iterable[nn.Module]) -> list[tu
         if type(module) not in computing:
             computing[type(module)] = computes_attention(module)
         own = any(True for _ in itertools.chain(module.parameters(recurse=False), module.children()))
-        named = "attention" in type(module).__name__.lower() and own and not any(id(m) in attending for m in module.modules())
+        named = (
+            "attention" in type(module).__name__.lower()
+            and own
+            and not any(id(m) in attending for m in module.modules())
+        )
         if computing[type(module)] or named:
             attending.add(id(module))
             found.append((path, Left(module, "not a class that pyvit knows")))
@@ -44,11 +48,14 @@ def unknown_attention(model: nn.Module, handled: Iterable[nn.Module]) -> list[tu
 
 
 def computes_attention(module: nn.Module) -> bool:
-    """Whether the code of a module's class, or of one that it derives from, weighs something by a softmax over products."""
+    """Whether the code of a module's class, or of one that it derives from, weighs something by a softmax over
+    products."""
     for ancestor in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
         if issubclass(ancestor, nn.Module):
             reads = Code(ancestor).reads
-            softmax = "softmax" in reads or any(isinstance(child, nn.Softmax) and name in reads for name, child in module.named_children())
+            softmax = "softmax" in reads or any(
+                isinstance(child, nn.Softmax) and name in reads for name, child in module.named_children()
+            )
             if _WHOLE & reads or (softmax and _PRODUCTS & reads):
                 return True
     return False

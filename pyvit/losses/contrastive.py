@@ -24,7 +24,8 @@ def need_negatives(name: str, rows: int, group: Any) -> None:
     world = 1 if group is None else dist.get_world_size(group)
     if rows * world < 2:
         raise ValueError(
-            f"{name}: the batch must have at least 2 pairs over all ranks, for a pair's negatives are the other pairs, got {rows * world}"
+            f"{name}: the batch must have at least 2 pairs over all ranks, for a pair's negatives are the other "
+            f"pairs, got {rows * world}"
             " (the last, incomplete batch of an epoch? drop_last=True leaves it out)"
         )
 
@@ -34,8 +35,8 @@ class CLIPLoss(nn.Module):
 
     Args:
         init_scale: exp(logit_scale) at the start, 1 / 0.07.
-        max_scale: its bound, 100. A larger ``logit_scale`` is set back in place before it is used, as the paper's training does after
-            each step; a clamp in the loss would leave it without a gradient there.
+        max_scale: its bound, 100. A larger ``logit_scale`` is set back in place before it is used, as the paper's
+            training does after each step; a clamp in the loss would leave it without a gradient there.
         group: ranks that share a batch, see :func:`pyvit.ops.info_nce`.
 
     Raises ValueError for a batch of a single pair, which has no negatives.
@@ -59,7 +60,8 @@ class CLIPLoss(nn.Module):
 
 
 class SigLIPLoss(nn.Module):
-    """Sigmoid loss of normalised embeddings with learned scale and bias (Zhai et al., 2023: ln 10 and -10). The scale has no bound.
+    """Sigmoid loss of normalised embeddings with learned scale and bias (Zhai et al., 2023: ln 10 and -10). The scale
+    has no bound.
 
     Raises ValueError for a batch of a single pair, which has no negatives.
     """
@@ -74,7 +76,9 @@ class SigLIPLoss(nn.Module):
     def forward(self, images: Tensor, texts: Tensor) -> Tensor:
         need_negatives("SigLIPLoss", images.shape[0], self.group)
         scale = self.logit_scale.exp()
-        return sigmoid_contrastive(F.normalize(images, dim=-1), F.normalize(texts, dim=-1), scale, self.logit_bias, group=self.group)
+        return sigmoid_contrastive(
+            F.normalize(images, dim=-1), F.normalize(texts, dim=-1), scale, self.logit_bias, group=self.group
+        )
 
 
 class NTXentLoss(nn.Module):
@@ -109,6 +113,11 @@ class TripletLoss(nn.Module):
         """(N, D) each, N at least 1."""
         if not anchor.shape == positive.shape == negative.shape or anchor.dim() != 2 or not len(anchor):
             shapes = ", ".join(str(tuple(x.shape)) for x in (anchor, positive, negative))
-            raise ValueError(f"TripletLoss: anchor, positive and negative must be of one shape (N, D) with at least one row, got {shapes}")
+            raise ValueError(
+
+                    "TripletLoss: anchor, positive and negative must be of one shape (N, D) with at least one row, "
+                    f"got {shapes}"
+
+            )
         near, far = F.cosine_similarity(anchor, positive, dim=-1), F.cosine_similarity(anchor, negative, dim=-1)
         return F.relu(far - near + self.margin).mean()

@@ -14,26 +14,37 @@ from pyvit.ops import distillation_cross_entropy, koleo, sinkhorn_center
 
 
 class _Centered(nn.Module):
-    """What keeps the teacher from giving all images the same answer: a running mean of its scores, or a Sinkhorn assignment of the batch.
+    """What keeps the teacher from giving all images the same answer: a running mean of its scores, or a Sinkhorn
+    assignment of the batch.
 
-    With prototypes, scores are products that are never stored; the centre needs their mean alone, which is the mean feature's scores.
-    The running mean moves in each forward pass in training mode. With ``deferred`` set it waits for :meth:`update_center`, for loops that
-    accumulate several batches or may skip a step.
+    With prototypes, scores are products that are never stored; the centre needs their mean alone, which is the mean
+    feature's scores. The running mean moves in each forward pass in training mode. With ``deferred`` set it waits for
+    :meth:`update_center`, for loops that accumulate several batches or may skip a step.
     """
 
     center: Tensor
 
-    def __init__(self, prototypes: int, student_temp: float, momentum: float, centering: str, iterations: int, group: Any) -> None:
+    def __init__(
+        self, prototypes: int, student_temp: float, momentum: float, centering: str, iterations: int, group: Any
+    ) -> None:
         super().__init__()
         if centering not in ("centering", "sinkhorn_knopp"):
-            raise ValueError(f"{type(self).__name__}: centering must be 'centering' or 'sinkhorn_knopp', got {centering!r}")
+            raise ValueError(
+                f"{type(self).__name__}: centering must be 'centering' or 'sinkhorn_knopp', got {centering!r}"
+            )
         name = type(self).__name__
         if prototypes < 2:
             raise ValueError(f"{name}: prototypes must be at least 2, got {prototypes}")
         positive(f"{name}: student_temp", student_temp)
         if not 0 <= momentum < 1:
             raise ValueError(f"{name}: momentum must be in [0, 1), got {momentum}")
-        self.student_temp, self.momentum, self.centering, self.iterations, self.group = student_temp, momentum, centering, iterations, group
+        self.student_temp, self.momentum, self.centering, self.iterations, self.group = (
+            student_temp,
+            momentum,
+            centering,
+            iterations,
+            group,
+        )
         self.deferred = False
         self._batch_means: list[Tensor] = []
         self.register_buffer("center", torch.zeros(prototypes, dtype=torch.float32))
@@ -47,7 +58,9 @@ class _Centered(nn.Module):
         used = self.center.clone()
         if self.training:
             with torch.autocast(teacher.device.type, enabled=False):
-                total = torch.cat((teacher.float().sum(0), teacher.new_full((1,), teacher.shape[0], dtype=torch.float32)))
+                total = torch.cat(
+                    (teacher.float().sum(0), teacher.new_full((1,), teacher.shape[0], dtype=torch.float32))
+                )
                 if self.group is not None:
                     dist.all_reduce(total, group=self.group)
                 mean = total[:-1] / total[-1].clamp_min(1)
@@ -58,7 +71,8 @@ class _Centered(nn.Module):
 
     @torch.no_grad()
     def update_center(self, keep: bool = True) -> None:
-        """Move the running mean towards the mean of the scores seen since the last call; with ``keep`` False, forget these scores."""
+        """Move the running mean towards the mean of the scores seen since the last call; with ``keep`` False, forget
+        these scores."""
         if self._batch_means and keep:
             self.center.lerp_(torch.stack(self._batch_means).mean(0).to(self.center.dtype), 1 - self.momentum)
         self._batch_means.clear()
@@ -70,7 +84,8 @@ class DINOLoss(_Centered):
     Args:
         prototypes: K, 65536 in the paper.
         student_temp, momentum: 0.1 and 0.9. The teacher's temperature is given per call, since it follows a schedule.
-        centering: "centering" (DINO) or "sinkhorn_knopp" (DINOv2), over ``iterations``. group: ranks that share a batch.
+        centering: "centering" (DINO) or "sinkhorn_knopp" (DINOv2), over ``iterations``. group: ranks that share a
+            batch.
     """
 
     def __init__(
@@ -93,11 +108,14 @@ class DINOLoss(_Centered):
         student_prototypes: Tensor | None = None,
         teacher_prototypes: Tensor | None = None,
     ) -> Tensor:
-        """student (S, N, C), teacher (T, N, C): scores, or features with prototypes (K, C). The first T student crops are the teacher's."""
+        """student (S, N, C), teacher (T, N, C): scores, or features with prototypes (K, C). The first T student crops
+        are the teacher's."""
         s, t, n = student.shape[0], teacher.shape[0], student.shape[1]
         pairs = 1 - torch.eye(s, t, dtype=torch.float32, device=student.device)
         if not pairs.any():
-            raise ValueError(f"DINOLoss: student must have a crop that the teacher's single one can be compared with, got {s}")
+            raise ValueError(
+                f"DINOLoss: student must have a crop that the teacher's single one can be compared with, got {s}"
+            )
         center = self._center(teacher.flatten(0, 1), teacher_prototypes, teacher_temp)
         return distillation_cross_entropy(
             student,
@@ -114,8 +132,8 @@ class DINOLoss(_Centered):
 class IBOTLoss(_Centered):
     """Cross-entropy of masked patches against the teacher's view of them (Zhou et al., 2022).
 
-    Each masked token counts 1 / (masked tokens of its image); the mean is over all images, those without a mask among them, as in
-    DINOv2's code. Arguments as :class:`DINOLoss`.
+    Each masked token counts 1 / (masked tokens of its image); the mean is over all images, those without a mask among
+    them, as in DINOv2's code. Arguments as :class:`DINOLoss`.
     """
 
     def __init__(
@@ -139,10 +157,13 @@ class IBOTLoss(_Centered):
         student_prototypes: Tensor | None = None,
         teacher_prototypes: Tensor | None = None,
     ) -> Tensor:
-        """student, teacher (M, C): the masked tokens of the batch alone; weights (M,): 1 / (masked tokens of its image) / images."""
+        """student, teacher (M, C): the masked tokens of the batch alone; weights (M,): 1 / (masked tokens of its image)
+        / images."""
         if student.shape[0] == 0:
             if self.group is not None:
-                self._center(teacher, teacher_prototypes, teacher_temp)  # collective: the other ranks may have masked tokens
+                self._center(
+                    teacher, teacher_prototypes, teacher_temp
+                )  # collective: the other ranks may have masked tokens
             return student.sum() * 0.0
         center = self._center(teacher, teacher_prototypes, teacher_temp)
         return distillation_cross_entropy(
@@ -158,7 +179,8 @@ class IBOTLoss(_Centered):
 
 
 class KoLeoLoss(nn.Module):
-    """KoLeo of normalised features, in float32 (Sablayrolles et al., 2019; DINOv2, appendix A). group: ranks that share a batch."""
+    """KoLeo of normalised features, in float32 (Sablayrolles et al., 2019; DINOv2, appendix A). group: ranks that share
+    a batch."""
 
     def __init__(self, group: Any = None) -> None:
         super().__init__()

@@ -27,7 +27,8 @@ def masked_pixel_loss(predicted: Tensor, images: Tensor, mask: Tensor, patch: in
 
     Args:
         predicted: (B, N, patch * patch * C). images: (B, C, H, W), normalised as the network's input.
-        mask: (B, N), nonzero where hidden. norm_pix: compare with each patch's own normalised pixels (unbiased variance + 1e-6).
+        mask: (B, N), nonzero where hidden. norm_pix: compare with each patch's own normalised pixels (unbiased variance
+            + 1e-6).
     """
     target = patchify(images, patch)
     if norm_pix:

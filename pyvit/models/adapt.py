@@ -27,14 +27,17 @@ class Unknown(ValueError):
 def adapt(
     model: nn.Module, state: dict[str, Tensor], target: Mapping[str, Tensor], facts: Facts, square: bool
 ) -> tuple[list[str], list[str]]:
-    """Fit what is in ``state`` to the model, in place; returns what was done, and what cannot be fitted with the reason.
+    """Fit what is in ``state`` to the model, in place; returns what was done, and what cannot be fitted with the
+    reason.
 
     ``facts``: what the file says about its modules. ``square``: tables of which it says nothing are of square grids.
     """
     done, failed = [], []
     fits = [*((key, _fit_stem) for key in state if _STEM.fullmatch(key))]
     for prefix, module in ((f"{n}." if n else "", m) for n, m in model.named_modules()):
-        fits += [(prefix + name, _fit_positions) for name in ("pos_embed", "decoder_pos_embed") if hasattr(module, "grid")]
+        fits += [
+            (prefix + name, _fit_positions) for name in ("pos_embed", "decoder_pos_embed") if hasattr(module, "grid")
+        ]
         if isinstance(module, WindowAttention) and not isinstance(module, WindowAttentionV2):
             fits.append((prefix + "relative_position_bias_table", _fit_window))
         fits += [(prefix + name, _fit_relative) for name in ("rel_pos_h", "rel_pos_w") if hasattr(module, name)]
@@ -63,26 +66,36 @@ def _names(grid: Sequence[int]) -> str:
     return f"{grid[0]}x{grid[1]}"
 
 
-def _fit_positions(module: Any, state: dict[str, Tensor], key: str, target: Mapping[str, Tensor], known: Any, square: bool) -> str:
-    """Positions of patches resampled from the file's grid to the model's; those of class and distillation tokens beside them."""
+def _fit_positions(
+    module: Any, state: dict[str, Tensor], key: str, target: Mapping[str, Tensor], known: Any, square: bool
+) -> str:
+    """Positions of patches resampled from the file's grid to the model's; those of class and distillation tokens beside
+    them."""
     pos, prefix, new = state[key], key.removesuffix("decoder_pos_embed").removesuffix("pos_embed"), tuple(module.grid)
     if pos.dim() != 3 or pos.shape[2] != target[key].shape[2]:
         return ""
     tokens = target[key].shape[1] - new[0] * new[1]  # positions of class and distillation token
     held = 1 if "decoder" in key else sum(prefix + name in state for name in ("cls_token", "dist_token"))
     registers = state[prefix + "reg_token"].shape[1] if prefix + "reg_token" in state and "decoder" not in key else 0
-    found = _grid(pos.shape[1], list(dict.fromkeys((held, 0, tokens, held + registers, 1, 2))), known, new, tokens, square)
+    found = _grid(
+        pos.shape[1], list(dict.fromkeys((held, 0, tokens, held + registers, 1, 2))), known, new, tokens, square
+    )
     if found is None:
         return ""  # reported as mismatched
     old, there = found
     moved = ""
-    if registers and there == held + registers:  # timm's with positions for all prefix tokens: those of registers become part of them
+    if (
+        registers and there == held + registers
+    ):  # timm's with positions for all prefix tokens: those of registers become part of them
         state[prefix + "reg_token"] = state[prefix + "reg_token"] + pos[:, held:there]
         state[key] = pos = torch.cat((pos[:, :held], pos[:, there:]), 1)
         there, moved = held, "positions of registers added to reg_token"
     if tuple(old) == new and there == tokens:
         return moved
-    first, patches = pos[:, :there], resample_positions(pos[0, there:], old, new, **getattr(module, "interpolation", {}))[None]
+    first, patches = (
+        pos[:, :there],
+        resample_positions(pos[0, there:], old, new, **getattr(module, "interpolation", {}))[None],
+    )
     note = f"{_names(old)} -> {_names(new)}" + (f", {moved}" if moved else "")
     if there < tokens:
         if there:
@@ -100,8 +113,11 @@ def _fit_positions(module: Any, state: dict[str, Tensor], key: str, target: Mapp
     return note
 
 
-def _grid(n: int, tokens: Sequence[int], known: Any, new: Sequence[int], own: int, square: bool) -> tuple[tuple[int, ...], int] | None:
-    """Rows and columns of a table of n positions, and how many of them come before: as the file says, else square, else the model's."""
+def _grid(
+    n: int, tokens: Sequence[int], known: Any, new: Sequence[int], own: int, square: bool
+) -> tuple[tuple[int, ...], int] | None:
+    """Rows and columns of a table of n positions, and how many of them come before: as the file says, else square, else
+    the model's."""
     area = new[0] * new[1]
     if known is not None:
         left = n - known[0] * known[1]
@@ -110,7 +126,10 @@ def _grid(n: int, tokens: Sequence[int], known: Any, new: Sequence[int], own: in
         if _is_square(area):
             side = math.isqrt(area)
             raise Unknown(
-                f"of {area} patches: the file does not say whether they are {side}x{side} or {_names(new)}; give grid=(rows, columns)"
+
+                    f"of {area} patches: the file does not say whether they are {side}x{side} or {_names(new)}; give "
+                    "grid=(rows, columns)"
+
             )
         return tuple(new), own
     for there in tokens:
@@ -120,7 +139,9 @@ def _grid(n: int, tokens: Sequence[int], known: Any, new: Sequence[int], own: in
     return next(((tuple(new), there) for there in tokens if n - there == area), None)
 
 
-def _fit_window(module: Any, state: dict[str, Tensor], key: str, target: Mapping[str, Tensor], known: Any, square: bool) -> str:
+def _fit_window(
+    module: Any, state: dict[str, Tensor], key: str, target: Mapping[str, Tensor], known: Any, square: bool
+) -> str:
     """Relative-position biases of another window, resampled."""
     table, new = state[key], tuple(2 * w - 1 for w in module.window_size)
     if table.dim() != 2:
@@ -132,7 +153,9 @@ def _fit_window(module: Any, state: dict[str, Tensor], key: str, target: Mapping
     return f"{_names(found[0])} -> {_names(new)}"
 
 
-def _fit_relative(module: Any, state: dict[str, Tensor], key: str, target: Mapping[str, Tensor], known: Any, square: bool) -> str:
+def _fit_relative(
+    module: Any, state: dict[str, Tensor], key: str, target: Mapping[str, Tensor], known: Any, square: bool
+) -> str:
     """Decomposed relative positions of an axis of another length, interpolated linearly as at run time."""
     table, n = state[key], target[key].shape[0]
     if table.dim() != 2 or table.shape[0] == n or table.shape[1] != target[key].shape[1]:
@@ -141,7 +164,9 @@ def _fit_relative(module: Any, state: dict[str, Tensor], key: str, target: Mappi
     return f"{table.shape[0]} -> {n}"
 
 
-def _fit_pool(module: Any, state: dict[str, Tensor], key: str, target: Mapping[str, Tensor], known: Any, square: bool) -> str:
+def _fit_pool(
+    module: Any, state: dict[str, Tensor], key: str, target: Mapping[str, Tensor], known: Any, square: bool
+) -> str:
     """Positions of CLIP's residual tower: the mean token's, then a square map's."""
     pos, n = state[key], module.side
     if pos.dim() != 2 or pos.shape == target[key].shape or not _is_square(pos.shape[0] - 1):
@@ -151,7 +176,9 @@ def _fit_pool(module: Any, state: dict[str, Tensor], key: str, target: Mapping[s
     return f"{side}x{side} -> {n}x{n}"
 
 
-def _fit_text(module: Any, state: dict[str, Tensor], key: str, target: Mapping[str, Tensor], known: Any, square: bool) -> str:
+def _fit_text(
+    module: Any, state: dict[str, Tensor], key: str, target: Mapping[str, Tensor], known: Any, square: bool
+) -> str:
     """Positions of a longer text: those of its beginning."""
     pos, n = state[key], target[key].shape[0]
     if pos.dim() != 2 or pos.shape[0] == n:
@@ -162,7 +189,9 @@ def _fit_text(module: Any, state: dict[str, Tensor], key: str, target: Mapping[s
     return f"the first {n} of {pos.shape[0]}"
 
 
-def _fit_stem(module: Any, state: dict[str, Tensor], key: str, target: Mapping[str, Tensor], known: Any, square: bool) -> str:
+def _fit_stem(
+    module: Any, state: dict[str, Tensor], key: str, target: Mapping[str, Tensor], known: Any, square: bool
+) -> str:
     """The first convolution for another number of channels, then of another patch size."""
     weight, want = state[key], target[key].shape
     if weight.dim() != 4 or len(want) != 4 or weight.shape[0] != want[0] or weight.shape == want:
@@ -183,7 +212,8 @@ def _fit_stem(module: Any, state: dict[str, Tensor], key: str, target: Mapping[s
 
 
 def adapt_channels(weight: Tensor, channels: int) -> Tensor:
-    """Filters (D, C, h, w) for images of other channels: a grey image gives what it gave with its value in every channel.
+    """Filters (D, C, h, w) for images of other channels: a grey image gives what it gave with its value in every
+    channel.
 
     To one channel they are summed; to more, repeated in turn and scaled by the ratio of the numbers.
     """
@@ -195,7 +225,8 @@ def adapt_channels(weight: Tensor, channels: int) -> Tensor:
 
 
 def resample_patch(weight: Tensor, size: Sequence[int]) -> Tensor:
-    """Filters (D, C, h, w) for patches of another size: the least change of their products with patches that are resized likewise.
+    """Filters (D, C, h, w) for patches of another size: the least change of their products with patches that are
+    resized likewise.
 
     The pseudo-inverse of the resizing, bicubic with antialiasing. Beyer et al., "FlexiViT" (2023), section 3.4.
     """

@@ -17,7 +17,8 @@ from pyvit.nn.constants import Constants
 
 
 class AudioSpectrogramTransformer(DistilledVisionTransformer):
-    """Log-mel spectrograms (B, 1, mel bins, frames) to logits (B, num_classes): a DeiT over overlapping 16 x 16 patches (section 2.1).
+    """Log-mel spectrograms (B, 1, mel bins, frames) to logits (B, num_classes): a DeiT over overlapping 16 x 16 patches
+    (section 2.1).
 
     The class and distillation tokens are averaged, normalised and classified. ``img_size`` is (mel bins, frames).
     """
@@ -40,16 +41,21 @@ class AudioSpectrogramTransformer(DistilledVisionTransformer):
 class LogMel(Constants):
     """Waveforms (B, samples) at 16 kHz to normalised log-mel spectrograms (B, 1, mel bins, frames), AST's input.
 
-    Frames of 25 ms every 10 ms, mean removed, pre-emphasis 0.97, Hann window, power spectrum, triangular filters even on the mel scale
-    1127 ln(1 + f / 700) from 20 Hz to half the rate: the filter bank of Kaldi. Zero frames fill up to ``frames`` (None: as many as there
-    are), and (x - mean) / (2 std) follows, with AudioSet's statistics.
+    Frames of 25 ms every 10 ms, mean removed, pre-emphasis 0.97, Hann window, power spectrum, triangular filters even
+    on the mel scale 1127 ln(1 + f / 700) from 20 Hz to half the rate: the filter bank of Kaldi. Zero frames fill up to
+    ``frames`` (None: as many as there are), and (x - mean) / (2 std) follows, with AudioSet's statistics.
     """
 
     filters: Tensor
     window: Tensor
 
     def __init__(
-        self, mel_bins: int = 128, frames: int | None = 1024, rate: int = 16000, mean: float = -4.2677393, std: float = 4.5689974
+        self,
+        mel_bins: int = 128,
+        frames: int | None = 1024,
+        rate: int = 16000,
+        mean: float = -4.2677393,
+        std: float = 4.5689974,
     ) -> None:
         super().__init__()
         self.frames, self.mean, self.std, self.mel_bins, self.rate = frames, mean, std, mel_bins, rate
@@ -63,7 +69,9 @@ class LogMel(Constants):
 
     def forward(self, waves: Tensor) -> Tensor:
         if waves.dim() != 2 or waves.shape[1] < self.length:
-            raise ValueError(f"LogMel: waves must be (B, samples) with at least {self.length} samples, got {tuple(waves.shape)}")
+            raise ValueError(
+                f"LogMel: waves must be (B, samples) with at least {self.length} samples, got {tuple(waves.shape)}"
+            )
         x = waves.unfold(1, self.length, self.hop)  # (B, frames, length)
         x = x - x.mean(-1, keepdim=True)
         x = torch.cat((x[..., :1] * 0.03, x[..., 1:] - 0.97 * x[..., :-1]), -1)
@@ -88,8 +96,8 @@ def mel_filters(bins: int, size: int, rate: int, low: float = 20.0) -> Tensor:
 def from_image_model(model: AudioSpectrogramTransformer, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of an image ViT or DeiT, native keys, made into a starting point for ``model`` (section 2.2).
 
-    The patch projection is averaged over colours; positions are cut to the grid where it is smaller and interpolated bilinearly where it is
-    larger; a missing distillation token starts as the class token; heads are left out. Load with
+    The patch projection is averaged over colours; positions are cut to the grid where it is smaller and interpolated
+    bilinearly where it is larger; a missing distillation token starts as the class token; heads are left out. Load with
     ``load_checkpoint(model, result, allow=("head.*", "fc_norm.*"))``.
     """
     found = {k: v for k, v in state.items() if not k.startswith(("head", "fc_norm"))}
@@ -97,7 +105,9 @@ def from_image_model(model: AudioSpectrogramTransformer, state: Mapping[str, Ten
     pos = state["pos_embed"]
     tokens = next((t for t in (1, 2) if math.isqrt(pos.shape[1] - t) ** 2 == pos.shape[1] - t), None)
     if tokens is None:
-        raise ValueError(f"from_image_model: pos_embed must belong to a square grid and 1 or 2 tokens, got {tuple(pos.shape)}")
+        raise ValueError(
+            f"from_image_model: pos_embed must belong to a square grid and 1 or 2 tokens, got {tuple(pos.shape)}"
+        )
     side = math.isqrt(pos.shape[1] - tokens)
     image = pos[0, tokens:].unflatten(0, (side, side)).permute(2, 0, 1)[None]
     for axis, (n, dim) in enumerate(zip(model.grid, (2, 3), strict=True)):

@@ -44,10 +44,11 @@ _NOTED, _RESAMPLED = ("eps",), ("grid", "window_size")
 class LoadReport:
     """What :func:`load_checkpoint` did, key by key.
 
-    missing: parameters of the model that the checkpoint does not have. unexpected: keys that no rule knows or the model has no place for.
-    mismatched: parameters whose shape does not fit. unused: keys of pre-training heads and buffers, left out by design.
-    adapted: parameters resampled to another size. not_finite: parameters with NaN or infinity. differs: settings that shapes do not show
-    (heads, activation, ...) and that the file names otherwise than the model has them. notes: what was assumed, and small differences.
+    missing: parameters of the model that the checkpoint does not have. unexpected: keys that no rule knows or the model
+    has no place for. mismatched: parameters whose shape does not fit. unused: keys of pre-training heads and buffers,
+    left out by design. adapted: parameters resampled to another size. not_finite: parameters with NaN or infinity.
+    differs: settings that shapes do not show (heads, activation, ...) and that the file names otherwise than the model
+    has them. notes: what was assumed, and small differences.
     """
 
     format: str
@@ -69,10 +70,15 @@ class LoadReport:
         return "\n".join(lines)
 
     def summary(self) -> str:
-        """The report with the names of one part of the model as one: what was loaded, resampled, left as initialised, not used."""
+        """The report with the names of one part of the model as one: what was loaded, resampled, left as initialised,
+        not used."""
         lines = [f"{self.format} checkpoint: {len(self.loaded)} parameters loaded"]
         left = [*self.missing, *(f"{entry.split()[0]} (another shape)" for entry in self.mismatched), *self.not_finite]
-        told = {"adapted": fold(self.adapted), "left as initialised": _parts(left), "not used": _parts([*self.unused, *self.unexpected])}
+        told = {
+            "adapted": fold(self.adapted),
+            "left as initialised": _parts(left),
+            "not used": _parts([*self.unused, *self.unexpected]),
+        }
         told |= {"differs": fold(self.differs), "note": fold(self.notes)}
         return "\n".join([*lines, *(f"  {name}: {', '.join(found)}" for name, found in told.items() if found)])
 
@@ -113,19 +119,22 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load weights of any recognised layout into a pyvit model, in place.
 
-    Position tables and relative-position biases of another grid or window, and patch projections of another patch size or number of
-    channels, are resampled. A ViT takes the image tower of a CLIP.
+    Position tables and relative-position biases of another grid or window, and patch projections of another patch size
+    or number of channels, are resampled. A ViT takes the image tower of a CLIP.
 
     Args:
         model: a model of :mod:`pyvit.models`, compiled or wrapped for several processes or not.
-        source: a file of ``torch.save`` (no code in it is run), ``.safetensors`` or OpenAI's TorchScript archives; a folder with one of
-            them, of ``pyvit train``, transformers, timm or open_clip, whose configuration is read too; or a state dict, wrapped or not.
-        strict: raise :class:`CheckpointError` if anything is missing, unexpected, of another shape, not finite, or if the file's
-            configuration names other heads, another activation or another stride than the model's; the model is then left untouched.
-        allow: regular expressions of the model's keys that may be missing, unexpected or mismatched (``("head\\..*",)`` to fine-tune), or
-            of settings that may differ (``".*num_heads"``).
+        source: a file of ``torch.save`` (no code in it is run), ``.safetensors`` or OpenAI's TorchScript archives; a
+            folder with one of them, of ``pyvit train``, transformers, timm or open_clip, whose configuration is read
+            too; or a state dict, wrapped or not.
+        strict: raise :class:`CheckpointError` if anything is missing, unexpected, of another shape, not finite, or if
+            the file's configuration names other heads, another activation or another stride than the model's; the model
+            is then left untouched.
+        allow: regular expressions of the model's keys that may be missing, unexpected or mismatched (``("head\\..*",)``
+            to fine-tune), or of settings that may differ (``".*num_heads"``).
         name: the format, where it should not be recognised from the keys (see :func:`formats`).
-        grid: rows and columns of the checkpoint's positions, where neither the file nor its configuration says; square by default.
+        grid: rows and columns of the checkpoint's positions, where neither the file nor its configuration says; square
+            by default.
 
     Returns the report, which names every key that was not simply copied.
 
@@ -133,23 +142,33 @@ def load_checkpoint(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_checkpoint: model must be a torch.nn.Module, got {type(model).__name__}")
-    while (inner := getattr(model, "_orig_mod", None) or (model.module if isinstance(model, _WRAPPED) else None)) is not None:
+    while (
+        inner := getattr(model, "_orig_mod", None) or (model.module if isinstance(model, _WRAPPED) else None)
+    ) is not None:
         model = inner
     target = model.state_dict()
     if any(v.is_meta for v in target.values()):
-        raise ValueError("load_checkpoint: model is on the meta device, which holds no weights: model.to_empty(device='cpu') first")
+        raise ValueError(
+            "load_checkpoint: model is on the meta device, which holds no weights: model.to_empty(device='cpu') first"
+        )
     opened = source if isinstance(source, Source) else open_source(source, target.keys())
     found = recognise(opened.state) if name is None else _format(name)
     native, unknown, unused = to_native(opened.state, found)
     facts = {**opened.facts, **({} if opened.facts else facts_of_config(opened.config, native))}
     native, facts, other = _tower(native, facts, target)
     if grid is not None:
-        facts |= {path: {**facts.get(path, {}), "grid": list(grid)} for path, held in describe(model).items() if "grid" in held}
+        facts |= {
+            path: {**facts.get(path, {}), "grid": list(grid)}
+            for path, held in describe(model).items()
+            if "grid" in held
+        }
     report = LoadReport(found.name, unused=unused + other)
     if opened.wrapper:
         report.notes.append(f"weights taken from {opened.wrapper!r}")
     square = not (opened.plain and found is NATIVE)
-    report.adapted, unfit = adapt(model, native, target, {path.replace("\\", ""): f for path, f in facts.items()}, square)
+    report.adapted, unfit = adapt(
+        model, native, target, {path.replace("\\", ""): f for path, f in facts.items()}, square
+    )
     skipped = [re.compile(p) for p in (*found.extra, *found.drop)]
     if "dist_token" not in target and any(note.endswith("left out") for note in report.adapted):
         skipped.append(re.compile("dist_token"))
@@ -174,9 +193,14 @@ def load_checkpoint(
     report.missing = [key for key in target if key not in chosen and key not in bad]
     settings = _settings(model, facts, report, any(key.startswith(("head.", "head_dist.", "fc.")) for key in chosen))
     if found.name in ("OpenAI CLIP", "open_clip") and not any("activation" in f for f in facts.values()):
-        report.notes.append("the file does not say whether its activation is quick_gelu (OpenAI's) or gelu; the model's is kept")
+        report.notes.append(
+            "the file does not say whether its activation is quick_gelu (OpenAI's) or gelu; the model's is kept"
+        )
     allowed = [re.compile(p) for p in (*allow, *_OPTIONAL)]
-    wrong = [k.split()[0] for k in (*report.missing, *report.unexpected, *report.mismatched, *report.not_finite, *report.differs)]
+    wrong = [
+        k.split()[0]
+        for k in (*report.missing, *report.unexpected, *report.mismatched, *report.not_finite, *report.differs)
+    ]
     if (strict and any(not any(p.fullmatch(k) for p in allowed) for k in wrong)) or not chosen:
         raise CheckpointError(report, opened.name)
     model.load_state_dict(chosen, strict=False)
@@ -186,14 +210,16 @@ def load_checkpoint(
 
 
 def _finite(value: Tensor) -> bool:
-    """Whether no entry is NaN or infinite: their sum in float64 then is not either, which takes a third of the time of isfinite."""
+    """Whether no entry is NaN or infinite: their sum in float64 then is not either, which takes a third of the time of
+    isfinite."""
     if not value.is_floating_point():
         return True
     return math.isfinite((value.float() if value.element_size() == 1 else value).sum(dtype=torch.float64).item())
 
 
 def _settings(model: nn.Module, facts: Facts, report: LoadReport, head: bool) -> dict[str, int]:
-    """Compare facts of the file with the model's into ``report``; returns the end tokens that text towers take over from the file."""
+    """Compare facts of the file with the model's into ``report``; returns the end tokens that text towers take over
+    from the file."""
     taken: dict[str, int] = {}
     noted: dict[str, None] = {}
     for path, fact, theirs, ours in compare(facts, describe(model)):
@@ -213,7 +239,9 @@ def _settings(model: nn.Module, facts: Facts, report: LoadReport, head: bool) ->
     return taken
 
 
-def _tower(native: dict[str, Tensor], facts: Facts, target: Collection[str]) -> tuple[dict[str, Tensor], Facts, list[str]]:
+def _tower(
+    native: dict[str, Tensor], facts: Facts, target: Collection[str]
+) -> tuple[dict[str, Tensor], Facts, list[str]]:
     """Of the towers of a CLIP the one that a model of one tower takes, and the keys of the other."""
     if not any(k.startswith("visual.") for k in native) or any(k.startswith(("visual.", "text.")) for k in target):
         return native, facts, []
@@ -241,7 +269,9 @@ def _format(name: str) -> Format:
 def recognise(state: Mapping[str, Tensor]) -> Format:
     """The layout of a state dict, from its keys."""
     for candidate in FORMATS:
-        if all(any(mark.fullmatch(k) for k in state) for mark in (pattern(m, candidate.bases) for m in candidate.marks)):
+        if all(
+            any(mark.fullmatch(k) for k in state) for mark in (pattern(m, candidate.bases) for m in candidate.marks)
+        ):
             return candidate
     return NATIVE
 

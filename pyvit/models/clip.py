@@ -1,7 +1,7 @@
 """CLIP and SigLIP.
 
-Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021); Zhai et al., "Sigmoid Loss for Language
-Image Pre-Training" (2023).
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021); Zhai et al., "Sigmoid
+Loss for Language Image Pre-Training" (2023).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class TextTransformer(Described):
 
     Args:
         pool: "eot", the end token (CLIP), or "last" (SigLIP). causal: each token sees those before it (CLIP).
-        eot: id of the end token, of which the first in each row is taken, or the last token of a row without one; None: the token of the
-            largest id, which is the end token of OpenAI's vocabulary.
+        eot: id of the end token, of which the first in each row is taken, or the last token of a row without one; None:
+            the token of the largest id, which is the end token of OpenAI's vocabulary.
         proj_bias: of the output projection.
     """
 
@@ -53,7 +53,13 @@ class TextTransformer(Described):
             raise ValueError(f"TextTransformer: eot must be an id below vocab_size = {vocab_size}, got {eot}")
         if pool not in ("eot", "last"):
             raise ValueError(f"TextTransformer: pool must be 'eot' or 'last', got {pool!r}")
-        self.context_length, self.vocab_size, self.pool, self.eot, self.causal = context_length, vocab_size, pool, eot, causal
+        self.context_length, self.vocab_size, self.pool, self.eot, self.causal = (
+            context_length,
+            vocab_size,
+            pool,
+            eot,
+            causal,
+        )
         self.grad_checkpointing = False
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
@@ -70,7 +76,9 @@ class TextTransformer(Described):
 
     def forward(self, text: Tensor) -> Tensor:
         if text.dim() != 2 or text.shape[1] > self.context_length:
-            raise ValueError(f"TextTransformer: text must be (B, L) with L up to {self.context_length}, got {tuple(text.shape)}")
+            raise ValueError(
+                f"TextTransformer: text must be (B, L) with L up to {self.context_length}, got {tuple(text.shape)}"
+            )
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
@@ -82,7 +90,8 @@ class TextTransformer(Described):
         return self.proj(x)
 
     def end_of(self, text: Tensor) -> Tensor:
-        """Where each row of ids (B, L) ends, (B,): with causal attention that token alone has read the whole text, and no padding."""
+        """Where each row of ids (B, L) ends, (B,): with causal attention that token alone has read the whole text, and
+        no padding."""
         if self.eot is None:
             return text.argmax(-1)
         ends = text == self.eot
@@ -91,7 +100,8 @@ class TextTransformer(Described):
 
 
 class TextCBOW(Described):
-    """The mean of the words' vectors, projected: (B, L) ids to (B, embed_dim). Id ``pad`` counts for nothing. Figure 3 of CLIP names it."""
+    """The mean of the words' vectors, projected: (B, L) ids to (B, embed_dim). Id ``pad`` counts for nothing. Figure 3
+    of CLIP names it."""
 
     def __init__(self, embed_dim: int = 512, vocab_size: int = 49408, width: int = 512, pad: int = 0) -> None:
         super().__init__()
@@ -124,10 +134,13 @@ class CLIP(nn.Module):
 
     Args:
         visual: images to (B, embed_dim); text: ids to (B, embed_dim).
-        init_scale: initial temperature's logarithm, ln(1/0.07) in CLIP and ln 10 in SigLIP. init_bias: SigLIP's bias; None for CLIP.
+        init_scale: initial temperature's logarithm, ln(1/0.07) in CLIP and ln 10 in SigLIP. init_bias: SigLIP's bias;
+            None for CLIP.
     """
 
-    def __init__(self, visual: nn.Module, text: nn.Module, init_scale: float = math.log(1 / 0.07), init_bias: float | None = None) -> None:
+    def __init__(
+        self, visual: nn.Module, text: nn.Module, init_scale: float = math.log(1 / 0.07), init_bias: float | None = None
+    ) -> None:
         super().__init__()
         self.visual, self.text = visual, text
         self.logit_scale = nn.Parameter(torch.tensor(init_scale))
@@ -144,11 +157,13 @@ class CLIP(nn.Module):
         return F.normalize(x, dim=-1) if normalize else x
 
     def scale(self) -> Tensor:
-        """The factor on similarities. Training of CLIP keeps ``logit_scale`` below ln 100 (section 2.5); SigLIP's has no bound."""
+        """The factor on similarities. Training of CLIP keeps ``logit_scale`` below ln 100 (section 2.5); SigLIP's has
+        no bound."""
         return self.logit_scale.exp()
 
     def forward(self, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Unit image and text embeddings (B, embed_dim), scale () and bias () or None: the arguments of the contrastive losses."""
+        """Unit image and text embeddings (B, embed_dim), scale () and bias () or None: the arguments of the contrastive
+        losses."""
         return self.encode_image(images), self.encode_text(text), self.scale(), self.logit_bias
 
     def logits(self, images: Tensor, text: Tensor) -> Tensor:
@@ -170,7 +185,10 @@ class CLIP(nn.Module):
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
         """Arguments of a forward pass."""
         length = getattr(self.text, "context_length", 8)
-        return (*self.visual.example_inputs(batch), torch.zeros(batch, length, dtype=torch.long, device=self.logit_scale.device))  # type: ignore[operator]
+        return (
+            *self.visual.example_inputs(batch),
+            torch.zeros(batch, length, dtype=torch.long, device=self.logit_scale.device),
+        )  # type: ignore[operator]
 
 
 def clip_vit(
@@ -192,11 +210,19 @@ def clip_vit(
     pad: int = 0,
     **visual: Any,
 ) -> CLIP:
-    """CLIP with a ViT image tower (section 2.4). ``text``: "transformer" or "cbow"; ``visual``: further settings of the ViT.
+    """CLIP with a ViT image tower (section 2.4). ``text``: "transformer" or "cbow"; ``visual``: further settings of the
+    ViT.
 
     ``eot`` and ``pad``: ids of the tokenizer's end and padding, see :class:`TextTransformer` and :class:`TextCBOW`.
     """
-    settings = {"pre_norm": True, "patch_bias": False, "norm_eps": 1e-5, "activation": activation, "num_classes": 0, **visual}
+    settings = {
+        "pre_norm": True,
+        "patch_bias": False,
+        "norm_eps": 1e-5,
+        "activation": activation,
+        "num_classes": 0,
+        **visual,
+    }
     make = {"embed_dim": width, "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio}
     tower = VisionTransformer(img_size=img_size, patch_size=patch_size, **make, **settings)
     init_tower(tower.blocks, width)
@@ -204,11 +230,19 @@ def clip_vit(
         nn.init.normal_(parameter, std=width**-0.5)
     tower.head = Linear(width, embed_dim, bias=False)  # a projection without bias
     nn.init.normal_(tower.head.weight, std=width**-0.5)
-    transformer = {"num_heads": text_heads, "depth": text_depth, "mlp_ratio": mlp_ratio, "activation": activation, "eot": eot}
+    transformer = {
+        "num_heads": text_heads,
+        "depth": text_depth,
+        "mlp_ratio": mlp_ratio,
+        "activation": activation,
+        "eot": eot,
+    }
     return CLIP(tower, text_tower(text, embed_dim, vocab_size, context_length, text_width, pad, **transformer))
 
 
-def text_tower(kind: str, embed_dim: int, vocab_size: int, context_length: int, width: int, pad: int, **transformer: Any) -> nn.Module:
+def text_tower(
+    kind: str, embed_dim: int, vocab_size: int, context_length: int, width: int, pad: int, **transformer: Any
+) -> nn.Module:
     """The text encoder called ``kind``: "transformer" or "cbow"."""
     if kind == "cbow":
         return TextCBOW(embed_dim, vocab_size, width, pad)
@@ -228,12 +262,22 @@ def siglip_vit(
     context_length: int = 64,
     **visual: Any,
 ) -> CLIP:
-    """SigLIP: no class token, attention pooling, both towers of one width, a bias beside the temperature (section 3.2)."""
+    """SigLIP: no class token, attention pooling, both towers of one width, a bias beside the temperature (section
+    3.2)."""
     settings = {"class_token": False, "global_pool": "map", "num_classes": 0, "activation": "gelu_tanh", **visual}
     make = {"depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio}
     tower = VisionTransformer(img_size=img_size, patch_size=patch_size, embed_dim=width, **make, **settings)
     words = TextTransformer(
-        width, vocab_size, context_length, width, activation="gelu_tanh", pool="last", causal=False, proj_bias=True, eps=1e-6, **make
+        width,
+        vocab_size,
+        context_length,
+        width,
+        activation="gelu_tanh",
+        pool="last",
+        causal=False,
+        proj_bias=True,
+        eps=1e-6,
+        **make,
     )
     return CLIP(tower, words, init_scale=math.log(10.0), init_bias=-10.0)
 
@@ -256,7 +300,13 @@ def clip_resnet(
 ) -> CLIP:
     """CLIP with a residual image tower and attention pooling (section 2.4)."""
     tower = CLIPResNet(layers, embed_dim, num_heads, img_size, width)
-    transformer = {"num_heads": text_heads, "depth": text_depth, "mlp_ratio": mlp_ratio, "activation": "quick_gelu", "eot": eot}
+    transformer = {
+        "num_heads": text_heads,
+        "depth": text_depth,
+        "mlp_ratio": mlp_ratio,
+        "activation": "quick_gelu",
+        "eot": eot,
+    }
     return CLIP(tower, text_tower(text, embed_dim, vocab_size, context_length, text_width, pad, **transformer))
 
 
@@ -264,7 +314,15 @@ register("clip_resnet50_224", clip_resnet)
 register("clip_resnet101_224", clip_resnet, layers=(3, 4, 23, 3), embed_dim=512)
 register("clip_vit_base_patch32_224", clip_vit)
 register("clip_vit_base_patch16_224", clip_vit, patch_size=16)
-_LARGE = {"embed_dim": 768, "patch_size": 14, "width": 1024, "depth": 24, "num_heads": 16, "text_width": 768, "text_heads": 12}
+_LARGE = {
+    "embed_dim": 768,
+    "patch_size": 14,
+    "width": 1024,
+    "depth": 24,
+    "num_heads": 16,
+    "text_width": 768,
+    "text_heads": 12,
+}
 register("clip_vit_large_patch14_224", clip_vit, **_LARGE)
 register("clip_vit_large_patch14_336", clip_vit, **_LARGE, img_size=336)
 for _image in (224, 256, 384, 512):
@@ -272,4 +330,6 @@ for _image in (224, 256, 384, 512):
 for _image in (256, 384):
     register(f"siglip_vit_large_patch16_{_image}", siglip_vit, img_size=_image, width=1024, depth=24, num_heads=16)
 _SO400M = {"width": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 4304.5 / 1152, "patch_size": 14}
-register("siglip_so400m_patch14_378", siglip_vit, **_SO400M, img_size=378)  # 27 x 27 patches, as of the 384-pixel checkpoints
+register(
+    "siglip_so400m_patch14_378", siglip_vit, **_SO400M, img_size=378
+)  # 27 x 27 patches, as of the 384-pixel checkpoints

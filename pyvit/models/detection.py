@@ -1,7 +1,7 @@
 """Backbones for detection: a plain ViT with windows, and Swin.
 
-Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection" (ViTDet, 2022). Both give the ordered dictionary of maps, and
-the ``out_channels``, that torchvision's ``MaskRCNN`` and ``FasterRCNN`` take.
+Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection" (ViTDet, 2022). Both give the ordered
+dictionary of maps, and the ``out_channels``, that torchvision's ``MaskRCNN`` and ``FasterRCNN`` take.
 """
 
 from __future__ import annotations
@@ -28,17 +28,23 @@ from pyvit.ops.reference import window_partition, window_reverse
 
 
 class DecomposedAttention(nn.Module):
-    """Attention over a map with decomposed relative positions, (B, H, W, C) -> (B, H, W, C). Li et al., "MViTv2" (2022), equation 4.
+    """Attention over a map with decomposed relative positions, (B, H, W, C) -> (B, H, W, C). Li et al., "MViTv2"
+    (2022), equation 4.
 
-    The score of query i and key j gains q_i . Rh[y_i - y_j] + q_i . Rw[x_i - x_j]. Both terms become channels, of the query its products
-    with the rows of Rh and Rw, of the key the indicators of its row and column, so that no matrix of N^2 biases exists.
+    The score of query i and key j gains q_i . Rh[y_i - y_j] + q_i . Rw[x_i - x_j]. Both terms become channels, of the
+    query its products with the rows of Rh and Rw, of the key the indicators of its row and column, so that no matrix of
+    N^2 biases exists.
 
     Args:
-        size: (rows, columns) that the tables rel_pos_h and rel_pos_w are for; other sizes resample them linearly. None: no positions.
-        window_size: attend within windows of this size (0: over the whole map). Maps are padded with zero tokens, which take part.
+        size: (rows, columns) that the tables rel_pos_h and rel_pos_w are for; other sizes resample them linearly. None:
+            no positions.
+        window_size: attend within windows of this size (0: over the whole map). Maps are padded with zero tokens, which
+            take part.
     """
 
-    def __init__(self, dim: int, num_heads: int, size: Sequence[int] | None, window_size: int = 0, qkv_bias: bool = True) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, size: Sequence[int] | None, window_size: int = 0, qkv_bias: bool = True
+    ) -> None:
         super().__init__()
         self.num_heads, self.window_size = num_heads, window_size
         self.qkv, self.proj = Linear(dim, 3 * dim, qkv_bias), Linear(dim, dim)
@@ -89,7 +95,8 @@ class DecomposedAttention(nn.Module):
 
 
 def offsets(table: Tensor, n: int) -> Tensor:
-    """Rows of a table (L, d) of offsets for every (query, key) of an axis of n: (n, n, d), resampled linearly when L is not 2n - 1."""
+    """Rows of a table (L, d) of offsets for every (query, key) of an axis of n: (n, n, d), resampled linearly when L is
+    not 2n - 1."""
     if table.shape[0] != 2 * n - 1:
         table = F.interpolate(table.float().T[None], size=2 * n - 1, mode="linear")[0].T.to(table.dtype)
     at = torch.arange(n, device=table.device)
@@ -102,7 +109,11 @@ class ViTDetBlock(nn.Module):
     def __init__(self, dim: int, attn: DecomposedAttention, mlp_ratio: float, drop_path: float, eps: float) -> None:
         super().__init__()
         self.norm1, self.attn, self.drop_path1 = LayerNorm(dim, eps, before_linear=True), attn, DropPath(drop_path)
-        self.norm2, self.mlp, self.drop_path2 = LayerNorm(dim, eps, before_linear=True), Mlp(dim, int(dim * mlp_ratio)), DropPath(drop_path)
+        self.norm2, self.mlp, self.drop_path2 = (
+            LayerNorm(dim, eps, before_linear=True),
+            Mlp(dim, int(dim * mlp_ratio)),
+            DropPath(drop_path),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path1(self.attn(self.norm1(x)))
@@ -112,12 +123,14 @@ class ViTDetBlock(nn.Module):
 
 
 class ViTDet(Described):
-    """Images (B, C, H, W) to one map (B, D, H/16, W/16): a ViT whose blocks attend in windows but for a few (section 3).
+    """Images (B, C, H, W) to one map (B, D, H/16, W/16): a ViT whose blocks attend in windows but for a few (section
+    3).
 
     Its parameters have a ViT's names: MAE's weights load with ``allow=("cls_token", "norm.*", ".*rel_pos.*")``.
 
     Args:
-        img_size: for the relative positions of global blocks. pretrain_img_size: for the learned absolute positions, which are resampled.
+        img_size: for the relative positions of global blocks. pretrain_img_size: for the learned absolute positions,
+            which are resampled.
         window_size, global_blocks: 14, and the blocks that attend globally, by default four, evenly spread.
         rel_pos: decomposed relative positions. The rest as in :class:`pyvit.models.vit.VisionTransformer`.
     """
@@ -166,7 +179,11 @@ class ViTDet(Described):
         pos = resample_positions(self.pos_embed[0, 1:], self.grid, grid, antialias=False)
         x = self.patch_embed(images, pos_embed=pos).unflatten(1, grid)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
+            x = (
+                checkpoint(block, x, use_reentrant=False)
+                if self.grad_checkpointing and torch.is_grad_enabled()
+                else block(x)
+            )
         return x.permute(0, 3, 1, 2)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -190,7 +207,8 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """One map at stride 16 to maps "0" to "3" at strides 4, 8, 16, 32, and "pool" at 64, each (B, out_channels, ...) (section 3)."""
+    """One map at stride 16 to maps "0" to "3" at strides 4, 8, 16, 32, and "pool" at 64, each (B, out_channels, ...)
+    (section 3)."""
 
     def __init__(self, dim: int, out_channels: int = 256) -> None:
         super().__init__()
@@ -220,7 +238,8 @@ class SimpleFeaturePyramid(nn.Module):
 
 
 class FeaturePyramid(nn.Module):
-    """Maps of several strides to as many of ``out_channels``, each with what the coarser ones saw, and "pool". Lin et al., "FPN" (2017)."""
+    """Maps of several strides to as many of ``out_channels``, each with what the coarser ones saw, and "pool". Lin et
+    al., "FPN" (2017)."""
 
     def __init__(self, channels: Sequence[int], out_channels: int = 256) -> None:
         super().__init__()
@@ -242,7 +261,9 @@ class DetectionBackbone(nn.Module):
     def __init__(self, body: ViTDet | SwinTransformer, out_channels: int = 256) -> None:
         super().__init__()
         self.body, self.out_channels = body, out_channels
-        if isinstance(body, SwinTransformer):  # each stage's map is normalised before the pyramid, as in Swin's detection code
+        if isinstance(
+            body, SwinTransformer
+        ):  # each stage's map is normalised before the pyramid, as in Swin's detection code
             self.norms = nn.ModuleList(ChannelNorm(c) for c in body.num_features)
             self.pyramid: nn.Module = FeaturePyramid(body.num_features, out_channels)
         else:
@@ -250,7 +271,9 @@ class DetectionBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         if isinstance(self.body, SwinTransformer):
-            return self.pyramid([norm(x) for norm, x in zip(self.norms, self.body.forward_pyramid(images), strict=True)])
+            return self.pyramid(
+                [norm(x) for norm, x in zip(self.norms, self.body.forward_pyramid(images), strict=True)]
+            )
         return self.pyramid(self.body(images))
 
     def no_weight_decay(self) -> set[str]:

@@ -1,7 +1,7 @@
 """Self-distillation: DINO, iBOT and DINOv2 as switches of one model.
 
-Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (2021); Zhou et al., "iBOT" (2022); Oquab et al., "DINOv2"
-(2023).
+Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (2021); Zhou et al., "iBOT" (2022); Oquab et
+al., "DINOv2" (2023).
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from pyvit.torch_private import lerp_all
 
 
 class DINOHead(nn.Module):
-    """Features (..., D) to scores (..., prototypes): an MLP, a unit vector, its cosine with every prototype (DINO, section 3.1).
+    """Features (..., D) to scores (..., prototypes): an MLP, a unit vector, its cosine with every prototype (DINO,
+    section 3.1).
 
     :meth:`features` and :attr:`prototypes` give the two factors apart, for losses that never hold the scores.
 
     Args:
         dim, prototypes, hidden, bottleneck, layers: widths and depth of the MLP, and the number of scores.
         batch_norm: normalise the hidden layers over the batch (the paper's ``use_bn_in_head``).
-        norm_last_layer: prototypes keep the length 1; False lets them learn it, which the paper does for its smaller models.
+        norm_last_layer: prototypes keep the length 1; False lets them learn it, which the paper does for its smaller
+            models.
     """
 
     def __init__(
@@ -65,7 +67,9 @@ class DINOHead(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """Unit vectors (..., bottleneck)."""
         rows = self.mlp(x.flatten(0, -2))  # batch norms take rows
-        return F.normalize(rows, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12).view(*x.shape[:-1], rows.shape[-1])
+        return F.normalize(rows, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12).view(
+            *x.shape[:-1], rows.shape[-1]
+        )
 
     @property
     def prototypes(self) -> Tensor:
@@ -79,10 +83,11 @@ class DINOHead(nn.Module):
 class Views(NamedTuple):
     """What the losses of self-distillation compare; features are unit vectors of the heads' bottleneck.
 
-    student (S, B, C) and teacher (T, B, C): class tokens of every crop and of the global crops, which come first in both.
-    student_patches and teacher_patches (M, C), weights (M,): the masked patches, each counting 1 / (masked patches of its crop) / (T * B);
-    None without masks. class_tokens (T, B, D): the student's class tokens of global crops before the head, for KoLeo.
-    Where the backbone pools otherwise, its pooled features take the class token's place.
+    student (S, B, C) and teacher (T, B, C): class tokens of every crop and of the global crops, which come first in
+    both. student_patches and teacher_patches (M, C), weights (M,): the masked patches, each counting 1 / (masked
+    patches of its crop) / (T * B); None without masks. class_tokens (T, B, D): the student's class tokens of global
+    crops before the head, for KoLeo. Where the backbone pools otherwise, its pooled features take the class token's
+    place.
     """
 
     student: Tensor
@@ -96,14 +101,16 @@ class Views(NamedTuple):
 class SelfDistillation(nn.Module):
     """A student that must agree with its own moving average across crops, and about masked patches.
 
-    The teacher drops nothing: its stochastic depth and dropout are off in every mode. Its batch norms, if it has any, follow ``train()``
-    and ``eval()`` and so take the statistics of the batch in training, as in the paper's code.
+    The teacher drops nothing: its stochastic depth and dropout are off in every mode. Its batch norms, if it has any,
+    follow ``train()`` and ``eval()`` and so take the statistics of the batch in training, as in the paper's code.
 
     Args:
         backbone: images to features (B, D): a ViT, or another network without a head.
-        prototypes, head_hidden, bottleneck, head_layers, head_batch_norm, norm_last_layer: of the heads, see :class:`DINOHead`.
+        prototypes, head_hidden, bottleneck, head_layers, head_batch_norm, norm_last_layer: of the heads, see
+            :class:`DINOHead`.
         masks: iBOT's objective: the student fills in masked patches (needs a ViT with ``mask_token=True``).
-        separate_heads: DINOv2: patches have a head of their own. patch_prototypes: its prototypes, default ``prototypes``.
+        separate_heads: DINOv2: patches have a head of their own. patch_prototypes: its prototypes, default
+            ``prototypes``.
     """
 
     def __init__(
@@ -137,7 +144,8 @@ class SelfDistillation(nn.Module):
                 module.p = 0.0
 
     def head_of(self, side: str, patches: bool = False) -> DINOHead:
-        """The head of "student" or "teacher" for class tokens or for patches; :attr:`DINOHead.prototypes` goes to the losses."""
+        """The head of "student" or "teacher" for class tokens or for patches; :attr:`DINOHead.prototypes` goes to the
+        losses."""
         parts = getattr(self, side)
         return parts["patch_head"] if patches and "patch_head" in parts else parts["head"]
 
@@ -155,14 +163,20 @@ class SelfDistillation(nn.Module):
         teacher, student = list(self.teacher.parameters()), [p.detach() for p in self.student.parameters()]
         lerp_all(teacher, student, 1.0 - momentum)
 
-    def forward(self, global_crops: Sequence[Tensor], local_crops: Sequence[Tensor] = (), masks: Sequence[Tensor] | None = None) -> Views:
-        """global_crops T x (B, C, H, W), local_crops (B, C, h, w) each, masks T x (B, N) bool of the global crops' hidden patches.
+    def forward(
+        self, global_crops: Sequence[Tensor], local_crops: Sequence[Tensor] = (), masks: Sequence[Tensor] | None = None
+    ) -> Views:
+        """global_crops T x (B, C, H, W), local_crops (B, C, h, w) each, masks T x (B, N) bool of the global crops'
+        hidden patches.
 
         A ViT student sees all crops in one packed pass.
         """
         if (masks is not None) != self.masks:
             raise ValueError(
-                f"SelfDistillation: masks must be {'given' if self.masks else 'None'}, as the model was made with masks={self.masks}"
+
+                    f"SelfDistillation: masks must be {'given' if self.masks else 'None'}, as the model was made with "
+                    f"masks={self.masks}"
+
             )
         hidden = None if masks is None else torch.cat([m.flatten(1) for m in masks])  # (T * B, N)
         crops = [torch.cat(list(c)) for c in (global_crops, local_crops) if len(c)]
@@ -186,14 +200,19 @@ class SelfDistillation(nn.Module):
         return {f"student.backbone.{name}" for name in getattr(self.student["backbone"], "no_weight_decay", set)()}
 
     def encoder_of(self) -> nn.Module:
-        """The network that is used after training: the teacher's backbone, better than the student's throughout (DINO, section 5.2)."""
+        """The network that is used after training: the teacher's backbone, better than the student's throughout (DINO,
+        section 5.2)."""
         return self.teacher["backbone"]
 
     def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
         """Arguments of a forward pass with two global crops."""
         crop = self.student["backbone"].example_inputs(batch)[0]
         patches = math.prod(self.student["backbone"].grid)
-        return [crop, crop], [], [torch.zeros(batch, patches, dtype=torch.bool, device=crop.device)] * 2 if self.masks else None
+        return (
+            [crop, crop],
+            [],
+            [torch.zeros(batch, patches, dtype=torch.bool, device=crop.device)] * 2 if self.masks else None,
+        )
 
 
 def feature_width(backbone: nn.Module) -> int:
@@ -205,12 +224,17 @@ def feature_width(backbone: nn.Module) -> int:
     width = getattr(backbone, "num_features", None) or getattr(backbone, "embed_dim", None)
     width = width[-1] if isinstance(width, (list, tuple)) else width
     if not isinstance(width, int):
-        raise ValueError(f"SelfDistillation: backbone must have num_features or embed_dim, {type(backbone).__name__} has neither")
+        raise ValueError(
+            f"SelfDistillation: backbone must have num_features or embed_dim, {type(backbone).__name__} has neither"
+        )
     return width
 
 
-def embed_all(backbone: nn.Module, crops: list[Tensor], hidden: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
-    """Features (B_i, D) of batches of crops and, of a ViT, the patch tokens of the first; ``hidden``: masked patches of the first."""
+def embed_all(
+    backbone: nn.Module, crops: list[Tensor], hidden: Tensor | None = None
+) -> tuple[list[Tensor], Tensor | None]:
+    """Features (B_i, D) of batches of crops and, of a ViT, the patch tokens of the first; ``hidden``: masked patches of
+    the first."""
     if not isinstance(backbone, VisionTransformer):
         return [backbone(c) for c in crops], None
     if len(crops) == 1:
@@ -230,8 +254,9 @@ def block_masks(
 ) -> Tensor:
     """Masks (count, rows * columns), bool, as iBOT draws them: rectangles of aspect 0.3 to 3.3.
 
-    They are added until the share drawn from ``ratio`` is hidden. A mask is empty with probability 1 - ``probability``. ``spread``, as
-    DINOv2 has it: exactly int(count * probability) masks hide something, their shares spread evenly over ``ratio``, in random order.
+    They are added until the share drawn from ``ratio`` is hidden. A mask is empty with probability 1 - ``probability``.
+    ``spread``, as DINOv2 has it: exactly int(count * probability) masks hide something, their shares spread evenly over
+    ``ratio``, in random order.
     """
     if not 0.0 <= ratio[0] <= ratio[1] < 1.0:
         raise ValueError(f"block_masks: ratio must be (low, high) with 0 <= low <= high < 1, got {ratio}")
@@ -241,7 +266,9 @@ def block_masks(
     if spread:
         masked = int(count * probability)
         step = (ratio[1] - ratio[0]) / max(masked, 1)
-        shares: list[float | None] = [draw.uniform(ratio[0] + i * step, ratio[0] + (i + 1) * step) for i in range(masked)]
+        shares: list[float | None] = [
+            draw.uniform(ratio[0] + i * step, ratio[0] + (i + 1) * step) for i in range(masked)
+        ]
         shares += [None] * (count - masked)
         draw.shuffle(shares)
     else:
@@ -273,7 +300,8 @@ HEAD = (
 
 
 def distilled(backbone: str | None = None, **settings: Any) -> SelfDistillation:
-    """A :class:`SelfDistillation` from settings of the head and of its ViT; ``backbone`` names a registered ViT to start from."""
+    """A :class:`SelfDistillation` from settings of the head and of its ViT; ``backbone`` names a registered ViT to
+    start from."""
     head = {k: settings.pop(k) for k in HEAD if k in settings}
     base = settings_of(backbone)[1] if backbone else {}
     vit = VisionTransformer(**{**base, "num_classes": 0, "mask_token": head.get("masks", False), **settings})
@@ -291,10 +319,32 @@ _V2 = {
 }
 for _size, _patches in (("tiny", (16,)), ("small", (16, 8)), ("base", (16, 8)), ("large", (16,))):
     for _patch in _patches:
-        register(f"dino_vit_{_size}_patch{_patch}_224", distilled, patch_size=_patch, drop_path_rate=0.1, **_DINO, **SIZES[_size])
-    register(f"ibot_vit_{_size}_patch16_224", distilled, masks=True, prototypes=8192, drop_path_rate=0.1, **_DINO, **SIZES[_size])
+        register(
+            f"dino_vit_{_size}_patch{_patch}_224",
+            distilled,
+            patch_size=_patch,
+            drop_path_rate=0.1,
+            **_DINO,
+            **SIZES[_size],
+        )
+    register(
+        f"ibot_vit_{_size}_patch16_224",
+        distilled,
+        masks=True,
+        prototypes=8192,
+        drop_path_rate=0.1,
+        **_DINO,
+        **SIZES[_size],
+    )
 register(
-    "dinov2_vit_large_patch14_224", distilled, patch_size=14, drop_path_rate=0.4, head_hidden=2048, bottleneck=384, **_V2, **SIZES["large"]
+    "dinov2_vit_large_patch14_224",
+    distilled,
+    patch_size=14,
+    drop_path_rate=0.4,
+    head_hidden=2048,
+    bottleneck=384,
+    **_V2,
+    **SIZES["large"],
 )
 register(
     "dinov2_vit_giant_patch14_224",

@@ -24,7 +24,8 @@ _TEXT = ("embed_dim", "vocab_size", "context_length", "text_width", "text_depth"
 
 
 class Encoder(NamedTuple):
-    """A constructor, the settings a name is registered with, and those that were changed, both as the constructor knows them."""
+    """A constructor, the settings a name is registered with, and those that were changed, both as the constructor knows
+    them."""
 
     constructor: type[nn.Module]
     settings: dict[str, Any]
@@ -32,23 +33,28 @@ class Encoder(NamedTuple):
 
 
 def image_encoder(name: str, changed: Mapping[str, Any] | None = None) -> Encoder | None:
-    """The image encoder of the registered model ``name``, with some settings changed, or None for a model that has none on its own.
+    """The image encoder of the registered model ``name``, with some settings changed, or None for a model that has none
+    on its own.
 
-    It is the model itself for ViT, Swin and ResNet; what is trained in ``mae_*``, ``dino_*``, ``ibot_*``, ``dinov2_*`` and ``simclr_*``;
-    the image tower of ``clip_vit_*`` and ``siglip_*``. Raises ValueError for an unknown name.
+    It is the model itself for ViT, Swin and ResNet; what is trained in ``mae_*``, ``dino_*``, ``ibot_*``, ``dinov2_*``
+    and ``simclr_*``; the image tower of ``clip_vit_*`` and ``siglip_*``. Raises ValueError for an unknown name.
     """
     constructor, settings = settings_of(name)
     changed = dict(changed or {})
     without = lambda given, names: {k: v for k, v in given.items() if k not in names}  # noqa: E731
     if constructor is MaskedAutoencoder:
-        return Encoder(VisionTransformer, without({"pos_embed": "sincos", **settings}, _DECODER), without(changed, _DECODER))
+        return Encoder(
+            VisionTransformer, without({"pos_embed": "sincos", **settings}, _DECODER), without(changed, _DECODER)
+        )
     if constructor is distilled:
         return Encoder(VisionTransformer, without(settings, HEAD), without(changed, HEAD))
     if constructor is SimCLR:
         return image_encoder(settings["encoder"], {**without(settings, _PROJECTION), **without(changed, _PROJECTION)})
     if constructor in (clip_vit, siglip_vit):
         tower = lambda given: {{"width": "embed_dim"}.get(k, k): v for k, v in given.items() if k not in _TEXT}  # noqa: E731
-        defaults = {p.name: p.default for p in inspect.signature(constructor).parameters.values() if p.default is not p.empty}
+        defaults = {
+            p.name: p.default for p in inspect.signature(constructor).parameters.values() if p.default is not p.empty
+        }
         kind = (
             {"pre_norm": True, "patch_bias": False, "norm_eps": 1e-5}
             if constructor is clip_vit

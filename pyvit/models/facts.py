@@ -1,8 +1,9 @@
-"""What the shapes of weights do not show, and outputs depend on: heads, activations, grids of positions, windows, the end of a text.
+"""What the shapes of weights do not show, and outputs depend on: heads, activations, grids of positions, windows, the
+end of a text.
 
-Facts are {module: {name: value}}, such as {"blocks.0.attn": {"num_heads": 3}}. Models note theirs in the metadata of their state dicts
-(:class:`Described`) and ``pyvit train`` in the header of its weights; other libraries have a configuration beside the weights
-(:func:`facts_of_config`), where the module is a regular expression.
+Facts are {module: {name: value}}, such as {"blocks.0.attn": {"num_heads": 3}}. Models note theirs in the metadata of
+their state dicts (:class:`Described`) and ``pyvit train`` in the header of its weights; other libraries have a
+configuration beside the weights (:func:`facts_of_config`), where the module is a regular expression.
 """
 
 from __future__ import annotations
@@ -34,10 +35,16 @@ def describe(model: nn.Module) -> Facts:
     for path, module in model.named_modules():
         if not type(module).__module__.startswith("pyvit.") and not isinstance(module, nn.LayerNorm):
             continue
-        held = {name: plain(getattr(module, name)) for name in NAMES if hasattr(module, name) and not callable(getattr(module, name))}
+        held = {
+            name: plain(getattr(module, name))
+            for name in NAMES
+            if hasattr(module, name) and not callable(getattr(module, name))
+        }
         if not held.get("activation", True):  # a linear layer without one
             del held["activation"]
-        if hasattr(module, "patch_size") and "stride" in held:  # of patches that overlap, else it follows from their size
+        if (
+            hasattr(module, "patch_size") and "stride" in held
+        ):  # of patches that overlap, else it follows from their size
             held["stride"] = None if module.stride == module.patch_size else held["stride"]
         if held:
             found[path] = held
@@ -50,7 +57,8 @@ def plain(value: Any) -> Any:
 
 
 class Described(nn.Module):
-    """A model whose state dicts carry its facts, where ``torch`` keeps the versions of modules; keys and files stay as they are."""
+    """A model whose state dicts carry its facts, where ``torch`` keeps the versions of modules; keys and files stay as
+    they are."""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -84,7 +92,9 @@ def _image_grid(image: Any, weight: Tensor | None) -> dict[str, Any]:
     return {"grid": [n // p for n, p in zip(square(image), weight.shape[2:], strict=True)]}
 
 
-def _tower(config: Mapping[str, Any], at: str, layer: str = r"blocks\.\d+", act: str = "gelu", eps: float | None = None) -> Facts:
+def _tower(
+    config: Mapping[str, Any], at: str, layer: str = r"blocks\.\d+", act: str = "gelu", eps: float | None = None
+) -> Facts:
     """Heads, activation and epsilon of one of transformers' towers."""
     activation = config.get("hidden_act", act)
     facts: Facts = {rf"{at}{layer}\.mlp(\.fc1)?": {"activation": _ACTIVATIONS.get(activation, activation)}}
@@ -109,7 +119,10 @@ def facts_of_config(config: Mapping[str, Any], native: Mapping[str, Tensor]) -> 
         grid = _image_grid(config.get("image_size"), native.get("visual." + patch))
         return {**_tower(config, r"visual\.", act=act, eps=eps), "visual": grid}
     if kind == "audio-spectrogram-transformer":
-        size, steps = (config.get("num_mel_bins", 128), config.get("max_length", 1024)), ("frequency_stride", "time_stride")
+        size, steps = (
+            (config.get("num_mel_bins", 128), config.get("max_length", 1024)),
+            ("frequency_stride", "time_stride"),
+        )
         side, strides = config.get("patch_size", 16), [config.get(name, 10) for name in steps]
         return {
             **_tower(config, ""),
@@ -143,7 +156,9 @@ def _two_towers(config: Mapping[str, Any], native: Mapping[str, Tensor]) -> Fact
         end = text.get("eos_token_id")
         end = end[0] if isinstance(end, list) and len(end) == 1 else end
         if isinstance(end, int):
-            facts["text"] = {"eot": None if end == 2 else end}  # transformers takes 2, of its first configurations, for the largest id
+            facts["text"] = {
+                "eot": None if end == 2 else end
+            }  # transformers takes 2, of its first configurations, for the largest id
     return facts
 
 
@@ -162,7 +177,10 @@ def _open_clip(config: Mapping[str, Any], native: Mapping[str, Tensor]) -> Facts
 def _timm(config: Mapping[str, Any], weight: Tensor | None) -> Facts:
     from pyvit.models.registry import REGISTRY
 
-    size = config.get("model_args", {}).get("img_size") or (config.get("pretrained_cfg", config).get("input_size") or [None] * 3)[1:]
+    size = (
+        config.get("model_args", {}).get("img_size")
+        or (config.get("pretrained_cfg", config).get("input_size") or [None] * 3)[1:]
+    )
     facts: Facts = {"": _image_grid(size if size and size != [None, None] else None, weight)}
     settings = {**REGISTRY.get(config["architecture"], (None, {}))[1], **config.get("model_args", {})}
     if isinstance(heads := settings.get("num_heads"), int):

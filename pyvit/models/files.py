@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-#: Files that hold a folder's weights, in the order they are looked for: transformers', timm's and pyvit's own, then open_clip's.
+#: Files that hold a folder's weights, in the order they are looked for: transformers', timm's and pyvit's own, then
+#: open_clip's.
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -27,7 +28,10 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 #: First bytes of what is often found in the place of weights, and what to say about it.
 _NOT_WEIGHTS = (
-    (b"version https://git-lfs", "is a git-lfs pointer, not the weights it stands for: run 'git lfs pull' where it comes from"),
+    (
+        b"version https://git-lfs",
+        "is a git-lfs pointer, not the weights it stands for: run 'git lfs pull' where it comes from",
+    ),
     (b"<", "is a web page, not weights: the download was answered with an error or a login page"),
     (b"{", "is JSON text, not weights"),
     (b"\x1f\x8b", "is compressed (gzip): unpack it first"),
@@ -41,9 +45,9 @@ _NOT_WEIGHTS = (
 def read(source: str | os.PathLike[str]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """What a file or folder of weights holds, the configuration beside it, and the metadata in it ({} without).
 
-    Read are files of ``torch.save`` and safetensors, TorchScript archives, indices of shards, and folders that hold one of them: those of
-    transformers, timm, open_clip and ``pyvit train``. Objects of other libraries (a training script's arguments) become empty
-    :class:`Opaque` objects; no code of theirs runs.
+    Read are files of ``torch.save`` and safetensors, TorchScript archives, indices of shards, and folders that hold one
+    of them: those of transformers, timm, open_clip and ``pyvit train``. Objects of other libraries (a training script's
+    arguments) become empty :class:`Opaque` objects; no code of theirs runs.
 
     Raises FileNotFoundError, or a ValueError of one line that names the file and what is wrong with it.
     """
@@ -63,13 +67,19 @@ def read(source: str | os.PathLike[str]) -> tuple[Any, dict[str, Any], dict[str,
 
 
 def weights_in(folder: Path) -> Path:
-    """The file of weights in a folder. Raises ValueError when there is none, or more than one of names that say nothing."""
+    """The file of weights in a folder. Raises ValueError when there is none, or more than one of names that say
+    nothing."""
     for name in WEIGHTS:
         if (folder / name).exists() or (folder / name).is_symlink():
             return folder / name
     others = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
     if (folder / "last.pt").exists() and (folder / "config.json").exists():
-        raise ValueError(f"load_checkpoint: {folder} holds a run that has not finished: no model.safetensors yet; run its command again")
+        raise ValueError(
+
+                f"load_checkpoint: {folder} holds a run that has not finished: no model.safetensors yet; run its "
+                "command again"
+
+        )
     if len(others) == 1:
         return others[0]
     held = ", ".join(p.name for p in (others or sorted(folder.iterdir()))[:8]) or "nothing"
@@ -94,7 +104,9 @@ def _read_shards(path: Path) -> dict[str, Any]:
         places = json.loads(path.read_text())["weight_map"]
         names = sorted(set(places.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"load_checkpoint: {path} is no index of shards: it must be JSON with a 'weight_map'") from error
+        raise ValueError(
+            f"load_checkpoint: {path} is no index of shards: it must be JSON with a 'weight_map'"
+        ) from error
     state: dict[str, Any] = {}
     for name in names:
         shard = path.parent / Path(name).name
@@ -140,7 +152,9 @@ def _read_file(path: Path) -> tuple[Any, dict[str, Any]]:
         damaged = " (cut short or damaged)" if head.startswith(b"PK") and not zipfile.is_zipfile(path) else ""
         told = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))
         reason = told[1] if told else (str(error).strip() or "nothing more is said").splitlines()[0]
-        raise ValueError(f"load_checkpoint: {path} is no file of torch.save{damaged}: {type(error).__name__}: {reason[:300]}") from error
+        raise ValueError(
+            f"load_checkpoint: {path} is no file of torch.save{damaged}: {type(error).__name__}: {reason[:300]}"
+        ) from error
 
 
 def _read_safetensors(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -156,7 +170,8 @@ def _read_safetensors(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 class Opaque:
-    """In the place of an object of another library: made and filled by the pickle that holds it, without any of its code."""
+    """In the place of an object of another library: made and filled by the pickle that holds it, without any of its
+    code."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -170,11 +185,14 @@ def _dictionary(*args: Any) -> dict[Any, Any]:
 
 
 def _read_pickle(path: Path, names: list[str]) -> Any:
-    """A file of ``torch.save``, by torch's reader that only makes tensors and plain values; ``names`` gets the classes of other objects."""
+    """A file of ``torch.save``, by torch's reader that only makes tensors and plain values; ``names`` gets the classes
+    of other objects."""
     if zipfile.is_zipfile(path):
         names += torch.serialization.get_unsafe_globals_in_checkpoint(path)
     while True:
-        stand_ins = [(_dictionary if name == "collections.defaultdict" else type(name, (Opaque,), {}), name) for name in names]
+        stand_ins = [
+            (_dictionary if name == "collections.defaultdict" else type(name, (Opaque,), {}), name) for name in names
+        ]
         try:
             with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():  # type: ignore[arg-type]
                 warnings.simplefilter("ignore")
@@ -203,6 +221,7 @@ def flat(content: Any, depth: int = 3) -> Any:
 
 def _opaque(path: Path, names: list[str]) -> str:
     return (
-        f"load_checkpoint: {path} holds objects besides tensors and plain values ({', '.join(names[:5])}) in the place of weights; if you "
+        f"load_checkpoint: {path} holds objects besides tensors and plain values ({', '.join(names[:5])}) in the "
+        "place of weights; if you "
         "trust it, read it with torch.load(path, weights_only=False) and give its state dict"
     )

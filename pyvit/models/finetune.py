@@ -9,7 +9,8 @@ from torch import nn
 
 
 def layer_of(name: str, depths: list[int]) -> int:
-    """Depth of a parameter by its name: 0 for the embedding, 1 to n for the blocks in order, n + 1 for what follows them.
+    """Depth of a parameter by its name: 0 for the embedding, 1 to n for the blocks in order, n + 1 for what follows
+    them.
 
     ``depths`` are the blocks of each stage, one stage for a ViT.
     """
@@ -38,15 +39,21 @@ def depths_of(model: nn.Module) -> list[int]:
     if hasattr(model, "blocks"):
         return [len(model.blocks)]  # type: ignore[arg-type]
     raise TypeError(
-        f"depths_of: model must have blocks (ViT), layers of blocks (Swin) or layer1 to layer4 (ResNet), got {type(model).__name__}"
+
+            "depths_of: model must have blocks (ViT), layers of blocks (Swin) or layer1 to layer4 (ResNet), got "
+            f"{type(model).__name__}"
+
     )
 
 
-def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.05, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Groups for an optimizer: layer l of n learns at lr * layer_decay^(n - l) (Clark et al., "ELECTRA", 2020; Bao et al., "BEiT", 2022).
+def param_groups(
+    model: nn.Module, lr: float, weight_decay: float = 0.05, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer: layer l of n learns at lr * layer_decay^(n - l) (Clark et al., "ELECTRA", 2020; Bao et
+    al., "BEiT", 2022).
 
-    Biases, norms and what the model's ``no_weight_decay()`` names do not decay. Frozen parameters are left out. Each group also holds its
-    ``lr_scale`` and ``layer``, for schedules.
+    Biases, norms and what the model's ``no_weight_decay()`` names do not decay. Frozen parameters are left out. Each
+    group also holds its ``lr_scale`` and ``layer``, for schedules.
     """
     if not 0.0 < layer_decay <= 1.0:
         raise ValueError(f"param_groups: layer_decay must be in (0, 1], got {layer_decay}")
@@ -59,13 +66,20 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.05, layer_
             continue
         layer, decays = layer_of(name, depths), p.dim() > 1 and name not in exempt
         scale = layer_decay ** (last - layer)
-        start = {"params": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": weight_decay if decays else 0.0, "layer": layer}
+        start = {
+            "params": [],
+            "lr": lr * scale,
+            "lr_scale": scale,
+            "weight_decay": weight_decay if decays else 0.0,
+            "layer": layer,
+        }
         groups.setdefault((layer, decays), start)["params"].append(p)
     return list(groups.values())
 
 
 def freeze(model: nn.Module, layers: int | None = None) -> list[str]:
-    """Stop the gradients of the embedding and the first ``layers`` blocks; None freezes all but the head. Returns the names frozen.
+    """Stop the gradients of the embedding and the first ``layers`` blocks; None freezes all but the head. Returns the
+    names frozen.
 
     0 freezes the embedding alone.
     """

@@ -1,7 +1,9 @@
-"""What a model costs: parameters, multiply-accumulates, tokens, and the memory that attention takes with and without fusion.
+"""What a model costs: parameters, multiply-accumulates, tokens, and the memory that attention takes with and without
+fusion.
 
-Everything is counted from the model: it runs on tensors without storage, every matrix product and convolution is recorded, and every
-attention layer reports the scores it would store. "FLOPs" in the papers of ViT and Swin are multiply-accumulates (MACs), as here.
+Everything is counted from the model: it runs on tensors without storage, every matrix product and convolution is
+recorded, and every attention layer reports the scores it would store. "FLOPs" in the papers of ViT and Swin are
+multiply-accumulates (MACs), as here.
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ from pyvit.torch_private import fake_mode
 class Cost:
     """Cost of one input.
 
-    params: parameters, positions and mask tokens included. macs: multiply-accumulates of matrix products and convolutions.
-    tokens: the longest sequence any attention layer sees; for windows, tokens of a window.
-    scores: attention probabilities of all layers together, as many numbers as naive attention stores for the backward pass.
-    statistics: what fused attention stores in their place, one log-sum-exp per query and head.
+    params: parameters, positions and mask tokens included. macs: multiply-accumulates of matrix products and
+    convolutions. tokens: the longest sequence any attention layer sees; for windows, tokens of a window.
+    scores: attention probabilities of all layers together, as many numbers as naive attention stores for the backward
+    pass. statistics: what fused attention stores in their place, one log-sum-exp per query and head.
     """
 
     name: str
@@ -46,7 +48,8 @@ class Cost:
 
 
 def count(model: str, **overrides: Any) -> Cost:
-    """Cost of a registered model for one input, with settings overridden (``img_size=384``); nothing is allocated or computed.
+    """Cost of a registered model for one input, with settings overridden (``img_size=384``); nothing is allocated or
+    computed.
 
     Of models that exist to train an encoder by comparison (DINO, SimCLR), the encoder is counted.
     """
@@ -56,14 +59,17 @@ def count(model: str, **overrides: Any) -> Cost:
     with fake_mode():
         for module in made.modules():
             for name, p in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="cpu"), requires_grad=False))
+                setattr(
+                    module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="cpu"), requires_grad=False)
+                )
             for name, b in module.named_buffers(recurse=False):
                 setattr(module, name, torch.empty(b.shape, dtype=b.dtype, device="cpu"))
         return count_module(made, name=model)
 
 
 def count_module(model: nn.Module, inputs: Sequence[Any] | None = None, name: str | None = None) -> Cost:
-    """Cost of one forward pass of a module; ``inputs`` default to the model's own ``example_inputs``, a batch of one."""
+    """Cost of one forward pass of a module; ``inputs`` default to the model's own ``example_inputs``, a batch of
+    one."""
     inputs = tuple(model.example_inputs(1)) if inputs is None else tuple(inputs)  # type: ignore[operator]
     seen: list[tuple[int, int, int]] = []  # (sequences x heads, queries, keys) of each attention call
 
@@ -75,7 +81,8 @@ def count_module(model: nn.Module, inputs: Sequence[Any] | None = None, name: st
     first = tree_leaves(inputs)[0]
     device = first.device.type
     try:
-        # The counter sees the dispatcher's operators, which are those of the CPU; the reference is made of products it knows.
+        # The counter sees the dispatcher's operators, which are those of the CPU; the reference is made of products it
+        # knows.
         with torch.no_grad(), counter, use_backend(None if device == "cpu" else "reference"):
             model(*inputs)
     finally:
@@ -108,7 +115,8 @@ PIXELS_OR_PATCHES = (
 
 @dataclass(frozen=True)
 class Published:
-    """A row of the Swin paper's comparison of ImageNet-22k models (Liu et al., 2021, table 1b): millions of parameters, GMACs, top-1 %."""
+    """A row of the Swin paper's comparison of ImageNet-22k models (Liu et al., 2021, table 1b): millions of parameters,
+    GMACs, top-1 %."""
 
     label: str
     img_size: int
@@ -130,12 +138,14 @@ PAPER_TABLE = (
 
 
 def paper_table() -> list[tuple[Published, Cost | None]]:
-    """Every row of :data:`PAPER_TABLE` with the cost counted here; None for the residual networks, which are cited only."""
+    """Every row of :data:`PAPER_TABLE` with the cost counted here; None for the residual networks, which are cited
+    only."""
     return [(row, count(row.name) if row.name else None) for row in PAPER_TABLE]
 
 
 def throughput(model: nn.Module, batch: int = 8, seconds: float = 3.0, warmup: int = 2) -> float:
-    """Inputs per second of the forward pass on the model's device, in inference mode: whole batches for about ``seconds``."""
+    """Inputs per second of the forward pass on the model's device, in inference mode: whole batches for about
+    ``seconds``."""
     inputs = model.example_inputs(batch)  # type: ignore[operator]
     synchronize = torch.cuda.synchronize if inputs[0].is_cuda else lambda: None
     was_training = model.training

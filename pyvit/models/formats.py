@@ -1,7 +1,8 @@
 """Checkpoint layouts as data: how each library names the parameters that pyvit names as timm does.
 
-A :class:`Rule` reads both ways, so one table serves loading and ``pyvit convert``. In a key, ``{i}`` and ``{j}`` stand for block numbers
-and ``{p}`` for ``weight`` or ``bias``, ``{r}`` for any rest; ``@`` is the name of the base model, which a checkpoint may lack.
+A :class:`Rule` reads both ways, so one table serves loading and ``pyvit convert``. In a key, ``{i}`` and ``{j}`` stand
+for block numbers and ``{p}`` for ``weight`` or ``bias``, ``{r}`` for any rest; ``@`` is the name of the base model,
+which a checkpoint may lack.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Rule:
 
 
 def rule(native: str, foreign: str, op: Op | None = None, swiglu: bool | None = None) -> Rule:
-    """Space-separated keys on either side; several foreign keys for one native are concatenated unless ``op`` says otherwise."""
+    """Space-separated keys on either side; several foreign keys for one native are concatenated unless ``op`` says
+    otherwise."""
     natives, foreigns = tuple(native.split()), tuple(foreign.split())
     return Rule(natives, foreigns, op or (SAME if len(foreigns) == 1 else cat(len(foreigns))), swiglu)
 
@@ -60,8 +62,8 @@ class Format:
     """One library's layout.
 
     marks: keys (templates) that a checkpoint of this layout has; the first format whose marks are all present is taken.
-    bases: names that ``@`` may stand for, the first being written. drop: keys without parameters (buffers), as regular expressions.
-    written: bases that are written instead for models that have all of some native keys.
+    bases: names that ``@`` may stand for, the first being written. drop: keys without parameters (buffers), as regular
+    expressions. written: bases that are written instead for models that have all of some native keys.
     extra: parameters that belong to heads of pre-training, left out with a note when the model has no place for them.
     """
 
@@ -76,15 +78,27 @@ class Format:
 
 def pattern(template: str, bases: tuple[str, ...] = ("",)) -> re.Pattern[str]:
     """Regular expression of a key template."""
-    text = re.escape(template).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)").replace(r"\{p\}", "(?P<p>weight|bias)")
+    text = (
+        re.escape(template)
+        .replace(r"\{i\}", r"(?P<i>\d+)")
+        .replace(r"\{j\}", r"(?P<j>\d+)")
+        .replace(r"\{p\}", "(?P<p>weight|bias)")
+    )
     text = text.replace(r"\{r\}", "(?P<r>.+)")
-    return re.compile(text.replace("@", "(?P<base>" + "|".join(map(re.escape, sorted(bases, key=len, reverse=True))) + ")"))
+    return re.compile(
+        text.replace("@", "(?P<base>" + "|".join(map(re.escape, sorted(bases, key=len, reverse=True))) + ")")
+    )
 
 
-def block(native: str, foreign: str, *, norm1: str, qkv: str, proj: str, norm2: str, fc1: str, fc2: str, joint: bool = False) -> list[Rule]:
+def block(
+    native: str, foreign: str, *, norm1: str, qkv: str, proj: str, norm2: str, fc1: str, fc2: str, joint: bool = False
+) -> list[Rule]:
     """Rules of a transformer block; ``qkv`` names three projections, or with ``joint`` one."""
     pairs = {"norm1": norm1, "attn.proj": proj, "norm2": norm2, "mlp.fc1": fc1, "mlp.fc2": fc2}
-    rules = [rule(f"{native}{a}.{{p}}", f"{foreign}{b}.{{p}}", swiglu=False if "mlp" in a else None) for a, b in pairs.items()]
+    rules = [
+        rule(f"{native}{a}.{{p}}", f"{foreign}{b}.{{p}}", swiglu=False if "mlp" in a else None)
+        for a, b in pairs.items()
+    ]
     if joint:  # torch.nn.MultiheadAttention: in_proj_weight, in_proj_bias
         return [*rules, *(rule(f"{native}attn.qkv.{p}", f"{foreign}{qkv}_{p}") for p in ("weight", "bias"))]
     return [*rules, rule(f"{native}attn.qkv.{{p}}", " ".join(f"{foreign}{part}.{{p}}" for part in qkv.split()))]
@@ -92,7 +106,12 @@ def block(native: str, foreign: str, *, norm1: str, qkv: str, proj: str, norm2: 
 
 def _hf_block(native: str, foreign: str, new: bool) -> list[Rule]:
     names = (
-        {"qkv": "attention.q_proj attention.k_proj attention.v_proj", "proj": "attention.o_proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+        {
+            "qkv": "attention.q_proj attention.k_proj attention.v_proj",
+            "proj": "attention.o_proj",
+            "fc1": "mlp.fc1",
+            "fc2": "mlp.fc2",
+        }
         if new
         else {
             "qkv": "attention.attention.query attention.attention.key attention.attention.value",
@@ -124,7 +143,9 @@ def _hf_vit(new: bool) -> Format:
             rule("decoder_pos_embed", "decoder.decoder_pos_embed"),
             *(rule(f"decoder_{part}.{{p}}", f"decoder.decoder_{part}.{{p}}") for part in ("embed", "norm", "pred")),
             *_hf_block("decoder_blocks.{i}.", "decoder.decoder_layers.{i}.", new),
-            *([] if new else _hf_block("decoder_blocks.{i}.", "decoder.decoder_encoder.layer.{i}.", False)),  # as version 5 saves them
+            *(
+                [] if new else _hf_block("decoder_blocks.{i}.", "decoder.decoder_encoder.layer.{i}.", False)
+            ),  # as version 5 saves them
         ),
         ("vit.", "deit.", "audio_spectrogram_transformer.", ""),
         extra=(r"(vit\.)?pooler\..*", r"decoder\..*"),
@@ -136,7 +157,11 @@ def _hf_dinov2(new: bool) -> Format:
     layer = "@encoder.layer.{i}."
     old = "attention.attention."
     names = "attention.q_proj attention.k_proj attention.v_proj" if new else f"{old}query {old}key {old}value"
-    glu = (f"{layer}mlp.gate_proj.{{p}} {layer}mlp.up_proj.{{p}}", "down_proj") if new else (f"{layer}mlp.weights_in.{{p}}", "weights_out")
+    glu = (
+        (f"{layer}mlp.gate_proj.{{p}} {layer}mlp.up_proj.{{p}}", "down_proj")
+        if new
+        else (f"{layer}mlp.weights_in.{{p}}", "weights_out")
+    )
     proj = "attention.o_proj" if new else "attention.output.dense"
     return Format(
         "transformers DINOv2" if new else "transformers<5 DINOv2",
@@ -147,7 +172,9 @@ def _hf_dinov2(new: bool) -> Format:
             rule("reg_token", "@embeddings.register_tokens"),
             rule("pos_embed", "@embeddings.position_embeddings"),
             rule("patch_embed.proj.{p}", "@embeddings.patch_embeddings.projection.{p}"),
-            *block("blocks.{i}.", layer, norm1="norm1", qkv=names, proj=proj, norm2="norm2", fc1="mlp.fc1", fc2="mlp.fc2"),
+            *block(
+                "blocks.{i}.", layer, norm1="norm1", qkv=names, proj=proj, norm2="norm2", fc1="mlp.fc1", fc2="mlp.fc2"
+            ),
             rule("blocks.{i}.mlp.fc1.{p}", glu[0], swiglu=True),
             rule("blocks.{i}.mlp.fc2.{p}", f"{layer}mlp.{glu[1]}.{{p}}", swiglu=True),
             rule("blocks.{i}.ls1.gamma", f"{layer}layer_scale1.lambda1"),
@@ -188,7 +215,9 @@ def _hf_swin(version: int, new: bool = False) -> Format:
         blocks = _hf_block(ours, layer, True) if new else block(ours, layer, **norms, **names)
         blocks.append(rule(ours + "attn.relative_position_bias_table", mark))
         title = "transformers Swin" if new else "transformers<5 Swin"
-        return Format(title, (mark,), (*common, *blocks), ("swin.", ""), (r".*relative_position_index",), (r".*mask_token",))
+        return Format(
+            title, (mark,), (*common, *blocks), ("swin.", ""), (r".*relative_position_index",), (r".*mask_token",)
+        )
     blocks = [
         r
         for r in block(ours, layer, norm1="layernorm_before", norm2="layernorm_after", **names)
@@ -202,16 +231,29 @@ def _hf_swin(version: int, new: bool = False) -> Format:
         *(rule(f"{ours}attn.cpb_mlp.{n}", f"{at}continuous_position_bias_mlp.{n}") for n in ("0.{p}", "2.weight")),
     ]
     drop = (r".*relative_position_index", r".*relative_coords_table")
-    return Format("transformers SwinV2", (at + "logit_scale",), (*common, *blocks), ("swinv2.", ""), drop, (r".*mask_token",))
+    return Format(
+        "transformers SwinV2", (at + "logit_scale",), (*common, *blocks), ("swinv2.", ""), drop, (r".*mask_token",)
+    )
 
 
 def _hf_clip(siglip: bool) -> Format:
     """transformers' CLIP and SigLIP."""
-    names = {"qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "proj": "self_attn.out_proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+    names = {
+        "qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+        "proj": "self_attn.out_proj",
+        "fc1": "mlp.fc1",
+        "fc2": "mlp.fc2",
+    }
     towers = [
         r
         for ours, theirs in (("visual", "vision_model"), ("text", "text_model"))
-        for r in block(f"{ours}.blocks.{{i}}.", f"{theirs}.encoder.layers.{{i}}.", norm1="layer_norm1", norm2="layer_norm2", **names)
+        for r in block(
+            f"{ours}.blocks.{{i}}.",
+            f"{theirs}.encoder.layers.{{i}}.",
+            norm1="layer_norm1",
+            norm2="layer_norm2",
+            **names,
+        )
     ]
     head = "vision_model.head."
     return Format(
@@ -236,7 +278,9 @@ def _hf_clip(siglip: bool) -> Format:
             rule("text.token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
             rule("text.positional_embedding", "text_model.embeddings.position_embedding.weight"),
             rule("text.ln_final.{p}", "text_model.final_layer_norm.{p}"),
-            rule("text.proj.weight", "text_projection.weight") if not siglip else rule("text.proj.{p}", "text_model.head.{p}"),
+            rule("text.proj.weight", "text_projection.weight")
+            if not siglip
+            else rule("text.proj.{p}", "text_model.head.{p}"),
             rule("logit_scale", "logit_scale", SCALAR if siglip else SAME),
             *([rule("logit_bias", "logit_bias", SCALAR)] if siglip else []),
         ),
@@ -249,10 +293,20 @@ _CLIP_BUFFERS = (r"input_resolution|context_length|vocab_size", r".*attn_mask")
 
 def _openai_clip(text: str, name: str) -> Format:
     """OpenAI's CLIP and open_clip; ``text`` is the prefix of the text tower."""
-    names = {"norm1": "ln_1", "qkv": "attn.in_proj", "proj": "attn.out_proj", "norm2": "ln_2", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}
+    names = {
+        "norm1": "ln_1",
+        "qkv": "attn.in_proj",
+        "proj": "attn.out_proj",
+        "norm2": "ln_2",
+        "fc1": "mlp.c_fc",
+        "fc2": "mlp.c_proj",
+    }
     return Format(
         name,
-        ("visual.transformer.resblocks.{i}.attn.in_proj_weight", f"{text}transformer.resblocks.{{i}}.attn.in_proj_weight"),
+        (
+            "visual.transformer.resblocks.{i}.attn.in_proj_weight",
+            f"{text}transformer.resblocks.{{i}}.attn.in_proj_weight",
+        ),
         (
             *block("visual.blocks.{i}.", "visual.transformer.resblocks.{i}.", joint=True, **names),
             rule("visual.cls_token", "visual.class_embedding", ROW_TO_TOKEN),
@@ -282,7 +336,14 @@ def _openai_clip_resnet() -> Format:
 
 def _torchvision_vit(fc1: str, fc2: str, name: str) -> Format:
     layer = "encoder.layers.encoder_layer_{i}."
-    names = {"norm1": "ln_1", "qkv": "self_attention.in_proj", "proj": "self_attention.out_proj", "norm2": "ln_2", "fc1": fc1, "fc2": fc2}
+    names = {
+        "norm1": "ln_1",
+        "qkv": "self_attention.in_proj",
+        "proj": "self_attention.out_proj",
+        "norm2": "ln_2",
+        "fc1": fc1,
+        "fc2": fc2,
+    }
     return Format(
         name,
         (layer + "self_attention.in_proj_weight", f"{layer}{fc1}.weight"),
@@ -315,7 +376,9 @@ def _torchvision_swin(version: int) -> Format:
             rules.append(rule(f"{ours}attn.q_bias {ours}attn.v_bias", f"{theirs}attn.qkv.bias", QKV_BIAS_TO_QV))
         rules += [rule(f"{ours}attn.{k}", f"{theirs}attn.{k}") for k in same]
         if s:
-            rules += [rule(f"layers.{s}.downsample.{k}", f"features.{2 * s}.{k}") for k in ("reduction.weight", "norm.{p}")]
+            rules += [
+                rule(f"layers.{s}.downsample.{k}", f"features.{2 * s}.{k}") for k in ("reduction.weight", "norm.{p}")
+            ]
     mark = "features.1.{j}.attn." + ("relative_position_bias_table" if version == 1 else "logit_scale")
     drop = (r".*relative_position_index", r".*relative_coords_table")
     return Format(f"torchvision Swin{'V2' if version == 2 else ''}", (mark,), tuple(rules), drop=drop)
@@ -328,8 +391,14 @@ VITDET = Format(
     (
         rule("pos_embed", "@embeddings.position_embeddings"),
         rule("patch_embed.proj.{p}", "@embeddings.projection.{p}"),
-        *(rule(f"blocks.{{i}}.attn.{k}", f"{_VITDET_LAYER}attention.{k}") for k in ("qkv.{p}", "proj.{p}", "rel_pos_h", "rel_pos_w")),
-        *(rule(f"blocks.{{i}}.{k}.{{p}}", f"{_VITDET_LAYER}{k}.{{p}}") for k in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")),
+        *(
+            rule(f"blocks.{{i}}.attn.{k}", f"{_VITDET_LAYER}attention.{k}")
+            for k in ("qkv.{p}", "proj.{p}", "rel_pos_h", "rel_pos_w")
+        ),
+        *(
+            rule(f"blocks.{{i}}.{k}.{{p}}", f"{_VITDET_LAYER}{k}.{{p}}")
+            for k in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")
+        ),
     ),
     ("vitdet.", ""),
 )

@@ -1,4 +1,5 @@
-"""Hybrid ViTs: patches are cut from the feature map of a residual network. Dosovitskiy et al. (2021), section 3.1, "Hybrid Architecture".
+"""Hybrid ViTs: patches are cut from the feature map of a residual network. Dosovitskiy et al. (2021), section 3.1,
+"Hybrid Architecture".
 
 The plain convolutional stem is that of Xiao et al., "Early Convolutions Help Transformers See Better" (2021).
 """
@@ -59,7 +60,8 @@ class Bottleneck(nn.Module):
 
 
 class ResNetV2Stem(nn.Module):
-    """(B, C, H, W) to a map at stride 2^(stages + 1), with timm's names; no stages: one convolution and the pooling, at stride 4."""
+    """(B, C, H, W) to a map at stride 2^(stages + 1), with timm's names; no stages: one convolution and the pooling, at
+    stride 4."""
 
     def __init__(self, layers: Sequence[int], in_chans: int = 3) -> None:
         super().__init__()
@@ -104,7 +106,9 @@ class ConvStem(nn.Module):
 class HybridEmbed(PatchEmbed):
     """A stem, then patches of its map: the images' sides must divide by stride times patch."""
 
-    def __init__(self, backbone: ResNetV2Stem | ConvStem, patch_size: int | Sequence[int], embed_dim: int, bias: bool) -> None:
+    def __init__(
+        self, backbone: ResNetV2Stem | ConvStem, patch_size: int | Sequence[int], embed_dim: int, bias: bool
+    ) -> None:
         super().__init__(patch_size, backbone.channels, embed_dim, bias=bias)
         self.backbone = backbone
 
@@ -115,7 +119,12 @@ class HybridEmbed(PatchEmbed):
     def grid(self, size: Sequence[int]) -> tuple[int, int]:
         step = self.backbone.stride
         if any(n % (step * p) for n, p in zip(size, self.patch_size, strict=True)):
-            raise ValueError(f"HybridEmbed: images must have sides that divide by {step} x patch {self.patch_size}, got {tuple(size)}")
+            raise ValueError(
+
+                    f"HybridEmbed: images must have sides that divide by {step} x patch {self.patch_size}, got "
+                    f"{tuple(size)}"
+
+            )
         return super().grid([n // step for n in size])
 
     def forward(self, images: Tensor, **tokens: Any) -> Tensor:
@@ -131,12 +140,16 @@ class HybridVisionTransformer(VisionTransformer):
         vit: settings of VisionTransformer; ``patch_size`` counts positions of the stem's map.
     """
 
-    def __init__(self, layers: Sequence[int] = (3, 4, 9), conv_channels: Sequence[int] | None = None, **vit: Any) -> None:
+    def __init__(
+        self, layers: Sequence[int] = (3, 4, 9), conv_channels: Sequence[int] | None = None, **vit: Any
+    ) -> None:
         self._stem = (tuple(layers), conv_channels)
         self._in_chans = vit.get("in_chans", 3)
         super().__init__(**{"patch_size": 1, **vit})
 
-    def make_patch_embed(self, patch_size: int | Sequence[int], in_chans: int, embed_dim: int, **options: Any) -> PatchEmbed:
+    def make_patch_embed(
+        self, patch_size: int | Sequence[int], in_chans: int, embed_dim: int, **options: Any
+    ) -> PatchEmbed:
         if any(options.get(k) is not None for k in ("stride", "mean", "std")):
             raise ValueError("HybridVisionTransformer: patch_stride, mean and std do not apply to a stem")
         layers, channels = self._stem
@@ -152,4 +165,9 @@ register("vit_base_r50_s16_384", HybridVisionTransformer, img_size=384, **SIZES[
 register("vit_large_r50_s32_224", HybridVisionTransformer, layers=(3, 4, 6, 3), **SIZES["large"])
 register("vit_small_r26_s32_224", HybridVisionTransformer, layers=(2, 2, 2, 2), **SIZES["small"])
 register("vit_tiny_r_s16_p8_224", HybridVisionTransformer, layers=(), patch_size=8, **SIZES["tiny"])
-register("vit_base_conv_s16_224", HybridVisionTransformer, conv_channels=(64, 128, 256, 512), **{**SIZES["base"], "depth": 11})
+register(
+    "vit_base_conv_s16_224",
+    HybridVisionTransformer,
+    conv_channels=(64, 128, 256, 512),
+    **{**SIZES["base"], "depth": 11},
+)

@@ -19,13 +19,16 @@ from pyvit.models.facts import Facts, facts_of_config, lookup
 from pyvit.models.mae import MaskedAutoencoder
 
 
-def model_from_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any], **overrides: Any) -> tuple[nn.Module, LoadReport]:
+def model_from_checkpoint(
+    source: str | os.PathLike[str] | Mapping[str, Any], **overrides: Any
+) -> tuple[nn.Module, LoadReport]:
     """A ViT, DeiT, MAE, Swin, CLIP or SigLIP model with the weights of ``source``, and the report of loading it.
 
-    Heads of attention, the activation and the like do not show in shapes: they are the file's where it or the configuration beside it names
-    them. Where nothing does, widths of the published sizes take their heads, others 64 channels per head; give ``num_heads`` where that is
-    wrong. Swin V2's windows show in the buffers that Microsoft's and torchvision's checkpoints hold and in transformers'
-    configuration; timm's need ``window_size`` (and ``img_size``). ``overrides`` win over what was inferred.
+    Heads of attention, the activation and the like do not show in shapes: they are the file's where it or the
+    configuration beside it names them. Where nothing does, widths of the published sizes take their heads, others 64
+    channels per head; give ``num_heads`` where that is wrong. Swin V2's windows show in the buffers that Microsoft's
+    and torchvision's checkpoints hold and in transformers' configuration; timm's need ``window_size`` (and
+    ``img_size``). ``overrides`` win over what was inferred.
 
     Raises ValueError when the layout is of no known kind of model, or is of a Swin V2 whose window nothing tells.
     """
@@ -39,11 +42,18 @@ def model_from_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any], **
     if settings.get("version") == 2:
         settings |= _windows_v2(state, settings) or _windows_named(opened.config)
         if "window_size" not in {**settings, **overrides}:
-            raise ValueError("model_from_checkpoint: nothing in this Swin V2 checkpoint tells its window: give window_size (and img_size)")
+            raise ValueError(
+
+                    "model_from_checkpoint: nothing in this Swin V2 checkpoint tells its window: give window_size (and "
+                    "img_size)"
+
+            )
     model = constructor(**{**settings, **overrides})
     report = load_checkpoint(model, opened, allow=(r".*num_heads",) if "num_heads" in overrides else ())
     if constructor is not swin.SwinTransformer and not {"num_heads"} & (told.keys() | overrides.keys()):
-        report.notes.append(f"num_heads={settings['num_heads']} is a guess from the width: nothing in the file names it")
+        report.notes.append(
+            f"num_heads={settings['num_heads']} is a guess from the width: nothing in the file names it"
+        )
     return model, report
 
 
@@ -52,7 +62,10 @@ def _told(facts: Facts, constructor: Any, settings: Mapping[str, Any]) -> dict[s
     at = "visual." if constructor in (clip_vit, siglip_vit) else ""
     wanted = {"norm_eps": (at + "norm", "eps"), "global_pool": (at[:-1], "global_pool")}
     if "num_heads" in settings and constructor is not swin.SwinTransformer:
-        wanted |= {"num_heads": (at + "blocks.0.attn", "num_heads"), "activation": (at + "blocks.0.mlp.fc1", "activation")}
+        wanted |= {
+            "num_heads": (at + "blocks.0.attn", "num_heads"),
+            "activation": (at + "blocks.0.mlp.fc1", "activation"),
+        }
     if constructor is clip_vit and "text_heads" in settings:
         wanted |= {"text_heads": ("text.blocks.0.attn", "num_heads"), "eot": ("text", "eot")}
     found = {name: lookup(facts, path, fact) for name, (path, fact) in wanted.items()}
@@ -60,7 +73,8 @@ def _told(facts: Facts, constructor: Any, settings: Mapping[str, Any]) -> dict[s
 
 
 def structure(source: Source) -> dict[str, Any]:
-    """Settings of a ViT that must fit the weights and that a model's name may leave open; {} where the weights are not a ViT's."""
+    """Settings of a ViT that must fit the weights and that a model's name may leave open; {} where the weights are not
+    a ViT's."""
     native, _, _ = to_native(source.state, recognise(source.state))
     facts = source.facts or facts_of_config(source.config, native)
     at = "visual." if any(k.startswith("visual.") for k in native) else ""
@@ -72,7 +86,17 @@ def structure(source: Source) -> dict[str, Any]:
         "activation": lookup(facts, at + "blocks.0.mlp.fc1", "activation"),
         "global_pool": lookup(facts, at[:-1], "global_pool"),
     }
-    names = ("qkv_bias", "qk_norm", "init_values", "reg_tokens", "pre_norm", "patch_bias", "activation", "global_pool", "mlp_ratio")
+    names = (
+        "qkv_bias",
+        "qk_norm",
+        "init_values",
+        "reg_tokens",
+        "pre_norm",
+        "patch_bias",
+        "activation",
+        "global_pool",
+        "mlp_ratio",
+    )
     return {**{k: v for k, v in told.items() if v is not None}, **{k: shown[k] for k in names if k in shown}}
 
 
@@ -105,7 +129,11 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
 
 def _mlp(state: Mapping[str, Tensor], block: str, width: int) -> dict[str, Any]:
     wide, hidden = state[block + "mlp.fc1.weight"].shape[0], state[block + "mlp.fc2.weight"].shape[1]
-    return {"activation": "swiglu", "mlp_ratio": hidden * 1.5 / width} if wide == 2 * hidden else {"mlp_ratio": _ratio(hidden, width)}
+    return (
+        {"activation": "swiglu", "mlp_ratio": hidden * 1.5 / width}
+        if wide == 2 * hidden
+        else {"mlp_ratio": _ratio(hidden, width)}
+    )
 
 
 def _ratio(hidden: int, width: int) -> float:
@@ -154,7 +182,10 @@ def _vit(state: Mapping[str, Tensor], prefix: str, grid: Sequence[int] | None = 
     found = [t for t in (tokens, 0) if math.isqrt(pos.shape[1] - t) ** 2 == pos.shape[1] - t]
     if not found:
         raise ValueError(
-            f"model_from_checkpoint: {prefix}pos_embed of {pos.shape[1]} positions is no square grid; create the model by name"
+
+                f"model_from_checkpoint: {prefix}pos_embed of {pos.shape[1]} positions is no square grid; create the "
+                "model by name"
+
         )
     side = math.isqrt(pos.shape[1] - found[0])
     return settings | {"img_size": (side * ph, side * pw), "no_embed_class": found[0] == 0}
@@ -165,7 +196,10 @@ def _spectrogram(settings: dict[str, Any], facts: Facts) -> dict[str, Any]:
     grid, stride = lookup(facts, "", "grid"), lookup(facts, "patch_embed", "stride")
     if grid is None:
         raise ValueError(
-            "model_from_checkpoint: nothing tells the spectrogram's size and the stride of its patches: create the model by name"
+
+                "model_from_checkpoint: nothing tells the spectrogram's size and the stride of its patches: create the "
+                "model by name"
+
         )
     stride = stride or settings["patch_size"]
     size = tuple((n - 1) * s + p for n, s, p in zip(grid, stride, settings["patch_size"], strict=True))
@@ -175,7 +209,12 @@ def _spectrogram(settings: dict[str, Any], facts: Facts) -> dict[str, Any]:
 def _decoder(state: Mapping[str, Tensor]) -> dict[str, Any]:
     width = state["decoder_embed.weight"].shape[0]
     depth = _count(state, r"decoder_blocks\.(\d+)\.")
-    return {"decoder_embed_dim": width, "decoder_depth": depth, "decoder_num_heads": max(width // 32, 1), "num_classes": 0}
+    return {
+        "decoder_embed_dim": width,
+        "decoder_depth": depth,
+        "decoder_num_heads": max(width // 32, 1),
+        "num_classes": 0,
+    }
 
 
 def _swin(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -205,7 +244,8 @@ def _swin(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _windows_v2(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Swin V2's windows, image and pre-training windows, from the buffers of offsets (1, 2 wh - 1, 2 ww - 1, 2); {} without them.
+    """Swin V2's windows, image and pre-training windows, from the buffers of offsets (1, 2 wh - 1, 2 ww - 1, 2); {}
+    without them.
 
     The largest coordinate, log2(1 + 8 (window - 1) / (trained - 1)) / 3, tells the window at pre-training.
     """
@@ -228,7 +268,11 @@ def _windows_named(config: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     trained = config.get("pretrained_window_sizes") or []
     named = {"pretrained_window_sizes": tuple(trained)} if any(trained) else {}
-    return {"window_size": config["window_size"], **({"img_size": config["image_size"]} if "image_size" in config else {}), **named}
+    return {
+        "window_size": config["window_size"],
+        **({"img_size": config["image_size"]} if "image_size" in config else {}),
+        **named,
+    }
 
 
 def _clip(state: Mapping[str, Tensor], grid: Sequence[int] | None) -> tuple[Any, dict[str, Any]]:
@@ -244,7 +288,11 @@ def _clip(state: Mapping[str, Tensor], grid: Sequence[int] | None) -> tuple[Any,
         "vocab_size": words[0],
     }
     if "text.positional_embedding" not in state:
-        return clip_vit, shared | {"text": "cbow", "text_width": words[1], "embed_dim": state["text.proj.weight"].shape[0]}
+        return clip_vit, shared | {
+            "text": "cbow",
+            "text_width": words[1],
+            "embed_dim": state["text.proj.weight"].shape[0],
+        }
     shared["context_length"] = state["text.positional_embedding"].shape[0]
     if "visual.attn_pool.latent" in state:
         return siglip_vit, shared

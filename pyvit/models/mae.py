@@ -26,7 +26,12 @@ class MaskedAutoencoder(VisionTransformer):
     """
 
     def __init__(
-        self, decoder_embed_dim: int = 512, decoder_depth: int = 8, decoder_num_heads: int = 16, norm_pix_loss: bool = True, **encoder: Any
+        self,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        norm_pix_loss: bool = True,
+        **encoder: Any,
     ) -> None:
         super().__init__(**{"num_classes": 0, "global_pool": "token", "pos_embed": "sincos", **encoder})
         (ph, pw), c, eps = self.patch_embed.patch_size, self.patch_embed.in_chans, self.norm_eps
@@ -35,9 +40,13 @@ class MaskedAutoencoder(VisionTransformer):
         self.norm_pix_loss = norm_pix_loss
         self.decoder_embed = Linear(self.embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        positions = F.pad(sincos_2d(decoder_embed_dim, self.grid).to(self.mask_token), (0, 0, self.num_prefix_tokens, 0))[None]
+        positions = F.pad(
+            sincos_2d(decoder_embed_dim, self.grid).to(self.mask_token), (0, 0, self.num_prefix_tokens, 0)
+        )[None]
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
-        self.decoder_blocks = nn.Sequential(*(Block(decoder_embed_dim, decoder_num_heads, eps=eps) for _ in range(decoder_depth)))
+        self.decoder_blocks = nn.Sequential(
+            *(Block(decoder_embed_dim, decoder_num_heads, eps=eps) for _ in range(decoder_depth))
+        )
         self.decoder_norm = LayerNorm(decoder_embed_dim, eps, before_linear=True)
         self.decoder_pred = Linear(decoder_embed_dim, ph * pw * c)
         self.init_autoencoder()
@@ -55,18 +64,26 @@ class MaskedAutoencoder(VisionTransformer):
             if token is not None:
                 nn.init.normal_(token, std=0.02)
 
-    def random_masking(self, batch: int, patches: int, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """A random choice per image: patches kept (B, K) in random order, where each patch went (B, N), and the mask (B, N).
+    def random_masking(
+        self, batch: int, patches: int, mask_ratio: float, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A random choice per image: patches kept (B, K) in random order, where each patch went (B, N), and the mask
+        (B, N).
 
         The mask is 1 where hidden. ``noise`` (B, N) decides the order where given; the smallest values are kept.
         """
-        noise = torch.rand(batch, patches, dtype=torch.float32, device=self.mask_token.device) if noise is None else noise
+        noise = (
+            torch.rand(batch, patches, dtype=torch.float32, device=self.mask_token.device) if noise is None else noise
+        )
         shuffle = noise.argsort(1)
         restore = shuffle.argsort(1)
         kept = int(patches * (1 - mask_ratio))
         if not 0 < kept < patches:
             raise ValueError(
-                f"MaskedAutoencoder: mask_ratio must hide some of the {patches} patches and leave some, {mask_ratio} leaves {kept}"
+
+                    f"MaskedAutoencoder: mask_ratio must hide some of the {patches} patches and leave some, "
+                    f"{mask_ratio} leaves {kept}"
+
             )
         return shuffle[:, :kept], restore, (restore >= kept).float()
 
@@ -75,7 +92,9 @@ class MaskedAutoencoder(VisionTransformer):
         x = self.decoder_embed(latent)
         prefix, visible = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
         hidden = self.mask_token.to(x.dtype).expand(x.shape[0], restore.shape[1] - visible.shape[1], -1)
-        patches = torch.cat((visible, hidden), 1).gather(1, restore[:, :, None].expand(-1, -1, x.shape[2]))  # back in order
+        patches = torch.cat((visible, hidden), 1).gather(
+            1, restore[:, :, None].expand(-1, -1, x.shape[2])
+        )  # back in order
         pos = self.decoder_pos_embed[0]
         first = pos.shape[0] - self.grid[0] * self.grid[1]
         pos = torch.cat((pos[:first], resample_positions(pos[first:], self.grid, grid, **self.interpolation)))  # type: ignore[arg-type]
@@ -84,8 +103,11 @@ class MaskedAutoencoder(VisionTransformer):
             x = self.run_block(block, x)
         return self.decoder_pred(self.decoder_norm(x))[:, self.num_prefix_tokens :]
 
-    def forward(self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, C, H, W), floating and normalised, to loss (), predicted patches (B, N, ph * pw * C) and mask (B, N)."""
+    def forward(
+        self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, C, H, W), floating and normalised, to loss (), predicted patches (B, N, ph * pw * C) and mask (B,
+        N)."""
         if not 0.0 < mask_ratio < 1.0:
             raise ValueError(f"MaskedAutoencoder: mask_ratio must be in (0, 1), got {mask_ratio}")
         grid = self.patch_embed.grid(images.shape[2:])
@@ -96,7 +118,9 @@ class MaskedAutoencoder(VisionTransformer):
         return masked_pixel_loss(prediction, images, mask, patch, self.norm_pix_loss), prediction, mask
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def reconstruct(
+        self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Images with their hidden patches painted (B, C, H, W), and the mask as an image (B, 1, H, W)."""
         _, prediction, mask = self(images, mask_ratio, noise)
         patch, grid = self.patch_embed.patch_size[0], self.patch_embed.grid(images.shape[2:])

@@ -16,7 +16,8 @@ REGISTRY: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {}
 
 
 def register(name: str, constructor: Callable[..., nn.Module], **settings: Any) -> None:
-    """Make ``create_model(name, **overrides)`` call ``constructor(**settings, **overrides)``; an override wins over a setting."""
+    """Make ``create_model(name, **overrides)`` call ``constructor(**settings, **overrides)``; an override wins over a
+    setting."""
     if name in REGISTRY:
         raise ValueError(f"register: {name!r} is already a model")
     REGISTRY[name] = (constructor, settings)
@@ -32,15 +33,17 @@ def settings_of(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
     return constructor, dict(settings)
 
 
-def create_model(name: str, *, checkpoint: str | os.PathLike[str] | Mapping[str, Tensor] | None = None, **overrides: Any) -> nn.Module:
+def create_model(
+    name: str, *, checkpoint: str | os.PathLike[str] | Mapping[str, Tensor] | None = None, **overrides: Any
+) -> nn.Module:
     """A registered model, in training mode, freshly initialised or with the weights of ``checkpoint``.
 
     Args:
         name: one of :func:`list_models`; names follow timm.
-        checkpoint: a file or state dict for :func:`pyvit.load_checkpoint`, of any format it recognises. With ``num_classes`` given,
-            a head of another size stays as initialised, and a warning says so.
-        overrides: settings of the constructor to change, such as ``num_classes``, ``img_size``, ``patch_size``, ``embed_dim``, ``depth``,
-            ``drop_path_rate``.
+        checkpoint: a file or state dict for :func:`pyvit.load_checkpoint`, of any format it recognises. With
+            ``num_classes`` given, a head of another size stays as initialised, and a warning says so.
+        overrides: settings of the constructor to change, such as ``num_classes``, ``img_size``, ``patch_size``,
+            ``embed_dim``, ``depth``, ``drop_path_rate``.
 
     Raises ValueError for an unknown name and TypeError for a setting the constructor does not have.
     """

@@ -67,7 +67,8 @@ def stages(width: int, layers: Sequence[int], bottleneck: bool, antialias: bool)
 class ResNet(nn.Module):
     """Images (B, C, H, W) to logits (B, num_classes), or features with ``num_classes`` 0.
 
-    ``small``: SimCLR's form for 32-pixel images (appendix B.9): a 3x3 first convolution without stride, and no pooling after it.
+    ``small``: SimCLR's form for 32-pixel images (appendix B.9): a 3x3 first convolution without stride, and no pooling
+    after it.
     """
 
     def __init__(
@@ -84,7 +85,9 @@ class ResNet(nn.Module):
         self.img_size, self.in_chans, self.small = pair(img_size), in_chans, small
         self.conv1 = conv(in_chans, width, 3) if small else conv(in_chans, width, 7, 2)
         self.bn1 = nn.BatchNorm2d(width)
-        (self.layer1, self.layer2, self.layer3, self.layer4), self.num_features = stages(width, layers, bottleneck, False)
+        (self.layer1, self.layer2, self.layer3, self.layer4), self.num_features = stages(
+            width, layers, bottleneck, False
+        )
         self.reset_classifier(num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -136,7 +139,9 @@ class AttentionPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2:] != (self.side, self.side):
-            raise ValueError(f"AttentionPool2d: the map must be {self.side} x {self.side} (img_size / 32), got {tuple(x.shape[2:])}")
+            raise ValueError(
+                f"AttentionPool2d: the map must be {self.side} x {self.side} (img_size / 32), got {tuple(x.shape[2:])}"
+            )
         x = x.flatten(2).transpose(1, 2)  # (B, N, C)
         x = torch.cat((x.mean(1, keepdim=True), x), 1) + self.positional_embedding
         split = lambda t: t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # noqa: E731
@@ -145,7 +150,8 @@ class AttentionPool2d(nn.Module):
 
 
 class CLIPResNet(nn.Module):
-    """CLIP's image tower RN50 and its kin: three stem convolutions, antialiased strides, attention pooling; OpenAI's names."""
+    """CLIP's image tower RN50 and its kin: three stem convolutions, antialiased strides, attention pooling; OpenAI's
+    names."""
 
     def __init__(
         self,

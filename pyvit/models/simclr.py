@@ -11,16 +11,23 @@ from pyvit.nn import Linear
 
 
 class SimCLR(nn.Module):
-    """An encoder f and a projection head g (section 2.1): two views of each image to z1, z2 (B, out_dim), the arguments of NT-Xent.
+    """An encoder f and a projection head g (section 2.1): two views of each image to z1, z2 (B, out_dim), the arguments
+    of NT-Xent.
 
     Args:
-        encoder: a registered model (ViT, Swin or ResNet) or a module, images to features (B, D); its head, if any, is removed.
+        encoder: a registered model (ViT, Swin or ResNet) or a module, images to features (B, D); its head, if any, is
+            removed.
         hidden_dim: of the head, default D. out_dim: 128 in the paper. batch_norm: normalise the hidden layer.
         settings: overrides of a named encoder.
     """
 
     def __init__(
-        self, encoder: str | nn.Module, hidden_dim: int | None = None, out_dim: int = 128, batch_norm: bool = True, **settings: Any
+        self,
+        encoder: str | nn.Module,
+        hidden_dim: int | None = None,
+        out_dim: int = 128,
+        batch_norm: bool = True,
+        **settings: Any,
     ) -> None:
         super().__init__()
         if isinstance(encoder, str):
@@ -32,7 +39,9 @@ class SimCLR(nn.Module):
         width = width[-1] if isinstance(width, list) else width
         hidden = hidden_dim or width
         norm = nn.BatchNorm1d(hidden) if batch_norm else nn.Identity()
-        self.projection = nn.Sequential(Linear(width, hidden, bias=not batch_norm), norm, nn.ReLU(), Linear(hidden, out_dim))
+        self.projection = nn.Sequential(
+            Linear(width, hidden, bias=not batch_norm), norm, nn.ReLU(), Linear(hidden, out_dim)
+        )
 
     def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         return self.projection(self.encoder(first)), self.projection(self.encoder(second))
@@ -50,5 +59,11 @@ class SimCLR(nn.Module):
         return self.encoder.example_inputs(batch) * 2  # type: ignore[operator]
 
 
-for _encoder in ("vit_small_patch16_224", "vit_base_patch16_224", "swin_tiny_patch4_window7_224", "resnet18", "resnet50"):
+for _encoder in (
+    "vit_small_patch16_224",
+    "vit_base_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "resnet18",
+    "resnet50",
+):
     register(f"simclr_{_encoder}", SimCLR, encoder=_encoder)

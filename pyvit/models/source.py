@@ -12,7 +12,8 @@ from torch import Tensor
 from pyvit.models import files
 from pyvit.models.facts import Facts, facts_in
 
-#: Dictionaries that training loops wrap a state dict in, moving averages first; and prefixes that wrappers put before every key.
+#: Dictionaries that training loops wrap a state dict in, moving averages first; and prefixes that wrappers put before
+#: every key.
 WRAPPERS = (
     "state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "state_dict", "model_state_dict", "model", "student", "module",
     "net", "backbone",
@@ -21,12 +22,14 @@ PREFIXES = ("module.", "backbone.", "teacher.", "student.", "model.", "net.")
 #: What compiled and sharded modules put into the middle of keys.
 _INNER = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
-#: First layer of a ViT, a Swin and a ResNet: "encoder." before one of them is a wrapper's (SimCLR), elsewhere a layout's own name.
+#: First layer of a ViT, a Swin and a ResNet: "encoder." before one of them is a wrapper's (SimCLR), elsewhere a
+#: layout's own name.
 STEMS = ("patch_embed.proj.weight", "conv1.weight")
 
 
 class Source(NamedTuple):
-    """A checkpoint as read: its tensors without wrappers and prefixes, what it says about its modules, the configuration beside it."""
+    """A checkpoint as read: its tensors without wrappers and prefixes, what it says about its modules, the
+    configuration beside it."""
 
     state: dict[str, Tensor]
     facts: Facts
@@ -71,7 +74,9 @@ def open_source(source: str | os.PathLike[str] | Mapping[str, Any], target: Coll
 
 def _inside(content: Mapping[str, Any]) -> str | None:
     """The wrapper's dictionary to take weights from, or None where ``content`` is a state dict itself."""
-    holds = [k for k, v in content.items() if isinstance(v, Mapping) and any(isinstance(t, Tensor) for t in files.flat(v))]
+    holds = [
+        k for k, v in content.items() if isinstance(v, Mapping) and any(isinstance(t, Tensor) for t in files.flat(v))
+    ]
     if named := next((w for w in WRAPPERS if w in holds), None):
         return named
     if any(isinstance(v, Tensor) for v in content.values()):
@@ -80,7 +85,9 @@ def _inside(content: Mapping[str, Any]) -> str | None:
     return weights[0] if len(weights) == 1 else None
 
 
-def _without_prefixes(state: dict[str, Tensor], facts: Facts, target: Collection[str]) -> tuple[dict[str, Tensor], Facts]:
+def _without_prefixes(
+    state: dict[str, Tensor], facts: Facts, target: Collection[str]
+) -> tuple[dict[str, Tensor], Facts]:
     if not any(_INNER.search(k) for k in target):
         state = {_INNER.sub("", k): v for k, v in state.items()}
         facts = {_INNER.sub("", k + ".")[:-1]: v for k, v in facts.items()}
@@ -88,7 +95,11 @@ def _without_prefixes(state: dict[str, Tensor], facts: Facts, target: Collection
     prefixes = [p for p in PREFIXES if not any(k.startswith(p) for k in target)]
     while True:
         prefix = next((p for p in prefixes if any(k.startswith(p) for k in state)), None)
-        if prefix is None and not any(k.startswith("encoder.") for k in target) and any("encoder." + stem in state for stem in STEMS):
+        if (
+            prefix is None
+            and not any(k.startswith("encoder.") for k in target)
+            and any("encoder." + stem in state for stem in STEMS)
+        ):
             prefix = "encoder."
         if prefix is None:  # DINOv2 trains in chunks of blocks: blocks.chunk.i
             return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}, facts
@@ -99,7 +110,16 @@ def _without_prefixes(state: dict[str, Tensor], facts: Facts, target: Collection
         stripped = {k.removeprefix(prefix): v for k, v in state.items()}
         if len(stripped) < len(state):
             twice = [k for k in state if k.startswith(prefix) and k.removeprefix(prefix) in state]
-            raise ValueError(f"load_checkpoint: source has keys with and without the prefix {prefix!r}: {', '.join(twice[:5])}")
+            raise ValueError(
+                f"load_checkpoint: source has keys with and without the prefix {prefix!r}: {', '.join(twice[:5])}"
+            )
         # Facts of modules above the prefix ("" of the wrapper) give way to those of the module inside.
-        facts = {**facts, **{(k + ".").removeprefix(prefix).removesuffix("."): v for k, v in facts.items() if (k + ".").startswith(prefix)}}
+        facts = {
+            **facts,
+            **{
+                (k + ".").removeprefix(prefix).removesuffix("."): v
+                for k, v in facts.items()
+                if (k + ".").startswith(prefix)
+            },
+        }
         state = stripped

@@ -22,11 +22,19 @@ from pyvit.nn.residual import prepared, surroundings
 class SwinBlock(nn.Module):
     """Window attention and MLP on the map, (B, H, W, C) -> (B, H, W, C).
 
-    V1 normalises before each branch (section 3.1); V2 after it (``post_norm``; V2, section 3.2), with norms that start at zero.
+    V1 normalises before each branch (section 3.1); V2 after it (``post_norm``; V2, section 3.2), with norms that start
+    at zero.
     """
 
     def __init__(
-        self, dim: int, attn: WindowAttention, mlp_ratio: float, drop: float, drop_path: float, post_norm: bool, eps: float
+        self,
+        dim: int,
+        attn: WindowAttention,
+        mlp_ratio: float,
+        drop: float,
+        drop_path: float,
+        post_norm: bool,
+        eps: float,
     ) -> None:
         super().__init__()
         self.post_norm = post_norm
@@ -101,7 +109,11 @@ class SwinStage(nn.Module):
     def forward(self, x: Tensor, grad_checkpointing: bool = False) -> Tensor:
         x = self.downsample(x)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if grad_checkpointing and torch.is_grad_enabled() else block(x)
+            x = (
+                checkpoint(block, x, use_reentrant=False)
+                if grad_checkpointing and torch.is_grad_enabled()
+                else block(x)
+            )
         return x
 
 
@@ -123,14 +135,17 @@ class SwinTransformer(Described):
     """Images (B, C, H, W) of any size to logits (B, num_classes), with timm's parameter names.
 
     Args:
-        img_size: the size the windows are planned for: a stage whose map is smaller than the window there takes a window of the map's size.
-            At run time any size goes: images are padded to whole patches, maps to whole windows, and an axis of one window is not shifted.
-        patch_size, in_chans, num_classes (0 for features), global_pool ("avg" or ""): as in :class:`pyvit.models.vit.VisionTransformer`.
+        img_size: the size the windows are planned for: a stage whose map is smaller than the window there takes a
+            window of the map's size. At run time any size goes: images are padded to whole patches, maps to whole
+            windows, and an axis of one window is not shifted.
+        patch_size, in_chans, num_classes (0 for features), global_pool ("avg" or ""): as in
+        :class:`pyvit.models.vit.VisionTransformer`.
         embed_dim: of the first stage, doubled at each. depths, num_heads: per stage.
         window_size, mlp_ratio, qkv_bias, norm_eps: of the blocks.
         version: 1 or 2. pretrained_window_sizes: per stage, V2's windows at pre-training; 0 for this model's.
         mask_padding: padding policy of maps, see :class:`pyvit.nn.WindowAttention`.
-        drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: as in VisionTransformer; drop_path grows over all blocks.
+        drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: as in VisionTransformer; drop_path grows over all
+            blocks.
         mean, std: see :class:`pyvit.nn.PatchEmbed`.
     """
 
@@ -162,17 +177,27 @@ class SwinTransformer(Described):
         if version not in (1, 2):
             raise ValueError(f"SwinTransformer: version must be 1 or 2, got {version}")
         if len(depths) != len(num_heads):
-            raise ValueError(f"SwinTransformer: num_heads must have one entry per stage, {len(depths)} as depths, got {len(num_heads)}")
+            raise ValueError(
+
+                    f"SwinTransformer: num_heads must have one entry per stage, {len(depths)} as depths, got "
+                    f"{len(num_heads)}"
+
+            )
         if global_pool not in ("avg", ""):
             raise ValueError(f"SwinTransformer: global_pool must be 'avg' or '', got {global_pool!r}")
         if pretrained_window_sizes is not None and (version == 1 or len(pretrained_window_sizes) != len(depths)):
             raise ValueError(
-                f"SwinTransformer: pretrained_window_sizes is for version 2, one per stage ({len(depths)}), got {pretrained_window_sizes}"
+
+                    f"SwinTransformer: pretrained_window_sizes is for version 2, one per stage ({len(depths)}), got "
+                    f"{pretrained_window_sizes}"
+
             )
         self.version, self.grad_checkpointing, self.global_pool = version, False, global_pool
         self.img_size = pair(img_size)
         self.num_features = [embed_dim * 2**s for s in range(len(depths))]
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm_layer=LayerNorm, pad=True, mean=mean, std=std)
+        self.patch_embed = PatchEmbed(
+            patch_size, in_chans, embed_dim, norm_layer=LayerNorm, pad=True, mean=mean, std=std
+        )
         grid = self.patch_embed.grid(pair(img_size))
         check_rate("SwinTransformer: drop_path_rate", drop_path_rate)
         rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
@@ -284,7 +309,14 @@ for _size in ("base", "large"):
     register(f"swin_{_size}_patch4_window12_384", SwinTransformer, img_size=384, window_size=12, **SIZES[_size])
 for _size in ("tiny", "small", "base"):
     for _window in (8, 16):
-        register(f"swinv2_{_size}_window{_window}_256", SwinTransformer, img_size=256, window_size=_window, version=2, **SIZES[_size])
+        register(
+            f"swinv2_{_size}_window{_window}_256",
+            SwinTransformer,
+            img_size=256,
+            window_size=_window,
+            version=2,
+            **SIZES[_size],
+        )
 for _size in ("base", "large"):
     register(f"swinv2_{_size}_window12_192", SwinTransformer, img_size=192, window_size=12, version=2, **SIZES[_size])
     for _window, _image in ((16, 256), (24, 384)):

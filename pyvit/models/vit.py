@@ -1,4 +1,5 @@
-"""Vision Transformer. Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), and its descendants up to DINOv2 and DINOv3."""
+"""Vision Transformer. Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), and its descendants up to DINOv2 and
+DINOv3."""
 
 from __future__ import annotations
 
@@ -11,7 +12,17 @@ from torch.utils.checkpoint import checkpoint
 
 from pyvit.models.facts import Described
 from pyvit.models.registry import register
-from pyvit.nn import AttentionPool, Block, LayerNorm, Linear, Packing, PatchEmbed, RotaryEmbedding, resample_positions, sincos_2d
+from pyvit.nn import (
+    AttentionPool,
+    Block,
+    LayerNorm,
+    Linear,
+    Packing,
+    PatchEmbed,
+    RotaryEmbedding,
+    resample_positions,
+    sincos_2d,
+)
 from pyvit.nn.patch_embed import pair
 from pyvit.nn.rates import check_rate
 
@@ -20,16 +31,22 @@ class VisionTransformer(Described):
     """Images (B, C, H, W) to logits (B, num_classes), with timm's parameter names. H and W: any multiple of the patch.
 
     Args:
-        img_size, patch_size, in_chans: of the images; ``img_size`` fixes the grid of the learned positions, other sizes resample it.
-        num_classes: 0 for features. global_pool: "token", "avg", "token_avg" (both, concatenated), "map" or "" (every token).
-        embed_dim, depth, num_heads, mlp_ratio, qkv_bias, qk_norm, activation, norm_eps: of the blocks (:class:`pyvit.nn.Block`).
+        img_size, patch_size, in_chans: of the images; ``img_size`` fixes the grid of the learned positions, other sizes
+            resample it.
+        num_classes: 0 for features. global_pool: "token", "avg", "token_avg" (both, concatenated), "map" or "" (every
+            token).
+        embed_dim, depth, num_heads, mlp_ratio, qkv_bias, qk_norm, activation, norm_eps: of the blocks
+            (:class:`pyvit.nn.Block`).
         init_values: LayerScale.
-        class_token, dist_token, reg_tokens: prefix tokens (distillation: Touvron et al., 2021; registers: Darcet et al., 2024).
+        class_token, dist_token, reg_tokens: prefix tokens (distillation: Touvron et al., 2021; registers: Darcet et
+            al., 2024).
         no_embed_class: positions for patches alone.
         pos_embed: "learn", "sincos" (fixed), "rope" (2-D rotary) or "none". rope_base: longest period of "rope".
-        pre_norm: a norm before the blocks (CLIP). final_norm: one after them; with pooling "avg" it follows the pooling (``fc_norm``).
+        pre_norm: a norm before the blocks (CLIP). final_norm: one after them; with pooling "avg" it follows the pooling
+            (``fc_norm``).
         patch_stride: overlapping patches. patch_bias: of the projection. mask_token: for masked image modelling.
-        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout on the pooled features, tokens, branches, attention weights.
+        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout on the pooled features, tokens, branches,
+            attention weights.
         drop_path_rate: of the last block, growing linearly from 0; with ``drop_path_uniform`` of every block.
         drop_path_form: "sample" or "batch", see :class:`pyvit.nn.DropPath`.
         interpolate_antialias, interpolate_offset: see :func:`pyvit.nn.resample_positions`.
@@ -78,19 +95,30 @@ class VisionTransformer(Described):
     ) -> None:
         super().__init__()
         if global_pool not in ("token", "avg", "token_avg", "map", ""):
-            raise ValueError(f"VisionTransformer: global_pool must be 'token', 'avg', 'token_avg', 'map' or '', got {global_pool!r}")
+            raise ValueError(
+                f"VisionTransformer: global_pool must be 'token', 'avg', 'token_avg', 'map' or '', got {global_pool!r}"
+            )
         if "token" in global_pool and not class_token:
             raise ValueError(f"VisionTransformer: global_pool={global_pool!r} needs class_token=True")
         if pos_embed not in ("learn", "sincos", "rope", "none"):
-            raise ValueError(f"VisionTransformer: pos_embed must be 'learn', 'sincos', 'rope' or 'none', got {pos_embed!r}")
-        self.img_size, self.embed_dim, self.num_heads, self.global_pool = pair(img_size), embed_dim, num_heads, global_pool
+            raise ValueError(
+                f"VisionTransformer: pos_embed must be 'learn', 'sincos', 'rope' or 'none', got {pos_embed!r}"
+            )
+        self.img_size, self.embed_dim, self.num_heads, self.global_pool = (
+            pair(img_size),
+            embed_dim,
+            num_heads,
+            global_pool,
+        )
         self.norm_eps, self.grad_checkpointing = norm_eps, False
         self.interpolation = {"antialias": interpolate_antialias, "offset": interpolate_offset}
         self.num_prefix_tokens = int(class_token) + int(dist_token) + reg_tokens
         self.no_embed_class = no_embed_class or not class_token
 
         stride = patch_stride
-        self.patch_embed = self.make_patch_embed(patch_size, in_chans, embed_dim, stride=stride, bias=patch_bias, mean=mean, std=std)
+        self.patch_embed = self.make_patch_embed(
+            patch_size, in_chans, embed_dim, stride=stride, bias=patch_bias, mean=mean, std=std
+        )
         self.grid = self.patch_embed.grid(self.img_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if dist_token else None
@@ -127,18 +155,23 @@ class VisionTransformer(Described):
         )
         after_pool = global_pool == "avg" if fc_norm is None else fc_norm
         self.norm = LayerNorm(embed_dim, norm_eps) if final_norm and not after_pool else nn.Identity()
-        self.attn_pool = AttentionPool(embed_dim, num_heads, mlp_ratio, activation, norm_eps) if global_pool == "map" else None
+        self.attn_pool = (
+            AttentionPool(embed_dim, num_heads, mlp_ratio, activation, norm_eps) if global_pool == "map" else None
+        )
         self.fc_norm = LayerNorm(embed_dim, norm_eps) if final_norm and after_pool else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.init_weights()
         self.reset_classifier(num_classes)
 
-    def make_patch_embed(self, patch_size: int | Sequence[int], in_chans: int, embed_dim: int, **options: Any) -> PatchEmbed:
+    def make_patch_embed(
+        self, patch_size: int | Sequence[int], in_chans: int, embed_dim: int, **options: Any
+    ) -> PatchEmbed:
         """The stem; hybrids replace it."""
         return PatchEmbed(patch_size, in_chans, embed_dim, **options)
 
     def init_weights(self) -> None:
-        """Normal 0.02 for linear layers and positions, 1e-6 for prefix tokens, sines and cosines for fixed positions."""
+        """Normal 0.02 for linear layers and positions, 1e-6 for prefix tokens, sines and cosines for fixed
+        positions."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -148,7 +181,9 @@ class VisionTransformer(Described):
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         elif self.pos_embed is not None:
             with torch.no_grad():
-                self.pos_embed[0, self.pos_embed.shape[1] - self.grid[0] * self.grid[1] :] = sincos_2d(self.embed_dim, self.grid)
+                self.pos_embed[0, self.pos_embed.shape[1] - self.grid[0] * self.grid[1] :] = sincos_2d(
+                    self.embed_dim, self.grid
+                )
         for token in (self.cls_token, self.dist_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)
@@ -156,12 +191,16 @@ class VisionTransformer(Described):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a new one, of zero weights, for fine-tuning; ``num_classes`` 0 removes it.
 
-        ``global_pool`` changes the pooling among "token", "token_avg", "avg" and "", and leaves the norms where they are.
+        ``global_pool`` changes the pooling among "token", "token_avg", "avg" and "", and leaves the norms where they
+        are.
         """
         if global_pool is not None:
             if "map" in (global_pool, self.global_pool) and global_pool != self.global_pool:
                 raise ValueError(
-                    "reset_classifier: global_pool cannot change to or from 'map', which has parameters; create the model with it"
+
+                        "reset_classifier: global_pool cannot change to or from 'map', which has parameters; create "
+                        "the model with it"
+
                 )
             self.global_pool = global_pool
         self.num_classes = num_classes
@@ -181,7 +220,8 @@ class VisionTransformer(Described):
         return {"pos_embed", "cls_token", "dist_token", "reg_token", "mask_token", "attn_pool.latent"}
 
     def positions(self, grid: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
-        """Learned or fixed positions for a grid: of the patches (N, D), resampled, and of class and distillation token (1 or 2, D)."""
+        """Learned or fixed positions for a grid: of the patches (N, D), resampled, and of class and distillation token
+        (1 or 2, D)."""
         if self.pos_embed is None:
             return None, None
         first = self.pos_embed.shape[1] - self.grid[0] * self.grid[1]
@@ -200,7 +240,8 @@ class VisionTransformer(Described):
     def embed(self, images: Tensor, masks: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """Tokens (B, P + N, D) that enter the first block.
 
-        masks (B, N) bool: patches replaced by the mask token. keep (B, K) int64: the patches to compute, the others being left out.
+        masks (B, N) bool: patches replaced by the mask token. keep (B, K) int64: the patches to compute, the others
+        being left out.
         """
         pos, of_class = self.positions(self.patch_embed.grid(images.shape[2:]))
         prefix = self.prefix(of_class)
@@ -225,7 +266,8 @@ class VisionTransformer(Described):
         return block(x, **kw)
 
     def forward_features(self, images: Tensor, masks: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        """Normalised tokens (B, P + N, D): class token, registers, patches. ``masks`` and ``keep`` as in :meth:`embed`."""
+        """Normalised tokens (B, P + N, D): class token, registers, patches. ``masks`` and ``keep`` as in
+        :meth:`embed`."""
         if keep is not None and self.rope is not None:
             raise ValueError("VisionTransformer: keep does not go with pos_embed='rope'")
         rope, x = self.rotations(images), self.embed(images, masks, keep)
@@ -234,12 +276,16 @@ class VisionTransformer(Described):
         return self.norm(x)
 
     def forward_packed(self, batches: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None) -> list[Tensor]:
-        """Features of batches of different image sizes in one pass of packed sequences: [(B_i, C, H_i, W_i)] -> [(B_i, P + N_i, D)].
+        """Features of batches of different image sizes in one pass of packed sequences: [(B_i, C, H_i, W_i)] -> [(B_i,
+        P + N_i, D)].
 
-        Every linear layer runs once over all tokens and attention is one variable-length call (multi-crop training, mixed image sizes).
+        Every linear layer runs once over all tokens and attention is one variable-length call (multi-crop training,
+        mixed image sizes).
         ``masks``: for each batch, as in :meth:`embed`, or None.
         """
-        tokens = [self.embed(images, mask) for images, mask in zip(batches, masks or [None] * len(batches), strict=True)]
+        tokens = [
+            self.embed(images, mask) for images, mask in zip(batches, masks or [None] * len(batches), strict=True)
+        ]
         packing = Packing.of([n for t in tokens for n in [t.shape[1]] * t.shape[0]], tokens[0].device)
         rope = None
         if self.rope is not None:
@@ -274,11 +320,17 @@ class VisionTransformer(Described):
         return self.forward_head(self.forward_features(images))
 
     def get_intermediate_layers(
-        self, images: Tensor, n: int | Sequence[int] = 1, reshape: bool = False, return_prefix_tokens: bool = False, norm: bool = True
+        self,
+        images: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = True,
     ) -> tuple[Any, ...]:
         """Patch tokens (B, N, D) after the last ``n`` blocks, or after the blocks listed.
 
-        With ``reshape`` they are maps (B, D, rows, columns); with ``return_prefix_tokens``, pairs (patches, prefix (B, P, D)).
+        With ``reshape`` they are maps (B, D, rows, columns); with ``return_prefix_tokens``, pairs (patches, prefix (B,
+        P, D)).
         """
         depth = len(self.blocks)
         wanted = range(depth - n, depth) if isinstance(n, int) else [i % depth for i in n]
@@ -294,7 +346,8 @@ class VisionTransformer(Described):
         return tuple(found[i] for i in wanted)
 
     def attention_map(self, images: Tensor, block: int = -1, rows: int | list[int] | Tensor = 0) -> Tensor:
-        """Attention probabilities (B, heads, R, P + N) that the tokens ``rows`` give in one block; row 0 is the class token's.
+        """Attention probabilities (B, heads, R, P + N) that the tokens ``rows`` give in one block; row 0 is the class
+        token's.
 
         Costs O(N) per row beside the forward pass up to that block.
         """
@@ -318,7 +371,13 @@ SIZES: dict[str, dict[str, Any]] = {
 for _size in ("tiny", "small", "base", "large"):
     for _patch in (8, 14, 16, 32):
         for _image in (224, 384) if _patch != 14 else (224,):
-            register(f"vit_{_size}_patch{_patch}_{_image}", VisionTransformer, img_size=_image, patch_size=_patch, **SIZES[_size])
+            register(
+                f"vit_{_size}_patch{_patch}_{_image}",
+                VisionTransformer,
+                img_size=_image,
+                patch_size=_patch,
+                **SIZES[_size],
+            )
 register("vit_huge_patch14_224", VisionTransformer, patch_size=14, **SIZES["huge"])
 
 _DINOV2 = {"img_size": 518, "patch_size": 14, "num_classes": 0, "init_values": 1.0, "mask_token": True}

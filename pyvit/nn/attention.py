@@ -18,7 +18,8 @@ from pyvit.ops.packed import Norm
 
 
 class Packing(NamedTuple):
-    """Where each sequence lies in a packed batch (T, C): cu_seqlens (S + 1,) int32, ascending from 0 to T, and the lengths."""
+    """Where each sequence lies in a packed batch (T, C): cu_seqlens (S + 1,) int32, ascending from 0 to T, and the
+    lengths."""
 
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
@@ -43,12 +44,14 @@ class Packing(NamedTuple):
 
 @bypassed
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, C) -> (B, N, C); takes the place of timm's ``attn_layer``. Vaswani et al. (2017).
+    """Multi-head self-attention, (B, N, C) -> (B, N, C); takes the place of timm's ``attn_layer``. Vaswani et al.
+    (2017).
 
     Args:
         dim, num_heads: C and H; C divides by H.
         qkv_bias, proj_bias: biases of the two projections.
-        qk_norm: normalise q and k per head (Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters", 2023).
+        qk_norm: normalise q and k per head (Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters",
+            2023).
         scale_norm: normalise the merged heads before the output projection.
         attn_drop, proj_drop: dropout on attention weights and on the output.
         norm_layer: of qk_norm and scale_norm.
@@ -106,8 +109,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x (B, N, C), or (T, C) with ``packing``; attn_mask as ``bias`` of :func:`pyvit.ops.flash_attention`.
 
-        rope (N, 2, d) or (T, 2, d): sines and cosines, see :class:`pyvit.nn.RotaryEmbedding`. With ``norm``, ``scale`` and ``residual``
-        (see :func:`pyvit.ops.linear`) the whole branch: residual + scale * attention(norm(x)).
+        rope (N, 2, d) or (T, 2, d): sines and cosines, see :class:`pyvit.nn.RotaryEmbedding`. With ``norm``, ``scale``
+        and ``residual`` (see :func:`pyvit.ops.linear`) the whole branch: residual + scale * attention(norm(x)).
         """
         dropout = self.attn_drop if self.training else 0.0
         if packing is not None:
@@ -124,7 +127,9 @@ class Attention(nn.Module):
             out = flash_attention(q, k, v, bias=attn_mask, is_causal=is_causal, dropout_p=dropout).transpose(1, 2)  # type: ignore[union-attr]
         return apply(self.proj, self.norm(out.flatten(-2)), self.proj_drop, scale=scale, residual=residual)  # type: ignore[union-attr]
 
-    def prepared(self, x: Tensor, is_causal: bool = False, *, norm: Norm | None = None, scale: Tensor | None = None) -> Run | None:
+    def prepared(
+        self, x: Tensor, is_causal: bool = False, *, norm: Norm | None = None, scale: Tensor | None = None
+    ) -> Run | None:
         """:meth:`forward` with the residual x, as :mod:`pyvit.nn.replay` wants it."""
         between = (self.q_norm, self.k_norm, self.norm)
         if (self.training and self.attn_drop) or not all(plain(m, nn.Identity) for m in between):

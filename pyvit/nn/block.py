@@ -14,7 +14,8 @@ from pyvit.nn.residual import DropPath, LayerScale, add_branch, prepared, surrou
 
 
 class Block(nn.Module):
-    """x + LS(Attention(LN(x))), then x + LS(MLP(LN(x))): (B, N, C) -> (B, N, C). Dosovitskiy et al. (2021), equations 2 and 3.
+    """x + LS(Attention(LN(x))), then x + LS(MLP(LN(x))): (B, N, C) -> (B, N, C). Dosovitskiy et al. (2021), equations 2
+    and 3.
 
     Args:
         dim, num_heads, qkv_bias, qk_norm, attn_drop: of :class:`pyvit.nn.Attention`.
@@ -49,11 +50,17 @@ class Block(nn.Module):
         self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.drop_path1 = DropPath(drop_path, drop_path_form)
         self.norm2 = LayerNorm(dim, eps, before_linear=True)
-        self.mlp = SwiGLU(dim, swiglu_hidden(hidden), proj_drop) if activation == "swiglu" else Mlp(dim, hidden, activation, proj_drop)
+        self.mlp = (
+            SwiGLU(dim, swiglu_hidden(hidden), proj_drop)
+            if activation == "swiglu"
+            else Mlp(dim, hidden, activation, proj_drop)
+        )
         self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.drop_path2 = DropPath(drop_path, drop_path_form)
 
-    def forward(self, x: Tensor, *, packing: Packing | None = None, rope: Tensor | None = None, **attend: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, *, packing: Packing | None = None, rope: Tensor | None = None, **attend: Any
+    ) -> Tensor:
         """x (B, N, C), or (T, C) with ``packing``; the rest as for :class:`pyvit.nn.Attention`."""
         causal = attend.get("is_causal", False)
         simple = packing is None and rope is None and len(attend) == ("is_causal" in attend)
@@ -66,12 +73,23 @@ class Block(nn.Module):
 
     def _forward(self, x: Tensor, packing: Packing | None, rope: Tensor | None, attend: dict[str, Any]) -> Tensor:
         drop = self.drop_path1
-        if rope is not None and packing is not None and drop.training and getattr(drop, "form", "") == "batch" and drop.p:
+        if (
+            rope is not None
+            and packing is not None
+            and drop.training
+            and getattr(drop, "form", "") == "batch"
+            and drop.p
+        ):
             raise ValueError("Block: drop_path_form must be 'sample' to train with rope on packed sequences")
         if (around := surroundings(self.norm1, self.ls1, self.drop_path1, self.attn)) is not None:
             x = self.attn(x, packing=packing, rope=rope, residual=x, **around, **attend)
         else:
-            x = add_branch(self.drop_path1, x, lambda y, p: self.ls1(self.attn(self.norm1(y), packing=p, rope=rope, **attend)), packing)
+            x = add_branch(
+                self.drop_path1,
+                x,
+                lambda y, p: self.ls1(self.attn(self.norm1(y), packing=p, rope=rope, **attend)),
+                packing,
+            )
         if (around := surroundings(self.norm2, self.ls2, self.drop_path2, self.mlp)) is not None:
             return self.mlp(x, residual=x, **around)
         return add_branch(self.drop_path2, x, lambda y, p: self.ls2(self.mlp(self.norm2(y))), packing)

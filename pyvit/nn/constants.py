@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class Constants(nn.Module):
     """A module with buffers that are not saved because its settings say what they hold.
 
-    Built on the meta device and given memory by ``to_empty``, a module takes its parameters from a checkpoint, but no checkpoint has these
-    buffers: they are filled again.
+    Built on the meta device and given memory by ``to_empty``, a module takes its parameters from a checkpoint, but no
+    checkpoint has these buffers: they are filled again.
     """
 
     def constants(self) -> dict[str, Tensor]:

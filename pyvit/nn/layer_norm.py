@@ -15,7 +15,8 @@ from pyvit.ops import layer_norm
 class LayerNorm(nn.LayerNorm):
     """``torch.nn.LayerNorm`` over the last dimension, by parameters and keys, on :func:`pyvit.ops.layer_norm`.
 
-    ``before_linear``: under autocast the result has autocast's dtype, to which the linear layer that follows would round it anyway.
+    ``before_linear``: under autocast the result has autocast's dtype, to which the linear layer that follows would
+    round it anyway.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5, before_linear: bool = False, **rest: Any) -> None:
@@ -24,6 +25,11 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = None
-        if self.before_linear and torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and x.dtype == torch.float32:
+        if (
+            self.before_linear
+            and torch.is_autocast_enabled("cpu")
+            and x.device.type == "cpu"
+            and x.dtype == torch.float32
+        ):
             dtype = torch.get_autocast_dtype("cpu")
         return layer_norm(x, self.weight, self.bias, self.eps, dtype=dtype)

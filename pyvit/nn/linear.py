@@ -12,7 +12,9 @@ from pyvit.ops.packed import Branch, Norm
 from pyvit.torch_private import GLOBAL_HOOKS
 
 _CALL = nn.Module.__call__
-_FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.Identity, nn.Dropout, nn.Linear, nn.LayerNorm)}
+_FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward for kind in (nn.Identity, nn.Dropout, nn.Linear, nn.LayerNorm)
+}
 Kind = TypeVar("Kind", bound=type[nn.Module])
 
 
@@ -23,16 +25,24 @@ def bypassed(kind: Kind) -> Kind:
 
 
 def unpatched(module: nn.Module) -> bool:
-    """Whether a call of ``module`` would run its class's own code: that of a :func:`bypassed` class, or of another as it was first seen."""
+    """Whether a call of ``module`` would run its class's own code: that of a :func:`bypassed` class, or of another as
+    it was first seen."""
     kind = type(module)
-    return kind.forward is _FORWARDS.setdefault(kind, kind.forward) and kind.__call__ is _CALL and "forward" not in vars(module)
+    return (
+        kind.forward is _FORWARDS.setdefault(kind, kind.forward)
+        and kind.__call__ is _CALL
+        and "forward" not in vars(module)
+    )
 
 
 @bypassed
 class Linear(nn.Linear):
-    """``torch.nn.Linear`` by parameters and keys; ``activation`` (see :func:`pyvit.ops.linear`) is applied in the same call."""
+    """``torch.nn.Linear`` by parameters and keys; ``activation`` (see :func:`pyvit.ops.linear`) is applied in the same
+    call."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str | None = None, **factory: Any) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, activation: str | None = None, **factory: Any
+    ) -> None:
         super().__init__(in_features, out_features, bias, **factory)
         self.activation = activation
 
@@ -51,15 +61,19 @@ def hooked(*modules: nn.Module | None) -> bool:
 
 
 def ordinary(t: Any) -> bool:
-    """Whether a tensor is one of torch's own, whose memory a kernel may read: no quantised or sharded weight, no proxy of a tracer."""
-    return type(t) in _TENSORS or type(t).__module__.startswith("torch._subclasses.")  # of torch.compile and torch.export
+    """Whether a tensor is one of torch's own, whose memory a kernel may read: no quantised or sharded weight, no proxy
+    of a tracer."""
+    return type(t) in _TENSORS or type(t).__module__.startswith(
+        "torch._subclasses."
+    )  # of torch.compile and torch.export
 
 
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 
 
 def plain(layer: nn.Module, kind: type[nn.Module] = Linear) -> bool:
-    """A ``kind`` with nothing in or around it (adapters, quantised weights, hooks): its weights may be used directly."""
+    """A ``kind`` with nothing in or around it (adapters, quantised weights, hooks): its weights may be used
+    directly."""
     if type(layer) is not kind or not unpatched(layer) or hooked(layer):
         return False
     return all(p is None or ordinary(p) for p in layer._parameters.values())
@@ -79,7 +93,8 @@ def apply(
     scale: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """residual + scale * drop(layer(norm(x))), see :func:`pyvit.ops.linear`: by one call of it where nothing stands between."""
+    """residual + scale * drop(layer(norm(x))), see :func:`pyvit.ops.linear`: by one call of it where nothing stands
+    between."""
     if plain(layer) and idle(drop):
         weight, bias, activation = layer.weight, layer.bias, layer.activation
         return linear(x, weight, bias, activation=activation, norm=norm, scale=scale, residual=residual)  # type: ignore[arg-type]
@@ -89,7 +104,9 @@ def apply(
     return y if residual is None else residual + y
 
 
-def prepared(layer: nn.Module, x: Tensor, drop: nn.Module | None = None, **around: Any) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+def prepared(
+    layer: nn.Module, x: Tensor, drop: nn.Module | None = None, **around: Any
+) -> Callable[[Tensor, Tensor | None], Tensor] | None:
     """:func:`apply` as a function of x and residual, for inputs like these: see :mod:`pyvit.nn.replay`."""
     if not (plain(layer) and idle(drop)):
         return None

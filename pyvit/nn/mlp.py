@@ -34,7 +34,9 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden_dim, out_dim or dim, bias, **factory)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor, norm: Norm | None = None, scale: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, norm: Norm | None = None, scale: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         """With ``norm``, ``scale`` and ``residual`` the whole branch, see :func:`pyvit.ops.mlp`."""
         fc1, fc2, drop = self.fc1, self.fc2, self.drop
         if self._is_one(fc1, fc2, drop):
@@ -71,7 +73,9 @@ class SwiGLU(nn.Module):
         self.fc2 = Linear(hidden_dim, dim, bias, **factory)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor, norm: Norm | None = None, scale: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, norm: Norm | None = None, scale: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         """With ``norm``, ``scale`` and ``residual`` the whole branch, as of :class:`Mlp`."""
         gate, value = apply(self.fc1, x, norm=norm).chunk(2, -1)
         return apply(self.fc2, F.silu(gate) * value, self.drop, scale=scale, residual=residual)
@@ -91,5 +95,6 @@ class SwiGLU(nn.Module):
 
 
 def swiglu_hidden(hidden_dim: int) -> int:
-    """Two thirds of ``hidden_dim`` rounded up to a multiple of 8: as many parameters as a plain MLP of ``hidden_dim`` (DINOv2)."""
+    """Two thirds of ``hidden_dim`` rounded up to a multiple of 8: as many parameters as a plain MLP of ``hidden_dim``
+    (DINOv2)."""
     return (int(hidden_dim * 2 / 3) + 7) // 8 * 8

@@ -22,11 +22,13 @@ class PatchEmbed(Constants):
     """Images (B, C, H, W), floating or uint8, to tokens (B, P + N, D), on :func:`pyvit.ops.patch_embed`.
 
     Args:
-        patch_size, in_chans, embed_dim, bias: of the projection, held as the convolution ``proj`` (whose forward is not used).
+        patch_size, in_chans, embed_dim, bias: of the projection, held as the convolution ``proj`` (whose forward is not
+            used).
         stride: smaller than the patch for overlapping patches (AST).
         norm_layer: applied to the patch tokens (Swin).
         pad: zero-pad the bottom and right of images that do not divide by the patch, instead of refusing them.
-        mean, std: per channel, of pixels in 0..1: normalise inside the projection, so that uint8 images can be given as they are.
+        mean, std: per channel, of pixels in 0..1: normalise inside the projection, so that uint8 images can be given as
+            they are.
     """
 
     def __init__(
@@ -69,7 +71,12 @@ class PatchEmbed(Constants):
         return grid_size((h, w), self.patch_size, self.stride)
 
     def forward(
-        self, images: Tensor, *, pos_embed: Tensor | None = None, prefix: Tensor | None = None, keep: Tensor | None = None
+        self,
+        images: Tensor,
+        *,
+        pos_embed: Tensor | None = None,
+        prefix: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """pos_embed (N, D), prefix (P, D), keep (B, K): as in :func:`pyvit.ops.patch_embed`."""
         if self.pad:
@@ -87,6 +94,7 @@ class PatchEmbed(Constants):
             mean=None if self.mean is None else self.mean.float(),
             std=None if self.std is None else self.std.float(),
         )
-        # Under autocast the product is in its dtype; the residual stream stays in the parameters', or sums over tokens lose their bits.
+        # Under autocast the product is in its dtype; the residual stream stays in the parameters', or sums over tokens
+        # lose their bits.
         x = x.to(self.proj.weight.dtype)
         return x if self.norm is None else self.norm(x)

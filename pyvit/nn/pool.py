@@ -16,7 +16,9 @@ class AttentionPool(nn.Module):
     MAP pooling of Zhai et al., "Scaling Vision Transformers" (2022), as used by SigLIP.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, activation: str = "gelu", eps: float = 1e-6) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, activation: str = "gelu", eps: float = 1e-6
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.latent = nn.Parameter(torch.empty(1, 1, dim))

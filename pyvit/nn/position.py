@@ -15,8 +15,8 @@ from pyvit.nn.constants import Constants
 def sincos_2d(dim: int, grid: Sequence[int], temperature: float = 10000.0) -> Tensor:
     """Fixed 2-D positions (rows * columns, dim), dim divisible by 4.
 
-    The first half encodes the column, the second the row, each as sines then cosines (He et al., "Masked Autoencoders", 2022, after
-    Vaswani et al., 2017).
+    The first half encodes the column, the second the row, each as sines then cosines (He et al., "Masked Autoencoders",
+    2022, after Vaswani et al., 2017).
     """
     if dim % 4:
         raise ValueError(f"sincos_2d: dim must be divisible by 4, got {dim}")
@@ -26,8 +26,11 @@ def sincos_2d(dim: int, grid: Sequence[int], temperature: float = 10000.0) -> Te
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1).float()
 
 
-def resample_positions(pos: Tensor, old: Sequence[int], new: Sequence[int], antialias: bool = True, offset: float = 0.0) -> Tensor:
-    """Learned positions (N, D) of a grid of ``old`` (rows, columns), bicubically resampled to ``new``, in float32; dtype is kept.
+def resample_positions(
+    pos: Tensor, old: Sequence[int], new: Sequence[int], antialias: bool = True, offset: float = 0.0
+) -> Tensor:
+    """Learned positions (N, D) of a grid of ``old`` (rows, columns), bicubically resampled to ``new``, in float32;
+    dtype is kept.
 
     ``offset`` 0.1 reproduces the scale factor (new + 0.1) / old of DINO and of the first DINOv2 models.
     """
@@ -39,7 +42,10 @@ def resample_positions(pos: Tensor, old: Sequence[int], new: Sequence[int], anti
         image = F.interpolate(image, scale_factor=scale, mode="bicubic", antialias=antialias)
         if image.shape[2:] != tuple(new):
             raise ValueError(
-                f"resample_positions: offset {offset} turns a grid of {tuple(old)} into {tuple(image.shape[2:])}, not {tuple(new)}"
+
+                    f"resample_positions: offset {offset} turns a grid of {tuple(old)} into {tuple(image.shape[2:])}, "
+                    f"not {tuple(new)}"
+
             )
     else:
         image = F.interpolate(image, size=tuple(new), mode="bicubic", antialias=antialias)
@@ -47,10 +53,11 @@ def resample_positions(pos: Tensor, old: Sequence[int], new: Sequence[int], anti
 
 
 class RotaryEmbedding(Constants):
-    """2-D rotary positions over coordinates in [-1, 1], as described in the DINOv3 paper (Simeoni et al., 2025, section 3.2).
+    """2-D rotary positions over coordinates in [-1, 1], as described in the DINOv3 paper (Simeoni et al., 2025, section
+    3.2).
 
-    Half of each head's angles follow the row, half the column, at periods base ** (4 i / d). In training ``jitter`` s draws one
-    log-uniform scale in [1/s, s] for all coordinates.
+    Half of each head's angles follow the row, half the column, at periods base ** (4 i / d). In training ``jitter`` s
+    draws one log-uniform scale in [1/s, s] for all coordinates.
 
     Args:
         head_dim: d, divisible by 4.

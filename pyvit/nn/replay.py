@@ -1,8 +1,9 @@
 """A block in inference, run again as it ran before.
 
-Around the kernels of a block lie some hundred Python calls: what shapes fit, which way a product goes, whether hooks watch a module. In a
-small model, one image at a time, they take a tenth of the time. Where a block's first run in inference went by kernels alone, the next runs
-call these at once, if nothing that decided it has changed: a :class:`Snapshot` of the module tells.
+Around the kernels of a block lie some hundred Python calls: what shapes fit, which way a product goes, whether hooks
+watch a module. In a small model, one image at a time, they take a tenth of the time. Where a block's first run in
+inference went by kernels alone, the next runs call these at once, if nothing that decided it has changed: a
+:class:`Snapshot` of the module tells.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _MOST = 64  # shapes of inputs
 
 
 class Snapshot:
-    """What a module and its parts are: classes, parts, parameters, attributes, what packed weights hold, and that no hook watches them."""
+    """What a module and its parts are: classes, parts, parameters, attributes, what packed weights hold, and that no
+    hook watches them."""
 
     def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
@@ -99,7 +101,8 @@ def _call(x: Tensor, options: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def again(module: nn.Module, x: Tensor, *options: Any) -> Tensor | None:
-    """The module's result as by its run before with such an input and ``options``; None where there was none or something has changed."""
+    """The module's result as by its run before with such an input and ``options``; None where there was none or
+    something has changed."""
     if torch.compiler.is_compiling() or (known := _known.get(id(module))) is None or not packed.direct(x):
         return None
     run = known.runs.get(_call(x, options))
@@ -109,7 +112,8 @@ def again(module: nn.Module, x: Tensor, *options: Any) -> Tensor | None:
 
 
 def record(module: nn.Module, x: Tensor, *options: Any) -> None:
-    """After a run: keep how it goes, as ``module.prepared(x, *options)`` says: a function of x, or None where that takes more."""
+    """After a run: keep how it goes, as ``module.prepared(x, *options)`` says: a function of x, or None where that
+    takes more."""
     if torch.compiler.is_compiling() or not PACKS or not packed.direct(x):
         return
     known = _known.get(id(module))

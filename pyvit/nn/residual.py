@@ -18,7 +18,8 @@ from pyvit.ops import checks
 
 @bypassed
 class LayerScale(nn.Module):
-    """A learned factor per channel, (..., C) -> (..., C). Touvron et al., "Going deeper with Image Transformers" (2021)."""
+    """A learned factor per channel, (..., C) -> (..., C). Touvron et al., "Going deeper with Image Transformers"
+    (2021)."""
 
     def __init__(self, dim: int, init_values: float = 1e-5, **factory: Any) -> None:
         super().__init__()
@@ -28,11 +29,14 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-def surroundings(norm: nn.Module, scale: nn.Module | None, drop_path: DropPath, branch: nn.Module) -> dict[str, Any] | None:
-    """``norm`` and ``scale`` as arguments of the branch between them, which then computes residual + scale(branch(norm(x))) itself.
+def surroundings(
+    norm: nn.Module, scale: nn.Module | None, drop_path: DropPath, branch: nn.Module
+) -> dict[str, Any] | None:
+    """``norm`` and ``scale`` as arguments of the branch between them, which then computes residual +
+    scale(branch(norm(x))) itself.
 
-    In inference, where nothing is dropped and nothing watches these modules; None otherwise, or where the branch's class (itself, for a
-    subclass may compute something else) does not say ``whole_branch``.
+    In inference, where nothing is dropped and nothing watches these modules; None otherwise, or where the branch's
+    class (itself, for a subclass may compute something else) does not say ``whole_branch``.
     """
     if torch.is_grad_enabled() or not plain(norm, LayerNorm) or not plain(drop_path, DropPath) or hooked(scale, branch):
         return None
@@ -45,7 +49,9 @@ def surroundings(norm: nn.Module, scale: nn.Module | None, drop_path: DropPath, 
     return {"norm": (norm.weight, norm.bias, norm.eps), "scale": getattr(scale, "gamma", None)}
 
 
-def prepared(x: Tensor, norm: nn.Module, scale: nn.Module | None, drop_path: DropPath, branch: nn.Module, **options: Any) -> Run | None:
+def prepared(
+    x: Tensor, norm: nn.Module, scale: nn.Module | None, drop_path: DropPath, branch: nn.Module, **options: Any
+) -> Run | None:
     """x + scale(branch(norm(x))) as :mod:`pyvit.nn.replay` wants it; the branch's own class must say how it goes."""
     around = surroundings(norm, scale, drop_path, branch)
     if around is None or "prepared" not in vars(type(branch)):
@@ -55,11 +61,12 @@ def prepared(x: Tensor, norm: nn.Module, scale: nn.Module | None, drop_path: Dro
 
 @bypassed
 class DropPath(nn.Module):
-    """Stochastic depth: in training, each sample's branch is dropped with probability ``p`` and the others are divided by 1 - p.
+    """Stochastic depth: in training, each sample's branch is dropped with probability ``p`` and the others are divided
+    by 1 - p.
 
-    Two forms. ``"sample"``: an independent draw per sample (Huang et al., 2016). ``"batch"``: exactly round(B (1 - p)) samples, at least
-    one, are drawn and the branch is computed for them alone, which saves the work of the others (Oquab et al., "DINOv2", 2023,
-    section 5); it needs :meth:`residual`, which sees the branch before it is computed.
+    Two forms. ``"sample"``: an independent draw per sample (Huang et al., 2016). ``"batch"``: exactly round(B (1 - p))
+    samples, at least one, are drawn and the branch is computed for them alone, which saves the work of the others
+    (Oquab et al., "DINOv2", 2023, section 5); it needs :meth:`residual`, which sees the branch before it is computed.
     """
 
     def __init__(self, p: float = 0.0, form: str = "sample") -> None:
@@ -78,7 +85,9 @@ class DropPath(nn.Module):
         keep = x.new_empty(samples, *[1] * (x.dim() - 1)).bernoulli_(1.0 - self.p).div_(1.0 - self.p)
         return x * (keep if packing is None else packing.spread(keep))
 
-    def residual(self, x: Tensor, branch: Callable[[Tensor, Packing | None], Tensor], packing: Packing | None = None) -> Tensor:
+    def residual(
+        self, x: Tensor, branch: Callable[[Tensor, Packing | None], Tensor], packing: Packing | None = None
+    ) -> Tensor:
         """x + drop_path(branch(x, packing)), with x (B, ...), or (T, C) packed."""
         if not self.training or self.p == 0.0:
             return x + branch(x, packing)
@@ -101,7 +110,8 @@ class DropPath(nn.Module):
 def add_branch(
     drop_path: nn.Module, x: Tensor, branch: Callable[[Tensor, Packing | None], Tensor], packing: Packing | None = None
 ) -> Tensor:
-    """x + drop_path(branch(x, packing)): without the work of dropped samples where it is an unwatched :class:`DropPath`."""
+    """x + drop_path(branch(x, packing)): without the work of dropped samples where it is an unwatched
+    :class:`DropPath`."""
     if plain(drop_path, DropPath):
         return drop_path.residual(x, branch, packing)
     y = branch(x, packing)

@@ -29,10 +29,11 @@ class WindowAttention(nn.Module):
 
     Args:
         dim, num_heads: C and heads.
-        window_size: (wh, ww). shift_size: (sy, sx), half a window in every second block; an axis that is one window is not shifted.
+        window_size: (wh, ww). shift_size: (sy, sx), half a window in every second block; an axis that is one window is
+            not shifted.
         qkv_bias, attn_drop, proj_drop: as in :class:`pyvit.nn.Attention`.
-        mask_padding: what padding is on maps that do not divide by the window. False: tokens that hold the qkv bias and take part
-            (torchvision, transformers). True: masked out.
+        mask_padding: what padding is on maps that do not divide by the window. False: tokens that hold the qkv bias and
+            take part (torchvision, transformers). True: masked out.
     """
 
     whole_branch = True  # see pyvit.nn.residual.surroundings
@@ -78,8 +79,11 @@ class WindowAttention(nn.Module):
             return None
         return bias if bias is not None else x.new_zeros(3 * x.shape[3])
 
-    def forward(self, x: Tensor, norm: Norm | None = None, scale: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """With ``norm``, ``scale`` and ``residual`` (see :func:`pyvit.ops.linear`) the branch: residual + scale * attention(norm(x))."""
+    def forward(
+        self, x: Tensor, norm: Norm | None = None, scale: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """With ``norm``, ``scale`` and ``residual`` (see :func:`pyvit.ops.linear`) the branch: residual + scale *
+        attention(norm(x))."""
         qkv, bias = self.project(x, norm)
         out = window_attention(
             qkv,
@@ -100,7 +104,11 @@ class WindowAttention(nn.Module):
         qkv, out = x.new_empty(*x.shape[:-1], self.qkv.out_features), x.new_empty(*x.shape[:-1], self.proj.in_features)
         first = prepared(self.qkv, x, norm=norm)
         last = prepared(self.proj, out, self.proj_drop, scale=scale, residual=x)
-        options = {"num_heads": self.num_heads, "bias_table": self.bias_table(), "pad_qkv": self._pad_qkv(x, self.qkv.bias)}
+        options = {
+            "num_heads": self.num_heads,
+            "bias_table": self.bias_table(),
+            "pad_qkv": self._pad_qkv(x, self.qkv.bias),
+        }
         attend = attention_prepared(qkv, self.window_size, self.shift_size, **options)
         if first is None or last is None or attend is None:
             return None
@@ -121,10 +129,12 @@ class WindowAttention(nn.Module):
 
 
 class WindowAttentionV2(Constants, WindowAttention):
-    """Swin V2's window attention: cosine similarity with a learned temperature, and the bias table made by a small network from log-spaced
-    offsets, so that it carries over between window sizes. Liu et al., "Swin Transformer V2" (2022), section 3.
+    """Swin V2's window attention: cosine similarity with a learned temperature, and the bias table made by a small
+    network from log-spaced offsets, so that it carries over between window sizes. Liu et al., "Swin Transformer V2"
+    (2022), section 3.
 
-    ``pretrained_window_size``: the window at which the network was trained, by which offsets are normalised; 0 for this window.
+    ``pretrained_window_size``: the window at which the network was trained, by which offsets are normalised; 0 for this
+    window.
     """
 
     coords: Tensor
@@ -149,7 +159,9 @@ class WindowAttentionV2(Constants, WindowAttention):
         if self.q_bias is None or self.v_bias is None:
             return apply(self.qkv, x, norm=norm), None
         x = x if norm is None else layer_norm(x, *norm)
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))  # a key bias would not survive the cosine
+        bias = torch.cat(
+            (self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)
+        )  # a key bias would not survive the cosine
         return (F.linear(x, self.qkv.weight, bias) if plain(self.qkv) else self.qkv(x) + bias), bias
 
     def bias_table(self) -> Tensor:
@@ -163,7 +175,8 @@ class WindowAttentionV2(Constants, WindowAttention):
 
 
 def log_offsets(window: tuple[int, int], pretrained: tuple[int, int] = (0, 0)) -> Tensor:
-    """Query minus key for each row of the bias table, in Swin V2's coordinates: sign(o) log2(1 + |o|) / 3 with o = 8 offset / (window - 1).
+    """Query minus key for each row of the bias table, in Swin V2's coordinates: sign(o) log2(1 + |o|) / 3 with o = 8
+    offset / (window - 1).
 
     Returns ((2 wh - 1) (2 ww - 1), 2), in float32.
     """

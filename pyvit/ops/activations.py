@@ -1,4 +1,5 @@
-"""Activations of linear layers, and their gradients, in one pass over memory; in the library's C++ where it serves, else in torch's.
+"""Activations of linear layers, and their gradients, in one pass over memory; in the library's C++ where it serves,
+else in torch's.
 
 Names are those of :data:`pyvit.ops.reference.ACTIVATIONS`. Nothing here is recorded by autograd.
 """
@@ -51,7 +52,8 @@ def activate_(x: Tensor, name: str) -> Tensor:
 
 
 def gradient(grad: Tensor, inner: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """The gradient of ``inner`` (..., C) for that of activation(inner), and its sum (C,) over the other dimensions, as wide as it is known.
+    """The gradient of ``inner`` (..., C) for that of activation(inner), and its sum (C,) over the other dimensions, as
+    wide as it is known.
 
     For relu, ``inner`` may be the result as well.
     """
@@ -64,7 +66,8 @@ def gradient(grad: Tensor, inner: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 def gradient_(grad: Tensor, inner: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """As :func:`gradient`, the first result in place of ``grad``, contiguous; returns activation(inner), passing, and the sum."""
+    """As :func:`gradient`, the first result in place of ``grad``, contiguous; returns activation(inner), passing, and
+    the sum."""
     if not _ours(inner) or transformed(grad):
         grad.copy_(_GRADIENTS[name](grad, inner))
         return reference.ACTIVATIONS[name](inner), grad.reshape(-1, grad.shape[-1]).sum(0)

@@ -1,4 +1,5 @@
-"""Attention probabilities of chosen queries: the CLS maps of DINO in O(N) memory, beside a flash kernel that never stores them."""
+"""Attention probabilities of chosen queries: the CLS maps of DINO in O(N) memory, beside a flash kernel that never
+stores them."""
 
 from __future__ import annotations
 
@@ -59,14 +60,17 @@ def _rows(q: Tensor, rows: int | Sequence[int] | Tensor) -> Tensor:
     if not isinstance(rows, Tensor):
         given = [rows] if hasattr(rows, "__index__") else rows
         if not isinstance(given, Sequence) and not hasattr(given, "__array__"):
-            raise TypeError(f"{op}: rows must be an int, a sequence of ints or an int64 Tensor, got {type(rows).__name__}")
+            raise TypeError(
+                f"{op}: rows must be an int, a sequence of ints or an int64 Tensor, got {type(rows).__name__}"
+            )
         rows = torch.tensor([checks.whole(op, "rows", row) for row in given], dtype=torch.int64, device="cpu")
     checks.dense(op, "rows", rows)
     if rows.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: rows must hold int64 indices, got {rows.dtype}")
     if rows.dim() not in (1, 2) or (rows.dim() == 2 and rows.shape[0] != q.shape[0]):
         checks.fail(op, "rows", f"of shape (R,) or ({q.shape[0]}, R)", checks.shape(rows))
-    # Reading indices back from a GPU would stall it; there, as with any gather, an index out of range is a device-side error.
+    # Reading indices back from a GPU would stall it; there, as with any gather, an index out of range is a device-side
+    # error.
     if rows.device.type == "cpu" and not torch.compiler.is_compiling() and rows.numel():
         low, high = int(rows.min()), int(rows.max())
         if low < 0 or high >= q.shape[2]:
@@ -93,7 +97,9 @@ def _check(q: Tensor, k: Tensor, bias: Tensor | None) -> Call:
 
 
 @dispatch.describes("attention_map")
-def _describe(q: Tensor, k: Tensor, rows: Any, *, bias: Tensor | None = None, scale: Any = None, **_: Any) -> tuple[Call, list[str]]:
+def _describe(
+    q: Tensor, k: Tensor, rows: Any, *, bias: Tensor | None = None, scale: Any = None, **_: Any
+) -> tuple[Call, list[str]]:
     q, k, bias = _prepare(q, k, bias)
     _rows(q, rows)
     call = _check(q, k, bias)

@@ -37,7 +37,10 @@ def dense(op: str, argument: str, t: Any, more: str = "") -> None:
     if t.layout is not torch.strided or t.is_nested:
         hint = "convert it with to_dense()"
         if t.is_nested:
-            hint = "flash_attention takes nested q, k and v, and flash_attention_varlen their values(); elsewhere, give values() or pad"
+            hint = (
+                "flash_attention takes nested q, k and v, and flash_attention_varlen their values(); elsewhere, "
+                "give values() or pad"
+            )
         layout = "nested" if t.is_nested else str(t.layout).removeprefix("torch.").removeprefix("_")
         raise TypeError(f"{op}: {argument} must be a dense Tensor{more}, got a {layout} one; {hint}")
 
@@ -49,13 +52,20 @@ def device(op: str, argument: str, t: Any) -> str:
 
 
 def number(op: str, argument: str, value: Any) -> float:
-    """``value`` must be a number. As in torch, a tensor without dimensions is one, but not where it would lack its gradient."""
+    """``value`` must be a number. As in torch, a tensor without dimensions is one, but not where it would lack its
+    gradient."""
     if type(value) is float or type(value) is int:
         return value
     if isinstance(value, Tensor):
         if value.dim() or value.requires_grad or value.is_complex():
-            what = "one that requires a gradient, and there is none for it" if value.requires_grad else f"{value.dtype} of {shape(value)}"
-            raise TypeError(f"{op}: {argument} must be a number or a tensor of no dimensions without a gradient, got {what}")
+            what = (
+                "one that requires a gradient, and there is none for it"
+                if value.requires_grad
+                else f"{value.dtype} of {shape(value)}"
+            )
+            raise TypeError(
+                f"{op}: {argument} must be a number or a tensor of no dimensions without a gradient, got {what}"
+            )
         return value.item()
     if not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: {argument} must be a number, got {type(value).__name__}")
@@ -93,7 +103,9 @@ def no_gradient(op: str, **tensors: Tensor | None) -> None:
     """Tensors that have no gradient must not ask for one."""
     for argument, t in tensors.items():
         if t is not None and t.requires_grad and torch.is_grad_enabled():
-            raise TypeError(f"{op}: {argument} must not require a gradient, since it gets none, got a tensor that does; detach it")
+            raise TypeError(
+                f"{op}: {argument} must not require a gradient, since it gets none, got a tensor that does; detach it"
+            )
 
 
 def floating(op: str, argument: str, t: Tensor) -> None:
@@ -141,7 +153,13 @@ def dropout(op: str, p: Any) -> float:
 
 def pair(op: str, argument: str, value: Any, least: int) -> tuple[int, int]:
     """An int or a pair of ints, each at least ``least``, as a pair."""
-    values = (value, value) if isinstance(value, (int, torch.SymInt)) else tuple(value) if isinstance(value, Sequence) else ()
+    values = (
+        (value, value)
+        if isinstance(value, (int, torch.SymInt))
+        else tuple(value)
+        if isinstance(value, Sequence)
+        else ()
+    )
     if len(values) != 2 or not all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in values):
         raise TypeError(f"{op}: {argument} must be an int or a pair of ints, got {value!r}")
     if min(values) < least:
@@ -150,7 +168,8 @@ def pair(op: str, argument: str, value: Any, least: int) -> tuple[int, int]:
 
 
 def exactly(op: str, argument: str, t: Any, wanted: Sequence[int], dtype: torch.dtype, like: Tensor) -> None:
-    """``t`` must be of this shape and dtype, and on the device of ``like``: what an operator computed, given to its backward."""
+    """``t`` must be of this shape and dtype, and on the device of ``like``: what an operator computed, given to its
+    backward."""
     tensor(op, argument, t, str(tuple(wanted)), len(wanted))
     if t.shape != tuple(wanted):
         fail(op, argument, f"of shape {tuple(wanted)}", shape(t))
@@ -170,7 +189,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def dropout_seed(p: float, like: Tensor) -> Tensor | None:
-    """A fresh seed from torch's generator of that device (so torch.manual_seed and CUDA graphs govern it), or None without dropout."""
+    """A fresh seed from torch's generator of that device (so torch.manual_seed and CUDA graphs govern it), or None
+    without dropout."""
     return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=like.device) if p > 0 else None
 
 

@@ -1,4 +1,5 @@
-"""Self-distillation's cross-entropy (DINO, iBOT, DINOv2) with the prototype product fused: neither probability matrix is ever stored."""
+"""Self-distillation's cross-entropy (DINO, iBOT, DINOv2) with the prototype product fused: neither probability matrix
+is ever stored."""
 
 from __future__ import annotations
 
@@ -31,18 +32,21 @@ def distillation_cross_entropy(
     weights: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """sum_stn weights[s, t, n] H(softmax((teacher[t, n] - center) / teacher_temp), softmax(student[s, n] / student_temp)).
+    """sum_stn weights[s, t, n] H(softmax((teacher[t, n] - center) / teacher_temp), softmax(student[s, n] /
+    student_temp)).
 
     Args:
-        student: logits (S, N, K), one slice per crop, or features (S, N, C) with ``student_prototypes``; (N, .) stands for S = 1.
-        teacher: logits (T, N, K) or features (T, N, C') with ``teacher_prototypes``; (N, .) stands for T = 1. It gets no gradient.
+        student: logits (S, N, K), one slice per crop, or features (S, N, C) with ``student_prototypes``; (N, .) stands
+            for S = 1.
+        teacher: logits (T, N, K) or features (T, N, C') with ``teacher_prototypes``; (N, .) stands for T = 1. It gets
+            no gradient.
         student_temp, teacher_temp: positive temperatures.
         center: (K,), taken from the teacher's logits: DINO's running centre, or the potentials of
             :func:`pyvit.ops.sinkhorn_center`, with which the teacher's softmax is the Sinkhorn assignment. No gradient.
-        student_prototypes, teacher_prototypes: (K, C) and (K, C'); logits = features prototypes^T, a tile of K at a time. The teacher's get
-            no gradient.
-        weights: (S, T, N) or broadcastable to it; default 1 / (S T N), the mean. Zero excludes a pair (a crop against itself). Neither
-            they nor the temperatures have a gradient.
+        student_prototypes, teacher_prototypes: (K, C) and (K, C'); logits = features prototypes^T, a tile of K at a
+            time. The teacher's get no gradient.
+        weights: (S, T, N) or broadcastable to it; default 1 / (S T N), the mean. Zero excludes a pair (a crop against
+            itself). Neither they nor the temperatures have a gradient.
         backend: force one backend.
 
     Returns:
@@ -55,7 +59,9 @@ def distillation_cross_entropy(
     student, teacher = _crops("student", student), _crops("teacher", teacher)
     student_temp, teacher_temp = _temperatures(student_temp, teacher_temp)
     wide = checks.wide(student.dtype)
-    teacher, student_prototypes, teacher_prototypes = (_as_wide(t, wide) for t in (teacher, student_prototypes, teacher_prototypes))
+    teacher, student_prototypes, teacher_prototypes = (
+        _as_wide(t, wide) for t in (teacher, student_prototypes, teacher_prototypes)
+    )
     call = _check(student, teacher, center, student_prototypes, teacher_prototypes, weights)
     chosen = dispatch.select(call, backend)
     shape = (student.shape[0], teacher.shape[0], student.shape[1])
@@ -75,7 +81,8 @@ def _crops(name: str, t: Tensor) -> Tensor:
 
 
 def _as_wide(t: Any, wide: torch.dtype) -> Any:
-    """``t`` in the dtype of the sums if that of its own would be another: float32 and float64 multiply in no product."""
+    """``t`` in the dtype of the sums if that of its own would be another: float32 and float64 multiply in no
+    product."""
     return t.to(wide) if isinstance(t, Tensor) and t.is_floating_point() and checks.wide(t.dtype) != wide else t
 
 
@@ -106,7 +113,9 @@ def _check(
         checks.floating(_OP, f"{name}_prototypes", prototypes)
         checks.same(_OP, f"{name}_prototypes", prototypes, name, t, dtype=False)
         if prototypes.shape[1] != t.shape[2]:
-            checks.fail(_OP, f"{name}_prototypes", f"of shape (K, {t.shape[2]}) to fit {name}", checks.shape(prototypes))
+            checks.fail(
+                _OP, f"{name}_prototypes", f"of shape (K, {t.shape[2]}) to fit {name}", checks.shape(prototypes)
+            )
         counts.append(prototypes.shape[0])
     if counts[0] != counts[1] or counts[0] == 0:
         checks.fail(_OP, "teacher", f"scored on the student's {counts[0]} prototypes, at least one", counts[1])
@@ -120,7 +129,9 @@ def _check(
         checks.fail(_OP, "center", f"of shape ({counts[0]},)", checks.shape(center))
     checks.no_gradient(_OP, weights=weights)
     wanted = (student.shape[0], teacher.shape[0], student.shape[1])
-    if weights is not None and (weights.dim() != 3 or any(h not in (1, w) for h, w in zip(weights.shape, wanted, strict=True))):
+    if weights is not None and (
+        weights.dim() != 3 or any(h not in (1, w) for h, w in zip(weights.shape, wanted, strict=True))
+    ):
         checks.fail(_OP, "weights", f"broadcastable to {wanted}", checks.shape(weights))
     found = loss_tiles.features(student, student_prototypes)
     found += [name for name, given in (("prototypes", student_prototypes), ("center", center)) if given is not None]
@@ -129,7 +140,9 @@ def _check(
 
 
 @dispatch.describes(_OP)
-def _describe(student: Tensor, teacher: Tensor, student_temp: float, teacher_temp: float, **kw: Any) -> tuple[Call, list[str]]:
+def _describe(
+    student: Tensor, teacher: Tensor, student_temp: float, teacher_temp: float, **kw: Any
+) -> tuple[Call, list[str]]:
     student, teacher = _crops("student", student), _crops("teacher", teacher)
     _temperatures(student_temp, teacher_temp)
     optional = [kw.get(name) for name in ("center", "student_prototypes", "teacher_prototypes", "weights")]
@@ -137,7 +150,13 @@ def _describe(student: Tensor, teacher: Tensor, student_temp: float, teacher_tem
 
 
 def _check_low(
-    student: Tensor, teacher: Tensor, ws: Tensor | None, wt: Tensor | None, center: Tensor | None, weights: Tensor, *temperatures: float
+    student: Tensor,
+    teacher: Tensor,
+    ws: Tensor | None,
+    wt: Tensor | None,
+    center: Tensor | None,
+    weights: Tensor,
+    *temperatures: float,
 ) -> Call:
     _temperatures(*temperatures)
     call = _check(student, teacher, center, ws, wt, weights)
@@ -149,10 +168,16 @@ def _check_low(
     return call
 
 
-def _check_low_backward(grad: Tensor, lse_s: Tensor, lse_t: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> Call:
+def _check_low_backward(
+    grad: Tensor, lse_s: Tensor, lse_t: Tensor, student: Tensor, teacher: Tensor, *rest: Any
+) -> Call:
     call = _check_low(student, teacher, *rest)
     wide = checks.wide(student.dtype)
-    for name, t, shape in (("grad", grad, ()), ("lse_student", lse_s, student.shape[:2]), ("lse_teacher", lse_t, teacher.shape[:2])):
+    for name, t, shape in (
+        ("grad", grad, ()),
+        ("lse_student", lse_s, student.shape[:2]),
+        ("lse_teacher", lse_t, teacher.shape[:2]),
+    ):
         checks.exactly(f"{_OP}_backward", name, t, shape, wide, student)
     return call
 
@@ -161,7 +186,16 @@ class _Tiles:
     """Scores of a chunk of samples against a chunk of prototypes, for both networks."""
 
     def __init__(self, args: tuple[Any, ...]) -> None:
-        self.student, self.teacher, self.ws, self.wt, self.center, self.weights, self.student_temp, self.teacher_temp = args
+        (
+            self.student,
+            self.teacher,
+            self.ws,
+            self.wt,
+            self.center,
+            self.weights,
+            self.student_temp,
+            self.teacher_temp,
+        ) = args
         self.s, self.n = self.student.shape[:2]
         self.t = self.teacher.shape[0]
         self.k = self.student.shape[2] if self.ws is None else self.ws.shape[0]
@@ -197,7 +231,8 @@ class _Tiles:
 
 
 class _Pair(NamedTuple):
-    """A tile of scores of both networks, (S, rows, columns) and (T, rows, columns): each visited once or twice in C++, else by torch."""
+    """A tile of scores of both networks, (S, rows, columns) and (T, rows, columns): each visited once or twice in C++,
+    else by torch."""
 
     student: Tensor
     teacher: Tensor
@@ -213,7 +248,8 @@ class _Pair(NamedTuple):
         return self.student / self.student_temp, teacher / self.teacher_temp
 
     def gradient(self, lse_s: Tensor, lse_t: Tensor, weights: Tensor, out: Tensor) -> Tensor:
-        """Derivatives of the sum of weights (S, T, rows) times cross-entropies by the student's logits; ``out`` may hold them."""
+        """Derivatives of the sum of weights (S, T, rows) times cross-entropies by the student's logits; ``out`` may
+        hold them."""
         if self.in_library():
             grad = out.view(self.student.shape)
             torch.ops.pyvit.distillation_tile_backward(*self, lse_s, lse_t, weights, grad)
@@ -228,8 +264,8 @@ class _Pair(NamedTuple):
 
 
 class _Sums:
-    """What a chunk of samples needs of all prototypes, one tile after another: log-sum-exps, and cross (S, T, rows), the sums of
-    exp(teacher - top) times student."""
+    """What a chunk of samples needs of all prototypes, one tile after another: log-sum-exps, and cross (S, T, rows),
+    the sums of exp(teacher - top) times student."""
 
     def __init__(self, s: int, t: int, rows: int, like: Tensor) -> None:
         self.student, self.teacher = LogSumExp(s * rows, like), LogSumExp(t * rows, like)
@@ -297,7 +333,9 @@ def _tiled_backward(grad: Tensor, lse_s: Tensor, lse_t: Tensor, *args: Any) -> t
     return grad_x.to(tiles.student.dtype), grad_w if ws is None else grad_w.to(ws.dtype)
 
 
-def _fake(student: Tensor, teacher: Tensor, _ws: Any, _wt: Any, _center: Any, weights: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(
+    student: Tensor, teacher: Tensor, _ws: Any, _wt: Any, _center: Any, weights: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return weights.new_empty(()), weights.new_empty(student.shape[:2]), weights.new_empty(teacher.shape[:2])
 
 
@@ -328,7 +366,10 @@ def _reference_backward(grad: Tensor, _s: Tensor, _t: Tensor, *args: Any) -> tup
     return found[0], found[1] if len(found) == 2 else grad.new_empty(0)  # type: ignore[return-value]
 
 
-_TILES, _TILES_BACKWARD = "pyvit.ops.distillation_cross_entropy:_tiled", "pyvit.ops.distillation_cross_entropy:_tiled_backward"
+_TILES, _TILES_BACKWARD = (
+    "pyvit.ops.distillation_cross_entropy:_tiled",
+    "pyvit.ops.distillation_cross_entropy:_tiled_backward",
+)
 
 DISTILL_BACKWARD = Operator(
     f"{_OP}_backward",
@@ -349,5 +390,9 @@ DISTILL = Operator(
     check=_check_low,
     setup_context=_setup_context,
     backward=_backward,
-    kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.pairwise_losses:distillation_cross_entropy"},
+    kernels={
+        "cpu": _TILES,
+        "cuda": _TILES,
+        "triton": "pyvit.triton_kernels.pairwise_losses:distillation_cross_entropy",
+    },
 )

@@ -30,11 +30,13 @@ def flash_attention(
 
     Args:
         q: queries (B, H, Nq, D). Any strides; kernels copy when the last dimension is not contiguous. Nested q, k and v
-            (B, H, j, D) of layout torch.jagged are served as packed sequences, and the result is nested; they have no dropout.
+            (B, H, j, D) of layout torch.jagged are served as packed sequences, and the result is nested; they have no
+            dropout.
         k: keys (B, Hkv, Nk, D); Hkv = H, or a divisor of H with ``enable_gqa``.
         v: values (B, Hkv, Nk, Dv).
-        bias: added to the scaled scores (float32 or the dtype of q), or bool with True = attend; any broadcast of (B, H, Nq, Nk).
-            A float bias gets its gradient, summed over the broadcast dimensions. -inf and False keep a query from a key. A finite number
+        bias: added to the scaled scores (float32 or the dtype of q), or bool with True = attend; any broadcast of (B,
+            H, Nq, Nk). A float bias gets its gradient, summed over the broadcast dimensions. -inf and False keep a
+            query from a key. A finite number
             does not, however large: a row with ``torch.finfo(dtype).min`` everywhere attends to all keys alike.
         is_causal: query i attends to keys 0..i (top-left aligned, as in ``F.scaled_dot_product_attention``).
         scale: factor on the scores, default 1/sqrt(D); a number, without a gradient.
@@ -44,15 +46,16 @@ def flash_attention(
         backend: force one of ``pyvit.backends.BACKENDS``; see :func:`pyvit.explain`.
 
     Returns:
-        out (B, H, Nq, Dv), stored as (B, Nq, H, Dv) so that ``out.transpose(1, 2).flatten(2)`` is free; with ``return_lse`` also
-        lse (B, H, Nq) float32, natural logarithm. A row that may attend to nothing gives zeros, no gradient, and lse -inf.
+        out (B, H, Nq, Dv), stored as (B, Nq, H, Dv) so that ``out.transpose(1, 2).flatten(2)`` is free; with
+        ``return_lse`` also lse (B, H, Nq) float32, natural logarithm. A row that may attend to nothing gives zeros, no
+        gradient, and lse -inf.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype or device does not fit; the message names it.
         BackendError: ``backend`` cannot serve the call.
 
-    Sources: Dao et al., "FlashAttention" (2022) and "FlashAttention-2" (2023); Milakov and Gimelshein, "Online normalizer calculation
-    for softmax" (2018).
+    Sources: Dao et al., "FlashAttention" (2022) and "FlashAttention-2" (2023); Milakov and Gimelshein, "Online
+    normalizer calculation for softmax" (2018).
     """
     if isinstance(q, Tensor) and q.is_nested:
         return nested.attention(q, k, v, bias, is_causal, scale, dropout_p, enable_gqa, return_lse, backend)
@@ -65,15 +68,21 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
-def prepare(op: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def prepare(
+    op: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Operands in autocast's dtype, bias with its leading dimensions."""
     device = checks.device(op, "q", q)
     q, k, v = dispatch.autocast(device, q, k, v)
     return q, k, v, checks.with_leading(op, bias)
 
 
-def asked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, dropout_p: float, gqa: bool, lse: bool) -> tuple[str, ...]:
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad))
+def asked(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, dropout_p: float, gqa: bool, lse: bool
+) -> tuple[str, ...]:
+    grad = torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
+    )
     found = []
     if bias is not None:
         found.append("bool_mask" if bias.dtype == torch.bool else "bias")
@@ -125,11 +134,15 @@ def check(
     features = asked(q, k, v, bias, is_causal, dropout_p, hk != h, return_lse)
     device = q.device.type
     dims = (d,) if d == dv else (d, dv)
-    return Call("flash_attention", device, q.dtype, features, dims, dispatch.sizes(device, b, h, hk, nq, nk, max(d, dv)))
+    return Call(
+        "flash_attention", device, q.dtype, features, dims, dispatch.sizes(device, b, h, hk, nq, nk, max(d, dv))
+    )
 
 
 @dispatch.describes("flash_attention")
-def _describe(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, scale: Any = None, **kw: Any) -> tuple[Call, list[str]]:
+def _describe(
+    q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, scale: Any = None, **kw: Any
+) -> tuple[Call, list[str]]:
     if isinstance(q, Tensor) and q.is_nested:
         return nested.describe(q, k, v, bias, kw)
     q, k, v, bias = prepare("flash_attention", q, k, v, bias)
@@ -141,7 +154,14 @@ def _describe(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, sc
 
 
 def _check_low(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, _scale: float, dropout_p: float, seed: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    _scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> Call:
     call = check(q, k, v, bias, is_causal, checks.dropout("flash_attention", dropout_p), True, False)
     checks.seed("flash_attention", seed, dropout_p, q)
@@ -149,7 +169,15 @@ def _check_low(
 
 
 def _check_low_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    bias_grad: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *rest: Any,
 ) -> Call:
     call = _check_low(q, k, v, *rest)
     check_results(grad_out, grad_lse, out, lse, bias_grad, rest[0], (*q.shape[:3], v.shape[3]), q.shape[:3], q)
@@ -167,7 +195,8 @@ def check_results(
     of_lse: Sequence[int],
     q: Tensor,
 ) -> None:
-    """What a backward takes before its forward's arguments: results of the shapes ``of_out`` and ``of_lse``, and their gradients."""
+    """What a backward takes before its forward's arguments: results of the shapes ``of_out`` and ``of_lse``, and their
+    gradients."""
     op = "attention's backward"
     for name, t, shape, dtype in (
         ("grad_out", grad_out, of_out, q.dtype),
@@ -217,7 +246,9 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     bias_grad = bias is not None and ctx.needs_input_grad[3]
-    *grads, grad_bias = ATTENTION_BACKWARD(grad_out, grad_lse, out, lse, bias_grad, q, k, v, bias, *ctx.options, seed, ctx.backend)
+    *grads, grad_bias = ATTENTION_BACKWARD(
+        grad_out, grad_lse, out, lse, bias_grad, q, k, v, bias, *ctx.options, seed, ctx.backend
+    )
     return *grads, grad_bias if bias_grad else None, None, None, None, None, None
 
 

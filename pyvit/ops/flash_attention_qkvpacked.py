@@ -29,14 +29,15 @@ def flash_attention_qkvpacked(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`pyvit.ops.flash_attention` of qkv (B, N, 3, H, D), as one projection leaves them: out (B, N, H, D).
 
-    The result is that of the three parts. The ``cpu`` backend writes their gradients where they belong in one tensor, which otherwise
-    autograd puts together by a copy; the other backends compute the parts'.
+    The result is that of the three parts. The ``cpu`` backend writes their gradients where they belong in one tensor,
+    which otherwise autograd puts together by a copy; the other backends compute the parts'.
 
     Args:
         qkv: queries at [:, :, 0], keys at [:, :, 1], values at [:, :, 2].
         bias: any broadcast of (B, H, N, N); this and the rest as in :func:`pyvit.ops.flash_attention`.
 
-    Returns out (B, N, H, D); with ``return_lse`` also lse (B, H, N) float32. Raises as :func:`pyvit.ops.flash_attention`.
+    Returns out (B, N, H, D); with ``return_lse`` also lse (B, H, N) float32. Raises as
+    :func:`pyvit.ops.flash_attention`.
     """
     dropout_p = checks.dropout(_OP, dropout_p)
     call, qkv, bias = _prepare(qkv, bias, is_causal, dropout_p, return_lse)
@@ -53,7 +54,8 @@ def flash_attention_qkvpacked(
 
 
 def prepared(qkv: Tensor, is_causal: bool) -> Callable[[Tensor], Tensor] | None:
-    """The ``cpu`` kernel for inference on such a tensor as a function of it, see :mod:`pyvit.nn.replay`; None where another serves."""
+    """The ``cpu`` kernel for inference on such a tensor as a function of it, see :mod:`pyvit.nn.replay`; None where
+    another serves."""
     call, *_ = _prepare(qkv, None, is_causal, 0.0, False)
     if dispatch.select(call) != "cpu":
         return None
@@ -73,7 +75,9 @@ def parts(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _prepare(qkv: Tensor, bias: Tensor | None, is_causal: bool, dropout_p: float, return_lse: bool) -> tuple[Call, Tensor, Tensor | None]:
+def _prepare(
+    qkv: Tensor, bias: Tensor | None, is_causal: bool, dropout_p: float, return_lse: bool
+) -> tuple[Call, Tensor, Tensor | None]:
     checks.tensor(_OP, "qkv", qkv, "(B, N, 3, H, D)", 5)
     if qkv.shape[2] != 3:
         checks.fail(_OP, "qkv", "of shape (B, N, 3, H, D)", checks.shape(qkv))

@@ -36,10 +36,11 @@ def flash_attention_varlen(
     Args:
         q: queries (Tq, H, D), the sequences' tokens concatenated.
         k, v: keys (Tk, Hkv, D) and values (Tk, Hkv, Dv); Hkv divides H.
-        cu_seqlens_q, cu_seqlens_k: (S + 1,) int32 or int64, ascending, from 0 to Tq (Tk): sequence s is rows cu[s] to cu[s + 1].
+        cu_seqlens_q, cu_seqlens_k: (S + 1,) int32 or int64, ascending, from 0 to Tq (Tk): sequence s is rows cu[s] to
+            cu[s + 1].
         max_seqlen_q, max_seqlen_k: at least the longest sequence.
-        bias: any broadcast of (S, H, max_seqlen_q, max_seqlen_k); each sequence uses the top-left corner. Float or bool, as in
-            :func:`flash_attention`, and with a gradient.
+        bias: any broadcast of (S, H, max_seqlen_q, max_seqlen_k); each sequence uses the top-left corner. Float or
+            bool, as in :func:`flash_attention`, and with a gradient.
         is_causal, scale, return_lse, backend: as in :func:`flash_attention`.
 
     Returns:
@@ -48,7 +49,9 @@ def flash_attention_varlen(
     Raises ValueError, TypeError, BackendError as :func:`flash_attention`.
     """
     q, k, v, bias = prepare(_OP, q, k, v, bias)
-    max_seqlen_q, max_seqlen_k = (checks.whole(_OP, f"max_seqlen_{x}", n, 0) for x, n in (("q", max_seqlen_q), ("k", max_seqlen_k)))
+    max_seqlen_q, max_seqlen_k = (
+        checks.whole(_OP, f"max_seqlen_{x}", n, 0) for x, n in (("q", max_seqlen_q), ("k", max_seqlen_k))
+    )
     call = _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, bias, is_causal, return_lse)
     scale = checks.scale(_OP, scale, q.shape[2])
     chosen = dispatch.select(call, backend)
@@ -99,14 +102,26 @@ def _check(
             ends = cu.tolist()
             lengths = [hi - lo for lo, hi in itertools.pairwise(ends)]
             if ends[0] != 0 or ends[-1] != total.shape[0] or min(lengths, default=0) < 0:
-                checks.fail(op, name, f"ascending from 0 to {total.shape[0]}", ends if len(ends) < 12 else [*ends[:5], "...", *ends[-5:]])
+                checks.fail(
+                    op,
+                    name,
+                    f"ascending from 0 to {total.shape[0]}",
+                    ends if len(ends) < 12 else [*ends[:5], "...", *ends[-5:]],
+                )
             if max(lengths, default=0) > longest:
                 checks.fail(op, most, f"at least the longest sequence, {max(lengths)}", longest)
     if bias is not None:
         checks.bias(op, bias, q, (cu_q.shape[0] - 1, h, max_q, max_k))
     features = asked(q, k, v, bias, is_causal, 0.0, hk != h, return_lse)
     device, dims = q.device.type, sorted({q.shape[2], v.shape[2]})
-    return Call(op, device, q.dtype, features, tuple(dims), dispatch.sizes(device, cu_q.shape[0] - 1, h, hk, max_q, max_k, dims[-1]))
+    return Call(
+        op,
+        device,
+        q.dtype,
+        features,
+        tuple(dims),
+        dispatch.sizes(device, cu_q.shape[0] - 1, h, hk, max_q, max_k, dims[-1]),
+    )
 
 
 @dispatch.describes(_OP)
@@ -126,7 +141,9 @@ def _describe(
     **_: Any,
 ) -> tuple[Call, list[str]]:
     q, k, v, bias = prepare(_OP, q, k, v, bias)
-    max_seqlen_q, max_seqlen_k = (checks.whole(_OP, f"max_seqlen_{x}", n, 0) for x, n in (("q", max_seqlen_q), ("k", max_seqlen_k)))
+    max_seqlen_q, max_seqlen_k = (
+        checks.whole(_OP, f"max_seqlen_{x}", n, 0) for x, n in (("q", max_seqlen_q), ("k", max_seqlen_k))
+    )
     call = _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, bias, is_causal, return_lse)
     checks.scale(_OP, scale, q.shape[2])
     return call, dispatch.copy_notes(q=q, k=k, v=v)
@@ -150,19 +167,39 @@ def _check_low(
 
 
 def _check_low_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    bias_grad: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *rest: Any,
 ) -> Call:
     call = _check_low(q, k, v, *rest)
-    check_results(grad_out, grad_lse, out, lse, bias_grad, rest[4], (*q.shape[:2], v.shape[2]), (q.shape[1], q.shape[0]), q)
+    check_results(
+        grad_out, grad_lse, out, lse, bias_grad, rest[4], (*q.shape[:2], v.shape[2]), (q.shape[1], q.shape[0]), q
+    )
     return call
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[1], q.shape[0], dtype=checks.wide(q.dtype))
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(
+        q.shape[1], q.shape[0], dtype=checks.wide(q.dtype)
+    )
 
 
 def _fake_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    bias_grad: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = [t.new_empty(t.shape) for t in (q, k, v)]
     return grads[0], grads[1], grads[2], fake_bias_grad(q, rest[4], bias_grad)
@@ -180,7 +217,9 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     bias_grad = bias is not None and ctx.needs_input_grad[7]
-    *grads, grad_bias = VARLEN_BACKWARD(grad_out, grad_lse, out, lse, bias_grad, q, k, v, cu_q, cu_k, *ctx.lengths, bias, *ctx.options)
+    *grads, grad_bias = VARLEN_BACKWARD(
+        grad_out, grad_lse, out, lse, bias_grad, q, k, v, cu_q, cu_k, *ctx.lengths, bias, *ctx.options
+    )
     return *grads, None, None, None, None, grad_bias if bias_grad else None, None, None, None
 
 

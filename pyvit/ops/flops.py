@@ -1,7 +1,8 @@
 """Floating-point operations of pyvit's operators, for ``torch.utils.flop_counter.FlopCounterMode``.
 
-Counted is what the plain formula multiplies, whose backward takes twice its forward: scores that a kernel computes again are not work of
-the model. Layers that are no operators of the dispatcher (linear, mlp, layer norm) run as PyTorch's own while a counter watches.
+Counted is what the plain formula multiplies, whose backward takes twice its forward: scores that a kernel computes
+again are not work of the model. Layers that are no operators of the dispatcher (linear, mlp, layer norm) run as
+PyTorch's own while a counter watches.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ def _attention(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
     return 2 * b * h * n * k[2] * (d + v[3])
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, most_q: int, most_k: int, *_: Any, **__: Any) -> int:
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, most_q: int, most_k: int, *_: Any, **__: Any
+) -> int:
     pairs = (cu_q.numel() - 1) * most_q * most_k  # where the lengths are not known
     if cu_q.device.type != "meta" and type(cu_q) is Tensor:
         pairs = int((cu_q.diff() * cu_k.diff()).sum())
@@ -68,7 +71,9 @@ def _scores(student: Shape, prototypes: Shape | None) -> int:
     return 0 if prototypes is None else 2 * math.prod(student) * prototypes[0]
 
 
-def _distillation(student: Shape, teacher: Shape, prototypes: Shape | None, teachers: Shape | None, *_: Any, **__: Any) -> int:
+def _distillation(
+    student: Shape, teacher: Shape, prototypes: Shape | None, teachers: Shape | None, *_: Any, **__: Any
+) -> int:
     return _scores(student, prototypes) + _scores(teacher, teachers) + _crossed(student, teacher, prototypes)
 
 
@@ -122,7 +127,8 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 def register() -> None:
     """Tell torch's counters of these formulas: those that will be made, and those at work.
 
-    Not when pyvit is imported, for their module imports Triton: when it has been, and an operator is called under a dispatch mode.
+    Not when pyvit is imported, for their module imports Triton: when it has been, and an operator is called under a
+    dispatch mode.
     """
     module = sys.modules.get("torch.utils.flop_counter")
     if module is None:
@@ -132,7 +138,10 @@ def register() -> None:
             module.register_flop_formula(packet, get_raw=getattr(formula, "_get_raw", False))(formula)
     for mode in torch_private.dispatch_mode_stack():
         if isinstance(counter := getattr(mode, "counter", None), module.FlopCounterMode):
-            counter.flop_registry = {**{packet: module.flop_registry[packet] for packet in FORMULAS}, **counter.flop_registry}
+            counter.flop_registry = {
+                **{packet: module.flop_registry[packet] for packet in FORMULAS},
+                **counter.flop_registry,
+            }
 
 
 register()

@@ -14,15 +14,20 @@ from pyvit.ops import checks, loss_tiles, pairwise_losses, reference_losses
 from pyvit.ops.loss_tiles import LogSumExp, Ring, widen
 
 
-def info_nce(a: Tensor, b: Tensor, scale: float | Tensor, *, group: dist.ProcessGroup | None = None, backend: str | None = None) -> Tensor:
-    """Symmetric cross-entropy of logits = scale * a b^T, whose diagonal holds the positives; the mean of both directions.
+def info_nce(
+    a: Tensor, b: Tensor, scale: float | Tensor, *, group: dist.ProcessGroup | None = None, backend: str | None = None
+) -> Tensor:
+    """Symmetric cross-entropy of logits = scale * a b^T, whose diagonal holds the positives; the mean of both
+    directions.
 
     Args:
-        a, b: embeddings (N, D), used as they are (CLIP normalises them first). Row i of one belongs to row i of the other.
+        a, b: embeddings (N, D), used as they are (CLIP normalises them first). Row i of one belongs to row i of the
+            other.
         scale: the inverse temperature, a number or a tensor of one element, which gets a gradient.
-        group: ranks that share one batch, each with the same number of rows. Blocks of ``b`` pass from rank to rank while tiles are
-            computed. Every rank returns the loss of the whole batch, and receives the gradient of the sum of those copies, so that the
-            mean that DistributedDataParallel takes over ranks is the gradient of one big batch.
+        group: ranks that share one batch, each with the same number of rows. Blocks of ``b`` pass from rank to rank
+            while tiles are computed. Every rank returns the loss of the whole batch, and receives the gradient of the
+            sum of those copies, so that the mean that DistributedDataParallel takes over ranks is the gradient of one
+            big batch.
         backend: force one backend.
 
     Returns:
@@ -30,8 +35,8 @@ def info_nce(a: Tensor, b: Tensor, scale: float | Tensor, *, group: dist.Process
 
     Raises ValueError, TypeError for arguments that do not fit; BackendError when ``backend`` cannot serve.
 
-    Sources: van den Oord et al., "Representation Learning with Contrastive Predictive Coding" (2018); Radford et al., "Learning
-    Transferable Visual Models From Natural Language Supervision" (2021), figure 3.
+    Sources: van den Oord et al., "Representation Learning with Contrastive Predictive Coding" (2018); Radford et al.,
+    "Learning Transferable Visual Models From Natural Language Supervision" (2021), figure 3.
     """
     call = _check(a, b, scale, group)
     chosen = dispatch.select(call, backend)
@@ -88,7 +93,9 @@ def _gradients(
     grad_a = pairwise_losses.gradients(a)
 
     def compute(owner: int, other: Tensor, lse: Tensor, grad_other: Tensor) -> None:
-        pairwise_losses.add_softmax_gradients(a, other, scale, lse_a, lse, grad_a, grad_other, 0 if owner == ring.rank else None)
+        pairwise_losses.add_softmax_gradients(
+            a, other, scale, lse_a, lse, grad_a, grad_other, 0 if owner == ring.rank else None
+        )
 
     (grad_b,) = ring.visit([b, lse_b], [pairwise_losses.gradients(b)], compute)
     grad_a, grad_b = grad_a[:, :d], grad_b[:, :d]
@@ -159,7 +166,11 @@ INFO_NCE_BACKWARD = Operator(
     reference=_reference_backward,
     fake=_fake_backward,
     check=_check_low_backward,
-    kernels={"cpu": _TILES_BACKWARD, "cuda": _TILES_BACKWARD, "triton": "pyvit.triton_kernels.pairwise_losses:info_nce_backward"},
+    kernels={
+        "cpu": _TILES_BACKWARD,
+        "cuda": _TILES_BACKWARD,
+        "triton": "pyvit.triton_kernels.pairwise_losses:info_nce_backward",
+    },
     **dispatch.double_backward(reference_losses.info_nce, n_grads=1, n_skipped=2, inputs=(0, 1, 2)),
 )
 INFO_NCE = Operator(

@@ -15,18 +15,21 @@ from pyvit.ops import checks, loss_tiles, reference_losses
 from pyvit.ops.loss_tiles import Ring, product, spans, widen
 
 
-def koleo(x: Tensor, *, eps: float = 1e-8, group: dist.ProcessGroup | None = None, backend: str | None = None) -> Tensor:
+def koleo(
+    x: Tensor, *, eps: float = 1e-8, group: dist.ProcessGroup | None = None, backend: str | None = None
+) -> Tensor:
     """-mean_i log(||x_i - x_nn(i)|| + eps), nn(i) the row of the largest inner product with x_i, itself left out.
 
     Args:
-        x: embeddings (N, D), used as they are (DINOv2 normalises them first, which makes nn the nearest). A single row is its own
-            neighbour, as in DINOv2's code: a constant loss, without a gradient.
+        x: embeddings (N, D), used as they are (DINOv2 normalises them first, which makes nn the nearest). A single row
+            is its own neighbour, as in DINOv2's code: a constant loss, without a gradient.
         eps: keeps the logarithm and its gradient finite for rows that coincide.
-        group: ranks that share one batch, each with as many rows: neighbours are sought on all of them. Every rank returns the loss of the
-            whole batch, and receives the gradient of the sum of those copies.
+        group: ranks that share one batch, each with as many rows: neighbours are sought on all of them. Every rank
+            returns the loss of the whole batch, and receives the gradient of the sum of those copies.
         backend: force one backend for the search.
 
-    Returns a float32 scalar (float64 for float64). Raises ValueError or TypeError naming the argument that does not fit.
+    Returns a float32 scalar (float64 for float64). Raises ValueError or TypeError naming the argument that does not
+    fit.
 
     Source: Sablayrolles et al., "Spreading vectors for similarity search" (2019), equation 5.
     """

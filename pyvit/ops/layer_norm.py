@@ -27,18 +27,19 @@ def layer_norm(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight + bias, with mean and biased variance of the last dimension. Ba et al. (2016).
+    """(x - mean) / sqrt(variance + eps) * weight + bias, with mean and biased variance of the last dimension. Ba et al.
+    (2016).
 
     Args:
         x: (..., C).
         weight, bias: (C,), of x's dtype or float32; None for ones and zeros.
         eps: added to the variance.
-        dtype: of the result (default: x's). With bfloat16 or float16, rows of float32 are rounded as they are written, and their gradient
-            is taken from the rounded one's: a cast that costs no pass of its own.
+        dtype: of the result (default: x's). With bfloat16 or float16, rows of float32 are rounded as they are written,
+            and their gradient is taken from the rounded one's: a cast that costs no pass of its own.
         backend: "cpu", "reference" (PyTorch's), or None: "cpu" where it can serve.
 
-    Statistics are float32 (float64 for float64). Returns (..., C). Raises ValueError or TypeError naming the argument that does not fit,
-    BackendError where ``backend`` cannot serve.
+    Statistics are float32 (float64 for float64). Returns (..., C). Raises ValueError or TypeError naming the argument
+    that does not fit, BackendError where ``backend`` cannot serve.
     """
     device, eps = check(x, weight, bias), checks.number("layer_norm", "eps", eps)
     dtype = x.dtype if dtype is None else dtype
@@ -88,7 +89,9 @@ def _describe(
     return Call("layer_norm", check(x, weight, bias), x.dtype, ()), dispatch.copy_notes(x=x)
 
 
-def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, statistics: Tensor | None) -> Tensor:
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, statistics: Tensor | None
+) -> Tensor:
     out = torch.empty_like(x, dtype=dtype) if torch.is_grad_enabled() else recycled(x.shape, dtype)
     torch.ops.pyvit.layer_norm.default(x, weight, bias, eps, out, statistics)
     return out
@@ -96,7 +99,9 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> Tensor:
         statistics = torch.empty(2, x.numel() // x.shape[-1], dtype=torch.float32, device="cpu")
         rows = x.contiguous()
         ctx.save_for_backward(rows, weight, bias, statistics)
@@ -107,11 +112,15 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, statistics = ctx.saved_tensors
         needs, formula = ctx.needs_input_grad, functools.partial(reference.layer_norm, eps=ctx.eps, dtype=ctx.dtype)
-        if torch.is_grad_enabled():  # a gradient of the gradient was asked for: by the plain formula, which autograd sees through
+        if (
+            torch.is_grad_enabled()
+        ):  # a gradient of the gradient was asked for: by the plain formula, which autograd sees through
             return (*dispatch.formula_gradients(formula, (x, weight, bias), needs[:3], grad), None, None)
         if transformed(grad):
             wanted = [i for i in range(3) if needs[i]]
-            found = dict(zip(wanted, dispatch.reference_backward(formula, (grad,), (x, weight, bias), wanted), strict=True))
+            found = dict(
+                zip(wanted, dispatch.reference_backward(formula, (grad,), (x, weight, bias), wanted), strict=True)
+            )
             return found.get(0), found.get(1), found.get(2), None, None
         grad_x = recycled(x.shape, x.dtype)
         sums = torch.empty(2, x.shape[-1], dtype=torch.float32, device="cpu") if needs[1] or needs[2] else None

@@ -1,8 +1,9 @@
 """A linear layer with its activation, on the fastest matrix product at hand; fused where that can.
 
-On a CPU torch's default product is not always the fastest: oneDNN, inside torch, may be twice as fast and applies the activation while the
-result is in registers, and ``csrc/cpu`` has products of its own. Which is taken follows from processor, dtype and shape by rules that were
-measured beforehand (:mod:`pyvit.ops.product_rules`). On a GPU the product is the vendor's.
+On a CPU torch's default product is not always the fastest: oneDNN, inside torch, may be twice as fast and applies the
+activation while the result is in registers, and ``csrc/cpu`` has products of its own. Which is taken follows from
+processor, dtype and shape by rules that were measured beforehand (:mod:`pyvit.ops.product_rules`). On a GPU the product
+is the vendor's.
 """
 
 from __future__ import annotations
@@ -44,29 +45,33 @@ def linear(
         residual: (..., M); None for 0.
         backend: "cpu" (the product of the rules), "reference" (the plain formula), or None: "cpu" where it can serve.
 
-    Returns (..., M). Raises ValueError or TypeError naming the argument that does not fit, BackendError where ``backend`` cannot serve.
+    Returns (..., M). Raises ValueError or TypeError naming the argument that does not fit, BackendError where
+    ``backend`` cannot serve.
 
-    Which product runs, torch's, oneDNN's or pyvit's own, is part of the result's last bits. It follows from the instruction set, the dtype,
-    M, K and the rows to the next power of two: the same call on the same processor with as many threads has the same bits in every process.
-    Where no gradient is wanted and the weight is packed (:func:`pyvit.pack_weights`), norm, scale and residual cost no pass over memory in
-    pyvit's own product.
+    Which product runs, torch's, oneDNN's or pyvit's own, is part of the result's last bits. It follows from the
+    instruction set, the dtype, M, K and the rows to the next power of two: the same call on the same processor with as
+    many threads has the same bits in every process. Where no gradient is wanted and the weight is packed
+    (:func:`pyvit.pack_weights`), norm, scale and residual cost no pass over memory in pyvit's own product.
 
-    Under autocast on a CPU the weights stay float32 beside a 16-bit x: the product rounds them as it packs them, no copies are kept for
-    the backward pass, and their gradients are float32 sums that were never rounded.
+    Under autocast on a CPU the weights stay float32 beside a 16-bit x: the product rounds them as it packs them, no
+    copies are kept for the backward pass, and their gradients are float32 sums that were never rounded.
 
-    The environment variable ``PYVIT_LINEAR`` pins ``onednn``, ``pyvit`` or ``torch`` wherever that can serve (default ``auto``: the rules).
-    With ``measure`` the first call of a kind in each process times them, which takes about ten times as long as the call, and keeps the
-    fastest: processes may then differ in the last bits. Under ``torch.use_deterministic_algorithms`` nothing is measured.
+    The environment variable ``PYVIT_LINEAR`` pins ``onednn``, ``pyvit`` or ``torch`` wherever that can serve (default
+    ``auto``: the rules). With ``measure`` the first call of a kind in each process times them, which takes about ten
+    times as long as the call, and keeps the fastest: processes may then differ in the last bits. Under
+    ``torch.use_deterministic_algorithms`` nothing is measured.
 
-    Graphs that ``torch.compile`` makes without gradients choose as eager calls do; those with gradients, exported ones and tensors that are
-    traced hold the plain formula.
+    Graphs that ``torch.compile`` makes without gradients choose as eager calls do; those with gradients, exported ones
+    and tensors that are traced hold the plain formula.
     """
     branch = Branch(weight, bias, activation, None, None, norm, scale, residual)
     if backend is None and (out := packed.again(x, branch)) is not None:
         return out
     if not branch.is_one_layer():
         prepare(x, weight, bias, activation)
-        return with_surroundings("linear", x, branch, lambda y: linear(y, weight, bias, activation=activation, backend=backend), backend)
+        return with_surroundings(
+            "linear", x, branch, lambda y: linear(y, weight, bias, activation=activation, backend=backend), backend
+        )
     x, weight, bias, device = prepare(x, weight, bias, activation)
     wanted = select("linear", device, x.dtype, backend)
     if wanted == "cpu" and compiled_inference(x, weight):
@@ -82,14 +87,19 @@ def linear(
     return products.forward(x, weight, bias, activation)
 
 
-def with_surroundings(op: str, x: Tensor, branch: Branch, layers: Callable[[Tensor], Tensor], backend: str | None) -> Tensor:
+def with_surroundings(
+    op: str, x: Tensor, branch: Branch, layers: Callable[[Tensor], Tensor], backend: str | None
+) -> Tensor:
     """residual + scale * layers(norm(x)): by the operators one by one, but in inference with packed weights."""
     last = branch.weight if branch.weight2 is None else branch.weight2
     if branch.norm is not None and not (isinstance(branch.norm, tuple) and len(branch.norm) == 3):
         checks.fail(op, "norm", "(weight, bias, eps) or None", repr(branch.norm))
     if branch.norm is not None:
         check_norm(x, *branch.norm[:2])
-    for name, t, shape in (("scale", branch.scale, last.shape[:1]), ("residual", branch.residual, (*x.shape[:-1], last.shape[0]))):
+    for name, t, shape in (
+        ("scale", branch.scale, last.shape[:1]),
+        ("residual", branch.residual, (*x.shape[:-1], last.shape[0])),
+    ):
         if t is not None and (not isinstance(t, Tensor) or t.shape != shape):
             checks.tensor(op, name, t, str(tuple(shape)), len(shape))
             checks.fail(op, name, f"of shape {tuple(shape)}", checks.shape(t))
@@ -125,7 +135,9 @@ def prepare(
     device = checks.device(op, _x, x)
     checks.tensor(op, _weight, weight, "(M, K)", 2)
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        checks.fail(op, _x, f"of shape (..., {weight.shape[1]}) to fit {_weight} {tuple(weight.shape)}", checks.shape(x))
+        checks.fail(
+            op, _x, f"of shape (..., {weight.shape[1]}) to fit {_weight} {tuple(weight.shape)}", checks.shape(x)
+        )
     if bias is not None:
         checks.dense(op, _bias, bias)
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -172,7 +184,9 @@ def _describe(
 ) -> tuple[Call, list[str]]:
     x, weight, bias, device = prepare(x, weight, bias, activation)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    notes = explain(x, Branch(weight, bias, activation, None, None, norm, scale, residual), grad) if device == "cpu" else []
+    notes = (
+        explain(x, Branch(weight, bias, activation, None, None, norm, scale, residual), grad) if device == "cpu" else []
+    )
     return Call("linear", device, x.dtype, ()), notes
 
 
@@ -184,7 +198,8 @@ def explain(x: Tensor, branch: Branch, grad: bool) -> list[str]:
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps the input and, for an activation, what it was applied to (relu: its result), and takes gradients by the faster products."""
+    """Keeps the input and, for an activation, what it was applied to (relu: its result), and takes gradients by the
+    faster products."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
@@ -200,7 +215,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, inner = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # a gradient of the gradient was asked for: by the plain formula, which autograd sees through
+        if (
+            torch.is_grad_enabled()
+        ):  # a gradient of the gradient was asked for: by the plain formula, which autograd sees through
 
             def formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
                 weight, bias = narrow(x, weight, bias)

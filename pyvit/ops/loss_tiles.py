@@ -1,8 +1,9 @@
-"""What the streaming losses share: matrix products by tile, an online log-sum-exp, and the exchange of blocks between ranks.
+"""What the streaming losses share: matrix products by tile, an online log-sum-exp, and the exchange of blocks between
+ranks.
 
-A loss over all pairs of N embeddings needs, of the N x N similarities, only sums. Each tile is computed, reduced and overwritten by
-the next; the backward computes it again. Tiles are float32 whatever the inputs are, so a similarity of 100 keeps its digits in
-bfloat16 training.
+A loss over all pairs of N embeddings needs, of the N x N similarities, only sums. Each tile is computed, reduced and
+overwritten by the next; the backward computes it again. Tiles are float32 whatever the inputs are, so a similarity of
+100 keeps its digits in bfloat16 training.
 """
 
 from __future__ import annotations
@@ -23,26 +24,30 @@ TILE = 512
 
 
 def _onednn() -> Callable[..., Tensor] | None:
-    """oneDNN's float32 product, which torch exposes privately, or None. On some processors torch.matmul (MKL) has half its speed."""
+    """oneDNN's float32 product, which torch exposes privately, or None. On some processors torch.matmul (MKL) has half
+    its speed."""
     return products.onednn() if "onednn" in products.forward_ways(torch.float32, torch.float32, None) else None
 
 
 @functools.cache
 def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether the library multiplies ``dtype`` by the processor's own products, which torch would round the result of."""
+    """Whether the library multiplies ``dtype`` by the processor's own products, which torch would round the result
+    of."""
     return dtype == torch.bfloat16 and library.problem() is None and torch.ops.pyvit.cpu_isa() == "avx512bf16"
 
 
 def narrow(*tensors: Tensor) -> bool:
     """Whether :func:`product` takes these as they are, in half the time of float32 copies."""
-    return all(t.device.type == "cpu" and t.dtype == tensors[0].dtype for t in tensors) and _multiplies(tensors[0].dtype)
+    return all(t.device.type == "cpu" and t.dtype == tensors[0].dtype for t in tensors) and _multiplies(
+        tensors[0].dtype
+    )
 
 
 def product(x: Tensor, w: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
     """x (M, K) w (N, K)^T -> (M, N), at least float32; either may be a transposed view.
 
-    With ``out``, whose rows are contiguous, written or with ``add`` added there: large tensors cost more to allocate than to fill, for
-    the kernel clears their pages.
+    With ``out``, whose rows are contiguous, written or with ``add`` added there: large tensors cost more to allocate
+    than to fill, for the kernel clears their pages.
     """
     if narrow(x, w) or (out is not None and _plain(x) and _plain(w)):
         if out is None:
@@ -77,7 +82,12 @@ def spans(n: int, size: int | None = None) -> Iterator[slice]:
 
 def in_library(scores: Tensor) -> bool:
     """Whether the library's C++ visits this tile, in one pass where torch's operators take several."""
-    return scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.is_contiguous() and library.problem() is None
+    return (
+        scores.device.type == "cpu"
+        and scores.dtype == torch.float32
+        and scores.is_contiguous()
+        and library.problem() is None
+    )
 
 
 class LogSumExp:
@@ -85,7 +95,8 @@ class LogSumExp:
 
     def __init__(self, n: int, like: Tensor) -> None:
         dtype = checks.wide(like.dtype)
-        # The least finite number, not -inf: a row whose first tile is masked whole then stays at total 0 instead of becoming NaN.
+        # The least finite number, not -inf: a row whose first tile is masked whole then stays at total 0 instead of
+        # becoming NaN.
         self.top = torch.full((n,), torch.finfo(dtype).min, dtype=dtype, device=like.device)
         self.total = torch.zeros_like(self.top)
 
@@ -133,7 +144,10 @@ class Ring:
         most, least = int(extremes[0]), -int(extremes[1])
         if most != least:
             checks.fail(
-                op, argument, "of the same number of rows on every rank of group", f"{n} here, between {least} and {most} over the ranks"
+                op,
+                argument,
+                "of the same number of rows on every rank of group",
+                f"{n} here, between {least} and {most} over the ranks",
             )
 
     def sum(self, t: Tensor) -> Tensor:
@@ -164,7 +178,8 @@ class Ring:
     def visit(self, blocks: list[Tensor], carry: list[Tensor], compute: Callable[..., None]) -> list[Tensor]:
         """Call ``compute(owner, *blocks, *carry)`` with the blocks of every rank.
 
-        ``carry`` belongs to the blocks, is updated in place by ``compute``, travels with them, and comes home in the result.
+        ``carry`` belongs to the blocks, is updated in place by ``compute``, travels with them, and comes home in the
+        result.
         """
         for step in range(self.size):
             owner = (self.rank - step) % self.size

@@ -28,20 +28,23 @@ def mlp(
     residual: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """residual + scale * (activation(norm(x) fc1_weight^T + fc1_bias) fc2_weight^T + fc2_bias): a transformer's feed-forward layer.
+    """residual + scale * (activation(norm(x) fc1_weight^T + fc1_bias) fc2_weight^T + fc2_bias): a transformer's
+    feed-forward layer.
 
-    On a CPU, inference with packed weights (:func:`pyvit.pack_weights`) takes a block of rows through all of it in cache: the hidden
-    layer is never held whole. Without, and where that is not the faster way, the layers run one by one. The gradient keeps the
-    activation's argument alone and forms the activation again in the pass that takes its derivative: the hidden layer is held once
-    instead of twice, a quarter of what a ViT's block keeps in all.
+    On a CPU, inference with packed weights (:func:`pyvit.pack_weights`) takes a block of rows through all of it in
+    cache: the hidden layer is never held whole. Without, and where that is not the faster way, the layers run one by
+    one. The gradient keeps the activation's argument alone and forms the activation again in the pass that takes its
+    derivative: the hidden layer is held once instead of twice, a quarter of what a ViT's block keeps in all.
 
     Args:
         x: (..., K).
         fc1_weight: (H, K); fc1_bias: (H,) or None.
         fc2_weight: (M, H); fc2_bias: (M,) or None.
-        activation: as in :func:`pyvit.ops.linear`, but not None. norm, scale (M,), residual (..., M), backend: as there.
+        activation: as in :func:`pyvit.ops.linear`, but not None. norm, scale (M,), residual (..., M), backend: as
+            there.
 
-    Returns (..., M). Raises ValueError or TypeError naming the argument that does not fit, BackendError where ``backend`` cannot serve.
+    Returns (..., M). Raises ValueError or TypeError naming the argument that does not fit, BackendError where
+    ``backend`` cannot serve.
     """
     branch = Branch(fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, norm, scale, residual)
     if backend is None and activation is not None and (out := packed.again(x, branch)) is not None:
@@ -49,8 +52,12 @@ def mlp(
     if norm is not None or scale is not None or residual is not None:
         weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         _prepare(x, *weights, activation)
-        return with_surroundings("mlp", x, branch, lambda y: mlp(y, *weights, activation=activation, backend=backend), backend)
-    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, device = _prepare(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
+        return with_surroundings(
+            "mlp", x, branch, lambda y: mlp(y, *weights, activation=activation, backend=backend), backend
+        )
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, device = _prepare(
+        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation
+    )
     wanted = select("mlp", device, x.dtype, backend)
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     branch = Branch(fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias)
@@ -73,12 +80,18 @@ def _prepare(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, str]:
     if activation is None:
         checks.fail("mlp", "activation", f"one of {', '.join(reference.ACTIVATIONS)}", None)
-    x, fc1_weight, fc1_bias, device = prepare(x, fc1_weight, fc1_bias, activation, "mlp", ("x", "fc1_weight", "fc1_bias"))
+    x, fc1_weight, fc1_bias, device = prepare(
+        x, fc1_weight, fc1_bias, activation, "mlp", ("x", "fc1_weight", "fc1_bias")
+    )
     checks.tensor("mlp", "fc2_weight", fc2_weight, "(M, H)", 2)
     if fc2_weight.shape[1] != fc1_weight.shape[0]:
-        checks.fail("mlp", "fc2_weight", f"of shape (M, {fc1_weight.shape[0]}) to fit fc1_weight", checks.shape(fc2_weight))
+        checks.fail(
+            "mlp", "fc2_weight", f"of shape (M, {fc1_weight.shape[0]}) to fit fc1_weight", checks.shape(fc2_weight)
+        )
     hidden = x.new_empty(0, fc1_weight.shape[0])
-    _, fc2_weight, fc2_bias, _ = prepare(hidden, fc2_weight, fc2_bias, None, "mlp", ("the hidden layer", "fc2_weight", "fc2_bias"))
+    _, fc2_weight, fc2_bias, _ = prepare(
+        hidden, fc2_weight, fc2_bias, None, "mlp", ("the hidden layer", "fc2_weight", "fc2_bias")
+    )
     return x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, device
 
 
@@ -107,7 +120,13 @@ def _describe(
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None, activation: str
+        ctx: Any,
+        x: Tensor,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor | None,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor | None,
+        activation: str,
     ) -> Tensor:
         inner = products.forward(x, fc1_weight, fc1_bias, None)
         ctx.activation = activation
@@ -120,7 +139,9 @@ class _Mlp(torch.autograd.Function):
         *inputs, inner = ctx.saved_tensors
         x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = inputs
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # a gradient of the gradient was asked for: by the plain formula, which autograd sees through
+        if (
+            torch.is_grad_enabled()
+        ):  # a gradient of the gradient was asked for: by the plain formula, which autograd sees through
 
             def formula(x: Tensor, *weights: Tensor | None) -> Tensor:
                 w1, b1, w2, b2 = narrow(x, *weights)

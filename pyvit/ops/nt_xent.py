@@ -15,7 +15,12 @@ from pyvit.ops.loss_tiles import LogSumExp, Ring, widen
 
 
 def nt_xent(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor, *, group: dist.ProcessGroup | None = None, backend: str | None = None
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Normalised-temperature cross-entropy: each of the 2N views picks its partner among the 2N - 1 others.
 
@@ -52,7 +57,9 @@ def _check(z1: Tensor, z2: Tensor, temperature: float | Tensor, group: Any) -> C
 
 
 @dispatch.describes("nt_xent")
-def _describe(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, group: Any = None, **_: Any) -> tuple[Call, list[str]]:
+def _describe(
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, *, group: Any = None, **_: Any
+) -> tuple[Call, list[str]]:
     return _check(z1, z2, temperature, group), []
 
 
@@ -73,13 +80,17 @@ def _forward(z1: Tensor, z2: Tensor, temperature: Tensor, ring: Ring) -> tuple[T
     z, scale = torch.cat([z1, z2]), 1 / temperature
     n = z.shape[0]
     lse = LogSumExp(n, z)
-    ring.visit([z], [], lambda owner, other: pairwise_losses.add_softmax(z, other, scale, lse, None, own=owner == ring.rank))
+    ring.visit(
+        [z], [], lambda owner, other: pairwise_losses.add_softmax(z, other, scale, lse, None, own=owner == ring.rank)
+    )
     value = lse.value()
     positive = (widen(z1) * widen(z2)).sum(1) * scale
     return ring.sum(value.sum() - 2 * positive.sum()) / (n * ring.size), value
 
 
-def _gradients(grad: Tensor, lse: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, ring: Ring) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(
+    grad: Tensor, lse: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, ring: Ring
+) -> tuple[Tensor, Tensor, Tensor]:
     z, scale = torch.cat([z1, z2]), 1 / temperature
     n, d = z.shape
     # The matrix is symmetric: what row i sends to z_j and what row j sends to z_i meet in one weight, P_ij + P_ji.
@@ -87,7 +98,9 @@ def _gradients(grad: Tensor, lse: Tensor, z1: Tensor, z2: Tensor, temperature: T
 
     def compute(owner: int, other: Tensor, lse_other: Tensor) -> None:
         own = owner == ring.rank
-        pairwise_losses.add_softmax_gradients(z, other, scale, lse, lse_other, grad_z, None, n // 2 if own else None, own)
+        pairwise_losses.add_softmax_gradients(
+            z, other, scale, lse, lse_other, grad_z, None, n // 2 if own else None, own
+        )
 
     ring.visit([z, lse], [], compute)
     grad_z = grad_z[:, :d]
@@ -101,7 +114,9 @@ def _tiled(z1: Tensor, z2: Tensor, temperature: Tensor, _backend: str) -> tuple[
     return _forward(z1, z2, temperature, Ring(None))
 
 
-def _tiled_backward(grad: Tensor, lse: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, _backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _tiled_backward(
+    grad: Tensor, lse: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, _backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients(grad, lse, z1, z2, temperature, Ring(None))
 
 
@@ -124,7 +139,9 @@ def _fake(z1: Tensor, z2: Tensor, temperature: Tensor, _backend: str) -> tuple[T
     return temperature.new_empty(()), temperature.new_empty(2 * z1.shape[0])
 
 
-def _fake_backward(grad: Tensor, lse: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, _backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(
+    grad: Tensor, lse: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, _backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     return z1.new_empty(z1.shape), z2.new_empty(z2.shape), temperature.new_empty(())
 
 
@@ -152,7 +169,11 @@ NT_XENT_BACKWARD = Operator(
     reference=_reference_backward,
     fake=_fake_backward,
     check=_check_low_backward,
-    kernels={"cpu": _TILES_BACKWARD, "cuda": _TILES_BACKWARD, "triton": "pyvit.triton_kernels.pairwise_losses:nt_xent_backward"},
+    kernels={
+        "cpu": _TILES_BACKWARD,
+        "cuda": _TILES_BACKWARD,
+        "triton": "pyvit.triton_kernels.pairwise_losses:nt_xent_backward",
+    },
     **dispatch.double_backward(reference_losses.nt_xent, n_grads=1, n_skipped=1, inputs=(0, 1, 2)),
 )
 NT_XENT = Operator(

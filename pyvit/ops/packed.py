@@ -1,7 +1,7 @@
 """Inference with weights kept packed on a CPU: linear layers, and a block's branch in one pass.
 
-A weight is packed as oneDNN multiplies it, as ``csrc/cpu/linear.cpp`` does, or both; which way a call goes is decided as any product's
-(:mod:`pyvit.ops.products`). Nothing here is recorded by autograd.
+A weight is packed as oneDNN multiplies it, as ``csrc/cpu/linear.cpp`` does, or both; which way a call goes is decided
+as any product's (:mod:`pyvit.ops.products`). Nothing here is recorded by autograd.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ Norm = tuple[Tensor | None, Tensor | None, float]
 
 
 class Branch(NamedTuple):
-    """residual + scale * layers(norm(x)): one linear layer with its activation after it, or two with the activation between them."""
+    """residual + scale * layers(norm(x)): one linear layer with its activation after it, or two with the activation
+    between them."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -44,7 +45,8 @@ Way = Callable[[Tensor, Branch], Tensor]
 
 
 def again(x: Tensor, branch: Branch) -> Tensor | None:
-    """The short way for a call like an earlier one: every check was made then. None where there was none, or where a gradient is wanted."""
+    """The short way for a call like an earlier one: every check was made then. None where there was none, or where a
+    gradient is wanted."""
     if id(branch.weight) not in PACKS or not direct(x):
         return None
     way = _known_way(x, branch)
@@ -52,7 +54,8 @@ def again(x: Tensor, branch: Branch) -> Tensor | None:
 
 
 def direct(x: Tensor) -> bool:
-    """Whether a call with x is inference that nothing changes or watches, so that it may go where an earlier one went."""
+    """Whether a call with x is inference that nothing changes or watches, so that it may go where an earlier one
+    went."""
     return (
         not torch.is_grad_enabled()
         and type(x) is Tensor
@@ -101,7 +104,8 @@ def _small(t: Any) -> Any:
 
 
 def run(x: Tensor, branch: Branch) -> Tensor | None:
-    """The branch by its fastest way, or None where its weights are not packed. Its tensors fit each other and have one dtype."""
+    """The branch by its fastest way, or None where its weights are not packed. Its tensors fit each other and have one
+    dtype."""
     weights = [w for w in (branch.weight, branch.weight2) if w is not None]
     packs = [pack for w in weights if (pack := pack_of(w)) is not None]
     if len(packs) < len(weights):
@@ -176,7 +180,21 @@ def _one_pass(x: Tensor, b: Branch) -> Callable[[Tensor, Tensor | None], Tensor]
     def run(x: Tensor, residual: Tensor | None) -> Tensor:
         out = recycled(shape, dtype)
         words2 = None if pack2 is None or weight2 is None else pack2.form("pyvit", weight2)
-        op(x, normed, *norm, pack.form("pyvit", weight), rows, bias, activation or "", words2, rows2, bias2, scale, residual, out)
+        op(
+            x,
+            normed,
+            *norm,
+            pack.form("pyvit", weight),
+            rows,
+            bias,
+            activation or "",
+            words2,
+            rows2,
+            bias2,
+            scale,
+            residual,
+            out,
+        )
         return out
 
     return run
@@ -229,11 +247,17 @@ def explain(x: Tensor, branch: Branch) -> list[str]:
         return []
     rows = x.numel() // max(x.shape[-1], 1)
     known = products.known(_key(rows, x, branch))
-    return [f"weights kept packed: {known or products.expected(_kind(branch), _ways(x, branch), rows, branch.weight.shape, x.dtype)}"]
+    return [
+        (
+            "weights kept packed: "
+            f"{known or products.expected(_kind(branch), _ways(x, branch), rows, branch.weight.shape, x.dtype)}"
+        )
+    ]
 
 
 library.FRAGMENT.define(
-    "branch(Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? weight2, Tensor? bias2, bool norm, Tensor? norm_weight, "
+    "branch(Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? weight2, Tensor? bias2, bool norm, "
+    "Tensor? norm_weight, "
     "Tensor? norm_bias, float eps, Tensor? scale, Tensor? residual) -> Tensor"
 )
 
@@ -252,7 +276,9 @@ def _branch(
     scale: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    b = Branch(weight, bias, activation, weight2, bias2, (norm_weight, norm_bias, eps) if norm else None, scale, residual)
+    b = Branch(
+        weight, bias, activation, weight2, bias2, (norm_weight, norm_bias, eps) if norm else None, scale, residual
+    )
     out = again(x, b)
     out = run(x, b) if out is None else out
     return _layer_by_layer(x, b) if out is None else out

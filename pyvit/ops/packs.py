@@ -1,4 +1,5 @@
-"""Weights that are kept packed: their forms, for whom they are kept, and whether they are still what they were made of."""
+"""Weights that are kept packed: their forms, for whom they are kept, and whether they are still what they were made
+of."""
 
 from __future__ import annotations
 
@@ -78,7 +79,13 @@ _PACKERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def state(weight: Tensor) -> tuple[Any, ...]:
     """What a change of ``weight`` that PyTorch counts changes, and where and how its elements lie."""
-    return -1 if weight.is_inference() else weight._version, weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
+    return (
+        -1 if weight.is_inference() else weight._version,
+        weight.data_ptr(),
+        weight.dtype,
+        weight.shape,
+        weight.stride(),
+    )
 
 
 @functools.cache
@@ -90,16 +97,18 @@ def _changed() -> Callable[[int, int, int], int]:
 
 
 def unchanged(packs: Sequence[Pack], prints: Tensor, turn: int) -> bool:
-    """Whether the weights of ``packs``, whose :func:`state` is as it was, hold what their prints (packs, words) tell: some words of each,
-    and of 128 stripes the one whose turn it is. Packs whose weights do not are forgotten."""
+    """Whether the weights of ``packs``, whose :func:`state` is as it was, hold what their prints (packs, words) tell:
+    some words of each, and of 128 stripes the one whose turn it is. Packs whose weights do not are forgotten."""
     found = _changed()(prints.data_ptr(), len(packs), turn)
     if found:
         for pack in packs:
             pack.forget()
     if found == 2:
         warnings.warn(
-            "pyvit: a packed weight was written to past PyTorch's count of changes (through .data, NumPy or DLPack), so little of it that "
-            "only now it was seen: earlier results may be of the old weight. Call pyvit.pack_weights(model) after such a change.",
+            "pyvit: a packed weight was written to past PyTorch's count of changes (through .data, NumPy or "
+            "DLPack), so little of it that "
+            "only now it was seen: earlier results may be of the old weight. Call pyvit.pack_weights(model) after "
+            "such a change.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -113,7 +122,8 @@ def pack_of(weight: Tensor | None) -> Pack | None:
 
 @functools.cache
 def forms(dtype: torch.dtype) -> tuple[str, ...]:
-    """The forms that weights of ``dtype`` can be packed in on this processor: oneDNN refuses bfloat16 without AVX-512."""
+    """The forms that weights of ``dtype`` can be packed in on this processor: oneDNN refuses bfloat16 without
+    AVX-512."""
     found = []
     for name in _PACKERS:
         try:
@@ -129,7 +139,8 @@ def forms(dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def keep(layer: nn.Module) -> bool:
-    """Keep the weight of ``layer`` packed from the next product without a gradient on; False where no library here can."""
+    """Keep the weight of ``layer`` packed from the next product without a gradient on; False where no library here
+    can."""
     global _changes
     weight = layer._parameters.get("weight")  # not one that a parametrization computes anew for every call
     if weight is None or products.policy() == "torch" or weight.is_inference() or not _packable(weight):

@@ -1,8 +1,9 @@
 """Similarities of every row of one matrix with every row of another, tile by tile, for the contrastive losses.
 
-On a CPU the compiled library computes the tiles; for float64, on a GPU, and without the library, torch's products do. Everything is added
-to the caller's sums, so that the blocks of several ranks can follow one another. ``shift``: positive pairs are (i, i + shift), None where
-the blocks hold none. ``own``: b is a, no row is its own candidate, and the tiles above the diagonal stand for their mirror images.
+On a CPU the compiled library computes the tiles; for float64, on a GPU, and without the library, torch's products do.
+Everything is added to the caller's sums, so that the blocks of several ranks can follow one another. ``shift``:
+positive pairs are (i, i + shift), None where the blocks hold none. ``own``: b is a, no row is its own candidate, and
+the tiles above the diagonal stand for their mirror images.
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ def gradients(x: Tensor) -> Tensor:
     return torch.zeros(x.shape[0], -(-x.shape[1] // 16) * 16, dtype=checks.wide(x.dtype), device=x.device)
 
 
-def add_softmax(a: Tensor, b: Tensor, scale: Tensor, rows: LogSumExp, cols: LogSumExp | None, own: bool = False) -> None:
-    """Take the logits scale a b^T into the log-sum-exp of every row and, where given, of every column (into ``rows`` when ``own``)."""
+def add_softmax(
+    a: Tensor, b: Tensor, scale: Tensor, rows: LogSumExp, cols: LogSumExp | None, own: bool = False
+) -> None:
+    """Take the logits scale a b^T into the log-sum-exp of every row and, where given, of every column (into ``rows``
+    when ``own``)."""
     if _fused(a):
         state = (None, None) if cols is None else (cols.top, cols.total)
         torch.ops.pyvit.pair_softmax(a, b, own, float(scale), rows.top, rows.total, *state)
@@ -65,10 +69,13 @@ def add_softmax_gradients(
     shift: int | None,
     own: bool = False,
 ) -> None:
-    """Add G b to ``grad_a`` and G^T a to ``grad_b``, G the gradient of the sum of both directions' cross-entropies to the logits."""
+    """Add G b to ``grad_a`` and G^T a to ``grad_b``, G the gradient of the sum of both directions' cross-entropies to
+    the logits."""
     if _fused(a):
         where = -1 if shift is None else shift
-        torch.ops.pyvit.pair_softmax_backward(a, b, own, where, float(scale), lse_a.contiguous(), lse_b.contiguous(), grad_a, grad_b)
+        torch.ops.pyvit.pair_softmax_backward(
+            a, b, own, where, float(scale), lse_a.contiguous(), lse_b.contiguous(), grad_a, grad_b
+        )
         return
     d = a.shape[1]
     for i, j in _tiles(a, b, own):
@@ -93,7 +100,9 @@ def add_sigmoid(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, shift: int | 
     """The sum of softplus(l) over the logits l = scale a b^T + bias, of softplus(-l) for positive pairs."""
     total = torch.zeros(a.shape[0], dtype=scale.dtype, device=a.device)
     if _fused(a):
-        return torch.ops.pyvit.pair_sigmoid(a, b, -1 if shift is None else shift, float(scale), float(bias), total).sum()
+        return torch.ops.pyvit.pair_sigmoid(
+            a, b, -1 if shift is None else shift, float(scale), float(bias), total
+        ).sum()
     for i, j in _tiles(a, b):
         logits = product(widen(a[i]) * scale, widen(b[j])).add_(bias)
         _positives(logits, (i, j), shift).neg_()
@@ -101,12 +110,16 @@ def add_sigmoid(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, shift: int | 
     return total.sum()
 
 
-def add_sigmoid_gradients(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, grad_a: Tensor, grad_b: Tensor, shift: int | None) -> Tensor:
+def add_sigmoid_gradients(
+    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, grad_a: Tensor, grad_b: Tensor, shift: int | None
+) -> Tensor:
     """Add G b to ``grad_a`` and G^T a to ``grad_b``, G the gradient of that sum to the logits; returns the sum of G."""
     total = torch.zeros(a.shape[0], dtype=scale.dtype, device=a.device)
     if _fused(a):
         where = -1 if shift is None else shift
-        return torch.ops.pyvit.pair_sigmoid_backward(a, b, where, float(scale), float(bias), total, grad_a, grad_b).sum()
+        return torch.ops.pyvit.pair_sigmoid_backward(
+            a, b, where, float(scale), float(bias), total, grad_a, grad_b
+        ).sum()
     d = a.shape[1]
     for i, j in _tiles(a, b):
         x, y = widen(a[i]), widen(b[j])

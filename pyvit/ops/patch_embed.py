@@ -1,7 +1,7 @@
 """Patch embedding as one matrix product: contract, fake kernels and gradient.
 
-Pixels are gathered by index arithmetic (no unfolded image in memory); normalisation, bias, positions, prefix tokens and the choice of
-kept patches are part of the same pass.
+Pixels are gathered by index arithmetic (no unfolded image in memory); normalisation, bias, positions, prefix tokens and
+the choice of kept patches are part of the same pass.
 """
 
 from __future__ import annotations
@@ -30,28 +30,32 @@ def patch_embed(
     std: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Images to tokens: ``F.conv2d(images, weight, bias, stride).flatten(2).transpose(1, 2)`` with everything around it.
+    """Images to tokens: ``F.conv2d(images, weight, bias, stride).flatten(2).transpose(1, 2)`` with everything around
+    it.
 
     Args:
         images: (B, C, H, W), floating, or uint8 with values 0..255 (read as bytes and divided by 255).
         weight: (D, C, ph, pw), as a convolution's; its dtype is that of the result.
         bias: (D,).
-        stride: (sh, sw), default the patch size, and then H and W must divide by it. A smaller stride gives overlapping patches (AST), and
-            like a convolution leaves out the pixels after the last whole patch. A larger one is refused.
+        stride: (sh, sw), default the patch size, and then H and W must divide by it. A smaller stride gives overlapping
+            patches (AST), and like a convolution leaves out the pixels after the last whole patch. A larger one is
+            refused.
         pos_embed: (N, D), added to the N patch tokens.
         prefix: (P, D), class token and registers with their own position already added; put before the patches.
         keep: (B, K) int64 in [0, N), the patches to compute, in that order (MAE); the others cost nothing.
-        mean, std: (C,) float32, of pixels in 0..1: (x - mean) / std is folded in. Both or neither; they have no gradient.
+        mean, std: (C,) float32, of pixels in 0..1: (x - mean) / std is folded in. Both or neither; they have no
+            gradient.
         backend: force one backend.
 
     Returns:
         (B, P + K, D), with K = N without ``keep``. Gradients for every floating argument but mean and std.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it. BackendError: ``backend`` cannot serve the call.
+        ValueError, TypeError: an argument does not fit; the message names it. BackendError: ``backend`` cannot serve
+            the call.
 
-    Sources: Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021); He et al., "Masked Autoencoders" (2022) for ``keep``;
-    Gong et al., "AST" (2021) for overlapping patches.
+    Sources: Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021); He et al., "Masked Autoencoders" (2022) for
+    ``keep``; Gong et al., "AST" (2021) for overlapping patches.
     """
     images, weight, bias, pos_embed, prefix = _prepare(images, weight, bias, pos_embed, prefix)
     call, stride = _check(images, weight, bias, stride, pos_embed, prefix, keep, mean, std)
@@ -105,7 +109,12 @@ def _check(
             continue
         checks.dense(op, name, t)
         if t.dim() != len(wanted) or any(isinstance(n, int) and n != s for n, s in zip(wanted, t.shape, strict=True)):
-            checks.fail(op, name, f"of shape ({', '.join(map(str, wanted))}) for {gh} x {gw} patches of width {d}", checks.shape(t))
+            checks.fail(
+                op,
+                name,
+                f"of shape ({', '.join(map(str, wanted))}) for {gh} x {gw} patches of width {d}",
+                checks.shape(t),
+            )
         if t.dtype not in (torch.float32, weight.dtype):
             raise TypeError(f"{op}: {name} must be float32 or of the dtype of weight, {weight.dtype}, got {t.dtype}")
         checks.same(op, name, t, "images", images, dtype=False)
@@ -129,7 +138,11 @@ def _check(
             checks.same(op, name, t, "images", images, dtype=False)
     checks.no_gradient(op, mean=mean, std=std)
     features = ["uint8"] if images.dtype == torch.uint8 else []
-    features += [name for name, t in (("normalize", mean), ("pos_embed", pos_embed), ("prefix", prefix), ("keep", keep)) if t is not None]
+    features += [
+        name
+        for name, t in (("normalize", mean), ("pos_embed", pos_embed), ("prefix", prefix), ("keep", keep))
+        if t is not None
+    ]
     if steps != (ph, pw):
         features.append("overlap")
     if torch.is_grad_enabled():
@@ -142,9 +155,13 @@ def _check(
 
 
 @dispatch.describes("patch_embed")
-def _describe(images: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: Any = None, **kw: Any) -> tuple[Call, list[str]]:
+def _describe(
+    images: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: Any = None, **kw: Any
+) -> tuple[Call, list[str]]:
     images, weight, bias, pos_embed, prefix = _prepare(images, weight, bias, kw.get("pos_embed"), kw.get("prefix"))
-    call, _ = _check(images, weight, bias, stride, pos_embed, prefix, *(kw.get(name) for name in ("keep", "mean", "std")))
+    call, _ = _check(
+        images, weight, bias, stride, pos_embed, prefix, *(kw.get(name) for name in ("keep", "mean", "std"))
+    )
     return call, dispatch.copy_notes(images=images, weight=weight)
 
 
@@ -162,7 +179,9 @@ def _check_low(
     return _check(images, weight, bias, stride, pos_embed, prefix, keep, mean, std)[0]
 
 
-def _check_low_backward(grad_out: Tensor, images_grad: bool, _weight_grad: bool, images: Tensor, weight: Tensor, *rest: Any) -> Call:
+def _check_low_backward(
+    grad_out: Tensor, images_grad: bool, _weight_grad: bool, images: Tensor, weight: Tensor, *rest: Any
+) -> Call:
     call = _check_low(images, weight, *rest)
     op = "patch_embed_backward"
     shape = (images.shape[0], _tokens(images, weight, rest[1], rest[3], rest[4]), weight.shape[0])
@@ -206,15 +225,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     images, weight, bias, pos_embed, prefix, keep, mean, std = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    grads = PATCH_BACKWARD(grad_out, needs[0], needs[1], images, weight, bias, ctx.stride, pos_embed, prefix, keep, mean, std, ctx.backend)
-    given = [g if need else None for g, need in zip(grads, (needs[0], needs[1], needs[2], needs[4], needs[5]), strict=True)]
+    grads = PATCH_BACKWARD(
+        grad_out, needs[0], needs[1], images, weight, bias, ctx.stride, pos_embed, prefix, keep, mean, std, ctx.backend
+    )
+    given = [
+        g if need else None for g, need in zip(grads, (needs[0], needs[1], needs[2], needs[4], needs[5]), strict=True)
+    ]
     return given[0], given[1], given[2], None, given[3], given[4], None, None, None, None
 
 
 def _reference_backward(grad_out: Tensor, images_grad: bool, weight_grad: bool, *args: Any) -> tuple[Tensor, ...]:
     asked = {0: images_grad, 1: weight_grad, 2: args[2] is not None, 4: args[4] is not None, 5: args[5] is not None}
     wanted = [i for i, on in asked.items() if on]
-    found = dict(zip(wanted, dispatch.reference_backward(reference.patch_embed, (grad_out,), args, wanted), strict=True))
+    found = dict(
+        zip(wanted, dispatch.reference_backward(reference.patch_embed, (grad_out,), args, wanted), strict=True)
+    )
     return tuple(found[i].contiguous() if on else args[1].new_empty(0) for i, on in asked.items())  # type: ignore[union-attr]
 
 

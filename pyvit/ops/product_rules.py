@@ -1,7 +1,7 @@
 """Which matrix product runs on a CPU, as data. ``python -m benchmarks.products`` measures what these rules cost.
 
-The ways of multiplying differ in rounding, so a choice is part of a result's bits. It follows from the processor, the dtype and the shape
-alone: every process chooses alike.
+The ways of multiplying differ in rounding, so a choice is part of a result's bits. It follows from the processor, the
+dtype and the shape alone: every process chooses alike.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import torch
 
 from pyvit import library
 
-#: Instruction sets of the rules: the kernels' own (``PYVIT_CPU_ISA``), or "amx" where oneDNN has matrix registers for the dtype.
+#: Instruction sets of the rules: the kernels' own (``PYVIT_CPU_ISA``), or "amx" where oneDNN has matrix registers for
+#: the dtype.
 ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
-#: Products: of a linear layer, of its two gradients, and in inference with packed weights of a layer and of a block's branch.
+#: Products: of a linear layer, of its two gradients, and in inference with packed weights of a layer and of a block's
+#: branch.
 KINDS = ("forward", "grad_input", "grad_weight", "packed layer", "packed branch")
 
 
 class Shape(NamedTuple):
-    """rows (N, K) times a weight (M, K): ``rows`` is the least power of two that is larger than N; a branch counts its first layer."""
+    """rows (N, K) times a weight (M, K): ``rows`` is the least power of two that is larger than N; a branch counts its
+    first layer."""
 
     rows: int
     out: int
@@ -57,7 +60,9 @@ RULES = (
     Rule(_OURS, isas=("avx512bf16", "avx512")),
     Rule(_OURS, isas=("avx2",), dtypes=_NARROW),
     Rule(_OURS, isas=("avx2",), kinds=("packed layer", "packed branch")),
-    Rule(("torch", "onednn", "pyvit"), isas=("avx2",), least_weight=1 << 20),  # of float32: where MKL's reuse of a large weight pays
+    Rule(
+        ("torch", "onednn", "pyvit"), isas=("avx2",), least_weight=1 << 20
+    ),  # of float32: where MKL's reuse of a large weight pays
     Rule(_OURS, isas=("avx2",)),
     Rule(("layer by layer", "onednn", "float32 copies", "torch")),
 )

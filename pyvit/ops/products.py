@@ -1,7 +1,8 @@
-"""Matrix products on a CPU, torch's libraries' or ``csrc/cpu/product.cpp``'s: :mod:`pyvit.ops.product_rules` says which for a shape.
+"""Matrix products on a CPU, torch's libraries' or ``csrc/cpu/product.cpp``'s: :mod:`pyvit.ops.product_rules` says which
+for a shape.
 
-The ways differ in rounding, so a choice is part of a result's bits: with the same processor and threads every process chooses alike.
-``PYVIT_LINEAR=measure`` times them instead, once per class of shapes and process, and gives that up.
+The ways differ in rounding, so a choice is part of a result's bits: with the same processor and threads every process
+chooses alike. ``PYVIT_LINEAR=measure`` times them instead, once per class of shapes and process, and gives that up.
 """
 
 from __future__ import annotations
@@ -27,13 +28,17 @@ if _policy not in POLICIES:
     raise ValueError(f"PYVIT_LINEAR must be one of {', '.join(POLICIES)}, got {_policy!r}")
 
 Way = Callable[..., Tensor]
-_PROBE_FLOPS = 1 << 32  # of one timed product at most: most layers' own, for what a way does once per call must not weigh more than there
+_PROBE_FLOPS = (
+    1 << 32
+)  # of one timed product at most: most layers' own, for what a way does once per call must not weigh more than there
 _PROBE_ROWS, _ROUNDS = 64, 3
 _HOPELESS = 2.0  # a way this much slower than another is measured once
-#: Chosen up to this factor behind: the measurement, in a warm cache, shows neither the traffic nor the new pages that the way saves.
+#: Chosen up to this factor behind: the measurement, in a warm cache, shows neither the traffic nor the new pages that
+#: the way saves.
 _CLOSE = {"pyvit": 1.05}
 
-#: What oneDNN applies before the result leaves its registers: attribute, algorithm. Not its relu, which turns NaN into 0.
+#: What oneDNN applies before the result leaves its registers: attribute, algorithm. Not its relu, which turns NaN into
+#: 0.
 FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
 
 
@@ -65,7 +70,8 @@ def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | 
 
 
 def _in_float32(product: Callable[..., Tensor]) -> Way:
-    """``product`` of float32 copies, rounded: a processor without bfloat16 or float16 products takes ten times as long over them."""
+    """``product`` of float32 copies, rounded: a processor without bfloat16 or float16 products takes ten times as long
+    over them."""
 
     def way(x: Tensor, *rest: Any) -> Tensor:
         with torch.autocast("cpu", enabled=False):
@@ -75,8 +81,8 @@ def _in_float32(product: Callable[..., Tensor]) -> Way:
 
 
 def _transposed(x: Tensor) -> Tensor:
-    """x^T (M, N), until the next call; copied where the library can: oneDNN wants its first operand so, and torch copies it at a tenth of
-    the memory's rate."""
+    """x^T (M, N), until the next call; copied where the library can: oneDNN wants its first operand so, and torch
+    copies it at a tenth of the memory's rate."""
     if library.problem() is None and x.is_contiguous() and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
         out = scratch("transposed", x.shape[::-1], x.dtype)
         torch.ops.pyvit.transposed.default(x, out)
@@ -85,13 +91,16 @@ def _transposed(x: Tensor) -> Tensor:
 
 
 def _ours(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a (N, K) b (K, M) + bias in ``out``, of a's dtype or float32; a and b contiguous, or transposed views of what is."""
+    """a (N, K) b (K, M) + bias in ``out``, of a's dtype or float32; a and b contiguous, or transposed views of what
+    is."""
     torch.ops.pyvit.product.default(a, b, None if bias is None else bias.contiguous(), out, False)
     return out
 
 
 def by_pyvit(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device="cpu")  # the result itself, not a view of rows
+    y = torch.empty(
+        (*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device="cpu"
+    )  # the result itself, not a view of rows
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     _ours(rows, weight.t(), y.view(rows.shape[0], weight.shape[0]), bias)
     return y if activation is None else activations.activate_(y, activation)
@@ -110,7 +119,9 @@ FORWARD: Mapping[str, Way] = {
 }
 GRAD_INPUT: Mapping[str, Way] = {
     "onednn": lambda grad, weight: onednn()(grad, weight.to(grad.dtype).t(), None, "none", [], ""),  # type: ignore[misc]
-    "pyvit": lambda grad, weight: _ours(grad.contiguous(), weight, recycled((grad.shape[0], weight.shape[1]), grad.dtype)),
+    "pyvit": lambda grad, weight: _ours(
+        grad.contiguous(), weight, recycled((grad.shape[0], weight.shape[1]), grad.dtype)
+    ),
     "float32 copies": _in_float32(lambda *args: grad_input(*args)),
     "torch": lambda grad, weight: grad @ weight.to(grad.dtype),
 }
@@ -132,11 +143,15 @@ def rows_class(rows: int) -> int:
 
 def _key(kind: str, rows: int, *rest: Any) -> Key:
     key = (kind, rows_class(rows), *rest)
-    return (*key, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) if _policy == "measure" else key
+    return (
+        (*key, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) if _policy == "measure" else key
+    )
 
 
 def forward_key(rows: int, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Key:
-    return _key("forward", rows, weight.shape, weight.is_contiguous(), _dtypes(x.dtype, weight.dtype), activation, bias is None)
+    return _key(
+        "forward", rows, weight.shape, weight.is_contiguous(), _dtypes(x.dtype, weight.dtype), activation, bias is None
+    )
 
 
 def _dtypes(narrow: torch.dtype, wide: torch.dtype) -> Any:
@@ -154,8 +169,8 @@ def policy() -> str:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """activation(x weight^T + bias); x (..., K), weight (M, K); beside a narrower x, weight and bias may be float32, as they are under
-    autocast. No gradient is recorded."""
+    """activation(x weight^T + bias); x (..., K), weight (M, K); beside a narrower x, weight and bias may be float32, as
+    they are under autocast. No gradient is recorded."""
     rows = x.numel() // max(x.shape[-1], 1)
     key = forward_key(rows, x, weight, bias, activation)
     found = _chosen.get(key)
@@ -232,7 +247,9 @@ def by_rule(kind: str, ways: Collection[str], rows: int, weight: tuple[int, ...]
     return next((name for name in product_rules.preference(kind, dtype, shape) if name in ways), "torch")
 
 
-def _measured(ways: Mapping[str, Way], arguments: Callable[[int], tuple[Any, ...]], rows: int, weight: int) -> tuple[str, str]:
+def _measured(
+    ways: Mapping[str, Way], arguments: Callable[[int], tuple[Any, ...]], rows: int, weight: int
+) -> tuple[str, str]:
     many = min(rows, max(_PROBE_ROWS, _PROBE_FLOPS // (2 * weight)))
     args = arguments(many)
     best = dict.fromkeys(ways, float("inf"))
@@ -244,7 +261,9 @@ def _measured(ways: Mapping[str, Way], arguments: Callable[[int], tuple[Any, ...
             way(*args)
             best[name] = min(best[name], time.perf_counter() - start)
     fastest = min(best.values())
-    name = next((n for n, t in best.items() if n in _CLOSE and t < _CLOSE[n] * fastest), min(best, key=best.__getitem__))
+    name = next(
+        (n for n, t in best.items() if n in _CLOSE and t < _CLOSE[n] * fastest), min(best, key=best.__getitem__)
+    )
     return name, f"measured on {many} rows: {', '.join(f'{n} {t * 1e3:.3f} ms' for n, t in best.items())}"
 
 
@@ -270,14 +289,22 @@ def _numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _serving(ways: Mapping[str, Way], *args: Any) -> dict[str, Way]:
-    """Those of ``ways`` that take a small call and give its result: a library may refuse a dtype or an activation on this processor."""
+    """Those of ``ways`` that take a small call and give its result: a library may refuse a dtype or an activation on
+    this processor."""
     dtype = args[0].dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return {"torch": ways["torch"]}
-    there = {"onednn": onednn() is not None, "pyvit": library.problem() is None, "float32 copies": dtype != torch.float32, "torch": True}
+    there = {
+        "onednn": onednn() is not None,
+        "pyvit": library.problem() is None,
+        "float32 copies": dtype != torch.float32,
+        "torch": True,
+    }
     with torch_private.without_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         wanted = ways["torch"](*args)
-        return {name: way for name, way in ways.items() if there[name] and (name == "torch" or agrees(way, args, wanted))}
+        return {
+            name: way for name, way in ways.items() if there[name] and (name == "torch" or agrees(way, args, wanted))
+        }
 
 
 def agrees(way: Way, args: tuple[Any, ...], wanted: Tensor) -> bool:

@@ -1,8 +1,8 @@
 """Every operator as naive PyTorch: the definition of right.
 
-Run in float64 these functions are what the tests and the benchmark's gate compare with; run in the caller's dtype they are the
-``reference`` backend, the fallback without compiled kernels, and the formula that double backward differentiates.
-Arguments are those of the schemas in :mod:`pyvit.schemas`, less ``backend``.
+Run in float64 these functions are what the tests and the benchmark's gate compare with; run in the caller's dtype they
+are the ``reference`` backend, the fallback without compiled kernels, and the formula that double backward
+differentiates. Arguments are those of the schemas in :mod:`pyvit.schemas`, less ``backend``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _MASK32 = 0xFFFFFFFF
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
     """First word of Philox-4x32-10 (Salmon et al., 2011) at counter (c0, c1, c2, 0): int64 values in [0, 2**32).
 
-    ``seed`` (1,) int64 is the 64-bit key. The same numbers as ``triton.language.philox``; every backend draws dropout from them.
+    ``seed`` (1,) int64 is the 64-bit key. The same numbers as ``triton.language.philox``; every backend draws dropout
+    from them.
     """
     c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)
     c3 = torch.zeros_like(c0)
@@ -35,9 +36,11 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
 
 
 def dropout_keep(seed: Tensor, p: float, heads: int, rows: int, cols: int) -> Tensor:
-    """Which probabilities dropout keeps: bool (heads, rows, cols); ``heads`` counts batch x heads (or windows x heads) in order.
+    """Which probabilities dropout keeps: bool (heads, rows, cols); ``heads`` counts batch x heads (or windows x heads)
+    in order.
 
-    Element (h, i, j) is kept when philox(seed, j, i, h) >= p * 2**32. A function of position alone, so the backward draws it again.
+    Element (h, i, j) is kept when philox(seed, j, i, h) >= p * 2**32. A function of position alone, so the backward
+    draws it again.
     """
     at = [torch.arange(n, device=seed.device) for n in (heads, rows, cols)]
     draws = philox(seed, at[2], at[1][:, None], at[0][:, None, None])
@@ -45,7 +48,8 @@ def dropout_keep(seed: Tensor, p: float, heads: int, rows: int, cols: int) -> Te
 
 
 def _softmax_lse(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the last dimension and its log-sum-exp in float32 or wider. A row of -inf gives zeros and -inf, and finite gradients."""
+    """Softmax over the last dimension and its log-sum-exp in float32 or wider. A row of -inf gives zeros and -inf, and
+    finite gradients."""
     wide = scores if scores.dtype == torch.float64 else scores.float()
     top = wide.detach().amax(-1, keepdim=True) if wide.shape[-1] else wide.new_zeros(*wide.shape[:-1], 1)
     top = top.masked_fill(top == -math.inf, 0.0)
@@ -73,7 +77,8 @@ def _causal(rows: int, cols: int, device: torch.device) -> Tensor:
 
 
 def _biased(scores: Tensor, bias: Tensor | None, is_causal: bool) -> Tensor:
-    """Scores with bias and mask, in the wider of both dtypes: a finite float32 bias may be infinite in float16 or bfloat16."""
+    """Scores with bias and mask, in the wider of both dtypes: a finite float32 bias may be infinite in float16 or
+    bfloat16."""
     if bias is not None:
         scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
     if is_causal:
@@ -114,7 +119,10 @@ def flash_attention_varlen(
     cq, ck = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     outs, lses = [], []
     for s in range(len(cq) - 1):
-        qs, ks, vs = (t[lo:hi].transpose(0, 1)[None] for t, lo, hi in ((q, *cq[s : s + 2]), (k, *ck[s : s + 2]), (v, *ck[s : s + 2])))
+        qs, ks, vs = (
+            t[lo:hi].transpose(0, 1)[None]
+            for t, lo, hi in ((q, *cq[s : s + 2]), (k, *ck[s : s + 2]), (v, *ck[s : s + 2]))
+        )
         sliced = None
         if bias is not None:  # (S or 1, H or 1, max_q or 1, max_k or 1): each sequence uses its top-left corner
             sliced = bias[s : s + 1] if bias.shape[0] > 1 else bias
@@ -159,7 +167,8 @@ def window_reverse(x: Tensor, window: tuple[int, int], size: tuple[int, int]) ->
 
 
 def relative_position_index(window: tuple[int, int], device: torch.device | None = None) -> Tensor:
-    """Row of the bias table for each (query, key) of a window: (dy + wh - 1) * (2 ww - 1) + (dx + ww - 1), query minus key."""
+    """Row of the bias table for each (query, key) of a window: (dy + wh - 1) * (2 ww - 1) + (dx + ww - 1), query minus
+    key."""
     wh, ww = window
     y, x = torch.meshgrid(torch.arange(wh, device=device), torch.arange(ww, device=device), indexing="ij")
     y, x = y.flatten(), x.flatten()
@@ -168,7 +177,11 @@ def relative_position_index(window: tuple[int, int], device: torch.device | None
 
 
 def window_mask(
-    size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], mask_padding: bool, device: torch.device | None = None
+    size: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    mask_padding: bool,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Who may attend in each window: bool (windows, area, area), True = attend.
 
@@ -177,7 +190,8 @@ def window_mask(
     """
     hp, wp, sy, sx = window_padding(size, window, shift)
     y, x = torch.arange(hp, device=device), torch.arange(wp, device=device)
-    # After the roll, position i holds token (i + s) mod n. The last window of an axis mixes the tokens before the seam with those after it.
+    # After the roll, position i holds token (i + s) mod n. The last window of an axis mixes the tokens before the seam
+    # with those after it.
     region = (y >= hp - sy).long()[:, None] * 2 + (x >= wp - sx).long()[None, :]
     ids = window_partition(region[None, :, :, None], window)[0, :, :, 0]
     allowed = ids[:, :, None] == ids[:, None, :]
@@ -216,7 +230,9 @@ def window_attention(
             qkv = torch.cat([qkv, fill.expand(b, h, wp - w, c3)], 2)
             qkv = torch.cat([qkv, fill.expand(b, hp - h, wp, c3)], 1)
     x = window_partition(qkv.roll((-sy, -sx), (1, 2)), window)
-    q, k, v = x.view(b, x.shape[1], n, 3, num_heads, c3 // 3 // num_heads).permute(3, 0, 1, 4, 2, 5).unbind(0)  # (B, windows, heads, n, d)
+    q, k, v = (
+        x.view(b, x.shape[1], n, 3, num_heads, c3 // 3 // num_heads).permute(3, 0, 1, 4, 2, 5).unbind(0)
+    )  # (B, windows, heads, n, d)
     if logit_scale is not None:  # Swin V2: cosine similarity, learned temperature
         q, k = _unit(q), _unit(k)
         scores = q @ k.transpose(-2, -1) * logit_scale.clamp(max=math.log(100.0)).exp().to(q.dtype)[:, None, None]
@@ -249,7 +265,9 @@ def patch_embed(
         x = x / 255.0
     if mean is not None and std is not None:
         x = (x - mean.to(x.dtype)[:, None, None]) / std.to(x.dtype)[:, None, None]
-    tokens = F.conv2d(x, weight, None if bias is None else bias.to(weight.dtype), tuple(stride)).flatten(2).transpose(1, 2)  # (B, N, D)
+    tokens = (
+        F.conv2d(x, weight, None if bias is None else bias.to(weight.dtype), tuple(stride)).flatten(2).transpose(1, 2)
+    )  # (B, N, D)
     if pos_embed is not None:
         tokens = tokens + pos_embed.to(tokens.dtype)
     if keep is not None:
@@ -273,7 +291,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     return y if activation is None else ACTIVATIONS[activation](y)
 
 
-def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None, activation: str) -> Tensor:
+def mlp(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None, activation: str
+) -> Tensor:
     return F.linear(ACTIVATIONS[activation](F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
 
 

@@ -1,4 +1,5 @@
-"""The streaming losses as naive PyTorch: the definition of right, and what they are measured against. Each holds its whole matrix.
+"""The streaming losses as naive PyTorch: the definition of right, and what they are measured against. Each holds its
+whole matrix.
 
 Arguments are those of :data:`pyvit.schemas.LOSS_SCHEMAS`, less ``backend``.
 """
@@ -67,7 +68,8 @@ def nearest_neighbor(x: Tensor) -> Tensor:
 
 
 def sinkhorn_knopp(scores: Tensor, temperature: float, iterations: int) -> Tensor:
-    """Alternate normalisation of exp(scores / temperature) (B, K): columns to 1 / K, then rows to 1 / B; rows of the result sum to 1."""
+    """Alternate normalisation of exp(scores / temperature) (B, K): columns to 1 / K, then rows to 1 / B; rows of the
+    result sum to 1."""
     x = scores.to(wide(scores.dtype)) / temperature
     q = (x - x.logsumexp((0, 1))).exp()
     for _ in range(iterations):

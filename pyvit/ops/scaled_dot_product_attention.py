@@ -28,9 +28,10 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention`` by signature and meaning, on :func:`flash_attention`.
 
-    query (..., H, Nq, D), key (..., H, Nk, D) and value (..., H, Nk, Dv) with any number of leading dimensions, which broadcast; nested of
-    layout torch.jagged too. attn_mask is bool, True = attend, or float. One difference, on purpose: a fully masked row gives zeros in every
-    dtype and on every device. Where torch takes ``is_causal`` beside a mask on some devices alone, both hold here.
+    query (..., H, Nq, D), key (..., H, Nk, D) and value (..., H, Nk, Dv) with any number of leading dimensions, which
+    broadcast; nested of layout torch.jagged too. attn_mask is bool, True = attend, or float. One difference, on
+    purpose: a fully masked row gives zeros in every dtype and on every device. Where torch takes ``is_causal`` beside a
+    mask on some devices alone, both hold here.
 
     Raises ValueError or TypeError naming the argument that does not fit.
     """
@@ -48,7 +49,9 @@ def scaled_dot_product_attention(
         return scaled_dot_product_attention(query, key, value, attn_mask, **options) * 0.0
     lead: Sequence[int] = query.shape[:-2]
     if not (
-        len(lead) == 2 and key.shape[:-2] == value.shape[:-2] and key.shape[:-2] == (lead if not enable_gqa else (lead[0], key.shape[-3]))
+        len(lead) == 2
+        and key.shape[:-2] == value.shape[:-2]
+        and key.shape[:-2] == (lead if not enable_gqa else (lead[0], key.shape[-3]))
     ):
         query, key, value, lead = _broadcast(query, key, value, enable_gqa)
     if attn_mask is not None:
@@ -63,22 +66,34 @@ def scaled_dot_product_attention(
     return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
 
 
-def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor, Sequence[int]]:
+def _broadcast(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, Sequence[int]]:
     """All three as (B, H, N, D) of one B and H, and the leading dimensions that those are."""
     tensors = [query, key, value]
     if enable_gqa:
         if min(t.dim() for t in tensors) < 3:
-            checks.fail(_OP, "query, key and value", "of shape (..., H, N, D) with enable_gqa", [tuple(t.shape) for t in tensors])
+            checks.fail(
+                _OP,
+                "query, key and value",
+                "of shape (..., H, N, D) with enable_gqa",
+                [tuple(t.shape) for t in tensors],
+            )
         heads = [t.shape[-3] for t in tensors]
         if len({*heads}) > 1:
             for name, h in (("key", heads[1]), ("value", heads[2])):
                 if h == 0 or heads[0] % h:
                     checks.fail(_OP, name, f"with a number of heads that divides query's {heads[0]}", h)
-            tensors = [t.repeat_interleave(heads[0] // h, -3) if h != heads[0] else t for t, h in zip(tensors, heads, strict=True)]
+            tensors = [
+                t.repeat_interleave(heads[0] // h, -3) if h != heads[0] else t
+                for t, h in zip(tensors, heads, strict=True)
+            ]
     try:
         lead: Sequence[int] = torch.broadcast_shapes(*(t.shape[:-2] for t in tensors))
     except RuntimeError:
-        checks.fail(_OP, "query, key and value", "of leading dimensions that broadcast", [tuple(t.shape) for t in tensors])
+        checks.fail(
+            _OP, "query, key and value", "of leading dimensions that broadcast", [tuple(t.shape) for t in tensors]
+        )
     tensors = [t.expand(*lead, *t.shape[-2:]) for t in tensors]
     if len(lead) < 2:
         tensors = [t[(None,) * (2 - len(lead))] for t in tensors]
@@ -90,11 +105,15 @@ def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> t
 def _mask(mask: Tensor, query: Tensor, scores: tuple[int, ...]) -> Tensor:
     """A mask for scores of this shape with the leading dimensions of :func:`_broadcast`."""
     checks.dense(_OP, "attn_mask", mask)
-    fits = mask.dim() <= len(scores) and all(have in (1, want) for have, want in zip(mask.shape[::-1], scores[::-1], strict=False))
+    fits = mask.dim() <= len(scores) and all(
+        have in (1, want) for have, want in zip(mask.shape[::-1], scores[::-1], strict=False)
+    )
     if not fits:
         checks.fail(_OP, "attn_mask", f"broadcastable to {scores}", checks.shape(mask))
     if mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        raise TypeError(f"{_OP}: attn_mask must be bool, float32 or of the dtype of query, {query.dtype}, got {mask.dtype}")
+        raise TypeError(
+            f"{_OP}: attn_mask must be bool, float32 or of the dtype of query, {query.dtype}, got {mask.dtype}"
+        )
     if mask.dim() <= 4 and len(scores) <= 4:
         return mask
     if all(n == 1 for n in mask.shape[:-3]):

@@ -56,7 +56,9 @@ def _check(a: Tensor, b: Tensor, scale: float | Tensor, bias: float | Tensor, gr
 
 
 @dispatch.describes("sigmoid_contrastive")
-def _describe(a: Tensor, b: Tensor, scale: float | Tensor, bias: float | Tensor, *, group: Any = None, **_: Any) -> tuple[Call, list[str]]:
+def _describe(
+    a: Tensor, b: Tensor, scale: float | Tensor, bias: float | Tensor, *, group: Any = None, **_: Any
+) -> tuple[Call, list[str]]:
     return _check(a, b, scale, bias, group), []
 
 
@@ -83,7 +85,9 @@ def _forward(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, ring: Ring) -> T
     return ring.sum(total) / (a.shape[0] * ring.size)
 
 
-def _gradients(grad: Tensor, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, ring: Ring) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _gradients(
+    grad: Tensor, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, ring: Ring
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, d = a.shape
     grad_a, grad_bias = pairwise_losses.gradients(a), torch.zeros_like(scale)
 
@@ -131,7 +135,9 @@ def _fake(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, _backend: str) -> T
     return scale.new_empty(())
 
 
-def _fake_backward(grad: Tensor, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, _backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_backward(
+    grad: Tensor, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, _backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return a.new_empty(a.shape), b.new_empty(b.shape), scale.new_empty(()), scale.new_empty(())
 
 

@@ -15,16 +15,19 @@ from pyvit.ops.loss_tiles import LogSumExp, Ring, product, spans, widen
 _OP = "sinkhorn_knopp"
 
 
-def sinkhorn_knopp(scores: Tensor, temperature: float, iterations: int = 3, *, group: dist.ProcessGroup | None = None) -> Tensor:
+def sinkhorn_knopp(
+    scores: Tensor, temperature: float, iterations: int = 3, *, group: dist.ProcessGroup | None = None
+) -> Tensor:
     """Assignment of B samples to K prototypes of equal total weight.
 
-    exp(scores / temperature) is normalised over samples to 1 / K per prototype, then over prototypes to 1 / B per sample,
-    ``iterations`` times.
+    exp(scores / temperature) is normalised over samples to 1 / K per prototype, then over prototypes to 1 / B per
+    sample, ``iterations`` times.
 
     Args:
         scores: (B, K), this rank's samples.
         temperature: positive; DINOv2's teacher temperature.
-        iterations: rounds, 3 in SwAV and DINOv2. Without any, the whole of the batch's B rows is normalised at once, as in their code.
+        iterations: rounds, 3 in SwAV and DINOv2. Without any, the whole of the batch's B rows is normalised at once, as
+            in their code.
         group: ranks that share one batch; only K numbers per round are exchanged.
 
     Returns (B, K) float32 (float64 for float64), each row summing to 1. No gradient: it is a target.
@@ -66,11 +69,14 @@ def sinkhorn_center(
 ) -> Tensor:
     """The potentials of :func:`sinkhorn_knopp`: assignments = softmax((scores - center) / temperature).
 
-    Give it to :func:`pyvit.ops.distillation_cross_entropy` as ``center``, and the teacher is the Sinkhorn assignment, never stored.
+    Give it to :func:`pyvit.ops.distillation_cross_entropy` as ``center``, and the teacher is the Sinkhorn assignment,
+    never stored.
 
     Args:
-        features: scores (B, K), or features (B, C) with ``prototypes`` (K, C); scores = features prototypes^T, a tile at a time.
-        temperature, iterations, group: as in :func:`sinkhorn_knopp`, but at least one iteration: no centre stands for none.
+        features: scores (B, K), or features (B, C) with ``prototypes`` (K, C); scores = features prototypes^T, a tile
+            at a time.
+        temperature, iterations, group: as in :func:`sinkhorn_knopp`, but at least one iteration: no centre stands for
+            none.
 
     Returns center (K,), float32 or float64.
     """

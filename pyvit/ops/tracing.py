@@ -11,7 +11,8 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def traced(*tensors: Tensor) -> bool:
-    """Whether something does: a compiler, ``torch.jit.trace``, a functorch transform, a dispatch mode (flop counters), dual numbers."""
+    """Whether something does: a compiler, ``torch.jit.trace``, a functorch transform, a dispatch mode (flop counters),
+    dual numbers."""
     return (
         torch.compiler.is_compiling()
         or not _PLAIN.issuperset(map(type, tensors))
@@ -23,12 +24,14 @@ def traced(*tensors: Tensor) -> bool:
 
 
 def transformed(grad: Tensor) -> bool:
-    """Whether a backward may not take ``grad`` to a kernel: as :func:`traced`, or because it is several in one (``is_grads_batched``)."""
+    """Whether a backward may not take ``grad`` to a kernel: as :func:`traced`, or because it is several in one
+    (``is_grads_batched``)."""
     return traced(grad) or torch_private.is_batched(grad)
 
 
 def compiled_inference(*tensors: Tensor) -> bool:
-    """Whether ``torch.compile`` traces a call without gradients or transforms. Inductor's own products on a CPU take up to 1.2x as long."""
+    """Whether ``torch.compile`` traces a call without gradients or transforms. Inductor's own products on a CPU take up
+    to 1.2x as long."""
     return (
         torch.compiler.is_dynamo_compiling()
         and not torch.is_grad_enabled()

@@ -1,7 +1,7 @@
 """Shifted-window attention on the whole feature map: contract, fake kernels and gradient.
 
-Cyclic shift, partition, relative-position bias, shift mask, softmax and the reverse are index arithmetic inside the kernels; no window
-tensor and no mask tensor exists in memory.
+Cyclic shift, partition, relative-position bias, shift mask, softmax and the reverse are index arithmetic inside the
+kernels; no window tensor and no mask tensor exists in memory.
 """
 
 from __future__ import annotations
@@ -30,34 +30,43 @@ def window_attention(
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention within (shifted) windows of a feature map: everything of a Swin block between its qkv and output projections.
+    """Attention within (shifted) windows of a feature map: everything of a Swin block between its qkv and output
+    projections.
 
     Args:
-        qkv: (B, H, W, 3C), the qkv projection of the unpadded map, channels ordered (3, heads, d). Any H and W, also below the window's.
+        qkv: (B, H, W, 3C), the qkv projection of the unpadded map, channels ordered (3, heads, d). Any H and W, also
+            below the window's.
         window_size: (wh, ww) tokens.
-        shift_size: (sy, sx) with 0 <= s < window: the map is rolled by -shift before it is cut into windows, and tokens attend only within
-            their region. An axis whose padded map is a single window is not shifted.
+        shift_size: (sy, sx) with 0 <= s < window: the map is rolled by -shift before it is cut into windows, and tokens
+            attend only within their region. An axis whose padded map is a single window is not shifted.
         num_heads: heads; C = heads * d.
-        bias_table: relative-position bias ((2 wh - 1) (2 ww - 1), heads), row (dy + wh - 1) (2 ww - 1) + dx + ww - 1 for query minus key.
-            -inf keeps a query from a key, a finite number does not; a query without keys gives zeros.
-        logit_scale: (heads,), the raw logarithm: Swin V2's cosine attention, normalised q and k times exp(min(logit_scale, ln 100)).
-        pad_qkv: (3C,), what the padding tokens of a map that does not divide by the window hold (the qkv bias gives torchvision's and
-            transformers' result). None masks them out. Padding comes before the shift, on the bottom and right.
+        bias_table: relative-position bias ((2 wh - 1) (2 ww - 1), heads), row (dy + wh - 1) (2 ww - 1) + dx + ww - 1
+            for query minus key. -inf keeps a query from a key, a finite number does not; a query without keys gives
+            zeros.
+        logit_scale: (heads,), the raw logarithm: Swin V2's cosine attention, normalised q and k times
+            exp(min(logit_scale, ln 100)).
+        pad_qkv: (3C,), what the padding tokens of a map that does not divide by the window hold (the qkv bias gives
+            torchvision's and transformers' result). None masks them out. Padding comes before the shift, on the bottom
+            and right.
         scale: factor on the scores, default 1/sqrt(d); not with ``logit_scale``.
         dropout_p: probability of dropping an attention weight.
         backend: force one backend.
 
     Returns:
-        (B, H, W, C), before the output projection. bias_table, logit_scale and pad_qkv have gradients; none uses atomics.
+        (B, H, W, C), before the output projection. bias_table, logit_scale and pad_qkv have gradients; none uses
+        atomics.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it. BackendError: ``backend`` cannot serve the call.
+        ValueError, TypeError: an argument does not fit; the message names it. BackendError: ``backend`` cannot serve
+            the call.
 
     Sources: Liu et al., "Swin Transformer" (2021), section 3.2, and "Swin Transformer V2" (2022), section 3.
     """
     qkv = _prepare(qkv)
     dropout_p = checks.dropout("window_attention", dropout_p)
-    call, window, shift, scale = _check(qkv, window_size, shift_size, num_heads, bias_table, logit_scale, pad_qkv, scale, dropout_p)
+    call, window, shift, scale = _check(
+        qkv, window_size, shift_size, num_heads, bias_table, logit_scale, pad_qkv, scale, dropout_p
+    )
     chosen = dispatch.select(call, backend)
     seed = checks.dropout_seed(dropout_p, qkv)
     return WINDOW(qkv, window, shift, num_heads, bias_table, logit_scale, pad_qkv, scale, dropout_p, seed, chosen)[0]
@@ -72,7 +81,8 @@ def prepared(
     bias_table: Tensor | None,
     pad_qkv: Tensor | None,
 ) -> Callable[[Tensor], Tensor] | None:
-    """The ``cpu`` kernel for inference on such a map as a function of it, see :mod:`pyvit.nn.replay`; None where another serves."""
+    """The ``cpu`` kernel for inference on such a map as a function of it, see :mod:`pyvit.nn.replay`; None where
+    another serves."""
     call, window, shift, scale = _check(qkv, window_size, shift_size, num_heads, bias_table, None, pad_qkv, None, 0.0)
     if dispatch.select(call) != "cpu":
         return None
@@ -133,7 +143,11 @@ def _check(
             raise TypeError(f"{op}: {name} must be float32 or of the dtype of qkv, {qkv.dtype}, got {t.dtype}")
         checks.same(op, name, t, "qkv", qkv, dtype=False)
     tensors = (qkv, bias_table, logit_scale, pad_qkv)
-    features = [name for name, t in (("bias_table", bias_table), ("logit_scale", logit_scale), ("pad_qkv", pad_qkv)) if t is not None]
+    features = [
+        name
+        for name, t in (("bias_table", bias_table), ("logit_scale", logit_scale), ("pad_qkv", pad_qkv))
+        if t is not None
+    ]
     if shift != (0, 0):
         features.append("shift")
     if h % window[0] or w % window[1]:
@@ -149,7 +163,12 @@ def _check(
 
 @dispatch.describes("window_attention")
 def _describe(
-    qkv: Tensor, window_size: int | Sequence[int], shift_size: int | Sequence[int] = (0, 0), *, num_heads: int, **kw: Any
+    qkv: Tensor,
+    window_size: int | Sequence[int],
+    shift_size: int | Sequence[int] = (0, 0),
+    *,
+    num_heads: int,
+    **kw: Any,
 ) -> tuple[Call, list[str]]:
     qkv = _prepare(qkv)
     table, logit_scale, pad, scale = (kw.get(name) for name in ("bias_table", "logit_scale", "pad_qkv", "scale"))
@@ -187,7 +206,9 @@ def _check_low_backward(grad_out: Tensor, out: Tensor, lse: Tensor, qkv: Tensor,
     return call
 
 
-def _fake(qkv: Tensor, window_size: Sequence[int], shift_size: Sequence[int], num_heads: int, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake(
+    qkv: Tensor, window_size: Sequence[int], shift_size: Sequence[int], num_heads: int, *_: Any
+) -> tuple[Tensor, Tensor]:
     b, h, w, c3 = qkv.shape
     wh, ww = window_size
     windows = ((h + wh - 1) // wh) * ((w + ww - 1) // ww)
@@ -210,15 +231,30 @@ def _backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tu
     if grad_out is None:
         return (None,) * 11
     grads = WINDOW_BACKWARD(
-        grad_out, out, lse, qkv, *ctx.geometry, bias_table, logit_scale, pad_qkv, ctx.scale, ctx.dropout_p, seed, ctx.backend
+        grad_out,
+        out,
+        lse,
+        qkv,
+        *ctx.geometry,
+        bias_table,
+        logit_scale,
+        pad_qkv,
+        ctx.scale,
+        ctx.dropout_p,
+        seed,
+        ctx.backend,
     )
-    optional = [g if t is not None else None for g, t in zip(grads[1:], (bias_table, logit_scale, pad_qkv), strict=True)]
+    optional = [
+        g if t is not None else None for g, t in zip(grads[1:], (bias_table, logit_scale, pad_qkv), strict=True)
+    ]
     return grads[0], None, None, None, *optional, None, None, None, None
 
 
 def _reference_backward(grad_out: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
     wanted = [i for i in (0, 4, 5, 6) if args[i] is not None]
-    found = dict(zip(wanted, dispatch.reference_backward(reference.window_attention, (grad_out,), args, wanted), strict=True))
+    found = dict(
+        zip(wanted, dispatch.reference_backward(reference.window_attention, (grad_out,), args, wanted), strict=True)
+    )
     grads = []
     for i in (0, 4, 5, 6):
         grad = found.get(i)

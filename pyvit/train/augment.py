@@ -1,4 +1,5 @@
-"""Each paper's augmentation: crops, which the data cut out of whole images, and what follows on whole batches, with kornia."""
+"""Each paper's augmentation: crops, which the data cut out of whole images, and what follows on whole batches, with
+kornia."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def _kornia() -> Any:
 
 
 class Augment(nn.Sequential):
-    """uint8 or [0, 1] images (B, 3, H, W) to augmented floats in [0, 1]; ``crop`` is what the data cut them by, None for whole ones."""
+    """uint8 or [0, 1] images (B, 3, H, W) to augmented floats in [0, 1]; ``crop`` is what the data cut them by, None
+    for whole ones."""
 
     def __init__(self, *layers: nn.Module, crop: Crop | None = None) -> None:
         super().__init__(*layers)
@@ -35,7 +37,8 @@ class Augment(nn.Sequential):
 
 
 def _turn_and_flip(flip: bool, slant: float = 0.0) -> list[nn.Module]:
-    """Turning and shearing by up to ``slant`` degrees and small shifts (none for 0), then a mirror for half of the images."""
+    """Turning and shearing by up to ``slant`` degrees and small shifts (none for 0), then a mirror for half of the
+    images."""
     k = _kornia()
     turn = [k.RandomAffine(degrees=slant, translate=(0.1, 0.1), scale=(0.9, 1.1), shear=slant)] if slant else []
     return [*turn, *([k.RandomHorizontalFlip()] if flip else [])]
@@ -49,14 +52,19 @@ def mild(flip: bool) -> Augment:
 
 
 def supervised(size: tuple[int, int], flip: bool) -> Augment:
-    """Random resized crop, flip, colour, and erasing (Swin's and DeiT's, with colour jitter for their policy of operations)."""
+    """Random resized crop, flip, colour, and erasing (Swin's and DeiT's, with colour jitter for their policy of
+    operations)."""
     k = _kornia()
     layers = [*_turn_and_flip(flip), k.ColorJitter(0.4, 0.4, 0.4, p=0.8), k.RandomErasing(p=0.25)]
     return Augment(*layers, crop=Crop(size, (0.08, 1.0)))
 
 
 def mae(
-    size: tuple[int, int], flip: bool, scale: tuple[float, float] = (0.2, 1.0), slant: float = 0.0, views: int | None = None
+    size: tuple[int, int],
+    flip: bool,
+    scale: tuple[float, float] = (0.2, 1.0),
+    slant: float = 0.0,
+    views: int | None = None,
 ) -> Augment:
     """Crop and flip alone (He et al., 2022, appendix A.1)."""
     return Augment(*_turn_and_flip(flip, slant), crop=Crop(size, scale, count=views))
@@ -68,7 +76,11 @@ def _blur(size: tuple[int, int], p: float) -> nn.Module:
 
 
 def simclr(
-    size: tuple[int, int], flip: bool, scale: tuple[float, float] = (0.08, 1.0), strength: float = 1.0, slant: float = 0.0
+    size: tuple[int, int],
+    flip: bool,
+    scale: tuple[float, float] = (0.08, 1.0),
+    strength: float = 1.0,
+    slant: float = 0.0,
 ) -> Augment:
     """Two crops, flip, colour distortion, grey, blur (Chen et al., 2020, appendix A)."""
     k, s = _kornia(), strength
@@ -88,12 +100,20 @@ def dino(
 ) -> Augment:
     """Crop, flip, colour, grey, blur, solarisation (BYOL's, as DINO uses it)."""
     k = _kornia()
-    layers = [*_turn_and_flip(flip, slant), k.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8), k.RandomGrayscale(p=0.2), _blur(size, blur)]
-    return Augment(*layers, *([k.RandomSolarize(0.0, 0.0, p=solarize)] if solarize else []), crop=Crop(size, scale, count=views))
+    layers = [
+        *_turn_and_flip(flip, slant),
+        k.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8),
+        k.RandomGrayscale(p=0.2),
+        _blur(size, blur),
+    ]
+    return Augment(
+        *layers, *([k.RandomSolarize(0.0, 0.0, p=solarize)] if solarize else []), crop=Crop(size, scale, count=views)
+    )
 
 
 class Spectrogram(Augment):
-    """AST's: up to 10 frames earlier or later, then a band of up to 3/8 of the frequencies and of up to 3/16 of the time set to ``fill``.
+    """AST's: up to 10 frames earlier or later, then a band of up to 3/8 of the frequencies and of up to 3/16 of the
+    time set to ``fill``.
 
     Gong et al. (2021), section 3.1, after Park et al., "SpecAugment" (2019).
     """
@@ -119,7 +139,8 @@ class Spectrogram(Augment):
 
 
 def mixup(images: Tensor, targets: Tensor, mixup_alpha: float, cutmix_alpha: float) -> tuple[Tensor, Tensor]:
-    """Mix each image with its mirror in the batch, pixel by pixel (mixup) or by a box (CutMix), each half of the time when both are on.
+    """Mix each image with its mirror in the batch, pixel by pixel (mixup) or by a box (CutMix), each half of the time
+    when both are on.
 
     targets (B, classes) are mixed alike. Zhang et al., "mixup" (2018); Yun et al., "CutMix" (2019).
     """

@@ -16,7 +16,8 @@ from torch import Tensor
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write beside ``path``, flush to the disk, then rename: a reader, or a crash at any moment, sees the old file or the new one.
+    """Write beside ``path``, flush to the disk, then rename: a reader, or a crash at any moment, sees the old file or
+    the new one.
 
     When writing fails (a full disk) the partial file is removed, the old one stays, and the OSError is raised.
     """
@@ -66,7 +67,9 @@ def load(path: Path) -> dict[str, Any] | None:
     except OSError:
         raise
     except Exception as error:  # the unpickler raises whatever the damage leads to
-        raise ValueError(f"{path} is damaged or no checkpoint of pyvit: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        raise ValueError(
+            f"{path} is damaged or no checkpoint of pyvit: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is no checkpoint of pyvit: it holds a {type(found).__name__}")
     return found

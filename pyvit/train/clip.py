@@ -22,7 +22,14 @@ from pyvit.train.recipe import Contrastive, Views, build, initialise
 class ImageText(Contrastive):
     """Both towers learn that row i of the images belongs to row i of the captions, and to no other."""
 
-    defaults: ClassVar[dict[str, Any]] = {"epochs": 32, "batch_size": 32768, "weight_decay": 0.2, "warmup": 0.01, "clip": 0.0, "lr": 5e-4}
+    defaults: ClassVar[dict[str, Any]] = {
+        "epochs": 32,
+        "batch_size": 32768,
+        "weight_decay": 0.2,
+        "warmup": 0.01,
+        "clip": 0.0,
+        "lr": 5e-4,
+    }
     options: ClassVar[dict[str, Option]] = {
         "tokenizer": Option("bytes", "bytes, or the path of a tokenizer.json"),
         "context": Option(77, "tokens of a caption; longer ones are cut", "[3, inf)"),
@@ -38,7 +45,9 @@ class ImageText(Contrastive):
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
         if data.train.captions is None:
-            raise ValueError(f"{config.recipe}: data must have captions (a CSV with image and caption, say), {data.name} has none")
+            raise ValueError(
+                f"{config.recipe}: data must have captions (a CSV with image and caption, say), {data.name} has none"
+            )
         self.tokenizer = load_tokenizer(self.opt["tokenizer"], self.opt["context"])
         text = {"vocab_size": self.tokenizer.vocab_size, "context_length": self.opt["context"]}
         text |= {"eot": self.tokenizer.end, "pad": self.tokenizer.pad}
@@ -48,7 +57,9 @@ class ImageText(Contrastive):
         if config.init is not None:
             initialise(self.model, config.init)
         self.check_batch()
-        self.augment = augment.mae(data.size, False, (self.opt["crop"], 1.0))  # a mirror makes the caption's "left" wrong
+        self.augment = augment.mae(
+            data.size, False, (self.opt["crop"], 1.0)
+        )  # a mirror makes the caption's "left" wrong
 
     @property
     def backbone(self) -> nn.Module:
@@ -65,7 +76,8 @@ class ImageText(Contrastive):
         return {"images": self.model.encode_image(views["images"]), "text": self.model.encode_text(views["text"])}
 
     def evaluate(self, data: Data) -> dict[str, float]:
-        """Zero-shot accuracy where there are classes, recall of captions and images where captions tell images apart."""
+        """Zero-shot accuracy where there are classes, recall of captions and images where captions tell images
+        apart."""
         from pyvit.eval.retrieval import recall_of
         from pyvit.eval.zero_shot import zero_shot_accuracy_of
 
@@ -83,7 +95,8 @@ class CLIP(ImageText):
 
     @torch.no_grad()
     def update(self, step: int, steps: int) -> None:
-        """The scale stays within [1, 100] (section 2.5). The parameter is set back, for a clamp in the loss would stop its gradient."""
+        """The scale stays within [1, 100] (section 2.5). The parameter is set back, for a clamp in the loss would stop
+        its gradient."""
         self.model.logit_scale.clamp_(0.0, math.log(100.0))
 
 

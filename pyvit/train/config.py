@@ -13,7 +13,8 @@ __all__ = ["FREE", "Config", "parse"]
 
 
 def option(default: Any, help: str, within: str = "", choices: tuple[str, ...] = ()) -> Any:
-    """A field with the help text that the command line shows, and the values it may take (see :class:`pyvit.train.options.Option`)."""
+    """A field with the help text that the command line shows, and the values it may take (see
+    :class:`pyvit.train.options.Option`)."""
     metadata = {"help": help, "within": within, "choices": choices}
     if isinstance(default, list):
         return field(default_factory=list, metadata=metadata)
@@ -22,17 +23,29 @@ def option(default: Any, help: str, within: str = "", choices: tuple[str, ...] =
 
 @dataclass
 class Config:
-    """Settings of a run. None means the recipe's own default, see ``pyvit train RECIPE --help`` and the recipe's file."""
+    """Settings of a run. None means the recipe's own default, see ``pyvit train RECIPE --help`` and the recipe's
+    file."""
 
-    data: str = option("digits", "folder, CSV of captions, hf:NAME, hf-stream:NAME, or digits | scenes | words | synthetic")
-    model: str | None = option(None, "a name of pyvit.list_models(); default: a small one that suits the data, or that of --init")
-    out: str | None = option(None, "folder of the run; default runs/RECIPE-DATA-MODEL. The same command resumes what it finds there")
+    data: str = option(
+        "digits", "folder, CSV of captions, hf:NAME, hf-stream:NAME, or digits | scenes | words | synthetic"
+    )
+    model: str | None = option(
+        None, "a name of pyvit.list_models(); default: a small one that suits the data, or that of --init"
+    )
+    out: str | None = option(
+        None, "folder of the run; default runs/RECIPE-DATA-MODEL. The same command resumes what it finds there"
+    )
     init: str | None = option(None, "start from the weights of a finished run's folder, or of a checkpoint file")
     epochs: float | None = option(None, "passes over the training set", "(0, inf)")
     steps: int | None = option(None, "optimizer steps, instead of epochs", "(0, inf)")
     batch_size: int | None = option(None, "images per optimizer step, over all processes", "(0, inf)")
     accumulate: int = option(
-        1, "micro-batches per optimizer step. Contrastive recipes keep all negatives of the batch, for a second forward pass", "(0, inf)"
+        1,
+        (
+            "micro-batches per optimizer step. Contrastive recipes keep all negatives of the batch, for a second "
+            "forward pass"
+        ),
+        "(0, inf)",
     )
     lr: float | None = option(None, "peak learning rate", "(0, inf)")
     min_lr: float | None = option(None, "learning rate of the last step", "[0, inf)")
@@ -43,10 +56,14 @@ class Config:
     precision: str = option("no", "mixed precision: no | bf16 | fp16 (a GPU's)", choices=("no", "bf16", "fp16"))
     checkpointing: bool = option(False, "recompute blocks in the backward pass instead of storing activations")
     compile: bool = option(False, "torch.compile the model")
-    fsdp: bool = option(False, "shard parameters, gradients and optimizer over processes (FSDP2) instead of replicating them (DDP)")
+    fsdp: bool = option(
+        False, "shard parameters, gradients and optimizer over processes (FSDP2) instead of replicating them (DDP)"
+    )
     image_size: int | None = option(None, "side of the images; default the data set's own, or 224", "(0, inf)")
     validation: float = option(
-        0.0, "share of the training images to evaluate on in the place of the held-out ones, to choose settings by", "[0, 1)"
+        0.0,
+        "share of the training images to evaluate on in the place of the held-out ones, to choose settings by",
+        "[0, 1)",
     )
     flip: bool = option(True, "mirror images at random; never spectrograms, built-in digits or images with captions")
     workers: int = option(0, "processes that read images", "[0, inf)")

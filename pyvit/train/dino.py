@@ -42,7 +42,9 @@ class DINO(Recipe):
         "local_crops": Option(8, "small crops of each image", "[0, inf)"),
         "local_size": Option(0, "side of the small crops; 0 for 3/7 of the image", "[0, inf)"),
         "global_crop": Option(0.4, "smallest share of an image that a large crop keeps", "(0, 1]"),
-        "local_crop": Option(0.05, "smallest share that a small crop keeps; the largest is that of global_crop", "(0, 1]"),
+        "local_crop": Option(
+            0.05, "smallest share that a small crop keeps; the largest is that of global_crop", "(0, 1]"
+        ),
         "drop_path": Option(0.1, "stochastic depth of the student's last block", "[0, 1)"),
         "centering": Option("centering", "what spreads the teacher's outputs", choices=("centering", "sinkhorn_knopp")),
         "distort": Option(True, "distort colours, blur and solarise"),
@@ -56,10 +58,18 @@ class DINO(Recipe):
         o = self.opt
         if data.sound and o["distort"]:
             raise ValueError(
-                f"{config.recipe}: data must be images, whose colours the paper distorts, {data.name} is sound; give --option distort=False"
+
+                    f"{config.recipe}: data must be images, whose colours the paper distorts, {data.name} is sound; "
+                    "give --option distort=False"
+
             )
         if o["local_crop"] > o["global_crop"]:
-            raise SettingError(f"{config.recipe}: option local_crop must be at most global_crop, {o['global_crop']}, got {o['local_crop']}")
+            raise SettingError(
+
+                    f"{config.recipe}: option local_crop must be at most global_crop, {o['global_crop']}, got "
+                    f"{o['local_crop']}"
+
+            )
         student = self.network(config, data)
         if config.init is not None:
             initialise(student, config.init)
@@ -72,7 +82,9 @@ class DINO(Recipe):
         low, high = (o["local_crop"], o["global_crop"]), (o["global_crop"], 1.0)
         side = self.local_size(data.size)
         if o["distort"]:
-            self.local = augment.dino((side, side), data.flip, low, blur=0.5, solarize=0.0, slant=o["slant"], views=o["local_crops"])
+            self.local = augment.dino(
+                (side, side), data.flip, low, blur=0.5, solarize=0.0, slant=o["slant"], views=o["local_crops"]
+            )
             self.first = augment.dino(data.size, data.flip, high, blur=1.0, solarize=0.0, slant=o["slant"])
             self.second = augment.dino(data.size, data.flip, high, blur=0.1, solarize=o["solarize"], slant=o["slant"])
         else:
@@ -101,7 +113,9 @@ class DINO(Recipe):
         patch = 1 if stem is None else stem.multiple
         side = self.opt["local_size"]
         if side % patch:
-            raise SettingError(f"{self.config.recipe}: option local_size must be a multiple of the patch, {patch}, got {side}")
+            raise SettingError(
+                f"{self.config.recipe}: option local_size must be a multiple of the patch, {patch}, got {side}"
+            )
         return side or max(round(size[0] * 3 / 7 / patch), 1) * patch
 
     @property
@@ -116,17 +130,26 @@ class DINO(Recipe):
         return [part for name, part in getattr(self.model, side).items() if name != "backbone"]
 
     def schedule(self, step: int, steps: int) -> dict[str, float]:
-        return {"weight_decay": schedules.cosine(step, steps, self.config.weight_decay or 0.0, self.opt["weight_decay_end"])}
+        return {
+            "weight_decay": schedules.cosine(step, steps, self.config.weight_decay or 0.0, self.opt["weight_decay_end"])
+        }
 
     @property
     def crops(self) -> dict[str, Crop]:
         """Two global crops and ``local_crops`` local ones, each of the whole image."""
-        found = {"first": self.first.crop, "second": self.second.crop, **({"local": self.local.crop} if self.opt["local_crops"] else {})}
+        found = {
+            "first": self.first.crop,
+            "second": self.second.crop,
+            **({"local": self.local.crop} if self.opt["local_crops"] else {}),
+        }
         return {name: crop for name, crop in found.items() if crop is not None}
 
     def views(self, batch: Views, step: int, steps: int) -> Views:
         batch, o = self.cropped(batch), self.opt
-        large = [self.normalize(augmented(batch[name])) for name, augmented in (("first", self.first), ("second", self.second))]
+        large = [
+            self.normalize(augmented(batch[name]))
+            for name, augmented in (("first", self.first), ("second", self.second))
+        ]
         small = [self.normalize(self.local(crop)) for crop in batch["local"]] if o["local_crops"] else []
         temp = schedules.linear(step, int(o["warm_teacher"] * steps), o["warm_teacher_temp"], o["teacher_temp"])
         return {"global": torch.stack(large), "local": torch.stack(small) if small else None, "teacher_temp": temp}

@@ -1,4 +1,5 @@
-"""DINOv2 (Oquab et al., 2024): DINO on crops, iBOT on masked patches, and the switches that its table 1 adds one by one."""
+"""DINOv2 (Oquab et al., 2024): DINO on crops, iBOT on masked patches, and the switches that its table 1 adds one by
+one."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ from pyvit.train.recipe import Views, build
 class DINOv2(DINO):
     """Half of the global crops reach the student with blocks of 10 to 50 % of their patches masked.
 
-    Each row of the ablation table is an option: layer_scale, drop_path, prototypes, koleo, ffn (mlp or swiglu), momentum,
-    warm_teacher_temp, centering, ibot, separate_head.
+    Each row of the ablation table is an option: layer_scale, drop_path, prototypes, koleo, ffn (mlp or swiglu),
+    momentum, warm_teacher_temp, centering, ibot, separate_head.
     """
 
     defaults: ClassVar[dict[str, Any]] = {**DINO.defaults, "batch_size": 2048, "layer_decay": 0.9}
@@ -33,7 +34,9 @@ class DINOv2(DINO):
         "prototypes": Option(131072, "outputs of the head", "[2, inf)"),
         "momentum": Option(0.994, "of the teacher's moving average at the start; it rises to 1", "[0, 1)"),
         "teacher_temp": Option(0.07, "temperature of the teacher after its warm-up", "(0, inf)"),
-        "centering": Option("sinkhorn_knopp", "what spreads the teacher's outputs", choices=("centering", "sinkhorn_knopp")),
+        "centering": Option(
+            "sinkhorn_knopp", "what spreads the teacher's outputs", choices=("centering", "sinkhorn_knopp")
+        ),
         "global_crop": Option(0.32, "smallest share of an image that a large crop keeps", "(0, 1]"),
         "drop_path": Option(0.3, "stochastic depth of every block of the student", "[0, 1)"),
         "layer_scale": Option(1e-5, "first value of LayerScale; 0 for none", "[0, inf)"),
@@ -59,14 +62,22 @@ class DINOv2(DINO):
         super().__init__(config, data)
         o = self.opt
         if o["mask_low"] > o["mask_high"]:
-            raise SettingError(f"dinov2: option mask_low must be at most mask_high, {o['mask_high']}, got {o['mask_low']}")
+            raise SettingError(
+                f"dinov2: option mask_low must be at most mask_high, {o['mask_high']}, got {o['mask_low']}"
+            )
         if o["ibot"] and int(2 * self.rows * o["mask_share"]) < 1:
             raise SettingError(
-                f"dinov2: option mask_share must mask one of the 2 x {self.rows} large crops of a micro-batch, got {o['mask_share']}"
+
+                    f"dinov2: option mask_share must mask one of the 2 x {self.rows} large crops of a micro-batch, got "
+                    f"{o['mask_share']}"
+
             )
         if o["koleo"] and config.batch_size is not None and config.batch_size // config.accumulate < 2:
             raise SettingError(
-                "dinov2: option koleo must be 0 for micro-batches of one image, which has no neighbour; or give more images per micro-batch"
+
+                    "dinov2: option koleo must be 0 for micro-batches of one image, which has no neighbour; or give "
+                    "more images per micro-batch"
+
             )
         self.ibot = IBOTLoss(o["prototypes"], o["student_temp"], o["center_momentum"], o["centering"], group=self.group)
         self.ibot.deferred = True
@@ -74,9 +85,14 @@ class DINOv2(DINO):
 
     def network(self, config: Config, data: Data) -> nn.Module:
         o = self.opt
-        switches = {"init_values": o["layer_scale"] or None, **({"activation": "swiglu"} if o["ffn"] == "swiglu" else {})}
+        switches = {
+            "init_values": o["layer_scale"] or None,
+            **({"activation": "swiglu"} if o["ffn"] == "swiglu" else {}),
+        }
         uniform = {"drop_path_rate": o["drop_path"], "drop_path_uniform": True}
-        network = build(config.model or "", data, config, num_classes=0, mask_token=bool(o["ibot"]), **switches, **uniform)
+        network = build(
+            config.model or "", data, config, num_classes=0, mask_token=bool(o["ibot"]), **switches, **uniform
+        )
         if not isinstance(network, VisionTransformer):
             raise ValueError(f"dinov2: model must be a vision transformer (vit_*), got {config.model}")
         return network
@@ -116,7 +132,9 @@ class DINOv2(DINO):
         found = {"dino": self.loss(seen.student, seen.teacher, temp, **self.prototypes())}
         loss = found["dino"]
         if o["ibot"]:
-            found["ibot"] = self.ibot(seen.student_patches, seen.teacher_patches, seen.weights, temp, **self.prototypes(patches=True))
+            found["ibot"] = self.ibot(
+                seen.student_patches, seen.teacher_patches, seen.weights, temp, **self.prototypes(patches=True)
+            )
             loss = loss + o["ibot"] * found["ibot"]
         if o["koleo"]:
             found["koleo"] = torch.stack([self.koleo(crop) for crop in seen.class_tokens]).sum()

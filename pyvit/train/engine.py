@@ -63,7 +63,9 @@ def _settle(config: Config) -> Config:
     config = dataclasses.replace(config, option=[f"{k}={v!r}" for k, v in options.items()])
     recipe.chosen(config)
     parse(config.set, "set")
-    config = config.resolved({"model": TOWERS.get((config.recipe, config.data)) or MODELS.get(config.data, "vit_small_patch16_224")})
+    config = config.resolved(
+        {"model": TOWERS.get((config.recipe, config.data)) or MODELS.get(config.data, "vit_small_patch16_224")}
+    )
     check_model(recipe, config)
     config = adopt(config, recipe)
     config = config.resolved({k: v for k, v in preset.items() if k not in ("epochs",) or config.steps is None})
@@ -85,7 +87,8 @@ def _accelerator(config: Config) -> Any:
         from accelerate import Accelerator, DistributedDataParallelKwargs
     except ImportError as error:
         raise ImportError("training needs accelerate: pip install 'pyvit-kernels[train]'") from error
-    # Settings of a model or recipe may leave parameters without a gradient; to look for them costs a walk over the graph.
+    # Settings of a model or recipe may leave parameters without a gradient; to look for them costs a walk over the
+    # graph.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
 
@@ -94,7 +97,9 @@ def _optimizer(recipe: Recipe, config: Config) -> torch.optim.Optimizer:
     try:
         groups = parameter_groups(recipe, recipe.backbone, config.layer_decay or 1.0, recipe.rate_scales())
     except TypeError as error:
-        raise SettingError(f"layer_decay must be 1 with {config.model}, which has no layers to count ({error})") from error
+        raise SettingError(
+            f"layer_decay must be 1 with {config.model}, which has no layers to count ({error})"
+        ) from error
     if recipe.optimizer == "lars":
         return LARS(groups, lr=config.lr or 0.0)
     if recipe.optimizer == "sgd":
@@ -145,9 +150,14 @@ class Run(Resumable):
         if config.image_size is None:
             self.config = config = dataclasses.replace(config, image_size=self.data.size[1])
         batch, stream = config.batch_size or 1, isinstance(self.data.train, Stream)
-        n = config.steps * batch if stream and config.steps else len(self.data.train)  # a stream need not know its length
+        n = (
+            config.steps * batch if stream and config.steps else len(self.data.train)
+        )  # a stream need not know its length
         if batch > n or batch % (self.world * config.accumulate):
-            wanted = f"at most the {n} images and a multiple of processes times accumulate, {self.world} x {config.accumulate}"
+            wanted = (
+                f"at most the {n} images and a multiple of processes times accumulate, {self.world} x "
+                f"{config.accumulate}"
+            )
             raise ValueError(f"batch_size must be {wanted}, got {batch}")
         self.per_epoch = n // batch
         self.steps = config.steps or max(round((config.epochs or 1) * self.per_epoch), 1)
@@ -163,11 +173,19 @@ class Run(Resumable):
             self.model.compile()
         self.start = self._resume()
         if config.accumulate > 1 and (parts := self.recipe.of_micro_batches()):
-            self.tell(f"note: {' and '.join(parts)} see each of the {config.accumulate} micro-batches alone, not the whole batch")
+            self.tell(
+
+                    f"note: {' and '.join(parts)} see each of the {config.accumulate} micro-batches alone, not the "
+                    "whole batch"
+
+            )
 
     def batches(self) -> Iterator[dict[str, Any]]:
         c = self.config
-        train, spread = self.data.train, (c.batch_size or 1, self.start, self.steps, c.seed, self.rank, self.world, c.accumulate)
+        train, spread = (
+            self.data.train,
+            (c.batch_size or 1, self.start, self.steps, c.seed, self.rank, self.world, c.accumulate),
+        )
         crops = self.recipe.crops
         if isinstance(train, Stream):
             yield from loading.streamed(train, train.batches(*spread, crops), c.workers)
@@ -187,7 +205,9 @@ class Run(Resumable):
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), c.clip)
             totals["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         scaler = self.accelerator.scaler
-        bad, self.stop = self._max_over_ranks(int(scaler is None and not all(map(_finite, totals.values()))), self.signals.last)
+        bad, self.stop = self._max_over_ranks(
+            int(scaler is None and not all(map(_finite, totals.values()))), self.signals.last
+        )
         if bad:
             raise FloatingPointError(f"step {step}: the loss or its gradient is not finite ({totals}); {self._left()}")
         self.optimizer.step()
@@ -203,7 +223,8 @@ class Run(Resumable):
         return {**totals, "lr": lr, "loss_scale": scaler.get_scale(), "skipped_steps": self.skipped}
 
     def _count(self, step: int, skipped: bool) -> None:
-        """Keep count of steps whose gradients overflowed in float16, which the scaler leaves out while it lowers the scale of the loss."""
+        """Keep count of steps whose gradients overflowed in float16, which the scaler leaves out while it lowers the
+        scale of the loss."""
         self.overflows = self.overflows + 1 if skipped else 0
         self.skipped += int(skipped)
         if self.overflows > OVERFLOWS:
@@ -213,7 +234,9 @@ class Run(Resumable):
             )
 
     def _views(self, step: int, at: int, part: int, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
-        batch = {k: v.to(self.accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in next(batches).items()}
+        batch = {
+            k: v.to(self.accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in next(batches).items()
+        }
         torch.manual_seed(step_seed(self.config.seed + 1, step, self.rank, part))
         return self.recipe.views(batch, at, self.steps)
 
@@ -277,7 +300,9 @@ class Run(Resumable):
         lost += self.export(results)
         self.tell(f"{self.folder}: {self.recipe.expectation(results)}")
         if lost:
-            raise OSError(f"{self.folder}: all steps are made, but {', '.join(lost)} could not be written; {self._left()}")
+            raise OSError(
+                f"{self.folder}: all steps are made, but {', '.join(lost)} could not be written; {self._left()}"
+            )
         return results
 
     def _loop(self, log: Log) -> bool:
@@ -306,7 +331,8 @@ class Run(Resumable):
         return saved
 
     def close(self) -> None:
-        """Drop the networks and leave the process group that this run joined, in that order; the run is of no use afterwards."""
+        """Drop the networks and leave the process group that this run joined, in that order; the run is of no use
+        afterwards."""
         self.lock.release()
         self.accelerator.free_memory()
         del self.model, self.optimizer, self.recipe
@@ -317,8 +343,11 @@ class Run(Resumable):
             AcceleratorState._reset_state(reset_partial_state=True)  # the next run of this process joins a new group
 
     def export(self, results: dict[str, float]) -> list[str]:
-        """Write ``model.safetensors``, ``config.json`` and ``results.json``; returns those that could not be written."""
-        state = get_model_state_dict(self.recipe.exported(), options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        """Write ``model.safetensors``, ``config.json`` and ``results.json``; returns those that could not be
+        written."""
+        state = get_model_state_dict(
+            self.recipe.exported(), options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
         writes = {
             "model.safetensors": lambda path: checkpoint.save_weights(path, state, header_of(self.recipe.exported())),
             "config.json": lambda path: checkpoint.save_json(path, dataclasses.asdict(self.config)),
@@ -342,10 +371,10 @@ def _finite(value: float) -> bool:
 def train(config: Config) -> dict[str, float]:
     """Train as ``config`` says, from the last checkpoint in its folder if there is one; returns the final evaluation.
 
-    The folder gets config.json, log.jsonl, last.pt (whole or absent), and at the end model.safetensors and results.json.
-    Raises ValueError for settings that do not fit, before anything is trained; FloatingPointError when the loss is not finite; OSError when
-    what was trained could not be written. On SIGINT or SIGTERM the run saves itself after the step at hand and raises
-    :class:`pyvit.train.stop.Stopped`, a SystemExit.
+    The folder gets config.json, log.jsonl, last.pt (whole or absent), and at the end model.safetensors and
+    results.json. Raises ValueError for settings that do not fit, before anything is trained; FloatingPointError when
+    the loss is not finite; OSError when what was trained could not be written. On SIGINT or SIGTERM the run saves
+    itself after the step at hand and raises :class:`pyvit.train.stop.Stopped`, a SystemExit.
     """
     warnings.filterwarnings("ignore", message=".*No device id is provided.*")
     warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified in DDP constructor.*")

@@ -8,7 +8,8 @@ from pyvit.train.supervised import Supervised
 
 
 class Finetune(Supervised):
-    """As supervised training, but from ``--init``, with a rate that shrinks by ``layer_decay`` per block below the head."""
+    """As supervised training, but from ``--init``, with a rate that shrinks by ``layer_decay`` per block below the
+    head."""
 
     defaults: ClassVar[dict[str, Any]] = {
         **Supervised.defaults, "epochs": 100, "layer_decay": 0.65, "warmup": 0.05, "clip": 0.0

@@ -24,8 +24,8 @@ except ImportError:  # Windows
 class Lock:
     """``run.lock`` in a folder, held by one process at a time; the file names it.
 
-    The kernel drops the lock of a process that ends in whatever way, so a file that is left behind locks nothing. The lock is the
-    process's: its other threads, and a second run of its own in the same folder, are not kept out.
+    The kernel drops the lock of a process that ends in whatever way, so a file that is left behind locks nothing. The
+    lock is the process's: its other threads, and a second run of its own in the same folder, are not kept out.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,7 +41,9 @@ class Lock:
             if not self._lock(file, holder):
                 file.close()
                 named = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "another process"
-                raise ValueError(f"{self.path.parent} is in use by {named}; wait for it, end it, or choose another --out")
+                raise ValueError(
+                    f"{self.path.parent} is in use by {named}; wait for it, end it, or choose another --out"
+                )
             if self._is_here(file):  # its last holder may have removed it between opening and locking
                 self._file = file
             else:
@@ -53,7 +55,8 @@ class Lock:
 
     @staticmethod
     def _lock(file: IO[str], holder: dict[str, Any]) -> bool:
-        """Lock ``file``, if nobody else has; where files cannot be locked, the process it names must not run on this machine."""
+        """Lock ``file``, if nobody else has; where files cannot be locked, the process it names must not run on this
+        machine."""
         try:
             if fcntl is not None:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -62,7 +65,11 @@ class Lock:
             return False
         except OSError:  # a file system without locks
             pass
-        return holder.get("host") != socket.gethostname() or holder.get("pid") == os.getpid() or not _runs(holder.get("pid"))
+        return (
+            holder.get("host") != socket.gethostname()
+            or holder.get("pid") == os.getpid()
+            or not _runs(holder.get("pid"))
+        )
 
     def _is_here(self, file: IO[str]) -> bool:
         try:
@@ -100,9 +107,11 @@ def _runs(pid: Any) -> bool:
 
 
 def fingerprint(data: Data) -> dict[str, Any]:
-    """What tells two training sets apart: how many images, the classes, and a hash of the images' names, labels and captions.
+    """What tells two training sets apart: how many images, the classes, and a hash of the images' names, labels and
+    captions.
 
-    Of a stream, only what it says of itself is known. Names are those below the folder that all share, so that data may move.
+    Of a stream, only what it says of itself is known. Names are those below the folder that all share, so that data may
+    move.
     """
     train = data.train
     if isinstance(train, Stream):

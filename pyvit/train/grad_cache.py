@@ -1,7 +1,9 @@
-"""Contrastive losses over more images than fit into memory (GradCache; Gao et al., "Scaling Deep Contrastive Learning Batch Size", 2021).
+"""Contrastive losses over more images than fit into memory (GradCache; Gao et al., "Scaling Deep Contrastive Learning
+Batch Size", 2021).
 
-All micro-batches are encoded without a graph, the loss of the whole batch gives the gradient of every embedding, and a second forward pass
-of each micro-batch carries these gradients to the parameters. The gradients are those of one big batch, up to rounding.
+All micro-batches are encoded without a graph, the loss of the whole batch gives the gradient of every embedding, and a
+second forward pass of each micro-batch carries these gradients to the parameters. The gradients are those of one big
+batch, up to rounding.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ def set_rng_state(state: list[Tensor], device: torch.device) -> None:
 class Cached:
     """What the second forward pass of a micro-batch needs of the whole batch.
 
-    embeddings: of every micro-batch, without a graph. gradients: of the loss by this micro-batch's embeddings. last: whether no other
-    micro-batch follows; its pass computes the loss with its own embeddings live, and so the gradients of the loss's own parameters.
+    embeddings: of every micro-batch, without a graph. gradients: of the loss by this micro-batch's embeddings. last:
+    whether no other micro-batch follows; its pass computes the loss with its own embeddings live, and so the gradients
+    of the loss's own parameters.
     """
 
     embeddings: list[dict[str, Tensor]]
@@ -62,7 +65,8 @@ class MicroBatch:
 def cache(recipe: Contrastive, micros: list[MicroBatch], device: torch.device, scale: float = 1.0) -> list[Cached]:
     """The first forward pass of all micro-batches, and the gradients of their embeddings.
 
-    ``scale`` multiplies the loss while it is differentiated, as a gradient scaler does, so that half precision does not underflow.
+    ``scale`` multiplies the loss while it is differentiated, as a gradient scaler does, so that half precision does not
+    underflow.
     """
     embeddings = []
     with _unchanged_statistics(recipe):

@@ -20,8 +20,16 @@ from pyvit.train.recipe import Recipe, Views, build, initialise
 class Linear(Recipe):
     """Features pass a batch norm without parameters, then one matrix; nothing below is touched."""
 
-    defaults: ClassVar[dict[str, Any]] = {"epochs": 90, "batch_size": 16384, "weight_decay": 0.0, "warmup": 10 / 90, "clip": 0.0}
-    options: ClassVar[dict[str, Option]] = {"crop": Option(0.08, "smallest share of an image that a random crop keeps", "(0, 1]")}
+    defaults: ClassVar[dict[str, Any]] = {
+        "epochs": 90,
+        "batch_size": 16384,
+        "weight_decay": 0.0,
+        "warmup": 10 / 90,
+        "clip": 0.0,
+    }
+    options: ClassVar[dict[str, Option]] = {
+        "crop": Option(0.08, "smallest share of an image that a random crop keeps", "(0, 1]")
+    }
     base_lr, base_batch, optimizer = 0.1, 256, "sgd"
     classifies = True
     needs_init = "a run's folder or a checkpoint whose features to use"
@@ -31,7 +39,9 @@ class Linear(Recipe):
         if data.classes is None:
             raise ValueError(f"linear: data must have classes (one subfolder each), {data.name} has none")
         if len(data.classes) < 2:
-            raise ValueError(f"linear: data must have at least 2 classes to tell apart, {data.name} has {', '.join(data.classes)}")
+            raise ValueError(
+                f"linear: data must have at least 2 classes to tell apart, {data.name} has {', '.join(data.classes)}"
+            )
         self.model = build(config.model or "", data, config, num_classes=0)
         if config.init is not None:
             initialise(self.model, config.init)

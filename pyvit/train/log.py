@@ -1,4 +1,5 @@
-"""What a run says: a JSON line per few steps, TensorBoard when asked for, and a progress bar with the kernels in use."""
+"""What a run says: a JSON line per few steps, TensorBoard when asked for, and a progress bar with the kernels in
+use."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def active_kernels() -> str:
 
 
 class Log:
-    """``log.jsonl`` of a run. Lines of steps from ``start`` on, left by a run that was killed after its last checkpoint, are dropped."""
+    """``log.jsonl`` of a run. Lines of steps from ``start`` on, left by a run that was killed after its last
+    checkpoint, are dropped."""
 
     def __init__(self, folder: Path, start: int, tensorboard: bool, enabled: bool = True) -> None:
         self.path, self.enabled, self._warned, self._writer = folder / "log.jsonl", enabled, False, None
@@ -48,7 +50,8 @@ class Log:
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
 
     def write(self, step: int, **values: Any) -> None:
-        """One line, without values that are not finite. A disk that is full costs the line and a warning, not the run."""
+        """One line, without values that are not finite. A disk that is full costs the line and a warning, not the
+        run."""
         if not self.enabled:
             return
         values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
@@ -105,9 +108,22 @@ class Progress:
         self._began = self._said = time.perf_counter()
         self._bar = None
         if enabled and sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
 
-            columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, TextColumn("{task.fields[status]}"))
             self._task = self._bar.add_task("", total=steps, completed=start, status="")
             self._bar.start()

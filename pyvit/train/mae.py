@@ -20,7 +20,13 @@ from pyvit.train.recipe import Recipe, Views, initialise
 class MAE(Recipe):
     """The loss is the squared error of the hidden patches, each normalised by its own mean and variance."""
 
-    defaults: ClassVar[dict[str, Any]] = {"epochs": 800, "batch_size": 4096, "weight_decay": 0.05, "warmup": 40 / 800, "clip": 0.0}
+    defaults: ClassVar[dict[str, Any]] = {
+        "epochs": 800,
+        "batch_size": 4096,
+        "weight_decay": 0.05,
+        "warmup": 40 / 800,
+        "clip": 0.0,
+    }
     options: ClassVar[dict[str, Option]] = {
         "mask_ratio": Option(0.75, "share of the patches that is hidden", "(0, 1)"),
         "norm_pix": Option(True, "reconstruct pixels normalised within each patch"),
@@ -74,7 +80,10 @@ class MAE(Recipe):
     def views(self, batch: Views, step: int, steps: int) -> Views:
         images = self.normalize(self.augment(self.cropped(batch)["crop"]))
         rows, columns = self.model.patch_embed.grid(images.shape[2:])
-        return {"images": images, "noise": torch.rand(len(images), rows * columns, dtype=torch.float32, device=images.device)}
+        return {
+            "images": images,
+            "noise": torch.rand(len(images), rows * columns, dtype=torch.float32, device=images.device),
+        }
 
     def forward(self, views: Views) -> dict[str, Tensor]:
         loss, _, _ = self.model(views["images"], self.opt["mask_ratio"], views["noise"])

@@ -35,7 +35,13 @@ class Option:
 
     def describe(self, name: str) -> str:
         """A line of the help text."""
-        wanted = f" ({', '.join(map(str, self.choices))})" if self.choices else f", {wording(self.within)}" if self.within else ""
+        wanted = (
+            f" ({', '.join(map(str, self.choices))})"
+            if self.choices
+            else f", {wording(self.within)}"
+            if self.within
+            else ""
+        )
         return f"{name}={self.default}: {self.help}{wanted}"
 
 
@@ -52,7 +58,11 @@ def check(name: str, value: Any, kind: type, within: str = "", choices: tuple[An
         if choices:
             what = f"one of {', '.join(map(str, choices))}"
         elif within:
-            what = wording(within) if isinstance(value, (int, float)) and not isinstance(value, bool) else f"{what} {wording(within)}"
+            what = (
+                wording(within)
+                if isinstance(value, (int, float)) and not isinstance(value, bool)
+                else f"{what} {wording(within)}"
+            )
             what = f"a whole number {wording(within)}" if kind is int and isinstance(value, float) else what
         raise SettingError(f"{name} must be {what}, got {value!r}")
     return value

@@ -1,4 +1,5 @@
-"""The settings under which the built-in sets train in minutes on a laptop, with the models of :mod:`pyvit.models.pico`."""
+"""The settings under which the built-in sets train in minutes on a laptop, with the models of
+:mod:`pyvit.models.pico`."""
 
 from __future__ import annotations
 
@@ -29,7 +30,13 @@ _SHORT = {"epochs": 60, "batch_size": 128, "lr": 1e-3, "warmup": 0.1}
 #: PRESETS[recipe, data]: Config fields, and recipe options under "option", that replace the recipe's canonical ones.
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("supervised", "digits"): {"epochs": 60, "batch_size": 64, "lr": 1.5e-3, "warmup": 0.1, "option": _MILD},
-    ("supervised", "words"): {"epochs": 60, "batch_size": 16, "lr": 1e-3, "warmup": 0.1, "option": {**_MILD, "augment": "none"}},
+    ("supervised", "words"): {
+        "epochs": 60,
+        "batch_size": 16,
+        "lr": 1e-3,
+        "warmup": 0.1,
+        "option": {**_MILD, "augment": "none"},
+    },
     ("finetune", "digits"): {"epochs": 30, "batch_size": 64, "lr": 1e-3, "option": _MILD},
     ("linear", "digits"): {"epochs": 30, "batch_size": 128, "lr": 0.1, "option": {"crop": 0.8}},
     ("mae", "digits"): {
@@ -40,7 +47,15 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("simclr", "digits"): {
         **_SHORT,
         "lr": 2e-3,
-        "option": {"hidden": 256, "out": 64, "crop": 0.6, "slant": 15.0, "strength": 0.5, "optimizer": "adamw", "temperature": 0.2},
+        "option": {
+            "hidden": 256,
+            "out": 64,
+            "crop": 0.6,
+            "slant": 15.0,
+            "strength": 0.5,
+            "optimizer": "adamw",
+            "temperature": 0.2,
+        },
     },
     ("dino", "digits"): {
         **_SHORT,

@@ -10,14 +10,16 @@ from pyvit.ops.loss_tiles import all_sum
 
 
 class RankNorm(nn.BatchNorm1d):
-    """``nn.BatchNorm1d`` whose statistics in training are those of every rank's rows together; (B, D), B equal on every rank."""
+    """``nn.BatchNorm1d`` whose statistics in training are those of every rank's rows together; (B, D), B equal on every
+    rank."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)
         wide = x.float()
         mean = all_sum(wide.mean(0), dist.group.WORLD) / dist.get_world_size()
-        # Around the mean, not as E[x^2] - E[x]^2: that difference loses the digits of a small variance beside a large mean.
+        # Around the mean, not as E[x^2] - E[x]^2: that difference loses the digits of a small variance beside a large
+        # mean.
         var = all_sum((wide - mean).square().mean(0), dist.group.WORLD) / dist.get_world_size()
         if self.running_mean is not None and self.running_var is not None:
             n = len(x) * dist.get_world_size()

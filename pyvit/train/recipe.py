@@ -26,14 +26,16 @@ Views = dict[str, Any]
 class Recipe(nn.Module):
     """A training method: its networks, its views of a batch, its loss.
 
-    The engine calls ``views`` (augmentation, under a seed of the step), ``forward`` (the paper's loss), and ``update`` (after the
-    optimizer's step: moving averages). Randomness that must not depend on how a batch is split among processes belongs in ``views``.
+    The engine calls ``views`` (augmentation, under a seed of the step), ``forward`` (the paper's loss), and ``update``
+    (after the optimizer's step: moving averages). Randomness that must not depend on how a batch is split among
+    processes belongs in ``views``.
     """
 
     #: Defaults of Config fields, and the recipe's own options.
     defaults: ClassVar[dict[str, Any]] = {}
     options: ClassVar[dict[str, Option]] = {}
-    #: Base learning rate and the batch size it is for; it grows with the batch, or with its square root (``scaling`` "sqrt").
+    #: Base learning rate and the batch size it is for; it grows with the batch, or with its square root (``scaling``
+    #: "sqrt").
     base_lr: ClassVar[float] = 5e-4
     base_batch: ClassVar[int] = 512
     scaling: ClassVar[str] = "linear"
@@ -42,7 +44,8 @@ class Recipe(nn.Module):
     eps: ClassVar[float] = 1e-8
     #: Whether the exported network has one output for each of the data's classes, in their order.
     classifies: ClassVar[bool] = False
-    #: Models: what is taken, in words, and whether it is an image encoder; settings of it that the recipe decides, and further ones it has.
+    #: Models: what is taken, in words, and whether it is an image encoder; settings of it that the recipe decides, and
+    #: further ones it has.
     takes: ClassVar[str] = "one with an image encoder"
     encodes: ClassVar[bool] = True
     decides: ClassVar[tuple[str, ...]] = ()
@@ -102,7 +105,8 @@ class Recipe(nn.Module):
         return {"crop": augment.crop} if augment is not None and augment.crop is not None else {}
 
     def cropped(self, batch: Views) -> Views:
-        """``batch`` with an entry for each of :attr:`crops`, cut out of its whole images where the data have not done it."""
+        """``batch`` with an entry for each of :attr:`crops`, cut out of its whole images where the data have not done
+        it."""
         if batch.keys() >= self.crops.keys():
             return batch
         seeds = torch.randint(2**62, (len(batch["image"]),), device="cpu").tolist()
@@ -122,10 +126,12 @@ class Recipe(nn.Module):
         """After the optimizer's step number ``step``."""
 
     def step_skipped(self) -> None:
-        """In the place of :meth:`update`, after a step whose gradients overflowed: forget what this step has gathered."""
+        """In the place of :meth:`update`, after a step whose gradients overflowed: forget what this step has
+        gathered."""
 
     def of_micro_batches(self) -> list[str]:
-        """What depends on the rows that it sees together, and with ``--accumulate`` sees those of a micro-batch alone."""
+        """What depends on the rows that it sees together, and with ``--accumulate`` sees those of a micro-batch
+        alone."""
         return ["batch norms"] if has_batch_norm(self) else []
 
     def rate_scales(self) -> Mapping[str, float]:
@@ -165,8 +171,8 @@ def has_batch_norm(model: nn.Module) -> bool:
 class Contrastive(Recipe):
     """A recipe whose loss compares all rows of a batch: :meth:`encode` them, then :meth:`compare` them.
 
-    With ``--accumulate`` the engine encodes every micro-batch first and compares the whole batch (:mod:`pyvit.train.grad_cache`), so that
-    no negative is lost.
+    With ``--accumulate`` the engine encodes every micro-batch first and compares the whole batch
+    (:mod:`pyvit.train.grad_cache`), so that no negative is lost.
     """
 
     def encode(self, views: Views) -> dict[str, Tensor]:
@@ -189,11 +195,15 @@ class Contrastive(Recipe):
         name, batch, accumulate = self.config.recipe, self.config.batch_size, self.config.accumulate
         if batch is not None and batch < 2:
             raise SettingError(
-                f"{name}: batch_size must be at least 2, for the negatives of an image are the others of its batch, got {batch}"
+
+                    f"{name}: batch_size must be at least 2, for the negatives of an image are the others of its "
+                    f"batch, got {batch}"
+
             )
         if accumulate > 1 and has_batch_norm(self.backbone):
             raise SettingError(
-                f"{name}: accumulate must be 1 with {self.config.model}, whose batch norms would take the statistics of each micro-batch, "
+                f"{name}: accumulate must be 1 with {self.config.model}, whose batch norms would take the "
+                "statistics of each micro-batch, "
                 f"got {accumulate}"
             )
 

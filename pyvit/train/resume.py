@@ -45,7 +45,8 @@ class Resumable:
             say(message)
 
     def _on_main(self, action: Callable[[], None]) -> None:
-        """``action()`` on the main process; a ValueError or OSError there is raised on every rank, so that none waits for the others."""
+        """``action()`` on the main process; a ValueError or OSError there is raised on every rank, so that none waits
+        for the others."""
         problem: list[str | None] = [None]
         if self.main:
             try:
@@ -71,7 +72,9 @@ class Resumable:
         """Load the last checkpoint of the same run, if there is one; the number of steps it had made."""
         path, config = self.folder / "last.pt", dataclasses.asdict(self.config)
         if self.main:
-            checkpoint.sweep(self.folder, "last.pt", "model.safetensors", "config.json", "data.json", "results.json", "log.jsonl")
+            checkpoint.sweep(
+                self.folder, "last.pt", "model.safetensors", "config.json", "data.json", "results.json", "log.jsonl"
+            )
         if self.config.overwrite:
             if self.main:
                 path.unlink(missing_ok=True)
@@ -87,21 +90,31 @@ class Resumable:
             raise ValueError(f"{path} is no checkpoint of pyvit: it lacks {', '.join(sorted(missing))}")
         before = json.loads(saved["config"])
         moved = self._on_main_same_data(saved.get("data"))
-        differ = [k for k in config if k not in FREE and k in before and config[k] != before[k] and not (k == "data" and moved)]
+        differ = [
+            k
+            for k in config
+            if k not in FREE and k in before and config[k] != before[k] and not (k == "data" and moved)
+        ]
         if differ:
             said = ", ".join(f"{k} was {before.get(k)!r}, is {config[k]!r}" for k in differ)
             raise ValueError(f"{self.folder} holds another run ({said}); choose another --out, or --overwrite it")
-        # Not strict, for parameters that have not moved yet, such as DINO's prototypes in the first epoch, have no state in the optimizer.
+        # Not strict, for parameters that have not moved yet, such as DINO's prototypes in the first epoch, have no
+        # state in the optimizer.
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
         model, optimizer = self._parts()
         try:
             if differ := self.recipe.state_dict().keys() ^ saved["model"].keys():
                 raise ValueError(f"{min(differ)} is in one of both alone")
-            set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options)
+            set_state_dict(
+                model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options
+            )
         except (RuntimeError, KeyError, ValueError) as error:
             said = str(error).splitlines()[0]
             raise ValueError(
-                f"{path} does not fit this version's {self.config.recipe} ({said}); choose another --out, or --overwrite it"
+
+                    f"{path} does not fit this version's {self.config.recipe} ({said}); choose another --out, or "
+                    "--overwrite it"
+
             ) from error
         for name, p in self.recipe.named_parameters():
             if name not in saved["optimizer"]["state"]:
@@ -112,7 +125,9 @@ class Resumable:
         then, now = saved.get("setting", {}), self._setting()
         if then != now and self.main:
             said = ", ".join(
-                f"{k} was {then.get(k, 'not known')}, is {now.get(k, 'not set')}" for k in {**then, **now} if then.get(k) != now.get(k)
+                f"{k} was {then.get(k, 'not known')}, is {now.get(k, 'not set')}"
+                for k in {**then, **now}
+                if then.get(k) != now.get(k)
             )
             say(f"note: {said}; from here on the bits are not those of an unbroken run")
         return self.saved
@@ -130,7 +145,8 @@ class Resumable:
                 say(f"warning: the training set has changed since the run began: {found}")
             elif found:
                 raise ValueError(
-                    f"{self.folder}: the training set has changed since the run began: {found}; choose another --out, or give "
+                    f"{self.folder}: the training set has changed since the run began: {found}; choose another "
+                    "--out, or give "
                     "--allow-changed-data to go on with it"
                 )
 
@@ -155,7 +171,8 @@ class Resumable:
         return self.model, getattr(self.optimizer, "optimizer", self.optimizer)
 
     def save(self, step: int) -> bool:
-        """Write the checkpoint of a run that has made ``step`` steps; a disk that is full costs this checkpoint, not the run.
+        """Write the checkpoint of a run that has made ``step`` steps; a disk that is full costs this checkpoint, not
+        the run.
 
         Returns whether it is written. Raises FloatingPointError for parameters that are not finite.
         """
@@ -171,8 +188,17 @@ class Resumable:
         written = True
         if self.main:
             scaler = self.accelerator.scaler
-            state = {"step": step, "model": model, "optimizer": optimizer, "config": json.dumps(dataclasses.asdict(self.config))}
-            state |= {"skipped": self.skipped, "scaler": scaler.state_dict() if scaler is not None else {}, "data": self.fingerprint}
+            state = {
+                "step": step,
+                "model": model,
+                "optimizer": optimizer,
+                "config": json.dumps(dataclasses.asdict(self.config)),
+            }
+            state |= {
+                "skipped": self.skipped,
+                "scaler": scaler.state_dict() if scaler is not None else {},
+                "data": self.fingerprint,
+            }
             try:
                 checkpoint.save(self.folder / "last.pt", {**state, "setting": self._setting()})
             except OSError as error:

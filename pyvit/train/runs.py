@@ -14,20 +14,25 @@ from pyvit.data.saved import described, found
 
 
 def load_run(folder: str | Path, data: str | None = None) -> tuple[Any, Data]:
-    """The recipe of the run in ``folder`` with its trained weights, in evaluation mode, and its data, or the set named by ``data``.
+    """The recipe of the run in ``folder`` with its trained weights, in evaluation mode, and its data, or the set named
+    by ``data``.
 
-    The folder is all that is needed beside the images: neither the data nor the ``init`` of the training need be where they were. Labels
-    follow the run's classes, by name. Raises ValueError for data that do not fit the run.
+    The folder is all that is needed beside the images: neither the data nor the ``init`` of the training need be where
+    they were. Labels follow the run's classes, by name. Raises ValueError for data that do not fit the run.
     """
     from pyvit.train.config import Config, parse
     from pyvit.train.recipe import load_recipe
 
     folder = Path(folder)
     if not (folder / "config.json").exists() or not (folder / "model.safetensors").exists():
-        raise FileNotFoundError(f"run: {folder} must hold config.json and model.safetensors, as a finished 'pyvit train' leaves them")
+        raise FileNotFoundError(
+            f"run: {folder} must hold config.json and model.safetensors, as a finished 'pyvit train' leaves them"
+        )
     record = _read(folder / "config.json")
     if unknown := record.keys() - {field.name for field in dataclasses.fields(Config)}:
-        raise ValueError(f"run: {folder / 'config.json'} has settings of another version of pyvit: {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"run: {folder / 'config.json'} has settings of another version of pyvit: {', '.join(sorted(unknown))}"
+        )
     config = Config(**record)
     kept = _read(folder / "data.json") if (folder / "data.json").exists() else None
     trained_on = described(kept) if kept else load_data(config.data, config.image_size, config.validation)

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-# Before any group exists: the defaults of its functions keep the one they find for ever (DDP and FSDP import it when first used).
+# Before any group exists: the defaults of its functions keep the one they find for ever (DDP and FSDP import it when
+# first used).
 import torch.distributed.nn
 from torch import nn
 
@@ -19,9 +20,9 @@ from torch import nn
 def shard(model: nn.Module, device: torch.device) -> nn.Module:
     """``model`` on ``device``, its parameters cut in place over all processes.
 
-    torch's ``fully_shard`` is called here and not through Accelerate, which replicates without a word where there is no GPU. A parameter
-    without a dimension to cut, the temperature and the bias of CLIP and SigLIP, stays whole on every rank; its gradient is averaged over
-    the ranks as all others are.
+    torch's ``fully_shard`` is called here and not through Accelerate, which replicates without a word where there is no
+    GPU. A parameter without a dimension to cut, the temperature and the bias of CLIP and SigLIP, stays whole on every
+    rank; its gradient is averaged over the ranks as all others are.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -56,8 +57,9 @@ def whole(model: nn.Module) -> Iterator[None]:
 def leave() -> None:
     """Leave the default process group; whoever holds a model on it must have dropped that before.
 
-    ``destroy_process_group`` alone forgets the group; gloo's threads end with its last reference. One that still lets go of its last
-    message while Python ends wants the interpreter's lock, which then ends the thread and with it the process, by ``std::terminate``.
+    ``destroy_process_group`` alone forgets the group; gloo's threads end with its last reference. One that still lets
+    go of its last message while Python ends wants the interpreter's lock, which then ends the thread and with it the
+    process, by ``std::terminate``.
     """
     for module, clear in _MEMORIES:
         with contextlib.suppress(ImportError, AttributeError):

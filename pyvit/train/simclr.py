@@ -29,7 +29,13 @@ def projection(dim: int, hidden: int, out: int) -> nn.Sequential:
 class SimCLR(Contrastive):
     """Each view picks its partner among all views of the batch."""
 
-    defaults: ClassVar[dict[str, Any]] = {"epochs": 100, "batch_size": 4096, "weight_decay": 1e-6, "warmup": 0.1, "clip": 0.0}
+    defaults: ClassVar[dict[str, Any]] = {
+        "epochs": 100,
+        "batch_size": 4096,
+        "weight_decay": 1e-6,
+        "warmup": 0.1,
+        "clip": 0.0,
+    }
     options: ClassVar[dict[str, Option]] = {
         "temperature": Option(0.1, "of the softmax over similarities", "(0, inf)"),
         "hidden": Option(2048, "width of the head's hidden layer", "[1, inf)"),
@@ -44,7 +50,9 @@ class SimCLR(Contrastive):
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
         if data.sound:
-            raise ValueError(f"{config.recipe}: data must be images, whose colours the paper distorts, {data.name} is sound")
+            raise ValueError(
+                f"{config.recipe}: data must be images, whose colours the paper distorts, {data.name} is sound"
+            )
         self.optimizer = self.opt["optimizer"]  # type: ignore[misc]
         self.model = build(config.model or "", data, config, num_classes=0)
         if config.init is not None:
@@ -54,9 +62,15 @@ class SimCLR(Contrastive):
         self.head = projection(width, self.opt["hidden"], self.opt["out"])
         self.loss = NTXentLoss(self.opt["temperature"], group=self.group)
         if self.group is not None:
-            self.head = nn.SyncBatchNorm.convert_sync_batchnorm(self.head) if torch.cuda.is_available() else RankNorm.convert(self.head)
+            self.head = (
+                nn.SyncBatchNorm.convert_sync_batchnorm(self.head)
+                if torch.cuda.is_available()
+                else RankNorm.convert(self.head)
+            )
         self.check_batch()
-        self.augment = augment.simclr(data.size, data.flip, (self.opt["crop"], 1.0), self.opt["strength"], self.opt["slant"])
+        self.augment = augment.simclr(
+            data.size, data.flip, (self.opt["crop"], 1.0), self.opt["strength"], self.opt["slant"]
+        )
 
     @property
     def backbone(self) -> nn.Module:

@@ -23,28 +23,37 @@ from pyvit.train.config import Config
 from pyvit.train.log import say
 from pyvit.train.options import parse
 
-#: What may differ from the weights that a run starts from: heads, pooling and the norm before them, what pre-training adds.
+#: What may differ from the weights that a run starts from: heads, pooling and the norm before them, what pre-training
+#: adds.
 HEADS = (r"head(_dist)?\..*", r"fc\..*", r"fc_norm\..*", r"attn_pool\..*", r"mask_token", r"decoder_.*")
 
 
 def check_model(recipe: Any, config: Config) -> None:
-    """Refuse, before any data is read, a model that the recipe cannot train or settings it does not have. Raises ValueError."""
+    """Refuse, before any data is read, a model that the recipe cannot train or settings it does not have. Raises
+    ValueError."""
     if (recipe.needs_init and config.init is None) or (config.init is not None and not config.init.strip()):
-        raise ValueError(f"{config.recipe}: init must name {recipe.needs_init or 'a run or a checkpoint'}, got {config.init!r}")
+        raise ValueError(
+            f"{config.recipe}: init must name {recipe.needs_init or 'a run or a checkpoint'}, got {config.init!r}"
+        )
     name = config.model or ""
     settings_of(name)
     if not recipe.fits(name):
-        raise ValueError(f"{config.recipe}: model must be {recipe.takes}, one of {', '.join(_families(recipe))}; got {name}")
+        raise ValueError(
+            f"{config.recipe}: model must be {recipe.takes}, one of {', '.join(_families(recipe))}; got {name}"
+        )
     chosen = parse(config.set, "set")
     found = image_encoder(name, chosen) if recipe.encodes else None
     known = set(parameters(found.constructor if found is not None else settings_of(name)[0]))
     changed = found.changed if found is not None else chosen
     if unknown := sorted(changed.keys() - known - set(recipe.adds)):
-        raise ValueError(f"{config.recipe}: set must name settings of {name} ({', '.join(sorted(known))}), got {', '.join(unknown)}")
+        raise ValueError(
+            f"{config.recipe}: set must name settings of {name} ({', '.join(sorted(known))}), got {', '.join(unknown)}"
+        )
 
 
 def _families(recipe: Any) -> list[str]:
-    """The models a recipe can train, by the first part of their names: "vit_*", or "some deit_*" where it is not all of them."""
+    """The models a recipe can train, by the first part of their names: "vit_*", or "some deit_*" where it is not all of
+    them."""
     found: dict[str, list[bool]] = {}
     for name in list_models():
         found.setdefault(name.partition("_")[0] + "_*" if "_" in name else name, []).append(recipe.fits(name))
@@ -52,10 +61,12 @@ def _families(recipe: Any) -> list[str]:
 
 
 def build(name: str, data: Data, config: Config, whole: bool = False, **settings: Any) -> nn.Module:
-    """The model of a run: its registered settings, under those of the recipe that its constructor knows, under ``--set``.
+    """The model of a run: its registered settings, under those of the recipe that its constructor knows, under
+    ``--set``.
 
-    It is the image encoder of the model called ``name``, see :func:`pyvit.models.encoders.image_encoder`, or with ``whole`` that model.
-    Image size and channels are the data's; the image size of a model without ``img_size`` is free.
+    It is the image encoder of the model called ``name``, see :func:`pyvit.models.encoders.image_encoder`, or with
+    ``whole`` that model. Image size and channels are the data's; the image size of a model without ``img_size`` is
+    free.
     """
     constructor, registered = settings_of(name)
     changed = parse(config.set, "set")
@@ -66,7 +77,9 @@ def build(name: str, data: Data, config: Config, whole: bool = False, **settings
         constructor, registered, changed = found
     known = set(parameters(constructor))
     if data.sound and (whole or "in_chans" not in known):
-        raise ValueError(f"{config.recipe}: model must take spectrograms of one channel (ast_*, vit_*, swin_*), {name} does not")
+        raise ValueError(
+            f"{config.recipe}: model must take spectrograms of one channel (ast_*, vit_*, swin_*), {name} does not"
+        )
     wanted = {"img_size": data.size, "in_chans": data.channels, **settings}
     if constructor is not settings_of(name)[0]:
         model = constructor(**{**registered, **{k: v for k, v in wanted.items() if k in known}, **changed})
@@ -80,7 +93,8 @@ def build(name: str, data: Data, config: Config, whole: bool = False, **settings
 
 
 def inherit(config: Config, recipe: Any) -> Config:
-    """``config`` with model, image size and settings of the model of the run that ``--init`` names, where it gives none of its own."""
+    """``config`` with model, image size and settings of the model of the run that ``--init`` names, where it gives none
+    of its own."""
     if config.init is None:
         return config
     before = _run_of(Path(config.init).expanduser())
@@ -96,9 +110,11 @@ def inherit(config: Config, recipe: Any) -> Config:
 
 
 def adopt(config: Config, recipe: Any) -> Config:
-    """``config`` with the settings that show in the weights of ``--init`` and that nothing else gives, as entries of ``set``.
+    """``config`` with the settings that show in the weights of ``--init`` and that nothing else gives, as entries of
+    ``set``.
 
-    LayerScale, registers, gated MLPs, biases, norms, pooling: what a model needs to take the weights. What the recipe decides stays.
+    LayerScale, registers, gated MLPs, biases, norms, pooling: what a model needs to take the weights. What the recipe
+    decides stays.
     """
     if config.init is None or not recipe.encodes:
         return config
@@ -111,12 +127,18 @@ def adopt(config: Config, recipe: Any) -> Config:
     given = {*found.settings, *found.changed, *recipe.decides}
     taken = {k: v for k, v in shown.items() if k in defaults and k not in given and v != defaults[k]}
     if taken:
-        _say(f"init: {config.init}: settings of the model taken from the weights: {', '.join(f'{k}={v}' for k, v in taken.items())}")
+        _say(
+
+                f"init: {config.init}: settings of the model taken from the weights: "
+                f"{', '.join(f'{k}={v}' for k, v in taken.items())}"
+
+        )
     return dataclasses.replace(config, set=[*(f"{k}={v!r}" for k, v in taken.items()), *config.set])
 
 
 def _run_of(path: Path) -> dict[str, Any] | None:
-    """The configuration of the run of ``pyvit train`` in a folder, or of the run a file of weights is of; None without one."""
+    """The configuration of the run of ``pyvit train`` in a folder, or of the run a file of weights is of; None without
+    one."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     try:
         found = json.loads(file.read_text())
@@ -125,38 +147,50 @@ def _run_of(path: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     fields = {"recipe", "model", "image_size", "set"}
-    if not isinstance(found, dict) or not fields <= found.keys() or (path.is_file() and path.name not in ("model.safetensors", "last.pt")):
+    if (
+        not isinstance(found, dict)
+        or not fields <= found.keys()
+        or (path.is_file() and path.name not in ("model.safetensors", "last.pt"))
+    ):
         return None
     return found
 
 
 def initialise(model: nn.Module, init: str, allow: Sequence[str] = ()) -> LoadReport | None:
-    """Load the weights that ``init`` holds for ``model`` and say what was done: a run's folder, or whatever :func:`load_checkpoint` reads.
+    """Load the weights that ``init`` holds for ``model`` and say what was done: a run's folder, or whatever
+    :func:`load_checkpoint` reads.
 
     None for an empty ``init``: a finished run that is loaded again, whose own weights follow.
 
-    Heads alone may differ, and what ``allow`` names; a CLIP takes the weights of an image model into its image tower. The report says
-    what was loaded, resampled, left as initialised and not used.
+    Heads alone may differ, and what ``allow`` names; a CLIP takes the weights of an image model into its image tower.
+    The report says what was loaded, resampled, left as initialised and not used.
 
-    Raises ValueError when the weights are of another model, with the names that differ, and for what is no file of weights.
+    Raises ValueError when the weights are of another model, with the names that differ, and for what is no file of
+    weights.
     """
     if not init:
         return None
     source = open_source(init, model.state_dict().keys())
     target, note = model, ""
     two = hasattr(model, "visual")
-    if two and not any(k.startswith(("text", "visual", "vision_model", "token_embedding", "logit")) for k in source.state):
+    if two and not any(
+        k.startswith(("text", "visual", "vision_model", "token_embedding", "logit")) for k in source.state
+    ):
         target, two, note = model.visual, False, "\n  the text tower stays as initialised"  # type: ignore[assignment]
         source = open_source(init, target.state_dict().keys())
     if "norm.running_mean" in source.state:  # a linear probe's batch norm and the classifier of what it normalised
-        for key in [k for k in source.state if re.fullmatch(r"norm\.(running_(mean|var)|num_batches_tracked)|head\..*", k)]:
+        for key in [
+            k for k in source.state if re.fullmatch(r"norm\.(running_(mean|var)|num_batches_tracked)|head\..*", k)
+        ]:
             del source.state[key]
         note += "\n  the probe's classifier is not used"
     unused = (r"norm\..*",) if isinstance(getattr(target, "norm", None), nn.Identity) else ()  # fc_norm takes its place
     try:
         report = load_checkpoint(target, source, allow=allow if two else (*HEADS, *unused, *allow))
     except CheckpointError as error:
-        raise ValueError(f"init: {init} does not fit {type(target).__name__}; it holds {_held(source)}\n{error.report}") from error
+        raise ValueError(
+            f"init: {init} does not fit {type(target).__name__}; it holds {_held(source)}\n{error.report}"
+        ) from error
     _say(f"init: {init}: {report.summary()}{note}")
     return report
 
@@ -169,7 +203,18 @@ def _held(source: Any) -> str:
         constructor, settings = infer(to_native(source.state, recognise(source.state))[0])
     except (ValueError, KeyError, IndexError):
         return "another kind of model"
-    names = ("patch_size", "in_chans", "embed_dim", "width", "depth", "depths", "num_classes", "reg_tokens", "init_values", "activation")
+    names = (
+        "patch_size",
+        "in_chans",
+        "embed_dim",
+        "width",
+        "depth",
+        "depths",
+        "num_classes",
+        "reg_tokens",
+        "init_values",
+        "activation",
+    )
     return f"{constructor.__name__}: " + ", ".join(f"{k}={settings[k]}" for k in names if settings.get(k) is not None)
 
 

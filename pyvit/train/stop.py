@@ -10,7 +10,8 @@ from typing import Any
 
 
 class Stopped(SystemExit):
-    """A run that was asked to stop, and has saved what it had; the exit code is the shell's for the signal, 130 or 143."""
+    """A run that was asked to stop, and has saved what it had; the exit code is the shell's for the signal, 130 or
+    143."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -25,7 +26,8 @@ class StopSignals:
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Note SIGINT and SIGTERM instead of ending; the second one ends at once, as without us. Signals reach the main thread alone."""
+        """Note SIGINT and SIGTERM instead of ending; the second one ends at once, as without us. Signals reach the main
+        thread alone."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -16,9 +16,16 @@ from pyvit.train.recipe import Recipe, Views, build, initialise
 
 
 class Supervised(Recipe):
-    """Cross-entropy with smoothed labels on mixed, cropped, erased images, or on masked spectrograms (Gong et al., 2021)."""
+    """Cross-entropy with smoothed labels on mixed, cropped, erased images, or on masked spectrograms (Gong et al.,
+    2021)."""
 
-    defaults: ClassVar[dict[str, Any]] = {"epochs": 300, "batch_size": 1024, "weight_decay": 0.05, "warmup": 20 / 300, "clip": 5.0}
+    defaults: ClassVar[dict[str, Any]] = {
+        "epochs": 300,
+        "batch_size": 1024,
+        "weight_decay": 0.05,
+        "warmup": 20 / 300,
+        "clip": 5.0,
+    }
     options: ClassVar[dict[str, Option]] = {
         "augment": Option("standard", "strong, mild or no augmentation", choices=("standard", "mild", "none")),
         "mixup": Option(0.8, "alpha of mixup's Beta distribution; 0 for none", "[0, inf)"),
@@ -33,13 +40,22 @@ class Supervised(Recipe):
         if data.classes is None:
             raise ValueError(f"{config.recipe}: data must have classes (one subfolder each), {data.name} has none")
         if len(data.classes) < 2:
-            raise ValueError(f"{config.recipe}: data must have at least 2 classes to tell apart, {data.name} has {', '.join(data.classes)}")
+            raise ValueError(
+
+                    f"{config.recipe}: data must have at least 2 classes to tell apart, {data.name} has "
+                    f"{', '.join(data.classes)}"
+
+            )
         assert config.model is not None
-        self.model = build(config.model, data, config, num_classes=len(data.classes), drop_path_rate=self.opt["drop_path"])
+        self.model = build(
+            config.model, data, config, num_classes=len(data.classes), drop_path_rate=self.opt["drop_path"]
+        )
         if config.init is not None:
             initialise(self.model, config.init)
         kinds = {
-            "standard": lambda: augment.Spectrogram(data.mean[0]) if data.sound else augment.supervised(data.size, data.flip),
+            "standard": lambda: (
+                augment.Spectrogram(data.mean[0]) if data.sound else augment.supervised(data.size, data.flip)
+            ),
             "mild": lambda: augment.mild(data.flip),
             "none": augment.Augment,
         }

@@ -1,4 +1,5 @@
-"""The benchmark suite measures what it says: its arithmetic is right, its gate refuses, its report tells of everything."""
+"""The benchmark suite measures what it says: its arithmetic is right, its gate refuses, its report tells of
+everything."""
 
 from __future__ import annotations
 
@@ -11,7 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import baselines, cases, gpu, gpu_cases, gpu_cost, inputs, loss_specs, measure, peers, providers, report, runner, specs
+from benchmarks import (
+    baselines,
+    cases,
+    gpu,
+    gpu_cases,
+    gpu_cost,
+    inputs,
+    loss_specs,
+    measure,
+    peers,
+    providers,
+    report,
+    runner,
+    specs,
+)
 from benchmarks.__main__ import main, parse
 from benchmarks.cases import Case, Target
 from benchmarks.ceiling import Ceiling
@@ -37,7 +52,9 @@ def sleeper(seconds: float):
 
 
 def test_interleave_orders_and_ratio():
-    timings = measure.interleave({"slow": sleeper(0.004), "fast": sleeper(0.001)}, seconds=0.1, rounds=(7, 7), sample_ms=0.1)
+    timings = measure.interleave(
+        {"slow": sleeper(0.004), "fast": sleeper(0.001)}, seconds=0.1, rounds=(7, 7), sample_ms=0.1
+    )
     assert len(timings["slow"].samples) == len(timings["fast"].samples) == 7
     assert 2.0 < measure.ratio(timings["slow"], timings["fast"]) < 4.5
     assert timings["slow"].quantile(0.2) <= timings["slow"].median <= timings["slow"].quantile(0.8)
@@ -93,7 +110,11 @@ def test_design_targets_are_all_there():
         "flash_attention 4x12x1025x64 bf16 forward+backward": (3.0, None),
     }
     assert {name: (by[name].ratio, by[name].ceiling) for name in ratios} == ratios
-    windows = [t.ratio for name, t in by.items() if name.startswith("window") and "fp32 forward" in name and "backward" not in name]
+    windows = [
+        t.ratio
+        for name, t in by.items()
+        if name.startswith("window") and "fp32 forward" in name and "backward" not in name
+    ]
     assert windows == [12.0, 8.0, 8.0]
     assert sum(name.startswith("window") for name in by) == 12
     assert sum("inference" in name and t.against == ("openvino",) for name, t in by.items()) == 4
@@ -143,12 +164,16 @@ def test_providers_agree(op):
 
 @pytest.mark.parametrize("shape", [{"causal": True}, {}])
 def test_causal_providers_agree(shape):
-    work = providers.build(Case("flash_attention", "s", "fp32", "forward", dict(batch=1, heads=2, length=20, dim=8, **shape)), "random", ())
+    work = providers.build(
+        Case("flash_attention", "s", "fp32", "forward", dict(batch=1, heads=2, length=20, dim=8, **shape)), "random", ()
+    )
     assert all(c.verdict().error <= 4 * c.verdict().allowed for c in work.contenders.values())
 
 
 def test_window_v2_agrees():
-    work = providers.build(Case("window_attention", "v2", "fp32", "forward", dict(WINDOW.shape, version=2)), "random", ())
+    work = providers.build(
+        Case("window_attention", "v2", "fp32", "forward", dict(WINDOW.shape, version=2)), "random", ()
+    )
     assert set(work.contenders) == {OURS, "timm path", "reference"}
     assert all(c.verdict().error <= 4 * c.verdict().allowed for c in work.contenders.values())
 
@@ -176,7 +201,9 @@ def _workload(factor: float) -> Workload:
     gate = Gate({"x": x}, lambda x: x.softmax(-1))
     functions = {OURS: lambda x: x.softmax(-1) * factor, "naive": lambda x: x.softmax(-1)}
     work = Workload(Case("op", "c", "fp32", "forward", {}, Target(2.0, ("naive",))), "random", 1e6, 1e3)
-    work.contenders = {name: Contender(lambda f=f: f(x), lambda n=name, f=f: worst(gate(n, f))) for name, f in functions.items()}
+    work.contenders = {
+        name: Contender(lambda f=f: f(x), lambda n=name, f=f: worst(gate(n, f))) for name, f in functions.items()
+    }
     work.unavailable["openvino"] = "not installed: openvino"
     return work
 
@@ -201,7 +228,9 @@ def test_green_rows_and_missing_peers():
     assert rows["openvino"].status == "missing: not installed: openvino"
     assert rows[OURS].gflops == pytest.approx(1e6 / rows[OURS].median_ms / 1e6)
     assert rows[OURS].percent_of_ceiling == pytest.approx(rows[OURS].gflops)
-    assert rows[OURS].percent_of_roofline == pytest.approx(100 * max(1e6 / 100 / 1e6, 1e3 / 10 / 1e6) / rows[OURS].median_ms)
+    assert rows[OURS].percent_of_roofline == pytest.approx(
+        100 * max(1e6 / 100 / 1e6, 1e3 / 10 / 1e6) / rows[OURS].median_ms
+    )
 
 
 def _row(provider: str, ms: float, **kw) -> Row:
@@ -218,7 +247,11 @@ def _row(provider: str, ms: float, **kw) -> Row:
         (Target(1.4, ("a",), memory=0.05), [_row(OURS, 1.0, peak_mem=6.0), _row("a", 1.5, peak_mem=100.0)], False),
         (Target(against=("a",), extra_us=10.0), [_row(OURS, 0.020), _row("a", 0.012)], True),
         (Target(against=("a",), extra_us=10.0), [_row(OURS, 0.023), _row("a", 0.012)], False),
-        (Target(1.0, ("openvino",)), [_row(OURS, 1.0), _row("openvino", math.nan, status="missing: not installed")], None),
+        (
+            Target(1.0, ("openvino",)),
+            [_row(OURS, 1.0), _row("openvino", math.nan, status="missing: not installed")],
+            None,
+        ),
         (Target(roofline=60, each=(("a", 5.0),)), [_row(OURS, 1.0, percent_of_roofline=70.0), _row("a", 4.0)], False),
         (Target(roofline=60, each=(("a", 5.0),)), [_row(OURS, 1.0, percent_of_roofline=70.0), _row("a", 5.5)], True),
     ],
@@ -263,7 +296,9 @@ def test_plain_models_equal_transformers(name):
     model.load_state_dict(state)
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
-        torch.testing.assert_close(model(images), peers.transformers_model(name, state).eval()(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            model(images), peers.transformers_model(name, state).eval()(images), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_absent_peers_say_why(monkeypatch):
@@ -306,7 +341,9 @@ def test_table_without_rich(monkeypatch, capsys):
     monkeypatch.setattr(
         builtins,
         "__import__",
-        lambda name, *a, **k: (_ for _ in ()).throw(ImportError(name)) if name.startswith("rich") else real(name, *a, **k),
+        lambda name, *a, **k: (
+            (_ for _ in ()).throw(ImportError(name)) if name.startswith("rich") else real(name, *a, **k)
+        ),
     )
     report.show("title", ("a", "b"), [["1", "two"], ["", "3"]])
     assert capsys.readouterr().out.splitlines()[1:] == ["title", "a  b", "1  two", "   3"]
@@ -361,7 +398,9 @@ def test_gpu_targets_are_all_there():
     assert by["swin_base_patch4_window7_224 batch 128 bf16 inference"].ratio == 1.5
     assert by["swin_tiny_patch4_window7_224 batch 64 bf16 train"].memory == 0.7
     kinds = [case.op for case in gpu.chosen_cases(gpu.STEPS)[:10]]
-    assert {"flash_attention", "window_attention", "patch_embed", "info_nce", "swin_base_patch4_window7_224"} <= set(kinds)
+    assert {"flash_attention", "window_attention", "patch_embed", "info_nce", "swin_base_patch4_window7_224"} <= set(
+        kinds
+    )
 
 
 def test_gpu_run_keeps_to_its_time(monkeypatch):
@@ -419,7 +458,9 @@ def test_profile_counts_products_and_knows_kinds() -> None:
     assert profile.product_flops("aten::mm", [(10, 7), (7, 11)]) == flops
     if library.problem() is None:
         for dtype in (torch.float32, torch.bfloat16):
-            words = [torch.ops.pyvit.pack_layer(torch.zeros(shape, dtype=dtype)).shape for shape in ((64, 48), (32, 64))]
+            words = [
+                torch.ops.pyvit.pack_layer(torch.zeros(shape, dtype=dtype)).shape for shape in ((64, 48), (32, 64))
+            ]
             shapes = [(2, 5, 48), (), (), (), (), words[0], (), (64,), (), words[1], (), (), (), (), (2, 5, 32)]
             assert profile.product_flops("pyvit::packed_layers", shapes, dtype.itemsize) == 2 * 10 * (64 * 48 + 32 * 64)
     found = profile.by_kind(lambda: torch.nn.functional.gelu(torch.randn(10, 7) @ torch.randn(7, 11)), 4, rounds=1)
@@ -433,7 +474,10 @@ def test_products_report_what_the_rules_lose(tmp_path, capsys):
     from benchmarks import products
 
     only = "packed branch, float32, 197 x 192"
-    assert products.main(["--only", only, "--seconds", "2", "--threads", "1", "--out", str(tmp_path / "products.csv")]) == 0
+    assert (
+        products.main(["--only", only, "--seconds", "2", "--threads", "1", "--out", str(tmp_path / "products.csv")])
+        == 0
+    )
     said = capsys.readouterr().out
     assert "packed branch  float32      1 cases" in said
     assert "rules 1." in said

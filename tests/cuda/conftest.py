@@ -1,4 +1,5 @@
-"""The CUDA kernels on the host: built with g++ and sanitizers against csrc/cuda/emulation, and run in a worker process."""
+"""The CUDA kernels on the host: built with g++ and sanitizers against csrc/cuda/emulation, and run in a worker
+process."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cuda-emulation"
 CXX = os.environ.get("CXX", "g++")
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
-# Cutting work into few, small parts sends small problems down the ways of large ones. -O1: the optimiser's time is most of the build's.
+# Cutting work into few, small parts sends small problems down the ways of large ones. -O1: the optimiser's time is most
+# of the build's.
 FLAGS = (
     "-std=c++17 -O1 -g1 -fPIC -Wall -Wextra -Wno-unknown-pragmas -fno-strict-aliasing -fno-omit-frame-pointer "
     f"-DPYVIT_TARGET_BLOCKS=6 -DPYVIT_LEAST_SUM=8 -I{CUDA}"
@@ -51,7 +53,11 @@ def _ninja_file() -> str:
         "rule link",
         f"  command = {CXX} -shared {SANITIZE} -o $out $in -L{torch_home}/lib -ltorch -ltorch_cpu -lc10",
     ]
-    sources = [*sorted(CUDA.glob("*.cu")), *sorted((CUDA / "emulation").glob("*.cpp")), Path(__file__).with_name("probe.cu")]
+    sources = [
+        *sorted(CUDA.glob("*.cu")),
+        *sorted((CUDA / "emulation").glob("*.cpp")),
+        Path(__file__).with_name("probe.cu"),
+    ]
     objects = []
     for source in [ROOT / "csrc/torch/cuda.cpp", *sources]:
         extra = stable if source.parent.name == "torch" else "-O2" if source.parent.name == "emulation" else ""
@@ -64,7 +70,10 @@ def _ninja_file() -> str:
 def build_emulation() -> Path:
     """The library with torch.ops.pyvit_cuda on CPU tensors; ninja keeps it up to date."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    contents = {"schemas.inc": "".join(f'm.def("{name}{schema}");\n' for name, schema in SCHEMAS.items()), "build.ninja": _ninja_file()}
+    contents = {
+        "schemas.inc": "".join(f'm.def("{name}{schema}");\n' for name, schema in SCHEMAS.items()),
+        "build.ninja": _ninja_file(),
+    }
     for name, content in contents.items():
         path = BUILD / name
         if not path.exists() or path.read_text() != content:
@@ -80,7 +89,8 @@ def _runtime(name: str) -> str:
 
 
 class Emulator:
-    """A worker process with the sanitizers loaded first; an error found by one ends it, and becomes a RuntimeError here."""
+    """A worker process with the sanitizers loaded first; an error found by one ends it, and becomes a RuntimeError
+    here."""
 
     def __init__(self, library: Path) -> None:
         preload = ":".join(map(_runtime, ("libasan.so", "libubsan.so", "libstdc++.so")))
@@ -94,7 +104,11 @@ class Emulator:
     def _request(self, *request: Any) -> Any:
         if self._process is None:
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self._environment
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=self._environment,
             )
         try:
             pickle.dump(request, self._process.stdin)  # type: ignore[arg-type]
@@ -113,7 +127,8 @@ class Emulator:
         return self._request("op", name, args, next(self._seeds) if seed is None else seed)
 
     def call(self, function: str, *args: Any) -> Any:
-        """An extern "C" function of the library; tensors go by pointer and come back as they are afterwards, with the returned text."""
+        """An extern "C" function of the library; tensors go by pointer and come back as they are afterwards, with the
+        returned text."""
         return self._request("call", function, args, next(self._seeds))
 
     def skip_barrier(self, site: str) -> None:
@@ -139,7 +154,8 @@ def emulator() -> Iterator[Emulator]:
 
 @pytest.fixture
 def cuda_on_host(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Emulator:
-    """pyvit.ops serve backend="cuda" on CPU tensors, through the emulation: contract, capabilities and autograd are the real ones."""
+    """pyvit.ops serve backend="cuda" on CPU tensors, through the emulation: contract, capabilities and autograd are the
+    real ones."""
     monkeypatch.setitem(backends.MISSING, ("cuda", "cpu"), None)
     monkeypatch.setattr(dispatch, "_choices", {})
     for operator in (

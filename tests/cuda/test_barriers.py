@@ -17,7 +17,11 @@ def _attention(emulator: Any, seed: int, mask: float = 0.0) -> list[torch.Tensor
     k, v = torch.randn(1, 1, 150, 32).bfloat16(), torch.randn(1, 1, 150, 32).bfloat16()
     options = (torch.randn(1, 2, 1, 150) + mask, False, 0.2, 0.0, None, "cuda")
     out, lse = emulator.op("flash_attention", q, k, v, *options, seed=seed)
-    return [out, lse, *emulator.op("flash_attention_backward", grad, None, out, lse, True, q, k, v, *options, seed=seed + 1)]
+    return [
+        out,
+        lse,
+        *emulator.op("flash_attention_backward", grad, None, out, lse, True, q, k, v, *options, seed=seed + 1),
+    ]
 
 
 def _masked_attention(emulator: Any, seed: int) -> list[torch.Tensor]:
@@ -82,7 +86,15 @@ def test_every_barrier_is_needed(emulator):
     met: set[str] = set()
     needed: set[str] = set()
     try:
-        for case in (_attention, _masked_attention, _windows, _wide_windows, _large_windows, _largest_windows, _patches):
+        for case in (
+            _attention,
+            _masked_attention,
+            _windows,
+            _wide_windows,
+            _large_windows,
+            _largest_windows,
+            _patches,
+        ):
             emulator.skip_barrier("")
             emulator.call("pyvit_emulation_forget_sites")
             right = _outcome(case, emulator, 1)

@@ -1,4 +1,5 @@
-"""The emulation itself: instruction layouts against the PTX manual's formulas, roundings, and the faults that it must catch."""
+"""The emulation itself: instruction layouts against the PTX manual's formulas, roundings, and the faults that it must
+catch."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ def _words(halves: Tensor) -> Tensor:
 
 
 def _scattered(c: Tensor) -> Tensor:
-    """Accumulators (32, 4) of a 16 x 8 matrix: lane 4 g + t holds (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)."""
+    """Accumulators (32, 4) of a 16 x 8 matrix: lane 4 g + t holds (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t +
+    1)."""
     lanes = torch.arange(32)
     g, t = lanes // 4, lanes % 4 * 2
     return torch.stack([c[g, t], c[g, t + 1], c[g + 8, t], c[g + 8, t + 1]], 1)
@@ -25,7 +27,8 @@ def test_mma_16bit_layout(emulator, name):
     a, b, c = torch.randn(16, 16).to(TYPES[name]), torch.randn(16, 8).to(TYPES[name]), torch.randn(16, 8)
     lanes = torch.arange(32)
     g, t = lanes // 4, lanes % 4 * 2
-    # Eight elements of A per lane, i = 0..7: row g + 8 for i in {2, 3, 6, 7}; column 2t + (i & 1), plus 8 from i = 4 on.
+    # Eight elements of A per lane, i = 0..7: row g + 8 for i in {2, 3, 6, 7}; column 2t + (i & 1), plus 8 from i = 4
+    # on.
     rows = [g + (8 if i in (2, 3, 6, 7) else 0) for i in range(8)]
     columns = [t + i % 2 + (8 if i >= 4 else 0) for i in range(8)]
     registers_a = _words(torch.stack([a[r, k] for r, k in zip(rows, columns, strict=True)], 1))
@@ -44,7 +47,9 @@ def test_mma_tf32_layout_and_truncation(emulator):
     _, (_, _, got) = emulator.call("probe_mma", 2, registers_a, registers_b, _scattered(c))
     cut = [(x.view(torch.int32) & -8192).view(torch.float32) for x in (a, b)]
     torch.testing.assert_close(got, _scattered(cut[0] @ cut[1] + c), rtol=1e-6, atol=1e-6)
-    assert (got - _scattered(a @ b + c)).abs().max() > 1e-5  # full float32 inputs are not what the instruction multiplies
+    assert (
+        got - _scattered(a @ b + c)
+    ).abs().max() > 1e-5  # full float32 inputs are not what the instruction multiplies
 
 
 @pytest.mark.parametrize("transposed", [0, 1])
@@ -71,7 +76,12 @@ def test_fragments_multiply(emulator, dtype, a_by_k, b_by_k):
 
 def test_roundings(emulator):
     x = torch.cat(
-        [torch.randn(500), torch.randn(200) * 1e-6, torch.randn(100) * 1e5, torch.tensor([0.0, -0.0, 65519.0, 65520.0, 2.0**-25])]
+        [
+            torch.randn(500),
+            torch.randn(200) * 1e-6,
+            torch.randn(100) * 1e5,
+            torch.tensor([0.0, -0.0, 65519.0, 65520.0, 2.0**-25]),
+        ]
     )
     for i, dtype in enumerate((torch.bfloat16, torch.float16)):
         _, (_, got) = emulator.call("probe_round", i, x, torch.empty_like(x), len(x))
@@ -122,7 +132,9 @@ def test_async_copies_land_at_the_wait(emulator):
     assert out[:16].isnan().all()
 
 
-@pytest.mark.parametrize(("which", "message"), [(6, "AddressSanitizer"), (7, "heap-buffer-overflow"), (8, "misaligned address")])
+@pytest.mark.parametrize(
+    ("which", "message"), [(6, "AddressSanitizer"), (7, "heap-buffer-overflow"), (8, "misaligned address")]
+)
 def test_sanitizers_see_into_fibers(emulator, which, message):
     with pytest.raises(RuntimeError, match=message):
         _fault(emulator, which)

@@ -19,12 +19,16 @@ def _qkv(dtype, b, h, nq, nk, d, dv=None, hkv=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("nq", "nk", "d"), [(197, 197, 64), (1, 1, 8), (17, 80, 32), (50, 33, 80), (33, 70, 96), (20, 49, 128)])
+@pytest.mark.parametrize(
+    ("nq", "nk", "d"), [(197, 197, 64), (1, 1, 8), (17, 80, 32), (50, 33, 80), (33, 70, 96), (20, 49, 128)]
+)
 def test_shapes(dtype, nq, nk, d):
     testing.check_op(flash_attention, _qkv(dtype, 1, 1 if nq > 100 else 2, nq, nk, d), backend="cuda", return_lse=True)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 40, 70), (1, 3, 40, 70), (2, 1, 1, 70), (1, 1, 40, 1), (1, 3, 1, 1), (2, 3, 1, 1), (1, 1, 1, 70)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 40, 70), (1, 3, 40, 70), (2, 1, 1, 70), (1, 1, 40, 1), (1, 3, 1, 1), (2, 3, 1, 1), (1, 1, 1, 70)]
+)
 def test_bias_of_any_broadcast(shape):
     tensors = _qkv(torch.bfloat16, 2, 3, 40, 70, 32) | {"bias": torch.randn(*shape)}
     testing.check_op(flash_attention, tensors, backend="cuda", broadcast={"bias": (2, 3, 40, 70)})
@@ -51,16 +55,21 @@ def test_grouped_heads_and_two_widths(nq, causal):
 
 @pytest.mark.parametrize("store", [s for s in testing.LAYOUTS if s != "contiguous"])
 def test_strides(store):
-    testing.check_op(flash_attention, _qkv(torch.bfloat16, 2, 2, 21, 30, 16), backend="cuda", store=store, store_grad=store)
+    testing.check_op(
+        flash_attention, _qkv(torch.bfloat16, 2, 2, 21, 30, 16), backend="cuda", store=store, store_grad=store
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("nk", [37, 150])
 def test_finite_masks(dtype, nk):
-    """Rows masked by finite numbers, whole and in part, in one tile of keys and in several; each broadcast's gradient."""
+    """Rows masked by finite numbers, whole and in part, in one tile of keys and in several; each broadcast's
+    gradient."""
     for bias in {torch.float32: extreme_bias(nk), dtype: extreme_bias(nk, dtype)}.values():
         tensors = _qkv(dtype, 1, 2, ROWS, nk, 32) | {"bias": bias}
-        testing.check_op(flash_attention, tensors, backend="cuda", return_lse=True, broadcast={"bias": (1, 2, ROWS, nk)})
+        testing.check_op(
+            flash_attention, tensors, backend="cuda", return_lse=True, broadcast={"bias": (1, 2, ROWS, nk)}
+        )
     tensors = _qkv(dtype, 1, 2, ROWS, nk, 32) | {"bias": extreme_bias(nk)[:, :1].contiguous()}
     testing.check_op(flash_attention, tensors, backend="cuda", is_causal=True, broadcast={"bias": (1, 2, ROWS, nk)})
 
@@ -107,14 +116,20 @@ def test_longest_sequence():
 def test_packed(index, causal):
     lengths_q, lengths_k = [70, 0, 17, 1], [33, 4, 90, 0]
     cu_q, cu_k = (torch.tensor([0, *lengths]).cumsum(0).to(index) for lengths in (lengths_q, lengths_k))
-    tensors = {"q": torch.randn(88, 4, 32), "k": torch.randn(127, 2, 32), "v": torch.randn(127, 2, 32), "bias": torch.randn(1, 4, 70, 90)}
+    tensors = {
+        "q": torch.randn(88, 4, 32),
+        "k": torch.randn(127, 2, 32),
+        "v": torch.randn(127, 2, 32),
+        "bias": torch.randn(1, 4, 70, 90),
+    }
     fixed = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 70, "max_seqlen_k": 90}
     testing.check_op(flash_attention_varlen, tensors, backend="cuda", is_causal=causal, return_lse=True, **fixed)
 
 
 def test_same_bits_in_every_order_of_threads():
     tensors = {
-        name: t.requires_grad_() for name, t in (_qkv(torch.bfloat16, 2, 2, 40, 70, 32) | {"bias": torch.randn(2, 1, 1, 70)}).items()
+        name: t.requires_grad_()
+        for name, t in (_qkv(torch.bfloat16, 2, 2, 40, 70, 32) | {"bias": torch.randn(2, 1, 1, 70)}).items()
     }
 
     def run():

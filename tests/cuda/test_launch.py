@@ -1,4 +1,5 @@
-"""The launcher against a runtime that fails as told: each failure is named by its own call, and none is left for a later one."""
+"""The launcher against a runtime that fails as told: each failure is named by its own call, and none is left for a
+later one."""
 
 from __future__ import annotations
 
@@ -40,7 +41,13 @@ def test_on_the_current_device(launch: Launch) -> None:
 
 
 def test_on_another_device_with_much_shared_memory(launch: Launch) -> None:
-    calls = ["cudaGetDevice", "cudaSetDevice 2", "cudaFuncSetAttribute 65536", "cudaLaunchKernel 3 64 65536 42", "cudaSetDeviceBack 0"]
+    calls = [
+        "cudaGetDevice",
+        "cudaSetDevice 2",
+        "cudaFuncSetAttribute 65536",
+        "cudaLaunchKernel 3 64 65536 42",
+        "cudaSetDeviceBack 0",
+    ]
     assert launch("", 2, 65536) == (None, calls, 0)
 
 
@@ -54,7 +61,9 @@ def test_on_another_device_with_much_shared_memory(launch: Launch) -> None:
         ("cudaSetDeviceBack=101;", "cudaSetDevice (back)", 5),
     ],
 )
-def test_the_call_that_failed_is_named_and_nothing_runs_after_it(launch: Launch, script: str, named: str, calls: int) -> None:
+def test_the_call_that_failed_is_named_and_nothing_runs_after_it(
+    launch: Launch, script: str, named: str, calls: int
+) -> None:
     error, said, device = launch(script, 2, 65536)
     code = script.split("=")[1].strip(";")
     assert error == f"attention: {named} failed: error {code} (grid 3 x 2 x 1, block 64, 65536 bytes of shared memory)"
@@ -72,6 +81,8 @@ def test_the_first_of_two_failures_is_told(launch: Launch) -> None:
 def test_an_earlier_kernels_fault_is_not_this_launchs(launch: Launch, script: str) -> None:
     error, _, _ = launch(script)
     call, code = script.strip(";").split("=")
-    assert error.startswith("attention was not launched: an earlier kernel of this process, not necessarily pyvit's, failed with ")
+    assert error.startswith(
+        "attention was not launched: an earlier kernel of this process, not necessarily pyvit's, failed with "
+    )
     assert f"'error {code}' (seen by {call})" in error
     assert "CUDA_LAUNCH_BLOCKING=1" in error

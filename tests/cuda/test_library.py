@@ -1,4 +1,5 @@
-"""The compiled library carries the CUDA kernels, loads where there is no GPU, and says what is wrong instead of crashing."""
+"""The compiled library carries the CUDA kernels, loads where there is no GPU, and says what is wrong instead of
+crashing."""
 
 from __future__ import annotations
 

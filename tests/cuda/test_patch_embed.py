@@ -22,7 +22,8 @@ def _tensors(dtype, b, c, h, w, patch, d, patches, prefix=0, parameters=torch.fl
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("size", "patch", "d", "prefix"), [((32, 48), (16, 16), 40, 2), ((28, 28), (14, 14), 136, 0), ((8, 12), (4, 4), 20, 1)]
+    ("size", "patch", "d", "prefix"),
+    [((32, 48), (16, 16), 40, 2), ((28, 28), (14, 14), 136, 0), ((8, 12), (4, 4), 20, 1)],
 )
 def test_shapes(dtype, size, patch, d, prefix):
     patches = size[0] // patch[0] * (size[1] // patch[1])
@@ -63,7 +64,9 @@ def test_strides(store):
 
 def test_a_patch_that_does_not_exist_gives_nan(emulator):
     images, weight = torch.randn(1, 1, 8, 8), torch.randn(8, 1, 4, 4)
-    out = emulator.op("patch_embed", images, weight, None, [4, 4], None, None, torch.tensor([[0, 4, -1]]), None, None, "cuda")
+    out = emulator.op(
+        "patch_embed", images, weight, None, [4, 4], None, None, torch.tensor([[0, 4, -1]]), None, None, "cuda"
+    )
     assert out[0, 0].isfinite().all()
     assert out[0, 1:].isnan().all()
 

@@ -41,7 +41,8 @@ def test_budgets(resources, record):
 
 
 def test_no_budget_is_wider_than_its_worst_kernel_needs(resources, record):
-    """A budget with room would let a kernel grow unseen: within 8 registers, what they are given out by, and without a spare byte."""
+    """A budget with room would let a kernel grow unseen: within 8 registers, what they are given out by, and without a
+    spare byte."""
     worst = dict.fromkeys(resources.BUDGETS, (0, 0))
     for kernel, per_arch in record["kernels"].items():
         prefix = resources.governing(kernel)
@@ -55,8 +56,14 @@ def test_no_budget_is_wider_than_its_worst_kernel_needs(resources, record):
 
 @pytest.mark.parametrize(("registers", "spills"), [(136, 0), (120, 4)])
 def test_a_kernel_over_budget_is_named(resources, registers, spills):
-    table = {"patch_embed_forward<bf16>": {"80": {"registers": registers, "spill_stores": spills, "spill_loads": 4, "tensor": 1}}}
-    said = f"patch_embed_forward<bf16> on sm_80: {registers} registers (at most 128), {spills} bytes spilled (at most 0)"
+    table = {
+        "patch_embed_forward<bf16>": {
+            "80": {"registers": registers, "spill_stores": spills, "spill_loads": 4, "tensor": 1}
+        }
+    }
+    said = (
+        f"patch_embed_forward<bf16> on sm_80: {registers} registers (at most 128), {spills} bytes spilled (at most 0)"
+    )
     assert resources.over_budget(table) == [said]
 
 
@@ -79,7 +86,9 @@ def test_a_fresh_compilation_agrees(resources, record, tmp_path):
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")
     fresh = resources.compile_all(tmp_path, ("80",), ("patch_embed",))
-    assert {name: per_arch["80"] for name, per_arch in record["kernels"].items() if name in fresh} == {n: f["80"] for n, f in fresh.items()}
+    assert {name: per_arch["80"] for name, per_arch in record["kernels"].items() if name in fresh} == {
+        n: f["80"] for n, f in fresh.items()
+    }
 
 
 def test_the_table_is_of_the_record(resources, record):
@@ -106,8 +115,14 @@ def test_the_table_knows_how_kernels_are_launched(resources, emulator, dtype):
     launches = [line.split(";") for line in emulator.call("pyvit_emulation_launches")[0].splitlines()]
     seen = {(int(threads), int(shared)) for _, threads, shared in launches if int(shared)}
     kinds = ("bf16", 8) if dtype == torch.bfloat16 else ("float", 4)
-    names = [f"attention_forward<Dense<{kinds[0]}>, 64, {kinds[1]}>", f"attention_forward<Windows<{kinds[0]}>, 32, {kinds[1]}>"]
-    names += [f"attention_backward_{part}<Dense<{kinds[0]}>, 64, {kinds[1]}{end}>" for part, end in (("queries", ", false"), ("bias", ""))]
+    names = [
+        f"attention_forward<Dense<{kinds[0]}>, 64, {kinds[1]}>",
+        f"attention_forward<Windows<{kinds[0]}>, 32, {kinds[1]}>",
+    ]
+    names += [
+        f"attention_backward_{part}<Dense<{kinds[0]}>, 64, {kinds[1]}{end}>"
+        for part, end in (("queries", ", false"), ("bias", ""))
+    ]
     ends = (("queries", ", true"), ("queries", ", false"), ("keys", ""), ("bias", ""))
     names += [f"attention_backward_{part}<Windows<{kinds[0]}>, 32, {kinds[1]}{end}>" for part, end in ends]
     names += [f"window_backward<{kinds[0]}, 32, 8, 1>"] + ["window_backward<bf16, 32, 6, 3>"] * (kinds[0] == "bf16")

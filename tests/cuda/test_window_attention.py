@@ -43,7 +43,8 @@ def test_shifted_windows(dtype, window):
     ],
 )
 def test_where_one_pass_ends(dtype, window, d):
-    """3, 64, 65, 144 and 145 tokens: one warp, the most and the fewest of each kernel; a padded map, its windows cut into few groups."""
+    """3, 64, 65, 144 and 145 tokens: one warp, the most and the fewest of each kernel; a padded map, its windows cut
+    into few groups."""
     tensors = _tensors(dtype, 1, 2 * window[0] - 1, window[1], 2, d, window, cosine=True, pad=True)
     shift = (window[0] // 2, 0)
     testing.check_op(window_attention, tensors, backend="cuda", window_size=window, shift_size=shift, num_heads=2)
@@ -78,10 +79,13 @@ def test_an_axis_of_one_window_is_not_shifted():
 @pytest.mark.parametrize("cosine", [False, True])
 @pytest.mark.parametrize("window", [7, 12, 13])
 def test_finite_masks(dtype, cosine, window):
-    """Tables whose numbers mask rows by -inf or finite numbers, in one pass with whole rows, in one with parts, in several."""
+    """Tables whose numbers mask rows by -inf or finite numbers, in one pass with whole rows, in one with parts, in
+    several."""
     tensors = _tensors(dtype, 1, window, window, ROWS, 16, (window, window), cosine=cosine)
     tensors["bias_table"] = extreme_table((2 * window - 1) ** 2)
-    testing.check_op(window_attention, tensors, backend="cuda", window_size=window, num_heads=ROWS, scores=30.0 if cosine else 0.0)
+    testing.check_op(
+        window_attention, tensors, backend="cuda", window_size=window, num_heads=ROWS, scores=30.0 if cosine else 0.0
+    )
 
 
 def test_the_largest_windows_under_finite_masks():
@@ -99,7 +103,16 @@ def test_without_a_table():
 @pytest.mark.parametrize("store", ["transposed", "permuted", "sliced", "shifted", "expanded"])
 def test_strides(store):
     tensors = {"qkv": torch.randn(2, 8, 8, 48).bfloat16()}
-    testing.check_op(window_attention, tensors, backend="cuda", window_size=4, shift_size=2, num_heads=2, store=store, store_grad=store)
+    testing.check_op(
+        window_attention,
+        tensors,
+        backend="cuda",
+        window_size=4,
+        shift_size=2,
+        num_heads=2,
+        store=store,
+        store_grad=store,
+    )
 
 
 def test_temperature_beyond_its_clamp_has_no_gradient():
@@ -118,7 +131,10 @@ def test_zero_keys_in_padding_under_cosine_attention(dtype):
 
 
 def test_same_bits_in_every_order_of_threads():
-    tensors = {name: t.requires_grad_() for name, t in _tensors(torch.bfloat16, 3, 9, 14, 2, 32, (7, 7), cosine=True, pad=True).items()}
+    tensors = {
+        name: t.requires_grad_()
+        for name, t in _tensors(torch.bfloat16, 3, 9, 14, 2, 32, (7, 7), cosine=True, pad=True).items()
+    }
 
     def run():
         out = window_attention(**tensors, window_size=7, shift_size=3, num_heads=2, backend="cuda")

@@ -61,7 +61,9 @@ def test_whole_images_stay_as_they_are():
 
 def test_crops_are_cut_from_the_full_image():
     """A local crop of a fine pattern keeps it; one of a picture shrunk to 224 pixels first has lost it."""
-    fine = Image.fromarray(np.tile(np.array([[0, 0, 255, 255]], np.uint8), (1200, 400)).repeat(3).reshape(1200, 1600, 3))
+    fine = Image.fromarray(
+        np.tile(np.array([[0, 0, 255, 255]], np.uint8), (1200, 400)).repeat(3).reshape(1200, 1600, 3)
+    )
     decoder = ImageDecoder(224)
     ((view,),) = decoder.views(fine, {"local": Crop((96, 96), (0.004, 0.006), count=1)}, random.Random(0)).values()
     assert view.float().std() > 80  # about 97 pixels resized to 96: the stripes are there
@@ -83,7 +85,12 @@ def test_a_large_jpeg_is_decoded_as_finely_as_its_smallest_crop_needs(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Image.Image, "convert", convert)
-        for scale, size, wanted in (((1, 1), 224, 512), ((0.9, 1.0), 224, 512), ((0.01, 0.011), 96, 2048), ((1, 1), 1000, 1024 * 2)):
+        for scale, size, wanted in (
+            ((1, 1), 224, 512),
+            ((0.9, 1.0), 224, 512),
+            ((0.01, 0.011), 96, 2048),
+            ((1, 1), 1000, 1024 * 2),
+        ):
             crop = Crop((size, size), scale)
             draw = generator(0, 0)
             box = crop.boxes(side, side, generator(0, 0))[0]
@@ -110,7 +117,11 @@ def images(request, tmp_path):
     return whole if request.param == "memory" else whole.part([3, 1, 4, 5, 9, 2, 6, 0, 8, 7])
 
 
-CROPS = {"global": Crop((24, 24), (0.4, 1.0), count=2), "local": Crop((16, 16), (0.05, 0.4), count=3), "crop": Crop((8, 8), (0.2, 1.0))}
+CROPS = {
+    "global": Crop((24, 24), (0.4, 1.0), count=2),
+    "local": Crop((16, 16), (0.05, 0.4), count=3),
+    "crop": Crop((8, 8), (0.2, 1.0)),
+}
 
 
 def test_views_are_a_function_of_seed_step_and_image(images):
@@ -120,7 +131,10 @@ def test_views_are_a_function_of_seed_step_and_image(images):
     assert batch["crop"].shape == (3, 3, 8, 8)
     assert batch["label"].tolist() == [int(images.labels[i]) for i in (4, 2, 7)]
     alone = images.draw([7], CROPS, 5, 11)
-    assert all(torch.equal(alone[name][:, 0] if name != "crop" else alone[name][0], batch[name][..., 2, :, :, :]) for name in CROPS)
+    assert all(
+        torch.equal(alone[name][:, 0] if name != "crop" else alone[name][0], batch[name][..., 2, :, :, :])
+        for name in CROPS
+    )
     for seed, step in ((5, 12), (6, 11)):
         assert not torch.equal(images.draw([4, 2, 7], CROPS, seed, step)["crop"], batch["crop"])
     assert not torch.equal(batch["global"][0], batch["global"][1])
@@ -156,10 +170,16 @@ def test_what_workers_cannot_read_is_known_here(tmp_path):
 
 @pytest.mark.parametrize(
     ("recipe", "names"),
-    [("mae", {"crop"}), ("simclr", {"crop"}), ("dino", {"first", "second", "local"}), ("dinov2", {"first", "second", "local"})],
+    [
+        ("mae", {"crop"}),
+        ("simclr", {"crop"}),
+        ("dino", {"first", "second", "local"}),
+        ("dinov2", {"first", "second", "local"}),
+    ],
 )
 def test_recipes_train_on_crops_of_files_and_resume(recipe, names, tmp_path):
-    """An unbroken run of 3 steps and one whose last checkpoint is of step 2 end alike, with one worker and with none."""
+    """An unbroken run of 3 steps and one whose last checkpoint is of step 2 end alike, with one worker and with
+    none."""
     small = {
         "mae": ["decoder_dim=16", "decoder_depth=1", "decoder_heads=1"],
         "simclr": ["hidden=16", "out=8"],
@@ -188,7 +208,11 @@ def test_captioned_images_are_never_mirrored():
     data.train.images[:] = pixels
     assert data.flip
     for name in ("clip", "siglip"):
-        settings = _settle(Config(recipe=name, data="synthetic", model=f"{name}_pico_patch8_32", set=["depth=1"], steps=1, batch_size=16))
+        settings = _settle(
+            Config(
+                recipe=name, data="synthetic", model=f"{name}_pico_patch8_32", set=["depth=1"], steps=1, batch_size=16
+            )
+        )
         recipe = load_recipe(name)(settings, data)
         for step in range(4):
             views = recipe.views(data.train.draw(range(16), recipe.crops, 0, step), 0, 1)["images"]
@@ -196,7 +220,13 @@ def test_captioned_images_are_never_mirrored():
 
 
 def test_mirroring_can_be_turned_off(tmp_path):
-    settings = {"data": str(files(tmp_path / "d", 24)), "model": "vit_pico_patch8_32", "image_size": 32, "batch_size": 4, "steps": 1}
+    settings = {
+        "data": str(files(tmp_path / "d", 24)),
+        "model": "vit_pico_patch8_32",
+        "image_size": 32,
+        "batch_size": 4,
+        "steps": 1,
+    }
     for flip in (True, False):
         run = Run(Config(**settings, flip=flip, out=str(tmp_path / str(flip))))
         assert any("Flip" in type(layer).__name__ for layer in run.recipe.augment) == flip

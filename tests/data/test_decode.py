@@ -219,7 +219,10 @@ def test_many_damaged_files_stop_the_run(tmp_path):
     for i, path in enumerate(paths):
         path.write_bytes(b"rubbish") if i < 5 else Image.new("RGB", (8, 8)).save(path)
     images = DecodedImages(paths, ImageDecoder(8))
-    with pytest.warns(UserWarning, match="skipped"), pytest.raises(ValueError, match=r"4 of 30 files cannot be read, the last: .*3.png"):
+    with (
+        pytest.warns(UserWarning, match="skipped"),
+        pytest.raises(ValueError, match=r"4 of 30 files cannot be read, the last: .*3.png"),
+    ):
         images.draw(range(30), {}, 0, 0)
 
 
@@ -259,7 +262,9 @@ def test_sources_agree_to_the_bit(tmp_path):
     (tmp_path / "table").mkdir()
     table = datasets.Dataset.from_dict({"image": files, "label": [0, 0, 1, 1]}, features=features)
     table.to_parquet(str(tmp_path / "table" / "train.parquet"))
-    sets = [load_data(spec, 64) for spec in (str(tmp_path / "set"), f"hf:{tmp_path / 'table'}", f"hf:{tmp_path / 'set'}")]
+    sets = [
+        load_data(spec, 64) for spec in (str(tmp_path / "set"), f"hf:{tmp_path / 'table'}", f"hf:{tmp_path / 'set'}")
+    ]
     crops = {"crop": Crop((32, 32), (0.1, 1), count=2)}
     for part in ("train", "test"):
         first = getattr(sets[0], part)
@@ -273,7 +278,9 @@ def test_sources_agree_to_the_bit(tmp_path):
         assert torch.equal(decode_image(image, 64), whole)
 
 
-def sound(kind: int, bits: int, channels: int, content: bytes, rate: int = 16000, extra: bytes = b"", size: int | None = None) -> bytes:
+def sound(
+    kind: int, bits: int, channels: int, content: bytes, rate: int = 16000, extra: bytes = b"", size: int | None = None
+) -> bytes:
     frame = channels * bits // 8
     form = struct.pack("<HHIIHH", kind, channels, rate, rate * frame, frame, bits) + extra
     data = b"data" + struct.pack("<I", len(content) if size is None else size) + content

@@ -118,7 +118,9 @@ def test_links_in_a_circle_end(tmp_path):
     assert "2 broken links" in data.summary()
 
 
-@pytest.mark.parametrize("ext", ["ppm", "pgm", "pbm", "jfif", "webp", "bmp", "tif", "TIFF", "gif", "JPEG", "Jpg", "jpe", "PNG", "tga"])
+@pytest.mark.parametrize(
+    "ext", ["ppm", "pgm", "pbm", "jfif", "webp", "bmp", "tif", "TIFF", "gif", "JPEG", "Jpg", "jpe", "PNG", "tga"]
+)
 def test_a_class_of_one_kind_of_file_alone(tmp_path, ext):
     classes(tmp_path, ("cat",))
     for i in range(3):
@@ -126,7 +128,9 @@ def test_a_class_of_one_kind_of_file_alone(tmp_path, ext):
         path.parent.mkdir(exist_ok=True)
         mode = {"pgm": "L", "pbm": "1"}.get(ext, "RGB")
         kind = {"jfif": "JPEG", "jpe": "JPEG", "jpg": "JPEG", "jpeg": "JPEG", "tif": "TIFF", "pgm": "PPM", "pbm": "PPM"}
-        Image.new("RGB", (12, 16), (40 * i, 9, 9)).convert(mode).save(path, kind.get(ext.lower(), ext.upper().replace("TIFF", "TIFF")))
+        Image.new("RGB", (12, 16), (40 * i, 9, 9)).convert(mode).save(
+            path, kind.get(ext.lower(), ext.upper().replace("TIFF", "TIFF"))
+        )
     data = read(tmp_path)
     assert data.classes == ["cat", "dog"]
     assert data.train.fetch(range(len(data.train)))["label"].tolist().count(1) == 2

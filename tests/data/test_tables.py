@@ -15,7 +15,9 @@ from pyvit.data import load_data
 def pictures(folder, n: int = 12):
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(
+            folder / f"{i}.png"
+        )
     return folder
 
 
@@ -70,14 +72,17 @@ def test_tables_that_cannot_be_read_name_the_file_and_the_line(tmp_path, content
 def test_spaces_around_fields_mean_nothing(tmp_path):
     pictures(tmp_path)
     (tmp_path / "t.csv").write_text(
-        "image, caption, label\n" + "".join(f" {n} , a picture ,{' x' if i % 2 else 'x '}\n" for i, n in enumerate(ROWS))
+        "image, caption, label\n"
+        + "".join(f" {n} , a picture ,{' x' if i % 2 else 'x '}\n" for i, n in enumerate(ROWS))
     )
     assert load_data(str(tmp_path / "t.csv"), 8).classes == ["x"]
 
 
 def test_rows_without_a_caption_are_counted(tmp_path):
     pictures(tmp_path)
-    (tmp_path / "t.csv").write_text("image,caption\n" + "".join(f"{name},{'' if i == 3 else 'x'}\n" for i, name in enumerate(ROWS)))
+    (tmp_path / "t.csv").write_text(
+        "image,caption\n" + "".join(f"{name},{'' if i == 3 else 'x'}\n" for i, name in enumerate(ROWS))
+    )
     data = load_data(str(tmp_path / "t.csv"), 8)
     assert len(data.train) + len(data.test) == 11
     assert "1 rows without an image or a caption" in data.summary()
@@ -92,7 +97,9 @@ def test_images_that_are_not_there_are_said_at_once(tmp_path):
 def test_other_files_say_what_is_wanted(tmp_path):
     for name in ("a.json", "b.zip", "c"):
         (tmp_path / name).write_text("{}")
-        with pytest.raises(ValueError, match=r"is a file; it must be a table of captions \(.csv, .tsv, .txt\) or a folder"):
+        with pytest.raises(
+            ValueError, match=r"is a file; it must be a table of captions \(.csv, .tsv, .txt\) or a folder"
+        ):
             load_data(str(tmp_path / name))
 
 
@@ -107,7 +114,9 @@ def test_all_captions_of_an_image_are_on_one_side(tmp_path, how):
             other = name if how == "name" else f"./{name}" if how == "path" and k % 2 else name
             if how in ("link", "copy") and k:
                 other = f"{i}-{k}.png"
-                (tmp_path / other).symlink_to(tmp_path / name) if how == "link" else shutil.copy(tmp_path / name, tmp_path / other)
+                (tmp_path / other).symlink_to(tmp_path / name) if how == "link" else shutil.copy(
+                    tmp_path / name, tmp_path / other
+                )
             rows.append(f"{other},caption {k} of {i}")
     (tmp_path / "t.csv").write_text("image,caption\n" + "\n".join(rows) + "\n")
     data = load_data(str(tmp_path / "t.csv"), 8)
@@ -192,7 +201,9 @@ def test_files_of_no_split_beside_splits_are_named(tmp_path):
 @pytest.mark.parametrize("splits", [True, False])
 def test_saved_data_sets(tmp_path, splits):
     if splits:
-        datasets.DatasetDict({"train": table(range(12)), "test": table(range(50, 54))}).save_to_disk(str(tmp_path / "d"))
+        datasets.DatasetDict({"train": table(range(12)), "test": table(range(50, 54))}).save_to_disk(
+            str(tmp_path / "d")
+        )
     else:
         table(range(20)).save_to_disk(str(tmp_path / "d"))
     data = load_data(f"hf:{tmp_path / 'd'}", 8)
@@ -221,10 +232,17 @@ def test_labels_of_any_values_become_numbers_from_0(tmp_path, values, kind, name
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [([0, 1, -1], r"labels of .* must be in 0\.\.1, got -1; a split without labels"), ([0, None, 1], "one label in each row, 1 have None")],
+    [
+        ([0, 1, -1], r"labels of .* must be in 0\.\.1, got -1; a split without labels"),
+        ([0, None, 1], "one label in each row, 1 have None"),
+    ],
 )
 def test_labels_that_are_none_are_refused(tmp_path, labels, message):
-    features = CLASSES if None not in labels else datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    features = (
+        CLASSES
+        if None not in labels
+        else datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    )
     save(tmp_path / "train.parquet", range(6), features=features)
     save(tmp_path / "test.parquet", range(50, 53), labels=labels, features=features)
     with pytest.raises(ValueError, match=message):
@@ -309,7 +327,10 @@ def test_shards_by_split(tmp_path):
 
 
 def test_a_damaged_image_of_a_table_is_left_out(tmp_path):
-    rows = {"image": [png(i) if i != 2 else {"bytes": b"rubbish", "path": None} for i in range(12)], "label": [i % 2 for i in range(12)]}
+    rows = {
+        "image": [png(i) if i != 2 else {"bytes": b"rubbish", "path": None} for i in range(12)],
+        "label": [i % 2 for i in range(12)],
+    }
     datasets.Dataset.from_dict(rows, features=CLASSES).to_parquet(str(tmp_path / "train.parquet"))
     data = load_data(f"hf:{tmp_path}", 8)
     with pytest.warns(UserWarning, match="skipped row 2: UnidentifiedImageError"):

@@ -1,4 +1,5 @@
-"""Random calls under the numerics rule. A failure prints its case and seed; PYVIT_FUZZ_CASES sets how many are drawn for each operator.
+"""Random calls under the numerics rule. A failure prints its case and seed; PYVIT_FUZZ_CASES sets how many are drawn
+for each operator.
 
 ``python tests/fuzz/test_fuzz.py OP SEED`` repeats one case.
 """
@@ -43,7 +44,14 @@ def _bias(r: random.Random, full: tuple[int, ...], on: Served) -> Tensor:
 
 
 def attention(r: random.Random, on: Served) -> Drawn:
-    b, hkv, groups, nq, nk, d = r.randint(1, 2), r.randint(1, 3), r.choice([1, 1, 2, 3]), _length(r), _length(r), _head_dim(r)
+    b, hkv, groups, nq, nk, d = (
+        r.randint(1, 2),
+        r.randint(1, 3),
+        r.choice([1, 1, 2, 3]),
+        _length(r),
+        _length(r),
+        _head_dim(r),
+    )
     dv = d if r.random() < 0.6 else _head_dim(r)
     t = {"q": on.randn(b, hkv * groups, nq, d), "k": on.randn(b, hkv, nk, d), "v": on.randn(b, hkv, nk, dv)}
     options: dict[str, Any] = {"is_causal": r.random() < 0.3, "enable_gqa": groups > 1, "return_lse": r.random() < 0.5}
@@ -98,11 +106,23 @@ def window(r: random.Random, on: Served) -> Drawn:
 
 
 def patch(r: random.Random, on: Served) -> Drawn:
-    b, c, d, (ph, pw) = r.randint(1, 3), r.randint(1, 4), r.choice([1, 16, 40, 64, r.randint(1, 100)]), (r.randint(1, 9), r.randint(1, 9))
+    b, c, d, (ph, pw) = (
+        r.randint(1, 3),
+        r.randint(1, 4),
+        r.choice([1, 16, 40, 64, r.randint(1, 100)]),
+        (r.randint(1, 9), r.randint(1, 9)),
+    )
     stride = (ph, pw) if r.random() < 0.5 else (r.randint(1, ph), r.randint(1, pw))
     rows, columns = r.randint(1, 5), r.randint(1, 5)
-    size = ((rows - 1) * stride[0] + ph + (r.randint(0, stride[0] - 1) if stride[0] < ph else 0), (columns - 1) * stride[1] + pw)
-    images = torch.randint(256, (b, c, *size), dtype=torch.uint8, device=on.device) if r.random() < 0.3 else on.randn(b, c, *size)
+    size = (
+        (rows - 1) * stride[0] + ph + (r.randint(0, stride[0] - 1) if stride[0] < ph else 0),
+        (columns - 1) * stride[1] + pw,
+    )
+    images = (
+        torch.randint(256, (b, c, *size), dtype=torch.uint8, device=on.device)
+        if r.random() < 0.3
+        else on.randn(b, c, *size)
+    )
     t = {"images": images, "weight": on.randn(d, c, ph, pw, scale=(c * ph * pw) ** -0.5)}
     shapes = {"bias": (d,), "pos_embed": (rows * columns, d), "prefix": (r.randint(1, 4), d)}
     t |= {name: on.randn(*shape) for name, shape in shapes.items() if r.random() < 0.5}
@@ -134,7 +154,9 @@ def one(op: str, on: Served, seed: int) -> None:
     try:
         check_op(function, tensors, backend=on.backend, store=store, store_grad=store_grad, **options)
     except Exception as failed:
-        raise AssertionError(f"{op} {seed} on {on}: {shapes}, {options}, stored {store}, gradients {store_grad}\n{failed}") from failed
+        raise AssertionError(
+            f"{op} {seed} on {on}: {shapes}, {options}, stored {store}, gradients {store_grad}\n{failed}"
+        ) from failed
 
 
 @pytest.mark.slow

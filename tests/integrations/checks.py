@@ -30,8 +30,11 @@ def _results(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> tuple[Ten
     return out.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def check_accelerated(model: nn.Module, call: Callable[[nn.Module], Tensor], replaced: dict[str, int], rtol: float = 1e-4) -> None:
-    """``call`` gives the same before and after, in float32 and bfloat16, with ``replaced`` modules of each class replaced."""
+def check_accelerated(
+    model: nn.Module, call: Callable[[nn.Module], Tensor], replaced: dict[str, int], rtol: float = 1e-4
+) -> None:
+    """``call`` gives the same before and after, in float32 and bfloat16, with ``replaced`` modules of each class
+    replaced."""
     expected, gradients = _results(model, call)
     exact, slopes = _results(copy.deepcopy(model).double(), call)
     rounded = call(copy.deepcopy(model).bfloat16()).detach()
@@ -48,7 +51,9 @@ def check_accelerated(model: nn.Module, call: Callable[[nn.Module], Tensor], rep
         difference = float((ours[name] - theirs).abs().max())
         # A bias of keys has no gradient but rounding, which is that of the sums it is left over from.
         least = 1e-3 * scale if float(slopes[name].abs().max()) > 1e-9 * scale else 1e-2 * scale
-        assert difference < rtol * max(float(theirs.abs().max()), least), f"gradient of {name} differs by {difference:.2e}"
+        assert difference < rtol * max(float(theirs.abs().max()), least), (
+            f"gradient of {name} differs by {difference:.2e}"
+        )
 
     # bfloat16 as every operator is held to: at most twice the original's error, and a rounding.
     short = call(copy.deepcopy(model).bfloat16()).detach()
@@ -64,7 +69,9 @@ def check_accelerated(model: nn.Module, call: Callable[[nn.Module], Tensor], rep
     with torch.no_grad():
         assert torch.equal(call(other), call(model))
         pyvit.restore(other)
-        assert not torch.equal(call(other), call(model)), "nothing distinguishes the accelerated model from the original"
+        assert not torch.equal(call(other), call(model)), (
+            "nothing distinguishes the accelerated model from the original"
+        )
     pyvit.restore(model)
     assert torch.equal(_results(model, call)[0], expected)
     assert not any({"forward", "_attn"} & set(vars(m)) for m in (*model.modules(), *other.modules()))
@@ -109,7 +116,8 @@ def made(name):
 
 
 def check_changed(name, change, when):
-    """A model that is accelerated and changed gives what the same gives that was only changed; how much that is, and the report."""
+    """A model that is accelerated and changed gives what the same gives that was only changed; how much that is, and
+    the report."""
     model, run = made(name)
     plain, model, other = None, copy.deepcopy(model), copy.deepcopy(model)
     with torch.no_grad():

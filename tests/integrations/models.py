@@ -44,7 +44,9 @@ def timm_vit(fused: bool = True) -> Model:
 
 def transformers(kind: str, **config: object) -> Model:
     library = peers.peer("transformers")
-    return randomise(getattr(library, f"{kind}Model")(getattr(library, f"{kind}Config")(**config))).eval(), on(config["image_size"], 32)
+    return randomise(getattr(library, f"{kind}Model")(getattr(library, f"{kind}Config")(**config))).eval(), on(
+        config["image_size"], 32
+    )
 
 
 def _hf_vit(**extra: object) -> Model:
@@ -60,7 +62,14 @@ def _hf_vit(**extra: object) -> Model:
 
 
 def _hf_swin(kind: str) -> Model:
-    config = {"embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4, "patch_size": 4, "image_size": 32}
+    config = {
+        "embed_dim": 16,
+        "depths": [2, 1],
+        "num_heads": [2, 4],
+        "window_size": 4,
+        "patch_size": 4,
+        "image_size": 32,
+    }
     return transformers(kind, **config)
 
 
@@ -71,7 +80,9 @@ def _torchvision_vit() -> Model:
 
 def _torchvision_swin() -> Model:
     swin = peers.torchvision().models.swin_transformer.SwinTransformer
-    return randomise(swin([4, 4], 16, [2, 1], [2, 4], [4, 4], stochastic_depth_prob=0.0, num_classes=7)).eval(), on(32, 32)
+    return randomise(swin([4, 4], 16, [2, 1], [2, 4], [4, 4], stochastic_depth_prob=0.0, num_classes=7)).eval(), on(
+        32, 32
+    )
 
 
 def _open_clip() -> Model:

@@ -1,4 +1,5 @@
-"""Functions that are patched, and layers that adapters, quantisation and reparametrisations change: the original's numbers."""
+"""Functions that are patched, and layers that adapters, quantisation and reparametrisations change: the original's
+numbers."""
 
 from __future__ import annotations
 
@@ -180,7 +181,16 @@ LAYERS = [
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(
     "change",
-    [adapted, parametrised, weight_normed, weight_normed_by_a_hook, spectrally_normed, pruned, quantised, of_another_class],
+    [
+        adapted,
+        parametrised,
+        weight_normed,
+        weight_normed_by_a_hook,
+        spectrally_normed,
+        pruned,
+        quantised,
+        of_another_class,
+    ],
     ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize(("name", "path"), LAYERS, ids=str)

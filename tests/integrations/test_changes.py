@@ -60,7 +60,9 @@ def forward_pre_hook(module, stack):
 
 
 def global_hook(module, stack):
-    hook = nn.modules.module.register_module_forward_hook(lambda called, args, out: other(out) if called is module else None)
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda called, args, out: other(out) if called is module else None
+    )
     stack.callback(hook.remove)
 
 
@@ -72,7 +74,13 @@ CHANGES = [
     global_hook,
     *(
         pytest.param(change, marks=pytest.mark.slow)
-        for change in (instance_method, partial_forward, of_a_subclass_with_call, class_forward_wrapped, forward_pre_hook)
+        for change in (
+            instance_method,
+            partial_forward,
+            of_a_subclass_with_call,
+            class_forward_wrapped,
+            forward_pre_hook,
+        )
     ),
 ]
 

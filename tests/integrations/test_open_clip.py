@@ -27,6 +27,10 @@ def test_clip(quick):
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True, "scale_heads": True, "scale_attn_inner": True}], ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 def test_custom_blocks(options, causal):
-    model = randomise(open_clip.transformer.CustomResidualAttentionBlock(32, 2, norm_layer=torch.nn.LayerNorm, **options))
+    model = randomise(
+        open_clip.transformer.CustomResidualAttentionBlock(32, 2, norm_layer=torch.nn.LayerNorm, **options)
+    )
     x, mask = torch.randn(2, 9, 32), torch.full((9, 9), -torch.inf).triu(1) if causal else None
-    check_accelerated(model, lambda m: m(x.to(m.mlp.c_fc.weight.dtype), attn_mask=mask), {"Attention": 1, "Sequential": 1})
+    check_accelerated(
+        model, lambda m: m(x.to(m.mlp.c_fc.weight.dtype), attn_mask=mask), {"Attention": 1, "Sequential": 1}
+    )

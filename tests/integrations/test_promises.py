@@ -40,7 +40,8 @@ def test_identities_in_the_place_of_dropouts(name, when):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_dropouts_that_are_on_in_evaluation(name):
-    """Monte Carlo dropout: ``model.eval()``, then the dropouts alone in training, each in turn, draw or do not as the original's."""
+    """Monte Carlo dropout: ``model.eval()``, then the dropouts alone in training, each in turn, draw or do not as the
+    original's."""
     model, run = fresh(name)
     paths = [path for path, module in model.named_modules() if type(module) is nn.Dropout]
     with torch.no_grad():
@@ -172,7 +173,9 @@ def test_a_report_says_what_came_after():
     assert report.refresh().replaced == report.replaced
     attn = model.layers[0].blocks[0].attn
     handle = attn.register_forward_hook(lambda *_: None)
-    assert [row.note for row in report.refresh().left] == ["a hook watches its attn: the original runs for as long as it does"]
+    assert [row.note for row in report.refresh().left] == [
+        "a hook watches its attn: the original runs for as long as it does"
+    ]
     handle.remove()
     attn.forward = lambda x, mask=None: x
     assert [(row.path, row.note) for row in report.refresh().left] == [
@@ -191,7 +194,9 @@ LAYERS = ["batch norm", "group norm", "convolution", "depthwise"]
 
 @pytest.mark.parametrize(
     ("behind", "batch", "grid"),
-    [(behind, *at) for behind in LAYERS for at in GRIDS if (behind, *at) != ("batch norm", 1, (1, 1))],  # one value per channel
+    [
+        (behind, *at) for behind in LAYERS for at in GRIDS if (behind, *at) != ("batch norm", 1, (1, 1))
+    ],  # one value per channel
     ids=str,
 )
 def test_maps_have_strides_that_torch_reads_rightly(behind, batch, grid):
@@ -229,7 +234,9 @@ def _check_gradients(model, exact, images, target):
         assert float((ours - theirs).abs().max()) < 1e-5 * scale
 
 
-@pytest.mark.parametrize(("batch", "size"), [(1, (32, 32)), (1, (8, 32)), (2, (32, 32)), (2, (8, 32)), (2, (8, 8))], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "size"), [(1, (32, 32)), (1, (8, 32)), (2, (32, 32)), (2, (8, 32)), (2, (8, 8))], ids=str
+)
 def test_maps_of_intermediate_layers_have_such_strides(batch, size):
     config = {"img_size": size, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
     vit = pyvit.create_model("vit_tiny_patch16_224", **config)

@@ -26,7 +26,9 @@ def on(*size):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "init_values": 0.1, "qkv_bias": False}, {"act_layer": "quick_gelu"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"qk_norm": True, "init_values": 0.1, "qkv_bias": False}, {"act_layer": "quick_gelu"}], ids=str
+)
 def test_vit(options, fused):
     model = make("vit_tiny_patch16_224", **VIT, **options)
     for block in model.blocks:
@@ -61,7 +63,8 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_branches_of_one_pass(name, monkeypatch):
-    """With packed weights a block is layer norm to residual in one pass, and nothing that watches or changes it is passed over."""
+    """With packed weights a block is layer norm to residual in one pass, and nothing that watches or changes it is
+    passed over."""
     monkeypatch.setattr(products, "_policy", "pyvit")
     monkeypatch.setattr(products, "_chosen", {})
     model = make(name, **MODELS[name]).eval()
@@ -117,8 +120,19 @@ SMALL = {
     "vit_relpos_small_patch16_224": {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 32},
     "vit_base_patch16_siglip_224": {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 32},
     "vit_base_patch16_rope_224": {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 32},
-    "samvit_base_patch16_224": {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 32, "global_attn_indexes": (1,)},
-    "twins_svt_small": {"img_size": 64, "embed_dims": (16, 32, 32, 32), "num_heads": (2, 4, 4, 4), "depths": (2, 2, 2, 2)},
+    "samvit_base_patch16_224": {
+        "embed_dim": 48,
+        "depth": 2,
+        "num_heads": 3,
+        "img_size": 32,
+        "global_attn_indexes": (1,),
+    },
+    "twins_svt_small": {
+        "img_size": 64,
+        "embed_dims": (16, 32, 32, 32),
+        "num_heads": (2, 4, 4, 4),
+        "depths": (2, 2, 2, 2),
+    },
     "pvt_v2_b0": {},
     "nest_tiny": {},
     "hiera_tiny_224": {"stages": (1, 1, 1, 1)},

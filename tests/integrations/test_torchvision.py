@@ -16,7 +16,9 @@ def on(*size):
 
 
 def test_vit():
-    model = torchvision.models.VisionTransformer(32, 8, num_layers=2, num_heads=3, hidden_dim=48, mlp_dim=96, num_classes=7)
+    model = torchvision.models.VisionTransformer(
+        32, 8, num_layers=2, num_heads=3, hidden_dim=48, mlp_dim=96, num_classes=7
+    )
     check_accelerated(randomise(model), on(32, 32), {"Conv2d": 1, "MultiheadAttention": 2, "MLPBlock": 2})
 
 

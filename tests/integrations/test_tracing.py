@@ -27,7 +27,12 @@ def accelerated(name):
 
 @pytest.mark.parametrize(
     ("name", "trace"),
-    [(name, trace) for name in NAMES for trace in (torch.fx.symbolic_trace, torch.jit.script) if (name, trace) not in UNTRACEABLE],
+    [
+        (name, trace)
+        for name in NAMES
+        for trace in (torch.fx.symbolic_trace, torch.jit.script)
+        if (name, trace) not in UNTRACEABLE
+    ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_symbolic_traces_see_the_original(name, trace):
@@ -57,7 +62,10 @@ def test_feature_extraction():
     [
         ("vit_tiny_patch16_224", {"depth": 2, "num_heads": 2, "out_indices": (0, 1)}),
         ("vit_tiny_patch16_224", {"depth": 2, "num_heads": 2, "out_indices": (0,), "feature_cls": "fx"}),
-        ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "num_heads": (2, 2), "window_size": 4, "out_indices": (0, 1)}),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"depths": (1, 1), "num_heads": (2, 2), "window_size": 4, "out_indices": (0, 1)},
+        ),
     ],
     ids=str,
 )

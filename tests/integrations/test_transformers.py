@@ -18,7 +18,15 @@ transformers = peer("transformers")
 
 TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
 IMAGE = {"image_size": 32, "patch_size": 8}
-SWIN = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 2, "image_size": 32, "num_labels": 7}
+SWIN = {
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 4,
+    "patch_size": 2,
+    "image_size": 32,
+    "num_labels": 7,
+}
 
 
 def make(kind, config, head="ForImageClassification", **extra):
@@ -41,7 +49,9 @@ def test_image_models(kind, attention):
     size = {"mlp_ratio": 2} if "Dino" in kind else {"intermediate_size": 96}
     model = make(kind, {**TINY, **IMAGE, **size, "num_labels": 7}, attn_implementation=attention)
     prefix = "Dinov2WithRegisters" if kind == "Dinov2WithRegisters" else kind
-    check_accelerated(model, lambda m: m(pixels(m, 32, 32)).logits, {"Conv2d": 1, f"{prefix}Attention": 2, f"{prefix}MLP": 2})
+    check_accelerated(
+        model, lambda m: m(pixels(m, 32, 32)).logits, {"Conv2d": 1, f"{prefix}Attention": 2, f"{prefix}MLP": 2}
+    )
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -49,7 +59,11 @@ def test_image_models(kind, attention):
 def test_rotary(size, attention):
     sizes = {**TINY, **IMAGE, "intermediate_size": 96, "num_register_tokens": 2}
     model = make("DINOv3ViT", sizes, head="Model", attn_implementation=attention)
-    check_accelerated(model, lambda m: m(pixels(m, *size)).last_hidden_state, {"Conv2d": 1, "DINOv3ViTAttention": 2, "DINOv3ViTMLP": 2})
+    check_accelerated(
+        model,
+        lambda m: m(pixels(m, *size)).last_hidden_state,
+        {"Conv2d": 1, "DINOv3ViTAttention": 2, "DINOv3ViTMLP": 2},
+    )
     with pyvit.accelerate(model), torch.no_grad():
         compiled = torch.compile(model, fullgraph=True)(pixels(model, *size)).last_hidden_state
         assert relative_error(compiled, model(pixels(model, *size)).last_hidden_state) < 1e-4
@@ -112,7 +126,14 @@ def test_mae():
 
 
 def test_spectrograms():  # overlapping patches
-    sizes = {"intermediate_size": 96, "patch_size": 8, "frequency_stride": 5, "time_stride": 5, "max_length": 40, "num_mel_bins": 24}
+    sizes = {
+        "intermediate_size": 96,
+        "patch_size": 8,
+        "frequency_stride": 5,
+        "time_stride": 5,
+        "max_length": 40,
+        "num_mel_bins": 24,
+    }
     model = make("AST", {**TINY, **sizes, "num_labels": 5}, head="ForAudioClassification")
     sound = torch.randn(2, 40, 24)
     check_accelerated(model, lambda m: m(sound.to(m.dtype)).logits, {"Conv2d": 1, "ASTAttention": 2, "ASTMLP": 2})
@@ -121,7 +142,14 @@ def test_spectrograms():  # overlapping patches
 @pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
 def test_image_and_text(kind):
     sizes = {**TINY, "intermediate_size": 96}
-    text = {**sizes, "vocab_size": 50, "max_position_embeddings": 9, "bos_token_id": 0, "eos_token_id": 49, "pad_token_id": 1}
+    text = {
+        **sizes,
+        "vocab_size": 50,
+        "max_position_embeddings": 9,
+        "bos_token_id": 0,
+        "eos_token_id": 49,
+        "pad_token_id": 1,
+    }
     if kind == "CLIP":
         text["projection_dim"] = 24
     model = make(kind, {"text_config": text, "vision_config": {**sizes, **IMAGE}}, head="Model")
@@ -145,7 +173,10 @@ def test_swin(kind, size):
 
 
 def test_swin_keeps_its_own_rules_for_small_maps():
-    model, small = make("Swin", SWIN), (16, 16)  # 8 x 8 then 4 x 4: the last stage is one window, and stays unshifted after
+    model, small = (
+        make("Swin", SWIN),
+        (16, 16),
+    )  # 8 x 8 then 4 x 4: the last stage is one window, and stays unshifted after
     other = copy.deepcopy(model)
     pyvit.accelerate(model)
     for size in (small, (32, 32)):
@@ -189,7 +220,9 @@ def test_hooks_still_see_what_they_saw():
         handle.remove()
     swin, seen = make("Swin", SWIN), []
     pyvit.accelerate(swin)
-    swin.swin.encoder.layers[0].blocks[1].attention.v_proj.register_forward_hook(lambda *call: seen.append(call[2].shape))
+    swin.swin.encoder.layers[0].blocks[1].attention.v_proj.register_forward_hook(
+        lambda *call: seen.append(call[2].shape)
+    )
     swin(pixels(swin, 32, 32))
     assert seen == [(32, 16, 16)]  # windows
 
@@ -282,4 +315,6 @@ def test_compiles_without_a_break(kind):
 def test_pyvit_alone_imports_no_other_library():
     others = ("transformers", "timm", "torchvision", "open_clip")
     code = f"import sys, pyvit; assert pyvit.accelerate; print([n for n in {others} if n in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

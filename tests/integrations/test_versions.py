@@ -1,4 +1,5 @@
-"""Other versions of the libraries, made up here: classes of known names with other attributes, signatures or code; and strictness."""
+"""Other versions of the libraries, made up here: classes of known names with other attributes, signatures or code; and
+strictness."""
 
 import sys
 import types
@@ -28,7 +29,13 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, dropout_p={drop})
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2))) {after}
 """
-PARTS = {"more": "pass", "arguments": "x, attn_mask=None", "x": "x", "drop": "self.attn_drop.p if self.training else 0.0", "after": ""}
+PARTS = {
+    "more": "pass",
+    "arguments": "x, attn_mask=None",
+    "x": "x",
+    "drop": "self.attn_drop.p if self.training else 0.0",
+    "after": "",
+}
 
 VERSIONS = {
     "as known": ({}, None),

@@ -54,12 +54,15 @@ def test_nt_xent_by_loops():
 
 def test_triplet_is_torchs():
     a, p, n = torch.randn(3, 20, 8)
-    oracle = torch.nn.TripletMarginWithDistanceLoss(distance_function=lambda x, y: -F.cosine_similarity(x, y), margin=0.3)
+    oracle = torch.nn.TripletMarginWithDistanceLoss(
+        distance_function=lambda x, y: -F.cosine_similarity(x, y), margin=0.3
+    )
     torch.testing.assert_close(TripletLoss(0.3)(a, p, n), oracle(a, p, n))
 
 
 def test_dino_by_loops_and_center():
-    """Two global and three local crops; the centre is the running mean of the teacher's scores, and used before it is updated."""
+    """Two global and three local crops; the centre is the running mean of the teacher's scores, and used before it is
+    updated."""
     loss = DINOLoss(prototypes=12, momentum=0.9)
     loss.center.copy_(torch.randn(12))
     start = loss.center.clone()
@@ -79,13 +82,19 @@ def test_dino_by_loops_and_center():
 
 
 def test_dino_with_prototypes_is_dino_of_scores():
-    student, teacher, weights = torch.randn(4, 6, 5, requires_grad=True), torch.randn(2, 6, 5), torch.randn(30, 5, requires_grad=True)
+    student, teacher, weights = (
+        torch.randn(4, 6, 5, requires_grad=True),
+        torch.randn(2, 6, 5),
+        torch.randn(30, 5, requires_grad=True),
+    )
     for centering in ("centering", "sinkhorn_knopp"):
         fused, plain = DINOLoss(30, centering=centering), DINOLoss(30, centering=centering)
         x = fused(student, teacher, 0.07, student_prototypes=weights, teacher_prototypes=weights)
         y = plain(student @ weights.t(), teacher @ weights.detach().t(), 0.07)
         torch.testing.assert_close(x, y)
-        torch.testing.assert_close(torch.autograd.grad(x, (student, weights)), torch.autograd.grad(y, (student, weights)))
+        torch.testing.assert_close(
+            torch.autograd.grad(x, (student, weights)), torch.autograd.grad(y, (student, weights))
+        )
         torch.testing.assert_close(fused.center, plain.center)
 
 
@@ -138,7 +147,8 @@ def test_bad_settings():
 
 
 def test_a_scale_above_its_bound_comes_back():
-    """The parameter is set back and keeps its gradient, as after a step of the paper's training; SigLIP's has no bound."""
+    """The parameter is set back and keeps its gradient, as after a step of the paper's training; SigLIP's has no
+    bound."""
     a, b = torch.randn(6, 4), torch.randn(6, 4)
     loss = CLIPLoss(max_scale=50.0)
     loss.logit_scale.data.fill_(5.0)
@@ -152,7 +162,10 @@ def test_a_scale_above_its_bound_comes_back():
 
 @pytest.mark.parametrize("loss", [CLIPLoss(), SigLIPLoss(), NTXentLoss()], ids=lambda loss: type(loss).__name__)
 def test_a_pair_alone_has_no_negatives(loss):
-    with pytest.raises(ValueError, match=rf"{type(loss).__name__}: the batch must have at least 2 pairs over all ranks.*got 1 .*drop_last"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{type(loss).__name__}: the batch must have at least 2 pairs over all ranks.*got 1 .*drop_last",
+    ):
         loss(torch.randn(1, 4), torch.randn(1, 4))
 
 

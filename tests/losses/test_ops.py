@@ -45,7 +45,10 @@ def inputs(op: str, n: int, d: int, dtype: torch.dtype = torch.float32, device: 
     found = {name: (F.normalize(torch.randn(n, d, device=device), dim=1) * size).to(dtype) for name in names}
     return {
         **found,
-        **{k: torch.tensor(v, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32) for k, v in scalars.items()},
+        **{
+            k: torch.tensor(v, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+            for k, v in scalars.items()
+        },
     }
 
 
@@ -53,7 +56,13 @@ def inputs(op: str, n: int, d: int, dtype: torch.dtype = torch.float32, device: 
 @pytest.mark.parametrize(("op", "where"), SERVED, ids=lambda v: str(v))
 def test_against_reference(op, where, n):
     for d in (1, 24) if n > 2 else (24,):  # two unit vectors of one dimension may coincide: no gradient but rounding
-        check_op(PAIRWISE[op][0], inputs(op, n, d, where.dtype, where.device), backend=where.backend, scores=8.0, name=f"{op} n={n} d={d}")
+        check_op(
+            PAIRWISE[op][0],
+            inputs(op, n, d, where.dtype, where.device),
+            backend=where.backend,
+            scores=8.0,
+            name=f"{op} n={n} d={d}",
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -198,7 +207,9 @@ def test_distillation_stores_no_probabilities():
     n, c, k = 64, 4, 70000
     student, weights = torch.randn(2, n, c, requires_grad=True), torch.randn(k, c, requires_grad=True)
     with Largest() as fused:
-        distillation_cross_entropy(student, student, 0.1, 0.05, student_prototypes=weights, teacher_prototypes=weights).backward()
+        distillation_cross_entropy(
+            student, student, 0.1, 0.05, student_prototypes=weights, teacher_prototypes=weights
+        ).backward()
     assert fused.numel <= 1 << 21
     assert fused.numel < n * k
 
@@ -215,7 +226,14 @@ def test_distillation_against_reference(dtype, s, t, n, k):
         fixed = features[1].to(student.dtype), prototypes[1].to(student.dtype)
         options = {"center": center.to(student.dtype) if student.dtype == torch.float64 else center, "weights": weights}
         return distillation_cross_entropy(
-            student, fixed[0], 0.1, 0.07, student_prototypes=student_prototypes, teacher_prototypes=fixed[1], backend=backend, **options
+            student,
+            fixed[0],
+            0.1,
+            0.07,
+            student_prototypes=student_prototypes,
+            teacher_prototypes=fixed[1],
+            backend=backend,
+            **options,
         )
 
     check_op(op, {"student": features[0], "student_prototypes": prototypes[0]}, backend="cpu", scores=20.0)
@@ -224,7 +242,12 @@ def test_distillation_against_reference(dtype, s, t, n, k):
         teacher = (features[1].double() @ prototypes[1].double().t()).to(student.dtype)
         return distillation_cross_entropy(student, teacher, 0.1, 0.07, weights=weights, backend=backend)
 
-    check_op(from_logits, {"student": (features[0].double() @ prototypes[0].double().t()).to(dtype)}, backend="cpu", scores=20.0)
+    check_op(
+        from_logits,
+        {"student": (features[0].double() @ prototypes[0].double().t()).to(dtype)},
+        backend="cpu",
+        scores=20.0,
+    )
 
 
 def test_distillation_is_cross_entropy():
@@ -326,7 +349,10 @@ X = torch.randn(4, 3)
             lambda: distillation_cross_entropy(X, X, 0.1, 0.1, student_prototypes=torch.randn(5, 3)),
             "teacher must be scored on the student's 5",
         ),
-        (lambda: distillation_cross_entropy(X, X, 0.1, 0.1, student_prototypes=torch.randn(5, 2)), "student_prototypes must be of shape"),
+        (
+            lambda: distillation_cross_entropy(X, X, 0.1, 0.1, student_prototypes=torch.randn(5, 2)),
+            "student_prototypes must be of shape",
+        ),
         (lambda: distillation_cross_entropy(X, X, 0.1, 0.1, weights=torch.ones(2)), "weights must be broadcastable"),
         (lambda: koleo(X[:0]), "x must be of at least one row"),
         (lambda: koleo(X, eps=-1.0), "eps must be at least 0"),

@@ -56,7 +56,9 @@ def worker(rank: int, world: int, folder: str) -> None:
             else:
                 dist.all_reduce(got)
                 got = got / world
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6, msg=lambda m, name=name, key=key: f"{name} {key}: {m}")
+            torch.testing.assert_close(
+                got, want, rtol=1e-4, atol=1e-6, msg=lambda m, name=name, key=key: f"{name} {key}: {m}"
+            )
     scores = torch.randn(N, 7, generator=torch.Generator().manual_seed(5))
     torch.testing.assert_close(sinkhorn_knopp(scores[own], 0.2, group=group), sinkhorn_knopp(scores, 0.2)[own])
     with pytest.raises(ValueError, match="a must be of the same number of rows on every rank"):

@@ -1,4 +1,5 @@
-"""The library's passes over a tile of scores: against float64, against torch's operators, and at what a loss may meet."""
+"""The library's passes over a tile of scores: against float64, against torch's operators, and at what a loss may
+meet."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from pyvit.ops.loss_tiles import LogSumExp
 from pyvit.testing import compare
 
 SHAPES = [(1, 1), (3, 5), (16, 64), (17, 67), (130, 33), (40, 512)]
-needs_library = pytest.mark.skipif(library.problem() is not None, reason="without the library torch's operators make the passes")
+needs_library = pytest.mark.skipif(
+    library.problem() is not None, reason="without the library torch's operators make the passes"
+)
 
 
 @pytest.fixture(params=["library", "torch"])

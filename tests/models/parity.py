@@ -21,7 +21,9 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
             one = p.dim() == 1 and name.endswith("weight")  # norms
-            if p.dim() == 4 and name.endswith("weight"):  # convolutions: maps that stay of size one, or the attention after them is one-hot
+            if p.dim() == 4 and name.endswith(
+                "weight"
+            ):  # convolutions: maps that stay of size one, or the attention after them is one-hot
                 p.copy_((2 / p[0].numel()) ** 0.5 * noise)
                 continue
             p.copy_(1.0 + 0.1 * noise if one else (0.2 if "token" in name or "position" in name else 0.15) * noise)
@@ -55,9 +57,10 @@ def check_parity(
 ) -> Parity:
     """Outputs, computed from the same weights, and all gradients agree to ``rtol`` of the largest value.
 
-    A gradient's error is over its own largest value, or over a thousandth of the largest of all gradients where that is more. ``also``
-    are further outputs, ours and theirs. ``translate`` gives their gradients our names; without it the checkpoint loader does. Returns
-    both errors, and adds them to the file that ``PYVIT_PARITY`` names (see parity_table.py).
+    A gradient's error is over its own largest value, or over a thousandth of the largest of all gradients where that is
+    more. ``also`` are further outputs, ours and theirs. ``translate`` gives their gradients our names; without it the
+    checkpoint loader does. Returns both errors, and adds them to the file that ``PYVIT_PARITY`` names (see
+    parity_table.py).
     """
     outputs = [relative_error(a, b) for a, b in ((our_out, their_out), *also)]
     assert all(error < rtol for error in outputs), f"outputs differ by {outputs}"
@@ -78,7 +81,9 @@ def check_parity(
             continue
         assert p.grad is not None, f"{name} has no gradient here"
         difference, largest = (float(g.abs().max()) for g in (p.grad - expected[name].view_as(p), expected[name]))
-        assert p.dim() < 2 or largest > rtol * 1e-3 * scale, f"gradient of {name} is so small that none would pass for it"
+        assert p.dim() < 2 or largest > rtol * 1e-3 * scale, (
+            f"gradient of {name} is so small that none would pass for it"
+        )
         errors[name] = difference / max(largest, 1e-3 * scale)
         assert errors[name] < rtol, f"gradient of {name} differs by {errors[name]:.2e}"
     assert len(errors) == len(expected)
@@ -102,8 +107,11 @@ def _record(ours: nn.Module, theirs: nn.Module, parity: Parity) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def check_both_precisions(ours: nn.Module, theirs: nn.Module, *inputs: Tensor, translate: Callable[[Gradients], Gradients]) -> Parity:
-    """Outputs in float32, which runs on the kernels, then :func:`check_parity` in float64, which runs on the reference formulas.
+def check_both_precisions(
+    ours: nn.Module, theirs: nn.Module, *inputs: Tensor, translate: Callable[[Gradients], Gradients]
+) -> Parity:
+    """Outputs in float32, which runs on the kernels, then :func:`check_parity` in float64, which runs on the reference
+    formulas.
 
     For models with ReLU: in float32 a value that rounds to the other side of its zero is another gradient.
     """
@@ -117,7 +125,8 @@ def check_both_precisions(ours: nn.Module, theirs: nn.Module, *inputs: Tensor, t
 
 
 def check_same_names(ours: nn.Module, theirs: nn.Module, *inputs: Tensor, relu: bool = True) -> Parity:
-    """Models whose parameters have the same names: random weights of ours go to theirs by name, buffers too; ``relu``: they have one."""
+    """Models whose parameters have the same names: random weights of ours go to theirs by name, buffers too; ``relu``:
+    they have one."""
     randomise(ours)
     with torch.no_grad():
         for name, buffer in ours.named_buffers():

@@ -1,4 +1,5 @@
-"""``python -m tests.models.parity_table``: runs the parity tests and writes the errors that they find into docs/models.md.
+"""``python -m tests.models.parity_table``: runs the parity tests and writes the errors that they find into
+docs/models.md.
 
 Needs transformers, timm, open_clip and torchvision; a test that fails or is skipped leaves the table as it was.
 """
@@ -67,7 +68,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder, "parity.jsonl")
         os.environ["PYVIT_PARITY"] = str(record)
-        code = pytest.main(["-q", "-k", "test_parity or test_vitdet", "--rootdir", str(ROOT), str(ROOT / "tests/models")], plugins=[skips])
+        code = pytest.main(
+            ["-q", "-k", "test_parity or test_vitdet", "--rootdir", str(ROOT), str(ROOT / "tests/models")],
+            plugins=[skips],
+        )
         if code or skips.reasons:
             print("docs/models.md is left as it was:", *skips.reasons or ["tests failed"], sep="\n", file=sys.stderr)
             return 1

@@ -1,4 +1,5 @@
-"""Weights of another grid, window, patch, number of channels or length of text: resampled from what the file has, or refused."""
+"""Weights of another grid, window, patch, number of channels or length of text: resampled from what the file has, or
+refused."""
 
 from __future__ import annotations
 
@@ -18,7 +19,16 @@ from tests.peers import peer
 
 VIT = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8, "num_classes": 3}
 SWIN = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "img_size": 64, "num_classes": 3}
-CLIP = {"width": 32, "depth": 1, "num_heads": 2, "patch_size": 8, "text_width": 24, "text_depth": 1, "text_heads": 2, "vocab_size": 20}
+CLIP = {
+    "width": 32,
+    "depth": 1,
+    "num_heads": 2,
+    "patch_size": 8,
+    "text_width": 24,
+    "text_depth": 1,
+    "text_heads": 2,
+    "vocab_size": 20,
+}
 
 
 def vit(name="vit_small_patch16_224", **more):
@@ -47,7 +57,8 @@ def saved(model, form, path):
 
 @pytest.mark.parametrize("form", ["state dict", "file", "run"])
 @pytest.mark.parametrize(
-    ("old", "new"), [((4, 4), (2, 8)), ((2, 8), (4, 4)), ((2, 8), (8, 2)), ((2, 8), (2, 8)), ((2, 6), (3, 4)), ((2, 6), (4, 4))]
+    ("old", "new"),
+    [((4, 4), (2, 8)), ((2, 8), (4, 4)), ((2, 8), (8, 2)), ((2, 8), (2, 8)), ((2, 6), (3, 4)), ((2, 6), (4, 4))],
 )
 def test_positions_come_from_the_grid_of_the_file(old, new, form, tmp_path):
     a, b = (vit(img_size=(8 * grid[0], 8 * grid[1])) for grid in (old, new))
@@ -60,7 +71,9 @@ def test_positions_come_from_the_grid_of_the_file(old, new, form, tmp_path):
 def test_positions_of_a_grid_that_nothing_names():
     a, b = dict(vit(img_size=32).state_dict()), vit(img_size=(16, 64))
     before = b.pos_embed.clone()
-    with pytest.raises(CheckpointError, match=r"pos_embed of 16 patches: the file does not say whether they are 4x4 or 2x8; give grid="):
+    with pytest.raises(
+        CheckpointError, match=r"pos_embed of 16 patches: the file does not say whether they are 4x4 or 2x8; give grid="
+    ):
         load_checkpoint(b, a)
     assert torch.equal(b.pos_embed, before)
     load_checkpoint(b, a, grid=(2, 8))
@@ -79,9 +92,12 @@ def test_a_configuration_names_the_grid(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     a, b = vit(img_size=(16, 64)), vit(img_size=32)
     safetensors.save_file(
-        {k: v.contiguous() for k, v in from_native(a.state_dict(), "transformers ViT").items()}, tmp_path / "model.safetensors"
+        {k: v.contiguous() for k, v in from_native(a.state_dict(), "transformers ViT").items()},
+        tmp_path / "model.safetensors",
     )
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "image_size": [16, 64], "num_attention_heads": 2}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "vit", "image_size": [16, 64], "num_attention_heads": 2})
+    )
     assert load_checkpoint(b, tmp_path).adapted == ["pos_embed 2x8 -> 4x4"]
     assert torch.allclose(patches(b), resample_positions(patches(a), (2, 8), (4, 4)), atol=1e-6)
 
@@ -95,9 +111,14 @@ def test_spectrograms_of_another_length(frames):
     assert torch.equal(a.pos_embed[:, :2], b.pos_embed[:, :2])
 
 
-@pytest.mark.parametrize(("old", "new"), [((4, 4), (2, 9)), ((3, 3), (2, 4)), ((2, 4), (4, 2)), ((2, 4), (2, 4)), ((3, 3), (4, 4))])
+@pytest.mark.parametrize(
+    ("old", "new"), [((4, 4), (2, 9)), ((3, 3), (2, 4)), ((2, 4), (4, 2)), ((2, 4), (2, 4)), ((3, 3), (4, 4))]
+)
 def test_windows_come_from_the_window_of_the_file(old, new):
-    a, b = (pyvit.create_model("swin_tiny_patch4_window7_224", **{**SWIN, "window_size": window, "img_size": 128}) for window in (old, new))
+    a, b = (
+        pyvit.create_model("swin_tiny_patch4_window7_224", **{**SWIN, "window_size": window, "img_size": 128})
+        for window in (old, new)
+    )
     load_checkpoint(b, a.state_dict())
     spans = [tuple(2 * w - 1 for w in m.layers[0].blocks[0].attn.window_size) for m in (a, b)]
     tables = [m.layers[0].blocks[0].attn.relative_position_bias_table.detach() for m in (a, b)]
@@ -105,7 +126,10 @@ def test_windows_come_from_the_window_of_the_file(old, new):
 
 
 def test_windows_that_nothing_names():
-    a, b = (pyvit.create_model("swin_tiny_patch4_window7_224", **{**SWIN, "window_size": w, "img_size": 256}) for w in ((2, 5), (2, 5)))
+    a, b = (
+        pyvit.create_model("swin_tiny_patch4_window7_224", **{**SWIN, "window_size": w, "img_size": 256})
+        for w in ((2, 5), (2, 5))
+    )
     state = dict(a.state_dict())  # 3 * 9 = 27 rows: no square
     assert not load_checkpoint(b, state).adapted
 
@@ -123,7 +147,8 @@ def test_swin_v2s_window_at_pre_training():
 
 @pytest.mark.parametrize("registers", [0, 2])
 @pytest.mark.parametrize(
-    ("old", "new"), [("cls", "cls"), ("distilled", "cls"), ("cls", "no_embed"), ("no_embed", "cls"), ("distilled", "distilled")]
+    ("old", "new"),
+    [("cls", "cls"), ("distilled", "cls"), ("cls", "no_embed"), ("no_embed", "cls"), ("distilled", "distilled")],
 )
 def test_prefix_tokens(old, new, registers):
     kinds = {"cls": {}, "distilled": {"dist_token": True}, "no_embed": {"no_embed_class": True}}
@@ -131,14 +156,21 @@ def test_prefix_tokens(old, new, registers):
     b = vit(img_size=48, reg_tokens=registers, num_classes=0, **kinds[new])
     report = load_checkpoint(b, a.state_dict())
     assert torch.allclose(patches(b), resample_positions(patches(a), (4, 4), (6, 6)), atol=1e-6)
-    assert torch.allclose(b.prefix(b.positions((6, 6))[1])[0], a.prefix(a.positions((4, 4))[1])[0])  # the class token with its position
+    assert torch.allclose(
+        b.prefix(b.positions((6, 6))[1])[0], a.prefix(a.positions((4, 4))[1])[0]
+    )  # the class token with its position
     if (old, new) == ("distilled", "cls"):
         assert report.unused == ["dist_token"]
         assert "positions of 1 more prefix token left out" in report.adapted[0]
 
 
 @pytest.mark.parametrize(
-    ("more", "key"), [({"reg_tokens": 4}, "reg_token"), ({"init_values": 0.5}, "blocks.0.ls1.gamma"), ({"dist_token": True}, "dist_token")]
+    ("more", "key"),
+    [
+        ({"reg_tokens": 4}, "reg_token"),
+        ({"init_values": 0.5}, "blocks.0.ls1.gamma"),
+        ({"dist_token": True}, "dist_token"),
+    ],
 )
 def test_tokens_and_scales_of_one_side_alone_are_refused(more, key):
     a, b = vit(img_size=32), vit(img_size=32, **more)
@@ -170,7 +202,10 @@ def test_channels(old, new):
         assert torch.allclose(before, after, atol=1e-4)
     for name in ("vit_small_patch16_224", "vit_base_conv_s16_224", "resnet18", "swin_tiny_patch4_window7_224"):
         if {old, new} == {1, 3}:
-            more = {"vit_base_conv_s16_224": {**VIT, "patch_size": 1, "conv_channels": (8, 16), "img_size": 32}, "resnet18": {"width": 8}}
+            more = {
+                "vit_base_conv_s16_224": {**VIT, "patch_size": 1, "conv_channels": (8, 16), "img_size": 32},
+                "resnet18": {"width": 8},
+            }
             settings = more.get(name, {**VIT, "img_size": 32} if name.startswith("vit") else {**SWIN, "window_size": 4})
             a, b = (pyvit.create_model(name, **settings, in_chans=n).eval() for n in (old, new))
             report = load_checkpoint(b, a.state_dict())
@@ -205,9 +240,17 @@ def test_another_patch_size():
 
 def test_the_decoder_of_an_autoencoder():
     make = lambda size: pyvit.create_model(  # noqa: E731
-        "mae_vit_base_patch16_224", **{**VIT, "num_classes": 0}, img_size=size, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2
+        "mae_vit_base_patch16_224",
+        **{**VIT, "num_classes": 0},
+        img_size=size,
+        decoder_embed_dim=16,
+        decoder_depth=1,
+        decoder_num_heads=2,
     )
-    assert load_checkpoint(make(48), make(32).state_dict()).adapted == ["pos_embed 4x4 -> 6x6", "decoder_pos_embed 4x4 -> 6x6"]
+    assert load_checkpoint(make(48), make(32).state_dict()).adapted == [
+        "pos_embed 4x4 -> 6x6",
+        "decoder_pos_embed 4x4 -> 6x6",
+    ]
 
 
 def test_a_detectors_relative_positions():
@@ -237,7 +280,9 @@ def test_a_residual_clips_map():
         vocab_size=20,
         img_size=size,
     )
-    assert load_checkpoint(make(96), make(64).state_dict()).adapted == ["visual.attnpool.positional_embedding 2x2 -> 3x3"]
+    assert load_checkpoint(make(96), make(64).state_dict()).adapted == [
+        "visual.attnpool.positional_embedding 2x2 -> 3x3"
+    ]
 
 
 def test_texts_of_another_length():
@@ -270,7 +315,11 @@ def test_openais_activation():
     gelu = pyvit.create_model("clip_vit_base_patch32_224", **CLIP, img_size=32, context_length=8, activation="gelu")
     state = from_native(clip.state_dict(), "OpenAI CLIP")
     assert "the file does not say whether its activation is quick_gelu" in load_checkpoint(gelu, state).notes[0]
-    state |= {"input_resolution": torch.tensor(32), "context_length": torch.tensor(8), "vocab_size": torch.tensor(20)}  # OpenAI's archives
+    state |= {
+        "input_resolution": torch.tensor(32),
+        "context_length": torch.tensor(8),
+        "vocab_size": torch.tensor(20),
+    }  # OpenAI's archives
     with pytest.raises(CheckpointError, match=r"activation 'quick_gelu' in the file, 'gelu' in the model"):
         load_checkpoint(gelu, state)
     assert not load_checkpoint(clip, state).notes

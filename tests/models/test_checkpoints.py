@@ -10,10 +10,34 @@ from pyvit.models.checkpoints import CheckpointError, from_native, load_checkpoi
 from pyvit.models.infer import model_from_checkpoint
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
-SWIN = {"img_size": 64, "embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "window_size": 2, "num_classes": 5}
-CLIP = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "width": 32, "depth": 2, "num_heads": 2, "vocab_size": 20, "context_length": 8}
+SWIN = {
+    "img_size": 64,
+    "embed_dim": 16,
+    "depths": (1, 1, 2, 1),
+    "num_heads": (1, 2, 4, 8),
+    "window_size": 2,
+    "num_classes": 5,
+}
+CLIP = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 16,
+    "width": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "vocab_size": 20,
+    "context_length": 8,
+}
 CLIP |= {"text_width": 24, "text_depth": 1, "text_heads": 2}
-SIGLIP = {"img_size": 32, "patch_size": 8, "width": 32, "depth": 1, "num_heads": 2, "vocab_size": 20, "context_length": 8}
+SIGLIP = {
+    "img_size": 32,
+    "patch_size": 8,
+    "width": 32,
+    "depth": 1,
+    "num_heads": 2,
+    "vocab_size": 20,
+    "context_length": 8,
+}
 
 
 def vit(**more):
@@ -61,7 +85,9 @@ def test_round_trip(layout):
     report = load_checkpoint(target, foreign)
     assert not report.missing
     assert not report.unexpected
-    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
+    )
 
 
 # Keys with shapes of one block (and of everything outside the blocks) as the libraries write them.
@@ -165,7 +191,9 @@ RECORDED = {
 @pytest.mark.parametrize("layout", RECORDED)
 def test_recorded_keys(layout):
     make, keys = RECORDED[layout]
-    state = {k.replace("{i}", str(i)): torch.randn(shape) for k, shape in keys.items() for i in range(2 if "{i}" in k else 1)}
+    state = {
+        k.replace("{i}", str(i)): torch.randn(shape) for k, shape in keys.items() for i in range(2 if "{i}" in k else 1)
+    }
     model = make()
     report = load_checkpoint(model, state)
     assert report.format == layout
@@ -175,10 +203,18 @@ def test_recorded_keys(layout):
 
 def test_torchvision_swin_keys():
     state = from_native(swin().state_dict(), "torchvision Swin")
-    assert {"features.0.0.weight", "features.0.2.bias", "features.1.0.attn.qkv.weight", "features.2.reduction.weight"} <= set(state)
-    assert {"features.5.1.mlp.3.bias", "features.6.norm.weight", "features.7.0.attn.relative_position_bias_table", "head.weight"} <= set(
-        state
-    )
+    assert {
+        "features.0.0.weight",
+        "features.0.2.bias",
+        "features.1.0.attn.qkv.weight",
+        "features.2.reduction.weight",
+    } <= set(state)
+    assert {
+        "features.5.1.mlp.3.bias",
+        "features.6.norm.weight",
+        "features.7.0.attn.relative_position_bias_table",
+        "head.weight",
+    } <= set(state)
     state["features.1.0.attn.relative_position_index"] = torch.zeros(16, dtype=torch.long)
     report = load_checkpoint(swin(), state)
     assert report.unused == ["features.1.0.attn.relative_position_index"]
@@ -208,7 +244,9 @@ def test_chunked_dinov2_in_wrappers(tmp_path):
 
 def test_gated_mlps_are_written_under_their_own_names():
     state = dinov2(activation="swiglu").state_dict()
-    assert "encoder.layer.0.mlp.weights_in.weight" in {k.removeprefix("dinov2.") for k in from_native(state, "transformers<5 DINOv2")}
+    assert "encoder.layer.0.mlp.weights_in.weight" in {
+        k.removeprefix("dinov2.") for k in from_native(state, "transformers<5 DINOv2")
+    }
     assert "dinov2.encoder.layer.1.mlp.gate_proj.bias" in from_native(state, "transformers DINOv2")
     written = from_native(state, "facebookresearch DINOv2")
     assert "blocks.0.mlp.w12.weight" in written
@@ -260,7 +298,11 @@ def test_what_does_not_fit_is_reported_and_nothing_is_loaded():
 
 def test_mae_encoder_loads_into_a_vit():
     mae = pyvit.create_model(
-        "mae_vit_base_patch16_224", **{**VIT, "num_classes": 0}, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2
+        "mae_vit_base_patch16_224",
+        **{**VIT, "num_classes": 0},
+        decoder_embed_dim=32,
+        decoder_depth=1,
+        decoder_num_heads=2,
     )
     report = load_checkpoint(vit(num_classes=0), {"model": mae.state_dict()})
     assert all(k.startswith(("decoder", "mask_token")) for k in report.unused)
@@ -318,7 +360,15 @@ def test_a_bag_of_words_is_inferred():
 
 @pytest.mark.parametrize("trained", [None, (3, 3)])
 def test_swin_v2s_windows_are_inferred_from_buffers(trained):
-    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4, "num_classes": 5}
+    sizes = {
+        "img_size": 32,
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depths": (2, 2),
+        "num_heads": (1, 2),
+        "window_size": 4,
+        "num_classes": 5,
+    }
     source = pyvit.create_model("swinv2_tiny_window8_256", **sizes, pretrained_window_sizes=trained).eval()
     state = source.state_dict()
     with pytest.raises(ValueError, match="give window_size"):
@@ -351,11 +401,13 @@ def test_unknown_model_is_refused():
 
 
 def test_training_scripts_checkpoints(tmp_path):
-    """As DINO saves them: both networks, wrapped, beside arguments and the optimizer; the teacher is the one to load."""
+    """As DINO saves them: both networks, wrapped, beside arguments and the optimizer; the teacher is the one to
+    load."""
     student, teacher = vit(num_classes=0), vit(num_classes=0)
     head = {"head.mlp.0.weight": torch.zeros(3, 3), "head.last_layer.weight_g": torch.zeros(3, 1)}
     saved = {
-        "student": {f"module.backbone.{k}": v for k, v in student.state_dict().items()} | {f"module.{k}": v for k, v in head.items()},
+        "student": {f"module.backbone.{k}": v for k, v in student.state_dict().items()}
+        | {f"module.{k}": v for k, v in head.items()},
         "teacher": {f"backbone.{k}": v for k, v in teacher.state_dict().items()} | head,
         "optimizer": {"state": {0: {"step": 3}}},
         "args": argparse.Namespace(lr=1.0),
@@ -369,7 +421,8 @@ def test_training_scripts_checkpoints(tmp_path):
 
 
 def test_own_checkpoints_of_nested_models():
-    """ "encoder.", "teacher." and "backbone." are wrappers' prefixes for a ViT and names of its own for the models around it."""
+    """ "encoder.", "teacher." and "backbone." are wrappers' prefixes for a ViT and names of its own for the models
+    around it."""
     small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
     for name, more in {
         "dino_vit_tiny_patch16_224": {"prototypes": 16, "head_hidden": 16, "bottleneck": 8},
@@ -377,7 +430,9 @@ def test_own_checkpoints_of_nested_models():
     }.items():
         source, target = (pyvit.create_model(name, **small, **more) for _ in range(2))
         load_checkpoint(target, source.state_dict())
-        assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
+        )
         backbone = vit(num_classes=0, depth=1)
         load_checkpoint(backbone, source.state_dict())
         wanted = source.teacher.backbone if name.startswith("dino") else source.encoder

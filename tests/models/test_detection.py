@@ -60,7 +60,9 @@ def test_pyramid(name):
 def test_mask_rcnn_step(name, monkeypatch):
     vision = torchvision()
     detection = importlib.import_module("torchvision.models.detection")
-    if not vision.extension._has_ops():  # its Python asks for its compiled library, and would take the operator that is there
+    if (
+        not vision.extension._has_ops()
+    ):  # its Python asks for its compiled library, and would take the operator that is there
         monkeypatch.setattr("torchvision.ops.boxes._assert_has_ops", lambda: None)
     swin = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
     backbone = pyvit.create_model(name, out_channels=32, **(BODY | {"img_size": 64} if "vitdet" in name else swin))

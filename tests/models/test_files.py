@@ -1,4 +1,5 @@
-"""Files and folders of weights as people have them: read without running code in them, or refused in one line with name and reason."""
+"""Files and folders of weights as people have them: read without running code in them, or refused in one line with name
+and reason."""
 
 from __future__ import annotations
 
@@ -213,12 +214,21 @@ def folder_of(path, state, config, form):
         names = sorted(state)
         places = {k: f"model-{i % 2}.safetensors" for i, k in enumerate(names)}
         for i in range(2):
-            safetensors.save_file({k: state[k] for k in names if places[k] == f"model-{i}.safetensors"}, path / f"model-{i}.safetensors")
+            safetensors.save_file(
+                {k: state[k] for k in names if places[k] == f"model-{i}.safetensors"}, path / f"model-{i}.safetensors"
+            )
         (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return path
 
 
-HF = {"model_type": "vit", "num_attention_heads": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "image_size": 32, "patch_size": 8}
+HF = {
+    "model_type": "vit",
+    "num_attention_heads": 2,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "image_size": 32,
+    "patch_size": 8,
+}
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin", "shards"])
@@ -232,7 +242,9 @@ def test_folders_of_transformers(form, tmp_path):
     if form == "shards":
         load_checkpoint(model, folder / "model.safetensors.index.json")
         (folder / "model-1.safetensors").unlink()
-        with pytest.raises(FileNotFoundError, match=r"index\.json names model-1\.safetensors, which is not in its folder"):
+        with pytest.raises(
+            FileNotFoundError, match=r"index\.json names model-1\.safetensors, which is not in its folder"
+        ):
             load_checkpoint(model, folder)
 
 
@@ -291,17 +303,34 @@ def test_suffixes_do_not_decide(tmp_path):
 def test_configurations_of_timm_and_open_clip(tmp_path):
     """timm names the architecture and the image, open_clip the heads and the activation."""
     source = vit(img_size=(16, 64))
-    config = {"architecture": "vit_small_patch16_224", "pretrained_cfg": {"input_size": [3, 16, 64]}, "model_args": {"num_heads": 2}}
+    config = {
+        "architecture": "vit_small_patch16_224",
+        "pretrained_cfg": {"input_size": [3, 16, 64]},
+        "model_args": {"num_heads": 2},
+    }
     folder = folder_of(tmp_path / "timm", source.state_dict(), config, "safetensors")
     assert load_checkpoint(vit(), folder).adapted == ["pos_embed 2x8 -> 4x4"]
     del config["model_args"]
     (folder / "config.json").write_text(json.dumps(config))  # the architecture's own 6 heads
     with pytest.raises(ValueError, match=r"num_heads 6 in the file, 2 in the model"):
         load_checkpoint(vit(), folder)
-    towers = {"img_size": 32, "patch_size": 8, "width": 64, "depth": 1, "num_heads": 1, "text_width": 24, "text_depth": 1, "text_heads": 2}
-    make = lambda **more: pyvit.create_model("clip_vit_base_patch32_224", **{**towers, **more}, vocab_size=20, context_length=8)  # noqa: E731
+    towers = {
+        "img_size": 32,
+        "patch_size": 8,
+        "width": 64,
+        "depth": 1,
+        "num_heads": 1,
+        "text_width": 24,
+        "text_depth": 1,
+        "text_heads": 2,
+    }
+    make = lambda **more: pyvit.create_model(
+        "clip_vit_base_patch32_224", **{**towers, **more}, vocab_size=20, context_length=8
+    )
     text = {"context_length": 8, "vocab_size": 20, "width": 24, "heads": 2, "layers": 1}
-    named = {"model_cfg": {"vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8}, "text_cfg": text}}
+    named = {
+        "model_cfg": {"vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8}, "text_cfg": text}
+    }
     path = tmp_path / "open_clip"
     path.mkdir()
     torch.save(from_native(make().state_dict(), "OpenAI CLIP"), path / "open_clip_pytorch_model.bin")

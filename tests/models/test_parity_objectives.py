@@ -19,7 +19,12 @@ OURS = {"embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 2.0}
 def _mae(norm_pix):
     decoder = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
     config = transformers.ViTMAEConfig(
-        **TINY, image_size=32, patch_size=8, norm_pix_loss=norm_pix, layer_norm_eps=1e-6, **{f"decoder_{k}": v for k, v in decoder.items()}
+        **TINY,
+        image_size=32,
+        patch_size=8,
+        norm_pix_loss=norm_pix,
+        layer_norm_eps=1e-6,
+        **{f"decoder_{k}": v for k, v in decoder.items()},
     )
     theirs = randomise(transformers.ViTMAEForPreTraining(config))
     ours = pyvit.create_model(
@@ -66,7 +71,16 @@ def test_mae_reconstruction_paints_hidden_patches_alone():
     assert (painted[hidden] != images[hidden]).float().mean() > 0.99
 
 
-COMMON = {"img_size": 32, "patch_size": 8, "width": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 2.0, "vocab_size": 50, "context_length": 9}
+COMMON = {
+    "img_size": 32,
+    "patch_size": 8,
+    "width": 48,
+    "depth": 2,
+    "num_heads": 3,
+    "mlp_ratio": 2.0,
+    "vocab_size": 50,
+    "context_length": 9,
+}
 COMMON["interpolate_antialias"] = False
 
 
@@ -111,9 +125,17 @@ def test_deit_distilled():
 
 
 def test_ast():
-    config = transformers.ASTConfig(**TINY, num_mel_bins=26, max_length=60, patch_size=8, frequency_stride=5, time_stride=5, num_labels=6)
+    config = transformers.ASTConfig(
+        **TINY, num_mel_bins=26, max_length=60, patch_size=8, frequency_stride=5, time_stride=5, num_labels=6
+    )
     theirs = randomise(transformers.ASTForAudioClassification(config))
-    settings = {"img_size": (26, 60), "patch_size": 8, "patch_stride": 5, "num_classes": 6, "norm_eps": config.layer_norm_eps}
+    settings = {
+        "img_size": (26, 60),
+        "patch_size": 8,
+        "patch_stride": 5,
+        "num_classes": 6,
+        "norm_eps": config.layer_norm_eps,
+    }
     ours = pyvit.create_model("ast_base_patch16_1024x128", **OURS, **settings)
     share(ours, theirs)
     spectrogram = torch.randn(2, 60, 26)
@@ -130,8 +152,16 @@ def test_log_mel():
 
 
 def test_clip_parameter_counts():
-    counts = {"clip_vit_base_patch32_224": 151_277_313, "clip_vit_base_patch16_224": 149_620_737, "clip_vit_large_patch14_224": 427_616_513}
-    counts |= {"mae_vit_base_patch16_224": 111_907_840, "mae_vit_large_patch16_224": 329_541_888, "ast_base_patch16_1024x128": 86_594_063}
+    counts = {
+        "clip_vit_base_patch32_224": 151_277_313,
+        "clip_vit_base_patch16_224": 149_620_737,
+        "clip_vit_large_patch14_224": 427_616_513,
+    }
+    counts |= {
+        "mae_vit_base_patch16_224": 111_907_840,
+        "mae_vit_large_patch16_224": 329_541_888,
+        "ast_base_patch16_1024x128": 86_594_063,
+    }
     for name, count in counts.items():
         with torch.device("meta"):
             model = pyvit.create_model(name)

@@ -1,4 +1,5 @@
-"""Vision transformers, Swin, hybrids and residual networks against timm, torchvision and open_clip, from random weights."""
+"""Vision transformers, Swin, hybrids and residual networks against timm, torchvision and open_clip, from random
+weights."""
 
 import pytest
 import torch
@@ -30,7 +31,9 @@ def test_hybrids(name, settings):
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
 def test_vision_transformers(name):
     theirs = peers.peer("timm").create_model(name, **VIT, patch_size=8, mlp_ratio=2.0)
-    check_same_names(pyvit.create_model(name, **VIT, patch_size=8, mlp_ratio=2.0), theirs, torch.randn(2, 3, 64, 64), relu=False)
+    check_same_names(
+        pyvit.create_model(name, **VIT, patch_size=8, mlp_ratio=2.0), theirs, torch.randn(2, 3, 64, 64), relu=False
+    )
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
@@ -40,7 +43,9 @@ def test_swin(name):
     check_same_names(pyvit.create_model(name, **sizes), theirs, torch.randn(2, 3, 64, 64), relu=False)
 
 
-@pytest.mark.parametrize(("layers", "bottleneck", "kind"), [((2, 2, 2, 2), False, "BasicBlock"), ((2, 1, 1, 1), True, "Bottleneck")])
+@pytest.mark.parametrize(
+    ("layers", "bottleneck", "kind"), [((2, 2, 2, 2), False, "BasicBlock"), ((2, 1, 1, 1), True, "Bottleneck")]
+)
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
 def test_resnet(library, layers, bottleneck, kind):
     if library == "timm":
@@ -69,13 +74,18 @@ def test_convolutional_stem():
     ours.eval()
     pyvit.load_checkpoint(ours, theirs.state_dict(), strict=False)
     names = {"patch_embed.proj": "conv_proj.conv_last"}
-    names |= {f"patch_embed.backbone.convs.{3 * i + j}": f"conv_proj.conv_bn_relu_{i}.{j}" for i in (0, 1) for j in (0, 1)}
+    names |= {
+        f"patch_embed.backbone.convs.{3 * i + j}": f"conv_proj.conv_bn_relu_{i}.{j}" for i in (0, 1) for j in (0, 1)
+    }
     for name, other in names.items():  # torchvision publishes no weights of it, and no layout here knows its names
         ours.get_submodule(name).load_state_dict(theirs.get_submodule(other).state_dict())
 
     def translate(gradients):
         known, stem, _ = to_native(gradients, recognise(theirs.state_dict()))
         back = {other: name for name, other in names.items()}
-        return known | {f"{back[layer]}.{kind}": gradients[f"{layer}.{kind}"] for layer, _, kind in (k.rpartition(".") for k in stem)}
+        return known | {
+            f"{back[layer]}.{kind}": gradients[f"{layer}.{kind}"]
+            for layer, _, kind in (k.rpartition(".") for k in stem)
+        }
 
     check_both_precisions(ours, theirs, torch.randn(2, 3, 32, 32), translate=translate)

@@ -45,5 +45,7 @@ def test_attention(prefix):
 
 def _fused(theirs):
     """Their projections' gradients as those of one layer for queries, keys and values."""
-    ours = {f"qkv.{kind}": torch.cat([theirs[f"{letter}_proj.{kind}"] for letter in "qkv"]) for kind in ("weight", "bias")}
+    ours = {
+        f"qkv.{kind}": torch.cat([theirs[f"{letter}_proj.{kind}"] for letter in "qkv"]) for kind in ("weight", "bias")
+    }
     return ours | {f"proj.{kind}": theirs[f"o_proj.{kind}"] for kind in ("weight", "bias")}

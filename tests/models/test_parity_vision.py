@@ -17,7 +17,9 @@ OURS = {"embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 2.0}
 def test_vit(size):
     config = transformers.ViTConfig(**TINY, image_size=32, patch_size=8, num_labels=7, layer_norm_eps=1e-6)
     theirs = randomise(transformers.ViTForImageClassification(config))
-    ours = pyvit.create_model("vit_tiny_patch16_224", **OURS, img_size=32, patch_size=8, num_classes=7, interpolate_antialias=False)
+    ours = pyvit.create_model(
+        "vit_tiny_patch16_224", **OURS, img_size=32, patch_size=8, num_classes=7, interpolate_antialias=False
+    )
     share(ours, theirs)
     images = torch.randn(2, 3, *size)
     check_parity(ours, theirs, ours(images), theirs(images, interpolate_pos_encoding=True).logits)
@@ -30,7 +32,9 @@ def test_dinov2(swiglu, registers, size):
     kind = "Dinov2WithRegisters" if registers else "Dinov2"
     extra = {"num_register_tokens": registers} if registers else {}
     sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "mlp_ratio": 2}
-    config = getattr(transformers, kind + "Config")(**sizes, **extra, image_size=28, patch_size=7, num_labels=5, use_swiglu_ffn=swiglu)
+    config = getattr(transformers, kind + "Config")(
+        **sizes, **extra, image_size=28, patch_size=7, num_labels=5, use_swiglu_ffn=swiglu
+    )
     theirs = randomise(getattr(transformers, kind + "ForImageClassification")(config))
     ours = pyvit.create_model(
         "vit_small_patch14_reg4_dinov2" if registers else "vit_small_patch14_dinov2",
@@ -49,12 +53,19 @@ def test_dinov2(swiglu, registers, size):
 
 
 def test_dinov2_masks():
-    config = transformers.Dinov2Config(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, mlp_ratio=2, image_size=28, patch_size=7)
+    config = transformers.Dinov2Config(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, mlp_ratio=2, image_size=28, patch_size=7
+    )
     theirs = randomise(transformers.Dinov2Model(config))
     ours = pyvit.create_model("vit_small_patch14_dinov2", **OURS, img_size=28, patch_size=7)
     share(ours, theirs)
     images, masks = torch.randn(2, 3, 28, 28), torch.rand(2, 16) < 0.4
-    check_parity(ours, theirs, ours.forward_features(images, masks=masks), theirs(images, bool_masked_pos=masks).last_hidden_state)
+    check_parity(
+        ours,
+        theirs,
+        ours.forward_features(images, masks=masks),
+        theirs(images, bool_masked_pos=masks).last_hidden_state,
+    )
 
 
 SWIN = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 2}

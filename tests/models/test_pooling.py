@@ -1,4 +1,5 @@
-"""Which tokens feed the head and the features, for every family: as in timm and transformers, from weights of theirs."""
+"""Which tokens feed the head and the features, for every family: as in timm and transformers, from weights of
+theirs."""
 
 from __future__ import annotations
 
@@ -33,7 +34,10 @@ TIMM = {
     "average, norm before": ({"global_pool": "avg", "fc_norm": False}, {"global_pool": "avg", "fc_norm": False}),
     "average beside registers": ({"global_pool": "avg", "reg_tokens": 3}, {"global_pool": "avg", "reg_tokens": 3}),
     "registers": ({"reg_tokens": 3}, {"reg_tokens": 3}),
-    "registers without positions": ({"reg_tokens": 3, "no_embed_class": True}, {"reg_tokens": 3, "no_embed_class": True}),
+    "registers without positions": (
+        {"reg_tokens": 3, "no_embed_class": True},
+        {"reg_tokens": 3, "no_embed_class": True},
+    ),
     "attention": ({"global_pool": "map", "class_token": False}, {"global_pool": "map", "class_token": False}),
     "norm before the blocks": ({"pre_norm": True}, {"pre_norm": True, "patch_bias": False}),
     "LayerScale": ({"init_values": 0.1}, {"init_values": 0.1}),
@@ -76,14 +80,23 @@ def test_timms_distilled_deit():
     close(model.eval()(images), embed(ours, images))
 
 
-HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128, "image_size": 32, "patch_size": 8}
+HF = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+    "image_size": 32,
+    "patch_size": 8,
+}
 
 
 @pytest.mark.parametrize("kind", ["ViT", "DeiT", "Dinov2", "Dinov2WithRegisters"])
 def test_transformers(kind, tmp_path):
     """From a folder of save_pretrained, by shapes and configuration alone."""
     names = {k: v for k, v in HF.items() if not kind.startswith("Dinov2") or k != "intermediate_size"}
-    config = getattr(transformers, f"{kind}Config")(**names, num_labels=5, **({"num_register_tokens": 3} if kind.endswith("s") else {}))
+    config = getattr(transformers, f"{kind}Config")(
+        **names, num_labels=5, **({"num_register_tokens": 3} if kind.endswith("s") else {})
+    )
     head = "ForImageClassificationWithTeacher" if kind == "DeiT" else "ForImageClassification"
     theirs = randomised(getattr(transformers, kind + head)(config))
     theirs.save_pretrained(tmp_path)

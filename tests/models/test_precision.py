@@ -24,7 +24,14 @@ SMALL = {
         "window_size": 4,
         "num_classes": 5,
     },
-    "swinv2_tiny_window8_256": {"img_size": 36, "embed_dim": 16, "depths": (1, 2), "num_heads": (1, 2), "window_size": 4, "num_classes": 5},
+    "swinv2_tiny_window8_256": {
+        "img_size": 36,
+        "embed_dim": 16,
+        "depths": (1, 2),
+        "num_heads": (1, 2),
+        "window_size": 4,
+        "num_classes": 5,
+    },
 }
 
 
@@ -64,7 +71,8 @@ def test_compiles_without_a_break(name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_autocast_gradients(name):
-    """The residual stream stays in float32 under autocast: LayerNorm's sums over tokens in bfloat16 were up to half wrong."""
+    """The residual stream stays in float32 under autocast: LayerNorm's sums over tokens in bfloat16 were up to half
+    wrong."""
     model, images = _make(name)
     weights = torch.randn(2, 5)
 

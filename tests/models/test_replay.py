@@ -1,4 +1,5 @@
-"""Blocks that run as they ran before: that they do, with the same bits, and that whatever changes or watches them is not passed over."""
+"""Blocks that run as they ran before: that they do, with the same bits, and that whatever changes or watches them is
+not passed over."""
 
 from __future__ import annotations
 
@@ -145,7 +146,9 @@ def test_models_run_again(long: Long) -> None:
         assert long.runs == blocks
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace. is deprecated:DeprecationWarning"
+)
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
 def test_jit_trace(name: str) -> None:
     """With packed weights, of which a recorded graph knows nothing, and after runs like the recorded one."""
@@ -229,7 +232,10 @@ def test_changes_are_seen(change: Callable[[Block], object], long: Long) -> None
         patch.setattr(replay, "again", lambda *_: None)
         patch.setattr(replay, "record", lambda *_: None)
         wanted = made(X)
-    assert torch.equal(wanted, before) == (change in (pyvit.unpack_weights, pyvit.pack_weights)) or change is pyvit.unpack_weights
+    assert (
+        torch.equal(wanted, before) == (change in (pyvit.unpack_weights, pyvit.pack_weights))
+        or change is pyvit.unpack_weights
+    )
     for _ in range(3):
         torch.testing.assert_close(made(X), wanted, rtol=1e-5, atol=1e-5)
 
@@ -244,7 +250,19 @@ def test_a_class_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(made(X), 2 * X)
 
 
-PARTS = ["", "norm1", "attn", "attn.qkv", "attn.norm", "attn.proj", "attn.proj_drop", "mlp", "mlp.fc1", "mlp.drop", "ls2"]
+PARTS = [
+    "",
+    "norm1",
+    "attn",
+    "attn.qkv",
+    "attn.norm",
+    "attn.proj",
+    "attn.proj_drop",
+    "mlp",
+    "mlp.fc1",
+    "mlp.drop",
+    "ls2",
+]
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -304,7 +322,16 @@ def test_hooks_on_every_module_see_every_part(packs: bool) -> None:
         handle = register(lambda module, *_: seen.append(module))
         found = made(X)
         handle.remove()
-        assert {made.attn, made.attn.qkv, made.attn.proj, made.mlp, made.mlp.fc1, made.mlp.fc2, made.norm1, made.ls1} <= {*seen}
+        assert {
+            made.attn,
+            made.attn.qkv,
+            made.attn.proj,
+            made.mlp,
+            made.mlp.fc1,
+            made.mlp.fc2,
+            made.norm1,
+            made.ls1,
+        } <= {*seen}
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -317,10 +344,14 @@ def test_a_class_patched_later(kind: type[nn.Module], name: str, monkeypatch: py
     made(X)
     calls: list[nn.Module] = []
     before = getattr(kind, name)
-    monkeypatch.setattr(kind, name, lambda self, *args, **kw: calls.append(self) or before(self, *args, **kw), raising=False)
+    monkeypatch.setattr(
+        kind, name, lambda self, *args, **kw: calls.append(self) or before(self, *args, **kw), raising=False
+    )
     assert replay.again(made, X, False) is None
     found = made(X)
-    assert len(calls) == sum(type(m) is kind for m in made.modules()) + (kind is nn.Dropout)  # the MLP calls its own twice
+    assert len(calls) == sum(type(m) is kind for m in made.modules()) + (
+        kind is nn.Dropout
+    )  # the MLP calls its own twice
     monkeypatch.undo()
     torch.testing.assert_close(found, made(X), rtol=1e-5, atol=1e-5)
 
@@ -330,7 +361,9 @@ class Doubled(nn.Dropout):
         return 2 * x
 
 
-@pytest.mark.parametrize("drop", [nn.Identity(), nn.Dropout(0.5).eval(), Doubled(), nn.Dropout1d(0.3).eval(), nn.AlphaDropout(0.5).train()])
+@pytest.mark.parametrize(
+    "drop", [nn.Identity(), nn.Dropout(0.5).eval(), Doubled(), nn.Dropout1d(0.3).eval(), nn.AlphaDropout(0.5).train()]
+)
 def test_what_stands_in_a_dropouts_place_runs(drop: nn.Module) -> None:
     made = block()
     made.attn.proj_drop = made.mlp.drop = drop

@@ -48,7 +48,15 @@ def test_teacher_is_a_moving_average():
 
 def test_dinov2_trains_end_to_end():
     torch.manual_seed(0)
-    settings = {**VIT, **HEAD, "masks": True, "separate_heads": True, "init_values": 1e-2, "drop_path_rate": 0.3, "drop_path_form": "batch"}
+    settings = {
+        **VIT,
+        **HEAD,
+        "masks": True,
+        "separate_heads": True,
+        "init_values": 1e-2,
+        "drop_path_rate": 0.3,
+        "drop_path_form": "batch",
+    }
     model = pyvit.create_model("dinov2_vit_large_patch14_224", **settings)
     dino, ibot, koleo = DINOLoss(24), IBOTLoss(24, centering="sinkhorn_knopp"), KoLeoLoss()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
@@ -57,7 +65,10 @@ def test_dinov2_trains_end_to_end():
     losses = []
     for _ in range(4):
         views = model(big, small, masks)
-        class_heads = {"student_prototypes": model.head_of("student").prototypes, "teacher_prototypes": model.head_of("teacher").prototypes}
+        class_heads = {
+            "student_prototypes": model.head_of("student").prototypes,
+            "teacher_prototypes": model.head_of("teacher").prototypes,
+        }
         patch_heads = {f"{side}_prototypes": model.head_of(side, True).prototypes for side in ("student", "teacher")}
         loss = dino(views.student, views.teacher, 0.04, **class_heads)
         loss = loss + ibot(views.student_patches, views.teacher_patches, views.weights, 0.04, **patch_heads)
@@ -102,7 +113,13 @@ def test_simclr_trains(encoder):
     torch.manual_seed(0)
     small = {
         "vit_tiny_patch16_224": VIT,
-        "swin_tiny_patch4_window7_224": {"img_size": 32, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4), "window_size": 4},
+        "swin_tiny_patch4_window7_224": {
+            "img_size": 32,
+            "embed_dim": 16,
+            "depths": (1, 1),
+            "num_heads": (2, 4),
+            "window_size": 4,
+        },
         "resnet18": {"small": True, "width": 8},
     }[encoder]
     model = pyvit.models.simclr.SimCLR(encoder, out_dim=16, **small)
@@ -122,8 +139,20 @@ def test_simclr_trains(encoder):
 @pytest.mark.parametrize("text", ["transformer", "cbow"])
 @pytest.mark.parametrize("tower", ["clip_vit_base_patch32_224", "clip_resnet50_224"])
 def test_clip_towers(tower, text):
-    settings = {"img_size": 64, "embed_dim": 16, "vocab_size": 30, "context_length": 8, "text_width": 16, "text_depth": 1, "text_heads": 2}
-    settings |= {"layers": (1, 1, 1, 1), "width": 8, "num_heads": 4} if "resnet" in tower else {"width": 32, "depth": 1, "num_heads": 2}
+    settings = {
+        "img_size": 64,
+        "embed_dim": 16,
+        "vocab_size": 30,
+        "context_length": 8,
+        "text_width": 16,
+        "text_depth": 1,
+        "text_heads": 2,
+    }
+    settings |= (
+        {"layers": (1, 1, 1, 1), "width": 8, "num_heads": 4}
+        if "resnet" in tower
+        else {"width": 32, "depth": 1, "num_heads": 2}
+    )
     model = pyvit.create_model(tower, **settings, text=text)
     images, words = torch.randn(3, 3, 64, 64), torch.randint(1, 30, (2, 8))
     logits = model.logits(images, words)

@@ -1,4 +1,5 @@
-"""Which token the text towers pool, with any vocabulary; and tokenizers: their ends, their padding, texts that are cut."""
+"""Which token the text towers pool, with any vocabulary; and tokenizers: their ends, their padding, texts that are
+cut."""
 
 from __future__ import annotations
 
@@ -13,7 +14,16 @@ from pyvit.models.checkpoints import CheckpointError, load_checkpoint
 from pyvit.models.clip import TextCBOW, TextTransformer
 from pyvit.models.infer import model_from_checkpoint
 
-CLIP = {"img_size": 32, "patch_size": 8, "width": 32, "depth": 1, "num_heads": 2, "text_width": 24, "text_depth": 2, "text_heads": 2}
+CLIP = {
+    "img_size": 32,
+    "patch_size": 8,
+    "width": 32,
+    "depth": 1,
+    "num_heads": 2,
+    "text_width": 24,
+    "text_depth": 2,
+    "text_heads": 2,
+}
 
 
 def transformers():
@@ -23,8 +33,20 @@ def transformers():
 def clip_of_transformers(vocab, end, pad=1, act="quick_gelu"):
     tf = transformers()
     torch.manual_seed(0)
-    text = {"vocab_size": vocab, "hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text |= {"max_position_embeddings": 10, "eos_token_id": end, "pad_token_id": pad, "bos_token_id": 0, "hidden_act": act}
+    text = {
+        "vocab_size": vocab,
+        "hidden_size": 24,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    text |= {
+        "max_position_embeddings": 10,
+        "eos_token_id": end,
+        "pad_token_id": pad,
+        "bos_token_id": 0,
+        "hidden_act": act,
+    }
     vision = {
         "hidden_size": 32,
         "intermediate_size": 128,
@@ -49,7 +71,15 @@ def texts(vocab, end, pad, length=10):
 @pytest.mark.parametrize(
     ("vocab", "end", "pad"),
     [(30, 29, 0), (30, 29, 29), (30, 7, 0), (30, 7, 7), (30, 7, 29), (30, 4, 1), (30, 2, 0)],
-    ids=["openai's", "padded with the end", "an end in the middle", "both", "padding of the largest id", "small", "the largest id by 2"],
+    ids=[
+        "openai's",
+        "padded with the end",
+        "an end in the middle",
+        "both",
+        "padding of the largest id",
+        "small",
+        "the largest id by 2",
+    ],
 )
 def test_clip_pools_the_end_token(vocab, end, pad, tmp_path):
     theirs = clip_of_transformers(vocab, end, pad)
@@ -68,7 +98,9 @@ def test_clip_pools_the_end_token(vocab, end, pad, tmp_path):
 
 def test_another_end_token_than_the_files_is_refused(tmp_path):
     clip_of_transformers(30, 7).save_pretrained(tmp_path)
-    make = lambda eot: pyvit.create_model("clip_vit_base_patch32_224", **CLIP, vocab_size=30, context_length=10, embed_dim=16, eot=eot)  # noqa: E731
+    make = lambda eot: pyvit.create_model(
+        "clip_vit_base_patch32_224", **CLIP, vocab_size=30, context_length=10, embed_dim=16, eot=eot
+    )
     with pytest.raises(CheckpointError, match=r"text\.eot 7 in the file, 9 in the model"):
         load_checkpoint(make(9), tmp_path)
     load_checkpoint(make(7), tmp_path)
@@ -87,7 +119,13 @@ def test_the_activation_is_the_configurations(tmp_path):
 
 def test_siglip_pools_the_last_token(tmp_path):
     tf = transformers()
-    text = {"vocab_size": 30, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {
+        "vocab_size": 30,
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     vision = {k: v for k, v in text.items() if k != "vocab_size"} | {"image_size": 32, "patch_size": 8}
     text |= {"max_position_embeddings": 10, "projection_size": 32}
     theirs = tf.SiglipModel(tf.SiglipConfig(text_config=text, vision_config=vision)).eval()
@@ -103,7 +141,11 @@ def test_siglip_pools_the_last_token(tmp_path):
 
 def test_a_row_without_an_end_pools_its_last_token():
     tower = TextTransformer(8, 20, 6, 16, 2, 1, eot=5).eval()
-    assert tower.end_of(torch.tensor([[1, 2, 3, 4, 6, 7], [1, 5, 5, 5, 5, 5], [5, 0, 0, 0, 0, 5]])).tolist() == [5, 1, 0]
+    assert tower.end_of(torch.tensor([[1, 2, 3, 4, 6, 7], [1, 5, 5, 5, 5, 5], [5, 0, 0, 0, 0, 5]])).tolist() == [
+        5,
+        1,
+        0,
+    ]
     with pytest.raises(ValueError, match="eot must be an id below vocab_size = 20, got 20"):
         TextTransformer(8, 20, 6, 16, 2, 1, eot=20)
 
@@ -129,7 +171,9 @@ def write_tokenizer(folder, end="[END]", pad=None, template=True, direction="rig
     tokenizer = tokenizers.Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     if template:
-        tokenizer.post_processor = TemplateProcessing(single=f"[BEGIN] $A {end}", special_tokens=[("[BEGIN]", 1), (end, 2)])
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"[BEGIN] $A {end}", special_tokens=[("[BEGIN]", 1), (end, 2)]
+        )
     if pad is not None:
         tokenizer.enable_padding(pad_id=pad, pad_token=words[pad], direction=direction)
     folder.mkdir(exist_ok=True)
@@ -145,7 +189,9 @@ def test_a_files_padding_and_end(tmp_path):
     assert read(["a b", "a b c d e f g h"]).tolist() == [[1, 4, 5, 2, 3, 3], [1, 4, 5, 6, 7, 2]]
     read = load_tokenizer(str(tmp_path / "own"), 6)  # a folder
     assert read("a").tolist() == [[1, 4, 2, 3, 3, 3]]
-    read = load_tokenizer(str(write_tokenizer(tmp_path / "beside", beside={"pad_token": "[PAD]", "eos_token": {"content": "[END]"}})), 6)
+    read = load_tokenizer(
+        str(write_tokenizer(tmp_path / "beside", beside={"pad_token": "[PAD]", "eos_token": {"content": "[END]"}})), 6
+    )
     assert read("a").tolist() == [[1, 4, 2, 3, 3, 3]]
     read = load_tokenizer(str(write_tokenizer(tmp_path / "none")), 6)
     assert read("a").tolist() == [[1, 4, 2, 2, 2, 2]]  # nothing named: the end token
@@ -178,7 +224,8 @@ def test_what_is_no_tokenizer(tmp_path):
 
 @pytest.mark.parametrize("extra", [0, 5])
 def test_the_recipe_pools_the_end_of_its_tokenizer(extra, tmp_path):
-    """Words of larger ids than the end token's must not draw the pooling to them: texts that differ after them must differ."""
+    """Words of larger ids than the end token's must not draw the pooling to them: texts that differ after them must
+    differ."""
     from pyvit.data import Data, TensorImages
     from pyvit.train import Config
     from pyvit.train.recipe import load_recipe

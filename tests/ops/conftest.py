@@ -15,7 +15,8 @@ from pyvit.testing import Served, served
 
 @pytest.fixture
 def far(on: Served) -> str:
-    """The layout of rows far apart, where the device has room for three such tensors (on a CPU they are hardly touched)."""
+    """The layout of rows far apart, where the device has room for three such tensors (on a CPU they are hardly
+    touched)."""
     try:
         _ = [torch.empty(2**31 + 4096, dtype=on.dtype, device=on.device) for _ in range(3)]
     except RuntimeError:
@@ -24,7 +25,8 @@ def far(on: Served) -> str:
 
 
 class Example(NamedTuple):
-    """``op(**tensors, **options, backend=on.backend)``; ``low`` is the same call of torch.ops.pyvit: positional, backend last."""
+    """``op(**tensors, **options, backend=on.backend)``; ``low`` is the same call of torch.ops.pyvit: positional,
+    backend last."""
 
     op: Callable[..., Any]
     tensors: dict[str, Tensor]
@@ -56,9 +58,21 @@ def causal(on: Served) -> Example:
 
 
 def varlen(on: Served) -> Example:
-    t = {"q": on.randn(30, 4, 32), "k": on.randn(36, 4, 32), "v": on.randn(36, 4, 24), "bias": torch.randn(1, 4, 1, 20, device=on.device)}
+    t = {
+        "q": on.randn(30, 4, 32),
+        "k": on.randn(36, 4, 32),
+        "v": on.randn(36, 4, 24),
+        "bias": torch.randn(1, 4, 1, 20, device=on.device),
+    }
     cu_q, cu_k = torch.tensor([0, 11, 30], device=on.device), torch.tensor([0, 20, 36], device=on.device)
-    options = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 19, "max_seqlen_k": 20, "return_lse": True, "scale": 0.2}
+    options = {
+        "cu_seqlens_q": cu_q,
+        "cu_seqlens_k": cu_k,
+        "max_seqlen_q": 19,
+        "max_seqlen_k": 20,
+        "return_lse": True,
+        "scale": 0.2,
+    }
     low = (t["q"], t["k"], t["v"], cu_q, cu_k, 19, 20, t["bias"], False, 0.2, on.backend)
     return Example(ops.flash_attention_varlen, t, options, low)
 
@@ -66,7 +80,9 @@ def varlen(on: Served) -> Example:
 def attention_map(on: Served) -> Example:
     t = {"q": on.randn(2, 4, 18, 32), "k": on.randn(2, 2, 25, 32), "bias": torch.randn(2, 1, 18, 25, device=on.device)}
     rows = torch.tensor([[0, 4], [17, 4]], device=on.device)
-    return Example(ops.attention_map, t, {"rows": rows, "scale": 0.2}, (t["q"], t["k"], rows, t["bias"], 0.2, on.backend))
+    return Example(
+        ops.attention_map, t, {"rows": rows, "scale": 0.2}, (t["q"], t["k"], rows, t["bias"], 0.2, on.backend)
+    )
 
 
 def window(on: Served) -> Example:
@@ -94,7 +110,10 @@ def patch(on: Served) -> Example:
 
 
 def bytes_patch(on: Served) -> Example:
-    t = {"images": torch.randint(256, (2, 1, 16, 13), dtype=torch.uint8, device=on.device), "weight": on.randn(24, 1, 5, 5, scale=0.1)}
+    t = {
+        "images": torch.randint(256, (2, 1, 16, 13), dtype=torch.uint8, device=on.device),
+        "weight": on.randn(24, 1, 5, 5, scale=0.1),
+    }
     return Example(ops.patch_embed, t, {"stride": 3}, (t["images"], t["weight"], None, [3, 3], *[None] * 5, on.backend))
 
 
@@ -104,7 +123,12 @@ EXAMPLES = {
     "flash_attention_varlen": varlen,
     "attention_map": attention_map,
 }
-EXAMPLES |= {"window_attention": window, "window_attention-cosine": cosine_window, "patch_embed": patch, "patch_embed-bytes": bytes_patch}
+EXAMPLES |= {
+    "window_attention": window,
+    "window_attention-cosine": cosine_window,
+    "patch_embed": patch,
+    "patch_embed-bytes": bytes_patch,
+}
 
 
 @pytest.fixture
@@ -114,8 +138,8 @@ def example(name: str, on: Served, seeded: int) -> Example:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes ``example`` runs for every operator on every kernel in float32 (on the naive form where there is none); one
-    marked ``every_dtype`` in the other dtypes too, one marked ``gpu`` on GPUs alone."""
+    """A test that takes ``example`` runs for every operator on every kernel in float32 (on the naive form where there
+    is none); one marked ``every_dtype`` in the other dtypes too, one marked ``gpu`` on GPUs alone."""
     if "example" not in metafunc.fixturenames:
         return
     cases = []
@@ -132,7 +156,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
-    """A head dimension that a backend does not promise is nothing to test there; that refusing it is an error, test_errors.py tests."""
+    """A head dimension that a backend does not promise is nothing to test there; that refusing it is an error,
+    test_errors.py tests."""
     try:
         return (yield)
     except BackendError as error:

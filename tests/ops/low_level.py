@@ -1,7 +1,9 @@
-"""Calls of ``torch.ops.pyvit`` operators with one argument changed, for test_low_level.py, which runs this in a process of its own.
+"""Calls of ``torch.ops.pyvit`` operators with one argument changed, for test_low_level.py, which runs this in a process
+of its own.
 
-``python low_level.py OPERATOR...`` prints every call before it is made, so that the last line names the one that killed the process, and
-after ``wrong:`` those that neither raised an error that names the operator nor computed what the reference does.
+``python low_level.py OPERATOR...`` prints every call before it is made, so that the last line names the one that killed
+the process, and after ``wrong:`` those that neither raised an error that names the operator nor computed what the
+reference does.
 """
 
 from __future__ import annotations
@@ -69,9 +71,13 @@ def _backward(example: str) -> Base:
 
 def _packed_backward() -> Base:
     qkv, bias = torch.randn(2, 9, 3, 2, 16), torch.randn(1, 2, 9, 9)
-    out, lse = OPERATORS["flash_attention"].kernel("reference")(*qkv.transpose(1, 3).unbind(2), bias, False, 0.3, 0.0, None, BACKEND)
+    out, lse = OPERATORS["flash_attention"].kernel("reference")(
+        *qkv.transpose(1, 3).unbind(2), bias, False, 0.3, 0.0, None, BACKEND
+    )
 
-    def naive(grad: Tensor, grad_lse: Any, out: Tensor, lse: Tensor, bias_grad: bool, qkv: Tensor, *rest: Any) -> list[Tensor]:
+    def naive(
+        grad: Tensor, grad_lse: Any, out: Tensor, lse: Tensor, bias_grad: bool, qkv: Tensor, *rest: Any
+    ) -> list[Tensor]:
         parts = qkv.transpose(1, 3).unbind(2)
         backward = OPERATORS["flash_attention_backward"].kernel("reference")
         *grads, grad_bias = backward(grad, grad_lse, out, lse, bias_grad, *parts, *rest, 0.0, None, BACKEND)
@@ -97,7 +103,9 @@ def _losses() -> dict[str, Callable[[], Base]]:
         loss, *saved = _listed(OPERATORS[name].kernel("reference")(*calls[name], "cpu"))
         return _operator(f"{name}_backward", [torch.randn_like(loss), *saved, *calls[name]], "cpu")
 
-    return found | {f"{name}_backward": lambda name=name: backward(name) for name in calls if name != "nearest_neighbor"}
+    return found | {
+        f"{name}_backward": lambda name=name: backward(name) for name in calls if name != "nearest_neighbor"
+    }
 
 
 def _passes() -> dict[str, Callable[[], Base]]:
@@ -107,7 +115,10 @@ def _passes() -> dict[str, Callable[[], Base]]:
 
     def norm(x: Any, w: Any, b: Any, eps: float, out: Any, statistics: Any) -> list[Tensor]:
         y = F.layer_norm(x.float(), x.shape[-1:], w, b, eps).to(out.dtype)
-        return [y, *([] if statistics is None else [torch.stack([x.mean(-1), (x.var(-1, correction=0) + eps).rsqrt()])])]
+        return [
+            y,
+            *([] if statistics is None else [torch.stack([x.mean(-1), (x.var(-1, correction=0) + eps).rsqrt()])]),
+        ]
 
     def norm_backward(grad: Any, x: Any, w: Any, statistics: Any, out: Any, sums: Any) -> list[Tensor]:
         y = (x - statistics[0][:, None]) * statistics[1][:, None]
@@ -136,19 +147,24 @@ def _passes() -> dict[str, Callable[[], Base]]:
     tile, top, ones = torch.randn(5, 7), torch.full((5,), -3.0), torch.ones(5)
     found = {
         "activation": lambda: Base([x.clone(), "gelu", torch.empty(6, 16)], act, (2,)),
-        "activation_backward": lambda: Base([x + 1, x.clone(), "silu", torch.empty(6, 16), torch.empty(6, 16)], act_backward, (3, 4)),
+        "activation_backward": lambda: Base(
+            [x + 1, x.clone(), "silu", torch.empty(6, 16), torch.empty(6, 16)], act_backward, (3, 4)
+        ),
         "layer_norm": lambda: Base([x.clone(), w, b, 1e-5, torch.empty(6, 16), torch.empty(2, 6)], norm, (4, 5)),
         "layer_norm_backward": lambda: Base(
             [x + 1, x.clone(), w, statistics, torch.empty(6, 16), torch.empty(2, 16)], norm_backward, (4, 5)
         ),
-        "product": lambda: Base([x.clone(), torch.randn(16, 9), torch.randn(9), torch.zeros(6, 9), False], product, (3,)),
+        "product": lambda: Base(
+            [x.clone(), torch.randn(16, 9), torch.randn(9), torch.zeros(6, 9), False], product, (3,)
+        ),
         "transposed": lambda: Base([x.clone(), torch.empty(16, 6)], lambda x, out: [x.t()], (1,)),
         "log_sum_exp": lambda: Base([tile, 1, top, ones], lse, (2, 3)),
     }
     return found | {name: (lambda name=name: _pairs_or_tiles(name)) for name in _UNCHECKED}
 
 
-#: Passes whose results the losses' tests hold to the reference; here a changed argument must be refused or leave what it was.
+#: Passes whose results the losses' tests hold to the reference; here a changed argument must be refused or leave what
+#: it was.
 _UNCHECKED = ("pair_softmax", "pair_softmax_backward", "pair_sigmoid", "pair_sigmoid_backward", "distillation_tile")
 _UNCHECKED += ("distillation_tile_backward", "pack_layer", "packed_layers", "weight_print")
 
@@ -179,13 +195,27 @@ def _pairs_or_tiles(name: str) -> Base:
 
 CALLS: dict[str, Callable[[], Base]] = {
     **{f"{name}": lambda name=name: _example(name) for name in EXAMPLES},
-    **{f"{name}~backward": lambda name=name: _backward(name) for name in EXAMPLES if not name.startswith("attention_map")},
+    **{
+        f"{name}~backward": lambda name=name: _backward(name)
+        for name in EXAMPLES
+        if not name.startswith("attention_map")
+    },
     **_losses(),
 }
 if library.problem() is None:
     CALLS |= {"flash_attention_qkvpacked_backward": _packed_backward} | _passes()
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64)
+_DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+)
 
 
 #: Changes of a tensor that leave its values.
@@ -219,7 +249,11 @@ def changes(value: Any) -> Iterator[tuple[str, Any]]:
         yield from _tensors(value)
         yield "None", None
     elif value is None:
-        yield from (("a vector", torch.randn(3)), ("a matrix", torch.randn(2, 3)), ("ints", torch.zeros(2, 3, dtype=torch.int64)))
+        yield from (
+            ("a vector", torch.randn(3)),
+            ("a matrix", torch.randn(2, 3)),
+            ("ints", torch.zeros(2, 3, dtype=torch.int64)),
+        )
     elif isinstance(value, bool):
         yield str(not value), not value
     elif isinstance(value, int):
@@ -229,7 +263,16 @@ def changes(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, str):
         yield from ((repr(s), s) for s in ("", "nonsense", "cuda", "triton"))
     else:
-        lists = ([], value[:1], [*value, 1], [0, *value[1:]], [-1, *value[1:]], [2**31, 2**31], [2**62, 1], [v + 1 for v in value])
+        lists = (
+            [],
+            value[:1],
+            [*value, 1],
+            [0, *value[1:]],
+            [-1, *value[1:]],
+            [2**31, 2**31],
+            [2**62, 1],
+            [v + 1 for v in value],
+        )
         yield from ((str(v), v) for v in lists)
 
 
@@ -287,7 +330,9 @@ def main(names: list[str]) -> None:
                 args = [*CALLS[name]().args]
                 args[i] = value
                 # A backward of other values than its forward's computes something else in every implementation.
-                values = how in STORED or ("backward" not in name and not (isinstance(value, float) and not abs(value) < 1e3))
+                values = how in STORED or (
+                    "backward" not in name and not (isinstance(value, float) and not abs(value) < 1e3)
+                )
                 values = values and (name, how) != ("nearest_neighbor", "all one number")  # every row is as near
                 print(f"{name}: {argument.name} {how}", flush=True)
                 if problem := _outcome(op, base, args, words, values):

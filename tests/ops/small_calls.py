@@ -46,21 +46,32 @@ def whole_branch() -> Case:
     def op(x: Tensor, w: Tensor, w2: Tensor, n: Tensor, s: Tensor, backend: str | None = None) -> Tensor:
         return ops.mlp(x, w, None, w2, None, norm=(n, None, 1e-5), scale=s, residual=x, backend=backend)
 
-    return Case(op, functools.partial(op, backend="reference"), (randn(2, 5, 16), randn(24, 16), randn(16, 24), randn(16), randn(17)[:16]))
+    return Case(
+        op,
+        functools.partial(op, backend="reference"),
+        (randn(2, 5, 16), randn(24, 16), randn(16, 24), randn(16), randn(17)[:16]),
+    )
 
 
 LENGTHS = torch.tensor([0, 3, 9])
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Tensor:
-    return ops.flash_attention_varlen(q, k, v, cu_seqlens_q=LENGTHS, cu_seqlens_k=LENGTHS, max_seqlen_q=6, max_seqlen_k=6, backend=backend)
+    return ops.flash_attention_varlen(
+        q, k, v, cu_seqlens_q=LENGTHS, cu_seqlens_k=LENGTHS, max_seqlen_q=6, max_seqlen_k=6, backend=backend
+    )
 
 
 TEACHER, WIDE, WEIGHTS = randn(2, 6, 8), randn(20, 8), randn(3, 2, 6).softmax(0)
 
 
 def distillation(student: Tensor, prototypes: Tensor, backend: str | None = None) -> Tensor:
-    given = {"student_prototypes": prototypes, "teacher_prototypes": WIDE[:20], "center": WIDE[:20, 0], "weights": WEIGHTS}
+    given = {
+        "student_prototypes": prototypes,
+        "teacher_prototypes": WIDE[:20],
+        "center": WIDE[:20, 0],
+        "weights": WEIGHTS,
+    }
     return ops.distillation_cross_entropy(student, TEACHER, 0.5, 0.4, **given, backend=backend)
 
 

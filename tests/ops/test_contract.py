@@ -1,4 +1,5 @@
-"""What every operator promises on every backend: the dispatcher's rules, the compiler, export, autocast, double backward, the same bits."""
+"""What every operator promises on every backend: the dispatcher's rules, the compiler, export, autocast, double
+backward, the same bits."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ def _low_level(name: str, on: Served) -> Any:
     return getattr(torch.ops.pyvit, name.partition("-")[0]).default
 
 
-def _gradients(example: Any, on: Served, leaves: dict[str, Tensor], call: Any = None, **options: Any) -> tuple[list[Tensor], list[Tensor]]:
+def _gradients(
+    example: Any, on: Served, leaves: dict[str, Tensor], call: Any = None, **options: Any
+) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs and gradients of a fixed weighting of them."""
     outputs = (call or example)(on, leaves)
     differentiable = [o for o in outputs if o.requires_grad]
@@ -38,7 +41,9 @@ def _same(got: Any, want: Any) -> None:
 
 def test_opcheck(example: Any, name: str, on: Served) -> None:
     """Schema, fake kernel against the real one, autograd registration, and tracing with dynamic shapes."""
-    low = tuple(t.detach().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in example.low)
+    low = tuple(
+        t.detach().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in example.low
+    )
     torch.library.opcheck(_low_level(name, on), low)
 
 
@@ -72,7 +77,8 @@ def test_forward_is_the_same_without_gradients(example: Any, on: Served) -> None
 
 
 def test_low_level_call_is_the_same(example: Any, name: str, on: Served) -> None:
-    """torch.ops.pyvit.<op> in Python, as C++ and exported programs call it, by the backend's name and by "auto", the first that is able."""
+    """torch.ops.pyvit.<op> in Python, as C++ and exported programs call it, by the backend's name and by "auto", the
+    first that is able."""
     op, key = _low_level(name, on), name.partition("-")[0]
     first = next(b for b in preference(key) if b in CAPABILITIES[key] and absent(key, b, on.device) is None)
     for backend, served in ((on.backend, on.backend), ("auto", first)):
@@ -132,7 +138,9 @@ def test_export(example: Any, on: Served) -> None:
         assert any("pyvit" in str(node.target) for node in program.graph.nodes)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace. is deprecated:DeprecationWarning"
+)
 def test_jit_trace(example: Any, on: Served) -> None:
     """torch.jit.trace records the call, and the recorded graph computes the same of other values."""
     names = list(example.tensors)
@@ -149,7 +157,8 @@ def test_jit_trace(example: Any, on: Served) -> None:
 
 
 def test_autocast(example: Any, name: str, on: Served) -> None:
-    """Under autocast the operands are cast, as a matrix product's are, and the gradients come back in the dtype of the leaves."""
+    """Under autocast the operands are cast, as a matrix product's are, and the gradients come back in the dtype of the
+    leaves."""
     leaves = example.leaves()
     with torch.autocast(on.device, torch.bfloat16):
         outputs, grads = _gradients(example, on, leaves)
@@ -158,7 +167,9 @@ def test_autocast(example: Any, name: str, on: Served) -> None:
     assert all(g.dtype == t.dtype for g, t in zip(grads, (t for t in leaves.values() if t.requires_grad), strict=True))
     wide, _ = _gradients(example, on, example.leaves())
     assert (outputs[0].float() - wide[0]).norm() < 0.05 * wide[0].norm()  # a sharp softmax may turn single elements
-    with torch.autocast(on.device, torch.bfloat16):  # the dispatcher's own autocast layer, for calls that bypass pyvit.ops
+    with torch.autocast(
+        on.device, torch.bfloat16
+    ):  # the dispatcher's own autocast layer, for calls that bypass pyvit.ops
         low = _low_level(name, on)(*example.low)
     assert torch.equal(low if isinstance(low, Tensor) else low[0], outputs[0])
 
@@ -174,7 +185,9 @@ def _second(example: Any, on: Served, leaves: dict[str, Tensor], backend: str) -
     """Gradients of the squared norm of the gradients."""
     _, grads = _gradients(example, on._replace(backend=backend), leaves, create_graph=True)
     wanted = [t for t in leaves.values() if t.requires_grad]
-    return list(torch.autograd.grad(sum(g.square().sum() for g in grads), wanted, allow_unused=True, materialize_grads=True))
+    return list(
+        torch.autograd.grad(sum(g.square().sum() for g in grads), wanted, allow_unused=True, materialize_grads=True)
+    )
 
 
 def test_double_backward(example: Any, on: Served) -> None:

@@ -1,4 +1,5 @@
-"""``torch.set_default_dtype`` and ``set_default_device`` change what a user's tensors are, and nothing of what operators compute in."""
+"""``torch.set_default_dtype`` and ``set_default_device`` change what a user's tensors are, and nothing of what
+operators compute in."""
 
 from __future__ import annotations
 
@@ -112,7 +113,10 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
 
 def gradients(model: nn.Module, images: Tensor) -> list[Tensor]:
     out = model(images)
-    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), [p for p in model.parameters() if p.requires_grad])]
+    return [
+        out.detach(),
+        *torch.autograd.grad(out.float().square().sum(), [p for p in model.parameters() if p.requires_grad]),
+    ]
 
 
 @pytest.mark.parametrize(("name", "settings"), MODELS.values(), ids=MODELS)
@@ -156,7 +160,13 @@ def test_masked_autoencoders_are_made_in_another_dtype() -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
         model = pyvit.create_model(
-            "mae_vit_base_patch16_224", img_size=32, embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=32, decoder_depth=1
+            "mae_vit_base_patch16_224",
+            img_size=32,
+            embed_dim=32,
+            depth=1,
+            num_heads=2,
+            decoder_embed_dim=32,
+            decoder_depth=1,
         )
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
         model(torch.rand(2, 3, 32, 32))

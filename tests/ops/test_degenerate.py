@@ -1,4 +1,5 @@
-"""Sizes of none and of one: every operator computes what the reference, or the library it stands in for, does of them."""
+"""Sizes of none and of one: every operator computes what the reference, or the library it stands in for, does of
+them."""
 
 from __future__ import annotations
 
@@ -24,7 +25,12 @@ def _attention(b: int, h: int, nq: int, nk: int, d: int = 8) -> dict[str, Tensor
 def _varlen(lengths_q: list[int], lengths_k: list[int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {"q": r(sum(lengths_q), 2, 8), "k": r(sum(lengths_k), 2, 8), "v": r(sum(lengths_k), 2, 8)}
     ends = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (lengths_q, lengths_k)]
-    options = {"cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1], "max_seqlen_q": max([0, *lengths_q]), "max_seqlen_k": max([0, *lengths_k])}
+    options = {
+        "cu_seqlens_q": ends[0],
+        "cu_seqlens_k": ends[1],
+        "max_seqlen_q": max([0, *lengths_q]),
+        "max_seqlen_k": max([0, *lengths_k]),
+    }
     return tensors, options
 
 
@@ -64,7 +70,10 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], Any]]] = {
     ),
     "window of one": (
         ops.window_attention,
-        lambda: ({"qkv": r(1, 3, 2, 48), "bias_table": r(1, 2), "logit_scale": r(2)}, {"window_size": 1, "num_heads": 2}),
+        lambda: (
+            {"qkv": r(1, 3, 2, 48), "bias_table": r(1, 2), "logit_scale": r(2)},
+            {"window_size": 1, "num_heads": 2},
+        ),
     ),
     "patches, no images": (ops.patch_embed, lambda: _patch(0)),
     "patches, none kept": (ops.patch_embed, lambda: _patch(2, keep=0)),
@@ -128,7 +137,8 @@ def test_one_row_has_no_negatives(op: Callable[..., Tensor], seeded: int) -> Non
 
 @pytest.mark.parametrize("module", [False, True])
 def test_koleo_of_one_row(module: bool) -> None:
-    """DINOv2's code takes the row itself for the nearest: the logarithm of the distance that eps makes, without a slope."""
+    """DINOv2's code takes the row itself for the nearest: the logarithm of the distance that eps makes, without a
+    slope."""
     x = r(1, 16, requires_grad=True)
     loss = KoLeoLoss()(x) if module else ops.koleo(x)
     loss.backward()
@@ -148,4 +158,6 @@ def test_sinkhorn_without_iterations(dtype: torch.dtype, seeded: int) -> None:
     assert ops.sinkhorn_knopp(scores * 1000, 0.5, 0).isfinite().all()
     for n in (1, 3):  # what follows is what it was
         q = q / q.sum() if n == 1 else q
-        torch.testing.assert_close(ops.sinkhorn_knopp(scores, 0.5, n).sum(1).double(), torch.ones(6, dtype=torch.float64))
+        torch.testing.assert_close(
+            ops.sinkhorn_knopp(scores, 0.5, n).sum(1).double(), torch.ones(6, dtype=torch.float64)
+        )

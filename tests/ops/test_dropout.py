@@ -89,7 +89,10 @@ def test_the_backward_draws_the_same_mask(on: Served) -> None:
     weights.sum().backward()
     wanted = weights.detach().float().sum(2)[..., None].expand_as(v)
     torch.testing.assert_close(
-        v.grad.float(), wanted, rtol=1e-3 if on.dtype == torch.float32 else 2e-2, atol=1e-5 if on.dtype == torch.float32 else 1e-2
+        v.grad.float(),
+        wanted,
+        rtol=1e-3 if on.dtype == torch.float32 else 2e-2,
+        atol=1e-5 if on.dtype == torch.float32 else 1e-2,
     )
 
 
@@ -105,7 +108,9 @@ def test_window_attention(on: Served) -> None:
     assert (mean - drop().double()).abs().mean() < 0.06
     leaf = qkv.clone().requires_grad_()
     torch.manual_seed(4)
-    (grad,) = torch.autograd.grad(window_attention(leaf, 3, 1, num_heads=2, dropout_p=0.3, backend=on.backend).sum(), leaf)
+    (grad,) = torch.autograd.grad(
+        window_attention(leaf, 3, 1, num_heads=2, dropout_p=0.3, backend=on.backend).sum(), leaf
+    )
     assert grad.isfinite().all()
     assert grad.abs().sum() > 0
 

@@ -1,4 +1,5 @@
-"""Bad input: every error path of the operators, and each message names the argument, what was seen and what was wanted."""
+"""Bad input: every error path of the operators, and each message names the argument, what was seen and what was
+wanted."""
 
 from __future__ import annotations
 
@@ -67,8 +68,18 @@ VALUE = [  # operator, arguments changed, the argument named, the rest of the me
     ("flash_attention_varlen", {"v": z(8, 2, 8)}, "v", ["(9, 2, Dv)", "(8, 2, 8)"]),
     ("flash_attention_varlen", {"k": z(9, 3, 8), "v": z(9, 3, 8)}, "k", ["divides", "4", "3"]),
     ("flash_attention_varlen", {"cu_seqlens_q": ints([[0, 9]])}, "cu_seqlens_q", ["(S + 1,)", "(1, 2)"]),
-    ("flash_attention_varlen", {"cu_seqlens_q": ints([0, 4, 8])}, "cu_seqlens_q", ["ascending from 0 to 9", "[0, 4, 8]"]),
-    ("flash_attention_varlen", {"cu_seqlens_q": ints([1, 4, 9])}, "cu_seqlens_q", ["ascending from 0 to 9", "[1, 4, 9]"]),
+    (
+        "flash_attention_varlen",
+        {"cu_seqlens_q": ints([0, 4, 8])},
+        "cu_seqlens_q",
+        ["ascending from 0 to 9", "[0, 4, 8]"],
+    ),
+    (
+        "flash_attention_varlen",
+        {"cu_seqlens_q": ints([1, 4, 9])},
+        "cu_seqlens_q",
+        ["ascending from 0 to 9", "[1, 4, 9]"],
+    ),
     ("flash_attention_varlen", {"cu_seqlens_k": ints([0, 10, 9])}, "cu_seqlens_k", ["ascending", "[0, 10, 9]"]),
     ("flash_attention_varlen", {"cu_seqlens_k": ints([0, 9])}, "cu_seqlens_k", ["length of cu_seqlens_q, 3", "2"]),
     ("flash_attention_varlen", {"cu_seqlens_q": ints([], dtype=torch.int32)}, "cu_seqlens_q", ["at least 1", "0"]),
@@ -104,7 +115,12 @@ VALUE = [  # operator, arguments changed, the argument named, the rest of the me
     ("patch_embed", {"weight": z(5, 3, 4)}, "weight", ["(D, C, ph, pw)", "(5, 3, 4)"]),
     ("patch_embed", {"weight": z(5, 1, 4, 4)}, "weight", ["(D, 3, ph, pw)", "(5, 1, 4, 4)"]),
     ("patch_embed", {"images": z(2, 3, 9, 12)}, "images", ["divide by the patch (4, 4)", "9 x 12"]),
-    ("patch_embed", {"images": z(2, 3, 3, 12), "stride": 2}, "images", ["at least as large as one patch, (4, 4)", "3 x 12"]),
+    (
+        "patch_embed",
+        {"images": z(2, 3, 3, 12), "stride": 2},
+        "images",
+        ["at least as large as one patch, (4, 4)", "3 x 12"],
+    ),
     ("patch_embed", {"stride": (4, 5)}, "stride", ["at most the patch, (4, 4)", "(4, 5)"]),
     ("patch_embed", {"stride": 0}, "stride", ["at least 1", "(0, 0)"]),
     ("patch_embed", {"weight": z(5, 3, 0, 4)}, "weight", ["at least one element", "(5, 3, 0, 4)"]),
@@ -174,11 +190,19 @@ TYPE = [
     ("patch_embed", {"mean": [0.5] * 3, "std": z(3)}, "mean", ["Tensor", "list"]),
 ]
 TYPE += [  # a mask is bool or a float: of whole numbers, 0 and 1 would be added
-    (op, {"bias": torch.ones(n, 7 if op != "flash_attention_varlen" else 5, dtype=dtype)}, "bias", ["bool, float32", str(dtype)])
+    (
+        op,
+        {"bias": torch.ones(n, 7 if op != "flash_attention_varlen" else 5, dtype=dtype)},
+        "bias",
+        ["bool, float32", str(dtype)],
+    )
     for op, n in (("flash_attention", 5), ("flash_attention_varlen", 5), ("attention_map", 5))
     for dtype in (torch.uint8, torch.int32, torch.int64, torch.float64, torch.complex64)
 ]
-TYPE += [(op, {"bias": [[0.0]]}, "bias", ["Tensor", "list"]) for op in ("flash_attention", "flash_attention_varlen", "attention_map")]
+TYPE += [
+    (op, {"bias": [[0.0]]}, "bias", ["Tensor", "list"])
+    for op in ("flash_attention", "flash_attention_varlen", "attention_map")
+]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""flash_attention under the numerics rule: outputs, log-sum-exp and every gradient, over the shapes, biases and masks that hurt."""
+"""flash_attention under the numerics rule: outputs, log-sum-exp and every gradient, over the shapes, biases and masks
+that hurt."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ on_every = pytest.mark.parametrize("on", served("flash_attention", "grad", "bias
 with_lse = functools.partial(flash_attention, return_lse=True)
 
 
-def qkv(on: Served, b: int, h: int, nq: int, nk: int, d: int, dv: int | None = None, hkv: int | None = None) -> dict[str, Tensor]:
+def qkv(
+    on: Served, b: int, h: int, nq: int, nk: int, d: int, dv: int | None = None, hkv: int | None = None
+) -> dict[str, Tensor]:
     hkv = hkv or h
     return {"q": on.randn(b, h, nq, d), "k": on.randn(b, hkv, nk, d), "v": on.randn(b, hkv, nk, dv or d)}
 
@@ -45,7 +48,9 @@ def test_shapes(on: Served, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.slow
 @on_every
-@pytest.mark.parametrize("shape", [(1, 1, 577, 577, 64), (1, 2, 1025, 1025, 64), (1, 1, 3, 4097, 80), (1, 1, 2050, 5, 32)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 577, 577, 64), (1, 2, 1025, 1025, 64), (1, 1, 3, 4097, 80), (1, 1, 2050, 5, 32)], ids=str
+)
 def test_long(on: Served, shape: tuple[int, ...]) -> None:
     check_op(with_lse, qkv(on, *shape), backend=on.backend)
 
@@ -70,7 +75,12 @@ def test_without_lse(on: Served) -> None:
 def test_gradient_through_one_output_alone(on: Served) -> None:
     """Training on the log-sum-exp alone, or on out of a call that returned both."""
     for chosen in (0, 1):
-        check_op(lambda i=chosen, **kw: with_lse(**kw)[i], qkv(on, 1, 2, 19, 35, 40), backend=on.backend, name=f"output {chosen}")
+        check_op(
+            lambda i=chosen, **kw: with_lse(**kw)[i],
+            qkv(on, 1, 2, 19, 35, 40),
+            backend=on.backend,
+            name=f"output {chosen}",
+        )
 
 
 def _bias(on: Served, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -121,7 +131,9 @@ def test_packed_projection_and_summed_loss(on: Served) -> None:
 @on_every
 @pytest.mark.parametrize("pattern", [(1, 1, 1, 1), (1, 0, 0, 1), (0, 1, 1, 0), (0, 0, 1, 1)], ids=str)
 def test_bool_mask(on: Served, pattern: tuple[int, ...]) -> None:
-    mask = torch.rand([n if keep else 1 for n, keep in zip((2, 3, 40, 53), pattern, strict=True)], device=on.device) > 0.4
+    mask = (
+        torch.rand([n if keep else 1 for n, keep in zip((2, 3, 40, 53), pattern, strict=True)], device=on.device) > 0.4
+    )
     check_op(with_lse, {**qkv(on, 2, 3, 40, 53, 64), "bias": mask}, backend=on.backend)
 
 
@@ -167,7 +179,9 @@ def test_leading_keys_masked(on: Served) -> None:
 @pytest.mark.isa
 @on_every
 @pytest.mark.parametrize(
-    "shape", [(1, 2, 1, 1, 16), (2, 1, 65, 65, 64), (1, 2, 40, 90, 32), (1, 2, 90, 40, 32), (1, 1, 197, 197, 72)], ids=str
+    "shape",
+    [(1, 2, 1, 1, 16), (2, 1, 65, 65, 64), (1, 2, 40, 90, 32), (1, 2, 90, 40, 32), (1, 1, 197, 197, 72)],
+    ids=str,
 )
 def test_causal(on: Served, shape: tuple[int, ...]) -> None:
     check_op(with_lse, qkv(on, *shape), backend=on.backend, is_causal=True)
@@ -185,7 +199,9 @@ def test_causal_with_bias_and_mask(on: Served) -> None:
 @pytest.mark.parametrize(("h", "hkv"), [(6, 2), (4, 1), (4, 4)])
 def test_grouped_queries(on: Served, h: int, hkv: int) -> None:
     tensors = {**qkv(on, 2, h, 30, 47, 40, 24, hkv), "bias": _bias(on, (1, h, 30, 47), torch.float32)}
-    check_op(with_lse, tensors, backend=on.backend, enable_gqa=True, is_causal=hkv == 2, broadcast={"bias": (2, h, 30, 47)})
+    check_op(
+        with_lse, tensors, backend=on.backend, enable_gqa=True, is_causal=hkv == 2, broadcast={"bias": (2, h, 30, 47)}
+    )
 
 
 @pytest.mark.isa
@@ -211,7 +227,8 @@ def test_magnitudes(on: Served, case: str) -> None:
 @on_every
 @pytest.mark.parametrize("nk", [5, 37, 64, 1100])
 def test_finite_masks(on: Served, nk: int) -> None:
-    """Rows masked by finite numbers, whole or in part: the mean of what is left, as the naive form, and its gradients."""
+    """Rows masked by finite numbers, whole or in part: the mean of what is left, as the naive form, and its
+    gradients."""
     for dtype in {torch.float32, on.dtype}:
         tensors = {**qkv(on, 2, 2, ROWS, nk, 32), "bias": extreme_bias(nk, dtype).to(on.device)}
         check_op(with_lse, tensors, backend=on.backend, broadcast={"bias": (2, 2, ROWS, nk)})
@@ -222,15 +239,19 @@ def test_finite_masks(on: Served, nk: int) -> None:
 @pytest.mark.parametrize("value", [-1e4, -1e9, -1e30, torch.finfo(torch.float32).min, torch.finfo(torch.float32).max])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 1, 1), (1, 1, 20, 1), (1, 1, 1, 41), (2, 3, 20, 41)], ids=str)
 def test_rows_shifted_by_any_number(on: Served, shape: tuple[int, ...], value: float) -> None:
-    """Softmax does not see what is added to all of a row: probabilities are at most 1, and gradients those without the bias, up to what
-    the addition rounds away."""
+    """Softmax does not see what is added to all of a row: probabilities are at most 1, and gradients those without the
+    bias, up to what the addition rounds away."""
     tensors = qkv(on, 2, 3, 20, 41, 32)
     bias = {"bias": torch.full(shape, value, device=on.device)}
     for causal in (False, True):
-        check_op(with_lse, {**tensors, **bias}, backend=on.backend, broadcast={"bias": (2, 3, 20, 41)}, is_causal=causal)
+        check_op(
+            with_lse, {**tensors, **bias}, backend=on.backend, broadcast={"bias": (2, 3, 20, 41)}, is_causal=causal
+        )
     naive = torch.softmax((tensors["q"].float() * 32**-0.5 @ tensors["k"].float().mT + value), -1)
     out = flash_attention(**tensors, **bias, backend=on.backend)
-    torch.testing.assert_close(out.float(), naive @ tensors["v"].float(), rtol=0.02, atol=0.02 if on.dtype != torch.float32 else 1e-5)
+    torch.testing.assert_close(
+        out.float(), naive @ tensors["v"].float(), rtol=0.02, atol=0.02 if on.dtype != torch.float32 else 1e-5
+    )
 
 
 @pytest.mark.isa
@@ -247,7 +268,9 @@ def test_gradients_at_large_scales(on: Served, scale: float, nk: int) -> None:
     check_op(with_lse, tensors, backend=on.backend, scale=scale, scores=largest)
     leaves = [t.float().requires_grad_() for t in tensors.values()]
     q, k, v = leaves
-    wanted = torch.autograd.grad(torch.softmax(q * scale @ k.mT, -1) @ v, leaves, torch.ones(1, 2, 18, 16, device=on.device))
+    wanted = torch.autograd.grad(
+        torch.softmax(q * scale @ k.mT, -1) @ v, leaves, torch.ones(1, 2, 18, 16, device=on.device)
+    )
     ours = [t.requires_grad_() for t in tensors.values()]
     got = torch.autograd.grad(flash_attention(*ours, scale=scale, backend=on.backend), ours, torch.ones_like(ours[0]))
     bound = float(wanted[2].abs().max())
@@ -307,7 +330,9 @@ def test_sdpa_twin_has_the_same_signature() -> None:
     named = scaled_dot_product_attention(
         query=leaves[0], key=leaves[1], value=leaves[2], attn_mask=mask, dropout_p=0.0, is_causal=False, scale=None
     )
-    torch.testing.assert_close(named, F.scaled_dot_product_attention(*leaves, mask, 0.0, False, scale=None), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        named, F.scaled_dot_product_attention(*leaves, mask, 0.0, False, scale=None), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.isa

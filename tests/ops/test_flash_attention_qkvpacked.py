@@ -106,7 +106,8 @@ def test_errors_and_explain() -> None:
     assert pyvit.explain(flash_attention_qkvpacked, qkv).chosen == "cpu"
     assert pyvit.explain(flash_attention_qkvpacked, qkv, dropout_p=0.5).chosen == "reference"
     with pytest.raises(
-        ValueError, match=r"flash_attention_qkvpacked: qkv must be of shape \(B, N, 3, H, D\), got shape \(2, 9, 2, 2, 16\)"
+        ValueError,
+        match=r"flash_attention_qkvpacked: qkv must be of shape \(B, N, 3, H, D\), got shape \(2, 9, 2, 2, 16\)",
     ):
         flash_attention_qkvpacked(qkv[:, :, :2])
     with pytest.raises(ValueError, match=r"flash_attention_qkvpacked: qkv must be .*\(B, N, 3, H, D\)"):

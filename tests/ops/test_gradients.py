@@ -1,4 +1,5 @@
-"""Gradients, and gradients of gradients, are the same whatever surrounds the backward pass: autocast, and how its gradients are stored."""
+"""Gradients, and gradients of gradients, are the same whatever surrounds the backward pass: autocast, and how its
+gradients are stored."""
 
 from __future__ import annotations
 
@@ -41,15 +42,23 @@ def _other(name: str, backend: str) -> Call:
     heads, keep = r(7, 8), {"backend": backend}
     calls: dict[str, Callable[[], Call]] = {
         "qkvpacked": lambda: Call(
-            lambda qkv, bias: ops.flash_attention_qkvpacked(qkv, bias=bias, return_lse=True, **keep), qkv=r(2, 9, 3, 2, 16), bias=r(9, 9)
+            lambda qkv, bias: ops.flash_attention_qkvpacked(qkv, bias=bias, return_lse=True, **keep),
+            qkv=r(2, 9, 3, 2, 16),
+            bias=r(9, 9),
         ),
-        "sdpa": lambda: Call(ops.scaled_dot_product_attention, query=r(2, 3, 9, 8), key=r(1, 3, 7, 8), value=r(2, 1, 7, 8)),
-        "layer_norm": lambda: Call(lambda x, weight, bias: ops.layer_norm(x, weight, bias, **keep), x=a, weight=r(8), bias=r(8)),
+        "sdpa": lambda: Call(
+            ops.scaled_dot_product_attention, query=r(2, 3, 9, 8), key=r(1, 3, 7, 8), value=r(2, 1, 7, 8)
+        ),
+        "layer_norm": lambda: Call(
+            lambda x, weight, bias: ops.layer_norm(x, weight, bias, **keep), x=a, weight=r(8), bias=r(8)
+        ),
         "linear": lambda: Call(
             lambda x, weight, bias: ops.linear(x, weight, bias, activation="gelu", **keep), x=a, weight=heads, bias=r(7)
         ),
         "mlp": lambda: Call(lambda x, w, v: ops.mlp(x, w, None, v, None, **keep), x=a, w=heads, v=r(3, 7)),
-        "info_nce": lambda: Call(lambda a, b, scale: ops.info_nce(a, b, scale, **keep), a=a, b=b, scale=torch.tensor(1.5)),
+        "info_nce": lambda: Call(
+            lambda a, b, scale: ops.info_nce(a, b, scale, **keep), a=a, b=b, scale=torch.tensor(1.5)
+        ),
         "nt_xent": lambda: Call(lambda a, b, t: ops.nt_xent(a, b, t, **keep), a=a, b=b, t=torch.tensor(0.5)),
         "sigmoid_contrastive": lambda: Call(
             lambda a, b, scale, bias: ops.sigmoid_contrastive(a, b, scale, bias, **keep),
@@ -61,7 +70,9 @@ def _other(name: str, backend: str) -> Call:
         "koleo": lambda: Call(lambda x: ops.koleo(x, **keep), x=a),
         "distillation": lambda: Call(lambda s: ops.distillation_cross_entropy(s, b, 0.5, 0.3, **keep), s=a),
         "distillation-prototypes": lambda: Call(
-            lambda s, p: ops.distillation_cross_entropy(s, b, 0.5, 0.3, student_prototypes=p, teacher_prototypes=heads, **keep),
+            lambda s, p: ops.distillation_cross_entropy(
+                s, b, 0.5, 0.3, student_prototypes=p, teacher_prototypes=heads, **keep
+            ),
             s=a,
             p=r(7, 8),
         ),
@@ -69,7 +80,18 @@ def _other(name: str, backend: str) -> Call:
     return calls[name]()
 
 
-OTHERS = ["qkvpacked", "sdpa", "layer_norm", "linear", "mlp", "info_nce", "nt_xent", "sigmoid_contrastive", "koleo", "distillation"]
+OTHERS = [
+    "qkvpacked",
+    "sdpa",
+    "layer_norm",
+    "linear",
+    "mlp",
+    "info_nce",
+    "nt_xent",
+    "sigmoid_contrastive",
+    "koleo",
+    "distillation",
+]
 NAMES = [*EXAMPLES, *OTHERS, "distillation-prototypes"]
 
 
@@ -83,7 +105,8 @@ def _weights(outputs: list[Tensor]) -> list[Tensor]:
 
 
 def _twice(call: Call, autocast: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients, and those of their squared norm, with autocast around what ``autocast`` names: forward, first, second."""
+    """Gradients, and those of their squared norm, with autocast around what ``autocast`` names: forward, first,
+    second."""
 
     def around(part: str) -> Any:
         return torch.autocast("cpu", torch.bfloat16, enabled=part in autocast)
@@ -95,7 +118,9 @@ def _twice(call: Call, autocast: str) -> tuple[list[Tensor], list[Tensor]]:
     with around("first"):
         grads = torch.autograd.grad(outputs, wanted, _weights(outputs), create_graph=True)
     with around("second"):
-        second = torch.autograd.grad(sum(g.float().square().sum() for g in grads), wanted, allow_unused=True, materialize_grads=True)
+        second = torch.autograd.grad(
+            sum(g.float().square().sum() for g in grads), wanted, allow_unused=True, materialize_grads=True
+        )
     return [g.detach() for g in grads], list(second)
 
 
@@ -134,7 +159,11 @@ def test_gradients_stored_in_any_way(call: Call, name: str, create_graph: bool) 
     wanted = [t for t in leaves.values() if t.requires_grad]
     outputs = call(leaves)
     for how in STORED:
-        grads = [layout(g, how) for g in _weights(outputs)] if how != "expanded" else [torch.ones(()).expand(o.shape) for o in outputs]
+        grads = (
+            [layout(g, how) for g in _weights(outputs)]
+            if how != "expanded"
+            else [torch.ones(()).expand(o.shape) for o in outputs]
+        )
         grads = [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)]
         got, want = (
             torch.autograd.grad(outputs, wanted, given, retain_graph=True, create_graph=create_graph)

@@ -28,7 +28,20 @@ def test_isa(isa: str, seeded: int) -> None:
     if "not supported by this processor" in asked.stderr:
         pytest.skip("this processor does not have it")
     assert asked.stdout.strip() == isa, asked.stderr
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "isa", "-k", "cpu-", "-p", "no:cacheprovider", str(HERE)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-m",
+        "isa",
+        "-k",
+        "cpu-",
+        "-p",
+        "no:cacheprovider",
+        str(HERE),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent.parent)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert f"PYVIT_CPU_ISA={isa}" in done.stdout or " passed" in done.stdout

@@ -26,8 +26,14 @@ KINDS: dict[str, Callable[[], Any]] = {
 }
 #: Of each operator, the first argument and another.
 CALLS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
-    "flash_attention": (lambda t: ops.flash_attention(t, t, t), lambda t: ops.flash_attention(X[None, None], t, X[None, None])),
-    "flash_attention_qkvpacked": (ops.flash_attention_qkvpacked, lambda t: ops.flash_attention_qkvpacked(X.view(1, 1, 2, 2, 8), bias=t)),
+    "flash_attention": (
+        lambda t: ops.flash_attention(t, t, t),
+        lambda t: ops.flash_attention(X[None, None], t, X[None, None]),
+    ),
+    "flash_attention_qkvpacked": (
+        ops.flash_attention_qkvpacked,
+        lambda t: ops.flash_attention_qkvpacked(X.view(1, 1, 2, 2, 8), bias=t),
+    ),
     "flash_attention_varlen": (
         lambda t: ops.flash_attention_varlen(t, t, t, X, X, 1, 1),
         lambda t: ops.flash_attention_varlen(X[None], X[None], X[None], t, t, 1, 1),
@@ -39,7 +45,9 @@ CALLS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     ),
     "window_attention": (
         lambda t: ops.window_attention(t, 2, num_heads=2),
-        lambda t: ops.window_attention(torch.randn(1, 2, 2, 48), 2, num_heads=2, bias_table=t if t is not None else [1]),
+        lambda t: ops.window_attention(
+            torch.randn(1, 2, 2, 48), 2, num_heads=2, bias_table=t if t is not None else [1]
+        ),
     ),
     "patch_embed": (lambda t: ops.patch_embed(t, X), lambda t: ops.patch_embed(torch.randn(1, 3, 4, 4), t)),
     "layer_norm": (ops.layer_norm, lambda t: ops.layer_norm(X, t if t is not None else [1])),
@@ -47,7 +55,10 @@ CALLS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "mlp": (lambda t: ops.mlp(t, X, None, X.t(), None), lambda t: ops.mlp(X, X, None, t, None)),
     "info_nce": (lambda t: ops.info_nce(t, X, 1.0), lambda t: ops.info_nce(X, t, 1.0)),
     "nt_xent": (lambda t: ops.nt_xent(t, X, 1.0), lambda t: ops.nt_xent(X, t, 1.0)),
-    "sigmoid_contrastive": (lambda t: ops.sigmoid_contrastive(t, X, 1.0, 1.0), lambda t: ops.sigmoid_contrastive(X, t, 1.0, 1.0)),
+    "sigmoid_contrastive": (
+        lambda t: ops.sigmoid_contrastive(t, X, 1.0, 1.0),
+        lambda t: ops.sigmoid_contrastive(X, t, 1.0, 1.0),
+    ),
     "koleo": (ops.koleo, ops.koleo),
     "sinkhorn_knopp": (lambda t: ops.sinkhorn_knopp(t, 1.0), lambda t: ops.sinkhorn_knopp(t, 1.0, 0)),
     "distillation_cross_entropy": (
@@ -57,7 +68,9 @@ CALLS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jagged layout:UserWarning", "ignore:Sparse CSR:UserWarning", "ignore:.*nested:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jagged layout:UserWarning", "ignore:Sparse CSR:UserWarning", "ignore:.*nested:UserWarning"
+)
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning", "ignore:.*quantiz.*:DeprecationWarning")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CALLS)
@@ -67,7 +80,12 @@ def test_refused_by_name(name: str, kind: str) -> None:
             continue  # no bias
         with pytest.raises((TypeError, ValueError), match=r"^[a-z_]+: [a-z0-9_, ]+ must ") as caught:
             call(KINDS[kind]())
-        words = {"jagged": "nested|jagged|shape", "sparse": "sparse|shape", "csr": "csr|shape", "mkldnn": "mkldnn|shape"}
+        words = {
+            "jagged": "nested|jagged|shape",
+            "sparse": "sparse|shape",
+            "csr": "csr|shape",
+            "mkldnn": "mkldnn|shape",
+        }
         assert caught.match(words.get(kind, "."))
 
 

@@ -59,7 +59,9 @@ def test_numerics(shape: tuple[int, ...], kind: tuple[torch.dtype, ...]) -> None
             if b is None or w is not None or parameters == dtype:  # else torch's gradient fails
                 check([x, w, b], wanted)
     x, weight, bias = inputs(dtype, *shape, parameters=parameters)
-    torch.testing.assert_close(layer_norm(x, weight, bias, dtype=wanted), reference.layer_norm(x, weight, bias, 1e-5, wanted))
+    torch.testing.assert_close(
+        layer_norm(x, weight, bias, dtype=wanted), reference.layer_norm(x, weight, bias, 1e-5, wanted)
+    )
 
 
 @pytest.mark.parametrize("store", ["transposed", "sliced", "stepped", "shifted", "expanded"])
@@ -144,7 +146,9 @@ def test_compiler_and_transforms_see_the_plain_formula() -> None:
     compiled = torch.compile(lambda *t: layer_norm(*t, dtype=BF16), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*leaves), reference.layer_norm(*leaves, 1e-5, BF16))
     x, weight, bias = inputs(F32, 3, 6, 20)
-    torch.testing.assert_close(torch.vmap(lambda t: layer_norm(t, weight, bias))(x), reference.layer_norm(x, weight, bias, 1e-5, F32))
+    torch.testing.assert_close(
+        torch.vmap(lambda t: layer_norm(t, weight, bias))(x), reference.layer_norm(x, weight, bias, 1e-5, F32)
+    )
     assert layer_norm(*(t.to("meta") for t in (x, weight, bias))).shape == x.shape
 
 

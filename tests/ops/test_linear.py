@@ -1,4 +1,5 @@
-"""linear: activations and gradients under the numerics rule, the choice of the product, and what must see the plain formula."""
+"""linear: activations and gradients under the numerics rule, the choice of the product, and what must see the plain
+formula."""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
     compare(f"linear {activation}", ours[:1], naive[:1], exact[:1], labels=labels[:1])
     compare(f"linear {activation}", ours[1:], naive[1:], exact[1:], factor=3.0, labels=labels[1:])
     with torch.no_grad():
-        compare(f"linear {activation} without gradient", linear(x, weight, bias, activation=activation), naive[0], exact[0])
+        compare(
+            f"linear {activation} without gradient", linear(x, weight, bias, activation=activation), naive[0], exact[0]
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -134,7 +137,8 @@ def test_autocast() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_weights_stay_as_they_are_under_autocast(policy: str, dtype: torch.dtype) -> None:
-    """No copy of them in the narrow dtype is kept, and their gradients err no more than torch's; a second derivative is there too."""
+    """No copy of them in the narrow dtype is kept, and their gradients err no more than torch's; a second derivative is
+    there too."""
     x, weight, bias = (t.requires_grad_() for t in inputs(torch.float32, 70))
     grad = torch.randn(70, 24).to(dtype)
     saved: list[Tensor] = []
@@ -223,7 +227,10 @@ def test_measured_once_per_class_where_that_is_asked_for(monkeypatch: pytest.Mon
     assert "by rule" in list(products._chosen.values())[-1][1]
 
 
-@pytest.mark.skipif("onednn" not in products.forward_ways(torch.float32, torch.float32, "gelu"), reason="this torch has no oneDNN product")
+@pytest.mark.skipif(
+    "onednn" not in products.forward_ways(torch.float32, torch.float32, "gelu"),
+    reason="this torch has no oneDNN product",
+)
 def test_explain_says_which(policy: str) -> None:
     if policy == "pyvit" and library.problem() is not None:
         pytest.skip("needs the compiled library")
@@ -274,12 +281,15 @@ def test_values_that_are_not_finite_pass_through(policy: str, activation: str | 
 
 def test_environment() -> None:
     command = (
-        "import torch, pyvit; from pyvit.ops import linear, products; t = torch.ones(8, 8); linear(t, t); print(products._chosen.values())"
+        "import torch, pyvit; from pyvit.ops import linear, products; t = torch.ones(8, 8); linear(t, t); "
+        "print(products._chosen.values())"
     )
 
     def run(value: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYVIT_LINEAR": value}
-        return subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=False
+        )
 
     assert "torch (PYVIT_LINEAR)" in run("torch").stdout
     assert "PYVIT_LINEAR must be one of auto, measure, onednn, pyvit, torch, got 'mkl'" in run("mkl").stderr
@@ -327,7 +337,9 @@ def test_backends() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", [None, "gelu", "relu"])
-def test_packed_weights_follow_the_weights(dtype: torch.dtype, activation: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_weights_follow_the_weights(
+    dtype: torch.dtype, activation: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # One way for both: a fused activation comes before the rounding to bfloat16, another after it.
     monkeypatch.setattr(products, "_policy", "onednn")
     monkeypatch.setattr(products, "_chosen", {})
@@ -448,7 +460,11 @@ def test_transforms_and_subclasses_in_compiled_inference_see_the_plain_formula()
         return linear(x, w, b, activation="gelu")
 
     with torch.no_grad():
-        for call, given in ((torch.func.vmap(layer), x), (torch.func.grad(lambda x: layer(x).sum()), x), (layer, x.as_subclass(Marked))):
+        for call, given in (
+            (torch.func.vmap(layer), x),
+            (torch.func.grad(lambda x: layer(x).sum()), x),
+            (layer, x.as_subclass(Marked)),
+        ):
             torch._dynamo.reset()
             found = torch.compile(call, fullgraph=True, backend=backend)(given)
             torch.testing.assert_close(found.as_subclass(Tensor), call(given).as_subclass(Tensor))

@@ -1,4 +1,5 @@
-"""Operators called as anyone may, through torch.ops: what does not fit is refused by name, and no process dies of it."""
+"""Operators called as anyone may, through torch.ops: what does not fit is refused by name, and no process dies of
+it."""
 
 from __future__ import annotations
 
@@ -19,19 +20,39 @@ WORKER = Path(__file__).with_name("low_level.py")
 def _calls(*names: str, **environment: str) -> list[str]:
     """Lines of low_level.py; those of ``wrong:`` calls are its verdict."""
     variables = os.environ | {"PYTHONPATH": str(WORKER.parents[2]), "OMP_NUM_THREADS": "1"} | environment
-    done = subprocess.run([sys.executable, "-W", "ignore", str(WORKER), *names], capture_output=True, text=True, env=variables)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(WORKER), *names], capture_output=True, text=True, env=variables
+    )
     lines = done.stdout.splitlines()
     assert done.returncode == 0, f"rc {done.returncode} at {lines[-1:]}: {done.stderr[-2000:]}"
     return lines
 
 
 GROUPS = {
-    "attention": ["flash_attention", "flash_attention-causal", "flash_attention~backward", "flash_attention_qkvpacked_backward"],
+    "attention": [
+        "flash_attention",
+        "flash_attention-causal",
+        "flash_attention~backward",
+        "flash_attention_qkvpacked_backward",
+    ],
     "packed": ["flash_attention_varlen", "flash_attention_varlen~backward", "attention_map"],
-    "maps": ["window_attention", "window_attention-cosine", "window_attention~backward", "window_attention-cosine~backward"],
+    "maps": [
+        "window_attention",
+        "window_attention-cosine",
+        "window_attention~backward",
+        "window_attention-cosine~backward",
+    ],
     "patches": ["patch_embed", "patch_embed-bytes", "patch_embed~backward", "patch_embed-bytes~backward"],
     "losses": ["info_nce", "nt_xent", "sigmoid_contrastive", "distillation_cross_entropy", "nearest_neighbor"],
-    "passes": ["activation", "activation_backward", "layer_norm", "layer_norm_backward", "product", "transposed", "log_sum_exp"],
+    "passes": [
+        "activation",
+        "activation_backward",
+        "layer_norm",
+        "layer_norm_backward",
+        "product",
+        "transposed",
+        "log_sum_exp",
+    ],
     "tiles": ["pair_softmax", "pair_softmax_backward", "pair_sigmoid", "pair_sigmoid_backward", "distillation_tile"],
 }
 GROUPS["losses"] += [f"{name}_backward" for name in GROUPS["losses"][:4]]
@@ -49,7 +70,9 @@ def test_changed_arguments(group: str) -> None:
 
 def test_changed_arguments_without_the_library() -> None:
     """The contract in Python, which also stands before Triton's kernels."""
-    names = [name for group, names in GROUPS.items() if group not in COMPILED for name in names if "qkvpacked" not in name]
+    names = [
+        name for group, names in GROUPS.items() if group not in COMPILED for name in names if "qkvpacked" not in name
+    ]
     lines = _calls(*names, PYVIT_NO_LIBRARY="1")
     assert len(lines) > 25 * len(names)
     assert not [line for line in lines if line.startswith("wrong:")]
@@ -59,10 +82,17 @@ def test_changed_arguments_without_the_library() -> None:
 def test_every_operator_is_called() -> None:
     """A new operator needs a line in GROUPS."""
     called = {
-        name.partition("-")[0].partition("~")[0] + ("_backward" if "~" in name else "") for names in GROUPS.values() for name in names
+        name.partition("-")[0].partition("~")[0] + ("_backward" if "~" in name else "")
+        for names in GROUPS.values()
+        for name in names
     }
     known = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("pyvit::")}
-    about_the_library = {"cpu_isa", "cuda_archs", "fma_peak", "branch"}  # branch: packed layers in compiled graphs, see test_packed.py
+    about_the_library = {
+        "cpu_isa",
+        "cuda_archs",
+        "fma_peak",
+        "branch",
+    }  # branch: packed layers in compiled graphs, see test_packed.py
     assert known - about_the_library == called
 
 

@@ -1,4 +1,5 @@
-"""mlp and the passes of its activation: numerics, what is kept for the backward pass, and what must see the plain formula."""
+"""mlp and the passes of its activation: numerics, what is kept for the backward pass, and what must see the plain
+formula."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def test_strides(which: int, store: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: f"cpu-{dtype}")
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activation_passes(name: str, dtype: torch.dtype) -> None:
-    """Values and slopes over the whole range of arguments, in and out of place; rows that are no multiple of a vector."""
+    """Values and slopes over the whole range of arguments, in and out of place; rows that are no multiple of a
+    vector."""
     for rows, cols in ((1, 1), (3, 7), (70, 33), (129, 64)):
         x = (torch.randn(rows, cols) * torch.logspace(-3, 1.3, cols)).to(dtype)
         grad = torch.randn(rows, cols).to(dtype)
@@ -78,7 +80,13 @@ def test_activation_passes(name: str, dtype: torch.dtype) -> None:
         naive_slope = torch.autograd.grad(naive, naive_x, grad)[0]
         compare(name, activations.activate(x, name), naive, exact)
         found, sums = activations.gradient(grad, x, name)
-        compare(f"{name} slope", [found, sums.to(dtype)], [naive_slope, naive_slope.sum(0)], [slope, slope.sum(0)], factor=3.0)
+        compare(
+            f"{name} slope",
+            [found, sums.to(dtype)],
+            [naive_slope, naive_slope.sum(0)],
+            [slope, slope.sum(0)],
+            factor=3.0,
+        )
         replaced = grad.clone()
         again, sums_again = activations.gradient_(replaced, x, name)
         assert torch.equal(replaced, found)
@@ -91,7 +99,9 @@ def test_activation_passes(name: str, dtype: torch.dtype) -> None:
 def test_values_at_the_ends(name: str) -> None:
     x = torch.tensor([float("nan"), float("inf"), -1e30, 1e30, -200.0, 200.0, 0.0, -0.0])
     ours = activations.activate(x, name)
-    torchs = torch.cat([reference.ACTIVATIONS[name](one) for one in x.split(1)])  # torch's gelu of whole AVX-512 vectors makes NaN of inf
+    torchs = torch.cat(
+        [reference.ACTIVATIONS[name](one) for one in x.split(1)]
+    )  # torch's gelu of whole AVX-512 vectors makes NaN of inf
     torch.testing.assert_close(ours, torchs, equal_nan=True)
     finite = x[4:]
     slope, _ = activations.gradient(torch.ones(4), finite, name)
@@ -143,7 +153,9 @@ def test_leading_dimensions(leading: tuple[int, ...]) -> None:
     out = mlp(*leaves)
     assert out.shape == (*leading, 24)
     out.sum().backward()
-    for ours, plain in zip([t.grad for t in leaves], torch.autograd.grad(reference.mlp(*leaves, "gelu").sum(), leaves), strict=True):
+    for ours, plain in zip(
+        [t.grad for t in leaves], torch.autograd.grad(reference.mlp(*leaves, "gelu").sum(), leaves), strict=True
+    ):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 
@@ -152,7 +164,10 @@ def test_gradcheck_and_double_backward() -> None:
     assert torch.autograd.gradcheck(mlp, leaves)
     assert torch.autograd.gradgradcheck(mlp, leaves)
     seconds = []
-    for function, tensors in ((mlp, [t.detach().float().requires_grad_() for t in leaves]), (lambda *t: reference.mlp(*t, "gelu"), leaves)):
+    for function, tensors in (
+        (mlp, [t.detach().float().requires_grad_() for t in leaves]),
+        (lambda *t: reference.mlp(*t, "gelu"), leaves),
+    ):
         first = torch.autograd.grad(function(*tensors).square().sum(), tensors, create_graph=True)
         seconds.append(torch.autograd.grad(sum(g.square().sum() for g in first), tensors))
     for ours, exact in zip(*seconds, strict=True):

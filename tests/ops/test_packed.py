@@ -49,7 +49,9 @@ def cast(b: packed.Branch, dtype: torch.dtype) -> packed.Branch:
     return packed.Branch(*map(to, b))
 
 
-def branch(dtype: torch.dtype, rows: int, k: int, h: int, m: int, activation: str | None, around: bool, bias: bool) -> packed.Branch:
+def branch(
+    dtype: torch.dtype, rows: int, k: int, h: int, m: int, activation: str | None, around: bool, bias: bool
+) -> packed.Branch:
     """Of one layer where m is 0."""
 
     def randn(*shape: int, scale: float = 1.0) -> Tensor:
@@ -91,8 +93,17 @@ def run(x: Tensor, b: packed.Branch) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: f"cpu-{dtype}")
 @pytest.mark.parametrize("activation", [None, *reference.ACTIVATIONS])
 def test_numerics(own: None, activation: str | None, dtype: torch.dtype) -> None:
-    """Sizes on every side of a vector, of a panel of columns, of a tile of rows and of a block of the sum; few rows of wide layers."""
-    sizes = [(1, 3, 5, 0), (7, 33, 64, 0), (50, 96, 96, 0), (13, 600, 17, 0), (20, 40, 130, 65), (6, 17, 7, 1), (200, 64, 256, 64)]
+    """Sizes on every side of a vector, of a panel of columns, of a tile of rows and of a block of the sum; few rows of
+    wide layers."""
+    sizes = [
+        (1, 3, 5, 0),
+        (7, 33, 64, 0),
+        (50, 96, 96, 0),
+        (13, 600, 17, 0),
+        (20, 40, 130, 65),
+        (6, 17, 7, 1),
+        (200, 64, 256, 64),
+    ]
     sizes += [(13, 70, 5001, 40), (25, 4401, 70, 0), (1, 4400, 129, 0)]
     if activation is None:
         sizes = [s for s in sizes if not s[3]]
@@ -163,7 +174,8 @@ def test_same_bits_for_any_number_of_threads_and_rows(own: None) -> None:
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_surroundings_by_any_way(own: None, grad: bool) -> None:
-    """linear and mlp with norm, scale and residual: with gradients, packed or not, under autocast and in float64, one function."""
+    """linear and mlp with norm, scale and residual: with gradients, packed or not, under autocast and in float64, one
+    function."""
     for m in (0, 24):
         b = branch(torch.float32, 10, 32, 40, m, "gelu", True, True)
         leaves = [t.requires_grad_(grad) for t in (b.weight, b.norm[0], b.scale, b.residual)]
@@ -189,7 +201,9 @@ def test_surroundings_by_any_way(own: None, grad: bool) -> None:
             assert coarse.dtype == torch.float32
             torch.testing.assert_close(coarse.double(), wanted, rtol=0.05, atol=0.05)
         if grad:
-            for ours, exact in zip(torch.autograd.grad(found.sum(), leaves), torch.autograd.grad(wanted.sum(), leaves), strict=True):
+            for ours, exact in zip(
+                torch.autograd.grad(found.sum(), leaves), torch.autograd.grad(wanted.sum(), leaves), strict=True
+            ):
                 torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
 
 
@@ -221,7 +235,21 @@ def test_errors() -> None:
             linear(x, w, residual=torch.ones(4, 1))
     with pytest.raises(RuntimeError, match="packed for other sizes"):
         torch.ops.pyvit.packed_layers(
-            x, False, None, None, 0.0, torch.ops.pyvit.pack_layer(w), 70, None, "", None, 0, None, None, None, torch.empty(4, 70)
+            x,
+            False,
+            None,
+            None,
+            0.0,
+            torch.ops.pyvit.pack_layer(w),
+            70,
+            None,
+            "",
+            None,
+            0,
+            None,
+            None,
+            None,
+            torch.empty(4, 70),
         )
 
 
@@ -239,8 +267,12 @@ def test_models_infer_the_same(own: None, name: str, dtype: torch.dtype) -> None
         assert pyvit.pack_weights(model) > 0
         found = model.forward_features(images)
         assert torch.equal(model.forward_features(images), found)
-    # A chain of roundings in another order: twice the error of the same model layer by layer, and the floor of the last one.
-    error, allowed = (found - exact).abs().max(), 2 * (plain - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+    # A chain of roundings in another order: twice the error of the same model layer by layer, and the floor of the last
+    # one.
+    error, allowed = (
+        (found - exact).abs().max(),
+        2 * (plain - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max(),
+    )
     assert error <= allowed
     if "swinv2" not in name:  # whose norms stand behind the branches
         assert any(key[0] == "packed" and how.startswith("pyvit") for key, (_, how) in products._chosen.items())
@@ -270,7 +302,9 @@ def test_hooks_adapters_and_dropout_are_not_passed_over(own: None) -> None:
             handle = block.get_submodule(part).register_forward_hook(lambda *_, seen=seen: seen.append("here"))
             torch.testing.assert_close(block(x), wanted)
             handle.remove()
-            assert seen == ["here"] or part.startswith("drop_path"), part  # which has no call of its own where it drops nothing
+            assert seen == ["here"] or part.startswith("drop_path"), (
+                part
+            )  # which has no call of its own where it drops nothing
         block.mlp.fc2 = nn.Sequential(block.mlp.fc2)  # wrapped
         torch.testing.assert_close(block(x), wanted)
         block.mlp = Mlp(32, 64, drop=0.5).train()
@@ -414,7 +448,8 @@ def test_a_single_element_is_seen_in_the_end_and_said(again: bool) -> None:
 
 
 def test_replaced_weights_are_not_multiplied_packed() -> None:
-    """By load_state_dict(assign=True), a parametrization, functional_call, copies and pickles; and ids that return after a collection."""
+    """By load_state_dict(assign=True), a parametrization, functional_call, copies and pickles; and ids that return
+    after a collection."""
     made = nn.Sequential(Mlp(64, 128), Mlp(64, 128)).eval()
     x = torch.randn(3, 64)
 

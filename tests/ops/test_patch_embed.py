@@ -21,8 +21,13 @@ def grid(size: tuple[int, int], patch: tuple[int, int], stride: tuple[int, int])
     return ((size[0] - patch[0]) // stride[0] + 1) * ((size[1] - patch[1]) // stride[1] + 1)
 
 
-def inputs(on: Served, b: int, c: int, size: tuple[int, int], patch: tuple[int, int], d: int, n: int, *kinds: str) -> dict[str, Tensor]:
-    tensors = {"images": on.randn(b, c, *size), "weight": on.randn(d, c, *patch, scale=(c * patch[0] * patch[1]) ** -0.5)}
+def inputs(
+    on: Served, b: int, c: int, size: tuple[int, int], patch: tuple[int, int], d: int, n: int, *kinds: str
+) -> dict[str, Tensor]:
+    tensors = {
+        "images": on.randn(b, c, *size),
+        "weight": on.randn(d, c, *patch, scale=(c * patch[0] * patch[1]) ** -0.5),
+    }
     if "uint8" in kinds:
         tensors["images"] = torch.randint(256, (b, c, *size), dtype=torch.uint8, device=on.device)
     shapes = {"bias": (d,), "pos_embed": (n, d), "prefix": (3, d)}
@@ -45,15 +50,25 @@ def check(
     tensors = inputs(on, b, c, size, patch, d, n, *kinds)
     op = functools.partial(patch_embed, stride=stride)
     if "keep" in kinds:
-        op = functools.partial(op, keep=torch.stack([torch.randperm(n)[: max(n // 4, 1)] for _ in range(b)]).to(on.device))
+        op = functools.partial(
+            op, keep=torch.stack([torch.randperm(n)[: max(n // 4, 1)] for _ in range(b)]).to(on.device)
+        )
     if "normalize" in kinds:
-        op = functools.partial(op, mean=torch.tensor(MEAN[:c], device=on.device), std=torch.tensor(STD[:c], device=on.device))
+        op = functools.partial(
+            op, mean=torch.tensor(MEAN[:c], device=on.device), std=torch.tensor(STD[:c], device=on.device)
+        )
     check_op(op, tensors, backend=on.backend, name="patch_embed", **more)
 
 
 ALL = ("bias", "pos_embed", "prefix")
 PATCHES = [
-    *[(3, (8, 12), (4, 4)), (3, (16, 32), (8, 8)), (1, (28, 14), (14, 14)), (4, (32, 16), (16, 16)), (3, (64, 32), (32, 32))],
+    *[
+        (3, (8, 12), (4, 4)),
+        (3, (16, 32), (8, 8)),
+        (1, (28, 14), (14, 14)),
+        (4, (32, 16), (16, 16)),
+        (3, (64, 32), (32, 32)),
+    ],
     *[(2, (5, 7), (1, 1)), (3, (6, 35), (2, 7))],
 ]
 OVERLAPS = [
@@ -87,7 +102,9 @@ def test_options(on: Served, kinds: tuple[str, ...], pixels: tuple[str, ...]) ->
 @pytest.mark.isa
 @on_every
 @pytest.mark.parametrize(("c", "size", "patch", "stride"), OVERLAPS, ids=str)
-def test_overlapping_patches(on: Served, c: int, size: tuple[int, int], patch: tuple[int, int], stride: tuple[int, int]) -> None:
+def test_overlapping_patches(
+    on: Served, c: int, size: tuple[int, int], patch: tuple[int, int], stride: tuple[int, int]
+) -> None:
     """Strides below the patch, which leave out the last pixels as a convolution does."""
     check(on, 2, c, size, patch, 24, *ALL, stride=stride)
     check(on, 2, c, size, patch, 24, *ALL, "keep", "uint8", "normalize", stride=stride)
@@ -113,7 +130,9 @@ def test_channels_last_bytes_and_strided_keep(on: Served) -> None:
     tensors = inputs(on, 2, 3, (16, 24), (8, 8), 32, 6, *ALL)
     keep = torch.tensor([[5, 0], [2, 3]], device=on.device)
     mean, std = torch.tensor(MEAN, device=on.device), torch.tensor(STD, device=on.device)
-    op = functools.partial(patch_embed, keep=layout(keep, "transposed"), mean=layout(mean, "stepped"), std=layout(std, "stepped"))
+    op = functools.partial(
+        patch_embed, keep=layout(keep, "transposed"), mean=layout(mean, "stepped"), std=layout(std, "stepped")
+    )
     check_op(op, {**tensors, "images": images}, backend=on.backend)
     check_op(op, {**tensors, "images": images.to(on.dtype)}, backend=on.backend)
 
@@ -163,11 +182,20 @@ def test_large_magnitudes(on: Served) -> None:
 def test_is_a_convolution(on: Served) -> None:
     images, weight, bias = on.randn(2, 3, 32, 48), on.randn(40, 3, 16, 16, scale=0.05), on.randn(40)
     out = patch_embed(images, weight, bias, stride=8, backend=on.backend)
-    wanted = [F.conv2d(*(t.to(dtype) for t in (images, weight, bias)), stride=8).flatten(2).mT for dtype in (on.dtype, torch.float64)]
+    wanted = [
+        F.conv2d(*(t.to(dtype) for t in (images, weight, bias)), stride=8).flatten(2).mT
+        for dtype in (on.dtype, torch.float64)
+    ]
     compare("conv2d", out, *wanted)
 
 
 @on_every
 def test_only_some_gradients_asked(on: Served) -> None:
     for grads in (("weight",), ("images",), ("prefix",), ("pos_embed", "bias")):
-        check_op(patch_embed, inputs(on, 2, 3, (8, 12), (4, 4), 20, 6, *ALL), backend=on.backend, grads=grads, name=str(grads))
+        check_op(
+            patch_embed,
+            inputs(on, 2, 3, (8, 12), (4, 4), 20, 6, *ALL),
+            backend=on.backend,
+            grads=grads,
+            name=str(grads),
+        )

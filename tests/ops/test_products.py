@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(library.problem() is not None, reason="needs the
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-#: (n, m, k): ragged tiles, nothing at all, one stretch of k per thread (k long, result small), several stretches after one another,
-#: columns in several goes, few rows and many
+#: (n, m, k): ragged tiles, nothing at all, one stretch of k per thread (k long, result small), several stretches after
+#: one another, columns in several goes, few rows and many
 SHAPES = [
     (1, 1, 1),
     (7, 5, 3),
@@ -56,7 +56,11 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, add: bool = 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_numerics(threads: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     n, m, k = shape
-    a, b, bias = (torch.randn(n, k) * max(k, 1) ** -0.5).to(dtype), torch.randn(k, m).to(dtype), torch.randn(m).to(dtype)
+    a, b, bias = (
+        (torch.randn(n, k) * max(k, 1) ** -0.5).to(dtype),
+        torch.randn(k, m).to(dtype),
+        torch.randn(m).to(dtype),
+    )
     exact = a.double() @ b.double() + bias.double()
     rounding = torch.finfo(dtype).eps
     for x, y in itertools.product((a, a.t().contiguous().t()), (b, b.t().contiguous().t())):
@@ -91,7 +95,9 @@ def test_parts_of_larger_tensors(store: str, dtype: torch.dtype) -> None:
         a, b = torch.randn(n, k).to(dtype), torch.randn(k, m).to(dtype)
         exact = a.double() @ b.double()
         held = torch.full((n + 1, m + 5), 7.0)
-        for x, y in itertools.product((layout(a, store), layout(a.t(), store).t()), (layout(b, store), layout(b.t(), store).t())):
+        for x, y in itertools.product(
+            (layout(a, store), layout(a.t(), store).t()), (layout(b, store), layout(b.t(), store).t())
+        ):
             product(x, y, None, held[:n, :m])
             torch.testing.assert_close(held[:n, :m].double(), exact, rtol=1e-5, atol=1e-3)
             assert (held[n:] == 7).all()
@@ -171,7 +177,10 @@ def test_processes_give_the_same_bits() -> None:
     disturbed = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     environment = {**os.environ, "PYVIT_LINEAR": "", "OMP_NUM_THREADS": "1"}
     try:
-        runs = [subprocess.Popen([sys.executable, "-c", SAME], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+        runs = [
+            subprocess.Popen([sys.executable, "-c", SAME], env=environment, stdout=subprocess.PIPE, text=True)
+            for _ in range(3)
+        ]
         found = [run.communicate()[0].strip() for run in runs]
     finally:
         disturbed.kill()
@@ -210,7 +219,10 @@ def test_rules_name_ways(dtype: torch.dtype) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(product_rules, "isa", lambda _, isa=isa: isa)
             for kind, ways in there.items():
-                assert any(name in ways for name in product_rules.preference(kind, dtype, product_rules.Shape(rows, out, inner)))
+                assert any(
+                    name in ways
+                    for name in product_rules.preference(kind, dtype, product_rules.Shape(rows, out, inner))
+                )
 
 
 def test_no_product_waits_for_another_process() -> None:
@@ -226,5 +238,7 @@ with torch.no_grad():
     layer(x)
 """
     for policy in ("auto", "measure"):
-        run = subprocess.run([sys.executable, "-c", command], env={**os.environ, "PYVIT_LINEAR": policy}, capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, "-c", command], env={**os.environ, "PYVIT_LINEAR": policy}, capture_output=True, text=True
+        )
         assert run.returncode == 0, run.stderr

@@ -1,4 +1,5 @@
-"""The definition of right, held to formulas written another way: loops over tokens, PyTorch's own operators, published test vectors."""
+"""The definition of right, held to formulas written another way: loops over tokens, PyTorch's own operators, published
+test vectors."""
 
 from __future__ import annotations
 
@@ -10,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyvit.ops import attention_map, flash_attention, flash_attention_varlen, linear, patch_embed, reference, window_attention
+from pyvit.ops import (
+    attention_map,
+    flash_attention,
+    flash_attention_varlen,
+    linear,
+    patch_embed,
+    reference,
+    window_attention,
+)
 
 F64 = torch.float64
 close = torch.testing.assert_close
@@ -54,13 +63,23 @@ def test_varlen_and_map_against_dense() -> None:
         dense = [t[None].transpose(1, 2) for t in (q[lo:hi], k[klo:khi], v[klo:khi])]
         close(out[lo:hi], F.scaled_dot_product_attention(*dense)[0].transpose(0, 1))
     full = (q.transpose(0, 1)[None] @ k.transpose(0, 1)[None].mT / math.sqrt(8)).softmax(-1)
-    close(attention_map(q.transpose(0, 1)[None], k.transpose(0, 1)[None], [10, 2], backend="reference"), full[:, :, [10, 2]])
+    close(
+        attention_map(q.transpose(0, 1)[None], k.transpose(0, 1)[None], [10, 2], backend="reference"),
+        full[:, :, [10, 2]],
+    )
 
 
 def _window_by_hand(
-    qkv: Tensor, window: tuple[int, int], shift: tuple[int, int], heads: int, table: Tensor, logit_scale: Tensor | None, pad: Tensor | None
+    qkv: Tensor,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    heads: int,
+    table: Tensor,
+    logit_scale: Tensor | None,
+    pad: Tensor | None,
 ) -> Tensor:
-    """One query at a time, by the coordinates of Liu et al.: who shares its window, and lies on its side of the seam."""
+    """One query at a time, by the coordinates of Liu et al.: who shares its window, and lies on its side of the
+    seam."""
     b, h, w, c3 = qkv.shape
     c, d = c3 // 3, c3 // 3 // heads
     size = tuple(-(-n // s) * s for n, s in zip((h, w), window, strict=True))
@@ -90,7 +109,9 @@ def _window_by_hand(
                 score = query @ key / math.sqrt(d)
             else:
                 score = query @ key / (query.norm() * key.norm()) * min(math.exp(float(logit_scale[head])), 100.0)
-            scores.append(score + table[(oy - py + window[0] - 1) * (2 * window[1] - 1) + ox - px + window[1] - 1, head])
+            scores.append(
+                score + table[(oy - py + window[0] - 1) * (2 * window[1] - 1) + ox - px + window[1] - 1, head]
+            )
             values.append(value)
         out[image, y, x, head * d : (head + 1) * d] = torch.stack(scores).softmax(0) @ torch.stack(values)
     return out
@@ -103,7 +124,9 @@ def _window_by_hand(
 )
 @pytest.mark.parametrize("v2", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_window_attention_by_hand(size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], v2: bool, padded: bool) -> None:
+def test_window_attention_by_hand(
+    size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], v2: bool, padded: bool
+) -> None:
     heads, d = 2, 3
     qkv, table = _rand(1, *size, 3 * heads * d), _rand((2 * window[0] - 1) * (2 * window[1] - 1), heads)
     logit_scale = torch.tensor([1.5, 6.0], dtype=F64) if v2 else None
@@ -122,7 +145,9 @@ def test_swin_mask_of_the_paper() -> None:
     for i, (ys, xs) in enumerate(itertools.product(edges, edges)):
         region[ys, xs] = i
     ids = region.view(3, window, 3, window).permute(0, 2, 1, 3).reshape(9, -1)
-    assert torch.equal(reference.window_mask((h, w), (window, window), (shift, shift), True), ids[:, :, None] == ids[:, None])
+    assert torch.equal(
+        reference.window_mask((h, w), (window, window), (shift, shift), True), ids[:, :, None] == ids[:, None]
+    )
 
 
 @pytest.mark.parametrize("stride", [None, 3])
@@ -135,7 +160,18 @@ def test_patch_embed_by_hand(stride: int | None) -> None:
     tokens = columns @ weight.flatten(1).T + bias + pos
     keep = torch.stack([torch.randperm(columns.shape[1])[:3] for _ in range(2)])
     wanted = torch.stack([torch.cat([prefix, tokens[i][keep[i]]]) for i in range(2)])
-    out = patch_embed(images, weight, bias, stride=stride, pos_embed=pos, prefix=prefix, keep=keep, mean=mean, std=std, backend="reference")
+    out = patch_embed(
+        images,
+        weight,
+        bias,
+        stride=stride,
+        pos_embed=pos,
+        prefix=prefix,
+        keep=keep,
+        mean=mean,
+        std=std,
+        backend="reference",
+    )
     close(out, wanted)
 
 

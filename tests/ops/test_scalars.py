@@ -1,4 +1,5 @@
-"""Numbers among the arguments: a tensor in their place is a number as for torch's functions, or has its gradient, or is refused by name."""
+"""Numbers among the arguments: a tensor in their place is a number as for torch's functions, or has its gradient, or is
+refused by name."""
 
 from __future__ import annotations
 
@@ -27,7 +28,13 @@ PLAIN: list[tuple[Callable[..., Any], dict[str, Any], dict[str, float]]] = [
     (ops.flash_attention_qkvpacked, {"qkv": torch.randn(2, 5, 3, 2, 8)}, {"scale": 0.3, "dropout_p": 0.0}),
     (
         ops.flash_attention_varlen,
-        {"q": Q[0].mT.mT.transpose(0, 1), "k": Q[0].transpose(0, 1), "v": Q[0].transpose(0, 1), "cu_seqlens_q": CU, "cu_seqlens_k": CU}
+        {
+            "q": Q[0].mT.mT.transpose(0, 1),
+            "k": Q[0].transpose(0, 1),
+            "v": Q[0].transpose(0, 1),
+            "cu_seqlens_q": CU,
+            "cu_seqlens_k": CU,
+        }
         | {"max_seqlen_q": 3, "max_seqlen_k": 3},
         {"scale": 0.3},
     ),
@@ -76,7 +83,9 @@ def test_a_number_without_a_gradient(op: Callable[..., Any], tensors: dict[str, 
 
 
 @pytest.mark.parametrize(("op", "tensors", "name", "value"), [row for row in ROWS if row[2] == "scale"], ids=_ids)
-def test_a_compiled_call_is_refused_too(op: Callable[..., Any], tensors: dict[str, Any], name: str, value: float) -> None:
+def test_a_compiled_call_is_refused_too(
+    op: Callable[..., Any], tensors: dict[str, Any], name: str, value: float
+) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda number: op(**{**tensors, name: number}), backend="eager")
     torch.testing.assert_close(compiled(value), op(**{**tensors, name: value}))
@@ -95,7 +104,10 @@ def test_a_learned_number_has_its_gradient(
     (grad,) = torch.autograd.grad(loss, given)
     wide = {k: t.double() if isinstance(t, Tensor) else t for k, t in tensors.items()}
     step = 1e-5
-    want = (op(**{**wide, name: value + step}, backend="reference") - op(**{**wide, name: value - step}, backend="reference")) / (2 * step)
+    want = (
+        op(**{**wide, name: value + step}, backend="reference")
+        - op(**{**wide, name: value - step}, backend="reference")
+    ) / (2 * step)
     assert grad.shape == shape
     torch.testing.assert_close(grad.double().reshape(()), want, rtol=1e-3, atol=1e-4)
     for other in (torch.ones(2), torch.tensor(1j), "1", None):

@@ -1,4 +1,5 @@
-"""The twin of torch's attention function against that function: its own samples, what it broadcasts, what it refuses, nested tensors."""
+"""The twin of torch's attention function against that function: its own samples, what it broadcasts, what it refuses,
+nested tensors."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def _samples(dtype: torch.dtype) -> list[Any]:
     return list(info.sample_inputs("cpu", dtype, requires_grad=True))
 
 
-def _wide(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **options: Any) -> Tensor:
+def _wide(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **options: Any
+) -> Tensor:
     """torch's function in float64."""
     tensors = (t.double() if t is not None and t.dtype != torch.bool else t for t in (query, key, value, attn_mask))
     return F.scaled_dot_product_attention(*tensors, *rest, **options)
@@ -56,11 +59,15 @@ def _both(call: Callable[[Any], Tensor], leaves: list[Tensor]) -> None:
     assert outputs[0].dtype == torchs.dtype
     leaves = [t for t in leaves if t.requires_grad]
     weights = torch.linspace(-1, 1, torchs.numel()).view(torchs.shape)
-    grads = [torch.autograd.grad(o, leaves, weights.to(o.dtype), allow_unused=True, materialize_grads=True) for o in outputs]
+    grads = [
+        torch.autograd.grad(o, leaves, weights.to(o.dtype), allow_unused=True, materialize_grads=True) for o in outputs
+    ]
     scores = 64.0  # of the samples' large numbers
     compare("out", *outputs, FORWARD_FACTOR, dtype=torchs.dtype, scores=scores)
     group = max((float(g.abs().max()) for g in grads[2] if g.numel()), default=0.0)
-    compare("gradients", *grads, GRADIENT_FACTOR, dtype=torchs.dtype, scores=scores, magnitudes=[8 * group] * len(leaves))
+    compare(
+        "gradients", *grads, GRADIENT_FACTOR, dtype=torchs.dtype, scores=scores, magnitudes=[8 * group] * len(leaves)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -149,7 +156,9 @@ def test_masks_of_few_dimensions(mask: tuple[int, ...], seeded: int) -> None:
     """torch takes them where its fused kernels do not serve the call, and fails where they would."""
     q, k = r(2, 3, 9, 16), r(2, 3, 7, 16)
     bias = r(*mask)
-    torch.testing.assert_close(scaled_dot_product_attention(q, k, k, bias), F.scaled_dot_product_attention(q, k, k, bias.expand(9, 7)))
+    torch.testing.assert_close(
+        scaled_dot_product_attention(q, k, k, bias), F.scaled_dot_product_attention(q, k, k, bias.expand(9, 7))
+    )
 
 
 @pytest.mark.parametrize("of_query", DTYPES, ids=str)
@@ -222,10 +231,13 @@ def test_nested(lengths: tuple[list[int], list[int] | None], causal: bool, backe
     v = like(k, 8)
     t = [x.transpose(1, 2) for x in (q, k, v)]
     out, lse = flash_attention(*t, is_causal=causal, return_lse=True, backend=backend)
-    assert torch.equal(scaled_dot_product_attention(*t, is_causal=causal).values(), flash_attention(*t, is_causal=causal).values())
+    assert torch.equal(
+        scaled_dot_product_attention(*t, is_causal=causal).values(), flash_attention(*t, is_causal=causal).values()
+    )
     singles = [[x.detach().clone().requires_grad_() for x in part.unbind()] for part in (q, k, v)]
     wanted = [
-        F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in part), is_causal=causal) for part in zip(*singles, strict=True)
+        F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in part), is_causal=causal)
+        for part in zip(*singles, strict=True)
     ]
     for got, want, norm in zip(out.unbind(), wanted, lse.unbind(), strict=True):
         torch.testing.assert_close(got, want[0], rtol=1e-4, atol=1e-5)
@@ -235,7 +247,9 @@ def test_nested(lengths: tuple[list[int], list[int] | None], causal: bool, backe
         want = torch.autograd.grad(sum((o**2).sum() for o in wanted), part, retain_graph=True)
         for got, one in zip(grad.unbind(), want, strict=True):
             torch.testing.assert_close(got, one, rtol=1e-4, atol=1e-5)
-    assert (out.transpose(1, 2).flatten(2) + like(q, 1).flatten(2)[..., :1]).is_nested  # the same ragged size as the queries'
+    assert (
+        out.transpose(1, 2).flatten(2) + like(q, 1).flatten(2)[..., :1]
+    ).is_nested  # the same ragged size as the queries'
 
 
 def test_nested_is_explained() -> None:

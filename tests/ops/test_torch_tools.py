@@ -1,4 +1,5 @@
-"""PyTorch's tools see every operator for what it computes: batched gradients, transforms, checkpoints, hooks, counters, modes, profiler."""
+"""PyTorch's tools see every operator for what it computes: batched gradients, transforms, checkpoints, hooks, counters,
+modes, profiler."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ def test_batched_gradients_of_gradients(case: Callable[[], Case]) -> None:
         first = torch.autograd.grad(out, leaves, torch.randn_like(out), create_graph=True)
         first = [g for g in first if g.requires_grad]  # of what is linear in everything it is not
         grads = [torch.randn(3, *g.shape) for g in first]
-        found.append(torch.autograd.grad(first, leaves, grads, is_grads_batched=True, allow_unused=True, materialize_grads=True))
+        found.append(
+            torch.autograd.grad(first, leaves, grads, is_grads_batched=True, allow_unused=True, materialize_grads=True)
+        )
     for ours, exact in zip(*found, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-3)
 
@@ -79,7 +82,9 @@ def test_forward_mode_and_hessians_of_layers(name: str) -> None:
     for transformed in (
         lambda op: torch.func.jacfwd(op)(*case.tensors),
         lambda op: torch.func.hessian(lambda *t: op(*t).square().sum())(*case.tensors),
-        lambda op: torch.func.jvp(lambda x: op(x, *case.tensors[1:]), case.tensors[:1], (torch.ones_like(case.tensors[0]),))[1],
+        lambda op: torch.func.jvp(
+            lambda x: op(x, *case.tensors[1:]), case.tensors[:1], (torch.ones_like(case.tensors[0]),)
+        )[1],
     ):
         torch.testing.assert_close(transformed(case.op), transformed(case.plain), rtol=1e-3, atol=1e-3)
 
@@ -110,7 +115,8 @@ def test_checkpoints_and_hooks_on_saved_tensors(case: Callable[[], Case]) -> Non
 
 @every
 def test_results_and_inputs_may_be_written_to(case: Callable[[], Case], request: pytest.FixtureRequest) -> None:
-    """A result takes ``+=`` as any tensor; an input that the backward needs and finds changed is an error, not a wrong gradient."""
+    """A result takes ``+=`` as any tensor; an input that the backward needs and finds changed is an error, not a wrong
+    gradient."""
     case = case()
     wanted = torch.autograd.grad(case.op(*(leaves := case.leaves())).sum(), leaves)
     out = case.op(*(leaves := case.leaves()))
@@ -227,4 +233,7 @@ def test_the_profiler_names_operators_with_shapes() -> None:
     assert attention
     assert any([2, 2, 5, 8] in shapes for shapes in attention)
     assert any(name.startswith("pyvit::layer_norm") or name == "aten::native_layer_norm" for name in found)
-    assert any(name in ("pyvit::product", "mkldnn::_linear_pointwise", "aten::linear", "aten::addmm", "aten::mm") for name in found)
+    assert any(
+        name in ("pyvit::product", "mkldnn::_linear_pointwise", "aten::linear", "aten::addmm", "aten::mm")
+        for name in found
+    )

@@ -18,10 +18,16 @@ on_varlen = pytest.mark.parametrize("on", served("flash_attention_varlen", "grad
 on_map = pytest.mark.parametrize("on", served("attention_map", "bias"), ids=str)
 
 
-def packed(on: Served, lengths_q: list[int], lengths_k: list[int], h: int = 2, d: int = 32, dv: int = 0, hkv: int = 0) -> tuple[dict, dict]:
+def packed(
+    on: Served, lengths_q: list[int], lengths_k: list[int], h: int = 2, d: int = 32, dv: int = 0, hkv: int = 0
+) -> tuple[dict, dict]:
     """Tensors and options of a packed call."""
     hkv = hkv or h
-    tensors = {"q": on.randn(sum(lengths_q), h, d), "k": on.randn(sum(lengths_k), hkv, d), "v": on.randn(sum(lengths_k), hkv, dv or d)}
+    tensors = {
+        "q": on.randn(sum(lengths_q), h, d),
+        "k": on.randn(sum(lengths_k), hkv, d),
+        "v": on.randn(sum(lengths_k), hkv, dv or d),
+    }
     ends = [torch.tensor([0, *lengths], device=on.device).cumsum(0) for lengths in (lengths_q, lengths_k)]
     options = {
         "cu_seqlens_q": ends[0].int(),
@@ -70,7 +76,10 @@ def test_varlen_head_dims_and_groups(on: Served, d: int) -> None:
 @pytest.mark.parametrize("kind", ["float", "bool"])
 def test_varlen_bias(on: Served, pattern: tuple[int, ...], kind: str) -> None:
     tensors, options = packed(on, [9, 20, 4], [11, 6, 30])
-    shape = [n if keep else 1 for n, keep in zip((3, 2, options["max_seqlen_q"], options["max_seqlen_k"]), pattern, strict=True)]
+    shape = [
+        n if keep else 1
+        for n, keep in zip((3, 2, options["max_seqlen_q"], options["max_seqlen_k"]), pattern, strict=True)
+    ]
     bias = torch.randn(shape, device=on.device)
     full = (3, 2, options["max_seqlen_q"], options["max_seqlen_k"])
     _check(on, {**tensors, "bias": bias > -1.0 if kind == "bool" else bias}, options, broadcast={"bias": full})
@@ -92,7 +101,9 @@ def test_varlen_is_dense_attention_per_sequence(on: Served) -> None:
     dense = {name: t.transpose(0, 1)[None] for name, t in tensors.items()}
     out, lse = varlen(**tensors, **options, backend=on.backend)
     wide = {name: t.double() for name, t in dense.items()}
-    same = [flash_attention(**x, bias=owner[:, None] == owner, return_lse=True, backend="reference") for x in (dense, wide)]
+    same = [
+        flash_attention(**x, bias=owner[:, None] == owner, return_lse=True, backend="reference") for x in (dense, wide)
+    ]
     compare("varlen", [out.transpose(0, 1)[None], lse[None]], *same, dtype=on.dtype)
 
 
@@ -124,7 +135,11 @@ def test_map_bias(on: Served, pattern: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("store", ["transposed", "permuted", "sliced", "stepped", "shifted", "expanded"])
 def test_map_strides(on: Served, store: str) -> None:
     _maps(
-        on, {"q": on.randn(2, 3, 9, 40), "k": on.randn(2, 3, 21, 40), "bias": on.randn(2, 3, 9, 21)}, [4, 5], store=store, store_grad=store
+        on,
+        {"q": on.randn(2, 3, 9, 40), "k": on.randn(2, 3, 21, 40), "bias": on.randn(2, 3, 9, 21)},
+        [4, 5],
+        store=store,
+        store_grad=store,
     )
 
 
@@ -154,7 +169,9 @@ def test_map_rows_are_those_of_attention(on: Served) -> None:
     p = attention_map(q, k, [0, 7], backend=on.backend)
     out = flash_attention(q, k, v, backend="reference")[:, :, [0, 7]]
     torch.testing.assert_close(p.float() @ v.float(), out.float(), rtol=0, atol=30 * torch.finfo(on.dtype).eps)
-    torch.testing.assert_close(p.float().sum(-1), torch.ones(2, 3, 2, device=on.device), rtol=0, atol=4 * torch.finfo(on.dtype).eps)
+    torch.testing.assert_close(
+        p.float().sum(-1), torch.ones(2, 3, 2, device=on.device), rtol=0, atol=4 * torch.finfo(on.dtype).eps
+    )
 
 
 @pytest.mark.isa
@@ -171,11 +188,17 @@ def test_finite_masks_of_packed_sequences(on: Served) -> None:
 def test_maps_of_finite_masks(on: Served) -> None:
     """Every row of probabilities sums to 1, but for those that may attend to nothing, and to no more."""
     for dtype in {torch.float32, on.dtype}:
-        tensors = {"q": on.randn(1, 2, ROWS, 32), "k": on.randn(1, 2, 70, 32), "bias": extreme_bias(70, dtype).to(on.device)}
+        tensors = {
+            "q": on.randn(1, 2, ROWS, 32),
+            "k": on.randn(1, 2, 70, 32),
+            "bias": extreme_bias(70, dtype).to(on.device),
+        }
         op = functools.partial(attention_map, rows=range(ROWS))
         check_op(op, tensors, backend=on.backend, grads=())
         sums = op(**tensors, backend=on.backend).float().sum(-1)
         wanted = torch.ones(ROWS, device=on.device)
         wanted[8] = 0
-        if not (on.backend == "reference" and dtype == torch.float16):  # there the sum of score and bias overflows, as in torch
+        if not (
+            on.backend == "reference" and dtype == torch.float16
+        ):  # there the sum of score and bias overflows, as in torch
             torch.testing.assert_close(sums, wanted.expand_as(sums), rtol=0, atol=0.02)

@@ -13,16 +13,22 @@ from pyvit.ops import reference, window_attention
 from pyvit.testing import LAYOUTS, Served, check_op, served
 from tests.extremes import ROWS, extreme_table
 
-on_every = pytest.mark.parametrize("on", served("window_attention", "grad", "bias_table", "shift", "padding", "pad_qkv"), ids=str)
+on_every = pytest.mark.parametrize(
+    "on", served("window_attention", "grad", "bias_table", "shift", "padding", "pad_qkv"), ids=str
+)
 
 
-def inputs(on: Served, b: int, size: tuple[int, int], window: tuple[int, int], heads: int, d: int, *kinds: str) -> dict[str, Tensor]:
+def inputs(
+    on: Served, b: int, size: tuple[int, int], window: tuple[int, int], heads: int, d: int, *kinds: str
+) -> dict[str, Tensor]:
     """qkv and the optional tensors named in ``kinds``, each as a model would hold it."""
     tensors = {"qkv": on.randn(b, *size, 3 * heads * d)}
     if "bias_table" in kinds:
         tensors["bias_table"] = torch.randn((2 * window[0] - 1) * (2 * window[1] - 1), heads, device=on.device)
     if "logit_scale" in kinds:  # the raw logarithm, below and above the clamp at ln 100
-        tensors["logit_scale"] = torch.linspace(1.0, 5.0, heads, device=on.device) if heads > 1 else torch.tensor([2.3], device=on.device)
+        tensors["logit_scale"] = (
+            torch.linspace(1.0, 5.0, heads, device=on.device) if heads > 1 else torch.tensor([2.3], device=on.device)
+        )
     if "pad_qkv" in kinds:
         tensors["pad_qkv"] = on.randn(3 * heads * d)
     return tensors
@@ -38,12 +44,21 @@ def largest_lse(tensors: dict[str, Tensor], window: tuple[int, int], shift: tupl
 
 
 def check(
-    on: Served, b: int, size: tuple[int, int], window: int | tuple[int, int], shift: int | tuple[int, int], heads: int, d: int, *kinds: str
+    on: Served,
+    b: int,
+    size: tuple[int, int],
+    window: int | tuple[int, int],
+    shift: int | tuple[int, int],
+    heads: int,
+    d: int,
+    *kinds: str,
 ) -> None:
     window, shift = ((n, n) if isinstance(n, int) else n for n in (window, shift))
     op = functools.partial(window_attention, window_size=window, shift_size=shift, num_heads=heads)
     tensors = inputs(on, b, size, window, heads, d, *kinds)
-    check_op(op, tensors, backend=on.backend, scores=largest_lse(tensors, window, shift, heads), name="window_attention")
+    check_op(
+        op, tensors, backend=on.backend, scores=largest_lse(tensors, window, shift, heads), name="window_attention"
+    )
 
 
 GEOMETRIES = [  # map, window, shift
@@ -81,7 +96,9 @@ def test_head_dims(on: Served, d: int) -> None:
 
 @pytest.mark.isa
 @on_every
-@pytest.mark.parametrize("kinds", [(), ("bias_table",), ("pad_qkv",), ("logit_scale",), ("bias_table", "logit_scale", "pad_qkv")], ids=str)
+@pytest.mark.parametrize(
+    "kinds", [(), ("bias_table",), ("pad_qkv",), ("logit_scale",), ("bias_table", "logit_scale", "pad_qkv")], ids=str
+)
 @pytest.mark.parametrize(("b", "heads"), [(1, 1), (3, 3)])
 def test_options(on: Served, kinds: tuple[str, ...], b: int, heads: int) -> None:
     for shift in (0, 2):
@@ -103,13 +120,22 @@ def test_swin_shapes(on: Served) -> None:
 def test_strides(on: Served, store: str) -> None:
     op = functools.partial(window_attention, window_size=4, shift_size=2, num_heads=2)
     kinds = ("bias_table", "logit_scale", "pad_qkv")
-    check_op(op, inputs(on, 2, (9, 8), (4, 4), 2, 24, *kinds), backend=on.backend, store=store, store_grad=store, name=store)
+    check_op(
+        op, inputs(on, 2, (9, 8), (4, 4), 2, 24, *kinds), backend=on.backend, store=store, store_grad=store, name=store
+    )
 
 
 @on_every
 def test_far_columns(on: Served, far: str) -> None:
     """Columns of the map further apart than 32 bits count: of a view into a huge tensor."""
-    check_op(window_attention, inputs(on, 1, (2, 2), (2, 2), 1, 16), backend=on.backend, store=far, window_size=2, num_heads=1)
+    check_op(
+        window_attention,
+        inputs(on, 1, (2, 2), (2, 2), 1, 16),
+        backend=on.backend,
+        store=far,
+        window_size=2,
+        num_heads=1,
+    )
 
 
 @on_every
@@ -156,7 +182,9 @@ def test_zero_vectors_under_cosine_attention(on: Served) -> None:
 def test_logit_scale_beyond_the_clamp_has_no_gradient(on: Served) -> None:
     tensors = inputs(on, 1, (4, 4), (4, 4), 3, 16)
     logit_scale = torch.tensor([math.log(100) + 0.1, 1.0, 9.0], device=on.device, requires_grad=True)
-    window_attention(**tensors, window_size=4, num_heads=3, logit_scale=logit_scale, backend=on.backend).float().sin().sum().backward()
+    window_attention(
+        **tensors, window_size=4, num_heads=3, logit_scale=logit_scale, backend=on.backend
+    ).float().sin().sum().backward()
     assert (logit_scale.grad != 0).tolist() == [False, True, False]
 
 
@@ -165,14 +193,21 @@ def test_pad_value_without_padding_has_zero_gradient(on: Served) -> None:
     tensors = inputs(on, 1, (8, 8), (4, 4), 2, 16, "pad_qkv")
     pad = tensors["pad_qkv"].requires_grad_()
     qkv = tensors["qkv"].requires_grad_()
-    (grad,) = torch.autograd.grad(window_attention(qkv, 4, 1, num_heads=2, pad_qkv=pad, backend=on.backend).sum(), pad, allow_unused=True)
+    (grad,) = torch.autograd.grad(
+        window_attention(qkv, 4, 1, num_heads=2, pad_qkv=pad, backend=on.backend).sum(), pad, allow_unused=True
+    )
     assert grad is None or (grad == 0).all()
 
 
 @on_every
 def test_empty_batch(on: Served) -> None:
     op = functools.partial(window_attention, window_size=4, shift_size=2, num_heads=2)
-    check_op(op, inputs(on, 0, (9, 8), (4, 4), 2, 16, "bias_table", "pad_qkv", "logit_scale"), backend=on.backend, name="empty")
+    check_op(
+        op,
+        inputs(on, 0, (9, 8), (4, 4), 2, 16, "bias_table", "pad_qkv", "logit_scale"),
+        backend=on.backend,
+        name="empty",
+    )
 
 
 @on_every
@@ -192,7 +227,8 @@ def test_each_image_and_head_by_itself(on: Served) -> None:
 @pytest.mark.parametrize("kinds", [(), ("logit_scale",), ("pad_qkv",), ("logit_scale", "pad_qkv")], ids=str)
 @pytest.mark.parametrize("window", [2, 4, 7, 8, 12])
 def test_finite_masks(on: Served, window: int, kinds: tuple[str, ...]) -> None:
-    """Tables whose numbers mask rows whole or in part, by -inf or by finite numbers: the naive form's result and gradients."""
+    """Tables whose numbers mask rows whole or in part, by -inf or by finite numbers: the naive form's result and
+    gradients."""
     tensors = inputs(on, 1, (2 * window, 2 * window - 1), (window, window), ROWS, 16, *kinds)
     tensors["bias_table"] = extreme_table((2 * window - 1) ** 2).to(on.device)
     op = functools.partial(window_attention, window_size=window, shift_size=window // 2, num_heads=ROWS)

@@ -110,7 +110,8 @@ _COMPARE: dict[str, Callable[..., np.ndarray]] = {
 
 
 def compare(name: str, dtype: np.dtype) -> Callable[..., np.ndarray]:
-    """The comparison ``setp.name`` makes: of floats false where either is NaN, unless it ends in u or is one of num, nan, ne."""
+    """The comparison ``setp.name`` makes: of floats false where either is NaN, unless it ends in u or is one of num,
+    nan, ne."""
     if name == "num":
         return lambda a, b: ~(np.isnan(a) | np.isnan(b))
     if name == "nan":

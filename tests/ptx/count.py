@@ -1,4 +1,5 @@
-"""Instructions per score that kernels issue, with the tiles they had and with those in use: ``python -m tests.ptx.count``.
+"""Instructions per score that kernels issue, with the tiles they had and with those in use: ``python -m
+tests.ptx.count``.
 
 A score's share is a warp's instructions times its 32 lanes; calls are small, so edges weigh more than in a model.
 """

@@ -1,4 +1,5 @@
-"""Matrices as warps hold them: ``ldmatrix`` and ``stmatrix``, ``mma.sync``, ``wgmma``. Warps take part whole or not at all."""
+"""Matrices as warps hold them: ``ldmatrix`` and ``stmatrix``, ``mma.sync``, ``wgmma``. Warps take part whole or not at
+all."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Flight:
-    """A ``wgmma`` under way: its lanes and the number of their group, its accumulators, and the shared bytes it reads (with block and first
-    lane). Operands in registers are ptxas's to guard: it sees them, and puts the fence that they need before the product."""
+    """A ``wgmma`` under way: its lanes and the number of their group, its accumulators, and the shared bytes it reads
+    (with block and first lane). Operands in registers are ptxas's to guard: it sees them, and puts the fence that they
+    need before the product."""
 
     lanes: np.ndarray
     group: np.ndarray
@@ -103,7 +105,8 @@ def matrices(s: Statement, place: tuple[str, int]) -> Execute:
 
 
 def _numbers(bits: np.ndarray, kind: str) -> np.ndarray:
-    """Registers (..., ) as the numbers they hold: (..., 2) for 16-bit types, (..., 1) for tf32, whose low 13 bits are not looked at."""
+    """Registers (..., ) as the numbers they hold: (..., 2) for 16-bit types, (..., 1) for tf32, whose low 13 bits are
+    not looked at."""
     if kind == "tf32":
         return (bits & np.uint32(0xFFFFE000)).view(np.float32)[..., None]
     halves = np.ascontiguousarray(bits)[..., None].view(np.uint16)
@@ -113,7 +116,8 @@ def _numbers(bits: np.ndarray, kind: str) -> np.ndarray:
 
 
 def left_fragment(registers: np.ndarray, kind: str) -> np.ndarray:
-    """A (..., 16, K) from its registers (..., n, 32): rows 0 to 7, then 8 to 15, of one half of K, then of the other."""
+    """A (..., 16, K) from its registers (..., n, 32): rows 0 to 7, then 8 to 15, of one half of K, then of the
+    other."""
     numbers = _numbers(registers, kind)  # (..., n, 32, e)
     each = numbers.shape[-1]
     halves = registers.shape[-2] // 2
@@ -147,7 +151,9 @@ def mma(s: Statement) -> Execute:
         _whole(mask, m.lanes, 32)
 
         def stack(operand: str | list[str], dtype: type) -> np.ndarray:
-            return np.stack([np.broadcast_to(m.read(r, dtype), (m.lanes,)).reshape(-1, 32) for r in _registers(operand)], 1)
+            return np.stack(
+                [np.broadcast_to(m.read(r, dtype), (m.lanes,)).reshape(-1, 32) for r in _registers(operand)], 1
+            )
 
         left, right = left_fragment(stack(a, np.uint32), kind), right_fragment(stack(b, np.uint32), kind)
         product = left @ right  # (warps, 16, 8)
@@ -166,8 +172,13 @@ def _swizzle(at: np.ndarray, mode: int) -> np.ndarray:
 
 
 def descriptor_places(descriptor: int, rows: int, depth: int, size: int, across: bool) -> np.ndarray:
-    """Addresses (rows, depth) of the elements that a matrix descriptor names; ``across``: neighbours lie along the rows, not along K."""
-    start, leading, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 16 & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
+    """Addresses (rows, depth) of the elements that a matrix descriptor names; ``across``: neighbours lie along the
+    rows, not along K."""
+    start, leading, stride = (
+        (descriptor & 0x3FFF) << 4,
+        (descriptor >> 16 & 0x3FFF) << 4,
+        (descriptor >> 32 & 0x3FFF) << 4,
+    )
     mode = descriptor >> 62
     if descriptor >> 49 & 7:
         raise NotImplementedError("wgmma: a descriptor with a base offset")
@@ -224,7 +235,9 @@ def wgmma(s: Statement) -> Execute:
             held = np.stack([m.read(r, np.uint32).reshape(-1, 4, 32) for r in a], 2)  # (groups, warp, register, lane)
             lefts = left_fragment(held, kind).reshape(-1, 64, depth)
         for group in groups:
-            left = lefts[group] if isinstance(a, list) else shared(m, one(m, str(a), group), 64, across[0], group, flight)
+            left = (
+                lefts[group] if isinstance(a, list) else shared(m, one(m, str(a), group), 64, across[0], group, flight)
+            )
             product[group] = left @ shared(m, one(m, str(b), group), n, across[1], group, flight).T
         kept = np.broadcast_to(m.read(keep, bool), (m.lanes,))
         tile = product.reshape(-1, 4, 16, n)

@@ -36,14 +36,17 @@ def _in_halves(s: Statement, dtype: np.dtype, op: Callable[..., np.ndarray]) -> 
     """``d = op(a, b)`` on both 16-bit halves of each register."""
 
     def execute(m: Machine) -> None:
-        values = [np.ascontiguousarray(np.broadcast_to(m.read(o, np.uint32), (m.lanes,))).view(dtype) for o in s.operands[1:]]
+        values = [
+            np.ascontiguousarray(np.broadcast_to(m.read(o, np.uint32), (m.lanes,))).view(dtype) for o in s.operands[1:]
+        ]
         m.write(s.operands[0], op(*values).astype(dtype).view(np.uint32), m.mask_of(s))
 
     return execute
 
 
 def _move(s: Statement, dtype: np.dtype) -> Execute:
-    """``mov``. A copy is no access of its own: ptxas gives both names one register, on whichever side of a wait the text has it."""
+    """``mov``. A copy is no access of its own: ptxas gives both names one register, on whichever side of a wait the
+    text has it."""
     target, source = s.operands[0], s.operands[1]
 
     def execute(m: Machine) -> None:
@@ -79,7 +82,12 @@ def _convert(s: Statement) -> Execute:
     if into == "tf32":
         return lambda m: m.write(target, to_tf32(m.read(operands[0], np.float32)), m.mask_of(s))
     left, right = type_of(source), type_of(into)
-    rounding: dict[str, Callable[[np.ndarray], np.ndarray]] = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
+    rounding: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "rzi": np.trunc,
+        "rni": np.rint,
+        "rmi": np.floor,
+        "rpi": np.ceil,
+    }
     whole = next((rounding[p] for p in s.parts if p in rounding), None)
 
     def convert(m: Machine) -> None:
@@ -154,7 +162,8 @@ _NOTHING = ("wgmma.fence", "bar.warp.sync", "membar", "fence.acq_rel", "fence.sc
 
 
 def decode(s: Statement) -> Execute:
-    """The statement as a function of the machine. Raises NotImplementedError where this machine does not know the instruction."""
+    """The statement as a function of the machine. Raises NotImplementedError where this machine does not know the
+    instruction."""
     name, last = s.parts[0], s.parts[-1]
     if _UNKNOWN.intersection(s.parts):
         raise NotImplementedError(f"PTX line {s.line}: {s.op}")
@@ -198,11 +207,15 @@ def decode(s: Statement) -> Execute:
         return _arithmetic(s, name, dtype, compare(s.parts[1], dtype), 2, np.dtype(bool))
     if name == "selp":
         return lambda m: m.write(
-            s.operands[0], np.where(m.read(s.operands[3], bool), m.read(s.operands[1], dtype), m.read(s.operands[2], dtype)), m.mask_of(s)
+            s.operands[0],
+            np.where(m.read(s.operands[3], bool), m.read(s.operands[1], dtype), m.read(s.operands[2], dtype)),
+            m.mask_of(s),
         )
     if name in ("shl", "shr"):
         op = shift(np.left_shift if name == "shl" else np.right_shift)
-        return lambda m: m.write(s.operands[0], op(m.read(s.operands[1], dtype), m.read(s.operands[2], np.uint32)), m.mask_of(s))
+        return lambda m: m.write(
+            s.operands[0], op(m.read(s.operands[1], dtype), m.read(s.operands[2], np.uint32)), m.mask_of(s)
+        )
     if name == "mul" and "hi" in s.parts:
         return _arithmetic(s, name, dtype, high, 2)
     if name == "mul" and "wide" in s.parts:

@@ -16,13 +16,24 @@ from tests.ptx.program import Program, Statement, ends_block
 WARP = 32
 #: Lanes that run side by side; longer rows of blocks are run in pieces.
 _LANES = 4096
-_WIDTHS = {"r": np.uint32, "rd": np.uint64, "rs": np.uint16, "p": np.bool_, "f": np.uint32, "fd": np.uint64, "b": np.uint8, "rc": np.uint8}
+_WIDTHS = {
+    "r": np.uint32,
+    "rd": np.uint64,
+    "rs": np.uint16,
+    "p": np.bool_,
+    "f": np.uint32,
+    "fd": np.uint64,
+    "b": np.uint8,
+    "rc": np.uint8,
+}
 
 
 class Machine:
     """One row of blocks that run ``program`` in step: where lanes part, those furthest behind go first."""
 
-    def __init__(self, program: Program, arguments: list[Any], memory: Global, shared: int, blocks: np.ndarray, grid: int) -> None:
+    def __init__(
+        self, program: Program, arguments: list[Any], memory: Global, shared: int, blocks: np.ndarray, grid: int
+    ) -> None:
         self.program, self.arguments, self.memory, self.grid = program, arguments, memory, grid
         self.lanes = len(blocks) * program.threads
         self.blocks = blocks
@@ -37,7 +48,9 @@ class Machine:
         self.groups = {"cp.async": np.zeros(self.lanes, np.int64), "wgmma": np.zeros(self.lanes, np.int64)}
         self.flying: dict[str, list[Any]] = {"cp.async": [], "wgmma": []}
         self.accumulating: dict[str, np.ndarray] = {}  # accumulators of wgmma under way, and in which lanes
-        self.issued: collections.Counter[str] = collections.Counter()  # instructions, once for each warp that has an active lane
+        self.issued: collections.Counter[str] = (
+            collections.Counter()
+        )  # instructions, once for each warp that has an active lane
 
     # Operands
 
@@ -87,7 +100,8 @@ class Machine:
         return np.ones(self.lanes, bool) if width is np.bool_ else np.full(self.lanes, np.iinfo(width).max, width)
 
     def write(self, operand: str | list[str], value: np.ndarray, mask: np.ndarray | None) -> None:
-        """``value`` into a register (narrower values are zero-extended or, if signed, sign-extended), in the lanes of ``mask``."""
+        """``value`` into a register (narrower values are zero-extended or, if signed, sign-extended), in the lanes of
+        ``mask``."""
         if isinstance(operand, list):
             size = value.itemsize // len(operand)
             parts = np.ascontiguousarray(value).view(f"u{size}").reshape(self.lanes, len(operand))
@@ -117,7 +131,9 @@ class Machine:
             raise Fault(f"{register} is {what} while a wgmma under way has it")
 
     def who(self, lanes: np.ndarray) -> Lanes:
-        return Lanes(self.ctaid[lanes, None].astype(np.int32), self.warp[lanes, None], self.shared.epoch[self.block[lanes], None])
+        return Lanes(
+            self.ctaid[lanes, None].astype(np.int32), self.warp[lanes, None], self.shared.epoch[self.block[lanes], None]
+        )
 
     def mask_of(self, statement: Statement) -> np.ndarray | None:
         """The lanes that execute ``statement``; None for all."""
@@ -135,7 +151,9 @@ class Machine:
         end = len(self.program.blocks)
         at = np.zeros(self.lanes, np.int64)
         waiting = np.zeros(self.lanes, bool)
-        decoded = [[(s, instructions.decode(s)) for s in block if not ends_block(s.op)] for block in self.program.blocks]
+        decoded = [
+            [(s, instructions.decode(s)) for s in block if not ends_block(s.op)] for block in self.program.blocks
+        ]
         with np.errstate(all="ignore"):
             while True:
                 runnable = ~waiting & (at < end)
@@ -190,7 +208,9 @@ class Machine:
 def _immediate(text: str, dtype: np.dtype) -> np.ndarray:
     if text[:2] in ("0f", "0F"):
         return (
-            np.uint32(int(text[2:], 16)).view(dtype) if dtype.itemsize == 4 else np.uint32(int(text[2:], 16)).view(np.float32).astype(dtype)
+            np.uint32(int(text[2:], 16)).view(dtype)
+            if dtype.itemsize == 4
+            else np.uint32(int(text[2:], 16)).view(np.float32).astype(dtype)
         )
     if text[:2] in ("0d", "0D"):
         return np.uint64(int(text[2:], 16)).view(dtype)
@@ -202,9 +222,11 @@ def _immediate(text: str, dtype: np.dtype) -> np.ndarray:
     return np.uint64(value % (1 << 8 * dtype.itemsize)).astype(f"u{dtype.itemsize}").view(dtype)
 
 
-def run(program: Program, arguments: list[Any], tensors: list[Tensor], shared: int, grid: int) -> collections.Counter[str]:
-    """Run ``grid`` blocks; ``arguments`` are the entry's parameters, tensors standing for their addresses. Results are in the tensors
-    afterwards. Returns the instructions issued, counted once per warp."""
+def run(
+    program: Program, arguments: list[Any], tensors: list[Tensor], shared: int, grid: int
+) -> collections.Counter[str]:
+    """Run ``grid`` blocks; ``arguments`` are the entry's parameters, tensors standing for their addresses. Results are
+    in the tensors afterwards. Returns the instructions issued, counted once per warp."""
     memory = Global(tensors)
     values = [memory.address(a) if isinstance(a, Tensor) else a for a in arguments]
     if len(values) != len(program.parameters):

@@ -20,7 +20,8 @@ class Fault(AssertionError):
 
 
 class Lanes(NamedTuple):
-    """Of the lanes that take part in an access, as columns: block of the grid, warp, and barriers their block has passed."""
+    """Of the lanes that take part in an access, as columns: block of the grid, warp, and barriers their block has
+    passed."""
 
     block: np.ndarray
     warp: np.ndarray
@@ -28,8 +29,8 @@ class Lanes(NamedTuple):
 
 
 class Global:
-    """The storages of the tensors that a launch names, far apart. Only bytes that belong to some tensor may be touched, and only pages that
-    hold such bytes are kept: a view may span more than there is memory."""
+    """The storages of the tensors that a launch names, far apart. Only bytes that belong to some tensor may be touched,
+    and only pages that hold such bytes are kept: a view may span more than there is memory."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._storages: dict[int, tuple[int, torch.UntypedStorage]] = {}
@@ -56,7 +57,9 @@ class Global:
         at = np.array([tensor.storage_offset()])
         for n, stride in zip(tensor.shape, tensor.stride(), strict=True):
             at = np.unique((at[:, None] + np.arange(n) * stride).ravel())
-        return self._storages[tensor.untyped_storage().data_ptr()][0] + at * tensor.element_size(), tensor.element_size()
+        return self._storages[tensor.untyped_storage().data_ptr()][
+            0
+        ] + at * tensor.element_size(), tensor.element_size()
 
     def _kept(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Places in what is kept, and whether they are."""
@@ -75,7 +78,11 @@ class Global:
             yield slice(i * _PAGE, i * _PAGE + len(own)), own
 
     def address(self, tensor: Tensor) -> int:
-        return BASE + self._storages[tensor.untyped_storage().data_ptr()][0] + tensor.storage_offset() * tensor.element_size()
+        return (
+            BASE
+            + self._storages[tensor.untyped_storage().data_ptr()][0]
+            + tensor.storage_offset() * tensor.element_size()
+        )
 
     def write_back(self) -> None:
         """The bytes of every storage, as the kernels left them, into the tensors."""
@@ -115,8 +122,8 @@ class Global:
 
 
 class Shared:
-    """The shared memory of a row of blocks. ``epoch`` counts each block's barriers: accesses of one byte by different warps within one
-    epoch must all be reads, or be writes of the same value."""
+    """The shared memory of a row of blocks. ``epoch`` counts each block's barriers: accesses of one byte by different
+    warps within one epoch must all be reads, or be writes of the same value."""
 
     def __init__(self, blocks: int, size: int) -> None:
         self.size = size
@@ -153,7 +160,9 @@ class Shared:
         self._read_warp[places[several]] = _MANY
         return self.bytes[places]
 
-    def write(self, places: np.ndarray, data: np.ndarray, warp: np.ndarray, block: np.ndarray, arriving: bool = False) -> None:
+    def write(
+        self, places: np.ndarray, data: np.ndarray, warp: np.ndarray, block: np.ndarray, arriving: bool = False
+    ) -> None:
         warp, epoch = warp[:, None], self.epoch[block][:, None]
         if self._held[places].any():
             raise Fault("write of shared bytes that a wgmma under way reads")
@@ -161,13 +170,16 @@ class Shared:
             raise Fault("write of shared bytes that cp.async has not brought yet")
         if ((self._read_epoch[places] == epoch) & (self._read_warp[places] != warp)).any():
             raise Fault("race: write of shared bytes that another warp read since the last barrier")
-        if ((self._write_epoch[places] == epoch) & (self._write_warp[places] != warp) & (self.bytes[places] != data)).any():
+        if (
+            (self._write_epoch[places] == epoch) & (self._write_warp[places] != warp) & (self.bytes[places] != data)
+        ).any():
             raise Fault("race: write of shared bytes that another warp wrote since the last barrier")
         self._write_epoch[places] = epoch
         self._write_warp[places] = warp
         self._unfenced[places] = not arriving
         self.bytes[places] = data
-        # Lanes of one warp may differ (a sum of products that each lane contracted its own way): one of them wins, as on a GPU.
+        # Lanes of one warp may differ (a sum of products that each lane contracted its own way): one of them wins, as
+        # on a GPU.
         if ((self._write_warp[places] != warp) & (self.bytes[places] != data)).any():
             raise Fault("two warps write different values to the same shared bytes")
 

@@ -39,8 +39,8 @@ _ENTRY = """
 
 
 def _run(body: str, source: Tensor, target: Tensor, threads: int = 64, shared: int = 4096, grid: int = 1) -> Tensor:
-    """``target`` after ``body``, in which %r1 is the lane, %r2 the block, %r3 four times the lane, and %rd4 and %rd5 the lane's elements of
-    ``source`` and ``target``."""
+    """``target`` after ``body``, in which %r1 is the lane, %r2 the block, %r3 four times the lane, and %rd4 and %rd5
+    the lane's elements of ``source`` and ``target``."""
     program = parse(_ENTRY.format(threads=threads, body=body))
     machine.run(program, [source, target], [source, target], shared, grid)
     return target
@@ -75,7 +75,9 @@ def _ints(n: int = 64) -> Tensor:
 def test_integers(instruction: str, wanted) -> None:
     source = _ints()
     got = _run(
-        f"ld.global.b32 {{ %r4 }}, [ %rd4 + 0 ];\n{instruction}\nst.global.b32 [ %rd5 + 0 ], {{ %r5 }};", source, torch.zeros(64).int()
+        f"ld.global.b32 {{ %r4 }}, [ %rd4 + 0 ];\n{instruction}\nst.global.b32 [ %rd5 + 0 ], {{ %r5 }};",
+        source,
+        torch.zeros(64).int(),
     )
     assert np.array_equal(got.numpy(), np.asarray(wanted(source.numpy())).astype(np.int64).astype(np.int32))
 
@@ -96,7 +98,11 @@ def test_floats(instruction: str, wanted) -> None:
     source = torch.randn(64) * 3
     if "num" in instruction:
         source[5] = float("nan")
-    got = _run(f"ld.global.b32 {{ %r4 }}, [ %rd4 + 0 ];\n{instruction}\nst.global.b32 [ %rd5 + 0 ], {{ %r5 }};", source, torch.zeros(64))
+    got = _run(
+        f"ld.global.b32 {{ %r4 }}, [ %rd4 + 0 ];\n{instruction}\nst.global.b32 [ %rd5 + 0 ], {{ %r5 }};",
+        source,
+        torch.zeros(64),
+    )
     assert torch.allclose(got, wanted(source), rtol=3e-7, atol=1e-9)
 
 
@@ -124,18 +130,33 @@ FAULTS = {
     "load past the end": ("ld.global.b32 { %r4 }, [ %rd4 + 4 ];", "load of 4 bytes outside"),
     "store past the end": ("st.global.b32 [ %rd5 + 4 ], { %r1 };", "store of 4 bytes outside"),
     "misaligned": ("ld.global.b64 { %rd9 }, [ %rd4 + 0 ];", "misaligned"),
-    "a pointer cut to 32 bits": ("cvt.u32.u64 %r4, %rd4;\n\tcvt.u64.u32 %rd9, %r4;\n\tld.global.b32 { %r4 }, [ %rd9 + 0 ];", "outside"),
+    "a pointer cut to 32 bits": (
+        "cvt.u32.u64 %r4, %rd4;\n\tcvt.u64.u32 %rd9, %r4;\n\tld.global.b32 { %r4 }, [ %rd9 + 0 ];",
+        "outside",
+    ),
     "shared past the end": ("st.shared.b32 [%r3+4096], %r1;", "of 4096"),
-    "read before the barrier": (f"{_WRITE_OTHERS}\nst.shared.b32 [%r3], %r1;\nld.shared.b32 %r7, [%r5];", "another warp wrote"),
-    "write before the barrier": (f"{_WRITE_OTHERS}\nld.shared.b32 %r7, [%r3];\nst.shared.b32 [%r5], %r6;", "another warp read"),
-    "two warps, two values": ("and.b32 %r5, %r3, 124;\n\tst.shared.b32 [%r5], %r1;", "two warps write different values"),
+    "read before the barrier": (
+        f"{_WRITE_OTHERS}\nst.shared.b32 [%r3], %r1;\nld.shared.b32 %r7, [%r5];",
+        "another warp wrote",
+    ),
+    "write before the barrier": (
+        f"{_WRITE_OTHERS}\nld.shared.b32 %r7, [%r3];\nst.shared.b32 [%r5], %r6;",
+        "another warp read",
+    ),
+    "two warps, two values": (
+        "and.b32 %r5, %r3, 124;\n\tst.shared.b32 [%r5], %r1;",
+        "two warps write different values",
+    ),
     "global memory before the barrier": (
         "xor.b32 %r5, %r3, 128;\n\tcvt.u64.u32 %rd8, %r5;\n\tadd.s64 %rd9, %rd2, %rd8;\n"
         "st.global.b32 [ %rd5 + 0 ], { %r1 };\nld.global.b32 { %r7 }, [ %rd9 + 0 ];",
         "another warp wrote since",
     ),
     "a copy not waited for": (f"{_COPY}\nld.shared.b32 %r7, [%r3];", "not brought yet"),
-    "a copy of another warp": (f"{_WRITE_OTHERS}\n{_COPY}\ncp.async.wait_group 0;\nld.shared.b32 %r7, [%r5];", "another warp wrote"),
+    "a copy of another warp": (
+        f"{_WRITE_OTHERS}\n{_COPY}\ncp.async.wait_group 0;\nld.shared.b32 %r7, [%r5];",
+        "another warp wrote",
+    ),
     "a copy left under way": (_COPY, "under way"),
     "half a warp at a product": (
         "setp.lt.u32 %p1, %r1, 16;\n\t@%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r7}, [%r3];",
@@ -176,7 +197,8 @@ def test_what_the_machine_does_not_know_is_refused(instruction: str) -> None:
 
 
 def test_mma_fragments() -> None:
-    """16 x 16 by 16 x 8 in bfloat16: registers filled by the manual's formulas for rows and columns, the result read by them."""
+    """16 x 16 by 16 x 8 in bfloat16: registers filled by the manual's formulas for rows and columns, the result read by
+    them."""
     a, b = torch.randn(16, 16).bfloat16(), torch.randn(16, 8).bfloat16()
     lane = torch.arange(32)
     row, pair = lane // 4, lane % 4
@@ -223,7 +245,8 @@ def test_ldmatrix(turned: bool) -> None:
 
 @pytest.mark.parametrize(("mode", "width"), [(1, 128), (2, 64), (3, 32)])
 def test_swizzled_descriptors_name_every_byte_once(mode: int, width: int) -> None:
-    """A tile of 8 rows of the pattern's width, read K by K: no two elements lie at one place, and all lie within the tile."""
+    """A tile of 8 rows of the pattern's width, read K by K: no two elements lie at one place, and all lie within the
+    tile."""
     found = []
     for k in range(width // 32):
         descriptor = (32 * k) >> 4 | (8 * width >> 4) << 32 | mode << 62

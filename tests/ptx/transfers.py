@@ -69,7 +69,11 @@ def memory(s: Statement) -> Execute:
             else:
                 m.memory.store(at, data, m.who(lanes))
             return
-        data = m.shared.read(m.shared.places(at, size, block, "load"), warp, block) if shared else m.memory.load(at, size, m.who(lanes))
+        data = (
+            m.shared.read(m.shared.places(at, size, block, "load"), warp, block)
+            if shared
+            else m.memory.load(at, size, m.who(lanes))
+        )
         values = np.ascontiguousarray(data).view(dtype).reshape(len(lanes), count)
         for i, register in enumerate(registers):
             full = np.zeros(m.lanes, dtype)
@@ -80,7 +84,8 @@ def memory(s: Statement) -> Execute:
 
 
 def copy(s: Statement) -> Execute:
-    """``cp.async``: bytes land when their group is waited for; beyond the given number of source bytes they are zero."""
+    """``cp.async``: bytes land when their group is waited for; beyond the given number of source bytes they are
+    zero."""
     into, source = place_of(str(s.operands[0])), place_of(str(s.operands[1]))
     size = int(str(s.operands[2]), 0)
 

@@ -60,7 +60,9 @@ def test_layer_decay(name):
     assert scale[id(named[head])] == 1.0
     assert scale[id(named[first])] == 0.5**depth
     assert scale[id(named[embedding])] == 0.5 ** (depth + 1)
-    assert not any(decays[id(p)] for n, p in named.items() if n.endswith("bias") or "norm" in n or n in ("cls_token", "pos_embed"))
+    assert not any(
+        decays[id(p)] for n, p in named.items() if n.endswith("bias") or "norm" in n or n in ("cls_token", "pos_embed")
+    )
     assert decays[id(named[head])]
 
 
@@ -71,7 +73,12 @@ def test_layer_decay(name):
         (
             "vit_small_r26_s32_224",
             {"depth": 3},
-            {"patch_embed.backbone.stages.2.blocks.1.conv1.weight": 0, "pos_embed": 0, "blocks.2.norm1.weight": 3, "norm.weight": 4},
+            {
+                "patch_embed.backbone.stages.2.blocks.1.conv1.weight": 0,
+                "pos_embed": 0,
+                "blocks.2.norm1.weight": 3,
+                "norm.weight": 4,
+            },
         ),
         (
             "swinv2_tiny_window8_256",
@@ -90,7 +97,13 @@ def test_layers_of_other_backbones(name, settings, wanted):
 
 @pytest.mark.parametrize(
     "name",
-    ["vit_small_patch14_reg4_dinov2", "swinv2_tiny_window8_256", "siglip_pico_patch8_32", "clip_pico_patch8_32", "clip_resnet50_224"],
+    [
+        "vit_small_patch14_reg4_dinov2",
+        "swinv2_tiny_window8_256",
+        "siglip_pico_patch8_32",
+        "clip_pico_patch8_32",
+        "clip_resnet50_224",
+    ],
 )
 def test_what_does_not_decay(name):
     """Vectors, positions, tokens, registers, bias tables, temperatures."""
@@ -156,7 +169,10 @@ def test_masks_that_hide_nothing_are_refused(tmp_path):
 @pytest.mark.parametrize("rate", [1.0, -0.1, float("nan"), 5.0])
 def test_rates_of_models_are_checked(rate):
     """Also where a single block would never see the rate."""
-    for name, more in (("vit_pico_patch8_32", {"depth": 1}), ("swin_pico_patch4_window4_32", {"depths": (1,), "num_heads": (1,)})):
+    for name, more in (
+        ("vit_pico_patch8_32", {"depth": 1}),
+        ("swin_pico_patch4_window4_32", {"depths": (1,), "num_heads": (1,)}),
+    ):
         with pytest.raises(ValueError, match=r"drop_path_rate must be in \[0, 1\)"):
             pyvit.create_model(name, drop_path_rate=rate, **more)
         if rate != 1.0:
@@ -181,7 +197,9 @@ def test_parse():
 def test_unknown_options_are_refused(recipe, tmp_path):
     (tmp_path / "none").write_text("")
     with pytest.raises(ValueError, match="option must be one of"):
-        load_recipe(recipe)(Config(recipe=recipe, option=["nonsense=1"], init="x", model="vit_pico_patch4_32"), load_data("digits"))
+        load_recipe(recipe)(
+            Config(recipe=recipe, option=["nonsense=1"], init="x", model="vit_pico_patch4_32"), load_data("digits")
+        )
 
 
 @pytest.mark.parametrize(
@@ -196,7 +214,10 @@ def test_unknown_options_are_refused(recipe, tmp_path):
         ({"batch_size": 15, "accumulate": 2}, "batch_size must be"),
         ({"model": "vit_huge"}, "name must be a registered model"),
         ({"recipe": "finetune"}, "init must name"),
-        ({"recipe": "clip", "data": "synthetic", "model": "vit_pico_patch4_32", "image_size": 32, "batch_size": 8}, "two towers"),
+        (
+            {"recipe": "clip", "data": "synthetic", "model": "vit_pico_patch4_32", "image_size": 32, "batch_size": 8},
+            "two towers",
+        ),
         ({"option": ["augment=wild"]}, "option augment must be one of"),
         ({"epochs": 1.0}, "epochs and steps: give one of them"),
     ],

@@ -9,9 +9,22 @@ import torch
 
 from pyvit.train import Config, checkpoint, engine
 
-SMALL = {"data": "digits", "set": ["embed_dim=24", "depth=1", "num_heads=1", "patch_size=8"], "batch_size": 8, "log_every": 1}
+SMALL = {
+    "data": "digits",
+    "set": ["embed_dim=24", "depth=1", "num_heads=1", "patch_size=8"],
+    "batch_size": 8,
+    "log_every": 1,
+}
 SIMCLR = {"recipe": "simclr", "option": ["hidden=8", "out=8"]}
-SELF = ["prototypes=40", "hidden=16", "bottleneck=8", "local_crops=1", "local_size=16", "freeze_last=0.0", "batch_norm=False"]
+SELF = [
+    "prototypes=40",
+    "hidden=16",
+    "bottleneck=8",
+    "local_crops=1",
+    "local_size=16",
+    "freeze_last=0.0",
+    "batch_norm=False",
+]
 
 
 @pytest.fixture
@@ -84,7 +97,10 @@ def test_overflow_without_end_stops_the_run(scaled, tmp_path, monkeypatch):
     batches = run.batches()
     for step in range(engine.OVERFLOWS):
         run.step(step, batches)
-    with pytest.raises(FloatingPointError, match=r"step 27: the gradients are not finite for 28 steps in a row, .* there is no checkpoint"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"step 27: the gradients are not finite for 28 steps in a row, .* there is no checkpoint",
+    ):
         run.step(engine.OVERFLOWS, batches)
     run.close()
 
@@ -102,7 +118,9 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
     run.step(0, batches)
     assert run.save(1)
     run.recipe.model.pos_embed.data[0, 0, 0] = float("inf")
-    with pytest.raises(FloatingPointError, match="step 1: parameters are no longer finite; the checkpoint of step 1 is intact"):
+    with pytest.raises(
+        FloatingPointError, match="step 1: parameters are no longer finite; the checkpoint of step 1 is intact"
+    ):
         run.save(2)
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 1
     run.close()

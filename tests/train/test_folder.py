@@ -21,7 +21,12 @@ from pyvit.train.folder import Lock, fingerprint
 from pyvit.train.log import Log, say
 from pyvit.train.runs import load_run
 
-SMALL = {"data": "digits", "set": ["embed_dim=24", "depth=1", "num_heads=1", "patch_size=8"], "batch_size": 16, "log_every": 1}
+SMALL = {
+    "data": "digits",
+    "set": ["embed_dim=24", "depth=1", "num_heads=1", "patch_size=8"],
+    "batch_size": 16,
+    "log_every": 1,
+}
 WRITES = """
 import json, sys
 from pyvit.train import Config, train
@@ -31,7 +36,9 @@ train(Config(**json.loads(sys.argv[1])))
 
 def start(settings: dict, **options) -> subprocess.Popen:
     command = [sys.executable, "-c", WRITES, json.dumps(settings)]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=-1, stderr=subprocess.STDOUT, text=True, **options)
+    return subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=-1, stderr=subprocess.STDOUT, text=True, **options
+    )
 
 
 def wait_for(path: Path, lines: int = 1) -> None:
@@ -45,7 +52,8 @@ def wait_for(path: Path, lines: int = 1) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_resumes(tmp_path, number):
-    """Also with processes that read data, which the signal reaches too, since terminals and schedulers send it to all."""
+    """Also with processes that read data, which the signal reaches too, since terminals and schedulers send it to
+    all."""
     out = tmp_path / "run"
     settings = {**SMALL, "steps": 2000, "save_every": 10_000, "workers": 1, "out": str(out)}
     running = start(settings, start_new_session=True)
@@ -57,8 +65,9 @@ def test_a_signal_saves_and_the_same_command_resumes(tmp_path, number):
     saved = checkpoint.load(out / "last.pt")
     assert saved["step"] >= 3
     assert (
-        f"stopped after step {saved['step']} of 2000; the checkpoint of step {saved['step']} is intact; the same command resumes it" in said
-    )
+        f"stopped after step {saved['step']} of 2000; the checkpoint of step {saved['step']} is intact; the same "
+        "command resumes it"
+    ) in said
     assert not (out / "run.lock").exists()
 
 
@@ -81,7 +90,8 @@ def test_two_runs_in_one_folder(tmp_path):
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
-    """The process that the file names is asked for: one that runs here holds the folder, one that has ended does not."""
+    """The process that the file names is asked for: one that runs here holds the folder, one that has ended does
+    not."""
     from pyvit.train import folder
 
     monkeypatch.setattr(folder, "fcntl", None)
@@ -126,7 +136,13 @@ def folder_of_pictures(root: Path, count: int = 12) -> Path:
     return root
 
 
-PICTURES = {"model": "vit_pico_patch8_32", "image_size": 32, "batch_size": 8, "set": ["depth=1"], "option": ["augment='none'"]}
+PICTURES = {
+    "model": "vit_pico_patch8_32",
+    "image_size": 32,
+    "batch_size": 8,
+    "set": ["depth=1"],
+    "option": ["augment='none'"],
+}
 
 
 def test_data_that_change_are_refused(tmp_path):
@@ -134,7 +150,9 @@ def test_data_that_change_are_refused(tmp_path):
     settings = {**PICTURES, "data": str(data), "steps": 2, "out": out}
     train(Config(**settings))
     (data / "dark" / "00.png").rename(data / "dark" / "renamed.png")
-    with pytest.raises(ValueError, match=r"the training set has changed since the run began: other files.*--allow-changed-data"):
+    with pytest.raises(
+        ValueError, match=r"the training set has changed since the run began: other files.*--allow-changed-data"
+    ):
         train(Config(**settings))
     shutil.copy(data / "dark" / "01.png", data / "dark" / "01b.png")
     with pytest.raises(ValueError, match=r"it had \d+ images and has \d+"):
@@ -187,7 +205,10 @@ def test_a_disk_that_fills_after_the_first_checkpoint(tmp_path):
     said = running.communicate(timeout=200)[0]
     assert running.returncode == 1, said
     assert "no checkpoint at step 4" in said
-    assert "all steps are made, but last.pt, model.safetensors could not be written; the checkpoint of step 2 is intact" in said
+    assert (
+        "all steps are made, but last.pt, model.safetensors could not be written; the checkpoint of step 2 is intact"
+        in said
+    )
     assert checkpoint.load(out / "last.pt")["step"] == 2
     assert not (out / "model.safetensors").exists()
     assert not [p for p in out.iterdir() if p.name.startswith(".")]

@@ -89,12 +89,17 @@ def test_both_forward_passes_draw_alike(name):
 
 
 def test_the_engine_keeps_the_negatives(tmp_path):
-    """The loss of 16 images, at first about ln 31, in micro-batches of 1 and of 16 alike; a micro-batch of 4 alone would have ln 7."""
+    """The loss of 16 images, at first about ln 31, in micro-batches of 1 and of 16 alike; a micro-batch of 4 alone
+    would have ln 7."""
     first = []
     for accumulate in (1, 4, 16):
         settings = {**RECIPES["simclr"], "option": ["hidden=16", "out=8", "temperature=10.0"]}
         out = tmp_path / str(accumulate)
-        train(Config(recipe="simclr", steps=2, batch_size=16, accumulate=accumulate, log_every=1, out=str(out), **settings))
+        train(
+            Config(
+                recipe="simclr", steps=2, batch_size=16, accumulate=accumulate, log_every=1, out=str(out), **settings
+            )
+        )
         first.append(json.loads((out / "log.jsonl").read_text().splitlines()[0])["loss"])
     assert first == pytest.approx([3.434] * 3, abs=0.1)
 
@@ -108,7 +113,19 @@ def test_what_has_no_negatives_is_refused(tmp_path):
 
 def test_batch_norm_in_the_encoder_is_refused():
     """Its statistics would be those of each micro-batch."""
-    options = {"option": ["context=24"], "set": ["layers=(1,1,1,1)", "width=8", "num_heads=4", "embed_dim=16", "img_size=32"]}
-    config = Config(recipe="clip", data="digits", model="clip_resnet50_224", image_size=32, steps=1, batch_size=8, accumulate=2, **options)
+    options = {
+        "option": ["context=24"],
+        "set": ["layers=(1,1,1,1)", "width=8", "num_heads=4", "embed_dim=16", "img_size=32"],
+    }
+    config = Config(
+        recipe="clip",
+        data="digits",
+        model="clip_resnet50_224",
+        image_size=32,
+        steps=1,
+        batch_size=8,
+        accumulate=2,
+        **options,
+    )
     with pytest.raises(ValueError, match="accumulate must be 1 with clip_resnet50_224, whose batch norms"):
         load_recipe("clip")(_settle(config), load_data("digits"))

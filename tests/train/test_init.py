@@ -48,7 +48,11 @@ def data(size=32, classes=2, channels=3):
 
 def config(recipe, **more):
     sizes = {k: v for k, v in CLIP.items() if recipe == "clip" or not k.startswith("text")} if recipe in MODELS else VIT
-    settings = {"model": MODELS.get(recipe, "vit_pico_patch8_32"), "set": pairs(sizes), "option": pairs(OPTIONS.get(recipe, {}))}
+    settings = {
+        "model": MODELS.get(recipe, "vit_pico_patch8_32"),
+        "set": pairs(sizes),
+        "option": pairs(OPTIONS.get(recipe, {})),
+    }
     return Config(recipe=recipe, **{"data": "nowhere", "batch_size": 4, "steps": 1, **settings, **more})
 
 
@@ -125,7 +129,9 @@ def test_another_image_size_patch_class_count_and_channels(tmp_path, capsys):
     there = run("supervised", tmp_path / "run")
     capsys.readouterr()
     here = start("finetune", tmp_path / "run", data(48, 3)).model
-    assert torch.allclose(here.pos_embed[0, 1:], resample_positions(there.pos_embed.detach()[0, 1:], (4, 4), (6, 6)), atol=1e-6)
+    assert torch.allclose(
+        here.pos_embed[0, 1:], resample_positions(there.pos_embed.detach()[0, 1:], (4, 4), (6, 6)), atol=1e-6
+    )
     assert here.head.weight.shape[0] == 3
     report = capsys.readouterr().out
     assert "adapted: pos_embed 4x4 -> 6x6" in report
@@ -145,7 +151,10 @@ REFUSED = {
         {"set": ["embed_dim=24", "depth=2", "num_heads=3"]},
         r"blocks\.\*\.attn\.num_heads|num_heads 2 in the file, 3 in the model",
     ),
-    "no LayerScale": ({"set": [*pairs(VIT), "init_values=None"]}, r"unexpected \(4\): blocks\.0\.ls1\.gamma|ls1\.gamma"),
+    "no LayerScale": (
+        {"set": [*pairs(VIT), "init_values=None"]},
+        r"unexpected \(4\): blocks\.0\.ls1\.gamma|ls1\.gamma",
+    ),
     "registers": ({"set": [*pairs(VIT), "reg_tokens=4"]}, r"missing \(3\): reg_token"),
     "another family": ({"model": "swin_pico_patch4_window4_32", "set": []}, "VisionTransformer"),
 }
@@ -177,7 +186,13 @@ def test_other_libraries_folders(head, tmp_path):
     source = pyvit.create_model("vit_pico_patch8_32", **VIT, num_classes=head or 0, norm_eps=1e-12)
     state = {k: v.contiguous() for k, v in from_native(source.state_dict(), "transformers ViT").items()}
     safetensors.save_file(state, tmp_path / "model.safetensors")
-    facts = {"model_type": "vit", "image_size": 32, "num_attention_heads": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
+    facts = {
+        "model_type": "vit",
+        "image_size": 32,
+        "num_attention_heads": 2,
+        "layer_norm_eps": 1e-12,
+        "hidden_act": "gelu",
+    }
     (tmp_path / "config.json").write_text(json.dumps(facts))
     for init in (tmp_path, tmp_path / "model.safetensors"):
         made = start("finetune", init, model="vit_pico_patch8_32", set=pairs(VIT))
@@ -200,8 +215,21 @@ def test_files_that_are_no_weights_end_a_run_in_one_line(content, reason, tmp_pa
     path = tmp_path / "weights.pth"
     if content is not None:
         path.write_bytes(content)
-    command = ["train", "linear", "--data", "digits", "--init", str(path), "--out", str(tmp_path / "run"), "--steps", "1"]
-    done = subprocess.run([sys.executable, "-m", "pyvit", *command], capture_output=True, text=True, timeout=120, check=False)
+    command = [
+        "train",
+        "linear",
+        "--data",
+        "digits",
+        "--init",
+        str(path),
+        "--out",
+        str(tmp_path / "run"),
+        "--steps",
+        "1",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pyvit", *command], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode not in (0, None)
     assert "Traceback" not in done.stderr
     assert reason in done.stderr

@@ -35,7 +35,13 @@ def tiny(name):
         return {"layers": (1, 1, 1, 1), "width": 8, "num_heads": 2, **TEXT}
     found = image_encoder(name)
     if found.constructor is SwinTransformer:
-        return {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 2, "pretrained_window_sizes": None}
+        return {
+            "embed_dim": 16,
+            "depths": (1, 1),
+            "num_heads": (1, 2),
+            "window_size": 2,
+            "pretrained_window_sizes": None,
+        }
     if found.constructor is ResNet:
         return {"layers": (1, 1, 1, 1), "width": 8}
     if "conv_channels" in found.settings:
@@ -49,12 +55,16 @@ def config(recipe, name, **more):
     chosen = [f"{k}={v!r}" for k, v in tiny(name).items()] if load_recipe(recipe).fits(name) else []
     options = [f"{k}={v!r}" for k, v in OPTIONS.get(recipe, {}).items()]
     init = {"init": "given"} if recipe in ("finetune", "linear") else {}
-    return Config(recipe=recipe, model=name, set=chosen, option=options, batch_size=4, steps=1, data="nowhere", **init, **more)
+    return Config(
+        recipe=recipe, model=name, set=chosen, option=options, batch_size=4, steps=1, data="nowhere", **init, **more
+    )
 
 
 def images():
     torch.manual_seed(0)
-    part = TensorImages(torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 2, [f"image {i}" for i in range(8)])
+    part = TensorImages(
+        torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 2, [f"image {i}" for i in range(8)]
+    )
     return Data("noise", part, part, (32, 32), ["even", "odd"])
 
 
@@ -92,7 +102,11 @@ def expected(recipe, name):
         return False
     if recipe in ("mae", "dinov2"):
         plain = not name.startswith(("swin", "resnet")) and "swin" not in name and "resnet" not in name
-        special = "distilled" in name or name.startswith("ast_") or any(s in name for s in ("_r50_", "_r26_", "_r_", "_conv_"))
+        special = (
+            "distilled" in name
+            or name.startswith("ast_")
+            or any(s in name for s in ("_r50_", "_r26_", "_r_", "_conv_"))
+        )
         return plain and not (recipe == "mae" and special)
     return True
 
@@ -138,7 +152,11 @@ def test_a_step(recipe, name):
 
 
 def test_unknown_settings_are_refused_before_data_is_read():
-    for recipe, name in (("supervised", "vit_tiny_patch16_224"), ("clip", "clip_pico_patch8_32"), ("mae", "vit_pico_patch8_32")):
+    for recipe, name in (
+        ("supervised", "vit_tiny_patch16_224"),
+        ("clip", "clip_pico_patch8_32"),
+        ("mae", "vit_pico_patch8_32"),
+    ):
         with pytest.raises(ValueError, match=rf"{recipe}: set must name settings of {name} .*, got dept"):
             train(Config(recipe=recipe, model=name, data="nowhere", set=["dept=2"]))
     for recipe, given in (("finetune", None), ("linear", None), ("finetune", ""), ("supervised", " ")):
@@ -149,7 +167,9 @@ def test_unknown_settings_are_refused_before_data_is_read():
 
 
 def test_the_models_of_built_in_sets_fit():
-    for recipe, data in [(r, d) for r in RECIPES if r not in ("finetune", "linear") for d in ("digits", "scenes", "words")]:
+    for recipe, data in [
+        (r, d) for r in RECIPES if r not in ("finetune", "linear") for d in ("digits", "scenes", "words")
+    ]:
         if recipe in ("clip", "siglip") and data == "words":
             continue
         assert load_recipe(recipe).fits(_settle(Config(recipe=recipe, data=data)).model)

@@ -62,7 +62,9 @@ def test_options_out_of_range_are_refused_by_name(recipe, init):
                 _settle(config)
 
 
-@pytest.mark.parametrize("field", [f for f in dataclasses.fields(Config) if f.metadata.get("within") or f.metadata.get("choices")])
+@pytest.mark.parametrize(
+    "field", [f for f in dataclasses.fields(Config) if f.metadata.get("within") or f.metadata.get("choices")]
+)
 def test_settings_out_of_range_are_refused_by_name(field):
     kind = {"int": int, "float": float, "str": str}[str(field.type).split(" ")[0]]
     for value in wrong(kind, field.metadata["within"], field.metadata["choices"]):

@@ -1,4 +1,5 @@
-"""Two processes: options that leave parameters unused, cached gradients, a teacher under DDP and FSDP2, one rank that stops."""
+"""Two processes: options that leave parameters unused, cached gradients, a teacher under DDP and FSDP2, one rank that
+stops."""
 
 from __future__ import annotations
 
@@ -20,12 +21,28 @@ CLIP = {"model": "clip_pico_patch8_32", "set": [*TOWERS, "text_depth=1"]}
 #: The rows of DINOv2's ablation and others that leave something out.
 RUNS = {
     "no ibot": {"recipe": "dinov2", "set": TINY, "option": [*SELF, "ibot=0.0"]},
-    "no koleo": {"recipe": "dinov2", "set": TINY, "option": [*SELF, "koleo=0.0", "separate_head=False", "layer_scale=0.0"]},
+    "no koleo": {
+        "recipe": "dinov2",
+        "set": TINY,
+        "option": [*SELF, "koleo=0.0", "separate_head=False", "layer_scale=0.0"],
+    },
     "centre": {"recipe": "dinov2", "set": TINY, "option": [*SELF, "centering='centering'", "local_crops=0"]},
-    "sinkhorn": {"recipe": "dino", "set": TINY, "option": [*SELF, "centering='sinkhorn_knopp'", "norm_last_layer=False"]},
-    "mae avg": {"recipe": "mae", "set": [*TINY, "global_pool=avg"], "option": ["decoder_dim=16", "decoder_depth=0", "decoder_heads=1"]},
+    "sinkhorn": {
+        "recipe": "dino",
+        "set": TINY,
+        "option": [*SELF, "centering='sinkhorn_knopp'", "norm_last_layer=False"],
+    },
+    "mae avg": {
+        "recipe": "mae",
+        "set": [*TINY, "global_pool=avg"],
+        "option": ["decoder_dim=16", "decoder_depth=0", "decoder_heads=1"],
+    },
     "clip of siglip": {"recipe": "clip", "model": "siglip_pico_patch8_32", "set": TOWERS, "option": ["context=24"]},
-    "plain": {"recipe": "supervised", "set": TINY, "option": ["mixup=0.0", "cutmix=0.0", "smoothing=0.0", "drop_path=0.0"]},
+    "plain": {
+        "recipe": "supervised",
+        "set": TINY,
+        "option": ["mixup=0.0", "cutmix=0.0", "smoothing=0.0", "drop_path=0.0"],
+    },
     "simclr": {"recipe": "simclr", "set": TINY, "option": ["hidden=16", "out=8"], "accumulate": 2},
     "clip": {"recipe": "clip", **CLIP, "option": ["context=24"], "accumulate": 2},
 }
@@ -138,7 +155,9 @@ def same_gradients(folder: str, name: str, found: dict[str, dict[str, torch.Tens
         assert gradients.keys() == wanted.keys(), (kind, gradients.keys() ^ wanted.keys())
         for key, want in wanted.items():
             atol = 1e-3 * float(want.abs().max()) + 1e-4 * most  # SimCLR's batch norms, see test_ranks
-            torch.testing.assert_close(gradients[key], want, rtol=0, atol=atol, msg=lambda m, s=f"{name} {kind} {key}": f"{s}: {m}")
+            torch.testing.assert_close(
+                gradients[key], want, rtol=0, atol=atol, msg=lambda m, s=f"{name} {kind} {key}": f"{s}: {m}"
+            )
 
 
 @pytest.mark.slow

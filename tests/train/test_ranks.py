@@ -1,4 +1,5 @@
-"""Two processes, half of the batch each, against one process with all of it: loss and gradients, DDP and FSDP2, for every recipe."""
+"""Two processes, half of the batch each, against one process with all of it: loss and gradients, DDP and FSDP2, for
+every recipe."""
 
 from __future__ import annotations
 
@@ -25,21 +26,27 @@ RECIPES = {
     "dino": {"data": "digits", "set": TINY, "option": [*SELF, "batch_norm=True"]},
     "dinov2": {"data": "digits", "set": TINY, "option": [*SELF, "layer_scale=0.1"]},
     "simclr": {"data": "digits", "set": TINY, "option": ["hidden=16", "out=8"]},
-    "clip": {"data": "digits", "model": "clip_pico_patch8_32", "set": [*TOWERS, "text_depth=1"], "option": ["context=24"]},
+    "clip": {
+        "data": "digits",
+        "model": "clip_pico_patch8_32",
+        "set": [*TOWERS, "text_depth=1"],
+        "option": ["context=24"],
+    },
     "siglip": {"data": "digits", "model": "siglip_pico_patch8_32", "set": TOWERS, "option": ["context=24"]},
     "finetune": {"data": "digits", "set": TINY, "option": ["mixup=0.0", "cutmix=0.0", "drop_path=0.0"]},
     "linear": {"data": "digits", "set": TINY},
 }
 BATCH = 16
 
-#: Share of a gradient's largest entry that rounding may cost; 5e-6 where not said, four times what was seen. SimCLR's head begins with a
-#: batch norm, of new features whose mean is up to 57 times their deviation: one process alone is 8e-5 away from float64 there, and 4e-5
-#: with DINO's head under batch norm (2e-7 without it).
+#: Share of a gradient's largest entry that rounding may cost; 5e-6 where not said, four times what was seen. SimCLR's
+#: head begins with a batch norm, of new features whose mean is up to 57 times their deviation: one process alone is
+#: 8e-5 away from float64 there, and 4e-5 with DINO's head under batch norm (2e-7 without it).
 ROUNDING = {"simclr": 2e-4, "dino": 1.5e-4}
 
 
 def split(views: dict, rank: int, world: int) -> dict:
-    """This rank's share: crops come before the batch in the views of self-distillation, whose weights are for a whole batch."""
+    """This rank's share: crops come before the batch in the views of self-distillation, whose weights are for a whole
+    batch."""
     found = {}
     for key, value in views.items():
         if not isinstance(value, torch.Tensor):
@@ -86,9 +93,13 @@ def worker(rank: int, world: int, folder: str, names: list[str]) -> None:
             got, sharded = one_step(model, recipe, split(views, rank, world))
             dist.all_reduce(got)
             say = f"{name} {kind}"
-            torch.testing.assert_close(got / world, loss, rtol=2e-5, atol=1e-6, msg=lambda m, say=say: f"{say} loss: {m}")
+            torch.testing.assert_close(
+                got / world, loss, rtol=2e-5, atol=1e-6, msg=lambda m, say=say: f"{say} loss: {m}"
+            )
             assert sharded.keys() == grads.keys(), say
-            most = max(float(g.abs().max()) for g in grads.values())  # a gradient that is zero carries the rounding of the others
+            most = max(
+                float(g.abs().max()) for g in grads.values()
+            )  # a gradient that is zero carries the rounding of the others
             for key, want in grads.items():
                 mine = sharded[key].full_tensor() if hasattr(sharded[key], "full_tensor") else sharded[key]
                 atol = ROUNDING.get(name, 5e-6) * (float(want.abs().max()) + most / 10)
@@ -100,7 +111,9 @@ def worker(rank: int, world: int, folder: str, names: list[str]) -> None:
 
 def gloo_threads() -> list[str]:
     """Threads of a process group; none may outlive it, since one that meets the end of Python aborts the process."""
-    names = [Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]  # none where there is no /proc
+    names = [
+        Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")
+    ]  # none where there is no /proc
     return [name for name in names if "gloo" in name]
 
 
@@ -109,7 +122,11 @@ def launch(commands: list[list[str]], **env: str) -> None:
     base = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     running = [
         subprocess.Popen(
-            c, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**base, "RANK": str(i), "LOCAL_RANK": str(i)}
+            c,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**base, "RANK": str(i), "LOCAL_RANK": str(i)},
         )
         for i, c in enumerate(commands)
     ]
@@ -123,18 +140,32 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(tmp_path: Path) -> None:
     from pyvit.train.checkpoint import save_weights
 
     settings = {"embed_dim": 24, "depth": 1, "num_heads": 1, "patch_size": 8}
-    save_weights(tmp_path / "init.safetensors", pyvit.create_model("vit_pico_patch4_32", num_classes=0, **settings).state_dict())
+    save_weights(
+        tmp_path / "init.safetensors", pyvit.create_model("vit_pico_patch4_32", num_classes=0, **settings).state_dict()
+    )
     launch([[sys.executable, __file__, str(rank), "2", str(tmp_path), json.dumps(list(RECIPES))] for rank in range(2)])
 
 
 @pytest.mark.parametrize(
     ("recipe", "fsdp"),
-    [("supervised", False), pytest.param("supervised", True, marks=pytest.mark.slow), pytest.param("clip", True, marks=pytest.mark.slow)],
+    [
+        ("supervised", False),
+        pytest.param("supervised", True, marks=pytest.mark.slow),
+        pytest.param("clip", True, marks=pytest.mark.slow),
+    ],
 )
 def test_the_engine_on_two_ranks_ends_with_the_weights_of_one(tmp_path: Path, recipe: str, fsdp: bool) -> None:
     """``train`` as a launcher starts it: without augmentation, three steps on two ranks are three steps on one."""
     plain = {"supervised": ["augment='none'", "drop_path=0.0"], "clip": ["crop=1.0", "context=24"]}[recipe]
-    settings = {**RECIPES[recipe], "recipe": recipe, "option": plain, "batch_size": 16, "steps": 3, "clip": 1.0, "save_every": 2}
+    settings = {
+        **RECIPES[recipe],
+        "recipe": recipe,
+        "option": plain,
+        "batch_size": 16,
+        "steps": 3,
+        "clip": 1.0,
+        "save_every": 2,
+    }
     train(Config(**settings, out=str(tmp_path / "one")))
     script = """
 import json, sys, pathlib
@@ -163,7 +194,9 @@ assert not gloo_threads()
     assert one.keys() == two.keys()
     assert ("FSDP" in (tmp_path / "kind").read_text()) == fsdp
     for key, want in one.items():
-        if key.endswith("qkv.bias"):  # a bias of keys moves no softmax: its gradient is rounding, which Adam turns into full steps
+        if key.endswith(
+            "qkv.bias"
+        ):  # a bias of keys moves no softmax: its gradient is rounding, which Adam turns into full steps
             for state in (one, two):
                 state[key].chunk(3)[1].zero_()
         torch.testing.assert_close(two[key], want, rtol=1e-3, atol=3e-5, msg=lambda m, key=key: f"{key}: {m}")

@@ -54,7 +54,11 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     ("recipe", "option"),
     [
         ("supervised", []),
-        pytest.param("dino", ["prototypes=64", "hidden=16", "bottleneck=8", "local_crops=1", "local_size=16"], marks=pytest.mark.slow),
+        pytest.param(
+            "dino",
+            ["prototypes=64", "hidden=16", "bottleneck=8", "local_crops=1", "local_size=16"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_kill_9_and_resume_gives_the_same_bits(tmp_path, recipe, option):
@@ -95,7 +99,9 @@ def test_a_run_that_moves_says_so(tmp_path, monkeypatch, capsys):
 def _tensors(value):
     if isinstance(value, torch.Tensor):
         return [value]
-    if isinstance(value, dict):  # by key: a parameter that rested at first enters the optimizer's state last, until it is loaded again
+    if isinstance(
+        value, dict
+    ):  # by key: a parameter that rested at first enters the optimizer's state last, until it is loaded again
         value = [value[key] for key in sorted(value, key=str)]
     items = value if isinstance(value, (list, tuple)) else ()
     return [t for item in items for t in _tensors(item)]
@@ -119,7 +125,8 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path):
 def test_full_disk_costs_the_checkpoint_and_the_exit_code(tmp_path):
     """All steps are made; what could not be written is named, and nothing else is claimed.
 
-    Past a limit on file size the kernel refuses to write, as it does on a full disk; log lines are shorter than the limit.
+    Past a limit on file size the kernel refuses to write, as it does on a full disk; log lines are shorter than the
+    limit.
     """
     settings = {**SMALL, "recipe": "supervised", "steps": 4, "save_every": 2, "out": str(tmp_path / "run")}
 

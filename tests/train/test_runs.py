@@ -25,9 +25,9 @@ def shades(root, names=("dark", "light"), n=8):
         for i in range(n):
             (root / name).mkdir(parents=True, exist_ok=True)
             value = 30 + 200 * c // max(len(names) - 1, 1) + i
-            Image.fromarray(np.random.default_rng(100 * c + i).integers(value - 8, value + 8, (40, 40, 3)).astype(np.uint8)).save(
-                root / name / f"{i}.png"
-            )
+            Image.fromarray(
+                np.random.default_rng(100 * c + i).integers(value - 8, value + 8, (40, 40, 3)).astype(np.uint8)
+            ).save(root / name / f"{i}.png")
     return root
 
 
@@ -148,13 +148,21 @@ def test_a_vocabulary_is_kept_with_the_run(tmp_path):
     shades(tmp_path / "images", ("all",), n=20)
     (tmp_path / "t.csv").write_text("image,caption\n" + "".join(f"images/all/{i}.png,shade {i}\n" for i in range(20)))
     option = [f"tokenizer='{tmp_path / 'vocabulary.json'}'", "context=8"]
-    settings = {**TINY, "model": "clip_pico_patch8_32", "recipe": "clip", "data": str(tmp_path / "t.csv"), "option": option}
+    settings = {
+        **TINY,
+        "model": "clip_pico_patch8_32",
+        "recipe": "clip",
+        "data": str(tmp_path / "t.csv"),
+        "option": option,
+    }
     results = train(Config(**settings, out=str(tmp_path / "run")))
     (tmp_path / "vocabulary.json").unlink()
     recipe, data = load_run(tmp_path / "run")
     assert recipe.evaluate(data) == pytest.approx(results)
     other = load_run(tmp_path / "run", str(shades(tmp_path / "other")))[1]
-    assert other.test.decoder.centre == other.train.decoder.centre == 1.0  # as the run's own images were seen, not a folder's 0.875
+    assert (
+        other.test.decoder.centre == other.train.decoder.centre == 1.0
+    )  # as the run's own images were seen, not a folder's 0.875
 
 
 def test_retrieval_of_towers_without_parts_gives_its_figures(tmp_path, capsys):
@@ -170,7 +178,9 @@ def test_unreadable_images_are_counted_at_the_end(tmp_path, capsys):
         shades(tmp_path / "d" / part)
         (tmp_path / "d" / part / "dark" / "3.png").write_bytes(b"x")
     with pytest.warns(UserWarning, match="skipped"):
-        train(Config(**{**TINY, "steps": 4}, data=str(tmp_path / "d"), out=str(tmp_path / "run"), option=PLAIN, workers=1))
+        train(
+            Config(**{**TINY, "steps": 4}, data=str(tmp_path / "d"), out=str(tmp_path / "run"), option=PLAIN, workers=1)
+        )
     said = capsys.readouterr().out
     assert "16 images to train on, 16 held out; 2 classes: dark, light" in said
     assert "1 of 16 training images were replaced by others" in said

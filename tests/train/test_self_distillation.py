@@ -33,7 +33,8 @@ def make(name: str, *options: str, **more):
 
 @pytest.mark.parametrize("name", ["dino", "dinov2"])
 def test_the_teacher_drops_nothing(name):
-    """In training mode too, and where the model itself asks for dropout: two passes of the teacher are equal, of the student not."""
+    """In training mode too, and where the model itself asks for dropout: two passes of the teacher are equal, of the
+    student not."""
     recipe, views = make(name, "drop_path=0.3", set=[*TINY, "proj_drop_rate=0.2", "pos_drop_rate=0.2"])
     recipe.eval()
     recipe.train()
@@ -53,9 +54,13 @@ def test_the_teacher_has_neither_gradient_nor_optimizer_state(tmp_path):
     before = [p.clone() for p in run.recipe.model.teacher.parameters()]
     run.step(0, batches)
     held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
-    assert not any(id(p) in held or p.requires_grad or p.grad is not None for p in run.recipe.model.teacher.parameters())
+    assert not any(
+        id(p) in held or p.requires_grad or p.grad is not None for p in run.recipe.model.teacher.parameters()
+    )
     momentum = run.recipe.opt["momentum"]
-    for old, now, student in zip(before, run.recipe.model.teacher.parameters(), run.recipe.model.student.parameters(), strict=True):
+    for old, now, student in zip(
+        before, run.recipe.model.teacher.parameters(), run.recipe.model.student.parameters(), strict=True
+    ):
         torch.testing.assert_close(now, momentum * old + (1 - momentum) * student.detach(), rtol=1e-5, atol=1e-7)
     run.close()
 
@@ -79,7 +84,9 @@ def test_batch_norms_of_the_teacher_follow_the_batch():
     model = SelfDistillation(ResNet((1, 1, 1, 1), False, num_classes=0, width=8, small=True, img_size=32), 10, 16, 8)
     crops = [torch.randn(4, 3, 32, 32) + 3 for _ in range(2)]
     trained = model.train()(crops).teacher
-    assert torch.allclose(trained, model(crops).student, atol=1e-5)  # the student begins alike, and takes the same statistics
+    assert torch.allclose(
+        trained, model(crops).student, atol=1e-5
+    )  # the student begins alike, and takes the same statistics
     assert not torch.allclose(model.eval()(crops).teacher, trained, atol=1e-3)
 
 
@@ -100,7 +107,8 @@ def test_prototypes_rest_for_one_epoch_and_keep_their_length(tmp_path):
 
 
 def test_ibot_counts_as_in_the_papers_code():
-    """The cross-entropy of each masked patch over the masked patches of its crop, summed, over all crops: those without a mask too."""
+    """The cross-entropy of each masked patch over the masked patches of its crop, summed, over all crops: those without
+    a mask too."""
     recipe, views = make("dinov2", "centering='centering'", "koleo=0.0", "drop_path=0.0")
     recipe.ibot.center.normal_()
     mask, total = views["mask"].flatten(0, 1), torch.zeros((), dtype=torch.float64)
@@ -110,7 +118,9 @@ def test_ibot_counts_as_in_the_papers_code():
         seen = recipe.outputs(views)
         of = recipe.prototypes(patches=True)
         student = (seen.student_patches @ of["student_prototypes"].T).double() / 0.1
-        teacher = ((seen.teacher_patches @ of["teacher_prototypes"].T).double() - recipe.ibot.center.double()) / views["teacher_temp"]
+        teacher = ((seen.teacher_patches @ of["teacher_prototypes"].T).double() - recipe.ibot.center.double()) / views[
+            "teacher_temp"
+        ]
         at = 0
         for crop in mask:
             for _ in range(int(crop.sum())):
@@ -127,7 +137,9 @@ def test_masks_are_blocks_on_exactly_the_share_of_crops():
     assert (hidden > 0).sum() == 10
     counts = hidden[hidden > 0].sort().values / 64
     steps = torch.linspace(0.1, 0.5, 11)
-    assert ((counts >= steps[:-1] - 0.01) & (counts <= steps[1:] + 0.01)).all()  # one in each tenth of the range, to half a patch
+    assert (
+        (counts >= steps[:-1] - 0.01) & (counts <= steps[1:] + 0.01)
+    ).all()  # one in each tenth of the range, to half a patch
     pairs = masks.view(20, 8, 8)
     touching = (pairs[:, :, 1:] & pairs[:, :, :-1]).sum() / hidden.sum()
     assert touching > 0.5  # scattered masks of these shares would have about 0.3
@@ -141,7 +153,9 @@ def test_rates_are_the_papers():
     assert load_recipe("dino").peak_lr(1024) == pytest.approx(5e-4 * 4)
     named = {id(p): n for n, p in recipe.named_parameters()}
     scales = {
-        named[id(p)]: g["lr_scale"] for g in parameter_groups(recipe, recipe.backbone, 0.9, recipe.rate_scales()) for p in g["params"]
+        named[id(p)]: g["lr_scale"]
+        for g in parameter_groups(recipe, recipe.backbone, 0.9, recipe.rate_scales())
+        for p in g["params"]
     }
     assert scales["model.student.backbone.patch_embed.proj.weight"] == pytest.approx(0.2 * 0.9**3)
     assert scales["model.student.backbone.pos_embed"] == pytest.approx(0.9**3)
@@ -149,7 +163,9 @@ def test_rates_are_the_papers():
     config = engine._settle(settings("dino", option=SELF, epochs=10.0, steps=None, lr=1e-3))
     optimizer = torch.optim.AdamW([{"params": [torch.zeros(1)], "lr_scale": 1.0, "decays": True}])
     assert engine._rates(optimizer, make("dino")[0], config, 99, 100) == pytest.approx(1e-6)
-    assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.1 if "weight_decay_end=0.1" in config.option else 0.4)
+    assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(
+        0.1 if "weight_decay_end=0.1" in config.option else 0.4
+    )
 
 
 def test_the_centre_moves_once_a_step():

@@ -47,7 +47,10 @@ def parquet(tmp_path):
     folder = tmp_path / "parquet"
     folder.mkdir()
     for part in range(2):
-        rows = {"image": [{"bytes": jpeg(i % 256), "path": None} for i in range(400)], "label": [int(i % 256 > 127) for i in range(400)]}
+        rows = {
+            "image": [{"bytes": jpeg(i % 256), "path": None} for i in range(400)],
+            "label": [int(i % 256 > 127) for i in range(400)],
+        }
         datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{part}.parquet"))
     return folder
 
@@ -88,7 +91,10 @@ def test_ranks_share_a_stream(shards):
 
 def test_damage_in_a_stream_is_reported(shards):
     train = load_data(f"hf-stream:{shards}", 16).train
-    rows = [{"png": {"bytes": content, "path": None}, "txt": str(i)} for i, content in enumerate([jpeg(9), b"rubbish", jpeg(7)])]
+    rows = [
+        {"png": {"bytes": content, "path": None}, "txt": str(i)}
+        for i, content in enumerate([jpeg(9), b"rubbish", jpeg(7)])
+    ]
     with pytest.warns(UserWarning, match="skipped example 41"):
         batch = train.read(rows, 40)
     assert batch["image"][:, 0, 0, 0].tolist() == [9, 7, 7]
@@ -114,13 +120,18 @@ def test_a_streamed_run_resumes_to_the_same_bits(parquet, tmp_path):
     train(Config(**settings, out=str(tmp_path / "again")))
     ends = [checkpoint.load(tmp_path / name / "last.pt")["model"] for name in ("whole", "again")]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
-    losses = [[json.loads(line).get("loss") for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("whole", "again")]
+    losses = [
+        [json.loads(line).get("loss") for line in (tmp_path / n / "log.jsonl").read_text().splitlines()]
+        for n in ("whole", "again")
+    ]
     assert losses[0][4:6] == losses[1][-3:-1]
 
 
 def test_nearest_neighbours_read_the_head_of_a_stream(parquet, tmp_path):
     settings = {"data": f"hf-stream:{parquet}", "image_size": 16, "batch_size": 16, "steps": 1}
-    found = train(Config(recipe="simclr", model="vit_pico_patch4_32", set=["depth=1"], out=str(tmp_path / "run"), **settings))
+    found = train(
+        Config(recipe="simclr", model="vit_pico_patch4_32", set=["depth=1"], out=str(tmp_path / "run"), **settings)
+    )
     assert found["knn"] > 90  # dark and light are told apart by any network
 
 

@@ -1,5 +1,5 @@
-"""Triton kernels on CPU tensors, against the reference: in Triton's interpreter (TRITON_INTERPRET=1 pytest tests/triton), and as they are
-compiled for a GPU, on a machine that runs PTX (pytest tests/triton; see tests/ptx)."""
+"""Triton kernels on CPU tensors, against the reference: in Triton's interpreter (TRITON_INTERPRET=1 pytest
+tests/triton), and as they are compiled for a GPU, on a machine that runs PTX (pytest tests/triton; see tests/ptx)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "tests/triton" not in str(item.path).replace(os.sep, "/"):
             continue
         if interpreter and item.path.name.startswith("test_compiled"):
-            item.add_marker(pytest.mark.skip(reason="kernels cannot be compiled where TRITON_INTERPRET=1 made them interpreted"))
+            item.add_marker(
+                pytest.mark.skip(reason="kernels cannot be compiled where TRITON_INTERPRET=1 made them interpreted")
+            )
 
 
 #: Modules whose tests run kernels: interpreted, or compiled for each of these parts.
@@ -52,12 +54,17 @@ Check = Callable[..., None]
 
 @pytest.fixture
 def agree() -> Check:
-    """The numerics rule for a kernel's results, the first ``outputs`` of which are outputs and the rest gradients; ``scores`` as
-    :func:`pyvit.testing.compare` takes it."""
+    """The numerics rule for a kernel's results, the first ``outputs`` of which are outputs and the rest gradients;
+    ``scores`` as :func:`pyvit.testing.compare` takes it."""
 
-    def check(got: Sequence[Tensor], exact: Sequence[Tensor], naive: Sequence[Tensor], outputs: int, scores: float = 0.0) -> None:
+    def check(
+        got: Sequence[Tensor], exact: Sequence[Tensor], naive: Sequence[Tensor], outputs: int, scores: float = 0.0
+    ) -> None:
         dtype = max((t.dtype for t in got), key=lambda d: torch.finfo(d).eps)
-        for name, part, factor in (("output", slice(outputs), FORWARD_FACTOR), ("gradient", slice(outputs, None), GRADIENT_FACTOR)):
+        for name, part, factor in (
+            ("output", slice(outputs), FORWARD_FACTOR),
+            ("gradient", slice(outputs, None), GRADIENT_FACTOR),
+        ):
             compare(name, got[part], naive[part], exact[part], factor, dtype=dtype, scores=scores)
 
     return check

@@ -1,4 +1,5 @@
-"""The compilation matrix in small: kernels compiled ahead of time for four architectures and inspected; no GPU is needed.
+"""The compilation matrix in small: kernels compiled ahead of time for four architectures and inspected; no GPU is
+needed.
 
 The whole matrix: ``python -m pyvit.triton_kernels.tools.compile_report``.
 """
@@ -72,7 +73,8 @@ def test_rules_catch_what_they_are_for() -> None:
 
 
 def test_a_kernel_the_compiler_gave_up_is_seen() -> None:
-    """Four accumulators of 128 columns fill the 512 columns of a Blackwell processor's tensor memory, and a tile of scores comes on top."""
+    """Four accumulators of 128 columns fill the 512 columns of a Blackwell processor's tensor memory, and a tile of
+    scores comes on top."""
     tiles.force("pair_gradient", tiles.Config(block_m=64, block_n=64, edge_n=64, group=4, warps=8))
     try:
         launch = matrix.launches("info_nce 4096 d=512", "bf16", "sm_100")[-1]
@@ -107,7 +109,12 @@ def test_no_allocation_exceeds_the_inputs(case: str, monkeypatch: pytest.MonkeyP
         patched.setattr(torch, "empty", counted(torch.empty))
         with common.recording("sm_90") as found:
             run()
-    inputs = max(t.numel() for launch in found for name, t in launch.args.items() if name in ("q", "k", "qkv", "images", "weight", "out"))
+    inputs = max(
+        t.numel()
+        for launch in found
+        for name, t in launch.args.items()
+        if name in ("q", "k", "qkv", "images", "weight", "out")
+    )
     assert sizes
     assert max(sizes) <= inputs
 
@@ -135,7 +142,9 @@ def test_arguments_equal_to_one() -> None:
         window_attention.window_attention_backward(out, out, lse, _meta(1, 1, 1, 48), *rest)
         keep = torch.empty(1, 1, dtype=torch.int64, device="meta")
         rest = (_meta(1, 1, 1, 1), None, (1, 1), _meta(1, 1), _meta(1, 1), keep, None, None)
-        patch_embed.patch_embed_backward(patch_embed.patch_embed(_meta(1, 1, 1, 1), *rest), True, True, _meta(1, 1, 1, 1), *rest)
+        patch_embed.patch_embed_backward(
+            patch_embed.patch_embed(_meta(1, 1, 1, 1), *rest), True, True, _meta(1, 1, 1, 1), *rest
+        )
     assert len({launch.kernel.__name__ for launch in found}) >= 10
     for launch in found:
         compiled.build(launch, "sm_90")

@@ -1,4 +1,5 @@
-"""Attention on Triton against the reference: every feature, forward and every gradient, through both families of kernels."""
+"""Attention on Triton against the reference: every feature, forward and every gradient, through both families of
+kernels."""
 
 from __future__ import annotations
 
@@ -72,8 +73,8 @@ def test_features(agree, small_tiles, monkeypatch, case: str, family: str) -> No
     p = options.get("dropout_p", 0.0)
     seed = torch.randint(0, 2**62, (1,)) if p else None
     args = [*_inputs(dtype, *shape), bias, options.get("is_causal", False), 0.3, p, seed]
-    # Known fault, not checked: in 16 bits the gradient of a single bias, a sum of all scores' gradients, starts from rounded outputs and
-    # breaks the rule for some draws.
+    # Known fault, not checked: in 16 bits the gradient of a single bias, a sum of all scores' gradients, starts from
+    # rounded outputs and breaks the rule for some draws.
     faulty = case == "one bias" and dtype == F16
     _compare(agree, args, lse_grad=True, bias_grad="bias" in options and not faulty)
 
@@ -81,7 +82,8 @@ def test_features(agree, small_tiles, monkeypatch, case: str, family: str) -> No
 @pytest.mark.parametrize("family", ["short", "long"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_finite_masks(agree, small_tiles, monkeypatch, family: str, causal: bool) -> None:
-    """Rows masked by finite numbers, whole and in part, and rows lifted as far: probabilities at most 1 in every kernel."""
+    """Rows masked by finite numbers, whole and in part, and rows lifted as far: probabilities at most 1 in every
+    kernel."""
     if family == "long":
         monkeypatch.setattr(flash, "forward_short_fits", lambda *_: False)
         monkeypatch.setattr(flash, "backward_short_fits", lambda *_: False)
@@ -108,25 +110,36 @@ def test_large_scales(agree, small_tiles, monkeypatch, family: str, scale: float
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("d", [16, 72, 80, 88, 96, 128])
 def test_head_dimensions(agree, d: int, dtype: torch.dtype) -> None:
-    _compare(agree, [*_inputs(dtype, 1, 1, 1, 21, 50, d, d), None, False, d**-0.5, 0.0, None], lse_grad=False, bias_grad=False)
+    _compare(
+        agree,
+        [*_inputs(dtype, 1, 1, 1, 21, 50, d, d), None, False, d**-0.5, 0.0, None],
+        lse_grad=False,
+        bias_grad=False,
+    )
 
 
 @pytest.mark.parametrize("n", [197, 257, 300])
 def test_lengths_with_the_tiles_in_use(agree, n: int) -> None:
     bias = torch.randn(1, 1, n, n)
-    _compare(agree, [*_inputs(F16, 1, 1, 1, n, n, 64, 64), bias, False, 0.125, 0.0, None], lse_grad=False, bias_grad=True)
+    _compare(
+        agree, [*_inputs(F16, 1, 1, 1, n, n, 64, 64), bias, False, 0.125, 0.0, None], lse_grad=False, bias_grad=True
+    )
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("n", "d"), [(197, 64), (290, 80), (577, 64), (400, 128)])
 def test_long_walks_with_the_tiles_in_use(agree, n: int, d: int, dtype: torch.dtype) -> None:
     """Several steps of every pipelined loop: what one stage loads while another is multiplied."""
-    _compare(agree, [*_inputs(dtype, 1, 1, 1, n, n, d, d), None, False, d**-0.5, 0.0, None], lse_grad=False, bias_grad=False)
+    _compare(
+        agree, [*_inputs(dtype, 1, 1, 1, n, n, d, d), None, False, d**-0.5, 0.0, None], lse_grad=False, bias_grad=False
+    )
 
 
 @pytest.mark.parametrize(("nq", "nk", "b"), [(3, 0, 1), (0, 3, 1), (3, 3, 0)])
 def test_empty(agree, nq: int, nk: int, b: int) -> None:
-    _compare(agree, [*_inputs(F32, b, 2, 2, nq, nk, 16, 16), None, False, 0.3, 0.0, None], lse_grad=True, bias_grad=False)
+    _compare(
+        agree, [*_inputs(F32, b, 2, 2, nq, nk, 16, 16), None, False, 0.3, 0.0, None], lse_grad=True, bias_grad=False
+    )
 
 
 @pytest.mark.parametrize("bias_shape", [None, (1, 2, 30, 40), (3, 1, 1, 40)])

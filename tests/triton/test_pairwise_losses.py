@@ -1,4 +1,5 @@
-"""The streaming losses on Triton against the reference, forward and every gradient: ragged blocks, split columns, sliced widths."""
+"""The streaming losses on Triton against the reference, forward and every gradient: ragged blocks, split columns,
+sliced widths."""
 
 from __future__ import annotations
 
@@ -124,9 +125,14 @@ def test_same_bits_again() -> None:
 
 @pytest.mark.parametrize("loss", ["info_nce", "nt_xent", "sigmoid_contrastive", "distillation_cross_entropy"])
 def test_opcheck(loss: str) -> None:
-    """Schema, fake kernel against the real one, autograd registration, and tracing of both directions with static and dynamic shapes."""
+    """Schema, fake kernel against the real one, autograd registration, and tracing of both directions with static and
+    dynamic shapes."""
     (a, b), number = _pair(5, 8, F32), torch.tensor(0.5)
-    args = {"info_nce": (a, b, number), "nt_xent": (a, b, number), "sigmoid_contrastive": (a, b, number, torch.tensor(-1.0))}
+    args = {
+        "info_nce": (a, b, number),
+        "nt_xent": (a, b, number),
+        "sigmoid_contrastive": (a, b, number, torch.tensor(-1.0)),
+    }
     args["distillation_cross_entropy"] = (
         torch.randn(2, 3, 8),
         torch.randn(1, 3, 8),

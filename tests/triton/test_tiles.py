@@ -52,7 +52,9 @@ def test_candidates_differ_from_the_present_and_pad_least_first() -> None:
     assert now not in found
     assert len(found) == len(set(found))
     assert all(576 % c.block_m == 0 and 576 % c.block_n == 0 for c in found[:5])
-    used = [cost.useful_fraction(300, -(-300 // c.block_m) * c.block_m) for c in tune.candidates("forward_long", now, 300)]
+    used = [
+        cost.useful_fraction(300, -(-300 // c.block_m) * c.block_m) for c in tune.candidates("forward_long", now, 300)
+    ]
     assert used[0] > used[-1]
 
 
@@ -73,7 +75,8 @@ def test_cost_of_known_calls() -> None:
     causal = cost.attention(1, 1, 4, 4, 8, torch.bfloat16, causal=True)
     assert causal.flops == 4 * 10 * 8
     assert (
-        cost.attention(1, 1, 64, 64, 64, torch.float32, backward=True).flops == 2.5 * cost.attention(1, 1, 64, 64, 64, torch.float32).flops
+        cost.attention(1, 1, 64, 64, 64, torch.float32, backward=True).flops
+        == 2.5 * cost.attention(1, 1, 64, 64, 64, torch.float32).flops
     )
     assert cost.patch_embed(8, 3, (16, 16), 49, 768, torch.bfloat16).flops == 2 * 8 * 49 * 768 * 768
     with pytest.raises(KeyError, match="no rates for 'T4'"):
@@ -93,7 +96,9 @@ class _Clock:
 
 
 @pytest.mark.parametrize("budget", [4.0, 1000.0])
-def test_tuning_stays_within_its_budget_and_keeps_the_winner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, budget: float) -> None:
+def test_tuning_stays_within_its_budget_and_keeps_the_winner(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, budget: float
+) -> None:
     clock, call = _Clock(), ("attention_map", "interpreter", 4, 64, 9)
 
     def run() -> tuple[torch.Tensor, ...]:
@@ -109,7 +114,9 @@ def test_tuning_stays_within_its_budget_and_keeps_the_winner(monkeypatch: pytest
     try:
         tiles.choose(*call)
         assert not path.exists()  # looking a tile up searches and writes nothing
-        (entry,) = tune.tune(["attention map N=197 d=64"], budget=budget, report=lambda _: None, time_of=clock.time_of, device="cpu")
+        (entry,) = tune.tune(
+            ["attention map N=197 d=64"], budget=budget, report=lambda _: None, time_of=clock.time_of, device="cpu"
+        )
         every = 1 + len(list(tune.candidates("attention_map", tiles.TABLE[0].config, 9)))
         if budget < every:
             assert clock.timed <= budget + 1

@@ -1,8 +1,9 @@
 """Triton-backed operators as the compiler, export, autocast and CUDA graphs meet them, without a GPU.
 
-Tracing runs on CUDA tensors without values; a CPU build of torch records no gradients for those, so backward formulas are traced in
-the interpreter instead: ``PYVIT_NO_LIBRARY=1 TRITON_INTERPRET=1 pytest tests/ops/test_contract.py -k triton``. What a CUDA graph may not
-hold is looked for in what the launchers ask of torch, forward and backward. Left to a GPU: the capture itself.
+Tracing runs on CUDA tensors without values; a CPU build of torch records no gradients for those, so backward formulas
+are traced in the interpreter instead: ``PYVIT_NO_LIBRARY=1 TRITON_INTERPRET=1 pytest tests/ops/test_contract.py -k
+triton``. What a CUDA graph may not hold is looked for in what the launchers ask of torch, forward and backward. Left to
+a GPU: the capture itself.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ def _attention(dtype: torch.dtype) -> Call:
 def _varlen(dtype: torch.dtype) -> Call:
     tensors = {name: _cuda(57, 2, 32, dtype=dtype) for name in "qkv"}
     cu = _cuda(4, dtype=torch.int32)
-    return ops.flash_attention_varlen, tensors | {"cu_seqlens_q": cu, "cu_seqlens_k": cu}, {"max_seqlen_q": 40, "max_seqlen_k": 40}
+    return (
+        ops.flash_attention_varlen,
+        tensors | {"cu_seqlens_q": cu, "cu_seqlens_k": cu},
+        {"max_seqlen_q": 40, "max_seqlen_k": 40},
+    )
 
 
 def _map(dtype: torch.dtype) -> Call:
@@ -48,12 +53,20 @@ def _map(dtype: torch.dtype) -> Call:
 
 
 def _window(dtype: torch.dtype) -> Call:
-    tensors = {"qkv": _cuda(2, 9, 10, 96, dtype=dtype), "bias_table": _cuda(169, 2, dtype=F32), "pad_qkv": _cuda(96, dtype=dtype)}
+    tensors = {
+        "qkv": _cuda(2, 9, 10, 96, dtype=dtype),
+        "bias_table": _cuda(169, 2, dtype=F32),
+        "pad_qkv": _cuda(96, dtype=dtype),
+    }
     return ops.window_attention, tensors, {"window_size": 7, "shift_size": 3, "num_heads": 2}
 
 
 def _patches(dtype: torch.dtype) -> Call:
-    tensors = {"images": _cuda(2, 3, 32, 32, dtype=dtype), "weight": _cuda(24, 3, 16, 16, dtype=dtype), "bias": _cuda(24, dtype=dtype)}
+    tensors = {
+        "images": _cuda(2, 3, 32, 32, dtype=dtype),
+        "weight": _cuda(24, 3, 16, 16, dtype=dtype),
+        "bias": _cuda(24, dtype=dtype),
+    }
     return ops.patch_embed, tensors, {}
 
 
@@ -66,7 +79,11 @@ def _nt_xent(dtype: torch.dtype) -> Call:
 
 
 def _distillation(dtype: torch.dtype) -> Call:
-    tensors = {"student": _cuda(3, 5, 24, dtype=dtype), "teacher": _cuda(2, 5, 24, dtype=dtype), "weights": _cuda(3, 2, 5, dtype=F32)}
+    tensors = {
+        "student": _cuda(3, 5, 24, dtype=dtype),
+        "teacher": _cuda(2, 5, 24, dtype=dtype),
+        "weights": _cuda(3, 2, 5, dtype=F32),
+    }
     tensors |= {name: _cuda(50, 24, dtype=dtype) for name in ("student_prototypes", "teacher_prototypes")}
     return ops.distillation_cross_entropy, tensors, {"student_temp": 0.1, "teacher_temp": 0.04}
 
@@ -130,7 +147,9 @@ def test_compiles_to_one_graph(name: str, dynamic: bool) -> None:
     (module,) = graphs
     (node,) = _nodes(module, name)
     assert node.args[-1] == "triton"
-    assert [(t.shape, t.dtype, t.device, t.stride()) for t in got] == [(t.shape, t.dtype, t.device, t.stride()) for t in want]
+    assert [(t.shape, t.dtype, t.device, t.stride()) for t in got] == [
+        (t.shape, t.dtype, t.device, t.stride()) for t in want
+    ]
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -169,7 +188,9 @@ def test_autocast(name: str) -> None:
     with FakeTensorMode():
         op, tensors, options = CALLS[name](F32)
         out = op(**tensors, **options, backend="triton")
-        low = torch.ops.pyvit.attention_map(_cuda(1, 1, 2, 8, dtype=F32), _cuda(1, 1, 3, 8, dtype=F32), _cuda(1, 1), None, 1.0, "triton")
+        low = torch.ops.pyvit.attention_map(
+            _cuda(1, 1, 2, 8, dtype=F32), _cuda(1, 1, 3, 8, dtype=F32), _cuda(1, 1), None, 1.0, "triton"
+        )
     assert (out[0] if isinstance(out, tuple) else out).dtype == (BF16 if name in ATTENTIONS else F32)
     assert low.dtype == BF16  # the dispatcher's own autocast layer
 
@@ -186,7 +207,8 @@ class _OnDevice(TorchDispatchMode):
 
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Any]:
-    """Run on tensors of the meta device under a CUDA graph's terms: reading a value fails, and so does a copy from the host."""
+    """Run on tensors of the meta device under a CUDA graph's terms: reading a value fails, and so does a copy from the
+    host."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a tensor made of the host's values")
@@ -203,7 +225,8 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], A
 
 @pytest.mark.parametrize("case", workloads.CASES)
 def test_nothing_a_cuda_graph_cannot_hold(captured, case: str) -> None:
-    """Forward and backward launchers: no value is read, so no synchronisation and no size, grid or choice of kernel that depends on one."""
+    """Forward and backward launchers: no value is read, so no synchronisation and no size, grid or choice of kernel
+    that depends on one."""
     run = workloads.prepare(case, BF16, "meta")
     first = captured(run)
     assert first

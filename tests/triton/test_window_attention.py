@@ -73,7 +73,8 @@ def test_windows_in_low_precision(agree, dtype) -> None:
 @pytest.mark.parametrize("features", ["", "cosine pad"])
 @pytest.mark.parametrize("window", [(3, 3), (7, 7), (9, 9)], ids=str)
 def test_finite_masks(agree, dtype, window: tuple[int, int], features: str) -> None:
-    """Tables whose numbers mask rows by -inf or finite numbers, in windows side by side, alone in a tile, and in several."""
+    """Tables whose numbers mask rows by -inf or finite numbers, in windows side by side, alone in a tile, and in
+    several."""
     table = extreme_table((2 * window[0] - 1) * (2 * window[1] - 1))
     size = (1, window[0] + 1, 2 * window[1]) if "pad" in features else (1, *window)
     _compare_windows(agree, dtype, size, window, (1, 1), ROWS, 16, features, table)
@@ -87,7 +88,9 @@ def test_maps_of_finite_masks(agree, dtype) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("side", "features"), [(8, "table cosine"), (12, "table"), (16, "table cosine"), (24, "table")])
+@pytest.mark.parametrize(
+    ("side", "features"), [(8, "table cosine"), (12, "table"), (16, "table cosine"), (24, "table")]
+)
 def test_windows_of_models(agree, side: int, features: str) -> None:
     """Swin's and Swin V2's, heads of 32 channels, with the tiles in use."""
     _compare_windows(agree, BF16, (1, side, 2 * side), (side, side), (0, side // 2), 1, 32, features)
@@ -115,7 +118,11 @@ def test_patch_embedding(agree, case) -> None:
     (b, c, h, w), patch, stride, features = case
     dtype = BF16 if "bfloat" in features else F16 if "half" in features else F32
     as_bytes, d = "bytes" in features, 24
-    images = torch.randint(0, 256, (b, c, h, w), dtype=torch.uint8) if as_bytes else torch.rand(b, h, w, c).to(dtype).permute(0, 3, 1, 2)
+    images = (
+        torch.randint(0, 256, (b, c, h, w), dtype=torch.uint8)
+        if as_bytes
+        else torch.rand(b, h, w, c).to(dtype).permute(0, 3, 1, 2)
+    )
     n = ((h - patch[0]) // stride[0] + 1) * ((w - patch[1]) // stride[1] + 1)
     args = [
         images,
@@ -142,7 +149,17 @@ def test_patch_embedding(agree, case) -> None:
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 def test_patches_of_sixteen(agree, dtype: torch.dtype) -> None:
     """Several steps over the depth and over the channels, with the tiles in use."""
-    args = [torch.rand(1, 3, 64, 48).to(dtype), torch.randn(130, 3, 16, 16).to(dtype), None, (16, 16), None, None, None, None, None]
+    args = [
+        torch.rand(1, 3, 64, 48).to(dtype),
+        torch.randn(130, 3, 16, 16).to(dtype),
+        None,
+        (16, 16),
+        None,
+        None,
+        None,
+        None,
+        None,
+    ]
     out = patches.patch_embed(*args)
     grad_out = torch.randn(out.shape).to(dtype)
     grads = patches.patch_embed_backward(grad_out, True, False, *args)

@@ -1,4 +1,5 @@
-"""Compiling a recorded launch ahead of time, for a GPU that need not be there, and reading what the compiler made of it."""
+"""Compiling a recorded launch ahead of time, for a GPU that need not be there, and reading what the compiler made of
+it."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from triton.compiler import ASTSource
 
 #: Shared memory one program may use, bytes: the parts' opt-in limits.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-#: Columns of tensor memory a Blackwell processor has. A kernel that needs more is compiled to a single trap, and refused when launched.
+#: Columns of tensor memory a Blackwell processor has. A kernel that needs more is compiled to a single trap, and
+#: refused when launched.
 TENSOR_MEMORY_LIMIT = 512
 
 _POINTERS = {
@@ -38,14 +40,15 @@ _TENSOR_CORE = {
 }
 _STORE = {"sm": r"\bst\.global", "gf": r"\b(?:global|buffer)_store"}
 _ATOMIC = re.compile(
-    r"^\s*(?:@%\w+\s+)?(?:atom\.|red\.(?:global|shared|relaxed|async)|global_atomic|flat_atomic|buffer_atomic|ds_add|ds_max)", re.MULTILINE
+    r"^\s*(?:@%\w+\s+)?(?:atom\.|red\.(?:global|shared|relaxed|async)|global_atomic|flat_atomic|buffer_atomic|ds_add|ds_max)",
+    re.MULTILINE,
 )
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one compiled launch uses: registers and spilled bytes per thread, bytes of shared memory, columns of tensor memory, and static
-    counts of instructions."""
+    """What one compiled launch uses: registers and spilled bytes per thread, bytes of shared memory, columns of tensor
+    memory, and static counts of instructions."""
 
     kernel: str
     arch: str
@@ -62,10 +65,14 @@ class Report:
 
 def target(arch: str) -> GPUTarget:
     """The compiler's target for "sm_80", ..., "gfx942"."""
-    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
+    return (
+        GPUTarget("cuda", int(arch.removeprefix("sm_")), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
+    )
 
 
-def _specialise(value: Any, path: tuple[int, ...], attrs: dict[tuple[int, ...], Any], constants: dict[Any, Any], key: Any) -> Any:
+def _specialise(
+    value: Any, path: tuple[int, ...], attrs: dict[tuple[int, ...], Any], constants: dict[Any, Any], key: Any
+) -> Any:
     """The compiler's type of one argument, as a call with that value would specialise it."""
     if isinstance(value, tuple):
         return tuple(_specialise(v, (*path, i), attrs, constants, (*path, i)) for i, v in enumerate(value))

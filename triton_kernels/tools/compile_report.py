@@ -1,8 +1,9 @@
 """The compilation matrix: every kernel, for every architecture, compiled without a GPU and inspected.
 
-``python -m pyvit.triton_kernels.tools.compile_report`` compiles :func:`plan` on every core and writes docs/gpu-kernels-triton.md. With
-``--arch``, ``--dtype`` or ``--case`` it compiles those combinations instead and replaces their rows alone; ``--check`` only reports what
-breaks a rule. A kernel compiled before, and not changed since, comes from Triton's cache.
+``python -m pyvit.triton_kernels.tools.compile_report`` compiles :func:`plan` on every core and writes
+docs/gpu-kernels-triton.md. With ``--arch``, ``--dtype`` or ``--case`` it compiles those combinations instead and
+replaces their rows alone; ``--check`` only reports what breaks a rule. A kernel compiled before, and not changed since,
+comes from Triton's cache.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from pyvit.triton_kernels.tools.workloads import CASES, prepare
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-#: Bytes per thread a kernel may spill: {kernel: (16-bit types, float32)}; kernels not listed may spill ``DEFAULT_SPILL``.
+#: Bytes per thread a kernel may spill: {kernel: (16-bit types, float32)}; kernels not listed may spill
+#: ``DEFAULT_SPILL``.
 DEFAULT_SPILL = (512, 1024)
 SPILL_BUDGET: dict[str, tuple[int, int]] = {}
 #: Kernels without a matrix product.
@@ -42,9 +44,13 @@ SELECTED = (
 
 
 def plan() -> list[tuple[str, str, str]]:
-    """Part, type and case of every row of the page: every case in bfloat16 and float32 on every part, a selection in float16."""
+    """Part, type and case of every row of the page: every case in bfloat16 and float32 on every part, a selection in
+    float16."""
     return [
-        (arch, dtype, case) for arch in ARCHS for dtype in ("bf16", "fp16", "fp32") for case in (SELECTED if dtype == "fp16" else CASES)
+        (arch, dtype, case)
+        for arch in ARCHS
+        for dtype in ("bf16", "fp16", "fp32")
+        for case in (SELECTED if dtype == "fp16" else CASES)
     ]
 
 
@@ -88,7 +94,11 @@ def _compile(work: tuple[str, str, str]) -> tuple[tuple[str, str, str], list[str
     """One part, type and case: its key, its rows of the table, how many of them break a rule."""
     arch, dtype, case = work
     made = list(reports(case, dtype, arch))
-    return work, [_row(*work, launch, report) for launch, report in made], sum(bool(faults(report, dtype)) for _, report in made)
+    return (
+        work,
+        [_row(*work, launch, report) for launch, report in made],
+        sum(bool(faults(report, dtype)) for _, report in made),
+    )
 
 
 def _made_by(row: str) -> tuple[str, str, str] | None:
@@ -99,7 +109,19 @@ def _made_by(row: str) -> tuple[str, str, str] | None:
 
 def _row(arch: str, dtype: str, case: str, launch: Launch, r: Report) -> str:
     o = launch.options
-    cells = (arch, dtype, case, r.kernel, launch.grid, o["num_warps"], o["num_stages"], r.registers, r.spilled, r.shared, r.tensor_memory)
+    cells = (
+        arch,
+        dtype,
+        case,
+        r.kernel,
+        launch.grid,
+        o["num_warps"],
+        o["num_stages"],
+        r.registers,
+        r.spilled,
+        r.shared,
+        r.tensor_memory,
+    )
     return "| " + " | ".join(map(str, (*cells, r.tensor_core, r.warpgroup, "; ".join(faults(r, dtype)) or "ok"))) + " |"
 
 

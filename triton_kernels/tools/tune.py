@@ -1,7 +1,8 @@
-"""Timing candidate tiles on the GPU at hand, and keeping the winners. Runs only when asked: ``python -m pyvit.triton_kernels.tools.tune``.
+"""Timing candidate tiles on the GPU at hand, and keeping the winners. Runs only when asked: ``python -m
+pyvit.triton_kernels.tools.tune``.
 
-A candidate is timed inside the whole call it serves, forward and backward, and counts only when its results agree with those of the tiles
-in use. Winners go to the file that :func:`pyvit.triton_kernels.tiles.tuned` reads.
+A candidate is timed inside the whole call it serves, forward and backward, and counts only when its results agree with
+those of the tiles in use. Winners go to the file that :func:`pyvit.triton_kernels.tiles.tuned` reads.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ from triton.runtime.errors import OutOfResources, PTXASError
 #: Values worth trying for each field, per kernel; everything else stays as the table has it.
 SPACE: dict[str, dict[str, Sequence[int]]] = {
     "forward_short": {"block_m": (32, 64, 128), "group": (1, 2, 4), "warps": (4, 8)},
-    "forward_long": {"block_m": (64, 128), "block_n": (64, 128), "edge_n": (16, 64), "warps": (4, 8), "stages": (2, 3, 4)},
+    "forward_long": {
+        "block_m": (64, 128),
+        "block_n": (64, 128),
+        "edge_n": (16, 64),
+        "warps": (4, 8),
+        "stages": (2, 3, 4),
+    },
     "backward_short": {"block_m": (16, 32, 64), "warps": (4, 8)},
     "backward_dq": {"block_m": (64, 128), "block_n": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)},
     "backward_dkdv": {"block_m": (64, 128), "block_n": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)},
@@ -44,12 +51,48 @@ SPACE: dict[str, dict[str, Sequence[int]]] = {
         "stages": (1, 2, 3),
     },
     "window_backward_keys": {"block_m": (32, 64), "block_n": (16, 32, 64), "group": (2, 4, 8), "warps": (4, 8)},
-    "window_backward_queries": {"block_m": (32, 64, 128), "block_n": (32, 64), "edge_n": (16, 32), "warps": (4, 8), "stages": (1, 2, 3)},
-    "window_backward_bias": {"block_m": (32, 64), "block_n": (32, 64), "group": (4, 8), "warps": (2, 4, 8), "stages": (1, 2)},
-    "patch_forward": {"block_m": (64, 128), "block_n": (64, 128, 256), "edge_n": (32, 64), "warps": (4, 8), "stages": (2, 3, 4)},
-    "patch_weight_gradient": {"block_m": (64, 128), "block_n": (64, 128), "edge_n": (32, 64), "warps": (4, 8), "stages": (2, 3)},
-    "patch_image_gradient": {"block_m": (64, 128), "block_n": (64, 128), "edge_n": (32, 64), "warps": (4, 8), "stages": (2, 3)},
-    "pair_sums": {"block_m": (64, 128), "block_n": (64, 128, 256), "edge_n": (32, 64), "warps": (4, 8), "stages": (2, 3, 4)},
+    "window_backward_queries": {
+        "block_m": (32, 64, 128),
+        "block_n": (32, 64),
+        "edge_n": (16, 32),
+        "warps": (4, 8),
+        "stages": (1, 2, 3),
+    },
+    "window_backward_bias": {
+        "block_m": (32, 64),
+        "block_n": (32, 64),
+        "group": (4, 8),
+        "warps": (2, 4, 8),
+        "stages": (1, 2),
+    },
+    "patch_forward": {
+        "block_m": (64, 128),
+        "block_n": (64, 128, 256),
+        "edge_n": (32, 64),
+        "warps": (4, 8),
+        "stages": (2, 3, 4),
+    },
+    "patch_weight_gradient": {
+        "block_m": (64, 128),
+        "block_n": (64, 128),
+        "edge_n": (32, 64),
+        "warps": (4, 8),
+        "stages": (2, 3),
+    },
+    "patch_image_gradient": {
+        "block_m": (64, 128),
+        "block_n": (64, 128),
+        "edge_n": (32, 64),
+        "warps": (4, 8),
+        "stages": (2, 3),
+    },
+    "pair_sums": {
+        "block_m": (64, 128),
+        "block_n": (64, 128, 256),
+        "edge_n": (32, 64),
+        "warps": (4, 8),
+        "stages": (2, 3, 4),
+    },
     "pair_gradient": {
         "block_m": (64, 128),
         "block_n": (32, 64, 128),
@@ -63,7 +106,8 @@ SPACE: dict[str, dict[str, Sequence[int]]] = {
 
 
 def candidates(kernel: str, now: Config, length: int) -> Iterator[Config]:
-    """Configurations to try, the least padded first, those nearest to ``now`` before others: a budget cuts the list from its end."""
+    """Configurations to try, the least padded first, those nearest to ``now`` before others: a budget cuts the list
+    from its end."""
     space = SPACE[kernel]
     found = [replace(now, **dict(zip(space, values, strict=True))) for values in itertools.product(*space.values())]
 
@@ -79,7 +123,8 @@ def candidates(kernel: str, now: Config, length: int) -> Iterator[Config]:
 
 
 def milliseconds(run: Run, repeats: int = 10) -> float:
-    """Median time of ``run`` on the GPU, as a captured graph: launching several short kernels can take the CPU longer than they run."""
+    """Median time of ``run`` on the GPU, as a captured graph: launching several short kernels can take the CPU longer
+    than they run."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -114,7 +159,8 @@ _prepared = functools.lru_cache(maxsize=1)(prepare)
 
 
 def _compile(device: str, name: str, dtype: torch.dtype, kernel: str, candidate: Config) -> None:
-    """In a process of its own: run the candidate once, which leaves what the compiler made of it in Triton's cache on disk."""
+    """In a process of its own: run the candidate once, which leaves what the compiler made of it in Triton's cache on
+    disk."""
     tiles.force(kernel, candidate)
     try:
         _prepared(name, dtype, device)()
@@ -150,10 +196,12 @@ def tune(
     device: str = "cuda",
     jobs: int = 1,
 ) -> tuple[Entry, ...]:
-    """Search tiles for ``cases`` (of ``workloads.CASES``; all by default) within ``budget`` seconds, save the winners and return them.
+    """Search tiles for ``cases`` (of ``workloads.CASES``; all by default) within ``budget`` seconds, save the winners
+    and return them.
 
-    With ``jobs`` > 1, so many processes compile candidates in the first two thirds of the budget, and what they finished is timed in the
-    rest; with 1 each is compiled when its turn comes. Entries saved earlier for other calls are kept.
+    With ``jobs`` > 1, so many processes compile candidates in the first two thirds of the budget, and what they
+    finished is timed in the rest; with 1 each is compiled when its turn comes. Entries saved earlier for other calls
+    are kept.
 
     Raises RuntimeError without a GPU, ValueError for an unknown case.
     """
@@ -185,7 +233,11 @@ def tune(
         kernels = dict.fromkeys(asked)
         for done, call in enumerate(kernels):
             until = time.monotonic() + max(0.0, share - time.monotonic()) / (len(kernels) - done)
-            choices = [c for c in candidates(call[0], tiles.choose(*call), call[4]) if ahead is None or (name, dtype, call[0], c) in ahead]
+            choices = [
+                c
+                for c in candidates(call[0], tiles.choose(*call), call[4])
+                if ahead is None or (name, dtype, call[0], c) in ahead
+            ]
             entry = _search(name, run, wanted, call, choices, until, where, time_of, report)
             if entry is not None:
                 found[call] = entry
@@ -241,7 +293,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--case", nargs="+", choices=list(CASES))
     parser.add_argument("--dtype", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16"])
     parser.add_argument("--budget", type=float, default=240.0, help="seconds")
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="processes that compile (default: cores - 1)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=max(1, (os.cpu_count() or 2) - 1),
+        help="processes that compile (default: cores - 1)",
+    )
     options = parser.parse_args(argv)
     try:
         tune(options.case, [getattr(torch, d) for d in options.dtype], budget=options.budget, jobs=options.jobs)

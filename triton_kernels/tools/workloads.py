@@ -1,4 +1,5 @@
-"""Representative calls of every kernel, on the device asked for: what the compilation matrix compiles and the tuner times."""
+"""Representative calls of every kernel, on the device asked for: what the compilation matrix compiles and the tuner
+times."""
 
 from __future__ import annotations
 
@@ -58,7 +59,17 @@ def window(make: _Maker, size: int, side: int, heads: int, cosine: bool = False,
     """Forward and backward of a Swin block's attention, batch 64, 32 channels per head."""
     qkv, table = make(64, size, size, 96 * heads), make((2 * side - 1) ** 2, heads, dtype=torch.float32)
     logit = make(heads, dtype=torch.float32) if cosine else None
-    rest = ((side, side), (side // 2, side // 2), heads, table, logit, make(96 * heads) if pad else None, 32**-0.5, 0.0, None)
+    rest = (
+        (side, side),
+        (side // 2, side // 2),
+        heads,
+        table,
+        logit,
+        make(96 * heads) if pad else None,
+        32**-0.5,
+        0.0,
+        None,
+    )
 
     def run() -> tuple[Tensor, ...]:
         out, lse = window_attention.window_attention(qkv, *rest)
@@ -94,7 +105,10 @@ def maps(make: _Maker, n: int) -> Run:
 def pairs(make: _Maker, loss: str, n: int, d: int) -> Run:
     """Forward and backward of a contrastive loss of ``n`` pairs of embeddings."""
     a, b = (torch.nn.functional.normalize(make(n, d), dim=1) for _ in range(2))
-    numbers = [make.integers(torch.tensor(v)) for v in {"info_nce": [20.0], "nt_xent": [0.1], "sigmoid_contrastive": [10.0, -10.0]}[loss]]
+    numbers = [
+        make.integers(torch.tensor(v))
+        for v in {"info_nce": [20.0], "nt_xent": [0.1], "sigmoid_contrastive": [10.0, -10.0]}[loss]
+    ]
     grad = make.integers(torch.tensor(1.0))
 
     def run() -> tuple[Tensor, ...]:
