@@ -141,7 +141,7 @@ class Ninja(build_ext):
         stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{build}", includes, define]
         ops = [
             target(build / f"torch_{unit}.o", CSRC / f"torch/{unit}.cpp", stable, text)
-            for unit in ("cpu", "cpu_internal", "watch")
+            for unit in ("cpu", "cpu_internal", "prepacked")
         ]
         # libstdc++ first: torch carries parts of it, and a reference bound to those would tie the library to this
         # torch.

@@ -28,7 +28,8 @@ from torch import nn
 
 from benchmarks.measure import interleave
 from pyvit import library
-from pyvit.ops import packed, packs, product_rules, products
+from pyvit.ops import prepacked, product_rules, products
+from pyvit.ops.prepacked import Branch, Prepacked
 
 #: The same instruction set for the kernels, oneDNN and MKL.
 ENVIRONMENTS = {
@@ -88,10 +89,10 @@ def cases() -> list[Case]:
     found = []
     for dtype, (rows, out, inner, activation) in itertools.product(DTYPES, layers()):
         found.append(Case("forward", dtype, rows, out, inner, activation))
-        found.append(Case("packed layer", dtype, rows, out, inner, activation))
+        found.append(Case("prepacked", dtype, rows, out, inner, activation))
         found += [Case(kind, dtype, rows, out, inner) for kind in ("grad_input", "grad_weight")]
         if activation:
-            found.append(Case("packed branch", dtype, rows, out, inner))
+            found.append(Case("prepacked branch", dtype, rows, out, inner))
     return list(dict.fromkeys(found))
 
 
@@ -110,8 +111,8 @@ def contenders(case: Case) -> tuple[dict[str, Callable[[], object]], str]:
         ways = {**products.forward_ways(dtype, dtype, case.activation)}
         calls = [(x, layer.weight, layer.bias, case.activation) for layer in first]
     else:
-        branches = [packed.Branch(layer.weight, layer.bias, case.activation) for layer in first]
-        if case.kind == "packed branch":
+        branches = [Branch(layer.weight, layer.bias, case.activation) for layer in first]
+        if case.kind == "prepacked branch":
             second = [nn.Linear(out, inner).to(dtype) for _ in first]
             norm = torch.ones(inner).to(dtype), torch.zeros(inner).to(dtype), 1e-6
             branches = [
@@ -119,23 +120,57 @@ def contenders(case: Case) -> tuple[dict[str, Callable[[], object]], str]:
                 for b, layer in zip(branches, second, strict=True)
             ]
             first += second
-        for layer in first:
-            packs.keep(layer)
-        ways, calls = packed._ways(x, branches[0]), [(x, b) for b in branches]
+        ways = prepacked_ways([layer.weight for layer in first], case)
+        calls = [(x, b) for b in branches]
     if dtype == torch.float16 and len(ways) > 1:
         del ways["torch"]  # twenty to fifty times the others' time, and of this command's
-    best = products.by_rule(case.kind, ways, rows, (out, inner), dtype)
+    kind = "prepacked" if case.kind == "prepacked branch" else case.kind
+    best = products.by_rule(kind, ways, rows, (out, inner), dtype)
 
-    def turns(way: products.Way) -> Callable[[], object]:
-        following, held = itertools.cycle(calls), first  # packed copies last as long as their layers
-        return lambda: way(*next(following)) if held else None
+    def turns(way: Callable[..., object]) -> Callable[[], object]:
+        following = itertools.cycle(calls)
+        return lambda: way(*next(following))
 
     return {name: turns(way) for name, way in ways.items()}, best
+
+
+def prepacked_ways(weights: list[torch.Tensor], case: Case) -> dict[str, Callable[..., object]]:
+    """By the packed form; a branch by pyvit's form in one pass and layer by layer."""
+    kept = {
+        form: {id(weight): Prepacked(weight, form) for weight in weights} for form in prepacked.forms(weights[0].dtype)
+    }
+
+    def with_form(form: str, one_pass: bool) -> Callable[[torch.Tensor, Branch], object]:
+        def layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str | None) -> torch.Tensor:
+            if form == "torch":
+                return products.by_torch(x, weight, bias, activation)
+            setattr(weight, prepacked.ATTRIBUTE, kept[form][id(weight)])
+            found = prepacked.linear_branch(x, Branch(weight, bias, activation)) if form == "pyvit" else None
+            return prepacked.layer(x, weight, bias, activation) if found is None else found
+
+        def call(x: torch.Tensor, b: Branch) -> object:
+            if one_pass:
+                for weight in (b.weight, b.weight2):
+                    if weight is not None:
+                        setattr(weight, prepacked.ATTRIBUTE, kept[form][id(weight)])
+                return prepacked.linear_branch(x, b)
+            if b.weight2 is None:
+                return layer(x, b.weight, b.bias, b.activation)  # type: ignore[arg-type]
+            second = (b.weight2, b.bias2, None)
+            return prepacked.around(x, lambda y: layer(layer(y, b.weight, b.bias, b.activation), *second), b)  # type: ignore[arg-type]
+
+        return call
+
+    ways = {form: with_form(form, form == "pyvit") for form in (*kept, "torch")}
+    return {**ways, "layer by layer": with_form("pyvit", False)} if case.kind == "prepacked branch" else ways
 
 
 def measure(case: Case, seconds: float) -> dict[str, Any]:
     with torch.no_grad():
         ways, best = contenders(case)
+        for call in ways.values():  # every copy of the weights has been read once
+            for _ in range(MOST_COPIES):
+                call()
         timed = interleave(ways, seconds=seconds, rounds=(2, 51), sample_ms=1.0)
     return {"case": case, "rule": best, "ms": {name: min(timing.samples) for name, timing in timed.items()}}
 
@@ -186,7 +221,10 @@ def main(argv: list[str] | None = None) -> int:
         "--isa", default="native", help=f"comma-separated, of {', '.join(ENVIRONMENTS)} (default: native)"
     )
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="cases whose name contains TEXT: 'packed branch, float32', '1576 x'"
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="cases whose name contains TEXT: 'prepacked branch, float32', '1576 x'",
     )
     parser.add_argument("--seconds", type=float, default=600, help="for each instruction set (default: 600)")
     parser.add_argument("--threads", type=int, default=0, help="default: torch's choice")

@@ -1,4 +1,4 @@
-// Tensors as the kernels want them, for csrc/torch/cpu.cpp and csrc/torch/cpu_internal.cpp: LibTorch's stable ABI.
+// Tensors as the CPU kernels want them, on LibTorch's stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -7,6 +7,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <vector>
@@ -28,6 +30,13 @@ inline Dtype dtype_of(const Tensor& t) {
       STD_TORCH_CHECK(false,
                       "pyvit: the cpu kernels take float32, bfloat16 and float16 tensors; use backend='reference'");
   }
+}
+
+inline Activation::Kind activation_kind(const std::string& name) {
+  constexpr const char* NAMES[] = {"gelu", "gelu_tanh", "quick_gelu", "silu", "relu"};
+  const auto* found = std::find(std::begin(NAMES), std::end(NAMES), name);
+  STD_TORCH_CHECK(found != std::end(NAMES), "pyvit: activation: no activation is called '", name, "'");
+  return Activation::Kind(found - std::begin(NAMES));
 }
 
 // Straight through the C interface: the dispatcher's way to `new_empty` and `transpose` costs microseconds.

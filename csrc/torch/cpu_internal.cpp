@@ -3,27 +3,15 @@
 #include "common.h"
 
 #include <algorithm>
-#include <iterator>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace pyvit {
 namespace {
 
 // activations
 
-Activation::Kind kind_of(const std::string& name) {
-  constexpr const char* NAMES[] = {"gelu", "gelu_tanh", "quick_gelu", "silu", "relu"};
-  const auto* found = std::find(std::begin(NAMES), std::end(NAMES), name);
-  STD_TORCH_CHECK(found != std::end(NAMES), "pyvit: activation: no activation is called '", name, "'");
-  return Activation::Kind(found - std::begin(NAMES));
-}
-
 Activation activation_of(const Tensor& x, const std::string& name) {
   Activation a{};
-  a.kind = kind_of(name);
+  a.kind = activation_kind(name);
   a.cols = x.dim() ? x.size(x.dim() - 1) : 1;
   a.rows = a.cols ? x.numel() / a.cols : 0;
   a.dtype = dtype_of(x);
@@ -113,80 +101,6 @@ void layer_norm_backward(Tensor grad, Tensor x, Maybe weight, Tensor statistics,
   } else if (grad_parameters) {
     torch::stable::zero_(*grad_parameters);
   }
-}
-
-// linear layers
-
-// Weights that stay: in large pages, where the system gives them. Of small ones every 64th line read costs a walk
-// through the page tables.
-void in_large_pages(const Tensor& t) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t LARGE = 2 << 20;
-  const uintptr_t first = (uintptr_t(t.data_ptr()) + LARGE - 1) / LARGE * LARGE,
-                  end = (uintptr_t(t.data_ptr()) + t.numel() * t.element_size()) / LARGE * LARGE;
-  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
-}
-
-// weight (out, in) in the order `packed_layers` multiplies it in: 32-bit words, of no meaning elsewhere.
-Tensor pack_layer(Tensor weight) {
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "pyvit: pack_layer: weight must be a contiguous matrix");
-  const int64_t out = weight.size(0), in = weight.size(1);
-  const Dtype dtype = dtype_of(weight);
-  Tensor packed = make(weight, {kernels().packed_layer_size(in, out, dtype)}, ScalarType::Int);
-  in_large_pages(packed);
-  kernels().pack_layer(weight.data_ptr(), in, out, dtype, static_cast<uint32_t*>(packed.data_ptr()));
-  return packed;
-}
-
-Layer layer_of(const Tensor& x, int64_t in, const Tensor& packed, int64_t out, const Maybe& bias) {
-  constexpr int64_t MANY = int64_t(1) << 48;  // whatever is computed of fewer elements does not overflow
-  STD_TORCH_CHECK(packed.defined() && in >= 0 && out >= 0 && out <= MANY / std::max<int64_t>(in, 1) &&
-                      packed.scalar_type() == ScalarType::Int && packed.is_contiguous() &&
-                      packed.numel() == kernels().packed_layer_size(in, out, dtype_of(x)),
-                  "pyvit: packed_layers: a weight packed for other sizes or another dtype");
-  STD_TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == out && bias->scalar_type() == x.scalar_type()),
-                  "pyvit: packed_layers: a bias must be contiguous, of the dtype of x and of ", out, " elements");
-  return {static_cast<const uint32_t*>(packed.data_ptr()), data<char>(bias), in, out};
-}
-
-// out = residual + scale * layers(norm(x)), see csrc/cpu/linear.cpp. An activation "" is none.
-void packed_layers(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bias, double eps, Tensor first, int64_t first_out,
-                   Maybe first_bias, std::string activation, Maybe second, int64_t second_out, Maybe second_bias,
-                   Maybe scale, Maybe residual, Tensor out) {
-  STD_TORCH_CHECK(x.defined() && x.dim() > 0, "pyvit: packed_layers: x must have a last dimension");
-  x = dense(x);
-  for (Maybe* t : {&norm_weight, &norm_bias, &first_bias, &second_bias, &scale, &residual})
-    if (*t) *t = dense(**t);
-  Layers a{};
-  const int64_t in = x.size(x.dim() - 1), width = second ? second_out : first_out;
-  a.rows = in ? x.numel() / in : 0;
-  a.dtype = dtype_of(x);
-  a.x = x.data_ptr();
-  a.norm = norm;
-  const auto fits = [&](const Maybe& p, int64_t n) { return !p || (p->is_contiguous() && p->numel() == n); };
-  STD_TORCH_CHECK(fits(norm_weight, in) && fits(norm_bias, in) &&
-                      (!norm_weight || !norm_bias || norm_weight->scalar_type() == norm_bias->scalar_type()),
-                  "pyvit: packed_layers: the norm's parameters must be contiguous, of ", in, " elements and one dtype");
-  if (norm_weight || norm_bias) a.norm_dtype = dtype_of(norm_weight ? *norm_weight : *norm_bias);
-  a.norm_weight = data<char>(norm_weight);
-  a.norm_bias = data<char>(norm_bias);
-  a.eps = float(eps);
-  a.first = layer_of(x, in, first, first_out, first_bias);
-  if (second) a.second = layer_of(x, first_out, *second, second_out, second_bias);
-  if (!activation.empty()) {
-    a.activated = true;
-    a.activation = kind_of(activation);
-  }
-  STD_TORCH_CHECK(fits(scale, width) && (!scale || scale->scalar_type() == x.scalar_type()) &&
-                      fits(residual, a.rows * width) && (!residual || residual->scalar_type() == x.scalar_type()) &&
-                      fits(out, a.rows * width) && out.scalar_type() == x.scalar_type(),
-                  "pyvit: packed_layers: scale, residual and out must be contiguous, of the dtype of x and of the size "
-                  "of the result's rows and of the result");
-  a.scale = data<char>(scale);
-  a.residual = data<char>(residual);
-  a.out = out.data_ptr();
-  if (out.numel()) kernels().layers(a);
 }
 
 // products
@@ -379,12 +293,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyvit, m) {
   m.def(
       "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor statistics, Tensor(a!) grad_x, "
       "Tensor(b!)? grad_parameters) -> ()");
-  // For pyvit/ops/products.py.
-  m.def("pack_layer(Tensor weight) -> Tensor");
-  m.def(
-      "packed_layers(Tensor x, bool norm, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor first, "
-      "int first_out, Tensor? first_bias, str activation, Tensor? second, int second_out, Tensor? second_bias, "
-      "Tensor? scale, Tensor? residual, Tensor(a!) out) -> ()");
   // For pyvit/ops/products.py and streaming.py.
   m.def("transposed(Tensor x, Tensor(a!) out) -> ()");
   m.def("product(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, bool add) -> ()");
@@ -412,8 +320,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyvit, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyvit, CPU, m) {
-  m.impl("pack_layer", TORCH_BOX(&pyvit::pack_layer));
-  m.impl("packed_layers", TORCH_BOX(&pyvit::packed_layers));
   m.impl("transposed", TORCH_BOX(&pyvit::transposed));
   m.impl("product", TORCH_BOX(&pyvit::product));
   m.impl("log_sum_exp", TORCH_BOX(&pyvit::log_sum_exp));

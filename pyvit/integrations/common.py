@@ -13,7 +13,7 @@ from pyvit.integrations import originals
 from pyvit.integrations.forwards import Left, Replacement, kind, ordinary_weights, servable, served_by
 from pyvit.nn.linear import hooked, ordinary
 from pyvit.nn.linear import plain as is_plain
-from pyvit.ops import flash_attention, linear, packed, patch_embed
+from pyvit.ops import flash_attention, linear, patch_embed, prepacked
 from pyvit.ops.patch_embed import grid_size
 
 #: What to replace in an instance of a class.
@@ -68,16 +68,17 @@ def idle(drop: nn.Module | None) -> bool:
     return drop is None or rate(drop) == 0.0
 
 
-def packs() -> bool:
-    """Whether weights are packed, without which a block gains nothing from branches of one pass."""
-    return torch.compiler.is_compiling() or bool(packed.PACKS)
+def prepacked_layers(*layers: nn.Module) -> bool:
+    """Whether these linear layers have prepacked weights, without which a block gains nothing from fusing its residual
+    branches."""
+    return all(prepacked.is_packed(getattr(layer, "weight", None)) for layer in layers)
 
 
 _DROP_PATHS = {"timm.layers.drop.DropPath"}
 _LAYER_SCALES = {"timm.layers.layer_scale.LayerScale", "timm.models.vision_transformer.LayerScale"}
 
 
-def surroundings(
+def fusion_args(
     x: Tensor, norm: nn.Module, scale: nn.Module | None, drop_path: nn.Module | None
 ) -> dict[str, Any] | None:
     """``norm`` and ``scale`` of x + drop_path(scale(branch(norm(x)))) as arguments of a branch that computes all of it.
@@ -100,7 +101,7 @@ def surroundings(
 
 
 def project(layer: nn.Module, x: Tensor, activation: nn.Module | None = None, **around: Any) -> Tensor:
-    """activation(layer(x)), in one product where both are what they seem; :func:`surroundings` only go with a
+    """activation(layer(x)), in one product where both are what they seem; :func:`fusion_args` only go with a
     :func:`plain` layer."""
     name = None if activation is None else activation_name(activation)
     if not plain(layer) or (activation is not None and name is None):
@@ -141,7 +142,7 @@ def _mlp(module: Any, x: Tensor) -> Tensor:
 
 
 def two_layers(fc1: nn.Module, activation: nn.Module, fc2: nn.Module, x: Tensor, **around: Any) -> Tensor:
-    """fc2(activation(fc1(x))), as one where all three :func:`are_one`; only then with :func:`surroundings`."""
+    """fc2(activation(fc1(x))), as one where all three :func:`are_one`; only then with :func:`fusion_args`."""
     name = activation_name(activation)
     if name is None or not plain(fc1) or not plain(fc2):
         return project(fc2, project(fc1, x, activation))

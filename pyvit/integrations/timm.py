@@ -15,15 +15,15 @@ from pyvit.integrations.common import (
     are_one,
     cosine_table,
     fused_rate,
+    fusion_args,
     idle,
     known,
     layer_norm,
-    packs,
     patch_conv,
     plain,
+    prepacked_layers,
     project,
     rate,
-    surroundings,
     two_layers,
     untouched,
     usable,
@@ -31,7 +31,7 @@ from pyvit.integrations.common import (
 )
 from pyvit.integrations.forwards import Forward, Left, Replacement, layout, served_by
 from pyvit.ops import flash_attention, flash_attention_qkvpacked, linear, window_attention
-from pyvit.ops.packed import Norm
+from pyvit.ops.prepacked import Norm, attention_branch, window_attention_branch
 
 _ALWAYS = "drops attention weights in evaluation too, as timm 0.9.0 to 0.9.2 do"
 
@@ -73,8 +73,14 @@ def _attention(
         "scale": None if module.fused_attn else module.scale,
         "dropout_p": drop,
     }
+    bare = _nothing(module.q_norm) and _nothing(module.k_norm)
+    direct = bare and (norm_of_heads is None or _nothing(norm_of_heads)) and _whole_attention(module)
+    if direct and attn_mask is None and drop == 0.0 and module.fused_attn:
+        layers = (module.qkv, module.proj, module.num_heads)
+        if (fused := attention_branch(x, *layers, is_causal, norm, scale, residual)) is not None:
+            return fused
     qkv = project(module.qkv, x, norm=norm).unflatten(-1, (3, module.num_heads, -1))  # (B, N, 3, H, d)
-    if _nothing(module.q_norm) and _nothing(module.k_norm):
+    if bare:
         out = flash_attention_qkvpacked(qkv, **options).flatten(2)
     else:
         q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, N, d)
@@ -125,13 +131,14 @@ _BLOCK = "norm1 attn ls1 drop_path1 norm2 mlp ls2 drop_path2"
 
 
 def block(module: Any) -> Iterator[Replacement]:
-    yield Replacement(module, _block, "branches of one pass, where weights are packed", needs=_BLOCK, optional=True)
+    yield Replacement(module, _block, "fused residual branches, where weights are packed", needs=_BLOCK, optional=True)
 
 
 def _block(module: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
-    simple = packs() and not args and all(value is None or value is False for value in options.values())
-    first = surroundings(x, module.norm1, module.ls1, module.drop_path1) if simple else None
-    second = None if first is None else surroundings(x, module.norm2, module.ls2, module.drop_path2)
+    simple = not args and all(value is None or value is False for value in options.values())
+    simple = simple and prepacked_layers(getattr(module.attn, "qkv", None), getattr(module.mlp, "fc1", None))
+    first = fusion_args(x, module.norm1, module.ls1, module.drop_path1) if simple else None
+    second = None if first is None else fusion_args(x, module.norm2, module.ls2, module.drop_path2)
     if first is None or second is None or not _whole_attention(module.attn) or not _whole_mlp(module.mlp):
         return type(module).forward(module, x, *args, **options)  # type: ignore[no-any-return]
     x = _attention(module.attn, x, residual=x, **first)
@@ -185,15 +192,15 @@ def swin(block: Any) -> Iterator[Replacement | Left]:
         parts = ("attn", "attn.attn_drop", "attn.softmax")
         yield Replacement(block, _swin, "window_attention", "_attn", needs=needs, may=may, parts=parts)
         if not cosine:  # V2 normalises after its branches
-            by = "branches of one pass, where weights are packed"
+            by = "fused residual branches, where weights are packed"
             yield Replacement(block, _swin_block, by, needs=needs, may=may, optional=True)
 
 
 def _swin_block(block: Any, x: Tensor) -> Tensor:
     """Of a block of the first version."""
     attn, own = block.attn, vars(block).get("_attn")
-    first = surroundings(x, block.norm1, None, block.drop_path1) if packs() else None
-    second = None if first is None else surroundings(x, block.norm2, None, block.drop_path2)
+    first = fusion_args(x, block.norm1, None, block.drop_path1) if prepacked_layers(attn.qkv, attn.proj) else None
+    second = None if first is None else fusion_args(x, block.norm2, None, block.drop_path2)
     whole = (
         type(own) is Forward and own.function is _swin and own.holds() and _drop(attn) is not None and _fits(block, x)
     )
@@ -236,6 +243,11 @@ def _swin(
     if drop is None or not _fits(block, x):
         return type(block)._attn(block, x)
     cosine = hasattr(attn, "logit_scale")
+    if not cosine and drop == 0.0 and attn.fused_attn and plain(attn.qkv) and plain(attn.proj) and idle(attn.proj_drop):
+        windows = (window, tuple(block.shift_size), attn.num_heads, attn.relative_position_bias_table, False)
+        fused = window_attention_branch(x, attn.qkv, attn.proj, *windows, norm, scale, residual)
+        if fused is not None:
+            return fused
     bias = attn.qkv.bias
     if cosine and attn.q_bias is not None:
         bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
@@ -271,7 +283,7 @@ def _merging(module: Any, x: Tensor) -> Tensor:
     x = (
         x.reshape(b, (h + 1) // 2, 2, (w + 1) // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3)
     )  # row offset runs fastest
-    around = surroundings(x, module.norm, None, None)
+    around = fusion_args(x, module.norm, None, None)
     if around is None or not plain(module.reduction):
         return project(module.reduction, module.norm(x))
     return project(module.reduction, x, norm=around["norm"])

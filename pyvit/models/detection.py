@@ -22,7 +22,7 @@ from pyvit.models.vit import SIZES
 from pyvit.nn import DropPath, LayerNorm, Linear, Mlp, PatchEmbed, resample_positions
 from pyvit.nn.patch_embed import pair
 from pyvit.nn.rates import check_rate
-from pyvit.nn.residual import surroundings
+from pyvit.nn.residual import fusion_args
 from pyvit.ops import flash_attention, window_attention
 from pyvit.ops.reference import window_partition, window_reverse
 
@@ -117,8 +117,8 @@ class ViTDetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path1(self.attn(self.norm1(x)))
-        if (around := surroundings(self.norm2, None, self.drop_path2, self.mlp)) is not None:
-            return self.mlp(x, residual=x, **around)
+        if (fused := fusion_args(self.norm2, None, self.drop_path2, self.mlp)) is not None:
+            return self.mlp(x, residual=x, **fused)
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 

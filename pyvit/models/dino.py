@@ -173,10 +173,8 @@ class SelfDistillation(nn.Module):
         """
         if (masks is not None) != self.masks:
             raise ValueError(
-
-                    f"SelfDistillation: masks must be {'given' if self.masks else 'None'}, as the model was made with "
-                    f"masks={self.masks}"
-
+                f"SelfDistillation: masks must be {'given' if self.masks else 'None'}, as the model was made with "
+                f"masks={self.masks}"
             )
         hidden = None if masks is None else torch.cat([m.flatten(1) for m in masks])  # (T * B, N)
         crops = [torch.cat(list(c)) for c in (global_crops, local_crops) if len(c)]

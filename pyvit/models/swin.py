@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from pyvit.models.facts import Described
 from pyvit.models.registry import register
-from pyvit.nn import DropPath, LayerNorm, Linear, Mlp, PatchEmbed, WindowAttention, WindowAttentionV2, replay
+from pyvit.nn import DropPath, LayerNorm, Linear, Mlp, PatchEmbed, WindowAttention, WindowAttentionV2
 from pyvit.nn.linear import apply, plain
 from pyvit.nn.patch_embed import pair
 from pyvit.nn.rates import check_rate
-from pyvit.nn.residual import prepared, surroundings
+from pyvit.nn.residual import fusion_args
 
 
 class SwinBlock(nn.Module):
@@ -46,30 +46,16 @@ class SwinBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        if (out := replay.again(self, x)) is not None:
-            return out
-        out = self._forward(x)
-        if not self.post_norm:
-            replay.record(self, x)
-        return out
-
-    def _forward(self, x: Tensor) -> Tensor:
         if self.post_norm:
             x = x + self.drop_path1(self.norm1(self.attn(x).to(x.dtype)))
             return x + self.drop_path2(self.norm2(self.mlp(x).to(x.dtype)))
-        if (around := surroundings(self.norm1, None, self.drop_path1, self.attn)) is not None:
-            x = self.attn(x, residual=x, **around)
+        if (fused := fusion_args(self.norm1, None, self.drop_path1, self.attn)) is not None:
+            x = self.attn(x, residual=x, **fused)
         else:
             x = x + self.drop_path1(self.attn(self.norm1(x)))
-        if (around := surroundings(self.norm2, None, self.drop_path2, self.mlp)) is not None:
-            return self.mlp(x, residual=x, **around)
+        if (fused := fusion_args(self.norm2, None, self.drop_path2, self.mlp)) is not None:
+            return self.mlp(x, residual=x, **fused)
         return x + self.drop_path2(self.mlp(self.norm2(x)))
-
-    def prepared(self, x: Tensor) -> replay.Run | None:
-        """:meth:`forward` of V1 as :mod:`pyvit.nn.replay` wants it."""
-        first = prepared(x, self.norm1, None, self.drop_path1, self.attn)
-        second = prepared(x, self.norm2, None, self.drop_path2, self.mlp)
-        return None if first is None or second is None else lambda x: second(first(x))
 
 
 class PatchMerging(nn.Module):
@@ -178,19 +164,15 @@ class SwinTransformer(Described):
             raise ValueError(f"SwinTransformer: version must be 1 or 2, got {version}")
         if len(depths) != len(num_heads):
             raise ValueError(
-
-                    f"SwinTransformer: num_heads must have one entry per stage, {len(depths)} as depths, got "
-                    f"{len(num_heads)}"
-
+                f"SwinTransformer: num_heads must have one entry per stage, {len(depths)} as depths, got "
+                f"{len(num_heads)}"
             )
         if global_pool not in ("avg", ""):
             raise ValueError(f"SwinTransformer: global_pool must be 'avg' or '', got {global_pool!r}")
         if pretrained_window_sizes is not None and (version == 1 or len(pretrained_window_sizes) != len(depths)):
             raise ValueError(
-
-                    f"SwinTransformer: pretrained_window_sizes is for version 2, one per stage ({len(depths)}), got "
-                    f"{pretrained_window_sizes}"
-
+                f"SwinTransformer: pretrained_window_sizes is for version 2, one per stage ({len(depths)}), got "
+                f"{pretrained_window_sizes}"
             )
         self.version, self.grad_checkpointing, self.global_pool = version, False, global_pool
         self.img_size = pair(img_size)

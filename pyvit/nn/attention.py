@@ -9,12 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyvit.nn.linear import Linear, apply, bypassed, plain, prepared
+from pyvit.nn.linear import Linear, apply, bypassed, idle, plain
 from pyvit.nn.rates import check_rate
-from pyvit.nn.replay import Run
 from pyvit.ops import attention_map, flash_attention, flash_attention_qkvpacked, flash_attention_varlen
-from pyvit.ops.flash_attention_qkvpacked import prepared as attention_prepared
-from pyvit.ops.packed import Norm
+from pyvit.ops.prepacked import Norm, attention_branch
 
 
 class Packing(NamedTuple):
@@ -57,7 +55,7 @@ class Attention(nn.Module):
         norm_layer: of qk_norm and scale_norm.
     """
 
-    whole_branch = True  # see pyvit.nn.residual.surroundings
+    fuses_residual = True  # see pyvit.nn.residual.fusion_args
 
     def __init__(
         self,
@@ -120,6 +118,10 @@ class Attention(nn.Module):
             cu, longest = packing.cu_seqlens, max(packing.lengths, default=0)
             out = flash_attention_varlen(q, k, v, cu, cu, longest, longest, bias=attn_mask, is_causal=is_causal)
         elif rope is None and plain(self.q_norm, nn.Identity) and plain(self.k_norm, nn.Identity):
+            if attn_mask is None and not dropout and self._is_one():
+                branch = (self.qkv, self.proj, self.num_heads, is_causal, norm, scale, residual)
+                if (fused := attention_branch(x, *branch)) is not None:
+                    return fused
             qkv = apply(self.qkv, x, norm=norm).unflatten(-1, (3, self.num_heads, self.head_dim))
             out = flash_attention_qkvpacked(qkv, bias=attn_mask, is_causal=is_causal, dropout_p=dropout)
         else:
@@ -127,22 +129,18 @@ class Attention(nn.Module):
             out = flash_attention(q, k, v, bias=attn_mask, is_causal=is_causal, dropout_p=dropout).transpose(1, 2)  # type: ignore[union-attr]
         return apply(self.proj, self.norm(out.flatten(-2)), self.proj_drop, scale=scale, residual=residual)  # type: ignore[union-attr]
 
-    def prepared(
-        self, x: Tensor, is_causal: bool = False, *, norm: Norm | None = None, scale: Tensor | None = None
-    ) -> Run | None:
-        """:meth:`forward` with the residual x, as :mod:`pyvit.nn.replay` wants it."""
-        between = (self.q_norm, self.k_norm, self.norm)
-        if (self.training and self.attn_drop) or not all(plain(m, nn.Identity) for m in between):
-            return None
-        qkv = x.new_empty(*x.shape[:-1], 3, self.num_heads, self.head_dim)
-        out = x.new_empty(*x.shape[:-1], self.num_heads * self.head_dim)
-        first = prepared(self.qkv, x, norm=norm)
-        last = prepared(self.proj, out, self.proj_drop, scale=scale, residual=x)
-        attend = attention_prepared(qkv, is_causal)
-        if first is None or last is None or attend is None:
-            return None
-        heads, merged = qkv.shape, out.shape
-        return lambda x: last(attend(first(x, None).view(heads)).view(merged), x)
+    def _is_one(self) -> bool:
+        """Whether the layers are what :func:`pyvit.ops.prepacked.attention_branch` computes."""
+        parts = self._modules
+        qkv, proj = parts["qkv"], parts["proj"]
+        return (
+            plain(qkv)
+            and plain(proj)
+            and not qkv.activation
+            and not proj.activation
+            and plain(parts["norm"], nn.Identity)
+            and idle(parts["proj_drop"])
+        )
 
     def score_shape(self, x: Tensor) -> tuple[int, int, int]:
         """Sequences times heads, queries and keys of the scores that x (B, N, C) stands for."""

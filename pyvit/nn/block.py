@@ -6,11 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyvit.nn import replay
 from pyvit.nn.attention import Attention, Packing
 from pyvit.nn.layer_norm import LayerNorm
 from pyvit.nn.mlp import Mlp, SwiGLU, swiglu_hidden
-from pyvit.nn.residual import DropPath, LayerScale, add_branch, prepared, surroundings
+from pyvit.nn.residual import DropPath, LayerScale, add_branch, fusion_args
 
 
 class Block(nn.Module):
@@ -62,16 +61,6 @@ class Block(nn.Module):
         self, x: Tensor, *, packing: Packing | None = None, rope: Tensor | None = None, **attend: Any
     ) -> Tensor:
         """x (B, N, C), or (T, C) with ``packing``; the rest as for :class:`pyvit.nn.Attention`."""
-        causal = attend.get("is_causal", False)
-        simple = packing is None and rope is None and len(attend) == ("is_causal" in attend)
-        if simple and (out := replay.again(self, x, causal)) is not None:
-            return out
-        out = self._forward(x, packing, rope, attend)
-        if simple:
-            replay.record(self, x, causal)
-        return out
-
-    def _forward(self, x: Tensor, packing: Packing | None, rope: Tensor | None, attend: dict[str, Any]) -> Tensor:
         drop = self.drop_path1
         if (
             rope is not None
@@ -81,21 +70,12 @@ class Block(nn.Module):
             and drop.p
         ):
             raise ValueError("Block: drop_path_form must be 'sample' to train with rope on packed sequences")
-        if (around := surroundings(self.norm1, self.ls1, self.drop_path1, self.attn)) is not None:
-            x = self.attn(x, packing=packing, rope=rope, residual=x, **around, **attend)
+        attn, ls1 = self.attn, self.ls1
+        if (fused := fusion_args(self.norm1, ls1, drop, attn)) is not None:
+            x = attn(x, packing=packing, rope=rope, residual=x, **fused, **attend)
         else:
-            x = add_branch(
-                self.drop_path1,
-                x,
-                lambda y, p: self.ls1(self.attn(self.norm1(y), packing=p, rope=rope, **attend)),
-                packing,
-            )
-        if (around := surroundings(self.norm2, self.ls2, self.drop_path2, self.mlp)) is not None:
-            return self.mlp(x, residual=x, **around)
-        return add_branch(self.drop_path2, x, lambda y, p: self.ls2(self.mlp(self.norm2(y))), packing)
-
-    def prepared(self, x: Tensor, is_causal: bool) -> replay.Run | None:
-        """:meth:`forward` as :mod:`pyvit.nn.replay` wants it."""
-        first = prepared(x, self.norm1, self.ls1, self.drop_path1, self.attn, is_causal=is_causal)
-        second = prepared(x, self.norm2, self.ls2, self.drop_path2, self.mlp)
-        return None if first is None or second is None else lambda x: second(first(x))
+            x = add_branch(drop, x, lambda y, p: ls1(attn(self.norm1(y), packing=p, rope=rope, **attend)), packing)
+        mlp, ls2, drop = self.mlp, self.ls2, self.drop_path2
+        if (fused := fusion_args(self.norm2, ls2, drop, mlp)) is not None:
+            return mlp(x, residual=x, **fused)  # type: ignore[no-any-return]
+        return add_branch(drop, x, lambda y, p: ls2(mlp(self.norm2(y))), packing)

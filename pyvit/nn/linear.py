@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from pyvit.ops import layer_norm, linear, packed
-from pyvit.ops.packed import Branch, Norm
+from pyvit.ops import layer_norm, linear
+from pyvit.ops.prepacked import Norm
 from pyvit.torch_private import GLOBAL_HOOKS
 
 _CALL = nn.Module.__call__
@@ -54,34 +53,51 @@ class Linear(nn.Linear):
 
 
 def hooked(*modules: nn.Module | None) -> bool:
-    """Whether anything watches calls of these modules, and so would notice that they are bypassed."""
-    given = [m for m in modules if m is not None]
-    own = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in given)
-    return own or (bool(given) and any(GLOBAL_HOOKS))
+    """Whether hooks observe calls of these modules, and so would notice that they are bypassed."""
+    return any(m is not None and (_own_hooks(vars(m)) or any(GLOBAL_HOOKS)) for m in modules)
+
+
+def _own_hooks(attributes: dict[str, Any]) -> bool:
+    return bool(
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+    )
 
 
 def ordinary(t: Any) -> bool:
     """Whether a tensor is one of torch's own, whose memory a kernel may read: no quantised or sharded weight, no proxy
     of a tracer."""
-    return type(t) in _TENSORS or type(t).__module__.startswith(
-        "torch._subclasses."
-    )  # of torch.compile and torch.export
+    return type(t) in _TENSORS or type(t).__module__.startswith("torch._subclasses.")  # torch.compile and torch.export
 
 
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 
 
 def plain(layer: nn.Module, kind: type[nn.Module] = Linear) -> bool:
-    """A ``kind`` with nothing in or around it (adapters, quantised weights, hooks): its weights may be used
-    directly."""
-    if type(layer) is not kind or not unpatched(layer) or hooked(layer):
+    """A ``kind`` with nothing in or around it (adapters, quantised weights, hooks): its weights may be used directly.
+
+    Blocks ask this of each of their parts in every call, so it reads the dictionary of attributes.
+    """
+    if type(layer) is not kind:
         return False
-    return all(p is None or ordinary(p) for p in layer._parameters.values())
+    attributes = vars(layer)
+    if "forward" in attributes or kind.forward is not _FORWARDS[kind] or kind.__call__ is not _CALL:
+        return False
+    if _own_hooks(attributes) or any(GLOBAL_HOOKS):
+        return False
+    for p in attributes["_parameters"].values():  # noqa: SIM110
+        if p is not None and not ordinary(p):
+            return False
+    return True
 
 
 def idle(drop: nn.Module | None) -> bool:
-    """Whether ``drop`` returns what it is given, and nothing watches it. A class that is not known may do anything."""
-    return drop is None or plain(drop, nn.Identity) or (plain(drop, nn.Dropout) and not (drop.p and drop.training))
+    """Whether ``drop`` returns what it is given, and no hook observes it. A class that is not known may do anything."""
+    if type(drop) is nn.Dropout:
+        return not (drop.p and drop.training) and plain(drop, nn.Dropout)
+    return drop is None or plain(drop, nn.Identity)
 
 
 def apply(
@@ -102,12 +118,3 @@ def apply(
     y = y if drop is None else drop(y)
     y = y if scale is None else y * scale
     return y if residual is None else residual + y
-
-
-def prepared(
-    layer: nn.Module, x: Tensor, drop: nn.Module | None = None, **around: Any
-) -> Callable[[Tensor, Tensor | None], Tensor] | None:
-    """:func:`apply` as a function of x and residual, for inputs like these: see :mod:`pyvit.nn.replay`."""
-    if not (plain(layer) and idle(drop)):
-        return None
-    return packed.prepared(x, Branch(layer.weight, layer.bias, layer.activation, **around))  # type: ignore[arg-type]

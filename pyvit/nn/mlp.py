@@ -7,17 +7,16 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvit.nn.linear import Linear, apply, bypassed, idle, plain, prepared
-from pyvit.nn.replay import Run
-from pyvit.ops import mlp, packed
-from pyvit.ops.packed import Branch, Norm
+from pyvit.nn.linear import Linear, apply, bypassed, idle, plain
+from pyvit.ops import mlp
+from pyvit.ops.prepacked import Norm
 
 
 @bypassed
 class Mlp(nn.Module):
     """fc2(activation(fc1(x))): (..., C) -> (..., C)."""
 
-    whole_branch = True  # see pyvit.nn.residual.surroundings
+    fuses_residual = True  # see pyvit.nn.residual.fusion_args
 
     def __init__(
         self,
@@ -44,14 +43,6 @@ class Mlp(nn.Module):
             return mlp(x, *weights, activation=fc1.activation, norm=norm, scale=scale, residual=residual)  # type: ignore[arg-type]
         return apply(fc2, apply(fc1, x, drop, norm=norm), drop, scale=scale, residual=residual)
 
-    def prepared(self, x: Tensor, *, norm: Norm | None = None, scale: Tensor | None = None) -> Run | None:
-        """:meth:`forward` with the residual x, as :mod:`pyvit.nn.replay` wants it."""
-        fc1, fc2, drop = self.fc1, self.fc2, self.drop
-        if not self._is_one(fc1, fc2, drop):
-            return None
-        run = packed.prepared(x, Branch(fc1.weight, fc1.bias, fc1.activation, fc2.weight, fc2.bias, norm, scale, x))
-        return None if run is None else lambda x: run(x, x)
-
     @staticmethod
     def _is_one(fc1: Linear, fc2: Linear, drop: nn.Module) -> bool:
         """Whether the layers are what :func:`pyvit.ops.mlp` computes."""
@@ -65,7 +56,7 @@ class SwiGLU(nn.Module):
     ``hidden_dim`` is the width of a and of b. :func:`swiglu_hidden` gives DINOv2's width for a given MLP ratio.
     """
 
-    whole_branch = True  # see pyvit.nn.residual.surroundings
+    fuses_residual = True  # see pyvit.nn.residual.fusion_args
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, bias: bool = True, **factory: Any) -> None:
         super().__init__()
@@ -79,19 +70,6 @@ class SwiGLU(nn.Module):
         """With ``norm``, ``scale`` and ``residual`` the whole branch, as of :class:`Mlp`."""
         gate, value = apply(self.fc1, x, norm=norm).chunk(2, -1)
         return apply(self.fc2, F.silu(gate) * value, self.drop, scale=scale, residual=residual)
-
-    def prepared(self, x: Tensor, *, norm: Norm | None = None, scale: Tensor | None = None) -> Run | None:
-        """:meth:`forward` with the residual x, as :mod:`pyvit.nn.replay` wants it."""
-        first = prepared(self.fc1, x, norm=norm)
-        last = prepared(self.fc2, x.new_empty(*x.shape[:-1], self.fc2.in_features), self.drop, scale=scale, residual=x)
-        if first is None or last is None:
-            return None
-
-        def run(x: Tensor) -> Tensor:
-            gate, value = first(x, None).chunk(2, -1)
-            return last(F.silu(gate) * value, x)
-
-        return run
 
 
 def swiglu_hidden(hidden_dim: int) -> int:

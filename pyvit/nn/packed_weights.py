@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from pyvit.ops import packs
+from pyvit.ops import prepacked
 
 
 def pack_weights(model: nn.Module) -> int:
@@ -28,11 +28,11 @@ def pack_weights(model: nn.Module) -> int:
 
     :func:`unpack_weights` frees the copies; they do not travel with ``state_dict``, ``copy.deepcopy`` or pickling.
     """
-    return sum(packs.keep(layer) for layer in model.modules() if isinstance(layer, nn.Linear))
+    return sum(prepacked.pack(layer) for layer in model.modules() if isinstance(layer, nn.Linear))
 
 
 def unpack_weights(model: nn.Module) -> None:
     """Free what :func:`pack_weights` keeps."""
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
-            packs.drop(layer)
+            prepacked.unpack(layer)

@@ -12,7 +12,6 @@ from pyvit.nn.attention import Packing
 from pyvit.nn.layer_norm import LayerNorm
 from pyvit.nn.linear import bypassed, hooked, plain, unpatched
 from pyvit.nn.rates import check_rate
-from pyvit.nn.replay import Run
 from pyvit.ops import checks
 
 
@@ -29,34 +28,30 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-def surroundings(
-    norm: nn.Module, scale: nn.Module | None, drop_path: DropPath, branch: nn.Module
+def fusion_args(
+    norm: nn.Module, scale: nn.Module | None, drop_path: DropPath, layer: nn.Module
 ) -> dict[str, Any] | None:
-    """``norm`` and ``scale`` as arguments of the branch between them, which then computes residual +
-    scale(branch(norm(x))) itself.
+    """``norm`` and ``scale`` as arguments of ``layer``, which then computes residual + scale(layer(norm(x))) itself.
 
-    In inference, where nothing is dropped and nothing watches these modules; None otherwise, or where the branch's
-    class (itself, for a subclass may compute something else) does not say ``whole_branch``.
+    In inference, where nothing is dropped and no hook observes these modules. None otherwise, or where the class of
+    ``layer`` itself (a subclass may compute something else) does not say ``fuses_residual``.
     """
-    if torch.is_grad_enabled() or not plain(norm, LayerNorm) or not plain(drop_path, DropPath) or hooked(scale, branch):
+    if torch.is_grad_enabled() or not plain(norm, LayerNorm) or not plain(drop_path, DropPath):
         return None
-    if drop_path.p and drop_path.training:
+    if (drop_path.p and drop_path.training) or not _fuses_residual(layer):
         return None
-    if not vars(type(branch)).get("whole_branch") or not unpatched(branch):
-        return None
-    if scale is not None and not plain(scale, nn.Identity) and not plain(scale, LayerScale):
-        return None
-    return {"norm": (norm.weight, norm.bias, norm.eps), "scale": getattr(scale, "gamma", None)}
+    gamma = None
+    if scale is not None and not plain(scale, nn.Identity):
+        if not plain(scale, LayerScale):
+            return None
+        gamma = scale.gamma
+    parameters = norm._parameters
+    return {"norm": (parameters["weight"], parameters["bias"], norm.eps), "scale": gamma}
 
 
-def prepared(
-    x: Tensor, norm: nn.Module, scale: nn.Module | None, drop_path: DropPath, branch: nn.Module, **options: Any
-) -> Run | None:
-    """x + scale(branch(norm(x))) as :mod:`pyvit.nn.replay` wants it; the branch's own class must say how it goes."""
-    around = surroundings(norm, scale, drop_path, branch)
-    if around is None or "prepared" not in vars(type(branch)):
-        return None
-    return branch.prepared(x, **around, **options)  # type: ignore[operator, no-any-return]
+def _fuses_residual(layer: nn.Module) -> bool:
+    """Whether the class of ``layer`` computes residual branches, and neither a hook nor a patch wants its calls."""
+    return "fuses_residual" in type(layer).__dict__ and unpatched(layer) and not hooked(layer)
 
 
 @bypassed

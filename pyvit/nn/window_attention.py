@@ -11,14 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvit.nn.constants import Constants
-from pyvit.nn.linear import Linear, apply, bypassed, plain, prepared
+from pyvit.nn.linear import Linear, apply, bypassed, idle, plain
 from pyvit.nn.patch_embed import pair
 from pyvit.nn.rates import check_rate
-from pyvit.nn.replay import Run
 from pyvit.ops import layer_norm, window_attention
-from pyvit.ops.packed import Norm
+from pyvit.ops.prepacked import Norm, window_attention_branch
 from pyvit.ops.reference import relative_position_index
-from pyvit.ops.window_attention import prepared as attention_prepared
 
 
 @bypassed
@@ -36,7 +34,7 @@ class WindowAttention(nn.Module):
             take part (torchvision, transformers). True: masked out.
     """
 
-    whole_branch = True  # see pyvit.nn.residual.surroundings
+    fuses_residual = True  # see pyvit.nn.residual.fusion_args
 
     def __init__(
         self,
@@ -84,6 +82,12 @@ class WindowAttention(nn.Module):
     ) -> Tensor:
         """With ``norm``, ``scale`` and ``residual`` (see :func:`pyvit.ops.linear`) the branch: residual + scale *
         attention(norm(x))."""
+        dropout = self.attn_drop if self.training else 0.0
+        if not dropout and self._is_one():
+            windows = (self.window_size, self.shift_size, self.num_heads, self.bias_table(), self.mask_padding)
+            fused = window_attention_branch(x, self.qkv, self.proj, *windows, norm, scale, residual)
+            if fused is not None:
+                return fused
         qkv, bias = self.project(x, norm)
         out = window_attention(
             qkv,
@@ -93,26 +97,15 @@ class WindowAttention(nn.Module):
             bias_table=self.bias_table(),
             logit_scale=self._logit_scale(),
             pad_qkv=self._pad_qkv(x, bias),
-            dropout_p=self.attn_drop if self.training else 0.0,
+            dropout_p=dropout,
         )
         return apply(self.proj, out, self.proj_drop, scale=scale, residual=residual)
 
-    def prepared(self, x: Tensor, *, norm: Norm | None = None, scale: Tensor | None = None) -> Run | None:
-        """:meth:`forward` with the residual x, as :mod:`pyvit.nn.replay` wants it."""
-        if self.training and self.attn_drop:
-            return None
-        qkv, out = x.new_empty(*x.shape[:-1], self.qkv.out_features), x.new_empty(*x.shape[:-1], self.proj.in_features)
-        first = prepared(self.qkv, x, norm=norm)
-        last = prepared(self.proj, out, self.proj_drop, scale=scale, residual=x)
-        options = {
-            "num_heads": self.num_heads,
-            "bias_table": self.bias_table(),
-            "pad_qkv": self._pad_qkv(x, self.qkv.bias),
-        }
-        attend = attention_prepared(qkv, self.window_size, self.shift_size, **options)
-        if first is None or last is None or attend is None:
-            return None
-        return lambda x: last(attend(first(x, None)), x)
+    def _is_one(self) -> bool:
+        """Whether the module is what :func:`pyvit.ops.prepacked.window_attention_branch` computes."""
+        qkv, proj = self.qkv, self.proj
+        linear = plain(qkv) and plain(proj) and not qkv.activation and not proj.activation
+        return type(self) is WindowAttention and linear and idle(self.proj_drop)
 
     def score_shape(self, x: Tensor) -> tuple[int, int, int]:
         """Windows times heads, queries and keys of the scores that x (B, H, W, C) stands for."""

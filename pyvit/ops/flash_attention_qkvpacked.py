@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,22 +50,6 @@ def flash_attention_qkvpacked(
         out, lse = ATTENTION(*parts(qkv), bias, is_causal, scale, dropout_p, seed, chosen)
     out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
-
-
-def prepared(qkv: Tensor, is_causal: bool) -> Callable[[Tensor], Tensor] | None:
-    """The ``cpu`` kernel for inference on such a tensor as a function of it, see :mod:`pyvit.nn.replay`; None where
-    another serves."""
-    call, *_ = _prepare(qkv, None, is_causal, 0.0, False)
-    if dispatch.select(call) != "cpu":
-        return None
-    kernel, scale = ATTENTION.kernel("cpu"), checks.scale(_OP, None, qkv.shape[4])
-
-    def attend(qkv: Tensor) -> Tensor:
-        with torch_private.below_autograd():
-            out: Tensor = kernel(*parts(qkv), None, is_causal, scale, 0.0, None, "cpu")[0]
-        return out.transpose(1, 2)
-
-    return attend
 
 
 def parts(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

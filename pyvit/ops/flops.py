@@ -86,8 +86,8 @@ def _distillation_backward(*args: Any, **_: Any) -> int:
     return 2 * _scores(student, prototypes) + _crossed(student, teacher, prototypes)  # nothing of the teacher's
 
 
-def _branch(x: Shape, weight: Shape, _bias: Any, _activation: Any, weight2: Shape | None, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(x[:-1]) * (math.prod(weight) + (0 if weight2 is None else math.prod(weight2)))
+def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x[:-1]) * math.prod(weight)
 
 
 def _twice(forward: Callable[..., int], skipped: int) -> Callable[..., int]:
@@ -120,7 +120,7 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     _ops.distillation_cross_entropy: _distillation,
     _ops.distillation_cross_entropy_backward: _distillation_backward,
     _ops.nearest_neighbor: _nearest,
-    _ops.branch: _branch,
+    _ops.linear_inference: _linear,
 }
 
 

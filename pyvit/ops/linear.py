@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyvit import dispatch
+from pyvit import dispatch, library
 from pyvit.backends import CAPABILITIES
 from pyvit.dispatch import Call
-from pyvit.ops import activations, checks, packed, products, reference
+from pyvit.ops import activations, checks, prepacked, products, reference
 from pyvit.ops.layer_norm import check as check_norm
-from pyvit.ops.packed import Branch, Norm
+from pyvit.ops.prepacked import Branch, Norm
 from pyvit.ops.tracing import compiled_inference, traced
 
 
@@ -65,37 +65,56 @@ def linear(
     and tensors that are traced hold the plain formula.
     """
     branch = Branch(weight, bias, activation, None, None, norm, scale, residual)
-    if backend is None and (out := packed.again(x, branch)) is not None:
+    if backend is None and (out := prepacked_branch(x, branch, _check)) is not None:
         return out
     if not branch.is_one_layer():
-        prepare(x, weight, bias, activation)
-        return with_surroundings(
-            "linear", x, branch, lambda y: linear(y, weight, bias, activation=activation, backend=backend), backend
+        _check(x, branch)
+        return prepacked.around(
+            x, lambda y: linear(y, weight, bias, activation=activation, backend=backend), branch, backend
         )
     x, weight, bias, device = prepare(x, weight, bias, activation)
     wanted = select("linear", device, x.dtype, backend)
     if wanted == "cpu" and compiled_inference(x, weight):
         weight, bias = narrow(x, weight, bias)
-        return packed.in_graph(x, Branch(weight, bias, activation))
+        return torch.ops.pyvit.linear_inference(x, weight, bias, activation)  # type: ignore[no-any-return]
     if wanted == "reference" or traced(x, weight):
         weight, bias = narrow(x, weight, bias)
         return reference.linear(x, weight, bias, activation)
-    if not torch.is_grad_enabled():
-        return (packed.layer if weight.dtype == x.dtype else products.forward)(x, weight, bias, activation)
-    if x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
-        return _Linear.apply(x, weight, bias, activation)
-    return products.forward(x, weight, bias, activation)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return _Linear.apply(x, weight, bias, activation)  # type: ignore[no-any-return]
+    return prepacked.layer(x, weight, bias, activation)
 
 
-def with_surroundings(
-    op: str, x: Tensor, branch: Branch, layers: Callable[[Tensor], Tensor], backend: str | None
-) -> Tensor:
-    """residual + scale * layers(norm(x)): by the operators one by one, but in inference with packed weights."""
-    last = branch.weight if branch.weight2 is None else branch.weight2
+def prepacked_branch(x: Tensor, branch: Branch, check: Callable[[Tensor, Branch], object]) -> Tensor | None:
+    """The branch with prepacked weights, or None where they are not or the call is more than inference.
+
+    What does not fit is said by ``check``, in the words of the public function.
+    """
+    if not prepacked.is_packed(branch.weight) or not isinstance(x, Tensor) or type(branch.norm) not in _NORMS:
+        return None
+    try:
+        return prepacked.linear_branch(x, branch)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        check(x, branch)
+        raise
+
+
+_NORMS = (tuple, type(None))
+
+
+def _check(x: Tensor, branch: Branch) -> None:
+    prepare(x, branch.weight, branch.bias, branch.activation)
+    check_around("linear", x, branch)
+
+
+def check_around(op: str, x: Tensor, branch: Branch) -> None:
+    """Raises ValueError or TypeError where norm, scale or residual do not fit."""
     if branch.norm is not None and not (isinstance(branch.norm, tuple) and len(branch.norm) == 3):
         checks.fail(op, "norm", "(weight, bias, eps) or None", repr(branch.norm))
     if branch.norm is not None:
         check_norm(x, *branch.norm[:2])
+        checks.number("layer_norm", "eps", branch.norm[2])
+    last = branch.weight if branch.weight2 is None else branch.weight2
     for name, t, shape in (
         ("scale", branch.scale, last.shape[:1]),
         ("residual", branch.residual, (*x.shape[:-1], last.shape[0])),
@@ -103,18 +122,6 @@ def with_surroundings(
         if t is not None and (not isinstance(t, Tensor) or t.shape != shape):
             checks.tensor(op, name, t, str(tuple(shape)), len(shape))
             checks.fail(op, name, f"of shape {tuple(shape)}", checks.shape(t))
-    given = [t for t in (branch.bias, branch.weight2, branch.bias2, branch.scale, branch.residual) if t is not None]
-    if (
-        not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
-        and all(t.dtype == x.dtype for t in (branch.weight, *given))
-        and select(op, checks.device(op, "x", x), x.dtype, backend) == "cpu"
-    ):
-        if compiled_inference(x, branch.weight, *given):
-            return packed.in_graph(x, branch)
-        if not traced(x, branch.weight, *given) and (out := packed.run(x, branch)) is not None:
-            return out
-    return packed.around(x, layers, branch, backend)
 
 
 def prepare(
@@ -194,7 +201,16 @@ def explain(x: Tensor, branch: Branch, grad: bool) -> list[str]:
     """How the products of a call go, as far as it is known."""
     if grad:
         return products.explain(x, branch.weight, branch.bias, None)
-    return packed.explain(x, branch) or products.explain(x, branch.weight, branch.bias, branch.activation)
+    return prepacked.explain(x, branch) or products.explain(x, branch.weight, branch.bias, branch.activation)
+
+
+library.FRAGMENT.define("linear_inference(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor")
+library.FRAGMENT.impl("linear_inference", prepacked.layer, "CPU")
+
+
+@torch.library.register_fake("pyvit::linear_inference")
+def _fake_inference(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 class _Linear(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call
-from pyvit.ops import activations, checks, packed, products, reference
-from pyvit.ops.linear import explain, narrow, prepare, select, with_surroundings
-from pyvit.ops.packed import Branch, Norm
+from pyvit.ops import activations, checks, prepacked, products, reference
+from pyvit.ops.linear import check_around, explain, narrow, prepacked_branch, prepare, select
+from pyvit.ops.prepacked import Branch, Norm
 from pyvit.ops.tracing import compiled_inference, traced
 
 
@@ -47,32 +48,37 @@ def mlp(
     ``backend`` cannot serve.
     """
     branch = Branch(fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, norm, scale, residual)
-    if backend is None and activation is not None and (out := packed.again(x, branch)) is not None:
+    if backend is None and activation is not None and (out := prepacked_branch(x, branch, _check)) is not None:
         return out
     if norm is not None or scale is not None or residual is not None:
-        weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        _prepare(x, *weights, activation)
-        return with_surroundings(
-            "mlp", x, branch, lambda y: mlp(y, *weights, activation=activation, backend=backend), backend
+        _check(x, branch)
+        layers = functools.partial(
+            mlp,
+            fc1_weight=fc1_weight,
+            fc1_bias=fc1_bias,
+            fc2_weight=fc2_weight,
+            fc2_bias=fc2_bias,
+            activation=activation,
+            backend=backend,
         )
-    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, device = _prepare(
-        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation
-    )
+        return prepacked.around(x, layers, branch, backend)
+    x, w1, b1, w2, b2, device = _prepare(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     wanted = select("mlp", device, x.dtype, backend)
-    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    branch = Branch(fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias)
-    if wanted == "cpu" and compiled_inference(x, fc1_weight, fc2_weight):
-        w1, b1, w2, b2 = narrow(x, *weights)
-        return packed.in_graph(x, Branch(w1, b1, activation, w2, b2))
-    if wanted == "reference" or traced(x, fc1_weight, fc2_weight):
-        w1, b1, w2, b2 = narrow(x, *weights)
+    if wanted == "cpu" and compiled_inference(x, w1, w2):
+        w1, b1, w2, b2 = narrow(x, w1, b1, w2, b2)
+        hidden = torch.ops.pyvit.linear_inference(x, w1, b1, activation)
+        return torch.ops.pyvit.linear_inference(hidden, w2, b2, None)  # type: ignore[no-any-return]
+    if wanted == "reference" or traced(x, w1, w2):
+        w1, b1, w2, b2 = narrow(x, w1, b1, w2, b2)
         return reference.mlp(x, w1, b1, w2, b2, activation)
-    if not torch.is_grad_enabled() and fc1_weight.dtype == fc2_weight.dtype == x.dtype:
-        out = packed.run(x, branch)
-        return packed.layers(x, branch) if out is None else out
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
-        return _Mlp.apply(x, *weights, activation)
-    return products.forward(products.forward(x, fc1_weight, fc1_bias, activation), fc2_weight, fc2_bias, None)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2)):
+        return _Mlp.apply(x, w1, b1, w2, b2, activation)  # type: ignore[no-any-return]
+    return prepacked.layer(prepacked.layer(x, w1, b1, activation), w2, b2, None)
+
+
+def _check(x: Tensor, branch: Branch) -> None:
+    _prepare(x, branch.weight, branch.bias, branch.weight2, branch.bias2, branch.activation)  # type: ignore[arg-type]
+    check_around("mlp", x, branch)
 
 
 def _prepare(

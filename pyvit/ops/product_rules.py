@@ -17,14 +17,12 @@ from pyvit import library
 #: the dtype.
 ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
-#: Products: of a linear layer, of its two gradients, and in inference with packed weights of a layer and of a block's
-#: branch.
-KINDS = ("forward", "grad_input", "grad_weight", "packed layer", "packed branch")
+#: Products: of a linear layer, of its two gradients, and of a linear layer in inference with a prepacked weight.
+KINDS = ("forward", "grad_input", "grad_weight", "prepacked")
 
 
 class Shape(NamedTuple):
-    """rows (N, K) times a weight (M, K): ``rows`` is the least power of two that is larger than N; a branch counts its
-    first layer."""
+    """rows (N, K) times a weight (M, K): ``rows`` is the least power of two that is larger than N."""
 
     rows: int
     out: int
@@ -52,19 +50,19 @@ class Rule(NamedTuple):
 
 
 _NARROW = ("bfloat16", "float16")
-_OURS = ("pyvit", "layer by layer", "onednn", "torch")
+_OURS = ("pyvit", "onednn", "torch")
 
 #: The first that fits decides; of its ways, the first that this processor and these libraries offer.
 RULES = (
-    Rule(("layer by layer", "onednn", "pyvit", "torch"), isas=("amx",)),
+    Rule(("onednn", "pyvit", "torch"), isas=("amx",)),
     Rule(_OURS, isas=("avx512bf16", "avx512")),
     Rule(_OURS, isas=("avx2",), dtypes=_NARROW),
-    Rule(_OURS, isas=("avx2",), kinds=("packed layer", "packed branch")),
+    Rule(_OURS, isas=("avx2",), kinds=("prepacked",)),
     Rule(
         ("torch", "onednn", "pyvit"), isas=("avx2",), least_weight=1 << 20
     ),  # of float32: where MKL's reuse of a large weight pays
     Rule(_OURS, isas=("avx2",)),
-    Rule(("layer by layer", "onednn", "float32 copies", "torch")),
+    Rule(("onednn", "float32 copies", "torch")),
 )
 
 

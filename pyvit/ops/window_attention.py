@@ -6,13 +6,13 @@ kernels; no window tensor and no mask tensor exists in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyvit import dispatch, torch_private
+from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
 from pyvit.ops import checks, reference
 
@@ -70,30 +70,6 @@ def window_attention(
     chosen = dispatch.select(call, backend)
     seed = checks.dropout_seed(dropout_p, qkv)
     return WINDOW(qkv, window, shift, num_heads, bias_table, logit_scale, pad_qkv, scale, dropout_p, seed, chosen)[0]
-
-
-def prepared(
-    qkv: Tensor,
-    window_size: int | Sequence[int],
-    shift_size: int | Sequence[int],
-    *,
-    num_heads: int,
-    bias_table: Tensor | None,
-    pad_qkv: Tensor | None,
-) -> Callable[[Tensor], Tensor] | None:
-    """The ``cpu`` kernel for inference on such a map as a function of it, see :mod:`pyvit.nn.replay`; None where
-    another serves."""
-    call, window, shift, scale = _check(qkv, window_size, shift_size, num_heads, bias_table, None, pad_qkv, None, 0.0)
-    if dispatch.select(call) != "cpu":
-        return None
-    kernel = WINDOW.kernel("cpu")
-
-    def attend(qkv: Tensor) -> Tensor:
-        with torch_private.below_autograd():
-            out: Tensor = kernel(qkv, window, shift, num_heads, bias_table, None, pad_qkv, scale, 0.0, None, "cpu")[0]
-        return out
-
-    return attend
 
 
 def _prepare(qkv: Tensor) -> Tensor:

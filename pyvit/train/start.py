@@ -128,10 +128,8 @@ def adopt(config: Config, recipe: Any) -> Config:
     taken = {k: v for k, v in shown.items() if k in defaults and k not in given and v != defaults[k]}
     if taken:
         _say(
-
-                f"init: {config.init}: settings of the model taken from the weights: "
-                f"{', '.join(f'{k}={v}' for k, v in taken.items())}"
-
+            f"init: {config.init}: settings of the model taken from the weights: "
+            f"{', '.join(f'{k}={v}' for k, v in taken.items())}"
         )
     return dataclasses.replace(config, set=[*(f"{k}={v!r}" for k, v in taken.items()), *config.set])
 

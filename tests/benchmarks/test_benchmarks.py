@@ -456,13 +456,8 @@ def test_profile_counts_products_and_knows_kinds() -> None:
     assert profile.product_flops("mkldnn::_linear_pointwise", [x.shape, w.shape, b.shape]) == flops
     assert profile.product_flops("aten::addmm", [b.shape, (10, 7), (7, 11)]) == flops
     assert profile.product_flops("aten::mm", [(10, 7), (7, 11)]) == flops
-    if library.problem() is None:
-        for dtype in (torch.float32, torch.bfloat16):
-            words = [
-                torch.ops.pyvit.pack_layer(torch.zeros(shape, dtype=dtype)).shape for shape in ((64, 48), (32, 64))
-            ]
-            shapes = [(2, 5, 48), (), (), (), (), words[0], (), (64,), (), words[1], (), (), (), (), (2, 5, 32)]
-            assert profile.product_flops("pyvit::packed_layers", shapes, dtype.itemsize) == 2 * 10 * (64 * 48 + 32 * 64)
+    shapes = [(2, 5, 48), (), (), (), (), (64, 48), (999,), (64,), (), (32, 64), (999,), (), (), (2, 5, 32)]
+    assert profile.product_flops("pyvit::prepacked_mlp", shapes) == 2 * 10 * (64 * 48 + 32 * 64)
     found = profile.by_kind(lambda: torch.nn.functional.gelu(torch.randn(10, 7) @ torch.randn(7, 11)), 4, rounds=1)
     assert found["matrix products"][1] == flops
     assert found["activation"][2] == 4 * 2 * 10 * 11

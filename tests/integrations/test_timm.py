@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import pyvit
-from pyvit.ops import products
+from pyvit.integrations import timm as integration
+from pyvit.ops import prepacked, products
 from tests.integrations.checks import check_accelerated, counts
 from tests.models.parity import randomise, relative_error
 from tests.peers import peer
@@ -61,10 +62,18 @@ MODELS = {
 }
 
 
+def counted(branch, calls):
+    def call(*args):
+        found = branch(*args)
+        calls.extend([] if found is None else [branch.__name__])
+        return found
+
+    return call
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_packed_branches_of_one_pass(name, monkeypatch):
-    """With packed weights a block is layer norm to residual in one pass, and nothing that watches or changes it is
-    passed over."""
+def test_fused_branches_with_packed_weights(name, monkeypatch):
+    """With packed weights each residual branch is one call, and hooks and changed modules are respected."""
     monkeypatch.setattr(products, "_policy", "pyvit")
     monkeypatch.setattr(products, "_chosen", {})
     model = make(name, **MODELS[name]).eval()
@@ -76,8 +85,16 @@ def test_packed_branches_of_one_pass(name, monkeypatch):
         pyvit.pack_weights(model)
         for _ in range(2):
             assert relative_error(images(model), expected) < 1e-4
-        whole = [key for key, (_, how) in products._chosen.items() if key[0] == "packed" and how.startswith("pyvit")]
-        assert sum(key[-1] is False for key in whole) >= 2  # with a residual: the ends of both branches
+        calls = []
+        with monkeypatch.context() as patch:
+            for module, branch in (
+                (integration, "attention_branch"),
+                (integration, "window_attention_branch"),
+                (prepacked, "linear_branch"),
+            ):
+                patch.setattr(module, branch, counted(getattr(module, branch), calls))
+            images(model)
+        assert len(calls) >= 2 * sum(type(m).__name__.endswith("Block") for m in model.modules())
         for part in ("norm1", "attn", "attn.qkv", "attn.proj_drop", "drop_path1", "norm2", "mlp", "mlp.act", "mlp.fc2"):
             seen = []
             handle = first.get_submodule(part).register_forward_hook(lambda *_, seen=seen: seen.append("here"))

@@ -166,7 +166,8 @@ def _passes() -> dict[str, Callable[[], Base]]:
 #: Passes whose results the losses' tests hold to the reference; here a changed argument must be refused or leave what
 #: it was.
 _UNCHECKED = ("pair_softmax", "pair_softmax_backward", "pair_sigmoid", "pair_sigmoid_backward", "distillation_tile")
-_UNCHECKED += ("distillation_tile_backward", "pack_layer", "packed_layers", "weight_print")
+_UNCHECKED += ("distillation_tile_backward", "prepack_weight", "prepack_header")
+_UNCHECKED += ("prepacked_mlp", "prepacked_attention", "prepacked_window_attention")
 
 
 def _pairs_or_tiles(name: str) -> Base:
@@ -182,14 +183,20 @@ def _pairs_or_tiles(name: str) -> Base:
         "pair_sigmoid_backward": [a, b, 0, 1.5, -1.0, n, *wide],
         "distillation_tile": [s, t, torch.randn(7), 0.5, 0.7, of_s, of_s.clone(), of_t, of_t.clone(), cross],
         "distillation_tile_backward": [s, t, torch.randn(7), 0.5, 0.7, of_s, of_t, cross, torch.empty_like(s)],
-        "pack_layer": [weight],
-        "weight_print": [weight],
+        "prepack_weight": [weight],
+        "prepack_header": [weight],
     }
-    if name == "packed_layers":
-        packed = torch.ops.pyvit.pack_layer(weight)
-        second = torch.ops.pyvit.pack_layer(weight.t().contiguous())
-        args[name] = [a, True, torch.ones(8), torch.zeros(8), 1e-5, packed, 12, torch.randn(12), "gelu", second, 8]
-        args[name] += [torch.randn(8), torch.ones(8), a.clone(), torch.empty(5, 8)]
+    norm, pack = [True, torch.ones(8), torch.zeros(8), 1e-5], torch.ops.pyvit.prepack_weight
+    if name == "prepacked_mlp":
+        second = torch.randn(8, 12)
+        args[name] = [a, *norm, weight, pack(weight), torch.randn(12), "gelu", second, pack(second)]
+        args[name] += [torch.randn(8), torch.ones(8), a.clone()]
+    if name in ("prepacked_attention", "prepacked_window_attention"):
+        qkv, proj, x = torch.randn(24, 8), torch.randn(8, 8), torch.randn(1, 2, 3, 8)
+        x = x[0] if name == "prepacked_attention" else x
+        options = [2, False] if name == "prepacked_attention" else [[2, 2], [1, 1], 2, torch.randn(9, 2), False]
+        last = [proj, pack(proj), torch.randn(8), torch.ones(8), x.clone()]
+        args[name] = [x, *norm, qkv, pack(qkv), torch.randn(24), *options, *last]
     return Base(args[name], None)
 
 

@@ -18,7 +18,7 @@ from pyvit.models.audio import LogMel
 from pyvit.models.dino import block_masks
 from pyvit.models.flops import count
 from pyvit.nn import PatchEmbed, RotaryEmbedding, WindowAttentionV2
-from pyvit.ops import packs, products
+from pyvit.ops import prepacked, products
 from tests.ops.small_calls import CASES, Case
 
 
@@ -26,7 +26,7 @@ from tests.ops.small_calls import CASES, Case
 def other(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """A function that sets another default; nothing of what libraries can do is known by then."""
     monkeypatch.setattr(products, "_chosen", {})
-    for known in (products.forward_ways, products.grad_input_ways, products.grad_weight_ways, packs.forms):
+    for known in (products.forward_ways, products.grad_input_ways, products.grad_weight_ways, prepacked.forms):
         known.cache_clear()
     memory._kept.__dict__.clear()
 

@@ -56,8 +56,9 @@ GROUPS = {
     "tiles": ["pair_softmax", "pair_softmax_backward", "pair_sigmoid", "pair_sigmoid_backward", "distillation_tile"],
 }
 GROUPS["losses"] += [f"{name}_backward" for name in GROUPS["losses"][:4]]
-GROUPS["tiles"] += ["distillation_tile_backward", "pack_layer", "packed_layers", "weight_print"]
-COMPILED = ("passes", "tiles")
+GROUPS["tiles"] += ["distillation_tile_backward", "prepack_weight", "prepack_header"]
+GROUPS["branches"] = ["prepacked_mlp", "prepacked_attention", "prepacked_window_attention"]
+COMPILED = ("passes", "tiles", "branches")
 
 
 @pytest.mark.skipif(library.problem() is not None, reason="needs the compiled library")
@@ -91,8 +92,9 @@ def test_every_operator_is_called() -> None:
         "cpu_isa",
         "cuda_archs",
         "fma_peak",
-        "branch",
-    }  # branch: packed layers in compiled graphs, see test_packed.py
+        "linear_inference",  # test_linear.py
+        "is_prepacked",  # test_prepacked.py
+    }
     assert known - about_the_library == called
 
 

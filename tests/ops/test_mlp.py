@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pyvit
 from pyvit.nn import Mlp
-from pyvit.ops import activations, mlp, packs, products, reference
+from pyvit.ops import activations, mlp, prepacked, products, reference
 from pyvit.testing import compare, layout
 
 ACTIVATIONS = list(reference.ACTIVATIONS)
@@ -228,7 +228,7 @@ def test_the_first_layer_runs_once_where_only_its_weight_is_packed(monkeypatch: 
     monkeypatch.setattr(products, "_policy", "onednn")
     monkeypatch.setattr(products, "_chosen", {})
     layer, x = Mlp(16, 32), torch.randn(3, 16)
-    if not packs.keep(layer.fc1):
+    if not prepacked.pack(layer.fc1):
         pytest.skip("oneDNN packs no weights here")
     with torch.no_grad():
         wanted = layer(x)

@@ -1,9 +1,10 @@
-"""Inference with packed weights: numerics of a branch in one pass, who may take it, and that nothing else notices."""
+"""Inference with prepacked weights: numerics, which calls take them, and that changes of a weight are seen."""
 
 from __future__ import annotations
 
 import copy
 import gc
+import io
 import itertools
 import pickle
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 import pyvit
 from pyvit import library, memory
 from pyvit.models import create_model
-from pyvit.nn import Block, Mlp, replay
-from pyvit.ops import linear, mlp, packed, packs, products, reference
+from pyvit.nn import Block, Mlp
+from pyvit.ops import linear, mlp, prepacked, products, reference
+from pyvit.ops.prepacked import Branch
 from pyvit.testing import compare, layout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -32,7 +34,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_chosen", {})
 
 
-def formula(x: Tensor, b: packed.Branch) -> Tensor:
+def formula(x: Tensor, b: Branch) -> Tensor:
     y = x if b.norm is None else F.layer_norm(x, x.shape[-1:], *b.norm)
     y = reference.linear(y, b.weight, b.bias, b.activation)
     y = y if b.weight2 is None else F.linear(y, b.weight2, b.bias2)
@@ -40,25 +42,25 @@ def formula(x: Tensor, b: packed.Branch) -> Tensor:
     return y if b.residual is None else b.residual + y
 
 
-def cast(b: packed.Branch, dtype: torch.dtype) -> packed.Branch:
+def cast(b: Branch, dtype: torch.dtype) -> Branch:
     def to(t: object) -> object:
         if isinstance(t, tuple):
             return tuple(to(each) for each in t)
         return t.to(dtype) if isinstance(t, Tensor) else t
 
-    return packed.Branch(*map(to, b))
+    return Branch(*map(to, b))
 
 
 def branch(
     dtype: torch.dtype, rows: int, k: int, h: int, m: int, activation: str | None, around: bool, bias: bool
-) -> packed.Branch:
+) -> Branch:
     """Of one layer where m is 0."""
 
     def randn(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape) * scale).to(dtype)
 
     out = m or h
-    return packed.Branch(
+    return Branch(
         randn(h, k, scale=k**-0.5),
         randn(h) if bias else None,
         activation,
@@ -71,21 +73,20 @@ def branch(
 
 
 def keep(weight: Tensor) -> bool:
-    """Packed as the weight of a layer that lives as long as it."""
+    """Packed as the weight of a layer."""
     layer = nn.Linear(1, 1, bias=False)
     layer._parameters["weight"] = weight
-    weight.layer = layer
-    return packs.keep(layer)
+    return prepacked.pack(layer)
 
 
-def run(x: Tensor, b: packed.Branch) -> Tensor:
+def run(x: Tensor, b: Branch) -> Tensor:
     with torch.no_grad():
         for weight in (b.weight, b.weight2):
             if weight is not None:
                 assert keep(weight)
-        found = packed.run(x, b)
-        again = packed.again(x, b)
+        found, again = prepacked.linear_branch(x, b), prepacked.linear_branch(x, b)
     torch.testing.assert_close(again, found, rtol=0, atol=0, equal_nan=True)
+    assert found is not None
     return found
 
 
@@ -181,7 +182,7 @@ def test_surroundings_by_any_way(own: None, grad: bool) -> None:
         leaves = [t.requires_grad_(grad) for t in (b.weight, b.norm[0], b.scale, b.residual)]
         x = torch.randn(10, 32)
 
-        def call(x: Tensor, b: packed.Branch, **options: object) -> Tensor:
+        def call(x: Tensor, b: Branch, **options: object) -> Tensor:
             around = {"norm": b.norm, "scale": b.scale, "residual": b.residual}
             if b.weight2 is None:
                 return linear(x, b.weight, b.bias, activation=b.activation, **around, **options)
@@ -233,24 +234,11 @@ def test_errors() -> None:
             linear(x, w, scale=0.5)
         with pytest.raises(ValueError, match=r"linear: residual must be of shape \(4, 6\)"):
             linear(x, w, residual=torch.ones(4, 1))
-    with pytest.raises(RuntimeError, match="packed for other sizes"):
-        torch.ops.pyvit.packed_layers(
-            x,
-            False,
-            None,
-            None,
-            0.0,
-            torch.ops.pyvit.pack_layer(w),
-            70,
-            None,
-            "",
-            None,
-            0,
-            None,
-            None,
-            None,
-            torch.empty(4, 70),
-        )
+    words = torch.ops.pyvit.prepack_weight(w)
+    for other in (torch.randn(70, 8), torch.randn(6, 8).bfloat16(), torch.randn(8, 6).t()):
+        rest = (None, "", None, None, None, None, None)
+        with pytest.raises(RuntimeError, match=r"prepacked weights: (packed|weight) must be|must be of the dtype"):
+            torch.ops.pyvit.prepacked_mlp(x, False, None, None, 0.0, other, words, *rest)
 
 
 MODELS = ["swin_tiny_patch4_window7_224", "vit_tiny_patch16_224", "vit_small_patch14_dinov2", "swinv2_tiny_window8_256"]
@@ -274,8 +262,6 @@ def test_models_infer_the_same(own: None, name: str, dtype: torch.dtype) -> None
         2 * (plain - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max(),
     )
     assert error <= allowed
-    if "swinv2" not in name:  # whose norms stand behind the branches
-        assert any(key[0] == "packed" and how.startswith("pyvit") for key, (_, how) in products._chosen.items())
 
 
 def test_hooks_adapters_and_dropout_are_not_passed_over(own: None) -> None:
@@ -311,7 +297,7 @@ def test_hooks_adapters_and_dropout_are_not_passed_over(own: None) -> None:
         assert not torch.equal(block(x), block(x))
 
 
-def test_compiled_inference_takes_the_branch(own: None) -> None:
+def test_compiled_inference_takes_the_branches(own: None) -> None:
     block = Block(32, 2, init_values=1.0).eval()
     x = torch.randn(2, 5, 32)
     seen: list[object] = []
@@ -324,26 +310,28 @@ def test_compiled_inference_takes_the_branch(own: None) -> None:
     with torch.no_grad():
         wanted = block(x)
         torch.testing.assert_close(torch.compile(block, fullgraph=True, backend=backend)(x), wanted, rtol=0, atol=0)
-    assert seen.count(torch.ops.pyvit.branch) == 3
+    assert [target for target in seen if "prepacked" in str(target)] == [
+        torch.ops.pyvit.prepacked_attention.default,
+        torch.ops.pyvit.prepacked_mlp.default,
+    ]
 
 
-@pytest.mark.parametrize("policy", ["auto", "measure", "onednn", "pyvit"])
-def test_only_the_chosen_form_is_kept(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a layer and of a branch; under "measure" every way has run, and packed what it needs."""
+@pytest.mark.parametrize("policy", ["auto", "measure", "onednn", "pyvit", "torch"])
+def test_the_form_follows_the_policy(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_policy", policy)
     monkeypatch.setattr(products, "_chosen", {})
-    weight, x = torch.randn(64, 64), torch.randn(50, 64)
-    assert keep(weight)
-    layer = Mlp(64, 128)
-    pyvit.pack_weights(layer)
+    layer, x = Mlp(64, 128), torch.randn(50, 64)
     with torch.no_grad():
+        wanted = layer(x)
+        assert pyvit.pack_weights(layer) == (0 if policy == "torch" else 2)
         for _ in range(2):
-            linear(x, weight)
-            layer(x)
-    held = [set(packs.PACKS[id(each)].forms) for each in (weight, layer.fc1.weight, layer.fc2.weight)]
-    assert all(len(forms) <= 1 for forms in held)
-    if policy in packs.forms(torch.float32):
-        assert held == [{policy}] * 3
+            torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-5)
+        layer.fc1.weight.mul_(2.0)
+        torch.testing.assert_close(layer(x), copy.deepcopy(layer)(x), rtol=1e-5, atol=1e-5)
+    kept = prepacked.find(layer.fc1.weight)
+    assert (kept is None) == (policy == "torch")
+    if policy in prepacked.forms(torch.float32):
+        assert kept.form == policy
 
 
 def test_recycled_memory_is_nobodys() -> None:
@@ -415,11 +403,11 @@ WRITES = {
 }
 
 
-@pytest.mark.parametrize("again", [True, False], ids=["replayed", "layer"])
+@pytest.mark.parametrize("whole", [True, False], ids=["block", "layer"])
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_writes_to_packed_weights_are_seen(write: Callable[[Tensor], object], again: bool) -> None:
+def test_writes_to_packed_weights_are_seen(write: Callable[[Tensor], object], whole: bool) -> None:
     """However they are made, also past the count of changes that autograd keeps."""
-    block = Block(64, 2).eval() if again else Mlp(64, 64).eval()
+    block = Block(64, 2).eval() if whole else Mlp(64, 64).eval()
     pyvit.pack_weights(block)
     x = torch.randn(2, 5, 64)
     with torch.no_grad():
@@ -432,16 +420,16 @@ def test_writes_to_packed_weights_are_seen(write: Callable[[Tensor], object], ag
                 torch.testing.assert_close(block(x), copy.deepcopy(block)(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("again", [True, False], ids=["replayed", "layer"])
-def test_a_single_element_is_seen_in_the_end_and_said(again: bool) -> None:
-    block = Block(64, 2).eval() if again else Mlp(64, 128).eval()
+@pytest.mark.parametrize("whole", [True, False], ids=["block", "layer"])
+def test_a_single_element_is_seen_in_the_end_and_said(whole: bool) -> None:
+    block = Block(64, 2).eval() if whole else Mlp(64, 128).eval()
     pyvit.pack_weights(block)
     x = torch.randn(2, 5, 64)
     with torch.no_grad():
         for _ in range(3):
             block(x)
         for at in (5, 1001, 7777):
-            (block.mlp if again else block).fc1.weight.data.view(-1)[at] += 100.0
+            (block.mlp if whole else block).fc1.weight.data.view(-1)[at] += 100.0
             with pytest.warns(RuntimeWarning, match="written to past PyTorch's count of changes"):
                 _ = [block(x) for _ in range(128)]
             torch.testing.assert_close(block(x), copy.deepcopy(block)(x), rtol=1e-4, atol=1e-4)
@@ -487,7 +475,7 @@ def test_replaced_weights_are_not_multiplied_packed() -> None:
         made[0].fc1.parametrizations.weight.original0.mul_(2.0)
     check()
     again = pickle.loads(pickle.dumps(made[1]))
-    assert all(packs.pack_of(p) is None for p in [*again.parameters(), *copy.deepcopy(made).parameters()])
+    assert not any(prepacked.is_packed(p) for p in [*again.parameters(), *copy.deepcopy(made).parameters()])
     for _ in range(200):  # an id that a weight had may be another's
         made[1].fc1 = type(made[1].fc1)(64, 128, activation="gelu")
         gc.collect(0)
@@ -515,20 +503,6 @@ def test_conversions(swap: bool) -> None:
         torch.__future__.set_swap_module_params_on_conversion(before)
 
 
-def test_a_replaced_block_runs_again_after_a_write() -> None:
-    """The short way is found again once what changed has been packed anew."""
-    made = Block(64, 2).eval()
-    pyvit.pack_weights(made)
-    x = torch.randn(2, 5, 64)
-    with torch.no_grad():
-        for _ in range(3):
-            made(x)
-        made.mlp.fc1.weight.data.mul_(2.0)
-        made(x)
-        made(x)
-        assert replay.again(made, x, False) is not None
-
-
 def test_explain_says_which(own: None) -> None:
     """Before a call as after it, of the call that the packed weights take."""
     made, x = Mlp(64, 128), torch.randn(5, 64)
@@ -543,7 +517,32 @@ def test_explain_says_which(own: None) -> None:
     assert "packed" not in str(pyvit.explain(mlp, *arguments))
 
 
-def test_prints_of_what_is_no_matrix_are_refused() -> None:
+def test_what_is_no_matrix_is_refused() -> None:
     for t in (torch.zeros(4), torch.zeros(4, 4).t()[:2], torch.zeros(1, 1)):
-        with pytest.raises(RuntimeError, match="weight must be a contiguous matrix of 8 bytes or more"):
-            torch.ops.pyvit.weight_print(t)
+        for op in (torch.ops.pyvit.prepack_weight, torch.ops.pyvit.prepack_header):
+            with pytest.raises(RuntimeError, match="weight must be a contiguous matrix of 8 bytes or more"):
+                op(t)
+
+
+def test_a_header_tells_once_that_its_weight_has_changed() -> None:
+    weight = torch.randn(16, 8)
+    header = torch.ops.pyvit.prepack_header(weight)
+    assert torch.ops.pyvit.is_prepacked(weight, header)
+    for change in (lambda: weight.mul_(2), lambda: weight.data.mul_(2)):
+        change()
+        assert not torch.ops.pyvit.is_prepacked(weight, header)
+        assert torch.ops.pyvit.is_prepacked(weight, header)
+    for wrong in (header[:-1], header.float(), weight):
+        with pytest.raises(RuntimeError, match="is_prepacked: header must be"):
+            torch.ops.pyvit.is_prepacked(weight, wrong)
+
+
+def test_saved_parameters_load_without_pyvit() -> None:
+    layer = nn.Linear(8, 8)
+    pyvit.pack_weights(layer)
+    file = io.BytesIO()
+    torch.save(layer.weight, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert torch.equal(loaded, layer.weight)
+    assert not prepacked.is_packed(loaded)

@@ -1,5 +1,5 @@
-"""Blocks that run as they ran before: that they do, with the same bits, and that whatever changes or watches them is
-not passed over."""
+"""Residual branches with prepacked weights: each is one call of the library, and whatever changes a block or observes
+its parts is respected."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ import pyvit
 from pyvit import library
 from pyvit.models import create_model
 from pyvit.models.swin import SwinBlock
-from pyvit.nn import Attention, Block, LayerNorm, Linear, Mlp, WindowAttention, replay
-from pyvit.ops import packs, products
+from pyvit.nn import Attention, Block, LayerNorm, Linear, Mlp, WindowAttention, attention, window_attention
+from pyvit.ops import prepacked, products
 
 pytestmark = pytest.mark.skipif(library.problem() is not None, reason="needs the compiled library")
 
@@ -34,25 +34,35 @@ def own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_chosen", {})
 
 
-class Long:
-    """Counts the runs that went the long way."""
+class Calls:
+    """Counts the calls of the library that compute a branch, or a layer of it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.runs = 0
-        for kind in (Block, SwinBlock):
-            monkeypatch.setattr(kind, "_forward", self._counted(kind._forward))
+        self.count = 0
+        for module, name in (
+            (attention, "attention_branch"),
+            (window_attention, "window_attention_branch"),
+            (prepacked, "linear_branch"),
+        ):
+            monkeypatch.setattr(module, name, self._counted(getattr(module, name)))
 
-    def _counted(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def counted(*args: object) -> Tensor:
-            self.runs += 1
-            return forward(*args)
+    def _counted(self, branch: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+        def counted(*args: object) -> Tensor | None:
+            found = branch(*args)
+            self.count += found is not None
+            return found
 
         return counted
 
+    def of(self, call: Callable[[], object]) -> int:
+        before = self.count
+        call()
+        return self.count - before
+
 
 @pytest.fixture
-def long(monkeypatch: pytest.MonkeyPatch) -> Long:
-    return Long(monkeypatch)
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -74,9 +84,8 @@ X = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
 
 
 def by_parts(block: nn.Module, x: Tensor, **options: object) -> Tensor:
-    """The block with nothing packed and nothing remembered."""
-    fresh = copy.deepcopy(block)  # of which nothing is known
-    return fresh(x, **options)
+    """The block with nothing packed: copies hold no packed weights."""
+    return copy.deepcopy(block)(x, **options)
 
 
 BLOCKS = {
@@ -90,60 +99,68 @@ BLOCKS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
-def test_the_same_bits(options: dict, dtype: torch.dtype, long: Long) -> None:
+def test_one_call_per_branch(options: dict, dtype: torch.dtype, calls: Calls) -> None:
     made, x = block(**options).to(dtype), X.to(dtype)
     wanted = made(x)
-    assert long.runs == 1
     torch.testing.assert_close(wanted, by_parts(made, x), rtol=0.02, atol=0.02)
-    long.runs = 0
     for grad in (torch.no_grad, torch.inference_mode):
         with grad():
             assert torch.equal(made(x), wanted)
             assert torch.equal(made(x.transpose(1, 2).contiguous().transpose(1, 2)), wanted)  # strides
             assert torch.equal(made(x[:1].expand(2, 5, 32))[1], wanted[0])
-    assert long.runs == 0
+            assert calls.of(lambda: made(x)) == (3 if "swiglu" in options.values() else 2)
 
 
-def test_causal_and_other_sizes(long: Long) -> None:
+def test_the_bits_of_the_layers_one_by_one() -> None:
+    """The operators that a branch is made of, each called by itself."""
+    made = block(init_values=0.3)
+    qkv = made.attn.qkv(made.norm1(X)).unflatten(-1, (3, 2, 16))
+    out = pyvit.ops.flash_attention_qkvpacked(qkv).flatten(2)
+    scales = {"scale": made.ls1.gamma, "residual": X}
+    x = pyvit.ops.linear(out, made.attn.proj.weight, made.attn.proj.bias, **scales)
+    hidden = made.mlp.fc1(made.norm2(x))
+    scales = {"scale": made.ls2.gamma, "residual": x}
+    assert torch.equal(made(X), pyvit.ops.linear(hidden, made.mlp.fc2.weight, made.mlp.fc2.bias, **scales))
+
+
+def test_causal_and_other_sizes(calls: Calls) -> None:
     made = block()
     for x in (X, X[:1], X[:, :3], X[:0], torch.randn(3, 70, 32)):
         for causal in (False, True):
-            first, again = made(x, is_causal=causal), made(x, is_causal=causal)
-            assert torch.equal(first, again)
+            first, second = made(x, is_causal=causal), made(x, is_causal=causal)
+            assert torch.equal(first, second)
             torch.testing.assert_close(first, by_parts(made, x, is_causal=causal), rtol=1e-5, atol=1e-5)
-    long.runs = 0
+            assert calls.of(lambda x=x, causal=causal: made(x, is_causal=causal)) == 2
     mask = torch.zeros(5, 5)
     mask[:, 2] = -10.0
     torch.testing.assert_close(made(X, attn_mask=mask), by_parts(made, X, attn_mask=mask), rtol=1e-5, atol=1e-5)
-    assert long.runs == 2
 
 
+@pytest.mark.parametrize("mask_padding", [False, True])
 @pytest.mark.parametrize(("shift", "size"), [(0, 8), (2, 8), (2, 7)])
-def test_windows(shift: int, size: int, long: Long) -> None:
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_windows(shift: int, size: int, qkv_bias: bool, mask_padding: bool, calls: Calls) -> None:
     torch.manual_seed(0)
-    made = SwinBlock(32, WindowAttention(32, 2, 4, shift), 4.0, 0.0, 0.1, False, 1e-5).eval()
+    attn = WindowAttention(32, 2, 4, shift, qkv_bias, mask_padding=mask_padding)
+    made = SwinBlock(32, attn, 4.0, 0.0, 0.1, False, 1e-5).eval()
     x = torch.randn(2, size, size, 32)
     wanted = made(x)
     pyvit.pack_weights(made)
     torch.testing.assert_close(made(x), wanted, rtol=1e-5, atol=1e-5)
-    long.runs = 0
-    torch.testing.assert_close(made(x), wanted, rtol=1e-5, atol=1e-5)
-    assert long.runs == 0
+    assert calls.of(lambda: made(x)) == 2
     made.attn.relative_position_bias_table.add_(torch.randn(49, 2))
-    made.attn.qkv.bias.add_(1.0)  # what padding holds
+    if qkv_bias:
+        made.attn.qkv.bias.add_(1.0)  # what padding holds
     torch.testing.assert_close(made(x), by_parts(made, x), rtol=1e-4, atol=1e-4)
+    assert calls.of(lambda: made(x)) == 2
 
 
-def test_models_run_again(long: Long) -> None:
-    for name, blocks in (("vit_tiny_patch16_224", 12), ("swin_tiny_patch4_window7_224", 12)):
+def test_models_take_one_call_per_branch(calls: Calls) -> None:
+    for name, merging in (("vit_tiny_patch16_224", 0), ("swin_tiny_patch4_window7_224", 3)):
         model = create_model(name, img_size=64).eval()
         pyvit.pack_weights(model)
         images = torch.randn(model.example_inputs(2)[0].shape)
-        long.runs = 0
-        wanted = model.forward_features(images)
-        assert long.runs == blocks
-        assert torch.equal(model.forward_features(images), wanted)
-        assert long.runs == blocks
+        assert calls.of(lambda model=model, images=images: model.forward_features(images)) == 2 * 12 + merging
 
 
 @pytest.mark.filterwarnings(
@@ -222,20 +239,14 @@ CHANGES: dict[str, Callable[[Block], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_changes_are_seen(change: Callable[[Block], object], long: Long) -> None:
+def test_changes_are_seen(change: Callable[[Block], object]) -> None:
     made = block(init_values=0.5)
     before = made(X)
     assert torch.equal(made(X), before)
-    assert long.runs == 1
     change(made)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replay, "again", lambda *_: None)
-        patch.setattr(replay, "record", lambda *_: None)
-        wanted = made(X)
-    assert (
-        torch.equal(wanted, before) == (change in (pyvit.unpack_weights, pyvit.pack_weights))
-        or change is pyvit.unpack_weights
-    )
+    wanted = by_parts(made, X)
+    kept = change in (pyvit.unpack_weights, pyvit.pack_weights)
+    assert torch.allclose(wanted, before, rtol=1e-5, atol=1e-5) == kept
     for _ in range(3):
         torch.testing.assert_close(made(X), wanted, rtol=1e-5, atol=1e-5)
 
@@ -266,7 +277,7 @@ PARTS = [
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_hooks_are_called(part: str, long: Long) -> None:
+def test_hooks_are_called(part: str, calls: Calls) -> None:
     made = block(init_values=0.5)
     wanted = made(X)
     made(X)
@@ -278,9 +289,8 @@ def test_hooks_are_called(part: str, long: Long) -> None:
             torch.testing.assert_close(made(X), wanted, rtol=1e-5, atol=1e-5)
             assert seen, register
         handle.remove()
-    long.runs = 0
     assert torch.equal(made(X), wanted)
-    assert long.runs == 0  # as before the hooks
+    assert calls.of(lambda: made(X)) == 2  # as before the hooks
 
 
 def test_hooks_of_a_new_dictionary_are_called() -> None:
@@ -347,7 +357,6 @@ def test_a_class_patched_later(kind: type[nn.Module], name: str, monkeypatch: py
     monkeypatch.setattr(
         kind, name, lambda self, *args, **kw: calls.append(self) or before(self, *args, **kw), raising=False
     )
-    assert replay.again(made, X, False) is None
     found = made(X)
     assert len(calls) == sum(type(m) is kind for m in made.modules()) + (
         kind is nn.Dropout
@@ -381,7 +390,7 @@ def _attended(made: nn.Module, x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def test_dropout_gradients_autocast_and_backends(long: Long) -> None:
+def test_dropout_gradients_autocast_and_backends(calls: Calls) -> None:
     made = block(proj_drop=0.5, drop_path=0.5)
     wanted = made(X)
     made(X)
@@ -392,7 +401,7 @@ def test_dropout_gradients_autocast_and_backends(long: Long) -> None:
     with torch.enable_grad():
         made(X).sum().backward()
     assert made.attn.qkv.weight.grad.abs().sum() > 0
-    long.runs = 0
+    calls.count = 0
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(made(X), wanted, rtol=0.1, atol=0.1)
     with pyvit.use_backend("reference"):
@@ -400,7 +409,7 @@ def test_dropout_gradients_autocast_and_backends(long: Long) -> None:
     with FlopCounterMode(display=False) as flops:
         made(X)
     assert flops.get_total_flops() > 0
-    assert long.runs == 3
+    assert calls.count == 0
 
 
 def test_copies_pickles_and_casts_start_anew() -> None:
@@ -433,25 +442,16 @@ def test_functional_call_and_stacked_parameters() -> None:
 def test_nothing_is_kept_alive() -> None:
     made = block()
     made(X)
-    made(X)
-    key, form = id(made), weakref.ref(packs.PACKS[id(made.mlp.fc1.weight)].forms["pyvit"])
-    assert replay._known[key].runs
+    words = weakref.ref(prepacked.find(made.mlp.fc1.weight).words)
     pyvit.unpack_weights(made)
-    assert form() is None
+    assert words() is None
     pyvit.pack_weights(made)
     made(X)
-    weight = weakref.ref(made.mlp.fc1.weight)
+    weight, words = weakref.ref(made.mlp.fc1.weight), weakref.ref(prepacked.find(made.mlp.fc1.weight).words)
     del made
     gc.collect()
     assert weight() is None
-    assert key not in replay._known
-
-
-def test_many_sizes_are_forgotten() -> None:
-    made = block()
-    for n in range(1, replay._MOST + 10):
-        made(torch.randn(1, n, 32))
-    assert len(replay._known[id(made)].runs) <= replay._MOST
+    assert words() is None
 
 
 def test_a_part_that_drops_in_batches() -> None:
@@ -462,7 +462,7 @@ def test_a_part_that_drops_in_batches() -> None:
 
 
 def test_attention_by_sdpa_agrees() -> None:
-    """The recorded run against torch's own operators, written out."""
+    """Against torch's own operators, written out."""
     made = block(init_values=0.5)
     made(X)
     x = X

@@ -1,0 +1,370 @@
+// Inference with prepacked weights: linear layers, and whole residual branches in one call. For pyvit/ops/prepacked.py.
+//
+// A prepacked weight is kept beside the weight and says in its header what it was made of. Each call compares, and packs
+// the weight anew where it has changed.
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <mutex>
+
+#include "recycled.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace pyvit {
+namespace {
+
+// Called where a change was seen so late that results before may be of the old weight.
+void (*changed_late)() = nullptr;
+
+// What a weight is, and what was in it when it was packed.
+//
+// PyTorch counts the changes that it sees. Writes past that count (through `.data`, NumPy, DLPack) show in the memory
+// alone. Reading all of it in every call would cost what packing saves: each call reads some words of every weight,
+// spread over its rows and its columns, and in turn one stripe of it. A change of much is seen at once, of anything in
+// the end.
+struct Header {
+  static constexpr int64_t SAMPLES = 64, STRIPES = 128, WORD = sizeof(uint64_t);
+  static constexpr uint64_t MIX = 0x9E3779B97F4A7C15;
+
+  int64_t address, version, rows, cols, size;
+  uint64_t samples, stripes[STRIPES];
+  int64_t turn;
+
+  int64_t bytes() const { return rows * cols * size; }
+  uint64_t word(int64_t at) const {
+    uint64_t found;
+    std::memcpy(&found, reinterpret_cast<const char*>(address) + std::min(at, bytes() - WORD), WORD);
+    return found;
+  }
+  // One word in each part of the rows, and in each part of the columns.
+  uint64_t sample() const {
+    uint64_t sum = 0;
+    for (int64_t i = 0; i < SAMPLES; i++) {
+      const int64_t row = (2 * i + 1) * rows / (2 * SAMPLES);
+      const int64_t col = (2 * (i * 37 % SAMPLES) + 1) * cols / (2 * SAMPLES);
+      sum += word((row * cols + col) * size) * (MIX * uint64_t(2 * i + 1));
+    }
+    return sum;
+  }
+  uint64_t stripe(int64_t at) const {
+    const int64_t words = bytes() / WORD, end = (at + 1) * words / STRIPES;
+    uint64_t sum = at + 1 < STRIPES ? 0 : word(bytes() - WORD);
+    for (int64_t i = at * words / STRIPES; i < end; i++) sum += word(i * WORD) * uint64_t(2 * i + 1);
+    return sum;
+  }
+  bool is_of(const Header& weight) const { return !std::memcmp(this, &weight, offsetof(Header, samples)); }
+};
+constexpr int64_t HEADER = (sizeof(Header) + 63) / 64 * 16;  // in 32-bit words
+
+int64_t version_of(const Tensor& t) {
+  StableIValue stack[] = {torch::stable::detail::from(t)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_version", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<int64_t>(stack[0]);
+}
+
+Header header_of(const Tensor& weight) {
+  Header h{};
+  h.address = reinterpret_cast<int64_t>(weight.data_ptr());
+  h.version = version_of(weight);
+  h.rows = weight.size(0);
+  h.cols = weight.size(1);
+  h.size = weight.element_size();
+  return h;
+}
+
+void check_weight(const Tensor& weight) {
+  STD_TORCH_CHECK(weight.defined() && weight.dim() == 2 && weight.is_cpu() && weight.is_contiguous() &&
+                      weight.numel() * int64_t(weight.element_size()) >= Header::WORD,
+                  "pyvit: prepacked weights: weight must be a contiguous matrix of 8 bytes or more on the CPU");
+}
+
+// Calls `pack` where the header at `words` is not that of the weight as it is now; returns whether it did.
+template <class Pack>
+bool renew(const Tensor& weight, void* words, const Pack& pack) {
+  static std::mutex packing;
+  Header& kept = *static_cast<Header*>(words);
+  Header now = header_of(weight);
+  const auto current = [&] {
+    if (!kept.is_of(now) || kept.sample() != kept.samples) return false;
+    const int64_t at = kept.turn++ % Header::STRIPES;
+    if (kept.stripe(at) == kept.stripes[at]) return true;
+    if (changed_late) changed_late();
+    return false;
+  };
+  if (current()) return false;
+  const std::lock_guard<std::mutex> lock(packing);
+  if (kept.is_of(now) && kept.sample() == kept.samples && kept.turn == 0) return false;  // by another thread meanwhile
+  kept.address = 0;
+  pack();
+  now.samples = now.sample();
+  for (int64_t i = 0; i < Header::STRIPES; i++) now.stripes[i] = now.stripe(i);
+  kept = now;
+  return true;
+}
+
+// Weights that stay: in large pages, where the system gives them. Of small ones every 64th line read costs a walk
+// through the page tables.
+void in_large_pages(const Tensor& t) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t LARGE = 2 << 20;
+  const uintptr_t first = (uintptr_t(t.data_ptr()) + LARGE - 1) / LARGE * LARGE;
+  const uintptr_t end = (uintptr_t(t.data_ptr()) + t.numel() * t.element_size()) / LARGE * LARGE;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+
+int64_t packed_size(const Tensor& weight) {
+  constexpr int64_t MANY = int64_t(1) << 48;  // whatever is computed of fewer elements does not overflow
+  STD_TORCH_CHECK(weight.numel() <= MANY, "pyvit: prepacked weights: weight must have fewer elements");
+  return kernels().packed_layer_size(weight.size(1), weight.size(0), dtype_of(weight));
+}
+
+const uint32_t* packed_words(const Tensor& weight, const Tensor& packed) {
+  check_weight(weight);
+  STD_TORCH_CHECK(packed.defined() && packed.is_cpu() && packed.scalar_type() == ScalarType::Int &&
+                      packed.is_contiguous() && packed.numel() == HEADER + packed_size(weight),
+                  "pyvit: prepacked weights: packed must be of a weight of this shape and dtype");
+  uint32_t* words = static_cast<uint32_t*>(packed.data_ptr());
+  renew(weight, words, [&] {
+    kernels().pack_layer(weight.data_ptr(), weight.size(1), weight.size(0), dtype_of(weight), words + HEADER);
+  });
+  return words + HEADER;
+}
+
+// weight (out, in) in the order in which it is multiplied, behind a header: 32-bit words, of no meaning elsewhere.
+Tensor prepack_weight(Tensor weight) {
+  check_weight(weight);
+  Tensor packed = make(weight, {HEADER + packed_size(weight)}, ScalarType::Int);
+  in_large_pages(packed);
+  std::memset(packed.data_ptr(), 0, HEADER * 4);
+  packed_words(weight, packed);
+  return packed;
+}
+
+// A header alone, for another library's packed form.
+Tensor prepack_header(Tensor weight) {
+  check_weight(weight);
+  Tensor header = make(weight, {HEADER}, ScalarType::Int);
+  std::memset(header.data_ptr(), 0, HEADER * 4);
+  renew(weight, header.data_ptr(), [] {});
+  return header;
+}
+
+// Whether the weight is still what it was at the last call with this header, which afterwards tells of it as it is now.
+bool is_prepacked(Tensor weight, Tensor header) {
+  check_weight(weight);
+  STD_TORCH_CHECK(header.is_cpu() && header.scalar_type() == ScalarType::Int && header.is_contiguous() &&
+                      header.numel() == HEADER,
+                  "pyvit: is_prepacked: header must be ", HEADER, " contiguous int32 numbers");
+  return !renew(weight, header.data_ptr(), [] {});
+}
+
+// What stands around the linear layers of a residual branch. Null: residual 0, scale 1.
+struct Around {
+  bool norm;
+  Maybe norm_weight, norm_bias;
+  double eps;
+  Maybe scale, residual;
+};
+struct Weight {
+  Tensor weight, packed;
+  Maybe bias;
+};
+
+void check_vector(const char* op, const char* name, Maybe& t, int64_t n, const Tensor& like) {
+  if (!t) return;
+  const Checks checks(op);
+  checks.shape(name, *t, {n});
+  checks.as(name, *t, like);
+  t = dense(*t);
+}
+
+Layer layer_of(const char* op, const char* name, const Tensor& x, int64_t in, Weight& w) {
+  Checks(op).shape(name, w.weight, {ANY, in});
+  Checks(op).as(name, w.weight, x);
+  check_vector(op, "bias", w.bias, w.weight.size(0), x);
+  return {packed_words(w.weight, w.packed), data<char>(w.bias), in, w.weight.size(0)};
+}
+
+// residual + scale * second(activation(first(norm(x)))), or without `second` one layer, the activation behind it.
+Tensor fused_linear(const char* op, Tensor x, Around around, Weight first, const std::string& activation,
+                    std::optional<Weight> second) {
+  const Checks checks(op);
+  checks.that(x.defined() && x.dim() > 0 && x.is_cpu(), "x", "a CPU tensor with a last dimension");
+  x = dense(x);
+  Ints shape = shape_of(x);
+  const int64_t in = shape.back();
+  Layers a{};
+  a.rows = in ? x.numel() / in : 0;
+  a.dtype = dtype_of(x);
+  a.x = x.data_ptr();
+  a.norm = around.norm;
+  for (const auto& [name, t] : {std::pair<const char*, Maybe*>("norm weight", &around.norm_weight),
+                                {"norm bias", &around.norm_bias}}) {
+    if (!*t) continue;
+    checks.parameter(name, *t, x, {in});
+    *t = dense(**t);
+    a.norm_dtype = dtype_of(**t);
+  }
+  checks.that(!around.norm_weight || !around.norm_bias ||
+                  around.norm_weight->scalar_type() == around.norm_bias->scalar_type(),
+              "norm bias", "of the dtype of norm weight");
+  a.norm_weight = data<char>(around.norm_weight);
+  a.norm_bias = data<char>(around.norm_bias);
+  a.eps = float(around.eps);
+  a.first = layer_of(op, "weight", x, in, first);
+  if (second) a.second = layer_of(op, "second weight", x, a.first.out, *second);
+  if (!activation.empty()) {
+    a.activated = true;
+    a.activation = activation_kind(activation);
+  }
+  shape.back() = second ? a.second.out : a.first.out;
+  check_vector(op, "scale", around.scale, shape.back(), x);
+  if (around.residual) {
+    const Shape have = around.residual->sizes();
+    checks.that(Ints(have.begin(), have.end()) == shape, "residual", "of the shape of the result");
+    checks.as("residual", *around.residual, x);
+    around.residual = dense(*around.residual);
+  }
+  a.scale = data<char>(around.scale);
+  a.residual = data<char>(around.residual);
+  Tensor out = make_recycled(x, shape);
+  a.out = out.data_ptr();
+  if (out.numel()) kernels().layers(a);
+  return out;
+}
+
+Tensor prepacked_mlp(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bias, double eps, Tensor weight, Tensor packed,
+                     Maybe bias, std::string activation, Maybe weight2, Maybe packed2, Maybe bias2, Maybe scale,
+                     Maybe residual) {
+  std::optional<Weight> second;
+  Checks("mlp").that(weight2.has_value() == packed2.has_value(), "weight2 and packed2", "given together");
+  if (weight2) second = Weight{*weight2, *packed2, bias2};
+  return fused_linear(second ? "mlp" : "linear", x, {norm, norm_weight, norm_bias, eps, scale, residual},
+                      {weight, packed, bias}, activation, second);
+}
+
+// residual + scale * proj(attention(qkv(norm(x)))), x (B, N, C)
+Tensor prepacked_attention(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bias, double eps, Tensor qkv_weight,
+                           Tensor qkv_packed, Maybe qkv_bias, int64_t num_heads, bool is_causal, Tensor proj_weight,
+                           Tensor proj_packed, Maybe proj_bias, Maybe scale, Maybe residual) {
+  const Checks checks("attention");
+  checks.shape("x", x, {ANY, ANY, ANY});
+  // (B, N, 3C), channels (3, heads, d)
+  Tensor qkv = fused_linear("attention", x, {norm, norm_weight, norm_bias, eps, {}, {}},
+                            {qkv_weight, qkv_packed, qkv_bias}, "", {});
+  const int64_t b = qkv.size(0), n = qkv.size(1), channels = qkv.size(2) / 3;
+  checks.that(num_heads > 0 && channels > 0 && qkv.size(2) % 3 == 0 && channels % num_heads == 0 &&
+                  channels / num_heads <= 256,
+              "num_heads", "a divisor of a third of qkv's channels, of at most 256 channels per head");
+  const int64_t d = channels / num_heads, bytes = qkv.element_size();
+  Tensor out = make_recycled(qkv, {b, n, channels});
+  Tensor lse = make(qkv, {b, num_heads, n}, ScalarType::Float);
+  if (qkv.numel()) {
+    const auto part = [&](int64_t i) {
+      return Tokens{static_cast<char*>(qkv.data_ptr()) + i * channels * bytes, n * 3 * channels, d, 3 * channels};
+    };
+    Attention a{};
+    a.batch = b;
+    a.heads = a.kv_heads = num_heads;
+    a.nq = a.nk = n;
+    a.d = a.dv = d;
+    a.dtype = dtype_of(qkv);
+    a.q = part(0);
+    a.k = part(1);
+    a.v = part(2);
+    a.out = {out.data_ptr(), n * channels, d, channels};
+    a.causal = is_causal;
+    a.scale = float(1 / std::sqrt(double(d)));
+    a.lse = static_cast<float*>(lse.data_ptr());
+    a.lse_b = num_heads * n;
+    a.lse_h = n;
+    kernels().attention(a);
+  }
+  qkv = Tensor();  // whose memory the result may take
+  return fused_linear("attention", out, {false, {}, {}, 0, scale, residual}, {proj_weight, proj_packed, proj_bias}, "",
+                      {});
+}
+
+// residual + scale * proj(window_attention(qkv(norm(x)))), x (B, H, W, C). Padding holds the bias of qkv, or is masked.
+Tensor prepacked_window_attention(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bias, double eps,
+                                  Tensor qkv_weight, Tensor qkv_packed, Maybe qkv_bias, Ints window_size,
+                                  Ints shift_size, int64_t num_heads, Maybe bias_table, bool mask_padding,
+                                  Tensor proj_weight, Tensor proj_packed, Maybe proj_bias, Maybe scale,
+                                  Maybe residual) {
+  const Checks checks("window_attention");
+  checks.shape("x", x, {ANY, ANY, ANY, ANY});
+  Tensor qkv = fused_linear("window_attention", x, {norm, norm_weight, norm_bias, eps, {}, {}},
+                            {qkv_weight, qkv_packed, qkv_bias}, "", {});  // (B, H, W, 3C)
+  checks.window(qkv, window_size, shift_size, num_heads, bias_table, {}, {});
+  const int64_t b = qkv.size(0), h = qkv.size(1), w = qkv.size(2), channels = qkv.size(3) / 3;
+  const int64_t wh = window_size[0], ww = window_size[1], down = (h + wh - 1) / wh, across = (w + ww - 1) / ww;
+  bias_table = parameter(bias_table);
+  Maybe pad;
+  if (!mask_padding && (h % wh || w % ww))
+    pad = qkv_bias ? parameter(qkv_bias) : Maybe(zeros(qkv, {3 * channels}, ScalarType::Float));
+  Tensor out = make_recycled(qkv, {b, h, w, channels});
+  Tensor lse = make(qkv, {b, down * across, num_heads, wh * ww}, ScalarType::Float);
+  if (qkv.numel()) {
+    Window a{};
+    a.batch = b;
+    a.height = h;
+    a.width = w;
+    a.heads = num_heads;
+    a.d = channels / num_heads;
+    a.wh = wh;
+    a.ww = ww;
+    a.sy = shift_size[0];
+    a.sx = shift_size[1];
+    a.dtype = dtype_of(qkv);
+    a.qkv = {qkv.data_ptr(), h * w * 3 * channels, w * 3 * channels, 3 * channels};
+    a.out = {out.data_ptr(), h * w * channels, w * channels, channels};
+    a.table = data<float>(bias_table);
+    a.pad = data<float>(pad);
+    a.scale = float(1 / std::sqrt(double(a.d)));
+    a.lse = static_cast<float*>(lse.data_ptr());
+    kernels().window(a);
+  }
+  qkv = Tensor();
+  return fused_linear("window_attention", out, {false, {}, {}, 0, scale, residual},
+                      {proj_weight, proj_packed, proj_bias}, "", {});
+}
+
+}  // namespace
+}  // namespace pyvit
+
+extern "C" __attribute__((visibility("default"))) void pyvit_when_changed_late(void (*callback)()) {
+  pyvit::changed_late = callback;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pyvit, m) {
+  m.def("prepack_weight(Tensor weight) -> Tensor");
+  m.def("prepack_header(Tensor weight) -> Tensor");
+  m.def("is_prepacked(Tensor weight, Tensor(a!) header) -> bool");
+  m.def(
+      "prepacked_mlp(Tensor x, bool norm, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, "
+      "Tensor packed, Tensor? bias, str activation, Tensor? weight2, Tensor? packed2, Tensor? bias2, Tensor? scale, "
+      "Tensor? residual) -> Tensor");
+  m.def(
+      "prepacked_attention(Tensor x, bool norm, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor qkv_weight, "
+      "Tensor qkv_packed, Tensor? qkv_bias, int num_heads, bool is_causal, Tensor proj_weight, Tensor proj_packed, "
+      "Tensor? proj_bias, Tensor? scale, Tensor? residual) -> Tensor");
+  m.def(
+      "prepacked_window_attention(Tensor x, bool norm, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+      "Tensor qkv_weight, Tensor qkv_packed, Tensor? qkv_bias, int[] window_size, int[] shift_size, int num_heads, "
+      "Tensor? bias_table, bool mask_padding, Tensor proj_weight, Tensor proj_packed, Tensor? proj_bias, "
+      "Tensor? scale, Tensor? residual) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyvit, CPU, m) {
+  m.impl("prepack_weight", TORCH_BOX(&pyvit::prepack_weight));
+  m.impl("prepack_header", TORCH_BOX(&pyvit::prepack_header));
+  m.impl("is_prepacked", TORCH_BOX(&pyvit::is_prepacked));
+  m.impl("prepacked_mlp", TORCH_BOX(&pyvit::prepacked_mlp));
+  m.impl("prepacked_attention", TORCH_BOX(&pyvit::prepacked_attention));
+  m.impl("prepacked_window_attention", TORCH_BOX(&pyvit::prepacked_window_attention));
+}

@@ -1,0 +1,301 @@
+"""Inference on a CPU with prepacked weights: linear layers and residual branches, each in one call of the library.
+
+A prepacked weight is an attribute of the weight, so that it lasts as long and belongs to nothing else. It is in the
+order in which ``csrc/cpu/linear.cpp`` multiplies it, or oneDNN where :mod:`pyvit.ops.product_rules` prefer that
+(processors with AMX). The library compares it with the weight in every call and packs it anew where the weight has
+changed. Nothing here is recorded by autograd.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyvit import dispatch, library
+from pyvit.ops import product_rules, products
+from pyvit.ops.layer_norm import layer_norm
+from pyvit.ops.tracing import compiled_inference, traced
+
+#: weight (C,), bias (C,), eps
+Norm = tuple[Tensor | None, Tensor | None, float]
+
+ATTRIBUTE = "_pyvit_prepacked"
+
+
+class Branch(NamedTuple):
+    """residual + scale * layers(norm(x)): one linear layer, its activation after it, or two, the activation between."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    activation: str | None = None
+    weight2: Tensor | None = None
+    bias2: Tensor | None = None
+    norm: Norm | None = None
+    scale: Tensor | None = None
+    residual: Tensor | None = None
+
+    def is_one_layer(self) -> bool:
+        return self.weight2 is self.norm is self.scale is self.residual is None
+
+
+class Prepacked:
+    """The packed form of a weight, made for its dtype and shape.
+
+    Attributes:
+        form: "pyvit" or "onednn".
+        words: of "pyvit" what the library multiplies, a header before it; of "onednn" the header.
+        reordered: of "onednn" what oneDNN multiplies.
+    """
+
+    __slots__ = ("dtype", "form", "reordered", "shape", "words")
+
+    def __init__(self, weight: Tensor, form: str) -> None:
+        weight = weight.detach()
+        self.form, self.dtype, self.shape = form, weight.dtype, weight.shape
+        self.reordered: Tensor | None = None
+        if form == "pyvit":
+            self.words: Tensor = torch.ops.pyvit.prepack_weight.default(weight)
+        else:
+            self.words = torch.ops.pyvit.prepack_header.default(weight)
+            self.reordered = torch.ops.mkldnn._reorder_linear_weight(weight)
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, ()  # a copy or a pickle of the weight holds none, and loads without pyvit
+
+
+def pack(layer: nn.Module) -> bool:
+    """Prepack the weight of ``layer``; False where no library here can."""
+    weight = layer._parameters.get("weight")  # not one that a parametrization computes anew for every call
+    if weight is None or weight.is_inference() or not _packable(weight):
+        return False
+    form = _form(weight)
+    if form is None:
+        return False
+    _warn_of_late_changes()
+    setattr(weight, ATTRIBUTE, Prepacked(weight, form))
+    return True
+
+
+@ctypes.CFUNCTYPE(None)
+def _changed_late() -> None:
+    warnings.warn(
+        "pyvit: a packed weight was written to past PyTorch's count of changes (through .data, NumPy or DLPack), so "
+        "little of it that only now it was seen: earlier results may be of the old weight. Call "
+        "pyvit.pack_weights(model) after such a change.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+@functools.cache
+def _warn_of_late_changes() -> None:
+    ctypes.CDLL(str(library.PATH)).pyvit_when_changed_late(_changed_late)
+
+
+def unpack(layer: nn.Module) -> None:
+    weight = layer._parameters.get("weight")
+    if hasattr(weight, ATTRIBUTE):
+        delattr(weight, ATTRIBUTE)
+
+
+def is_packed(weight: Tensor | None) -> bool:
+    return find(weight) is not None
+
+
+def find(weight: Tensor | None) -> Prepacked | None:
+    """The packed form of ``weight``, made anew where the weight has got another dtype or shape; None where there is
+    none, or where the weight can no longer be packed."""
+    kept = getattr(weight, ATTRIBUTE, None)
+    if type(kept) is not Prepacked or weight is None:
+        return None
+    if kept.dtype is weight.dtype and kept.shape == weight.shape:
+        usable = weight.is_contiguous() and weight.is_cpu
+        usable = usable and (torch.compiler.is_compiling() or not weight.is_inference())  # which have no version
+        return kept if usable else None
+    if torch.compiler.is_compiling() or weight.is_inference() or not _packable(weight):
+        return None
+    form = _form(weight)
+    if form is None:
+        return None
+    kept = Prepacked(weight, form)
+    setattr(weight, ATTRIBUTE, kept)
+    return kept
+
+
+def _packable(weight: Tensor) -> bool:
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.layout == torch.strided and weight.device.type == "cpu"
+    if not plain or weight.dim() != 2 or not weight.is_contiguous() or not weight.data_ptr():
+        return False
+    # The library tells whether a weight has changed; one below a word is not worth the trouble.
+    return library.problem() is None and weight.numel() * weight.element_size() >= 8
+
+
+def _form(weight: Tensor) -> str | None:
+    able, policy = forms(weight.dtype), products.policy()
+    if policy == "torch":
+        return None
+    if policy in able:
+        return policy
+    shape = product_rules.Shape(0, *weight.shape)
+    return next((name for name in product_rules.preference("prepacked", weight.dtype, shape) if name in able), None)
+
+
+@functools.cache
+def forms(dtype: torch.dtype) -> tuple[str, ...]:
+    """The forms that weights of ``dtype`` can be packed in here: oneDNN refuses bfloat16 without AVX-512."""
+    if library.problem() is not None or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return ()
+    found = ["pyvit"]
+    if products.onednn() is not None and dtype != torch.float16:
+        try:
+            torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype, device="cpu"))
+            found.append("onednn")
+        except RuntimeError:
+            pass
+    return tuple(found)
+
+
+def _words(*weights: Tensor | None) -> Sequence[Tensor] | None:
+    """The packed forms of ``weights`` for the library's own kernels; None unless each has one."""
+    found = [find(weight) for weight in weights]
+    if any(kept is None or kept.form != "pyvit" for kept in found):
+        return None
+    return [kept.words for kept in found if kept is not None]
+
+
+def inference(x: Tensor, *given: Tensor | None) -> bool:
+    """Whether a call with these tensors is inference on a CPU that nothing changes or watches."""
+    if torch.is_grad_enabled() or not x.is_cpu or dispatch._override is not None or torch.is_autocast_enabled("cpu"):
+        return False
+    tensors = [t for t in given if t is not None]
+    return compiled_inference(x, *tensors) or not traced(x, *tensors)
+
+
+def linear_branch(x: Tensor, b: Branch) -> Tensor | None:
+    """The branch in one call; None where its weights are not prepacked, or where it is more than inference.
+
+    Raises RuntimeError where the tensors do not fit each other.
+    """
+    weights = (b.weight,) if b.weight2 is None else (b.weight, b.weight2)
+    if b.weight.dtype is not x.dtype or (words := _words(*weights)) is None:
+        return None
+    norm = b.norm or (None, None, 0.0)
+    if not inference(x, *weights, b.bias, b.bias2, *norm[:2], b.scale, b.residual):
+        return None
+    second = (None, None, None) if b.weight2 is None else (b.weight2, words[1], b.bias2)
+    first = (b.weight, words[0], b.bias, b.activation or "")
+    return torch.ops.pyvit.prepacked_mlp.default(  # type: ignore[no-any-return]
+        x, b.norm is not None, *norm, *first, *second, b.scale, b.residual
+    )
+
+
+def attention_branch(
+    x: Tensor,
+    qkv: nn.Linear,
+    proj: nn.Linear,
+    num_heads: int,
+    is_causal: bool,
+    norm: Norm | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor | None:
+    """residual + scale * proj(attention(qkv(norm(x)))) for x (B, N, C), as :func:`linear_branch`."""
+    layers = _layers(x, qkv, proj, norm, scale, residual)
+    if layers is None or x.dim() != 3 or qkv.weight.shape[0] > 3 * 256 * num_heads:
+        return None
+    first, last = layers
+    return torch.ops.pyvit.prepacked_attention.default(  # type: ignore[no-any-return]
+        x, norm is not None, *(norm or (None, None, 0.0)), *first, num_heads, is_causal, *last, scale, residual
+    )
+
+
+def window_attention_branch(
+    x: Tensor,
+    qkv: nn.Linear,
+    proj: nn.Linear,
+    window_size: Sequence[int],
+    shift_size: Sequence[int],
+    num_heads: int,
+    bias_table: Tensor,
+    mask_padding: bool,
+    norm: Norm | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor | None:
+    """residual + scale * proj(window_attention(qkv(norm(x)))) for x (B, H, W, C), as :func:`linear_branch`."""
+    layers = _layers(x, qkv, proj, norm, scale, residual)
+    if layers is None or x.dim() != 4 or not x.shape[1] > 0 or not x.shape[2] > 0:
+        return None
+    first, last = layers
+    windows = (window_size, shift_size, num_heads, bias_table, mask_padding)
+    return torch.ops.pyvit.prepacked_window_attention.default(  # type: ignore[no-any-return]
+        x, norm is not None, *(norm or (None, None, 0.0)), *first, *windows, *last, scale, residual
+    )
+
+
+def _layers(
+    x: Tensor, qkv: nn.Linear, proj: nn.Linear, norm: Norm | None, scale: Tensor | None, residual: Tensor | None
+) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
+    """Weight, packed weight and bias of both layers; None where :func:`linear_branch` would give None."""
+    first, last = qkv.weight, proj.weight
+    if first.dtype is not x.dtype or last.dtype is not x.dtype or (words := _words(first, last)) is None:
+        return None
+    if not inference(x, first, last, qkv.bias, proj.bias, *(norm or ())[:2], scale, residual):
+        return None
+    return (first, words[0], qkv.bias), (last, words[1], proj.bias)
+
+
+def layer(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """activation(x weight^T + bias) by oneDNN's packed form if there is one, else by the product of the rules."""
+    kept = find(weight) if weight.dtype == x.dtype else None
+    if kept is None or kept.form != "onednn":
+        return products.forward(x, weight, bias, activation)
+    if not torch.ops.pyvit.is_prepacked.default(weight, kept.words):
+        kept.reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    assert kept.reordered is not None
+    return products.by_onednn(x, kept.reordered, bias, activation)
+
+
+def around(x: Tensor, layers: Callable[[Tensor], Tensor], branch: Branch, backend: str | None = None) -> Tensor:
+    """residual + scale * layers(norm(x)), a step at a time; of autocast's dtype between norm and layers."""
+    if branch.norm is not None:
+        kind = x.device.type
+        cast = x.dtype == torch.float32 and kind == "cpu" and torch.is_autocast_enabled(kind)
+        x = layer_norm(x, *branch.norm, dtype=torch.get_autocast_dtype(kind) if cast else None, backend=backend)
+    y = layers(x)
+    if branch.scale is not None:
+        y = y * branch.scale
+    return y if branch.residual is None else branch.residual + y
+
+
+def explain(x: Tensor, branch: Branch) -> list[str]:
+    """How a call whose weights are prepacked is computed, for :func:`pyvit.explain`."""
+    kept = [find(w) for w in (branch.weight, branch.weight2) if w is not None and w.dtype == x.dtype]
+    names = [each.form for each in kept if each is not None]
+    if not names or len(names) < (1 if branch.weight2 is None else 2):
+        return []
+    why = "PYVIT_LINEAR" if products.policy() == names[0] else f"by rule for {product_rules.isa(x.dtype)}"
+    return [f"weights kept packed: {names[0]} ({why})"]
+
+
+if library.problem() is None:
+
+    @torch.library.register_fake("pyvit::prepacked_mlp")
+    def _fake_mlp(x: Tensor, _n: Any, _w: Any, _b: Any, _e: Any, weight: Tensor, *rest: Any) -> Tensor:
+        weight2 = rest[3]
+        return x.new_empty(*x.shape[:-1], (weight if weight2 is None else weight2).shape[0])
+
+    @torch.library.register_fake("pyvit::prepacked_attention")
+    def _fake_attention(x: Tensor, *rest: Any) -> Tensor:
+        return x.new_empty(*x.shape[:-1], rest[9].shape[0])
+
+    @torch.library.register_fake("pyvit::prepacked_window_attention")
+    def _fake_window(x: Tensor, *rest: Any) -> Tensor:
+        return x.new_empty(*x.shape[:-1], rest[12].shape[0])
