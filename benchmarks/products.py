@@ -1,9 +1,9 @@
 """``python -m benchmarks.products``: what the rules of ``pyvit/ops/product_rules.py`` cost, per instruction set.
 
-Times every way of multiplying, over the layers of ViT-Ti/S/B/L and Swin-T/S/B for one image and for eight: forward,
-both gradients, and in inference with packed weights single layers and MLP branches. Prints each way's time over the
-best one's and the rules' regret, what they lose against the best way of each shape. An instruction set other than the
-processor's own is imposed on torch's libraries too, in a process of its own.
+Times every candidate over the layers of ViT-Ti/S/B/L and Swin-T/S/B for one image and for eight: forward,
+both gradients, and in inference with packed weights single layers and MLP branches. Prints each algorithm's time over
+the best one's and the rules' regret, what they lose against the best algorithm of each shape. An instruction set other
+than the processor's own is imposed on torch's libraries too, in a process of its own.
 """
 
 from __future__ import annotations
@@ -97,18 +97,18 @@ def cases() -> list[Case]:
 
 
 def contenders(case: Case) -> tuple[dict[str, Callable[[], object]], str]:
-    """A call of each way, by name, and the name that the rules choose."""
+    """A call of each algorithm, by name, and the name that the rules choose."""
     dtype, (rows, out, inner) = getattr(torch, case.dtype), case[2:5]
     copies = max(1, min(MOST_COPIES, COLD_BYTES // (out * inner * dtype.itemsize)))
     x, grad = torch.randn(rows, inner).to(dtype), torch.randn(rows, out).to(dtype)
     first = [nn.Linear(inner, out).to(dtype) for _ in range(copies)]
     calls: list[tuple[Any, ...]]
     if case.kind == "grad_input":
-        ways, calls = {**products.grad_input_ways(dtype, dtype)}, [(grad, layer.weight) for layer in first]
+        candidates, calls = {**products.grad_input_candidates(dtype, dtype)}, [(grad, layer.weight) for layer in first]
     elif case.kind == "grad_weight":
-        ways, calls = {**products.grad_weight_ways(dtype, dtype)}, [(grad, x, dtype)]
+        candidates, calls = {**products.grad_weight_candidates(dtype, dtype)}, [(grad, x, dtype)]
     elif case.kind == "forward":
-        ways = {**products.forward_ways(dtype, dtype, case.activation)}
+        candidates = {**products.forward_candidates(dtype, dtype, case.activation)}
         calls = [(x, layer.weight, layer.bias, case.activation) for layer in first]
     else:
         branches = [Branch(layer.weight, layer.bias, case.activation) for layer in first]
@@ -120,21 +120,21 @@ def contenders(case: Case) -> tuple[dict[str, Callable[[], object]], str]:
                 for b, layer in zip(branches, second, strict=True)
             ]
             first += second
-        ways = prepacked_ways([layer.weight for layer in first], case)
+        candidates = prepacked_candidates([layer.weight for layer in first], case)
         calls = [(x, b) for b in branches]
-    if dtype == torch.float16 and len(ways) > 1:
-        del ways["torch"]  # twenty to fifty times the others' time, and of this command's
+    if dtype == torch.float16 and len(candidates) > 1:
+        del candidates["torch"]  # twenty to fifty times the others' time, and of this command's
     kind = "prepacked" if case.kind == "prepacked branch" else case.kind
-    best = products.by_rule(kind, ways, rows, (out, inner), dtype)
+    best = products.by_rule(kind, candidates, rows, (out, inner), dtype)
 
-    def turns(way: Callable[..., object]) -> Callable[[], object]:
+    def turns(algorithm: Callable[..., object]) -> Callable[[], object]:
         following = itertools.cycle(calls)
-        return lambda: way(*next(following))
+        return lambda: algorithm(*next(following))
 
-    return {name: turns(way) for name, way in ways.items()}, best
+    return {name: turns(algorithm) for name, algorithm in candidates.items()}, best
 
 
-def prepacked_ways(weights: list[torch.Tensor], case: Case) -> dict[str, Callable[..., object]]:
+def prepacked_candidates(weights: list[torch.Tensor], case: Case) -> dict[str, Callable[..., object]]:
     """By the packed form; a branch by pyvit's form in one pass and layer by layer."""
     kept = {
         form: {id(weight): Prepacked(weight, form) for weight in weights} for form in prepacked.forms(weights[0].dtype)
@@ -161,17 +161,19 @@ def prepacked_ways(weights: list[torch.Tensor], case: Case) -> dict[str, Callabl
 
         return call
 
-    ways = {form: with_form(form, form == "pyvit") for form in (*kept, "torch")}
-    return {**ways, "layer by layer": with_form("pyvit", False)} if case.kind == "prepacked branch" else ways
+    candidates = {form: with_form(form, form == "pyvit") for form in (*kept, "torch")}
+    return (
+        {**candidates, "layer by layer": with_form("pyvit", False)} if case.kind == "prepacked branch" else candidates
+    )
 
 
 def measure(case: Case, seconds: float) -> dict[str, Any]:
     with torch.no_grad():
-        ways, best = contenders(case)
-        for call in ways.values():  # every copy of the weights has been read once
+        candidates, best = contenders(case)
+        for call in candidates.values():  # every copy of the weights has been read once
             for _ in range(MOST_COPIES):
                 call()
-        timed = interleave(ways, seconds=seconds, rounds=(2, 51), sample_ms=1.0)
+        timed = interleave(candidates, seconds=seconds, rounds=(2, 51), sample_ms=1.0)
     return {"case": case, "rule": best, "ms": {name: min(timing.samples) for name, timing in timed.items()}}
 
 
@@ -198,7 +200,7 @@ def report(results: list[dict[str, Any]], worst: int) -> None:
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for found in results:
         groups[found["isa"], found["case"].kind, found["case"].dtype].append(found)
-    print("time over the best way's, mean (worst), by way; then the rules'")
+    print("time over the best algorithm's, mean (worst), by algorithm; then the rules'")
     for (isa, kind, dtype), group in sorted(groups.items()):
         cells = []
         for name in sorted({name for found in group for name in found["ms"]}):
@@ -258,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["isa", *Case._fields, "way", "ms", "rule"])
+        writer.writerow(["isa", *Case._fields, "algorithm", "ms", "rule"])
         writer.writerows(
             [f["isa"], *f["case"], name, f"{ms:.5f}", name == f["rule"]]
             for f in results

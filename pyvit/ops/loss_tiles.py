@@ -26,7 +26,7 @@ TILE = 512
 def _onednn() -> Callable[..., Tensor] | None:
     """oneDNN's float32 product, which torch exposes privately, or None. On some processors torch.matmul (MKL) has half
     its speed."""
-    return products.onednn() if "onednn" in products.forward_ways(torch.float32, torch.float32, None) else None
+    return products.onednn() if "onednn" in products.forward_candidates(torch.float32, torch.float32, None) else None
 
 
 @functools.cache

@@ -1,8 +1,8 @@
-"""Matrix products on a CPU, torch's libraries' or ``csrc/cpu/product.cpp``'s: :mod:`pyvit.ops.product_rules` says which
-for a shape.
+"""Matrix products on a CPU: the candidates, and which of them multiplies a shape.
 
-The ways differ in rounding, so a choice is part of a result's bits: with the same processor and threads every process
-chooses alike. ``PYVIT_LINEAR=measure`` times them instead, once per class of shapes and process, and gives that up.
+The candidates are torch's libraries and ``csrc/cpu/product.cpp``. They differ in rounding, so a choice is part of a
+result's bits. By default the rules of :mod:`pyvit.ops.product_rules` decide, the same in every process.
+``PYVIT_LINEAR=measure`` times the candidates instead, once per class of shapes and process, and gives that up.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _policy = os.environ.get("PYVIT_LINEAR") or "auto"
 if _policy not in POLICIES:
     raise ValueError(f"PYVIT_LINEAR must be one of {', '.join(POLICIES)}, got {_policy!r}")
 
-Way = Callable[..., Tensor]
-_PROBE_FLOPS = (
-    1 << 32
-)  # of one timed product at most: most layers' own, for what a way does once per call must not weigh more than there
+Algorithm = Callable[..., Tensor]
+#: Of one timed product at most. Most layers have less: what a candidate does once per call then weighs what it weighs
+#: there.
+_PROBE_FLOPS = 1 << 32
 _PROBE_ROWS, _ROUNDS = 64, 3
-_HOPELESS = 2.0  # a way this much slower than another is measured once
+_HOPELESS = 2.0  # an algorithm this much slower than another is measured once
 #: Chosen up to this factor behind: the measurement, in a warm cache, shows neither the traffic nor the new pages that
-#: the way saves.
+#: the algorithm saves.
 _CLOSE = {"pyvit": 1.05}
 
 #: What oneDNN applies before the result leaves its registers: attribute, algorithm. Not its relu, which turns NaN into
@@ -69,15 +69,15 @@ def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | 
     return y if activation is None or activation in FUSED else activations.activate_(y, activation)
 
 
-def _in_float32(product: Callable[..., Tensor]) -> Way:
+def _in_float32(product: Callable[..., Tensor]) -> Algorithm:
     """``product`` of float32 copies, rounded: a processor without bfloat16 or float16 products takes ten times as long
     over them."""
 
-    def way(x: Tensor, *rest: Any) -> Tensor:
+    def algorithm(x: Tensor, *rest: Any) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             return product(x.float(), *(r.float() if isinstance(r, Tensor) else r for r in rest)).to(x.dtype)
 
-    return way
+    return algorithm
 
 
 def _transposed(x: Tensor) -> Tensor:
@@ -110,14 +110,14 @@ def _grad_weight_by_pyvit(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor
     return _ours(grad.contiguous().t(), x, torch.empty(grad.shape[1], x.shape[1], dtype=dtype, device="cpu"))
 
 
-#: For each product, its ways by name.
-FORWARD: Mapping[str, Way] = {
+#: For each product, its candidates by name.
+FORWARD: Mapping[str, Algorithm] = {
     "onednn": by_onednn,
     "pyvit": by_pyvit,
     "float32 copies": _in_float32(lambda *args: forward(*args)),
     "torch": by_torch,
 }
-GRAD_INPUT: Mapping[str, Way] = {
+GRAD_INPUT: Mapping[str, Algorithm] = {
     "onednn": lambda grad, weight: onednn()(grad, weight.to(grad.dtype).t(), None, "none", [], ""),  # type: ignore[misc]
     "pyvit": lambda grad, weight: _ours(
         grad.contiguous(), weight, recycled((grad.shape[0], weight.shape[1]), grad.dtype)
@@ -125,7 +125,7 @@ GRAD_INPUT: Mapping[str, Way] = {
     "float32 copies": _in_float32(lambda *args: grad_input(*args)),
     "torch": lambda grad, weight: grad @ weight.to(grad.dtype),
 }
-GRAD_WEIGHT: Mapping[str, Way] = {
+GRAD_WEIGHT: Mapping[str, Algorithm] = {
     "onednn": lambda grad, x, dtype: onednn()(_transposed(grad), x.t(), None, "none", [], "").to(dtype),  # type: ignore[misc]
     "pyvit": _grad_weight_by_pyvit,
     "float32 copies": lambda grad, x, dtype: _in_float32(lambda *args: grad_weight(*args))(grad, x).to(dtype),
@@ -133,7 +133,7 @@ GRAD_WEIGHT: Mapping[str, Way] = {
 }
 
 Key = tuple[Any, ...]
-_chosen: dict[Key, tuple[Way, str]] = {}
+_chosen: dict[Key, tuple[Algorithm, str]] = {}
 
 
 def rows_class(rows: int) -> int:
@@ -177,8 +177,10 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | No
     if found is None:
         few = x.reshape(-1, x.shape[-1]) if x.numel() else x
         plain = weight.is_contiguous()
-        ways = forward_ways(x.dtype, weight.dtype, activation) if plain else {"torch": by_torch}
-        found = choose(key, "forward", ways, lambda n: (few[:n], weight, bias, activation), rows, weight.shape, x.dtype)
+        candidates = forward_candidates(x.dtype, weight.dtype, activation) if plain else {"torch": by_torch}
+        found = choose(
+            key, "forward", candidates, lambda n: (few[:n], weight, bias, activation), rows, weight.shape, x.dtype
+        )
     return found[0](x, weight, bias, activation)
 
 
@@ -189,8 +191,14 @@ def grad_input(grad: Tensor, weight: Tensor) -> Tensor:
     key = _key("grad_input", grad.shape[0], weight.shape, weight.is_contiguous(), _dtypes(grad.dtype, weight.dtype))
     found = _chosen.get(key)
     if found is None:
-        ways = grad_input_ways(grad.dtype, weight.dtype) if weight.is_contiguous() else {"torch": GRAD_INPUT["torch"]}
-        found = choose(key, "grad_input", ways, lambda n: (grad[:n], weight), grad.shape[0], weight.shape, grad.dtype)
+        candidates = (
+            grad_input_candidates(grad.dtype, weight.dtype)
+            if weight.is_contiguous()
+            else {"torch": GRAD_INPUT["torch"]}
+        )
+        found = choose(
+            key, "grad_input", candidates, lambda n: (grad[:n], weight), grad.shape[0], weight.shape, grad.dtype
+        )
     return found[0](grad, weight)
 
 
@@ -202,63 +210,68 @@ def grad_weight(grad: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Te
     key = _key("grad_weight", grad.shape[0], grad.shape[1], x.shape[1], _dtypes(grad.dtype, dtype))
     found = _chosen.get(key)
     if found is None:
-        ways, shape = grad_weight_ways(grad.dtype, dtype), (grad.shape[1], x.shape[1])
-        found = choose(key, "grad_weight", ways, lambda n: (grad[:n], x[:n], dtype), grad.shape[0], shape, grad.dtype)
+        candidates, shape = grad_weight_candidates(grad.dtype, dtype), (grad.shape[1], x.shape[1])
+        found = choose(
+            key, "grad_weight", candidates, lambda n: (grad[:n], x[:n], dtype), grad.shape[0], shape, grad.dtype
+        )
     return found[0](grad, x, dtype)
 
 
 def choose(
     key: Key,
     kind: str,
-    ways: Mapping[str, Way],
+    candidates: Mapping[str, Algorithm],
     arguments: Callable[[int], tuple[Any, ...]],
     rows: int,
     weight: tuple[int, ...],
     dtype: torch.dtype,
-) -> tuple[Way, str]:
-    """The way for ``key`` among ``ways``, by name, one of them "torch", and why: by PYVIT_LINEAR, the rules, or, under
-    ``PYVIT_LINEAR=measure``, by timing ``arguments(n)``, the call's own on its first n rows."""
-    name, why = _choice(kind, ways, arguments, rows, weight, dtype)
-    _chosen[key] = ways[name], f"{name} ({why})"
+) -> tuple[Algorithm, str]:
+    """Chooses the algorithm for ``key`` among ``candidates``, one of which is "torch", and says why.
+
+    PYVIT_LINEAR decides, or the rules. ``PYVIT_LINEAR=measure`` times ``arguments(n)``: the call's own arguments, cut
+    to n rows.
+    """
+    name, why = _choice(kind, candidates, arguments, rows, weight, dtype)
+    _chosen[key] = candidates[name], f"{name} ({why})"
     return _chosen[key]
 
 
 def _choice(
     kind: str,
-    ways: Mapping[str, Way],
+    candidates: Mapping[str, Algorithm],
     arguments: Callable[[int], tuple[Any, ...]],
     rows: int,
     weight: tuple[int, ...],
     dtype: torch.dtype,
 ) -> tuple[str, str]:
     out, inner = weight
-    if len(ways) == 1 or not rows * out * inner:
+    if len(candidates) == 1 or not rows * out * inner:
         return "torch", "nothing else takes this call"
-    if _policy in ways:
+    if _policy in candidates:
         return _policy, "PYVIT_LINEAR"
     if _policy == "measure" and not torch.are_deterministic_algorithms_enabled():
-        return _measured(ways, arguments, rows, out * inner)
-    return by_rule(kind, ways, rows, weight, dtype), f"by rule for {product_rules.isa(dtype)}"
+        return _measured(candidates, arguments, rows, out * inner)
+    return by_rule(kind, candidates, rows, weight, dtype), f"by rule for {product_rules.isa(dtype)}"
 
 
-def by_rule(kind: str, ways: Collection[str], rows: int, weight: tuple[int, ...], dtype: torch.dtype) -> str:
-    """Of ``ways`` the one that the rules want for ``rows`` and a weight of that shape."""
+def by_rule(kind: str, candidates: Collection[str], rows: int, weight: tuple[int, ...], dtype: torch.dtype) -> str:
+    """Of ``candidates`` the one that the rules want for ``rows`` and a weight of that shape."""
     shape = product_rules.Shape(rows_class(rows), *weight)
-    return next((name for name in product_rules.preference(kind, dtype, shape) if name in ways), "torch")
+    return next((name for name in product_rules.preference(kind, dtype, shape) if name in candidates), "torch")
 
 
 def _measured(
-    ways: Mapping[str, Way], arguments: Callable[[int], tuple[Any, ...]], rows: int, weight: int
+    candidates: Mapping[str, Algorithm], arguments: Callable[[int], tuple[Any, ...]], rows: int, weight: int
 ) -> tuple[str, str]:
     many = min(rows, max(_PROBE_ROWS, _PROBE_FLOPS // (2 * weight)))
     args = arguments(many)
-    best = dict.fromkeys(ways, float("inf"))
+    best = dict.fromkeys(candidates, float("inf"))
     for _ in range(_ROUNDS):  # interleaved, so that another process disturbs all alike
-        for name, way in ways.items():
+        for name, algorithm in candidates.items():
             if best[name] < float("inf") and best[name] > _HOPELESS * min(best.values()):
                 continue
             start = time.perf_counter()
-            way(*args)
+            algorithm(*args)
             best[name] = min(best[name], time.perf_counter() - start)
     fastest = min(best.values())
     name = next(
@@ -268,18 +281,18 @@ def _measured(
 
 
 @functools.cache
-def forward_ways(narrow: torch.dtype, wide: torch.dtype, activation: str | None) -> dict[str, Way]:
-    """The ways of :func:`forward` that serve an x of ``narrow`` and a weight of ``wide`` on this machine."""
+def forward_candidates(narrow: torch.dtype, wide: torch.dtype, activation: str | None) -> dict[str, Algorithm]:
+    """The candidates of :func:`forward` that serve an x of ``narrow`` and a weight of ``wide`` on this machine."""
     return _serving(FORWARD, _numbers((5, 24), narrow), _numbers((9, 24), wide), _numbers((9,), wide), activation)
 
 
 @functools.cache
-def grad_input_ways(narrow: torch.dtype, wide: torch.dtype) -> dict[str, Way]:
+def grad_input_candidates(narrow: torch.dtype, wide: torch.dtype) -> dict[str, Algorithm]:
     return _serving(GRAD_INPUT, _numbers((5, 9), narrow), _numbers((9, 24), wide))
 
 
 @functools.cache
-def grad_weight_ways(narrow: torch.dtype, wide: torch.dtype) -> dict[str, Way]:
+def grad_weight_candidates(narrow: torch.dtype, wide: torch.dtype) -> dict[str, Algorithm]:
     return _serving(GRAD_WEIGHT, _numbers((5, 9), narrow), _numbers((5, 24), narrow), wide)
 
 
@@ -288,12 +301,12 @@ def _numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return (torch.arange(n, dtype=torch.float32, device="cpu") * 5 % 7 - 3).view(shape).to(dtype) / 2
 
 
-def _serving(ways: Mapping[str, Way], *args: Any) -> dict[str, Way]:
-    """Those of ``ways`` that take a small call and give its result: a library may refuse a dtype or an activation on
-    this processor."""
+def _serving(candidates: Mapping[str, Algorithm], *args: Any) -> dict[str, Algorithm]:
+    """Those of ``candidates`` that take a small call and give its result: a library may refuse a dtype or an activation
+    on this processor."""
     dtype = args[0].dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return {"torch": ways["torch"]}
+        return {"torch": candidates["torch"]}
     there = {
         "onednn": onednn() is not None,
         "pyvit": library.problem() is None,
@@ -301,16 +314,18 @@ def _serving(ways: Mapping[str, Way], *args: Any) -> dict[str, Way]:
         "torch": True,
     }
     with torch_private.without_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        wanted = ways["torch"](*args)
+        wanted = candidates["torch"](*args)
         return {
-            name: way for name, way in ways.items() if there[name] and (name == "torch" or agrees(way, args, wanted))
+            name: algorithm
+            for name, algorithm in candidates.items()
+            if there[name] and (name == "torch" or agrees(algorithm, args, wanted))
         }
 
 
-def agrees(way: Way, args: tuple[Any, ...], wanted: Tensor) -> bool:
-    """Whether ``way`` takes the call and gives the result but for rounding."""
+def agrees(algorithm: Algorithm, args: tuple[Any, ...], wanted: Tensor) -> bool:
+    """Whether ``algorithm`` takes the call and gives the result but for rounding."""
     try:
-        found = way(*args)
+        found = algorithm(*args)
     except RuntimeError:  # oneDNN refuses a dtype or an attribute on this processor
         return False
     eps = max(torch.finfo(dtype).eps for dtype in (wanted.dtype, args[0].dtype))
@@ -318,16 +333,20 @@ def agrees(way: Way, args: tuple[Any, ...], wanted: Tensor) -> bool:
     return found.shape == wanted.shape and bool(((found - wanted).abs() <= tolerance).all())
 
 
-def expected(kind: str, ways: Mapping[str, Way], rows: int, weight: tuple[int, ...], dtype: torch.dtype) -> str:
+def expected(
+    kind: str, candidates: Mapping[str, Algorithm], rows: int, weight: tuple[int, ...], dtype: torch.dtype
+) -> str:
     """What a call that nothing is remembered of will choose, and why."""
     if _policy == "measure" and not torch.are_deterministic_algorithms_enabled():
         return "the fastest that the first call measures (PYVIT_LINEAR=measure)"
-    return "{} ({})".format(*_choice(kind, ways, lambda _: (), rows, weight, dtype))
+    return "{} ({})".format(*_choice(kind, candidates, lambda _: (), rows, weight, dtype))
 
 
 def explain(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> list[str]:
     """Which product a call takes, for :func:`pyvit.explain`; nothing of it is computed."""
     rows = x.numel() // max(x.shape[-1], 1)
-    ways = forward_ways(x.dtype, weight.dtype, activation) if weight.is_contiguous() else {"torch": by_torch}
+    candidates = (
+        forward_candidates(x.dtype, weight.dtype, activation) if weight.is_contiguous() else {"torch": by_torch}
+    )
     found = known(forward_key(rows, x, weight, bias, activation))
-    return [f"matrix product by {found or expected('forward', ways, rows, tuple(weight.shape), x.dtype)}"]
+    return [f"matrix product by {found or expected('forward', candidates, rows, tuple(weight.shape), x.dtype)}"]

@@ -26,7 +26,12 @@ from tests.ops.small_calls import CASES, Case
 def other(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """A function that sets another default; nothing of what libraries can do is known by then."""
     monkeypatch.setattr(products, "_chosen", {})
-    for known in (products.forward_ways, products.grad_input_ways, products.grad_weight_ways, prepacked.forms):
+    for known in (
+        products.forward_candidates,
+        products.grad_input_candidates,
+        products.grad_weight_candidates,
+        prepacked.forms,
+    ):
         known.cache_clear()
     memory._kept.__dict__.clear()
 

@@ -227,7 +227,7 @@ def test_measured_once_per_class_where_that_is_asked_for(monkeypatch: pytest.Mon
 
 
 @pytest.mark.skipif(
-    "onednn" not in products.forward_ways(torch.float32, torch.float32, "gelu"),
+    "onednn" not in products.forward_candidates(torch.float32, torch.float32, "gelu"),
     reason="this torch has no oneDNN product",
 )
 def test_explain_says_which(policy: str) -> None:
@@ -263,11 +263,11 @@ def test_a_wrong_library_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
         for broken in (lambda x, w, *_: torch.zeros(x.shape[0], w.shape[0]), refuses, None):
             monkeypatch.setattr(products, "onednn", lambda broken=broken: broken)
             monkeypatch.setattr(products, "_chosen", {})
-            products.forward_ways.cache_clear()
+            products.forward_candidates.cache_clear()
             torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
             assert not any(how.startswith("onednn") for _, how in products._chosen.values())
     finally:
-        products.forward_ways.cache_clear()
+        products.forward_candidates.cache_clear()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

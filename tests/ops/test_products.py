@@ -205,22 +205,22 @@ def test_what_came_before_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rules_name_ways(dtype: torch.dtype) -> None:
-    """Every rule's are ways of its kinds, and for everything there is a rule whose last choice always serves."""
+def test_rules_name_candidates(dtype: torch.dtype) -> None:
+    """A rule names candidates of its kinds, and for every product there is a rule whose last choice always serves."""
     there = {"forward": products.FORWARD, "grad_input": products.GRAD_INPUT, "grad_weight": products.GRAD_WEIGHT}
-    there |= {"packed layer": ("onednn", "pyvit", "torch"), "packed branch": ("pyvit", "layer by layer", "torch")}
+    there |= {"prepacked": ("onednn", "pyvit", "torch")}
     assert set(there) == set(product_rules.KINDS)
     for rule in product_rules.RULES:
         assert {*rule.kinds} <= {*product_rules.KINDS}
         assert {*rule.isas} <= {*product_rules.ISAS}
         assert {*rule.dtypes} <= {"float32", "bfloat16", "float16"}
-        assert {*rule.ways} <= {name for kind in rule.kinds or there for name in there[kind]}
+        assert {*rule.preferred} <= {name for kind in rule.kinds or there for name in there[kind]}
     for isa, rows, out, inner in itertools.product(product_rules.ISAS, (2, 256, 32768), (96, 4096), (96, 4096)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(product_rules, "isa", lambda _, isa=isa: isa)
-            for kind, ways in there.items():
+            for kind, candidates in there.items():
                 assert any(
-                    name in ways
+                    name in candidates
                     for name in product_rules.preference(kind, dtype, product_rules.Shape(rows, out, inner))
                 )
 
