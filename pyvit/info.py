@@ -66,10 +66,8 @@ def info() -> Info:
     )
     if problem is not None and os.environ.get("PYVIT_NO_LIBRARY") != "1":
         advice.append(
-
-                "without the compiled library most operators run as naive PyTorch; 'pip install .' or 'make build' "
-                "builds it"
-
+            "without the compiled library most operators run as naive PyTorch; 'pip install .' or 'make build' "
+            "builds it"
         )
     elif problem is None:
         archs = torch.ops.pyvit.cuda_archs()

@@ -63,7 +63,7 @@ def zero_parts(ROWS: tl.constexpr, PARTS: tl.constexpr):
     out = ()
     for r in tl.static_range(len(ROWS)):
         for i in tl.static_range(len(PARTS)):
-            out = out + (zeros_of(ROWS[r], PARTS[i]),)  # noqa: RUF005
+            out = out + (zeros_of(ROWS[r], PARTS[i]),)
     return out
 
 
@@ -72,7 +72,7 @@ def add_products(acc, a, b, first: tl.constexpr, PRECISION: tl.constexpr):
     """``acc[first:first + len(b)]`` plus a b, for b a tuple of blocks over columns."""
     out = ()
     for i in tl.static_range(len(b)):
-        out = out + (dot(a, b[i], acc[first + i], PRECISION),)  # noqa: RUF005
+        out = out + (dot(a, b[i], acc[first + i], PRECISION),)
     return out
 
 
@@ -86,11 +86,11 @@ def load_rows(base, rows, valid, stride, D: tl.constexpr, PARTS: tl.constexpr):
     for i in tl.static_range(len(PARTS)):
         cols = start + tl.arange(0, PARTS[i])
         if valid is not None:
-            out = out + (tl.load(at + cols[None, :], mask=valid[:, None] & (cols[None, :] < D), other=0.0),)  # noqa: RUF005
+            out = out + (tl.load(at + cols[None, :], mask=valid[:, None] & (cols[None, :] < D), other=0.0),)
         elif D % 16 != 0:  # parts make up the next multiple of 16
-            out = out + (tl.load(at + cols[None, :], mask=cols[None, :] < D, other=0.0),)  # noqa: RUF005
+            out = out + (tl.load(at + cols[None, :], mask=cols[None, :] < D, other=0.0),)
         else:
-            out = out + (tl.load(at + cols[None, :]),)  # noqa: RUF005
+            out = out + (tl.load(at + cols[None, :]),)
         start = start + PARTS[i]
     return out
 

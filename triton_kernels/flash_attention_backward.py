@@ -208,8 +208,8 @@ def backward_short(
         shift, large = load_shift(lse + row_at, rows, q_len, scale, RAW)
         rest = tl.zeros((BLOCK_M,), tl.float32)
         s = tile_scores(
-            keys, queries, bias, bias_strides, rows[None, :], cols[:, None], q_len, k_len, scale, BLOCK_N, BLOCK_M, BIAS, CAUSAL, True,
-            RAW, PRECISION,
+            keys, queries, bias, bias_strides, rows[None, :], cols[:, None], q_len, k_len, scale, BLOCK_N, BLOCK_M,
+            BIAS, CAUSAL, True, RAW, PRECISION,
         )  # fmt: skip
         if large:
             top = tl.max(s, 0)
@@ -220,8 +220,8 @@ def backward_short(
         tl.store(shifts + at, shift, mask=valid)
         tl.store(rests + at, rest, mask=valid)
         dropped, ds = score_gradient(
-            probabilities(s, shift[None, :], rest[None, :], unit), values, grad, row_sum[None, :], rows[None, :], cols[:, None],
-            draw, pid, threshold, keep_scale, BLOCK_N, BLOCK_M, DROPOUT, PRECISION,
+            probabilities(s, shift[None, :], rest[None, :], unit), values, grad, row_sum[None, :], rows[None, :],
+            cols[:, None], draw, pid, threshold, keep_scale, BLOCK_N, BLOCK_M, DROPOUT, PRECISION,
         )  # fmt: skip
         dv = add_products(dv, dropped.to(v.dtype.element_ty), grad, 0, PRECISION)
         ds = ds.to(q.dtype.element_ty)
@@ -322,8 +322,8 @@ def backward_dq(
             cols = span(start, WIDTHS[1])
             keys = load_rows(k, cols, cols < k_len, k_strides[2], D, D_PARTS)
             s = tile_scores(
-                queries, keys, bias, bias_strides, rows[:, None], cols[None, :], q_len, k_len, scale, BLOCK_M, WIDTHS[1], BIAS, CAUSAL,
-                True, RAW, PRECISION,
+                queries, keys, bias, bias_strides, rows[:, None], cols[None, :], q_len, k_len, scale, BLOCK_M,
+                WIDTHS[1], BIAS, CAUSAL, True, RAW, PRECISION,
             )  # fmt: skip
             higher = tl.maximum(top, tl.max(s, 1))
             shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -342,12 +342,12 @@ def backward_dq(
             keys = load_rows(k, cols, cols < k_len if edge == 1 else None, k_strides[2], D, D_PARTS)
             values = load_rows(v, cols, cols < k_len if edge == 1 else None, v_strides[2], DV, DV_PARTS)
             s = tile_scores(
-                queries, keys, bias, bias_strides, rows[:, None], cols[None, :], q_len, k_len, scale, BLOCK_M, WIDTHS[edge], BIAS, CAUSAL,
-                edge == 1, RAW, PRECISION,
+                queries, keys, bias, bias_strides, rows[:, None], cols[None, :], q_len, k_len, scale, BLOCK_M,
+                WIDTHS[edge], BIAS, CAUSAL, edge == 1, RAW, PRECISION,
             )  # fmt: skip
             _, ds = score_gradient(
-                probabilities(s, shift[:, None], rest[:, None], unit), grad, values, row_sum[:, None], rows[:, None], cols[None, :],
-                draw, head, threshold, keep_scale, BLOCK_M, WIDTHS[edge], DROPOUT, PRECISION,
+                probabilities(s, shift[:, None], rest[:, None], unit), grad, values, row_sum[:, None], rows[:, None],
+                cols[None, :], draw, head, threshold, keep_scale, BLOCK_M, WIDTHS[edge], DROPOUT, PRECISION,
             )  # fmt: skip
             dq = add_products(dq, ds.to(queries[0].dtype), keys, 0, PRECISION)
     store_rows(grad_q, dq, 0, factor, rows, inside, grad_q_strides[2], D, D_PARTS)
@@ -442,12 +442,12 @@ def backward_dkdv(
         where = bias + b * bias_strides[0] + h * bias_strides[1]
         # Keys past the end spoil their own rows alone, which are not stored: no mask.
         s = tile_scores(
-            keys, queries, where, bias_strides, rows[None, :], cols[:, None], q_len, k_len, scale, BLOCK_N, BLOCK_M, BIAS, CAUSAL, CAUSAL,
-            RAW, PRECISION,
+            keys, queries, where, bias_strides, rows[None, :], cols[:, None], q_len, k_len, scale, BLOCK_N, BLOCK_M,
+            BIAS, CAUSAL, CAUSAL, RAW, PRECISION,
         )  # fmt: skip
         dropped, ds = score_gradient(
-            probabilities(s, shift[None, :], rest[None, :], unit), values, grad, row_sum[None, :], rows[None, :], cols[:, None],
-            draw, b * H + h, threshold, keep_scale, BLOCK_N, BLOCK_M, DROPOUT, PRECISION,
+            probabilities(s, shift[None, :], rest[None, :], unit), values, grad, row_sum[None, :], rows[None, :],
+            cols[:, None], draw, b * H + h, threshold, keep_scale, BLOCK_N, BLOCK_M, DROPOUT, PRECISION,
         )  # fmt: skip
         dv = add_products(dv, dropped.to(v.dtype.element_ty), grad, 0, PRECISION)
         dk = add_products(dk, ds.to(q.dtype.element_ty), queries, 0, PRECISION)

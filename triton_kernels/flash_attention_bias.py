@@ -93,12 +93,12 @@ def bias_gradient(
         row_sum = tl.load(delta + row_at + rows, mask=rows < q_len, other=0.0)
         where = bias + b * bias_strides[0] + h * bias_strides[1]
         s = tile_scores(
-            queries, keys, where, bias_strides, rows[:, None], cols[None, :], q_len, k_len, scale, BLOCK_M, BLOCK_N, BIAS, CAUSAL, True,
-            False, PRECISION,
+            queries, keys, where, bias_strides, rows[:, None], cols[None, :], q_len, k_len, scale, BLOCK_M, BLOCK_N,
+            BIAS, CAUSAL, True, False, PRECISION,
         )  # fmt: skip
         _, ds = score_gradient(
-            probabilities(s, shift[:, None], rest[:, None], LOG2E), grad, values, row_sum[:, None], rows[:, None], cols[None, :],
-            draw, b * H + h, threshold, keep_scale, BLOCK_M, BLOCK_N, DROPOUT, PRECISION,
+            probabilities(s, shift[:, None], rest[:, None], LOG2E), grad, values, row_sum[:, None], rows[:, None],
+            cols[None, :], draw, b * H + h, threshold, keep_scale, BLOCK_M, BLOCK_N, DROPOUT, PRECISION,
         )  # fmt: skip
         acc += ds
     plane = (split * bias_shape[0] + bias_b).to(tl.int64) * bias_shape[1] + bias_h

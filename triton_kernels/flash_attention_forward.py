@@ -31,7 +31,7 @@ def load_blocks(base, n, stride, D: tl.constexpr, PARTS: tl.constexpr, ROW_PARTS
     start: tl.constexpr = 0
     for j in tl.static_range(len(ROW_PARTS)):
         rows = start + tl.arange(0, ROW_PARTS[j])
-        out = out + (load_rows(base, rows, rows < n, stride, D, PARTS),)  # noqa: RUF005
+        out = out + (load_rows(base, rows, rows < n, stride, D, PARTS),)
         start = start + ROW_PARTS[j]
     return out
 
@@ -117,7 +117,7 @@ def forward_short(
                 VARLEN or CAUSAL or j == len(KEY_PARTS) - 1,
             )  # fmt: skip
             top = tl.maximum(top, tl.max(s, 1))
-            scores = scores + (s,)  # noqa: RUF005
+            scores = scores + (s,)
             first = first + KEY_PARTS[j]
         top = tl.where(top == float("-inf"), 0.0, top)
         total = tl.zeros((BLOCK_M,), tl.float32)
@@ -224,7 +224,7 @@ def forward_long(
             values = load_rows(v, cols, cols < k_len if edge == 1 else None, v_strides[2], DV, DV_PARTS)
             shrunk = ()
             for i in tl.static_range(len(DV_PARTS)):
-                shrunk = shrunk + (acc[i] * shrink[:, None],)  # noqa: RUF005
+                shrunk = shrunk + (acc[i] * shrink[:, None],)
             acc = add_products(shrunk, p.to(v.dtype.element_ty), values, 0, PRECISION)
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)

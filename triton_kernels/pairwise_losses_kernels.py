@@ -160,7 +160,7 @@ def load_slice(base, rows, n_rows, begin, stride, D: tl.constexpr, PARTS: tl.con
     start: tl.constexpr = 0
     for i in tl.static_range(len(PARTS)):
         cols = begin + start + tl.arange(0, PARTS[i])
-        out = out + (tl.load(at + cols[None, :], mask=(rows < n_rows)[:, None] & (cols < D)[None, :], other=0.0),)  # noqa: RUF005
+        out = out + (tl.load(at + cols[None, :], mask=(rows < n_rows)[:, None] & (cols < D)[None, :], other=0.0),)
         start = start + PARTS[i]
     return out
 

@@ -207,10 +207,8 @@ def _look_up(kernel: str, arch: str, itemsize: int, head_dim: int, length: int) 
         if entry.serves(kernel, arch, itemsize, head_dim, length):
             return entry.config
     raise KeyError(
-
-            f"tiles: no entry serves {kernel} on {arch} with {itemsize}-byte elements, head dimension {head_dim}, "
-            f"length {length}"
-
+        f"tiles: no entry serves {kernel} on {arch} with {itemsize}-byte elements, head dimension {head_dim}, "
+        f"length {length}"
     )
 
 

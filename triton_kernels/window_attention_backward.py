@@ -82,7 +82,7 @@ def accumulate_pad(acc, values, padding):
     """Add the padding tokens' rows to the gradient of the value they share."""
     out = ()
     for i in tl.static_range(len(values)):
-        out = out + (acc[i] + tl.sum(tl.where(padding[:, None], values[i], 0.0), 0),)  # noqa: RUF005
+        out = out + (acc[i] + tl.sum(tl.where(padding[:, None], values[i], 0.0), 0),)
     return out
 
 
@@ -95,7 +95,7 @@ def zero_vector(N: tl.constexpr):
 def zero_vectors(PARTS: tl.constexpr):
     out = ()
     for i in tl.static_range(len(PARTS)):
-        out = out + (zero_vector(PARTS[i]),)  # noqa: RUF005
+        out = out + (zero_vector(PARTS[i]),)
     return out
 
 
@@ -262,14 +262,15 @@ def window_backward_keys(
 
 @triton.jit
 def walk_keys_backward(
-    dq, queries, grad, row_sum, shift_of, rest, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows,
-    windows_x, HEADS, natural, draw, threshold, keep_scale, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_N: tl.constexpr, COSINE: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    dq, queries, grad, row_sum, shift_of, rest, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size,
+    padded, shift, windows, windows_x, HEADS, natural, draw, threshold, keep_scale, D: tl.constexpr,
+    D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, COSINE: tl.constexpr, EDGE: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What BLOCK_N keys add to the gradients of a tile of queries, before the factor of the scores."""
     cols, keys, values, s = key_side(
-        queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS, natural,
-        D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
+        queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x,
+        HEADS, natural, D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
     )  # fmt: skip
     p = probabilities(s, shift_of[:, None], rest[:, None], LOG2E)
     dp = dot_parts(grad, values, rows.shape[0], BLOCK_N, PRECISION)
@@ -281,14 +282,14 @@ def walk_keys_backward(
 
 @triton.jit
 def walk_keys_again(
-    top, total, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS,
-    natural, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, COSINE: tl.constexpr,
-    EDGE: tl.constexpr, PRECISION: tl.constexpr,
+    top, total, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows,
+    windows_x, HEADS, natural, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+    COSINE: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of a row's largest score and the sum of the powers relative to it, over BLOCK_N keys."""
     _, _, _, s = key_side(
-        queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS, natural,
-        D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
+        queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x,
+        HEADS, natural, D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
     )  # fmt: skip
     higher = tl.maximum(top, tl.max(s, 1))
     against = tl.where(higher == float("-inf"), 0.0, higher)
@@ -347,8 +348,8 @@ def window_backward_queries(
     rows = tl.minimum(every, AREA - 1)  # rows past the window repeat its last, and are not stored
     _, y, x, _, real, region = place(rows, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
     queries, inverse, grad, _, shift_of, _ = query_side(
-        qkv, pad, grad_out, lse, None, None, window, y, x, rows, rows < AREA, real, h, HEADS, windows, qkv_strides, grad_out_strides,
-        D, D_PARTS, AREA, COSINE,
+        qkv, pad, grad_out, lse, None, None, window, y, x, rows, rows < AREA, real, h, HEADS, windows, qkv_strides,
+        grad_out_strides, D, D_PARTS, AREA, COSINE,
     )  # fmt: skip
     row_sum = dot_rows(
         load_rows(out + h * D, row_offset(window, y, x, windows, out_strides), real, 1, D, D_PARTS), grad
@@ -358,8 +359,8 @@ def window_backward_queries(
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         for first in tl.range(0, AREA, EDGE_N, num_stages=1):
             top, rest = walk_keys_again(
-                top, rest, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows,
-                windows_x, HEADS, natural, D, D_PARTS, WINDOW, EDGE_N, COSINE, AREA % EDGE_N != 0, PRECISION,
+                top, rest, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift,
+                windows, windows_x, HEADS, natural, D, D_PARTS, WINDOW, EDGE_N, COSINE, AREA % EDGE_N != 0, PRECISION,
             )  # fmt: skip
         shift_of = tl.where(top == float("-inf"), 0.0, top)
         rest = log_total(rest)
@@ -370,15 +371,16 @@ def window_backward_queries(
     dq = zero_parts((BLOCK_M,), D_PARTS)
     for first in range(0, WHOLE, BLOCK_N):
         dq = walk_keys_backward(
-            dq, queries, grad, row_sum, shift_of, rest, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift,
-            windows, windows_x, HEADS, natural, draw, threshold, keep_scale, D, D_PARTS, WINDOW, BLOCK_N, COSINE, False, DROPOUT, PRECISION,
+            dq, queries, grad, row_sum, shift_of, rest, first, rows, region, qkv, turned, pad, qkv_strides, window, h,
+            size, padded, shift, windows, windows_x, HEADS, natural, draw, threshold, keep_scale, D, D_PARTS, WINDOW,
+            BLOCK_N, COSINE, False, DROPOUT, PRECISION,
         )  # fmt: skip
     if AREA > WHOLE:
         for first in range(WHOLE, AREA, EDGE_N):
             dq = walk_keys_backward(
-                dq, queries, grad, row_sum, shift_of, rest, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded,
-                shift, windows, windows_x, HEADS, natural, draw, threshold, keep_scale, D, D_PARTS, WINDOW, EDGE_N, COSINE,
-                AREA % EDGE_N != 0, DROPOUT, PRECISION,
+                dq, queries, grad, row_sum, shift_of, rest, first, rows, region, qkv, turned, pad, qkv_strides, window,
+                h, size, padded, shift, windows, windows_x, HEADS, natural, draw, threshold, keep_scale, D, D_PARTS,
+                WINDOW, EDGE_N, COSINE, AREA % EDGE_N != 0, DROPOUT, PRECISION,
             )  # fmt: skip
     dq = times(dq, natural)
     if (
@@ -443,8 +445,8 @@ def window_backward_bias(
         window, y, x, inside, real, region = place(rows, piece, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
         _, ky, kx, _, key_real, key_region = place(cols, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
         queries, _, grad, row_sum, shift_of, rest = query_side(
-            qkv, pad, grad_out, shifts, rests, row_sums, window, y, x, rows, inside, real, h, HEADS, windows, qkv_strides, grad_out_strides,
-            D, D_PARTS, AREA, COSINE,
+            qkv, pad, grad_out, shifts, rests, row_sums, window, y, x, rows, inside, real, h, HEADS, windows,
+            qkv_strides, grad_out_strides, D, D_PARTS, AREA, COSINE,
         )  # fmt: skip
         offset = row_offset(window, ky, kx, windows, qkv_strides)
         keys, _ = normalised(gather(qkv, pad, (HEADS + h) * D, offset, key_real, D, D_PARTS), COSINE)

@@ -75,7 +75,7 @@ def gather(base, pad, first, offset, real, D: tl.constexpr, PARTS: tl.constexpr)
         for i in tl.static_range(len(PARTS)):
             cols = start + tl.arange(0, PARTS[i])
             fill = tl.load(pad + first + cols, mask=cols < D, other=0.0).to(loaded[i].dtype)
-            out = out + (tl.where(real[:, None], loaded[i], fill[None, :]),)  # noqa: RUF005
+            out = out + (tl.where(real[:, None], loaded[i], fill[None, :]),)
             start = start + PARTS[i]
     return out
 
@@ -94,7 +94,7 @@ def scatter(base, values, offset, real, D: tl.constexpr, PARTS: tl.constexpr):
 def times(values, factor):
     out = ()
     for i in tl.static_range(len(values)):
-        out = out + (values[i] * factor,)  # noqa: RUF005
+        out = out + (values[i] * factor,)
     return out
 
 
@@ -108,9 +108,9 @@ def normalised(values, COSINE: tl.constexpr):
         unit = ()
         for i in tl.static_range(len(values)):
             if values[i].dtype == tl.float32:
-                unit = unit + (tl.math.div_rn(values[i], norm[:, None]),)  # noqa: RUF005
+                unit = unit + (tl.math.div_rn(values[i], norm[:, None]),)
             else:
-                unit = unit + ((values[i].to(tl.float32) * inverse[:, None]).to(values[i].dtype),)  # noqa: RUF005
+                unit = unit + ((values[i].to(tl.float32) * inverse[:, None]).to(values[i].dtype),)
     else:
         unit = values
         inverse = tl.zeros((values[0].shape[0],), tl.float32)
@@ -124,7 +124,7 @@ def normalised_backward(grads, unit, inverse, COSINE: tl.constexpr):
         along = tl.where(inverse < 1.0 / NORM_EPS, dot_rows(grads, unit), 0.0)  # a clamped norm is a constant
         out = ()
         for i in tl.static_range(len(grads)):
-            out = out + ((grads[i] - unit[i].to(tl.float32) * along[:, None]) * inverse[:, None],)  # noqa: RUF005
+            out = out + ((grads[i] - unit[i].to(tl.float32) * along[:, None]) * inverse[:, None],)
     else:
         out = grads
     return out
@@ -261,14 +261,14 @@ def window_forward(
             )
             offset = row_offset(key_window, ky, kx, windows, qkv_strides)
             keys, _ = normalised(gather(qkv, pad, at_k, offset, key_real, D, D_PARTS), COSINE)
-            values = values + (gather(qkv, pad, at_v, offset, key_real, D, D_PARTS),)  # noqa: RUF005
+            values = values + (gather(qkv, pad, at_v, offset, key_real, D, D_PARTS),)
             s = dot_parts(queries, keys, BLOCK_M, KEY_PARTS[j], PRECISION) * factor
             if table is not None:
                 s += held[j]
             allowed = key_real if pad is None else key_inside
             s = attending(s, region[:, None], key_region[None, :], allowed[None, :], table, padded, shift, PACK)
             top = tl.maximum(top, tl.max(s, 1))
-            scores = scores + (s,)  # noqa: RUF005
+            scores = scores + (s,)
             first = first + KEY_PARTS[j]
         top = tl.where(top == float("-inf"), 0.0, top)
         sum_p = tl.zeros((BLOCK_M,), tl.float32)
@@ -308,9 +308,9 @@ def window_forward(
 
 @triton.jit
 def key_side(
-    queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS, factor,
-    D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, COSINE: tl.constexpr, EDGE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x,
+    HEADS, factor, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+    COSINE: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N keys and values of a window and the queries' scores; with EDGE some of them may lie past the window."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
@@ -333,14 +333,14 @@ def key_side(
 
 @triton.jit
 def walk_keys(
-    acc, top, sum_p, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x,
-    HEADS, factor, draw, threshold, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
-    COSINE: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    acc, top, sum_p, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift,
+    windows, windows_x, HEADS, factor, draw, threshold, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr, COSINE: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of online softmax over BLOCK_N keys."""
     cols, _, values, s = key_side(
-        queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS, factor,
-        D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
+        queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x,
+        HEADS, factor, D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
     )  # fmt: skip
     new_top = tl.maximum(top, tl.max(s, 1))
     shown = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -405,14 +405,16 @@ def window_forward_long(
     acc = zero_parts((BLOCK_M,), D_PARTS)
     for first in range(0, WHOLE, BLOCK_N):
         acc, top, sum_p = walk_keys(
-            acc, top, sum_p, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows,
-            windows_x, HEADS, factor, draw, threshold, D, D_PARTS, WINDOW, BLOCK_N, COSINE, False, DROPOUT, PRECISION,
+            acc, top, sum_p, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded,
+            shift, windows, windows_x, HEADS, factor, draw, threshold, D, D_PARTS, WINDOW, BLOCK_N, COSINE, False,
+            DROPOUT, PRECISION,
         )  # fmt: skip
     if AREA > WHOLE:
         for first in range(WHOLE, AREA, EDGE_N):
             acc, top, sum_p = walk_keys(
-                acc, top, sum_p, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows,
-                windows_x, HEADS, factor, draw, threshold, D, D_PARTS, WINDOW, EDGE_N, COSINE, AREA % EDGE_N != 0, DROPOUT, PRECISION,
+                acc, top, sum_p, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded,
+                shift, windows, windows_x, HEADS, factor, draw, threshold, D, D_PARTS, WINDOW, EDGE_N, COSINE,
+                AREA % EDGE_N != 0, DROPOUT, PRECISION,
             )  # fmt: skip
     inside = every < AREA
     empty = sum_p == 0.0

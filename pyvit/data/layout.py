@@ -13,8 +13,8 @@ from pathlib import Path
 from pyvit.data.split import HELD_OUT, TRAIN
 
 IMAGES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2",
-    ".avif",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+    ".tga", ".jp2", ".avif",
 )  # fmt: skip
 SOUNDS = (".wav",)
 
@@ -175,10 +175,8 @@ def _splits(tree: Tree, notes: list[str]) -> tuple[Tree, Tree | None]:
         return _splits(tree.folders[train[0]], notes)
     if train and tree.folders[train[0]].folders:
         raise ValueError(
-
-                f"data: {tree.path} has the folder {train[0]} with folders of its own beside "
-                f"{', '.join(others[:5]) or 'images'}"
-
+            f"data: {tree.path} has the folder {train[0]} with folders of its own beside "
+            f"{', '.join(others[:5]) or 'images'}"
         )
     if len(tree.folders) == 1 and not tree.files:
         ((name, only),) = tree.folders.items()

@@ -213,10 +213,8 @@ class Data:
         """
         if self.train.streamed:
             raise ValueError(
-
-                    f"validation: must be 0 for a stream, whose images are not known in advance, got {share} for "
-                    f"{self.name}"
-
+                f"validation: must be 0 for a stream, whose images are not known in advance, got {share} for "
+                f"{self.name}"
             )
         n = len(self.train)
         held = round(share * n) if 0 < share < 1 else 0  # NaN included
@@ -237,10 +235,8 @@ class Data:
             if missing := sorted({int(c) for c in self.train.labels} - (sides[0] & sides[1])):
                 names = ", ".join((self.classes or [])[c] if self.classes else str(c) for c in missing[:8])
                 raise ValueError(
-
-                        f"validation: must leave images of every class on both sides, got {share}, which does not for "
-                        f"{names}"
-
+                    f"validation: must leave images of every class on both sides, got {share}, which does not for "
+                    f"{names}"
                 )
         if not len(train):
             raise ValueError(f"validation: must leave some of the {n} training images on both sides, got {share}")

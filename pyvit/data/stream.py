@@ -257,10 +257,8 @@ def hugging_face_stream(spec: str, size: int) -> Data:
         test = whole.hold(whole.table.take(HELD))
         if len(test) < HELD or (count is not None and count <= HELD):
             raise ValueError(
-
-                    f"data: hf-stream:{name} must have more than the {HELD} examples that are held out; read it as "
-                    f"hf:{name}"
-
+                f"data: hf-stream:{name} must have more than the {HELD} examples that are held out; read it as "
+                f"hf:{name}"
             )
         train = stream(train.skip(HELD), count - HELD if count else None)
     notes.append("not searched for repeated images: a stream is not known in advance")

@@ -60,10 +60,8 @@ class Report:
                 first.setdefault((row.kind, row.note), row.path or "(the model)")
             for (what, note), count in counts.items():
                 lines.append(
-
-                        f"  {title} {count} x {what.rpartition('.')[2]} "
-                        f"({first[what, note]}{', ...' if count > 1 else ''}): {note}"
-
+                    f"  {title} {count} x {what.rpartition('.')[2]} "
+                    f"({first[what, note]}{', ...' if count > 1 else ''}): {note}"
                 )
         return "\n".join(lines)
 

@@ -114,10 +114,8 @@ class TripletLoss(nn.Module):
         if not anchor.shape == positive.shape == negative.shape or anchor.dim() != 2 or not len(anchor):
             shapes = ", ".join(str(tuple(x.shape)) for x in (anchor, positive, negative))
             raise ValueError(
-
-                    "TripletLoss: anchor, positive and negative must be of one shape (N, D) with at least one row, "
-                    f"got {shapes}"
-
+                "TripletLoss: anchor, positive and negative must be of one shape (N, D) with at least one row, "
+                f"got {shapes}"
             )
         near, far = F.cosine_similarity(anchor, positive, dim=-1), F.cosine_similarity(anchor, negative, dim=-1)
         return F.relu(far - near + self.margin).mean()

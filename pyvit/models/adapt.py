@@ -126,10 +126,8 @@ def _grid(
         if _is_square(area):
             side = math.isqrt(area)
             raise Unknown(
-
-                    f"of {area} patches: the file does not say whether they are {side}x{side} or {_names(new)}; give "
-                    "grid=(rows, columns)"
-
+                f"of {area} patches: the file does not say whether they are {side}x{side} or {_names(new)}; give "
+                "grid=(rows, columns)"
             )
         return tuple(new), own
     for there in tokens:

@@ -173,10 +173,8 @@ class SelfDistillation(nn.Module):
         """
         if (masks is not None) != self.masks:
             raise ValueError(
-
-                    f"SelfDistillation: masks must be {'given' if self.masks else 'None'}, as the model was made with "
-                    f"masks={self.masks}"
-
+                f"SelfDistillation: masks must be {'given' if self.masks else 'None'}, as the model was made with "
+                f"masks={self.masks}"
             )
         hidden = None if masks is None else torch.cat([m.flatten(1) for m in masks])  # (T * B, N)
         crops = [torch.cat(list(c)) for c in (global_crops, local_crops) if len(c)]
@@ -294,8 +292,8 @@ def _block_mask(wanted: int, grid: tuple[int, int], draw: random.Random) -> np.n
 
 
 HEAD = (
-    "prototypes", "head_hidden", "bottleneck", "head_layers", "masks", "separate_heads", "patch_prototypes", "head_batch_norm",
-    "norm_last_layer",
+    "prototypes", "head_hidden", "bottleneck", "head_layers", "masks", "separate_heads", "patch_prototypes",
+    "head_batch_norm", "norm_last_layer",
 )  # fmt: skip
 
 

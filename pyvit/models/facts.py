@@ -19,13 +19,14 @@ Facts = dict[str, dict[str, Any]]
 
 #: Attributes of pyvit's modules that are facts.
 NAMES = (
-    "num_heads", "activation", "eps", "grid", "stride", "window_size", "pretrained_window_size", "base", "causal", "pool", "eot", "pad",
-    "global_pool",
+    "num_heads", "activation", "eps", "grid", "stride", "window_size", "pretrained_window_size", "base", "causal",
+    "pool", "eot", "pad", "global_pool",
 )  # fmt: skip
 KEY = "pyvit"
 
 _ACTIVATIONS = {
-    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_python": "gelu", "swish": "silu",
+    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_python": "gelu",
+    "swish": "silu",
 }  # fmt: skip
 
 

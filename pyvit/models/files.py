@@ -75,10 +75,8 @@ def weights_in(folder: Path) -> Path:
     others = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
     if (folder / "last.pt").exists() and (folder / "config.json").exists():
         raise ValueError(
-
-                f"load_checkpoint: {folder} holds a run that has not finished: no model.safetensors yet; run its "
-                "command again"
-
+            f"load_checkpoint: {folder} holds a run that has not finished: no model.safetensors yet; run its "
+            "command again"
         )
     if len(others) == 1:
         return others[0]

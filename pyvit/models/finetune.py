@@ -39,10 +39,8 @@ def depths_of(model: nn.Module) -> list[int]:
     if hasattr(model, "blocks"):
         return [len(model.blocks)]  # type: ignore[arg-type]
     raise TypeError(
-
-            "depths_of: model must have blocks (ViT), layers of blocks (Swin) or layer1 to layer4 (ResNet), got "
-            f"{type(model).__name__}"
-
+        "depths_of: model must have blocks (ViT), layers of blocks (Swin) or layer1 to layer4 (ResNet), got "
+        f"{type(model).__name__}"
     )
 
 

@@ -404,8 +404,9 @@ VITDET = Format(
 )
 
 _MICROSOFT_BLOCK = (
-    "norm1.{p}", "norm2.{p}", "attn.proj.{p}", "attn.qkv.{p}", "attn.q_bias", "attn.v_bias", "attn.relative_position_bias_table",
-    "attn.logit_scale", "attn.cpb_mlp.0.{p}", "attn.cpb_mlp.2.weight", "mlp.fc1.{p}", "mlp.fc2.{p}",
+    "norm1.{p}", "norm2.{p}", "attn.proj.{p}", "attn.qkv.{p}", "attn.q_bias", "attn.v_bias",
+    "attn.relative_position_bias_table", "attn.logit_scale", "attn.cpb_mlp.0.{p}", "attn.cpb_mlp.2.weight",
+    "mlp.fc1.{p}", "mlp.fc2.{p}",
 )  # fmt: skip
 
 MICROSOFT_SWIN = Format(
@@ -422,8 +423,8 @@ MICROSOFT_SWIN = Format(
 )
 
 _TIMM_BLOCK = (
-    "norm1.{p}", "norm2.{p}", "attn.qkv.{p}", "attn.proj.{p}", "attn.q_norm.{p}", "attn.k_norm.{p}", "ls1.gamma", "ls2.gamma",
-    "mlp.fc1.{p}", "mlp.fc2.{p}",
+    "norm1.{p}", "norm2.{p}", "attn.qkv.{p}", "attn.proj.{p}", "attn.q_norm.{p}", "attn.k_norm.{p}", "ls1.gamma",
+    "ls2.gamma", "mlp.fc1.{p}", "mlp.fc2.{p}",
 )  # fmt: skip
 
 DINOV2 = Format(

@@ -120,10 +120,8 @@ class HybridEmbed(PatchEmbed):
         step = self.backbone.stride
         if any(n % (step * p) for n, p in zip(size, self.patch_size, strict=True)):
             raise ValueError(
-
-                    f"HybridEmbed: images must have sides that divide by {step} x patch {self.patch_size}, got "
-                    f"{tuple(size)}"
-
+                f"HybridEmbed: images must have sides that divide by {step} x patch {self.patch_size}, got "
+                f"{tuple(size)}"
             )
         return super().grid([n // step for n in size])
 

@@ -43,10 +43,8 @@ def model_from_checkpoint(
         settings |= _windows_v2(state, settings) or _windows_named(opened.config)
         if "window_size" not in {**settings, **overrides}:
             raise ValueError(
-
-                    "model_from_checkpoint: nothing in this Swin V2 checkpoint tells its window: give window_size (and "
-                    "img_size)"
-
+                "model_from_checkpoint: nothing in this Swin V2 checkpoint tells its window: give window_size (and "
+                "img_size)"
             )
     model = constructor(**{**settings, **overrides})
     report = load_checkpoint(model, opened, allow=(r".*num_heads",) if "num_heads" in overrides else ())
@@ -182,10 +180,8 @@ def _vit(state: Mapping[str, Tensor], prefix: str, grid: Sequence[int] | None = 
     found = [t for t in (tokens, 0) if math.isqrt(pos.shape[1] - t) ** 2 == pos.shape[1] - t]
     if not found:
         raise ValueError(
-
-                f"model_from_checkpoint: {prefix}pos_embed of {pos.shape[1]} positions is no square grid; create the "
-                "model by name"
-
+            f"model_from_checkpoint: {prefix}pos_embed of {pos.shape[1]} positions is no square grid; create the "
+            "model by name"
         )
     side = math.isqrt(pos.shape[1] - found[0])
     return settings | {"img_size": (side * ph, side * pw), "no_embed_class": found[0] == 0}
@@ -196,10 +192,8 @@ def _spectrogram(settings: dict[str, Any], facts: Facts) -> dict[str, Any]:
     grid, stride = lookup(facts, "", "grid"), lookup(facts, "patch_embed", "stride")
     if grid is None:
         raise ValueError(
-
-                "model_from_checkpoint: nothing tells the spectrogram's size and the stride of its patches: create the "
-                "model by name"
-
+            "model_from_checkpoint: nothing tells the spectrogram's size and the stride of its patches: create the "
+            "model by name"
         )
     stride = stride or settings["patch_size"]
     size = tuple((n - 1) * s + p for n, s, p in zip(grid, stride, settings["patch_size"], strict=True))

@@ -80,10 +80,8 @@ class MaskedAutoencoder(VisionTransformer):
         kept = int(patches * (1 - mask_ratio))
         if not 0 < kept < patches:
             raise ValueError(
-
-                    f"MaskedAutoencoder: mask_ratio must hide some of the {patches} patches and leave some, "
-                    f"{mask_ratio} leaves {kept}"
-
+                f"MaskedAutoencoder: mask_ratio must hide some of the {patches} patches and leave some, "
+                f"{mask_ratio} leaves {kept}"
             )
         return shuffle[:, :kept], restore, (restore >= kept).float()
 

@@ -15,8 +15,8 @@ from pyvit.models.facts import Facts, facts_in
 #: Dictionaries that training loops wrap a state dict in, moving averages first; and prefixes that wrappers put before
 #: every key.
 WRAPPERS = (
-    "state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "state_dict", "model_state_dict", "model", "student", "module",
-    "net", "backbone",
+    "state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "state_dict", "model_state_dict", "model",
+    "student", "module", "net", "backbone",
 )  # fmt: skip
 PREFIXES = ("module.", "backbone.", "teacher.", "student.", "model.", "net.")
 #: What compiled and sharded modules put into the middle of keys.

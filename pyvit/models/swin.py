@@ -178,19 +178,15 @@ class SwinTransformer(Described):
             raise ValueError(f"SwinTransformer: version must be 1 or 2, got {version}")
         if len(depths) != len(num_heads):
             raise ValueError(
-
-                    f"SwinTransformer: num_heads must have one entry per stage, {len(depths)} as depths, got "
-                    f"{len(num_heads)}"
-
+                f"SwinTransformer: num_heads must have one entry per stage, {len(depths)} as depths, got "
+                f"{len(num_heads)}"
             )
         if global_pool not in ("avg", ""):
             raise ValueError(f"SwinTransformer: global_pool must be 'avg' or '', got {global_pool!r}")
         if pretrained_window_sizes is not None and (version == 1 or len(pretrained_window_sizes) != len(depths)):
             raise ValueError(
-
-                    f"SwinTransformer: pretrained_window_sizes is for version 2, one per stage ({len(depths)}), got "
-                    f"{pretrained_window_sizes}"
-
+                f"SwinTransformer: pretrained_window_sizes is for version 2, one per stage ({len(depths)}), got "
+                f"{pretrained_window_sizes}"
             )
         self.version, self.grad_checkpointing, self.global_pool = version, False, global_pool
         self.img_size = pair(img_size)

@@ -197,10 +197,8 @@ class VisionTransformer(Described):
         if global_pool is not None:
             if "map" in (global_pool, self.global_pool) and global_pool != self.global_pool:
                 raise ValueError(
-
-                        "reset_classifier: global_pool cannot change to or from 'map', which has parameters; create "
-                        "the model with it"
-
+                    "reset_classifier: global_pool cannot change to or from 'map', which has parameters; create "
+                    "the model with it"
                 )
             self.global_pool = global_pool
         self.num_classes = num_classes

@@ -42,10 +42,8 @@ def resample_positions(
         image = F.interpolate(image, scale_factor=scale, mode="bicubic", antialias=antialias)
         if image.shape[2:] != tuple(new):
             raise ValueError(
-
-                    f"resample_positions: offset {offset} turns a grid of {tuple(old)} into {tuple(image.shape[2:])}, "
-                    f"not {tuple(new)}"
-
+                f"resample_positions: offset {offset} turns a grid of {tuple(old)} into {tuple(image.shape[2:])}, "
+                f"not {tuple(new)}"
             )
     else:
         image = F.interpolate(image, size=tuple(new), mode="bicubic", antialias=antialias)

@@ -58,17 +58,13 @@ class DINO(Recipe):
         o = self.opt
         if data.sound and o["distort"]:
             raise ValueError(
-
-                    f"{config.recipe}: data must be images, whose colours the paper distorts, {data.name} is sound; "
-                    "give --option distort=False"
-
+                f"{config.recipe}: data must be images, whose colours the paper distorts, {data.name} is sound; "
+                "give --option distort=False"
             )
         if o["local_crop"] > o["global_crop"]:
             raise SettingError(
-
-                    f"{config.recipe}: option local_crop must be at most global_crop, {o['global_crop']}, got "
-                    f"{o['local_crop']}"
-
+                f"{config.recipe}: option local_crop must be at most global_crop, {o['global_crop']}, got "
+                f"{o['local_crop']}"
             )
         student = self.network(config, data)
         if config.init is not None:

@@ -67,17 +67,13 @@ class DINOv2(DINO):
             )
         if o["ibot"] and int(2 * self.rows * o["mask_share"]) < 1:
             raise SettingError(
-
-                    f"dinov2: option mask_share must mask one of the 2 x {self.rows} large crops of a micro-batch, got "
-                    f"{o['mask_share']}"
-
+                f"dinov2: option mask_share must mask one of the 2 x {self.rows} large crops of a micro-batch, got "
+                f"{o['mask_share']}"
             )
         if o["koleo"] and config.batch_size is not None and config.batch_size // config.accumulate < 2:
             raise SettingError(
-
-                    "dinov2: option koleo must be 0 for micro-batches of one image, which has no neighbour; or give "
-                    "more images per micro-batch"
-
+                "dinov2: option koleo must be 0 for micro-batches of one image, which has no neighbour; or give "
+                "more images per micro-batch"
             )
         self.ibot = IBOTLoss(o["prototypes"], o["student_temp"], o["center_momentum"], o["centering"], group=self.group)
         self.ibot.deferred = True

@@ -174,10 +174,8 @@ class Run(Resumable):
         self.start = self._resume()
         if config.accumulate > 1 and (parts := self.recipe.of_micro_batches()):
             self.tell(
-
-                    f"note: {' and '.join(parts)} see each of the {config.accumulate} micro-batches alone, not the "
-                    "whole batch"
-
+                f"note: {' and '.join(parts)} see each of the {config.accumulate} micro-batches alone, not the "
+                "whole batch"
             )
 
     def batches(self) -> Iterator[dict[str, Any]]:

@@ -27,10 +27,8 @@ class Plan(torch.utils.data.Sampler[list[int]]):
     ) -> None:
         if not 0 < batch <= n or batch % (world * accumulate):
             raise ValueError(
-
-                    f"Plan: batch must be at most {n} and a multiple of world x accumulate, {world} x {accumulate}, "
-                    f"got {batch}"
-
+                f"Plan: batch must be at most {n} and a multiple of world x accumulate, {world} x {accumulate}, "
+                f"got {batch}"
             )
         self.n, self.batch, self.start, self.steps, self.seed = n, batch, start, steps, seed
         self.rank, self.world, self.accumulate = rank, world, accumulate

@@ -22,8 +22,8 @@ TOWERS = {
 
 _MILD = {"augment": "mild", "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}
 _SELF = {
-    "prototypes": 512, "hidden": 256, "bottleneck": 64, "local_crops": 2, "local_size": 24, "global_crop": 0.6, "local_crop": 0.35,
-    "drop_path": 0.0, "distort": False, "slant": 15.0, "momentum": 0.99, "weight_decay_end": 0.1,
+    "prototypes": 512, "hidden": 256, "bottleneck": 64, "local_crops": 2, "local_size": 24, "global_crop": 0.6,
+    "local_crop": 0.35, "drop_path": 0.0, "distort": False, "slant": 15.0, "momentum": 0.99, "weight_decay_end": 0.1,
 }  # fmt: skip
 _SHORT = {"epochs": 60, "batch_size": 128, "lr": 1e-3, "warmup": 0.1}
 

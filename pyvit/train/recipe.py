@@ -195,10 +195,8 @@ class Contrastive(Recipe):
         name, batch, accumulate = self.config.recipe, self.config.batch_size, self.config.accumulate
         if batch is not None and batch < 2:
             raise SettingError(
-
-                    f"{name}: batch_size must be at least 2, for the negatives of an image are the others of its "
-                    f"batch, got {batch}"
-
+                f"{name}: batch_size must be at least 2, for the negatives of an image are the others of its "
+                f"batch, got {batch}"
             )
         if accumulate > 1 and has_batch_norm(self.backbone):
             raise SettingError(

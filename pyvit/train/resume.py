@@ -111,10 +111,8 @@ class Resumable:
         except (RuntimeError, KeyError, ValueError) as error:
             said = str(error).splitlines()[0]
             raise ValueError(
-
-                    f"{path} does not fit this version's {self.config.recipe} ({said}); choose another --out, or "
-                    "--overwrite it"
-
+                f"{path} does not fit this version's {self.config.recipe} ({said}); choose another --out, or "
+                "--overwrite it"
             ) from error
         for name, p in self.recipe.named_parameters():
             if name not in saved["optimizer"]["state"]:

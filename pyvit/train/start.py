@@ -122,16 +122,14 @@ def adopt(config: Config, recipe: Any) -> Config:
     if found is None or not issubclass(found.constructor, VisionTransformer):
         return config
     shown = structure(open_source(config.init))
-    defaults = {p.name: p.default for each in inspect.getmro(found.constructor) if each is not nn.Module and "__init__" in vars(each)
-                for p in inspect.signature(each.__init__).parameters.values()}  # fmt: skip
+    constructors = [c for c in inspect.getmro(found.constructor) if c is not nn.Module and "__init__" in vars(c)]
+    defaults = {p.name: p.default for c in constructors for p in inspect.signature(c.__init__).parameters.values()}
     given = {*found.settings, *found.changed, *recipe.decides}
     taken = {k: v for k, v in shown.items() if k in defaults and k not in given and v != defaults[k]}
     if taken:
         _say(
-
-                f"init: {config.init}: settings of the model taken from the weights: "
-                f"{', '.join(f'{k}={v}' for k, v in taken.items())}"
-
+            f"init: {config.init}: settings of the model taken from the weights: "
+            f"{', '.join(f'{k}={v}' for k, v in taken.items())}"
         )
     return dataclasses.replace(config, set=[*(f"{k}={v!r}" for k, v in taken.items()), *config.set])
 

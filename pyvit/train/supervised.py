@@ -41,10 +41,8 @@ class Supervised(Recipe):
             raise ValueError(f"{config.recipe}: data must have classes (one subfolder each), {data.name} has none")
         if len(data.classes) < 2:
             raise ValueError(
-
-                    f"{config.recipe}: data must have at least 2 classes to tell apart, {data.name} has "
-                    f"{', '.join(data.classes)}"
-
+                f"{config.recipe}: data must have at least 2 classes to tell apart, {data.name} has "
+                f"{', '.join(data.classes)}"
             )
         assert config.model is not None
         self.model = build(

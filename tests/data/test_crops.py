@@ -185,8 +185,8 @@ def test_recipes_train_on_crops_of_files_and_resume(recipe, names, tmp_path):
         "simclr": ["hidden=16", "out=8"],
     }.get(recipe, ["prototypes=16", "hidden=16", "bottleneck=8", "local_crops=2", "local_size=16"])
     settings = {
-        "recipe": recipe, "data": str(files(tmp_path / "data", 24)), "model": "vit_pico_patch8_32", "set": ["depth=1"], "image_size": 32,
-        "batch_size": 4, "steps": 3, "save_every": 2, "option": small,
+        "recipe": recipe, "data": str(files(tmp_path / "data", 24)), "model": "vit_pico_patch8_32", "set": ["depth=1"],
+        "image_size": 32, "batch_size": 4, "steps": 3, "save_every": 2, "option": small,
     }  # fmt: skip
     train(Config(**settings, out=str(tmp_path / "whole")))
     run = Run(Config(**settings, out=str(tmp_path / "again")))

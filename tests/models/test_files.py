@@ -324,9 +324,11 @@ def test_configurations_of_timm_and_open_clip(tmp_path):
         "text_depth": 1,
         "text_heads": 2,
     }
-    make = lambda **more: pyvit.create_model(
-        "clip_vit_base_patch32_224", **{**towers, **more}, vocab_size=20, context_length=8
-    )
+
+    def make(**more):
+        settings = {**towers, **more, "vocab_size": 20, "context_length": 8}
+        return pyvit.create_model("clip_vit_base_patch32_224", **settings)
+
     text = {"context_length": 8, "vocab_size": 20, "width": 24, "heads": 2, "layers": 1}
     named = {
         "model_cfg": {"vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8}, "text_cfg": text}

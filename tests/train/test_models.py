@@ -128,19 +128,30 @@ def test_models_are_taken_or_refused_before_data_is_read(recipe, monkeypatch):
 
 
 REPRESENTATIVES = {
-    "supervised": ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "ast_base_patch16_1024x128", "vit_base_conv_s16_224",
-                   "vit_tiny_r_s16_p8_224", "vit_small_patch14_reg4_dinov2", "swinv2_tiny_window8_256", "resnet18",
-                   "clip_vit_base_patch32_224",
-                   "siglip_vit_base_patch16_224", "mae_vit_base_patch16_224", "dinov2_vit_giant_patch14_224", "simclr_resnet18"),
+    "supervised": (
+        "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "ast_base_patch16_1024x128", "vit_base_conv_s16_224",
+        "vit_tiny_r_s16_p8_224", "vit_small_patch14_reg4_dinov2", "swinv2_tiny_window8_256", "resnet18",
+        "clip_vit_base_patch32_224", "siglip_vit_base_patch16_224", "mae_vit_base_patch16_224",
+        "dinov2_vit_giant_patch14_224", "simclr_resnet18",
+    ),
     "finetune": ("swin_tiny_patch4_window7_224", "resnet50"),
     "linear": ("deit_tiny_distilled_patch16_224", "siglip_vit_base_patch16_224", "resnet18"),
-    "mae": ("vit_small_patch14_reg4_dinov2", "mae_vit_base_patch16_224", "clip_vit_base_patch32_224", "siglip_vit_base_patch16_224",
-            "vit_giant_patch14_dinov2"),
-    "dino": ("dino_vit_small_patch16_224", "ibot_vit_tiny_patch16_224", "resnet18", "swin_tiny_patch4_window7_224",
-             "siglip_vit_base_patch16_224", "ast_base_patch16_1024x128", "vit_base_conv_s16_224", "vit_base_r50_s16_224"),
-    "dinov2": ("dinov2_vit_giant_patch14_224", "vit_small_patch14_reg4_dinov2", "deit_tiny_distilled_patch16_224",
-               "clip_vit_base_patch32_224", "vit_base_r50_s16_224"),
-    "simclr": ("simclr_vit_small_patch16_224", "simclr_resnet18", "resnet18", "swinv2_tiny_window8_256", "vit_base_r50_s16_224"),
+    "mae": (
+        "vit_small_patch14_reg4_dinov2", "mae_vit_base_patch16_224", "clip_vit_base_patch32_224",
+        "siglip_vit_base_patch16_224", "vit_giant_patch14_dinov2",
+    ),
+    "dino": (
+        "dino_vit_small_patch16_224", "ibot_vit_tiny_patch16_224", "resnet18", "swin_tiny_patch4_window7_224",
+        "siglip_vit_base_patch16_224", "ast_base_patch16_1024x128", "vit_base_conv_s16_224", "vit_base_r50_s16_224",
+    ),
+    "dinov2": (
+        "dinov2_vit_giant_patch14_224", "vit_small_patch14_reg4_dinov2", "deit_tiny_distilled_patch16_224",
+        "clip_vit_base_patch32_224", "vit_base_r50_s16_224",
+    ),
+    "simclr": (
+        "simclr_vit_small_patch16_224", "simclr_resnet18", "resnet18", "swinv2_tiny_window8_256",
+        "vit_base_r50_s16_224",
+    ),
     "clip": ("clip_resnet50_224", "clip_vit_base_patch32_224", "siglip_vit_base_patch16_224"),
     "siglip": ("siglip_vit_base_patch16_224",),
 }  # fmt: skip
