@@ -97,7 +97,7 @@ def retrieval_command(run: str, data: str | None = None, out: str | None = None,
     )
     known = retrieval.has_parts(recipe.exported())
     if "parts" in chosen.extra and known:
-        found["parts"] = retrieval.quarter_accuracy(recipe, chosen)
+        found["parts"] = retrieval.quadrant_accuracy(recipe, chosen)
         print(f"{run}: phrase points at the right quarter in {found['parts']:.1f} % (chance: 25 %)")
     batch = _some(chosen, count)
     parts = chosen.extra.get("parts")

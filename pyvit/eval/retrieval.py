@@ -128,7 +128,7 @@ def part_map(model: nn.Module, images: Tensor, text: Tensor) -> Tensor:
     return similar.unflatten(1, visual.patch_embed.grid(images.shape[2:]))  # type: ignore[union-attr,operator]
 
 
-def quarter_accuracy(recipe: Any, data: Data, limit: int = 200) -> float:
+def quadrant_accuracy(recipe: Any, data: Data, limit: int = 200) -> float:
     """Of drawn scenes: how often the quarter that fits a phrase best is the one its object is in, in per cent (chance:
     25)."""
     model, parts = recipe.exported(), data.extra.get("parts", [])[:limit]
