@@ -19,7 +19,7 @@ from pyvit.models.dino import block_masks
 from pyvit.models.flops import count
 from pyvit.nn import PatchEmbed, RotaryEmbedding, WindowAttentionV2
 from pyvit.ops import packs, products
-from tests.ops.small_calls import CASES, Case
+from tests.ops.operator_cases import CASES, Case
 
 
 @pytest.fixture(params=["float64", "float16", "bfloat16", "meta"])

@@ -51,7 +51,7 @@ def close(found, wanted):
     assert found.keys() == wanted.keys()
     most = max(float(g.abs().max()) for g in wanted.values())
     for key, want in wanted.items():
-        atol = 2e-4 * float(want.abs().max()) + 2e-5 * most  # SimCLR's batch norms cost rounding, see test_ranks
+        atol = 2e-4 * float(want.abs().max()) + 2e-5 * most  # SimCLR's batch norms cost rounding, see test_distributed.py
         torch.testing.assert_close(found[key], want, rtol=0, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
 
 

@@ -154,7 +154,7 @@ def same_gradients(folder: str, name: str, found: dict[str, dict[str, torch.Tens
         gradients.pop("done")
         assert gradients.keys() == wanted.keys(), (kind, gradients.keys() ^ wanted.keys())
         for key, want in wanted.items():
-            atol = 1e-3 * float(want.abs().max()) + 1e-4 * most  # SimCLR's batch norms, see test_ranks
+            atol = 1e-3 * float(want.abs().max()) + 1e-4 * most  # SimCLR's batch norms, see test_distributed.py
             torch.testing.assert_close(
                 gradients[key], want, rtol=0, atol=atol, msg=lambda m, s=f"{name} {kind} {key}": f"{s}: {m}"
             )

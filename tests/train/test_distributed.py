@@ -171,7 +171,7 @@ def test_the_engine_on_two_ranks_ends_with_the_weights_of_one(tmp_path: Path, re
 import json, sys, pathlib
 from pyvit.train import Config, engine
 sys.path.insert(0, sys.argv[2])
-from test_ranks import gloo_threads
+from test_distributed import gloo_threads
 run = engine.Run(Config(**json.loads(sys.argv[1])))
 run.run()
 pathlib.Path(run.folder.parent, "kind").write_text(str(type(run.model)))
