@@ -15,7 +15,7 @@ from pyvit.data.crops import Crop, crop_images, crop_resize, generator
 from pyvit.data.decode import ImageDecoder
 from pyvit.data.loading import drawn, fetched
 from pyvit.train import Config, checkpoint, train
-from pyvit.train.engine import Numbered, Plan, Run, _settle
+from pyvit.train.engine import BatchSampler, NumberedBatches, Run, resolve_config
 from pyvit.train.recipe import load_recipe
 
 
@@ -144,7 +144,7 @@ def test_views_are_a_function_of_seed_step_and_image(images):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_and_divided_runs_draw_the_same(images, workers):
     def run(start=0, rank=0, world=1, accumulate=1):
-        plan = Numbered(Plan(len(images), 4, start, 6, 3, rank, world, accumulate))
+        plan = NumberedBatches(BatchSampler(len(images), 4, start, 6, 3, rank, world, accumulate))
         return list(drawn(images, CROPS, plan, 9, workers if world == 1 and accumulate == 1 else 0))
 
     whole = run()
@@ -208,7 +208,7 @@ def test_captioned_images_are_never_mirrored():
     data.train.images[:] = pixels
     assert data.flip
     for name in ("clip", "siglip"):
-        settings = _settle(
+        settings = resolve_config(
             Config(
                 recipe=name, data="synthetic", model=f"{name}_pico_patch8_32", set=["depth=1"], steps=1, batch_size=16
             )

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from pyvit.train import Config, checkpoint, train
-from pyvit.train.folder import Lock, fingerprint
 from pyvit.train.log import Log, say
+from pyvit.train.run_folder import Lock, fingerprint
 from pyvit.train.runs import load_run
 
 SMALL = {
@@ -160,7 +160,7 @@ def test_data_that_change_are_refused(tmp_path):
     (data / "new").mkdir()
     for name in ("00", "01"):
         shutil.copy(data / "light" / f"{name}.png", data / "new" / f"{name}.png")
-    with pytest.raises(ValueError, match="classes gone: none, new: new"):
+    with pytest.raises(ValueError, match="classes removed: none, new: new"):
         train(Config(**settings))
     shutil.rmtree(data / "new")
     train(Config(**settings, allow_changed_data=True))
@@ -206,7 +206,7 @@ def test_a_disk_that_fills_after_the_first_checkpoint(tmp_path):
     assert running.returncode == 1, said
     assert "no checkpoint at step 4" in said
     assert (
-        "all steps are made, but last.pt, model.safetensors could not be written; the checkpoint of step 2 is intact"
+        "training has finished, but last.pt, model.safetensors could not be written; the checkpoint of step 2 is intact"
         in said
     )
     assert checkpoint.load(out / "last.pt")["step"] == 2
