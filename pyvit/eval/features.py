@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pyvit.data import Images
-from pyvit.data.loading import fetched
+from pyvit.data.loading import evaluation_batches
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def over(
     mine = every[rank * len(every) // world : (rank + 1) * len(every) // world]
     found, read = [], list[int]()
     progress = Progress(len(mine) if rank == 0 else 0)
-    for part in fetched(images, mine, batch, workers):
+    for part in evaluation_batches(images, mine, batch, workers):
         at = part.pop("index", None)
         if len(part["image"]):
             read += at.tolist() if at is not None else mine[len(read) : len(read) + len(part["image"])]

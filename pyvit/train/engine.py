@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from pyvit.data import Data, load_data, loading
-from pyvit.data.stream import Stream
 from pyvit.models.facts import header_of
 from pyvit.train import checkpoint, schedules
 from pyvit.train.config import Config
@@ -153,7 +152,7 @@ class Run(Resumable):
             say(self.data.summary())
         if config.image_size is None:
             self.config = config = dataclasses.replace(config, image_size=self.data.size[1])
-        batch, stream = config.batch_size or 1, isinstance(self.data.train, Stream)
+        batch, stream = config.batch_size or 1, self.data.train.streamed
         # A stream may not know its length.
         n = config.steps * batch if stream and config.steps else len(self.data.train)
         if batch > n or batch % (self.world * config.accumulate):
@@ -184,11 +183,11 @@ class Run(Resumable):
     def batches(self) -> Iterator[dict[str, Any]]:
         c, train, crops = self.config, self.data.train, self.recipe.crops
         schedule = (c.batch_size or 1, self.start, self.steps, c.seed, self.rank, self.world, c.accumulate)
-        if isinstance(train, Stream):
-            yield from loading.streamed(train, train.batches(*schedule, crops), c.workers)
+        if train.streamed:
+            yield from loading.stream_batches(train, train.batches(*schedule, crops), c.workers)
         else:
             batches = NumberedBatches(BatchSampler(len(train), *schedule))
-            yield from loading.drawn(train, crops, batches, c.seed, c.workers)
+            yield from loading.training_batches(train, crops, batches, c.seed, c.workers)
 
     def step(self, step: int, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
         """One optimizer step. Returns the values to log. Steps skipped by the float16 scaler do not advance the

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from pyvit.data import Data
-from pyvit.data.saved import describe
+from pyvit.data.description import describe
 from pyvit.info import setting
 from pyvit.train import checkpoint
 from pyvit.train.config import FREE, Config

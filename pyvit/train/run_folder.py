@@ -13,7 +13,6 @@ from typing import IO, Any
 import torch
 
 from pyvit.data import Data
-from pyvit.data.stream import Stream
 
 try:
     import fcntl
@@ -114,7 +113,7 @@ def fingerprint(data: Data) -> dict[str, Any]:
     Names are relative to the images' common folder, so that data may be moved. Streams have no hash.
     """
     train = data.train
-    if isinstance(train, Stream):
+    if train.streamed:
         return {"images": train.count, "classes": data.classes, "hash": None}
     digest = hashlib.sha256()
     if (labels := getattr(train, "labels", None)) is not None:
