@@ -1,9 +1,9 @@
-"""What the shapes of weights do not show, and outputs depend on: heads, activations, grids of positions, windows, the
-end of a text.
+"""Metadata: what the shapes of weights do not show but outputs depend on (heads, activations, position grids, windows,
+end tokens).
 
-Facts are {module: {name: value}}, such as {"blocks.0.attn": {"num_heads": 3}}. Models note theirs in the metadata of
-their state dicts (:class:`Described`) and ``pyvit train`` in the header of its weights; other libraries have a
-configuration beside the weights (:func:`facts_of_config`), where the module is a regular expression.
+Metadata is {module: {name: value}}, such as {"blocks.0.attn": {"num_heads": 3}}. State dicts of models contain it
+(:class:`Described`), as does the header of weights saved by ``pyvit train``. Other libraries have a configuration
+beside the weights (:func:`facts_of_config`); module names are then regular expressions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 Facts = dict[str, dict[str, Any]]
 
-#: Attributes of pyvit's modules that are facts.
+#: Attributes of pyvit's modules that are metadata.
 NAMES = (
     "num_heads", "activation", "eps", "grid", "stride", "window_size", "pretrained_window_size", "base", "causal",
     "pool", "eot", "pad", "global_pool",
@@ -31,7 +31,7 @@ _ACTIVATIONS = {
 
 
 def describe(model: nn.Module) -> Facts:
-    """The facts of a pyvit model."""
+    """The metadata of a pyvit model."""
     found: Facts = {}
     for path, module in model.named_modules():
         if not type(module).__module__.startswith("pyvit.") and not isinstance(module, nn.LayerNorm):
@@ -41,11 +41,11 @@ def describe(model: nn.Module) -> Facts:
             for name in NAMES
             if hasattr(module, name) and not callable(getattr(module, name))
         }
-        if not held.get("activation", True):  # a linear layer without one
+        if not held.get("activation", True):  # a linear layer has none
             del held["activation"]
         if (
             hasattr(module, "patch_size") and "stride" in held
-        ):  # of patches that overlap, else it follows from their size
+        ):  # only for overlapping patches; otherwise it is the patch size
             held["stride"] = None if module.stride == module.patch_size else held["stride"]
         if held:
             found[path] = held
@@ -53,13 +53,14 @@ def describe(model: nn.Module) -> Facts:
 
 
 def plain(value: Any) -> Any:
-    """Tuples as the lists that JSON makes of them."""
+    """Tuples to lists, as JSON stores them."""
     return [plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
 class Described(nn.Module):
-    """A model whose state dicts carry its facts, where ``torch`` keeps the versions of modules; keys and files stay as
-    they are."""
+    """A model whose state dicts contain its metadata, where ``torch`` keeps the versions of modules. Keys and files do
+    not change.
+    """
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -68,7 +69,7 @@ class Described(nn.Module):
 
 
 def facts_in(state: Any, header: Mapping[str, Any]) -> Facts:
-    """The facts that a state dict, or the header of a safetensors file, carries."""
+    """The metadata in a state dict or in the header of a safetensors file."""
     found: Facts = {}
     if KEY in header:
         found |= json.loads(header[KEY])
@@ -79,7 +80,7 @@ def facts_in(state: Any, header: Mapping[str, Any]) -> Facts:
 
 
 def header_of(model: nn.Module) -> dict[str, str]:
-    """The header of a safetensors file of ``model``'s weights, for :func:`facts_in`."""
+    """The safetensors header for ``model``'s weights, read by :func:`facts_in`."""
     return {KEY: json.dumps(describe(model))}
 
 
@@ -96,7 +97,7 @@ def _image_grid(image: Any, weight: Tensor | None) -> dict[str, Any]:
 def _tower(
     config: Mapping[str, Any], at: str, layer: str = r"blocks\.\d+", act: str = "gelu", eps: float | None = None
 ) -> Facts:
-    """Heads, activation and epsilon of one of transformers' towers."""
+    """Heads, activation and epsilon of a transformers tower."""
     activation = config.get("hidden_act", act)
     facts: Facts = {rf"{at}{layer}\.mlp(\.fc1)?": {"activation": _ACTIVATIONS.get(activation, activation)}}
     if isinstance(heads := config.get("num_attention_heads"), int):
@@ -107,7 +108,8 @@ def _tower(
 
 
 def facts_of_config(config: Mapping[str, Any], native: Mapping[str, Tensor]) -> Facts:
-    """The facts in transformers', timm's or open_clip's configuration of weights whose native names are ``native``."""
+    """The metadata in a configuration of transformers, timm or open_clip for weights with the native names
+    ``native``."""
     kind, patch = str(config.get("model_type", "")), "patch_embed.proj.weight"
     if "model_cfg" in config:
         return _open_clip(config["model_cfg"], native)
@@ -159,7 +161,7 @@ def _two_towers(config: Mapping[str, Any], native: Mapping[str, Tensor]) -> Fact
         if isinstance(end, int):
             facts["text"] = {
                 "eot": None if end == 2 else end
-            }  # transformers takes 2, of its first configurations, for the largest id
+            }  # transformers pools the largest id if eos_token_id is 2, as in its first configurations
     return facts
 
 
@@ -190,7 +192,7 @@ def _timm(config: Mapping[str, Any], weight: Tensor | None) -> Facts:
 
 
 def compare(theirs: Facts, ours: Facts) -> Iterator[tuple[str, str, Any, Any]]:
-    """(module, name, theirs, ours) of each fact that both know and that differs."""
+    """(module, name, theirs, ours) for each setting that both have and that differs."""
     for module, mine in ours.items():
         for path, facts in theirs.items():
             if path == module or ("\\" in path and re.fullmatch(path, module)):
@@ -200,7 +202,7 @@ def compare(theirs: Facts, ours: Facts) -> Iterator[tuple[str, str, Any, Any]]:
 
 
 def lookup(facts: Facts, module: str, name: str) -> Any:
-    """One fact of a module, None where nothing names it."""
+    """One setting of a module, or None."""
     for path, held in facts.items():
         if name in held and (path == module or ("\\" in path and re.fullmatch(path, module))):
             return held[name]
