@@ -85,7 +85,7 @@ def on_both_sides(train: Sequence[int], held: Sequence[int], notes: list[str]) -
     """A note with the number of images that are in both given splits."""
     known = set(held)
     if both := sum(group in known for group in train):
-        notes.append(f"{both} of the training images are also held out: the figures flatter")
+        notes.append(f"{both} of the training images are also held out: results are too optimistic")
 
 
 def group_equal(sizes: Sequence[int], read: Callable[[int], bytes]) -> list[int]:
