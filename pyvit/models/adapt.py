@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvit.models.facts import Facts
+from pyvit.models.metadata import Metadata
 from pyvit.nn import WindowAttention, WindowAttentionV2, resample_positions
 
 #: First convolutions, whose input channels are those of the image.
@@ -25,11 +25,11 @@ class Unknown(ValueError):
 
 
 def adapt(
-    model: nn.Module, state: dict[str, Tensor], target: Mapping[str, Tensor], facts: Facts, square: bool
+    model: nn.Module, state: dict[str, Tensor], target: Mapping[str, Tensor], metadata: Metadata, square: bool
 ) -> tuple[list[str], list[str]]:
     """Adapt ``state`` to the model, in place. Returns what was done, and what cannot be adapted, with the reason.
 
-    ``facts``: the file's metadata about its modules. ``square``: position tables without metadata have square grids.
+    ``metadata``: the file's metadata about its modules. ``square``: position tables without metadata have square grids.
     """
     done, failed = [], []
     fits = [*((key, _fit_stem) for key in state if _STEM.fullmatch(key))]
@@ -47,7 +47,7 @@ def adapt(
             continue
         path = key.rpartition(".")[0]
         module = model.get_submodule(path) if fit is not _fit_stem else None
-        known = (facts.get(path) or {}).get("window_size" if fit is _fit_window else "grid")
+        known = (metadata.get(path) or {}).get("window_size" if fit is _fit_window else "grid")
         try:
             note = fit(module, state, key, target, known, square)
         except Unknown as error:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pyvit.models.adapt import adapt
-from pyvit.models.facts import Facts, compare, describe, facts_of_config
 from pyvit.models.formats import FORMATS, NATIVE, Format, pattern
-from pyvit.models.source import Source, open_source, read_state
+from pyvit.models.metadata import Metadata, compare, describe, metadata_of_config
+from pyvit.models.state_dict import Source, open_source, read_state
 
 __all__ = [
     "CheckpointError",
@@ -153,11 +153,11 @@ def load_checkpoint(
     opened = source if isinstance(source, Source) else open_source(source, target.keys())
     found = recognise(opened.state) if name is None else _format(name)
     native, unknown, unused = to_native(opened.state, found)
-    facts = {**opened.facts, **({} if opened.facts else facts_of_config(opened.config, native))}
-    native, facts, other = _tower(native, facts, target)
+    metadata = {**opened.metadata, **({} if opened.metadata else metadata_of_config(opened.config, native))}
+    native, metadata, other = _tower(native, metadata, target)
     if grid is not None:
-        facts |= {
-            path: {**facts.get(path, {}), "grid": list(grid)}
+        metadata |= {
+            path: {**metadata.get(path, {}), "grid": list(grid)}
             for path, held in describe(model).items()
             if "grid" in held
         }
@@ -166,7 +166,7 @@ def load_checkpoint(
         report.notes.append(f"weights taken from {opened.wrapper!r}")
     square = not (opened.plain and found is NATIVE)
     report.adapted, unfit = adapt(
-        model, native, target, {path.replace("\\", ""): f for path, f in facts.items()}, square
+        model, native, target, {path.replace("\\", ""): f for path, f in metadata.items()}, square
     )
     skipped = [re.compile(p) for p in (*found.extra, *found.drop)]
     if "dist_token" not in target and any(note.endswith("left out") for note in report.adapted):
@@ -190,8 +190,8 @@ def load_checkpoint(
     report.unexpected = unknown
     bad = {entry.split()[0] for entry in (*report.mismatched, *report.not_finite)}
     report.missing = [key for key in target if key not in chosen and key not in bad]
-    settings = _settings(model, facts, report, any(key.startswith(("head.", "head_dist.", "fc.")) for key in chosen))
-    if found.name in ("OpenAI CLIP", "open_clip") and not any("activation" in f for f in facts.values()):
+    settings = _settings(model, metadata, report, any(key.startswith(("head.", "head_dist.", "fc.")) for key in chosen))
+    if found.name in ("OpenAI CLIP", "open_clip") and not any("activation" in f for f in metadata.values()):
         report.notes.append(
             "the file does not say whether its activation is quick_gelu (OpenAI's) or gelu; the model's is kept"
         )
@@ -215,22 +215,22 @@ def _finite(value: Tensor) -> bool:
     return math.isfinite((value.float() if value.element_size() == 1 else value).sum(dtype=torch.float64).item())
 
 
-def _settings(model: nn.Module, facts: Facts, report: LoadReport, head: bool) -> dict[str, int]:
+def _settings(model: nn.Module, metadata: Metadata, report: LoadReport, head: bool) -> dict[str, int]:
     """Compare the file's metadata with the model and add the differences to ``report``. Returns the end tokens that
     text towers take from the file.
     """
     taken: dict[str, int] = {}
     noted: dict[str, None] = {}
-    for path, fact, theirs, ours in compare(facts, describe(model)):
-        entry = f"{path + '.' if path else ''}{fact} {theirs!r} in the file, {ours!r} in the model"
-        if fact in _RESAMPLED or (fact == "global_pool" and not head):
+    for path, setting, theirs, ours in compare(metadata, describe(model)):
+        entry = f"{path + '.' if path else ''}{setting} {theirs!r} in the file, {ours!r} in the model"
+        if setting in _RESAMPLED or (setting == "global_pool" and not head):
             continue
-        if fact in _NOTED:
-            noted[f"{fact} {theirs!r} in the file, {ours!r} in the model"] = None
-        elif fact == "eot" and ours is None:
+        if setting in _NOTED:
+            noted[f"{setting} {theirs!r} in the file, {ours!r} in the model"] = None
+        elif setting == "eot" and ours is None:
             taken[path] = theirs
             report.notes.append(f"{path}.eot {theirs}, the end token that the file names")
-        elif fact == "eot" and theirs is None and ours == model.get_submodule(path).vocab_size - 1:
+        elif setting == "eot" and theirs is None and ours == model.get_submodule(path).vocab_size - 1:
             continue
         else:
             report.differs.append(entry)
@@ -239,18 +239,18 @@ def _settings(model: nn.Module, facts: Facts, report: LoadReport, head: bool) ->
 
 
 def _tower(
-    native: dict[str, Tensor], facts: Facts, target: Collection[str]
-) -> tuple[dict[str, Tensor], Facts, list[str]]:
+    native: dict[str, Tensor], metadata: Metadata, target: Collection[str]
+) -> tuple[dict[str, Tensor], Metadata, list[str]]:
     """The keys of a CLIP checkpoint that a single-tower model loads, and the other tower's keys."""
     if not any(k.startswith("visual.") for k in native) or any(k.startswith(("visual.", "text.")) for k in target):
-        return native, facts, []
+        return native, metadata, []
     tower = "text." if "token_embedding.weight" in target else "visual."
     chosen = {k.removeprefix(tower): v for k, v in native.items() if k.startswith(tower)}
     if "head.bias" in target or not any(k.startswith("head.") for k in target):
         chosen.pop("head.weight", None)  # the projection into the common space is not a classifier
     other = [k for k in native if k.removeprefix(tower) not in chosen or not k.startswith(tower)]
     cut = re.compile(re.escape(tower[:-1]) + r"(\\?\.|$)")
-    return chosen, {cut.sub("", path, count=1): f for path, f in facts.items() if cut.match(path)}, other
+    return chosen, {cut.sub("", path, count=1): f for path, f in metadata.items() if cut.match(path)}, other
 
 
 def formats() -> list[str]:

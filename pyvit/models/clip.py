@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyvit.models.facts import Described
+from pyvit.models.metadata import WithMetadata
 from pyvit.models.registry import register
 from pyvit.models.resnet import CLIPResNet
 from pyvit.models.vit import VisionTransformer
 from pyvit.nn import Block, LayerNorm, Linear
 
 
-class TextTransformer(Described):
+class TextTransformer(WithMetadata):
     """Token ids (B, L) to embeddings (B, embed_dim); L up to ``context_length``.
 
     Args:
@@ -100,7 +100,7 @@ class TextTransformer(Described):
         return ends.int().argmax(-1)  # the first end token
 
 
-class TextCBOW(Described):
+class TextCBOW(WithMetadata):
     """Mean of the token embeddings, projected: ids (B, L) to (B, embed_dim). Tokens ``pad`` are ignored. Mentioned in
     figure 3 of CLIP.
     """

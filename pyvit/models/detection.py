@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyvit.models.facts import Described
+from pyvit.models.metadata import WithMetadata
 from pyvit.models.registry import create_model, register
 from pyvit.models.swin import SwinTransformer
 from pyvit.models.vit import SIZES
@@ -123,7 +123,7 @@ class ViTDetBlock(nn.Module):
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
-class ViTDet(Described):
+class ViTDet(WithMetadata):
     """Images (B, C, H, W) to one map (B, D, H/16, W/16): a ViT with windowed attention in most blocks (section 3).
 
     Parameters have a ViT's names: MAE's weights load with ``allow=("cls_token", "norm.*", ".*rel_pos.*")``.

@@ -15,8 +15,8 @@ from pyvit.models.audio import AudioSpectrogramTransformer
 from pyvit.models.checkpoints import LoadReport, Source, load_checkpoint, open_source, recognise, to_native
 from pyvit.models.clip import clip_vit, siglip_vit
 from pyvit.models.deit import DistilledVisionTransformer
-from pyvit.models.facts import Facts, facts_of_config, lookup
 from pyvit.models.mae import MaskedAutoencoder
+from pyvit.models.metadata import Metadata, lookup, metadata_of_config
 
 
 def model_from_checkpoint(
@@ -35,9 +35,9 @@ def model_from_checkpoint(
     opened = open_source(source)
     state, layout = opened.state, recognise(opened.state)
     native, _, _ = to_native(state, layout)
-    facts = opened.facts or facts_of_config(opened.config, native)
-    constructor, settings = infer(native, facts)
-    told = _told(facts, constructor, settings)
+    metadata = opened.metadata or metadata_of_config(opened.config, native)
+    constructor, settings = infer(native, metadata)
+    told = _told(metadata, constructor, settings)
     settings |= told
     if settings.get("version") == 2:
         settings |= _windows_v2(state, settings) or _windows_named(opened.config)
@@ -55,7 +55,7 @@ def model_from_checkpoint(
     return model, report
 
 
-def _told(facts: Facts, constructor: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _told(metadata: Metadata, constructor: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of ``constructor`` in the file's metadata or configuration: heads, activation, epsilon, pooling."""
     at = "visual." if constructor in (clip_vit, siglip_vit) else ""
     wanted = {"norm_eps": (at + "norm", "eps"), "global_pool": (at[:-1], "global_pool")}
@@ -66,7 +66,7 @@ def _told(facts: Facts, constructor: Any, settings: Mapping[str, Any]) -> dict[s
         }
     if constructor is clip_vit and "text_heads" in settings:
         wanted |= {"text_heads": ("text.blocks.0.attn", "num_heads"), "eot": ("text", "eot")}
-    found = {name: lookup(facts, path, fact) for name, (path, fact) in wanted.items()}
+    found = {name: lookup(metadata, path, setting) for name, (path, setting) in wanted.items()}
     return {k: v for k, v in found.items() if v is not None}
 
 
@@ -75,15 +75,15 @@ def structure(source: Source) -> dict[str, Any]:
     ViT's.
     """
     native, _, _ = to_native(source.state, recognise(source.state))
-    facts = source.facts or facts_of_config(source.config, native)
+    metadata = source.metadata or metadata_of_config(source.config, native)
     at = "visual." if any(k.startswith("visual.") for k in native) else ""
     if f"{at}blocks.0.attn.qkv.weight" not in native or f"{at}patch_embed.proj.weight" not in native:
         return {}
     shown = _vit(native, at, (1, 1))
     told = {
-        "norm_eps": lookup(facts, at + "blocks.0.norm1", "eps"),
-        "activation": lookup(facts, at + "blocks.0.mlp.fc1", "activation"),
-        "global_pool": lookup(facts, at[:-1], "global_pool"),
+        "norm_eps": lookup(metadata, at + "blocks.0.norm1", "eps"),
+        "activation": lookup(metadata, at + "blocks.0.mlp.fc1", "activation"),
+        "global_pool": lookup(metadata, at[:-1], "global_pool"),
     }
     names = (
         "qkv_bias",
@@ -99,18 +99,18 @@ def structure(source: Source) -> dict[str, Any]:
     return {**{k: v for k, v in told.items() if v is not None}, **{k: shown[k] for k in names if k in shown}}
 
 
-def infer(state: Mapping[str, Tensor], facts: Facts | None = None) -> tuple[Any, dict[str, Any]]:
-    """Constructor and settings for a native state dict; ``facts`` is the file's metadata."""
+def infer(state: Mapping[str, Tensor], metadata: Metadata | None = None) -> tuple[Any, dict[str, Any]]:
+    """Constructor and settings for a native state dict; ``metadata`` is the file's metadata."""
     if "visual.patch_embed.proj.weight" in state and "text.token_embedding.weight" in state:
-        return _clip(state, lookup(facts or {}, "visual", "grid"))
+        return _clip(state, lookup(metadata or {}, "visual", "grid"))
     if "patch_embed.proj.weight" in state and any(k.startswith("layers.0.blocks.0.") for k in state):
         return swin.SwinTransformer, _swin(state)
     if "patch_embed.proj.weight" in state and "blocks.0.attn.qkv.weight" in state:
-        settings = _vit(state, "", lookup(facts or {}, "", "grid"))
+        settings = _vit(state, "", lookup(metadata or {}, "", "grid"))
         if "decoder_embed.weight" in state:
             return MaskedAutoencoder, settings | _decoder(state)
         if "dist_token" in state and "fc_norm.weight" in state:
-            return AudioSpectrogramTransformer, _spectrogram(settings, facts or {})
+            return AudioSpectrogramTransformer, _spectrogram(settings, metadata or {})
         distilled = "head_dist.weight" in state or ("dist_token" in state and "head.weight" not in state)
         return DistilledVisionTransformer if distilled else vit.VisionTransformer, settings
     raise ValueError(f"model_from_checkpoint: source is not a ViT, Swin or CLIP; its keys begin with {list(state)[:5]}")
@@ -188,9 +188,9 @@ def _vit(state: Mapping[str, Tensor], prefix: str, grid: Sequence[int] | None = 
     return settings | {"img_size": (side * ph, side * pw), "no_embed_class": found[0] == 0}
 
 
-def _spectrogram(settings: dict[str, Any], facts: Facts) -> dict[str, Any]:
+def _spectrogram(settings: dict[str, Any], metadata: Metadata) -> dict[str, Any]:
     """Settings of an AST. Its two tokens are averaged; its patches may overlap, which no shape shows."""
-    grid, stride = lookup(facts, "", "grid"), lookup(facts, "patch_embed", "stride")
+    grid, stride = lookup(metadata, "", "grid"), lookup(metadata, "patch_embed", "stride")
     if grid is None:
         raise ValueError(
             "model_from_checkpoint: nothing tells the spectrogram's size and the stride of its patches: create the "

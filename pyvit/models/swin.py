@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyvit.models.facts import Described
+from pyvit.models.metadata import WithMetadata
 from pyvit.models.registry import register
 from pyvit.nn import DropPath, LayerNorm, Linear, Mlp, PatchEmbed, WindowAttention, WindowAttentionV2, replay
 from pyvit.nn.linear import apply, plain
@@ -131,7 +131,7 @@ class ClassifierHead(nn.Module):
         return x if pre_logits else self.fc(x)
 
 
-class SwinTransformer(Described):
+class SwinTransformer(WithMetadata):
     """Images (B, C, H, W) of any size to logits (B, num_classes), with timm's parameter names.
 
     Args:

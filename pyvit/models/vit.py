@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyvit.models.facts import Described
+from pyvit.models.metadata import WithMetadata
 from pyvit.models.registry import register
 from pyvit.nn import (
     AttentionPool,
@@ -27,7 +27,7 @@ from pyvit.nn.patch_embed import pair
 from pyvit.nn.rates import check_rate
 
 
-class VisionTransformer(Described):
+class VisionTransformer(WithMetadata):
     """Images (B, C, H, W) to logits (B, num_classes), with timm's parameter names. H and W: any multiple of the patch
     size.
 

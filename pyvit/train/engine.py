@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from pyvit.data import Data, load_data, loading
-from pyvit.models.facts import header_of
+from pyvit.models.metadata import header_of
 from pyvit.train import checkpoint, schedules
 from pyvit.train.config import Config
 from pyvit.train.grad_cache import MicroBatch, cache, rng_state, set_rng_state

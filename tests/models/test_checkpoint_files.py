@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import pyvit
-from pyvit.models import files
+from pyvit.models import checkpoint_files
 from pyvit.models.checkpoints import from_native, load_checkpoint
 from pyvit.models.infer import model_from_checkpoint
 
@@ -297,7 +297,7 @@ def test_suffixes_do_not_decide(tmp_path):
     model = vit()
     load_checkpoint(model, tmp_path / "a.bin")
     assert same(model, source.state_dict())
-    assert files.read(tmp_path / "a.bin")[1] == {}
+    assert checkpoint_files.read(tmp_path / "a.bin")[1] == {}
 
 
 def test_configurations_of_timm_and_open_clip(tmp_path):

@@ -152,7 +152,7 @@ def test_what_takes_micro_batches_alone_says_so(tmp_path, capsys):
     options = ["prototypes=40", "hidden=16", "bottleneck=8", "local_crops=0"]
     settings = {"data": "digits", "steps": 1, "batch_size": 8, "accumulate": 2, "set": tiny, "option": options}
     train(Config(recipe="dinov2", out=str(tmp_path), **settings))
-    assert "note: Sinkhorn-Knopp and KoLeo see each of the 2 micro-batches alone" in capsys.readouterr().out
+    assert "note: Sinkhorn-Knopp and KoLeo see each of the 2 micro-batches separately" in capsys.readouterr().out
 
 
 def test_one_class_is_nothing_to_learn():

@@ -12,7 +12,7 @@ import torch
 import pyvit
 from pyvit.data import Data, TensorImages
 from pyvit.models.checkpoints import from_native
-from pyvit.models.facts import header_of
+from pyvit.models.metadata import header_of
 from pyvit.nn import resample_positions
 from pyvit.train import Config, checkpoint
 from pyvit.train.engine import resolve_config

@@ -113,10 +113,10 @@ def expected(recipe, name):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_models_are_taken_or_refused_before_data_is_read(recipe, monkeypatch):
-    from pyvit.train import engine, start
+    from pyvit.train import engine, initialisation
 
-    monkeypatch.setattr(start, "open_source", lambda *_: pytest.fail("a file was read"))
-    monkeypatch.setattr(start, "adopt", lambda config, recipe: config)
+    monkeypatch.setattr(initialisation, "open_source", lambda *_: pytest.fail("a file was read"))
+    monkeypatch.setattr(initialisation, "adopt", lambda config, recipe: config)
     monkeypatch.setattr(engine, "adopt", lambda config, recipe: config)
     for name in pyvit.list_models():
         if expected(recipe, name):

@@ -92,13 +92,13 @@ def test_two_runs_in_one_folder(tmp_path):
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
     """The process that the file names is asked for: one that runs here holds the folder, one that has ended does
     not."""
-    from pyvit.train import folder
+    from pyvit.train import run_folder
 
-    monkeypatch.setattr(folder, "fcntl", None)
+    monkeypatch.setattr(run_folder, "fcntl", None)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     for pid, held in ((os.getppid(), True), (ended.pid, False)):
-        (tmp_path / "run.lock").write_text(json.dumps({"pid": pid, "host": folder.socket.gethostname()}))
+        (tmp_path / "run.lock").write_text(json.dumps({"pid": pid, "host": run_folder.socket.gethostname()}))
         lock = Lock(tmp_path)
         if held:
             with pytest.raises(ValueError, match=f"is in use by process {pid} on "):

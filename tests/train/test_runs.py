@@ -44,7 +44,7 @@ def test_images_may_have_moved(run, tmp_path, capsys):
     assert recipe.data.classes == data.classes == ["dark", "light"]
     assert commands.knn(str(run), str(tmp_path / "new")).keys() == {"k=10"}
     assert "2 classes: dark, light" in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match=r"old' does not exist; name the images to measure on with --data"):
+    with pytest.raises(FileNotFoundError, match=r"old' does not exist; give the images to evaluate on with --data"):
         load_run(run)
 
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pyvit.models import files
-from pyvit.models.facts import Facts, facts_in
+from pyvit.models import checkpoint_files
+from pyvit.models.metadata import Metadata, metadata_in
 
 #: Names of dictionaries in checkpoints that contain a state dict, EMA weights first; and prefixes that wrappers
 #: add to all keys.
@@ -32,7 +32,7 @@ class Source(NamedTuple):
     beside it."""
 
     state: dict[str, Tensor]
-    facts: Facts
+    metadata: Metadata
     config: dict[str, Any]
     wrapper: str  # the dictionary that contained the tensors, or ""
     plain: bool  # the library that wrote it is unknown
@@ -54,7 +54,7 @@ def open_source(source: str | os.PathLike[str] | Mapping[str, Any], target: Coll
     name = "the checkpoint"
     if isinstance(source, str | os.PathLike):
         name = os.fspath(source)
-        source, config, header = files.read(source)
+        source, config, header = checkpoint_files.read(source)
     if not isinstance(source, Mapping):
         raise TypeError(f"load_checkpoint: source must hold a state dict, got {type(source).__name__}")
     content, wrappers = source, list[str]()
@@ -64,18 +64,20 @@ def open_source(source: str | os.PathLike[str] | Mapping[str, Any], target: Coll
     state = {k: v for k, v in content.items() if isinstance(v, Tensor)}
     if not state:
         raise ValueError(f"load_checkpoint: no tensors in source, {name}, whose keys are {list(content)[:8]}")
-    facts = facts_in(content, header)
-    state, facts = _without_prefixes(state, facts, target)
-    if any(k.endswith("input_resolution") for k in state) and not facts:  # OpenAI's own archives
-        facts = {rf"{tower}\.blocks\.\d+\.mlp(\.fc1)?": {"activation": "quick_gelu"} for tower in ("visual", "text")}
-    known = bool(facts) or bool(config and "recipe" not in config) or hasattr(content, "_metadata")
-    return Source(state, facts, config, ".".join(wrappers), not known, name)
+    metadata = metadata_in(content, header)
+    state, metadata = _without_prefixes(state, metadata, target)
+    if any(k.endswith("input_resolution") for k in state) and not metadata:  # OpenAI's own archives
+        metadata = {rf"{tower}\.blocks\.\d+\.mlp(\.fc1)?": {"activation": "quick_gelu"} for tower in ("visual", "text")}
+    known = bool(metadata) or bool(config and "recipe" not in config) or hasattr(content, "_metadata")
+    return Source(state, metadata, config, ".".join(wrappers), not known, name)
 
 
 def _inside(content: Mapping[str, Any]) -> str | None:
     """The wrapper's dictionary that has the weights, or None if ``content`` is a state dict."""
     holds = [
-        k for k, v in content.items() if isinstance(v, Mapping) and any(isinstance(t, Tensor) for t in files.flat(v))
+        k
+        for k, v in content.items()
+        if isinstance(v, Mapping) and any(isinstance(t, Tensor) for t in checkpoint_files.flat(v))
     ]
     if named := next((w for w in WRAPPERS if w in holds), None):
         return named
@@ -86,11 +88,11 @@ def _inside(content: Mapping[str, Any]) -> str | None:
 
 
 def _without_prefixes(
-    state: dict[str, Tensor], facts: Facts, target: Collection[str]
-) -> tuple[dict[str, Tensor], Facts]:
+    state: dict[str, Tensor], metadata: Metadata, target: Collection[str]
+) -> tuple[dict[str, Tensor], Metadata]:
     if not any(_INNER.search(k) for k in target):
         state = {_INNER.sub("", k): v for k, v in state.items()}
-        facts = {_INNER.sub("", k + ".")[:-1]: v for k, v in facts.items()}
+        metadata = {_INNER.sub("", k + ".")[:-1]: v for k, v in metadata.items()}
     state.pop("n_averaged", None)  # torch.optim.swa_utils.AveragedModel
     prefixes = [p for p in PREFIXES if not any(k.startswith(p) for k in target)]
     while True:
@@ -102,10 +104,10 @@ def _without_prefixes(
         ):
             prefix = "encoder."
         if prefix is None:  # DINOv2 trains in chunks of blocks: blocks.chunk.i
-            return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}, facts
+            return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}, metadata
         if prefix == "teacher.":  # the teacher is better, as in WRAPPERS
             state = {k: v for k, v in state.items() if not k.startswith("student.")}
-            facts = {k: v for k, v in facts.items() if not k.startswith("student.")}
+            metadata = {k: v for k, v in metadata.items() if not k.startswith("student.")}
         # A DINO checkpoint has heads beside the backbone: keys without the prefix are kept.
         stripped = {k.removeprefix(prefix): v for k, v in state.items()}
         if len(stripped) < len(state):
@@ -114,11 +116,11 @@ def _without_prefixes(
                 f"load_checkpoint: source has keys with and without the prefix {prefix!r}: {', '.join(twice[:5])}"
             )
         # Metadata of the inner module has priority over that of its wrapper.
-        facts = {
-            **facts,
+        metadata = {
+            **metadata,
             **{
                 (k + ".").removeprefix(prefix).removesuffix("."): v
-                for k, v in facts.items()
+                for k, v in metadata.items()
                 if (k + ".").startswith(prefix)
             },
         }
