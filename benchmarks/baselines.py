@@ -1,8 +1,7 @@
-"""ViT and Swin in plain PyTorch, and the arithmetic of their attention as it is usually written: what the ops are
-compared with.
+"""ViT and Swin in plain PyTorch, and their attention as it is usually written: the baselines of the benchmarks.
 
-Written from the papers with timm's parameter names, so that weights pass between timm, pyvit and these; tests hold them
-to timm's outputs where timm is installed. ``attention`` is "sdpa" or "naive".
+Written from the papers with timm's parameter names, so that weights can be exchanged with timm and pyvit. Tests compare
+them with timm. ``attention`` is "sdpa" or "naive".
 """
 
 from __future__ import annotations
@@ -19,7 +18,9 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Three library calls and the score matrix in memory; q is scaled first because it is smaller than the scores."""
+    """Two matrix products and a softmax, with the score matrix in memory. q is scaled first because it is smaller than
+    the scores.
+    """
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if bias is not None:
         scores = scores + bias
@@ -68,9 +69,9 @@ def window_core(
     """Attention within windows, as Swin's authors and timm compute it: qkv (B * windows, area, 3C) -> (B * windows,
     area, C).
 
-    table: relative-position bias ((2w - 1)**2, heads); index (area, area) into it and mask (windows, area, area) are
-    built once per model. logit_scale: Swin V2's cosine attention instead of the scaled product; only with the naive
-    form.
+    table: relative-position bias ((2w - 1)**2, heads). index (area, area) into it and mask (windows, area, area) are
+    built once per model. logit_scale: Swin V2's cosine attention instead of the scaled product; only with naive
+    attention.
     """
     bw, n, c3 = qkv.shape
     q, k, v = qkv.view(bw, n, 3, heads, c3 // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)

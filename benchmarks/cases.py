@@ -1,4 +1,4 @@
-"""What is measured, as data: the shapes of vision transformers, and beside each the target it is held to."""
+"""The benchmarks' cases as data: shapes of vision transformers, and their targets."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-#: quick: seconds, to see that everything runs; default: ``make bench``; full: every row.
+#: quick: takes seconds, shows that everything runs; default: ``make bench``; full: every case.
 LEVELS = ("quick", "default", "full")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A promise about ``ours``, each part optional.
+    """A target for ``ours``; every part is optional.
 
-    ``ratio``: times as fast as the fastest of ``against``; ``ceiling``: percent of the machine's multiply-add rate;
-    ``memory``: peak memory as a part of that of the first of ``against``; ``extra_us``: microseconds a call may take
-    beyond the fastest of ``against``; ``roofline``: percent of what the memory bus and the arithmetic allow; ``each``:
-    provider and how many times as fast as that one.
+    ``ratio``: speedup over the fastest of ``against``; ``ceiling``: per cent of the machine's multiply-add rate;
+    ``memory``: peak memory relative to the first of ``against``; ``extra_us``: microseconds a call may take more than
+    the fastest of ``against``; ``roofline``: per cent of what memory bandwidth and arithmetic allow; ``each``: pairs of
+    a provider and the speedup over it.
     """
 
     ratio: float | None = None
@@ -47,7 +47,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Case:
-    """One row group: every provider of ``op`` on ``shape``.
+    """All providers of ``op`` for one ``shape``.
 
     ``mode``: "forward", "forward+backward"; for models "inference", "train" (forward, backward, AdamW).
     """
@@ -68,7 +68,7 @@ class Case:
 
     @property
     def baseline(self) -> tuple[str, ...]:
-        """The providers whose fastest is 1.0 in the ratio column."""
+        """The providers whose fastest has 1.0 in the ratio column."""
         return self.against or (
             self.target.against if self.target and self.target.against else BASELINES.get(self.op, ("sdpa", "naive"))
         )
@@ -114,8 +114,9 @@ def _attention(
 
 
 def attention() -> list[Case]:
-    """ViT-B and ViT-L shapes at 224, 384 and 512 pixels; Swin's as batches of short sequences; CLIP's text; ViT-H's
-    head dimension."""
+    """Shapes of ViT-B and ViT-L at 224, 384 and 512 pixels, of Swin as batches of short sequences, of CLIP's text
+    tower, and with ViT-H's head dimension.
+    """
     best = ("sdpa", "naive")
     forward = {
         "fp32": {197: (2.7, 75), 577: (2.6, 82), 1025: (2.4, 87)},
@@ -193,7 +194,7 @@ def _windows(
 
 
 def windows() -> list[Case]:
-    """The attention of Swin-T's stages without its projections; windows of 8 and 12 and Swin V2 beyond that."""
+    """Attention of Swin-T's stages without projections; also windows of 8 and 12, and Swin V2."""
     timm = ("timm path",)
     found = []
     for stage, times in zip(SWIN_STAGES, (12.0, 8.0, 8.0), strict=True):
@@ -213,7 +214,7 @@ def windows() -> list[Case]:
 
 
 def patches() -> list[Case]:
-    """ViT-B/16 on 16 images of 224 pixels: as floats, as bytes, and a quarter of the patches as in MAE."""
+    """ViT-B/16 on 16 images of 224 pixels: float, uint8, and a quarter of the patches as in MAE."""
     shape = {"batch": 16, "size": 224, "patch": 16, "width": 768}
     found = []
     for dtype, times in (("fp32", 2.0), ("bf16", 1.4)):
@@ -244,7 +245,7 @@ def patches() -> list[Case]:
 
 
 def linears() -> list[Case]:
-    """ViT-B's and Swin-T's projections, rows x in x out, with and without the activation that follows."""
+    """Projections of ViT-B and Swin-T, rows x in x out, with and without activation."""
     found = []
     for m, k, n, activation in (
         (1576, 768, 3072, "gelu"),
@@ -298,8 +299,9 @@ def norms() -> list[Case]:
 
 
 def losses() -> list[Case]:
-    """The losses that hold no logits, forward and backward: CLIP's from small batches to large, SimCLR's, SigLIP's,
-    DINO's."""
+    """The losses that do not store logits, forward and backward: CLIP's for small to large batches, SimCLR's, SigLIP's,
+    DINO's.
+    """
     target, found = Target(1 / 0.7, ("naive",), memory=0.05), []
 
     def add(op: str, label: str, dtype: str, shape: dict[str, int], level: str, target: Target | None = None) -> None:
@@ -313,14 +315,14 @@ def losses() -> list[Case]:
         add("sigmoid_contrastive", "batch 4096 d 512", dtype, {"batch": 4096, "dim": 512}, level)
         crops = {"crops": 4, "views": 2, "batch": 64, "dim": 256, "prototypes": 32768}
         add("distillation_cross_entropy", "4 + 2 crops of 64, 32768 prototypes", dtype, crops, level)
-    for n in (16384, 32768):  # the naive form takes 5 and 20 GiB
+    for n in (16384, 32768):  # the naive form needs 5 and 20 GiB
         add("info_nce", f"batch {n} d 512", "fp32", {"batch": n, "dim": 512}, "full", target)
     add("info_nce", "batch 256 d 64", "fp32", {"batch": 256, "dim": 64}, "quick")
     return found
 
 
 def models() -> list[Case]:
-    """Whole models on photographs: inference, and the training step with AdamW (bf16 under autocast)."""
+    """Whole models on photographs: inference, and training steps with AdamW (bf16 under autocast)."""
     eager = ("eager SDPA", "eager naive")
     found = []
     for name in ("vit_base_patch16_224", "swin_tiny_patch4_window7_224"):
@@ -361,7 +363,9 @@ SUITES = {"ops": lambda: attention() + windows() + patches() + linears() + norms
 
 
 def select(suites: tuple[str, ...], level: str, pattern: str = "") -> list[Case]:
-    """The cases of ``suites`` at ``level`` whose id contains ``pattern``; a pattern looks among every level's cases."""
+    """The cases of ``suites`` at ``level`` whose id contains ``pattern``; a pattern selects from the cases of all
+    levels.
+    """
     quick = level == "quick"
     found = [case for suite in suites for case in SUITES[suite]()]
     if pattern:
@@ -370,8 +374,9 @@ def select(suites: tuple[str, ...], level: str, pattern: str = "") -> list[Case]
 
 
 def spread(chosen: Sequence[Case]) -> list[Case]:
-    """The first case of every operator and model, then the second of each, and so on: a run that ends early has seen
-    something of each."""
+    """The first case of every operator and model, then the second of each, and so on, so that a run that ends early
+    covers all.
+    """
     seen: Counter[str] = Counter()
     ranks = []
     for case in chosen:

@@ -1,4 +1,4 @@
-"""What this machine can do at most: the rate of multiply-adds and of memory, measured in the same run as the ops."""
+"""The machine's peak rates of multiply-adds and of memory, measured in the same run as the operators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 @dataclass(frozen=True)
 class Ceiling:
     """GF/s (two per multiply-add) by dtype, copy bandwidth in GB/s (bytes read plus bytes written), and how they were
-    measured."""
+    measured.
+    """
 
     gflops: dict[str, float]
     copy_gbs: float
@@ -20,11 +21,11 @@ class Ceiling:
     source: str
 
     def percent(self, gflops: float, dtype: str) -> float:
-        """``gflops`` in percent of the ceiling for ``dtype``; NaN where that was not measured."""
+        """``gflops`` in per cent of the ceiling for ``dtype``; NaN if that was not measured."""
         return 100.0 * gflops / self.gflops.get(dtype, float("nan"))
 
     def floor_ms(self, flops: float, moved: float, dtype: str) -> float:
-        """Shortest possible time for so many flops and bytes of memory traffic: the roofline."""
+        """The shortest possible time for these flops and bytes (the roofline)."""
         return max(flops / self.gflops.get(dtype, float("nan")) / 1e6, moved / self.copy_gbs / 1e6)
 
     def __str__(self) -> str:
@@ -33,8 +34,7 @@ class Ceiling:
 
 
 def _best(run: Callable[[], object], seconds: float) -> float:
-    """Shortest time of one call, in seconds, over about ``seconds``: a ceiling is what the machine reaches
-    undisturbed."""
+    """Shortest time of a call in seconds, measured for about ``seconds``: the ceiling is the undisturbed rate."""
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         begin = time.perf_counter()
@@ -67,7 +67,7 @@ def _torch_copy(seconds: float) -> float:
 
 
 def measure(threads: int, seconds: float = 0.5) -> Ceiling:
-    """The ceilings on ``threads`` threads, spending about ``seconds`` on each.
+    """The ceilings on ``threads`` threads, measured for about ``seconds`` each.
 
     Without the compiled module the rate of multiply-adds is that of oneDNN's best matrix product, which is lower;
     ``source`` says which.

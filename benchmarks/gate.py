@@ -1,7 +1,7 @@
-"""The benchmark's gate: no time is reported for an output outside the numerics rule of :mod:`pyvit.testing`.
+"""The correctness check: no time is reported for an output that fails the numerics rule of :mod:`pyvit.testing`.
 
-The same rule holds for peers, with one difference: a peer outside it is shown with its error marked, because hiding it
-would flatter us; beyond ``WRONG`` times the limit it is computing something else, and is refused.
+The rule also applies to peers, with one difference: a peer that fails is timed and marked. Beyond ``WRONG`` times the
+limit it computes something else and is not timed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WRONG = 16.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """The comparison that came nearest to its limit (or furthest beyond), of all outputs, gradients and inputs."""
+    """The comparison that is closest to its limit (or furthest beyond it), of all outputs, gradients and inputs."""
 
     error: float
     allowed: float
@@ -40,14 +40,14 @@ def worst(comparisons: Sequence[testing.Comparison]) -> Verdict:
 
 
 class Gate:
-    """Holds functions of the same tensors to the float64 reference, computed once.
+    """Compares functions of the same tensors with the float64 reference, which is computed once.
 
     Args:
-        tensors: inputs by name; floating ones are widened for the reference.
-        naive: the naive form, called with the tensors by name, giving one tensor.
+        tensors: inputs by name; floating ones are converted to float64 for the reference.
+        naive: the naive form, called with the tensors by name, returning one tensor.
         grads: tensors whose gradients are compared.
-        items: of the batch, the entries that the reference computes (the function under test always computes all);
-            None: all of them. Only for forms in which batch entries do not mix, and with gradients of batched tensors.
+        items: batch entries that the reference computes; None: all. The function under test always computes all. Only
+            for functions in which batch entries do not interact, and gradients of batched tensors.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Gate:
         return t[list(self.items)]
 
     def __call__(self, name: str, function: Callable[..., Tensor]) -> list[testing.Comparison]:
-        """Run ``function(**tensors)`` in poisoned memory and compare its output and gradients."""
+        """Run ``function(**tensors)`` in NaN-filled memory and compare its output and gradients."""
         with testing.poisoned():
             got, grads = testing.run(
                 function, self.tensors, self.grads, None if self.cotangent is None else [self.cotangent]

@@ -1,8 +1,6 @@
-"""``python -m benchmarks.gpu``: everything a GPU must show, in one command: tests, tuning, ops, models, and the
-targets' verdicts.
+"""``python -m benchmarks.gpu``: tests, tuning, operators, models and targets on a GPU, in one command.
 
-Needs torch with a GPU, triton, numpy, matplotlib and pytest; timm, transformers and scikit-learn are used where they
-are installed.
+Needs torch with a GPU, triton, numpy, matplotlib and pytest. timm, transformers and scikit-learn are used if installed.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ _REPOSITORY = Path(__file__).parent.parent
 
 
 def lacking() -> str | None:
-    """In one line what this machine lacks, or None."""
+    """What this machine lacks, in one line, or None."""
     if not torch.cuda.is_available():
         kind = (
             f"CUDA {torch.version.cuda}"
@@ -47,7 +45,7 @@ def lacking() -> str | None:
 
 
 def measure_ceiling() -> Ceiling:
-    """The GPU's rates as a large matrix product and a large copy reach them."""
+    """The GPU's rates in a large matrix product and a large copy."""
     rates = {}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         n = 8192 if dtype == torch.bfloat16 else 4096
@@ -70,7 +68,7 @@ def _milliseconds(run: object) -> float:
 
 
 def run_tests(limit: float) -> str:
-    """The tests marked ``gpu``, in a process of their own; the line that sums them up."""
+    """Run the tests marked ``gpu`` in a separate process. Returns their summary line."""
     command = [
         sys.executable,
         "-m",
@@ -89,13 +87,13 @@ def run_tests(limit: float) -> str:
     except subprocess.TimeoutExpired:
         return f"stopped after {limit:.0f} s"
     lines = [line for line in done.stdout.splitlines() if line.strip()] or done.stderr.splitlines() or ["no output"]
-    if done.returncode not in (0, 5):  # 5: no test was selected
+    if done.returncode not in (0, 5):  # pytest's exit code 5: no test was selected
         print(done.stdout[-4000:])
     return f"{'pass' if done.returncode == 0 else 'FAIL'}: {lines[-1]}"
 
 
 def tune(limit: float) -> str:
-    """A tuning run, which writes the table of tiles for the GPU at hand."""
+    """Run the tuner, which writes the tile table for this GPU."""
     if importlib.util.find_spec("pyvit.triton_kernels.tools.tune") is None:
         return "this pyvit has no pyvit.triton_kernels.tools.tune"
     command = [sys.executable, "-m", "pyvit.triton_kernels.tools.tune", "--budget", f"{0.8 * limit:.0f}"]
@@ -116,7 +114,7 @@ def _peers() -> tuple[str, ...]:
 
 
 def chosen_cases(steps: Sequence[str]) -> list[Case]:
-    """The cases of ``steps``, in the order in which a budget takes them."""
+    """The cases of ``steps``, in order of priority."""
     kinds = {"ops": gpu_cases.ops, "losses": gpu_cases.losses, "models": gpu_cases.models}
     return gpu_cases.ordered([case for step in steps if step in kinds for case in kinds[step]()])
 
@@ -124,8 +122,9 @@ def chosen_cases(steps: Sequence[str]) -> list[Case]:
 def measure_within(
     chosen: Sequence[Case], settings: Settings, top: Ceiling, left: Callable[[], float], say: Callable[[str], None]
 ) -> Results:
-    """Case by case while the ``left()`` seconds hold another like the slowest so far; targets of the rest are not
-    measured, and say so."""
+    """Measure case by case while the ``left()`` seconds are enough for a case as slow as the slowest so far. Targets of
+    the others are reported as not measured.
+    """
     results, slowest = Results(), 10.0
     for i, case in enumerate(chosen):
         begun = left()

@@ -1,9 +1,9 @@
-"""``python -m benchmarks.gpu_backends``: CUDA's kernels against Triton's on the GPU at hand, as rows for
+"""``python -m benchmarks.gpu_backends``: CUDA kernels against Triton kernels on this GPU, as rows for
 ``pyvit.gpu_choice.MEASURED``.
 
-Both are held to float64 first, as in every benchmark; a case where one is wrong or refuses gives no row, and says so.
-With ``--predicted``, which needs no GPU, it prints what was measured beside what :func:`pyvit.gpu_choice.predict` says
-of the same calls.
+Both are checked against float64 first. A case in which one is wrong or cannot serve gives no row, and is reported.
+``--predicted``, which needs no GPU, prints the recorded measurements beside the predictions of
+:func:`pyvit.gpu_choice.predict`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def rows(
     say: Callable[[str], None],
     backends: tuple[str, str] = ("cuda", "triton"),
 ) -> Iterator[gpu_choice.Measured]:
-    """One row per case that both of ``backends`` compute right."""
+    """A row for each case that both of ``backends`` compute correctly."""
 
     def both(case: Case, spec: Spec) -> list[Provider]:
         ours = next(p for p in spec.providers if p.name == OURS)

@@ -1,4 +1,4 @@
-"""What ``make gpu`` measures: the GPU shapes and their targets, and the providers that exist only there."""
+"""Cases, targets and providers of ``make gpu``."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _TOKENS = {197: 256, 257: 192, 577: 64, 1025: 32}
 
 
 def ops() -> list[Case]:
-    """Attention, windows and patch embedding in bfloat16, forward, backward and both.
+    """Attention, windows and patch embedding in bfloat16: forward, backward and both.
 
-    ``level`` "default" marks what a short run takes first: every kind of target once, attention's at every length.
+    The cases of ``level`` "default" run first: every kind of target once, attention's at every length.
     """
     found = []
     for n, batch in _TOKENS.items():
@@ -82,7 +82,7 @@ def ops() -> list[Case]:
 
 
 def losses() -> list[Case]:
-    """The losses over pairs in bfloat16, forward and backward, against the naive form that holds the logits."""
+    """The pairwise losses in bfloat16, forward and backward, against the naive form that stores the logits."""
     target, mode = Target(1 / 0.7, ("naive",), memory=0.05), "forward+backward"
     pairs = {"batch": 16384, "dim": 512}
     crops = {"crops": 10, "views": 2, "batch": 64, "dim": 256, "prototypes": 65536}
@@ -104,7 +104,7 @@ def losses() -> list[Case]:
 
 
 def models() -> list[Case]:
-    """Swin-B throughput and Swin-T training memory, and ViT-B beside them."""
+    """Throughput of Swin-B, training memory of Swin-T, and ViT-B."""
     compiled, eager = ("timm + compile", "naive + compile", "compile"), ("eager SDPA", "eager naive")
     big, swin = {"batch": 128, "size": 224}, "swin_tiny_patch4_window7_224"
     memory = Target(memory=0.7, against=("timm", "eager naive"))
@@ -117,12 +117,12 @@ def models() -> list[Case]:
 
 
 def ordered(found: list[Case]) -> list[Case]:
-    """What a run that may be cut short takes first: "default" before the rest, then what has a target."""
+    """Cases in order of priority for a run with a time limit: "default" ones first, then those with targets."""
     return sorted(found, key=lambda case: (LEVELS.index(case.level), case.target is None))
 
 
 def tiny() -> list[Case]:
-    """The same kinds of cases, small enough for the interpreter and the tests."""
+    """Cases of the same kinds, small enough for the interpreter and the tests."""
     attention = {"batch": 2, "heads": 2, "length": 33, "dim": 32}
     window = {"batch": 1, "side": 14, "width": 64, "heads": 2, "window": 7, "shift": 3, "version": 1}
     patch = {"batch": 2, "size": 32, "patch": 16, "width": 32}
@@ -182,7 +182,7 @@ def _flex_attention() -> Callable[..., Tensor]:
 
 
 def _flex_windows(case: Case, spec: Spec) -> Callable[..., Any]:
-    """The window core on FlexAttention: bias and shift mask as a score modification, roll and partition around it."""
+    """Window attention with FlexAttention: bias and shift mask as a score modification, with roll and partition."""
     from torch.nn.attention.flex_attention import flex_attention
 
     side, heads, window, shift = (case.shape[key] for key in ("side", "heads", "window", "shift"))
@@ -204,7 +204,7 @@ def _flex_windows(case: Case, spec: Spec) -> Callable[..., Any]:
 
 
 def on_backend(backend: str, ours: Provider) -> Provider:
-    """Ours with the backend named instead of chosen."""
+    """Ours with a given backend."""
 
     def run(**tensors: Tensor) -> Any:
         with pyvit.use_backend(backend):
@@ -214,7 +214,7 @@ def on_backend(backend: str, ours: Provider) -> Provider:
 
 
 def extra(case: Case, spec: Spec) -> Sequence[Provider]:
-    """Each of our GPU backends and each of SDPA's pinned, and FlexAttention."""
+    """Each of our GPU backends, each SDPA backend, and FlexAttention."""
     if case.op not in ("flash_attention", "window_attention", "patch_embed"):
         return []
     ours = next(p for p in spec.providers if p.name == OURS)

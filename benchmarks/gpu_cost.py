@@ -1,4 +1,4 @@
-"""The cost model's floor for a GPU case: what the part's data sheet allows, beside what was measured."""
+"""Lower bounds of GPU cases from data sheets, shown beside the measurements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.inputs import DTYPES
 
 
 def call_cost(case: Case, backward: bool) -> cost.Cost | None:
-    """Bytes and flops of one call of the case's op; None for whole models, which the cost model does not describe."""
+    """Bytes and flops of one call of the case's operator; None for whole models."""
     s, dtype = case.shape, DTYPES[case.dtype]
     if case.op == "flash_attention":
         causal = s.get("causal", False)
@@ -37,8 +37,9 @@ def call_cost(case: Case, backward: bool) -> cost.Cost | None:
 
 
 def _loss_cost(op: str, s: Mapping[str, Any], dtype: torch.dtype, backward: bool) -> cost.Cost | None:
-    """A loss over pairs: its embeddings and their gradients move, the logits never do; of a symmetric matrix half is
-    computed."""
+    """A pairwise loss: embeddings and their gradients are moved, logits are not; half of a symmetric matrix is
+    computed.
+    """
     if op in ("info_nce", "sigmoid_contrastive", "nt_xent"):
         n, size = s["batch"], s["batch"] * s["dim"] * dtype.itemsize
         products = (2.0 * n * n if op != "nt_xent" else (2.0 * n) ** 2) * s["dim"]
@@ -56,8 +57,7 @@ def _loss_cost(op: str, s: Mapping[str, Any], dtype: torch.dtype, backward: bool
 
 
 def floor_ms(case: Case, device: str | None = None) -> float:
-    """Milliseconds below which the case cannot finish on ``device``, default the GPU at hand; NaN where the model has
-    no figures."""
+    """A lower bound in milliseconds for the case on ``device``, by default this machine's GPU; NaN if unknown."""
     try:
         part = cost.part_named(device or torch.cuda.get_device_name())
     except KeyError:

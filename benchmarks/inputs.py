@@ -1,8 +1,7 @@
-"""What the benchmark feeds the ops: tokens of real photographs, and random tensors.
+"""Inputs of the benchmarks: tokens of photographs, and random tensors.
 
-The photographs are scikit-learn's ``china.jpg`` and ``flower.jpg``. Tokens are made as a model makes them: patches, a
-linear embedding, LayerNorm, the qkv projection; queries, keys and values are strided views of that one projection,
-which is how an op meets them.
+The photographs are scikit-learn's ``china.jpg`` and ``flower.jpg``. Tokens are made as in a model: patches, a linear
+embedding, LayerNorm and the qkv projection. Queries, keys and values are strided views of that projection.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ def photographs() -> tuple[Tensor, ...]:
 
 
 def pixels(source: str, batch: int, size: int, seed: int = 0) -> Tensor:
-    """uint8 images (batch, 3, size, size): random crops of the photographs, mirrored half of the time, or uniform
-    noise."""
+    """uint8 images (batch, 3, size, size): random crops of the photographs, flipped half of the time, or
+    uniform noise."""
     rng = torch.Generator().manual_seed(seed)
     if source == "random":
         return torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=rng)
@@ -51,13 +50,13 @@ def pixels(source: str, batch: int, size: int, seed: int = 0) -> Tensor:
 
 
 def normalised(images: Tensor) -> Tensor:
-    """uint8 images to float32 with ImageNet's mean and deviation."""
+    """uint8 images to float32, normalised with ImageNet's mean and standard deviation."""
     mean, std = (torch.tensor(c, device=images.device)[:, None, None] for c in (IMAGENET_MEAN, IMAGENET_STD))
     return (images / 255.0 - mean) / std
 
 
 def tokens(source: str, batch: int, grid: int, width: int, seed: int = 0, patch: int = 16) -> Tensor:
-    """Normalised tokens (batch, grid * grid, width) as a transformer's first projection reads them."""
+    """Normalised tokens (batch, grid * grid, width), the input of a transformer's first projection."""
     rng = torch.Generator().manual_seed(seed + 1)
     if source == "random":
         return torch.randn(batch, grid * grid, width, generator=rng)
@@ -69,8 +68,9 @@ def tokens(source: str, batch: int, grid: int, width: int, seed: int = 0, patch:
 
 
 def projected_qkv(source: str, batch: int, length: int, width: int, seed: int = 0) -> Tensor:
-    """qkv projection (batch, length, 3 * width) of a square grid of patches and as many prefix tokens as ``length``
-    leaves over."""
+    """qkv projection (batch, length, 3 * width) of the largest square grid of patches and as many prefix tokens as
+    remain of ``length``.
+    """
     rng = torch.Generator().manual_seed(seed + 2)
     grid = math.isqrt(length)
     x = tokens(source, batch, grid, width, seed)

@@ -1,8 +1,7 @@
-"""The losses over all pairs, or over all prototypes: their naive forms, which hold the matrix of logits, and ours,
-which never do.
+"""The pairwise and distillation losses: naive forms, which store the logits, and pyvit's, which do not.
 
-The naive forms round where autocast would: products in the inputs' type, softmax and sums in float32. On a CPU without
-bfloat16 products, where torch takes twenty times as long over them, they multiply float32 copies.
+The naive forms round as autocast does: products in the inputs' dtype, softmax and sums in float32. On a CPU without
+bfloat16 products, where torch is twenty times slower in bfloat16, they multiply float32 copies.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from pyvit.ops.checks import wide
 
 
 def _pairs(n: int, d: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """Unit embeddings whose pairs are closer than strangers, as early in training."""
+    """Unit embeddings whose pairs are more similar than others, as early in training."""
     rng = torch.Generator().manual_seed(11)
     a = torch.randn(n, d, generator=rng)
     b = a + 3 * torch.randn(n, d, generator=rng)
@@ -72,7 +71,7 @@ def _nt_xent(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
         partners = torch.arange(2 * len(z1), device=z.device).roll(len(z1))
         return F.cross_entropy(logits.to(wide(z.dtype)), partners)
 
-    # The matrix (2n, 2n) is symmetric: half its products suffice going forward.
+    # The matrix (2n, 2n) is symmetric: the forward needs half of its products.
     return _spec(tensors, naive, pyvit.ops.nt_xent, tuple(tensors), (2 * n) ** 2 * d, 2.0)
 
 
@@ -91,7 +90,7 @@ def _sigmoid_contrastive(case: Case, source: str, dtype: torch.dtype, device: st
 
 
 def _distillation(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
-    """DINO's loss from features and prototypes: every student crop against every teacher crop of its image."""
+    """DINO's loss from features and prototypes: every student crop with every teacher crop of its image."""
     crops, views, n, d, k = (case.shape[key] for key in ("crops", "views", "batch", "dim", "prototypes"))
     rng = torch.Generator().manual_seed(12)
     unit = lambda *shape: F.normalize(torch.randn(*shape, generator=rng), dim=-1).to(device, dtype)  # noqa: E731
@@ -107,7 +106,7 @@ def _distillation(case: Case, source: str, dtype: torch.dtype, device: str) -> S
             student, teacher, 0.1, 0.04, student_prototypes=ws, teacher_prototypes=wt
         )
 
-    # Only the student's side gets gradients: two products of its share.
+    # Only the student gets gradients: two products of its part.
     return _spec(tensors, naive, ours, ("student", "ws"), 2 * (crops + views) * n * d * k, 2 * crops / (crops + views))
 
 

@@ -1,7 +1,6 @@
-"""Timing side by side: every contender runs in every round, in an order that alternates, and ratios are taken within
-rounds.
+"""Interleaved timing: all contenders run in every round, in alternating order, and ratios are computed within rounds.
 
-A machine's clock and its neighbours drift over seconds; two contenders of the same round see the same machine.
+A machine's clock and load drift over seconds; contenders of the same round see the same machine.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class Timing:
 
 
 def ratio(baseline: Timing, other: Timing) -> float:
-    """How many times faster ``other`` is than ``baseline``: the median over rounds of baseline / other."""
+    """Speedup of ``other`` over ``baseline``: the median over rounds of baseline / other."""
     return statistics.median(b / o for b, o in zip(baseline.samples, other.samples, strict=True))
 
 
@@ -67,13 +66,13 @@ def interleave(
     sample_ms: float = 2.0,
     rest: float = 0.0,
 ) -> dict[str, Timing]:
-    """Time the contenders round by round for about ``seconds`` in all.
+    """Time the contenders round by round for about ``seconds`` in total.
 
     Args:
         contenders: name to a call without arguments.
-        rounds: fewest and most rounds, whatever the budget says.
+        rounds: minimum and maximum number of rounds, regardless of ``seconds``.
         sample_ms: short calls are repeated within a sample until it lasts about this long.
-        rest: seconds of sleep before each sample, so that the threads of the contender before have stopped spinning.
+        rest: seconds of sleep before each sample, so that the previous contender's threads have stopped spinning.
     """
     if not contenders:
         return {}
@@ -106,10 +105,9 @@ def _status_kib(key: str) -> int:
 
 
 def peak_memory(run: Run, device: str = "cpu") -> float:
-    """Most memory in MiB that one call holds beyond what was held before it, results included; NaN where it cannot be
-    measured.
+    """Largest increase of memory in MiB during one call, results included; NaN if it cannot be measured.
 
-    On a CPU this is the resident set (Linux), so that memory a kernel takes for itself counts like a tensor's.
+    On a CPU this is the resident set (Linux), so that memory a kernel allocates itself is included.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -122,7 +120,7 @@ def peak_memory(run: Run, device: str = "cpu") -> float:
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as clear:
-            clear.write("5")  # resets the high-water mark
+            clear.write("5")  # resets the peak
         before = _status_kib("VmRSS")
         run()
         return max(_status_kib("VmHWM") - before, 0) / 1024

@@ -1,4 +1,4 @@
-"""Whole models side by side, with the same weights: ours, plain PyTorch, and every peer that can serve the case."""
+"""Whole models with the same weights: pyvit's, plain PyTorch, and all peers that support the case."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ Forward = Callable[[Tensor], Tensor]
 
 @functools.cache
 def weights(name: str) -> dict[str, Tensor]:
-    """Random weights under timm's names. LayerNorm's and the biases are random too, so that a mix-up of two of them
-    shows."""
+    """Random weights with timm's names. LayerNorm's parameters and the biases are random too, so that mixed-up
+    parameters are noticed.
+    """
     torch.manual_seed(0)
     state = baselines.create(name).state_dict()
     for key, value in state.items():
@@ -38,7 +39,7 @@ def weights(name: str) -> dict[str, Tensor]:
 
 @functools.cache
 def flops(name: str, batch: int, train: bool) -> float:
-    """Of the matrix products, forward or forward and backward, counted on the naive form."""
+    """Flops of the matrix products, forward or forward and backward, counted on the naive model."""
     model = baselines.create(name, attention="naive")
     with FlopCounterMode(display=False) as counter:
         out = model(torch.zeros(1, 3, 224, 224))
@@ -60,7 +61,9 @@ def _accelerated(name: str) -> nn.Module:
 
 
 def _ours(name: str) -> nn.Module:
-    model = pyvit.create_model(name, drop_path_rate=0.0)  # every contender computes every block
+    model = pyvit.create_model(
+        name, drop_path_rate=0.0
+    )  # without stochastic depth, so that every contender computes every block
     model.load_state_dict(weights(name))
     return model
 
@@ -92,7 +95,7 @@ def _images(case: Case, source: str, device: str) -> Tensor:
 
 
 def _wanted(case: Case, asked: Sequence[str], device: str) -> tuple[list[str], dict[str, str]]:
-    """Providers to build, and for those asked for in vain the reason."""
+    """Providers to build, and the reason for those that were requested but cannot be used."""
     found, unavailable = [], {}
     for name in (*MODULES, *(_CPU_ONLY if device == "cpu" else ())):
         packages = _NEEDS.get(name, (name,))
@@ -122,7 +125,7 @@ def _inference(case: Case, name: str, images: Tensor) -> Forward:
         call = peers.openvino_call(_plain(case.op, "sdpa").eval(), images.float(), case.dtype, threads)
         return lambda x: call(x.float()).to(x.dtype)
     model = MODULES[name](case.op).eval().to(images.device, dtype)
-    if name.startswith(OURS) or name.endswith("accelerate"):  # as OpenVINO and ONNX Runtime do by themselves
+    if name.startswith(OURS) or name.endswith("accelerate"):  # OpenVINO and ONNX Runtime also prepack weights
         pyvit.pack_weights(model)
     compiled = torch.compile(model, dynamic=False) if name.endswith("compile") else model
 
@@ -173,7 +176,7 @@ def _build_train(case: Case, source: str, work: Workload, names: Sequence[str], 
 
     def logits_of(
         model: nn.Module, tensors: dict[str, Tensor], low: bool
-    ) -> Tensor:  # of the loss, one number, rounding is chance
+    ) -> Tensor:  # the rounding of the loss, a single number, is random
         x = tensors.pop("images")
         with torch.autocast(device, torch.bfloat16, enabled=low):
             return functional_call(model, tensors, (x,)).to(x.dtype)
@@ -187,7 +190,7 @@ def _build_train(case: Case, source: str, work: Workload, names: Sequence[str], 
     def verdict(name: str, model: nn.Module) -> Verdict:
         if not gate:
             gate.append(Gate({"images": few, **parameters}, reference, list(parameters)))
-        if name == "transformers":  # its parameters have other names: the logits alone are compared
+        if name == "transformers":  # its parameters have other names: compare only the logits
             forward = Gate(
                 {"images": few},
                 lambda images: reference(images=images, **{k: v.to(images.dtype) for k, v in parameters.items()}),

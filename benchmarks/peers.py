@@ -1,8 +1,8 @@
-"""The libraries a user could reach for instead, each with the same weights; one that is missing says why.
+"""Other libraries with the same weights. A library that is missing is reported with the reason.
 
-timm, open_clip and transformers import torchvision, to load and augment images. Where it was built for another torch,
-:mod:`benchmarks.torchvision_operators` lets it import; without it empty modules stand in for it. The models are
-untouched by either.
+timm, open_clip and transformers import torchvision to load and augment images. If torchvision was built for another
+torch, :mod:`benchmarks.torchvision_operators` makes it importable; if it is missing, empty modules replace it. The
+models do not use either.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PACKAGES = {
 
 
 def absent(peer: str) -> str | None:
-    """Why ``peer`` cannot be used here, or None."""
+    """Why ``peer`` cannot be used, or None."""
     missing = [name for name in _PACKAGES.get(peer, ()) if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(missing)}" if missing else None
 
@@ -86,12 +86,12 @@ def _without_torchvision() -> Iterator[None]:
 
 
 def import_timm() -> types.ModuleType:
-    """timm, whether or not torchvision works beside this torch."""
+    """Import timm, even if torchvision does not work with this torch."""
     return import_peer("timm")
 
 
 def import_peer(name: str) -> types.ModuleType:
-    """A library that imports torchvision, whether or not torchvision works beside this torch."""
+    """Import a library that imports torchvision, even if torchvision does not work with this torch."""
     if name in sys.modules:
         return sys.modules[name]
     try:
@@ -137,7 +137,9 @@ def _hf_state(state: dict[str, Tensor], swin: bool) -> dict[str, Tensor]:
             )
         elif parts[0] == "blocks":
             key = f"{root}.layers." + ".".join(parts[1:])
-        elif parts[:1] == ["layers"]:  # timm's downsample opens a stage, transformers' closes the one before
+        elif parts[:1] == [
+            "layers"
+        ]:  # timm's downsample is at the start of a stage, transformers' at the end of the previous one
             stage = int(parts[1]) - (parts[2] == "downsample")
             key = f"{root}.encoder.layers.{stage}." + ".".join(parts[2:])
         elif parts[0] == "norm":
@@ -195,12 +197,12 @@ def transformers_model(name: str, state: dict[str, Tensor]) -> nn.Module:
 
 
 def onnxruntime_call(model: nn.Module, images: Tensor, threads: int) -> Callable[[Tensor], Tensor]:
-    """An ONNX Runtime session of ``model`` at the shape of ``images``, with every graph optimisation."""
+    """An ONNX Runtime session of ``model`` for the shape of ``images``, with all graph optimisations."""
     import onnxruntime
 
     logging.getLogger("torch.onnx").setLevel(
         logging.ERROR
-    )  # it warns of torchvision's absence, which no model here uses
+    )  # it warns that torchvision is missing, which these models do not need
     buffer = io.BytesIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

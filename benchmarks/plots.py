@@ -1,5 +1,4 @@
-"""Pictures of a run, drawn from its rows; ``python -m benchmarks.plots RESULTS.csv [...] PICTURE.png`` draws an
-overview."""
+"""Plots of a run. ``python -m benchmarks.plots RESULTS.csv [...] PICTURE.png`` draws an overview."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ MODEL_MODES = ("inference", "train")
 
 
 def _bars(rows: Sequence[Row], path: Path, title: str) -> Path:
-    """Ratio to the baseline, one cluster of bars per case; the axis is what matters, so it starts at zero."""
+    """Ratio to the baseline, one cluster of bars per case. The axis starts at zero."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         model = f"{row.op} " if row.mode in MODEL_MODES else ""
@@ -68,7 +67,7 @@ def lines(
     y: str,
     log: bool = True,
 ) -> Path:
-    """Curves by "provider dtype" as (x, y): the provider is told by the color, the dtype by the dashes."""
+    """Curves by "provider dtype" as (x, y). Colors show providers, dashes dtypes."""
     figure, axes = plt.subplots(figsize=(5, 3.6))
     providers = list(dict.fromkeys(name.rpartition(" ")[0] for name in curves if not name.startswith(OURS)))
     for name, (at, value) in curves.items():
@@ -93,7 +92,7 @@ def lines(
 
 
 def draw(rows: Sequence[Row], out: Path) -> list[Path]:
-    """One picture of ratios per op, and one for the models; the paths written."""
+    """One plot of ratios per operator, and one for the models. Returns their paths."""
     out.mkdir(parents=True, exist_ok=True)
     timed = [row for row in rows if row.timed and row.ratio == row.ratio and row.mode != "scaling"]
     kinds: dict[str, list[Row]] = {}
@@ -102,7 +101,7 @@ def draw(rows: Sequence[Row], out: Path) -> list[Path]:
     return [_bars(group, out / f"{kind}.png", kind.replace("_", " ")) for kind, group in kinds.items()]
 
 
-#: Of the overview: op or model, case, mode, and what a reader calls it.
+#: Rows of the overview: operator or model, case, mode, label.
 _OVERVIEW = (
     ("flash_attention", "8x12x197x64", "forward", "attention, 197 tokens"),
     ("flash_attention", "8x12x1025x64", "forward", "attention, 1025 tokens"),
@@ -126,7 +125,7 @@ def read(path: Path) -> list[Row]:
 
 
 def overview(rows: Sequence[Row], path: Path) -> Path:
-    """How many times as fast as PyTorch's best eager form, one pair of bars (fp32, bf16) for each of a few cases."""
+    """Speedup over the fastest eager PyTorch form: a pair of bars (fp32, bf16) for a few cases."""
     ours = {
         (row.op, row.case, row.mode, row.dtype): row.ratio
         for row in reversed(rows)

@@ -1,9 +1,8 @@
-"""``python -m benchmarks.profile [MODEL ...]``: where the time of a model goes, by kind of work, with the least each
-kind could take.
+"""``python -m benchmarks.profile [MODEL ...]``: time of a model by kind of work, beside the least time of each kind.
 
-One forward (inference) and one training step (forward, backward, AdamW; bfloat16 by autocast) of ours and of plain
-PyTorch with SDPA, under torch's profiler. The least time of products and attention is their multiply-adds at the
-machine's rate; of everything else, its tensors once through memory at the rate of a copy.
+Profiles one forward (inference) and one training step (forward, backward, AdamW; bfloat16 by autocast) of pyvit's model
+and of plain PyTorch with SDPA. The least time of matrix products and attention is their multiply-adds at the machine's
+rate; of everything else, reading and writing its tensors once at the copy bandwidth.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from benchmarks import ceiling, models
 from benchmarks.workload import OURS
 from pyvit.nn import attention, window_attention
 
-#: Kind of work -> beginnings of the operators' names. The first that fits counts.
+#: Kind of work -> prefixes of operator names. The first match is used.
 KINDS: dict[str, tuple[str, ...]] = {
     "matrix products": (
         "aten::mm",
@@ -72,7 +71,9 @@ def kind_of(name: str) -> str:
 
 
 def product_flops(name: str, shapes: Sequence[Sequence[int]]) -> float:
-    """Multiply-adds, twice, of a matrix product from its arguments' shapes (empty where an argument is no tensor)."""
+    """Flops (two per multiply-add) of a matrix product from its arguments' shapes (empty for arguments that are not
+    tensors).
+    """
     if name == "pyvit::prepacked_mlp":  # x, norm, its weight, bias and eps, the first weight, ..., and at 9 the second
         return 2.0 * math.prod(shapes[0][:-1]) * sum(math.prod(shapes[at]) for at in (5, 9) if shapes[at])
     shapes = [s for s in shapes if s]
@@ -90,8 +91,9 @@ def _recorded() -> Iterator[Any]:
 
 
 def by_kind(run: Callable[[], object], itemsize: int, rounds: int = 3) -> dict[str, tuple[float, float, float]]:
-    """Kind -> (milliseconds, flops of its products, bytes of its tensors) of one call, the median round by total
-    time."""
+    """Kind -> (milliseconds, flops of its products, bytes of its tensors) of one call: the round with the median total
+    time.
+    """
     for _ in range(2):
         run()
     found = []
@@ -181,7 +183,7 @@ def table(name: str, dtype: str, batch: int, top: ceiling.Ceiling) -> str:
 
 
 def attention_flops(name: str, batch: int) -> float:
-    """The two products of every attention layer of a forward, counted from the shapes the layers see."""
+    """Flops of the two products of every attention layer in a forward, counted from the shapes that the layers see."""
     model = pyvit.create_model(name).eval()
     total = 0.0
 

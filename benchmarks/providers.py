@@ -1,4 +1,4 @@
-"""From an op's case to calls that can be gated and timed."""
+"""From an operator's case to calls that can be checked and timed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from benchmarks.specs import Provider, Spec, Tensors
 from benchmarks.workload import OURS, Contender, Workload, raised
 
 SPECS = {**OP_SPECS, **loss_specs.SPECS}
-#: Largest batch at which a loss is held to its float64 reference, whose logits are of the batch squared.
+#: Largest batch for which a loss is compared with its float64 reference, whose logits have (batch, batch) elements.
 LOSS_CHECK = 2048
-#: GiB that the naive form of a large case needs; a machine without them skips it with that reason.
+#: GiB that the naive form of a large case needs; it is skipped if they are not available.
 NEEDS_GIB = {"info_nce batch 32768 d 512 fp32 forward+backward": 20.0}
 
 
 def timed(provider: Provider, tensors: Tensors, grads: Sequence[str], mode: str) -> Callable[[], object]:
-    """The call the clock sees: forward without a graph, with the gradients of ``grads`` and of prepared tensors, or
-    those alone."""
+    """The timed call: the forward without autograd, with the gradients of ``grads`` and of prepared tensors, or only
+    these gradients.
+    """
     given = {name: t.detach() for name, t in (provider.prepare(tensors) if provider.prepare else tensors).items()}
     if not mode.endswith("backward"):
 
@@ -40,7 +41,7 @@ def timed(provider: Provider, tensors: Tensors, grads: Sequence[str], mode: str)
     cotangents = [torch.randn_like(o) for o in outs]
     sources = [leaves[name] for name in wanted]
     if mode == "backward":
-        graph: list[object] = []  # made by the first call, which is never timed
+        graph: list[object] = []  # created by the first call, which is not timed
 
         def alone() -> object:
             if not graph:
@@ -57,8 +58,8 @@ def timed(provider: Provider, tensors: Tensors, grads: Sequence[str], mode: str)
 
 
 def work_of(spec: Spec, mode: str) -> tuple[float, float]:
-    """Useful flops, and the bytes that must cross the memory bus whatever the kernel: inputs and outputs once, the same
-    of the backward."""
+    """Useful flops, and the bytes that every kernel must move: inputs and outputs once, and the same for the
+    backward."""
     read = sum(t.nbytes for t in spec.tensors.values())
     written = spec.output * next(t.itemsize for t in spec.tensors.values() if t.is_floating_point())
     gradients = sum(spec.tensors[name].nbytes for name in spec.grads)
@@ -68,7 +69,7 @@ def work_of(spec: Spec, mode: str) -> tuple[float, float]:
 
 
 def available_gib() -> float:
-    """Memory the system could still give, in GiB."""
+    """Available memory in GiB."""
     with open("/proc/meminfo") as info:
         return next(int(line.split()[1]) for line in info if line.startswith("MemAvailable")) / 2**20
 
@@ -80,8 +81,9 @@ def build(
     device: str = "cpu",
     extra: Callable[[Case, Spec], Sequence[Provider]] | None = None,
 ) -> Workload:
-    """The workload of an op's case: gate and calls of every provider, and why some are missing. ``extra`` adds a
-    device's own providers."""
+    """The workload of an operator's case: check and calls of every provider, and why some are missing. ``extra`` adds
+    providers of a device.
+    """
     dtype, backward = inputs.DTYPES[case.dtype], case.mode.endswith("backward")
     spec = SPECS[case.op](case, source, dtype, device)
     work = Workload(case, source, *work_of(spec, case.mode), unavailable=dict(spec.unavailable or {}))

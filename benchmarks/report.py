@@ -1,4 +1,4 @@
-"""What a run leaves behind: the table on the screen, results.csv, and plots drawn from the same rows."""
+"""Output of a run: the tables on the terminal, results.csv and results.md, and plots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.runner import COLUMNS, Outcome, Results, Row, as_record
 
 
 def processor() -> str:
-    """The processor's name, as the system tells it."""
+    """The processor's name."""
     try:
         with open("/proc/cpuinfo") as info:
             return next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
@@ -26,7 +26,7 @@ def processor() -> str:
 
 
 def machine(ceiling: Ceiling | None = None) -> list[str]:
-    """The lines that head a report."""
+    """The first lines of a report."""
     lines = [
         f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         f"torch {torch.__version__}, Python {platform.python_version()}",
@@ -65,8 +65,8 @@ _HEADINGS = ("provider", "ms [p20, p80]", "ratio", "GF/s", "% ceiling", "error /
 
 
 def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, with rich where it is installed and in plain columns where it is not. An empty first cell
-    continues the row above."""
+    """Print a table, with rich if it is installed, else in plain columns. An empty first cell continues the row
+    above."""
     try:
         from rich.console import Console
         from rich.table import Table
@@ -92,12 +92,13 @@ def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def show_rows(rows: Sequence[Row]) -> None:
-    """A table for each op, every provider case by case; what went wrong or is missing is spelled out below."""
+    """Print a table for each operator with all providers of all cases; errors and missing providers are listed
+    below."""
     ops: dict[str, list[list[str]]] = {}
     notes, last = [], ""
     floors = any(
         not math.isnan(row.floor_ms) for row in rows
-    )  # on a GPU: what the cost model allows, and the share of the measured roofline
+    )  # on a GPU: the lower bound of the cost model, and the share of the measured roofline
     headings = (*_HEADINGS[:-1], "floor ms", "% roofline", _HEADINGS[-1]) if floors else _HEADINGS
     for row in rows:
         case = f"{row.case} {row.dtype} {row.mode}" + (", random" if row.data == "random" else "")
@@ -115,7 +116,7 @@ def show_rows(rows: Sequence[Row]) -> None:
 
 
 def show_outcomes(outcomes: Sequence[Outcome]) -> None:
-    """The targets, measured, with a verdict each."""
+    """Print the targets with measurements and verdicts."""
     words = {True: "pass", False: "MISS", None: "not measured"}
     rows = [
         [o.case.id, str(o.case.target), f"best of {', '.join(o.case.target.against)}", o.measured, words[o.passed]]
@@ -135,7 +136,7 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 def write_markdown(results: Results, lines: Sequence[str], path: Path) -> None:
-    """The run as a page: the machine, the targets if they were asked for, every row."""
+    """Write a page with the machine, the targets if requested, and all rows."""
     words = {True: "pass", False: "**miss**", None: "not measured"}
     text = ["# Benchmark results", "", *(f"- {line}" for line in lines)]
     if results.outcomes:
@@ -151,7 +152,7 @@ def write_markdown(results: Results, lines: Sequence[str], path: Path) -> None:
 
 
 def write(results: Results, ceiling: Ceiling, out: Path, plots: bool = True) -> list[Path]:
-    """results.csv, results.md and the plots into ``out``; the paths written."""
+    """Write results.csv, results.md and the plots to ``out``. Returns their paths."""
     write_csv(results.rows, out / "results.csv")
     write_markdown(results, machine(ceiling), out / "results.md")
     written = [out / "results.csv", out / "results.md"]

@@ -1,4 +1,4 @@
-"""Runs cases: the gate first, then the clock, then a row for every provider, present or not."""
+"""Runs cases: the correctness check, then timing, then a row for every provider, available or not."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from benchmarks.specs import Provider, Spec
 from benchmarks.workload import OURS, Contender, Workload, raised
 
 NAN = math.nan
-#: Providers with a thread pool of their own, which like torch's spins for a while after each call.
+#: Providers with their own thread pool, which like torch's spins for a while after each call.
 FOREIGN_THREADS = {"onnxruntime", "openvino"}
 
 
 @dataclass
 class Row:
-    """One line of results.csv. Times in milliseconds, ``ratio`` = baseline's time over this one's, ``peak_mem`` in MiB.
+    """One line of results.csv. Times in milliseconds; ``ratio`` = baseline's time over this one's; ``peak_mem`` in MiB.
 
-    ``status``: "ok"; "outside rule" (a peer less accurate than the rule allows); "red: why" (failed the gate, so no
-    time); "missing: why"; "failed: why".
+    ``status``: "ok"; "outside rule" (a peer less accurate than the rule allows); "red: reason" (failed the check, so no
+    time); "missing: reason"; "failed: reason".
     """
 
     op: str
@@ -63,8 +63,8 @@ COLUMNS = [f.name for f in fields(Row)]
 
 @dataclass(frozen=True)
 class Outcome:
-    """A target held against the run; ``passed`` is None where what it speaks of was not measured, and ``measured`` says
-    why."""
+    """A target compared with a run. ``passed`` is None if what it needs was not measured; ``measured`` then
+    says why."""
 
     case: Case
     measured: str
@@ -79,16 +79,15 @@ class Results:
 
     @property
     def red(self) -> list[Row]:
-        """Rows of ours that failed the gate or did not run."""
+        """Rows of ours that failed the check or did not run."""
         return [row for row in self.rows if row.provider.startswith(OURS) and row.status.startswith(("red", "failed"))]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """``seconds``: time for the clock per case and source; ``rounds``: fewest and most; ``peers``: see workload.PEERS.
-
-    ``both_sources``: ours passes the gate on photographs and on random tensors before either is timed. ``extra``: see
-    providers.build. ``floor``: milliseconds that a cost model allows a case.
+    """``seconds``: time per case and source; ``rounds``: minimum and maximum; ``peers``: see workload.PEERS.
+    ``both_sources``: check ours on photographs and on random tensors before timing. ``extra``: see providers.build.
+    ``floor``: lower bound of a case in milliseconds by a cost model.
     """
 
     seconds: float = 1.0
@@ -106,9 +105,7 @@ def versions(contender: Contender) -> str:
 
 
 def _build(case: Case, source: str, settings: Settings) -> Workload:
-    if (
-        "compile" in settings.peers
-    ):  # every case starts afresh, and a peer that stops being compiled fails instead of slowing down
+    if "compile" in settings.peers:  # recompile for every case, and fail instead of falling back to eager code
         torch._dynamo.reset()
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     if case.op in providers.SPECS:
@@ -126,7 +123,7 @@ def _judge(row: Row, verdict: Verdict) -> None:
 
 
 def _gate(work: Workload, rows: dict[str, Row], settings: Settings) -> dict[str, measure.Run]:
-    """Fill in every contender's error; the calls that may be timed."""
+    """Compute every contender's error. Returns the calls that may be timed."""
     open_to_clock = {}
     for name, contender in work.contenders.items():
         row = rows[name]
@@ -152,8 +149,9 @@ def _gate(work: Workload, rows: dict[str, Row], settings: Settings) -> dict[str,
 
 
 def _gate_other_source(work: Workload, row: Row, settings: Settings) -> None:
-    """Ours on the kind of input that is not timed, a few images of it; the row keeps the verdict nearer to its
-    limit."""
+    """Check ours on a few images of the kind of input that is not timed. The row keeps the result that is closer to its
+    limit.
+    """
     few = replace(work.case, shape={**work.case.shape, "batch": min(2, work.case.shape["batch"])})
     verdict = _build(few, next(s for s in SOURCES if s != work.source), settings).contenders[OURS].verdict()
     if not verdict.passed or verdict.error / verdict.allowed > row.max_err / row.allowed_err:
@@ -169,7 +167,7 @@ def _baseline(case: Case, timings: dict[str, measure.Timing]) -> str | None:
 
 
 def run_workload(work: Workload, settings: Settings, ceiling: Ceiling) -> list[Row]:
-    """Gate, time and measure the memory of every contender of ``work``."""
+    """Check, time and measure the memory of every contender of ``work``."""
     case, threads = work.case, torch.get_num_threads()
     rows = {
         name: Row(case.op, case.label, name, case.dtype, case.mode, threads, data=work.source)
@@ -199,7 +197,7 @@ def run_workload(work: Workload, settings: Settings, ceiling: Ceiling) -> list[R
 
 
 def hold(case: Case, rows: Sequence[Row]) -> Outcome | None:
-    """The case's target against its rows (of one source of inputs)."""
+    """Compare the case's target with its rows (of one source of inputs)."""
     target, by_name = case.target, {row.provider: row for row in rows}
     if target is None:
         return None
@@ -240,7 +238,7 @@ def hold(case: Case, rows: Sequence[Row]) -> Outcome | None:
         extra = (ours.median_ms - best.median_ms) * 1e3
         said.append(f"{extra:+.1f} us over {best.provider}")
         verdicts.append(extra <= target.extra_us)
-    if not verdicts or (all(verdicts) and absent):  # a target is met only when all of it was seen to be
+    if not verdicts or (all(verdicts) and absent):  # a target is met only if all of its parts were measured and met
         return Outcome(case, ", ".join(said), None)
     return Outcome(case, ", ".join(said), all(verdicts))
 
@@ -253,10 +251,10 @@ def run(
     left: Callable[[], float] = lambda: math.inf,
     keep: Callable[[Sequence[Row]], None] = lambda rows: None,
 ) -> Results:
-    """Every case on each of its sources of inputs, one line of progress for each; once ``left()`` is negative, cases
-    are only named.
+    """Run every case on each of its sources of inputs, with one line of progress each. When ``left()`` is negative, the
+    remaining cases are only listed.
 
-    ``keep`` is handed all rows so far after every case, so that a run that is cut short has lost one case.
+    ``keep`` gets all rows so far after every case, so that an interrupted run loses at most one case.
     """
     results = Results()
     for i, case in enumerate(cases, 1):
@@ -267,7 +265,7 @@ def run(
             prefix = f"[{i}/{len(cases)}] {case.id} ({source})"
             try:
                 rows = run_workload(_build(case, source, settings), settings, ceiling)
-            except Exception as error:  # a case that cannot be set up is a red row, and the others still run
+            except Exception as error:  # a case that cannot be set up is a red row; the others still run
                 traceback.print_exc()
                 reason = f"failed: {raised(error)}"
                 rows = [

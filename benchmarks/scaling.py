@@ -1,4 +1,4 @@
-"""How time grows: with the number of tokens, the batch, the threads, and for Swin with the area of the image."""
+"""Scaling curves: time by number of tokens, batch size, threads and, for Swin, image area."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _attention_rows(
 
 
 def _swin_rows(size: int, dtype: str, settings: Settings, ceiling: Ceiling) -> list[Row]:
-    """Swin-T on one image of ``size`` pixels, gated at that size against its own float64 reference backend."""
+    """Swin-T on one image of ``size`` pixels, checked at that size against pyvit's float64 reference backend."""
     from benchmarks import models
     from benchmarks.gate import Gate, worst
 
@@ -70,7 +70,7 @@ def _curves(rows: Sequence[Row], x: Callable[[Row], float]) -> dict[str, tuple[l
 
 
 def _sweep(name: str, level: str, settings: Settings, ceiling: Ceiling) -> list[Row]:
-    """The rows of one of :data:`SWEEPS`. In the default run only the sweep over tokens has bfloat16."""
+    """The rows of one of :data:`SWEEPS`. In the default run only the sweep over tokens includes bfloat16."""
     dtypes = ("fp32", "bf16") if level == "full" or (level == "default" and name == "tokens") else ("fp32",)
     if name == "tokens":
         return [r for n in _LENGTHS[level] for dtype in dtypes for r in _attention_rows(1, n, dtype, settings, ceiling)]
@@ -93,7 +93,7 @@ def _sweep(name: str, level: str, settings: Settings, ceiling: Ceiling) -> list[
     return rows
 
 
-#: Sweep: title, label of the axis, and where a row lies on it.
+#: Sweep: title, label of the axis, and a row's position on it.
 SWEEPS: dict[str, tuple[str, str, Callable[[Row], float]]] = {
     "tokens": ("attention of one image, 12 heads of 64", "tokens N", lambda row: int(row.case.split("x")[2])),
     "batch": ("attention, N = 197, 12 heads of 64", "batch", lambda row: int(row.case.split("x")[0])),
@@ -103,7 +103,7 @@ SWEEPS: dict[str, tuple[str, str, Callable[[Row], float]]] = {
 
 
 def linearity(rows: Sequence[Row], dtype: str) -> float:
-    """Largest time per pixel over the smallest, of ``ours``: 1.0 when cost is exactly linear in the area."""
+    """Largest time per pixel over the smallest, for ``ours``: 1.0 if the cost is exactly linear in the area."""
     per_pixel = [r.median_ms / int(r.case.split("x")[1]) ** 2 for r in rows if r.dtype == dtype and r.timed]
     return max(per_pixel) / min(per_pixel)
 
@@ -111,7 +111,7 @@ def linearity(rows: Sequence[Row], dtype: str) -> float:
 def run(
     level: str, settings: Settings, ceiling: Ceiling, out: Path, draw: bool, left: Callable[[], float]
 ) -> tuple[list[Row], list[Path], list[str]]:
-    """Rows of mode "scaling", the plots written, and the sweeps that ``left()`` seconds did not allow."""
+    """Rows of mode "scaling", the plots, and the sweeps that did not fit into ``left()`` seconds."""
     settings = replace(settings, seconds=min(settings.seconds, 0.5), rounds=(3, 41), both_sources=False)
     everything: list[Row] = []
     written: list[Path] = []

@@ -1,5 +1,4 @@
-"""Every op on a case: its inputs, its definition, and every way of computing it: ours, the naive form, PyTorch's own,
-the compiler's."""
+"""Every operator's inputs, definition and providers for a case: pyvit, the naive form, PyTorch's own, torch.compile."""
 
 from __future__ import annotations
 
@@ -23,10 +22,9 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Provider:
-    """``fn(**tensors)`` gives the output, or a tuple that starts with it.
+    """``fn(**tensors)`` returns the output, or a tuple that starts with it.
 
-    ``prepare`` brings the inputs into the provider's own layout before the clock starts: what a model would have at
-    hand there.
+    ``prepare`` converts the inputs to the provider's own layout before timing, as a model would have them.
     """
 
     name: str
@@ -34,14 +32,13 @@ class Provider:
     prepare: Callable[[Tensors], Tensors] | None = None
 
     def whole(self, **tensors: Tensor) -> Tensor:
-        """The output from the op's inputs, differentiable: what the gate checks."""
+        """The output from the operator's inputs, differentiable: used by the correctness check."""
         out = self.fn(**(self.prepare(tensors) if self.prepare else tensors))
         return out if isinstance(out, Tensor) else out[0]
 
 
 def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile(fn)`` at the first call: the compiler alone takes seconds to import, and most runs do not ask for
-    it."""
+    """``torch.compile(fn)`` at the first call: importing the compiler takes seconds, and most runs do not need it."""
     made: list[Callable[..., Any]] = []
 
     def run(**tensors: Tensor) -> Any:
@@ -54,7 +51,7 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Spec:
-    """An op on one case: its inputs, its definition, who computes it.
+    """An operator for one case: inputs, definition, providers.
 
     ``flops`` of the forward, ``backward`` flops in multiples of it, ``output`` elements; ``items``: see
     :class:`benchmarks.gate.Gate`.
@@ -79,9 +76,7 @@ def _flash_attention(case: Case, source: str, dtype: torch.dtype, device: str) -
     b, h, n, d = (case.shape[key] for key in ("batch", "heads", "length", "dim"))
     causal = case.shape.get("causal", False)
     packed = inputs.projected_qkv(source, b, n, h * d).to(device, dtype).view(b, n, 3, h, d)
-    tensors = dict(
-        zip("qkv", packed.permute(2, 0, 3, 1, 4).unbind(0), strict=True)
-    )  # strided views, as a model hands them over
+    tensors = dict(zip("qkv", packed.permute(2, 0, 3, 1, 4).unbind(0), strict=True))  # strided views, as in a model
     if case.shape.get("bias"):
         tensors["bias"] = torch.randn(1, h, n, n, generator=torch.Generator().manual_seed(5)).to(device, dtype)
     future = torch.ones(n, n, dtype=torch.bool, device=device).triu(1)
@@ -115,7 +110,7 @@ def _flash_attention_varlen(case: Case, source: str, dtype: torch.dtype, device:
     tensors = dict(zip("qkv", packed.view(-1, 3, h, d).unbind(1), strict=True))
     groups = {
         n: [i for i, m in enumerate(lengths) if m == n] for n in lengths
-    }  # equal lengths stand together, as crops do
+    }  # equal lengths are adjacent, as crops are
 
     def per_length(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -242,7 +237,7 @@ def _patch_embed(case: Case, source: str, dtype: torch.dtype, device: str) -> Sp
 
     conv = assembled(lambda x, w, bias: F.conv2d(x, w, bias, patch).flatten(2).transpose(1, 2))
     providers = [Provider(OURS, ours), Provider("conv2d", conv), Provider("reshape + linear", assembled(linear))]
-    if uint8:  # what the bytes are compared with: our own op on pixels that were normalised beforehand
+    if uint8:  # the baseline for uint8 pixels: our operator on pixels that were normalised before
         float_op = lambda images, **kw: pyvit.ops.patch_embed(images, kw.pop("weight"), kw.pop("bias"), **kw)  # noqa: E731
         providers.append(
             Provider("ours, float pixels", float_op, lambda given: {**given, "images": floats(given["images"], dtype)})

@@ -1,6 +1,6 @@
-"""``pytest benchmarks``: the cases of ``python -m benchmarks`` through pytest-benchmark, each gated before it is timed.
+"""``pytest benchmarks``: the cases of ``python -m benchmarks`` through pytest-benchmark, checked before they are timed.
 
-``pytest benchmarks -k "window_attention and bf16"`` selects; PYVIT_BENCH_LEVEL is quick, default or full,
+``pytest benchmarks -k "window_attention and bf16"`` selects cases. PYVIT_BENCH_LEVEL is quick, default or full;
 PYVIT_BENCH_PEERS as ``--peers``.
 """
 
@@ -20,7 +20,7 @@ from benchmarks.workload import OURS, PEERS, Workload
 LEVEL = os.environ.get("PYVIT_BENCH_LEVEL", "default")
 _ASKED = os.environ.get("PYVIT_BENCH_PEERS", "none")
 ASKED = PEERS if _ASKED == "all" else tuple(name for name in _ASKED.split(",") if name != "none")
-#: What a case is timed with; a provider that cannot serve it is skipped with its reason.
+#: Providers; one that does not support a case is skipped with its reason.
 EVERY = (
     OURS,
     "naive",

@@ -1,10 +1,10 @@
-"""torchvision beside a torch that it was not built for: its models and transforms work, and of its compiled operators
-this one, in Python.
+"""Makes torchvision importable with a torch that it was not built for. Its models and transforms work; of its compiled
+operators this module implements nms in Python.
 
-PyPI's torchvision is built for a CUDA torch. Beside a CPU-only one its library does not load, and then it does not even
-import, because it registers fake kernels for operators of that library. Importing this module declares them when
-torchvision turns out to lack them. ``make test`` installs a copy into its environment, to be imported when Python
-starts, since timm, open_clip and transformers all import torchvision.
+PyPI's torchvision is built for a CUDA torch. With a CPU-only torch its library does not load, and its import fails when
+it registers fake kernels for the library's operators. Importing this module declares these operators if torchvision
+lacks them. ``make test`` installs a copy into its environment, imported when Python starts, because timm, open_clip and
+transformers import torchvision.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ _LIBRARY: list[Any] = []  # declarations live as long as the library object
 
 
 def nms(boxes: Any, scores: Any, iou_threshold: float) -> Any:
-    """Indices of ``boxes`` (N, 4), best ``scores`` (N,) first, that no better box kept overlaps by more than
-    ``iou_threshold``."""
+    """Indices of ``boxes`` (N, 4), in descending order of ``scores`` (N,), that no kept box with a higher score
+    overlaps by more than ``iou_threshold``.
+    """
     import torch
 
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)

@@ -1,4 +1,4 @@
-"""What the runner times: contenders ready to call, each with its verdict."""
+"""What the runner times: contenders that are ready to call, each with its correctness check."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from benchmarks.cases import Case
 from benchmarks.gate import Verdict
 
 OURS = "ours"
-#: Providers that must be asked for: they take long to prepare, or come in packages of their own.
+#: Providers that only run on request: they take long to prepare, or need other packages.
 PEERS = ("compile", "accelerate", "timm", "transformers", "onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One provider on one case.
+    """A provider for a case.
 
-    ``run`` is the timed call, ``verdict`` computes the comparison with the float64 reference, ``version`` names the
-    package behind it, and ``held`` is memory in MiB that the call needs but holds before it starts (a training step's
-    weights and optimiser).
+    ``run`` is the timed call, ``verdict`` computes the comparison with the float64 reference, ``version`` names its
+    package, and ``held`` is memory in MiB that it holds before the call (a training step's weights and optimizer
+    state).
     """
 
     run: Callable[[], object]
@@ -31,10 +31,10 @@ class Contender:
 
 @dataclass
 class Workload:
-    """One case on one source of inputs.
+    """A case with one source of inputs.
 
-    ``flops`` are the useful ones, two per multiply-add (recomputation does not count); ``bytes``: traffic no kernel can
-    avoid, where known.
+    ``flops`` are useful ones, two per multiply-add, without recomputation. ``bytes``: memory traffic that every kernel
+    needs, if known.
     """
 
     case: Case
@@ -46,5 +46,5 @@ class Workload:
 
 
 def raised(error: Exception) -> str:
-    """An exception in one line."""
+    """An exception as one line."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

@@ -1,7 +1,7 @@
-"""The streaming losses beside the naive ones: time, memory and training curves, written into docs/results.md.
+"""Compare pyvit's streaming losses with naive ones: time, memory and training curves, for docs/results.md.
 
-``python examples/losses.py [costs] [curves]`` writes both tables, or one. Each measurement is a process of its own;
-memory is the growth of its peak over forward and backward.
+``python examples/losses.py [costs] [curves]`` writes one or both tables. Each measurement runs in a separate process.
+Memory is the increase of the peak resident memory over forward and backward.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ CURVES = ("clip", "simclr", "dino")
 
 
 def compute(loss: str, backend: str | None) -> torch.Tensor:
-    """One loss of ``N`` rows; of 4 crops of 64 images over PROTOTYPES for the distillation."""
-    unit = lambda *shape: F.normalize(torch.randn(*shape), dim=-1).requires_grad_()  # noqa: E731
+    """A loss of ``N`` rows, or the distillation loss of 4 crops of 64 images and ``PROTOTYPES`` prototypes."""
+
+    def unit(*shape: int) -> torch.Tensor:
+        return F.normalize(torch.randn(*shape), dim=-1).requires_grad_()
+
     if loss == "distillation_cross_entropy":
         student, teacher, rows = unit(4, 64, 256), unit(2, 64, 256), [unit(PROTOTYPES, 256) for _ in range(2)]
         given = {"student_prototypes": rows[0], "teacher_prototypes": rows[1].detach(), "backend": backend}
@@ -37,7 +40,7 @@ def compute(loss: str, backend: str | None) -> torch.Tensor:
 
 
 def peak() -> float:
-    """Most resident memory of this process so far, in MB."""
+    """Peak resident memory of this process, in MB."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
@@ -60,10 +63,10 @@ def measure(loss: str, kind: str) -> dict[str, float]:
 
 
 def curve(recipe: str, kind: str) -> list[float]:
-    """The losses of a run's first steps: by pyvit's kernels, or by plain PyTorch in float32 ("naive") or float64
-    ("exact").
+    """Losses of a run's first steps: with pyvit's kernels ("ours"), or with plain PyTorch in float32 ("naive") or
+    float64 ("exact").
 
-    The views are drawn in float32 by all, so that they are the same.
+    All augment in float32, so that their views are the same.
     """
     from pyvit.train import Config
     from pyvit.train.augment import Augment
@@ -72,23 +75,24 @@ def curve(recipe: str, kind: str) -> list[float]:
     with tempfile.TemporaryDirectory() as folder, pyvit.use_backend(None if kind == "ours" else "reference"):
         run = Run(Config(recipe=recipe, data="digits", batch_size=64, steps=STEPS, out=folder))
         if kind == "exact":
-            narrow, wide = (
-                run.recipe.views,
-                lambda v: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v,
-            )
+            float32_views = run.recipe.views
+
+            def to_float64(view: object) -> object:
+                return view.double() if isinstance(view, torch.Tensor) and view.is_floating_point() else view
+
             run.recipe.double()
             for module in run.recipe.modules():
                 if isinstance(module, Augment):
                     module.float()
             run.recipe.mean, run.recipe.std = run.recipe.mean.float(), run.recipe.std.float()
-            run.recipe.views = lambda *of: {name: wide(view) for name, view in narrow(*of).items()}
+            run.recipe.views = lambda *of: {name: to_float64(view) for name, view in float32_views(*of).items()}
         run.model.train()
         batches = run.batches()
         return [run.step(step, batches)["loss"] for step in range(STEPS)]
 
 
 def child(*arguments: str, **env: str) -> str:
-    """What this file prints last when called with ``arguments``."""
+    """Run this file with ``arguments`` and return the last line of its output."""
     command = [sys.executable, __file__, *arguments]
     return subprocess.run(
         command, check=True, capture_output=True, text=True, env={**os.environ, **env}
@@ -112,7 +116,7 @@ def costs() -> list[str]:
 
 def curves() -> list[str]:
     lines = [
-        "| recipe on digits | loss at first | at last | ours - naive | ours - float64 | naive - float64 |",
+        "| recipe on digits | first loss | last loss | ours - naive | ours - float64 | naive - float64 |",
         "|---|---|---|---|---|---|",
     ]
     for recipe in CURVES:

@@ -1,8 +1,7 @@
-"""Train every recipe at the scale of a laptop and write docs/results.md: ``python examples/results.py [NAME ...]``.
+"""Train every recipe on a CPU and write docs/results.md: ``python examples/results.py [NAME ...]``.
 
-Runs land in ``runs/results``; one that was interrupted continues from its last checkpoint, one that is finished is
-measured again. The page is rewritten after every run: killed at any moment, the same command goes on where it stopped.
-Seeds are fixed.
+Runs are saved in ``runs/results``. An interrupted run resumes from its last checkpoint; a finished run is only
+evaluated. The page is rewritten after every run. Seeds are fixed.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ TRAINED = {
     "scenes": "clip --data scenes",
 }
 
-#: Rows of DINOv2's table 1 at toy scale: each removes one switch from the full recipe.
+#: Ablations of DINOv2 (table 1 of the paper), by the option that each changes.
 ABLATION = {
     "ablation-no-koleo": "koleo=0.0",
     "ablation-no-ibot": "ibot=0.0",
@@ -58,40 +57,39 @@ def config(name: str) -> tuple[Config, str]:
 
 
 def measure(name: str) -> str:
-    """Train (or read) one run; its row of the table."""
+    """Train or resume one run, evaluate it and return its row of the table."""
     settings, line = config(name)
     folder = RUNS / name
     results = train(settings)  # refuses a folder that holds a run of other settings
     if name in SELF_SUPERVISED:
         recipe, data = load_run(folder)
-        train_set, test_set = (features(recipe.exported(), part, recipe.normalize) for part in (data.train, data.test))
-        results["linear"] = linear_probe(train_set, test_set)["linear"]
+        splits = (data.train, data.test)
+        trained = [features(recipe.exported(), split, recipe.normalize) for split in splits]
+        results["linear"] = linear_probe(*trained)["linear"]
         torch.manual_seed(0)
-        fresh = type(recipe)(recipe.config, data).eval()
-        untrained = [features(fresh.exported(), part, recipe.normalize) for part in (data.train, data.test)]
-        results["untrained knn"], results["untrained linear"] = (
-            knn_accuracy(*untrained),
-            linear_probe(*untrained)["linear"],
-        )
+        initial = type(recipe)(recipe.config, data).eval()
+        untrained = [features(initial.exported(), split, recipe.normalize) for split in splits]
+        results["untrained knn"] = knn_accuracy(*untrained)
+        results["untrained linear"] = linear_probe(*untrained)["linear"]
     if name == "words":
         results = {f"accuracy ({load_data('words').extra['voice']})": results["accuracy"]}
     if name == "scenes":
-        from pyvit.eval.retrieval import quarter_accuracy
+        from pyvit.eval.retrieval import quadrant_accuracy
 
-        results["phrase finds its quarter"] = quarter_accuracy(*load_run(folder))
+        results["quadrant"] = quadrant_accuracy(*load_run(folder))
     figures = ", ".join(f"{k} {v:.3g}" if k == "test_loss" else f"{k} {v:.1f} %" for k, v in results.items())
     return f"| {name} | `{line}` | {figures} |"
 
 
 def raw_pixels() -> str:
-    """What k-NN and a linear probe make of the pixels themselves."""
+    """k-NN and linear probe on raw pixels."""
     data = load_data("digits")
-    pair = [(part.images[:, :1].flatten(1).float(), labels_of(part)) for part in (data.train, data.test)]
+    pair = [(split.images[:, :1].flatten(1).float(), labels_of(split)) for split in (data.train, data.test)]
     return f"| raw pixels | | knn {knn_accuracy(*pair):.1f} %, linear {linear_probe(*pair)['linear']:.1f} % |"
 
 
 def write(name: str, row: str) -> None:
-    """Put the row of ``name`` into the page's table, in the place of the one it has."""
+    """Add or replace the row of ``name`` in the page's table."""
     page = ROOT / "docs" / "results.md"
     before, _, rest = page.read_text().partition("<!-- table -->\n")
     table, _, after = rest.partition("<!-- end -->")

@@ -122,8 +122,8 @@ def test_user_errors_are_one_line(arguments, code, message, tmp_path, monkeypatc
         (PermissionError(13, "Permission denied", "a.png"), "a.png: Permission denied"),
         (FileExistsError(17, "File exists", "run"), "run: File exists"),
         (
-            OSError("all steps are made, but last.pt could not be written"),
-            "all steps are made, but last.pt could not be written",
+            OSError("training has finished, but last.pt could not be written"),
+            "training has finished, but last.pt could not be written",
         ),
         (KeyError("model"), "KeyError: 'model'"),
         (TypeError("unexpected keyword"), "TypeError: unexpected keyword"),

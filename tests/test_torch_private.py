@@ -26,7 +26,7 @@ cpu = {"backend": "cpu"}
 check_op(ops.flash_attention, {"q": q, "k": k, "v": v, "bias": torch.randn(17, 17)}, return_lse=True, **cpu)
 map_ = {"qkv": torch.randn(1, 8, 8, 48), "bias_table": torch.randn(49, 2)}
 check_op(ops.window_attention, map_, window_size=4, shift_size=2, num_heads=2, **cpu)
-x, w, b = torch.randn(5, 24, requires_grad=True), torch.randn(8, 24, requires_grad=True), torch.randn(8, requires_grad=True)
+x, w, b = (torch.randn(*shape, requires_grad=True) for shape in ((5, 24), (8, 24), (8,)))
 check_op(ops.linear, {"x": x.detach(), "weight": w.detach(), "bias": b.detach()}, activation="gelu", **cpu)
 out = ops.flash_attention(*(t.requires_grad_() for t in (q, k, v)))
 (g,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)

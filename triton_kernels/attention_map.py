@@ -1,4 +1,4 @@
-"""Attention probabilities of chosen queries on Triton: two passes over the keys, nothing stored but the answer."""
+"""Attention probabilities of chosen queries: two passes over the keys; only the result is stored."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pyvit.triton_kernels.common import (
     NO_BIAS,
     arch_of,
     dot_parts,
+    exp2_factor,
+    exp2_scores,
     launch,
     load_rows,
-    powers,
     precision,
     rows_unit,
-    unit_of,
 )
 from pyvit.triton_kernels.tiles import choose, parts
 from torch import Tensor
@@ -42,7 +42,7 @@ def map_scores(
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Scores of the gathered queries, whose rows of the bias are ``at``."""
+    """Scores of the gathered queries; ``at`` are their rows of the bias."""
     keys = load_rows(k, cols, cols < n_k, stride, D, D_PARTS)
     s = dot_parts(queries, keys, M, N, PRECISION)
     if not RAW:
@@ -81,8 +81,9 @@ def map_rows(
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_M of the rows asked for, of one head: the log-sum-exp in the first pass over the keys, the probabilities in
-    the second."""
+    """Probabilities of BLOCK_M chosen queries of one head. The first pass over the keys computes the log-sum-exp, the
+    second the probabilities.
+    """
     blocks = tl.cdiv(n_rows, BLOCK_M)
     pid = tl.program_id(0)
     b, h = (pid // blocks // H).to(tl.int64), (pid // blocks % H).to(tl.int64)
@@ -92,7 +93,7 @@ def map_rows(
     queries = load_rows(q + b * q_strides[0] + h * q_strides[1], at, valid, q_strides[2], D, D_PARTS)
     k += b * k_strides[0] + h // GROUPS * k_strides[1]
     bias += b * bias_strides[0] + h * bias_strides[1]
-    unit = unit_of(scale, RAW)
+    unit = exp2_factor(scale, RAW)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, n_k, BLOCK_N):
@@ -118,7 +119,7 @@ def map_rows(
         )
         higher = tl.maximum(top, tl.max(s, 1))
         against = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * powers(top, against, unit) + tl.sum(powers(s, against[:, None], unit), 1)
+        total = total * exp2_scores(top, against, unit) + tl.sum(exp2_scores(s, against[:, None], unit), 1)
         top = higher
     top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.where(total == 0.0, 1.0, total)
@@ -144,7 +145,7 @@ def map_rows(
             RAW,
             PRECISION,
         )
-        p = powers(s, top[:, None], unit) / total[:, None]
+        p = exp2_scores(s, top[:, None], unit) / total[:, None]
         tl.store(out + cols[None, :], p.to(out.dtype.element_ty), mask=valid[:, None] & (cols < n_k)[None, :])
 
 
@@ -160,7 +161,7 @@ def attention_map(
         "q": q,
         "k": k,
         "rows": rows,
-        "bias": q if bias is None else bias,  # never read without a bias
+        "bias": q if bias is None else bias,  # not read without a bias
         "out": out,
         "q_strides": q.stride()[:3],
         "k_strides": k.stride()[:3],

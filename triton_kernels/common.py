@@ -1,9 +1,8 @@
-"""What every Triton kernel here shares: rows cut into blocks that fit the head dimension, matrix products, masks,
-dropout, and launching.
+"""Shared parts of the Triton kernels: rows split into blocks, matrix products, masks, dropout, launching.
 
-A width that is not a power of two is covered by a tuple of power-of-two parts (197 keys: 128 + 64 + 16; 72 channels: 64
-+ 16), see :mod:`pyvit.triton_kernels.tiles`. A tile is then a tuple of blocks, and loops over parts are unrolled by the
-compiler.
+A width that is not a power of two is split into a tuple of power-of-two parts (197 keys: 128 + 64 + 16; 72 channels: 64
++ 16), see :mod:`pyvit.triton_kernels.tiles`. A tile is then a tuple of blocks, and the compiler unrolls loops over
+parts.
 """
 
 from __future__ import annotations
@@ -19,13 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: The interpreter multiplies bfloat16 operands wrongly, so there, and only there, they are widened after they were
-#: rounded.
+#: The interpreter multiplies bfloat16 operands wrongly, so there they are converted to float32 after rounding.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NO_BIAS, FLOAT_BIAS, BOOL_BIAS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-#: A log-sum-exp from whose magnitude on its rounding shows in the gradients: its row is summed again.
+#: Rows with a log-sum-exp of this magnitude or more are summed again, because its rounding would affect gradients.
 LARGE = tl.constexpr(128.0)
 
 
@@ -59,38 +57,39 @@ def zeros_of(M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def zero_parts(ROWS: tl.constexpr, PARTS: tl.constexpr):
-    """Zero tiles, ROWS major: entry r * len(PARTS) + i is (ROWS[r], PARTS[i])."""
+    """Zero tiles for each of ROWS and PARTS: entry r * len(PARTS) + i is (ROWS[r], PARTS[i])."""
     out = ()
     for r in tl.static_range(len(ROWS)):
         for i in tl.static_range(len(PARTS)):
-            out = out + (zeros_of(ROWS[r], PARTS[i]),)  # noqa: RUF005
+            out = out + (zeros_of(ROWS[r], PARTS[i]),)
     return out
 
 
 @triton.jit
 def add_products(acc, a, b, first: tl.constexpr, PRECISION: tl.constexpr):
-    """``acc[first:first + len(b)]`` plus a b, for b a tuple of blocks over columns."""
+    """``acc[first:first + len(b)]`` plus a b, where b is a tuple of blocks over columns."""
     out = ()
     for i in tl.static_range(len(b)):
-        out = out + (dot(a, b[i], acc[first + i], PRECISION),)  # noqa: RUF005
+        out = out + (dot(a, b[i], acc[first + i], PRECISION),)
     return out
 
 
 @triton.jit
 def load_rows(base, rows, valid, stride, D: tl.constexpr, PARTS: tl.constexpr):
-    """Rows of ``base`` (rows, D) as a tuple of blocks over D; rows not ``valid`` (None: all are) and channels past D
-    are zero."""
+    """Rows of ``base`` (rows, D) as a tuple of blocks over D. Rows that are not ``valid`` (None: all are) and channels
+    past D are zero.
+    """
     at = base + rows.to(tl.int64)[:, None] * stride
     out = ()
     start: tl.constexpr = 0
     for i in tl.static_range(len(PARTS)):
         cols = start + tl.arange(0, PARTS[i])
         if valid is not None:
-            out = out + (tl.load(at + cols[None, :], mask=valid[:, None] & (cols[None, :] < D), other=0.0),)  # noqa: RUF005
-        elif D % 16 != 0:  # parts make up the next multiple of 16
-            out = out + (tl.load(at + cols[None, :], mask=cols[None, :] < D, other=0.0),)  # noqa: RUF005
+            out = out + (tl.load(at + cols[None, :], mask=valid[:, None] & (cols[None, :] < D), other=0.0),)
+        elif D % 16 != 0:  # the parts add up to the next multiple of 16
+            out = out + (tl.load(at + cols[None, :], mask=cols[None, :] < D, other=0.0),)
         else:
-            out = out + (tl.load(at + cols[None, :]),)  # noqa: RUF005
+            out = out + (tl.load(at + cols[None, :]),)
         start = start + PARTS[i]
     return out
 
@@ -119,7 +118,7 @@ def dot_rows(a, b):
 
 @triton.jit
 def sequence(cu_seqlens, b, n, VARLEN: tl.constexpr):
-    """First row (int64) and length of sequence ``b``: 0 and ``n`` where every sequence has its own batch entry."""
+    """First row (int64) and length of sequence ``b``; 0 and ``n`` for batched input."""
     if VARLEN:
         first = tl.load(cu_seqlens + b).to(tl.int64)
         length = (tl.load(cu_seqlens + b + 1) - first).to(tl.int32)
@@ -130,11 +129,13 @@ def sequence(cu_seqlens, b, n, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def biased(s, bias, rows, cols, n_q, n_k, strides, BIAS: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr):
-    """Scores with bias added and masks applied; rows and cols are index tensors that broadcast to the shape of ``s``.
+def add_bias_and_mask(
+    s, bias, rows, cols, n_q, n_k, strides, BIAS: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr
+):
+    """Scores with bias and masks; rows and cols are index tensors that broadcast to the shape of ``s``.
 
-    They stay in natural units until the largest is subtracted: times log2(e) a finite bias may be infinite, and large
-    ones that differ may round to the same.
+    Scores are scaled to base 2 only after their maximum is subtracted: a finite bias times log2(e) may be infinite, and
+    large different values may round to the same one.
     """
     if BIAS != NO_BIAS:
         at = bias + rows.to(tl.int64) * strides[2] + cols.to(tl.int64) * strides[3]
@@ -151,10 +152,11 @@ def biased(s, bias, rows, cols, n_q, n_k, strides, BIAS: tl.constexpr, CAUSAL: t
 
 
 @triton.jit
-def unit_of(scale, RAW: tl.constexpr):
-    """What makes powers of two of differences of scores. RAW scores, which nothing is added to, are products before
-    ``scale``: the largest is subtracted from them as it is, where a multiply-add would subtract the rounded largest
-    from its exact self."""
+def exp2_factor(scale, RAW: tl.constexpr):
+    """The factor of differences of scores in exp2. RAW scores, without bias, are products before ``scale``: their
+    maximum is subtracted first, because a fused multiply-add would subtract a rounded maximum from the unrounded
+    product.
+    """
     unit = LOG2E
     if RAW:
         unit = scale * LOG2E
@@ -162,22 +164,22 @@ def unit_of(scale, RAW: tl.constexpr):
 
 
 @triton.jit
-def powers(s, top, unit):
-    """exp2 of scores less the largest of their row."""
+def exp2_scores(s, top, unit):
+    """exp2 of the scores minus the maximum of their row."""
     return tl.exp2((s - top) * unit)
 
 
 @triton.jit
-def draw_of(seed, DROPOUT: tl.constexpr):
-    """The number dropout starts from; nothing is read without dropout."""
-    draw = 0
+def dropout_seed(seed, DROPOUT: tl.constexpr):
+    """The seed of dropout; not loaded without dropout."""
+    rng_seed = 0
     if DROPOUT:
-        draw = tl.load(seed)
-    return draw
+        rng_seed = tl.load(seed)
+    return rng_seed
 
 
 @triton.jit
-def kept(seed, head, rows, cols, threshold):
+def dropout_mask(seed, head, rows, cols, threshold):
     """Which probabilities dropout keeps: see :func:`pyvit.ops.reference.dropout_keep`."""
     zero = rows * 0 + cols * 0
     c0 = (cols + zero).to(tl.uint32)
@@ -187,7 +189,7 @@ def kept(seed, head, rows, cols, threshold):
 
 @dataclass
 class Launch:
-    """One kernel launch, as recorded by :func:`recording`: what the compilation matrix compiles."""
+    """A recorded kernel launch (see :func:`recording`), which the compile report compiles."""
 
     kernel: Any
     grid: int
@@ -210,7 +212,7 @@ _recorder: _Recorder | None = None
 
 @contextlib.contextmanager
 def recording(arch: str) -> Iterator[list[Launch]]:
-    """Run launchers on meta tensors as if on ``arch``; launches are listed, not run."""
+    """Run launchers on meta tensors as on ``arch``; launches are recorded, not run."""
     global _recorder
     previous, _recorder = _recorder, _Recorder(arch)
     try:
@@ -238,26 +240,27 @@ def arch_of(tensor: Tensor) -> str:
     return found
 
 
-#: Streaming multiprocessors (compute units) of the parts that kernels are compiled for.
+#: Streaming multiprocessors (compute units) of the GPUs that kernels are compiled for.
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
 
 def processors(tensor: Tensor) -> int:
-    """Streaming multiprocessors (compute units) to keep busy."""
+    """Number of streaming multiprocessors (compute units)."""
     if _recorder is None and tensor.device.type == "cuda":
         return torch.cuda.get_device_properties(tensor.device).multi_processor_count
     return PROCESSORS.get(arch_of(tensor), 2)
 
 
 def precision(tensor: Tensor) -> str:
-    """How float32 operands are multiplied: three TF32 products on NVIDIA's tensor cores, true float32 on AMD's. Never
-    plain TF32."""
+    """How float32 operands are multiplied: as three TF32 products on NVIDIA's tensor cores, in float32 on AMD's. Never
+    in plain TF32.
+    """
     return "ieee" if tensor.dtype != torch.float32 or not arch_of(tensor).startswith("sm_") else "tf32x3"
 
 
 def launch(kernel: Any, grid: int, args: dict[str, Any], warps: int, stages: int) -> None:
-    """Run ``grid`` programs of ``kernel`` on the device of its first tensor; no programs, no launch."""
-    # Fused multiply-adds are asked for: Triton's default for them changes between its versions.
+    """Run ``grid`` programs of ``kernel`` on the device of its first tensor, if there are any."""
+    # Fused multiply-adds are enabled explicitly: Triton's default differs between versions.
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     if (_recorder is not None or INTERPRETED.value) and (wrong := args.keys() ^ set(kernel.arg_names)):
         raise TypeError(
@@ -279,7 +282,7 @@ def launch(kernel: Any, grid: int, args: dict[str, Any], warps: int, stages: int
 
 
 def rows_unit(t: Tensor) -> Tensor:
-    """``t`` with unit stride in the last dimension, copied if it must be."""
+    """``t`` with unit stride in the last dimension; copied if necessary."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 

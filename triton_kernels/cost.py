@@ -1,10 +1,8 @@
-"""What a call must cost at least: bytes that have to move, flops that have to be done, and the time below which no GPU
-can be.
+"""Lower bounds for a call: bytes moved, flops, and the resulting time.
 
-The bytes are each input and output once (what no fusion avoids), the flops those of the matrix products without
-recomputation. A kernel's share of the roofline is ``floor / measured``. Parts' rates are their data sheets' dense
-figures. What the kernels of a backend do beyond the floor (padding, recomputed products, second passes) is in
-:mod:`pyvit.triton_kernels.plans`.
+Bytes count each input and output once; flops are those of the matrix products without recomputation. A kernel's share
+of the roofline is ``floor / measured``. Rates are the dense figures of data sheets. :mod:`pyvit.triton_kernels.plans`
+describes what a backend's kernels do beyond the lower bound (padding, recomputation, second passes).
 """
 
 from __future__ import annotations
@@ -16,10 +14,9 @@ import torch
 
 @dataclass(frozen=True)
 class Part:
-    """Peak rates: bytes per second, dense flops per second by element size in bytes, and seconds to start one kernel.
-
-    ``warp_share`` is the part of the tensor cores' rate that instructions of a single warp (``mma.sync``) reach; the
-    rest takes ``wgmma`` or ``tcgen05``.
+    """Peak rates of a GPU: bytes per second, dense flops per second by element size in bytes, and seconds to launch a
+    kernel. ``warp_share`` is the share of the tensor cores' rate that single-warp instructions (``mma.sync``) reach;
+    the full rate needs ``wgmma`` or ``tcgen05``.
     """
 
     name: str
@@ -56,19 +53,20 @@ class Cost:
     dtype: torch.dtype
 
     def floor(self, part: Part | str) -> float:
-        """Seconds below which the call cannot finish on ``part``: the larger of its memory time and its arithmetic
-        time."""
+        """A lower bound for the call's time on ``part`` in seconds: the larger of its memory time and its arithmetic
+        time.
+        """
         p = part_named(part) if isinstance(part, str) else part
         return max(self.bytes / p.bandwidth, self.flops / p.rate(self.dtype))
 
     def bound(self, part: Part | str) -> str:
-        """ "memory" or "compute": which of the two sets the floor."""
+        """ "memory" or "compute": which of the two is larger."""
         p = part_named(part) if isinstance(part, str) else part
         return "memory" if self.bytes / p.bandwidth >= self.flops / p.rate(self.dtype) else "compute"
 
 
 def part_named(name: str) -> Part:
-    """The part whose key occurs in a device name ("NVIDIA H200" -> H200). Raises KeyError listing the parts known."""
+    """The GPU whose key is in a device name ("NVIDIA H200" -> H200). Raises KeyError with the known GPUs."""
     for key in sorted(PARTS, key=len, reverse=True):
         if key.lower() in name.lower().replace(" ", ""):
             return PARTS[key]
@@ -90,8 +88,9 @@ def attention(
     causal: bool = False,
     backward: bool = False,
 ) -> Cost:
-    """One call of flash_attention, forward or (``backward``) its gradients alone. ``bias``: elements of the bias as
-    given, unexpanded."""
+    """A call of flash_attention: forward, or (``backward``) only its gradients. ``bias``: elements of the bias as
+    given, not expanded.
+    """
     size, kv = dtype.itemsize, kv_heads or heads
     queries, keys, rows = batch * heads * n_q * d, batch * kv * n_k * d, batch * heads * n_q
     pairs = batch * heads * (sum(min(i + 1, n_k) for i in range(n_q)) if causal else n_q * n_k)
@@ -105,7 +104,7 @@ def attention(
 def attention_map(
     batch: int, heads: int, rows: int, n_k: int, d: int, dtype: torch.dtype, *, kv_heads: int | None = None
 ) -> Cost:
-    """One call of attention_map: the chosen queries, every key, the probabilities."""
+    """A call of attention_map: the chosen queries, all keys, the probabilities."""
     size = dtype.itemsize
     moved = (
         batch * heads * rows * d + batch * (kv_heads or heads) * n_k * d + batch * heads * rows * n_k
@@ -124,7 +123,7 @@ def window_attention(
     *,
     backward: bool = False,
 ) -> Cost:
-    """One call of window_attention on a (height, width) map, padding included in the flops but not in the bytes."""
+    """A call of window_attention on a (height, width) map. Padding counts in the flops, not in the bytes."""
     area = window[0] * window[1]
     windows = batch * -(-height // window[0]) * -(-width // window[1])
     tokens, channels, size = batch * height * width, heads * d, dtype.itemsize
@@ -132,7 +131,7 @@ def window_attention(
     rows = 4 * windows * area * heads
     if not backward:  # qkv, out
         return Cost(4 * tokens * channels * size + rows + table, 4.0 * windows * heads * area * area * d, dtype)
-    # qkv and its gradient, grad_out, and out, which a kernel that holds whole rows of scores can do without
+    # qkv and its gradient, grad_out, and out, which a kernel with whole rows of scores does not need
     return Cost(8 * tokens * channels * size + rows + 2 * table, 10.0 * windows * heads * area * area * d, dtype)
 
 
@@ -149,8 +148,7 @@ def patch_embed(
     images_grad: bool = False,
     backward: bool = False,
 ) -> Cost:
-    """One call of patch_embed for ``patches`` patches of each image (those kept), not overlapping. ``pixel_bytes``: 1
-    for uint8."""
+    """A call of patch_embed for ``patches`` (kept) patches per image without overlap. ``pixel_bytes``: 1 for uint8."""
     depth, size = channels * patch[0] * patch[1], dtype.itemsize
     pixels = batch * patches * depth * (pixel_bytes or size)
     weight, tokens = width * depth * size, batch * (patches + prefix) * width * size
@@ -164,6 +162,7 @@ def patch_embed(
 
 
 def useful_fraction(n: int, covered: int) -> float:
-    """Share of a tiled extent that is not padding: 197 rows in 4 tiles of 64 use 77 %. The tuner tries tilings that
-    waste least first."""
+    """Share of a tiled extent that is not padding: 197 rows in 4 tiles of 64 use 77 %. The tuner tries tilings with
+    least padding first.
+    """
     return n / covered if covered else 1.0

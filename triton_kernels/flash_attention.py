@@ -1,4 +1,4 @@
-"""Attention on Triton: which kernel serves a call, and the memory it writes to."""
+"""Launchers of attention: the choice of kernels, and their outputs and workspaces."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 
 class _Problem:
-    """One call, dense or packed, as the kernels see it: (batch or sequence, head, row) strides and lengths."""
+    """A call, batched or variable-length, as the kernels see it: (batch or sequence, head, row) strides and lengths."""
 
     def __init__(
         self,
@@ -67,9 +67,9 @@ class _Problem:
             "VARLEN": cu is not None,
             "PRECISION": precision(q),
         }
-        # Nothing is added to the scores, and the largest is the largest product.
+        # Nothing is added to the scores, so the largest score is the largest product.
         self.raw = {"RAW": (bias is None or bias.dtype == torch.bool) and scale > 0}
-        # Without a bias the kernels still add an offset to its pointer; q's is as good as any and is never read.
+        # Without a bias the kernels still add an offset to its pointer, so pass q's; it is not read.
         self.bias_args: dict[str, Any] = {
             "bias": self.q if bias is None else bias,
             "bias_strides": (0, 0, 0, 0)
@@ -82,7 +82,7 @@ class _Problem:
         return (0, t.stride(1), t.stride(0)) if self.cu is not None else (t.stride(0), t.stride(1), t.stride(2))
 
     def rows(self) -> Tensor:
-        """Uninitialised float32, one for each query of each head."""
+        """Uninitialised float32, one number per query and head."""
         shape = (self.heads, self.q.shape[0]) if self.cu is not None else (self.batch, self.heads, self.n_q)
         return self.q.new_empty(shape, dtype=torch.float32)
 
@@ -90,13 +90,15 @@ class _Problem:
         return (0, t.stride(0)) if self.cu is not None else (t.stride(0), t.stride(1))
 
     def like(self, t: Tensor, channels: int) -> Tensor:
-        """An output with the layout the operator's contract states: (B, N, H, D) in memory, packed (T, H, D)."""
+        """An uninitialised output with the layout of the operator's contract: (B, N, H, D) in memory, or (T, H, D) for
+        varlen.
+        """
         if self.cu is not None:
             return t.new_empty(t.shape[0], t.shape[1], channels)
         return t.new_empty(t.shape[0], t.shape[2], t.shape[1], channels).transpose(1, 2)
 
     def tensors(self, **named: Tensor) -> dict[str, Any]:
-        """Each tensor with its strides, as kernels take them."""
+        """Each tensor with its strides, as kernel arguments."""
         args: dict[str, Any] = {}
         for name, t in named.items():
             args[name], args[f"{name}_strides"] = t, self.strides(t)
@@ -118,7 +120,7 @@ def _forward(p: _Problem) -> tuple[Tensor, Tensor]:
     if forward_short_fits(p.arch, p.itemsize, (p.d, p.dv), p.n_k):
         c = p.choose("forward_short")
         tiles = -(-p.n_q // c.block_m)
-        # One image has few heads: give each query tile its own program rather than leave processors idle.
+        # A single image has few heads: use one program per query tile, to keep all processors busy.
         group = c.group if p.batch * p.heads * tiles >= 2 * c.group * processors(p.q) else 1
         grid = -(-tiles // group) * p.heads * p.batch
         launch(
@@ -148,10 +150,10 @@ def _backward(
     only = lambda *names: {k: v for k, v in outputs.items() if k.removesuffix("_strides") in names}  # noqa: E731
     if p.heads == p.kv_heads and backward_short_fits(p.itemsize, max(p.d, p.dv), p.n_q, p.n_k):
         c = p.choose("backward_short")
-        # The bias tile takes registers that half as many queries leave free.
+        # The bias tile needs registers: use half as many queries.
         shape = {"BLOCK_M": c.block_m if p.bias is None else max(16, c.block_m // 2), "BLOCK_N": one_tile(p.n_k)}
         every = args | own | outputs | shape | p.raw
-        del every["GROUPS"]  # each query head has its own key head
+        del every["GROUPS"]  # not grouped: each query head has its own key head
         launch(backward_short, p.batch * p.heads, every, c.warps, c.stages)
     else:
         c = p.choose("backward_dq")
@@ -172,8 +174,9 @@ def _backward(
 
 
 def _bias_backward(args: dict[str, Any], p: _Problem) -> Tensor:
-    """The bias gradient: one program per element walks what the bias was broadcast over; long walks are cut and summed
-    in order."""
+    """The gradient of the bias. Each program owns a tile and loops over everything the bias was broadcast over; long
+    loops are split, and the parts added in order.
+    """
     assert p.bias is not None
     c = p.choose("bias_grad")
     bb, bh, bi, bj = p.bias.shape
@@ -230,7 +233,7 @@ def flash_attention_backward(
     seed: Tensor | None,
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and, when asked for, the bias (else empty)."""
+    """Gradients of q, k, v and, if requested, of the bias (else empty)."""
     return _backward(
         grad_out, grad_lse, out, lse, bias_grad, _Problem(q, k, v, bias, is_causal, scale, dropout_p, seed)
     )
@@ -273,6 +276,6 @@ def flash_attention_varlen_backward(
     scale: float,
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and, when asked for, the bias (else empty)."""
+    """Gradients of q, k, v and, if requested, of the bias (else empty)."""
     p = _Problem(q, k, v, bias, is_causal, scale, cu=(cu_seqlens_q, cu_seqlens_k), longest=(max_seqlen_q, max_seqlen_k))
     return _backward(grad_out, grad_lse, out, lse, bias_grad, p)

@@ -1,8 +1,8 @@
-"""Backward kernels of attention: probabilities are computed again from the log-sum-exp, and every gradient has one
-owner, so no atomics.
+"""Backward kernels of attention. Probabilities are recomputed from the log-sum-exp. Every gradient has one owner, so
+there are no atomics.
 
-Where keys are rows (scores transposed, (keys, queries)), the products for dK and dV take the probabilities as they lie
-in registers.
+Kernels whose rows are keys compute transposed scores (keys, queries), so that the products for dK and dV use the
+probabilities in the registers they are in.
 """
 
 from __future__ import annotations
@@ -11,33 +11,35 @@ import triton
 import triton.language as tl
 from pyvit.triton_kernels.common import (
     LARGE,
+    add_bias_and_mask,
     add_products,
-    biased,
     dot_parts,
     dot_rows,
-    draw_of,
-    kept,
+    dropout_mask,
+    dropout_seed,
+    exp2_factor,
+    exp2_scores,
     load_rows,
-    powers,
     sequence,
     span,
     store_rows,
-    unit_of,
     zero_parts,
 )
 
 
 @triton.jit
 def any_large(lse):
-    """Whether some row's log-sum-exp is LARGE (infinite ones stand for rows that do not exist): float32 may then have
-    rounded away all that was added to the largest score, and probabilities made from it would not sum to 1."""
+    """Whether a row's log-sum-exp is LARGE (infinite ones belong to rows that do not exist). Float32 may then have
+    rounded away what was added to the largest score, and probabilities from it would not sum to 1.
+    """
     return tl.max(tl.where(lse < float("inf"), tl.abs(lse), 0.0), 0) > LARGE
 
 
 @triton.jit
 def load_shift(lse, rows, n, scale, RAW: tl.constexpr):
-    """What is subtracted from scores, the log-sum-exp, such that probabilities are 0 in rows past the end and in rows
-    that may attend to nothing; and whether one of these rows has a LARGE one."""
+    """The log-sum-exp that is subtracted from scores, changed such that probabilities are 0 in rows past the end and in
+    fully masked rows; and whether one of these rows has a LARGE one.
+    """
     value = tl.load(lse + rows, mask=rows < n, other=float("inf"))
     value = tl.where(value == float("-inf"), 0.0, value)
     large = any_large(value)
@@ -48,9 +50,9 @@ def load_shift(lse, rows, n, scale, RAW: tl.constexpr):
 
 @triton.jit
 def probabilities(s, shift, rest, unit):
-    """Of scores: exp2((s - shift) * unit - rest). Of a row with a LARGE log-sum-exp ``shift`` is the largest score and
-    ``rest`` the logarithm of the sum of the powers that are then left, as the forward had them; otherwise the
-    log-sum-exp and 0."""
+    """exp2((s - shift) * unit - rest). For a row with a LARGE log-sum-exp, ``shift`` is the largest score and ``rest``
+    the logarithm of the sum of the remaining exponentials; otherwise they are the log-sum-exp and 0.
+    """
     return tl.exp2((s - shift) * unit - rest)
 
 
@@ -61,7 +63,7 @@ def log_total(total):
 
 @triton.jit
 def row_delta(out, grad, grad_lse, rows, n, stride, DV: tl.constexpr, DV_PARTS: tl.constexpr):
-    """Row sums of out * grad_out, less the gradient of the log-sum-exp: what softmax's backward subtracts from dP."""
+    """Row sums of out * grad_out minus the gradient of the log-sum-exp; the softmax backward subtracts them from dP."""
     delta = dot_rows(load_rows(out, rows, rows < n, stride, DV, DV_PARTS), grad)
     if grad_lse is not None:
         delta -= tl.load(grad_lse + rows, mask=rows < n, other=0.0)
@@ -87,11 +89,11 @@ def tile_scores(
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile (M, N) of scores as the forward took them; left and right are queries and keys, or the other way round."""
+    """A tile (M, N) of scores, as in the forward. left and right are queries and keys, or keys and queries."""
     s = dot_parts(left, right, M, N, PRECISION)
     if not RAW:
         s *= scale
-    return biased(s, bias, rows, cols, n_q, n_k, bias_strides, BIAS, CAUSAL, MASK)
+    return add_bias_and_mask(s, bias, rows, cols, n_q, n_k, bias_strides, BIAS, CAUSAL, MASK)
 
 
 @triton.jit
@@ -102,7 +104,7 @@ def score_gradient(
     row_sum,
     rows,
     cols,
-    draw,
+    rng_seed,
     head,
     threshold,
     keep_scale,
@@ -111,12 +113,13 @@ def score_gradient(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile (M, N) of probabilities after dropout, and of the gradients of the scores: grad_left and grad_right are
-    output gradients and values, or the other way round; row sums and indices broadcast to the tile."""
+    """A tile (M, N) of probabilities after dropout, and of the gradients of the scores. grad_left and grad_right are
+    output gradients and values, or the reverse; row sums and indices broadcast to the tile.
+    """
     dp = dot_parts(grad_left, grad_right, M, N, PRECISION)
     dropped = p
     if DROPOUT:
-        keep = kept(draw, head, rows, cols, threshold)
+        keep = dropout_mask(rng_seed, head, rows, cols, threshold)
         dropped = tl.where(keep, p * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     return dropped, p * (dp - row_sum)
@@ -171,8 +174,9 @@ def backward_short(
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """All gradients of one head by one program, which holds all its keys: five products per tile of queries, where a
-    pass for dQ and another for dK and dV take seven, and nothing is read twice."""
+    """All gradients of a head in one program, which keeps all keys on chip. Five products per tile of queries, instead
+    of seven in separate passes for dQ and for dK and dV, and everything is read once.
+    """
     pid = tl.program_id(0)
     b, h = (pid // H).to(tl.int64), (pid % H).to(tl.int64)
     q_first, q_len = sequence(cu_q, b, n_q, VARLEN)
@@ -189,8 +193,8 @@ def backward_short(
     row_at = b * lse_strides[0] + h * lse_strides[1] + q_first
     if grad_lse is not None:
         grad_lse += row_at
-    draw = draw_of(seed, DROPOUT)
-    unit = unit_of(scale, RAW)
+    rng_seed = dropout_seed(seed, DROPOUT)
+    unit = exp2_factor(scale, RAW)
 
     cols = tl.arange(0, BLOCK_N)
     inside = cols < k_len
@@ -198,7 +202,7 @@ def backward_short(
     values = load_rows(v, cols, inside, v_strides[2], DV, DV_PARTS)
     dk = zero_parts((BLOCK_N,), D_PARTS)
     dv = zero_parts((BLOCK_N,), DV_PARTS)
-    # Not pipelined: Triton 3.6 to 3.9 would copy the next gradients over those that a wgmma still reads.
+    # Not pipelined: Triton 3.6 to 3.9 would overwrite gradients that a wgmma still reads.
     for tile in tl.range(tl.cdiv(q_len, BLOCK_M), num_stages=1):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         valid = rows < q_len
@@ -208,20 +212,20 @@ def backward_short(
         shift, large = load_shift(lse + row_at, rows, q_len, scale, RAW)
         rest = tl.zeros((BLOCK_M,), tl.float32)
         s = tile_scores(
-            keys, queries, bias, bias_strides, rows[None, :], cols[:, None], q_len, k_len, scale, BLOCK_N, BLOCK_M, BIAS, CAUSAL, True,
-            RAW, PRECISION,
+            keys, queries, bias, bias_strides, rows[None, :], cols[:, None], q_len, k_len, scale, BLOCK_N, BLOCK_M,
+            BIAS, CAUSAL, True, RAW, PRECISION,
         )  # fmt: skip
         if large:
             top = tl.max(s, 0)
             shift = tl.where(top == float("-inf"), 0.0, top)
-            rest = log_total(tl.sum(powers(s, shift[None, :], unit), 0))
+            rest = log_total(tl.sum(exp2_scores(s, shift[None, :], unit), 0))
         at = row_at + rows  # for the bias gradient
         tl.store(delta + at, row_sum, mask=valid)
         tl.store(shifts + at, shift, mask=valid)
         tl.store(rests + at, rest, mask=valid)
         dropped, ds = score_gradient(
-            probabilities(s, shift[None, :], rest[None, :], unit), values, grad, row_sum[None, :], rows[None, :], cols[:, None],
-            draw, pid, threshold, keep_scale, BLOCK_N, BLOCK_M, DROPOUT, PRECISION,
+            probabilities(s, shift[None, :], rest[None, :], unit), values, grad, row_sum[None, :], rows[None, :],
+            cols[:, None], rng_seed, pid, threshold, keep_scale, BLOCK_N, BLOCK_M, DROPOUT, PRECISION,
         )  # fmt: skip
         dv = add_products(dv, dropped.to(v.dtype.element_ty), grad, 0, PRECISION)
         ds = ds.to(q.dtype.element_ty)
@@ -278,8 +282,9 @@ def backward_dq(
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dQ of one query tile, walking the keys; also writes what :func:`backward_dkdv` reads of each row: its sum
-    (delta), and what probabilities take."""
+    """dQ of a tile of queries, in a loop over the keys. Also stores what :func:`backward_dkdv` needs per row: delta,
+    and the shift and rest of :func:`probabilities`.
+    """
     blocks = tl.cdiv(n_q, BLOCK_M)
     pid = tl.program_id(0)
     head = pid // blocks
@@ -296,8 +301,8 @@ def backward_dq(
     bias += b * bias_strides[0] + h * bias_strides[1]
     if grad_lse is not None:
         grad_lse += row_at
-    draw = draw_of(seed, DROPOUT)
-    unit = unit_of(scale, RAW)
+    rng_seed = dropout_seed(seed, DROPOUT)
+    unit = exp2_factor(scale, RAW)
 
     first_row = pid % blocks * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -312,7 +317,7 @@ def backward_dq(
     if CAUSAL:
         end = tl.minimum(k_len, first_row + BLOCK_M)
         whole = tl.minimum(whole, first_row // WIDTHS[0] * WIDTHS[0])
-    if VARLEN:  # tiles past the sequence's end walk nothing
+    if VARLEN:  # tiles past the end of the sequence have nothing to do
         end = tl.where(first_row < q_len, end, 0)
         whole = tl.where(first_row < q_len, whole, 0)
     if large:
@@ -322,12 +327,12 @@ def backward_dq(
             cols = span(start, WIDTHS[1])
             keys = load_rows(k, cols, cols < k_len, k_strides[2], D, D_PARTS)
             s = tile_scores(
-                queries, keys, bias, bias_strides, rows[:, None], cols[None, :], q_len, k_len, scale, BLOCK_M, WIDTHS[1], BIAS, CAUSAL,
-                True, RAW, PRECISION,
+                queries, keys, bias, bias_strides, rows[:, None], cols[None, :], q_len, k_len, scale, BLOCK_M,
+                WIDTHS[1], BIAS, CAUSAL, True, RAW, PRECISION,
             )  # fmt: skip
             higher = tl.maximum(top, tl.max(s, 1))
             shift = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * powers(top, shift, unit) + tl.sum(powers(s, shift[:, None], unit), 1)
+            total = total * exp2_scores(top, shift, unit) + tl.sum(exp2_scores(s, shift[:, None], unit), 1)
             top = higher
         shift = tl.where(top == float("-inf"), 0.0, top)
         rest = log_total(total)
@@ -342,12 +347,12 @@ def backward_dq(
             keys = load_rows(k, cols, cols < k_len if edge == 1 else None, k_strides[2], D, D_PARTS)
             values = load_rows(v, cols, cols < k_len if edge == 1 else None, v_strides[2], DV, DV_PARTS)
             s = tile_scores(
-                queries, keys, bias, bias_strides, rows[:, None], cols[None, :], q_len, k_len, scale, BLOCK_M, WIDTHS[edge], BIAS, CAUSAL,
-                edge == 1, RAW, PRECISION,
+                queries, keys, bias, bias_strides, rows[:, None], cols[None, :], q_len, k_len, scale, BLOCK_M,
+                WIDTHS[edge], BIAS, CAUSAL, edge == 1, RAW, PRECISION,
             )  # fmt: skip
             _, ds = score_gradient(
-                probabilities(s, shift[:, None], rest[:, None], unit), grad, values, row_sum[:, None], rows[:, None], cols[None, :],
-                draw, head, threshold, keep_scale, BLOCK_M, WIDTHS[edge], DROPOUT, PRECISION,
+                probabilities(s, shift[:, None], rest[:, None], unit), grad, values, row_sum[:, None], rows[:, None],
+                cols[None, :], rng_seed, head, threshold, keep_scale, BLOCK_M, WIDTHS[edge], DROPOUT, PRECISION,
             )  # fmt: skip
             dq = add_products(dq, ds.to(queries[0].dtype), keys, 0, PRECISION)
     store_rows(grad_q, dq, 0, factor, rows, inside, grad_q_strides[2], D, D_PARTS)
@@ -398,7 +403,7 @@ def backward_dkdv(
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dK and dV of BLOCK_N keys of one key head, walking the queries of its group in blocks of BLOCK_M."""
+    """dK and dV of BLOCK_N keys of one key head, in a loop over the queries of its group in blocks of BLOCK_M."""
     blocks = tl.cdiv(n_k, BLOCK_N)
     pid = tl.program_id(0)
     kv_heads = H // GROUPS
@@ -410,8 +415,8 @@ def backward_dkdv(
     v += b * v_strides[0] + kv_head * v_strides[1] + k_first * v_strides[2]
     grad_k += b * grad_k_strides[0] + kv_head * grad_k_strides[1] + k_first * grad_k_strides[2]
     grad_v += b * grad_v_strides[0] + kv_head * grad_v_strides[1] + k_first * grad_v_strides[2]
-    draw = draw_of(seed, DROPOUT)
-    unit = unit_of(scale, RAW)
+    rng_seed = dropout_seed(seed, DROPOUT)
+    unit = exp2_factor(scale, RAW)
 
     first_col = pid % blocks * BLOCK_N
     cols = first_col + tl.arange(0, BLOCK_N)
@@ -440,14 +445,14 @@ def backward_dkdv(
         rest = tl.load(rests + row_at + rows, mask=rows < q_len, other=0.0)
         row_sum = tl.load(delta + row_at + rows, mask=rows < q_len, other=0.0)
         where = bias + b * bias_strides[0] + h * bias_strides[1]
-        # Keys past the end spoil their own rows alone, which are not stored: no mask.
+        # No mask: keys past the end only affect their own rows, which are not stored.
         s = tile_scores(
-            keys, queries, where, bias_strides, rows[None, :], cols[:, None], q_len, k_len, scale, BLOCK_N, BLOCK_M, BIAS, CAUSAL, CAUSAL,
-            RAW, PRECISION,
+            keys, queries, where, bias_strides, rows[None, :], cols[:, None], q_len, k_len, scale, BLOCK_N, BLOCK_M,
+            BIAS, CAUSAL, CAUSAL, RAW, PRECISION,
         )  # fmt: skip
         dropped, ds = score_gradient(
-            probabilities(s, shift[None, :], rest[None, :], unit), values, grad, row_sum[None, :], rows[None, :], cols[:, None],
-            draw, b * H + h, threshold, keep_scale, BLOCK_N, BLOCK_M, DROPOUT, PRECISION,
+            probabilities(s, shift[None, :], rest[None, :], unit), values, grad, row_sum[None, :], rows[None, :],
+            cols[:, None], rng_seed, b * H + h, threshold, keep_scale, BLOCK_N, BLOCK_M, DROPOUT, PRECISION,
         )  # fmt: skip
         dv = add_products(dv, dropped.to(v.dtype.element_ty), grad, 0, PRECISION)
         dk = add_products(dk, ds.to(q.dtype.element_ty), queries, 0, PRECISION)

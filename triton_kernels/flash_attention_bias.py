@@ -1,10 +1,10 @@
-"""The gradient of attention's bias: the gradients of the scores, summed over everything the bias was broadcast over."""
+"""The gradient of attention's bias: the gradients of the scores, summed over all broadcast dimensions."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from pyvit.triton_kernels.common import LOG2E, draw_of, load_rows, sequence
+from pyvit.triton_kernels.common import LOG2E, dropout_seed, load_rows, sequence
 from pyvit.triton_kernels.flash_attention_backward import probabilities, score_gradient, tile_scores
 
 
@@ -53,10 +53,10 @@ def bias_gradient(
     VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of the bias gradient: dS summed over ``walk`` = (batch, heads, row tiles, column tiles), what the bias
-    broadcasts over.
+    """A tile of the bias gradient: dS summed over ``walk`` = (batch, heads, row tiles, column tiles), the broadcast
+    dimensions.
 
-    With ``splits`` > 1 each program takes a share of the ``steps`` and writes to its own copy, (splits, *bias_shape).
+    With ``splits`` > 1 each program sums a part of the ``steps`` and writes to its own copy, (splits, *bias_shape).
     """
     row_tiles = tl.cdiv(n_q, BLOCK_M) if ROWS else 1
     col_tiles = tl.cdiv(n_k, BLOCK_N) if COLS else 1
@@ -65,7 +65,7 @@ def bias_gradient(
     col_tile, tile = tile % col_tiles, tile // col_tiles
     row_tile, tile = tile % row_tiles, tile // row_tiles
     bias_h, bias_b = tile % bias_shape[1], tile // bias_shape[1]
-    draw = draw_of(seed, DROPOUT)
+    rng_seed = dropout_seed(seed, DROPOUT)
     share = tl.cdiv(steps, splits)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(split * share, tl.minimum(split * share + share, steps)):
@@ -93,12 +93,12 @@ def bias_gradient(
         row_sum = tl.load(delta + row_at + rows, mask=rows < q_len, other=0.0)
         where = bias + b * bias_strides[0] + h * bias_strides[1]
         s = tile_scores(
-            queries, keys, where, bias_strides, rows[:, None], cols[None, :], q_len, k_len, scale, BLOCK_M, BLOCK_N, BIAS, CAUSAL, True,
-            False, PRECISION,
+            queries, keys, where, bias_strides, rows[:, None], cols[None, :], q_len, k_len, scale, BLOCK_M, BLOCK_N,
+            BIAS, CAUSAL, True, False, PRECISION,
         )  # fmt: skip
         _, ds = score_gradient(
-            probabilities(s, shift[:, None], rest[:, None], LOG2E), grad, values, row_sum[:, None], rows[:, None], cols[None, :],
-            draw, b * H + h, threshold, keep_scale, BLOCK_M, BLOCK_N, DROPOUT, PRECISION,
+            probabilities(s, shift[:, None], rest[:, None], LOG2E), grad, values, row_sum[:, None], rows[:, None],
+            cols[None, :], rng_seed, b * H + h, threshold, keep_scale, BLOCK_M, BLOCK_N, DROPOUT, PRECISION,
         )  # fmt: skip
         acc += ds
     plane = (split * bias_shape[0] + bias_b).to(tl.int64) * bias_shape[1] + bias_h

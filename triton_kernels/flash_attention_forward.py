@@ -1,6 +1,6 @@
 """Forward kernels of attention, after Dao et al., "FlashAttention-2" (2023).
 
-Both compute softmax in powers of two, and store only the output and the log-sum-exp.
+Both compute the softmax in base 2 and store only the output and the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import triton
 import triton.language as tl
 from pyvit.triton_kernels.common import (
     LN2,
+    add_bias_and_mask,
     add_products,
-    biased,
     dot_parts,
-    draw_of,
-    kept,
+    dropout_mask,
+    dropout_seed,
+    exp2_factor,
+    exp2_scores,
     load_rows,
-    powers,
     sequence,
     span,
     store_rows,
-    unit_of,
     zero_parts,
 )
 
@@ -31,7 +31,7 @@ def load_blocks(base, n, stride, D: tl.constexpr, PARTS: tl.constexpr, ROW_PARTS
     start: tl.constexpr = 0
     for j in tl.static_range(len(ROW_PARTS)):
         rows = start + tl.arange(0, ROW_PARTS[j])
-        out = out + (load_rows(base, rows, rows < n, stride, D, PARTS),)  # noqa: RUF005
+        out = out + (load_rows(base, rows, rows < n, stride, D, PARTS),)
         start = start + ROW_PARTS[j]
     return out
 
@@ -81,8 +81,9 @@ def forward_short(
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """GROUP query tiles of one head against keys and values that stay on chip: one softmax over whole rows, no
-    rescaling."""
+    """GROUP tiles of queries of one head, with all keys and values on chip: one softmax over whole rows, without
+    rescaling.
+    """
     blocks = tl.cdiv(n_q, BLOCK_M * GROUP)
     pid = tl.program_id(0)
     head = pid // blocks
@@ -95,9 +96,9 @@ def forward_short(
     out += b * out_strides[0] + h * out_strides[1] + q_first * out_strides[2]
     lse += b * lse_strides[0] + h * lse_strides[1] + q_first
     bias += b * bias_strides[0] + h * bias_strides[1]
-    draw = draw_of(seed, DROPOUT)
+    rng_seed = dropout_seed(seed, DROPOUT)
 
-    unit = unit_of(scale, RAW)
+    unit = exp2_factor(scale, RAW)
     keys = load_blocks(k, k_len, k_strides[2], D, D_PARTS, KEY_PARTS)
     values = load_blocks(v, k_len, v_strides[2], DV, DV_PARTS, KEY_PARTS)
     for tile in range(GROUP):
@@ -111,24 +112,24 @@ def forward_short(
             s = dot_parts(queries, keys[j], BLOCK_M, KEY_PARTS[j], PRECISION)
             if not RAW:
                 s *= scale
-            # Of one length for all, every part but the last is full.
-            s = biased(
+            # Batched input: every part but the last is full.
+            s = add_bias_and_mask(
                 s, bias, rows[:, None], cols[None, :], q_len, k_len, bias_strides, BIAS, CAUSAL,
                 VARLEN or CAUSAL or j == len(KEY_PARTS) - 1,
             )  # fmt: skip
             top = tl.maximum(top, tl.max(s, 1))
-            scores = scores + (s,)  # noqa: RUF005
+            scores = scores + (s,)
             first = first + KEY_PARTS[j]
         top = tl.where(top == float("-inf"), 0.0, top)
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc = zero_parts((BLOCK_M,), DV_PARTS)
         start: tl.constexpr = 0
         for j in tl.static_range(len(KEY_PARTS)):
-            p = powers(scores[j], top[:, None], unit)
+            p = exp2_scores(scores[j], top[:, None], unit)
             total += tl.sum(p, 1)
             if DROPOUT:
                 cols = start + tl.arange(0, KEY_PARTS[j])
-                p = tl.where(kept(draw, head, rows[:, None], cols[None, :], threshold), p, 0.0)
+                p = tl.where(dropout_mask(rng_seed, head, rows[:, None], cols[None, :], threshold), p, 0.0)
             start = start + KEY_PARTS[j]
             acc = add_products(acc, p.to(v.dtype.element_ty), values[j], 0, PRECISION)
         empty = total == 0.0
@@ -175,7 +176,7 @@ def forward_long(
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One query tile of one head, walking the keys with an online softmax (Milakov and Gimelshein, 2018)."""
+    """A tile of queries of one head, in a loop over the keys with an online softmax (Milakov and Gimelshein, 2018)."""
     blocks = tl.cdiv(n_q, BLOCK_M)
     pid = tl.program_id(0)
     head = pid // blocks
@@ -188,9 +189,9 @@ def forward_long(
     out += b * out_strides[0] + h * out_strides[1] + q_first * out_strides[2]
     lse += b * lse_strides[0] + h * lse_strides[1] + q_first
     bias += b * bias_strides[0] + h * bias_strides[1]
-    draw = draw_of(seed, DROPOUT)
+    rng_seed = dropout_seed(seed, DROPOUT)
 
-    unit = unit_of(scale, RAW)
+    unit = exp2_factor(scale, RAW)
     first_row = pid % blocks * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     queries = load_rows(q, rows, rows < q_len, q_strides[2], D, D_PARTS)
@@ -202,29 +203,31 @@ def forward_long(
     if CAUSAL:
         end = tl.minimum(k_len, first_row + BLOCK_M)
         whole = tl.minimum(whole, first_row // WIDTHS[0] * WIDTHS[0])
-    if VARLEN:  # tiles past the sequence's end walk nothing
+    if VARLEN:  # tiles past the end of the sequence have nothing to do
         end = tl.where(first_row < q_len, end, 0)
         whole = tl.where(first_row < q_len, whole, 0)
-    for edge in tl.static_range(2):  # whole blocks first, then, in narrower ones, the keys that need a mask
+    for edge in tl.static_range(2):  # full blocks first, then narrower ones for the keys that need a mask
         for start in range(whole if edge else 0, end if edge else whole, WIDTHS[edge]):
             cols = span(start, WIDTHS[edge])
             keys = load_rows(k, cols, cols < k_len if edge == 1 else None, k_strides[2], D, D_PARTS)
             s = dot_parts(queries, keys, BLOCK_M, WIDTHS[edge], PRECISION)
             if not RAW:
                 s *= scale
-            s = biased(s, bias, rows[:, None], cols[None, :], q_len, k_len, bias_strides, BIAS, CAUSAL, edge == 1)
+            s = add_bias_and_mask(
+                s, bias, rows[:, None], cols[None, :], q_len, k_len, bias_strides, BIAS, CAUSAL, edge == 1
+            )
             higher = tl.maximum(top, tl.max(s, 1))
             against = tl.where(higher == float("-inf"), 0.0, higher)
-            p = powers(s, against[:, None], unit)
-            shrink = powers(top, against, unit)
+            p = exp2_scores(s, against[:, None], unit)
+            shrink = exp2_scores(top, against, unit)
             total = total * shrink + tl.sum(p, 1)
             top = higher
             if DROPOUT:
-                p = tl.where(kept(draw, head, rows[:, None], cols[None, :], threshold), p, 0.0)
+                p = tl.where(dropout_mask(rng_seed, head, rows[:, None], cols[None, :], threshold), p, 0.0)
             values = load_rows(v, cols, cols < k_len if edge == 1 else None, v_strides[2], DV, DV_PARTS)
             shrunk = ()
             for i in tl.static_range(len(DV_PARTS)):
-                shrunk = shrunk + (acc[i] * shrink[:, None],)  # noqa: RUF005
+                shrunk = shrunk + (acc[i] * shrink[:, None],)
             acc = add_products(shrunk, p.to(v.dtype.element_ty), values, 0, PRECISION)
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)

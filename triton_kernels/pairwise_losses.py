@@ -1,7 +1,6 @@
-"""The streaming losses on Triton: how each is made of :mod:`pyvit.triton_kernels.pairwise_losses_kernels`' two kernels.
+"""Launchers of the pairwise losses, from the two kernels of :mod:`pyvit.triton_kernels.pairwise_losses_kernels`.
 
-Nothing of the size of the score matrix is stored: memory is the inputs, one number per row and split, and the
-gradients.
+The score matrix is never stored. Memory is used for the inputs, one number per row and split, and the gradients.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from pyvit.triton_kernels.pairwise_losses_kernels import SIGMOID, SOFTMAX, pair_
 from pyvit.triton_kernels.tiles import Config, choose, parts
 from torch import Tensor
 
-#: Weights of at most 2 (or 3, the pull included) times this stay finite in float16 and leave its subnormal range.
+#: Weights are at most 2 (3 including the pull). Times this factor they are finite in float16 and mostly not subnormal.
 _BOOST = 16384.0
-#: ``partner`` of a call without positives: no two indices differ by it.
+#: ``partner`` of a call without positives; no two indices differ by this.
 _NOBODY = -1
 
 
@@ -33,7 +32,7 @@ def _tiles(kernel: str, x: Tensor) -> tuple[Config, dict[str, Any]]:
 
 
 def _splits(x: Tensor, n_cols: int, block_n: int, programs: int) -> tuple[int, int]:
-    """How often to split the columns so that short batches fill the GPU, and the columns of each split."""
+    """Into how many parts the columns are split, so that short batches fill the GPU, and the columns of each part."""
     blocks = -(-n_cols // block_n)
     wanted = max(1, min(blocks // 4, 2 * processors(x) // max(programs, 1)))
     share = -(-blocks // wanted) * block_n
@@ -51,11 +50,11 @@ def row_sums(
     partner: int = _NOBODY,
     exclude: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """For each row of x (N, D): log-sum-exp, or with SIGMOID the sum of softplus, of scores (x y^T - y_offset) * scale
-    + bias, (N,).
+    """For each row of x (N, D): the log-sum-exp, or with SIGMOID the sum of softplus, of the scores (x y^T - y_offset)
+    * scale + bias, (N,).
 
-    With ``partner``, also the score of the pair whose indices differ by it. ``exclude`` leaves out the diagonal.
-    y (M, D), scale and bias ().
+    With ``partner``, also the score of the pair whose indices differ by it. ``exclude`` leaves out the diagonal. y (M,
+    D), scale and bias ().
     """
     x, y = rows_unit(x), rows_unit(y)
     c, blocks = _tiles("pair_sums", x)
@@ -105,8 +104,8 @@ def gradient(
     exclude: bool = False,
     statistics: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``factor`` () times weights (N, M) values (M, DV), as ``dtype`` (N, DV). Weights are softmax over columns
-    (``x_lse``), over rows (``y_lse``, times ``y_weight``, at most 1), their sum, or a sigmoid; less ``pull`` at the
+    """``factor`` () times weights (N, M) values (M, DV), as ``dtype`` (N, DV). The weights are a softmax over columns
+    (``x_lse``), over rows (``y_lse``, times ``y_weight``, at most 1), their sum, or a sigmoid; minus ``pull`` at the
     positives.
 
     With ``statistics`` also the sums of weight times product and of weights, ().
@@ -188,8 +187,9 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: Tensor, backend: str = "triton"
 def nt_xent_backward(
     grad: Tensor, lse: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, backend: str = "triton"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of z1, z2 and temperature. The scores are symmetric: one launch has both directions' weights, P_ij +
-    P_ji."""
+    """Gradients of z1, z2 and temperature. The scores are symmetric, so one launch computes the weights of both
+    directions, P_ij + P_ji.
+    """
     z, n = torch.cat([z1, z2]), z1.shape[0]
     weight = grad / (2 * n * temperature)
     both: dict[str, Any] = {"x_lse": lse, "y_lse": lse, "partner": n, "pull": 2.0, "exclude": True}
@@ -198,8 +198,9 @@ def nt_xent_backward(
 
 
 def sigmoid_contrastive(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, backend: str = "triton") -> Tensor:
-    """Loss (), as :func:`pyvit.ops.sigmoid_contrastive` states it. A positive pair's softplus(-l) is softplus(l) -
-    l."""
+    """Loss (), as :func:`pyvit.ops.sigmoid_contrastive` states it. A positive pair's softplus(-l) is computed as
+    softplus(l) - l.
+    """
     sums, positive = row_sums(a, b, scale, kind=SIGMOID.value, bias=bias, partner=0)
     return (sums - positive).mean()
 
@@ -247,8 +248,9 @@ def _distill(
 def _mean_prototypes(
     teacher: Tensor, wt: Tensor, ws: Tensor, inverse: Tensor, center: Tensor | None, lse: Tensor, shape: tuple[int, int]
 ) -> Tensor:
-    """Student prototypes weighed by the teacher's probabilities, (T, N, C): the teacher enters the loss through these
-    alone."""
+    """Student prototypes averaged with the teacher's probabilities, (T, N, C). The loss depends on the teacher only
+    through these.
+    """
     one = torch.ones_like(inverse)
     return gradient(teacher, wt, ws, inverse, one, torch.float32, y_offset=center, x_lse=lse.flatten())[0].view(
         *shape, ws.shape[1]
@@ -269,7 +271,7 @@ def distillation_cross_entropy(
     """Loss () and log-sum-exps (S, N) and (T, N), as :func:`pyvit.ops.distillation_cross_entropy` states them, from
     prototypes.
 
-    The cross term sum_k p_k (w_k . x) is (sum_k p_k w_k) . x: attention of the teacher over the student's prototypes,
+    The cross term sum_k p_k (w_k . x) is (sum_k p_k w_k) . x: attention of the teacher to the student's prototypes,
     then a dot product.
     """
     x, y, ws, wt, by_student, by_teacher, middle = _distill(
@@ -305,7 +307,7 @@ def distillation_cross_entropy_backward(
     own = gradient(x, ws, ws, by_student, one, torch.float32, x_lse=lse_s.flatten())[0].view_as(student)
     each = weights.sum(1)  # (S, N)
     grad_student = (own * each[..., None] - torch.einsum("stn,tnc->snc", weights, mean)) * factor
-    # Weights are divided by the largest, so that float16 holds what is multiplied by them.
+    # Weights are divided by the largest, so that their products fit into float16.
     most = each.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     pulled = torch.einsum("stn,snc->tnc", weights / most, student.float()).to(x.dtype).flatten(0, 1)
     weighed: dict[str, Any] = {"y_lse": lse_s.flatten(), "y_weight": (each / most).flatten()}

@@ -1,10 +1,9 @@
-"""Kernels of the losses over all pairs of rows of x and y: inner products by tile, reduced where they arise, never
-stored.
+"""Kernels of the losses over all pairs of rows of x and y. Inner products are reduced tile by tile and never stored.
 
-Two kernels serve every loss. ``pair_sums`` reduces each row of the score matrix; ``pair_gradient`` computes its tiles
-again, turns scores into weights and multiplies them with rows of ``values``, as attention does. Both own whole rows, so
-columns' sums and gradients come from a second launch with x and y exchanged: the product is then computed twice, and
-nothing is ever added by two programs.
+Two kernels serve every loss. ``pair_sums`` reduces each row of the score matrix; ``pair_gradient`` recomputes its
+tiles, converts scores to weights and multiplies them with rows of ``values``, as in attention. Programs own whole rows.
+Sums and gradients of columns come from a second launch with x and y exchanged, so no two programs add to the same
+element.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import triton
 import triton.language as tl
 from pyvit.triton_kernels.common import LN2, LOG2E, add_products, dot, zero_parts
 
-#: What scores become: shares of a softmax, or a sigmoid of their own.
+#: How scores become weights: a softmax, or a sigmoid of each.
 SOFTMAX, SIGMOID = tl.constexpr(0), tl.constexpr(1)
 
 
@@ -54,8 +53,8 @@ def pair_products(
 def pair_scores(products, rows, cols, n_rows, n_cols, scale, bias, x_offset, y_offset, EXCLUDE: tl.constexpr):
     """Scores (products - offsets) * scale + bias; -inf past the last row or column and, with EXCLUDE, on the diagonal.
 
-    They stay in natural units until a log-sum-exp is subtracted: where one score is the whole sum, its share is then
-    exactly 1.
+    They are scaled to base 2 only after a log-sum-exp is subtracted, so that a single dominating score has a
+    probability of exactly 1.
     """
     if x_offset is not None:
         products -= tl.load(x_offset + rows, mask=rows < n_rows, other=0.0)[:, None]
@@ -72,7 +71,7 @@ def pair_scores(products, rows, cols, n_rows, n_cols, scale, bias, x_offset, y_o
 
 @triton.jit
 def softplus(s):
-    """log(1 + e^s). Where e^-|s| is small its series keeps the digits that 1 + e would lose."""
+    """log(1 + e^s). For small e^-|s| a series keeps the digits that 1 + e would lose."""
     e = tl.exp2(-tl.abs(s) * LOG2E)
     rest = tl.where(e < 0.015625, e * (1.0 - e * (0.5 - e * (0.33333333 - e * 0.25))), tl.log2(1.0 + e) * LN2)
     return tl.maximum(s, 0.0) + rest
@@ -101,8 +100,9 @@ def pair_sums(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of BLOCK_M rows against ``share`` columns: log-sum-exp (SOFTMAX) or sum of softplus (SIGMOID), and the score of
-    the pair whose indices differ by ``partner``. Results are (splits of the columns, rows)."""
+    """For BLOCK_M rows and ``share`` columns: log-sum-exp (SOFTMAX) or sum of softplus (SIGMOID), and the score of the
+    pair whose indices differ by ``partner``. Results are (splits of the columns, rows).
+    """
     blocks = tl.cdiv(n_rows, BLOCK_M)
     pid = tl.program_id(0)
     first_col = pid // blocks * share
@@ -137,8 +137,9 @@ def pair_sums(
 
 @triton.jit
 def pair_weights(s, rows, cols, n_rows, n_cols, x_lse, y_lse, y_weight, partner, pull, KIND: tl.constexpr):
-    """Derivative of the loss by the scores: softmax over columns, over rows, or both, or a sigmoid; less ``pull`` at
-    the positives."""
+    """Derivative of the loss with respect to the scores: softmax over columns, over rows, or both, or a sigmoid; minus
+    ``pull`` at the positives.
+    """
     if KIND == SIGMOID:
         w = 1.0 / (1.0 + tl.exp2(-s * LOG2E))
     else:
@@ -160,7 +161,7 @@ def load_slice(base, rows, n_rows, begin, stride, D: tl.constexpr, PARTS: tl.con
     start: tl.constexpr = 0
     for i in tl.static_range(len(PARTS)):
         cols = begin + start + tl.arange(0, PARTS[i])
-        out = out + (tl.load(at + cols[None, :], mask=(rows < n_rows)[:, None] & (cols < D)[None, :], other=0.0),)  # noqa: RUF005
+        out = out + (tl.load(at + cols[None, :], mask=(rows < n_rows)[:, None] & (cols < D)[None, :], other=0.0),)
         start = start + PARTS[i]
     return out
 
@@ -201,10 +202,11 @@ def pair_gradient(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """WIDE channels of ``factor`` * weights values for BLOCK_M rows against ``share`` columns, into (splits, rows, DV).
+    """WIDE channels of ``factor`` * weights values for BLOCK_M rows and ``share`` columns, to (splits, rows, DV).
 
-    The programs of the first channels also leave, per row, the sums of weight times product and of weights, (splits,
-    rows): derivatives by scale and bias. BOOST lifts the weights, at most 2, out of float16's subnormal numbers.
+    The programs of the first channels also store, per row, the sums of weight times product and of weights, (splits,
+    rows): the derivatives with respect to scale and bias. BOOST scales the weights, at most 2, out of float16's
+    subnormal range.
     """
     blocks, slices = tl.cdiv(n_rows, BLOCK_M), tl.cdiv(DV, WIDE)
     pid = tl.program_id(0)

@@ -1,4 +1,4 @@
-"""Patch embedding on Triton: shapes, launches and the sums that finish the gradients."""
+"""Launchers of patch embedding, and the final sums of its gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class _Patches:
-    """One call's geometry, as the kernels take it."""
+    """The geometry of a call, as kernel arguments."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ def patch_embed_backward(
     std: Tensor | None,
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of images, weight, bias, pos_embed and prefix; empty for those not given or not asked for."""
+    """Gradients of images, weight, bias, pos_embed and prefix; empty if not given or not requested."""
     p = _Patches(images, weight, stride, keep, mean, std)
     grad_out = rows_unit(grad_out.to(weight.dtype))
     n_prefix = 0 if prefix is None else prefix.shape[0]

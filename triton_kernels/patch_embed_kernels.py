@@ -21,8 +21,9 @@ def pixel_column(k, strides, CHANNELS: tl.constexpr, PATCH: tl.constexpr):
 
 @triton.jit
 def token_rows(row, valid, tokens, prefix, keep, keep_stride):
-    """Of output rows ``row`` = b * tokens + t: image, slot after the prefix (negative within it), index of the
-    patch."""
+    """For output rows ``row`` = b * tokens + t: the image, the position after the prefix (negative within it), and the
+    index of the patch.
+    """
     b, slot = row // tokens, row % tokens - prefix
     patch = slot
     if keep is not None:
@@ -32,7 +33,7 @@ def token_rows(row, valid, tokens, prefix, keep, keep_stride):
 
 @triton.jit
 def load_pixels(images, at, offset, c, rows, cols, mean, std, dtype: tl.constexpr, BYTES: tl.constexpr):
-    """Pixels (rows, cols) normalised in float32 and rounded once to the products' dtype."""
+    """Pixels (rows, cols), normalised in float32 and rounded once to the dtype of the product."""
     mask = rows[:, None] & cols[None, :]
     x = tl.load(images + at[:, None] + offset[None, :], mask=mask, other=0).to(tl.float32)
     if BYTES:
@@ -71,8 +72,9 @@ def patch_forward(
     BYTES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_M tokens by BLOCK_N channels of the result: the product, then bias, position, and the prefix tokens in
-    their rows."""
+    """BLOCK_M tokens by BLOCK_N channels of the result: the product plus bias and position; prefix tokens in their
+    rows.
+    """
     DEPTH: tl.constexpr = CHANNELS * PATCH[0] * PATCH[1]
     tiles = tl.cdiv(WIDTH, BLOCK_N)
     pid = tl.program_id(0)
@@ -139,8 +141,9 @@ def patch_weight_gradient(
     BYTES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_M channels by BLOCK_N pixels of dW from ``share`` patches (BLOCK_K at a time), into this share's copy,
-    (shares, D, depth)."""
+    """BLOCK_M channels by BLOCK_N pixels of dW from ``share`` patches (BLOCK_K at a time), to this share's copy,
+    (shares, D, depth).
+    """
     DEPTH: tl.constexpr = CHANNELS * PATCH[0] * PATCH[1]
     across, down = tl.cdiv(DEPTH, BLOCK_N), tl.cdiv(WIDTH, BLOCK_M)
     pid = tl.program_id(0)
@@ -190,8 +193,9 @@ def patch_image_gradient(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Pixels of BLOCK_M cells of one stride each (b, row, column), summed over the patches that cover them: each pixel
-    has one owner."""
+    """Pixels of BLOCK_M cells of one stride each (b, row, column), summed over the patches that contain them. Each
+    pixel has one owner.
+    """
     CELL: tl.constexpr = STEP[0] * STEP[1]
     across = tl.cdiv(CHANNELS * CELL, BLOCK_N)
     pid = tl.program_id(0)
@@ -243,10 +247,10 @@ def spread_tokens(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Kept tokens back at their patches, as a product with the 0/1 matrix keep == patch: out (B, N, D) with EACH, else
-    its sum over B.
+    """Scatter kept tokens to their patches, as a product with the 0/1 matrix keep == patch: out (B, N, D) with EACH,
+    else its sum over B.
 
-    A patch kept twice gets both gradients; one left out gets zero; nothing is added in an order that could change.
+    A patch that was kept twice gets both gradients, a patch that was not kept zero. The order of the sums is fixed.
     """
     across, down = tl.cdiv(WIDTH, BLOCK_N), tl.cdiv(patches, BLOCK_M)
     pid = tl.program_id(0)

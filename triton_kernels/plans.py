@@ -1,10 +1,8 @@
-"""What the kernels of each backend do beyond the floor of :mod:`pyvit.triton_kernels.cost`, so that one can be held
-against the other.
+"""What each backend's kernels do beyond the lower bound of :mod:`pyvit.triton_kernels.cost`, to compare backends.
 
-A prediction adds the time of the bytes, of the products and of the launches, as if none overlapped. It knows tile
-padding, recomputed products, second passes over the tensors, and whether a tile is tall enough (64 rows) for the
-tensor-core instructions of four warps. It does not know spills, occupancy, bank conflicts or caches: it orders two
-plans, and is no forecast of either.
+A prediction adds the times of bytes, products and launches, without overlap. It includes tile padding, recomputed
+products, second passes over tensors, and whether a tile is tall enough (64 rows) for four-warp tensor-core
+instructions. It ignores spills, occupancy, bank conflicts and caches. Use it to order two plans, not to forecast times.
 """
 
 from __future__ import annotations
@@ -22,8 +20,9 @@ WINDOW_HEAD_DIMS = (32, 64)
 
 @dataclass(frozen=True)
 class Plan:
-    """One pass of a backend: bytes and flops relative to the floor's, launches, and whether it uses instructions of
-    four warps."""
+    """A pass of a backend: bytes and flops relative to the lower bound, launches, and whether it uses four-warp
+    instructions.
+    """
 
     bytes: float
     flops: float
@@ -41,15 +40,15 @@ def up(n: int, step: int) -> int:
 
 
 def _attention(tensors: float, products: float, padding: float, launches: int, warpgroup: bool, backward: bool) -> Plan:
-    """From reads and writes of (tokens, channels) tensors and products over all pairs: the floor is 4 and 2, backward 8
-    and 5."""
+    """A plan from the number of (tokens, channels) tensors that are read or written and of products over all pairs. The
+    lower bounds are 4 and 2, backward 8 and 5.
+    """
     floor = (8, 5) if backward else (4, 2)
     return Plan(tensors / floor[0], products / floor[1] * padding, launches, warpgroup)
 
 
 def cuda_attention(n_q: int, n_k: int, d: int, itemsize: int, backward: bool, bias_grad: bool) -> Plan:
-    """Warps of 16 rows over 16-wide pieces of the keys; backward is the queries' pass, the keys' pass, and the
-    bias's."""
+    """Warps of 16 rows, keys in blocks of 16. The backward has passes over queries, keys and, if needed, the bias."""
     padding = up(n_q, 16) * up(n_k, 16) / (n_q * n_k) * next(w for w in HEAD_DIMS[itemsize] if w >= d) / d
     if not backward:
         return _attention(4, 2, padding, 1, False, False)
@@ -59,8 +58,7 @@ def cuda_attention(n_q: int, n_k: int, d: int, itemsize: int, backward: bool, bi
 def triton_attention(
     n_q: int, n_k: int, d: int, itemsize: int, backward: bool, bias: bool, bias_grad: bool, arch: str, grouped: bool
 ) -> Plan:
-    """The keys of a short sequence in one piece; a head's gradients from one program while they fit, else two
-    passes."""
+    """Short sequences keep all keys on chip. The backward is one pass if a head's gradients fit, else two."""
     width, pairs = sum(parts(d)) / d, n_q * n_k
     if not backward:
         short = forward_short_fits(arch, itemsize, (d, d), n_k)
@@ -82,9 +80,10 @@ def triton_attention(
 
 
 def cuda_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bool) -> Plan:
-    """As attention, a window at a time; backward in one pass while a block holds the window, up to 64 tokens without
-    reading the output; beyond, the table's gradient takes a pass of its own only where its sums do not fit beside the
-    queries."""
+    """As attention, one window at a time. The backward is one pass while a block can hold the window, and does not read
+    the output up to 64 tokens. For larger windows the gradient of the table needs a pass only if its sums do not fit
+    beside the queries.
+    """
     width = next(w for w in WINDOW_HEAD_DIMS if w >= d)
     padding = (up(area, 16) / area) ** 2 * width / d
     if not backward:
@@ -96,8 +95,9 @@ def cuda_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bo
 
 
 def cuda_table_sums_fit(area: int, width: int, itemsize: int) -> bool:
-    """Of a square window: whether 64 queries' sums of the table's gradient fit (QueryPass in
-    csrc/cuda/window_attention_backward.cu)."""
+    """For a square window: whether the sums of the table's gradient for 64 queries fit (QueryPass in
+    csrc/cuda/window_attention_backward.cu).
+    """
     columns = 64 if itemsize == 2 else 32
     tiles = (2 * 64 + 4 * columns) * width * itemsize + (64 + 6 * columns) * 4
     table = (2 * area**0.5 - 1) ** 2 * 4
@@ -105,8 +105,9 @@ def cuda_table_sums_fit(area: int, width: int, itemsize: int) -> bool:
 
 
 def triton_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bool, arch: str) -> Plan:
-    """Small windows side by side in a tile of 64 rows, large ones tile by tile; all gradients in one pass where a tile
-    holds the window."""
+    """Small windows share a tile of 64 rows, large ones are tiled. All gradients are computed in one pass if a tile
+    holds the window.
+    """
     rows, width = (64 // area if area <= 32 else 1) * area, sum(parts(d)) / d
     if not backward and rows > 64:
         c = choose("window_forward_long", arch, itemsize, d, rows)
@@ -120,11 +121,11 @@ def triton_window(area: int, d: int, itemsize: int, backward: bool, table_grad: 
         return _attention(4, 2, padding, 1, c.block_m >= 64, False)
     whole = rows <= c.block_m
     tensors, products, launches = (8, 5, 1) if whole else (12, 7, 2)
-    if table_grad and not whole:  # a pass of its own, which reads queries, keys, values and the output's gradient again
+    if table_grad and not whole:  # a separate pass, which reads queries, keys, values and the output's gradient again
         tensors, products, launches = tensors + 4, products + 2, launches + 1
     return _attention(tensors, products, padding, launches + 2 * table_grad, c.block_m >= 64, True)
 
 
 def patches(rows: int, width: int, launches: int, warpgroup: bool) -> Plan:
-    """Both backends multiply tiles of 128 x 128; ``rows`` are the patches of the batch."""
+    """Both backends use tiles of 128 x 128; ``rows`` are the patches of the batch."""
     return Plan(1, up(rows, 128) * up(width, 128) / (rows * width), launches, warpgroup)

@@ -1,8 +1,8 @@
-"""Which tiles each kernel uses, as data: per kernel, architecture, element size, head dimension and length.
+"""Tile sizes as data: by kernel, architecture, element size, head dimension and length.
 
-An entry says how it was chosen: a measurement, or "unmeasured" for one picked from register and shared-memory counts
-alone. A tuning run (:mod:`pyvit.triton_kernels.tools.tune`) writes entries for the GPU at hand to a file that comes
-first; no training step searches anything.
+An entry says how it was chosen: a measurement, or "unmeasured" for one derived from register and shared-memory counts.
+A tuning run (:mod:`pyvit.triton_kernels.tools.tune`) writes entries for its GPU to a file that has priority. Nothing is
+tuned at run time.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-#: Longest key sequence that the single-pass kernels hold on chip.
+#: Longest key sequence that the single-pass kernels keep on chip.
 SHORT = 288
 
 
 @dataclass(frozen=True)
 class Config:
-    """``block_m`` rows of the side a program owns, ``block_n`` of the side it walks, ``edge_n`` the narrower block
-    where a mask is needed; ``group`` pieces of work (query tiles, windows) per program."""
+    """``block_m``: rows of the side that a program owns; ``block_n``: rows of the side it loops over; ``edge_n``: the
+    narrower block where a mask is needed; ``group``: work items (query tiles, windows) per program.
+    """
 
     block_m: int = 64
     block_n: int = 64
@@ -34,8 +35,9 @@ class Config:
 
 @dataclass(frozen=True)
 class Entry:
-    """Serves calls of ``kernel`` on ``arch`` (a prefix) with at most these bytes per element, head dimension and
-    length."""
+    """Tile sizes for calls of ``kernel`` on ``arch`` (a prefix) with at most these bytes per element, head dimension
+    and length.
+    """
 
     kernel: str
     config: Config
@@ -55,8 +57,8 @@ class Entry:
         )
 
 
-#: First match wins. A warp takes 16 rows of a product at a time: with more warps than that, several share them and
-#: issue the same instructions, up to twice as many per score (the machine of tests/ptx counts them).
+#: The first match is used. A warp computes 16 rows of a product at a time. With more warps, several of them issue the
+#: same instructions, up to twice as many per score (``python -m tests.ptx.count`` counts them).
 TABLE = (
     Entry("forward_short", Config(block_m=64, group=2, warps=4), itemsize=2, head_dim=64),
     Entry("forward_short", Config(block_m=64, group=2, warps=4), itemsize=2),
@@ -104,12 +106,12 @@ TABLE = (
     Entry("patch_image_gradient", Config(block_m=64, block_n=64, edge_n=64, warps=4, stages=2), itemsize=2),
     Entry("patch_image_gradient", Config(block_m=64, block_n=64, edge_n=32, warps=4, stages=2)),
     Entry("spread_tokens", Config(block_m=64, block_n=64, edge_n=64, warps=4, stages=2)),
-    # Losses over pairs: "head_dim" is the embedding's width, edge_n the block of it, "group" the 128-wide blocks of a
-    # gradient on chip.
+    # Pairwise losses: "head_dim" is the width of the embeddings, edge_n its block, "group" the 128-wide blocks of a
+    # gradient that are kept on chip.
     Entry("pair_sums", Config(block_m=128, block_n=128, edge_n=64, warps=8, stages=3), itemsize=2, head_dim=1 << 30),
     Entry("pair_sums", Config(block_m=64, block_n=64, edge_n=32, warps=4, stages=2), head_dim=1 << 30),
-    # Accumulators on sm_100 lie in tensor memory: four blocks of 128 columns fill its 512, and the scores' 64 no longer
-    # fit.
+    # Accumulators on sm_100 are in tensor memory: four blocks of 128 columns fill its 512 columns and leave no room for
+    # the 64 columns of scores.
     Entry(
         "pair_gradient",
         Config(block_m=128, block_n=64, edge_n=64, group=2, warps=8),
@@ -124,7 +126,7 @@ TABLE = (
         head_dim=1 << 30,
     ),
     Entry("pair_gradient", Config(block_m=64, block_n=32, edge_n=32, group=2, warps=8, stages=2), head_dim=1 << 30),
-    # Windows: "length" is the rows of a tile's piece, "group" the programs per processor.
+    # Windows: "length" is the number of rows of a tile, "group" the programs per processor.
     Entry("window_forward", Config(block_m=64, group=8, warps=4, stages=2), itemsize=2, length=64),
     Entry("window_forward", Config(block_m=64, group=4, warps=4, stages=1)),
     Entry("window_forward_long", Config(block_m=64, block_n=64, edge_n=16, warps=4, stages=2), itemsize=2),
@@ -142,7 +144,7 @@ TABLE = (
 
 
 def overrides_path() -> Path:
-    """Where tuned entries live: ``PYVIT_TILES``, else a file in the user's cache directory."""
+    """Path of the tuning file: ``PYVIT_TILES``, or a file in the user's cache directory."""
     if path := os.environ.get("PYVIT_TILES"):
         return Path(path)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pyvit" / "tiles.json"
@@ -150,7 +152,7 @@ def overrides_path() -> Path:
 
 @functools.cache
 def tuned() -> tuple[Entry, ...]:
-    """Entries of the tuning file; none where there is no file. Read once per process."""
+    """Entries of the tuning file, if there is one. Read once per process."""
     path = overrides_path()
     if not path.exists():
         return ()
@@ -176,7 +178,7 @@ _asked: list[tuple[str, str, int, int, int]] | None = None
 
 
 def force(kernel: str, config: Config | None) -> None:
-    """Use ``config`` for every launch of ``kernel`` (a tuning candidate, a test), until forced to None."""
+    """Use ``config`` for every launch of ``kernel`` (a tuning candidate, a test), until it is set to None."""
     if config is None:
         _forced.pop(kernel, None)
     else:
@@ -185,7 +187,7 @@ def force(kernel: str, config: Config | None) -> None:
 
 @contextlib.contextmanager
 def asking() -> Iterator[list[tuple[str, str, int, int, int]]]:
-    """List the arguments of every :func:`choose` within the block."""
+    """Record the arguments of every :func:`choose` within the block."""
     global _asked
     previous, _asked = _asked, []
     try:
@@ -195,7 +197,7 @@ def asking() -> Iterator[list[tuple[str, str, int, int, int]]]:
 
 
 def choose(kernel: str, arch: str, itemsize: int, head_dim: int, length: int) -> Config:
-    """The configuration for one launch. Raises KeyError where no entry serves it."""
+    """The configuration for one launch. Raises KeyError if no entry matches."""
     if _asked is not None:
         _asked.append((kernel, arch, itemsize, head_dim, length))
     return _forced.get(kernel) or _look_up(kernel, arch, itemsize, head_dim, length)
@@ -207,17 +209,16 @@ def _look_up(kernel: str, arch: str, itemsize: int, head_dim: int, length: int) 
         if entry.serves(kernel, arch, itemsize, head_dim, length):
             return entry.config
     raise KeyError(
-
-            f"tiles: no entry serves {kernel} on {arch} with {itemsize}-byte elements, head dimension {head_dim}, "
-            f"length {length}"
-
+        f"tiles: no entry serves {kernel} on {arch} with {itemsize}-byte elements, head dimension {head_dim}, "
+        f"length {length}"
     )
 
 
 @functools.cache
 def parts(n: int, most: int = 128) -> tuple[int, ...]:
-    """``n`` rounded up to 16 as descending powers of two up to ``most``: 197 -> (128, 64, 16). Below ``most`` at most
-    two."""
+    """``n``, rounded up to a multiple of 16, as descending powers of two up to ``most``: 197 -> (128, 64, 16). At most
+    two of them are below ``most``.
+    """
     whole, rest = divmod(-(-max(n, 1) // 16) * 16, most)
     tail: tuple[int, ...] = ()
     if rest:
@@ -233,21 +234,22 @@ def parts(n: int, most: int = 128) -> tuple[int, ...]:
 
 
 def one_tile(n: int) -> int:
-    """Rows of the single tile that holds ``n``: a power of two that matrix products take."""
+    """Rows of a single tile for ``n`` rows: a power of two that matrix products support."""
     return max(16, 1 << (n - 1).bit_length())
 
 
 def forward_short_fits(arch: str, itemsize: int, head_dims: tuple[int, int], n_k: int) -> bool:
-    """Whether keys and values of one head stay in shared memory."""
+    """Whether keys and values of a head fit into shared memory."""
     width, rows = sum(sum(parts(d)) for d in head_dims), sum(parts(n_k))
     return 0 < n_k <= SHORT and rows * width * itemsize <= (48 << 10 if arch.startswith("gfx") else 80 << 10)
 
 
 def backward_short_fits(itemsize: int, head_dim: int, n_q: int, n_k: int) -> bool:
-    """Whether one program takes all gradients of a head: its keys are one tile, and their gradients stay in registers.
+    """Whether one program can compute all gradients of a head: its keys fit into one tile, and their gradients into
+    registers.
 
-    Two tiles with dQ summed in memory lost to two passes on an H100: 762 against 716 us at N = 197 (256 x 12 heads of
-    64, bfloat16), 976 against 773 at 257. Not in float32: as Triton 3.6 compiled it there, the kernel gave wrong
-    gradients and read out of bounds.
+    Two tiles with dQ summed in memory were slower than two passes on an H100: 762 and 716 us at N = 197 (256 x 12 heads
+    of 64, bfloat16), 976 and 773 at 257. Not in float32: compiled by Triton 3.6, the kernel gave wrong gradients and
+    read out of bounds.
     """
     return itemsize <= 2 and 0 < n_q <= SHORT and 0 < n_k <= 128 and head_dim <= 64

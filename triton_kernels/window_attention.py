@@ -1,4 +1,4 @@
-"""Shifted-window attention on Triton: how windows are spread over programs, and the partial sums they leave."""
+"""Launchers of shifted-window attention, and the final sums of its gradients."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from torch import Tensor
 
 from pyvit.ops.reference import window_padding
 
-#: Windows of at most this many tokens are put side by side in one tile of PACKED rows.
+#: Windows of at most this many tokens share a tile of _PACKED rows.
 _PACK_AREA, _PACKED = 32, 64
-#: Larger windows are walked tile by tile.
+#: Larger windows are tiled.
 _TILE = 64
 
 
 class _Map:
-    """One call's geometry, as the kernels take it."""
+    """The geometry of a call, as kernel arguments."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class _Map:
             "qkv_strides": self.qkv.stride()[:3],
             "table": None if bias_table is None else bias_table.contiguous(),
             "logit_scale": None if logit_scale is None else logit_scale.contiguous(),
-            # A map without padding has no padding tokens for the value to fill.
+            # A map without padding has no padding tokens.
             "pad": None if pad_qkv is None or (hp, wp) == (h, w) else pad_qkv.contiguous(),
             "size": (h, w),
             "padded": None if (hp, wp) == (h, w) else (hp, wp),
@@ -71,28 +71,28 @@ class _Map:
             "WINDOW": self.window,
             "PRECISION": precision(qkv),
         }
-        self.pack_into(_PACKED if self.area <= _PACK_AREA else 0)
+        self.set_pack(_PACKED if self.area <= _PACK_AREA else 0)
 
-    def pack_into(self, rows: int) -> None:
-        """As many windows side by side as ``rows`` hold, but at least one."""
+    def set_pack(self, rows: int) -> None:
+        """Pack as many windows into a tile as fit into ``rows``, at least one."""
         self.pack = max(1, min(rows // self.area, self.total))
         self.rows = self.pack * self.area
-        self.pieces = -(-self.total // self.pack)
+        self.packs = -(-self.total // self.pack)
         self.common["PACK"] = self.pack
 
-    def turned(self) -> Tensor | None:
-        """The table as (heads, offsets) in float32: biases that one load takes together lie together."""
+    def transposed_table(self) -> Tensor | None:
+        """The bias table as (heads, offsets) in float32, so that biases that are loaded together are adjacent."""
         table = self.common["table"]
         return None if table is None else table.new_empty(table.shape[::-1], dtype=torch.float32).copy_(table.t())
 
     def choose(self, kernel: str) -> Config:
         return choose(kernel, self.arch, self.itemsize, self.d, self.rows)
 
-    def spread(self, config: Config, tiles: int) -> tuple[int, int]:
-        """Groups of pieces, and pieces in each: ``config.group`` programs for every processor."""
-        groups = max(1, min(self.pieces, config.group * processors(self.qkv) // (self.heads * tiles)))
-        share = max(1, -(-self.pieces // groups))
-        return -(-self.pieces // share), share
+    def split_over_programs(self, config: Config, tiles: int) -> tuple[int, int]:
+        """Number of groups of packs, and packs per group: ``config.group`` programs per processor."""
+        groups = max(1, min(self.packs, config.group * processors(self.qkv) // (self.heads * tiles)))
+        share = max(1, -(-self.packs // groups))
+        return -(-self.packs // share), share
 
 
 def _without(args: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -119,12 +119,12 @@ def window_attention(
     if m.rows > _TILE:
         c = m.choose("window_forward_long")
         args = _without(m.common, "table", "PACK", "total") | {"out": out, "out_strides": out.stride()[:3], "lse": lse}
-        own = {"turned": m.turned(), "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "EDGE_N": c.edge_n}
+        own = {"table_t": m.transposed_table(), "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "EDGE_N": c.edge_n}
         launch(window_forward_long, m.heads * m.total * -(-m.area // c.block_m), args | own, c.warps, c.stages)
         return out, lse
     c = m.choose("window_forward")
     tiles = -(-m.rows // c.block_m)
-    groups, share = m.spread(c, tiles)
+    groups, share = m.split_over_programs(c, tiles)
     args = m.common | {
         "out": out,
         "out_strides": out.stride()[:3],
@@ -153,11 +153,11 @@ def window_attention_backward(
     seed: Tensor | None,
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of qkv, bias_table, logit_scale and pad_qkv; empty for those not given."""
+    """Gradients of qkv, bias_table, logit_scale and pad_qkv; empty if not given."""
     m = _Map(qkv, window_size, shift_size, num_heads, bias_table, logit_scale, pad_qkv, scale, dropout_p, seed)
     c = m.choose("window_backward_keys")
     if m.rows > c.block_m:
-        m.pack_into(c.block_m)
+        m.set_pack(c.block_m)
     whole = m.rows <= c.block_m
     grad_out = rows_unit(grad_out)
     grad_qkv = qkv.new_empty(qkv.shape)
@@ -171,19 +171,19 @@ def window_attention_backward(
         "grad_qkv_strides": grad_qkv.stride()[:3],
     }
     tiles = -(-m.rows // c.block_m)
-    groups, share = m.spread(c, tiles)
+    groups, share = m.split_over_programs(c, tiles)
     if whole:
         sums = _Sums(m, groups, (groups, tiles))
-        own = {"turned": None, "bias_partial": sums.bias, "logit_partial": sums.logit}
+        own = {"table_t": None, "bias_partial": sums.bias, "logit_partial": sums.logit}
     else:
         args |= {
             name: torch.empty_like(lse, memory_format=torch.contiguous_format)
             for name in ("shifts", "rests", "row_sums")
         }
-        args |= {"turned": m.turned()}
+        args |= {"table_t": m.transposed_table()}
         sums = _gradients_by_tiles(m, args, rows_unit(out), lse.contiguous())
         own = {"bias_partial": None, "logit_partial": None}
-    shape = {"share": share, "BLOCK_N": c.block_m if whole else c.block_n, "BLOCK_M": c.block_m, "ALL": whole}
+    shape = {"share": share, "BLOCK_N": c.block_m if whole else c.block_n, "BLOCK_M": c.block_m, "WHOLE_WINDOW": whole}
     pad_partial = m.qkv.new_zeros((groups, tiles, 2, m.heads, m.d), dtype=torch.float32)
     launch(
         window_backward_keys,
@@ -193,16 +193,16 @@ def window_attention_backward(
         c.stages,
     )
     grad_pad = qkv.new_empty(0)
-    if pad_qkv is not None:  # padding queries are cropped from the output: theirs is zero
+    if pad_qkv is not None:  # padding queries are not part of the output: their gradient is zero
         grad_pad = torch.cat([pad_partial.new_zeros(m.channels), pad_partial.sum((0, 1)).flatten()]).to(pad_qkv.dtype)
     return grad_qkv, sums.table_grad(bias_table, m), sums.logit_grad(logit_scale, m), grad_pad
 
 
 def _gradients_by_tiles(m: _Map, args: dict[str, Any], out: Tensor, lse: Tensor) -> _Sums:
-    """Of windows larger than a tile: the queries' gradients and what their rows leave, then the table's."""
+    """Backward of windows larger than a tile: a pass for the queries, one for keys and values, one for the table."""
     c, b = m.choose("window_backward_queries"), m.choose("window_backward_bias")
     tiles, bias_tiles = -(-m.rows // c.block_m), -(-m.rows // b.block_m) * -(-m.rows // b.block_n)
-    groups, share = m.spread(b, bias_tiles)
+    groups, share = m.split_over_programs(b, bias_tiles)
     sums = _Sums(m, groups, (m.total, tiles))
     common = _without(args, "table", "PACK")
     own = {"out": out, "out_strides": out.stride()[:3], "lse": lse, "logit_partial": sums.logit}
@@ -216,8 +216,9 @@ def _gradients_by_tiles(m: _Map, args: dict[str, Any], out: Tensor, lse: Tensor)
 
 
 class _Sums:
-    """Partial sums: the table's gradient by groups of windows, the temperature's by ``programs`` per head; added in
-    order afterwards."""
+    """Partial sums of the gradients of the table (by groups of windows) and of the temperature (by ``programs`` per
+    head); added in order at the end.
+    """
 
     def __init__(self, m: _Map, groups: int, programs: tuple[int, int]) -> None:
         empty = torch.zeros if m.total == 0 else torch.empty
@@ -239,5 +240,5 @@ class _Sums:
     def logit_grad(self, logit_scale: Tensor | None, m: _Map) -> Tensor:
         if logit_scale is None or self.logit is None:
             return m.qkv.new_empty(0)
-        # exp(min(scale, ln 100)) is flat above ln 100
+        # exp(min(scale, ln 100)) is constant above ln 100
         return torch.where(logit_scale.float() <= 4.605170185988092, self.logit.sum((0, 1)), 0.0).to(logit_scale.dtype)

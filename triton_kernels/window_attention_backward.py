@@ -1,5 +1,6 @@
-"""Backward kernels of shifted windows, in the terms of :mod:`pyvit.triton_kernels.window_attention_forward`: no
-atomics, sums on chip."""
+"""Backward kernels of shifted windows; terms as in :mod:`pyvit.triton_kernels.window_attention_forward`. No atomics:
+sums are kept on chip.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +11,10 @@ from pyvit.triton_kernels.common import (
     add_products,
     dot_parts,
     dot_rows,
-    draw_of,
-    kept,
+    dropout_mask,
+    dropout_seed,
+    exp2_scores,
     load_rows,
-    powers,
     zero_parts,
     zeros_of,
 )
@@ -25,12 +26,12 @@ from pyvit.triton_kernels.window_attention_forward import (
     normalised,
     normalised_backward,
     pair_bias,
-    place,
     row_offset,
     scatter,
     score_factor,
     table_bias,
     times,
+    window_coordinates,
     within_regions,
 )
 
@@ -59,9 +60,9 @@ def query_side(
     AREA: tl.constexpr,
     COSINE: tl.constexpr,
 ):
-    """Of placed queries: their rows and 1 / norm, the gradients of their outputs, their row sums and rests where there
-    are any, and what is subtracted from their scores: infinite past the windows and finite in rows that attend to
-    nothing, whose probabilities are then 0.
+    """For queries at given coordinates: their rows and 1 / norm, the gradients of their outputs, their row sums and
+    rests if given, and the shift subtracted from their scores: infinite past the windows, finite in fully masked rows,
+    so that their probabilities are 0.
     """
     first = h * D
     queries, inverse = normalised(
@@ -79,10 +80,10 @@ def query_side(
 
 @triton.jit
 def accumulate_pad(acc, values, padding):
-    """Add the padding tokens' rows to the gradient of the value they share."""
+    """Add the padding tokens' rows to the gradient of their common value."""
     out = ()
     for i in tl.static_range(len(values)):
-        out = out + (acc[i] + tl.sum(tl.where(padding[:, None], values[i], 0.0), 0),)  # noqa: RUF005
+        out = out + (acc[i] + tl.sum(tl.where(padding[:, None], values[i], 0.0), 0),)
     return out
 
 
@@ -95,7 +96,7 @@ def zero_vector(N: tl.constexpr):
 def zero_vectors(PARTS: tl.constexpr):
     out = ()
     for i in tl.static_range(len(PARTS)):
-        out = out + (zero_vector(PARTS[i]),)  # noqa: RUF005
+        out = out + (zero_vector(PARTS[i]),)
     return out
 
 
@@ -113,7 +114,7 @@ def window_backward_keys(
     grad_out,
     qkv,
     table,
-    turned,
+    table_t,
     logit_scale,
     pad,
     shifts,
@@ -144,16 +145,15 @@ def window_backward_keys(
     WINDOW: tl.constexpr,
     PACK: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    ALL: tl.constexpr,
+    WHOLE_WINDOW: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dK and dV of BLOCK_M keys of ``share`` pieces; ALL, where one tile is the whole piece: dQ, dBias and dScale too.
+    """dK and dV of BLOCK_M keys of ``share`` packs. With WHOLE_WINDOW, where one tile holds the pack: also dQ, dBias
+    and dScale. Otherwise PACK is 1 and ``row_sums`` come from window_backward_queries.
 
-    Otherwise PACK is 1 and ``row_sums`` are what window_backward_queries left.
-
-    Scores lie transposed, (keys, queries). dBias, dScale and the pad's gradient add up on chip over the windows; a
-    program writes its sum.
+    Scores are transposed, (keys, queries). dBias, dScale and the pad's gradient are summed on chip over the windows;
+    each program stores its sum.
     """
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     ROWS: tl.constexpr = PACK * AREA
@@ -163,17 +163,17 @@ def window_backward_keys(
     h, tile, group = pid % HEADS, pid // HEADS % tiles, pid // HEADS // tiles
     at_q, at_k, at_v = h * D, (HEADS + h) * D, (2 * HEADS + h) * D
     natural = score_factor(logit_scale, scale, h)
-    draw = draw_of(seed, DROPOUT)
+    rng_seed = dropout_seed(seed, DROPOUT)
     cols = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     held = zeros_of(BLOCK_M, BLOCK_N)
-    if table is not None and ALL:
+    if table is not None and WHOLE_WINDOW:
         held = table_bias(table, tl.arange(0, BLOCK_N)[None, :], cols[:, None], h, HEADS, WINDOW, PACK)
     grad_bias = zeros_of(BLOCK_M, BLOCK_N)
     grad_logit = zero_vector(BLOCK_M)
     grad_pad_k, grad_pad_v = zero_vectors(D_PARTS), zero_vectors(D_PARTS)
-    for piece in range(group * share, tl.minimum(group * share + share, tl.cdiv(total, PACK))):
-        window, y, x, inside, real, region = place(
-            cols, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK
+    for pack_id in range(group * share, tl.minimum(group * share + share, tl.cdiv(total, PACK))):
+        window, y, x, inside, real, region = window_coordinates(
+            cols, pack_id, size, padded, shift, windows, windows_x, total, WINDOW, PACK
         )
         offset = row_offset(window, y, x, windows, qkv_strides)
         keys, key_inverse = normalised(gather(qkv, pad, at_k, offset, real, D, D_PARTS), COSINE)
@@ -182,8 +182,8 @@ def window_backward_keys(
         dk, dv = zero_parts((BLOCK_M,), D_PARTS), zero_parts((BLOCK_M,), D_PARTS)
         for first in range(0, ROWS, BLOCK_N):
             rows = first + tl.arange(0, BLOCK_N)
-            q_window, qy, qx, q_inside, q_real, q_region = place(
-                rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK
+            q_window, qy, qx, q_inside, q_real, q_region = window_coordinates(
+                rows, pack_id, size, padded, shift, windows, windows_x, total, WINDOW, PACK
             )
             queries, q_inverse, grad, row_sum, shift_of, rest = query_side(
                 qkv, pad, grad_out, shifts, rests, row_sums, q_window, qy, qx, rows, q_inside, q_real, h, HEADS,
@@ -191,7 +191,7 @@ def window_backward_keys(
             )  # fmt: skip
             raw = dot_parts(keys, queries, BLOCK_M, BLOCK_N, PRECISION) * natural
             s = raw
-            if ALL:
+            if WHOLE_WINDOW:
                 if table is not None:
                     s += held
                 s = attending(s, q_region[None, :], region[:, None], allowed[:, None], table, padded, shift, PACK)
@@ -199,24 +199,24 @@ def window_backward_keys(
                 if any_large(shift_of):
                     top = tl.max(s, 0)
                     shift_of = tl.where(top == float("-inf"), 0.0, top)
-                    rest = log_total(tl.sum(powers(s, shift_of[None, :], LOG2E), 0))
+                    rest = log_total(tl.sum(exp2_scores(s, shift_of[None, :], LOG2E), 0))
                 p = probabilities(s, shift_of[None, :], rest[None, :], LOG2E)
                 if (
                     qkv.dtype.element_ty == tl.float32
-                ):  # whole rows are here: what rounding left in the log-sum-exp is taken out
+                ):  # whole rows are on chip: correct the rounding of the log-sum-exp
                     total_p = tl.sum(p, 0)
                     p = p / tl.where(total_p == 0.0, 1.0, total_p)[None, :]
-            else:  # a key's own rows are all that a key outside could spoil, and they are not stored
-                if turned is not None:
+            else:  # no mask: keys outside only affect their own rows, which are not stored
+                if table_t is not None:
                     near, near_keys = tl.minimum(rows, ROWS - 1), tl.minimum(cols, ROWS - 1)
-                    s += pair_bias(turned, near[None, :], near_keys[:, None], h, WINDOW)
-                s = within_regions(s, q_region[None, :], region[:, None], piece, windows, windows_x, shift)
+                    s += pair_bias(table_t, near[None, :], near_keys[:, None], h, WINDOW)
+                s = within_regions(s, q_region[None, :], region[:, None], pack_id, windows, windows_x, shift)
                 p = probabilities(s, shift_of[None, :], rest[None, :], LOG2E)
             dp = dot_parts(values, grad, BLOCK_M, BLOCK_N, PRECISION)
             dropped = p
             if DROPOUT:
-                keep = kept(
-                    draw,
+                keep = dropout_mask(
+                    rng_seed,
                     (q_window * HEADS + h + rows * 0)[None, :],
                     rows[None, :] % AREA,
                     cols[:, None] % AREA,
@@ -225,12 +225,12 @@ def window_backward_keys(
                 dropped = tl.where(keep, p * keep_scale, 0.0)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
             dv = add_products(dv, dropped.to(qkv.dtype.element_ty), grad, 0, PRECISION)
-            if ALL:  # whole rows are here: their sums need no output, nor its rounding
+            if WHOLE_WINDOW:  # whole rows are on chip: their sums do not need the rounded output
                 row_sum = tl.sum(p * dp, 0)
             ds = p * (dp - row_sum[None, :])
             rounded = ds.to(qkv.dtype.element_ty)
             dk = add_products(dk, rounded, queries, 0, PRECISION)
-            if ALL:
+            if WHOLE_WINDOW:
                 if table is not None:
                     grad_bias += ds
                 if COSINE:
@@ -251,7 +251,7 @@ def window_backward_keys(
         at = pad_partial + ((group * tiles + tile) * 2 * HEADS + h).to(tl.int64) * D
         store_vectors(at, grad_pad_k, D, D_PARTS)
         store_vectors(at + HEADS * D, grad_pad_v, D, D_PARTS)
-    if ALL:
+    if WHOLE_WINDOW:
         if table is not None:  # (groups, heads, queries, keys)
             rows = tl.arange(0, BLOCK_N)
             at = bias_partial + (group * HEADS + h).to(tl.int64) * ROWS * ROWS + rows[None, :] * ROWS + cols[:, None]
@@ -261,45 +261,46 @@ def window_backward_keys(
 
 
 @triton.jit
-def walk_keys_backward(
-    dq, queries, grad, row_sum, shift_of, rest, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows,
-    windows_x, HEADS, natural, draw, threshold, keep_scale, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_N: tl.constexpr, COSINE: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+def query_gradient_step(
+    dq, queries, grad, row_sum, shift_of, rest, first, rows, region, qkv, table_t, pad, qkv_strides, window, h, size,
+    padded, shift, windows, windows_x, HEADS, natural, rng_seed, threshold, keep_scale, D: tl.constexpr,
+    D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, COSINE: tl.constexpr, EDGE: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What BLOCK_N keys add to the gradients of a tile of queries, before the factor of the scores."""
+    """The part of the gradients of a tile of queries that BLOCK_N keys contribute, before the factor of the scores."""
     cols, keys, values, s = key_side(
-        queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS, natural,
-        D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
+        queries, first, rows, region, qkv, table_t, pad, qkv_strides, window, h, size, padded, shift, windows,
+        windows_x, HEADS, natural, D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
     )  # fmt: skip
     p = probabilities(s, shift_of[:, None], rest[:, None], LOG2E)
     dp = dot_parts(grad, values, rows.shape[0], BLOCK_N, PRECISION)
     if DROPOUT:
-        keep = kept(draw, (window * HEADS + h + rows * 0)[:, None], rows[:, None], cols[None, :], threshold)
+        keep = dropout_mask(rng_seed, (window * HEADS + h + rows * 0)[:, None], rows[:, None], cols[None, :], threshold)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     return add_products(dq, (p * (dp - row_sum[:, None])).to(qkv.dtype.element_ty), keys, 0, PRECISION)
 
 
 @triton.jit
-def walk_keys_again(
-    top, total, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS,
-    natural, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, COSINE: tl.constexpr,
-    EDGE: tl.constexpr, PRECISION: tl.constexpr,
+def recompute_row_sum(
+    top, total, queries, first, rows, region, qkv, table_t, pad, qkv_strides, window, h, size, padded, shift, windows,
+    windows_x, HEADS, natural, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+    COSINE: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of a row's largest score and the sum of the powers relative to it, over BLOCK_N keys."""
+    """One step over BLOCK_N keys of a row's largest score and the sum of exponentials relative to it."""
     _, _, _, s = key_side(
-        queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS, natural,
-        D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
+        queries, first, rows, region, qkv, table_t, pad, qkv_strides, window, h, size, padded, shift, windows,
+        windows_x, HEADS, natural, D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
     )  # fmt: skip
     higher = tl.maximum(top, tl.max(s, 1))
     against = tl.where(higher == float("-inf"), 0.0, higher)
-    return higher, total * powers(top, against, LOG2E) + tl.sum(powers(s, against[:, None], LOG2E), 1)
+    return higher, total * exp2_scores(top, against, LOG2E) + tl.sum(exp2_scores(s, against[:, None], LOG2E), 1)
 
 
 @triton.jit
 def window_backward_queries(
     grad_out,
     qkv,
-    turned,
+    table_t,
     logit_scale,
     pad,
     out,
@@ -332,8 +333,9 @@ def window_backward_queries(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dQ of BLOCK_M queries of one window too large for a single tile, keys going by in tiles; the other kernels find
-    its row sums."""
+    """dQ of BLOCK_M queries of a window that is larger than a tile, in a loop over tiles of keys. Stores the row sums
+    for the other kernels.
+    """
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     WHOLE: tl.constexpr = AREA // BLOCK_N * BLOCK_N
     COSINE: tl.constexpr = logit_scale is not None
@@ -341,14 +343,14 @@ def window_backward_queries(
     pid = tl.program_id(0)
     tile, h, window = pid % tiles, pid // tiles % HEADS, pid // tiles // HEADS
     natural = score_factor(logit_scale, scale, h)
-    draw = draw_of(seed, DROPOUT)
+    rng_seed = dropout_seed(seed, DROPOUT)
     every = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = every < AREA
-    rows = tl.minimum(every, AREA - 1)  # rows past the window repeat its last, and are not stored
-    _, y, x, _, real, region = place(rows, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
+    rows = tl.minimum(every, AREA - 1)  # rows past the window repeat its last row; they are not stored
+    _, y, x, _, real, region = window_coordinates(rows, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
     queries, inverse, grad, _, shift_of, _ = query_side(
-        qkv, pad, grad_out, lse, None, None, window, y, x, rows, rows < AREA, real, h, HEADS, windows, qkv_strides, grad_out_strides,
-        D, D_PARTS, AREA, COSINE,
+        qkv, pad, grad_out, lse, None, None, window, y, x, rows, rows < AREA, real, h, HEADS, windows, qkv_strides,
+        grad_out_strides, D, D_PARTS, AREA, COSINE,
     )  # fmt: skip
     row_sum = dot_rows(
         load_rows(out + h * D, row_offset(window, y, x, windows, out_strides), real, 1, D, D_PARTS), grad
@@ -357,9 +359,9 @@ def window_backward_queries(
     if any_large(shift_of):
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         for first in tl.range(0, AREA, EDGE_N, num_stages=1):
-            top, rest = walk_keys_again(
-                top, rest, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows,
-                windows_x, HEADS, natural, D, D_PARTS, WINDOW, EDGE_N, COSINE, AREA % EDGE_N != 0, PRECISION,
+            top, rest = recompute_row_sum(
+                top, rest, queries, first, rows, region, qkv, table_t, pad, qkv_strides, window, h, size, padded, shift,
+                windows, windows_x, HEADS, natural, D, D_PARTS, WINDOW, EDGE_N, COSINE, AREA % EDGE_N != 0, PRECISION,
             )  # fmt: skip
         shift_of = tl.where(top == float("-inf"), 0.0, top)
         rest = log_total(rest)
@@ -369,21 +371,22 @@ def window_backward_queries(
     tl.store(rests + at, rest, mask=inside)
     dq = zero_parts((BLOCK_M,), D_PARTS)
     for first in range(0, WHOLE, BLOCK_N):
-        dq = walk_keys_backward(
-            dq, queries, grad, row_sum, shift_of, rest, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift,
-            windows, windows_x, HEADS, natural, draw, threshold, keep_scale, D, D_PARTS, WINDOW, BLOCK_N, COSINE, False, DROPOUT, PRECISION,
+        dq = query_gradient_step(
+            dq, queries, grad, row_sum, shift_of, rest, first, rows, region, qkv, table_t, pad, qkv_strides, window, h,
+            size, padded, shift, windows, windows_x, HEADS, natural, rng_seed, threshold, keep_scale, D, D_PARTS,
+            WINDOW, BLOCK_N, COSINE, False, DROPOUT, PRECISION,
         )  # fmt: skip
     if AREA > WHOLE:
         for first in range(WHOLE, AREA, EDGE_N):
-            dq = walk_keys_backward(
-                dq, queries, grad, row_sum, shift_of, rest, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded,
-                shift, windows, windows_x, HEADS, natural, draw, threshold, keep_scale, D, D_PARTS, WINDOW, EDGE_N, COSINE,
-                AREA % EDGE_N != 0, DROPOUT, PRECISION,
+            dq = query_gradient_step(
+                dq, queries, grad, row_sum, shift_of, rest, first, rows, region, qkv, table_t, pad, qkv_strides, window,
+                h, size, padded, shift, windows, windows_x, HEADS, natural, rng_seed, threshold, keep_scale, D, D_PARTS,
+                WINDOW, EDGE_N, COSINE, AREA % EDGE_N != 0, DROPOUT, PRECISION,
             )  # fmt: skip
     dq = times(dq, natural)
     if (
         COSINE
-    ):  # (windows, tiles, heads): a temperature scales every score of a row, so its gradient is queries times dQ
+    ):  # (windows, tiles, heads): the temperature scales all scores of a row, so its gradient is queries times dQ
         tl.store(
             logit_partial + (window * tiles + tile) * HEADS + h, tl.sum(tl.where(inside, dot_rows(dq, queries), 0.0), 0)
         )
@@ -395,7 +398,7 @@ def window_backward_queries(
 def window_backward_bias(
     grad_out,
     qkv,
-    turned,
+    table_t,
     logit_scale,
     pad,
     shifts,
@@ -424,8 +427,9 @@ def window_backward_bias(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_M x BLOCK_N of dBias, added up on chip over ``share`` windows: the products are computed anew, the bias is
-    read once."""
+    """BLOCK_M x BLOCK_N of dBias, summed on chip over ``share`` windows. Products are recomputed; the bias is read
+    once.
+    """
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     COSINE: tl.constexpr = logit_scale is not None
     tiles: tl.constexpr = (AREA + BLOCK_M - 1) // BLOCK_M
@@ -434,17 +438,21 @@ def window_backward_bias(
     h, key_tile = pid % HEADS, pid // HEADS % key_tiles
     tile, group = pid // HEADS // key_tiles % tiles, pid // HEADS // key_tiles // tiles
     natural = score_factor(logit_scale, scale, h)
-    draw = draw_of(seed, DROPOUT)
+    rng_seed = dropout_seed(seed, DROPOUT)
     every, every_key = tile * BLOCK_M + tl.arange(0, BLOCK_M), key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     rows, cols = tl.minimum(every, AREA - 1), tl.minimum(every_key, AREA - 1)
-    bias = pair_bias(turned, rows[:, None], cols[None, :], h, WINDOW)
+    bias = pair_bias(table_t, rows[:, None], cols[None, :], h, WINDOW)
     grad_bias = zeros_of(BLOCK_M, BLOCK_N)
-    for piece in range(group * share, tl.minimum(group * share + share, total)):
-        window, y, x, inside, real, region = place(rows, piece, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
-        _, ky, kx, _, key_real, key_region = place(cols, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
+    for pack_id in range(group * share, tl.minimum(group * share + share, total)):
+        window, y, x, inside, real, region = window_coordinates(
+            rows, pack_id, size, padded, shift, windows, windows_x, 0, WINDOW, 1
+        )
+        _, ky, kx, _, key_real, key_region = window_coordinates(
+            cols, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1
+        )
         queries, _, grad, row_sum, shift_of, rest = query_side(
-            qkv, pad, grad_out, shifts, rests, row_sums, window, y, x, rows, inside, real, h, HEADS, windows, qkv_strides, grad_out_strides,
-            D, D_PARTS, AREA, COSINE,
+            qkv, pad, grad_out, shifts, rests, row_sums, window, y, x, rows, inside, real, h, HEADS, windows,
+            qkv_strides, grad_out_strides, D, D_PARTS, AREA, COSINE,
         )  # fmt: skip
         offset = row_offset(window, ky, kx, windows, qkv_strides)
         keys, _ = normalised(gather(qkv, pad, (HEADS + h) * D, offset, key_real, D, D_PARTS), COSINE)
@@ -456,7 +464,9 @@ def window_backward_bias(
         p = probabilities(s, shift_of[:, None], rest[:, None], LOG2E)
         dp = dot_parts(grad, values, BLOCK_M, BLOCK_N, PRECISION)
         if DROPOUT:
-            keep = kept(draw, (window * HEADS + h + rows * 0)[:, None], rows[:, None], cols[None, :], threshold)
+            keep = dropout_mask(
+                rng_seed, (window * HEADS + h + rows * 0)[:, None], rows[:, None], cols[None, :], threshold
+            )
             dp = tl.where(keep, dp * keep_scale, 0.0)
         grad_bias += p * (dp - row_sum[:, None])
     at = bias_partial + (group * HEADS + h).to(tl.int64) * AREA * AREA + every[:, None] * AREA + every_key[None, :]
@@ -467,8 +477,9 @@ def window_backward_bias(
 def table_gradient(
     grad_bias, grad_table, HEADS, WINDOW: tl.constexpr, PACK: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """ENTRIES rows of the table's gradient for one head: dBias (heads, queries, keys) summed over the pairs at each
-    offset, in order."""
+    """ENTRIES rows of the table's gradient for one head: dBias (heads, queries, keys) summed in order over the pairs at
+    each offset.
+    """
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     ROWS: tl.constexpr = PACK * AREA
     pid = tl.program_id(0)

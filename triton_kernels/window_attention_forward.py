@@ -1,8 +1,9 @@
-"""Kernels of shifted-window attention: each program takes one head and a run of windows, straight from the feature map.
+"""Forward kernels of shifted-window attention. Each program processes one head and several windows, directly from the
+feature map.
 
-A tile's rows are the tokens of a window, or of PACK small ones side by side, which the mask keeps apart like a shifted
-map's regions. Names: ``window`` counts over the batch; a token's ``region`` is what it may attend within; ``real``
-tokens lie on the unpadded map.
+A tile's rows are the tokens of a window, or of PACK small windows, between which the mask prevents attention as it does
+between regions of a shifted map. Names: ``window`` counts over the batch; ``pack_id`` counts packs of PACK windows; a
+token attends within its ``region``; ``real`` tokens are on the unpadded map.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from pyvit.triton_kernels.common import (
     add_products,
     dot_parts,
     dot_rows,
-    draw_of,
-    kept,
+    dropout_mask,
+    dropout_seed,
+    exp2_scores,
     load_rows,
-    powers,
     span,
     zero_parts,
 )
@@ -28,22 +29,24 @@ NORM_EPS = tl.constexpr(1e-12)
 
 
 @triton.jit
-def place(r, piece, size, padded, shift, windows, windows_x, total, WINDOW: tl.constexpr, PACK: tl.constexpr):
-    """Of tile rows ``r``: the window, row and column on the map, whether they are inside (not past the windows) and
-    real, the region.
+def window_coordinates(
+    r, pack_id, size, padded, shift, windows, windows_x, total, WINDOW: tl.constexpr, PACK: tl.constexpr
+):
+    """For tile rows ``r``: the window, row and column on the map, whether they are inside (not past the windows) and
+    real, and the region.
 
-    A tile that is one window has one number for all its rows: its divisions are done once, not for every row of every
-    layout. ``padded`` and ``shift`` are None where the map is not padded and not shifted.
+    A tile that is one window has the same window for all rows, so divisions are done once. ``padded`` and ``shift`` are
+    None if the map is not padded and not shifted.
     """
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     if PACK == 1:
         t = r
-        window = piece
+        window = pack_id
         inside = r < AREA
         region = r * 0
     else:
         t = r % AREA
-        window = piece * PACK + r // AREA
+        window = pack_id * PACK + r // AREA
         inside = (r < PACK * AREA) & (window < total)
         region = (r // AREA) * 4
     at = window % windows
@@ -64,8 +67,9 @@ def row_offset(window, y, x, windows, strides):
 
 @triton.jit
 def gather(base, pad, first, offset, real, D: tl.constexpr, PARTS: tl.constexpr):
-    """Tokens' channels from ``first`` on, a tuple of blocks; padding tokens take those of ``pad``, or zeros without
-    it."""
+    """Channels from ``first`` on of the tokens, a tuple of blocks. Padding tokens have the channels of ``pad``, or
+    zeros without it.
+    """
     loaded = load_rows(base + first, offset, real, 1, D, PARTS)
     if pad is None:
         out = loaded
@@ -75,7 +79,7 @@ def gather(base, pad, first, offset, real, D: tl.constexpr, PARTS: tl.constexpr)
         for i in tl.static_range(len(PARTS)):
             cols = start + tl.arange(0, PARTS[i])
             fill = tl.load(pad + first + cols, mask=cols < D, other=0.0).to(loaded[i].dtype)
-            out = out + (tl.where(real[:, None], loaded[i], fill[None, :]),)  # noqa: RUF005
+            out = out + (tl.where(real[:, None], loaded[i], fill[None, :]),)
             start = start + PARTS[i]
     return out
 
@@ -94,23 +98,24 @@ def scatter(base, values, offset, real, D: tl.constexpr, PARTS: tl.constexpr):
 def times(values, factor):
     out = ()
     for i in tl.static_range(len(values)):
-        out = out + (values[i] * factor,)  # noqa: RUF005
+        out = out + (values[i] * factor,)
     return out
 
 
 @triton.jit
 def normalised(values, COSINE: tl.constexpr):
-    """Unit rows and 1 / norm, as F.normalize; without COSINE the rows as they are. Float32 rows are divided:
-    temperatures of up to 100 and short rows multiply what a product with the inverse would lose."""
+    """Unit rows and 1 / norm, as F.normalize; without COSINE the unchanged rows. Float32 rows are divided by their
+    norm: a product with the inverse would lose digits that temperatures of up to 100 and short rows magnify.
+    """
     if COSINE:
         norm = tl.maximum(tl.sqrt(dot_rows(values, values)), NORM_EPS)
         inverse = 1.0 / norm
         unit = ()
         for i in tl.static_range(len(values)):
             if values[i].dtype == tl.float32:
-                unit = unit + (tl.math.div_rn(values[i], norm[:, None]),)  # noqa: RUF005
+                unit = unit + (tl.math.div_rn(values[i], norm[:, None]),)
             else:
-                unit = unit + ((values[i].to(tl.float32) * inverse[:, None]).to(values[i].dtype),)  # noqa: RUF005
+                unit = unit + ((values[i].to(tl.float32) * inverse[:, None]).to(values[i].dtype),)
     else:
         unit = values
         inverse = tl.zeros((values[0].shape[0],), tl.float32)
@@ -119,12 +124,12 @@ def normalised(values, COSINE: tl.constexpr):
 
 @triton.jit
 def normalised_backward(grads, unit, inverse, COSINE: tl.constexpr):
-    """Gradient of the rows from that of the unit rows."""
+    """Gradient of the rows from the gradient of the unit rows."""
     if COSINE:
-        along = tl.where(inverse < 1.0 / NORM_EPS, dot_rows(grads, unit), 0.0)  # a clamped norm is a constant
+        along = tl.where(inverse < 1.0 / NORM_EPS, dot_rows(grads, unit), 0.0)  # a clamped norm is constant
         out = ()
         for i in tl.static_range(len(grads)):
-            out = out + ((grads[i] - unit[i].to(tl.float32) * along[:, None]) * inverse[:, None],)  # noqa: RUF005
+            out = out + ((grads[i] - unit[i].to(tl.float32) * along[:, None]) * inverse[:, None],)
     else:
         out = grads
     return out
@@ -144,9 +149,9 @@ def table_bias(table, i, j, h, HEADS, WINDOW: tl.constexpr, PACK: tl.constexpr):
 
 @triton.jit
 def attending(s, query_region, key_region, allowed, table, padded, shift, PACK: tl.constexpr):
-    """Scores of pairs that attend, -inf elsewhere; the arguments broadcast to the shape of ``s``.
+    """Scores of pairs that may attend, -inf elsewhere; the arguments broadcast to the shape of ``s``.
 
-    Keys past the tile's rows are out by their bias, where there is one.
+    Keys past the tile's rows are masked by their bias, if there is one.
     """
     if shift is not None or PACK > 1:
         s = tl.where(query_region == key_region, s, float("-inf"))
@@ -156,22 +161,23 @@ def attending(s, query_region, key_region, allowed, table, padded, shift, PACK: 
 
 
 @triton.jit
-def slot(r, WINDOW: tl.constexpr):
-    """Of tile rows ``r``: a number whose differences count rows of the table, so a pair's bias takes one subtraction to
-    find."""
+def table_position(r, WINDOW: tl.constexpr):
+    """For tile rows ``r``: a number whose differences are rows of the table, so that a pair's bias needs one
+    subtraction.
+    """
     return r + r // WINDOW[1] * (WINDOW[1] - 1)
 
 
 @triton.jit
-def pair_bias(turned, i, j, h, WINDOW: tl.constexpr):
+def pair_bias(table_t, i, j, h, WINDOW: tl.constexpr):
     """Bias of queries ``i`` and keys ``j`` (within the window; they broadcast) from the table as (heads, offsets)."""
     OFFSETS: tl.constexpr = (2 * WINDOW[0] - 1) * (2 * WINDOW[1] - 1)
-    return tl.load(turned + h * OFFSETS + OFFSETS // 2 + (slot(i, WINDOW) - slot(j, WINDOW)))
+    return tl.load(table_t + h * OFFSETS + OFFSETS // 2 + (table_position(i, WINDOW) - table_position(j, WINDOW)))
 
 
 @triton.jit
 def within_regions(s, query_region, key_region, window, windows, windows_x, shift):
-    """-inf for pairs that the shift keeps apart: only windows at the map's far edges hold more than one region."""
+    """-inf for pairs in different regions. Only windows at the far edges of the map have more than one region."""
     if shift is not None:
         at = window % windows
         if (at // windows_x == windows // windows_x - 1) | (at % windows_x == windows_x - 1):
@@ -193,7 +199,7 @@ def bias_parts(table, rows, h, HEADS, KEY_PARTS: tl.constexpr, WINDOW: tl.conste
 
 @triton.jit
 def score_factor(logit_scale, scale, h):
-    """What multiplies q k^T: ``scale``, or Swin V2's clamped temperature."""
+    """The factor of q k^T: ``scale``, or Swin V2's clamped temperature."""
     if logit_scale is not None:
         scale = tl.exp(tl.minimum(tl.load(logit_scale + h).to(tl.float32), LN100))
     return scale
@@ -230,8 +236,9 @@ def window_forward(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``share`` pieces (of PACK windows) for BLOCK_M of their queries: the bias is read once and held, softmax is
-    single-pass."""
+    """``share`` packs of PACK windows, for BLOCK_M of their queries. The bias is read once and kept on chip; the
+    softmax is single-pass.
+    """
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     COSINE: tl.constexpr = logit_scale is not None
     tiles = tl.cdiv(PACK * AREA, BLOCK_M)
@@ -239,14 +246,14 @@ def window_forward(
     h, tile, group = pid % HEADS, pid // HEADS % tiles, pid // HEADS // tiles
     at_q, at_k, at_v = h * D, (HEADS + h) * D, (2 * HEADS + h) * D
     factor = score_factor(logit_scale, scale, h)
-    draw = draw_of(seed, DROPOUT)
+    rng_seed = dropout_seed(seed, DROPOUT)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     held = ()
     if table is not None:
         held = bias_parts(table, rows, h, HEADS, KEY_PARTS, WINDOW, PACK)
-    for piece in range(group * share, tl.minimum(group * share + share, tl.cdiv(total, PACK))):
-        window, y, x, inside, real, region = place(
-            rows, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK
+    for pack_id in range(group * share, tl.minimum(group * share + share, tl.cdiv(total, PACK))):
+        window, y, x, inside, real, region = window_coordinates(
+            rows, pack_id, size, padded, shift, windows, windows_x, total, WINDOW, PACK
         )
         queries, _ = normalised(
             gather(qkv, pad, at_q, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE
@@ -256,32 +263,32 @@ def window_forward(
         first: tl.constexpr = 0
         for j in tl.static_range(len(KEY_PARTS)):
             cols = first + span(0, KEY_PARTS[j])
-            key_window, ky, kx, key_inside, key_real, key_region = place(
-                cols, piece, size, padded, shift, windows, windows_x, total, WINDOW, PACK
+            key_window, ky, kx, key_inside, key_real, key_region = window_coordinates(
+                cols, pack_id, size, padded, shift, windows, windows_x, total, WINDOW, PACK
             )
             offset = row_offset(key_window, ky, kx, windows, qkv_strides)
             keys, _ = normalised(gather(qkv, pad, at_k, offset, key_real, D, D_PARTS), COSINE)
-            values = values + (gather(qkv, pad, at_v, offset, key_real, D, D_PARTS),)  # noqa: RUF005
+            values = values + (gather(qkv, pad, at_v, offset, key_real, D, D_PARTS),)
             s = dot_parts(queries, keys, BLOCK_M, KEY_PARTS[j], PRECISION) * factor
             if table is not None:
                 s += held[j]
             allowed = key_real if pad is None else key_inside
             s = attending(s, region[:, None], key_region[None, :], allowed[None, :], table, padded, shift, PACK)
             top = tl.maximum(top, tl.max(s, 1))
-            scores = scores + (s,)  # noqa: RUF005
+            scores = scores + (s,)
             first = first + KEY_PARTS[j]
         top = tl.where(top == float("-inf"), 0.0, top)
         sum_p = tl.zeros((BLOCK_M,), tl.float32)
         acc = zero_parts((BLOCK_M,), D_PARTS)
         start: tl.constexpr = 0
         for j in tl.static_range(len(KEY_PARTS)):
-            p = powers(scores[j], top[:, None], LOG2E)
+            p = exp2_scores(scores[j], top[:, None], LOG2E)
             sum_p += tl.sum(p, 1)
             if DROPOUT:
                 cols = start + span(0, KEY_PARTS[j])
                 p = tl.where(
-                    kept(
-                        draw,
+                    dropout_mask(
+                        rng_seed,
                         (window * HEADS + h + rows * 0)[:, None],
                         rows[:, None] % AREA,
                         cols[None, :] % AREA,
@@ -308,21 +315,23 @@ def window_forward(
 
 @triton.jit
 def key_side(
-    queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS, factor,
-    D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, COSINE: tl.constexpr, EDGE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    queries, first, rows, region, qkv, table_t, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x,
+    HEADS, factor, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+    COSINE: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N keys and values of a window and the queries' scores; with EDGE some of them may lie past the window."""
+    """BLOCK_N keys and values of a window and the queries' scores. With EDGE, some keys may be past the window."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     cols = first + tl.arange(0, BLOCK_N)
     near = tl.minimum(cols, AREA - 1) if EDGE else cols
-    _, y, x, _, real, key_region = place(near, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
+    _, y, x, _, real, key_region = window_coordinates(
+        near, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1
+    )
     offset = row_offset(window, y, x, windows, qkv_strides)
     keys, _ = normalised(gather(qkv, pad, (HEADS + h) * D, offset, real, D, D_PARTS), COSINE)
     values = gather(qkv, pad, (2 * HEADS + h) * D, offset, real, D, D_PARTS)
     s = dot_parts(queries, keys, rows.shape[0], BLOCK_N, PRECISION) * factor
-    if turned is not None:
-        s += pair_bias(turned, rows[:, None], near[None, :], h, WINDOW)
+    if table_t is not None:
+        s += pair_bias(table_t, rows[:, None], near[None, :], h, WINDOW)
     s = within_regions(s, region[:, None], key_region[None, :], window, windows, windows_x, shift)
     if padded is not None and pad is None:
         s = tl.where(real[None, :], s, float("-inf"))
@@ -332,24 +341,27 @@ def key_side(
 
 
 @triton.jit
-def walk_keys(
-    acc, top, sum_p, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x,
-    HEADS, factor, draw, threshold, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
-    COSINE: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+def online_softmax_step(
+    acc, top, sum_p, queries, first, rows, region, qkv, table_t, pad, qkv_strides, window, h, size, padded, shift,
+    windows, windows_x, HEADS, factor, rng_seed, threshold, D: tl.constexpr, D_PARTS: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, COSINE: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of online softmax over BLOCK_N keys."""
+    """One step of the online softmax over BLOCK_N keys."""
     cols, _, values, s = key_side(
-        queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS, factor,
-        D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
+        queries, first, rows, region, qkv, table_t, pad, qkv_strides, window, h, size, padded, shift, windows,
+        windows_x, HEADS, factor, D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
     )  # fmt: skip
     new_top = tl.maximum(top, tl.max(s, 1))
     shown = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = powers(s, shown[:, None], LOG2E)
-    decay = powers(top, shown, LOG2E)
+    p = exp2_scores(s, shown[:, None], LOG2E)
+    decay = exp2_scores(top, shown, LOG2E)
     sum_p = sum_p * decay + tl.sum(p, 1)
     if DROPOUT:
         p = tl.where(
-            kept(draw, (window * HEADS + h + rows * 0)[:, None], rows[:, None], cols[None, :], threshold), p, 0.0
+            dropout_mask(rng_seed, (window * HEADS + h + rows * 0)[:, None], rows[:, None], cols[None, :], threshold),
+            p,
+            0.0,
         )
     acc = add_products(times(acc, decay[:, None]), p.to(qkv.dtype.element_ty), values, 0, PRECISION)
     return acc, new_top, sum_p
@@ -358,7 +370,7 @@ def walk_keys(
 @triton.jit
 def window_forward_long(
     qkv,
-    turned,
+    table_t,
     logit_scale,
     pad,
     out,
@@ -384,8 +396,9 @@ def window_forward_long(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_M queries of one window too large for a single tile: keys go by in tiles, masks are applied where a window
-    has any."""
+    """BLOCK_M queries of a window that is larger than a tile, in a loop over tiles of keys. Masks are applied only in
+    windows that have any.
+    """
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     WHOLE: tl.constexpr = AREA // BLOCK_N * BLOCK_N
     COSINE: tl.constexpr = logit_scale is not None
@@ -393,10 +406,10 @@ def window_forward_long(
     pid = tl.program_id(0)
     tile, h, window = pid % tiles, pid // tiles % HEADS, pid // tiles // HEADS
     factor = score_factor(logit_scale, scale, h)
-    draw = draw_of(seed, DROPOUT)
+    rng_seed = dropout_seed(seed, DROPOUT)
     every = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.minimum(every, AREA - 1)  # rows past the window repeat its last, and are not stored
-    _, y, x, _, real, region = place(rows, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
+    rows = tl.minimum(every, AREA - 1)  # rows past the window repeat its last row; they are not stored
+    _, y, x, _, real, region = window_coordinates(rows, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
     queries, _ = normalised(
         gather(qkv, pad, h * D, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE
     )
@@ -404,15 +417,17 @@ def window_forward_long(
     sum_p = tl.zeros((BLOCK_M,), tl.float32)
     acc = zero_parts((BLOCK_M,), D_PARTS)
     for first in range(0, WHOLE, BLOCK_N):
-        acc, top, sum_p = walk_keys(
-            acc, top, sum_p, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows,
-            windows_x, HEADS, factor, draw, threshold, D, D_PARTS, WINDOW, BLOCK_N, COSINE, False, DROPOUT, PRECISION,
+        acc, top, sum_p = online_softmax_step(
+            acc, top, sum_p, queries, first, rows, region, qkv, table_t, pad, qkv_strides, window, h, size, padded,
+            shift, windows, windows_x, HEADS, factor, rng_seed, threshold, D, D_PARTS, WINDOW, BLOCK_N, COSINE, False,
+            DROPOUT, PRECISION,
         )  # fmt: skip
     if AREA > WHOLE:
         for first in range(WHOLE, AREA, EDGE_N):
-            acc, top, sum_p = walk_keys(
-                acc, top, sum_p, queries, first, rows, region, qkv, turned, pad, qkv_strides, window, h, size, padded, shift, windows,
-                windows_x, HEADS, factor, draw, threshold, D, D_PARTS, WINDOW, EDGE_N, COSINE, AREA % EDGE_N != 0, DROPOUT, PRECISION,
+            acc, top, sum_p = online_softmax_step(
+                acc, top, sum_p, queries, first, rows, region, qkv, table_t, pad, qkv_strides, window, h, size, padded,
+                shift, windows, windows_x, HEADS, factor, rng_seed, threshold, D, D_PARTS, WINDOW, EDGE_N, COSINE,
+                AREA % EDGE_N != 0, DROPOUT, PRECISION,
             )  # fmt: skip
     inside = every < AREA
     empty = sum_p == 0.0

@@ -13,16 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-#: Exit codes: of a command that could not do its work, of one that was called wrongly, of one that Ctrl-C ended.
+#: Exit codes: failure, wrong usage, Ctrl-C.
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
-#: Errors whose messages are sentences of ours, or of the system with the name of the file; others are said with their
-#: kind.
+#: Errors whose messages are clear by themselves. The messages of others start with their type.
 _SENTENCES = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 def main() -> None:
-    """Entry point. Needs typer and rich (``pip install 'pyvit-kernels[cli]'``); ``pyvit info`` does without."""
+    """Entry point. Needs typer and rich (``pip install 'pyvit-kernels[cli]'``), except for ``pyvit info``."""
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:
         if sys.argv[1:2] == ["info"]:
@@ -35,7 +34,7 @@ def main() -> None:
             "info' works without)"
         )
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # names of files need not be text in the terminal's encoding
+        if hasattr(stream, "reconfigure"):  # names of files may have characters that the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGINT, _interrupted)
     try:
@@ -54,7 +53,7 @@ def _interrupted(*_: Any) -> None:
 
 
 def explain(error: Exception) -> tuple[str, int]:
-    """The line that tells a user of ``error``, and the exit code."""
+    """The error message for the user, and the exit code."""
     from pyvit.train.options import SettingError
 
     text = " ".join(str(error).split())
@@ -77,7 +76,7 @@ def application() -> Any:
     import typer
 
     app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-    app.command("info", help="Say what this installation has, what it lacks and how to get it.")(_info)
+    app.command("info", help="Show what is installed, what is missing and how to install it.")(_info)
     app.command(
         "flops", help="Parameters, multiply-accumulates and attention memory of models, and the published comparison."
     )(_flops)
@@ -98,9 +97,7 @@ def application() -> Any:
 
     for recipe in RECIPES:
         train.command(recipe, help=_RECIPE_HELP[recipe], epilog=_options_of(recipe))(_trainer(recipe))
-    evaluate = typer.Typer(
-        help="Measure what a model has learned, or look at it.", no_args_is_help=True, callback=_keep_memory
-    )
+    evaluate = typer.Typer(help="Evaluate or visualise a trained model.", no_args_is_help=True, callback=_keep_memory)
     app.add_typer(evaluate, name="eval")
     from pyvit.cli.evaluate import COMMANDS
 
@@ -111,14 +108,14 @@ def application() -> Any:
 
 _RECIPE_HELP = {
     "supervised": "Classification from labels (DeiT's and Swin's settings).",
-    "finetune": "Classification from pre-trained weights (--init), with layer-wise rates.",
-    "linear": "A linear classifier on frozen features (--init).",
-    "mae": "Masked autoencoder: reconstruct hidden patches.",
-    "dino": "Self-distillation across crops.",
-    "dinov2": "Self-distillation across crops and masked patches, with the switches of DINOv2.",
+    "finetune": "Fine-tuning of pre-trained weights (--init), with layer-wise learning rates.",
+    "linear": "A linear probe on frozen features (--init).",
+    "mae": "Masked autoencoder: reconstruct masked patches.",
+    "dino": "Self-distillation across crops (DINO).",
+    "dinov2": "Self-distillation across crops and masked patches (DINOv2).",
     "simclr": "Contrastive learning of two views.",
     "clip": "Contrastive learning of images and captions.",
-    "siglip": "Images and captions with the sigmoid loss.",
+    "siglip": "Contrastive learning of images and captions with the sigmoid loss.",
 }
 
 
@@ -135,7 +132,7 @@ def _info() -> None:
 
 
 def _options_of(recipe: str) -> str:
-    """The recipe's options, a paragraph each, as its class declares them."""
+    """The options of a recipe, one paragraph each."""
     from pyvit.train.recipe import load_recipe
 
     lines = [option.describe(name) for name, option in load_recipe(recipe).options.items()]
@@ -264,7 +261,7 @@ def _bench(ctx: Any) -> None:
 
 
 def _annotate() -> None:
-    """typer reads annotations when commands are registered; these need typer itself."""
+    """Add annotations that need typer: typer reads annotations when commands are registered."""
     try:
         import typer
     except ImportError:

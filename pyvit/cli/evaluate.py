@@ -1,5 +1,6 @@
-"""The subcommands of ``pyvit eval``: each loads a finished run, prints its figures, and writes pictures as PNG into the
-run's folder."""
+"""The subcommands of ``pyvit eval``. Each loads a finished run, prints its results, and writes PNG files into the run's
+folder.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from pyvit.train.runs import load_run
 
 
 def _open(run: str, data: str | None) -> tuple[Any, Any]:
-    """The run and its images, said in a few lines."""
+    """Load the run and its images, and print a summary."""
     recipe, chosen = load_run(run, data)
     say(chosen.summary())
     return recipe, chosen
@@ -37,7 +38,7 @@ def _say_damage(data: Any) -> None:
 
 
 def knn(run: str, data: str | None = None, temperature: float = 0.07) -> dict[str, float]:
-    """Weighted k-nearest neighbours on frozen features, k of 10, 20, 100 and 200; 1 and 5 where there are fewer than 10
+    """Weighted k-nearest neighbours on frozen features, for k = 10, 20, 100 and 200; 1 and 5 with fewer than 10
     images."""
     recipe, chosen = _open(run, data)
     train, test = _features(recipe, chosen)
@@ -48,7 +49,7 @@ def knn(run: str, data: str | None = None, temperature: float = 0.07) -> dict[st
 
 
 def linear(run: str, data: str | None = None, epochs: int = 50) -> dict[str, float]:
-    """Linear probe on frozen features over a grid of rates."""
+    """Linear probe on frozen features, over several learning rates."""
     recipe, chosen = _open(run, data)
     train, test = _features(recipe, chosen)
     found = linear_module.linear_probe(train, test, epochs=epochs)
@@ -59,7 +60,7 @@ def linear(run: str, data: str | None = None, epochs: int = 50) -> dict[str, flo
 def zero_shot_command(
     run: str, data: str | None = None, template: list[str] | None = None, out: str | None = None, count: int = 8
 ) -> float:
-    """Accuracy of a classifier made of class names, and a sheet of ranked probabilities per image."""
+    """Zero-shot accuracy by class names, and a sheet of class probabilities per image."""
     recipe, chosen = _open(run, data)
     retrieval.check_towers("zero-shot", recipe)
     if not chosen.classes:
@@ -86,8 +87,9 @@ def zero_shot_command(
 
 
 def retrieval_command(run: str, data: str | None = None, out: str | None = None, count: int = 6) -> dict[str, float]:
-    """Recall@k of images by caption and captions by image; of drawn scenes, the parts that phrases point at, with a
-    sheet of maps."""
+    """Recall@k of images by caption and captions by image. For drawn scenes also localisation of phrases, with a sheet
+    of maps.
+    """
     recipe, chosen = _open(run, data)
     found = retrieval.recall_of(recipe, chosen, (1, 5, 10))
     _say_damage(chosen)
@@ -97,8 +99,8 @@ def retrieval_command(run: str, data: str | None = None, out: str | None = None,
     )
     known = retrieval.has_parts(recipe.exported())
     if "parts" in chosen.extra and known:
-        found["parts"] = retrieval.quarter_accuracy(recipe, chosen)
-        print(f"{run}: phrase points at the right quarter in {found['parts']:.1f} % (chance: 25 %)")
+        found["parts"] = retrieval.quadrant_accuracy(recipe, chosen)
+        print(f"{run}: quadrant accuracy of phrases {found['parts']:.1f} % (chance: 25 %)")
     batch = _some(chosen, count)
     parts = chosen.extra.get("parts")
     phrases = [parts[i][0][0] for i in batch["index"].tolist()] if parts else batch["caption"]
@@ -114,7 +116,7 @@ def retrieval_command(run: str, data: str | None = None, out: str | None = None,
 
 
 def attention(run: str, data: str | None = None, mass: float = 0.6, out: str | None = None, count: int = 8) -> Path:
-    """Sheet of the class token's attention in the last block, per head, and what holds most of its mass."""
+    """Sheet of the class token's attention in the last block, per head, and the cells with most of it."""
     recipe, images, normalised = _pictures(run, data, count)
     with torch.no_grad():
         columns = visualize.attention_columns(_tower(recipe), images, normalised, mass)
@@ -131,12 +133,12 @@ def reconstruct(
     torch.manual_seed(seed)
     columns = visualize.reconstruction_columns(recipe, images, mask_ratio)
     return _said(
-        contact_sheet.save_sheet(_path(run, out, "reconstruct"), columns, title=f"{100 * mask_ratio:.0f} % hidden")
+        contact_sheet.save_sheet(_path(run, out, "reconstruct"), columns, title=f"{100 * mask_ratio:.0f} % masked")
     )
 
 
 def patches(run: str, data: str | None = None, out: str | None = None, count: int = 8) -> Path:
-    """Sheet of patch features, their first three principal components as colours."""
+    """Sheet of patch features: their first three principal components as colours."""
     recipe, images, normalised = _pictures(run, data, count)
     colors = visualize.pca_colors(visualize.patch_features(_tower(recipe), normalised))
     columns = [
@@ -152,7 +154,7 @@ def _tower(recipe: Any) -> Any:
 
 
 def _some(data: Any, count: int) -> dict[str, Any]:
-    """``count`` held-out images, spread over those that can be read."""
+    """``count`` readable held-out images at equal distances."""
     known = data.test.readable()
     batch = data.test.fetch([known[i] for i in visualize.choose(count, len(known))])
     if not len(batch["image"]):

@@ -1,6 +1,7 @@
-"""Images to learn from: folders, tables and Hugging Face data sets, and small sets that need no download."""
+"""Training and evaluation data: folders, tables of captions, Hugging Face data sets, and small built-in data sets."""
 
-from pyvit.data.sets import Data, Images, TensorImages, load_data
+from pyvit.data.dataset import Data, Images, TensorImages
+from pyvit.data.load import load_data
 from pyvit.data.text import ByteTokenizer, load_tokenizer
 
 __all__ = ["ByteTokenizer", "Data", "Images", "TensorImages", "load_data", "load_tokenizer"]

@@ -1,4 +1,4 @@
-"""Sound to log-mel spectrograms in the units of AST (Gong et al., 2021, section 2), kept as bytes."""
+"""Audio to log-mel spectrograms in the units of AST (Gong et al., 2021, section 2), stored as uint8."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pyvit.models.audio import LogMel
 
 RATE, BANDS = 16000, 128
 
-#: What bytes 0 and 255 stand for: silence and a full-scale sound, in the units of :class:`pyvit.models.audio.LogMel`; a
-#: step is half a dB.
+#: Values of bytes 0 and 255 (silence and full scale), in the units of :class:`pyvit.models.audio.LogMel`. One step is
+#: half a dB.
 LOW, HIGH = -1.3, 2.0
 
-#: ``Data.mean`` and ``Data.std`` that take bytes / 255 back to those units.
+#: ``Data.mean`` and ``Data.std`` that convert bytes / 255 to normalised values.
 MEAN, STD = (-LOW / (HIGH - LOW),), (1 / (HIGH - LOW),)
 
 
@@ -33,7 +33,7 @@ def spectrogram(samples: Tensor, rate: int, frames: int) -> Tensor:
     """Mono ``samples`` (n,) in [-1, 1] at ``rate`` Hz to uint8 (1, 128 mel bands, frames), one frame per 10 ms, low
     bands first.
 
-    Longer sounds are cut, shorter ones filled up.
+    Longer sounds are cut, shorter ones padded.
     """
     if samples.dim() != 1 or samples.numel() == 0:
         raise ValueError(f"spectrogram: samples must be a mono signal (n,), got shape {tuple(samples.shape)}")
@@ -46,17 +46,17 @@ def spectrogram(samples: Tensor, rate: int, frames: int) -> Tensor:
 
 
 def resample(samples: Tensor, rate: int, wanted: int) -> Tensor:
-    """``samples`` (n,) at another rate, frequencies above half of either rate removed."""
+    """Resample ``samples`` (n,) to another rate, with a low-pass filter at half of the lower rate."""
     n = max(round(samples.numel() * wanted / rate), 1)
     return torch.fft.irfft(torch.fft.rfft(samples.double())[: n // 2 + 1], n).float() * (n / samples.numel())
 
 
 def read_wave(source: Any) -> tuple[Tensor, int]:
-    """Mono samples in [-1, 1] and the rate of a .wav file: PCM of 8, 16, 24 or 32 bits, or floats of 32 or 64; channels
-    are averaged.
+    """Mono samples in [-1, 1] and the sample rate of a .wav file: PCM of 8, 16, 24 or 32 bits, or floats of 32 or 64
+    bits. Channels are averaged.
 
     ``source`` is a path or an open file. Raises ValueError for another encoding, for values that are not finite, and
-    for a file that is damaged or cut short.
+    for a damaged or truncated file.
     """
     content = Path(source).read_bytes() if isinstance(source, (str, Path)) else source.read()
     if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
@@ -94,10 +94,10 @@ def read_wave(source: Any) -> tuple[Tensor, int]:
     return samples.view(-1, channels).mean(1), rate
 
 
-#: Rates that are read, in Hz; others are damage.
+#: Accepted sample rates in Hz; a file with another one is damaged.
 LOWEST, HIGHEST = 1000, 768_000
 
-#: Programs that write to a pipe cannot go back to say how much they wrote: a size from here on means "to the end".
+#: Programs that write to a pipe cannot fill in the size afterwards: a size from here on means "to the end".
 _UNKNOWN = 0x7FFF0000
 
 _EXTENSIBLE = 0xFFFE

@@ -7,9 +7,9 @@ import io
 import os
 from pathlib import Path
 
+from pyvit.data.dataset import Data, Images
 from pyvit.data.decode import ImageDecoder
 from pyvit.data.files import TOLERATED, TOLERATED_FILES, DecodedImages
-from pyvit.data.sets import Data, Images
 from pyvit.data.split import group_files, hold_out
 
 ENDINGS = (".csv", ".tsv", ".txt")
@@ -19,9 +19,9 @@ def captioned(path: Path, size: int) -> Data:
     """A table with a header and the columns ``image`` (paths, relative to the file) and ``caption``; ``label`` is
     optional.
 
-    Fields are parted by commas, semicolons, tabs or bars; the text is UTF-8, or UTF-16 with its mark. One image in ten
-    is held out, with all of its captions. Evaluation sees the largest square of an image, and none is mirrored, which
-    would make "left" of "right".
+    Fields are separated by commas, semicolons, tabs or vertical bars; the text is UTF-8, or UTF-16 with a byte order
+    mark. One image in ten is held out, with all of its captions. Evaluation uses the largest centred square of an
+    image. Images are not flipped, because that would swap "left" and "right".
     """
     rows, notes = _rows(path)
     images = [path.parent / row["image"] for row in rows]
@@ -51,7 +51,7 @@ def captioned(path: Path, size: int) -> Data:
 
 
 def _same_image(images: list[Path], notes: list[str]) -> list[int]:
-    """A number for each row, equal for the same file and for files of the same content."""
+    """A number for each row, equal for rows of the same file or of files with the same content."""
     files = list(dict.fromkeys(map(os.path.realpath, images)))
     equal = group_files([Path(f) for f in files])
     if equal is None:
@@ -78,7 +78,7 @@ def _text(path: Path) -> str:
 
 
 def _rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
-    """Rows with their line numbers under "line", and what was left out."""
+    """Rows with their line numbers under "line", and notes about rows that were left out."""
     text = _text(path)
     first = text.lstrip().partition("\n")[0]
     parting = max(",;\t|", key=first.count)

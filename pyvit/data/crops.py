@@ -1,5 +1,5 @@
-"""Random resized crops: where each one lies is drawn here, and cut out of tensors; :mod:`pyvit.data.decode` cuts it out
-of files."""
+"""Random resized crops: their boxes, and cutting them out of tensors. :mod:`pyvit.data.decode` cuts them out of
+files."""
 
 from __future__ import annotations
 
@@ -17,15 +17,13 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Crop:
-    """A view that a recipe learns from: a random part of the whole image, resized to ``size`` (Szegedy et al., 2015,
-    section 6).
+    """A random part of the whole image, resized to ``size`` (Szegedy et al., 2015, section 6).
 
     Args:
-        size: (height, width) of the view.
-        scale: smallest and largest share of the image's area; (1, 1) is the largest centred part of the view's shape,
-            nothing random.
-        ratio: smallest and largest factor on the view's own width / height.
-        count: None for one view of each image, (B, C, h, w); else so many, (count, B, C, h, w).
+        size: (height, width) of the crop.
+        scale: smallest and largest share of the image's area; (1, 1) is the largest centred crop, without randomness.
+        ratio: smallest and largest factor on the crop's own width / height.
+        count: None for one crop of each image, (B, C, h, w); else the number of crops, (count, B, C, h, w).
     """
 
     size: tuple[int, int]
@@ -40,7 +38,7 @@ class Crop:
             )
 
     def boxes(self, width: int, height: int, draw: random.Random) -> list[Box]:
-        """One box for each view of an image of ``width`` x ``height`` pixels."""
+        """One box for each crop of an image of ``width`` x ``height`` pixels."""
         return [self._box(width, height, draw) for _ in range(1 if self.count is None else self.count)]
 
     def _box(self, width: int, height: int, draw: random.Random) -> Box:
@@ -54,13 +52,13 @@ class Crop:
             if 0 < w <= width and 0 < h <= height:
                 left, top = draw.randint(0, width - w), draw.randint(0, height - h)
                 return left, top, left + w, top + h
-        # No such box fits in a long image: the largest one of the nearest ratio, from the middle.
+        # No box of these ratios fits into a long image: use the largest centred one with the nearest ratio.
         nearest = min(max(width / height, shape * self.ratio[0]), shape * self.ratio[1])
         return centre_box(width, height, (1, nearest))
 
 
 def centre_box(width: int, height: int, shape: tuple[float, float], ratio: float = 1.0) -> Box:
-    """The largest box of ``shape`` (height, width) in the middle of an image, its sides then times ``ratio``."""
+    """The largest centred box of the aspect ratio of ``shape`` (height, width), with its sides times ``ratio``."""
     w = min(width, height * shape[1] / shape[0]) * ratio
     h = w * shape[0] / shape[1]
     left, top = (width - w) / 2, (height - h) / 2
@@ -68,12 +66,12 @@ def centre_box(width: int, height: int, shape: tuple[float, float], ratio: float
 
 
 def generator(seed: int, *place: int) -> random.Random:
-    """The random numbers of one image at one step: the same in every process, whatever was drawn before."""
+    """A random number generator for one image at one step, the same in every process."""
     return random.Random(",".join(map(str, (seed, *place))))
 
 
 def crop_images(images: Tensor, crops: Mapping[str, Crop], draws: Sequence[random.Random]) -> dict[str, Tensor]:
-    """Views of whole images (B, C, H, W), uint8 like them; image i draws from ``draws[i]``."""
+    """Crops of whole images (B, C, H, W), in their dtype. Image i uses the generator ``draws[i]``."""
     height, width = images.shape[2:]
     views = {}
     boxes = [[crop.boxes(width, height, draw) for crop in crops.values()] for draw in draws]
@@ -97,7 +95,7 @@ def crop_resize(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _weights(low: Tensor, high: Tensor, length: int, out: int) -> Tensor:
-    """Bicubic weights (B, out, length) that resample [low, high] of an axis; where it shrinks, the kernel widens."""
+    """Bicubic weights (B, out, length) that resample [low, high] of an axis. The kernel is widened for downsampling."""
     step = ((high - low) / out)[:, None, None]
     centres = low[:, None, None] + (torch.arange(out, device=low.device)[:, None] + 0.5) * step
     x = ((torch.arange(length, device=low.device) + 0.5 - centres) / step.clamp(min=1)).abs()

@@ -1,5 +1,4 @@
-"""One image or sound of any source to pixels: the same file gives the same pixels from a folder, a table and a
-stream."""
+"""Decoding of images and audio: a file gives the same pixels from a folder, a table and a stream."""
 
 from __future__ import annotations
 
@@ -16,18 +15,18 @@ from torch import Tensor
 from pyvit.data.audio import BANDS, read_wave, spectrogram
 from pyvit.data.crops import Box, Crop, centre_box, crop_images
 
-#: An evaluated image is resized and this share of its side cut out of the middle, where it has the pixels (He et al.,
-#: 2016: 224 of 256).
+#: Evaluation uses this share of the side of an image's largest centred square (He et al., 2016: 224 of 256).
 CENTRE = 0.875
 
-#: A JPEG is decoded at a fraction of its size only where so many source pixels are left for each of a view, as in
+#: A JPEG is decoded at a reduced size only if at least this many source pixels are left per output pixel, as in
 #: Pillow's thumbnails.
 _SPARE = 2
 
 
 def open_image(source: Any) -> AbstractContextManager[Any]:
-    """A path, bytes, a ``datasets`` record {"bytes": ..., "path": ...} or a PIL image, opened; a file of ours is closed
-    afterwards."""
+    """Open a path, bytes, a ``datasets`` record {"bytes": ..., "path": ...} or a PIL image. Files opened here are
+    closed afterwards.
+    """
     from PIL import Image
 
     if isinstance(source, Mapping):
@@ -40,8 +39,7 @@ def open_image(source: Any) -> AbstractContextManager[Any]:
 
 
 def _orientation(image: Any) -> int:
-    """EXIF's number for how the camera was held, 1 for upright. Damaged EXIF says nothing of the pixels, which may be
-    whole."""
+    """EXIF's orientation, 1 for upright. Damaged EXIF data is ignored, because the pixels may be intact."""
     if image.format not in ("JPEG", "MPO"):
         # Only these are decoded at a fraction of their size, later. Pillow turns a TIFF itself when it loads it, and
         # forgets the number; and it loads a PNG for its EXIF, after which one that could not be decoded looks as if it
@@ -54,10 +52,10 @@ def _orientation(image: Any) -> int:
 
 
 def upright_rgb(image: Any, turn: int) -> Any:
-    """Eight bits in three channels, turned as EXIF says, transparent parts over white.
+    """Three 8-bit channels, rotated as EXIF says, with transparent parts on white.
 
-    16 bits are scaled by the range of the format and floats by [0, 1]; other ranges of values raise ValueError, since
-    what is black and what is white in them is not known.
+    16-bit values are scaled by the range of the format, floats by [0, 1]. Other ranges raise ValueError, because their
+    black and white levels are unknown.
     """
     from PIL import Image
 
@@ -84,7 +82,7 @@ def _eight_bits(image: Any) -> Any:
     values = np.asarray(image).astype(np.float64)
     most = 1.0 if image.mode == "F" else 65535.0
     low, high = float(values.min()), float(values.max())
-    if not 0 <= low <= high <= most:  # NaN included
+    if not 0 <= low <= high <= most:  # also refuses NaN
         raise ValueError(
             f"values of mode {image.mode} must be in 0..{most:g}, got {low:g}..{high:g}; convert the image to 8 bits"
         )
@@ -99,8 +97,9 @@ def _eight_bits(image: Any) -> Any:
 
 
 def cut(image: Any, wanted: Sequence[tuple[Box, tuple[int, int]]], size: tuple[int, int], turn: int) -> list[Tensor]:
-    """uint8 (3, h, w) of each (box, (h, w)), boxes in pixels of the upright image, which is ``size`` (width,
-    height)."""
+    """uint8 (3, h, w) of each (box, (h, w)). Boxes are in pixels of the upright image, whose ``size`` is (width,
+    height).
+    """
     from PIL import Image
 
     needed = min((min((r - l) / w, (b - t) / h) for (l, t, r, b), (h, w) in wanted), default=1.0)
@@ -118,10 +117,9 @@ def cut(image: Any, wanted: Sequence[tuple[Box, tuple[int, int]]], size: tuple[i
 
 
 def decode_image(source: Any, size: int, centre: float = 1.0) -> Tensor:
-    """A path, bytes or a PIL image to uint8 (3, size, size): the largest square in the middle (bicubic, antialiased).
+    """A path, bytes or a PIL image to uint8 (3, size, size): the largest centred square (bicubic, antialiased).
 
-    ``centre`` below 1 leaves out the square's rim, down to that share of its side, as far as the rest keeps ``size``
-    pixels: an image that small is not enlarged to be cut.
+    ``centre`` below 1 uses only that share of the square's side, but at least ``size`` pixels.
     """
     with open_image(source) as image:
         turn = _orientation(image)
@@ -134,7 +132,7 @@ def decode_image(source: Any, size: int, centre: float = 1.0) -> Tensor:
 
 
 class ImageDecoder:
-    """Image files as the whole view that evaluation takes, and as a recipe's crops. Picklable."""
+    """Decodes image files to whole images for evaluation and to the crops of a recipe. Picklable."""
 
     def __init__(self, size: int, centre: float = CENTRE) -> None:
         self.shape, self.centre = (3, size, size), centre
@@ -146,7 +144,7 @@ class ImageDecoder:
         return decode_image(source, self.shape[1], self.centre)
 
     def views(self, source: Any, crops: Mapping[str, Crop], draw: random.Random) -> dict[str, list[Tensor]]:
-        """Every crop is cut out of the full image; a JPEG is decoded no finer than the finest of them needs."""
+        """All crops of an image. A JPEG is decoded at a reduced size if all crops allow it."""
         with open_image(source) as image:
             turn = _orientation(image)
             width, height = image.size if turn < 5 else image.size[::-1]
@@ -157,7 +155,7 @@ class ImageDecoder:
 
 
 class SoundDecoder:
-    """.wav files as spectrograms (1, 128 bands, frames), low bands first. Picklable."""
+    """Decodes .wav files to spectrograms (1, 128 bands, frames), low bands first. Picklable."""
 
     def __init__(self, frames: int) -> None:
         self.shape = (1, BANDS, frames)

@@ -1,12 +1,11 @@
-"""Handwritten digits that come with scikit-learn: 1797 real images of 8 x 8 pixels (Alpaydin and Kaynak, 1998), in 10
-classes."""
+"""scikit-learn's handwritten digits: 1797 images of 8 x 8 pixels (Alpaydin and Kaynak, 1998), in 10 classes."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from pyvit.data.sets import Data, TensorImages
+from pyvit.data.dataset import Data, TensorImages
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -14,8 +13,9 @@ _CAPTIONS = ("a handwritten {}", "the digit {}", "a photo of the number {}", "{}
 
 
 def digits(size: int = 32) -> Data:
-    """Enlarged to ``size`` pixels, in three equal channels. Every fifth image of each class is held out: 1442 to train,
-    355 to test."""
+    """Digits enlarged to ``size`` pixels, with three equal channels. Every fifth image of each class is held out: 1442
+    for training, 355 held out.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Images, spectrograms and captions read from files when they are asked for."""
+"""Images, spectrograms and captions that are read from files when they are needed."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch.utils.data import get_worker_info
 
 from pyvit.data.audio import BANDS, MEAN, STD
 from pyvit.data.crops import Crop, generator
+from pyvit.data.dataset import Batch, Data, Images
 from pyvit.data.decode import ImageDecoder, SoundDecoder, decode_image
 from pyvit.data.layout import read_layout
-from pyvit.data.sets import Batch, Data, Images
 from pyvit.data.split import group_files, hold_out, on_both_sides
 
 __all__ = ["DecodedImages", "Decoder", "decode_image", "folder"]
 
-#: More than this share of unreadable files, and more than so many, is a mistake in the data, not an accident.
+#: More than this share and more than this number of unreadable files is an error.
 TOLERATED, TOLERATED_FILES = 0.05, 3
 
-#: So many unreadable files are named.
+#: At most this many unreadable files are reported by name.
 NAMED = 20
 
 
 class Decoder(Protocol):
-    """What makes pixels of an item, see :class:`pyvit.data.decode.ImageDecoder`."""
+    """Converts an item to pixels: see :class:`pyvit.data.decode.ImageDecoder`."""
 
     shape: tuple[int, int, int]
 
@@ -39,7 +39,7 @@ class Decoder(Protocol):
 
 
 class Picked(Sequence[Any]):
-    """Those of ``items`` that are at ``at``, read when asked for."""
+    """The items of ``items`` at ``at``, read when needed."""
 
     def __init__(self, items: Sequence[Any], at: Sequence[int]) -> None:
         self.items, self.at = items, at
@@ -52,10 +52,10 @@ class Picked(Sequence[Any]):
 
 
 class DecodedImages(Images):
-    """Items decoded when asked for.
+    """Items that are decoded when needed.
 
-    One that cannot be read is reported once, by name. In training another takes its place, so that a batch keeps its
-    size; in evaluation it is left out, so that nothing is judged by its label. Too many of them raise ValueError.
+    An unreadable item is reported once, by name. In training it is replaced by another item, so that batches keep their
+    size; in evaluation it is left out. Too many unreadable items raise ValueError.
     """
 
     decodes = True
@@ -94,13 +94,13 @@ class DecodedImages(Images):
                 raise ValueError(f"data: {len(self._bad)} of {len(self)} files cannot be read, the last: {problem}")
 
     def _try(self, at: int, read: Any, problems: dict[int, str]) -> Any:
-        """``read`` of item ``at``, or None. Decoders raise almost anything for a damaged file."""
+        """``read`` of item ``at``, or None if it fails. Decoders raise many kinds of exceptions for damaged files."""
         if at in self._bad or at in problems:
             return None
         try:
             return read(self.items[at])
         except ImportError:
-            raise  # Pillow is missing: that is no file's fault
+            raise  # Pillow is missing
         except Exception as error:
             item = self.items[at] if isinstance(self.items, list) else None
             row = self.items.at[at] if isinstance(self.items, Picked) else at
@@ -134,7 +134,7 @@ class DecodedImages(Images):
     def _readable(
         self, index: int, crops: Mapping[str, Crop], seed: int, step: int, problems: dict[int, str]
     ) -> tuple[int, dict[str, list[Tensor]]]:
-        """Views of item ``index``, or of the next one that can be read."""
+        """Views of item ``index``, or of the next readable one."""
 
         def views(item: Any) -> dict[str, list[Tensor]]:
             return (
@@ -150,7 +150,7 @@ class DecodedImages(Images):
 
 
 def warn_skipped(problem: str, number: int) -> None:
-    """Name an unreadable file, unless many have been named; all are counted at the end of a run."""
+    """Report an unreadable file, unless many have been reported. A run prints their number at its end."""
     if number <= NAMED:
         warnings.warn(f"skipped {problem}".encode(errors="backslashreplace").decode(), stacklevel=3)
     elif number == NAMED + 1:
@@ -160,7 +160,7 @@ def warn_skipped(problem: str, number: int) -> None:
 def stack_views(
     read: Sequence[Mapping[str, list[Tensor]]], crops: Mapping[str, Crop], decoder: Decoder
 ) -> dict[str, Tensor]:
-    """The views of every image as one tensor for each crop, see :class:`Crop`."""
+    """The crops of all images, as one tensor per name: see :class:`Crop`."""
     found = {}
     for name in read[0] if read else ():
         views = [torch.stack(same) for same in zip(*(each[name] for each in read), strict=True)]
@@ -175,9 +175,9 @@ def stack_views(
 def folder(root: Path, size: int | None = None) -> Data:
     """A folder of images or of .wav files.
 
-    Subfolders are classes; ``train`` and ``val`` (or ``valid``, ``validation``, ``dev``, ``test``, ``eval``, in any
-    case) at the top are the split, else one image in ten of each class is held out. Links are followed, hidden files
-    and folders are not read. What is left out, and why, is in ``Data.notes``.
+    Subfolders are classes. Top-level folders ``train`` and ``val`` (or ``valid``, ``validation``, ``dev``, ``test``,
+    ``eval``, in any case) are the splits; without them one image in ten of each class is held out. Symbolic links are
+    followed; hidden files and folders are ignored. ``Data.notes`` says what is left out and why.
     """
     layout = read_layout(root)
     found = layout.train + (layout.held_out or [])

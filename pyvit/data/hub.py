@@ -1,5 +1,6 @@
-"""Hugging Face ``datasets``: hub names, and folders of parquet files, WebDataset shards, saved data sets or images with
-metadata."""
+"""Hugging Face data sets: hub names, and folders of parquet files, WebDataset shards, saved data sets or images with
+metadata.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pyvit.data.dataset import Data, Images
 from pyvit.data.decode import CENTRE, ImageDecoder
 from pyvit.data.files import DecodedImages, Picked
-from pyvit.data.sets import Data, Images
 from pyvit.data.split import COMPARED, HELD_OUT, TRAIN, digest, group_equal, hold_out, on_both_sides
 
-#: Splits to hold out where several are there: the first of these.
+#: Held-out splits: the first of these that exists is used.
 _HELD = ("validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
 
 
 def split_spec(spec: str) -> tuple[str, str]:
-    """ "NAME[:SPLIT]" to (name, split), "" where none is given."""
+    """ "NAME[:SPLIT]" to (name, split); the split is "" if there is none."""
     name, colon, split = spec.rpartition(":")
     if not colon or Path(spec).is_dir():
         return spec, ""
@@ -27,8 +28,9 @@ def split_spec(spec: str) -> tuple[str, str]:
 
 
 def open_hugging_face(name: str, streaming: bool = False) -> tuple[dict[str, Any], list[str]]:
-    """The splits of a hub name or a folder, and notes of what was left out. Raises ValueError with the reason where it
-    cannot be read."""
+    """The splits of a hub name or a folder, and notes about what was left out. Raises ValueError with the reason if it
+    cannot be read.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -49,7 +51,7 @@ def _open(datasets: Any, name: str, streaming: bool, notes: list[str]) -> dict[s
     root = Path(name).expanduser()
     if not root.is_dir():
         return dict(datasets.load_dataset(name, streaming=streaming))
-    if (root / "dataset_dict.json").exists() or (root / "state.json").exists():  # what save_to_disk leaves
+    if (root / "dataset_dict.json").exists() or (root / "state.json").exists():  # written by save_to_disk
         loaded = datasets.load_from_disk(str(root))
         splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {str(loaded.split or "train"): loaded}
         return {k: v.to_iterable_dataset() for k, v in splits.items()} if streaming else splits
@@ -66,7 +68,7 @@ def _open(datasets: Any, name: str, streaming: bool, notes: list[str]) -> dict[s
         for p in root.iterdir()
         if p.is_dir() and p.name.lower() in (*TRAIN, *HELD_OUT) and p.name != p.name.lower()
     ]
-    if odd:  # of which datasets would make one split, the held-out images in it
+    if odd:  # datasets would read all of it as one split, including the held-out images
         raise ValueError(
             f"the folders of splits must be in lower case, got {', '.join(sorted(odd))}; or give the folder without hf:"
         )
@@ -74,8 +76,9 @@ def _open(datasets: Any, name: str, streaming: bool, notes: list[str]) -> dict[s
 
 
 def _by_split(files: Sequence[Path], root: Path, notes: list[str]) -> dict[str, list[str]]:
-    """Files by the split that their names, or else their folders' names, say: train-00000-of-00004.parquet,
-    val/0.tar."""
+    """Files grouped by the split in their names, or else in their folders' names: train-00000-of-00004.parquet,
+    val/0.tar.
+    """
     found: dict[str, list[str]] = {}
     silent = []
     for path in files:
@@ -102,7 +105,7 @@ def _split_in(name: str) -> str | None:
 
 
 def choose_splits(loaded: dict[str, Any], name: str, split: str, notes: list[str]) -> tuple[Any, Any]:
-    """(training, held-out) tables; the second is None where there is none but the first."""
+    """(training, held-out) tables; the second is None if there is only one split."""
     train = split or "train"
     if train not in loaded:
         raise ValueError(
@@ -117,8 +120,7 @@ def choose_splits(loaded: dict[str, Any], name: str, split: str, notes: list[str
 
 
 def _has_labels(train: Any, held: Any) -> bool:
-    """Whether a held-out split can be measured on: not the test part of a competition, whose labels are -1 or
-    missing."""
+    """Whether a held-out split has labels. Test splits of competitions do not: theirs are -1 or missing."""
     label = columns_of("", train.column_names)[1] if train.column_names else None
     if label is None or not held.column_names:
         return True
@@ -130,7 +132,7 @@ def _has_labels(train: Any, held: Any) -> bool:
 
 
 def columns_of(spec: str, columns: Sequence[str]) -> tuple[str, str | None, str | None]:
-    """Which columns hold images, labels and captions."""
+    """The columns of images, labels and captions."""
     find = lambda *names: next((c for c in names if c in columns), None)  # noqa: E731
     image = find("image", "jpg", "jpeg", "png", "webp", "img")
     if image is None:
@@ -139,7 +141,7 @@ def columns_of(spec: str, columns: Sequence[str]) -> tuple[str, str | None, str 
 
 
 class Column(Sequence[Any]):
-    """A column of images of a table, undecoded, read item by item."""
+    """A column of undecoded images, read item by item."""
 
     def __init__(self, table: Any, name: str) -> None:
         self.table, self.name = table, name
@@ -152,7 +154,7 @@ class Column(Sequence[Any]):
 
 
 def undecoded(table: Any, image: str) -> Any:
-    """The table with images as the files they are: all sources are decoded by :mod:`pyvit.data.decode`."""
+    """The table with undecoded images: :mod:`pyvit.data.decode` decodes all sources."""
     import datasets
 
     return (
@@ -163,7 +165,7 @@ def undecoded(table: Any, image: str) -> Any:
 
 
 def _groups(tables: Sequence[Any], image: str, notes: list[str]) -> list[int] | None:
-    """Equal numbers for rows of ``tables``, one after the other, whose images are the same bytes."""
+    """A number for each row of the concatenated ``tables``, equal for images of the same bytes."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -184,7 +186,7 @@ def _groups(tables: Sequence[Any], image: str, notes: list[str]) -> list[int] | 
 
 
 def _labels(tables: Sequence[Any], column: str, name: str) -> tuple[list[list[int]], list[str]]:
-    """Labels from 0 on, whatever the tables' own are, and the names of their classes."""
+    """Labels numbered from 0, and the names of the classes."""
     values = [list(table.with_format(None)[column]) for table in tables]
     names = getattr(tables[0].features.get(column), "names", None)
     every = [v for part in values for v in part]
@@ -212,7 +214,7 @@ def _labels(tables: Sequence[Any], column: str, name: str) -> tuple[list[list[in
 
 
 def caption_texts(value: Any) -> list[str]:
-    """The captions of one example, of which it may have a list; empty ones are none."""
+    """The captions of an example, which may be a list. Empty captions are dropped."""
     values = value if isinstance(value, (list, tuple)) else [value]
     if unfit := [v for v in values if not (v is None or isinstance(v, str))]:
         raise ValueError(f"data: captions must be text or lists of texts, got {type(unfit[0]).__name__}")
@@ -222,8 +224,9 @@ def caption_texts(value: Any) -> list[str]:
 def _rows(
     tables: Sequence[Any], caption: str | None, notes: list[str]
 ) -> tuple[list[list[int]], list[list[str]] | None]:
-    """For each table the rows of its items, and their captions: a row with several is several items, one without is
-    none."""
+    """For each table, the rows of its items and their captions. A row with several captions becomes several items; a
+    row without captions is dropped.
+    """
     if caption is None:
         return [list(range(len(table))) for table in tables], None
     texts = [[caption_texts(value) for value in table[caption]] for table in tables]
@@ -235,10 +238,10 @@ def _rows(
 
 
 def hugging_face(spec: str, size: int) -> Data:
-    """ "NAME[:SPLIT]": a hub name, or a folder of parquet files, of WebDataset shards, of a saved data set, or of
-    images with metadata.
+    """ "NAME[:SPLIT]": a hub name, or a folder of parquet files, WebDataset shards, a saved data set or images with
+    metadata.
 
-    Splits are those of the names of files and folders; where there is one alone, one image in ten is held out.
+    Splits are taken from the names of files and folders. If there is only one, one image in ten is held out.
     """
     name, split = split_spec(spec)
     loaded, notes = open_hugging_face(name)

@@ -1,4 +1,4 @@
-"""What lies in a folder of images or sounds: its splits, its classes, and what is not used and why."""
+"""Interpretation of a folder of images or sounds: its splits, its classes, and what is ignored and why."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from pathlib import Path
 from pyvit.data.split import HELD_OUT, TRAIN
 
 IMAGES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2",
-    ".avif",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+    ".tga", ".jp2", ".avif",
 )  # fmt: skip
 SOUNDS = (".wav",)
 
-#: Folders that programs make beside the images.
+#: Folders that operating systems and programs create beside images.
 _NOT_DATA = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 
 @dataclass
 class Tree:
-    """A folder: its subfolders by name and its files, links followed.
+    """A folder: its subfolders by name, and its files. Symbolic links are followed.
 
-    ``left_out`` counts what was passed over, by reason; ``empty`` names the subfolders without a file of the kind
-    looked for.
+    ``left_out`` counts ignored items by reason. ``empty`` names the subfolders without a file of the wanted kind.
     """
 
     path: Path
@@ -37,14 +36,16 @@ class Tree:
     left_out: Counter[str] = field(default_factory=Counter)
 
     def every(self) -> list[Path]:
-        """Files of this folder and of those below it, in the order of their names."""
+        """Files of this folder and of all folders below, sorted by name."""
         return self.files + [p for name in sorted(self.folders) for p in self.folders[name].every()]
 
     def passed_over(self) -> Counter[str]:
         return sum((f.passed_over() for f in self.folders.values()), self.left_out.copy())
 
     def pruned(self, endings: Sequence[str]) -> Tree:
-        """This tree with the files of ``endings`` alone, other files counted, folders without one dropped and named."""
+        """This tree with only the files of ``endings``. Other files are counted; folders without such files are dropped
+        and named.
+        """
         found = Tree(self.path, left_out=self.left_out.copy())
         for path in self.files:
             if path.suffix.lower() in endings:
@@ -63,8 +64,9 @@ class Tree:
 
 
 def scan(path: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Tree:
-    """The tree under ``path``. Links are followed, unless they lead back to a folder above; what is hidden is passed
-    over."""
+    """The tree under ``path``. Symbolic links are followed unless they lead to a parent folder. Hidden items are
+    ignored.
+    """
     tree = Tree(path)
     here = os.stat(path)
     above |= {(here.st_dev, here.st_ino)}
@@ -81,7 +83,7 @@ def scan(path: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Tree:
                         tree.left_out[f"link {name} to a folder above it"] += 1
                     elif (known := unicodedata.normalize("NFC", name)) in tree.folders:
                         raise ValueError(f"data: {path} has two folders {known!r}, written in different ways")
-                    else:  # one name, whichever way the system writes its accents
+                    else:  # normalise accents, which file systems encode differently
                         tree.folders[known] = scan(path / name, above)
                 elif entry.is_file():
                     tree.files.append(path / name)
@@ -96,8 +98,9 @@ def scan(path: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Tree:
 
 @dataclass
 class Layout:
-    """Files of the training and of the held-out split (None where the folder makes none), each with its class; "" where
-    there are none."""
+    """Files of the training and of the held-out split (None if there is no split), each with its class, or "" without
+    classes.
+    """
 
     train: list[tuple[Path, str]]
     held_out: list[tuple[Path, str]] | None
@@ -106,8 +109,8 @@ class Layout:
 
 
 def read_layout(root: Path) -> Layout:
-    """How pyvit understands a folder. Raises ValueError where two readings are possible, FileNotFoundError where
-    nothing is there."""
+    """The splits and classes of a folder. Raises ValueError if it is ambiguous, FileNotFoundError if it has no
+    files."""
     whole = scan(root)
     tree, sounds = whole.pruned(IMAGES), False
     if not tree.files and not tree.folders:
@@ -136,7 +139,7 @@ def _kinds(tree: Tree) -> Counter[str]:
 
 
 def _splits(tree: Tree, notes: list[str]) -> tuple[Tree, Tree | None]:
-    """(training, held-out) folders by their names, in any case; the folder itself and None where it makes no split."""
+    """(training, held-out) folders by their names, in any case; the folder itself and None if there are none."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in tree.folders:
         if name.lower() in (*TRAIN, *HELD_OUT):
@@ -153,7 +156,7 @@ def _splits(tree: Tree, notes: list[str]) -> tuple[Tree, Tree | None]:
                 f"data: {tree.path} must have one folder to train on and one to hold out, got {', '.join(names)}"
             )
     if train and held and len(tree.folders[train[0]].folders) > 1:
-        # A held-out folder without classes, such as a competition's test images, tells nothing about a classifier.
+        # A held-out folder without classes, such as a competition's test images, has no labels to evaluate with.
         flat = [name for name in held if not tree.folders[name].folders]
         held = [name for name in held if name not in flat]
         notes += [f"left out: {name}, {_count(tree.folders[name])} images without class folders" for name in flat]
@@ -180,7 +183,7 @@ def _splits(tree: Tree, notes: list[str]) -> tuple[Tree, Tree | None]:
         )
     if len(tree.folders) == 1 and not tree.files:
         ((name, only),) = tree.folders.items()
-        if only.folders and not only.files:  # what unpacking an archive leaves
+        if only.folders and not only.files:  # left by unpacking an archive
             notes.append(f"read from the folder {name}")
             return _splits(only, notes)
     return tree, None
@@ -191,7 +194,7 @@ def _count(tree: Tree) -> int:
 
 
 def _classes(train: Tree, held: Tree | None, notes: list[str]) -> list[list[tuple[Path, str]]]:
-    """The files of each split with the name of the top folder they lie in; "" where folders are no classes."""
+    """The files of each split with the name of their top-level folder; "" if folders are not classes."""
     sides = [train] if held is None else [train, held]
     if (
         held is not None

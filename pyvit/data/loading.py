@@ -1,4 +1,4 @@
-"""Batches read ahead by worker processes, in the order that was asked for."""
+"""Data loaders with worker processes, in a fixed order."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pyvit.data.crops import Crop
-from pyvit.data.sets import Batch, Images
+from pyvit.data.dataset import Batch, Images
 
-#: Fewer images than this are read faster here than worker processes start.
+#: Fewer images than this are read without workers, which take time to start.
 _FEW = 512
 
 
-class _Drawn(Dataset[Batch]):
-    """Batches of training views, asked for by (step, indices)."""
+class _TrainingData(Dataset[Batch]):
+    """Batches of training crops, indexed by (step, indices)."""
 
     def __init__(self, images: Images, crops: Mapping[str, Crop], seed: int) -> None:
         self.images, self.crops, self.seed = images, crops, seed
@@ -28,8 +28,8 @@ class _Drawn(Dataset[Batch]):
         return self.images.draw(indices, self.crops, self.seed, step)
 
 
-class _Fetched(Dataset[Batch]):
-    """Batches of whole images, asked for by indices."""
+class _EvaluationData(Dataset[Batch]):
+    """Batches of whole images, indexed by indices."""
 
     def __init__(self, images: Images) -> None:
         self.images = images
@@ -38,45 +38,47 @@ class _Fetched(Dataset[Batch]):
         return self.images.fetch(indices)
 
 
-def drawn(
+def training_batches(
     images: Images, crops: Mapping[str, Crop], picks: Iterable[tuple[int, Sequence[int]]], seed: int, workers: int
 ) -> Iterator[Batch]:
-    """Training batches of ``picks``, (step, indices) each: see :meth:`Images.draw`."""
-    yield from _read(images, _Drawn(images, crops, seed), workers, batch_sampler=picks, collate_fn=_whole)
+    """Training batches for ``picks``, an iterable of (step, indices): see :meth:`Images.draw`."""
+    yield from _read(images, _TrainingData(images, crops, seed), workers, batch_sampler=picks, collate_fn=_whole)
 
 
-def streamed(images: Images, batches: IterableDataset[Batch], workers: int) -> Iterator[Batch]:
-    """Training batches of a stream, which one worker at most reads in order."""
+def stream_batches(images: Images, batches: IterableDataset[Batch], workers: int) -> Iterator[Batch]:
+    """Training batches of a stream. At most one worker reads it, to keep the order."""
     yield from _read(images, batches, min(workers, 1), batch_size=None)
 
 
-def fetched(images: Images, indices: Sequence[int], batch: int, workers: int | None = None) -> Iterator[Batch]:
-    """The images at ``indices`` in order, whole: see :meth:`Images.fetch`. ``workers``: None for as many as are of use
-    here."""
+def evaluation_batches(
+    images: Images, indices: Sequence[int], batch: int, workers: int | None = None
+) -> Iterator[Batch]:
+    """The whole images at ``indices``, in order: see :meth:`Images.fetch`. ``workers`` None chooses their number."""
     parts = [indices[i : i + batch] for i in range(0, len(indices), batch)]
     if workers is None:
         workers = min(8, max((os.cpu_count() or 1) - 1, 1)) if images.decodes and len(indices) >= _FEW else 0
-    yield from _read(images, _Fetched(images), min(workers, len(parts)), batch_sampler=parts, collate_fn=_whole)
+    yield from _read(images, _EvaluationData(images), min(workers, len(parts)), batch_sampler=parts, collate_fn=_whole)
 
 
 def _read(images: Images, source: Any, workers: int, **options: Any) -> Iterator[Batch]:
-    """What a loader brings, after what its workers could not read is known to ``images`` here."""
+    """Batches of a data loader. Unreadable files that its workers found are recorded in ``images``."""
     ahead = {"num_workers": workers, "prefetch_factor": 4 if workers else None}
-    own = torch.Generator()  # a loader draws a seed for its workers: not from the random numbers of the run
+    own = torch.Generator()  # the loader draws a seed for its workers, which must not change the run's random numbers
     for batch in DataLoader(source, **options, **ahead, generator=own, worker_init_fn=_ignore_signals):
         images.note(batch.pop("problems", {}))
         yield batch
 
 
 def _ignore_signals(_: int) -> None:
-    """Terminals and schedulers signal all processes of a run, and the one that trains still needs those that read.
+    """Ignore SIGINT and SIGTERM in workers: terminals and schedulers send them to all processes of a run, but the
+    training process still needs its workers.
 
-    It ends them when it is done, and they end by themselves when it is gone.
+    The training process ends them, and they end by themselves when it is gone.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _whole(batch: Any) -> Any:
-    """Data sets here return whole batches."""
+    """The identity: data sets return whole batches."""
     return batch

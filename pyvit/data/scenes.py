@@ -1,5 +1,4 @@
-"""Drawn scenes with captions: coloured shapes at named places, so that retrieval and the localisation of parts have a
-known answer."""
+"""Drawn scenes with captions: coloured shapes at named positions, for testing retrieval and localisation."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyvit.data.sets import Data, TensorImages
+from pyvit.data.dataset import Data, TensorImages
 
 COLORS = {
     "red": (220, 40, 40),
@@ -22,10 +21,10 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")
 
 
 def scenes(size: int = 64, count: int = 4000, seed: int = 0) -> Data:
-    """Two different objects in two of four quarters, such as "a red circle in the top left and a blue square in the
+    """Two different objects in two of four quadrants, such as "a red circle in the top left and a blue square in the
     bottom right".
 
-    One in ten scenes is held out. ``data.extra["parts"]`` lists, for each held-out scene, (phrase, quarter) of both
+    One in ten scenes is held out. ``data.extra["parts"]`` lists, for each held-out scene, (phrase, quadrant) of both
     objects.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Which images are held out: never one that is also learned from, and some of every class."""
+"""Held-out images: every class has some, and none is a copy of a training image."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
-#: The names of each split in files and folders, in any case; of the held-out ones the first that is there is used.
+#: The names of each split in files and folders, in any case. The first existing held-out split is used.
 TRAIN = ("train", "training")
 HELD_OUT = ("val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation")
 
-#: Sets of more images than this are not searched for repeated ones, which would read a part of every file.
+#: Larger data sets are not searched for copies, because that reads a part of every file.
 COMPARED = 100_000
 
 
@@ -23,11 +23,11 @@ def hold_out(
     files: Sequence[Hashable] | None = None,
     notes: list[str] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Positions of (training, held-out) items: of each class every tenth group by position, or the last where there are
+    """Positions of (training, held-out) items: of each class every tenth group by position, or the last if there are
     fewer than ten.
 
-    Items of equal ``groups`` show the same image and stay together. A class that consists of copies mostly is parted by
-    ``files`` instead, and ``notes`` say so. Raises ValueError where a class has too few images for both sides.
+    Items of equal ``groups`` show the same image and stay together. A class that consists mostly of copies is split by
+    ``files`` instead, and ``notes`` says so. Raises ValueError if a class has too few images for both splits.
     """
     label = labels if labels is not None else [0] * len(groups)
     sides = _tenths(groups, label)
@@ -74,28 +74,31 @@ def _tenths(groups: Sequence[Hashable], labels: Sequence[int]) -> tuple[list[int
 
 
 def _one_sided(sides: tuple[list[int], list[int]], labels: Sequence[int], share: float) -> set[int]:
-    """The classes without an image to train on, without one held out, or with more than ``share`` of them held out."""
+    """The classes without a training image, without a held-out image, or with more than ``share`` of their images held
+    out.
+    """
     train, held = (Counter(labels[i] for i in side) for side in sides)
     return {c for c in {*train, *held} if not train[c] or not held[c] or held[c] > share * (train[c] + held[c])}
 
 
 def on_both_sides(train: Sequence[int], held: Sequence[int], notes: list[str]) -> None:
-    """Say how many images of a given split are in both parts, from their groups."""
+    """A note with the number of images that are in both given splits."""
     known = set(held)
     if both := sum(group in known for group in train):
-        notes.append(f"{both} of the training images are also held out: the figures flatter")
+        notes.append(f"{both} of the training images are also held out: results are too optimistic")
 
 
 def group_equal(sizes: Sequence[int], read: Callable[[int], bytes]) -> list[int]:
-    """A number for each item, equal where the bytes are: only items of equal size are read."""
+    """A number for each item, equal for equal bytes. Only items of equal size are read."""
     shared = {size for size, n in Counter(sizes).items() if n > 1}
     known: dict[Hashable, int] = {}
     return [known.setdefault((size, read(i)) if size in shared else (i, None), i) for i, size in enumerate(sizes)]
 
 
 def group_files(paths: Sequence[Path]) -> list[int] | None:
-    """:func:`group_equal` of files, or None for more than :data:`COMPARED`. A file that cannot be read is like no
-    other."""
+    """:func:`group_equal` of files, or None for more than :data:`COMPARED` files. An unreadable file gets its own
+    number.
+    """
     if len(paths) > COMPARED:
         return None
 

@@ -1,5 +1,6 @@
-"""Spoken words as log-mel spectrograms: said by espeak-ng where it is installed, else sung as tones of fixed
-formants."""
+"""Spoken words as log-mel spectrograms: from espeak-ng if it is installed, else synthesised from tones with fixed
+formants.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +12,23 @@ import torch
 from torch import Tensor
 
 from pyvit.data.audio import MEAN, RATE, STD, read_wave, resample, spectrogram
-from pyvit.data.sets import Data, TensorImages
+from pyvit.data.dataset import Data, TensorImages
 
 WORDS = ["yes", "no", "up", "down", "left", "right", "stop", "go"]
 _FORMANTS = [(270, 2290), (730, 1090), (300, 870), (530, 1840), (660, 1720), (440, 1020), (640, 1190), (490, 1350)]
 
-#: Voices of espeak-ng: those of training, those held out.
+#: Voices of espeak-ng: for training, and held out.
 _VOICES = (("en+m1", "en+m2", "en+m3", "en+m4", "en+f1", "en+f2", "en+f3"), ("en+m5", "en+f4"))
 
 
 def words(size: int = 64, per_word: int = 60, seed: int = 0, voice: str = "auto") -> Data:
-    """Eight words, each said ``per_word`` times at different pitch, speed and noise; a fifth, in voices of its own, is
+    """Eight words, each spoken ``per_word`` times with different pitch, speed and noise; a fifth, in other voices, is
     held out.
 
     Args:
         size: frames of the spectrograms, 10 ms each, of 128 mel bands.
-        voice: "espeak" (raises when it is not installed), "tones", or "auto": espeak-ng where present.
-            ``data.extra["voice"]`` tells which.
+        voice: "espeak" (raises if it is not installed), "tones", or "auto": espeak-ng if installed.
+            ``data.extra["voice"]`` says which was used.
     """
     if voice not in ("auto", "espeak", "tones"):
         raise ValueError(f"words: voice must be 'auto', 'espeak' or 'tones', got {voice!r}")
@@ -80,8 +81,9 @@ def _say(program: str, word: str, voice: str, draw: list[float]) -> Tensor:
 
 
 def _sing(label: int, higher: bool, draw: list[float]) -> Tensor:
-    """Harmonics of a gliding pitch under two formants, and a syllable's rise and fall; a voice held out is
-    ``higher``."""
+    """Harmonics of a gliding pitch, filtered by two formants, with the envelope of a syllable. Held-out voices are
+    ``higher``.
+    """
     n = int(RATE * (0.4 + 0.3 * draw[1]))
     t = torch.arange(n, dtype=torch.float32, device="cpu") / RATE
     pitch = 210 + 50 * draw[0] if higher else 90 + 110 * draw[0]

@@ -1,5 +1,4 @@
-"""Hugging Face data sets read as they arrive, never whole: shards go to ranks, and a resumed run sees what the unbroken
-one saw."""
+"""Streamed Hugging Face data sets: shards are divided over ranks, and a resumed run reads the same examples."""
 
 from __future__ import annotations
 
@@ -15,28 +14,29 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pyvit.data.crops import Crop, generator
+from pyvit.data.dataset import Batch, Data, Images
 from pyvit.data.decode import CENTRE, ImageDecoder
 from pyvit.data.files import TOLERATED, TOLERATED_FILES, DecodedImages, Decoder, stack_views, warn_skipped
 from pyvit.data.hub import caption_texts, choose_splits, columns_of, open_hugging_face, split_spec, undecoded
-from pyvit.data.sets import Batch, Data, Images
 
-#: Examples that are shuffled among each other, held out where there is no split for it, and read for nearest
-#: neighbours.
+#: Examples in the shuffle buffer, in the held-out set if there is no split for it, and in the sample for k-NN.
 BUFFER, HELD, SAMPLE = 1024, 512, 2048
 
 
 class Stream(Images):
-    """The examples of an iterable table, in an order that is a function of the seed alone.
+    """The examples of an iterable table, in an order that depends only on the seed.
 
-    Each epoch every rank takes its own shards, or every world-th example where shards do not divide evenly. An image
-    that cannot be read is reported by its place in the stream, and another of its batch stands in for it; too many of
+    In each epoch a rank reads its own shards, or every world-th example if the shards cannot be divided evenly. An
+    unreadable image is reported by its position in the stream and replaced by another image of its batch; too many of
     them raise ValueError.
 
     Args:
-        table: a ``datasets.IterableDataset`` whose images are not decoded; image, label, caption: names of its columns,
-            or None.
-        decoder: what makes pixels of an image file. count: examples per epoch, None when the source does not say.
-        classes: how many labels there are. name: of the source, for messages.
+        table: a ``datasets.IterableDataset`` with undecoded images.
+        decoder: decodes an image file.
+        image, label, caption: names of the columns, or None.
+        count: examples per epoch, or None if unknown.
+        classes: number of classes.
+        name: of the source, for messages.
     """
 
     streamed = True
@@ -61,9 +61,7 @@ class Stream(Images):
 
     def __len__(self) -> int:
         if self.count is None:
-            raise ValueError(
-                "data: the stream does not say how many examples it has; give --steps in place of --epochs"
-            )
+            raise ValueError("data: the stream does not say how many examples it has; give --steps instead of --epochs")
         return self.count
 
     def counted(self) -> str:
@@ -89,7 +87,7 @@ class Stream(Images):
         raise TypeError("a stream has no order to fetch from; see Stream.sample and Stream.batches")
 
     def hold(self, rows: Any) -> DecodedImages:
-        """``rows`` of the same columns as images that can be fetched."""
+        """``rows`` as images that can be fetched by index."""
         rows = [row for row in rows if not self.caption or caption_texts(row[self.caption])]
         labels = [self._label(row) for row in rows] if self.label else None
         captions = [self._caption(row) for row in rows] if self.caption else None
@@ -102,7 +100,7 @@ class Stream(Images):
         return value
 
     def _caption(self, row: dict[str, Any], draw: random.Random | None = None) -> str:
-        """The example's caption; of several one drawn at random, or the first."""
+        """The example's caption. Of several captions a random one if ``draw`` is given, else the first."""
         texts = caption_texts(row[self.caption])
         return texts[0] if draw is None else draw.choice(texts)
 
@@ -117,15 +115,16 @@ class Stream(Images):
         accumulate: int = 1,
         crops: Mapping[str, Crop] | None = None,
     ) -> IterableDataset[Batch]:
-        """The micro-batches of ``rank`` for steps ``start`` to ``steps``. Examples of earlier steps are read and passed
-        over, undecoded."""
+        """The micro-batches of ``rank`` for steps ``start`` to ``steps``. Examples of earlier steps are skipped without
+        decoding.
+        """
         size = batch // world // accumulate
         return _Batches(
             self, size, start * accumulate * size, (steps - start) * accumulate, seed, rank, world, crops or {}
         )
 
     def rows(self, seed: int, rank: int, world: int) -> Iterator[dict[str, Any]]:
-        """The rows of ``rank``, epoch after epoch without end."""
+        """The rows of ``rank``, over endless epochs."""
         from datasets.distributed import split_dataset_by_node
 
         for epoch in itertools.count():
@@ -138,11 +137,9 @@ class Stream(Images):
                         continue
                     number += 1
                     yield row
-            except (
-                Exception
-            ) as error:  # a damaged shard, a connection that breaks: datasets raises what its readers raise
+            except Exception as error:  # readers raise many kinds of exceptions for damaged shards and lost connections
                 raise ValueError(
-                    f"data: {self.name} broke off after {number} examples: {type(error).__name__}: {error}"
+                    f"data: {self.name} failed after {number} examples: {type(error).__name__}: {error}"
                 ) from error
             if not number:
                 raise ValueError(f"data: {self.name} has no example for process {rank} of {world}")
@@ -155,7 +152,7 @@ class Stream(Images):
         seed: int = 0,
         rank: int = 0,
     ) -> Batch:
-        """Decode ``rows``, of which the first is number ``first`` of this rank's stream."""
+        """Decode ``rows``; the first has number ``first`` in this rank's stream."""
         found: list[dict[str, list[Tensor]] | None] = []
         captions: list[str] = []
         problems: dict[int, str] = {}
@@ -180,7 +177,7 @@ class Stream(Images):
         if get_worker_info() is None:
             self.note(problems)
         else:
-            self._bad.update(problems)  # the main process says it
+            self._bad.update(problems)  # the main process reports it
         good = [i for i, views in enumerate(found) if views is not None]
         if not good:
             raise ValueError(
@@ -201,7 +198,7 @@ class Stream(Images):
 
 
 class _Batches(IterableDataset[Batch]):
-    """See :meth:`Stream.batches`; picklable, so that a worker process can read ahead."""
+    """See :meth:`Stream.batches`. Picklable, so that a worker process can read ahead."""
 
     def __init__(
         self,
@@ -225,10 +222,10 @@ class _Batches(IterableDataset[Batch]):
 
 
 def hugging_face_stream(spec: str, size: int) -> Data:
-    """ "NAME[:SPLIT]" as in :func:`pyvit.data.hub.hugging_face`, streamed. The first 512 examples are held out where no
-    other split is.
+    """ "NAME[:SPLIT]" as in :func:`pyvit.data.hub.hugging_face`, streamed. If there is no other split, the first 512
+    examples are held out.
 
-    Labels are used where the data set names its classes (``ClassLabel``).
+    Labels are used if the data set names its classes (``ClassLabel``).
     """
     name, split = split_spec(spec)
     loaded, notes = open_hugging_face(name, streaming=True)

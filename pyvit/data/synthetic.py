@@ -1,10 +1,10 @@
-"""Random images, for timing and for trying a command: nothing can be learned from them beyond their labels' number."""
+"""Random images, for timing and for trying out commands."""
 
 from __future__ import annotations
 
 import torch
 
-from pyvit.data.sets import Data, TensorImages
+from pyvit.data.dataset import Data, TensorImages
 
 
 def synthetic(size: int = 224, count: int = 512, classes: int = 10, seed: int = 0) -> Data:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 
 class ByteTokenizer:
-    """UTF-8 bytes between a start and an end token: 258 ids, nothing to download. The end token is the largest id, as
-    in CLIP."""
+    """UTF-8 bytes with a start and an end token: 258 ids. The end token is the largest id, as in CLIP."""
 
     start, end, pad, vocab_size = 256, 257, 0, 258
 
@@ -23,7 +22,7 @@ class ByteTokenizer:
         self.context_length = context_length
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """(B, context_length) int64, zero after the end token; longer texts are cut."""
+        """(B, context_length) int64, zero after the end token. Longer texts are cut."""
         texts = [texts] if isinstance(texts, str) else texts
         ids = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
         for row, text in zip(ids, texts, strict=True):
@@ -33,16 +32,15 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A ``tokenizers`` file (tokenizer.json of CLIP, SigLIP, ...), padded or cut to ``context_length``; a text that is
-    cut keeps its end.
+    """A ``tokenizers`` file (tokenizer.json of CLIP, SigLIP, ...). Texts are padded or cut to ``context_length``; a cut
+    text keeps its end token.
 
     Attributes:
-        end: id of the end token, with which every text ends: the last that the file itself adds to a text, or the
-            ``eos_token`` that ``tokenizer_config.json`` or ``special_tokens_map.json`` beside it names, which is then
-            added here.
-        pad: id of the padding: the file's own, or the ``pad_token`` named beside it, or the end token.
+        end: id of the end token of every text: the last token that the file adds to a text, or else the ``eos_token``
+            in ``tokenizer_config.json`` or ``special_tokens_map.json`` beside it, which is then added here.
+        pad: id of the padding: the file's own, the ``pad_token`` named beside it, or the end token.
 
-    Raises ValueError for a file that is no tokenizer, or whose end token nothing names.
+    Raises ValueError for a file that is not a tokenizer, or without a known end token.
     """
 
     def __init__(self, path: str | Path, context_length: int = 77) -> None:
@@ -62,7 +60,7 @@ class FileTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         empty, some = tokenizer.encode("").ids, tokenizer.encode("a").ids
-        own = empty[-1] if empty and some[-1:] == empty[-1:] else None  # what the file ends a text with
+        own = empty[-1] if empty and some[-1:] == empty[-1:] else None  # the end token that the file adds
         if own is None and end is None:
             raise ValueError(
                 f"tokenizer: {path} ends texts with no token, and no eos_token is named in a tokenizer_config.json "
@@ -94,7 +92,7 @@ class FileTokenizer:
         return torch.tensor([e.ids for e in self._tokenizer.encode_batch(texts)], dtype=torch.int64, device="cpu")
 
     def content(self) -> bytes:
-        """A tokenizer.json that stands alone, end and padding in it."""
+        """A self-contained tokenizer.json, with end token and padding."""
         return self._tokenizer.to_str().encode()
 
 
@@ -112,7 +110,7 @@ def _content(token: Any) -> str:
 
 
 def load_tokenizer(spec: str, context_length: int = 77) -> ByteTokenizer | FileTokenizer:
-    """ "bytes", or the path of a tokenizer.json, or of a folder with one."""
+    """ "bytes", or the path of a tokenizer.json or of a folder that contains one."""
     if spec == "bytes":
         return ByteTokenizer(context_length)
     path = Path(spec).expanduser()

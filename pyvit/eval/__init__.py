@@ -1,1 +1,1 @@
-"""Measuring what a network has learned: nearest neighbours, linear probes, zero-shot, retrieval; and looking at it."""
+"""Evaluation: nearest neighbours, linear probes, zero-shot classification, retrieval, visualisation."""

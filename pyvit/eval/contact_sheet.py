@@ -1,4 +1,4 @@
-"""Contact sheets: labelled rows of pictures, as one PNG."""
+"""Contact sheets: labelled rows of images in one PNG."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def heat(values: Tensor) -> Tensor:
-    """(..., H, W) numbers to RGB (..., 3, H, W) in [0, 1], each map from its least to its greatest, dark blue to
+    """(..., H, W) numbers to RGB (..., 3, H, W) in [0, 1]. Each map is scaled to its range, from dark blue to
     yellow."""
     low, high = values.amin((-2, -1), keepdim=True), values.amax((-2, -1), keepdim=True)
     from matplotlib import colormaps
@@ -20,7 +20,7 @@ def heat(values: Tensor) -> Tensor:
 
 
 def enlarge(images: Tensor, side: int, smooth: bool = False) -> Tensor:
-    """(N, C, H, W) to about ``side`` pixels; without ``smooth`` each pixel stays a square."""
+    """(N, C, H, W) resized to about ``side`` pixels; without ``smooth`` pixels stay squares."""
     size = (side, max(round(side * images.shape[3] / images.shape[2]), 1))
     mode = {"mode": "bilinear", "align_corners": False} if smooth else {"mode": "nearest"}
     return torch.nn.functional.interpolate(images.float(), size, **mode)
@@ -29,8 +29,9 @@ def enlarge(images: Tensor, side: int, smooth: bool = False) -> Tensor:
 def save_guesses(
     path: Path, images: Tensor, truth: Sequence[str], ranked: Sequence[Sequence[tuple[str, float]]], title: str
 ) -> Path:
-    """Images (N, C, H, W) in [0, 1] under their true names, each beside bars of (name, probability), best first, the
-    right one green."""
+    """A PNG of images (N, C, H, W) in [0, 1] titled with their classes, beside bars of (name, probability) in
+    descending order; the right class is green.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -69,8 +70,9 @@ def save_sheet(
     title: str = "",
     side: int = 1,
 ) -> Path:
-    """One row per image, one titled column per entry (title, (N, 3, H, W) in [0, 1]), a caption under each row; returns
-    ``path``."""
+    """A PNG with one row per image and one titled column per entry (title, (N, 3, H, W) in [0, 1]), with a caption
+    under each row. Returns ``path``.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -79,7 +81,7 @@ def save_sheet(
     rows, sound = (
         len(columns[0][1]),
         columns[0][1].shape[1] == 1,
-    )  # a spectrogram has one channel, and its low bands belong at the bottom
+    )  # a spectrogram has one channel; show its low bands at the bottom
     wide = 1.5 * side
     figure, axes = plt.subplots(
         rows,

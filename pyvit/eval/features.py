@@ -1,4 +1,4 @@
-"""Running a network over a data set."""
+"""Running a network on a data set."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pyvit.data import Images
-from pyvit.data.loading import fetched
+from pyvit.data.loading import evaluation_batches
 
 
 @torch.no_grad()
@@ -24,15 +24,15 @@ def over(
     group: Any = None,
     workers: int | None = None,
 ) -> Tensor:
-    """``compute`` of every batch in order, concatenated on the CPU: one row for each image that can be read.
+    """``compute`` of every batch in order, concatenated on the CPU: one row for each readable image.
 
-    Those that cannot are in ``images.bad`` afterwards, and :func:`labels_of` leaves out theirs.
+    Unreadable images are in ``images.bad`` afterwards, and :func:`labels_of` leaves out their labels.
 
     Args:
-        group: ranks that share the work; each gets all results. workers: processes that decode, None for as many as are
-            of use.
+        group: ranks that share the work; each gets all results.
+        workers: processes that decode images; None chooses their number.
     """
-    if group is not None:  # what one rank found unreadable in training, all leave out
+    if group is not None:  # all ranks leave out images that one rank found unreadable in training
         known: list[dict[int, str]] = [{}] * dist.get_world_size(group)
         dist.all_gather_object(known, dict(images.bad), group=group)
         for problems in known:
@@ -42,7 +42,7 @@ def over(
     mine = every[rank * len(every) // world : (rank + 1) * len(every) // world]
     found, read = [], list[int]()
     progress = Progress(len(mine) if rank == 0 else 0)
-    for part in fetched(images, mine, batch, workers):
+    for part in evaluation_batches(images, mine, batch, workers):
         at = part.pop("index", None)
         if len(part["image"]):
             read += at.tolist() if at is not None else mine[len(read) : len(read) + len(part["image"])]
@@ -66,7 +66,7 @@ def over(
 
 
 class Progress:
-    """A line on the error stream every ten seconds of a long evaluation."""
+    """A line on stderr every ten seconds of a long evaluation."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
@@ -86,7 +86,7 @@ class Progress:
 
 
 def labels_of(images: Images) -> Tensor:
-    """Labels (N,) int64 of the images that are not known to be unreadable. Raises ValueError when there are none."""
+    """Labels (N,) int64 of the images that are not known to be unreadable. Raises ValueError if there are none."""
     known = getattr(images, "labels", None)
     if known is None:
         raise ValueError("this evaluation needs labels, and the data set has none")
@@ -94,15 +94,16 @@ def labels_of(images: Images) -> Tensor:
 
 
 def check_finite(what: str, *features: Tensor) -> None:
-    """Raise ValueError for features that are not finite, of which no figure would mean anything."""
+    """Raise ValueError for features that are not finite."""
     for each in features:
         if bad := int((~each.isfinite()).flatten(1).any(1).sum()):
             raise ValueError(f"{what}: features must be finite, those of {bad} of {len(each)} images are not")
 
 
 def check_labelled(what: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> None:
-    """Raise ValueError where (features, labels) of either set are empty or of different length, or training has fewer
-    than two classes."""
+    """Raise ValueError if (features, labels) of a set are empty or of different length, or if training has fewer than
+    two classes.
+    """
     for name, (rows, labels) in (("training", train), ("held-out", test)):
         if not len(rows) or len(rows) != len(labels):
             raise ValueError(
@@ -113,7 +114,7 @@ def check_labelled(what: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, 
 
 
 def right(scores: Tensor, labels: Tensor) -> float:
-    """Share of rows (N, classes) whose highest score is that of the label; n classes that tie for it count 1/n each."""
+    """Share of rows (N, classes) whose highest score is at the label. If n classes tie, each counts 1/n."""
     best = scores == scores.amax(1, keepdim=True)
     return (best.gather(1, labels[:, None].to(best.device))[:, 0] / best.sum(1).clamp(min=1)).mean().item()
 
@@ -121,14 +122,14 @@ def right(scores: Tensor, labels: Tensor) -> float:
 def predict(
     model: nn.Module, images: Images, normalize: Callable[[Tensor], Tensor], batch: int = 256, group: Any = None
 ) -> tuple[Tensor, Tensor]:
-    """Logits (N, classes) float32 and labels (N,), of the images that can be read; see :func:`over`."""
+    """Logits (N, classes) float32 and labels (N,) of the readable images: see :func:`over`."""
     device = next(model.parameters()).device
     logits = over(images, lambda b: model(normalize(b["image"])).float(), batch, device, group)
     return logits, labels_of(images)
 
 
 def embed(model: nn.Module, images: Tensor) -> Tensor:
-    """One feature vector (B, D) per image: what would enter the head, of ViT and Swin alike."""
+    """A feature vector (B, D) per image: the input of the head."""
     if hasattr(model, "forward_head"):
         return model.forward_head(model.forward_features(images), pre_logits=True)
     if hasattr(model, "encode_image"):
@@ -140,7 +141,7 @@ def embed(model: nn.Module, images: Tensor) -> Tensor:
 def features(
     model: nn.Module, images: Images, normalize: Callable[[Tensor], Tensor], batch: int = 256, group: Any = None
 ) -> tuple[Tensor, Tensor]:
-    """Feature vectors (N, D) float32 and labels (N,), of the images that can be read; see :func:`over`."""
+    """Feature vectors (N, D) float32 and labels (N,) of the readable images: see :func:`over`."""
     device = next(model.parameters()).device
     found = over(images, lambda b: embed(model, normalize(b["image"])).float(), batch, device, group)
     return found, labels_of(images)

@@ -15,9 +15,10 @@ from pyvit.eval.features import check_finite, check_labelled, features, right
 def knn_predict(
     queries: Tensor, bank: Tensor, labels: Tensor, classes: int, k: int = 20, temperature: float = 0.07
 ) -> Tensor:
-    """Class scores (M, classes): the k most similar of ``bank`` (N, D) vote with exp(cosine / temperature).
+    """Class scores (M, classes): the k most similar rows of ``bank`` (N, D) vote with weights exp(cosine /
+    temperature).
 
-    queries (M, D), labels (N,). Queries are taken in blocks, so that the similarities of all to all are never held.
+    queries (M, D), labels (N,). Queries are processed in blocks, so that not all similarities are stored at once.
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"knn: k must be in 1..{len(bank)}, the size of the bank, got {k}")
@@ -39,8 +40,7 @@ def knn_predict(
 
 
 def _shared_votes(similar: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
-    """Votes (classes,) of a query whose k-th neighbour is not alone: those as far share the votes that are left,
-    whatever their places."""
+    """Votes (classes,) of a query if several neighbours are as similar as the k-th: they share the remaining votes."""
     last = similar.topk(k).values[-1]
     nearer, tied = similar > last, similar == last
     weights = ((similar - 1) / temperature).exp() * (nearer + tied * ((k - nearer.sum()) / tied.sum()))
@@ -50,7 +50,7 @@ def _shared_votes(similar: Tensor, labels: Tensor, classes: int, k: int, tempera
 def knn_accuracy(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], k: int = 20, temperature: float = 0.07
 ) -> float:
-    """Percentage of test features whose neighbours' vote is right; both are (features, labels)."""
+    """Accuracy in per cent; both arguments are (features, labels)."""
     check_labelled("knn", train, test)
     classes = int(max(train[1].max(), test[1].max())) + 1
     return 100 * right(knn_predict(test[0], *train, classes, k, temperature), test[1])

@@ -1,5 +1,6 @@
-"""Linear probe on frozen features: a grid of rates trained at once, the best kept (Oquab et al., 2024, appendix
-B.3)."""
+"""A linear probe on frozen features: several learning rates are trained at once, and the best is chosen (Oquab et al.,
+2024, appendix B.3).
+"""
 
 from __future__ import annotations
 
@@ -14,8 +15,7 @@ from pyvit.eval.features import check_finite, check_labelled, right
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.3, 0.5)
 
 
-#: Training sets smaller than this choose the rate by cross-validation in so many parts: a tenth of them says too
-#: little.
+#: Smaller training sets choose the rate by cross-validation with this many folds.
 _SMALL, _FOLDS = 200, 5
 
 
@@ -27,13 +27,14 @@ def linear_probe(
     batch: int = 128,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Test accuracy in per cent of the rate that did best on training features held back, {"linear": ..., "rate": ...}.
+    """Test accuracy in per cent with the learning rate that is best on a validation set: {"linear": ..., "rate": ...}.
 
-    train, test: (features (N, D), labels (N,)). Every rate has its own classifier; all see the same batches of one pass
-    over the features, scaled by the training set's mean and deviation. SGD with momentum, cosine to zero. A tenth is
-    held back; of fewer than 200 each fifth in turn, and the best rate then learns from all. Of rates that are right
-    equally often, the one with the lowest loss is taken. Raises ValueError for features that are not finite, and where
-    training has fewer than two classes.
+    train, test: (features (N, D), labels (N,)). Every learning rate has its own classifier. All use the same batches of
+    standardised features. SGD with momentum and a cosine schedule to zero.
+
+    A tenth of the training set is the validation set; below 200 features, five-fold cross-validation, after which the
+    best rate is trained on all. Ties in accuracy are broken by the loss. Raises ValueError for features that are not
+    finite, and if training has fewer than two classes.
     """
     if epochs < 1:
         raise ValueError(f"linear: epochs must be at least 1, got {epochs}")
@@ -49,7 +50,7 @@ def linear_probe(
         return _learn(x[at], train[1][at], classes, speeds, epochs, batch, generator)
 
     if len(x) < _SMALL:
-        # Items of a class are dealt out in turn, so that each part has what it can of every class.
+        # Stratified: the items of each class are distributed over the folds in turn.
         dealt = order[train[1][order].argsort(stable=True)]
         parts = [dealt[i::_FOLDS] for i in range(min(_FOLDS, len(x)))]
         scores = torch.zeros(2, len(rates), dtype=torch.float32, device="cpu")
@@ -93,7 +94,7 @@ def _learn(
 
 
 def _scores(weight: Tensor, bias: Tensor, x: Tensor, labels: Tensor) -> Tensor:
-    """(2, rates): how many are right, and the negative of the loss."""
+    """(2, rates): number of correct predictions, and the negative loss."""
     logits = x @ weight.mT + bias
     loss = (
         F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none").view(len(logits), -1).sum(1)
@@ -102,8 +103,9 @@ def _scores(weight: Tensor, bias: Tensor, x: Tensor, labels: Tensor) -> Tensor:
 
 
 def _best(scores: Tensor) -> int:
-    """The rate that is right most often, among those the one of the lowest loss; one whose loss is not finite is
-    none."""
+    """The rate with most correct predictions; ties are broken by the loss. Rates with a loss that is not finite are
+    excluded.
+    """
     count, negative = scores[0].where(scores[1].isfinite(), -1), scores[1].nan_to_num(-torch.inf, neginf=-torch.inf)
     if count.max() < 0:
         raise ValueError("linear: the loss is not finite at any rate")

@@ -1,4 +1,4 @@
-"""Finding images by text, texts by image, and parts of images by phrases."""
+"""Retrieval of images by text and of texts by image, and localisation of phrases."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pyvit.eval.features import check_finite, over
 
 
 def recall(similarities: Tensor, right: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[int, float]:
-    """Percentage of queries (rows) with a right answer among their k best: similarities (Q, N), right (Q, N) bool.
+    """Percentage of queries (rows) with a correct answer among their k best: similarities (Q, N), right (Q, N) bool.
 
-    A wrong answer as similar as the best right one comes before it: ties find nothing. Of fewer than k answers no
-    figure is given. Raises ValueError for similarities that are not finite, of which none is before another.
+    Ties count as wrong: a wrong answer as similar as the best correct one comes before it. With fewer than k answers, k
+    is left out. Raises ValueError for similarities that are not finite.
     """
     if not similarities.numel() or similarities.shape != right.shape:
         raise ValueError(
@@ -26,7 +26,7 @@ def recall(similarities: Tensor, right: Tensor, ks: Sequence[int] = (1, 5, 10)) 
     check_finite("recall", similarities)
     best = similarities.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
     before = ((similarities >= best) & ~right).sum(1)
-    before = before.where(right.any(1), similarities.shape[1])  # a query without a right answer finds none
+    before = before.where(right.any(1), similarities.shape[1])  # a query without a correct answer
     return {k: 100 * (before < k).float().mean().item() for k in ks if k <= similarities.shape[1]}
 
 
@@ -38,7 +38,7 @@ def embed_pairs(
     normalize: Callable[[Tensor], Tensor],
     group: Any = None,
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """Image embeddings (N, D), text embeddings (N, D) and the captions, of the images that can be read."""
+    """Image embeddings (N, D), text embeddings (N, D) and captions of the readable images."""
     if images.captions is None:
         raise ValueError("retrieval: data must have captions")
     device = next(model.parameters()).device
@@ -52,10 +52,9 @@ def embed_pairs(
 
 
 def recall_of(recipe: Any, data: Data, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
-    """Recall@k both ways on held-out pairs, or {} where few captions are distinct.
+    """Recall@k in both directions on held-out pairs, or {} if few captions are distinct.
 
-    Each image is one answer, whatever the number of its captions, all of which are right, as are equal captions of
-    other images.
+    Each image is one answer. All of its captions are correct for it, as are equal captions of other images.
     """
     check_towers("retrieval", recipe)
     images, texts, captions = embed_pairs(
@@ -77,7 +76,7 @@ def recall_of(recipe: Any, data: Data, ks: Sequence[int] = (1, 5)) -> dict[str, 
 
 
 def _numbered(values: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """For each value the number of its kind, and for each kind the place of its first value."""
+    """For each value the number of its group of equal values, and for each group the position of its first value."""
     first: dict[Any, int] = {}
     for i, value in enumerate(values):
         first.setdefault(value, i)
@@ -93,7 +92,7 @@ def check_towers(what: str, recipe: Any) -> None:
 
 
 def has_parts(model: nn.Module) -> bool:
-    """Whether :func:`part_map` knows the image tower: a ViT with a class token."""
+    """Whether :func:`part_map` supports the image tower: a ViT with a class token."""
     visual = model.visual
     return bool(getattr(visual, "num_prefix_tokens", 0)) and getattr(visual, "attn_pool", None) is None
 
@@ -102,9 +101,8 @@ def has_parts(model: nn.Module) -> bool:
 def part_map(model: nn.Module, images: Tensor, text: Tensor) -> Tensor:
     """Similarity of each patch to a text: images (B, C, H, W) normalised, text ids (B, L) -> (B, rows, columns).
 
-    A patch's feature is what the class token would carry into the space of texts if, in the last block, it saw that
-    patch alone. The patches' own outputs are trained for nothing and say little; values in place of them: Zhou et al.,
-    "Extract Free Dense Labels from CLIP" (2022).
+    A patch's feature is the output of the class token if it attended only to that patch in the last block. The patches'
+    own outputs are not trained; using values instead is from Zhou et al., "Extract Free Dense Labels from CLIP" (2022).
     """
     visual = model.visual
     if not has_parts(model):
@@ -128,9 +126,10 @@ def part_map(model: nn.Module, images: Tensor, text: Tensor) -> Tensor:
     return similar.unflatten(1, visual.patch_embed.grid(images.shape[2:]))  # type: ignore[union-attr,operator]
 
 
-def quarter_accuracy(recipe: Any, data: Data, limit: int = 200) -> float:
-    """Of drawn scenes: how often the quarter that fits a phrase best is the one its object is in, in per cent (chance:
-    25)."""
+def quadrant_accuracy(recipe: Any, data: Data, limit: int = 200) -> float:
+    """How often the quadrant that is most similar to a phrase contains its object, in per cent (chance: 25). For drawn
+    scenes.
+    """
     model, parts = recipe.exported(), data.extra.get("parts", [])[:limit]
     if not parts:
         raise ValueError(f"parts: data must be drawn scenes, which say where things are, {data.name} does not")

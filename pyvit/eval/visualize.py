@@ -1,4 +1,4 @@
-"""Pictures of what a network sees: attention, reconstructions, patch features, parts named by text."""
+"""Visualisation: attention, reconstructions, patch features, phrases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from pyvit.models.resnet import ResNet
 
 
 def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
-    """What each head of the last block gives the class token: (B, heads, rows, columns), from normalised images."""
+    """Attention from the class token to the patches in the last block, per head: (B, heads, rows, columns), from
+    normalised images.
+    """
     if not hasattr(model, "attention_map") or getattr(model, "cls_token", None) is None:
         raise ValueError("attention: the model must be a vision transformer with a class token")
     rows = model.attention_map(images)[:, :, 0, model.num_prefix_tokens :]  # type: ignore[operator,misc]
@@ -21,7 +23,7 @@ def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def keep_mass(maps: Tensor, mass: float) -> Tensor:
-    """bool (..., H, W): the fewest cells that hold ``mass`` of each map's total (Caron et al., 2021, figure 1)."""
+    """bool (..., H, W): the fewest cells that contain ``mass`` of each map's total (Caron et al., 2021, figure 1)."""
     if not 0 < mass <= 1:
         raise ValueError(f"attention: mass must be in (0, 1], got {mass}")
     flat = maps.flatten(-2)
@@ -33,7 +35,7 @@ def keep_mass(maps: Tensor, mass: float) -> Tensor:
 def attention_columns(
     model: nn.Module, images: Tensor, normalised: Tensor, mass: float, side: int = 128
 ) -> list[tuple[str, Tensor]]:
-    """Columns of a sheet: the image, each head's map, and what the heads' mean keeps at ``mass``."""
+    """Columns of a sheet: the image, each head's map, and the cells that contain ``mass`` of the heads' mean."""
     maps = attention_maps(model, normalised)
     kept = keep_mass(maps.mean(1), mass)[:, None]
     picture = enlarge(images, side)
@@ -46,7 +48,7 @@ def attention_columns(
 
 
 def reconstruction_columns(recipe: Any, images: Tensor, mask_ratio: float, side: int = 128) -> list[tuple[str, Tensor]]:
-    """Columns of a sheet for an MAE run: what it sees, what it paints, the truth."""
+    """Columns of a sheet for an MAE run: masked input, reconstruction, original."""
     model = recipe.exported()
     if not hasattr(model, "reconstruct"):
         raise ValueError("reconstruct: the run must be of the recipe mae")
@@ -70,7 +72,7 @@ def patch_features(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def pca_colors(features: Tensor) -> Tensor:
-    """The first three principal components of all patches together, as colours (B, 3, rows, columns) in [0, 1]."""
+    """The first three principal components of all patches as colours (B, 3, rows, columns) in [0, 1]."""
     b, h, w, d = features.shape
     flat = features.reshape(-1, d).float()
     flat = flat - flat.mean(0)
@@ -82,7 +84,7 @@ def pca_colors(features: Tensor) -> Tensor:
 
 
 def choose(count: int, total: int) -> list[int]:
-    """``count`` indices spread over ``total``."""
+    """``count`` indices at equal distances in ``total``."""
     if count < 1:
         raise ValueError(f"count: must be at least 1, got {count}")
     return [math.floor(i * total / min(count, total)) for i in range(min(count, total))]

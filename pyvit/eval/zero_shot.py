@@ -1,4 +1,4 @@
-"""Classifiers made of words (Radford et al., 2021, section 3.1)."""
+"""Zero-shot classification by class names (Radford et al., 2021, section 3.1)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyvit.eval.features import check_finite, labels_of, over, right
 
 TEMPLATES = ("a photo of a {}", "a picture of the {}", "{}")
 
-#: Prompts that read like a built-in set's captions.
+#: Prompts in the form of the built-in data sets' captions.
 OF_DATA = {"digits": ("a handwritten {}", "the digit {}", "a photo of the number {}", "{}")}
 
 
@@ -22,7 +22,7 @@ OF_DATA = {"digits": ("a handwritten {}", "the digit {}", "a photo of the number
 def text_classifier(
     model: nn.Module, tokenizer: Callable[..., Tensor], classes: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
-    """(classes, D): for each class the mean direction of its prompts, of length 1."""
+    """(classes, D): for each class the normalised mean of its prompts' embeddings."""
     if not templates or any("{}" not in t for t in templates):
         raise ValueError(f"zero-shot: templates must each contain {{}}, got {list(templates)}")
     device = next(model.parameters()).device
@@ -35,8 +35,9 @@ def text_classifier(
 def zero_shot_logits(
     model: nn.Module, images: Images, classifier: Tensor, normalize: Callable[[Tensor], Tensor], group: Any = None
 ) -> Tensor:
-    """Logits (N, classes) of every image that can be read: similarity times the model's scale, plus its bias where it
-    has one (SigLIP)."""
+    """Logits (N, classes) of every readable image: similarity times the model's scale, plus its bias if it has one
+    (SigLIP).
+    """
     scale, bias = model.scale(), getattr(model, "logit_bias", None)  # type: ignore[operator]
 
     def compute(batch: dict[str, Any]) -> Tensor:
@@ -47,18 +48,17 @@ def zero_shot_logits(
 
 
 def probabilities(model: nn.Module, logits: Tensor) -> Tensor:
-    """Of each class: among the others (CLIP's softmax), or on its own, so that they need not add up to 1 (SigLIP's
-    sigmoid)."""
+    """Class probabilities: a softmax (CLIP), or independent sigmoids that need not add up to 1 (SigLIP)."""
     return logits.softmax(1) if getattr(model, "logit_bias", None) is None else logits.sigmoid()
 
 
 def zero_shot(model: nn.Module, images: Images, classifier: Tensor, normalize: Callable[[Tensor], Tensor]) -> Tensor:
-    """Class probabilities (N, classes) of every image, at the model's own temperature; see :func:`probabilities`."""
+    """Class probabilities (N, classes) of every image with the model's temperature: see :func:`probabilities`."""
     return probabilities(model, zero_shot_logits(model, images, classifier, normalize))
 
 
 def zero_shot_accuracy_of(recipe: Any, data: Data, templates: Sequence[str] | None = None) -> dict[str, float]:
-    """{"zero_shot": accuracy} of a two-tower recipe on held-out images, from the names of the classes."""
+    """{"zero_shot": accuracy} of a CLIP or SigLIP recipe on held-out images, from the class names."""
     model = recipe.exported()
     classifier = text_classifier(
         model, recipe.tokenizer, data.classes or (), templates or OF_DATA.get(data.name, TEMPLATES)

@@ -1,8 +1,8 @@
-"""Other libraries' models on pyvit's kernels: :func:`accelerate` replaces forwards in place, per instance;
+"""Models of other libraries on pyvit's kernels: :func:`accelerate` replaces forwards in place, per instance;
 :func:`restore` undoes it.
 
-Each library has a module here with one table, RULES: a class's full name -> a function that says what to replace in an
-instance of it. Classes are known by name, so that nothing is imported that the model at hand has not imported.
+Each library has a module here with a table RULES: a class's full name -> a function that says what to replace in an
+instance. Classes are known by name, so that no library needs to be imported.
 """
 
 from __future__ import annotations
@@ -25,23 +25,25 @@ _LIBRARIES = ("timm", "transformers", "torchvision", "open_clip")
 
 
 class AccelerateError(RuntimeError):
-    """``accelerate(model, strict=True)`` would have left something; the message carries every reason. The model is as
-    it was."""
+    """``accelerate(model, strict=True)`` cannot replace everything. The message gives every reason; the model is
+    unchanged.
+    """
 
 
 class Row(NamedTuple):
-    """One module: where it is, its class, and what serves it now or why nothing does."""
+    """A module: its path, its class, and what runs it now or why it was not replaced."""
 
     path: str
     kind: str
     note: str
-    #: Of what was left: because the user's own code is there (a subclass, a patch, a hook), and runs.
+    #: Not replaced because the user's own code (a subclass, a patch, a hook) must run.
     users: bool = False
 
 
 class Report:
-    """What :func:`accelerate` did: ``replaced`` and ``left``, lists of :class:`Row`. As a context manager it restores
-    at the end."""
+    """Result of :func:`accelerate`: ``replaced`` and ``left``, lists of :class:`Row`. As a context manager it restores
+    the model at the end.
+    """
 
     def __init__(self, model: nn.Module, replaced: list[Row], left: list[Row]) -> None:
         self.model, self.replaced, self.left = model, replaced, left
@@ -66,8 +68,9 @@ class Report:
         return "\n".join(lines)
 
     def refresh(self) -> Report:
-        """What serves the model now: patches, subclasses, other layers and hooks may have come after
-        :func:`accelerate`."""
+        """A new report about the model's current state: patches, subclasses, other layers and hooks may have been added
+        since :func:`accelerate`.
+        """
         return _examine(self.model, {(id(forward.module), forward.method): forward for forward in forwards(self.model)})
 
     def __enter__(self) -> Report:
@@ -78,25 +81,26 @@ class Report:
 
 
 def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
-    """Put attention, windows, patch embeddings, MLPs and layer norms of timm, transformers, torchvision or open_clip
-    models on pyvit's ops.
+    """Replace attention, windows, patch embeddings, MLPs and layer norms of timm, transformers, torchvision or
+    open_clip models by pyvit's operators.
 
-    In place and per instance: the same parameters and buffers under the same names, the same outputs and gradients up
-    to rounding (dropout draws other numbers), training and evaluation, autocast, ``torch.compile``, ``copy.deepcopy``
-    and ``pickle``. Call it after weights are loaded and adapters are put in, before ``torch.compile`` and wrappers for
-    distributed training. A call that a replacement cannot serve (attention probabilities asked for, an unusual mask, a
-    device without kernels), or must not (hooks, patches or subclasses where the library's own code would be bypassed,
-    put there before or after), runs the original forward.
+    Works in place and per instance. Parameters and buffers keep their names and identities; outputs and gradients agree
+    up to rounding (dropout draws other numbers). Training, autocast, ``torch.compile``, ``copy.deepcopy`` and
+    ``pickle`` work. Call it after loading weights and adding adapters, and before ``torch.compile`` and wrappers for
+    distributed training.
+
+    The original forward runs if a replacement cannot serve a call (attention probabilities requested, an unusual mask,
+    a device without kernels) or would bypass hooks, patches or subclasses, added before or after.
 
     Args:
-        model: any module; classes that pyvit does not know are not touched.
-        strict: raise where a module that pyvit knows, or any attention, is left for another reason than the user's own
-            code (subclasses, patches, hooks, which run), or where nothing is replaced.
+        model: any module; unknown classes are not changed.
+        strict: raise if a known module, or any attention, cannot be replaced for another reason than the user's own
+            code (subclasses, patches, hooks), or if nothing is replaced.
 
     Returns a :class:`Report`; ``print`` it. ``with pyvit.accelerate(model):`` restores at the end.
 
-    Raises TypeError if ``model`` is no module, :class:`AccelerateError` with every reason under ``strict``, the model
-    as it was.
+    Raises TypeError if ``model`` is not a module, and with ``strict`` :class:`AccelerateError` with every reason,
+    leaving the model unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -110,8 +114,9 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
 
 
 def _examine(model: nn.Module, installed: dict[tuple[int, str], Forward] | None = None) -> Report:
-    """What can be replaced in ``model``, or what serves of that which was ``installed``, by identity of the module and
-    by method."""
+    """What can be replaced in ``model``; or with ``installed``, a map of module identity and method to replacement,
+    which replacements are active.
+    """
     originals.renew()
     report = Report(model, [], [])
     left: list[tuple[str, Left]] = []
@@ -153,7 +158,7 @@ def _examine(model: nn.Module, installed: dict[tuple[int, str], Forward] | None 
 def restore(model: nn.Module) -> None:
     """Undo :func:`accelerate`: every module of ``model``, which may be a copy, runs its class's methods again.
 
-    What another library wrapped around a replaced forward stays, and reaches the class's own.
+    Wrappers that other libraries put around a replaced forward stay and call the class's own.
     """
     for module in model.modules():
         take_away(module)
@@ -164,7 +169,7 @@ def _known(name: str) -> bool:
 
 
 def _overrides(cls: type) -> bool:
-    """Whether a class is a user's own, derived from one that pyvit knows."""
+    """Whether a class is a user's subclass of a class that pyvit knows."""
     if cls.__module__.partition(".")[0] in (*_LIBRARIES, "torch"):
         return False
     return any(_known(f"{base.__module__}.{base.__qualname__}") for base in cls.__mro__[1:])

@@ -1,5 +1,4 @@
-"""What stands in the place of a module's forward: a replacement for the calls that it can serve, the class's own
-forward for the others."""
+"""Replacements of a module's forward: pyvit's function if it can serve a call, else the class's own forward."""
 
 from __future__ import annotations
 
@@ -16,11 +15,11 @@ from pyvit.nn.linear import hooked, ordinary
 
 
 class Replacement(NamedTuple):
-    """``module.method`` becomes ``function(module, ...)``; ``by`` says what of pyvit serves it.
+    """``module.method`` is replaced by ``function(module, ...)``; ``by`` names the operator of pyvit.
 
-    ``needs``, ``may``: names of all attributes that the class has, or may have, in versions of its library that
-    ``function`` is right for. ``parts``: submodules that are not called; ``function`` only runs while each is of a
-    known class and unchanged. ``optional``: nothing is lost to speak of where it cannot serve.
+    ``needs``, ``may``: names of all attributes that the class has, or may have, in the library versions that
+    ``function`` supports. ``parts``: submodules that ``function`` does not call; it only runs while each is of a known
+    class and unchanged. ``optional``: not reported if it cannot be replaced.
     """
 
     module: nn.Module
@@ -34,14 +33,14 @@ class Replacement(NamedTuple):
 
 
 class Reason(NamedTuple):
-    """Why a module stays as it is; ``users``: it is the user's own code there that must run, and does."""
+    """Why a module is not replaced; ``users``: because the user's own code must run."""
 
     text: str
     users: bool = False
 
 
 class Left(NamedTuple):
-    """A module that stays as it is, and why; ``users`` as in :class:`Reason`."""
+    """A module that is not replaced, and why; ``users`` as in :class:`Reason`."""
 
     module: nn.Module
     reason: str
@@ -56,8 +55,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def servable(x: Any) -> bool:
-    """Whether kernels exist for such an input: its dtype, its device, its layout, and no export that does not know our
-    operators."""
+    """Whether kernels support the input's dtype, device and layout, and no exporter is active that does not know
+    pyvit's operators.
+    """
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
         return False
     return (
@@ -66,7 +66,7 @@ def servable(x: Any) -> bool:
 
 
 def ordinary_weights(module: nn.Module) -> bool:
-    """Whether the parameters and buffers that ``module`` itself holds are :func:`ordinary` tensors."""
+    """Whether the module's own parameters and buffers are :func:`ordinary` tensors."""
     for tensors in (module._parameters, module._buffers):
         for t in tensors.values():
             if t is not None and not ordinary(t):
@@ -75,7 +75,7 @@ def ordinary_weights(module: nn.Module) -> bool:
 
 
 def same(found: type, known: type) -> bool:
-    """Whether a class is ``known``, perhaps under the name that FSDP gives it."""
+    """Whether a class is ``known``, possibly under the name that FSDP gives it."""
     return found is known or (found.__module__.startswith("torch.distributed.") and found.__bases__[-1:] == (known,))
 
 
@@ -83,7 +83,7 @@ WATCHED = "a hook watches"
 
 
 def watched(module: nn.Module | None) -> bool:
-    """Whether a hook would see calls of ``module``."""
+    """Whether ``module`` has a hook that a call would trigger."""
     if module is None or not hooked(module):
         return False
     others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
@@ -91,7 +91,7 @@ def watched(module: nn.Module | None) -> bool:
 
 
 def is_idle(hook: Any) -> bool:
-    """Whether a hook is transformers' own collector of outputs, and collects no probabilities at the moment."""
+    """Whether a hook is transformers' collector of outputs and currently collects no attention probabilities."""
     if "output_capturing_hook" not in getattr(hook, "__qualname__", ""):
         return False
     active = sys.modules["transformers.utils.output_capturing"]._active_collector.get()  # type: ignore[attr-defined]
@@ -99,7 +99,7 @@ def is_idle(hook: Any) -> bool:
 
 
 class _Part(NamedTuple):
-    """A module that is not called: its path from the module that is, its class, the number of the class's code."""
+    """A submodule that is bypassed: its path, its class, and the number of the class's recorded code."""
 
     path: tuple[str, ...]
     kind: type
@@ -113,7 +113,7 @@ class _Part(NamedTuple):
         return found
 
 
-#: Classes besides those of the rules that may stand in a place that is not called.
+#: Classes that may be bypassed, besides those with rules.
 _PARTS = {
     "torch.nn.modules.activation.Softmax",
     "torch.nn.modules.dropout.Dropout",
@@ -124,10 +124,11 @@ _PARTS = {
 
 
 class Forward:
-    """In ``vars(module)[method]`` of an accelerated module. What is as it was is asked at every call: patches and hooks
-    may come later."""
+    """Stored in ``vars(module)[method]`` of an accelerated module. Every call checks that nothing has changed, because
+    patches and hooks may be added later.
+    """
 
-    #: As if by torch.jit.ignore: scripting then compiles the class's own forward.
+    #: As torch.jit.ignore sets it: scripting then compiles the class's own forward.
     _torchscript_modifier = torch.jit.ignore(lambda: None)._torchscript_modifier  # type: ignore[attr-defined]
 
     def __init__(self, item: Replacement) -> None:
@@ -156,7 +157,7 @@ class Forward:
         self.most = 1000 if any(p.kind is p.VAR_POSITIONAL for p in ours) else len(self.ours)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What was learnt of classes is of this process. The module is not whole yet when its copy is made.
+        # Recorded code is only valid in this process. The module is incomplete while it is copied.
         return _empty, (), {"item": self.item._replace(module=None), "module": self.module, "active": self.active}  # type: ignore[arg-type]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -184,8 +185,7 @@ class Forward:
         return self.any_names or all(name in self.names for name in kwargs)
 
     def holds(self) -> bool:
-        """Whether the module and the parts that would not be called are as they were, and nothing watches these
-        parts."""
+        """Whether the module and the bypassed submodules are unchanged, and no hook would see these submodules."""
         module = self.module
         if self.kind is None:
             self._learn()
@@ -212,8 +212,7 @@ class Forward:
         return True
 
     def reason(self, known: Callable[[str], bool]) -> Reason | None:
-        """Why it does not serve for as long as nothing changes, or None; ``known`` says of which classes' names there
-        are rules."""
+        """Why the module cannot be replaced, or None; ``known`` says whether there is a rule for a class's name."""
         module, method = self.module, self.method
         code = originals.record(type(module))
         if code.foreign:
@@ -242,18 +241,18 @@ class Forward:
         return None
 
     def seen(self) -> str | None:
-        """What is said of a hook on a part that would not be called, or None."""
+        """A message about a hook on a bypassed submodule, or None."""
         for path in self.item.parts:
             if watched(_Part(tuple(path.split(".")), type(None), -1, frozenset()).of(self.module)):
                 return f"{WATCHED} its {path}: the original runs for as long as it does"
         return None
 
     def changed(self) -> str | None:
-        """What is said of a module that is no longer as it was when it was replaced, or None."""
+        """A message if the module has changed since it was replaced, or None."""
         return None if self.seen() or self.holds() else "changed since it was replaced: the original runs"
 
     def _drift(self) -> str | None:
-        """How the class differs from those of the versions that the replacement was written for."""
+        """How the class's signature or attributes differ from the supported versions, or None."""
         module = self.module
         for ours, theirs in zip(self.ours[1:], self.theirs[1:], strict=False):
             known = theirs.kind in (theirs.VAR_KEYWORD, theirs.VAR_POSITIONAL) or (ours.name, ours.default) == (
@@ -279,8 +278,7 @@ _INTERNAL = {*vars(nn.Module()), "_forwards_of_pyvit"}
 
 
 def layout(module: nn.Module, needs: str, may: str) -> str | None:
-    """How a module differs from a class of which pyvit knows the attributes, those it ``needs`` and those it ``may``
-    have; or None."""
+    """How a module's attributes differ from those it ``needs`` and ``may`` have, or None."""
     code, required = originals.record(type(module)), set(needs.split())
     missing = sorted(name for name in required if not hasattr(module, name))
     if missing:
@@ -296,8 +294,9 @@ def _empty() -> Forward:
 
 
 def _methods_are_ours(module: nn.Module, methods: frozenset[str], holding: bool = True) -> bool:
-    """Whether an instance carries none of its class's methods itself but what accelerate put there, which would
-    serve."""
+    """Whether the instance overrides none of its class's methods, except by replacements of accelerate (that hold, if
+    ``holding``).
+    """
     own = vars(module)
     if methods.isdisjoint(own):
         return True
@@ -313,8 +312,7 @@ def put(forward: Forward) -> None:
 
 
 def take_away(module: nn.Module) -> None:
-    """Undo what :func:`put` did. Where another library wrapped a forward, its wrapper stays and reaches the class's
-    own."""
+    """Undo :func:`put`. Wrappers that other libraries put around a replaced forward stay and call the class's own."""
     for forward in vars(module).pop("_forwards_of_pyvit", ()):
         forward.active = False
         if vars(module).get(forward.method) is forward:
@@ -326,6 +324,6 @@ def forwards(model: nn.Module) -> list[Forward]:
 
 
 def served_by(module: nn.Module, function: Callable[..., Any], method: str = "forward") -> bool:
-    """Whether a call of ``module`` would run ``function`` now, and nobody would see the call."""
+    """Whether a call of ``module`` would run ``function`` now, without any hook seeing it."""
     forward = vars(module).get(method)
     return type(forward) is Forward and forward.function is function and forward.holds() and not watched(module)

@@ -1,4 +1,5 @@
-"""Any module whose forward calls ``F.scaled_dot_product_attention``: its own code, with that function of ours."""
+"""Modules whose forward calls ``F.scaled_dot_product_attention``: their own code runs with pyvit's attention
+instead."""
 
 from __future__ import annotations
 
@@ -17,11 +18,11 @@ from pyvit.integrations.forwards import Replacement, servable
 from pyvit.ops import flash_attention
 
 _NAME = "scaled_dot_product_attention"
-_WIDEST = 256  # head dimension of our kernels
+_WIDEST = 256  # largest head dimension of the kernels
 
 
 def calls_sdpa(kind: type) -> bool:
-    """Whether a class's own forward calls the function by name, as its file says."""
+    """Whether a class's own forward calls the function by name."""
     forward = getattr(kind, "forward", None)
     if (
         not isinstance(forward, types.FunctionType)
@@ -38,9 +39,9 @@ def sdpa(module: nn.Module) -> Iterator[Replacement]:
 
 def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     forward = type(module).forward
-    if torch.compiler.is_compiling():  # which reads the class's file, and has attention of its own
+    if torch.compiler.is_compiling():  # torch.compile reads the class's source, and has its own attention
         return forward(module, *args, **kwargs)
-    # A new dictionary each time: other names of the class's file may have changed.
+    # A new dictionary for each call: other global names may have changed.
     names = {**forward.__globals__, **_other_names(forward)}
     ours = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     ours.__kwdefaults__ = forward.__kwdefaults__
@@ -49,7 +50,7 @@ def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _other_names(forward: types.FunctionType) -> dict[str, Any]:
-    """The names by which ``forward`` comes to torch's function, with ours behind them."""
+    """The global names through which ``forward`` reaches torch's function, bound to pyvit's."""
     functional = _Namespace(F, **{_NAME: _attention})
     inner = _Namespace(nn, functional=functional)
     ours = {
@@ -62,7 +63,7 @@ def _other_names(forward: types.FunctionType) -> dict[str, Any]:
 
 
 class _Namespace:
-    """A module, with some of its names changed."""
+    """A module with some of its attributes replaced."""
 
     def __init__(self, module: Any, **names: Any) -> None:
         self._module = module
@@ -82,7 +83,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch's function: by our kernels where they serve and mean the same."""
+    """``F.scaled_dot_product_attention``: pyvit's kernels if they support the call, else torch's."""
     if (
         query.dim() == key.dim() == value.dim() == 5
         and attn_mask is None

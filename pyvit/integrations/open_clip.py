@@ -1,5 +1,6 @@
-"""open_clip: image and text towers. Most of their attention is torch's own module, see
-:func:`pyvit.integrations.common.multihead`."""
+"""open_clip: image and text towers. Most of their attention is torch's module: see
+:func:`pyvit.integrations.common.multihead`.
+"""
 
 from __future__ import annotations
 

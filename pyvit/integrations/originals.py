@@ -1,9 +1,9 @@
-"""Whether a class of another library, and what its code calls, is still as the library wrote it.
+"""Checks that a class of another library, and the code it calls, is unmodified.
 
-A replacement computes what a class's forward was known to compute. People patch classes (``Attention.forward = mine``),
-functions that a forward calls (``F.scaled_dot_product_attention = mine``) and helpers beside it, before or after
-:func:`pyvit.accelerate`. So all that a class's forward reaches is written down once, by name and object, and compared
-at every call.
+A replacement computes what a class's forward is known to compute. Users may patch classes (``Attention.forward =
+mine``), functions that a forward calls (``F.scaled_dot_product_attention = mine``) and helpers, before or after
+:func:`pyvit.accelerate`. So everything that a class's forward reaches is recorded once, by name and object, and
+compared at every call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)
-#: Whose functions a library may call: its own, and these.
+#: Packages whose functions a library may call, besides its own.
 _TRUSTED = (
     "torch",
     "pyvit",
@@ -35,12 +35,12 @@ _TRUSTED = (
 
 
 class Code:
-    """All that the forward of a class, or a function, reaches: methods of the class and, by name, functions of its
-    library and of torch.
+    """Everything that the forward of a class, or a function, reaches: methods of the class and, by name, functions of
+    its library and of torch.
 
-    ``methods``: names of the methods, which an instance that is as it was does not carry in its own dictionary.
-    ``reads``: every name that these methods mention, ``matmul`` for an @ too. ``foreign``: what of it is not the
-    library's own, or None.
+    ``methods``: names of the methods, which an unmodified instance does not have in its own dictionary. ``reads``:
+    every name that these methods use, with ``matmul`` for @. ``foreign``: the first function that is not the library's
+    own, or None.
     """
 
     def __init__(self, kind: type | types.FunctionType) -> None:
@@ -48,9 +48,8 @@ class Code:
         self.foreign: str | None = None
         self.reads: set[str] = set()
         self._methods: dict[str, Any] = {}
-        self._globals: dict[
-            int, tuple[dict[str, Any], dict[str, Any]]
-        ] = {}  # the dictionary of a module, and what of it is used
+        # id of a module's dictionary -> the dictionary, and the names that are used
+        self._globals: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
         self._seen: set[types.CodeType] = set()
         if isinstance(kind, type):
             for name in ("forward", "__call__"):
@@ -61,10 +60,8 @@ class Code:
             self.foreign = f"{kind.__qualname__} is {_home(kind)}'s"
         self.methods = frozenset(self._methods)
         names = tuple(self._methods)  # at least two, so that the getters return tuples
-        self._get, self._functions = (
-            operator.attrgetter(*names) if names else lambda _: (),
-            tuple(self._methods.values()),
-        )
+        self._get = operator.attrgetter(*names) if names else lambda _: ()
+        self._functions = tuple(self._methods.values())
         self._named = [
             (operator.itemgetter(*used, next(iter(used))), dictionary, (*used.values(), next(iter(used.values()))))
             for dictionary, used in self._globals.values()
@@ -72,7 +69,7 @@ class Code:
         ]
 
     def holds(self) -> bool:
-        """Whether all of it is the library's own, and the same objects as when it was written down."""
+        """Whether all recorded objects are the library's own and unchanged."""
         try:
             if self.foreign is not None or self._get(self.kind) != self._functions:
                 return False
@@ -101,7 +98,7 @@ class Code:
             self._follow(function)
 
     def _follow(self, function: Any) -> None:
-        """Write down what a function and those that it wraps mention."""
+        """Record the names that a function, and the functions it wraps, use."""
         while isinstance(function, types.FunctionType):
             for code in _nested(function.__code__):
                 if code in self._seen:
@@ -152,7 +149,7 @@ def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _home(function: Any) -> str:
-    """The package in which a callable was written, as far as it says."""
+    """The package that defines a callable."""
     while isinstance(function, functools.partial):
         function = function.func
     if isinstance(function, types.FunctionType):
@@ -167,8 +164,9 @@ def _home(function: Any) -> str:
 
 
 def _is_own(function: Any, definer: type, name: str) -> bool:
-    """Whether ``name`` of class ``definer`` is what the class's file says, perhaps within decorators of its library or
-    torch."""
+    """Whether ``name`` of class ``definer`` is defined in the class's module, possibly with decorators of its library
+    or of torch.
+    """
     while isinstance(function, types.FunctionType):
         if _home(function) not in (definer.__module__.partition(".")[0], *_TRUSTED):
             return False
@@ -187,7 +185,7 @@ _table: list[Code] = []
 
 
 def record(kind: Any) -> Code:
-    """The code of a class or a function, written down at the first call, and again where it has changed since."""
+    """The recorded code of a class or a function; recorded at the first call, and again if it has changed."""
     number = numbers.get(kind)
     if number is not None and not (code := _table[number]).holds():
         _table[number] = code = Code(kind)
@@ -198,19 +196,19 @@ def record(kind: Any) -> Code:
 
 
 def number(kind: Any) -> int:
-    """What :func:`unchanged` knows a class or a function by."""
+    """The number by which :func:`unchanged` identifies a class or a function."""
     record(kind)
     return numbers[kind]
 
 
 def renew() -> None:
-    """Write down again what has changed since: patches may have been undone."""
+    """Record again what has changed: patches may have been removed."""
     for code in _table:
         record(code.kind)
 
 
 def unchanged(number: int) -> bool:
-    """:meth:`Code.holds` of a class that was written down. A constant for torch.compile."""
+    """:meth:`Code.holds` of a recorded class. A constant for torch.compile."""
     return number >= 0 and _table[number].holds()
 
 

@@ -1,5 +1,6 @@
-"""torchvision: ViT, Swin and Swin V2. ViT's attention is torch's own module, see
-:func:`pyvit.integrations.common.multihead`."""
+"""torchvision: ViT, Swin and Swin V2. ViT's attention is torch's module: see
+:func:`pyvit.integrations.common.multihead`.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def swin(module: nn.Module) -> Iterator[Replacement]:
 
 
 def _swin(module: Any, x: Tensor) -> Tensor:
-    """Of either version, x (B, H, W, C) -> (B, H, W, C); what pads the map holds the qkv bias."""
+    """Window attention of both versions, x (B, H, W, C) -> (B, H, W, C). Padding tokens have the value of the
+    qkv bias."""
     drop = share(module.attention_dropout, module.training)
     if drop is None:
         return type(module).forward(module, x)  # type: ignore[no-any-return]

@@ -30,7 +30,7 @@ from pyvit.integrations.forwards import Left, Replacement, is_idle, layout
 from pyvit.nn.attention import rotate
 from pyvit.ops import flash_attention, linear, window_attention
 
-#: Arguments that a model hands down to its attention and that change nothing there.
+#: Arguments that a model passes to its attention and that have no effect there.
 _IDLE = {"output_attentions", "output_hidden_states", "return_dict", "is_causal", "interpolate_pos_encoding"}
 
 
@@ -39,15 +39,14 @@ def _implementation(module: Any) -> str:
 
 
 def _weights_wanted(module: Any, config: Any, *, eager: bool) -> bool:
-    """Whether a call's probabilities are to be returned: asked for, or there for a hook to see."""
+    """Whether the call's attention probabilities are needed: requested, or seen by a hook."""
     if getattr(config, "output_attentions", False):
         return True
     return eager and any(not is_idle(hook) for hook in module._forward_hooks.values())
 
 
 def _is_own(implementation: str) -> bool:
-    """Whether the attention function of that name is transformers' own: eager, which each model has for itself, or
-    sdpa."""
+    """Whether the attention function of that name is transformers' own: sdpa, or the model's eager function."""
     found = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS.get(implementation)
     if implementation == "eager":
         return found is None
@@ -77,7 +76,7 @@ def attention(module: Any, rotary: bool = False) -> Iterator[Replacement | Left]
 
 
 def _foreign(implementation: str) -> str | None:
-    """Why an attention function is not the one that pyvit replaces, or None."""
+    """Why an attention function is not one that pyvit replaces, or None."""
     if implementation == "sdpa":
         originals.record(sys.modules["transformers.integrations.sdpa_attention"].sdpa_attention_forward)
     return None if _is_own(implementation) else f"the attention function {implementation!r} is not transformers' own"
@@ -132,7 +131,7 @@ def _drop(module: Any) -> float | None:
 
 
 def _fused(module: Any, x: Tensor, mask: Tensor | None, causal: bool | None, rope: Tensor | None = None) -> Tensor:
-    """x (B, N, C) -> (B, N, C), as sdpa: the mask, or else causal if the call, or the module, says so."""
+    """x (B, N, C) -> (B, N, C), as sdpa: with the mask, or causal if the call or the module says so."""
     q, k, v = (
         project(layer, x).unflatten(-1, (-1, module.head_dim))
         for layer in (module.q_proj, module.k_proj, module.v_proj)
@@ -207,7 +206,9 @@ def swin(layer: Any, version: int) -> Iterator[Replacement | Left]:
 
 
 def _windows(layer: Any, x: Tensor, version: int, **options: Any) -> Tensor:
-    """Of either version: pad, roll, partition, attention and the reverse, x (B, H, W, C) -> (B, H, W, C)."""
+    """Window attention of both versions: pad, roll, partition, attention and the reverse, x (B, H, W, C) -> (B, H, W,
+    C).
+    """
     q, k, v, output = _projections(layer, version)
     weight = torch.cat((q.weight, k.weight, v.weight))
     bias = (
@@ -221,8 +222,9 @@ def _windows(layer: Any, x: Tensor, version: int, **options: Any) -> Tensor:
 
 
 def _same_windows(layer: Any, trained: int, size: tuple[int, int], version: int) -> bool:
-    """Whether a layer's windows, which may shrink with the map, are those of its table, shifted as pyvit shifts,
-    between plain layers."""
+    """Whether a layer's windows, which may shrink with the map, have the size of its table and are shifted as pyvit
+    shifts, and its linear layers are plain.
+    """
     window, shift = layer.window_size, layer.shift_size
     return (
         window == trained
@@ -232,7 +234,7 @@ def _same_windows(layer: Any, trained: int, size: tuple[int, int], version: int)
 
 
 def _checkpointed(layer: Any, call: functools.partial[Any], *args: Any) -> Any:
-    """``call`` recomputed in the backward pass if the layer is set to, as its class's forward does."""
+    """``call`` with gradient checkpointing if the layer is set to, as in its class's forward."""
     if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
         return layer._gradient_checkpointing_func(call, *args)
     return call(*args)

@@ -1,4 +1,4 @@
-"""Attention that no rule knows: found by what it computes, or else by its name."""
+"""Finding attention modules without a rule: by what they compute, or by their name."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _WHOLE = {
 
 
 def unknown_attention(model: nn.Module, handled: Iterable[nn.Module]) -> list[tuple[str, Left]]:
-    """Modules of ``model`` that are attention and neither ``handled`` nor a part of what is."""
+    """Attention modules of ``model`` that are neither ``handled`` nor part of a handled module."""
     found: list[tuple[str, Left]] = []
     computing: dict[type, bool] = {}
     attending = {id(part) for module in handled for part in module.modules()}
     covered = set(attending)
-    for path, module in reversed(list(model.named_modules())):  # what is inside comes first
+    for path, module in reversed(list(model.named_modules())):  # submodules first
         if id(module) in covered or type(module).__module__.startswith("pyvit."):
             continue
         if type(module) not in computing:
@@ -48,8 +48,7 @@ def unknown_attention(model: nn.Module, handled: Iterable[nn.Module]) -> list[tu
 
 
 def computes_attention(module: nn.Module) -> bool:
-    """Whether the code of a module's class, or of one that it derives from, weighs something by a softmax over
-    products."""
+    """Whether the code of a module's class, or of a base class, applies a softmax and matrix products."""
     for ancestor in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
         if issubclass(ancestor, nn.Module):
             reads = Code(ancestor).reads

@@ -1,4 +1,4 @@
-"""Losses as modules, with their papers' defaults, on the streaming operators of :mod:`pyvit.ops`."""
+"""Losses as modules, with the defaults of their papers."""
 
 from pyvit.losses.contrastive import CLIPLoss, NTXentLoss, SigLIPLoss, TripletLoss
 from pyvit.losses.distillation import DINOLoss, IBOTLoss, KoLeoLoss

@@ -1,4 +1,4 @@
-"""Losses that compare pairs: CLIP, SigLIP, SimCLR, triplets."""
+"""Contrastive losses: CLIP, SigLIP, NT-Xent (SimCLR), triplet."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ def positive(name: str, value: float) -> None:
 
 
 def need_negatives(name: str, rows: int, group: Any) -> None:
-    """Raise ValueError for a batch of one pair: it has no negatives, and a loss without them teaches nothing."""
+    """Raise ValueError for a batch with a single pair, which has no negatives."""
     world = 1 if group is None else dist.get_world_size(group)
     if rows * world < 2:
         raise ValueError(
-            f"{name}: the batch must have at least 2 pairs over all ranks, for a pair's negatives are the other "
-            f"pairs, got {rows * world}"
-            " (the last, incomplete batch of an epoch? drop_last=True leaves it out)"
+            f"{name}: the batch must have at least 2 pairs over all ranks, because the negatives of a pair are the "
+            f"other pairs, got {rows * world} (if it is an epoch's last batch, use drop_last=True)"
         )
 
 
@@ -34,9 +33,9 @@ class CLIPLoss(nn.Module):
     """InfoNCE of normalised embeddings with a learned temperature (Radford et al., 2021).
 
     Args:
-        init_scale: exp(logit_scale) at the start, 1 / 0.07.
-        max_scale: its bound, 100. A larger ``logit_scale`` is set back in place before it is used, as the paper's
-            training does after each step; a clamp in the loss would leave it without a gradient there.
+        init_scale: initial scale exp(logit_scale), 1 / 0.07.
+        max_scale: upper bound of the scale, 100. ``logit_scale`` is clamped in place before it is used, as the paper's
+            training does after each step; a clamp in the loss would stop its gradient.
         group: ranks that share a batch, see :func:`pyvit.ops.info_nce`.
 
     Raises ValueError for a batch of a single pair, which has no negatives.
@@ -60,8 +59,8 @@ class CLIPLoss(nn.Module):
 
 
 class SigLIPLoss(nn.Module):
-    """Sigmoid loss of normalised embeddings with learned scale and bias (Zhai et al., 2023: ln 10 and -10). The scale
-    has no bound.
+    """Sigmoid loss of normalised embeddings with a learned scale and bias (Zhai et al., 2023: ln 10 and -10). The scale
+    is not bounded.
 
     Raises ValueError for a batch of a single pair, which has no negatives.
     """
@@ -100,7 +99,7 @@ class NTXentLoss(nn.Module):
 class TripletLoss(nn.Module):
     """mean max(0, sim(anchor, negative) - sim(anchor, positive) + margin), with cosine similarity.
 
-    Schroff et al., "FaceNet" (2015), on similarities in place of distances.
+    Schroff et al., "FaceNet" (2015), with similarities instead of distances.
     """
 
     def __init__(self, margin: float = 0.2) -> None:
@@ -117,5 +116,6 @@ class TripletLoss(nn.Module):
                 "TripletLoss: anchor, positive and negative must be of one shape (N, D) with at least one row, "
                 f"got {shapes}"
             )
-        near, far = F.cosine_similarity(anchor, positive, dim=-1), F.cosine_similarity(anchor, negative, dim=-1)
-        return F.relu(far - near + self.margin).mean()
+        positive_similarity = F.cosine_similarity(anchor, positive, dim=-1)
+        negative_similarity = F.cosine_similarity(anchor, negative, dim=-1)
+        return F.relu(negative_similarity - positive_similarity + self.margin).mean()

@@ -1,4 +1,4 @@
-"""Self-distillation: a student's softmax over prototypes follows a teacher's, sharpened and kept from collapsing."""
+"""Self-distillation losses of DINO, iBOT and DINOv2: cross-entropy between a student and a teacher over prototypes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pyvit.ops import distillation_cross_entropy, koleo, sinkhorn_center
 
 
 class _Centered(nn.Module):
-    """What keeps the teacher from giving all images the same answer: a running mean of its scores, or a Sinkhorn
-    assignment of the batch.
+    """Base of the losses whose teacher scores are centred, to avoid collapse: by a running mean (DINO), or by
+    Sinkhorn-Knopp on the batch.
 
-    With prototypes, scores are products that are never stored; the centre needs their mean alone, which is the mean
-    feature's scores. The running mean moves in each forward pass in training mode. With ``deferred`` set it waits for
-    :meth:`update_center`, for loops that accumulate several batches or may skip a step.
+    With prototypes, scores are products that are never stored; the mean score is the score of the mean feature. In
+    training mode the running mean is updated in each forward pass. If ``deferred`` is set, it is updated by
+    :meth:`update_center`, for training loops that accumulate gradients or may skip a step.
     """
 
     center: Tensor
@@ -51,7 +51,7 @@ class _Centered(nn.Module):
 
     @torch.no_grad()
     def _center(self, teacher: Tensor, prototypes: Tensor | None, temp: float) -> Tensor:
-        """Centre for teacher features or scores (M, C), and the running mean's update."""
+        """The centre of the teacher's features or scores (M, C), and the update of the running mean."""
         positive(f"{type(self).__name__}: teacher_temp", temp)
         if self.centering == "sinkhorn_knopp":
             return sinkhorn_center(teacher, temp, self.iterations, prototypes=prototypes, group=self.group)
@@ -71,21 +71,23 @@ class _Centered(nn.Module):
 
     @torch.no_grad()
     def update_center(self, keep: bool = True) -> None:
-        """Move the running mean towards the mean of the scores seen since the last call; with ``keep`` False, forget
-        these scores."""
+        """Update the running mean with the mean of the scores since the last call; with ``keep`` False, discard these
+        scores.
+        """
         if self._batch_means and keep:
             self.center.lerp_(torch.stack(self._batch_means).mean(0).to(self.center.dtype), 1 - self.momentum)
         self._batch_means.clear()
 
 
 class DINOLoss(_Centered):
-    """Cross-entropy of every student crop against every teacher crop but itself (Caron et al., 2021).
+    """Cross-entropy of every student crop with every other teacher crop (Caron et al., 2021).
 
     Args:
         prototypes: K, 65536 in the paper.
-        student_temp, momentum: 0.1 and 0.9. The teacher's temperature is given per call, since it follows a schedule.
-        centering: "centering" (DINO) or "sinkhorn_knopp" (DINOv2), over ``iterations``. group: ranks that share a
-            batch.
+        student_temp, momentum: 0.1 and 0.9. The teacher's temperature is an argument of each call, because it has a
+            schedule.
+        centering: "centering" (DINO) or "sinkhorn_knopp" (DINOv2), with ``iterations``.
+        group: ranks that share a batch.
     """
 
     def __init__(
@@ -113,9 +115,7 @@ class DINOLoss(_Centered):
         s, t, n = student.shape[0], teacher.shape[0], student.shape[1]
         pairs = 1 - torch.eye(s, t, dtype=torch.float32, device=student.device)
         if not pairs.any():
-            raise ValueError(
-                f"DINOLoss: student must have a crop that the teacher's single one can be compared with, got {s}"
-            )
+            raise ValueError(f"DINOLoss: student must have at least 2 crops if the teacher has a single one, got {s}")
         center = self._center(teacher.flatten(0, 1), teacher_prototypes, teacher_temp)
         return distillation_cross_entropy(
             student,
@@ -130,10 +130,10 @@ class DINOLoss(_Centered):
 
 
 class IBOTLoss(_Centered):
-    """Cross-entropy of masked patches against the teacher's view of them (Zhou et al., 2022).
+    """Cross-entropy of masked patches with the teacher's outputs for them (Zhou et al., 2022).
 
-    Each masked token counts 1 / (masked tokens of its image); the mean is over all images, those without a mask among
-    them, as in DINOv2's code. Arguments as :class:`DINOLoss`.
+    Each masked token is weighted by 1 / (masked tokens of its image). The mean is over all images, including those
+    without a mask, as in DINOv2's code. Arguments as in :class:`DINOLoss`.
     """
 
     def __init__(
@@ -157,13 +157,14 @@ class IBOTLoss(_Centered):
         student_prototypes: Tensor | None = None,
         teacher_prototypes: Tensor | None = None,
     ) -> Tensor:
-        """student, teacher (M, C): the masked tokens of the batch alone; weights (M,): 1 / (masked tokens of its image)
-        / images."""
+        """student, teacher (M, C): the masked tokens of the batch; weights (M,): 1 / (masked tokens of its image) /
+        images.
+        """
         if student.shape[0] == 0:
             if self.group is not None:
                 self._center(
                     teacher, teacher_prototypes, teacher_temp
-                )  # collective: the other ranks may have masked tokens
+                )  # a collective operation: other ranks may have masked tokens
             return student.sum() * 0.0
         center = self._center(teacher, teacher_prototypes, teacher_temp)
         return distillation_cross_entropy(
@@ -187,5 +188,7 @@ class KoLeoLoss(nn.Module):
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, D): the class tokens of one crop; a crop's neighbour must not be another crop of its image."""
+        """x (N, D): the class tokens of one crop. Crops of the same image must not be neighbours, so call it once per
+        crop.
+        """
         return koleo(F.normalize(x.float(), dim=-1), group=self.group)

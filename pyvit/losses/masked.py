@@ -23,12 +23,11 @@ def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
 
 
 def masked_pixel_loss(predicted: Tensor, images: Tensor, mask: Tensor, patch: int, norm_pix: bool = True) -> Tensor:
-    """Mean squared error of the hidden patches.
+    """Mean squared error of the masked patches.
 
     Args:
         predicted: (B, N, patch * patch * C). images: (B, C, H, W), normalised as the network's input.
-        mask: (B, N), nonzero where hidden. norm_pix: compare with each patch's own normalised pixels (unbiased variance
-            + 1e-6).
+        mask: (B, N), nonzero where masked. norm_pix: normalise each target patch (unbiased variance + 1e-6).
     """
     target = patchify(images, patch)
     if norm_pix:

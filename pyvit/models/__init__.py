@@ -1,4 +1,4 @@
-"""Vision transformers by name: ``create_model("vit_base_patch16_224")``."""
+"""Models by name: ``create_model("vit_base_patch16_224")``."""
 
 from pyvit.models import audio, clip, deit, detection, dino, finetune, hybrid, mae, pico, resnet, simclr, swin, vit
 from pyvit.models.registry import create_model, list_models, register

@@ -1,4 +1,4 @@
-"""Fitting weights to a model of another image, patch or window size, another number of channels, or a shorter text."""
+"""Resampling weights for a model of another image size, patch size, window size, number of channels or text length."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvit.models.facts import Facts
+from pyvit.models.metadata import Metadata
 from pyvit.nn import WindowAttention, WindowAttentionV2, resample_positions
 
-#: First convolutions, whose input channels are the image's.
+#: First convolutions, whose input channels are those of the image.
 _STEM = re.compile(
     r"(.*\.)?(patch_embed\.(proj|backbone\.(stem\.)?conv|backbone\.convs\.0)|visual\.conv1|encoder\.conv1|(?<![\w.])conv1)\.weight"
 )
 
 
 class Unknown(ValueError):
-    """Nothing tells the grid of a table that has the model's number of entries and, it may be, another aspect."""
+    """The grid of a position table is unknown: its size fits the model's grid and another one."""
 
 
 def adapt(
-    model: nn.Module, state: dict[str, Tensor], target: Mapping[str, Tensor], facts: Facts, square: bool
+    model: nn.Module, state: dict[str, Tensor], target: Mapping[str, Tensor], metadata: Metadata, square: bool
 ) -> tuple[list[str], list[str]]:
-    """Fit what is in ``state`` to the model, in place; returns what was done, and what cannot be fitted with the
-    reason.
+    """Adapt ``state`` to the model, in place. Returns what was done, and what cannot be adapted, with the reason.
 
-    ``facts``: what the file says about its modules. ``square``: tables of which it says nothing are of square grids.
+    ``metadata``: the file's metadata about its modules. ``square``: position tables without metadata have square grids.
     """
     done, failed = [], []
     fits = [*((key, _fit_stem) for key in state if _STEM.fullmatch(key))]
@@ -48,7 +47,7 @@ def adapt(
             continue
         path = key.rpartition(".")[0]
         module = model.get_submodule(path) if fit is not _fit_stem else None
-        known = (facts.get(path) or {}).get("window_size" if fit is _fit_window else "grid")
+        known = (metadata.get(path) or {}).get("window_size" if fit is _fit_window else "grid")
         try:
             note = fit(module, state, key, target, known, square)
         except Unknown as error:
@@ -69,8 +68,9 @@ def _names(grid: Sequence[int]) -> str:
 def _fit_positions(
     module: Any, state: dict[str, Tensor], key: str, target: Mapping[str, Tensor], known: Any, square: bool
 ) -> str:
-    """Positions of patches resampled from the file's grid to the model's; those of class and distillation tokens beside
-    them."""
+    """Resample position embeddings from the file's grid to the model's, with the positions of the class and
+    distillation tokens.
+    """
     pos, prefix, new = state[key], key.removesuffix("decoder_pos_embed").removesuffix("pos_embed"), tuple(module.grid)
     if pos.dim() != 3 or pos.shape[2] != target[key].shape[2]:
         return ""
@@ -86,7 +86,7 @@ def _fit_positions(
     moved = ""
     if (
         registers and there == held + registers
-    ):  # timm's with positions for all prefix tokens: those of registers become part of them
+    ):  # timm's models with positions for all prefix tokens: add those of the registers to the registers
         state[prefix + "reg_token"] = state[prefix + "reg_token"] + pos[:, held:there]
         state[key] = pos = torch.cat((pos[:, :held], pos[:, there:]), 1)
         there, moved = held, "positions of registers added to reg_token"
@@ -102,7 +102,7 @@ def _fit_positions(
             return ""  # a distillation token without a position: the token is missing too
         first = patches.new_zeros(1, tokens, patches.shape[2])
         note += ", class position zero"
-    elif there > tokens and not tokens and prefix + "cls_token" in target:  # the position becomes part of the token
+    elif there > tokens and not tokens and prefix + "cls_token" in target:  # add the position to the token
         for i, name in enumerate(("cls_token", "dist_token")[:there]):
             if prefix + name in state:
                 state[prefix + name] = state[prefix + name] + first[:, i : i + 1]
@@ -116,8 +116,9 @@ def _fit_positions(
 def _grid(
     n: int, tokens: Sequence[int], known: Any, new: Sequence[int], own: int, square: bool
 ) -> tuple[tuple[int, ...], int] | None:
-    """Rows and columns of a table of n positions, and how many of them come before: as the file says, else square, else
-    the model's."""
+    """Rows and columns of a table of n positions, and the number of prefix positions: from the file's metadata, else
+    square, else the model's.
+    """
     area = new[0] * new[1]
     if known is not None:
         left = n - known[0] * known[1]
@@ -140,7 +141,7 @@ def _grid(
 def _fit_window(
     module: Any, state: dict[str, Tensor], key: str, target: Mapping[str, Tensor], known: Any, square: bool
 ) -> str:
-    """Relative-position biases of another window, resampled."""
+    """Resample relative-position biases of another window size."""
     table, new = state[key], tuple(2 * w - 1 for w in module.window_size)
     if table.dim() != 2:
         return ""
@@ -154,7 +155,7 @@ def _fit_window(
 def _fit_relative(
     module: Any, state: dict[str, Tensor], key: str, target: Mapping[str, Tensor], known: Any, square: bool
 ) -> str:
-    """Decomposed relative positions of an axis of another length, interpolated linearly as at run time."""
+    """Interpolate decomposed relative positions linearly to another length, as at run time."""
     table, n = state[key], target[key].shape[0]
     if table.dim() != 2 or table.shape[0] == n or table.shape[1] != target[key].shape[1]:
         return ""
@@ -165,7 +166,7 @@ def _fit_relative(
 def _fit_pool(
     module: Any, state: dict[str, Tensor], key: str, target: Mapping[str, Tensor], known: Any, square: bool
 ) -> str:
-    """Positions of CLIP's residual tower: the mean token's, then a square map's."""
+    """Position embeddings of CLIP's ResNet tower: one of the mean token, then those of a square map."""
     pos, n = state[key], module.side
     if pos.dim() != 2 or pos.shape == target[key].shape or not _is_square(pos.shape[0] - 1):
         return ""
@@ -177,7 +178,7 @@ def _fit_pool(
 def _fit_text(
     module: Any, state: dict[str, Tensor], key: str, target: Mapping[str, Tensor], known: Any, square: bool
 ) -> str:
-    """Positions of a longer text: those of its beginning."""
+    """Position embeddings of a longer text, cut to the model's length."""
     pos, n = state[key], target[key].shape[0]
     if pos.dim() != 2 or pos.shape[0] == n:
         return ""
@@ -190,7 +191,7 @@ def _fit_text(
 def _fit_stem(
     module: Any, state: dict[str, Tensor], key: str, target: Mapping[str, Tensor], known: Any, square: bool
 ) -> str:
-    """The first convolution for another number of channels, then of another patch size."""
+    """The first convolution for another number of channels, then for another patch size."""
     weight, want = state[key], target[key].shape
     if weight.dim() != 4 or len(want) != 4 or weight.shape[0] != want[0] or weight.shape == want:
         return ""
@@ -210,10 +211,10 @@ def _fit_stem(
 
 
 def adapt_channels(weight: Tensor, channels: int) -> Tensor:
-    """Filters (D, C, h, w) for images of other channels: a grey image gives what it gave with its value in every
+    """Filters (D, C, h, w) for another number of channels. Grey images give the same result with their value in every
     channel.
 
-    To one channel they are summed; to more, repeated in turn and scaled by the ratio of the numbers.
+    For one channel the filters are summed; for more they are repeated and scaled by the ratio of the numbers.
     """
     old = weight.shape[1]
     if channels == 1:
@@ -223,10 +224,9 @@ def adapt_channels(weight: Tensor, channels: int) -> Tensor:
 
 
 def resample_patch(weight: Tensor, size: Sequence[int]) -> Tensor:
-    """Filters (D, C, h, w) for patches of another size: the least change of their products with patches that are
-    resized likewise.
+    """Filters (D, C, h, w) for another patch size, such that their products with resized patches change least.
 
-    The pseudo-inverse of the resizing, bicubic with antialiasing. Beyer et al., "FlexiViT" (2023), section 3.4.
+    Uses the pseudo-inverse of the resize matrix (bicubic, antialiased). Beyer et al., "FlexiViT" (2023), section 3.4.
     """
     old = weight.shape[2:]
     basis = torch.eye(old[0] * old[1]).view(-1, 1, *old)

@@ -17,10 +17,10 @@ from pyvit.nn.constants import Constants
 
 
 class AudioSpectrogramTransformer(DistilledVisionTransformer):
-    """Log-mel spectrograms (B, 1, mel bins, frames) to logits (B, num_classes): a DeiT over overlapping 16 x 16 patches
+    """Log-mel spectrograms (B, 1, mel bins, frames) to logits (B, num_classes): a DeiT on overlapping 16 x 16 patches
     (section 2.1).
 
-    The class and distillation tokens are averaged, normalised and classified. ``img_size`` is (mel bins, frames).
+    The mean of class and distillation token is normalised and classified. ``img_size`` is (mel bins, frames).
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -41,9 +41,10 @@ class AudioSpectrogramTransformer(DistilledVisionTransformer):
 class LogMel(Constants):
     """Waveforms (B, samples) at 16 kHz to normalised log-mel spectrograms (B, 1, mel bins, frames), AST's input.
 
-    Frames of 25 ms every 10 ms, mean removed, pre-emphasis 0.97, Hann window, power spectrum, triangular filters even
-    on the mel scale 1127 ln(1 + f / 700) from 20 Hz to half the rate: the filter bank of Kaldi. Zero frames fill up to
-    ``frames`` (None: as many as there are), and (x - mean) / (2 std) follows, with AudioSet's statistics.
+    Kaldi's filter bank: frames of 25 ms every 10 ms, mean removed, pre-emphasis 0.97, Hann window, power spectrum,
+    triangular filters equally spaced on the mel scale 1127 ln(1 + f / 700) from 20 Hz to half the sample rate. Frames
+    are padded with zeros to ``frames`` (None: no padding) and normalised to (x - mean) / (2 std) with AudioSet's
+    statistics.
     """
 
     filters: Tensor
@@ -83,7 +84,7 @@ class LogMel(Constants):
 
 
 def mel_filters(bins: int, size: int, rate: int, low: float = 20.0) -> Tensor:
-    """Triangles (size // 2 + 1, bins) over the bins of an FFT of ``size``, straight on the mel scale."""
+    """Triangular filters (size // 2 + 1, bins) over the bins of an FFT of length ``size``, linear on the mel scale."""
     mel = lambda f: 1127.0 * torch.log1p(f / 700.0)  # noqa: E731
     exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
     edges = torch.linspace(*(float(mel(torch.tensor(f, **exact))) for f in (low, rate / 2)), bins + 2, **exact)
@@ -94,11 +95,11 @@ def mel_filters(bins: int, size: int, rate: int, low: float = 20.0) -> Tensor:
 
 
 def from_image_model(model: AudioSpectrogramTransformer, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of an image ViT or DeiT, native keys, made into a starting point for ``model`` (section 2.2).
+    """Weights of an image ViT or DeiT (native keys), adapted as initial weights of ``model`` (section 2.2).
 
-    The patch projection is averaged over colours; positions are cut to the grid where it is smaller and interpolated
-    bilinearly where it is larger; a missing distillation token starts as the class token; heads are left out. Load with
-    ``load_checkpoint(model, result, allow=("head.*", "fc_norm.*"))``.
+    The patch projection is averaged over colours. Positions are cut where the new grid is smaller and interpolated
+    bilinearly where it is larger. A missing distillation token becomes a copy of the class token. Heads are left out.
+    Load with ``load_checkpoint(model, result, allow=("head.*", "fc_norm.*"))``.
     """
     found = {k: v for k, v in state.items() if not k.startswith(("head", "fc_norm"))}
     found["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].mean(1, keepdim=True)

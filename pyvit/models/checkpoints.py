@@ -1,4 +1,4 @@
-"""Loading the weights people have: any layout of :mod:`pyvit.models.formats`, any wrapper, any image or window size."""
+"""Loading checkpoints of any layout of :mod:`pyvit.models.formats`, wrapped or not, of any image or window size."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pyvit.models.adapt import adapt
-from pyvit.models.facts import Facts, compare, describe, facts_of_config
 from pyvit.models.formats import FORMATS, NATIVE, Format, pattern
-from pyvit.models.source import Source, open_source, read_state
+from pyvit.models.metadata import Metadata, compare, describe, metadata_of_config
+from pyvit.models.state_dict import Source, open_source, read_state
 
 __all__ = [
     "CheckpointError",
@@ -30,13 +30,13 @@ __all__ = [
     "to_native",
 ]
 
-#: Parameters a file may lack: timm's DINOv2 leaves the mask token out, old files the counters of batch norms.
+#: Parameters that a file may lack: timm's DINOv2 files have no mask token, old files no counters of batch norms.
 _OPTIONAL = (r"(.*\.)?mask_token", r".*num_batches_tracked")
 
-#: Wrappers of a model that may be given in its place, beside a compiled one.
+#: Wrappers that are removed from a model, besides torch.compile's.
 _WRAPPED = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
-#: Facts of which a difference is only noted, and facts by which tables are resampled.
+#: Metadata whose differences are only reported, and metadata that determines resampling.
 _NOTED, _RESAMPLED = ("eps",), ("grid", "window_size")
 
 
@@ -44,11 +44,11 @@ _NOTED, _RESAMPLED = ("eps",), ("grid", "window_size")
 class LoadReport:
     """What :func:`load_checkpoint` did, key by key.
 
-    missing: parameters of the model that the checkpoint does not have. unexpected: keys that no rule knows or the model
-    has no place for. mismatched: parameters whose shape does not fit. unused: keys of pre-training heads and buffers,
-    left out by design. adapted: parameters resampled to another size. not_finite: parameters with NaN or infinity.
-    differs: settings that shapes do not show (heads, activation, ...) and that the file names otherwise than the model
-    has them. notes: what was assumed, and small differences.
+    missing: parameters of the model that the checkpoint lacks. unexpected: keys that no rule knows or that the model
+    does not have. mismatched: parameters of another shape. unused: heads of pre-training and buffers, which are
+    skipped. adapted: parameters resampled to another size. not_finite: parameters with NaN or infinity. differs:
+    settings that shapes do not show (heads, activation, ...) and that differ from the file's metadata. notes:
+    assumptions and small differences.
     """
 
     format: str
@@ -70,8 +70,7 @@ class LoadReport:
         return "\n".join(lines)
 
     def summary(self) -> str:
-        """The report with the names of one part of the model as one: what was loaded, resampled, left as initialised,
-        not used."""
+        """A short report with one line per kind: loaded, resampled, left at the initial value, not used."""
         lines = [f"{self.format} checkpoint: {len(self.loaded)} parameters loaded"]
         left = [*self.missing, *(f"{entry.split()[0]} (another shape)" for entry in self.mismatched), *self.not_finite]
         told = {
@@ -84,7 +83,7 @@ class LoadReport:
 
 
 def _parts(names: Iterable[str]) -> list[str]:
-    """Names by what stands before their first dot, with the number of each: "text.* (31)"."""
+    """Names grouped by their first component, with counts: "text.* (31)"."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(name.partition(".")[0], []).append(name)
@@ -92,7 +91,7 @@ def _parts(names: Iterable[str]) -> list[str]:
 
 
 def fold(names: Iterable[str], most: int = 20) -> list[str]:
-    """Names that differ in the numbers of blocks alone as one, such as "blocks.*.attn.qkv.bias (12)"."""
+    """Names that differ only in block numbers as one, such as "blocks.*.attn.qkv.bias (12)"."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
@@ -101,7 +100,7 @@ def fold(names: Iterable[str], most: int = 20) -> list[str]:
 
 
 class CheckpointError(ValueError, RuntimeError):
-    """The checkpoint does not fit the model; ``report`` says where."""
+    """The checkpoint does not fit the model. ``report`` has the details."""
 
     def __init__(self, report: LoadReport, name: str = "the checkpoint") -> None:
         super().__init__(f"load_checkpoint: {name} does not fit the model (strict=False loads what does)\n{report}")
@@ -119,26 +118,26 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load weights of any recognised layout into a pyvit model, in place.
 
-    Position tables and relative-position biases of another grid or window, and patch projections of another patch size
-    or number of channels, are resampled. A ViT takes the image tower of a CLIP.
+    Position embeddings, relative-position biases and patch projections of another size, and patch projections of
+    another number of channels, are resampled. A ViT loads the image tower of a CLIP.
 
     Args:
-        model: a model of :mod:`pyvit.models`, compiled or wrapped for several processes or not.
-        source: a file of ``torch.save`` (no code in it is run), ``.safetensors`` or OpenAI's TorchScript archives; a
-            folder with one of them, of ``pyvit train``, transformers, timm or open_clip, whose configuration is read
-            too; or a state dict, wrapped or not.
-        strict: raise :class:`CheckpointError` if anything is missing, unexpected, of another shape, not finite, or if
-            the file's configuration names other heads, another activation or another stride than the model's; the model
-            is then left untouched.
-        allow: regular expressions of the model's keys that may be missing, unexpected or mismatched (``("head\\..*",)``
-            to fine-tune), or of settings that may differ (``".*num_heads"``).
-        name: the format, where it should not be recognised from the keys (see :func:`formats`).
-        grid: rows and columns of the checkpoint's positions, where neither the file nor its configuration says; square
-            by default.
+        model: a model of :mod:`pyvit.models`, possibly compiled or wrapped for distributed training.
+        source: a file of ``torch.save`` (no code from it is executed), ``.safetensors``, or one of OpenAI's TorchScript
+            archives; a folder of ``pyvit train``, transformers, timm or open_clip, whose configuration is read too; or
+            a state dict, wrapped or not.
+        strict: raise :class:`CheckpointError` if anything is missing, unexpected, of another shape or not finite, or if
+            the file's configuration has another number of heads, activation or stride than the model. The model is then
+            unchanged.
+        allow: regular expressions of model keys that may be missing, unexpected or mismatched (``("head\\..*",)`` for
+            fine-tuning), or of settings that may differ (``".*num_heads"``).
+        name: the layout, if it should not be recognised from the keys (see :func:`formats`).
+        grid: rows and columns of the checkpoint's position embeddings, if neither the file nor its configuration says;
+            by default square.
 
-    Returns the report, which names every key that was not simply copied.
+    Returns a report of every key that was not simply copied.
 
-    Raises ValueError for a file that is no checkpoint or holds other objects in the place of tensors.
+    Raises ValueError for a file that is not a checkpoint or has other objects instead of tensors.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_checkpoint: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -154,11 +153,11 @@ def load_checkpoint(
     opened = source if isinstance(source, Source) else open_source(source, target.keys())
     found = recognise(opened.state) if name is None else _format(name)
     native, unknown, unused = to_native(opened.state, found)
-    facts = {**opened.facts, **({} if opened.facts else facts_of_config(opened.config, native))}
-    native, facts, other = _tower(native, facts, target)
+    metadata = {**opened.metadata, **({} if opened.metadata else metadata_of_config(opened.config, native))}
+    native, metadata, other = _tower(native, metadata, target)
     if grid is not None:
-        facts |= {
-            path: {**facts.get(path, {}), "grid": list(grid)}
+        metadata |= {
+            path: {**metadata.get(path, {}), "grid": list(grid)}
             for path, held in describe(model).items()
             if "grid" in held
         }
@@ -167,7 +166,7 @@ def load_checkpoint(
         report.notes.append(f"weights taken from {opened.wrapper!r}")
     square = not (opened.plain and found is NATIVE)
     report.adapted, unfit = adapt(
-        model, native, target, {path.replace("\\", ""): f for path, f in facts.items()}, square
+        model, native, target, {path.replace("\\", ""): f for path, f in metadata.items()}, square
     )
     skipped = [re.compile(p) for p in (*found.extra, *found.drop)]
     if "dist_token" not in target and any(note.endswith("left out") for note in report.adapted):
@@ -191,8 +190,8 @@ def load_checkpoint(
     report.unexpected = unknown
     bad = {entry.split()[0] for entry in (*report.mismatched, *report.not_finite)}
     report.missing = [key for key in target if key not in chosen and key not in bad]
-    settings = _settings(model, facts, report, any(key.startswith(("head.", "head_dist.", "fc.")) for key in chosen))
-    if found.name in ("OpenAI CLIP", "open_clip") and not any("activation" in f for f in facts.values()):
+    settings = _settings(model, metadata, report, any(key.startswith(("head.", "head_dist.", "fc.")) for key in chosen))
+    if found.name in ("OpenAI CLIP", "open_clip") and not any("activation" in f for f in metadata.values()):
         report.notes.append(
             "the file does not say whether its activation is quick_gelu (OpenAI's) or gelu; the model's is kept"
         )
@@ -210,28 +209,28 @@ def load_checkpoint(
 
 
 def _finite(value: Tensor) -> bool:
-    """Whether no entry is NaN or infinite: their sum in float64 then is not either, which takes a third of the time of
-    isfinite."""
+    """Whether all entries are finite. Checks their float64 sum, which takes a third of the time of isfinite."""
     if not value.is_floating_point():
         return True
     return math.isfinite((value.float() if value.element_size() == 1 else value).sum(dtype=torch.float64).item())
 
 
-def _settings(model: nn.Module, facts: Facts, report: LoadReport, head: bool) -> dict[str, int]:
-    """Compare facts of the file with the model's into ``report``; returns the end tokens that text towers take over
-    from the file."""
+def _settings(model: nn.Module, metadata: Metadata, report: LoadReport, head: bool) -> dict[str, int]:
+    """Compare the file's metadata with the model and add the differences to ``report``. Returns the end tokens that
+    text towers take from the file.
+    """
     taken: dict[str, int] = {}
     noted: dict[str, None] = {}
-    for path, fact, theirs, ours in compare(facts, describe(model)):
-        entry = f"{path + '.' if path else ''}{fact} {theirs!r} in the file, {ours!r} in the model"
-        if fact in _RESAMPLED or (fact == "global_pool" and not head):
+    for path, setting, theirs, ours in compare(metadata, describe(model)):
+        entry = f"{path + '.' if path else ''}{setting} {theirs!r} in the file, {ours!r} in the model"
+        if setting in _RESAMPLED or (setting == "global_pool" and not head):
             continue
-        if fact in _NOTED:
-            noted[f"{fact} {theirs!r} in the file, {ours!r} in the model"] = None
-        elif fact == "eot" and ours is None:
+        if setting in _NOTED:
+            noted[f"{setting} {theirs!r} in the file, {ours!r} in the model"] = None
+        elif setting == "eot" and ours is None:
             taken[path] = theirs
             report.notes.append(f"{path}.eot {theirs}, the end token that the file names")
-        elif fact == "eot" and theirs is None and ours == model.get_submodule(path).vocab_size - 1:
+        elif setting == "eot" and theirs is None and ours == model.get_submodule(path).vocab_size - 1:
             continue
         else:
             report.differs.append(entry)
@@ -240,22 +239,22 @@ def _settings(model: nn.Module, facts: Facts, report: LoadReport, head: bool) ->
 
 
 def _tower(
-    native: dict[str, Tensor], facts: Facts, target: Collection[str]
-) -> tuple[dict[str, Tensor], Facts, list[str]]:
-    """Of the towers of a CLIP the one that a model of one tower takes, and the keys of the other."""
+    native: dict[str, Tensor], metadata: Metadata, target: Collection[str]
+) -> tuple[dict[str, Tensor], Metadata, list[str]]:
+    """The keys of a CLIP checkpoint that a single-tower model loads, and the other tower's keys."""
     if not any(k.startswith("visual.") for k in native) or any(k.startswith(("visual.", "text.")) for k in target):
-        return native, facts, []
+        return native, metadata, []
     tower = "text." if "token_embedding.weight" in target else "visual."
     chosen = {k.removeprefix(tower): v for k, v in native.items() if k.startswith(tower)}
     if "head.bias" in target or not any(k.startswith("head.") for k in target):
-        chosen.pop("head.weight", None)  # the projection into the common space is no classifier
+        chosen.pop("head.weight", None)  # the projection into the common space is not a classifier
     other = [k for k in native if k.removeprefix(tower) not in chosen or not k.startswith(tower)]
     cut = re.compile(re.escape(tower[:-1]) + r"(\\?\.|$)")
-    return chosen, {cut.sub("", path, count=1): f for path, f in facts.items() if cut.match(path)}, other
+    return chosen, {cut.sub("", path, count=1): f for path, f in metadata.items() if cut.match(path)}, other
 
 
 def formats() -> list[str]:
-    """Names of the layouts that are recognised."""
+    """Names of the recognised layouts."""
     return [f.name for f in FORMATS]
 
 
@@ -277,7 +276,7 @@ def recognise(state: Mapping[str, Tensor]) -> Format:
 
 
 def to_native(state: Mapping[str, Tensor], layout: Format) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Native state dict, the keys no rule knows, and the keys left out by design."""
+    """The native state dict, the keys that no rule knows, and the keys that are skipped."""
     dropped = [re.compile(p) for p in layout.drop]
     unused = [k for k in state if any(p.fullmatch(k) for p in dropped)]
     left = {k: v for k, v in state.items() if k not in set(unused)}
@@ -298,7 +297,7 @@ def to_native(state: Mapping[str, Tensor], layout: Format) -> tuple[dict[str, Te
 
 
 def from_native(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """A native state dict in another layout, by its name in :func:`formats`: what ``pyvit convert`` writes.
+    """Convert a native state dict to the layout ``name`` of :func:`formats`, as ``pyvit convert`` does.
 
     Raises ValueError for keys that the layout has no name for.
     """

@@ -15,21 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyvit.models.facts import Described
+from pyvit.models.metadata import WithMetadata
 from pyvit.models.registry import register
 from pyvit.models.resnet import CLIPResNet
 from pyvit.models.vit import VisionTransformer
 from pyvit.nn import Block, LayerNorm, Linear
 
 
-class TextTransformer(Described):
+class TextTransformer(WithMetadata):
     """Token ids (B, L) to embeddings (B, embed_dim); L up to ``context_length``.
 
     Args:
-        pool: "eot", the end token (CLIP), or "last" (SigLIP). causal: each token sees those before it (CLIP).
-        eot: id of the end token, of which the first in each row is taken, or the last token of a row without one; None:
-            the token of the largest id, which is the end token of OpenAI's vocabulary.
-        proj_bias: of the output projection.
+        pool: "eot", the end token (CLIP), or "last" (SigLIP). causal: causal attention (CLIP).
+        eot: id of the end token. The first one in each row is pooled, or the last token of a row without one. None: the
+            token with the largest id, which is the end token of OpenAI's vocabulary.
+        proj_bias: bias of the output projection.
     """
 
     def __init__(
@@ -90,18 +90,20 @@ class TextTransformer(Described):
         return self.proj(x)
 
     def end_of(self, text: Tensor) -> Tensor:
-        """Where each row of ids (B, L) ends, (B,): with causal attention that token alone has read the whole text, and
-        no padding."""
+        """Position of the end token in each row of ids (B, L), (B,). With causal attention, only this token sees the
+        whole text and no padding.
+        """
         if self.eot is None:
             return text.argmax(-1)
         ends = text == self.eot
-        ends[:, -1] = True  # of a row without an end
-        return ends.int().argmax(-1)  # the first
+        ends[:, -1] = True  # rows without an end token
+        return ends.int().argmax(-1)  # the first end token
 
 
-class TextCBOW(Described):
-    """The mean of the words' vectors, projected: (B, L) ids to (B, embed_dim). Id ``pad`` counts for nothing. Figure 3
-    of CLIP names it."""
+class TextCBOW(WithMetadata):
+    """Mean of the token embeddings, projected: ids (B, L) to (B, embed_dim). Tokens ``pad`` are ignored. Mentioned in
+    figure 3 of CLIP.
+    """
 
     def __init__(self, embed_dim: int = 512, vocab_size: int = 49408, width: int = 512, pad: int = 0) -> None:
         super().__init__()
@@ -118,7 +120,7 @@ class TextCBOW(Described):
 
 
 def init_tower(blocks: nn.Sequential, width: int) -> None:
-    """CLIP's initial weights: residual projections shrink with depth (section 2.4 and its code)."""
+    """CLIP's initialisation: residual projections are scaled down with depth (section 2.4 and its code)."""
     shrink = width**-0.5 * (2 * len(blocks)) ** -0.5
     for block in blocks:
         nn.init.normal_(block.attn.qkv.weight, std=width**-0.5)
@@ -130,11 +132,12 @@ def init_tower(blocks: nn.Sequential, width: int) -> None:
 
 
 class CLIP(nn.Module):
-    """Two towers and a temperature (figure 3): images and texts to unit vectors whose products are similarities.
+    """An image tower, a text tower and a temperature (figure 3): images and texts to unit vectors, whose dot products
+    are similarities.
 
     Args:
-        visual: images to (B, embed_dim); text: ids to (B, embed_dim).
-        init_scale: initial temperature's logarithm, ln(1/0.07) in CLIP and ln 10 in SigLIP. init_bias: SigLIP's bias;
+        visual: images to (B, embed_dim). text: ids to (B, embed_dim).
+        init_scale: initial logarithm of the scale, ln(1/0.07) in CLIP and ln 10 in SigLIP. init_bias: SigLIP's bias;
             None for CLIP.
     """
 
@@ -147,23 +150,25 @@ class CLIP(nn.Module):
         self.logit_bias = None if init_bias is None else nn.Parameter(torch.tensor(init_bias))
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
-        """(B, C, H, W) to (B, embed_dim), of length 1 unless ``normalize`` is False."""
+        """(B, C, H, W) to (B, embed_dim), normalised unless ``normalize`` is False."""
         x = self.visual(images)
         return F.normalize(x, dim=-1) if normalize else x
 
     def encode_text(self, text: Tensor, normalize: bool = True) -> Tensor:
-        """Ids (B, L) to (B, embed_dim), of length 1 unless ``normalize`` is False."""
+        """Ids (B, L) to (B, embed_dim), normalised unless ``normalize`` is False."""
         x = self.text(text)
         return F.normalize(x, dim=-1) if normalize else x
 
     def scale(self) -> Tensor:
-        """The factor on similarities. Training of CLIP keeps ``logit_scale`` below ln 100 (section 2.5); SigLIP's has
-        no bound."""
+        """The factor on similarities. CLIP's training keeps ``logit_scale`` below ln 100 (section 2.5); SigLIP's is not
+        bounded.
+        """
         return self.logit_scale.exp()
 
     def forward(self, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Unit image and text embeddings (B, embed_dim), scale () and bias () or None: the arguments of the contrastive
-        losses."""
+        """Normalised image and text embeddings (B, embed_dim), scale () and bias () or None: the arguments of the
+        contrastive losses.
+        """
         return self.encode_image(images), self.encode_text(text), self.scale(), self.logit_bias
 
     def logits(self, images: Tensor, text: Tensor) -> Tensor:
@@ -178,7 +183,7 @@ class CLIP(nn.Module):
             tower.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay should leave alone, besides biases and norms."""
+        """Parameters without weight decay, besides biases and norms."""
         inner = {f"visual.{name}" for name in getattr(self.visual, "no_weight_decay", set)()}
         return inner | {"logit_scale", "logit_bias", "text.positional_embedding"}
 
@@ -210,10 +215,11 @@ def clip_vit(
     pad: int = 0,
     **visual: Any,
 ) -> CLIP:
-    """CLIP with a ViT image tower (section 2.4). ``text``: "transformer" or "cbow"; ``visual``: further settings of the
+    """CLIP with a ViT image tower (section 2.4). ``text``: "transformer" or "cbow". ``visual``: other settings of the
     ViT.
 
-    ``eot`` and ``pad``: ids of the tokenizer's end and padding, see :class:`TextTransformer` and :class:`TextCBOW`.
+    ``eot`` and ``pad``: ids of the tokenizer's end and padding tokens, see :class:`TextTransformer` and
+    :class:`TextCBOW`.
     """
     settings = {
         "pre_norm": True,
@@ -243,7 +249,7 @@ def clip_vit(
 def text_tower(
     kind: str, embed_dim: int, vocab_size: int, context_length: int, width: int, pad: int, **transformer: Any
 ) -> nn.Module:
-    """The text encoder called ``kind``: "transformer" or "cbow"."""
+    """The text encoder ``kind``: "transformer" or "cbow"."""
     if kind == "cbow":
         return TextCBOW(embed_dim, vocab_size, width, pad)
     if kind != "transformer":
@@ -262,8 +268,7 @@ def siglip_vit(
     context_length: int = 64,
     **visual: Any,
 ) -> CLIP:
-    """SigLIP: no class token, attention pooling, both towers of one width, a bias beside the temperature (section
-    3.2)."""
+    """SigLIP: no class token, attention pooling, both towers of equal width, and a logit bias (section 3.2)."""
     settings = {"class_token": False, "global_pool": "map", "num_classes": 0, "activation": "gelu_tanh", **visual}
     make = {"depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio}
     tower = VisionTransformer(img_size=img_size, patch_size=patch_size, embed_dim=width, **make, **settings)
@@ -298,7 +303,7 @@ def clip_resnet(
     eot: int | None = None,
     pad: int = 0,
 ) -> CLIP:
-    """CLIP with a residual image tower and attention pooling (section 2.4)."""
+    """CLIP with a ResNet image tower and attention pooling (section 2.4)."""
     tower = CLIPResNet(layers, embed_dim, num_heads, img_size, width)
     transformer = {
         "num_heads": text_heads,

@@ -12,9 +12,9 @@ from pyvit.nn import Linear
 
 
 class DistilledVisionTransformer(VisionTransformer):
-    """A ViT whose second token learns from a teacher through a head of its own, ``head_dist``.
+    """A ViT with a distillation token, whose head ``head_dist`` learns from a teacher.
 
-    In training the forward pass gives both logits (class, distillation); in evaluation their mean.
+    In training the forward pass returns both logits (class, distillation), in evaluation their mean.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -29,7 +29,7 @@ class DistilledVisionTransformer(VisionTransformer):
             nn.init.zeros_(self.head_dist.bias)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
-        """Features (B, P + N, D) to logits (B, num_classes), a pair of them in training."""
+        """Features (B, P + N, D) to logits (B, num_classes), or to a pair of logits in training."""
         if pre_logits:
             return (x[:, 0] + x[:, 1]) / 2
         of_class, of_teacher = self.head(self.head_drop(x[:, 0])), self.head_dist(self.head_drop(x[:, 1]))

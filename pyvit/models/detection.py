@@ -1,7 +1,7 @@
-"""Backbones for detection: a plain ViT with windows, and Swin.
+"""Backbones for detection: ViTDet and Swin.
 
-Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection" (ViTDet, 2022). Both give the ordered
-dictionary of maps, and the ``out_channels``, that torchvision's ``MaskRCNN`` and ``FasterRCNN`` take.
+Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection" (ViTDet, 2022). They return an ordered
+dictionary of feature maps and have ``out_channels``, as torchvision's ``MaskRCNN`` and ``FasterRCNN`` require.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyvit.models.facts import Described
+from pyvit.models.metadata import WithMetadata
 from pyvit.models.registry import create_model, register
 from pyvit.models.swin import SwinTransformer
 from pyvit.models.vit import SIZES
@@ -28,18 +28,18 @@ from pyvit.ops.reference import window_partition, window_reverse
 
 
 class DecomposedAttention(nn.Module):
-    """Attention over a map with decomposed relative positions, (B, H, W, C) -> (B, H, W, C). Li et al., "MViTv2"
-    (2022), equation 4.
+    """Attention on a map with decomposed relative positions, (B, H, W, C) -> (B, H, W, C). Li et al., "MViTv2" (2022),
+    equation 4.
 
-    The score of query i and key j gains q_i . Rh[y_i - y_j] + q_i . Rw[x_i - x_j]. Both terms become channels, of the
-    query its products with the rows of Rh and Rw, of the key the indicators of its row and column, so that no matrix of
-    N^2 biases exists.
+    The score of query i and key j gets the bias q_i . Rh[y_i - y_j] + q_i . Rw[x_i - x_j]. It is computed as extra
+    channels: for the query its products with the rows of Rh and Rw, for the key one-hot vectors of its row and column.
+    So no N x N bias matrix is stored.
 
     Args:
-        size: (rows, columns) that the tables rel_pos_h and rel_pos_w are for; other sizes resample them linearly. None:
+        size: (rows, columns) of the tables rel_pos_h and rel_pos_w; they are resampled linearly for other sizes. None:
             no positions.
-        window_size: attend within windows of this size (0: over the whole map). Maps are padded with zero tokens, which
-            take part.
+        window_size: attend within windows of this size (0: the whole map). Maps are padded with zero tokens, which take
+            part in attention.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class DecomposedAttention(nn.Module):
         return self.proj(window_reverse(out, (n, n), size)[:, :h, :w])
 
     def score_shape(self, x: Tensor) -> tuple[int, int, int]:
-        """Sequences times heads, queries and keys of the scores that x (B, H, W, C) stands for."""
+        """(sequences x heads, queries, keys) of the scores of x (B, H, W, C)."""
         b, h, w, _ = x.shape
         n = self.window_size
         tokens = n * n if n else h * w
@@ -95,8 +95,9 @@ class DecomposedAttention(nn.Module):
 
 
 def offsets(table: Tensor, n: int) -> Tensor:
-    """Rows of a table (L, d) of offsets for every (query, key) of an axis of n: (n, n, d), resampled linearly when L is
-    not 2n - 1."""
+    """Rows of a table (L, d) of offsets for every (query, key) of an axis of length n: (n, n, d). Resampled linearly if
+    L is not 2n - 1.
+    """
     if table.shape[0] != 2 * n - 1:
         table = F.interpolate(table.float().T[None], size=2 * n - 1, mode="linear")[0].T.to(table.dtype)
     at = torch.arange(n, device=table.device)
@@ -104,7 +105,7 @@ def offsets(table: Tensor, n: int) -> Tensor:
 
 
 class ViTDetBlock(nn.Module):
-    """A ViT block on the map, (B, H, W, C) -> (B, H, W, C), with windowed or global attention."""
+    """A ViT block on a map, (B, H, W, C) -> (B, H, W, C), with windowed or global attention."""
 
     def __init__(self, dim: int, attn: DecomposedAttention, mlp_ratio: float, drop_path: float, eps: float) -> None:
         super().__init__()
@@ -122,17 +123,16 @@ class ViTDetBlock(nn.Module):
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
-class ViTDet(Described):
-    """Images (B, C, H, W) to one map (B, D, H/16, W/16): a ViT whose blocks attend in windows but for a few (section
-    3).
+class ViTDet(WithMetadata):
+    """Images (B, C, H, W) to one map (B, D, H/16, W/16): a ViT with windowed attention in most blocks (section 3).
 
-    Its parameters have a ViT's names: MAE's weights load with ``allow=("cls_token", "norm.*", ".*rel_pos.*")``.
+    Parameters have a ViT's names: MAE's weights load with ``allow=("cls_token", "norm.*", ".*rel_pos.*")``.
 
     Args:
         img_size: for the relative positions of global blocks. pretrain_img_size: for the learned absolute positions,
             which are resampled.
-        window_size, global_blocks: 14, and the blocks that attend globally, by default four, evenly spread.
-        rel_pos: decomposed relative positions. The rest as in :class:`pyvit.models.vit.VisionTransformer`.
+        window_size, global_blocks: 14, and the blocks with global attention, by default four at equal distances.
+        rel_pos: decomposed relative positions. The others as in :class:`pyvit.models.vit.VisionTransformer`.
     """
 
     def __init__(
@@ -187,11 +187,11 @@ class ViTDet(Described):
         return x.permute(0, 3, 1, 2)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
+        """Recompute each block in the backward pass instead of storing its activations."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay should leave alone, besides biases and norms."""
+        """Parameters without weight decay, besides biases and norms."""
         return {n for n, _ in self.named_parameters() if "pos_embed" in n or "rel_pos" in n}
 
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
@@ -207,8 +207,9 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """One map at stride 16 to maps "0" to "3" at strides 4, 8, 16, 32, and "pool" at 64, each (B, out_channels, ...)
-    (section 3)."""
+    """A map at stride 16 to maps "0" to "3" at strides 4, 8, 16, 32, and "pool" at 64, each (B, out_channels, ...)
+    (section 3).
+    """
 
     def __init__(self, dim: int, out_channels: int = 256) -> None:
         super().__init__()
@@ -238,8 +239,9 @@ class SimpleFeaturePyramid(nn.Module):
 
 
 class FeaturePyramid(nn.Module):
-    """Maps of several strides to as many of ``out_channels``, each with what the coarser ones saw, and "pool". Lin et
-    al., "FPN" (2017)."""
+    """Maps of several strides to maps of ``out_channels`` channels with top-down connections, and "pool". Lin et al.,
+    "FPN" (2017).
+    """
 
     def __init__(self, channels: Sequence[int], out_channels: int = 256) -> None:
         super().__init__()
@@ -256,7 +258,7 @@ class FeaturePyramid(nn.Module):
 
 
 class DetectionBackbone(nn.Module):
-    """A body and a pyramid: images to an ordered dictionary of maps with ``out_channels`` channels each."""
+    """A backbone and a pyramid: images to an ordered dictionary of maps with ``out_channels`` channels each."""
 
     def __init__(self, body: ViTDet | SwinTransformer, out_channels: int = 256) -> None:
         super().__init__()
@@ -277,7 +279,7 @@ class DetectionBackbone(nn.Module):
         return self.pyramid(self.body(images))
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay should leave alone, besides biases and norms."""
+        """Parameters without weight decay, besides biases and norms."""
         return {f"body.{name}" for name in self.body.no_weight_decay()}
 
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
@@ -286,7 +288,7 @@ class DetectionBackbone(nn.Module):
 
 
 def detection_backbone(body: str, out_channels: int = 256, **settings: Any) -> DetectionBackbone:
-    """A registered ``vitdet_*`` or ``swin*`` model under a pyramid; ``settings`` override the body's."""
+    """A registered ``vitdet_*`` or ``swin*`` model with a pyramid; ``settings`` override those of the backbone."""
     made = create_model(body, **settings)
     if not isinstance(made, ViTDet | SwinTransformer):
         raise ValueError(f"detection_backbone: body must name a ViTDet or Swin model, got {body!r}")

@@ -1,4 +1,4 @@
-"""Self-distillation: DINO, iBOT and DINOv2 as switches of one model.
+"""Self-distillation: DINO, iBOT and DINOv2 as settings of one model.
 
 Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (2021); Zhou et al., "iBOT" (2022); Oquab et
 al., "DINOv2" (2023).
@@ -26,16 +26,15 @@ from pyvit.torch_private import lerp_all
 
 
 class DINOHead(nn.Module):
-    """Features (..., D) to scores (..., prototypes): an MLP, a unit vector, its cosine with every prototype (DINO,
-    section 3.1).
+    """Features (..., D) to scores (..., prototypes): an MLP, L2 normalisation, and cosine similarities with the
+    prototypes (DINO, section 3.1).
 
-    :meth:`features` and :attr:`prototypes` give the two factors apart, for losses that never hold the scores.
+    :meth:`features` and :attr:`prototypes` are the factors of the scores, for losses that do not store the scores.
 
     Args:
-        dim, prototypes, hidden, bottleneck, layers: widths and depth of the MLP, and the number of scores.
-        batch_norm: normalise the hidden layers over the batch (the paper's ``use_bn_in_head``).
-        norm_last_layer: prototypes keep the length 1; False lets them learn it, which the paper does for its smaller
-            models.
+        dim, prototypes, hidden, bottleneck, layers: widths and depth of the MLP, and the number of prototypes.
+        batch_norm: batch norm in the hidden layers (the paper's ``use_bn_in_head``).
+        norm_last_layer: keep the prototypes at length 1. The paper does not for its smaller models.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class DINOHead(nn.Module):
         length.requires_grad_(not norm_last_layer)
 
     def features(self, x: Tensor) -> Tensor:
-        """Unit vectors (..., bottleneck)."""
+        """Normalised features (..., bottleneck)."""
         rows = self.mlp(x.flatten(0, -2))  # batch norms take rows
         return F.normalize(rows, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12).view(
             *x.shape[:-1], rows.shape[-1]
@@ -81,13 +80,12 @@ class DINOHead(nn.Module):
 
 
 class Views(NamedTuple):
-    """What the losses of self-distillation compare; features are unit vectors of the heads' bottleneck.
+    """Inputs of the self-distillation losses; features are normalised outputs of the heads' bottleneck.
 
-    student (S, B, C) and teacher (T, B, C): class tokens of every crop and of the global crops, which come first in
-    both. student_patches and teacher_patches (M, C), weights (M,): the masked patches, each counting 1 / (masked
+    student (S, B, C) and teacher (T, B, C): class tokens of all crops and of the global crops; global crops come first.
+    student_patches and teacher_patches (M, C) and weights (M,): the masked patches, each weighted by 1 / (masked
     patches of its crop) / (T * B); None without masks. class_tokens (T, B, D): the student's class tokens of global
-    crops before the head, for KoLeo. Where the backbone pools otherwise, its pooled features take the class token's
-    place.
+    crops before the head, for KoLeo. Backbones without a class token use their pooled features.
     """
 
     student: Tensor
@@ -99,17 +97,18 @@ class Views(NamedTuple):
 
 
 class SelfDistillation(nn.Module):
-    """A student that must agree with its own moving average across crops, and about masked patches.
+    """A student and a teacher, the moving average of the student. The student learns the teacher's outputs across crops
+    and for masked patches.
 
-    The teacher drops nothing: its stochastic depth and dropout are off in every mode. Its batch norms, if it has any,
-    follow ``train()`` and ``eval()`` and so take the statistics of the batch in training, as in the paper's code.
+    The teacher has no stochastic depth and no dropout in any mode. Its batch norms, if any, follow ``train()`` and
+    ``eval()``, so they use batch statistics in training, as in the paper's code.
 
     Args:
         backbone: images to features (B, D): a ViT, or another network without a head.
         prototypes, head_hidden, bottleneck, head_layers, head_batch_norm, norm_last_layer: of the heads, see
             :class:`DINOHead`.
-        masks: iBOT's objective: the student fills in masked patches (needs a ViT with ``mask_token=True``).
-        separate_heads: DINOv2: patches have a head of their own. patch_prototypes: its prototypes, default
+        masks: iBOT's objective: the student predicts masked patches (needs a ViT with ``mask_token=True``).
+        separate_heads: a separate head for patches (DINOv2). patch_prototypes: its prototypes, by default
             ``prototypes``.
     """
 
@@ -144,8 +143,9 @@ class SelfDistillation(nn.Module):
                 module.p = 0.0
 
     def head_of(self, side: str, patches: bool = False) -> DINOHead:
-        """The head of "student" or "teacher" for class tokens or for patches; :attr:`DINOHead.prototypes` goes to the
-        losses."""
+        """The head of "student" or "teacher" for class tokens or for patches; the losses need its
+        :attr:`DINOHead.prototypes`.
+        """
         parts = getattr(self, side)
         return parts["patch_head"] if patches and "patch_head" in parts else parts["head"]
 
@@ -166,10 +166,10 @@ class SelfDistillation(nn.Module):
     def forward(
         self, global_crops: Sequence[Tensor], local_crops: Sequence[Tensor] = (), masks: Sequence[Tensor] | None = None
     ) -> Views:
-        """global_crops T x (B, C, H, W), local_crops (B, C, h, w) each, masks T x (B, N) bool of the global crops'
-        hidden patches.
+        """Global crops T x (B, C, H, W), local crops (B, C, h, w) each, masks T x (B, N) bool of the masked patches of
+        the global crops.
 
-        A ViT student sees all crops in one packed pass.
+        A ViT student processes all crops in one pass of packed sequences.
         """
         if (masks is not None) != self.masks:
             raise ValueError(
@@ -194,12 +194,13 @@ class SelfDistillation(nn.Module):
         return Views(student, teacher, student_patches, teacher_patches, weights, features[:count])
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay should leave alone, besides biases and norms."""
+        """Parameters without weight decay, besides biases and norms."""
         return {f"student.backbone.{name}" for name in getattr(self.student["backbone"], "no_weight_decay", set)()}
 
     def encoder_of(self) -> nn.Module:
-        """The network that is used after training: the teacher's backbone, better than the student's throughout (DINO,
-        section 5.2)."""
+        """The network that is used after training: the teacher's backbone, which is better than the student's (DINO,
+        section 5.2).
+        """
         return self.teacher["backbone"]
 
     def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
@@ -231,8 +232,9 @@ def feature_width(backbone: nn.Module) -> int:
 def embed_all(
     backbone: nn.Module, crops: list[Tensor], hidden: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Features (B_i, D) of batches of crops and, of a ViT, the patch tokens of the first; ``hidden``: masked patches of
-    the first."""
+    """Features (B_i, D) of batches of crops and, for a ViT, the patch tokens of the first batch; ``hidden``: masked
+    patches of the first batch.
+    """
     if not isinstance(backbone, VisionTransformer):
         return [backbone(c) for c in crops], None
     if len(crops) == 1:
@@ -250,10 +252,12 @@ def block_masks(
     generator: torch.Generator | None = None,
     spread: bool = False,
 ) -> Tensor:
-    """Masks (count, rows * columns), bool, as iBOT draws them: rectangles of aspect 0.3 to 3.3.
+    """Block-wise random masks of iBOT (count, rows * columns), bool: rectangles with aspect ratios of 0.3 to 3.3.
 
-    They are added until the share drawn from ``ratio`` is hidden. A mask is empty with probability 1 - ``probability``.
-    ``spread``, as DINOv2 has it: exactly int(count * probability) masks hide something, their shares spread evenly over
+    Rectangles are added until a random share in ``ratio`` is masked. A mask is empty with probability 1 -
+    ``probability``.
+
+    ``spread``, for DINOv2: exactly int(count * probability) masks are not empty, with shares equally spaced over
     ``ratio``, in random order.
     """
     if not 0.0 <= ratio[0] <= ratio[1] < 1.0:
@@ -277,7 +281,7 @@ def block_masks(
 
 
 def _block_mask(wanted: int, grid: tuple[int, int], draw: random.Random) -> np.ndarray:
-    """(rows * columns,), bool: rectangles that hide ``wanted`` patches."""
+    """(rows * columns,), bool: rectangles that mask ``wanted`` patches."""
     rows, columns = grid
     mask, left = np.zeros((rows, columns), dtype=bool), wanted
     while left > 0:
@@ -292,14 +296,15 @@ def _block_mask(wanted: int, grid: tuple[int, int], draw: random.Random) -> np.n
 
 
 HEAD = (
-    "prototypes", "head_hidden", "bottleneck", "head_layers", "masks", "separate_heads", "patch_prototypes", "head_batch_norm",
-    "norm_last_layer",
+    "prototypes", "head_hidden", "bottleneck", "head_layers", "masks", "separate_heads", "patch_prototypes",
+    "head_batch_norm", "norm_last_layer",
 )  # fmt: skip
 
 
 def distilled(backbone: str | None = None, **settings: Any) -> SelfDistillation:
-    """A :class:`SelfDistillation` from settings of the head and of its ViT; ``backbone`` names a registered ViT to
-    start from."""
+    """A :class:`SelfDistillation` from settings of its heads and of its ViT; ``backbone`` names a registered ViT to
+    start from.
+    """
     head = {k: settings.pop(k) for k in HEAD if k in settings}
     base = settings_of(backbone)[1] if backbone else {}
     vit = VisionTransformer(**{**base, "num_classes": 0, "mask_token": head.get("masks", False), **settings})

@@ -1,4 +1,4 @@
-"""The image encoder in every registered model: what a recipe that needs one network for images takes."""
+"""The image encoder of every registered model, for recipes that train a single image network."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from pyvit.models.simclr import SimCLR
 from pyvit.models.swin import SwinTransformer
 from pyvit.models.vit import VisionTransformer
 
-#: Settings of models around an encoder that are not the encoder's.
+#: Settings of models with an encoder that are not the encoder's.
 _DECODER = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss")
 _PROJECTION = ("encoder", "hidden_dim", "out_dim", "batch_norm")
 _TEXT = ("embed_dim", "vocab_size", "context_length", "text_width", "text_depth", "text_heads", "text", "eot", "pad")
 
 
 class Encoder(NamedTuple):
-    """A constructor, the settings a name is registered with, and those that were changed, both as the constructor knows
-    them."""
+    """A constructor, its registered settings, and the changed settings, both as the constructor's arguments."""
 
     constructor: type[nn.Module]
     settings: dict[str, Any]
@@ -33,11 +32,11 @@ class Encoder(NamedTuple):
 
 
 def image_encoder(name: str, changed: Mapping[str, Any] | None = None) -> Encoder | None:
-    """The image encoder of the registered model ``name``, with some settings changed, or None for a model that has none
-    on its own.
+    """The image encoder of the registered model ``name`` with changed settings, or None if the model has none.
 
-    It is the model itself for ViT, Swin and ResNet; what is trained in ``mae_*``, ``dino_*``, ``ibot_*``, ``dinov2_*``
-    and ``simclr_*``; the image tower of ``clip_vit_*`` and ``siglip_*``. Raises ValueError for an unknown name.
+    For ViT, Swin and ResNet it is the model itself; for ``mae_*``, ``dino_*``, ``ibot_*``, ``dinov2_*`` and
+    ``simclr_*`` their encoder; for ``clip_vit_*`` and ``siglip_*`` the image tower. Raises ValueError for an unknown
+    name.
     """
     constructor, settings = settings_of(name)
     changed = dict(changed or {})
@@ -67,7 +66,7 @@ def image_encoder(name: str, changed: Mapping[str, Any] | None = None) -> Encode
 
 
 def parameters(constructor: Any) -> Iterator[str]:
-    """Names of the settings a constructor takes, through **kwargs into the classes it extends."""
+    """Names of a constructor's arguments, including those that **kwargs passes to base classes."""
     for each in inspect.getmro(constructor) if inspect.isclass(constructor) else (constructor,):
         if each in (nn.Module, object):
             return
@@ -75,5 +74,5 @@ def parameters(constructor: Any) -> Iterator[str]:
         yield from (p.name for p in given if p.kind is not p.VAR_KEYWORD and p.name != "self")
         if not any(p.kind is p.VAR_KEYWORD for p in given):
             return
-    if constructor in (clip_vit, siglip_vit):  # their **visual are the tower's
+    if constructor in (clip_vit, siglip_vit):  # their **visual are settings of the image tower
         yield from parameters(VisionTransformer)

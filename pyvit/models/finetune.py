@@ -1,4 +1,4 @@
-"""Fine-tuning: learning rates that fall with depth, and freezing."""
+"""Fine-tuning: layer-wise learning rates, and freezing."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from torch import nn
 
 
 def layer_of(name: str, depths: list[int]) -> int:
-    """Depth of a parameter by its name: 0 for the embedding, 1 to n for the blocks in order, n + 1 for what follows
-    them.
+    """Depth of a parameter by its name: 0 for the embedding, 1 to n for the blocks, n + 1 for what follows.
 
-    ``depths`` are the blocks of each stage, one stage for a ViT.
+    ``depths`` are the numbers of blocks per stage; a ViT has one stage.
     """
     residual = re.match(r"layer(\d)\.(\d+)\.", name)
     if residual:
@@ -47,11 +46,11 @@ def depths_of(model: nn.Module) -> list[int]:
 def param_groups(
     model: nn.Module, lr: float, weight_decay: float = 0.05, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: layer l of n learns at lr * layer_decay^(n - l) (Clark et al., "ELECTRA", 2020; Bao et
-    al., "BEiT", 2022).
+    """Optimizer groups with layer-wise learning rates: lr * layer_decay^(n - l) for layer l of n (Clark et al.,
+    "ELECTRA", 2020; Bao et al., "BEiT", 2022).
 
-    Biases, norms and what the model's ``no_weight_decay()`` names do not decay. Frozen parameters are left out. Each
-    group also holds its ``lr_scale`` and ``layer``, for schedules.
+    Biases, norms and the parameters of the model's ``no_weight_decay()`` have no weight decay. Frozen parameters are
+    left out. Each group also has ``lr_scale`` and ``layer``, for schedules.
     """
     if not 0.0 < layer_decay <= 1.0:
         raise ValueError(f"param_groups: layer_decay must be in (0, 1], got {layer_decay}")
@@ -76,10 +75,10 @@ def param_groups(
 
 
 def freeze(model: nn.Module, layers: int | None = None) -> list[str]:
-    """Stop the gradients of the embedding and the first ``layers`` blocks; None freezes all but the head. Returns the
-    names frozen.
+    """Freeze the embedding and the first ``layers`` blocks; None freezes all but the head. Returns the names of the
+    frozen parameters.
 
-    0 freezes the embedding alone.
+    0 freezes only the embedding.
     """
     depths = depths_of(model)
     if layers is not None and not 0 <= layers <= sum(depths):

@@ -1,9 +1,7 @@
-"""What a model costs: parameters, multiply-accumulates, tokens, and the memory that attention takes with and without
-fusion.
+"""Costs of a model: parameters, multiply-accumulates, tokens, and attention memory with and without fusion.
 
-Everything is counted from the model: it runs on tensors without storage, every matrix product and convolution is
-recorded, and every attention layer reports the scores it would store. "FLOPs" in the papers of ViT and Swin are
-multiply-accumulates (MACs), as here.
+Everything is counted from the model: it runs on meta tensors, all matrix products and convolutions are recorded, and
+every attention layer reports its scores. "FLOPs" in the ViT and Swin papers are multiply-accumulates (MACs), as here.
 """
 
 from __future__ import annotations
@@ -28,10 +26,11 @@ from pyvit.torch_private import fake_mode
 class Cost:
     """Cost of one input.
 
-    params: parameters, positions and mask tokens included. macs: multiply-accumulates of matrix products and
-    convolutions. tokens: the longest sequence any attention layer sees; for windows, tokens of a window.
-    scores: attention probabilities of all layers together, as many numbers as naive attention stores for the backward
-    pass. statistics: what fused attention stores in their place, one log-sum-exp per query and head.
+    params: parameters, including positions and mask tokens. macs: multiply-accumulates of matrix products and
+    convolutions. tokens: the longest sequence of an attention layer, or the tokens of a window.
+
+    scores: attention probabilities of all layers, which naive attention stores for the backward pass. statistics: what
+    fused attention stores instead, one log-sum-exp per query and head.
     """
 
     name: str
@@ -43,15 +42,17 @@ class Cost:
     statistics: int
 
     def memory(self, itemsize: int = 4) -> tuple[int, int]:
-        """Bytes of attention memory per input in training: naive, at ``itemsize`` per number, and fused (float32)."""
+        """Attention memory in bytes per input in training: naive, with ``itemsize`` bytes per number, and fused
+        (float32).
+        """
         return self.scores * itemsize, self.statistics * 4
 
 
 def count(model: str, **overrides: Any) -> Cost:
-    """Cost of a registered model for one input, with settings overridden (``img_size=384``); nothing is allocated or
+    """Cost of a registered model for one input, with changed settings (``img_size=384``). Nothing is allocated or
     computed.
 
-    Of models that exist to train an encoder by comparison (DINO, SimCLR), the encoder is counted.
+    For DINO and SimCLR models the encoder is counted.
     """
     with torch.device("meta"):
         made = create_model(model, **overrides).eval()
@@ -68,8 +69,7 @@ def count(model: str, **overrides: Any) -> Cost:
 
 
 def count_module(model: nn.Module, inputs: Sequence[Any] | None = None, name: str | None = None) -> Cost:
-    """Cost of one forward pass of a module; ``inputs`` default to the model's own ``example_inputs``, a batch of
-    one."""
+    """Cost of one forward pass of a module. ``inputs`` default to the model's ``example_inputs`` with batch size 1."""
     inputs = tuple(model.example_inputs(1)) if inputs is None else tuple(inputs)  # type: ignore[operator]
     seen: list[tuple[int, int, int]] = []  # (sequences x heads, queries, keys) of each attention call
 
@@ -100,11 +100,11 @@ def count_module(model: nn.Module, inputs: Sequence[Any] | None = None, name: st
 
 
 def attention_memory(tokens: int, heads: int, layers: int, itemsize: int = 4) -> int:
-    """Bytes of the attention matrices of a whole transformer on one input: layers x heads x tokens^2 x itemsize."""
+    """Bytes of all attention matrices of a transformer for one input: layers x heads x tokens^2 x itemsize."""
     return layers * heads * tokens**2 * itemsize
 
 
-#: The question of why images are cut into patches: 16 heads, 48 layers, float32.
+#: Why images are cut into patches: attention memory of 16 heads and 48 layers in float32.
 PIXELS_OR_PATCHES = (
     ("512 x 512 image, pixels as tokens, one matrix", attention_memory(512 * 512, 1, 1)),
     ("512 x 512 image, pixels as tokens", attention_memory(512 * 512, 16, 48)),
@@ -115,8 +115,9 @@ PIXELS_OR_PATCHES = (
 
 @dataclass(frozen=True)
 class Published:
-    """A row of the Swin paper's comparison of ImageNet-22k models (Liu et al., 2021, table 1b): millions of parameters,
-    GMACs, top-1 %."""
+    """A row of the Swin paper's comparison of ImageNet-22k models (Liu et al., 2021, table 1b): million parameters,
+    GMACs, top-1 accuracy in per cent.
+    """
 
     label: str
     img_size: int
@@ -138,13 +139,12 @@ PAPER_TABLE = (
 
 
 def paper_table() -> list[tuple[Published, Cost | None]]:
-    """Every row of :data:`PAPER_TABLE` with the cost counted here; None for the residual networks, which are cited
-    only."""
+    """Every row of :data:`PAPER_TABLE` with the cost counted here; None for the ResNets, which are only cited."""
     return [(row, count(row.name) if row.name else None) for row in PAPER_TABLE]
 
 
 def throughput(model: nn.Module, batch: int = 8, seconds: float = 3.0, warmup: int = 2) -> float:
-    """Inputs per second of the forward pass on the model's device, in inference mode: whole batches for about
+    """Inputs per second of the forward pass on the model's device, in inference mode, measured for about
     ``seconds``."""
     inputs = model.example_inputs(batch)  # type: ignore[operator]
     synchronize = torch.cuda.synchronize if inputs[0].is_cuda else lambda: None
@@ -177,7 +177,7 @@ HEADER = ("model", "input", "params", "GMACs", "N", "attention naive", "attentio
 
 
 def rows(costs: Iterable[Cost]) -> list[tuple[str, ...]]:
-    """Table cells of costs, under :data:`HEADER`; memory is per input, in training, float32."""
+    """Table cells for costs, under :data:`HEADER`. Memory is per input, in training, float32."""
     return [
         (
             c.name,

@@ -1,8 +1,8 @@
-"""Checkpoint layouts as data: how each library names the parameters that pyvit names as timm does.
+"""Checkpoint layouts as data: the parameter names of each library, and pyvit's names, which are timm's.
 
-A :class:`Rule` reads both ways, so one table serves loading and ``pyvit convert``. In a key, ``{i}`` and ``{j}`` stand
-for block numbers and ``{p}`` for ``weight`` or ``bias``, ``{r}`` for any rest; ``@`` is the name of the base model,
-which a checkpoint may lack.
+A :class:`Rule` works in both directions, for loading and for ``pyvit convert``. In a key, ``{i}`` and ``{j}`` are block
+numbers, ``{p}`` is ``weight`` or ``bias``, ``{r}`` any rest, and ``@`` the prefix of the base model, which a checkpoint
+may lack.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from torch import Tensor
 
 
 class Op(NamedTuple):
-    """How foreign tensors become native ones and back."""
+    """Conversion of foreign tensors to native ones and back."""
 
     to_native: Callable[..., tuple[Tensor, ...]]
     to_foreign: Callable[..., tuple[Tensor, ...]]
 
 
-#: any number of tensors that go together, as they are
+#: any number of tensors, unchanged
 SAME = Op(lambda *xs: xs, lambda *xs: xs)
 TRANSPOSE = Op(lambda x: (x.T.contiguous(),), lambda x: (x.T.contiguous(),))
 ROW_TO_TOKEN = Op(lambda x: (x.reshape(1, 1, -1),), lambda x: (x.flatten(),))
 TABLE_TO_TOKENS = Op(lambda x: (x[None],), lambda x: (x[0],))
 TOKEN_TO_ROW = Op(lambda x: (x.reshape(1, -1),), lambda x: (x.reshape(1, 1, -1),))
 SCALAR = Op(lambda x: (x.reshape(()),), lambda x: (x.reshape(1),))
-#: torchvision's Swin V2 keeps a key bias, of zeros, that the others leave out
+#: torchvision's Swin V2 has a key bias of zeros, unlike the others
 QKV_BIAS_TO_QV = Op(lambda b: b.chunk(3)[::2], lambda q, v: (torch.cat((q, torch.zeros_like(q), v)),))
 
-#: torch.nn.MultiheadAttention's in_proj as a query projection and a joint key-value one
+#: torch.nn.MultiheadAttention's in_proj as a query projection and a key-value projection
 QUERY_AND_KV = Op(lambda x: (x[: len(x) // 3], x[len(x) // 3 :]), lambda q, kv: (torch.cat((q, kv)),))
 
 
 def cat(parts: int) -> Op:
-    """Several matrices stacked into one."""
+    """Several matrices concatenated into one."""
     return Op(lambda *xs: (torch.cat(xs),), lambda x: tuple(t.contiguous() for t in x.chunk(parts)))
 
 
@@ -47,24 +47,27 @@ class Rule:
     native: tuple[str, ...]
     foreign: tuple[str, ...]
     op: Op = SAME
-    swiglu: bool | None = None  # for models with (without) a gated MLP alone, where both have the same native names
+    swiglu: bool | None = None  # only for models with (without) a gated MLP, if both have the same native names
 
 
 def rule(native: str, foreign: str, op: Op | None = None, swiglu: bool | None = None) -> Rule:
-    """Space-separated keys on either side; several foreign keys for one native are concatenated unless ``op`` says
-    otherwise."""
+    """A rule from space-separated keys on both sides. Several foreign keys for one native key are concatenated unless
+    ``op`` says otherwise.
+    """
     natives, foreigns = tuple(native.split()), tuple(foreign.split())
     return Rule(natives, foreigns, op or (SAME if len(foreigns) == 1 else cat(len(foreigns))), swiglu)
 
 
 @dataclass(frozen=True)
 class Format:
-    """One library's layout.
+    """The layout of one library.
 
-    marks: keys (templates) that a checkpoint of this layout has; the first format whose marks are all present is taken.
-    bases: names that ``@`` may stand for, the first being written. drop: keys without parameters (buffers), as regular
-    expressions. written: bases that are written instead for models that have all of some native keys.
-    extra: parameters that belong to heads of pre-training, left out with a note when the model has no place for them.
+    marks: keys (templates) that every checkpoint of this layout has; the first format whose marks are all present is
+    chosen. bases: prefixes that ``@`` may stand for; the first one is written. drop: keys that are not parameters
+    (buffers), as regular expressions. written: bases that are written instead for models that have all of some native
+    keys.
+
+    extra: parameters of pre-training heads, which are skipped with a note if the model does not have them.
     """
 
     name: str
@@ -77,7 +80,7 @@ class Format:
 
 
 def pattern(template: str, bases: tuple[str, ...] = ("",)) -> re.Pattern[str]:
-    """Regular expression of a key template."""
+    """Regular expression for a key template."""
     text = (
         re.escape(template)
         .replace(r"\{i\}", r"(?P<i>\d+)")
@@ -93,7 +96,7 @@ def pattern(template: str, bases: tuple[str, ...] = ("",)) -> re.Pattern[str]:
 def block(
     native: str, foreign: str, *, norm1: str, qkv: str, proj: str, norm2: str, fc1: str, fc2: str, joint: bool = False
 ) -> list[Rule]:
-    """Rules of a transformer block; ``qkv`` names three projections, or with ``joint`` one."""
+    """Rules for a transformer block; ``qkv`` names three projections, or with ``joint`` one."""
     pairs = {"norm1": norm1, "attn.proj": proj, "norm2": norm2, "mlp.fc1": fc1, "mlp.fc2": fc2}
     rules = [
         rule(f"{native}{a}.{{p}}", f"{foreign}{b}.{{p}}", swiglu=False if "mlp" in a else None)
@@ -124,7 +127,7 @@ def _hf_block(native: str, foreign: str, new: bool) -> list[Rule]:
 
 
 def _hf_vit(new: bool) -> Format:
-    """transformers' ViT, DeiT, ViTMAE and AST, in the layout of version 5 (``new``) or earlier."""
+    """transformers' ViT, DeiT, ViTMAE and AST, in the layout of version 5 (``new``) or of earlier versions."""
     layer = "layers.{i}." if new else "encoder.layer.{i}."
     return Format(
         "transformers ViT" if new else "transformers<5 ViT",
@@ -188,7 +191,7 @@ def _hf_dinov2(new: bool) -> Format:
 
 
 def _shifted_merges(foreign: str, stages: int = 4) -> list[Rule]:
-    """Patch merging at the end of stage s - 1 (Microsoft, transformers) is pyvit's at the start of stage s."""
+    """Patch merging at the end of stage s - 1 (Microsoft, transformers) is at the start of stage s in pyvit."""
     return [
         rule(f"layers.{s}.downsample.{part}", foreign.format(s=s - 1) + part)
         for s in range(1, stages)
@@ -328,7 +331,7 @@ def _openai_clip(text: str, name: str) -> Format:
 
 
 def _openai_clip_resnet() -> Format:
-    """OpenAI's CLIP with a residual image tower, whose names are pyvit's; the text tower as above."""
+    """OpenAI's CLIP with a ResNet image tower, whose names are pyvit's; the text tower as above."""
     text = tuple(r for r in _openai_clip("", "").rules if not r.native[0].startswith("visual."))
     marks = ("visual.attnpool.positional_embedding", "transformer.resblocks.{i}.attn.in_proj_weight")
     return Format("OpenAI CLIP ResNet", marks, (rule("visual.{r}", "visual.{r}"), *text), drop=_CLIP_BUFFERS)
@@ -404,8 +407,9 @@ VITDET = Format(
 )
 
 _MICROSOFT_BLOCK = (
-    "norm1.{p}", "norm2.{p}", "attn.proj.{p}", "attn.qkv.{p}", "attn.q_bias", "attn.v_bias", "attn.relative_position_bias_table",
-    "attn.logit_scale", "attn.cpb_mlp.0.{p}", "attn.cpb_mlp.2.weight", "mlp.fc1.{p}", "mlp.fc2.{p}",
+    "norm1.{p}", "norm2.{p}", "attn.proj.{p}", "attn.qkv.{p}", "attn.q_bias", "attn.v_bias",
+    "attn.relative_position_bias_table", "attn.logit_scale", "attn.cpb_mlp.0.{p}", "attn.cpb_mlp.2.weight",
+    "mlp.fc1.{p}", "mlp.fc2.{p}",
 )  # fmt: skip
 
 MICROSOFT_SWIN = Format(
@@ -422,8 +426,8 @@ MICROSOFT_SWIN = Format(
 )
 
 _TIMM_BLOCK = (
-    "norm1.{p}", "norm2.{p}", "attn.qkv.{p}", "attn.proj.{p}", "attn.q_norm.{p}", "attn.k_norm.{p}", "ls1.gamma", "ls2.gamma",
-    "mlp.fc1.{p}", "mlp.fc2.{p}",
+    "norm1.{p}", "norm2.{p}", "attn.qkv.{p}", "attn.proj.{p}", "attn.q_norm.{p}", "attn.k_norm.{p}", "ls1.gamma",
+    "ls2.gamma", "mlp.fc1.{p}", "mlp.fc2.{p}",
 )  # fmt: skip
 
 DINOV2 = Format(

@@ -1,5 +1,5 @@
-"""Hybrid ViTs: patches are cut from the feature map of a residual network. Dosovitskiy et al. (2021), section 3.1,
-"Hybrid Architecture".
+"""Hybrid ViTs: patches of a convolutional network's feature map. Dosovitskiy et al. (2021), section 3.1, "Hybrid
+Architecture".
 
 The plain convolutional stem is that of Xiao et al., "Early Convolutions Help Transformers See Better" (2021).
 """
@@ -19,13 +19,13 @@ from pyvit.nn import PatchEmbed
 
 
 def same_pad(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
-    """TensorFlow's padding: ceil(n / stride) outputs, the odd pixel at the end."""
+    """TensorFlow's "same" padding: ceil(n / stride) outputs, an odd pixel of padding at the end."""
     need = [max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in x.shape[2:]]
     return F.pad(x, (need[1] // 2, need[1] - need[1] // 2, need[0] // 2, need[0] - need[0] // 2), value=value)
 
 
 class StdConv2d(nn.Conv2d):
-    """Convolution with each filter's weights standardised (Qiao et al., 2019), padded as TensorFlow does."""
+    """Convolution with standardised weights (Qiao et al., 2019) and TensorFlow's padding."""
 
     def __init__(self, cin: int, cout: int, kernel: int, stride: int = 1, eps: float = 1e-8) -> None:
         super().__init__(cin, cout, kernel, stride, bias=False)
@@ -38,7 +38,7 @@ class StdConv2d(nn.Conv2d):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 with group norm after each."""
+    """1x1, 3x3 and 1x1 convolutions, each followed by group norm."""
 
     def __init__(self, cin: int, cout: int, stride: int) -> None:
         super().__init__()
@@ -60,8 +60,9 @@ class Bottleneck(nn.Module):
 
 
 class ResNetV2Stem(nn.Module):
-    """(B, C, H, W) to a map at stride 2^(stages + 1), with timm's names; no stages: one convolution and the pooling, at
-    stride 4."""
+    """(B, C, H, W) to a map at stride 2^(stages + 1), with timm's names. Without stages: one convolution and the
+    pooling, at stride 4.
+    """
 
     def __init__(self, layers: Sequence[int], in_chans: int = 3) -> None:
         super().__init__()
@@ -89,7 +90,7 @@ class ResNetV2Stem(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """3x3 convolutions of stride 2 with batch norm and ReLU, doubling the channels, to stride 2^len(channels)."""
+    """3x3 convolutions of stride 2 with batch norm and ReLU, to stride 2^len(channels)."""
 
     def __init__(self, channels: Sequence[int], in_chans: int = 3) -> None:
         super().__init__()
@@ -104,7 +105,7 @@ class ConvStem(nn.Module):
 
 
 class HybridEmbed(PatchEmbed):
-    """A stem, then patches of its map: the images' sides must divide by stride times patch."""
+    """A stem, then patches of its map. The image size must divide by stride times patch size."""
 
     def __init__(
         self, backbone: ResNetV2Stem | ConvStem, patch_size: int | Sequence[int], embed_dim: int, bias: bool
@@ -133,9 +134,10 @@ class HybridVisionTransformer(VisionTransformer):
     """A ViT on a convolutional stem.
 
     Args:
-        layers: blocks per stage of the ResNetV2 stem: (3, 4, 9) for R50, (2, 2, 2, 2) for R26, () for the stem alone.
-        conv_channels: a plain convolutional stem of these channels instead.
-        vit: settings of VisionTransformer; ``patch_size`` counts positions of the stem's map.
+        layers: blocks per stage of the ResNetV2 stem: (3, 4, 9) for R50, (2, 2, 2, 2) for R26, () for only the first
+            convolution.
+        conv_channels: use a plain convolutional stem of these channels instead.
+        vit: settings of VisionTransformer; ``patch_size`` is in positions of the stem's map.
     """
 
     def __init__(

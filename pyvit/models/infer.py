@@ -1,4 +1,4 @@
-"""A model from a checkpoint alone: its kind and settings are read off the shapes of its weights."""
+"""A model from a checkpoint alone: its kind and settings are inferred from the shapes of its weights."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from pyvit.models.audio import AudioSpectrogramTransformer
 from pyvit.models.checkpoints import LoadReport, Source, load_checkpoint, open_source, recognise, to_native
 from pyvit.models.clip import clip_vit, siglip_vit
 from pyvit.models.deit import DistilledVisionTransformer
-from pyvit.models.facts import Facts, facts_of_config, lookup
 from pyvit.models.mae import MaskedAutoencoder
+from pyvit.models.metadata import Metadata, lookup, metadata_of_config
 
 
 def model_from_checkpoint(
     source: str | os.PathLike[str] | Mapping[str, Any], **overrides: Any
 ) -> tuple[nn.Module, LoadReport]:
-    """A ViT, DeiT, MAE, Swin, CLIP or SigLIP model with the weights of ``source``, and the report of loading it.
+    """A ViT, DeiT, MAE, Swin, CLIP or SigLIP model with the weights of ``source``, and the report of loading them.
 
-    Heads of attention, the activation and the like do not show in shapes: they are the file's where it or the
-    configuration beside it names them. Where nothing does, widths of the published sizes take their heads, others 64
-    channels per head; give ``num_heads`` where that is wrong. Swin V2's windows show in the buffers that Microsoft's
-    and torchvision's checkpoints hold and in transformers' configuration; timm's need ``window_size`` (and
-    ``img_size``). ``overrides`` win over what was inferred.
+    Settings that shapes do not show, such as heads and activation, are read from the file's metadata or the
+    configuration beside it. Without these, published widths get their published number of heads, and others 64 channels
+    per head; give ``num_heads`` if that is wrong. Swin V2's windows are read from buffers (Microsoft's and
+    torchvision's checkpoints) or the configuration (transformers); timm's need ``window_size`` (and ``img_size``).
+    ``overrides`` have priority.
 
-    Raises ValueError when the layout is of no known kind of model, or is of a Swin V2 whose window nothing tells.
+    Raises ValueError if the layout is of no known kind of model, or of a Swin V2 with an unknown window size.
     """
     opened = open_source(source)
     state, layout = opened.state, recognise(opened.state)
     native, _, _ = to_native(state, layout)
-    facts = opened.facts or facts_of_config(opened.config, native)
-    constructor, settings = infer(native, facts)
-    told = _told(facts, constructor, settings)
+    metadata = opened.metadata or metadata_of_config(opened.config, native)
+    constructor, settings = infer(native, metadata)
+    told = _told(metadata, constructor, settings)
     settings |= told
     if settings.get("version") == 2:
         settings |= _windows_v2(state, settings) or _windows_named(opened.config)
@@ -55,8 +55,8 @@ def model_from_checkpoint(
     return model, report
 
 
-def _told(facts: Facts, constructor: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of ``constructor`` that the file or its configuration names: heads, activation, epsilon, pooling."""
+def _told(metadata: Metadata, constructor: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of ``constructor`` in the file's metadata or configuration: heads, activation, epsilon, pooling."""
     at = "visual." if constructor in (clip_vit, siglip_vit) else ""
     wanted = {"norm_eps": (at + "norm", "eps"), "global_pool": (at[:-1], "global_pool")}
     if "num_heads" in settings and constructor is not swin.SwinTransformer:
@@ -66,23 +66,24 @@ def _told(facts: Facts, constructor: Any, settings: Mapping[str, Any]) -> dict[s
         }
     if constructor is clip_vit and "text_heads" in settings:
         wanted |= {"text_heads": ("text.blocks.0.attn", "num_heads"), "eot": ("text", "eot")}
-    found = {name: lookup(facts, path, fact) for name, (path, fact) in wanted.items()}
+    found = {name: lookup(metadata, path, setting) for name, (path, setting) in wanted.items()}
     return {k: v for k, v in found.items() if v is not None}
 
 
 def structure(source: Source) -> dict[str, Any]:
-    """Settings of a ViT that must fit the weights and that a model's name may leave open; {} where the weights are not
-    a ViT's."""
+    """Settings of a ViT that the weights determine and that a model's name may leave open; {} if the weights are not a
+    ViT's.
+    """
     native, _, _ = to_native(source.state, recognise(source.state))
-    facts = source.facts or facts_of_config(source.config, native)
+    metadata = source.metadata or metadata_of_config(source.config, native)
     at = "visual." if any(k.startswith("visual.") for k in native) else ""
     if f"{at}blocks.0.attn.qkv.weight" not in native or f"{at}patch_embed.proj.weight" not in native:
         return {}
     shown = _vit(native, at, (1, 1))
     told = {
-        "norm_eps": lookup(facts, at + "blocks.0.norm1", "eps"),
-        "activation": lookup(facts, at + "blocks.0.mlp.fc1", "activation"),
-        "global_pool": lookup(facts, at[:-1], "global_pool"),
+        "norm_eps": lookup(metadata, at + "blocks.0.norm1", "eps"),
+        "activation": lookup(metadata, at + "blocks.0.mlp.fc1", "activation"),
+        "global_pool": lookup(metadata, at[:-1], "global_pool"),
     }
     names = (
         "qkv_bias",
@@ -98,25 +99,25 @@ def structure(source: Source) -> dict[str, Any]:
     return {**{k: v for k, v in told.items() if v is not None}, **{k: shown[k] for k in names if k in shown}}
 
 
-def infer(state: Mapping[str, Tensor], facts: Facts | None = None) -> tuple[Any, dict[str, Any]]:
-    """Constructor and settings for a native state dict; ``facts``: what else the file tells."""
+def infer(state: Mapping[str, Tensor], metadata: Metadata | None = None) -> tuple[Any, dict[str, Any]]:
+    """Constructor and settings for a native state dict; ``metadata`` is the file's metadata."""
     if "visual.patch_embed.proj.weight" in state and "text.token_embedding.weight" in state:
-        return _clip(state, lookup(facts or {}, "visual", "grid"))
+        return _clip(state, lookup(metadata or {}, "visual", "grid"))
     if "patch_embed.proj.weight" in state and any(k.startswith("layers.0.blocks.0.") for k in state):
         return swin.SwinTransformer, _swin(state)
     if "patch_embed.proj.weight" in state and "blocks.0.attn.qkv.weight" in state:
-        settings = _vit(state, "", lookup(facts or {}, "", "grid"))
+        settings = _vit(state, "", lookup(metadata or {}, "", "grid"))
         if "decoder_embed.weight" in state:
             return MaskedAutoencoder, settings | _decoder(state)
         if "dist_token" in state and "fc_norm.weight" in state:
-            return AudioSpectrogramTransformer, _spectrogram(settings, facts or {})
+            return AudioSpectrogramTransformer, _spectrogram(settings, metadata or {})
         distilled = "head_dist.weight" in state or ("dist_token" in state and "head.weight" not in state)
         return DistilledVisionTransformer if distilled else vit.VisionTransformer, settings
     raise ValueError(f"model_from_checkpoint: source is not a ViT, Swin or CLIP; its keys begin with {list(state)[:5]}")
 
 
 def heads_of(width: int) -> int:
-    """Attention heads of a transformer of this width."""
+    """Number of attention heads of a published transformer of this width."""
     published = {size["embed_dim"]: size["num_heads"] for size in vit.SIZES.values()}
     return published.get(width, max(width // 64, 1))
 
@@ -135,7 +136,7 @@ def _mlp(state: Mapping[str, Tensor], block: str, width: int) -> dict[str, Any]:
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """The ratio of which int(width * ratio) is hidden, whatever the division loses."""
+    """The ratio for which int(width * ratio) is hidden, despite rounding."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
@@ -187,9 +188,9 @@ def _vit(state: Mapping[str, Tensor], prefix: str, grid: Sequence[int] | None = 
     return settings | {"img_size": (side * ph, side * pw), "no_embed_class": found[0] == 0}
 
 
-def _spectrogram(settings: dict[str, Any], facts: Facts) -> dict[str, Any]:
-    """Settings of an AST, whose two tokens are averaged; its patches may overlap, which no shape shows."""
-    grid, stride = lookup(facts, "", "grid"), lookup(facts, "patch_embed", "stride")
+def _spectrogram(settings: dict[str, Any], metadata: Metadata) -> dict[str, Any]:
+    """Settings of an AST. Its two tokens are averaged; its patches may overlap, which no shape shows."""
+    grid, stride = lookup(metadata, "", "grid"), lookup(metadata, "patch_embed", "stride")
     if grid is None:
         raise ValueError(
             "model_from_checkpoint: nothing tells the spectrogram's size and the stride of its patches: create the "
@@ -232,16 +233,16 @@ def _swin(state: Mapping[str, Tensor]) -> dict[str, Any]:
     if not second:
         windows = [(math.isqrt(state[f + key].shape[0]) + 1) // 2 for f in first]
         settings["window_size"] = max(windows)
-        # A last stage of one smaller window tells the size of the images the windows were planned for.
+        # A smaller window in the last stage shows the image size that the model was created for.
         settings["img_size"] = windows[-1] * 2 ** (stages - 1) * patch
     return settings
 
 
 def _windows_v2(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Swin V2's windows, image and pre-training windows, from the buffers of offsets (1, 2 wh - 1, 2 ww - 1, 2); {}
+    """Swin V2's windows, image size and pre-training windows from the coordinate buffers (1, 2 wh - 1, 2 ww - 1, 2); {}
     without them.
 
-    The largest coordinate, log2(1 + 8 (window - 1) / (trained - 1)) / 3, tells the window at pre-training.
+    The largest coordinate, log2(1 + 8 (window - 1) / (trained - 1)) / 3, gives the pre-training window.
     """
     tables = [value for key, value in state.items() if key.endswith("relative_coords_table")]
     if not tables:
@@ -257,7 +258,7 @@ def _windows_v2(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dic
 
 
 def _windows_named(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Swin V2's windows in the configuration of transformers."""
+    """Swin V2's windows in a configuration of transformers."""
     if "window_size" not in config:
         return {}
     trained = config.get("pretrained_window_sizes") or []

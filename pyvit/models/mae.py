@@ -15,7 +15,7 @@ from pyvit.nn import Block, LayerNorm, Linear, resample_positions, sincos_2d
 
 
 class MaskedAutoencoder(VisionTransformer):
-    """A ViT that sees a quarter of the patches, and a light decoder that paints the others (section 3).
+    """A ViT that encodes a quarter of the patches, and a small decoder that reconstructs the others (section 3).
 
     The encoder's parameters have a ViT's names, so its weights load into ``vit_*`` for fine-tuning.
 
@@ -52,7 +52,9 @@ class MaskedAutoencoder(VisionTransformer):
         self.init_autoencoder()
 
     def init_autoencoder(self) -> None:
-        """Xavier-uniform linear layers, the patch projection among them; normal 0.02 tokens (appendix A.1)."""
+        """Xavier-uniform initialisation of linear layers and the patch projection; tokens from a normal distribution of
+        0.02 (appendix A.1).
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -67,10 +69,10 @@ class MaskedAutoencoder(VisionTransformer):
     def random_masking(
         self, batch: int, patches: int, mask_ratio: float, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """A random choice per image: patches kept (B, K) in random order, where each patch went (B, N), and the mask
-        (B, N).
+        """A random choice of patches per image: ids of the kept patches (B, K) in random order, ids that restore the
+        order (B, N), and the mask (B, N), 1 where masked.
 
-        The mask is 1 where hidden. ``noise`` (B, N) decides the order where given; the smallest values are kept.
+        ``noise`` (B, N) determines the order if given; patches with the smallest values are kept.
         """
         noise = (
             torch.rand(batch, patches, dtype=torch.float32, device=self.mask_token.device) if noise is None else noise
@@ -92,7 +94,7 @@ class MaskedAutoencoder(VisionTransformer):
         hidden = self.mask_token.to(x.dtype).expand(x.shape[0], restore.shape[1] - visible.shape[1], -1)
         patches = torch.cat((visible, hidden), 1).gather(
             1, restore[:, :, None].expand(-1, -1, x.shape[2])
-        )  # back in order
+        )  # in the original order
         pos = self.decoder_pos_embed[0]
         first = pos.shape[0] - self.grid[0] * self.grid[1]
         pos = torch.cat((pos[:first], resample_positions(pos[first:], self.grid, grid, **self.interpolation)))  # type: ignore[arg-type]
@@ -104,13 +106,12 @@ class MaskedAutoencoder(VisionTransformer):
     def forward(
         self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, C, H, W), floating and normalised, to loss (), predicted patches (B, N, ph * pw * C) and mask (B,
-        N)."""
+        """Normalised images (B, C, H, W) to the loss (), predicted patches (B, N, ph * pw * C) and the mask (B, N)."""
         if not 0.0 < mask_ratio < 1.0:
             raise ValueError(f"MaskedAutoencoder: mask_ratio must be in (0, 1), got {mask_ratio}")
         grid = self.patch_embed.grid(images.shape[2:])
         keep, restore, mask = self.random_masking(images.shape[0], grid[0] * grid[1], mask_ratio, noise)
-        latent = self.forward_features(images, keep=keep)  # the encoder never computes a hidden patch
+        latent = self.forward_features(images, keep=keep)  # the encoder does not compute masked patches
         prediction = self.decode(latent, restore, grid)
         patch = self.patch_embed.patch_size[0]
         return masked_pixel_loss(prediction, images, mask, patch, self.norm_pix_loss), prediction, mask
@@ -119,7 +120,7 @@ class MaskedAutoencoder(VisionTransformer):
     def reconstruct(
         self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Images with their hidden patches painted (B, C, H, W), and the mask as an image (B, 1, H, W)."""
+        """Images with their masked patches reconstructed (B, C, H, W), and the mask as an image (B, 1, H, W)."""
         _, prediction, mask = self(images, mask_ratio, noise)
         patch, grid = self.patch_embed.patch_size[0], self.patch_embed.grid(images.shape[2:])
         patches = patchify(images, patch)

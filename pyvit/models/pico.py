@@ -1,4 +1,4 @@
-"""Small models for small images, which train in minutes on a laptop."""
+"""Small models for small images, which train in minutes on a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models by name: a table of constructors and their settings."""
+"""The registry of models: names, constructors and settings."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ REGISTRY: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {}
 
 
 def register(name: str, constructor: Callable[..., nn.Module], **settings: Any) -> None:
-    """Make ``create_model(name, **overrides)`` call ``constructor(**settings, **overrides)``; an override wins over a
-    setting."""
+    """Let ``create_model(name, **overrides)`` call ``constructor(**settings, **overrides)``. Overrides have
+    priority."""
     if name in REGISTRY:
         raise ValueError(f"register: {name!r} is already a model")
     REGISTRY[name] = (constructor, settings)
 
 
 def settings_of(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
-    """Constructor and settings of a registered model. Raises ValueError with the nearest names for an unknown one."""
+    """Constructor and settings of a registered model. Raises ValueError, with the most similar names, for an unknown
+    one.
+    """
     if name not in REGISTRY:
         near = difflib.get_close_matches(name, REGISTRY, 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "see pyvit.list_models()"
@@ -36,16 +38,16 @@ def settings_of(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
 def create_model(
     name: str, *, checkpoint: str | os.PathLike[str] | Mapping[str, Tensor] | None = None, **overrides: Any
 ) -> nn.Module:
-    """A registered model, in training mode, freshly initialised or with the weights of ``checkpoint``.
+    """Create a registered model in training mode, with new weights or with those of ``checkpoint``.
 
     Args:
         name: one of :func:`list_models`; names follow timm.
-        checkpoint: a file or state dict for :func:`pyvit.load_checkpoint`, of any format it recognises. With
-            ``num_classes`` given, a head of another size stays as initialised, and a warning says so.
-        overrides: settings of the constructor to change, such as ``num_classes``, ``img_size``, ``patch_size``,
-            ``embed_dim``, ``depth``, ``drop_path_rate``.
+        checkpoint: a file or state dict for :func:`pyvit.load_checkpoint`. If ``num_classes`` is given, a head of
+            another size keeps its initial weights, with a warning.
+        overrides: arguments of the constructor, such as ``num_classes``, ``img_size``, ``patch_size``, ``embed_dim``,
+            ``depth``, ``drop_path_rate``.
 
-    Raises ValueError for an unknown name and TypeError for a setting the constructor does not have.
+    Raises ValueError for an unknown name and TypeError for an argument that the constructor does not have.
     """
     constructor, settings = settings_of(name)
     model = constructor(**{**settings, **overrides})
@@ -59,6 +61,6 @@ def create_model(
 
 
 def list_models(pattern: str | None = None) -> list[str]:
-    """Names of the registered models, sorted; with ``pattern``, those it matches as a shell wildcard (``"swin*"``)."""
+    """Names of the registered models, sorted; with ``pattern``, those that match the wildcard (``"swin*"``)."""
     names = sorted(REGISTRY)
     return names if pattern is None else fnmatch.filter(names, pattern)

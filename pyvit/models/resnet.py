@@ -22,9 +22,10 @@ def conv(cin: int, cout: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions (``bottleneck`` False), or 1x1, 3x3, 1x1 to four times the width, with torchvision's names.
+    """Two 3x3 convolutions (``bottleneck`` False), or 1x1, 3x3 and 1x1 with four times the width at the end, with
+    torchvision's names.
 
-    ``antialias``: CLIP's form, which strides by average pooling after the 3x3 convolution and in the shortcut.
+    ``antialias``: CLIP's form, which downsamples by average pooling after the 3x3 convolution and in the shortcut.
     """
 
     def __init__(self, cin: int, width: int, stride: int, bottleneck: bool, antialias: bool = False) -> None:
@@ -53,7 +54,7 @@ class Residual(nn.Module):
 
 
 def stages(width: int, layers: Sequence[int], bottleneck: bool, antialias: bool) -> tuple[list[nn.Sequential], int]:
-    """The four stages and the channels that leave the last."""
+    """The four stages, and the channels of the last."""
     made, cin = [], width
     for s, depth in enumerate(layers):
         blocks = []
@@ -65,10 +66,9 @@ def stages(width: int, layers: Sequence[int], bottleneck: bool, antialias: bool)
 
 
 class ResNet(nn.Module):
-    """Images (B, C, H, W) to logits (B, num_classes), or features with ``num_classes`` 0.
+    """Images (B, C, H, W) to logits (B, num_classes), or features if ``num_classes`` is 0.
 
-    ``small``: SimCLR's form for 32-pixel images (appendix B.9): a 3x3 first convolution without stride, and no pooling
-    after it.
+    ``small``: SimCLR's form for 32-pixel images (appendix B.9): a 3x3 first convolution without stride or pooling.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class ResNet(nn.Module):
         return self.forward_pyramid(images)[-1]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The map to logits (B, num_classes), or to its mean (B, C), which enters the classifier."""
+        """The map to logits (B, num_classes), or to its mean (B, C), the classifier's input."""
         x = x.mean((2, 3))
         return x if pre_logits else self.fc(x)
 
@@ -126,7 +126,7 @@ class ResNet(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """The mean token attends to every position of the map: (B, C, H, W) to (B, out_dim). CLIP, section 2.4."""
+    """Attention from the mean token to all positions of the map: (B, C, H, W) to (B, out_dim). CLIP, section 2.4."""
 
     def __init__(self, side: int, dim: int, num_heads: int, out_dim: int) -> None:
         super().__init__()
@@ -150,8 +150,7 @@ class AttentionPool2d(nn.Module):
 
 
 class CLIPResNet(nn.Module):
-    """CLIP's image tower RN50 and its kin: three stem convolutions, antialiased strides, attention pooling; OpenAI's
-    names."""
+    """CLIP's ResNet image towers: three stem convolutions, antialiased strides, attention pooling; OpenAI's names."""
 
     def __init__(
         self,
@@ -178,7 +177,7 @@ class CLIPResNet(nn.Module):
         return self.attnpool(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay should leave alone, besides biases and norms."""
+        """Parameters without weight decay, besides biases and norms."""
         return {"attnpool.positional_embedding"}
 
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:

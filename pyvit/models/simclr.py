@@ -15,10 +15,9 @@ class SimCLR(nn.Module):
     of NT-Xent.
 
     Args:
-        encoder: a registered model (ViT, Swin or ResNet) or a module, images to features (B, D); its head, if any, is
-            removed.
-        hidden_dim: of the head, default D. out_dim: 128 in the paper. batch_norm: normalise the hidden layer.
-        settings: overrides of a named encoder.
+        encoder: a registered model (ViT, Swin or ResNet) or a module, images to features (B, D). Its head is removed.
+        hidden_dim: of the head, by default D. out_dim: 128 in the paper. batch_norm: in the hidden layer.
+        settings: overrides for a named encoder.
     """
 
     def __init__(
@@ -47,11 +46,11 @@ class SimCLR(nn.Module):
         return self.projection(self.encoder(first)), self.projection(self.encoder(second))
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay should leave alone, besides biases and norms."""
+        """Parameters without weight decay, besides biases and norms."""
         return {f"encoder.{name}" for name in getattr(self.encoder, "no_weight_decay", set)()}
 
     def encoder_of(self) -> nn.Module:
-        """The network that is used after training; the projection head is thrown away (section 4.2)."""
+        """The network that is used after training, without the projection head (section 4.2)."""
         return self.encoder
 
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyvit.models.facts import Described
+from pyvit.models.metadata import WithMetadata
 from pyvit.models.registry import register
 from pyvit.nn import DropPath, LayerNorm, Linear, Mlp, PatchEmbed, WindowAttention, WindowAttentionV2
 from pyvit.nn.linear import apply, plain
@@ -59,7 +59,7 @@ class SwinBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """2 x 2 neighbours to one token of twice the width: (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C).
+    """2 x 2 neighbouring tokens to one token of twice the width: (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C).
 
     V1 normalises before the reduction, V2 after it.
     """
@@ -85,7 +85,7 @@ class PatchMerging(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """Merging (but in the first stage), then blocks whose windows are shifted by half in every second one."""
+    """Patch merging (except in the first stage), then blocks; every second block has shifted windows."""
 
     def __init__(self, downsample: PatchMerging | None, blocks: Sequence[SwinBlock]) -> None:
         super().__init__()
@@ -117,20 +117,20 @@ class ClassifierHead(nn.Module):
         return x if pre_logits else self.fc(x)
 
 
-class SwinTransformer(Described):
+class SwinTransformer(WithMetadata):
     """Images (B, C, H, W) of any size to logits (B, num_classes), with timm's parameter names.
 
     Args:
-        img_size: the size the windows are planned for: a stage whose map is smaller than the window there takes a
-            window of the map's size. At run time any size goes: images are padded to whole patches, maps to whole
-            windows, and an axis of one window is not shifted.
+        img_size: the image size that window sizes are chosen for: a stage whose map is smaller than the window uses a
+            window of the map's size. Other image sizes work: images are padded to whole patches, maps to whole windows,
+            and an axis with a single window is not shifted.
         patch_size, in_chans, num_classes (0 for features), global_pool ("avg" or ""): as in
-        :class:`pyvit.models.vit.VisionTransformer`.
+            :class:`pyvit.models.vit.VisionTransformer`.
         embed_dim: of the first stage, doubled at each. depths, num_heads: per stage.
         window_size, mlp_ratio, qkv_bias, norm_eps: of the blocks.
-        version: 1 or 2. pretrained_window_sizes: per stage, V2's windows at pre-training; 0 for this model's.
-        mask_padding: padding policy of maps, see :class:`pyvit.nn.WindowAttention`.
-        drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: as in VisionTransformer; drop_path grows over all
+        version: 1 or 2. pretrained_window_sizes: V2's pre-training windows per stage; 0 for this model's.
+        mask_padding: mask padding tokens, see :class:`pyvit.nn.WindowAttention`.
+        drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: as in VisionTransformer; drop_path increases over all
             blocks.
         mean, std: see :class:`pyvit.nn.PatchEmbed`.
     """
@@ -216,7 +216,8 @@ class SwinTransformer(Described):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Truncated normal 0.02 for linear layers; V2's norms at zero, so that every block starts as the identity."""
+        """Truncated normal of 0.02 for linear layers. V2's norms are zero, so that every block starts as the
+        identity."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -228,7 +229,7 @@ class SwinTransformer(Described):
                     nn.init.zeros_(norm.bias)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new one for fine-tuning; ``num_classes`` 0 removes it."""
+        """Replace the head, for fine-tuning; ``num_classes`` 0 removes it."""
         if global_pool is not None:
             self.global_pool = global_pool
         self.num_classes = num_classes
@@ -239,11 +240,11 @@ class SwinTransformer(Described):
         self.head = head.to(self.norm.weight)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
+        """Recompute each block in the backward pass instead of storing its activations."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay should leave alone, besides biases and norms."""
+        """Parameters without weight decay, besides biases and norms."""
         kinds = ("relative_position_bias_table", "logit_scale", "cpb_mlp")
         return {name for name, _ in self.named_parameters() if any(kind in name for kind in kinds)}
 
@@ -259,11 +260,11 @@ class SwinTransformer(Described):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The map to logits (B, num_classes), or to what enters the classifier."""
+        """The map to logits (B, num_classes), or to the input of the classifier."""
         return self.head(x, pre_logits)
 
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
-        """Arguments of a forward pass, of the size the windows were planned for."""
+        """Arguments of a forward pass, of the size given by ``img_size``."""
         return (self.patch_embed.proj.weight.new_zeros(batch, self.patch_embed.in_chans, *self.img_size),)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Vision Transformer. Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), and its descendants up to DINOv2 and
+"""Vision Transformer. Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), and variants up to DINOv2 and
 DINOv3."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyvit.models.facts import Described
+from pyvit.models.metadata import WithMetadata
 from pyvit.models.registry import register
 from pyvit.nn import (
     AttentionPool,
@@ -27,27 +27,29 @@ from pyvit.nn.patch_embed import pair
 from pyvit.nn.rates import check_rate
 
 
-class VisionTransformer(Described):
-    """Images (B, C, H, W) to logits (B, num_classes), with timm's parameter names. H and W: any multiple of the patch.
+class VisionTransformer(WithMetadata):
+    """Images (B, C, H, W) to logits (B, num_classes), with timm's parameter names. H and W: any multiple of the patch
+    size.
 
     Args:
-        img_size, patch_size, in_chans: of the images; ``img_size`` fixes the grid of the learned positions, other sizes
-            resample it.
-        num_classes: 0 for features. global_pool: "token", "avg", "token_avg" (both, concatenated), "map" or "" (every
-            token).
+        img_size, patch_size, in_chans: of the images. ``img_size`` determines the grid of learned positions, which are
+            resampled for other sizes.
+        num_classes: 0 for features. global_pool: "token", "avg", "token_avg" (both, concatenated), "map" or "" (all
+            tokens).
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias, qk_norm, activation, norm_eps: of the blocks
             (:class:`pyvit.nn.Block`).
-        init_values: LayerScale.
+        init_values: initial value of LayerScale; None for no LayerScale.
         class_token, dist_token, reg_tokens: prefix tokens (distillation: Touvron et al., 2021; registers: Darcet et
             al., 2024).
-        no_embed_class: positions for patches alone.
+        no_embed_class: positions for patches only.
         pos_embed: "learn", "sincos" (fixed), "rope" (2-D rotary) or "none". rope_base: longest period of "rope".
-        pre_norm: a norm before the blocks (CLIP). final_norm: one after them; with pooling "avg" it follows the pooling
-            (``fc_norm``).
-        patch_stride: overlapping patches. patch_bias: of the projection. mask_token: for masked image modelling.
-        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout on the pooled features, tokens, branches,
-            attention weights.
-        drop_path_rate: of the last block, growing linearly from 0; with ``drop_path_uniform`` of every block.
+        pre_norm: a norm before the blocks (CLIP). final_norm: a norm after them; with "avg" pooling it follows the
+            pooling (``fc_norm``).
+        patch_stride: for overlapping patches. patch_bias: of the projection. mask_token: for masked image modelling.
+        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout of pooled features, tokens, residual branches
+            and attention weights.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0; with ``drop_path_uniform`` of
+            all blocks.
         drop_path_form: "sample" or "batch", see :class:`pyvit.nn.DropPath`.
         interpolate_antialias, interpolate_offset: see :func:`pyvit.nn.resample_positions`.
         mean, std: see :class:`pyvit.nn.PatchEmbed`.
@@ -166,12 +168,13 @@ class VisionTransformer(Described):
     def make_patch_embed(
         self, patch_size: int | Sequence[int], in_chans: int, embed_dim: int, **options: Any
     ) -> PatchEmbed:
-        """The stem; hybrids replace it."""
+        """Create the patch embedding; hybrids override it."""
         return PatchEmbed(patch_size, in_chans, embed_dim, **options)
 
     def init_weights(self) -> None:
-        """Normal 0.02 for linear layers and positions, 1e-6 for prefix tokens, sines and cosines for fixed
-        positions."""
+        """Normal distribution of 0.02 for linear layers and positions, 1e-6 for prefix tokens; sines and cosines for
+        fixed positions.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -189,10 +192,9 @@ class VisionTransformer(Described):
                 nn.init.normal_(token, std=1e-6)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new one, of zero weights, for fine-tuning; ``num_classes`` 0 removes it.
+        """Replace the head by a new one with zero weights, for fine-tuning; ``num_classes`` 0 removes it.
 
-        ``global_pool`` changes the pooling among "token", "token_avg", "avg" and "", and leaves the norms where they
-        are.
+        ``global_pool`` changes the pooling among "token", "token_avg", "avg" and ""; the norms stay the same.
         """
         if global_pool is not None:
             if "map" in (global_pool, self.global_pool) and global_pool != self.global_pool:
@@ -210,16 +212,17 @@ class VisionTransformer(Described):
             nn.init.zeros_(self.head.bias)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
+        """Recompute each block in the backward pass instead of storing its activations."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay should leave alone, besides biases and norms."""
+        """Parameters without weight decay, besides biases and norms."""
         return {"pos_embed", "cls_token", "dist_token", "reg_token", "mask_token", "attn_pool.latent"}
 
     def positions(self, grid: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
-        """Learned or fixed positions for a grid: of the patches (N, D), resampled, and of class and distillation token
-        (1 or 2, D)."""
+        """Learned or fixed positions for a grid: of the patches (N, D), resampled, and of the class and distillation
+        tokens (1 or 2, D).
+        """
         if self.pos_embed is None:
             return None, None
         first = self.pos_embed.shape[1] - self.grid[0] * self.grid[1]
@@ -227,7 +230,7 @@ class VisionTransformer(Described):
         return resample_positions(of_patches, self.grid, grid, **self.interpolation), of_class if first else None  # type: ignore[arg-type]
 
     def prefix(self, of_class: Tensor | None) -> Tensor | None:
-        """Class and distillation token, with their positions, and registers, which have none: (P, D)."""
+        """Class and distillation tokens with their positions, and registers, which have none: (P, D)."""
         tokens = [t[0] for t in (self.cls_token, self.dist_token) if t is not None]
         if of_class is not None:
             tokens = [torch.cat(tokens) + of_class]
@@ -236,10 +239,10 @@ class VisionTransformer(Described):
         return torch.cat(tokens) if tokens else None
 
     def embed(self, images: Tensor, masks: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        """Tokens (B, P + N, D) that enter the first block.
+        """Tokens (B, P + N, D), the input of the first block.
 
-        masks (B, N) bool: patches replaced by the mask token. keep (B, K) int64: the patches to compute, the others
-        being left out.
+        masks (B, N) bool: patches that are replaced by the mask token. keep (B, K) int64: the patches to compute; the
+        others are left out.
         """
         pos, of_class = self.positions(self.patch_embed.grid(images.shape[2:]))
         prefix = self.prefix(of_class)
@@ -264,8 +267,7 @@ class VisionTransformer(Described):
         return block(x, **kw)
 
     def forward_features(self, images: Tensor, masks: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        """Normalised tokens (B, P + N, D): class token, registers, patches. ``masks`` and ``keep`` as in
-        :meth:`embed`."""
+        """Normalised tokens (B, P + N, D): prefix tokens, then patches. ``masks`` and ``keep`` as in :meth:`embed`."""
         if keep is not None and self.rope is not None:
             raise ValueError("VisionTransformer: keep does not go with pos_embed='rope'")
         rope, x = self.rotations(images), self.embed(images, masks, keep)
@@ -277,8 +279,9 @@ class VisionTransformer(Described):
         """Features of batches of different image sizes in one pass of packed sequences: [(B_i, C, H_i, W_i)] -> [(B_i,
         P + N_i, D)].
 
-        Every linear layer runs once over all tokens and attention is one variable-length call (multi-crop training,
+        Every linear layer runs once on all tokens, and attention is one variable-length call (multi-crop training,
         mixed image sizes).
+
         ``masks``: for each batch, as in :meth:`embed`, or None.
         """
         tokens = [
@@ -306,12 +309,12 @@ class VisionTransformer(Described):
         return x[:, 0] if self.global_pool == "token" else x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features (B, P + N, D) to logits (B, num_classes), or to what enters the head."""
+        """Features (B, P + N, D) to logits (B, num_classes), or to the input of the head."""
         x = self.head_drop(self.fc_norm(self.pool(x)))
         return x if pre_logits else self.head(x)
 
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
-        """Arguments of a forward pass, of the size the model was made for."""
+        """Arguments of a forward pass, of the size given by ``img_size``."""
         return (self.patch_embed.proj.weight.new_zeros(batch, self.patch_embed.in_chans, *self.img_size),)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -325,7 +328,7 @@ class VisionTransformer(Described):
         return_prefix_tokens: bool = False,
         norm: bool = True,
     ) -> tuple[Any, ...]:
-        """Patch tokens (B, N, D) after the last ``n`` blocks, or after the blocks listed.
+        """Patch tokens (B, N, D) after the last ``n`` blocks, or after the listed blocks.
 
         With ``reshape`` they are maps (B, D, rows, columns); with ``return_prefix_tokens``, pairs (patches, prefix (B,
         P, D)).
@@ -344,10 +347,9 @@ class VisionTransformer(Described):
         return tuple(found[i] for i in wanted)
 
     def attention_map(self, images: Tensor, block: int = -1, rows: int | list[int] | Tensor = 0) -> Tensor:
-        """Attention probabilities (B, heads, R, P + N) that the tokens ``rows`` give in one block; row 0 is the class
-        token's.
+        """Attention probabilities (B, heads, R, P + N) of the tokens ``rows`` in one block; row 0 is the class token.
 
-        Costs O(N) per row beside the forward pass up to that block.
+        Costs O(N) per row in addition to the forward pass up to that block.
         """
         rope, x = self.rotations(images), self.embed(images)
         last = block % len(self.blocks)

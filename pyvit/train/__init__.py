@@ -1,4 +1,4 @@
-"""Training: one engine and a readable file per recipe."""
+"""Training: an engine, and one file per recipe."""
 
 from pyvit.train.config import Config
 from pyvit.train.engine import train

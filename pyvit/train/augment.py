@@ -1,5 +1,5 @@
-"""Each paper's augmentation: crops, which the data cut out of whole images, and what follows on whole batches, with
-kornia."""
+"""The augmentations of the papers, with kornia. The crops are cut by the data loader; the rest runs on whole
+batches."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ def _kornia() -> Any:
 
 
 class Augment(nn.Sequential):
-    """uint8 or [0, 1] images (B, 3, H, W) to augmented floats in [0, 1]; ``crop`` is what the data cut them by, None
-    for whole ones."""
+    """Images (B, 3, H, W), uint8 or floats in [0, 1], to augmented floats in [0, 1].
+
+    ``crop`` is the crop that the data loader cuts first, or None for whole images.
+    """
 
     def __init__(self, *layers: nn.Module, crop: Crop | None = None) -> None:
         super().__init__(*layers)
@@ -37,23 +39,23 @@ class Augment(nn.Sequential):
 
 
 def _turn_and_flip(flip: bool, slant: float = 0.0) -> list[nn.Module]:
-    """Turning and shearing by up to ``slant`` degrees and small shifts (none for 0), then a mirror for half of the
-    images."""
+    """Random rotation and shear by up to ``slant`` degrees with small shifts (none if 0), then a random horizontal
+    flip.
+    """
     k = _kornia()
     turn = [k.RandomAffine(degrees=slant, translate=(0.1, 0.1), scale=(0.9, 1.1), shear=slant)] if slant else []
     return [*turn, *([k.RandomHorizontalFlip()] if flip else [])]
 
 
 def mild(flip: bool) -> Augment:
-    """Small rotations, shifts and scalings, for small sets whose classes a strong crop would confuse."""
+    """Small rotations, shifts and scalings, for small data sets whose classes a strong crop would confuse."""
     k = _kornia()
     layers: list[nn.Module] = [k.RandomAffine(degrees=10.0, translate=(0.1, 0.1), scale=(0.9, 1.1), p=0.9)]
     return Augment(*layers, *([k.RandomHorizontalFlip()] if flip else []))
 
 
 def supervised(size: tuple[int, int], flip: bool) -> Augment:
-    """Random resized crop, flip, colour, and erasing (Swin's and DeiT's, with colour jitter for their policy of
-    operations)."""
+    """Random resized crop, flip, colour jitter and erasing, as Swin and DeiT; colour jitter replaces RandAugment."""
     k = _kornia()
     layers = [*_turn_and_flip(flip), k.ColorJitter(0.4, 0.4, 0.4, p=0.8), k.RandomErasing(p=0.25)]
     return Augment(*layers, crop=Crop(size, (0.08, 1.0)))
@@ -66,7 +68,7 @@ def mae(
     slant: float = 0.0,
     views: int | None = None,
 ) -> Augment:
-    """Crop and flip alone (He et al., 2022, appendix A.1)."""
+    """Random resized crop and flip (He et al., 2022, appendix A.1)."""
     return Augment(*_turn_and_flip(flip, slant), crop=Crop(size, scale, count=views))
 
 
@@ -112,8 +114,8 @@ def dino(
 
 
 class Spectrogram(Augment):
-    """AST's: up to 10 frames earlier or later, then a band of up to 3/8 of the frequencies and of up to 3/16 of the
-    time set to ``fill``.
+    """AST's augmentation: a shift by up to 10 frames, then a band of up to 3/8 of the frequencies and a band of up to
+    3/16 of the time are set to ``fill``.
 
     Gong et al. (2021), section 3.1, after Park et al., "SpecAugment" (2019).
     """
@@ -139,10 +141,10 @@ class Spectrogram(Augment):
 
 
 def mixup(images: Tensor, targets: Tensor, mixup_alpha: float, cutmix_alpha: float) -> tuple[Tensor, Tensor]:
-    """Mix each image with its mirror in the batch, pixel by pixel (mixup) or by a box (CutMix), each half of the time
-    when both are on.
+    """Mix each image with another one of the batch, by pixel (mixup) or by a box (CutMix); each half of the time if
+    both are enabled. The other image is that of the reversed batch.
 
-    targets (B, classes) are mixed alike. Zhang et al., "mixup" (2018); Yun et al., "CutMix" (2019).
+    targets (B, classes) are mixed with the same weights. Zhang et al., "mixup" (2018); Yun et al., "CutMix" (2019).
     """
     if not mixup_alpha and not cutmix_alpha:
         return images, targets

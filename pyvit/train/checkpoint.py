@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic files: a file is complete or does not exist."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from torch import Tensor
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write beside ``path``, flush to the disk, then rename: a reader, or a crash at any moment, sees the old file or
-    the new one.
+    """Write to a temporary file beside ``path``, flush it to disk and rename it. A reader, or a crash at any time, sees
+    the old file or the new one.
 
-    When writing fails (a full disk) the partial file is removed, the old one stays, and the OSError is raised.
+    If writing fails (for example on a full disk), the temporary file is removed, the old file stays, and the OSError is
+    raised.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}"
-    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask, as any other file
+    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # the umask applies, as to any other file
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -34,7 +35,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
-    with contextlib.suppress(OSError):  # some file systems cannot flush a folder; the file is in place
+    with contextlib.suppress(OSError):  # some file systems cannot flush a folder; the file itself is complete
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
@@ -55,9 +56,10 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """What :func:`save` wrote, or None where there is no file. Remains of interrupted writes are removed.
+    """Load what :func:`save` wrote, or return None if there is no file. Temporary files of interrupted writes are
+    removed.
 
-    Raises ValueError for a file that is damaged or is no checkpoint.
+    Raises ValueError if the file is damaged or is not a checkpoint.
     """
     sweep(path.parent, path.name)
     if not path.exists():
@@ -66,7 +68,7 @@ def load(path: Path) -> dict[str, Any] | None:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # the unpickler raises whatever the damage leads to
+    except Exception as error:  # the unpickler may raise any exception for damaged files
         raise ValueError(
             f"{path} is damaged or no checkpoint of pyvit: {str(error).splitlines()[0] if str(error) else error!r}"
         ) from error
@@ -76,7 +78,9 @@ def load(path: Path) -> dict[str, Any] | None:
 
 
 def sweep(folder: Path, *names: str) -> None:
-    """Remove what interrupted writes of the files ``names`` left in ``folder``, which nobody else may be writing to."""
+    """Remove the temporary files that interrupted writes of ``names`` left in ``folder``. No other process may be
+    writing there.
+    """
     for name in names:
         for stale in folder.glob(f".{glob.escape(name)}.*"):
             with contextlib.suppress(OSError):
@@ -88,7 +92,7 @@ def save_json(path: Path, value: Any) -> None:
 
 
 def load_json(path: Path) -> Any:
-    """What :func:`save_json` wrote. Raises ValueError for a file that is not JSON."""
+    """Load what :func:`save_json` wrote. Raises ValueError if the file is not JSON."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -96,7 +100,7 @@ def load_json(path: Path) -> Any:
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor], header: dict[str, str] | None = None) -> None:
-    """A safetensors file of ``state``, atomically; ``header``: texts beside it."""
+    """Write ``state`` as a safetensors file, atomically; ``header`` is its metadata."""
     from safetensors.torch import save as serialise
 
     content = serialise({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, header)

@@ -20,7 +20,9 @@ from pyvit.train.recipe import Contrastive, Views, build, initialise
 
 
 class ImageText(Contrastive):
-    """Both towers learn that row i of the images belongs to row i of the captions, and to no other."""
+    """Base of the recipes for pairs of images and captions: pair i of the batch is a positive, all other pairs are
+    negatives.
+    """
 
     defaults: ClassVar[dict[str, Any]] = {
         "epochs": 32,
@@ -36,7 +38,7 @@ class ImageText(Contrastive):
         "crop": Option(0.9, "smallest share of an image that a random crop keeps", "(0, 1]"),
     }
     betas, eps = (0.9, 0.98), 1e-6
-    takes, encodes = "one of two towers, for images and for text", False
+    models, image_models = "one with an image and a text tower", False
 
     @classmethod
     def fits(cls, name: str) -> bool:
@@ -57,9 +59,8 @@ class ImageText(Contrastive):
         if config.init is not None:
             initialise(self.model, config.init)
         self.check_batch()
-        self.augment = augment.mae(
-            data.size, False, (self.opt["crop"], 1.0)
-        )  # a mirror makes the caption's "left" wrong
+        # No flip: it would make "left" in a caption wrong.
+        self.augment = augment.mae(data.size, False, (self.opt["crop"], 1.0))
 
     @property
     def backbone(self) -> nn.Module:
@@ -76,8 +77,7 @@ class ImageText(Contrastive):
         return {"images": self.model.encode_image(views["images"]), "text": self.model.encode_text(views["text"])}
 
     def evaluate(self, data: Data) -> dict[str, float]:
-        """Zero-shot accuracy where there are classes, recall of captions and images where captions tell images
-        apart."""
+        """Zero-shot accuracy if the data has classes, and retrieval recall if the captions distinguish the images."""
         from pyvit.eval.retrieval import recall_of
         from pyvit.eval.zero_shot import zero_shot_accuracy_of
 
@@ -95,8 +95,9 @@ class CLIP(ImageText):
 
     @torch.no_grad()
     def update(self, step: int, steps: int) -> None:
-        """The scale stays within [1, 100] (section 2.5). The parameter is set back, for a clamp in the loss would stop
-        its gradient."""
+        """Clamp the scale to [1, 100] (section 2.5). Clamping the parameter keeps its gradient, which a clamp in the
+        loss would stop.
+        """
         self.model.logit_scale.clamp_(0.0, math.log(100.0))
 
 

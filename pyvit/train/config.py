@@ -1,4 +1,4 @@
-"""Everything a run depends on, in one record that is saved with it."""
+"""All settings of a run, in one record that is saved with it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ __all__ = ["FREE", "Config", "parse"]
 
 
 def option(default: Any, help: str, within: str = "", choices: tuple[str, ...] = ()) -> Any:
-    """A field with the help text that the command line shows, and the values it may take (see
-    :class:`pyvit.train.options.Option`)."""
+    """A dataclass field with its help text for the command line and its allowed values (see
+    :class:`pyvit.train.options.Option`).
+    """
     metadata = {"help": help, "within": within, "choices": choices}
     if isinstance(default, list):
         return field(default_factory=list, metadata=metadata)
@@ -23,8 +24,7 @@ def option(default: Any, help: str, within: str = "", choices: tuple[str, ...] =
 
 @dataclass
 class Config:
-    """Settings of a run. None means the recipe's own default, see ``pyvit train RECIPE --help`` and the recipe's
-    file."""
+    """Settings of a run. None means the recipe's default: see ``pyvit train RECIPE --help``."""
 
     data: str = option(
         "digits", "folder, CSV of captions, hf:NAME, hf-stream:NAME, or digits | scenes | words | synthetic"
@@ -33,7 +33,7 @@ class Config:
         None, "a name of pyvit.list_models(); default: a small one that suits the data, or that of --init"
     )
     out: str | None = option(
-        None, "folder of the run; default runs/RECIPE-DATA-MODEL. The same command resumes what it finds there"
+        None, "folder of the run; default runs/RECIPE-DATA-MODEL. The same command resumes the run in it"
     )
     init: str | None = option(None, "start from the weights of a finished run's folder, or of a checkpoint file")
     epochs: float | None = option(None, "passes over the training set", "(0, inf)")
@@ -42,18 +42,18 @@ class Config:
     accumulate: int = option(
         1,
         (
-            "micro-batches per optimizer step. Contrastive recipes keep all negatives of the batch, for a second "
-            "forward pass"
+            "micro-batches per optimizer step. Contrastive recipes keep all negatives of the batch, at the cost of a "
+            "second forward pass"
         ),
         "(0, inf)",
     )
     lr: float | None = option(None, "peak learning rate", "(0, inf)")
     min_lr: float | None = option(None, "learning rate of the last step", "[0, inf)")
     weight_decay: float | None = option(None, "weight decay, of matrices only", "[0, inf)")
-    warmup: float | None = option(None, "share of the steps in which the rate rises linearly", "[0, 1)")
+    warmup: float | None = option(None, "share of the steps with a linearly rising learning rate", "[0, 1)")
     clip: float | None = option(None, "largest gradient norm; 0 for none", "[0, inf)")
-    layer_decay: float | None = option(None, "factor on the rate per block below the head", "(0, 1]")
-    precision: str = option("no", "mixed precision: no | bf16 | fp16 (a GPU's)", choices=("no", "bf16", "fp16"))
+    layer_decay: float | None = option(None, "factor on the learning rate per block below the head", "(0, 1]")
+    precision: str = option("no", "mixed precision: no | bf16 | fp16 (needs a GPU)", choices=("no", "bf16", "fp16"))
     checkpointing: bool = option(False, "recompute blocks in the backward pass instead of storing activations")
     compile: bool = option(False, "torch.compile the model")
     fsdp: bool = option(
@@ -62,28 +62,30 @@ class Config:
     image_size: int | None = option(None, "side of the images; default the data set's own, or 224", "(0, inf)")
     validation: float = option(
         0.0,
-        "share of the training images to evaluate on in the place of the held-out ones, to choose settings by",
+        "share of the training images to evaluate on instead of the held-out ones, for choosing settings",
         "[0, 1)",
     )
-    flip: bool = option(True, "mirror images at random; never spectrograms, built-in digits or images with captions")
-    workers: int = option(0, "processes that read images", "[0, inf)")
-    seed: int = option(0, "of weights, order and augmentation", "[0, inf)")
+    flip: bool = option(True, "random horizontal flips; never of spectrograms, built-in digits or images with captions")
+    workers: int = option(0, "processes that load images", "[0, inf)")
+    seed: int = option(0, "seed of weights, image order and augmentation", "[0, inf)")
     save_every: int = option(200, "steps between checkpoints; one is always written at the end", "(0, inf)")
     log_every: int = option(10, "steps between lines of log.jsonl", "(0, inf)")
-    eval_every: int = option(0, "epochs between evaluations; 0 for the end alone", "[0, inf)")
+    eval_every: int = option(0, "epochs between evaluations; 0 for a single one at the end", "[0, inf)")
     tensorboard: bool = option(False, "also write TensorBoard events")
-    overwrite: bool = option(False, "discard what is in the folder of the run")
-    allow_changed_data: bool = option(False, "resume although the training set is not the one that the run began with")
+    overwrite: bool = option(False, "discard the run in the folder")
+    allow_changed_data: bool = option(False, "resume although the training set has changed since the run began")
     set: list[str] = option([], "KEY=VALUE, a setting of the model, such as depth=4; repeatable")  # noqa: RUF009
     option: list[str] = option([], "KEY=VALUE, a setting of the recipe, listed below; repeatable")  # noqa: RUF009
     recipe: str = "supervised"
 
     def resolved(self, defaults: Mapping[str, Any]) -> Config:
-        """This record with ``defaults`` in the place of None."""
+        """A copy with ``defaults`` for the fields that are None."""
         return dataclasses.replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
 
     def check(self) -> None:
-        """Raise SettingError for a value of the wrong type or out of its range; None is left for the recipe to fill."""
+        """Raise SettingError for a value of the wrong type or out of range. None is allowed where the recipe has a
+        default.
+        """
         hints = get_type_hints(Config)
         for each in dataclasses.fields(self):
             value, kinds = getattr(self, each.name), get_args(hints[each.name]) or (hints[each.name],)

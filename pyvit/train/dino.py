@@ -15,12 +15,12 @@ from pyvit.models.dino import Views as Outputs
 from pyvit.train import augment, schedules
 from pyvit.train.config import Config
 from pyvit.train.options import Option, SettingError
-from pyvit.train.rank_norm import RankNorm
 from pyvit.train.recipe import Recipe, Views, build, initialise
+from pyvit.train.sync_batch_norm import SyncBatchNorm1d
 
 
 class DINO(Recipe):
-    """The student sees every crop, the teacher the two global ones; the teacher is the student's moving average."""
+    """The student sees all crops, the teacher only the two global ones. The teacher is the student's moving average."""
 
     defaults: ClassVar[dict[str, Any]] = {
         "epochs": 100, "batch_size": 1024, "weight_decay": 0.04, "warmup": 0.1, "clip": 3.0, "min_lr": 1e-6
@@ -28,27 +28,27 @@ class DINO(Recipe):
     options: ClassVar[dict[str, Option]] = {
         "prototypes": Option(65536, "outputs of the head", "[2, inf)"),
         "hidden": Option(2048, "width of the head's hidden layers", "[1, inf)"),
-        "bottleneck": Option(256, "width of the head's last layer but one", "[1, inf)"),
-        "batch_norm": Option(False, "batch norm in the head; it spreads the features of small networks"),
-        "norm_last_layer": Option(True, "keep the prototypes' length at 1; the paper lets small models learn it"),
+        "bottleneck": Option(256, "width of the head's bottleneck layer, before the prototypes", "[1, inf)"),
+        "batch_norm": Option(False, "batch norm in the head; it helps small networks against collapse"),
+        "norm_last_layer": Option(True, "keep the prototypes at length 1; the paper does not for small models"),
         "student_temp": Option(0.1, "temperature of the student", "(0, inf)"),
         "teacher_temp": Option(0.04, "temperature of the teacher after its warm-up", "(0, inf)"),
         "warm_teacher_temp": Option(0.04, "temperature of the teacher at the start", "(0, inf)"),
         "warm_teacher": Option(0.3, "share of the steps of the teacher's warm-up", "[0, 1]"),
-        "momentum": Option(0.996, "of the teacher's moving average at the start; it rises to 1", "[0, 1)"),
-        "center_momentum": Option(0.9, "of the moving average of the teacher's outputs", "[0, 1)"),
+        "momentum": Option(0.996, "momentum of the teacher's moving average at the start; it rises to 1", "[0, 1)"),
+        "center_momentum": Option(0.9, "momentum of the centre, the moving average of the teacher's outputs", "[0, 1)"),
         "weight_decay_end": Option(0.4, "weight decay of the last step", "[0, inf)"),
-        "freeze_last": Option(1.0, "epochs in which the prototypes rest", "[0, inf)"),
-        "local_crops": Option(8, "small crops of each image", "[0, inf)"),
-        "local_size": Option(0, "side of the small crops; 0 for 3/7 of the image", "[0, inf)"),
-        "global_crop": Option(0.4, "smallest share of an image that a large crop keeps", "(0, 1]"),
+        "freeze_last": Option(1.0, "epochs at the start with frozen prototypes", "[0, inf)"),
+        "local_crops": Option(8, "local crops of each image", "[0, inf)"),
+        "local_size": Option(0, "side of the local crops; 0 for 3/7 of the image", "[0, inf)"),
+        "global_crop": Option(0.4, "smallest share of an image that a global crop keeps", "(0, 1]"),
         "local_crop": Option(
-            0.05, "smallest share that a small crop keeps; the largest is that of global_crop", "(0, 1]"
+            0.05, "smallest share of an image that a local crop keeps; the largest is global_crop", "(0, 1]"
         ),
         "drop_path": Option(0.1, "stochastic depth of the student's last block", "[0, 1)"),
-        "centering": Option("centering", "what spreads the teacher's outputs", choices=("centering", "sinkhorn_knopp")),
-        "distort": Option(True, "distort colours, blur and solarise"),
-        "solarize": Option(0.2, "probability to solarise the second large crop", "[0, 1]"),
+        "centering": Option("centering", "how the teacher avoids collapse", choices=("centering", "sinkhorn_knopp")),
+        "distort": Option(True, "colour distortion, blur and solarisation"),
+        "solarize": Option(0.2, "probability of solarising the second global crop", "[0, 1]"),
         "slant": Option(0.0, "largest rotation and shear in degrees", "[0, 180)"),
     }
     base_lr, base_batch = 5e-4, 256
@@ -72,7 +72,7 @@ class DINO(Recipe):
         self.model = self.distillation(student)
         if self.group is not None:
             for head in self.heads("student") + self.heads("teacher"):
-                RankNorm.convert(head.mlp)
+                SyncBatchNorm1d.convert(head.mlp)
         self.loss = DINOLoss(o["prototypes"], o["student_temp"], o["center_momentum"], o["centering"], group=self.group)
         self.loss.deferred = True
         low, high = (o["local_crop"], o["global_crop"]), (o["global_crop"], 1.0)
@@ -92,7 +92,7 @@ class DINO(Recipe):
         return build(config.model or "", data, config, num_classes=0, drop_path_rate=self.opt["drop_path"])
 
     def distillation(self, student: nn.Module) -> SelfDistillation:
-        """Student and teacher with their heads."""
+        """Student and teacher, with their heads."""
         o = self.opt
         return SelfDistillation(
             student,
@@ -104,7 +104,7 @@ class DINO(Recipe):
         )
 
     def local_size(self, size: tuple[int, int]) -> int:
-        """The side of small crops: 3/7 of the image, in whole patches, where it is not given: 96 of 224."""
+        """Side of the local crops. The default is 3/7 of the image (96 of 224), rounded to whole patches."""
         stem = getattr(self.backbone, "patch_embed", None)
         patch = 1 if stem is None else stem.multiple
         side = self.opt["local_size"]
@@ -122,17 +122,16 @@ class DINO(Recipe):
         return self.model.encoder_of()
 
     def heads(self, side: str) -> list[DINOHead]:
-        """The heads of "student" or "teacher"."""
+        """The heads of the "student" or of the "teacher"."""
         return [part for name, part in getattr(self.model, side).items() if name != "backbone"]
 
     def schedule(self, step: int, steps: int) -> dict[str, float]:
-        return {
-            "weight_decay": schedules.cosine(step, steps, self.config.weight_decay or 0.0, self.opt["weight_decay_end"])
-        }
+        start, end = self.config.weight_decay or 0.0, self.opt["weight_decay_end"]
+        return {"weight_decay": schedules.cosine(step, steps, start, end)}
 
     @property
     def crops(self) -> dict[str, Crop]:
-        """Two global crops and ``local_crops`` local ones, each of the whole image."""
+        """Two global crops and ``local_crops`` local ones, each cut from the whole image."""
         found = {
             "first": self.first.crop,
             "second": self.second.crop,
@@ -142,20 +141,22 @@ class DINO(Recipe):
 
     def views(self, batch: Views, step: int, steps: int) -> Views:
         batch, o = self.cropped(batch), self.opt
-        large = [
-            self.normalize(augmented(batch[name]))
-            for name, augmented in (("first", self.first), ("second", self.second))
-        ]
-        small = [self.normalize(self.local(crop)) for crop in batch["local"]] if o["local_crops"] else []
-        temp = schedules.linear(step, int(o["warm_teacher"] * steps), o["warm_teacher_temp"], o["teacher_temp"])
-        return {"global": torch.stack(large), "local": torch.stack(small) if small else None, "teacher_temp": temp}
+        first = self.normalize(self.first(batch["first"]))
+        second = self.normalize(self.second(batch["second"]))
+        local = [self.normalize(self.local(crop)) for crop in batch["local"]] if o["local_crops"] else []
+        warmup = int(o["warm_teacher"] * steps)
+        return {
+            "global": torch.stack([first, second]),
+            "local": torch.stack(local) if local else None,
+            "teacher_temp": schedules.linear(step, warmup, o["warm_teacher_temp"], o["teacher_temp"]),
+        }
 
     def outputs(self, views: Views) -> Outputs:
-        """What student and teacher make of the crops."""
+        """The outputs of student and teacher."""
         return self.model(views["global"], views["local"] if views["local"] is not None else (), views.get("mask"))
 
     def prototypes(self, patches: bool = False) -> dict[str, Tensor]:
-        """The second factor of the scores of both sides, as the losses take it."""
+        """Prototypes of student and teacher, as arguments of the losses. Scores are head outputs times prototypes."""
         return {f"{side}_prototypes": self.model.head_of(side, patches).prototypes for side in ("student", "teacher")}
 
     def forward(self, views: Views) -> dict[str, Tensor]:
@@ -163,22 +164,26 @@ class DINO(Recipe):
         return {"loss": self.loss(seen.student, seen.teacher, views["teacher_temp"], **self.prototypes())}
 
     def gradients(self, step: int, steps: int) -> None:
-        """The prototypes rest at first, until the features have spread (appendix D of the paper)."""
+        """Freeze the prototypes in the first epochs, until the features have spread (appendix D of the paper)."""
         if step < self.opt["freeze_last"] * self.per_epoch:
             for head in self.heads("student"):
                 for p in head.last_layer.parameters():
                     p.grad = None
 
-    def of_micro_batches(self) -> list[str]:
-        return [*super().of_micro_batches(), *(["Sinkhorn-Knopp"] if self.opt["centering"] == "sinkhorn_knopp" else [])]
+    def depends_on_micro_batch(self) -> list[str]:
+        return [
+            *super().depends_on_micro_batch(),
+            *(["Sinkhorn-Knopp"] if self.opt["centering"] == "sinkhorn_knopp" else []),
+        ]
 
     def losses(self) -> list[Any]:
-        """The losses that keep a centre."""
+        """The losses that have a centre."""
         return [self.loss]
 
     @torch.no_grad()
     def update(self, step: int, steps: int) -> None:
-        self.model.update_teacher(schedules.cosine(step, steps, self.opt["momentum"], 1.0))
+        momentum = schedules.cosine(step, steps, self.opt["momentum"], 1.0)
+        self.model.update_teacher(momentum)
         for loss in self.losses():
             loss.update_center()
 

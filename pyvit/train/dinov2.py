@@ -1,5 +1,4 @@
-"""DINOv2 (Oquab et al., 2024): DINO on crops, iBOT on masked patches, and the switches that its table 1 adds one by
-one."""
+"""DINOv2 (Oquab et al., 2024): DINO on crops, iBOT on masked patches, and the changes of the paper's table 1."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from pyvit.train.recipe import Views, build
 
 
 class DINOv2(DINO):
-    """Half of the global crops reach the student with blocks of 10 to 50 % of their patches masked.
+    """Half of the student's global crops have 10 to 50 % of their patches masked, in blocks.
 
     Each row of the ablation table is an option: layer_scale, drop_path, prototypes, koleo, ffn (mlp or swiglu),
     momentum, warm_teacher_temp, centering, ibot, separate_head.
@@ -29,29 +28,31 @@ class DINOv2(DINO):
 
     defaults: ClassVar[dict[str, Any]] = {**DINO.defaults, "batch_size": 2048, "layer_decay": 0.9}
     options: ClassVar[dict[str, Option]] = {
-        # no batch norm: masked rows differ in number from rank to rank
+        # no batch norm: ranks have different numbers of masked patches
         **{k: v for k, v in DINO.options.items() if k != "batch_norm"},
         "prototypes": Option(131072, "outputs of the head", "[2, inf)"),
-        "momentum": Option(0.994, "of the teacher's moving average at the start; it rises to 1", "[0, 1)"),
+        "momentum": Option(0.994, "momentum of the teacher's moving average at the start; it rises to 1", "[0, 1)"),
         "teacher_temp": Option(0.07, "temperature of the teacher after its warm-up", "(0, inf)"),
         "centering": Option(
-            "sinkhorn_knopp", "what spreads the teacher's outputs", choices=("centering", "sinkhorn_knopp")
+            "sinkhorn_knopp",
+            "how the teacher avoids collapse",
+            choices=("centering", "sinkhorn_knopp"),
         ),
-        "global_crop": Option(0.32, "smallest share of an image that a large crop keeps", "(0, 1]"),
+        "global_crop": Option(0.32, "smallest share of an image that a global crop keeps", "(0, 1]"),
         "drop_path": Option(0.3, "stochastic depth of every block of the student", "[0, 1)"),
-        "layer_scale": Option(1e-5, "first value of LayerScale; 0 for none", "[0, inf)"),
-        "ffn": Option("mlp", "hidden layers of the blocks", choices=("mlp", "swiglu")),
+        "layer_scale": Option(1e-5, "initial value of LayerScale; 0 for none", "[0, inf)"),
+        "ffn": Option("mlp", "feed-forward layer of the blocks", choices=("mlp", "swiglu")),
         "ibot": Option(1.0, "weight of the loss of masked patches; 0 for none", "[0, inf)"),
-        "mask_share": Option(0.5, "share of the large crops that are masked", "(0, 1]"),
+        "mask_share": Option(0.5, "share of the global crops that are masked", "(0, 1]"),
         "mask_low": Option(0.1, "smallest share of the patches that a mask hides", "[0, 1)"),
         "mask_high": Option(0.5, "largest share of the patches that a mask hides", "(0, 1)"),
-        "separate_head": Option(True, "a head of their own for patches"),
-        "koleo": Option(0.1, "weight of the loss that spreads class tokens; 0 for none", "[0, inf)"),
+        "separate_head": Option(True, "a separate head for patches"),
+        "koleo": Option(0.1, "weight of the KoLeo loss, which spreads class tokens; 0 for none", "[0, inf)"),
         "patch_embed_rate": Option(0.2, "factor on the learning rate of the patch embedding", "(0, inf)"),
     }
     base_lr, base_batch, scaling = 4e-3, 1024, "sqrt"
-    takes = "a vision transformer, whose patches a mask token can hide"
-    decides = ("init_values", "mask_token")
+    models = "a vision transformer, whose patches can be masked"
+    fixed_settings = ("init_values", "mask_token")
 
     @classmethod
     def fits(cls, name: str) -> bool:
@@ -67,7 +68,7 @@ class DINOv2(DINO):
             )
         if o["ibot"] and int(2 * self.rows * o["mask_share"]) < 1:
             raise SettingError(
-                f"dinov2: option mask_share must mask one of the 2 x {self.rows} large crops of a micro-batch, got "
+                f"dinov2: option mask_share must mask one of the 2 x {self.rows} global crops of a micro-batch, got "
                 f"{o['mask_share']}"
             )
         if o["koleo"] and config.batch_size is not None and config.batch_size // config.accumulate < 2:
@@ -108,8 +109,8 @@ class DINOv2(DINO):
     def rate_scales(self) -> Mapping[str, float]:
         return {"patch_embed": self.opt["patch_embed_rate"]}
 
-    def of_micro_batches(self) -> list[str]:
-        return [*super().of_micro_batches(), *(["KoLeo"] if self.opt["koleo"] else [])]
+    def depends_on_micro_batch(self) -> list[str]:
+        return [*super().depends_on_micro_batch(), *(["KoLeo"] if self.opt["koleo"] else [])]
 
     def losses(self) -> list[Any]:
         return [self.loss, self.ibot]

@@ -1,4 +1,4 @@
-"""The loop: one optimizer step after another, on one process or many, resumable at any of them."""
+"""The training loop, on one process or many. A run can be resumed at any step."""
 
 from __future__ import annotations
 
@@ -15,31 +15,30 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from pyvit.data import Data, load_data, loading
-from pyvit.data.stream import Stream
-from pyvit.models.facts import header_of
+from pyvit.models.metadata import header_of
 from pyvit.train import checkpoint, schedules
 from pyvit.train.config import Config
-from pyvit.train.folder import Lock
 from pyvit.train.grad_cache import MicroBatch, cache, rng_state, set_rng_state
+from pyvit.train.initialisation import adopt, check_model, inherit
 from pyvit.train.log import Log, Progress, active_kernels, say
 from pyvit.train.optim import LARS, parameter_groups
 from pyvit.train.options import SettingError, parse
-from pyvit.train.plan import Plan, step_seed
 from pyvit.train.presets import MODELS, PRESETS, TOWERS
 from pyvit.train.recipe import Contrastive, Recipe, load_recipe
 from pyvit.train.resume import Resumable
+from pyvit.train.run_folder import Lock
+from pyvit.train.sampler import BatchSampler, step_seed
 from pyvit.train.sharding import leave, shard, whole
-from pyvit.train.start import adopt, check_model, inherit
-from pyvit.train.stop import Stopped, StopSignals
+from pyvit.train.signals import Stopped, StopSignals
 
-#: So many overflows of float16 in a row are no search for the loss scale: from 65536 it is then below 1e-3.
-OVERFLOWS = 27
+#: More float16 overflows in a row than this are an error: the loss scale is then below 1e-3, from 65536.
+MAX_OVERFLOWS = 27
 
 
-class Numbered:
-    """The micro-batches of a plan with the number of their step, from which their crops are drawn."""
+class NumberedBatches:
+    """Yields (step, indices) for each micro-batch of a sampler. Crops are drawn from the step's number."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: BatchSampler) -> None:
         self.plan = plan
 
     def __len__(self) -> int:
@@ -50,8 +49,10 @@ class Numbered:
             yield self.plan.start + n // self.plan.accumulate, indices
 
 
-def _settle(config: Config) -> Config:
-    """Fill what the user left open: the small presets, then the recipe's defaults, and the name of the run's folder."""
+def resolve_config(config: Config) -> Config:
+    """Fill in the settings that were not given: presets for built-in data, then the recipe's defaults, then the run
+    folder.
+    """
     config.check()
     if config.epochs is not None and config.steps is not None:
         raise SettingError(f"epochs and steps: give one of them, got {config.epochs} and {config.steps}")
@@ -61,7 +62,7 @@ def _settle(config: Config) -> Config:
     given = parse(config.option, "option")
     options = {**preset.pop("option", {}), **given}
     config = dataclasses.replace(config, option=[f"{k}={v!r}" for k, v in options.items()])
-    recipe.chosen(config)
+    recipe.options_of(config)
     parse(config.set, "set")
     config = config.resolved(
         {"model": TOWERS.get((config.recipe, config.data)) or MODELS.get(config.data, "vit_small_patch16_224")}
@@ -87,8 +88,7 @@ def _accelerator(config: Config) -> Any:
         from accelerate import Accelerator, DistributedDataParallelKwargs
     except ImportError as error:
         raise ImportError("training needs accelerate: pip install 'pyvit-kernels[train]'") from error
-    # Settings of a model or recipe may leave parameters without a gradient; to look for them costs a walk over the
-    # graph.
+    # Some models and recipes leave parameters without a gradient.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
 
@@ -98,7 +98,7 @@ def _optimizer(recipe: Recipe, config: Config) -> torch.optim.Optimizer:
         groups = parameter_groups(recipe, recipe.backbone, config.layer_decay or 1.0, recipe.rate_scales())
     except TypeError as error:
         raise SettingError(
-            f"layer_decay must be 1 with {config.model}, which has no layers to count ({error})"
+            f"layer_decay must be 1 with {config.model}, whose layers cannot be counted ({error})"
         ) from error
     if recipe.optimizer == "lars":
         return LARS(groups, lr=config.lr or 0.0)
@@ -109,29 +109,32 @@ def _optimizer(recipe: Recipe, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.lr or 0.0, betas=recipe.betas, eps=recipe.eps)
 
 
-def _rates(optimizer: Any, recipe: Recipe, config: Config, step: int, steps: int) -> float:
-    """Set every group's rate and decay for ``step``; returns the rate of the head."""
-    peak, end, decay = config.lr or 0.0, config.min_lr or 0.0, config.weight_decay or 0.0
-    values = {"lr": schedules.cosine(step, steps, peak, end, int(steps * (config.warmup or 0))), "weight_decay": decay}
-    values.update(recipe.schedule(step, steps))
+def _set_rates(optimizer: Any, recipe: Recipe, config: Config, step: int, steps: int) -> float:
+    """Set the learning rate and weight decay of all parameter groups for ``step``. Returns the head's learning rate."""
+    warmup = int(steps * (config.warmup or 0.0))
+    lr = schedules.cosine(step, steps, config.lr or 0.0, config.min_lr or 0.0, warmup)
+    weight_decay = config.weight_decay or 0.0
+    overrides = recipe.schedule(step, steps)
+    lr = overrides.get("lr", lr)
+    weight_decay = overrides.get("weight_decay", weight_decay)
     for group in optimizer.param_groups:
-        group["lr"] = values["lr"] * group["lr_scale"]
-        group["weight_decay"] = values["weight_decay"] if group["decays"] else 0.0
-    return values["lr"]
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
+    return lr
 
 
 class Run(Resumable):
     """One training run; see :func:`train`."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config = _settle(config)
+        self.config = config = resolve_config(config)
         self.folder = Path(config.out or "")
-        self.joined = not dist.is_initialized()  # the group is this run's to leave if it is this run that joins it
+        self.owns_group = not dist.is_initialized()  # this run creates the process group, and destroys it
         self.accelerator = _accelerator(config)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         self.signals, self.stop = StopSignals(), 0
-        self.overflows = 0  # steps in a row that float16 has cost
+        self.overflows = 0  # consecutive steps skipped because float16 overflowed
         self.lock = Lock(self.folder)
         try:
             self._on_main(self.lock.acquire)
@@ -149,16 +152,15 @@ class Run(Resumable):
             say(self.data.summary())
         if config.image_size is None:
             self.config = config = dataclasses.replace(config, image_size=self.data.size[1])
-        batch, stream = config.batch_size or 1, isinstance(self.data.train, Stream)
-        n = (
-            config.steps * batch if stream and config.steps else len(self.data.train)
-        )  # a stream need not know its length
+        batch, stream = config.batch_size or 1, self.data.train.streamed
+        # A stream may not know its length.
+        n = config.steps * batch if stream and config.steps else len(self.data.train)
         if batch > n or batch % (self.world * config.accumulate):
-            wanted = (
-                f"at most the {n} images and a multiple of processes times accumulate, {self.world} x "
-                f"{config.accumulate}"
+            multiple = f"{self.world} x {config.accumulate}"
+            raise ValueError(
+                f"batch_size must be at most the {n} images and a multiple of processes x accumulate, {multiple}, "
+                f"got {batch}"
             )
-            raise ValueError(f"batch_size must be {wanted}, got {batch}")
         self.per_epoch = n // batch
         self.steps = config.steps or max(round((config.epochs or 1) * self.per_epoch), 1)
         torch.manual_seed(config.seed)
@@ -172,33 +174,33 @@ class Run(Resumable):
         if config.compile:
             self.model.compile()
         self.start = self._resume()
-        if config.accumulate > 1 and (parts := self.recipe.of_micro_batches()):
+        if config.accumulate > 1 and (parts := self.recipe.depends_on_micro_batch()):
             self.tell(
-                f"note: {' and '.join(parts)} see each of the {config.accumulate} micro-batches alone, not the "
+                f"note: {' and '.join(parts)} see each of the {config.accumulate} micro-batches separately, not the "
                 "whole batch"
             )
 
     def batches(self) -> Iterator[dict[str, Any]]:
-        c = self.config
-        train, spread = (
-            self.data.train,
-            (c.batch_size or 1, self.start, self.steps, c.seed, self.rank, self.world, c.accumulate),
-        )
-        crops = self.recipe.crops
-        if isinstance(train, Stream):
-            yield from loading.streamed(train, train.batches(*spread, crops), c.workers)
-            return
-        yield from loading.drawn(train, crops, Numbered(Plan(len(train), *spread)), c.seed, c.workers)
+        c, train, crops = self.config, self.data.train, self.recipe.crops
+        schedule = (c.batch_size or 1, self.start, self.steps, c.seed, self.rank, self.world, c.accumulate)
+        if train.streamed:
+            yield from loading.stream_batches(train, train.batches(*schedule, crops), c.workers)
+        else:
+            batches = NumberedBatches(BatchSampler(len(train), *schedule))
+            yield from loading.training_batches(train, crops, batches, c.seed, c.workers)
 
     def step(self, step: int, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
-        """One optimizer step; returns the figures to log. Schedules pass over steps that float16 has cost."""
-        c, at = self.config, step - self.skipped
-        lr = _rates(self.optimizer, self.recipe, c, at, self.steps)
+        """One optimizer step. Returns the values to log. Steps skipped by the float16 scaler do not advance the
+        schedules.
+        """
+        c = self.config
+        schedule_step = step - self.skipped
+        lr = _set_rates(self.optimizer, self.recipe, c, schedule_step, self.steps)
         if isinstance(self.recipe, Contrastive) and c.accumulate > 1:
-            totals = self._cached_gradients(step, at, batches)
+            totals = self._cached_gradients(step, schedule_step, batches)
         else:
-            totals = self._gradients(step, at, batches)
-        self.recipe.gradients(at, self.steps)
+            totals = self._gradients(step, schedule_step, batches)
+        self.recipe.gradients(schedule_step, self.steps)
         if c.clip:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), c.clip)
             totals["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -207,66 +209,67 @@ class Run(Resumable):
             int(scaler is None and not all(map(_finite, totals.values()))), self.signals.last
         )
         if bad:
-            raise FloatingPointError(f"step {step}: the loss or its gradient is not finite ({totals}); {self._left()}")
+            raise FloatingPointError(
+                f"step {step}: the loss or its gradient is not finite ({totals}); {self._checkpoint_note()}"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if scaler is None:
-            self.recipe.update(at, self.steps)
+            self.recipe.update(schedule_step, self.steps)
             return {**totals, "lr": lr}
-        self._count(step, getattr(self.optimizer, "step_was_skipped", False))
+        self._count_overflow(step, getattr(self.optimizer, "step_was_skipped", False))
         if self.overflows:
             self.recipe.step_skipped()
         else:
-            self.recipe.update(at, self.steps)
+            self.recipe.update(schedule_step, self.steps)
         return {**totals, "lr": lr, "loss_scale": scaler.get_scale(), "skipped_steps": self.skipped}
 
-    def _count(self, step: int, skipped: bool) -> None:
-        """Keep count of steps whose gradients overflowed in float16, which the scaler leaves out while it lowers the
-        scale of the loss."""
+    def _count_overflow(self, step: int, skipped: bool) -> None:
+        """Count the steps that the gradient scaler skipped because float16 gradients overflowed."""
         self.overflows = self.overflows + 1 if skipped else 0
         self.skipped += int(skipped)
-        if self.overflows > OVERFLOWS:
+        if self.overflows > MAX_OVERFLOWS:
             raise FloatingPointError(
                 f"step {step}: the gradients are not finite for {self.overflows} steps in a row, at a loss scale of "
-                f"{self.accelerator.scaler.get_scale():g}; {self._left()}"
+                f"{self.accelerator.scaler.get_scale():g}; {self._checkpoint_note()}"
             )
 
-    def _views(self, step: int, at: int, part: int, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    def _views(self, step: int, schedule_step: int, micro: int, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
         batch = {
             k: v.to(self.accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in next(batches).items()
         }
-        torch.manual_seed(step_seed(self.config.seed + 1, step, self.rank, part))
-        return self.recipe.views(batch, at, self.steps)
+        torch.manual_seed(step_seed(self.config.seed + 1, step, self.rank, micro))
+        return self.recipe.views(batch, schedule_step, self.steps)
 
-    def _gradients(self, step: int, at: int, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
-        """The gradients of the mean loss of all micro-batches."""
-        parts, totals = self.config.accumulate, dict[str, float]()
-        for part in range(parts):
-            views = self._views(step, at, part, batches)
-            with self.accelerator.autocast(), self._deferred(part + 1 < parts):
+    def _gradients(self, step: int, schedule_step: int, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
+        """Gradients of the mean loss over the micro-batches."""
+        count, totals = self.config.accumulate, dict[str, float]()
+        for micro in range(count):
+            views = self._views(step, schedule_step, micro, batches)
+            with self.accelerator.autocast(), self._without_sync(micro + 1 < count):
                 found = self.model(views)
-                self.accelerator.backward(found["loss"] / parts)
+                self.accelerator.backward(found["loss"] / count)
             for key, value in found.items():
-                totals[key] = totals.get(key, 0.0) + float(value.detach()) / parts
+                totals[key] = totals.get(key, 0.0) + float(value.detach()) / count
         return totals
 
-    def _cached_gradients(self, step: int, at: int, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
-        """The gradients of the loss of all micro-batches as one, see :mod:`pyvit.train.grad_cache`."""
+    def _cached_gradients(self, step: int, schedule_step: int, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
+        """Gradients of the loss over all micro-batches together: see :mod:`pyvit.train.grad_cache`."""
         device, scaler, micros = self.accelerator.device, self.accelerator.scaler, []
-        for part in range(self.config.accumulate):
-            micros.append(MicroBatch(self._views(step, at, part, batches), rng_state(device)))
+        for i in range(self.config.accumulate):
+            micros.append(MicroBatch(self._views(step, schedule_step, i, batches), rng_state(device)))
         with whole(self.recipe), self.accelerator.autocast():
             caches = cache(self.recipe, micros, device, 1.0 if scaler is None else scaler.get_scale())  # type: ignore[arg-type]
         found: dict[str, torch.Tensor] = {}
         for micro, cached in zip(micros, caches, strict=True):
             set_rng_state(micro.state, device)
-            with self.accelerator.autocast(), self._deferred(not cached.last):
+            with self.accelerator.autocast(), self._without_sync(not cached.last):
                 found = self.model(micro.views, cached)
                 self.accelerator.backward(found["loss"])
         return {key: float(value.detach()) for key, value in found.items()}
 
-    def _deferred(self, defer: bool) -> Any:
-        """Whether the gradients are to be averaged over ranks later."""
+    def _without_sync(self, defer: bool) -> Any:
+        """Defers averaging of gradients over ranks to a later micro-batch if ``defer``."""
         return self.accelerator.no_sync(self.model) if defer else contextlib.nullcontext()
 
     def evaluate(self) -> dict[str, float]:
@@ -299,12 +302,13 @@ class Run(Resumable):
         self.tell(f"{self.folder}: {self.recipe.expectation(results)}")
         if lost:
             raise OSError(
-                f"{self.folder}: all steps are made, but {', '.join(lost)} could not be written; {self._left()}"
+                f"{self.folder}: training has finished, but {', '.join(lost)} could not be written; "
+                f"{self._checkpoint_note()}"
             )
         return results
 
     def _loop(self, log: Log) -> bool:
-        """All steps; whether the last checkpoint is written."""
+        """Run all steps. Returns whether the last checkpoint was written."""
         c, saved = self.config, self.start == self.steps
         progress, batches = Progress(self.steps, self.start, c.batch_size or 1, self.main), self.batches()
         try:
@@ -319,8 +323,8 @@ class Run(Resumable):
                 if (step + 1) % c.save_every == 0 or last or self.stop:
                     saved = self.save(step + 1)
                 if self.stop and not last:
-                    left = "the same command resumes it" if self.saved else "nothing is left of it"
-                    self.tell(f"stopped after step {step + 1} of {self.steps}; {self._left()}; {left}")
+                    left = "the same command resumes it" if self.saved else "nothing was saved"
+                    self.tell(f"stopped after step {step + 1} of {self.steps}; {self._checkpoint_note()}; {left}")
                     raise Stopped(self.stop)
                 if c.eval_every and not last and (step + 1) % (c.eval_every * self.per_epoch) == 0:
                     log.write(step, **self.evaluate())
@@ -329,20 +333,21 @@ class Run(Resumable):
         return saved
 
     def close(self) -> None:
-        """Drop the networks and leave the process group that this run joined, in that order; the run is of no use
+        """Release the networks, then leave the process group if this run created it. The run cannot be used
         afterwards."""
         self.lock.release()
         self.accelerator.free_memory()
         del self.model, self.optimizer, self.recipe
-        if self.joined and dist.is_initialized():
+        if self.owns_group and dist.is_initialized():
             from accelerate.state import AcceleratorState
 
             leave()
-            AcceleratorState._reset_state(reset_partial_state=True)  # the next run of this process joins a new group
+            AcceleratorState._reset_state(reset_partial_state=True)  # the next run of this process needs a new group
 
     def export(self, results: dict[str, float]) -> list[str]:
-        """Write ``model.safetensors``, ``config.json`` and ``results.json``; returns those that could not be
-        written."""
+        """Write the weights, settings, data description and results. Returns the names of files that could not be
+        written.
+        """
         state = get_model_state_dict(
             self.recipe.exported(), options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )
@@ -367,12 +372,14 @@ def _finite(value: float) -> bool:
 
 
 def train(config: Config) -> dict[str, float]:
-    """Train as ``config`` says, from the last checkpoint in its folder if there is one; returns the final evaluation.
+    """Train as ``config`` says, from the last checkpoint in its folder if there is one. Returns the final evaluation.
 
-    The folder gets config.json, log.jsonl, last.pt (whole or absent), and at the end model.safetensors and
-    results.json. Raises ValueError for settings that do not fit, before anything is trained; FloatingPointError when
-    the loss is not finite; OSError when what was trained could not be written. On SIGINT or SIGTERM the run saves
-    itself after the step at hand and raises :class:`pyvit.train.stop.Stopped`, a SystemExit.
+    The folder gets config.json, data.json, log.jsonl and last.pt (atomic), and at the end model.safetensors and
+    results.json.
+
+    Raises ValueError for settings that do not fit, before training; FloatingPointError if the loss is not finite;
+    OSError if results could not be written. On SIGINT or SIGTERM the run saves a checkpoint after the current step and
+    raises :class:`pyvit.train.signals.Stopped`, a SystemExit.
     """
     warnings.filterwarnings("ignore", message=".*No device id is provided.*")
     warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified in DDP constructor.*")

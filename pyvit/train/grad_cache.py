@@ -1,9 +1,11 @@
 """Contrastive losses over more images than fit into memory (GradCache; Gao et al., "Scaling Deep Contrastive Learning
 Batch Size", 2021).
 
-All micro-batches are encoded without a graph, the loss of the whole batch gives the gradient of every embedding, and a
-second forward pass of each micro-batch carries these gradients to the parameters. The gradients are those of one big
-batch, up to rounding.
+1. All micro-batches are encoded without autograd.
+2. The loss of the whole batch gives the gradient of every embedding.
+3. A second forward pass of each micro-batch propagates these gradients to the parameters.
+
+The gradients are those of one large batch, up to rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pyvit.train.recipe import Contrastive, Views
 
 
 def rng_state(device: torch.device) -> list[Tensor]:
-    """The states of the random generators that a forward pass draws from."""
+    """States of the random number generators that a forward pass uses."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
@@ -32,11 +34,11 @@ def set_rng_state(state: list[Tensor], device: torch.device) -> None:
 
 @dataclass
 class Cached:
-    """What the second forward pass of a micro-batch needs of the whole batch.
+    """What the second forward pass of a micro-batch needs.
 
-    embeddings: of every micro-batch, without a graph. gradients: of the loss by this micro-batch's embeddings. last:
-    whether no other micro-batch follows; its pass computes the loss with its own embeddings live, and so the gradients
-    of the loss's own parameters.
+    embeddings: those of all micro-batches, detached. gradients: of the loss with respect to this micro-batch's
+    embeddings. last: whether this is the last micro-batch; it computes the loss itself, which gives the gradients of
+    the loss's own parameters.
     """
 
     embeddings: list[dict[str, Tensor]]
@@ -44,7 +46,7 @@ class Cached:
     last: bool
 
     def loss(self, recipe: Contrastive, live: dict[str, Tensor]) -> dict[str, Tensor]:
-        """{"loss": ...} whose backward pass adds this micro-batch's share of the gradients."""
+        """{"loss": ...} whose gradients are this micro-batch's part of the gradients of the whole loss."""
         if self.last:
             return recipe.compare(_concatenated([*self.embeddings[:-1], live]))
         return {"loss": torch.stack([(live[key].float() * g).sum() for key, g in self.gradients.items()]).sum()}
@@ -56,7 +58,7 @@ def _concatenated(embeddings: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 @dataclass
 class MicroBatch:
-    """A micro-batch: its views, and the generators' states in which its forward passes begin."""
+    """Views of a micro-batch, and the generator states at the start of its forward passes."""
 
     views: Views
     state: list[Tensor]
@@ -65,7 +67,7 @@ class MicroBatch:
 def cache(recipe: Contrastive, micros: list[MicroBatch], device: torch.device, scale: float = 1.0) -> list[Cached]:
     """The first forward pass of all micro-batches, and the gradients of their embeddings.
 
-    ``scale`` multiplies the loss while it is differentiated, as a gradient scaler does, so that half precision does not
+    ``scale`` multiplies the loss during differentiation, as a gradient scaler does, so that half precision does not
     underflow.
     """
     embeddings = []
@@ -84,7 +86,7 @@ def cache(recipe: Contrastive, micros: list[MicroBatch], device: torch.device, s
 
 @contextlib.contextmanager
 def _unchanged_statistics(model: nn.Module) -> Iterator[None]:
-    """Undo what batch norms add to their running statistics: the second forward pass adds it again."""
+    """Restore the running statistics of batch norms afterwards: the second forward pass updates them."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     buffers: list[Any] = [b for norm in norms for b in norm.buffers()]
     before = [b.clone() for b in buffers]

@@ -1,4 +1,4 @@
-"""A linear classifier on frozen features, with the settings of MAE (He et al., 2022, appendix A.1)."""
+"""A linear probe on frozen features, with the settings of MAE (He et al., 2022, appendix A.1)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pyvit.eval.features import embed, labels_of, over, right
 from pyvit.train import augment
 from pyvit.train.config import Config
 from pyvit.train.options import Option
-from pyvit.train.rank_norm import RankNorm
 from pyvit.train.recipe import Recipe, Views, build, initialise
+from pyvit.train.sync_batch_norm import SyncBatchNorm1d
 
 
 class Linear(Recipe):
-    """Features pass a batch norm without parameters, then one matrix; nothing below is touched."""
+    """A batch norm without affine parameters and a linear layer on the features of a frozen model."""
 
     defaults: ClassVar[dict[str, Any]] = {
         "epochs": 90,
@@ -39,16 +39,14 @@ class Linear(Recipe):
         if data.classes is None:
             raise ValueError(f"linear: data must have classes (one subfolder each), {data.name} has none")
         if len(data.classes) < 2:
-            raise ValueError(
-                f"linear: data must have at least 2 classes to tell apart, {data.name} has {', '.join(data.classes)}"
-            )
+            raise ValueError(f"linear: data must have at least 2 classes, {data.name} has {', '.join(data.classes)}")
         self.model = build(config.model or "", data, config, num_classes=0)
         if config.init is not None:
             initialise(self.model, config.init)
         self.model.requires_grad_(False)
         with torch.no_grad():
             width = embed(self.model.eval(), torch.zeros(2, data.channels, *data.size)).shape[1]
-        self.norm = RankNorm(width, affine=False, eps=1e-6)
+        self.norm = SyncBatchNorm1d(width, affine=False, eps=1e-6)
         self.head = nn.Linear(width, len(data.classes))
         nn.init.trunc_normal_(self.head.weight, std=0.01)
         self.augment = augment.mae(data.size, data.flip, (self.opt["crop"], 1.0))
@@ -78,7 +76,11 @@ class Linear(Recipe):
 
     def evaluate(self, data: Data) -> dict[str, float]:
         device = self.head.weight.device
-        compute = lambda b: self.head(self.norm(embed(self.model, self.normalize(b["image"])).float()))  # noqa: E731
+
+        def compute(batch: Views) -> Tensor:
+            features = embed(self.model, self.normalize(batch["image"])).float()
+            return self.head(self.norm(features))
+
         logits = over(data.test, compute, device=device, group=self.group)
         return {"accuracy": 100 * right(logits, labels_of(data.test))}
 

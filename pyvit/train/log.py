@@ -1,5 +1,4 @@
-"""What a run says: a JSON line per few steps, TensorBoard when asked for, and a progress bar with the kernels in
-use."""
+"""Output of a run: log.jsonl, TensorBoard events, and a progress bar."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from pyvit.train.checkpoint import write_atomic
 
 
 def active_kernels() -> str:
-    """Which backend has served each operator so far, such as "flash_attention cpu, patch_embed cpu"."""
+    """The backends used so far per operator, such as "flash_attention cpu, patch_embed cpu"."""
     served: dict[str, set[str]] = {}
     for (call, _), backend in dispatch._choices.items():
         served.setdefault(call.op, set()).add(backend)
@@ -25,8 +24,9 @@ def active_kernels() -> str:
 
 
 class Log:
-    """``log.jsonl`` of a run. Lines of steps from ``start`` on, left by a run that was killed after its last
-    checkpoint, are dropped."""
+    """``log.jsonl`` of a run. Lines from step ``start`` on are removed: a killed run may have written them after its
+    last checkpoint.
+    """
 
     def __init__(self, folder: Path, start: int, tensorboard: bool, enabled: bool = True) -> None:
         self.path, self.enabled, self._warned, self._writer = folder / "log.jsonl", enabled, False, None
@@ -37,7 +37,7 @@ class Log:
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
             try:
                 record = json.loads(line)
-            except ValueError:  # the last line of a killed run
+            except ValueError:  # the incomplete last line of a killed run
                 continue
             if record.get("step", 0) < start:
                 kept.append(line)
@@ -50,8 +50,8 @@ class Log:
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
 
     def write(self, step: int, **values: Any) -> None:
-        """One line, without values that are not finite. A disk that is full costs the line and a warning, not the
-        run."""
+        """Write one line, without values that are not finite. On a full disk the line is lost and a warning is
+        printed."""
         if not self.enabled:
             return
         values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
@@ -66,11 +66,11 @@ class Log:
             for key, value in values.items():
                 if isinstance(value, (int, float)):
                     self._writer.add_scalar(key, value, step)
-        except OSError as error:  # of its writing thread, from an earlier call
+        except OSError as error:  # raised by the writer's thread for an earlier call
             self._warn(f"cannot write TensorBoard's events: {error}")
 
     def _append(self, line: str) -> None:
-        """A whole line or nothing."""
+        """Append a whole line or nothing."""
         with self.path.open("ab", buffering=0) as file:
             end, content = file.seek(0, os.SEEK_END), line.encode()
             try:
@@ -83,7 +83,7 @@ class Log:
 
     def _warn(self, message: str) -> None:
         if not self._warned:
-            say(f"warning: {message}; the run goes on")
+            say(f"warning: {message}; the run continues")
         self._warned = True
 
     def close(self) -> None:
@@ -95,13 +95,13 @@ class Log:
 
 
 def say(message: str) -> None:
-    """Print a line. What the terminal cannot show, such as names of files in another encoding, is escaped."""
+    """Print a line. Characters that the terminal cannot show are escaped."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(message.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 class Progress:
-    """A bar with time left, images per second and the loss; on a pipe, a line every few seconds instead."""
+    """A progress bar with remaining time, images per second and the loss; on a pipe, a line every 10 seconds."""
 
     def __init__(self, steps: int, start: int, batch: int, enabled: bool) -> None:
         self.steps, self.start, self.batch, self.enabled = steps, start, batch, enabled
@@ -129,7 +129,7 @@ class Progress:
             self._bar.start()
 
     def rate(self, step: int) -> float:
-        """Images per second since the start of this process."""
+        """Images per second since this process started."""
         return (step + 1 - self.start) * self.batch / max(time.perf_counter() - self._began, 1e-9)
 
     def update(self, step: int, status: str) -> None:

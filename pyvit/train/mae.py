@@ -1,4 +1,4 @@
-"""Masked autoencoding (He et al., 2022): hide most patches, paint them back."""
+"""Masked autoencoders (He et al., 2022): mask most patches and reconstruct them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pyvit.train.recipe import Recipe, Views, initialise
 
 
 class MAE(Recipe):
-    """The loss is the squared error of the hidden patches, each normalised by its own mean and variance."""
+    """The loss is the mean squared error of the masked patches, each normalised by its own mean and variance."""
 
     defaults: ClassVar[dict[str, Any]] = {
         "epochs": 800,
@@ -28,7 +28,7 @@ class MAE(Recipe):
         "clip": 0.0,
     }
     options: ClassVar[dict[str, Option]] = {
-        "mask_ratio": Option(0.75, "share of the patches that is hidden", "(0, 1)"),
+        "mask_ratio": Option(0.75, "share of the patches that is masked", "(0, 1)"),
         "norm_pix": Option(True, "reconstruct pixels normalised within each patch"),
         "decoder_dim": Option(512, "width of the decoder", "[1, inf)"),
         "decoder_depth": Option(8, "blocks of the decoder", "[0, inf)"),
@@ -37,9 +37,9 @@ class MAE(Recipe):
         "slant": Option(0.0, "largest rotation and shear in degrees", "[0, 180)"),
     }
     base_lr, base_batch, betas = 1.5e-4, 256, (0.9, 0.95)
-    takes = "a plain vision transformer, whose patches do not overlap"
-    decides = ("global_pool", "mask_token", "num_classes")
-    adds = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss")
+    models = "a plain vision transformer, whose patches do not overlap"
+    fixed_settings = ("global_pool", "mask_token", "num_classes")
+    extra_settings = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss")
 
     @classmethod
     def fits(cls, name: str) -> bool:
@@ -50,7 +50,7 @@ class MAE(Recipe):
         super().__init__(config, data)
         found = image_encoder(config.model or "", parse(config.set, "set"))
         if found is None or found.constructor is not VisionTransformer:
-            raise ValueError(f"mae: model must be {self.takes}, got {config.model}")
+            raise ValueError(f"mae: model must be {self.models}, got {config.model}")
         decoder = {
             f"decoder_{k}": self.opt[o]
             for k, o in (("embed_dim", "decoder_dim"), ("depth", "decoder_depth"), ("num_heads", "decoder_heads"))
@@ -66,7 +66,11 @@ class MAE(Recipe):
             "norm_pix_loss": self.opt["norm_pix"],
         }
         self.model = MaskedAutoencoder(
-            **{**wanted, **found.changed, **{k: v for k, v in parse(config.set, "set").items() if k in self.adds}}
+            **{
+                **wanted,
+                **found.changed,
+                **{k: v for k, v in parse(config.set, "set").items() if k in self.extra_settings},
+            }
         )
         self.model.set_grad_checkpointing(config.checkpointing)
         if config.init is not None:
@@ -90,7 +94,7 @@ class MAE(Recipe):
         return {"loss": loss}
 
     def evaluate(self, data: Data) -> dict[str, float]:
-        """The reconstruction loss of held-out images, and how well their neighbours share their label."""
+        """Reconstruction loss on held-out images, and k-NN accuracy."""
         from pyvit.eval.knn import knn_accuracy_of
 
         batch = data.test.fetch(data.test.readable()[:512])
@@ -99,7 +103,7 @@ class MAE(Recipe):
         return {"test_loss": float(loss), **knn_accuracy_of(self, data)}
 
     def expectation(self, results: dict[str, float]) -> str:
-        line = f"reconstruction loss {results['test_loss']:.3f} on held-out images (1 is what a flat patch scores)"
+        line = f"reconstruction loss {results['test_loss']:.3f} on held-out images (a constant patch has 1)"
         return line + (f"; k-NN accuracy {results['knn']:.2f} %" if "knn" in results else "")
 
 

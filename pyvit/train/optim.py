@@ -1,4 +1,4 @@
-"""Parameter groups: which parameters decay, and how fast each layer learns."""
+"""Parameter groups (weight decay, layer-wise learning rates) and LARS."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyvit.models.finetune import depths_of, layer_of
 
 
 def no_decay(model: nn.Module) -> set[str]:
-    """Full names of the parameters that models under ``model`` exempt from weight decay by ``no_weight_decay()``."""
+    """Full names of the parameters that ``no_weight_decay()`` of a submodule exempts from weight decay."""
     found = set()
     for prefix, module in model.named_modules():
         names: Iterable[str] = module.no_weight_decay() if hasattr(module, "no_weight_decay") else ()
@@ -23,12 +23,12 @@ def no_decay(model: nn.Module) -> set[str]:
 def parameter_groups(
     model: nn.Module, backbone: nn.Module, layer_decay: float, rate_scales: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """Groups for AdamW: vectors and exempted parameters without decay; rates ``layer_decay ** (layers above)`` inside
-    ``backbone``.
+    """Parameter groups: no weight decay for vectors and exempt parameters; inside ``backbone``, learning rates times
+    ``layer_decay ** (layers above)``.
 
-    ``rate_scales``: factors on the rate of the backbone's parameters whose name contains the key. Each group carries
-    ``lr_scale`` and ``decays``, which the engine multiplies with the schedules. Raises TypeError for a ``layer_decay``
-    below 1 on a backbone without layers.
+    ``rate_scales``: factors on the learning rate of backbone parameters whose name contains the key. Each group has
+    ``lr_scale`` and ``decays``, which the engine combines with the schedules. Raises TypeError for a ``layer_decay``
+    below 1 if the backbone has no layers.
     """
     depths = depths_of(backbone) if layer_decay != 1 else []
     exempt, inside = no_decay(model), {id(p): name for name, p in backbone.named_parameters()}
@@ -36,24 +36,25 @@ def parameter_groups(
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        decays, scale, place = p.dim() > 1 and name not in exempt, 1.0, inside.get(id(p))
-        if place is not None:
-            scale = layer_decay ** (sum(depths) + 1 - layer_of(place, depths)) if depths else 1.0
-            for part, factor in (rate_scales or {}).items():
-                scale *= factor if part in place else 1.0
-        whole = (
-            p.dim() == 0
-        )  # apart: FSDP2 shards all others, and an optimizer cannot mix the two kinds in one fused step
-        group = groups.setdefault((scale, decays, whole), {"params": [], "lr_scale": scale, "decays": decays})
+        decays = p.dim() > 1 and name not in exempt
+        scale = 1.0
+        backbone_name = inside.get(id(p))
+        if backbone_name is not None:
+            scale = layer_decay ** (sum(depths) + 1 - layer_of(backbone_name, depths)) if depths else 1.0
+            for key, factor in (rate_scales or {}).items():
+                scale *= factor if key in backbone_name else 1.0
+        # FSDP2 does not shard scalars, and a fused optimizer step cannot mix sharded and unsharded parameters.
+        scalar = p.dim() == 0
+        group = groups.setdefault((scale, decays, scalar), {"params": [], "lr_scale": scale, "decays": decays})
         group["params"].append(p)
     return list(groups.values())
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step in each matrix is a fixed share of its norm (You et al., 2017), for very large
-    batches.
+    """SGD with momentum whose step for each matrix is proportional to the matrix's norm (You et al., 2017), for very
+    large batches.
 
-    Vectors, biases and norms, take plain steps; groups with ``decays`` false do not decay.
+    Vectors (biases and norms) take plain SGD steps. Groups with ``decays`` false have no weight decay.
     """
 
     def __init__(
@@ -73,10 +74,10 @@ class LARS(torch.optim.Optimizer):
                 if group["decays"]:
                     update = update.add(p, alpha=group["weight_decay"])
                 if p.dim() > 1:
-                    size, slope = p.norm(), update.norm()
-                    update = update * torch.where(
-                        (size > 0) & (slope > 0), group["trust"] * size / slope, torch.ones_like(size)
-                    )
+                    weight_norm, update_norm = p.norm(), update.norm()
+                    ratio = group["trust"] * weight_norm / update_norm
+                    nonzero = (weight_norm > 0) & (update_norm > 0)
+                    update = update * torch.where(nonzero, ratio, torch.ones_like(ratio))
                 state = self.state[p]
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(p)

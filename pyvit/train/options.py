@@ -1,4 +1,4 @@
-"""One declaration per setting: its default, meaning and range. Checks, error messages and ``--help`` follow from it."""
+"""Declarations of settings: default, meaning and range. Checks, error messages and ``--help`` use them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class SettingError(ValueError):
-    """A setting that does not exist, or whose value it cannot take."""
+    """A setting that does not exist, or a value that it does not accept."""
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class Option:
     """A setting of a recipe.
 
     Args:
-        default: its value where none is given; values must be of its type (an int also where it is a float).
+        default: the value if none is given. Values must have its type; a float also accepts an int.
         help: its meaning, for the command line.
-        within: the interval of a number, such as "[0, 1)"; "inf" leaves a side open.
-        choices: the values it can take, if they can be listed.
+        within: the interval of a number, such as "[0, 1)"; "inf" is no bound.
+        choices: the accepted values, if they can be listed.
     """
 
     default: Any
@@ -30,7 +30,7 @@ class Option:
     choices: tuple[Any, ...] = ()
 
     def check(self, name: str, value: Any) -> Any:
-        """``value``, or a SettingError that names ``name``, what was wanted and what was given."""
+        """Return ``value``, or raise SettingError with ``name``, the accepted values and the given one."""
         return check(name, value, type(self.default), self.within, self.choices)
 
     def describe(self, name: str) -> str:
@@ -69,7 +69,7 @@ def check(name: str, value: Any, kind: type, within: str = "", choices: tuple[An
 
 
 def inside(value: float, within: str) -> bool:
-    """Whether ``value`` is in the interval ``within``; NaN is in none."""
+    """Whether ``value`` is in the interval ``within``. NaN is in none."""
     low, high = map(float, within[1:-1].split(","))
     above = value >= low if within[0] == "[" else value > low
     below = value <= high if within[-1] == "]" else value < high
@@ -77,7 +77,7 @@ def inside(value: float, within: str) -> bool:
 
 
 def wording(within: str) -> str:
-    """The interval in words: "[1, inf)" is "at least 1"."""
+    """The interval as text: "[1, inf)" is "at least 1"."""
     low, high = (side.strip() for side in within[1:-1].split(","))
     if math.isinf(float(high)):
         return f"at least {low}" if within[0] == "[" else f"above {low}"
@@ -85,7 +85,7 @@ def wording(within: str) -> str:
 
 
 def parse(pairs: Iterable[str], what: str) -> dict[str, Any]:
-    """["depth=4", "name=x"] to {"depth": 4, "name": "x"}: Python literals where they are, else strings."""
+    """["depth=4", "name=x"] to {"depth": 4, "name": "x"}. Values are Python literals or else strings."""
     found = {}
     for item in pairs:
         key, equals, value = item.partition("=")
@@ -99,7 +99,7 @@ def parse(pairs: Iterable[str], what: str) -> dict[str, Any]:
 
 
 def choose(recipe: str, options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The value of every option: what is ``given``, checked, over the defaults."""
+    """The values of all options: those ``given``, after a check, and the defaults of the others."""
     unknown = given.keys() - options.keys()
     if unknown:
         known = ", ".join(options) or "(none)"

@@ -1,11 +1,10 @@
-"""The settings under which the built-in sets train in minutes on a laptop, with the models of
-:mod:`pyvit.models.pico`."""
+"""Settings with which the built-in data sets train in minutes on a CPU, with the models of :mod:`pyvit.models.pico`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-#: The model that a built-in set trains when none is named, for any recipe and for those that need another.
+#: Default models of the built-in data sets; TOWERS has those of recipes that need another one.
 MODELS = {
     "digits": "vit_pico_patch8_32",
     "scenes": "vit_pico_patch8_64",
@@ -13,7 +12,7 @@ MODELS = {
     "synthetic": "vit_small_patch16_224",
 }
 TOWERS = {
-    ("mae", "words"): "vit_pico_patch8_32",  # an AST's patches overlap
+    ("mae", "words"): "vit_pico_patch8_32",  # MAE needs patches that do not overlap, unlike AST's
     ("clip", "digits"): "clip_pico_patch8_32",
     ("clip", "scenes"): "clip_pico_patch8_64",
     ("siglip", "digits"): "siglip_pico_patch8_32",
@@ -22,12 +21,12 @@ TOWERS = {
 
 _MILD = {"augment": "mild", "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}
 _SELF = {
-    "prototypes": 512, "hidden": 256, "bottleneck": 64, "local_crops": 2, "local_size": 24, "global_crop": 0.6, "local_crop": 0.35,
-    "drop_path": 0.0, "distort": False, "slant": 15.0, "momentum": 0.99, "weight_decay_end": 0.1,
+    "prototypes": 512, "hidden": 256, "bottleneck": 64, "local_crops": 2, "local_size": 24, "global_crop": 0.6,
+    "local_crop": 0.35, "drop_path": 0.0, "distort": False, "slant": 15.0, "momentum": 0.99, "weight_decay_end": 0.1,
 }  # fmt: skip
 _SHORT = {"epochs": 60, "batch_size": 128, "lr": 1e-3, "warmup": 0.1}
 
-#: PRESETS[recipe, data]: Config fields, and recipe options under "option", that replace the recipe's canonical ones.
+#: PRESETS[recipe, data]: Config fields, and recipe options under "option", that replace the recipe's defaults.
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("supervised", "digits"): {"epochs": 60, "batch_size": 64, "lr": 1.5e-3, "warmup": 0.1, "option": _MILD},
     ("supervised", "words"): {

@@ -1,4 +1,4 @@
-"""What a recipe is, and where each is found."""
+"""The base classes of recipes, and the list of recipes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pyvit.data import Data
 from pyvit.data.crops import Crop, crop_images, generator
 from pyvit.models.encoders import image_encoder
 from pyvit.train.config import Config
+from pyvit.train.initialisation import build, initialise
 from pyvit.train.options import Option, SettingError, choose, parse
-from pyvit.train.start import build, initialise
 
 __all__ = ["RECIPES", "Recipe", "Views", "build", "initialise", "load_recipe"]
 
@@ -26,31 +26,31 @@ Views = dict[str, Any]
 class Recipe(nn.Module):
     """A training method: its networks, its views of a batch, its loss.
 
-    The engine calls ``views`` (augmentation, under a seed of the step), ``forward`` (the paper's loss), and ``update``
-    (after the optimizer's step: moving averages). Randomness that must not depend on how a batch is split among
-    processes belongs in ``views``.
+    The engine calls ``views`` (augmentation, seeded by the step), ``forward`` (the loss) and ``update`` (after the
+    optimizer step, for moving averages). Random numbers that must not depend on how a batch is split over processes are
+    drawn in ``views``.
     """
 
     #: Defaults of Config fields, and the recipe's own options.
     defaults: ClassVar[dict[str, Any]] = {}
     options: ClassVar[dict[str, Option]] = {}
-    #: Base learning rate and the batch size it is for; it grows with the batch, or with its square root (``scaling``
-    #: "sqrt").
+    #: Peak learning rate at batch size ``base_batch``. It scales with the batch size, or with its square root
+    #: (``scaling`` "sqrt").
     base_lr: ClassVar[float] = 5e-4
     base_batch: ClassVar[int] = 512
     scaling: ClassVar[str] = "linear"
     optimizer: ClassVar[str] = "adamw"
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     eps: ClassVar[float] = 1e-8
-    #: Whether the exported network has one output for each of the data's classes, in their order.
+    #: Whether the exported network has one output per class of the data, in their order.
     classifies: ClassVar[bool] = False
-    #: Models: what is taken, in words, and whether it is an image encoder; settings of it that the recipe decides, and
-    #: further ones it has.
-    takes: ClassVar[str] = "one with an image encoder"
-    encodes: ClassVar[bool] = True
-    decides: ClassVar[tuple[str, ...]] = ()
-    adds: ClassVar[tuple[str, ...]] = ()
-    #: What ``--init`` must name, for a recipe that cannot do without.
+    #: Which models the recipe trains, as text; whether it uses only their image encoder; settings of the model that
+    #: the recipe fixes; and settings that it adds to the model's.
+    models: ClassVar[str] = "one with an image encoder"
+    image_models: ClassVar[bool] = True
+    fixed_settings: ClassVar[tuple[str, ...]] = ()
+    extra_settings: ClassVar[tuple[str, ...]] = ()
+    #: What ``--init`` must name, if the recipe requires it.
     needs_init: ClassVar[str] = ""
 
     @classmethod
@@ -61,13 +61,13 @@ class Recipe(nn.Module):
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__()
         self.config, self.data, self.per_epoch = config, data, 1
-        self.opt = self.chosen(config)
+        self.opt = self.options_of(config)
         self.register_buffer("mean", torch.tensor(data.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(data.std)[:, None, None], persistent=False)
 
     @classmethod
-    def chosen(cls, config: Config) -> dict[str, Any]:
-        """The recipe's options under ``config``. Raises SettingError for one that is unknown or out of its range."""
+    def options_of(cls, config: Config) -> dict[str, Any]:
+        """The recipe's options under ``config``. Raises SettingError for an unknown option or a value out of range."""
         return choose(config.recipe, cls.options, parse(config.option, "option"))
 
     @classmethod
@@ -78,35 +78,34 @@ class Recipe(nn.Module):
 
     @classmethod
     def rate_formula(cls) -> str:
-        """:meth:`peak_lr` in words."""
+        """:meth:`peak_lr` as text."""
         share = f"batch / {cls.base_batch}"
         return f"{cls.base_lr:g} x {f'sqrt({share})' if cls.scaling == 'sqrt' else share}"
 
     @property
     def rows(self) -> int:
-        """Images of a micro-batch in this process."""
+        """Images per micro-batch in this process."""
         world = dist.get_world_size() if dist.is_initialized() else 1
         return (self.config.batch_size or world) // world // self.config.accumulate
 
     @property
     def group(self) -> Any:
-        """The ranks that share a batch, or None in one process."""
+        """The process group that shares a batch, or None with one process."""
         return dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8, or floats in [0, 1], to what the networks take."""
+        """Images, uint8 or floats in [0, 1], to normalised floats."""
         images = images / 255 if images.dtype == torch.uint8 else images
         return (images - self.mean) / self.std
 
     @property
     def crops(self) -> dict[str, Crop]:
-        """The crops this recipe learns from, by name; the data cut them out of whole images. {} for whole images."""
+        """The crops that the recipe trains on, by name; {} for whole images. The data loader cuts them."""
         augment = getattr(self, "augment", None)
         return {"crop": augment.crop} if augment is not None and augment.crop is not None else {}
 
     def cropped(self, batch: Views) -> Views:
-        """``batch`` with an entry for each of :attr:`crops`, cut out of its whole images where the data have not done
-        it."""
+        """``batch`` with all :attr:`crops`: those that the data loader has not cut are cut from the whole images."""
         if batch.keys() >= self.crops.keys():
             return batch
         seeds = torch.randint(2**62, (len(batch["image"]),), device="cpu").tolist()
@@ -116,30 +115,30 @@ class Recipe(nn.Module):
         raise NotImplementedError
 
     def forward(self, views: Views) -> dict[str, Tensor]:
-        """{"loss": ..., and anything worth logging}."""
+        """{"loss": ..., and other values to log}."""
         raise NotImplementedError
 
     def gradients(self, step: int, steps: int) -> None:
-        """Between the backward pass and the optimizer's step."""
+        """Called between the backward pass and the optimizer step."""
 
     def update(self, step: int, steps: int) -> None:
-        """After the optimizer's step number ``step``."""
+        """Called after the optimizer step."""
 
     def step_skipped(self) -> None:
-        """In the place of :meth:`update`, after a step whose gradients overflowed: forget what this step has
-        gathered."""
+        """Called instead of :meth:`update` if gradients overflowed: discard what the step has accumulated."""
 
-    def of_micro_batches(self) -> list[str]:
-        """What depends on the rows that it sees together, and with ``--accumulate`` sees those of a micro-batch
-        alone."""
+    def depends_on_micro_batch(self) -> list[str]:
+        """Names of the parts whose result depends on which rows are in the same micro-batch, for a note about
+        ``--accumulate``.
+        """
         return ["batch norms"] if has_batch_norm(self) else []
 
     def rate_scales(self) -> Mapping[str, float]:
-        """Factors on the learning rate of the backbone's parameters whose name contains the key."""
+        """Factors on the learning rate of backbone parameters whose name contains the key."""
         return {}
 
     def schedule(self, step: int, steps: int) -> dict[str, float]:
-        """Overrides of the step's "lr" or "weight_decay"; {} for the engine's cosine and constant."""
+        """Overrides of "lr" or "weight_decay" for this step. By default the engine uses a cosine and a constant."""
         return {}
 
     @property
@@ -148,7 +147,7 @@ class Recipe(nn.Module):
         raise NotImplementedError
 
     def exported(self) -> nn.Module:
-        """The network worth keeping, saved as the run's weights."""
+        """The network that is saved as the run's weights."""
         return self.backbone
 
     def encoder(self) -> nn.Module:
@@ -156,11 +155,11 @@ class Recipe(nn.Module):
         return self.exported()
 
     def evaluate(self, data: Data) -> dict[str, float]:
-        """Figures of merit on held-out images."""
+        """Metrics on held-out images."""
         return {}
 
     def expectation(self, results: dict[str, float]) -> str:
-        """The last line of a run: what was reached, and what to expect."""
+        """The last line of a run: its result and, for presets, what to expect."""
         return ", ".join(f"{k} {v:.4g}" for k, v in results.items()) or "done"
 
 
@@ -169,10 +168,10 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 class Contrastive(Recipe):
-    """A recipe whose loss compares all rows of a batch: :meth:`encode` them, then :meth:`compare` them.
+    """A recipe whose loss compares all rows of a batch: :meth:`encode`, then :meth:`compare`.
 
-    With ``--accumulate`` the engine encodes every micro-batch first and compares the whole batch
-    (:mod:`pyvit.train.grad_cache`), so that no negative is lost.
+    With ``--accumulate`` the engine encodes all micro-batches and compares the whole batch, so that all negatives are
+    kept (:mod:`pyvit.train.grad_cache`).
     """
 
     def encode(self, views: Views) -> dict[str, Tensor]:
@@ -180,29 +179,28 @@ class Contrastive(Recipe):
         raise NotImplementedError
 
     def compare(self, embeddings: dict[str, Tensor]) -> dict[str, Tensor]:
-        """{"loss": ..., and anything worth logging} of the embeddings of a whole batch."""
+        """{"loss": ..., and other values to log} from the embeddings of a whole batch."""
         raise NotImplementedError
 
     def forward(self, views: Views, cached: Any = None) -> dict[str, Tensor]:
         live = self.encode(views)
         return self.compare(live) if cached is None else cached.loss(self, live)
 
-    def of_micro_batches(self) -> list[str]:
+    def depends_on_micro_batch(self) -> list[str]:
         return []
 
     def check_batch(self) -> None:
-        """Refuse batches without negatives, and micro-batches that batch norms in the encoder would tell apart."""
+        """Refuse batches without negatives, and accumulation with batch norms in the encoder."""
         name, batch, accumulate = self.config.recipe, self.config.batch_size, self.config.accumulate
         if batch is not None and batch < 2:
             raise SettingError(
-                f"{name}: batch_size must be at least 2, for the negatives of an image are the others of its "
-                f"batch, got {batch}"
+                f"{name}: batch_size must be at least 2, because the negatives of an image are the others of "
+                f"its batch, got {batch}"
             )
         if accumulate > 1 and has_batch_norm(self.backbone):
             raise SettingError(
-                f"{name}: accumulate must be 1 with {self.config.model}, whose batch norms would take the "
-                "statistics of each micro-batch, "
-                f"got {accumulate}"
+                f"{name}: accumulate must be 1 with {self.config.model}, whose batch norms would use the statistics "
+                f"of each micro-batch, got {accumulate}"
             )
 
 

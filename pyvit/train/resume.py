@@ -1,4 +1,4 @@
-"""What a run leaves on the disk while it trains, and how it goes on from there."""
+"""Checkpoints of a run, and resuming from them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from pyvit.data import Data
-from pyvit.data.saved import describe
+from pyvit.data.description import describe
 from pyvit.info import setting
 from pyvit.train import checkpoint
 from pyvit.train.config import FREE, Config
-from pyvit.train.folder import changes, fingerprint
 from pyvit.train.log import say
 from pyvit.train.recipe import Recipe
+from pyvit.train.run_folder import changes, fingerprint
 
 
 class Resumable:
-    """The part of a run that its checkpoints hold, on one process or many."""
+    """The part of a run that saves and loads checkpoints, with one process or many."""
 
     config: Config
     folder: Path
@@ -35,18 +35,19 @@ class Resumable:
     optimizer: Any
     main: bool
     world: int
-    #: Steps of the checkpoint on the disk, and steps that float16 has cost.
+    #: Step of the checkpoint on disk, and number of steps skipped because float16 overflowed.
     saved: int = 0
     skipped: int = 0
 
     def tell(self, message: str) -> None:
-        """Say something once, not on every rank."""
+        """Print a message on the main process."""
         if self.main:
             say(message)
 
     def _on_main(self, action: Callable[[], None]) -> None:
-        """``action()`` on the main process; a ValueError or OSError there is raised on every rank, so that none waits
-        for the others."""
+        """Call ``action()`` on the main process. A ValueError or OSError is raised on every rank, so that none waits
+        for the others.
+        """
         problem: list[str | None] = [None]
         if self.main:
             try:
@@ -69,7 +70,7 @@ class Resumable:
         return both.tolist()
 
     def _resume(self) -> int:
-        """Load the last checkpoint of the same run, if there is one; the number of steps it had made."""
+        """Load the last checkpoint of the same run, if there is one. Returns its step."""
         path, config = self.folder / "last.pt", dataclasses.asdict(self.config)
         if self.main:
             checkpoint.sweep(
@@ -98,13 +99,12 @@ class Resumable:
         if differ:
             said = ", ".join(f"{k} was {before.get(k)!r}, is {config[k]!r}" for k in differ)
             raise ValueError(f"{self.folder} holds another run ({said}); choose another --out, or --overwrite it")
-        # Not strict, for parameters that have not moved yet, such as DINO's prototypes in the first epoch, have no
-        # state in the optimizer.
+        # Not strict: parameters without updates so far, such as DINO's frozen prototypes, have no optimizer state.
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
         model, optimizer = self._parts()
         try:
             if differ := self.recipe.state_dict().keys() ^ saved["model"].keys():
-                raise ValueError(f"{min(differ)} is in one of both alone")
+                raise ValueError(f"{min(differ)} is missing on one side")
             set_state_dict(
                 model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options
             )
@@ -116,7 +116,7 @@ class Resumable:
             ) from error
         for name, p in self.recipe.named_parameters():
             if name not in saved["optimizer"]["state"]:
-                optimizer.state.pop(p, None)  # what loading made up for it
+                optimizer.state.pop(p, None)  # created by set_state_dict
         self.skipped, self.saved = saved.get("skipped", 0), int(saved["step"])
         if self.accelerator.scaler is not None and saved.get("scaler"):
             self.accelerator.scaler.load_state_dict(saved["scaler"])
@@ -127,11 +127,12 @@ class Resumable:
                 for k in {**then, **now}
                 if then.get(k) != now.get(k)
             )
-            say(f"note: {said}; from here on the bits are not those of an unbroken run")
+            say(f"note: {said}; from here on, results may differ in the last bits from an uninterrupted run")
         return self.saved
 
     def _on_main_same_data(self, before: dict[str, Any] | None) -> bool:
-        """Whether the training set is known to be the one the run began with. Raises ValueError when it is another."""
+        """Whether the training set is known to be unchanged since the run began. Raises ValueError if it has
+        changed."""
         same = [False]
 
         def compare() -> None:
@@ -144,8 +145,7 @@ class Resumable:
             elif found:
                 raise ValueError(
                     f"{self.folder}: the training set has changed since the run began: {found}; choose another "
-                    "--out, or give "
-                    "--allow-changed-data to go on with it"
+                    "--out, or give --allow-changed-data to continue"
                 )
 
         self._on_main(compare)
@@ -154,13 +154,13 @@ class Resumable:
         return same[0]
 
     def _keep_data(self) -> None:
-        """Classes, preprocessing and vocabulary, so that evaluation needs the run's folder alone."""
+        """Save classes, preprocessing and tokenizer, so that evaluation needs only the run's folder."""
         checkpoint.save_json(self.folder / "data.json", describe(self.data, self.config.data))
         if (content := getattr(getattr(self.recipe, "tokenizer", None), "content", None)) is not None:
             checkpoint.write_atomic(self.folder / "tokenizer.json", lambda file: file.write(content()))
 
     def _setting(self) -> dict[str, str]:
-        """What, with the same settings, a run's bits depend on."""
+        """Everything besides the settings that affects a run's exact results."""
         device = self.accelerator.device
         gpu = {"GPU": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
         return {**setting(), **gpu, "processes": str(self.world)}
@@ -169,17 +169,18 @@ class Resumable:
         return self.model, getattr(self.optimizer, "optimizer", self.optimizer)
 
     def save(self, step: int) -> bool:
-        """Write the checkpoint of a run that has made ``step`` steps; a disk that is full costs this checkpoint, not
-        the run.
+        """Write the checkpoint after ``step`` steps. On a full disk, print a warning and keep the previous checkpoint.
 
-        Returns whether it is written. Raises FloatingPointError for parameters that are not finite.
+        Returns whether it was written. Raises FloatingPointError if parameters are not finite.
         """
         unsound = not all(bool(torch.isfinite(getattr(p, "_local_tensor", p)).all()) for p in self.model.parameters())
         if self._max_over_ranks(int(unsound))[0]:
-            raise FloatingPointError(f"step {step - 1}: parameters are no longer finite; {self._left()}")
+            raise FloatingPointError(f"step {step - 1}: parameters are no longer finite; {self._checkpoint_note()}")
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        untouched = not self._parts()[1].state  # torch would make up a first step for an optimizer that has made none
-        model, optimizer = get_state_dict(*self._parts(), options=options)  # collective: on every rank
+        untouched = not self._parts()[1].state  # get_state_dict creates optimizer state if there is none yet
+        model, optimizer = get_state_dict(
+            *self._parts(), options=options
+        )  # a collective operation: called on every rank
         if untouched:
             self._parts()[1].state.clear()
             optimizer["state"] = {}
@@ -200,12 +201,12 @@ class Resumable:
             try:
                 checkpoint.save(self.folder / "last.pt", {**state, "setting": self._setting()})
             except OSError as error:
-                say(f"warning: no checkpoint at step {step}: {error}; {self._left()}")
+                say(f"warning: no checkpoint at step {step}: {error}; {self._checkpoint_note()}")
                 written = False
         written = not self._max_over_ranks(int(not written))[0]
         self.saved = step if written else self.saved
         return written
 
-    def _left(self) -> str:
-        """What of the run is on the disk."""
+    def _checkpoint_note(self) -> str:
+        """Which checkpoint is on disk, as text."""
         return f"the checkpoint of step {self.saved} is intact" if self.saved else "there is no checkpoint yet"

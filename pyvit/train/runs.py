@@ -1,4 +1,4 @@
-"""A finished run, loaded again: its network, its preprocessing, and the images to measure it on."""
+"""Loading a finished run for evaluation: network, preprocessing and data."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from pyvit.data import Data, load_data
-from pyvit.data.saved import described, found
+from pyvit.data.description import from_description, locate
 
 
 def load_run(folder: str | Path, data: str | None = None) -> tuple[Any, Data]:
-    """The recipe of the run in ``folder`` with its trained weights, in evaluation mode, and its data, or the set named
+    """The recipe of the run in ``folder`` with its trained weights, in evaluation mode, and its data or the data named
     by ``data``.
 
-    The folder is all that is needed beside the images: neither the data nor the ``init`` of the training need be where
-    they were. Labels follow the run's classes, by name. Raises ValueError for data that do not fit the run.
+    Only the run's folder and images are needed: the original data and ``init`` may have moved. Labels are matched to
+    the run's classes by name. Raises ValueError for data that does not fit the run.
     """
     from pyvit.train.config import Config, parse
     from pyvit.train.recipe import load_recipe
@@ -35,9 +35,9 @@ def load_run(folder: str | Path, data: str | None = None) -> tuple[Any, Data]:
         )
     config = Config(**record)
     kept = _read(folder / "data.json") if (folder / "data.json").exists() else None
-    trained_on = described(kept) if kept else load_data(config.data, config.image_size, config.validation)
+    trained_on = from_description(kept) if kept else load_data(config.data, config.image_size, config.validation)
     chosen = _images(config, kept, data, trained_on)
-    config = dataclasses.replace(config, init=None)  # all weights are in the run's own file
+    config = dataclasses.replace(config, init=None)  # the run's file has all weights
     if (folder / "tokenizer.json").exists():
         options = {**parse(config.option, "option"), "tokenizer": str(folder / "tokenizer.json")}
         config = dataclasses.replace(config, option=[f"{k}={v!r}" for k, v in options.items()])
@@ -52,9 +52,9 @@ def _images(config: Any, kept: dict[str, Any] | None, data: str | None, trained_
         if not kept:
             return trained_on
         try:
-            return load_data(found(config.data, kept["source"]), trained_on.size[1], config.validation)
+            return load_data(locate(config.data, kept["source"]), trained_on.size[1], config.validation)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}; name the images to measure on with --data") from error
+            raise FileNotFoundError(f"{error}; give the images to evaluate on with --data") from error
     chosen = load_data(data, trained_on.size[1])
     if chosen.sound != trained_on.sound:
         kinds = [("spectrograms" if each.sound else "images") for each in (trained_on, chosen)]

@@ -1,4 +1,4 @@
-"""Processes: FSDP2's cut of parameters, gradients and optimizer over them, on any device, and how they part."""
+"""FSDP2 on any device, and leaving the process group."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-# Before any group exists: the defaults of its functions keep the one they find for ever (DDP and FSDP import it when
-# first used).
+# Import it before a process group exists: the defaults of its functions keep a reference to the current group. DDP and
+# FSDP would import it when first used.
 import torch.distributed.nn
 from torch import nn
 
 
 def shard(model: nn.Module, device: torch.device) -> nn.Module:
-    """``model`` on ``device``, its parameters cut in place over all processes.
+    """Move ``model`` to ``device`` and shard its parameters over all processes, in place.
 
-    torch's ``fully_shard`` is called here and not through Accelerate, which replicates without a word where there is no
-    GPU. A parameter without a dimension to cut, the temperature and the bias of CLIP and SigLIP, stays whole on every
-    rank; its gradient is averaged over the ranks as all others are.
+    Uses torch's ``fully_shard`` directly, because Accelerate silently replicates the parameters without a GPU. Scalar
+    parameters (the temperature and bias of CLIP and SigLIP) cannot be sharded; every rank keeps them, and their
+    gradients are averaged.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -43,7 +43,7 @@ def _average(p: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
-    """Parameters gathered on every rank, for calls of parts of a model that :func:`shard` cut."""
+    """Gather all parameters on every rank, to call parts of a model that :func:`shard` has sharded."""
     if not hasattr(model, "unshard"):
         yield
         return
@@ -55,20 +55,19 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 
 def leave() -> None:
-    """Leave the default process group; whoever holds a model on it must have dropped that before.
+    """Destroy the default process group. Models that use it must have been deleted before.
 
-    ``destroy_process_group`` alone forgets the group; gloo's threads end with its last reference. One that still lets
-    go of its last message while Python ends wants the interpreter's lock, which then ends the thread and with it the
-    process, by ``std::terminate``.
+    This also drops all references to the group, because gloo's threads only end with the last one. If a gloo thread
+    releases its last message while Python shuts down, it needs the interpreter's lock, which terminates the process.
     """
     for module, clear in _MEMORIES:
         with contextlib.suppress(ImportError, AttributeError):
             operator.attrgetter(clear)(importlib.import_module(f"torch.distributed.tensor.{module}"))()
-    gc.collect()  # DDP and the groups of FSDP refer to themselves
+    gc.collect()  # DDP and FSDP have reference cycles
     dist.destroy_process_group()
 
 
-#: Where DTensor remembers layouts, plans and costs, and with them the mesh and its group.
+#: Caches of DTensor that refer to the device mesh and its group.
 _MEMORIES = (
     ("debug", "_clear_sharding_prop_cache"),
     ("_redistribute", "clear_redistribute_planner_cache"),

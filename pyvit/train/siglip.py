@@ -1,4 +1,4 @@
-"""Images and captions with the pairwise sigmoid loss (Zhai et al., 2023)."""
+"""Contrastive learning of images and captions with the pairwise sigmoid loss (Zhai et al., 2023)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyvit.train.options import Option
 
 
 class SigLIP(ImageText):
-    """Each pair of the batch is a yes-or-no question: no normalisation over the batch."""
+    """Binary classification of every pair of the batch, without a softmax over the batch."""
 
     defaults: ClassVar[dict[str, Any]] = {**ImageText.defaults, "batch_size": 16384, "weight_decay": 1e-4, "lr": 1e-3}
     options: ClassVar[dict[str, Option]] = {
@@ -25,7 +25,7 @@ class SigLIP(ImageText):
         "context": Option(64, "tokens of a caption; longer ones are cut", "[3, inf)"),
     }
     betas = (0.9, 0.95)
-    takes = "one of two towers with a bias beside the temperature"
+    models = "one with an image and a text tower and a logit bias"
 
     @classmethod
     def fits(cls, name: str) -> bool:

@@ -13,12 +13,13 @@ from pyvit.losses import NTXentLoss
 from pyvit.train import augment
 from pyvit.train.config import Config
 from pyvit.train.options import Option
-from pyvit.train.rank_norm import RankNorm
 from pyvit.train.recipe import Contrastive, Views, build, initialise
+from pyvit.train.sync_batch_norm import SyncBatchNorm1d
 
 
 def projection(dim: int, hidden: int, out: int) -> nn.Sequential:
-    """The head: linear, batch norm, ReLU, linear, batch norm without shift (Chen et al., 2020, appendix B)."""
+    """The projection head: linear, batch norm, ReLU, linear, batch norm without bias (Chen et al., 2020,
+    appendix B)."""
     last = nn.BatchNorm1d(out)
     last.bias.requires_grad_(False)  # stays 0
     return nn.Sequential(
@@ -27,7 +28,7 @@ def projection(dim: int, hidden: int, out: int) -> nn.Sequential:
 
 
 class SimCLR(Contrastive):
-    """Each view picks its partner among all views of the batch."""
+    """Each view is classified against all other views of the batch: its positive is the other view of its image."""
 
     defaults: ClassVar[dict[str, Any]] = {
         "epochs": 100,
@@ -37,11 +38,11 @@ class SimCLR(Contrastive):
         "clip": 0.0,
     }
     options: ClassVar[dict[str, Option]] = {
-        "temperature": Option(0.1, "of the softmax over similarities", "(0, inf)"),
+        "temperature": Option(0.1, "temperature of the softmax over similarities", "(0, inf)"),
         "hidden": Option(2048, "width of the head's hidden layer", "[1, inf)"),
         "out": Option(128, "width of the head's output", "[1, inf)"),
         "crop": Option(0.08, "smallest share of an image that a random crop keeps", "(0, 1]"),
-        "strength": Option(1.0, "of the colour distortion", "[0, 2.5]"),
+        "strength": Option(1.0, "strength of the colour distortion", "[0, 2.5]"),
         "slant": Option(0.0, "largest rotation and shear in degrees", "[0, 180)"),
         "optimizer": Option("lars", "LARS for large batches, AdamW for small ones", choices=("lars", "adamw")),
     }
@@ -65,7 +66,7 @@ class SimCLR(Contrastive):
             self.head = (
                 nn.SyncBatchNorm.convert_sync_batchnorm(self.head)
                 if torch.cuda.is_available()
-                else RankNorm.convert(self.head)
+                else SyncBatchNorm1d.convert(self.head)
             )
         self.check_batch()
         self.augment = augment.simclr(
@@ -81,7 +82,7 @@ class SimCLR(Contrastive):
         return {"one": one, "two": two}
 
     def encode(self, views: Views) -> dict[str, Tensor]:
-        """Features before the head, whose batch norms are over the whole batch."""
+        """Features before the projection head, whose batch norms need the whole batch."""
         one, two = embed(self.model, torch.cat([views["one"], views["two"]])).chunk(2)
         return {"one": one, "two": two}
 

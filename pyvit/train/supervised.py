@@ -16,8 +16,9 @@ from pyvit.train.recipe import Recipe, Views, build, initialise
 
 
 class Supervised(Recipe):
-    """Cross-entropy with smoothed labels on mixed, cropped, erased images, or on masked spectrograms (Gong et al.,
-    2021)."""
+    """Cross-entropy with label smoothing on cropped, mixed and erased images, or on masked spectrograms (Gong et al.,
+    2021).
+    """
 
     defaults: ClassVar[dict[str, Any]] = {
         "epochs": 300,
@@ -30,7 +31,7 @@ class Supervised(Recipe):
         "augment": Option("standard", "strong, mild or no augmentation", choices=("standard", "mild", "none")),
         "mixup": Option(0.8, "alpha of mixup's Beta distribution; 0 for none", "[0, inf)"),
         "cutmix": Option(1.0, "alpha of CutMix's Beta distribution; 0 for none", "[0, inf)"),
-        "smoothing": Option(0.1, "share of the label that is spread over all classes", "[0, 1)"),
+        "smoothing": Option(0.1, "label smoothing", "[0, 1)"),
         "drop_path": Option(0.1, "stochastic depth of the last block", "[0, 1)"),
     }
     classifies = True
@@ -41,8 +42,7 @@ class Supervised(Recipe):
             raise ValueError(f"{config.recipe}: data must have classes (one subfolder each), {data.name} has none")
         if len(data.classes) < 2:
             raise ValueError(
-                f"{config.recipe}: data must have at least 2 classes to tell apart, {data.name} has "
-                f"{', '.join(data.classes)}"
+                f"{config.recipe}: data must have at least 2 classes, {data.name} has {', '.join(data.classes)}"
             )
         assert config.model is not None
         self.model = build(
@@ -71,7 +71,7 @@ class Supervised(Recipe):
 
     def forward(self, views: Views) -> dict[str, Tensor]:
         logits = self.model(views["images"])
-        if isinstance(logits, tuple):  # a distilled DeiT without a teacher: both heads together learn the labels
+        if isinstance(logits, tuple):  # a distilled DeiT without a teacher: the mean of both heads
             logits = sum(logits) / len(logits)
         return {"loss": F.cross_entropy(logits.float(), views["targets"], label_smoothing=self.opt["smoothing"])}
 

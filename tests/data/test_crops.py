@@ -13,9 +13,9 @@ from PIL import Image
 from pyvit.data import TensorImages, load_data
 from pyvit.data.crops import Crop, crop_images, crop_resize, generator
 from pyvit.data.decode import ImageDecoder
-from pyvit.data.loading import drawn, fetched
+from pyvit.data.loading import evaluation_batches, training_batches
 from pyvit.train import Config, checkpoint, train
-from pyvit.train.engine import Numbered, Plan, Run, _settle
+from pyvit.train.engine import BatchSampler, NumberedBatches, Run, resolve_config
 from pyvit.train.recipe import load_recipe
 
 
@@ -144,8 +144,8 @@ def test_views_are_a_function_of_seed_step_and_image(images):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_and_divided_runs_draw_the_same(images, workers):
     def run(start=0, rank=0, world=1, accumulate=1):
-        plan = Numbered(Plan(len(images), 4, start, 6, 3, rank, world, accumulate))
-        return list(drawn(images, CROPS, plan, 9, workers if world == 1 and accumulate == 1 else 0))
+        plan = NumberedBatches(BatchSampler(len(images), 4, start, 6, 3, rank, world, accumulate))
+        return list(training_batches(images, CROPS, plan, 9, workers if world == 1 and accumulate == 1 else 0))
 
     whole = run()
     assert len(whole) == 6
@@ -162,7 +162,7 @@ def test_what_workers_cannot_read_is_known_here(tmp_path):
     images = load_data(str(files(tmp_path)), 32).train
     images.items[3].write_bytes(b"x")
     with pytest.warns(UserWarning, match="skipped"):
-        batches = list(fetched(images, range(len(images)), 4, workers=2))
+        batches = list(evaluation_batches(images, range(len(images)), 4, workers=2))
     assert [i for batch in batches for i in batch["index"].tolist()] == [i for i in range(len(images)) if i != 3]
     assert list(images.bad) == [3]
     assert "problems" not in batches[0]
@@ -185,8 +185,8 @@ def test_recipes_train_on_crops_of_files_and_resume(recipe, names, tmp_path):
         "simclr": ["hidden=16", "out=8"],
     }.get(recipe, ["prototypes=16", "hidden=16", "bottleneck=8", "local_crops=2", "local_size=16"])
     settings = {
-        "recipe": recipe, "data": str(files(tmp_path / "data", 24)), "model": "vit_pico_patch8_32", "set": ["depth=1"], "image_size": 32,
-        "batch_size": 4, "steps": 3, "save_every": 2, "option": small,
+        "recipe": recipe, "data": str(files(tmp_path / "data", 24)), "model": "vit_pico_patch8_32", "set": ["depth=1"],
+        "image_size": 32, "batch_size": 4, "steps": 3, "save_every": 2, "option": small,
     }  # fmt: skip
     train(Config(**settings, out=str(tmp_path / "whole")))
     run = Run(Config(**settings, out=str(tmp_path / "again")))
@@ -208,7 +208,7 @@ def test_captioned_images_are_never_mirrored():
     data.train.images[:] = pixels
     assert data.flip
     for name in ("clip", "siglip"):
-        settings = _settle(
+        settings = resolve_config(
             Config(
                 recipe=name, data="synthetic", model=f"{name}_pico_patch8_32", set=["depth=1"], steps=1, batch_size=16
             )

@@ -181,8 +181,8 @@ def broken(kind: str) -> bytes:
 
 
 DAMAGE = (
-    "bomb", "overwritten png", "png of a wrong colour type", "cut PNG", "cut JPEG", "cut TIFF", "cut WEBP", "cut GIF", "cut BMP",
-    "wide float", "empty", "web page", "header alone", "bmp", "gif",
+    "bomb", "overwritten png", "png of a wrong colour type", "cut PNG", "cut JPEG", "cut TIFF", "cut WEBP", "cut GIF",
+    "cut BMP", "wide float", "empty", "web page", "header alone", "bmp", "gif",
 )  # fmt: skip
 
 

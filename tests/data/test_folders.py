@@ -37,7 +37,7 @@ def test_splits_by_any_of_their_names(tmp_path, train, held):
     data = read(tmp_path)
     assert data.classes == ["cat", "dog"]
     assert (len(data.train), len(data.test)) == (6, 4)
-    assert "6 images to train on, 4 held out; 2 classes: cat, dog" in data.summary()
+    assert "6 training images, 4 held out; 2 classes: cat, dog" in data.summary()
 
 
 def test_of_several_held_out_folders_one_is_used_and_the_others_named(tmp_path):

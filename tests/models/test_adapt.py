@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import pyvit
 from pyvit.models.adapt import adapt_channels, resample_patch
 from pyvit.models.checkpoints import CheckpointError, from_native, load_checkpoint
-from pyvit.models.facts import header_of
+from pyvit.models.metadata import header_of
 from pyvit.nn import resample_positions
 from tests.peers import peer
 

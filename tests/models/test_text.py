@@ -98,9 +98,11 @@ def test_clip_pools_the_end_token(vocab, end, pad, tmp_path):
 
 def test_another_end_token_than_the_files_is_refused(tmp_path):
     clip_of_transformers(30, 7).save_pretrained(tmp_path)
-    make = lambda eot: pyvit.create_model(
-        "clip_vit_base_patch32_224", **CLIP, vocab_size=30, context_length=10, embed_dim=16, eot=eot
-    )
+
+    def make(eot):
+        settings = {**CLIP, "vocab_size": 30, "context_length": 10, "embed_dim": 16, "eot": eot}
+        return pyvit.create_model("clip_vit_base_patch32_224", **settings)
+
     with pytest.raises(CheckpointError, match=r"text\.eot 7 in the file, 9 in the model"):
         load_checkpoint(make(9), tmp_path)
     load_checkpoint(make(7), tmp_path)

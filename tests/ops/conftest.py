@@ -12,6 +12,8 @@ from torch import Tensor
 from pyvit import BackendError, ops
 from pyvit.testing import Served, served
 
+pytest.register_assert_rewrite("tests.ops.pairwise_losses")
+
 
 @pytest.fixture
 def far(on: Served) -> str:

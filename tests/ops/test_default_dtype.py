@@ -19,7 +19,7 @@ from pyvit.models.dino import block_masks
 from pyvit.models.flops import count
 from pyvit.nn import PatchEmbed, RotaryEmbedding, WindowAttentionV2
 from pyvit.ops import prepacked, products
-from tests.ops.small_calls import CASES, Case
+from tests.ops.operator_cases import CASES, Case
 
 
 @pytest.fixture(params=["float64", "float16", "bfloat16", "meta"])
@@ -196,7 +196,10 @@ def test_models_without_memory_are_filled(name: str, settings: dict[str, object]
 
 
 @pytest.mark.parametrize("make", [
-    lambda: LogMel(16), lambda: RotaryEmbedding(8), lambda: WindowAttentionV2(8, 2, 4), lambda: PatchEmbed(mean=(0.1,) * 3, std=(0.2,) * 3)
+    lambda: LogMel(16),
+    lambda: RotaryEmbedding(8),
+    lambda: WindowAttentionV2(8, 2, 4),
+    lambda: PatchEmbed(mean=(0.1,) * 3, std=(0.2,) * 3),
 ])  # fmt: skip
 def test_constants_are_filled_in_the_dtype_asked_for(make: Callable[[], nn.Module]) -> None:
     wanted = make()

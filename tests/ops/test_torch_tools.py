@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pyvit
 from pyvit import ops
 from pyvit.models.flops import count_module
-from tests.ops.small_calls import CASES, Case, randn
+from tests.ops.operator_cases import CASES, Case, randn
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*batching rule:UserWarning")
 

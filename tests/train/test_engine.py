@@ -14,22 +14,24 @@ from pyvit.models.audio import AudioSpectrogramTransformer, LogMel
 from pyvit.train import RECIPES, Config, schedules, train
 from pyvit.train.augment import Spectrogram
 from pyvit.train.config import parse
-from pyvit.train.engine import Plan
+from pyvit.train.engine import BatchSampler
 from pyvit.train.optim import LARS, parameter_groups
 from pyvit.train.recipe import load_recipe
 from pyvit.train.runs import load_run
 
 
 def test_plan_covers_each_epoch_once_and_differs():
-    epochs = [[i for batch in list(Plan(20, 5, 0, 8, seed=1))[e * 4 : e * 4 + 4] for i in batch] for e in (0, 1)]
+    epochs = [
+        [i for batch in list(BatchSampler(20, 5, 0, 8, seed=1))[e * 4 : e * 4 + 4] for i in batch] for e in (0, 1)
+    ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20))
     assert epochs[0] != epochs[1]
 
 
 def test_plan_resumes_and_splits():
-    whole = list(Plan(50, 12, 0, 10, seed=3))
-    assert list(Plan(50, 12, 7, 10, seed=3)) == whole[7:]
-    ranks = [list(Plan(50, 12, 0, 10, seed=3, rank=r, world=2, accumulate=3)) for r in range(2)]
+    whole = list(BatchSampler(50, 12, 0, 10, seed=3))
+    assert list(BatchSampler(50, 12, 7, 10, seed=3)) == whole[7:]
+    ranks = [list(BatchSampler(50, 12, 0, 10, seed=3, rank=r, world=2, accumulate=3)) for r in range(2)]
     joined = [[i for m in range(3) for r in range(2) for i in ranks[r][s * 3 + m]] for s in range(10)]
     assert joined == whole
 
@@ -150,7 +152,7 @@ def test_what_takes_micro_batches_alone_says_so(tmp_path, capsys):
     options = ["prototypes=40", "hidden=16", "bottleneck=8", "local_crops=0"]
     settings = {"data": "digits", "steps": 1, "batch_size": 8, "accumulate": 2, "set": tiny, "option": options}
     train(Config(recipe="dinov2", out=str(tmp_path), **settings))
-    assert "note: Sinkhorn-Knopp and KoLeo see each of the 2 micro-batches alone" in capsys.readouterr().out
+    assert "note: Sinkhorn-Knopp and KoLeo see each of the 2 micro-batches separately" in capsys.readouterr().out
 
 
 def test_one_class_is_nothing_to_learn():
@@ -216,7 +218,7 @@ def test_unknown_options_are_refused(recipe, tmp_path):
         ({"recipe": "finetune"}, "init must name"),
         (
             {"recipe": "clip", "data": "synthetic", "model": "vit_pico_patch4_32", "image_size": 32, "batch_size": 8},
-            "two towers",
+            "an image and a text tower",
         ),
         ({"option": ["augment=wild"]}, "option augment must be one of"),
         ({"epochs": 1.0}, "epochs and steps: give one of them"),

@@ -95,13 +95,13 @@ def test_overflow_without_end_stops_the_run(scaled, tmp_path, monkeypatch):
     weight = run.recipe.model.head.weight
     weight.data.fill_(float("nan"))
     batches = run.batches()
-    for step in range(engine.OVERFLOWS):
+    for step in range(engine.MAX_OVERFLOWS):
         run.step(step, batches)
     with pytest.raises(
         FloatingPointError,
         match=r"step 27: the gradients are not finite for 28 steps in a row, .* there is no checkpoint",
     ):
-        run.step(engine.OVERFLOWS, batches)
+        run.step(engine.MAX_OVERFLOWS, batches)
     run.close()
 
 

@@ -9,7 +9,7 @@ import torch
 
 from pyvit.data import load_data
 from pyvit.train import Config, train
-from pyvit.train.engine import _settle
+from pyvit.train.engine import resolve_config
 from pyvit.train.grad_cache import MicroBatch, cache, rng_state, set_rng_state
 from pyvit.train.recipe import load_recipe
 
@@ -25,7 +25,7 @@ RECIPES = {
 
 def make(name: str, *more: str):
     settings = {**RECIPES[name], "set": [*RECIPES[name]["set"], *more]}
-    config = _settle(Config(recipe=name, data="digits", steps=1, batch_size=12, **settings))
+    config = resolve_config(Config(recipe=name, data="digits", steps=1, batch_size=12, **settings))
     data = load_data("digits")
     torch.manual_seed(1)
     recipe = load_recipe(name)(config, data).train()
@@ -51,7 +51,9 @@ def close(found, wanted):
     assert found.keys() == wanted.keys()
     most = max(float(g.abs().max()) for g in wanted.values())
     for key, want in wanted.items():
-        atol = 2e-4 * float(want.abs().max()) + 2e-5 * most  # SimCLR's batch norms cost rounding, see test_ranks
+        atol = (
+            2e-4 * float(want.abs().max()) + 2e-5 * most
+        )  # SimCLR's batch norms cost rounding, see test_distributed.py
         torch.testing.assert_close(found[key], want, rtol=0, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
 
 
@@ -128,4 +130,4 @@ def test_batch_norm_in_the_encoder_is_refused():
         **options,
     )
     with pytest.raises(ValueError, match="accumulate must be 1 with clip_resnet50_224, whose batch norms"):
-        load_recipe("clip")(_settle(config), load_data("digits"))
+        load_recipe("clip")(resolve_config(config), load_data("digits"))

@@ -12,10 +12,10 @@ import torch
 import pyvit
 from pyvit.data import Data, TensorImages
 from pyvit.models.checkpoints import from_native
-from pyvit.models.facts import header_of
+from pyvit.models.metadata import header_of
 from pyvit.nn import resample_positions
 from pyvit.train import Config, checkpoint
-from pyvit.train.engine import _settle
+from pyvit.train.engine import resolve_config
 from pyvit.train.recipe import initialise, load_recipe
 
 VIT = {"embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -58,7 +58,7 @@ def config(recipe, **more):
 
 def run(recipe, folder, **more):
     """A run's folder as training leaves it, with random weights in every parameter; returns the network in it."""
-    chosen = _settle(config(recipe, **more))
+    chosen = resolve_config(config(recipe, **more))
     made = load_recipe(recipe)(chosen, data())
     network = made.exported()
     with torch.no_grad():
@@ -73,7 +73,7 @@ def run(recipe, folder, **more):
 def start(recipe, init, at=None, **more):
     """The recipe as ``train`` would make it from --init, without a model named."""
     free = {"model": None, "set": []} if recipe not in MODELS or "set" not in more else {}
-    return load_recipe(recipe)(_settle(config(recipe, init=str(init), **{**free, **more})), at or data())
+    return load_recipe(recipe)(resolve_config(config(recipe, init=str(init), **{**free, **more})), at or data())
 
 
 def encoder_of(recipe, network):

@@ -12,7 +12,7 @@ from pyvit.models.registry import settings_of
 from pyvit.models.resnet import ResNet
 from pyvit.models.swin import SwinTransformer
 from pyvit.train import RECIPES, Config, train
-from pyvit.train.engine import _settle
+from pyvit.train.engine import resolve_config
 from pyvit.train.recipe import load_recipe
 
 VIT = {"embed_dim": 24, "depth": 1, "num_heads": 2}
@@ -86,7 +86,7 @@ def settled(chosen):
     """The configuration as the engine fills it, of a recipe that may lack its --init here."""
     if load_recipe(chosen.recipe).needs_init and chosen.init is None:
         return chosen.resolved(load_recipe(chosen.recipe).defaults)
-    return _settle(chosen)
+    return resolve_config(chosen)
 
 
 NEVER = ("vitdet_", "fpn_")  # backbones of detectors
@@ -113,14 +113,14 @@ def expected(recipe, name):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_models_are_taken_or_refused_before_data_is_read(recipe, monkeypatch):
-    from pyvit.train import engine, start
+    from pyvit.train import engine, initialisation
 
-    monkeypatch.setattr(start, "open_source", lambda *_: pytest.fail("a file was read"))
-    monkeypatch.setattr(start, "adopt", lambda config, recipe: config)
+    monkeypatch.setattr(initialisation, "open_source", lambda *_: pytest.fail("a file was read"))
+    monkeypatch.setattr(initialisation, "adopt", lambda config, recipe: config)
     monkeypatch.setattr(engine, "adopt", lambda config, recipe: config)
     for name in pyvit.list_models():
         if expected(recipe, name):
-            assert _settle(config(recipe, name)).model == name
+            assert resolve_config(config(recipe, name)).model == name
             continue
         with pytest.raises(ValueError, match=rf"^{recipe}: model must be .*, one of .*\*.*; got {name}$") as caught:
             train(config(recipe, name))
@@ -128,19 +128,30 @@ def test_models_are_taken_or_refused_before_data_is_read(recipe, monkeypatch):
 
 
 REPRESENTATIVES = {
-    "supervised": ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "ast_base_patch16_1024x128", "vit_base_conv_s16_224",
-                   "vit_tiny_r_s16_p8_224", "vit_small_patch14_reg4_dinov2", "swinv2_tiny_window8_256", "resnet18",
-                   "clip_vit_base_patch32_224",
-                   "siglip_vit_base_patch16_224", "mae_vit_base_patch16_224", "dinov2_vit_giant_patch14_224", "simclr_resnet18"),
+    "supervised": (
+        "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "ast_base_patch16_1024x128", "vit_base_conv_s16_224",
+        "vit_tiny_r_s16_p8_224", "vit_small_patch14_reg4_dinov2", "swinv2_tiny_window8_256", "resnet18",
+        "clip_vit_base_patch32_224", "siglip_vit_base_patch16_224", "mae_vit_base_patch16_224",
+        "dinov2_vit_giant_patch14_224", "simclr_resnet18",
+    ),
     "finetune": ("swin_tiny_patch4_window7_224", "resnet50"),
     "linear": ("deit_tiny_distilled_patch16_224", "siglip_vit_base_patch16_224", "resnet18"),
-    "mae": ("vit_small_patch14_reg4_dinov2", "mae_vit_base_patch16_224", "clip_vit_base_patch32_224", "siglip_vit_base_patch16_224",
-            "vit_giant_patch14_dinov2"),
-    "dino": ("dino_vit_small_patch16_224", "ibot_vit_tiny_patch16_224", "resnet18", "swin_tiny_patch4_window7_224",
-             "siglip_vit_base_patch16_224", "ast_base_patch16_1024x128", "vit_base_conv_s16_224", "vit_base_r50_s16_224"),
-    "dinov2": ("dinov2_vit_giant_patch14_224", "vit_small_patch14_reg4_dinov2", "deit_tiny_distilled_patch16_224",
-               "clip_vit_base_patch32_224", "vit_base_r50_s16_224"),
-    "simclr": ("simclr_vit_small_patch16_224", "simclr_resnet18", "resnet18", "swinv2_tiny_window8_256", "vit_base_r50_s16_224"),
+    "mae": (
+        "vit_small_patch14_reg4_dinov2", "mae_vit_base_patch16_224", "clip_vit_base_patch32_224",
+        "siglip_vit_base_patch16_224", "vit_giant_patch14_dinov2",
+    ),
+    "dino": (
+        "dino_vit_small_patch16_224", "ibot_vit_tiny_patch16_224", "resnet18", "swin_tiny_patch4_window7_224",
+        "siglip_vit_base_patch16_224", "ast_base_patch16_1024x128", "vit_base_conv_s16_224", "vit_base_r50_s16_224",
+    ),
+    "dinov2": (
+        "dinov2_vit_giant_patch14_224", "vit_small_patch14_reg4_dinov2", "deit_tiny_distilled_patch16_224",
+        "clip_vit_base_patch32_224", "vit_base_r50_s16_224",
+    ),
+    "simclr": (
+        "simclr_vit_small_patch16_224", "simclr_resnet18", "resnet18", "swinv2_tiny_window8_256",
+        "vit_base_r50_s16_224",
+    ),
     "clip": ("clip_resnet50_224", "clip_vit_base_patch32_224", "siglip_vit_base_patch16_224"),
     "siglip": ("siglip_vit_base_patch16_224",),
 }  # fmt: skip
@@ -172,16 +183,16 @@ def test_the_models_of_built_in_sets_fit():
     ]:
         if recipe in ("clip", "siglip") and data == "words":
             continue
-        assert load_recipe(recipe).fits(_settle(Config(recipe=recipe, data=data)).model)
+        assert load_recipe(recipe).fits(resolve_config(Config(recipe=recipe, data=data)).model)
 
 
 def test_a_registered_encoder_keeps_its_settings():
     """What a model's name says reaches the encoder that a recipe trains."""
-    recipe = load_recipe("supervised")(_settle(config("supervised", "clip_vit_base_patch32_224")), images())
+    recipe = load_recipe("supervised")(resolve_config(config("supervised", "clip_vit_base_patch32_224")), images())
     tower = settings_of("clip_vit_base_patch32_224")[0](**tiny("clip_vit_base_patch32_224"), img_size=32).visual
     own = {k for k in recipe.model.state_dict() if not k.startswith("head")}
     assert own == {k for k in tower.state_dict() if not k.startswith("head")}
     assert recipe.model.blocks[0].mlp.fc1.activation == "quick_gelu"
     assert recipe.model.blocks[0].norm1.eps == 1e-5
-    giant = load_recipe("dinov2")(_settle(config("dinov2", "dinov2_vit_giant_patch14_224")), images())
+    giant = load_recipe("dinov2")(resolve_config(config("dinov2", "dinov2_vit_giant_patch14_224")), images())
     assert type(giant.backbone.blocks[0].mlp).__name__ == "SwiGLU"

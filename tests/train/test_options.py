@@ -10,7 +10,7 @@ import torch
 
 import pyvit
 from pyvit.train import RECIPES, Config
-from pyvit.train.engine import _settle
+from pyvit.train.engine import resolve_config
 from pyvit.train.options import Option, inside, wording
 from pyvit.train.presets import PRESETS
 from pyvit.train.recipe import load_recipe
@@ -59,7 +59,7 @@ def test_options_out_of_range_are_refused_by_name(recipe, init):
         for value in wrong(type(option.default), option.within, option.choices):
             config = Config(recipe=recipe, option=[f"{name}={value!r}"], init=init.get(recipe))
             with pytest.raises(ValueError, match=f"{recipe}: option {name} must be "):
-                _settle(config)
+                resolve_config(config)
 
 
 @pytest.mark.parametrize(
@@ -70,17 +70,17 @@ def test_settings_out_of_range_are_refused_by_name(field):
     for value in wrong(kind, field.metadata["within"], field.metadata["choices"]):
         if value is not None or "None" not in str(field.type):
             with pytest.raises(ValueError, match=f"^{field.name} must be "):
-                _settle(Config(**{field.name: value}))
+                resolve_config(Config(**{field.name: value}))
 
 
 def test_presets_are_in_range(init):
     for recipe, data in PRESETS:
-        _settle(Config(recipe=recipe, data=data, init=init.get(recipe)))
+        resolve_config(Config(recipe=recipe, data=data, init=init.get(recipe)))
 
 
 def test_the_last_rate_is_at_most_the_first():
     with pytest.raises(ValueError, match=r"min_lr must be at most lr, 0\.001, got 0\.1"):
-        _settle(Config(lr=1e-3, min_lr=0.1))
+        resolve_config(Config(lr=1e-3, min_lr=0.1))
 
 
 def test_intervals():

@@ -44,7 +44,7 @@ def test_images_may_have_moved(run, tmp_path, capsys):
     assert recipe.data.classes == data.classes == ["dark", "light"]
     assert commands.knn(str(run), str(tmp_path / "new")).keys() == {"k=10"}
     assert "2 classes: dark, light" in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match=r"old' does not exist; name the images to measure on with --data"):
+    with pytest.raises(FileNotFoundError, match=r"old' does not exist; give the images to evaluate on with --data"):
         load_run(run)
 
 
@@ -182,9 +182,9 @@ def test_unreadable_images_are_counted_at_the_end(tmp_path, capsys):
             Config(**{**TINY, "steps": 4}, data=str(tmp_path / "d"), out=str(tmp_path / "run"), option=PLAIN, workers=1)
         )
     said = capsys.readouterr().out
-    assert "16 images to train on, 16 held out; 2 classes: dark, light" in said
+    assert "16 training images, 16 held out; 2 classes: dark, light" in said
     assert "1 of 16 training images were replaced by others" in said
-    assert "1 of 16 held-out images are left out of the figures" in said
+    assert "1 of 16 held-out images are not evaluated" in said
     assert "on 15 held-out images" in said
 
 

@@ -25,7 +25,7 @@ def settings(name: str, *options: str, **more):
 
 
 def make(name: str, *options: str, **more):
-    config, data = engine._settle(settings(name, *options, **more)), load_data("digits")
+    config, data = engine.resolve_config(settings(name, *options, **more)), load_data("digits")
     torch.manual_seed(0)
     recipe = load_recipe(name)(config, data).train()
     return recipe, recipe.views(data.train.fetch(range(config.batch_size or 8)), 0, 4)
@@ -160,9 +160,9 @@ def test_rates_are_the_papers():
     assert scales["model.student.backbone.patch_embed.proj.weight"] == pytest.approx(0.2 * 0.9**3)
     assert scales["model.student.backbone.pos_embed"] == pytest.approx(0.9**3)
     assert scales["model.student.head.mlp.0.weight"] == 1.0
-    config = engine._settle(settings("dino", option=SELF, epochs=10.0, steps=None, lr=1e-3))
+    config = engine.resolve_config(settings("dino", option=SELF, epochs=10.0, steps=None, lr=1e-3))
     optimizer = torch.optim.AdamW([{"params": [torch.zeros(1)], "lr_scale": 1.0, "decays": True}])
-    assert engine._rates(optimizer, make("dino")[0], config, 99, 100) == pytest.approx(1e-6)
+    assert engine._set_rates(optimizer, make("dino")[0], config, 99, 100) == pytest.approx(1e-6)
     assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(
         0.1 if "weight_decay_end=0.1" in config.option else 0.4
     )

@@ -62,7 +62,7 @@ def seen(stream, *spread) -> list[str]:
 def test_webdataset_shards_stream_and_hold_out(shards):
     data = load_data(f"hf-stream:{shards}", 16)
     assert len(data.test) == 512
-    with pytest.raises(ValueError, match="give --steps in place of --epochs"):
+    with pytest.raises(ValueError, match="give --steps instead of --epochs"):
         len(data.train)
     batch = next(iter(data.train.batches(8, 0, 1, 0)))
     assert batch["image"].shape == (8, 3, 16, 16)

@@ -1,5 +1,4 @@
-"""Compiling a recorded launch ahead of time, for a GPU that need not be there, and reading what the compiler made of
-it."""
+"""Ahead-of-time compilation of a recorded launch, for a GPU that need not be present, and inspection of the result."""
 
 from __future__ import annotations
 
@@ -17,10 +16,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-#: Shared memory one program may use, bytes: the parts' opt-in limits.
+#: Shared memory that a program may use in bytes: the GPUs' opt-in limits.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-#: Columns of tensor memory a Blackwell processor has. A kernel that needs more is compiled to a single trap, and
-#: refused when launched.
+#: Columns of tensor memory of a Blackwell processor. A kernel that needs more is compiled to a trap and cannot be
+#: launched.
 TENSOR_MEMORY_LIMIT = 512
 
 _POINTERS = {
@@ -47,8 +46,9 @@ _ATOMIC = re.compile(
 
 @dataclass(frozen=True)
 class Report:
-    """What one compiled launch uses: registers and spilled bytes per thread, bytes of shared memory, columns of tensor
-    memory, and static counts of instructions."""
+    """Resources of a compiled launch: registers and spilled bytes per thread, bytes of shared memory, columns of tensor
+    memory, and static counts of instructions.
+    """
 
     kernel: str
     arch: str
@@ -73,7 +73,7 @@ def target(arch: str) -> GPUTarget:
 def _specialise(
     value: Any, path: tuple[int, ...], attrs: dict[tuple[int, ...], Any], constants: dict[Any, Any], key: Any
 ) -> Any:
-    """The compiler's type of one argument, as a call with that value would specialise it."""
+    """The compiler's type of an argument, specialised as in a call with that value."""
     if isinstance(value, tuple):
         return tuple(_specialise(v, (*path, i), attrs, constants, (*path, i)) for i, v in enumerate(value))
     if value is None or (isinstance(value, int) and value == 1):

@@ -1,9 +1,8 @@
-"""The compilation matrix: every kernel, for every architecture, compiled without a GPU and inspected.
+"""The compile report: every kernel, for every architecture, compiled without a GPU and inspected.
 
-``python -m pyvit.triton_kernels.tools.compile_report`` compiles :func:`plan` on every core and writes
-docs/gpu-kernels-triton.md. With ``--arch``, ``--dtype`` or ``--case`` it compiles those combinations instead and
-replaces their rows alone; ``--check`` only reports what breaks a rule. A kernel compiled before, and not changed since,
-comes from Triton's cache.
+``python -m pyvit.triton_kernels.tools.compile_report`` compiles :func:`plan` on all cores and writes
+docs/gpu-kernels-triton.md. With ``--arch``, ``--dtype`` or ``--case`` it compiles only those combinations and replaces
+their rows; ``--check`` only reports kernels that break a rule. Unchanged kernels come from Triton's cache.
 """
 
 from __future__ import annotations
@@ -44,8 +43,9 @@ SELECTED = (
 
 
 def plan() -> list[tuple[str, str, str]]:
-    """Part, type and case of every row of the page: every case in bfloat16 and float32 on every part, a selection in
-    float16."""
+    """Architecture, dtype and case of every row: every case in bfloat16 and float32 on every architecture, and a
+    selection in float16.
+    """
     return [
         (arch, dtype, case)
         for arch in ARCHS
@@ -55,14 +55,14 @@ def plan() -> list[tuple[str, str, str]]:
 
 
 def launches(case: str, dtype: str, arch: str) -> list[Launch]:
-    """What the launchers would run for ``case`` on ``arch``."""
+    """The launches of ``case`` on ``arch``."""
     with recording(arch) as found:
         prepare(case, DTYPES[dtype], "meta")()
     return found
 
 
 def faults(report: Report, dtype: str) -> list[str]:
-    """The rules a compiled kernel breaks."""
+    """The rules that a compiled kernel breaks."""
     found = []
     if report.kernel not in NO_DOT:
         if not report.tensor_core:
@@ -91,7 +91,7 @@ def reports(case: str, dtype: str, arch: str) -> Iterator[tuple[Launch, Report]]
 
 
 def _compile(work: tuple[str, str, str]) -> tuple[tuple[str, str, str], list[str], int]:
-    """One part, type and case: its key, its rows of the table, how many of them break a rule."""
+    """One architecture, dtype and case: its key, its rows, and how many of them break a rule."""
     arch, dtype, case = work
     made = list(reports(case, dtype, arch))
     return (
@@ -102,7 +102,7 @@ def _compile(work: tuple[str, str, str]) -> tuple[tuple[str, str, str], list[str
 
 
 def _made_by(row: str) -> tuple[str, str, str] | None:
-    """Part, type and case of a row of the table."""
+    """Architecture, dtype and case of a row."""
     cells = [c.strip() for c in row.split("|")]
     return (cells[1], cells[2], cells[3]) if len(cells) > 3 and cells[1] in ARCHS else None
 
@@ -126,12 +126,12 @@ def _row(arch: str, dtype: str, case: str, launch: Launch, r: Report) -> str:
 
 
 def write(path: Path, rows: dict[tuple[str, str, str], list[str]]) -> None:
-    """The page with ``rows`` by part, type and case."""
+    """Write the page, with ``rows`` sorted by architecture, dtype and case."""
 
-    def place(key: tuple[str, str, str]) -> tuple[int, int, int]:
+    def order(key: tuple[str, str, str]) -> tuple[int, int, int]:
         return ARCHS.index(key[0]), list(DTYPES).index(key[1]), list(CASES).index(key[2])
 
-    text = "\n".join(row for key in sorted(rows, key=place) for row in rows[key])
+    text = "\n".join(row for key in sorted(rows, key=order) for row in rows[key])
     path.write_text(_PAGE.format(rows=text, spill=DEFAULT_SPILL, extra=SPILL_BUDGET or "none"))
 
 
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         for key, made, faulty in pool.imap_unordered(_compile, work):
             print("\n".join(made), flush=True)
             rows[key], compiled, broken = made, compiled + len(made), broken + faulty
-            if not options.check:  # as it goes, so that an interrupted run keeps what it compiled
+            if not options.check:  # after every case, so that an interrupted run keeps its results
                 write(options.output, rows)
     print(f"{compiled} kernels compiled, {broken} break a rule", file=sys.stderr)
     return 1 if broken else 0

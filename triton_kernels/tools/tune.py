@@ -1,8 +1,8 @@
-"""Timing candidate tiles on the GPU at hand, and keeping the winners. Runs only when asked: ``python -m
-pyvit.triton_kernels.tools.tune``.
+"""Tuning of tile sizes on this machine's GPU: ``python -m pyvit.triton_kernels.tools.tune``.
 
-A candidate is timed inside the whole call it serves, forward and backward, and counts only when its results agree with
-those of the tiles in use. Winners go to the file that :func:`pyvit.triton_kernels.tiles.tuned` reads.
+A candidate is timed in the whole call that uses it, forward and backward, and only counts if its results agree with
+those of the current tiles. The best candidates are written to the file that :func:`pyvit.triton_kernels.tiles.tuned`
+reads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pyvit.triton_kernels.tools.workloads import CASES, Run, prepare
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
-#: Values worth trying for each field, per kernel; everything else stays as the table has it.
+#: Values to try for each field, per kernel; other fields keep the table's values.
 SPACE: dict[str, dict[str, Sequence[int]]] = {
     "forward_short": {"block_m": (32, 64, 128), "group": (1, 2, 4), "warps": (4, 8)},
     "forward_long": {
@@ -106,8 +106,9 @@ SPACE: dict[str, dict[str, Sequence[int]]] = {
 
 
 def candidates(kernel: str, now: Config, length: int) -> Iterator[Config]:
-    """Configurations to try, the least padded first, those nearest to ``now`` before others: a budget cuts the list
-    from its end."""
+    """Configurations to try: those with least padding first, then those nearest to ``now``. A time budget cuts the list
+    at its end.
+    """
     space = SPACE[kernel]
     found = [replace(now, **dict(zip(space, values, strict=True))) for values in itertools.product(*space.values())]
 
@@ -123,8 +124,9 @@ def candidates(kernel: str, now: Config, length: int) -> Iterator[Config]:
 
 
 def milliseconds(run: Run, repeats: int = 10) -> float:
-    """Median time of ``run`` on the GPU, as a captured graph: launching several short kernels can take the CPU longer
-    than they run."""
+    """Median time of ``run`` on the GPU, as a captured CUDA graph, because launching several short kernels can take
+    longer on the CPU.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -146,7 +148,7 @@ def milliseconds(run: Run, repeats: int = 10) -> float:
 
 
 def _agree(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
-    """Equal but for the rounding of a different order of summation."""
+    """Whether results are equal up to the rounding of another order of summation."""
     for g, w in zip(got, wanted, strict=True):
         if g.numel() and not (g.float() - w.float()).abs().max() <= 0.02 * w.float().abs().max() + 1e-6:
             return False
@@ -159,8 +161,7 @@ _prepared = functools.lru_cache(maxsize=1)(prepare)
 
 
 def _compile(device: str, name: str, dtype: torch.dtype, kernel: str, candidate: Config) -> None:
-    """In a process of its own: run the candidate once, which leaves what the compiler made of it in Triton's cache on
-    disk."""
+    """Run the candidate once, in a separate process, so that Triton's cache has the compiled kernel."""
     tiles.force(kernel, candidate)
     try:
         _prepared(name, dtype, device)()
@@ -171,7 +172,7 @@ def _compile(device: str, name: str, dtype: torch.dtype, kernel: str, candidate:
 
 
 def compile_ahead(tasks: Sequence[Task], seconds: float, jobs: int, device: str = "cuda") -> set[Task]:
-    """Those of ``tasks`` that ``jobs`` processes compiled and ran without an error within ``seconds``."""
+    """The ``tasks`` that ``jobs`` processes compiled and ran without an error within ``seconds``."""
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
     try:
         futures = {pool.submit(_compile, device, *task): task for task in tasks}
@@ -196,12 +197,11 @@ def tune(
     device: str = "cuda",
     jobs: int = 1,
 ) -> tuple[Entry, ...]:
-    """Search tiles for ``cases`` (of ``workloads.CASES``; all by default) within ``budget`` seconds, save the winners
-    and return them.
+    """Search tiles for ``cases`` (of ``workloads.CASES``; by default all) within ``budget`` seconds. Saves the best
+    ones and returns them.
 
-    With ``jobs`` > 1, so many processes compile candidates in the first two thirds of the budget, and what they
-    finished is timed in the rest; with 1 each is compiled when its turn comes. Entries saved earlier for other calls
-    are kept.
+    With ``jobs`` > 1, that many processes compile candidates in the first two thirds of the budget, and the rest is for
+    timing; with 1, each is compiled before it is timed. Entries saved earlier for other calls are kept.
 
     Raises RuntimeError without a GPU, ValueError for an unknown case.
     """
@@ -258,7 +258,7 @@ def _search(
     time_of: Callable[[Run], float],
     report: Callable[[str], None],
 ) -> Entry | None:
-    """The best configuration for one kernel of ``case``, or None when the time left allowed no comparison."""
+    """The best configuration of one kernel for ``case``, or None if there was no time for a comparison."""
     kernel, arch, itemsize, head_dim, length = call
     now = tiles.choose(*call)
     best, first, tried = now, time_of(run), 0

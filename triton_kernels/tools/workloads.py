@@ -1,5 +1,4 @@
-"""Representative calls of every kernel, on the device asked for: what the compilation matrix compiles and the tuner
-times."""
+"""Representative calls of every kernel, for the compile report and the tuner."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ def attention(make: _Maker, n: int, d: int, bias: bool = False, causal: bool = F
 
 
 def varlen(make: _Maker, longest: int, d: int) -> Run:
-    """Forward and backward of 64 packed sequences of half the longest to the longest."""
+    """Forward and backward of 64 packed sequences, from half of the longest length to the longest."""
     lengths = torch.linspace(longest // 2, longest, 64).int()
     ends = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).int()])
     q, k, v = make(int(ends[-1]), 3, 12, d).permute(1, 0, 2, 3)
@@ -167,5 +166,5 @@ CASES: dict[str, Callable[[_Maker], Run]] = {
 
 
 def prepare(case: str, dtype: torch.dtype, device: str) -> Run:
-    """The call named ``case`` of :data:`CASES`, its inputs made: each run of it is one forward and one backward."""
+    """The call ``case`` of :data:`CASES` with its inputs. Each run is one forward and one backward."""
     return CASES[case](_Maker(dtype, device))

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import pyvit
-from pyvit.models import files
+from pyvit.models import checkpoint_files
 from pyvit.models.checkpoints import from_native, load_checkpoint
 from pyvit.models.infer import model_from_checkpoint
 
@@ -297,7 +297,7 @@ def test_suffixes_do_not_decide(tmp_path):
     model = vit()
     load_checkpoint(model, tmp_path / "a.bin")
     assert same(model, source.state_dict())
-    assert files.read(tmp_path / "a.bin")[1] == {}
+    assert checkpoint_files.read(tmp_path / "a.bin")[1] == {}
 
 
 def test_configurations_of_timm_and_open_clip(tmp_path):
@@ -324,9 +324,11 @@ def test_configurations_of_timm_and_open_clip(tmp_path):
         "text_depth": 1,
         "text_heads": 2,
     }
-    make = lambda **more: pyvit.create_model(
-        "clip_vit_base_patch32_224", **{**towers, **more}, vocab_size=20, context_length=8
-    )
+
+    def make(**more):
+        settings = {**towers, **more, "vocab_size": 20, "context_length": 8}
+        return pyvit.create_model("clip_vit_base_patch32_224", **settings)
+
     text = {"context_length": 8, "vocab_size": 20, "width": 24, "heads": 2, "layers": 1}
     named = {
         "model_cfg": {"vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8}, "text_cfg": text}

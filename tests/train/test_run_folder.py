@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from pyvit.train import Config, checkpoint, train
-from pyvit.train.folder import Lock, fingerprint
 from pyvit.train.log import Log, say
+from pyvit.train.run_folder import Lock, fingerprint
 from pyvit.train.runs import load_run
 
 SMALL = {
@@ -92,13 +92,13 @@ def test_two_runs_in_one_folder(tmp_path):
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
     """The process that the file names is asked for: one that runs here holds the folder, one that has ended does
     not."""
-    from pyvit.train import folder
+    from pyvit.train import run_folder
 
-    monkeypatch.setattr(folder, "fcntl", None)
+    monkeypatch.setattr(run_folder, "fcntl", None)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     for pid, held in ((os.getppid(), True), (ended.pid, False)):
-        (tmp_path / "run.lock").write_text(json.dumps({"pid": pid, "host": folder.socket.gethostname()}))
+        (tmp_path / "run.lock").write_text(json.dumps({"pid": pid, "host": run_folder.socket.gethostname()}))
         lock = Lock(tmp_path)
         if held:
             with pytest.raises(ValueError, match=f"is in use by process {pid} on "):
@@ -160,7 +160,7 @@ def test_data_that_change_are_refused(tmp_path):
     (data / "new").mkdir()
     for name in ("00", "01"):
         shutil.copy(data / "light" / f"{name}.png", data / "new" / f"{name}.png")
-    with pytest.raises(ValueError, match="classes gone: none, new: new"):
+    with pytest.raises(ValueError, match="classes removed: none, new: new"):
         train(Config(**settings))
     shutil.rmtree(data / "new")
     train(Config(**settings, allow_changed_data=True))
@@ -206,7 +206,7 @@ def test_a_disk_that_fills_after_the_first_checkpoint(tmp_path):
     assert running.returncode == 1, said
     assert "no checkpoint at step 4" in said
     assert (
-        "all steps are made, but last.pt, model.safetensors could not be written; the checkpoint of step 2 is intact"
+        "training has finished, but last.pt, model.safetensors could not be written; the checkpoint of step 2 is intact"
         in said
     )
     assert checkpoint.load(out / "last.pt")["step"] == 2

@@ -1,4 +1,4 @@
-"""Batch norm over the batches of all ranks, on any device (torch's SyncBatchNorm wants a GPU)."""
+"""Batch norm over the batches of all ranks, on any device (torch's SyncBatchNorm needs a GPU)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from pyvit.ops.loss_tiles import all_sum
 
 
-class RankNorm(nn.BatchNorm1d):
-    """``nn.BatchNorm1d`` whose statistics in training are those of every rank's rows together; (B, D), B equal on every
-    rank."""
+class SyncBatchNorm1d(nn.BatchNorm1d):
+    """``nn.BatchNorm1d`` whose training statistics are over the rows of all ranks. Input (B, D), with the same B on
+    every rank.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)
         wide = x.float()
         mean = all_sum(wide.mean(0), dist.group.WORLD) / dist.get_world_size()
-        # Around the mean, not as E[x^2] - E[x]^2: that difference loses the digits of a small variance beside a large
-        # mean.
+        # E[(x - mean)^2], not E[x^2] - E[x]^2: the difference would cancel for a small variance and a large mean.
         var = all_sum((wide - mean).square().mean(0), dist.group.WORLD) / dist.get_world_size()
         if self.running_mean is not None and self.running_var is not None:
             n = len(x) * dist.get_world_size()
@@ -34,10 +34,10 @@ class RankNorm(nn.BatchNorm1d):
 
     @staticmethod
     def convert(module: nn.Sequential) -> nn.Sequential:
-        """Replace the BatchNorm1d layers of a new ``module`` (their parameters still at their start)."""
+        """Replace the BatchNorm1d layers of a newly initialised ``module``."""
         for i, layer in enumerate(module):
             if type(layer) is nn.BatchNorm1d:
-                module[i] = RankNorm(layer.num_features, layer.eps, layer.momentum, layer.affine)
+                module[i] = SyncBatchNorm1d(layer.num_features, layer.eps, layer.momentum, layer.affine)
                 for ours, theirs in zip(module[i].parameters(), layer.parameters(), strict=True):
                     ours.requires_grad_(theirs.requires_grad)
         return module

@@ -1,4 +1,4 @@
-"""Where a run starts from: the model it names, and the weights that ``--init`` names."""
+"""The model of a run, and the weights that ``--init`` names."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from pyvit.train.config import Config
 from pyvit.train.log import say
 from pyvit.train.options import parse
 
-#: What may differ from the weights that a run starts from: heads, pooling and the norm before them, what pre-training
-#: adds.
+#: Keys that may differ from the weights of ``--init``: heads, their pooling and norm, and modules of pre-training only.
 HEADS = (r"head(_dist)?\..*", r"fc\..*", r"fc_norm\..*", r"attn_pool\..*", r"mask_token", r"decoder_.*")
 
 
 def check_model(recipe: Any, config: Config) -> None:
-    """Refuse, before any data is read, a model that the recipe cannot train or settings it does not have. Raises
-    ValueError."""
+    """Refuse a model that the recipe cannot train, or settings that it does not have, before data is read. Raises
+    ValueError.
+    """
     if (recipe.needs_init and config.init is None) or (config.init is not None and not config.init.strip()):
         raise ValueError(
             f"{config.recipe}: init must name {recipe.needs_init or 'a run or a checkpoint'}, got {config.init!r}"
@@ -39,21 +39,21 @@ def check_model(recipe: Any, config: Config) -> None:
     settings_of(name)
     if not recipe.fits(name):
         raise ValueError(
-            f"{config.recipe}: model must be {recipe.takes}, one of {', '.join(_families(recipe))}; got {name}"
+            f"{config.recipe}: model must be {recipe.models}, one of {', '.join(_families(recipe))}; got {name}"
         )
     chosen = parse(config.set, "set")
-    found = image_encoder(name, chosen) if recipe.encodes else None
+    found = image_encoder(name, chosen) if recipe.image_models else None
     known = set(parameters(found.constructor if found is not None else settings_of(name)[0]))
     changed = found.changed if found is not None else chosen
-    if unknown := sorted(changed.keys() - known - set(recipe.adds)):
+    if unknown := sorted(changed.keys() - known - set(recipe.extra_settings)):
         raise ValueError(
             f"{config.recipe}: set must name settings of {name} ({', '.join(sorted(known))}), got {', '.join(unknown)}"
         )
 
 
 def _families(recipe: Any) -> list[str]:
-    """The models a recipe can train, by the first part of their names: "vit_*", or "some deit_*" where it is not all of
-    them."""
+    """The models that a recipe can train, by the first part of their names: "vit_*", or "some deit_*" if not
+    all fit."""
     found: dict[str, list[bool]] = {}
     for name in list_models():
         found.setdefault(name.partition("_")[0] + "_*" if "_" in name else name, []).append(recipe.fits(name))
@@ -61,12 +61,13 @@ def _families(recipe: Any) -> list[str]:
 
 
 def build(name: str, data: Data, config: Config, whole: bool = False, **settings: Any) -> nn.Module:
-    """The model of a run: its registered settings, under those of the recipe that its constructor knows, under
-    ``--set``.
+    """Create the model of a run.
 
-    It is the image encoder of the model called ``name``, see :func:`pyvit.models.encoders.image_encoder`, or with
-    ``whole`` that model. Image size and channels are the data's; the image size of a model without ``img_size`` is
-    free.
+    Settings, in increasing priority: those registered for ``name``, the recipe's ``settings`` that the constructor has,
+    and ``--set``. Image size and channels are the data's.
+
+    The result is the image encoder of the model (see :func:`pyvit.models.encoders.image_encoder`), or with ``whole``
+    the model itself.
     """
     constructor, registered = settings_of(name)
     changed = parse(config.set, "set")
@@ -93,8 +94,9 @@ def build(name: str, data: Data, config: Config, whole: bool = False, **settings
 
 
 def inherit(config: Config, recipe: Any) -> Config:
-    """``config`` with model, image size and settings of the model of the run that ``--init`` names, where it gives none
-    of its own."""
+    """``config`` with the model, image size and model settings of the run that ``--init`` names, where they are not
+    given.
+    """
     if config.init is None:
         return config
     before = _run_of(Path(config.init).expanduser())
@@ -102,29 +104,30 @@ def inherit(config: Config, recipe: Any) -> Config:
         config = config.resolved({"model": before["model"], "image_size": before["image_size"]})
         if config.model == before["model"]:
             given, theirs = parse(config.set, "set"), parse(before["set"], "set")
-            found = image_encoder(before["model"], theirs) if recipe.encodes else None
-            known = set(parameters(found.constructor)) | set(recipe.adds) if found is not None else theirs.keys()
+            found = image_encoder(before["model"], theirs) if recipe.image_models else None
+            known = (
+                set(parameters(found.constructor)) | set(recipe.extra_settings) if found is not None else theirs.keys()
+            )
             kept = (k for k in theirs if k not in given and (found is None or k not in found.changed or k in known))
             config = dataclasses.replace(config, set=[*(f"{k}={theirs[k]!r}" for k in kept), *config.set])
     return config
 
 
 def adopt(config: Config, recipe: Any) -> Config:
-    """``config`` with the settings that show in the weights of ``--init`` and that nothing else gives, as entries of
-    ``set``.
+    """``config`` with the model settings that the weights of ``--init`` show, as entries of ``set``.
 
-    LayerScale, registers, gated MLPs, biases, norms, pooling: what a model needs to take the weights. What the recipe
-    decides stays.
+    These are settings that a model needs to load the weights: LayerScale, registers, gated MLPs, biases, norms,
+    pooling. Given settings and those that the recipe fixes have priority.
     """
-    if config.init is None or not recipe.encodes:
+    if config.init is None or not recipe.image_models:
         return config
     found = image_encoder(config.model or "", parse(config.set, "set"))
     if found is None or not issubclass(found.constructor, VisionTransformer):
         return config
     shown = structure(open_source(config.init))
-    defaults = {p.name: p.default for each in inspect.getmro(found.constructor) if each is not nn.Module and "__init__" in vars(each)
-                for p in inspect.signature(each.__init__).parameters.values()}  # fmt: skip
-    given = {*found.settings, *found.changed, *recipe.decides}
+    constructors = [c for c in inspect.getmro(found.constructor) if c is not nn.Module and "__init__" in vars(c)]
+    defaults = {p.name: p.default for c in constructors for p in inspect.signature(c.__init__).parameters.values()}
+    given = {*found.settings, *found.changed, *recipe.fixed_settings}
     taken = {k: v for k, v in shown.items() if k in defaults and k not in given and v != defaults[k]}
     if taken:
         _say(
@@ -135,8 +138,9 @@ def adopt(config: Config, recipe: Any) -> Config:
 
 
 def _run_of(path: Path) -> dict[str, Any] | None:
-    """The configuration of the run of ``pyvit train`` in a folder, or of the run a file of weights is of; None without
-    one."""
+    """The configuration of the ``pyvit train`` run in a folder, or of the run that a weights file belongs to; None
+    otherwise.
+    """
     file = (path if path.is_dir() else path.parent) / "config.json"
     try:
         found = json.loads(file.read_text())
@@ -155,16 +159,14 @@ def _run_of(path: Path) -> dict[str, Any] | None:
 
 
 def initialise(model: nn.Module, init: str, allow: Sequence[str] = ()) -> LoadReport | None:
-    """Load the weights that ``init`` holds for ``model`` and say what was done: a run's folder, or whatever
-    :func:`load_checkpoint` reads.
+    """Load the weights of ``init`` into ``model`` and print what was done.
 
-    None for an empty ``init``: a finished run that is loaded again, whose own weights follow.
+    ``init`` is a run's folder or anything :func:`load_checkpoint` reads; with "" nothing is loaded and None is
+    returned. Heads may differ, and keys that match ``allow``. A CLIP model loads the weights of an image model into its
+    image tower.
 
-    Heads alone may differ, and what ``allow`` names; a CLIP takes the weights of an image model into its image tower.
-    The report says what was loaded, resampled, left as initialised and not used.
-
-    Raises ValueError when the weights are of another model, with the names that differ, and for what is no file of
-    weights.
+    The report lists what was loaded, resampled, left at its initial value and not used. Raises ValueError, with the
+    names that differ, if the weights are of another model or the file has no weights.
     """
     if not init:
         return None
@@ -174,9 +176,9 @@ def initialise(model: nn.Module, init: str, allow: Sequence[str] = ()) -> LoadRe
     if two and not any(
         k.startswith(("text", "visual", "vision_model", "token_embedding", "logit")) for k in source.state
     ):
-        target, two, note = model.visual, False, "\n  the text tower stays as initialised"  # type: ignore[assignment]
+        target, two, note = model.visual, False, "\n  the text tower keeps its initial values"  # type: ignore[assignment]
         source = open_source(init, target.state_dict().keys())
-    if "norm.running_mean" in source.state:  # a linear probe's batch norm and the classifier of what it normalised
+    if "norm.running_mean" in source.state:  # a linear probe: drop its batch norm and classifier
         for key in [
             k for k in source.state if re.fullmatch(r"norm\.(running_(mean|var)|num_batches_tracked)|head\..*", k)
         ]:
@@ -194,7 +196,7 @@ def initialise(model: nn.Module, init: str, allow: Sequence[str] = ()) -> LoadRe
 
 
 def _held(source: Any) -> str:
-    """The architecture in a checkpoint, in words."""
+    """The architecture of a checkpoint, as text."""
     from pyvit.models.checkpoints import recognise, to_native
 
     try:
@@ -217,6 +219,6 @@ def _held(source: Any) -> str:
 
 
 def _say(line: str) -> None:
-    """A line of the first process alone."""
+    """Print a line on the first process."""
     if os.environ.get("RANK", "0") == "0":
         say(line)

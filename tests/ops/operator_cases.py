@@ -81,9 +81,11 @@ CASES: dict[str, Callable[[], Case]] = {
     **{f"linear {name}": functools.partial(linear, name) for name in (None, *reference.ACTIVATIONS)},
     "mlp": lambda: Case(*through(ops.mlp), (randn(2, 5, 16), randn(24, 16), randn(24), randn(12, 24), randn(12))),
     "branch": whole_branch,
-    "flash_attention": lambda: Case(*through(ops.flash_attention), (randn(1, 2, 7, 16), randn(1, 2, 6, 16), randn(1, 2, 6, 8))),
+    "flash_attention": lambda: Case(
+        *through(ops.flash_attention), (randn(1, 2, 7, 16), randn(1, 2, 6, 16), randn(1, 2, 6, 8))),
     "flash_attention, biased": lambda: Case(
-        lambda q, b: ops.flash_attention(q, q, q, bias=b), lambda q, b: ops.flash_attention(q, q, q, bias=b, backend="reference"),
+        lambda q, b: ops.flash_attention(q, q, q, bias=b),
+        lambda q, b: ops.flash_attention(q, q, q, bias=b, backend="reference"),
         (randn(1, 2, 7, 16), randn(1, 2, 7, 7))),
     "flash_attention_qkvpacked": lambda: Case(*through(ops.flash_attention_qkvpacked), (randn(2, 5, 3, 2, 8),)),
     "flash_attention_varlen": lambda: Case(
@@ -96,6 +98,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "nt_xent": lambda: Case(*through(ops.nt_xent, temperature=0.5), (randn(6, 8), randn(6, 9)[:, :8])),
     "sigmoid_contrastive": lambda: Case(
         *through(ops.sigmoid_contrastive, scale=3.0, bias=-2.0), (randn(6, 8), randn(6, 9)[:, :8])),
-    "distillation": lambda: Case(distillation, functools.partial(distillation, backend="reference"), (randn(3, 6, 8), randn(20, 9)[:, :8])),
+    "distillation": lambda: Case(
+        distillation, functools.partial(distillation, backend="reference"), (randn(3, 6, 8), randn(20, 9)[:, :8])),
     "koleo": lambda: Case(*through(ops.koleo), (randn(6, 8),)),
 }  # fmt: skip

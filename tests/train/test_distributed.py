@@ -66,7 +66,7 @@ def one_step(model, recipe, views):
 
 def worker(rank: int, world: int, folder: str, names: list[str]) -> None:
     from pyvit.data import load_data
-    from pyvit.train.engine import _settle
+    from pyvit.train.engine import resolve_config
     from pyvit.train.recipe import load_recipe
     from pyvit.train.sharding import leave, shard
 
@@ -74,7 +74,7 @@ def worker(rank: int, world: int, folder: str, names: list[str]) -> None:
     singles = {}
     for name in names:
         init = f"{folder}/init.safetensors" if name in ("finetune", "linear") else None
-        config = _settle(Config(recipe=name, steps=1, batch_size=BATCH, init=init, **RECIPES[name]))
+        config = resolve_config(Config(recipe=name, steps=1, batch_size=BATCH, init=init, **RECIPES[name]))
         data = load_data(config.data, config.image_size)
         torch.manual_seed(1)
         recipe = load_recipe(name)(config, data).train()
@@ -171,7 +171,7 @@ def test_the_engine_on_two_ranks_ends_with_the_weights_of_one(tmp_path: Path, re
 import json, sys, pathlib
 from pyvit.train import Config, engine
 sys.path.insert(0, sys.argv[2])
-from test_ranks import gloo_threads
+from test_distributed import gloo_threads
 run = engine.Run(Config(**json.loads(sys.argv[1])))
 run.run()
 pathlib.Path(run.folder.parent, "kind").write_text(str(type(run.model)))

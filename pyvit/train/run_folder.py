@@ -1,4 +1,4 @@
-"""A run's folder: who may write to it, and what its training set was."""
+"""The lock of a run's folder, and the fingerprint of its training set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import IO, Any
 import torch
 
 from pyvit.data import Data
-from pyvit.data.stream import Stream
 
 try:
     import fcntl
@@ -22,10 +21,10 @@ except ImportError:  # Windows
 
 
 class Lock:
-    """``run.lock`` in a folder, held by one process at a time; the file names it.
+    """``run.lock`` in a run's folder, held by one process at a time. The file names the process.
 
-    The kernel drops the lock of a process that ends in whatever way, so a file that is left behind locks nothing. The
-    lock is the process's: its other threads, and a second run of its own in the same folder, are not kept out.
+    The operating system releases the lock when the process ends, so a leftover file locks nothing. Other threads of the
+    process, and a second run in it, are not locked out.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,7 +32,7 @@ class Lock:
         self._file: IO[str] | None = None
 
     def acquire(self) -> None:
-        """Take the lock, or raise ValueError naming the process that holds it."""
+        """Take the lock. Raises ValueError, naming the process that holds it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while self._file is None:
             file = self.path.open("a+")
@@ -44,7 +43,7 @@ class Lock:
                 raise ValueError(
                     f"{self.path.parent} is in use by {named}; wait for it, end it, or choose another --out"
                 )
-            if self._is_here(file):  # its last holder may have removed it between opening and locking
+            if self._is_here(file):  # the previous holder may have removed it before it was locked here
                 self._file = file
             else:
                 file.close()
@@ -55,8 +54,9 @@ class Lock:
 
     @staticmethod
     def _lock(file: IO[str], holder: dict[str, Any]) -> bool:
-        """Lock ``file``, if nobody else has; where files cannot be locked, the process it names must not run on this
-        machine."""
+        """Lock ``file`` if no other process has locked it. On file systems without locks, the process that it names
+        must not be running on this machine.
+        """
         try:
             if fcntl is not None:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,7 +79,7 @@ class Lock:
 
     @staticmethod
     def _holder(file: IO[str]) -> dict[str, Any]:
-        """Who wrote the file, {} if nobody can be read from it."""
+        """The process that the file names, or {}."""
         try:
             file.seek(0)
             found = json.load(file)
@@ -96,7 +96,7 @@ class Lock:
 
 
 def _runs(pid: Any) -> bool:
-    """Whether a process of this machine has the number ``pid``."""
+    """Whether a process with the id ``pid`` runs on this machine."""
     try:
         os.kill(pid, 0)
     except PermissionError:
@@ -107,14 +107,13 @@ def _runs(pid: Any) -> bool:
 
 
 def fingerprint(data: Data) -> dict[str, Any]:
-    """What tells two training sets apart: how many images, the classes, and a hash of the images' names, labels and
-    captions.
+    """Number of images, classes, and a hash of the images' names, labels and captions, to notice changes of a training
+    set.
 
-    Of a stream, only what it says of itself is known. Names are those below the folder that all share, so that data may
-    move.
+    Names are relative to the images' common folder, so that data may be moved. Streams have no hash.
     """
     train = data.train
-    if isinstance(train, Stream):
+    if train.streamed:
         return {"images": train.count, "classes": data.classes, "hash": None}
     digest = hashlib.sha256()
     if (labels := getattr(train, "labels", None)) is not None:
@@ -125,7 +124,7 @@ def fingerprint(data: Data) -> dict[str, Any]:
 
 
 def _names(images: Any) -> list[str]:
-    """Paths below the folder they share; nothing where images are not files."""
+    """Paths relative to the images' common folder; [] if the images are not files."""
     at = getattr(images, "indices", None)
     items = getattr(images if at is None else images.whole, "items", None)
     if not isinstance(items, (list, tuple)) or not items or not isinstance(items[0], (str, Path)):
@@ -136,14 +135,14 @@ def _names(images: Any) -> list[str]:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs between two fingerprints, in words; "" for nothing."""
+    """The differences between two fingerprints as text; "" if there are none."""
     said = []
     if before.get("images") != now["images"]:
         said.append(f"it had {before.get('images')} images and has {now['images']}")
     if before.get("classes") != now["classes"]:
         lost = [c for c in before.get("classes") or [] if c not in (now["classes"] or [])]
         new = [c for c in now["classes"] or [] if c not in (before.get("classes") or [])]
-        said.append(f"classes gone: {', '.join(lost) or 'none'}, new: {', '.join(new) or 'none'}")
+        said.append(f"classes removed: {', '.join(lost) or 'none'}, new: {', '.join(new) or 'none'}")
     if not said and before.get("hash") != now["hash"]:
         said.append("other files, labels or captions of the same number")
     return "; ".join(said)

@@ -1,4 +1,4 @@
-"""Weights out of the files and folders people have, without running any code in them."""
+"""Reading weights from files and folders without executing code from them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-#: Files that hold a folder's weights, in the order they are looked for: transformers', timm's and pyvit's own, then
-#: open_clip's.
+#: Names of weights in a folder, in order of priority: transformers', timm's and pyvit's, then open_clip's.
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -26,7 +25,7 @@ WEIGHTS = (
 )
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
-#: First bytes of what is often found in the place of weights, and what to say about it.
+#: First bytes of files that are often found instead of weights, and the error message.
 _NOT_WEIGHTS = (
     (
         b"version https://git-lfs",
@@ -43,13 +42,13 @@ _NOT_WEIGHTS = (
 
 
 def read(source: str | os.PathLike[str]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """What a file or folder of weights holds, the configuration beside it, and the metadata in it ({} without).
+    """The content of a file or folder of weights, the configuration beside it, and the metadata in it ({} if none).
 
-    Read are files of ``torch.save`` and safetensors, TorchScript archives, indices of shards, and folders that hold one
-    of them: those of transformers, timm, open_clip and ``pyvit train``. Objects of other libraries (a training script's
-    arguments) become empty :class:`Opaque` objects; no code of theirs runs.
+    Supports files of ``torch.save`` and safetensors, TorchScript archives, indices of shards, and folders that contain
+    one of them: those of transformers, timm, open_clip and ``pyvit train``. Other libraries' objects (such as a
+    training script's arguments) become empty :class:`Opaque` objects; their code is not executed.
 
-    Raises FileNotFoundError, or a ValueError of one line that names the file and what is wrong with it.
+    Raises FileNotFoundError, or a one-line ValueError that names the file and the problem.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -67,8 +66,8 @@ def read(source: str | os.PathLike[str]) -> tuple[Any, dict[str, Any], dict[str,
 
 
 def weights_in(folder: Path) -> Path:
-    """The file of weights in a folder. Raises ValueError when there is none, or more than one of names that say
-    nothing."""
+    """The file of weights in a folder. Raises ValueError if there is none, or if there are several with unknown
+    names."""
     for name in WEIGHTS:
         if (folder / name).exists() or (folder / name).is_symlink():
             return folder / name
@@ -86,7 +85,7 @@ def weights_in(folder: Path) -> Path:
 
 
 def config_beside(path: Path) -> dict[str, Any]:
-    """``config.json``, or ``open_clip_config.json``, in the folder of a file; {} without one that can be read."""
+    """``config.json`` or ``open_clip_config.json`` beside a file; {} if there is none or it cannot be read."""
     for name in ("config.json", "open_clip_config.json"):
         try:
             found = json.loads((path.parent / name).read_text())
@@ -119,7 +118,7 @@ def _read_shards(path: Path) -> dict[str, Any]:
 
 
 def _read_file(path: Path) -> tuple[Any, dict[str, Any]]:
-    """Content and metadata of one file."""
+    """Content and metadata of a file."""
     with path.open("rb") as file:
         head = file.read(64)
     if not head:
@@ -140,12 +139,12 @@ def _read_file(path: Path) -> tuple[Any, dict[str, Any]]:
                 kind = "arrays of NumPy (JAX, Flax)" if all(n.endswith(".npy") for n in members) else "other files"
                 raise ValueError(f"a zip archive of {kind}, not of torch.save")
         return _read_pickle(path, names), {}
-    except Exception as error:  # whatever bytes may raise in the readers of pickles and archives
+    except Exception as error:  # readers of pickles and archives raise many kinds of exceptions for damaged files
         if str(error).startswith("load_checkpoint:"):
             raise
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(_opaque(path, [named[1], *names])) from error
-        if "persistent_load of storage" in str(error):  # a module with its source code, as torch saved them before 1.6
+        if "persistent_load of storage" in str(error):  # a module with its source code, as torch before 1.6 saved it
             raise ValueError(_opaque(path, names or ["torch.nn.Module"])) from error
         damaged = " (cut short or damaged)" if head.startswith(b"PK") and not zipfile.is_zipfile(path) else ""
         told = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))
@@ -168,8 +167,7 @@ def _read_safetensors(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 class Opaque:
-    """In the place of an object of another library: made and filled by the pickle that holds it, without any of its
-    code."""
+    """Stands for an object of another library in a pickle. Created and filled without executing that library's code."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -183,8 +181,9 @@ def _dictionary(*args: Any) -> dict[Any, Any]:
 
 
 def _read_pickle(path: Path, names: list[str]) -> Any:
-    """A file of ``torch.save``, by torch's reader that only makes tensors and plain values; ``names`` gets the classes
-    of other objects."""
+    """A file of ``torch.save``, read by torch's unpickler for tensors and plain values; ``names`` collects the classes
+    of other objects.
+    """
     if zipfile.is_zipfile(path):
         names += torch.serialization.get_unsafe_globals_in_checkpoint(path)
     while True:
@@ -196,7 +195,7 @@ def _read_pickle(path: Path, names: list[str]) -> Any:
                 warnings.simplefilter("ignore")
                 content = torch.load(path, map_location="cpu", weights_only=True)
             break
-        except pickle.UnpicklingError as error:  # the format before torch 1.6 is not scanned beforehand
+        except pickle.UnpicklingError as error:  # files of torch before 1.6 cannot be scanned beforehand
             named = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
             name = "" if named is None else named[1] if "." in named[1] else f"builtins.{named[1]}"
             if not name or name in names:
@@ -209,7 +208,7 @@ def _read_pickle(path: Path, names: list[str]) -> Any:
 
 
 def flat(content: Any, depth: int = 3) -> Any:
-    """Values of dictionaries in dictionaries."""
+    """All values of nested dictionaries."""
     if isinstance(content, dict) and depth:
         for value in content.values():
             yield from flat(value, depth - 1)

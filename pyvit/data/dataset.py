@@ -1,13 +1,12 @@
-"""What a data set is here, and how a name or a path becomes one."""
+"""Base classes of data sets: Images, TensorImages and Data."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,31 +19,29 @@ Batch = dict[str, Any]
 
 
 class Images(Dataset[Batch]):
-    """Images, read a batch at a time: whole for evaluation (:meth:`fetch`), or as the crops that a recipe learns from
-    (:meth:`draw`).
+    """Images that are read in batches: whole for evaluation (:meth:`fetch`), or as a recipe's crops (:meth:`draw`).
 
-    Both return {"index": int64 (B,), "label": int64 (B,), "caption": list of B strings}, the last two where known, and
-    the pixels.
+    Both return {"index": int64 (B,), "label": int64 (B,), "caption": list of B strings} and the pixels. Labels and
+    captions are there if known.
     """
 
     labels: Any = None
     captions: Sequence[str] | None = None
-    #: Equal numbers for items that show the same image (several captions of one photograph), or None where all differ.
+    #: Equal numbers for items that show the same image (several captions of one photograph); None if all differ.
     groups: Sequence[int] | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def fetch(self, indices: Sequence[int]) -> Batch:
-        """With "image": uint8 (B, C, H, W), of one size. Images that cannot be read are left out: "index" says which
-        are there."""
+        """With "image": uint8 (B, C, H, W). Unreadable images are left out: "index" lists those that are there."""
         raise NotImplementedError
 
     def draw(self, indices: Sequence[int], crops: Mapping[str, Crop], seed: int, step: int) -> Batch:
-        """With one entry of uint8 views for each of ``crops``, or without any with "image" as in :meth:`fetch`.
+        """With one uint8 entry for each of ``crops``; without crops, with "image" as in :meth:`fetch`.
 
-        An image that cannot be read is replaced by another, with the other's label. Views depend on the seed, the step
-        and the index alone.
+        An unreadable image is replaced by another, with the other's label. Crops depend only on the seed, the step and
+        the index.
         """
         raise NotImplementedError
 
@@ -62,7 +59,7 @@ class Images(Dataset[Batch]):
         raise NotImplementedError
 
     def relabelled(self, order: Tensor) -> Images:
-        """These images with ``order[label]`` in the place of each label."""
+        """A copy with ``order[label]`` for each label."""
         found = copy.copy(self)
         if self.labels is not None:
             labels = order[torch.as_tensor(self.labels)]
@@ -70,45 +67,46 @@ class Images(Dataset[Batch]):
         return found
 
     def centred(self, centre: float | None) -> Images:
-        """These images, evaluated in ``centre`` of their middle, see :class:`pyvit.data.decode.ImageDecoder`; None
-        changes nothing."""
+        """A copy that evaluates with the centre crop ``centre``: see :class:`pyvit.data.decode.ImageDecoder`. None
+        changes nothing.
+        """
         found = copy.copy(self)
         if centre is not None and hasattr(decoder := getattr(self, "decoder", None), "centred"):
             found.decoder = decoder.centred(centre)  # type: ignore[union-attr]
         return found
 
     def counted(self) -> str:
-        """How many there are, as far as that is known."""
+        """The number of images as text, if known."""
         return str(len(self))
 
-    #: Whether images come in the order of a stream, and not by index; whether they are decoded when asked for.
+    #: Whether images can only be read in order; whether they are decoded when read.
     streamed = decodes = False
 
     def sample(self) -> Images:
-        """What nearest neighbours and probes read: these images, or the first ones of a stream."""
+        """Images for nearest neighbours and probes: these, or the first ones of a stream."""
         return self
 
     @property
     def bad(self) -> dict[int, str]:
-        """What could not be read so far, by index."""
+        """Unreadable images so far: index to reason."""
         return {}
 
     @property
     def problems(self) -> list[str]:
-        """What could not be read so far."""
+        """Reasons of unreadable images so far."""
         return list(self.bad.values())
 
     def note(self, problems: Mapping[int, str]) -> None:
-        """Remember what could not be read, in another process perhaps."""
+        """Record unreadable images, for example those found by a worker process."""
 
     def readable(self) -> list[int]:
-        """Indices of the images that are not known to be bad."""
+        """Indices of the images that are not known to be unreadable."""
         bad = self.bad
         return [i for i in range(len(self)) if i not in bad]
 
 
 class TensorImages(Images):
-    """Images held in memory: uint8 (N, C, H, W), with int64 labels (N,), captions, or both."""
+    """Images in memory: uint8 (N, C, H, W), with int64 labels (N,), captions, or both."""
 
     def __init__(self, images: Tensor, labels: Tensor | None = None, captions: Sequence[str] | None = None) -> None:
         if images.dtype != torch.uint8 or images.dim() != 4:
@@ -154,10 +152,10 @@ class TensorImages(Images):
 class Data:
     """A training set and a held-out set.
 
-    ``classes`` names the labels. ``flip``: whether a mirrored image means the same (it does not for digits,
-    spectrograms or images with captions). ``mean`` and ``std`` normalise pixels in [0, 1]. ``size`` is (height, width).
-    ``sound``: spectrograms, of one channel, low bands first. ``notes``: how the source was read and what of it is not
-    used, a sentence each.
+    ``classes`` names the labels. ``flip``: whether images may be flipped horizontally (not digits, spectrograms or
+    images with captions). ``mean`` and ``std`` normalise pixels in [0, 1]. ``size`` is (height, width). ``sound``:
+    spectrograms with one channel, low bands first. ``notes``: how the source was interpreted and what was left out, one
+    sentence each.
     """
 
     name: str
@@ -177,12 +175,13 @@ class Data:
         return 1 if self.sound else 3
 
     def summary(self) -> str:
-        """What was found, for a run's first lines: images of each split, classes, what is left out and why. Control
-        codes are escaped."""
+        """The first lines of a run: images of each split, classes, what is left out and why. Control characters are
+        escaped.
+        """
         kind = "spectrograms" if self.sound else "images"
         lines = [
             (
-                f"data {self.name}: {self.train.counted()} {kind} to train on, {self.test.counted()} held out; "
+                f"data {self.name}: {self.train.counted()} training {kind}, {self.test.counted()} held out; "
                 f"{self._of_classes()}"
             )
         ]
@@ -196,20 +195,20 @@ class Data:
         return f"{len(self.classes)} class{'es' if len(self.classes) != 1 else ''}: {shown}"
 
     def damage(self) -> list[str]:
-        """How many images of each split could not be read so far."""
+        """How many images of each split were unreadable so far."""
         sides = (
             ("training images were replaced by others", self.train),
-            ("held-out images are left out of the figures", self.test),
+            ("held-out images are not evaluated", self.test),
         )
-        return [f"{len(s.bad)} of {len(s)} {what}: they cannot be read" for what, s in sides if s.bad]
+        return [f"{len(s.bad)} of {len(s)} {what}: they are unreadable" for what, s in sides if s.bad]
 
     def validation(self, share: float) -> Data:
-        """These data for choosing settings: ``share`` of the training images, the same ones every time, in the place of
-        the held-out ones.
+        """A copy for choosing settings: ``share`` of the training images, always the same ones, replaces the held-out
+        images.
 
-        Items that show the same image stay together. ``extra`` describes the held-out images and is left behind. Raises
-        ValueError for a share that leaves no image, or no image of a class, on one side, and for a stream, whose images
-        are not known in advance.
+        Items that show the same image stay together. ``extra`` is dropped, because it describes the held-out images.
+        Raises ValueError if a split would have no image, or no image of a class, and for streams, whose images are not
+        known in advance.
         """
         if self.train.streamed:
             raise ValueError(
@@ -217,7 +216,7 @@ class Data:
                 f"{self.name}"
             )
         n = len(self.train)
-        held = round(share * n) if 0 < share < 1 else 0  # NaN included
+        held = round(share * n) if 0 < share < 1 else 0  # 0 for NaN too
         if not 0 < held < n:
             raise ValueError(
                 f"validation: must leave some of the {n} training images on both sides, in (0, 1), got {share}"
@@ -245,9 +244,9 @@ class Data:
         )
 
     def with_classes(self, classes: Sequence[str] | None) -> Data:
-        """These data with the labels of a trained network: ``classes`` in its order, matched by name.
+        """A copy whose labels are those of a trained network: ``classes`` in its order, matched by name.
 
-        Raises ValueError where these data have a class that ``classes`` does not know.
+        Raises ValueError if a class is not among ``classes``.
         """
         if classes is None or self.classes is None or list(classes) == self.classes:
             return self
@@ -266,61 +265,3 @@ class Data:
         ]
         train, test = (part.relabelled(order) for part in (self.train, self.test))
         return dataclasses.replace(self, train=train, test=test, classes=list(classes), notes=notes)
-
-
-def builtin() -> dict[str, Callable[..., Data]]:
-    """The sets that need no path, by name."""
-    from pyvit.data.digits import digits
-    from pyvit.data.scenes import scenes
-    from pyvit.data.spoken_words import words
-    from pyvit.data.synthetic import synthetic
-
-    return {"digits": digits, "scenes": scenes, "synthetic": synthetic, "words": words}
-
-
-def load_data(spec: str, size: int | None = None, validation: float = 0.0, **options: Any) -> Data:
-    """The data set ``spec`` names.
-
-    Args:
-        spec: "digits", "scenes", "words" or "synthetic" (built in); a folder of images or of .wav files, one subfolder
-            per class or none; a .csv, .tsv or .txt table of image paths and captions; or "hf:NAME[:SPLIT]" for Hugging
-            Face ``datasets`` (a hub name or a folder), "hf-stream:NAME[:SPLIT]" to read them as they arrive.
-        size: side of the square images to return, default the set's own, or 224; frames of a sound's spectrogram,
-            default 1024 (10 s).
-        validation: share of the training images that takes the place of the held-out ones, see :meth:`Data.validation`.
-
-    Raises ValueError for a name that is neither, FileNotFoundError for a path that is not there.
-    """
-    if not spec.strip() or spec in ("hf:", "hf-stream:"):
-        raise ValueError(
-            f"data: must name a folder, a table of captions, a Hugging Face set or one that is built in, got {spec!r}"
-        )
-    if size is not None and size < 1:
-        raise ValueError(f"data: size must be at least 1, got {size}")
-    if validation:
-        return load_data(spec, size, **options).validation(validation)
-    sets = builtin()
-    if spec in sets:
-        return sets[spec](**({} if size is None else {"size": size}), **options)
-    if spec.startswith("hf-stream:"):
-        from pyvit.data.stream import hugging_face_stream
-
-        return hugging_face_stream(spec[10:], size or 224, **options)
-    if spec.startswith("hf:"):
-        from pyvit.data.hub import hugging_face
-
-        return hugging_face(spec[3:], size or 224, **options)
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        from pyvit.data.files import folder
-
-        return folder(path, size, **options)
-    from pyvit.data.captions import ENDINGS, captioned
-
-    if path.suffix.lower() in ENDINGS and path.exists():
-        return captioned(path, size or 224, **options)
-    if path.exists():
-        raise ValueError(f"data: {spec!r} is a file; it must be a table of captions ({', '.join(ENDINGS)}) or a folder")
-    if "/" in spec or path.suffix:
-        raise FileNotFoundError(f"data: {spec!r} does not exist")
-    raise ValueError(f"data: must be a folder, a CSV file, hf:NAME or one of {', '.join(sets)}, got {spec!r}")

@@ -1,5 +1,4 @@
-"""What a run keeps of its data, so that its network can be used where the data are not: classes, sizes,
-normalisation."""
+"""The description of a run's data that is saved with the run: classes, sizes, normalisation."""
 
 from __future__ import annotations
 
@@ -8,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from pyvit.data.crops import Crop
-from pyvit.data.sets import Batch, Data, Images, builtin
+from pyvit.data.dataset import Batch, Data, Images
+from pyvit.data.load import builtin
 
 
-class Absent(Images):
-    """Images that were trained on and are not at hand."""
+class MissingImages(Images):
+    """Stands for training images that are not available."""
 
     def __init__(self, name: str, captioned: bool) -> None:
         self.name, self.captions = name, [] if captioned else None
@@ -28,20 +28,20 @@ class Absent(Images):
 
 
 def _path(source: str) -> tuple[str, Path | None]:
-    """ "hf:" or "hf-stream:" or nothing, and the path after it; None for a built-in set."""
+    """ "hf:", "hf-stream:" or "", and the path after it; None for a built-in data set."""
     kind = next((kind for kind in ("hf-stream:", "hf:") if source.startswith(kind)), "")
     return kind, Path(source[len(kind) :]).expanduser() if source not in builtin() else None
 
 
-def found(source: str, recorded: str) -> str:
-    """``source`` as it was given, or where that is not here, the place that :func:`describe` recorded of it."""
+def locate(source: str, recorded: str) -> str:
+    """``source`` as it was given, or if that does not exist, the path recorded by :func:`describe`."""
     here, there = (path for _, path in map(_path, (source, recorded)))
     gone = here is not None and not here.exists() and there is not None and there.exists()
     return recorded if gone else source
 
 
 def describe(data: Data, source: str) -> dict[str, Any]:
-    """A JSON record of ``data``, read from ``source``."""
+    """A JSON record of ``data``, which was loaded from ``source``."""
     kind, path = _path(source)
     return {
         "source": f"{kind}{path.absolute()}" if path is not None and path.exists() else source,
@@ -58,8 +58,8 @@ def describe(data: Data, source: str) -> dict[str, Any]:
     }
 
 
-def described(record: Mapping[str, Any]) -> Data:
-    """The data that :func:`describe` recorded, without their images."""
-    none = Absent(record["name"], record["captioned"])
+def from_description(record: Mapping[str, Any]) -> Data:
+    """The data recorded by :func:`describe`, without images."""
+    none = MissingImages(record["name"], record["captioned"])
     size, mean, std = (tuple(record[key]) for key in ("size", "mean", "std"))
     return Data(record["name"], none, none, size, record["classes"], record["flip"], mean, std, record["sound"])  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Which images a process sees in which step, and the seed of what is drawn there: functions of the run's seed alone."""
+"""The images of each process and step, and the random seed of each step. Both depend only on the run's seed."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import torch
 
 
 def step_seed(seed: int, step: int, rank: int, part: int = 0) -> int:
-    """One seed for each step, process and micro-batch, so that a resumed run draws what the unbroken one drew."""
+    """A seed for each step, process and micro-batch, so that a resumed run draws the same random numbers."""
     digest = hashlib.blake2b(f"{seed} {step} {rank} {part}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-class Plan(torch.utils.data.Sampler[list[int]]):
-    """Which images this process sees in each micro-batch from step ``start`` on: a fresh order every epoch, a function
-    of the seed alone.
+class BatchSampler(torch.utils.data.Sampler[list[int]]):
+    """The image indices of this process for each micro-batch from step ``start`` on. Each epoch has a new order, which
+    depends only on the seed.
 
-    A step's batch is cut first by micro-batch, then by process. The images that do not fill a batch are left out of
-    their epoch.
+    A batch is split by micro-batch first, then by process. Images that do not fill a batch are left out of the epoch.
     """
 
     def __init__(
@@ -27,10 +26,11 @@ class Plan(torch.utils.data.Sampler[list[int]]):
     ) -> None:
         if not 0 < batch <= n or batch % (world * accumulate):
             raise ValueError(
-                f"Plan: batch must be at most {n} and a multiple of world x accumulate, {world} x {accumulate}, "
-                f"got {batch}"
+                f"BatchSampler: batch must be at most {n} and a multiple of world x accumulate, "
+                f"{world} x {accumulate}, got {batch}"
             )
-        self.n, self.batch, self.start, self.steps, self.seed = n, batch, start, steps, seed
+        self.n, self.batch, self.seed = n, batch, seed
+        self.start, self.steps = start, steps
         self.rank, self.world, self.accumulate = rank, world, accumulate
 
     def __len__(self) -> int:
@@ -42,9 +42,8 @@ class Plan(torch.utils.data.Sampler[list[int]]):
         for step in range(self.start, self.steps):
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
-                order = torch.randperm(
-                    self.n, generator=torch.Generator().manual_seed(step_seed(self.seed, epoch, 0)), device="cpu"
-                )
+                generator = torch.Generator().manual_seed(step_seed(self.seed, epoch, 0))
+                order = torch.randperm(self.n, generator=generator, device="cpu")
             at = step % per_epoch * self.batch
             for micro in order[at : at + self.batch].chunk(self.accumulate):
                 yield micro.chunk(self.world)[self.rank].tolist()

@@ -1,4 +1,4 @@
-"""Stopping between two steps: Ctrl-C and SIGTERM are noted, and the run saves itself before it ends."""
+"""Ctrl-C and SIGTERM: the run saves a checkpoint after the current step and then ends."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 
 class Stopped(SystemExit):
-    """A run that was asked to stop, and has saved what it had; the exit code is the shell's for the signal, 130 or
-    143."""
+    """A run that was asked to stop and has saved a checkpoint. The exit code is the shell's for the signal, 130
+    or 143."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -19,15 +19,16 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """``last``: the last signal that arrived within :meth:`caught`, 0 for none."""
+    """``last`` is the last signal received within :meth:`caught`, or 0."""
 
     def __init__(self) -> None:
         self.last = 0
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Note SIGINT and SIGTERM instead of ending; the second one ends at once, as without us. Signals reach the main
-        thread alone."""
+        """Record SIGINT and SIGTERM instead of ending the process. A second signal ends it. Only works in the main
+        thread.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return

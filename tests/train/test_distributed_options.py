@@ -126,16 +126,16 @@ def same_gradients(folder: str, name: str, found: dict[str, dict[str, torch.Tens
     """DDP and FSDP2 give the gradients that one process computes from the views of all ranks and micro-batches."""
     from pyvit.data import load_data
     from pyvit.train import Config, engine
-    from pyvit.train.plan import Plan, step_seed
     from pyvit.train.recipe import load_recipe
+    from pyvit.train.sampler import BatchSampler, step_seed
 
-    config = engine._settle(Config(data="digits", batch_size=8, steps=3, **RUNS[name]))
+    config = engine.resolve_config(Config(data="digits", batch_size=8, steps=3, **RUNS[name]))
     data, parts, world = load_data("digits"), config.accumulate, dist.get_world_size()
     torch.manual_seed(0)
     recipe = load_recipe(config.recipe)(config, data).train()
     views = []
     for rank in range(world):
-        plan = iter(Plan(len(data.train), 8, 0, 3, 0, rank, world, parts))
+        plan = iter(BatchSampler(len(data.train), 8, 0, 3, 0, rank, world, parts))
         for part in range(parts):
             torch.manual_seed(step_seed(1, 0, rank, part))
             views.append(recipe.views(data.train.draw(next(plan), recipe.crops, 0, 0), 0, 3))
@@ -154,7 +154,7 @@ def same_gradients(folder: str, name: str, found: dict[str, dict[str, torch.Tens
         gradients.pop("done")
         assert gradients.keys() == wanted.keys(), (kind, gradients.keys() ^ wanted.keys())
         for key, want in wanted.items():
-            atol = 1e-3 * float(want.abs().max()) + 1e-4 * most  # SimCLR's batch norms, see test_ranks
+            atol = 1e-3 * float(want.abs().max()) + 1e-4 * most  # SimCLR's batch norms, see test_distributed.py
             torch.testing.assert_close(
                 gradients[key], want, rtol=0, atol=atol, msg=lambda m, s=f"{name} {kind} {key}": f"{s}: {m}"
             )

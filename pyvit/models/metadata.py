@@ -1,9 +1,9 @@
-"""What the shapes of weights do not show, and outputs depend on: heads, activations, grids of positions, windows, the
-end of a text.
+"""Metadata: what the shapes of weights do not show but outputs depend on (heads, activations, position grids, windows,
+end tokens).
 
-Facts are {module: {name: value}}, such as {"blocks.0.attn": {"num_heads": 3}}. Models note theirs in the metadata of
-their state dicts (:class:`Described`) and ``pyvit train`` in the header of its weights; other libraries have a
-configuration beside the weights (:func:`facts_of_config`), where the module is a regular expression.
+Metadata is {module: {name: value}}, such as {"blocks.0.attn": {"num_heads": 3}}. State dicts of models contain it
+(:class:`WithMetadata`), as does the header of weights saved by ``pyvit train``. Other libraries have a configuration
+beside the weights (:func:`metadata_of_config`); module names are then regular expressions.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-Facts = dict[str, dict[str, Any]]
+Metadata = dict[str, dict[str, Any]]
 
-#: Attributes of pyvit's modules that are facts.
+#: Attributes of pyvit's modules that are metadata.
 NAMES = (
-    "num_heads", "activation", "eps", "grid", "stride", "window_size", "pretrained_window_size", "base", "causal", "pool", "eot", "pad",
-    "global_pool",
+    "num_heads", "activation", "eps", "grid", "stride", "window_size", "pretrained_window_size", "base", "causal",
+    "pool", "eot", "pad", "global_pool",
 )  # fmt: skip
 KEY = "pyvit"
 
 _ACTIVATIONS = {
-    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_python": "gelu", "swish": "silu",
+    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_python": "gelu",
+    "swish": "silu",
 }  # fmt: skip
 
 
-def describe(model: nn.Module) -> Facts:
-    """The facts of a pyvit model."""
-    found: Facts = {}
+def describe(model: nn.Module) -> Metadata:
+    """The metadata of a pyvit model."""
+    found: Metadata = {}
     for path, module in model.named_modules():
         if not type(module).__module__.startswith("pyvit.") and not isinstance(module, nn.LayerNorm):
             continue
@@ -40,11 +41,11 @@ def describe(model: nn.Module) -> Facts:
             for name in NAMES
             if hasattr(module, name) and not callable(getattr(module, name))
         }
-        if not held.get("activation", True):  # a linear layer without one
+        if not held.get("activation", True):  # a linear layer has none
             del held["activation"]
         if (
             hasattr(module, "patch_size") and "stride" in held
-        ):  # of patches that overlap, else it follows from their size
+        ):  # only for overlapping patches; otherwise it is the patch size
             held["stride"] = None if module.stride == module.patch_size else held["stride"]
         if held:
             found[path] = held
@@ -52,13 +53,14 @@ def describe(model: nn.Module) -> Facts:
 
 
 def plain(value: Any) -> Any:
-    """Tuples as the lists that JSON makes of them."""
+    """Tuples to lists, as JSON stores them."""
     return [plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
-class Described(nn.Module):
-    """A model whose state dicts carry its facts, where ``torch`` keeps the versions of modules; keys and files stay as
-    they are."""
+class WithMetadata(nn.Module):
+    """A model whose state dicts contain its metadata, where ``torch`` keeps the versions of modules. Keys and files do
+    not change.
+    """
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -66,19 +68,19 @@ class Described(nn.Module):
             notes.setdefault(prefix[:-1], {})[KEY] = describe(self)
 
 
-def facts_in(state: Any, header: Mapping[str, Any]) -> Facts:
-    """The facts that a state dict, or the header of a safetensors file, carries."""
-    found: Facts = {}
+def metadata_in(state: Any, header: Mapping[str, Any]) -> Metadata:
+    """The metadata in a state dict or in the header of a safetensors file."""
+    found: Metadata = {}
     if KEY in header:
         found |= json.loads(header[KEY])
     for path, notes in (getattr(state, "_metadata", None) or {}).items():
-        for inner, facts in (notes.get(KEY) or {}).items():
-            found[".".join(filter(None, (path, inner)))] = facts
+        for inner, metadata in (notes.get(KEY) or {}).items():
+            found[".".join(filter(None, (path, inner)))] = metadata
     return found
 
 
 def header_of(model: nn.Module) -> dict[str, str]:
-    """The header of a safetensors file of ``model``'s weights, for :func:`facts_in`."""
+    """The safetensors header for ``model``'s weights, read by :func:`metadata_in`."""
     return {KEY: json.dumps(describe(model))}
 
 
@@ -94,19 +96,20 @@ def _image_grid(image: Any, weight: Tensor | None) -> dict[str, Any]:
 
 def _tower(
     config: Mapping[str, Any], at: str, layer: str = r"blocks\.\d+", act: str = "gelu", eps: float | None = None
-) -> Facts:
-    """Heads, activation and epsilon of one of transformers' towers."""
+) -> Metadata:
+    """Heads, activation and epsilon of a transformers tower."""
     activation = config.get("hidden_act", act)
-    facts: Facts = {rf"{at}{layer}\.mlp(\.fc1)?": {"activation": _ACTIVATIONS.get(activation, activation)}}
+    metadata: Metadata = {rf"{at}{layer}\.mlp(\.fc1)?": {"activation": _ACTIVATIONS.get(activation, activation)}}
     if isinstance(heads := config.get("num_attention_heads"), int):
-        facts[rf"{at}{layer}\.attn"] = {"num_heads": heads}
+        metadata[rf"{at}{layer}\.attn"] = {"num_heads": heads}
     if (eps := config.get("layer_norm_eps", eps)) is not None:
-        facts[rf"{at}(.*\.)?(ln_final|norm\d?|norm_pre|fc_norm)"] = {"eps": eps}
-    return facts
+        metadata[rf"{at}(.*\.)?(ln_final|norm\d?|norm_pre|fc_norm)"] = {"eps": eps}
+    return metadata
 
 
-def facts_of_config(config: Mapping[str, Any], native: Mapping[str, Tensor]) -> Facts:
-    """The facts in transformers', timm's or open_clip's configuration of weights whose native names are ``native``."""
+def metadata_of_config(config: Mapping[str, Any], native: Mapping[str, Tensor]) -> Metadata:
+    """The metadata in a configuration of transformers, timm or open_clip for weights with the native names
+    ``native``."""
     kind, patch = str(config.get("model_type", "")), "patch_embed.proj.weight"
     if "model_cfg" in config:
         return _open_clip(config["model_cfg"], native)
@@ -130,24 +133,24 @@ def facts_of_config(config: Mapping[str, Any], native: Mapping[str, Tensor]) -> 
             "patch_embed": {"stride": None if strides == square(side) else strides},
         }
     if kind in ("swin", "swinv2"):
-        facts = _tower({**config, "num_attention_heads": None}, "", r"layers\.\d+\.blocks\.\d+")
+        metadata = _tower({**config, "num_attention_heads": None}, "", r"layers\.\d+\.blocks\.\d+")
         trained = config.get("pretrained_window_sizes") or []
         for s, heads in enumerate(config.get("num_heads", ())):
-            facts[rf"layers\.{s}\.blocks\.\d+\.attn"] = {"num_heads": heads}
+            metadata[rf"layers\.{s}\.blocks\.\d+\.attn"] = {"num_heads": heads}
             if s < len(trained) and trained[s]:
-                facts[rf"layers\.{s}\.blocks\.\d+\.attn"]["pretrained_window_size"] = square(trained[s])
-        return facts
+                metadata[rf"layers\.{s}\.blocks\.\d+\.attn"]["pretrained_window_size"] = square(trained[s])
+        return metadata
     if kind in ("vit", "deit", "dinov2", "dinov2_with_registers", "vit_mae", "vitdet", "vit_msn"):
         image = config.get("pretrain_image_size") or config.get("image_size")
         return {**_tower(config, ""), "": _image_grid(image, native.get(patch))}
     return {}
 
 
-def _two_towers(config: Mapping[str, Any], native: Mapping[str, Tensor]) -> Facts:
+def _two_towers(config: Mapping[str, Any], native: Mapping[str, Tensor]) -> Metadata:
     siglip = str(config.get("model_type", "")).startswith("siglip")
     vision, text = config["vision_config"] or {}, config["text_config"] or {}
     act, eps = ("gelu_tanh", 1e-6) if siglip else ("quick_gelu", 1e-5)
-    facts = {
+    metadata = {
         **_tower(vision, r"visual\.", act=act, eps=eps),
         **_tower(text, r"text\.", act=act, eps=eps),
         "visual": _image_grid(vision.get("image_size"), native.get("visual.patch_embed.proj.weight")),
@@ -156,51 +159,51 @@ def _two_towers(config: Mapping[str, Any], native: Mapping[str, Tensor]) -> Fact
         end = text.get("eos_token_id")
         end = end[0] if isinstance(end, list) and len(end) == 1 else end
         if isinstance(end, int):
-            facts["text"] = {
+            metadata["text"] = {
                 "eot": None if end == 2 else end
-            }  # transformers takes 2, of its first configurations, for the largest id
-    return facts
+            }  # transformers pools the largest id if eos_token_id is 2, as in its first configurations
+    return metadata
 
 
-def _open_clip(config: Mapping[str, Any], native: Mapping[str, Tensor]) -> Facts:
+def _open_clip(config: Mapping[str, Any], native: Mapping[str, Tensor]) -> Metadata:
     vision, text = config.get("vision_cfg") or {}, config.get("text_cfg") or {}
     quick = "quick_gelu" if config.get("quick_gelu") else "gelu"
-    facts: Facts = {rf"{tower}\.blocks\.\d+\.mlp(\.fc1)?": {"activation": quick} for tower in ("visual", "text")}
+    metadata: Metadata = {rf"{tower}\.blocks\.\d+\.mlp(\.fc1)?": {"activation": quick} for tower in ("visual", "text")}
     if isinstance(width := vision.get("width"), int):
-        facts[r"visual\.blocks\.\d+\.attn"] = {"num_heads": width // vision.get("head_width", 64)}
+        metadata[r"visual\.blocks\.\d+\.attn"] = {"num_heads": width // vision.get("head_width", 64)}
     if isinstance(heads := text.get("heads"), int):
-        facts[r"text\.blocks\.\d+\.attn"] = {"num_heads": heads}
-    facts["visual"] = _image_grid(vision.get("image_size"), native.get("visual.patch_embed.proj.weight"))
-    return facts
+        metadata[r"text\.blocks\.\d+\.attn"] = {"num_heads": heads}
+    metadata["visual"] = _image_grid(vision.get("image_size"), native.get("visual.patch_embed.proj.weight"))
+    return metadata
 
 
-def _timm(config: Mapping[str, Any], weight: Tensor | None) -> Facts:
+def _timm(config: Mapping[str, Any], weight: Tensor | None) -> Metadata:
     from pyvit.models.registry import REGISTRY
 
     size = (
         config.get("model_args", {}).get("img_size")
         or (config.get("pretrained_cfg", config).get("input_size") or [None] * 3)[1:]
     )
-    facts: Facts = {"": _image_grid(size if size and size != [None, None] else None, weight)}
+    metadata: Metadata = {"": _image_grid(size if size and size != [None, None] else None, weight)}
     settings = {**REGISTRY.get(config["architecture"], (None, {}))[1], **config.get("model_args", {})}
     if isinstance(heads := settings.get("num_heads"), int):
-        facts[r"blocks\.\d+\.attn"] = {"num_heads": heads}
-    return facts
+        metadata[r"blocks\.\d+\.attn"] = {"num_heads": heads}
+    return metadata
 
 
-def compare(theirs: Facts, ours: Facts) -> Iterator[tuple[str, str, Any, Any]]:
-    """(module, name, theirs, ours) of each fact that both know and that differs."""
+def compare(theirs: Metadata, ours: Metadata) -> Iterator[tuple[str, str, Any, Any]]:
+    """(module, name, theirs, ours) for each setting that both have and that differs."""
     for module, mine in ours.items():
-        for path, facts in theirs.items():
+        for path, metadata in theirs.items():
             if path == module or ("\\" in path and re.fullmatch(path, module)):
-                for name, value in facts.items():
+                for name, value in metadata.items():
                     if name in mine and plain(value) != mine[name]:
                         yield module, name, value, mine[name]
 
 
-def lookup(facts: Facts, module: str, name: str) -> Any:
-    """One fact of a module, None where nothing names it."""
-    for path, held in facts.items():
+def lookup(metadata: Metadata, module: str, name: str) -> Any:
+    """One setting of a module, or None."""
+    for path, held in metadata.items():
         if name in held and (path == module or ("\\" in path and re.fullmatch(path, module))):
             return held[name]
     return None

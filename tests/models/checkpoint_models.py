@@ -1,0 +1,69 @@
+"""Small models for the tests of checkpoints."""
+
+from __future__ import annotations
+
+import pyvit
+
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+SWIN = {
+    "img_size": 64,
+    "embed_dim": 16,
+    "depths": (1, 1, 2, 1),
+    "num_heads": (1, 2, 4, 8),
+    "window_size": 2,
+    "num_classes": 5,
+}
+CLIP = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 16,
+    "width": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "vocab_size": 20,
+    "context_length": 8,
+}
+CLIP |= {"text_width": 24, "text_depth": 1, "text_heads": 2}
+SIGLIP = {
+    "img_size": 32,
+    "patch_size": 8,
+    "width": 32,
+    "depth": 1,
+    "num_heads": 2,
+    "vocab_size": 20,
+    "context_length": 8,
+}
+
+
+def vit(**more):
+    return pyvit.create_model("vit_tiny_patch16_224", **{**VIT, **more})
+
+
+def swin(version=1, **more):
+    return pyvit.create_model("swin_tiny_patch4_window7_224", **{**SWIN, "version": version, **more})
+
+
+def dinov2(**more):
+    return vit(num_classes=0, mask_token=True, init_values=0.1, **more)
+
+
+MODELS = {
+    "transformers ViT": vit,
+    "transformers<5 ViT": vit,
+    "transformers DINOv2": dinov2,
+    "transformers<5 DINOv2": lambda: dinov2(activation="swiglu", reg_tokens=4),
+    "transformers Swin": swin,
+    "transformers<5 Swin": swin,
+    "transformers SwinV2": lambda: swin(2),
+    "transformers CLIP": lambda: pyvit.create_model("clip_vit_base_patch32_224", **CLIP),
+    "transformers SigLIP": lambda: pyvit.create_model("siglip_vit_base_patch16_224", **SIGLIP),
+    "OpenAI CLIP": lambda: pyvit.create_model("clip_vit_base_patch32_224", **CLIP),
+    "open_clip": lambda: pyvit.create_model("clip_vit_base_patch32_224", **CLIP),
+    "torchvision ViT": vit,
+    "torchvision<0.12 ViT": vit,
+    "torchvision Swin": swin,
+    "torchvision SwinV2": lambda: swin(2),
+    "Microsoft Swin": swin,
+    "facebookresearch DINOv2": lambda: dinov2(reg_tokens=4),
+    "timm": vit,
+}
