@@ -1,4 +1,4 @@
-"""The cost model's floor for a GPU case: what the part's data sheet allows, beside what was measured."""
+"""The cost model's floor for a GPU case: what the GPU's data sheet allows, beside what was measured."""
 
 from __future__ import annotations
 
@@ -7,42 +7,42 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pyvit.triton_kernels import cost
 
 from benchmarks.cases import Case
 from benchmarks.inputs import DTYPES
+from pyvit.dispatch import cost_model
 
 
-def call_cost(case: Case, backward: bool) -> cost.Cost | None:
+def call_cost(case: Case, backward: bool) -> cost_model.Cost | None:
     """Bytes and flops of one call of the case's op; None for whole models, which the cost model does not describe."""
     s, dtype = case.shape, DTYPES[case.dtype]
     if case.op == "flash_attention":
         causal = s.get("causal", False)
-        return cost.attention(
+        return cost_model.attention(
             s["batch"], s["heads"], s["length"], s["length"], s["dim"], dtype, causal=causal, backward=backward
         )
     if case.op == "window_attention":
         window = (s["window"], s["window"])
-        return cost.window_attention(
+        return cost_model.window_attention(
             s["batch"], s["side"], s["side"], window, s["heads"], s["width"] // s["heads"], dtype, backward=backward
         )
     if case.op == "patch_embed":
         patches = s.get("keep") or (s["size"] // s["patch"]) ** 2
         pixel = 1 if s.get("uint8") else None
         patch = (s["patch"], s["patch"])
-        return cost.patch_embed(
+        return cost_model.patch_embed(
             s["batch"], 3, patch, patches, s["width"], dtype, prefix=1, pixel_bytes=pixel, backward=backward
         )
     return _loss_cost(case.op, s, dtype, backward)
 
 
-def _loss_cost(op: str, s: Mapping[str, Any], dtype: torch.dtype, backward: bool) -> cost.Cost | None:
+def _loss_cost(op: str, s: Mapping[str, Any], dtype: torch.dtype, backward: bool) -> cost_model.Cost | None:
     """A loss over pairs: its embeddings and their gradients move, the logits never do; of a symmetric matrix half is
     computed."""
     if op in ("info_nce", "sigmoid_contrastive", "nt_xent"):
         n, size = s["batch"], s["batch"] * s["dim"] * dtype.itemsize
         products = (2.0 * n * n if op != "nt_xent" else (2.0 * n) ** 2) * s["dim"]
-        return cost.Cost((4 if backward else 2) * size, (2 if backward else 1) * products, dtype)
+        return cost_model.Cost((4 if backward else 2) * size, (2 if backward else 1) * products, dtype)
     if op == "distillation_cross_entropy":
         student, teacher = s["crops"] * s["batch"], s["views"] * s["batch"]
         moved = (
@@ -51,7 +51,7 @@ def _loss_cost(op: str, s: Mapping[str, Any], dtype: torch.dtype, backward: bool
             * dtype.itemsize
         )
         products = 2.0 * s["dim"] * s["prototypes"]
-        return cost.Cost(moved, products * (2 * student if backward else student + teacher), dtype)
+        return cost_model.Cost(moved, products * (2 * student if backward else student + teacher), dtype)
     return None
 
 
@@ -59,11 +59,11 @@ def floor_ms(case: Case, device: str | None = None) -> float:
     """Milliseconds below which the case cannot finish on ``device``, default the GPU at hand; NaN where the model has
     no figures."""
     try:
-        part = cost.part_named(device or torch.cuda.get_device_name())
+        gpu = cost_model.gpu_named(device or torch.cuda.get_device_name())
     except KeyError:
         return math.nan
     passes = {"forward": (False,), "backward": (True,), "forward+backward": (False, True)}.get(case.mode, ())
     costs = [call_cost(case, backward) for backward in passes]
     if not costs or any(c is None for c in costs):
         return math.nan
-    return 1e3 * sum(c.floor(part) for c in costs if c is not None)
+    return 1e3 * sum(c.floor(gpu) for c in costs if c is not None)

@@ -18,10 +18,8 @@ from pyvit.train.checkpoint import write_atomic
 
 def active_kernels() -> str:
     """Which backend has served each operator so far, such as "flash_attention cpu, patch_embed cpu"."""
-    served: dict[str, set[str]] = {}
-    for (call, _), backend in dispatch._choices.items():
-        served.setdefault(call.op, set()).add(backend)
-    return ", ".join(f"{op} {'/'.join(sorted(backends))}" for op, backends in sorted(served.items()))
+    used = dispatch.used_backends()
+    return ", ".join(f"{op} {'/'.join(sorted(backends))}" for op, backends in sorted(used.items()))
 
 
 class Log:
