@@ -15,7 +15,7 @@ from benchmarks import baselines
 from benchmarks.cases import LEVELS, Case, Target
 from benchmarks.specs import Provider, Spec, compiled
 from benchmarks.workload import OURS
-from pyvit.backends import absent
+from pyvit.dispatch.capabilities import absent
 from pyvit.ops.reference import relative_position_index
 
 PINNED = {

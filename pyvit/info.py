@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from pyvit import library, torch_private
-from pyvit.backends import BACKENDS, CAPABILITIES, absent
+from pyvit.dispatch.capabilities import BACKENDS, CAPABILITIES, absent
 from pyvit.version import __version__
 
 #: Optional packages: import name -> (extra that installs it, what it is for).

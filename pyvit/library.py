@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pyvit.schemas import LOSS_SCHEMAS, SCHEMAS
+from pyvit.schemas import PYTHON_SCHEMAS, SCHEMAS
 
 PATH = Path(__file__).parent / "lib" / "libpyvit_ops.so"
 
@@ -41,5 +41,5 @@ def define_operators() -> None:
     if problem() is not None:
         for name, schema in SCHEMAS.items():
             FRAGMENT.define(name + schema)
-    for name, schema in LOSS_SCHEMAS.items():
+    for name, schema in PYTHON_SCHEMAS.items():
         FRAGMENT.define(name + schema)

@@ -4,9 +4,13 @@
 program needs no Python); without the library, :mod:`pyvit.library` defines them from here. The module imports nothing,
 so that the build can read it.
 
-``backend`` is ``"auto"`` or a name from :data:`pyvit.backends.BACKENDS`; it is part of the schema because gradients run
-in other threads and compiled graphs outlive the context that chose it. ``seed`` (1,) int64 seeds dropout, see
-:func:`pyvit.ops.reference.dropout_keep`. Gradients that were not asked for come back as empty tensors.
+``backend`` is ``"auto"`` or a name from :data:`pyvit.dispatch.capabilities.BACKENDS`; it is part of the schema because
+gradients run in other threads and compiled graphs outlive the context that chose it. ``seed`` (1,) int64 seeds dropout,
+see :func:`pyvit.ops.reference.dropout_keep`.
+
+The arguments and outputs of ``<name>_backward`` are named after those of ``<name>``, and
+:class:`pyvit.dispatch.Gradient` reads the names: ``grad_<output>``, ``<output>``, ``<argument>_grad`` (whether that
+gradient is wanted), the forward's arguments; and ``grad_<argument>``. Gradients that are not wanted are empty tensors.
 """
 
 _ATTENTION = (
@@ -64,31 +68,31 @@ _DISTILL = (
 
 #: Operators whose kernels are tile loops in Python over the vendor's matrix product; always defined from here, library
 #: or not. Losses and log-sum-exps are float32 (float64 for float64).
-LOSS_SCHEMAS = {
+PYTHON_SCHEMAS = {
     # a, b (N, D), scale () -> loss (), lse over b for each a (N,), over a for each b (N,).
     "info_nce": "(Tensor a, Tensor b, Tensor scale, str backend) -> (Tensor loss, Tensor lse_a, Tensor lse_b)",
     "info_nce_backward": (
-        "(Tensor grad, Tensor lse_a, Tensor lse_b, Tensor a, Tensor b, Tensor scale, str backend) "
+        "(Tensor grad_loss, Tensor lse_a, Tensor lse_b, Tensor a, Tensor b, Tensor scale, str backend) "
         "-> (Tensor grad_a, Tensor grad_b, Tensor grad_scale)"
     ),
     # z1, z2 (N, D), temperature () -> loss (), lse (2N,).
     "nt_xent": "(Tensor z1, Tensor z2, Tensor temperature, str backend) -> (Tensor loss, Tensor lse)",
     "nt_xent_backward": (
-        "(Tensor grad, Tensor lse, Tensor z1, Tensor z2, Tensor temperature, str backend) "
+        "(Tensor grad_loss, Tensor lse, Tensor z1, Tensor z2, Tensor temperature, str backend) "
         "-> (Tensor grad_z1, Tensor grad_z2, Tensor grad_temperature)"
     ),
     # a, b (N, D), scale (), bias () -> loss ().
-    "sigmoid_contrastive": "(Tensor a, Tensor b, Tensor scale, Tensor bias, str backend) -> Tensor",
+    "sigmoid_contrastive": "(Tensor a, Tensor b, Tensor scale, Tensor bias, str backend) -> Tensor loss",
     "sigmoid_contrastive_backward": (
-        "(Tensor grad, Tensor a, Tensor b, Tensor scale, Tensor bias, str backend) "
+        "(Tensor grad_loss, Tensor a, Tensor b, Tensor scale, Tensor bias, str backend) "
         "-> (Tensor grad_a, Tensor grad_b, Tensor grad_scale, Tensor grad_bias)"
     ),
     # student (S, N, C), teacher (T, N, C), prototypes (K, C) or None for C = K, center (K,), weights (S, T, N)
     # -> loss (), lse (S, N), lse (T, N).
     "distillation_cross_entropy": f"({_DISTILL}) -> (Tensor loss, Tensor lse_student, Tensor lse_teacher)",
     "distillation_cross_entropy_backward": (
-        f"(Tensor grad, Tensor lse_student, Tensor lse_teacher, {_DISTILL}) -> (Tensor grad_student, Tensor "
-        "grad_prototypes)"
+        f"(Tensor grad_loss, Tensor lse_student, Tensor lse_teacher, {_DISTILL}) "
+        "-> (Tensor grad_student, Tensor grad_student_prototypes)"
     ),
     # x (N, D) -> index of the row with the largest inner product, itself left out, (N,) int64.
     "nearest_neighbor": "(Tensor x, str backend) -> Tensor",

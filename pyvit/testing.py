@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyvit import dispatch
-from pyvit.backends import BACKENDS, CAPABILITIES
+from pyvit.dispatch.capabilities import BACKENDS, CAPABILITIES
 
 FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import pyvit
-from pyvit import backends, dispatch
-from pyvit.backends import BACKENDS, CAPABILITIES, MISSING, Capability
-from pyvit.dispatch import Call, reasons, select
+from pyvit import dispatch
+from pyvit.dispatch import Call, capabilities, reasons, select
+from pyvit.dispatch.capabilities import BACKENDS, CAPABILITIES, MISSING, Capability
 from pyvit.ops import attention_map, flash_attention, patch_embed, window_attention
 
 Q = torch.zeros(1, 2, 5, 8)
@@ -30,7 +30,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CAPABILITIES, "flash_attention", table)
     for backend in BACKENDS:
         monkeypatch.setitem(MISSING, (backend, "cpu"), "needs a GPU" if backend == "cuda" else None)
-    monkeypatch.setattr(dispatch, "_choices", {})
+    monkeypatch.setattr(sys.modules["pyvit.dispatch.select"], "_choices", {})
 
 
 def call(dtype: torch.dtype = F32, *features: str, d: int = 64, device: str = "cpu") -> Call:
@@ -208,7 +208,7 @@ def test_capabilities_name_only_what_dispatch_knows() -> None:
     }
     described |= {"group", "prototypes", "center", "logits"}
     for op, table in CAPABILITIES.items():
-        assert table["reference"] is backends._REFERENCE, op
+        assert table["reference"] is capabilities._REFERENCE, op
         for backend, capability in table.items():
             assert backend in BACKENDS
             assert capability.features <= described, (op, backend)
@@ -239,10 +239,10 @@ def test_a_kernel_comes_before_a_tile_loop(monkeypatch: pytest.MonkeyPatch) -> N
     """On a GPU the losses' Triton kernels are asked before the loop over torch's products; what they refuse still goes
     to it."""
     monkeypatch.setitem(MISSING, ("triton", "cuda"), None)
-    monkeypatch.setattr(dispatch, "_choices", {})
+    monkeypatch.setattr(sys.modules["pyvit.dispatch.select"], "_choices", {})
     pair = ("info_nce", "cuda", F32)
     assert select(Call(*pair, ("grad",))) == "triton"
     assert select(Call(*pair, ("grad", "group"))) == "cuda"
     assert select(Call("info_nce", "cuda", torch.float64, ())) == "cuda"
-    assert backends.preference("flash_attention")[0] == "triton"
-    assert backends.preference("info_nce")[-1] == "reference"
+    assert capabilities.preference("flash_attention")[0] == "triton"
+    assert capabilities.preference("info_nce")[-1] == "reference"

@@ -3,19 +3,19 @@ runs."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from pyvit.triton_kernels import cost, plans
 from torch._subclasses import FakeTensorMode
 
 import pyvit
 from benchmarks import gpu_backends, gpu_cases
-from pyvit import dispatch, gpu_choice, ops
-from pyvit.backends import CAPABILITIES, MISSING, preference
-from pyvit.dispatch import Call, select
+from pyvit import ops
+from pyvit.dispatch import Call, cost_model, gpu_choice, select
+from pyvit.dispatch.capabilities import CAPABILITIES, MISSING, preference
 
 BF16 = torch.bfloat16
 LONG = Call("flash_attention", "cuda", BF16, (), (64,), (64, 12, 12, 577, 577, 64))
@@ -26,11 +26,11 @@ WINDOWS = Call("window_attention", "cuda", BF16, ("bias_table",), (32,), (128, 5
 def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None], None]]:
     """A machine with both backends and the GPU named."""
 
-    def use(part: str | None) -> None:
+    def use(gpu: str | None) -> None:
         monkeypatch.setitem(MISSING, ("cuda", "cuda"), None)
         monkeypatch.setitem(MISSING, ("triton", "cuda"), None)
-        monkeypatch.setattr(dispatch, "_choices", {})
-        monkeypatch.setattr(gpu_choice, "part_at_hand", lambda: part)
+        monkeypatch.setattr(sys.modules["pyvit.dispatch.select"], "_choices", {})
+        monkeypatch.setattr(gpu_choice, "current_gpu", lambda: gpu)
 
     gpu_choice.compare.cache_clear()
     yield use
@@ -51,8 +51,8 @@ def test_the_nearest_measurement_decides(on: Callable[[str | None], None]) -> No
     """On Hopper: windows of 12 on CUDA, of 7 on Triton, those between by the nearer; nothing is said of fp32 or of far
     lengths."""
     sides = {side: WINDOWS._replace(sizes=(128, 56, 56, side, side, 3, 32)) for side in (6, 7, 9, 11, 12, 24)}
-    for part in ("H100", "H200"):
-        on(part)
+    for gpu in ("H100", "H200"):
+        on(gpu)
         assert [select(call) for call in sides.values()] == ["triton", "triton", "triton", "cuda", "cuda", "cuda"]
     compare = lambda dtype, sizes: gpu_choice.compare("window_attention", dtype, ("bias_table",), sizes, "H100").basis  # noqa: E731
     assert compare(BF16, sides[7].sizes) == "measured (2026-11-26)"
@@ -88,9 +88,9 @@ def test_equal_figures_go_to_triton(on: Callable[[str | None], None], monkeypatc
     assert preference("flash_attention") == ["triton", "cpu", "cuda", "reference"]
 
 
-@pytest.mark.parametrize("part", [None, "A100"])
-def test_explain_says_by_what(on: Callable[[str | None], None], part: str | None) -> None:
-    on(part)
+@pytest.mark.parametrize("gpu", [None, "A100"])
+def test_explain_says_by_what(on: Callable[[str | None], None], gpu: str | None) -> None:
+    on(gpu)
     with FakeTensorMode():
         q = torch.empty(2, 4, 577, 64, device="cuda", dtype=BF16)
         (note,) = pyvit.explain(ops.flash_attention, q, q, q).notes
@@ -99,7 +99,7 @@ def test_explain_says_by_what(on: Callable[[str | None], None], part: str | None
     found = gpu_choice.compare("flash_attention", BF16, (), (2, 4, 4, 577, 577, 64), "A100")
     wanted = (
         "declared order, for want of a GPU to predict for"
-        if part is None
+        if gpu is None
         else f"predicted, for A100: cuda {found.cuda:.3g} ms, triton"
     )
     assert note.startswith(f"between cuda and triton: {wanted}")
@@ -142,45 +142,45 @@ def test_compiled(on: Callable[[str | None], None], dynamic: bool, chosen: str) 
     assert backend == chosen
 
 
-@pytest.mark.parametrize("part", ["A100", "H100", "H200", "B200"])
+@pytest.mark.parametrize("gpu", ["A100", "H100", "H200", "B200"])
 @pytest.mark.parametrize(
     "features", [(), ("bias_table", "grad"), ("bias", "bias_grad", "grad"), ("causal", "grad"), ("images_grad",)]
 )
-def test_no_prediction_is_below_the_floor(part: str, features: tuple[str, ...]) -> None:
+def test_no_prediction_is_below_the_floor(gpu: str, features: tuple[str, ...]) -> None:
     grad = any(f.endswith("grad") for f in features)
     for dtype in (BF16, torch.float32):
         for n, d in ((1, 8), (49, 32), (144, 32), (197, 64), (257, 72), (1025, 128)):
             floors = [
-                cost.attention(8, 4, n, n, d, dtype, causal="causal" in features, backward=b).floor(part)
+                cost_model.attention(8, 4, n, n, d, dtype, causal="causal" in features, backward=b).floor(gpu)
                 for b in (False, True)
             ]
             for backend in ("cuda", "triton"):
-                found = gpu_choice.predict(backend, "flash_attention", dtype, features, (8, 4, 4, n, n, d), part, grad)
+                found = gpu_choice.predict(backend, "flash_attention", dtype, features, (8, 4, 4, n, n, d), gpu, grad)
                 assert found > 1e3 * sum(floors[: 1 + grad])
         for window in (4, 7, 12, 16):
             floors = [
-                cost.window_attention(8, 50, 50, (window, window), 3, 32, dtype, backward=b).floor(part)
+                cost_model.window_attention(8, 50, 50, (window, window), 3, 32, dtype, backward=b).floor(gpu)
                 for b in (False, True)
             ]
             for backend in ("cuda", "triton"):
                 sizes = (8, 50, 50, window, window, 3, 32)
-                assert gpu_choice.predict(backend, "window_attention", dtype, features, sizes, part, grad) > 1e3 * sum(
+                assert gpu_choice.predict(backend, "window_attention", dtype, features, sizes, gpu, grad) > 1e3 * sum(
                     floors[: 1 + grad]
                 )
         for backend in ("cuda", "triton"):
-            assert gpu_choice.predict(backend, "patch_embed", dtype, features, (8, 3, 16, 16, 196, 768), part, grad) > 0
+            assert gpu_choice.predict(backend, "patch_embed", dtype, features, (8, 3, 16, 16, 196, 768), gpu, grad) > 0
 
 
 def test_plans_know_every_head_dimension_that_is_served() -> None:
     for op, plan in (
-        ("flash_attention", lambda d: plans.cuda_attention(197, 197, d, 2, True, False)),
-        ("window_attention", lambda d: plans.cuda_window(169, d, 2, True, True)),
+        ("flash_attention", lambda d: cost_model.cuda_attention(197, 197, d, 2, True, False)),
+        ("window_attention", lambda d: cost_model.cuda_window(169, d, 2, True, True)),
     ):
         low, high, step = CAPABILITIES[op]["cuda"].head_dim
         assert all(plan(d).flops >= 1 for d in range(low, high + 1, step))
 
 
-def test_the_part_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name, capability, wanted in (
         ("NVIDIA H200", (9, 0), "H200"),
@@ -191,7 +191,7 @@ def test_the_part_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
-        assert gpu_choice.part_at_hand.__wrapped__() == wanted
+        assert gpu_choice.current_gpu.__wrapped__() == wanted
 
 
 def test_measuring_two_backends_makes_rows() -> None:

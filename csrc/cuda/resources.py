@@ -300,7 +300,7 @@ def document(table: dict[str, dict[str, dict[str, int]]]) -> str:
         "has one block, whose loads, products and stores follow one another: on an A100 about 8, 14 and 7 thousand clocks, where the two",
         "passes overlap 24 thousand clocks of memory with 19 of products. That is no gain to build on before both are timed.",
         "",
-        "Of this backend and Triton's, the one measured faster serves a call, else the one predicted faster by `triton_kernels/plans.py`;",
+        "Of this backend and Triton's, the one measured faster serves a call, else the one predicted faster by `pyvit/dispatch/cost_model.py`;",
         "`pyvit.explain` says which and by what figures. `python -m benchmarks.gpu_backends` measures on the GPU at hand; an H100 was.",
         "",
         "# Resources",

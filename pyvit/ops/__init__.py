@@ -1,6 +1,6 @@
 """pyvit's operators: drop-in PyTorch functions, each documented in its own module."""
 
-from pyvit import library
+from pyvit import dispatch, library
 
 library.define_operators()
 
@@ -40,3 +40,11 @@ __all__ = [
     "sinkhorn_knopp",
     "window_attention",
 ]
+
+
+@dispatch.before_modes
+def _register_flops() -> None:
+    """Counters of flops learn pyvit's operators when they first see one: their module is slow to import."""
+    from pyvit.ops import flops
+
+    flops.register()

@@ -96,9 +96,9 @@ def _check(q: Tensor, k: Tensor, bias: Tensor | None) -> Call:
     return Call(op, q.device.type, q.dtype, tuple(features), (q.shape[3],))
 
 
-@dispatch.describes("attention_map")
+@dispatch.describes(attention_map)
 def _describe(
-    q: Tensor, k: Tensor, rows: Any, *, bias: Tensor | None = None, scale: Any = None, **_: Any
+    q: Tensor, k: Tensor, rows: Any, bias: Tensor | None, scale: Any, backend: str | None
 ) -> tuple[Call, list[str]]:
     q, k, bias = _prepare(q, k, bias)
     _rows(q, rows)
@@ -120,28 +120,12 @@ def _fake(q: Tensor, k: Tensor, rows: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1], rows.shape[1], k.shape[2])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, rows, bias, ctx.scale, _backend = inputs
-    ctx.save_for_backward(q, k, rows, bias)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, rows, bias = ctx.saved_tensors
-    wanted = [i for i in (0, 1, 3) if ctx.needs_input_grad[i]]
-    found = dispatch.reference_backward(
-        reference.attention_map, (grad,), (q, k, rows, bias, ctx.scale), wanted, create_graph=torch.is_grad_enabled()
-    )
-    grads = dict(zip(wanted, found, strict=True))
-    return grads.get(0), grads.get(1), None, grads.get(3), None, None
-
-
 MAP = Operator(
     "attention_map",
     reference=reference.attention_map,
     fake=_fake,
     check=_check_low,
-    setup_context=_setup_context,
-    backward=_backward,
-    autocast_args=(0, 1),
+    differentiable=("q", "k", "bias"),
+    autocast=("q", "k"),
     kernels={"triton": "pyvit.triton_kernels.attention_map:attention_map"},
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyvit import dispatch
-from pyvit.dispatch import Call, Operator
+from pyvit.dispatch import Call, Gradient, Operator
 from pyvit.ops import checks, loss_tiles, reference_losses
 from pyvit.ops.loss_tiles import LogSumExp, in_library, narrow, product, spans, widen
 
@@ -139,14 +139,21 @@ def _check(
     return Call(_OP, student.device.type, student.dtype, tuple(found))
 
 
-@dispatch.describes(_OP)
+@dispatch.describes(distillation_cross_entropy)
 def _describe(
-    student: Tensor, teacher: Tensor, student_temp: float, teacher_temp: float, **kw: Any
+    student: Tensor,
+    teacher: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    center: Tensor | None,
+    student_prototypes: Tensor | None,
+    teacher_prototypes: Tensor | None,
+    weights: Tensor | None,
+    backend: str | None,
 ) -> tuple[Call, list[str]]:
     student, teacher = _crops("student", student), _crops("teacher", teacher)
     _temperatures(student_temp, teacher_temp)
-    optional = [kw.get(name) for name in ("center", "student_prototypes", "teacher_prototypes", "weights")]
-    return _check(student, teacher, *optional), []
+    return _check(student, teacher, center, student_prototypes, teacher_prototypes, weights), []
 
 
 def _check_low(
@@ -165,20 +172,6 @@ def _check_low(
             raise TypeError(f"{_OP}: {name} must be float64 if student is, and only then, got {t.dtype}")
     shape = (student.shape[0], teacher.shape[0], student.shape[1])
     checks.exactly(_OP, "weights", weights, shape, checks.wide(student.dtype), student)
-    return call
-
-
-def _check_low_backward(
-    grad: Tensor, lse_s: Tensor, lse_t: Tensor, student: Tensor, teacher: Tensor, *rest: Any
-) -> Call:
-    call = _check_low(student, teacher, *rest)
-    wide = checks.wide(student.dtype)
-    for name, t, shape in (
-        ("grad", grad, ()),
-        ("lse_student", lse_s, student.shape[:2]),
-        ("lse_teacher", lse_t, teacher.shape[:2]),
-    ):
-        checks.exactly(f"{_OP}_backward", name, t, shape, wide, student)
     return call
 
 
@@ -339,57 +332,26 @@ def _fake(
     return weights.new_empty(()), weights.new_empty(student.shape[:2]), weights.new_empty(teacher.shape[:2])
 
 
-def _fake_backward(
-    grad: Tensor, _s: Tensor, _t: Tensor, student: Tensor, _teacher: Tensor, ws: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor]:
-    return student.new_empty(student.shape), grad.new_empty(0) if ws is None else ws.new_empty(ws.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.student_temp, ctx.teacher_temp, ctx.backend = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:], *tensors)
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 9
-    saved = ctx.saved_tensors
-    grad_student, grad_prototypes = DISTILL_BACKWARD(grad, *saved, ctx.student_temp, ctx.teacher_temp, ctx.backend)
-    return grad_student, None, grad_prototypes if saved[4] is not None else None, *(None,) * 6
-
-
-def _reference_backward(grad: Tensor, _s: Tensor, _t: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    wanted = [0] if args[2] is None else [0, 2]
-    found = dispatch.reference_backward(reference_losses.distillation_cross_entropy, (grad,), args, wanted)
-    return found[0], found[1] if len(found) == 2 else grad.new_empty(0)  # type: ignore[return-value]
-
-
 _TILES, _TILES_BACKWARD = (
     "pyvit.ops.distillation_cross_entropy:_tiled",
     "pyvit.ops.distillation_cross_entropy:_tiled_backward",
 )
 
-DISTILL_BACKWARD = Operator(
-    f"{_OP}_backward",
-    reference=_reference_backward,
-    fake=_fake_backward,
-    check=_check_low_backward,
+DISTILL_BACKWARD = Gradient(
+    _OP,
+    formula=reference_losses.distillation_cross_entropy,
     kernels={
         "cpu": _TILES_BACKWARD,
         "cuda": _TILES_BACKWARD,
         "triton": "pyvit.triton_kernels.pairwise_losses:distillation_cross_entropy_backward",
     },
-    **dispatch.double_backward(reference_losses.distillation_cross_entropy, n_grads=1, n_skipped=2, inputs=(0, 2)),
 )
 DISTILL = Operator(
     _OP,
     reference=reference_losses.distillation_cross_entropy,
     fake=_fake,
     check=_check_low,
-    setup_context=_setup_context,
-    backward=_backward,
+    gradient=DISTILL_BACKWARD,
     kernels={
         "cpu": _TILES,
         "cuda": _TILES,

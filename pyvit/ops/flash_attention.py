@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyvit import dispatch
-from pyvit.dispatch import Call, Operator
+from pyvit.dispatch import Call, Gradient, Operator
 from pyvit.ops import checks, nested, reference
 
 
@@ -43,7 +43,7 @@ def flash_attention(
         dropout_p: probability of dropping an attention weight, in [0, 1).
         enable_gqa: grouped-query attention: each key head serves H / Hkv consecutive query heads.
         return_lse: also return the log-sum-exp of the scores.
-        backend: force one of ``pyvit.backends.BACKENDS``; see :func:`pyvit.explain`.
+        backend: force one of ``pyvit.dispatch.capabilities.BACKENDS``; see :func:`pyvit.explain`.
 
     Returns:
         out (B, H, Nq, Dv), stored as (B, Nq, H, Dv) so that ``out.transpose(1, 2).flatten(2)`` is free; with
@@ -139,16 +139,24 @@ def check(
     )
 
 
-@dispatch.describes("flash_attention")
+@dispatch.describes(flash_attention)
 def _describe(
-    q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, scale: Any = None, **kw: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: Any,
+    dropout_p: Any,
+    enable_gqa: bool,
+    return_lse: bool,
+    backend: str | None,
 ) -> tuple[Call, list[str]]:
     if isinstance(q, Tensor) and q.is_nested:
-        return nested.describe(q, k, v, bias, kw)
+        return nested.describe(q, k, v, bias, is_causal, scale, dropout_p, enable_gqa, return_lse, backend)
     q, k, v, bias = prepare("flash_attention", q, k, v, bias)
-    dropout_p = checks.dropout("flash_attention", kw.get("dropout_p", 0.0))
-    flags = [kw.get(name, False) for name in ("enable_gqa", "return_lse")]
-    call = check(q, k, v, bias, kw.get("is_causal", False), dropout_p, *flags)
+    dropout_p = checks.dropout("flash_attention", dropout_p)
+    call = check(q, k, v, bias, is_causal, dropout_p, enable_gqa, return_lse)
     checks.scale("flash_attention", scale, q.shape[3])
     return call, dispatch.copy_notes(q=q, k=k, v=v)
 
@@ -177,10 +185,11 @@ def _check_low_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    bias: Tensor | None,
     *rest: Any,
 ) -> Call:
-    call = _check_low(q, k, v, *rest)
-    check_results(grad_out, grad_lse, out, lse, bias_grad, rest[0], (*q.shape[:3], v.shape[3]), q.shape[:3], q)
+    call = _check_low(q, k, v, bias, *rest)
+    check_results(grad_out, grad_lse, out, lse, bias_grad, bias, (*q.shape[:3], v.shape[3]), q.shape[:3], q)
     return call
 
 
@@ -228,38 +237,8 @@ def _fake_backward(
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = [t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (q, k, v)]
-    return grads[0], grads[1], grads[2], fake_bias_grad(q, bias, bias_grad)
-
-
-def fake_bias_grad(q: Tensor, bias: Tensor | None, bias_grad: bool) -> Tensor:
-    return bias.new_empty(bias.shape) if bias is not None and bias_grad else q.new_empty(0)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, bias, *ctx.options, seed, ctx.backend = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, bias, seed, *output)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, bias, seed, out, lse = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    bias_grad = bias is not None and ctx.needs_input_grad[3]
-    *grads, grad_bias = ATTENTION_BACKWARD(
-        grad_out, grad_lse, out, lse, bias_grad, q, k, v, bias, *ctx.options, seed, ctx.backend
-    )
-    return *grads, grad_bias if bias_grad else None, None, None, None, None, None
-
-
-def _reference_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, *args: Any
-) -> tuple[Tensor, ...]:
-    wanted = [0, 1, 2, 3] if bias_grad else [0, 1, 2]
-    grads = dispatch.reference_backward(reference.flash_attention, (grad_out, grad_lse), args, wanted)
-    # Strides are part of the contract that the fake kernel states.
-    stored = [g.transpose(1, 2).contiguous().transpose(1, 2) for g in grads[:3]]  # type: ignore[union-attr]
-    return *stored, grads[3].contiguous() if bias_grad else args[0].new_empty(0)  # type: ignore[union-attr]
+    grad_bias = bias.new_empty(bias.shape) if bias is not None and bias_grad else q.new_empty(0)
+    return grads[0], grads[1], grads[2], grad_bias
 
 
 def _reference(*args: Any) -> tuple[Tensor, Tensor]:
@@ -269,21 +248,19 @@ def _reference(*args: Any) -> tuple[Tensor, Tensor]:
 
 TRITON = "pyvit.triton_kernels.flash_attention:"
 
-ATTENTION_BACKWARD = Operator(
-    "flash_attention_backward",
-    reference=_reference_backward,
+ATTENTION_BACKWARD = Gradient(
+    "flash_attention",
+    formula=reference.flash_attention,
     fake=_fake_backward,
     check=_check_low_backward,
     kernels={"triton": TRITON + "flash_attention_backward"},
-    **dispatch.double_backward(reference.flash_attention, n_grads=2, n_skipped=3, inputs=(0, 1, 2, 3)),
 )
 ATTENTION = Operator(
     "flash_attention",
     reference=_reference,
     fake=_fake,
     check=_check_low,
-    setup_context=_setup_context,
-    backward=_backward,
-    autocast_args=(0, 1, 2),
+    gradient=ATTENTION_BACKWARD,
+    autocast=("q", "k", "v"),
     kernels={"triton": TRITON + "flash_attention"},
 )

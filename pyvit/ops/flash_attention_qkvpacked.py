@@ -69,10 +69,18 @@ def _prepare(
     return check(*parts(qkv), bias, is_causal, dropout_p, False, return_lse, _OP), qkv, bias
 
 
-@dispatch.describes(_OP)
-def _describe(qkv: Tensor, *, bias: Tensor | None = None, scale: Any = None, **kw: Any) -> tuple[Call, list[str]]:
-    dropout_p = checks.dropout(_OP, kw.get("dropout_p", 0.0))
-    call, qkv, bias = _prepare(qkv, bias, kw.get("is_causal", False), dropout_p, kw.get("return_lse", False))
+@dispatch.describes(flash_attention_qkvpacked)
+def _describe(
+    qkv: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: Any,
+    dropout_p: Any,
+    return_lse: bool,
+    backend: str | None,
+) -> tuple[Call, list[str]]:
+    dropout_p = checks.dropout(_OP, dropout_p)
+    call, qkv, bias = _prepare(qkv, bias, is_causal, dropout_p, return_lse)
     checks.scale(_OP, scale, qkv.shape[4])
     return call, dispatch.copy_notes(qkv=qkv)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pyvit import dispatch
-from pyvit.dispatch import Call, Operator
+from pyvit.dispatch import Call, Gradient, Operator
 from pyvit.ops import checks, reference
-from pyvit.ops.flash_attention import TRITON, asked, check_results, fake_bias_grad, prepare
+from pyvit.ops.flash_attention import TRITON, asked, check_results, prepare
 
 _OP = "flash_attention_varlen"
 
@@ -124,8 +124,8 @@ def _check(
     )
 
 
-@dispatch.describes(_OP)
-def _describe(
+@dispatch.describes(flash_attention_varlen)
+def describe(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -133,12 +133,11 @@ def _describe(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    *,
-    bias: Tensor | None = None,
-    is_causal: bool = False,
-    scale: Any = None,
-    return_lse: bool = False,
-    **_: Any,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: Any,
+    return_lse: bool,
+    backend: str | None,
 ) -> tuple[Call, list[str]]:
     q, k, v, bias = prepare(_OP, q, k, v, bias)
     max_seqlen_q, max_seqlen_k = (
@@ -175,12 +174,16 @@ def _check_low_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    bias: Tensor | None,
     *rest: Any,
 ) -> Call:
-    call = _check_low(q, k, v, *rest)
-    check_results(
-        grad_out, grad_lse, out, lse, bias_grad, rest[4], (*q.shape[:2], v.shape[2]), (q.shape[1], q.shape[0]), q
-    )
+    call = _check_low(q, k, v, cu_q, cu_k, max_q, max_k, bias, *rest)
+    shapes = (*q.shape[:2], v.shape[2]), (q.shape[1], q.shape[0])
+    check_results(grad_out, grad_lse, out, lse, bias_grad, bias, *shapes, q)
     return call
 
 
@@ -190,63 +193,18 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     )
 
 
-def _fake_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    bias_grad: bool,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = [t.new_empty(t.shape) for t in (q, k, v)]
-    return grads[0], grads[1], grads[2], fake_bias_grad(q, rest[4], bias_grad)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_q, cu_k, max_q, max_k, bias, *ctx.options = inputs
-    ctx.lengths = (max_q, max_k)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, cu_q, cu_k, bias, *output)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, cu_q, cu_k, bias, out, lse = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    bias_grad = bias is not None and ctx.needs_input_grad[7]
-    *grads, grad_bias = VARLEN_BACKWARD(
-        grad_out, grad_lse, out, lse, bias_grad, q, k, v, cu_q, cu_k, *ctx.lengths, bias, *ctx.options
-    )
-    return *grads, None, None, None, None, grad_bias if bias_grad else None, None, None, None
-
-
-def _reference_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, *args: Any
-) -> tuple[Tensor, ...]:
-    wanted = [0, 1, 2, 7] if bias_grad else [0, 1, 2]
-    grads = dispatch.reference_backward(reference.flash_attention_varlen, (grad_out, grad_lse), args, wanted)
-    filled = [torch.zeros_like(args[i]) if g is None else g.contiguous() for i, g in zip(wanted, grads, strict=True)]
-    return *filled[:3], filled[3] if bias_grad else args[0].new_empty(0)
-
-
-VARLEN_BACKWARD = Operator(
-    "flash_attention_varlen_backward",
-    reference=_reference_backward,
-    fake=_fake_backward,
+VARLEN_BACKWARD = Gradient(
+    "flash_attention_varlen",
+    formula=reference.flash_attention_varlen,
     check=_check_low_backward,
     kernels={"triton": TRITON + "flash_attention_varlen_backward"},
-    **dispatch.double_backward(reference.flash_attention_varlen, n_grads=2, n_skipped=3, inputs=(0, 1, 2, 7)),
 )
 VARLEN = Operator(
     "flash_attention_varlen",
     reference=reference.flash_attention_varlen,
     fake=_fake,
     check=_check_low,
-    setup_context=_setup_context,
-    backward=_backward,
-    autocast_args=(0, 1, 2),
+    gradient=VARLEN_BACKWARD,
+    autocast=("q", "k", "v"),
     kernels={"triton": TRITON + "flash_attention_varlen"},
 )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyvit import torch_private
+from pyvit.dispatch.schema import schema_of
 
 Shape = Sequence[int]
 
@@ -46,8 +47,17 @@ def _window(qkv: Shape, window_size: Shape, *_: Any, **__: Any) -> int:
     return 4 * b * -(-h // wh) * -(-w // ww) * (wh * ww) ** 2 * (c3 // 3)
 
 
-def _patches(_images: Shape, weight: Shape, *args: Any, out_shape: Shape, **_: Any) -> int:
-    prefix = args[3]
+def _patches(
+    _images: Shape,
+    weight: Shape,
+    _bias: Any,
+    _stride: Any,
+    _pos_embed: Any,
+    prefix: Shape | None,
+    *_: Any,
+    out_shape: Shape,
+    **__: Any,
+) -> int:
     return 2 * out_shape[0] * (out_shape[1] - (0 if prefix is None else prefix[0])) * math.prod(weight)
 
 
@@ -81,8 +91,16 @@ def _crossed(student: Shape, teacher: Shape, prototypes: Shape | None) -> int:
     return 2 * student[0] * teacher[0] * student[1] * (student[2] if prototypes is None else prototypes[0])
 
 
-def _distillation_backward(*args: Any, **_: Any) -> int:
-    student, teacher, prototypes = args[3:6]
+def _distillation_backward(
+    _grad: Any,
+    _lse_student: Any,
+    _lse_teacher: Any,
+    student: Shape,
+    teacher: Shape,
+    prototypes: Shape | None,
+    *_: Any,
+    **__: Any,
+) -> int:
     return 2 * _scores(student, prototypes) + _crossed(student, teacher, prototypes)  # nothing of the teacher's
 
 
@@ -90,11 +108,12 @@ def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x[:-1]) * math.prod(weight)
 
 
-def _twice(forward: Callable[..., int], skipped: int) -> Callable[..., int]:
-    """Of a backward whose arguments are ``skipped`` others, then the forward's."""
+def _twice(name: str, forward: Callable[..., int]) -> Callable[..., int]:
+    """Of ``<name>_backward``, whose last arguments are the forward's."""
+    arguments = len(schema_of(name).arguments)
 
     def backward(*args: Any, **kwargs: Any) -> int:
-        return 2 * forward(*args[skipped:], **kwargs)
+        return 2 * forward(*args[-arguments:], **kwargs)
 
     backward._get_raw = getattr(forward, "_get_raw", False)  # type: ignore[attr-defined]
     return backward
@@ -103,20 +122,20 @@ def _twice(forward: Callable[..., int], skipped: int) -> Callable[..., int]:
 _ops = torch.ops.pyvit
 FORMULAS: dict[Any, Callable[..., int]] = {
     _ops.flash_attention: _attention,
-    _ops.flash_attention_backward: _twice(_attention, 5),
+    _ops.flash_attention_backward: _twice("flash_attention", _attention),
     _ops.flash_attention_varlen: _varlen,
-    _ops.flash_attention_varlen_backward: _twice(_varlen, 5),
+    _ops.flash_attention_varlen_backward: _twice("flash_attention_varlen", _varlen),
     _ops.attention_map: _map,
     _ops.window_attention: _window,
-    _ops.window_attention_backward: _twice(_window, 3),
+    _ops.window_attention_backward: _twice("window_attention", _window),
     _ops.patch_embed: _patches,
     _ops.patch_embed_backward: _patches_backward,
     _ops.info_nce: _pairs,
-    _ops.info_nce_backward: _twice(_pairs, 3),
+    _ops.info_nce_backward: _twice("info_nce", _pairs),
     _ops.nt_xent: _nt_xent,
-    _ops.nt_xent_backward: _twice(_nt_xent, 2),
+    _ops.nt_xent_backward: _twice("nt_xent", _nt_xent),
     _ops.sigmoid_contrastive: _pairs,
-    _ops.sigmoid_contrastive_backward: _twice(_pairs, 1),
+    _ops.sigmoid_contrastive_backward: _twice("sigmoid_contrastive", _pairs),
     _ops.distillation_cross_entropy: _distillation,
     _ops.distillation_cross_entropy_backward: _distillation_backward,
     _ops.nearest_neighbor: _nearest,

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyvit import dispatch
-from pyvit.dispatch import Call, Operator
+from pyvit.dispatch import Call, Gradient, Operator
 from pyvit.ops import checks, loss_tiles, pairwise_losses, reference_losses
 from pyvit.ops.loss_tiles import LogSumExp, Ring, widen
 
@@ -55,21 +55,14 @@ def _check(a: Tensor, b: Tensor, scale: float | Tensor, group: Any) -> Call:
     return Call("info_nce", a.device.type, a.dtype, tuple(found))
 
 
-@dispatch.describes("info_nce")
-def _describe(a: Tensor, b: Tensor, scale: float | Tensor, *, group: Any = None, **_: Any) -> tuple[Call, list[str]]:
+@dispatch.describes(info_nce)
+def _describe(a: Tensor, b: Tensor, scale: float | Tensor, group: Any, backend: str | None) -> tuple[Call, list[str]]:
     return _check(a, b, scale, group), []
 
 
 def _check_low(a: Tensor, b: Tensor, scale: Tensor) -> Call:
     call = _check(a, b, scale, None)
     checks.exactly("info_nce", "scale", scale, (), checks.wide(a.dtype), a)
-    return call
-
-
-def _check_low_backward(grad: Tensor, lse_a: Tensor, lse_b: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Call:
-    call = _check_low(a, b, scale)
-    for name, t, shape in (("grad", grad, ()), ("lse_a", lse_a, a.shape[:1]), ("lse_b", lse_b, a.shape[:1])):
-        checks.exactly("info_nce_backward", name, t, shape, scale.dtype, a)
     return call
 
 
@@ -135,50 +128,22 @@ def _fake(a: Tensor, b: Tensor, scale: Tensor, _backend: str) -> tuple[Tensor, T
     return scale.new_empty(()), scale.new_empty(a.shape[0]), scale.new_empty(a.shape[0])
 
 
-def _fake_backward(
-    grad: Tensor, lse_a: Tensor, lse_b: Tensor, a: Tensor, b: Tensor, scale: Tensor, _backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return a.new_empty(a.shape), b.new_empty(b.shape), scale.new_empty(())
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.backend = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output[1:])
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 4
-    a, b, scale, lse_a, lse_b = ctx.saved_tensors
-    return *INFO_NCE_BACKWARD(grad, lse_a, lse_b, a, b, scale, ctx.backend), None
-
-
-def _reference_backward(grad: Tensor, _lse_a: Tensor, _lse_b: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(dispatch.reference_backward(reference_losses.info_nce, (grad,), args, (0, 1, 2)))  # type: ignore[arg-type]
-
-
 _TILES, _TILES_BACKWARD = "pyvit.ops.info_nce:_tiled", "pyvit.ops.info_nce:_tiled_backward"
 
-INFO_NCE_BACKWARD = Operator(
-    "info_nce_backward",
-    reference=_reference_backward,
-    fake=_fake_backward,
-    check=_check_low_backward,
+INFO_NCE_BACKWARD = Gradient(
+    "info_nce",
+    formula=reference_losses.info_nce,
     kernels={
         "cpu": _TILES_BACKWARD,
         "cuda": _TILES_BACKWARD,
         "triton": "pyvit.triton_kernels.pairwise_losses:info_nce_backward",
     },
-    **dispatch.double_backward(reference_losses.info_nce, n_grads=1, n_skipped=2, inputs=(0, 1, 2)),
 )
 INFO_NCE = Operator(
     "info_nce",
     reference=reference_losses.info_nce,
     fake=_fake,
     check=_check_low,
-    setup_context=_setup_context,
-    backward=_backward,
+    gradient=INFO_NCE_BACKWARD,
     kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.pairwise_losses:info_nce"},
 )

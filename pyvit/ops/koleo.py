@@ -48,8 +48,8 @@ def koleo(
         return -(distance + eps).log().mean()
 
 
-@dispatch.describes("koleo")
-def _describe(x: Tensor, *, eps: Any = 1e-8, **_: Any) -> tuple[Call, list[str]]:
+@dispatch.describes(koleo)
+def _describe(x: Tensor, eps: Any, group: Any, backend: str | None) -> tuple[Call, list[str]]:
     checks.number("koleo", "eps", eps)
     return _check(x), []
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pyvit import dispatch
-from pyvit.backends import CAPABILITIES, MISSING
 from pyvit.dispatch import Call
+from pyvit.dispatch.capabilities import CAPABILITIES, MISSING
 from pyvit.memory import recycled
 from pyvit.ops import checks, reference
 from pyvit.ops.tracing import traced, transformed

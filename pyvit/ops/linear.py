@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pyvit import dispatch, library
-from pyvit.backends import CAPABILITIES
 from pyvit.dispatch import Call
+from pyvit.dispatch.capabilities import CAPABILITIES
 from pyvit.ops import activations, checks, prepacked, products, reference
 from pyvit.ops.layer_norm import check as check_norm
 from pyvit.ops.prepacked import Branch, Norm

@@ -70,9 +70,19 @@ def attention(
     return (nested(out), nested(lse.t())) if return_lse else nested(out)
 
 
-def describe(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kw: dict[str, Any]) -> Any:
+def describe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    enable_gqa: bool,
+    return_lse: bool,
+    backend: str | None,
+) -> Any:
     """For :func:`pyvit.explain`."""
-    from pyvit.ops.flash_attention_varlen import _describe
+    from pyvit.ops.flash_attention_varlen import describe
 
-    given = arguments(q, k, v, kw.pop("dropout_p", 0.0), kw.pop("enable_gqa", False))
-    return _describe(*given, bias=bias, **kw)
+    return describe(*arguments(q, k, v, dropout_p, enable_gqa), bias, is_causal, scale, return_lse, backend)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyvit import dispatch
-from pyvit.dispatch import Call, Operator
+from pyvit.dispatch import Call, Gradient, Operator
 from pyvit.ops import checks, loss_tiles, pairwise_losses, reference_losses
 from pyvit.ops.loss_tiles import LogSumExp, Ring, widen
 
@@ -56,9 +56,9 @@ def _check(z1: Tensor, z2: Tensor, temperature: float | Tensor, group: Any) -> C
     return Call("nt_xent", z1.device.type, z1.dtype, tuple(found))
 
 
-@dispatch.describes("nt_xent")
+@dispatch.describes(nt_xent)
 def _describe(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor, *, group: Any = None, **_: Any
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, group: Any, backend: str | None
 ) -> tuple[Call, list[str]]:
     return _check(z1, z2, temperature, group), []
 
@@ -66,13 +66,6 @@ def _describe(
 def _check_low(z1: Tensor, z2: Tensor, temperature: Tensor) -> Call:
     call = _check(z1, z2, temperature, None)
     checks.exactly("nt_xent", "temperature", temperature, (), checks.wide(z1.dtype), z1)
-    return call
-
-
-def _check_low_backward(grad: Tensor, lse: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor) -> Call:
-    call = _check_low(z1, z2, temperature)
-    checks.exactly("nt_xent_backward", "grad", grad, (), temperature.dtype, z1)
-    checks.exactly("nt_xent_backward", "lse", lse, (2 * z1.shape[0],), temperature.dtype, z1)
     return call
 
 
@@ -139,49 +132,22 @@ def _fake(z1: Tensor, z2: Tensor, temperature: Tensor, _backend: str) -> tuple[T
     return temperature.new_empty(()), temperature.new_empty(2 * z1.shape[0])
 
 
-def _fake_backward(
-    grad: Tensor, lse: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, _backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return z1.new_empty(z1.shape), z2.new_empty(z2.shape), temperature.new_empty(())
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], *tensors)
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 4
-    return *NT_XENT_BACKWARD(grad, *ctx.saved_tensors, ctx.backend), None
-
-
-def _reference_backward(grad: Tensor, _lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(dispatch.reference_backward(reference_losses.nt_xent, (grad,), args, (0, 1, 2)))  # type: ignore[arg-type]
-
-
 _TILES, _TILES_BACKWARD = "pyvit.ops.nt_xent:_tiled", "pyvit.ops.nt_xent:_tiled_backward"
 
-NT_XENT_BACKWARD = Operator(
-    "nt_xent_backward",
-    reference=_reference_backward,
-    fake=_fake_backward,
-    check=_check_low_backward,
+NT_XENT_BACKWARD = Gradient(
+    "nt_xent",
+    formula=reference_losses.nt_xent,
     kernels={
         "cpu": _TILES_BACKWARD,
         "cuda": _TILES_BACKWARD,
         "triton": "pyvit.triton_kernels.pairwise_losses:nt_xent_backward",
     },
-    **dispatch.double_backward(reference_losses.nt_xent, n_grads=1, n_skipped=1, inputs=(0, 1, 2)),
 )
 NT_XENT = Operator(
     "nt_xent",
     reference=reference_losses.nt_xent,
     fake=_fake,
     check=_check_low,
-    setup_context=_setup_context,
-    backward=_backward,
+    gradient=NT_XENT_BACKWARD,
     kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.pairwise_losses:nt_xent"},
 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyvit import dispatch
-from pyvit.dispatch import Call, Operator
+from pyvit.dispatch import Call, Gradient, Operator
 from pyvit.ops import checks, reference
 
 
@@ -154,14 +154,21 @@ def _check(
     return Call(op, device, weight.dtype, tuple(features), (), dispatch.sizes(device, b, c, ph, pw, kept, d)), steps
 
 
-@dispatch.describes("patch_embed")
+@dispatch.describes(patch_embed)
 def _describe(
-    images: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: Any = None, **kw: Any
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    pos_embed: Tensor | None,
+    prefix: Tensor | None,
+    keep: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    backend: str | None,
 ) -> tuple[Call, list[str]]:
-    images, weight, bias, pos_embed, prefix = _prepare(images, weight, bias, kw.get("pos_embed"), kw.get("prefix"))
-    call, _ = _check(
-        images, weight, bias, stride, pos_embed, prefix, *(kw.get(name) for name in ("keep", "mean", "std"))
-    )
+    images, weight, bias, pos_embed, prefix = _prepare(images, weight, bias, pos_embed, prefix)
+    call, _ = _check(images, weight, bias, stride, pos_embed, prefix, keep, mean, std)
     return call, dispatch.copy_notes(images=images, weight=weight)
 
 
@@ -180,11 +187,21 @@ def _check_low(
 
 
 def _check_low_backward(
-    grad_out: Tensor, images_grad: bool, _weight_grad: bool, images: Tensor, weight: Tensor, *rest: Any
+    grad_out: Tensor,
+    images_grad: bool,
+    _weight_grad: bool,
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    pos_embed: Tensor | None,
+    prefix: Tensor | None,
+    keep: Tensor | None,
+    *rest: Any,
 ) -> Call:
-    call = _check_low(images, weight, *rest)
+    call = _check_low(images, weight, bias, stride, pos_embed, prefix, keep, *rest)
     op = "patch_embed_backward"
-    shape = (images.shape[0], _tokens(images, weight, rest[1], rest[3], rest[4]), weight.shape[0])
+    shape = (images.shape[0], _tokens(images, weight, stride, prefix, keep), weight.shape[0])
     checks.exactly(op, "grad_out", grad_out, shape, weight.dtype, weight)
     if images_grad and images.dtype == torch.uint8:
         checks.fail(op, "images_grad", "False for uint8 images", images_grad)
@@ -210,56 +227,20 @@ def _tokens(images: Tensor, weight: Tensor, stride: Sequence[int], prefix: Tenso
     return (gh * gw if keep is None else keep.shape[1]) + (0 if prefix is None else prefix.shape[0])
 
 
-def _fake_backward(
-    grad_out: Tensor, images_grad: bool, weight_grad: bool, images: Tensor, weight: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    wanted = (images if images_grad else None, weight if weight_grad else None, rest[0], rest[2], rest[3])
-    return tuple(weight.new_empty(0) if t is None else t.new_empty(t.shape) for t in wanted)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, weight, bias, ctx.stride, pos_embed, prefix, keep, mean, std, ctx.backend = inputs
-    ctx.save_for_backward(images, weight, bias, pos_embed, prefix, keep, mean, std)
-
-
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    images, weight, bias, pos_embed, prefix, keep, mean, std = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    grads = PATCH_BACKWARD(
-        grad_out, needs[0], needs[1], images, weight, bias, ctx.stride, pos_embed, prefix, keep, mean, std, ctx.backend
-    )
-    given = [
-        g if need else None for g, need in zip(grads, (needs[0], needs[1], needs[2], needs[4], needs[5]), strict=True)
-    ]
-    return given[0], given[1], given[2], None, given[3], given[4], None, None, None, None
-
-
-def _reference_backward(grad_out: Tensor, images_grad: bool, weight_grad: bool, *args: Any) -> tuple[Tensor, ...]:
-    asked = {0: images_grad, 1: weight_grad, 2: args[2] is not None, 4: args[4] is not None, 5: args[5] is not None}
-    wanted = [i for i, on in asked.items() if on]
-    found = dict(
-        zip(wanted, dispatch.reference_backward(reference.patch_embed, (grad_out,), args, wanted), strict=True)
-    )
-    return tuple(found[i].contiguous() if on else args[1].new_empty(0) for i, on in asked.items())  # type: ignore[union-attr]
-
-
 _TRITON = "pyvit.triton_kernels.patch_embed:"
 
-PATCH_BACKWARD = Operator(
-    "patch_embed_backward",
-    reference=_reference_backward,
-    fake=_fake_backward,
+PATCH_BACKWARD = Gradient(
+    "patch_embed",
+    formula=reference.patch_embed,
     check=_check_low_backward,
     kernels={"triton": _TRITON + "patch_embed_backward"},
-    **dispatch.double_backward(reference.patch_embed, n_grads=1, n_skipped=2, inputs=(0, 1, 2, 4, 5)),
 )
 PATCH = Operator(
     "patch_embed",
     reference=lambda *args: reference.patch_embed(*args).contiguous(),
     fake=_fake,
     check=_check_low,
-    setup_context=_setup_context,
-    backward=_backward,
-    autocast_args=(0, 1, 2, 4, 5),
+    gradient=PATCH_BACKWARD,
+    autocast=("images", "weight", "bias", "pos_embed", "prefix"),
     kernels={"triton": _TRITON + "patch_embed"},
 )

@@ -30,7 +30,7 @@ class Shape(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """``preferred`` names candidates, the best first, for products that fit the other fields. An empty field fits all."""
+    """``preferred`` names candidates, the best first, for products that fit the other fields; an empty one fits all."""
 
     preferred: tuple[str, ...]
     kinds: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyvit import dispatch
-from pyvit.dispatch import Call, Operator
+from pyvit.dispatch import Call, Gradient, Operator
 from pyvit.ops import checks, loss_tiles, pairwise_losses, reference_losses
 from pyvit.ops.loss_tiles import Ring, widen
 
@@ -55,9 +55,9 @@ def _check(a: Tensor, b: Tensor, scale: float | Tensor, bias: float | Tensor, gr
     return Call("sigmoid_contrastive", a.device.type, a.dtype, tuple(found))
 
 
-@dispatch.describes("sigmoid_contrastive")
+@dispatch.describes(sigmoid_contrastive)
 def _describe(
-    a: Tensor, b: Tensor, scale: float | Tensor, bias: float | Tensor, *, group: Any = None, **_: Any
+    a: Tensor, b: Tensor, scale: float | Tensor, bias: float | Tensor, group: Any, backend: str | None
 ) -> tuple[Call, list[str]]:
     return _check(a, b, scale, bias, group), []
 
@@ -66,12 +66,6 @@ def _check_low(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Call:
     call = _check(a, b, scale, bias, None)
     for name, t in (("scale", scale), ("bias", bias)):
         checks.exactly("sigmoid_contrastive", name, t, (), checks.wide(a.dtype), a)
-    return call
-
-
-def _check_low_backward(grad: Tensor, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Call:
-    call = _check_low(a, b, scale, bias)
-    checks.exactly("sigmoid_contrastive_backward", "grad", grad, (), scale.dtype, a)
     return call
 
 
@@ -135,45 +129,22 @@ def _fake(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, _backend: str) -> T
     return scale.new_empty(())
 
 
-def _fake_backward(
-    grad: Tensor, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, _backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return a.new_empty(a.shape), b.new_empty(b.shape), scale.new_empty(()), scale.new_empty(())
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *SIGMOID_BACKWARD(grad, *ctx.saved_tensors, ctx.backend), None
-
-
-def _reference_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(dispatch.reference_backward(reference_losses.sigmoid_contrastive, (grad,), args, (0, 1, 2, 3)))  # type: ignore[arg-type]
-
-
 _TILES, _TILES_BACKWARD = "pyvit.ops.sigmoid_contrastive:_tiled", "pyvit.ops.sigmoid_contrastive:_tiled_backward"
 
-SIGMOID_BACKWARD = Operator(
-    "sigmoid_contrastive_backward",
-    reference=_reference_backward,
-    fake=_fake_backward,
-    check=_check_low_backward,
+SIGMOID_BACKWARD = Gradient(
+    "sigmoid_contrastive",
+    formula=reference_losses.sigmoid_contrastive,
     kernels={
         "cpu": _TILES_BACKWARD,
         "cuda": _TILES_BACKWARD,
         "triton": "pyvit.triton_kernels.pairwise_losses:sigmoid_contrastive_backward",
     },
-    **dispatch.double_backward(reference_losses.sigmoid_contrastive, n_grads=1, n_skipped=0, inputs=(0, 1, 2, 3)),
 )
 SIGMOID = Operator(
     "sigmoid_contrastive",
     reference=reference_losses.sigmoid_contrastive,
     fake=_fake,
     check=_check_low,
-    setup_context=_setup_context,
-    backward=_backward,
+    gradient=SIGMOID_BACKWARD,
     kernels={"cpu": _TILES, "cuda": _TILES, "triton": "pyvit.triton_kernels.pairwise_losses:sigmoid_contrastive"},
 )

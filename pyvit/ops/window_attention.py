@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyvit import dispatch
-from pyvit.dispatch import Call, Operator
+from pyvit.dispatch import Call, Gradient, Operator
 from pyvit.ops import checks, reference
 
 
@@ -137,19 +137,22 @@ def _check(
     return call, window, shift, checks.scale(op, scale, d)
 
 
-@dispatch.describes("window_attention")
+@dispatch.describes(window_attention)
 def _describe(
     qkv: Tensor,
     window_size: int | Sequence[int],
-    shift_size: int | Sequence[int] = (0, 0),
-    *,
+    shift_size: int | Sequence[int],
     num_heads: int,
-    **kw: Any,
+    bias_table: Tensor | None,
+    logit_scale: Tensor | None,
+    pad_qkv: Tensor | None,
+    scale: float | None,
+    dropout_p: Any,
+    backend: str | None,
 ) -> tuple[Call, list[str]]:
     qkv = _prepare(qkv)
-    table, logit_scale, pad, scale = (kw.get(name) for name in ("bias_table", "logit_scale", "pad_qkv", "scale"))
-    dropout_p = checks.dropout("window_attention", kw.get("dropout_p", 0.0))
-    call, *_ = _check(qkv, window_size, shift_size, num_heads, table, logit_scale, pad, scale, dropout_p)
+    dropout_p = checks.dropout("window_attention", dropout_p)
+    call, *_ = _check(qkv, window_size, shift_size, num_heads, bias_table, logit_scale, pad_qkv, scale, dropout_p)
     return call, dispatch.copy_notes(qkv=qkv)
 
 
@@ -172,13 +175,22 @@ def _check_low(
     return call
 
 
-def _check_low_backward(grad_out: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, *rest: Any) -> Call:
-    call = _check_low(qkv, *rest)
+def _check_low_backward(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    qkv: Tensor,
+    window_size: Sequence[int],
+    shift_size: Sequence[int],
+    num_heads: int,
+    *rest: Any,
+) -> Call:
+    call = _check_low(qkv, window_size, shift_size, num_heads, *rest)
     op = "window_attention_backward"
-    (b, h, w, c3), (wh, ww) = qkv.shape, rest[0]
+    (b, h, w, c3), (wh, ww) = qkv.shape, window_size
     for name, t in (("grad_out", grad_out), ("out", out)):
         checks.exactly(op, name, t, (b, h, w, c3 // 3), qkv.dtype, qkv)
-    checks.exactly(op, "lse", lse, (b, -(-h // wh) * -(-w // ww), rest[2], wh * ww), checks.wide(qkv.dtype), qkv)
+    checks.exactly(op, "lse", lse, (b, -(-h // wh) * -(-w // ww), num_heads, wh * ww), checks.wide(qkv.dtype), qkv)
     return call
 
 
@@ -191,73 +203,20 @@ def _fake(
     return qkv.new_empty(b, h, w, c3 // 3), qkv.new_empty(b, windows, num_heads, wh * ww, dtype=checks.wide(qkv.dtype))
 
 
-def _fake_backward(grad_out: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return qkv.new_empty(qkv.shape), *(qkv.new_empty(0) if t is None else t.new_empty(t.shape) for t in rest[3:6])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, *ctx.geometry, bias_table, logit_scale, pad_qkv, ctx.scale, ctx.dropout_p, seed, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, bias_table, logit_scale, pad_qkv, seed, *output)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    qkv, bias_table, logit_scale, pad_qkv, seed, out, lse = ctx.saved_tensors
-    if grad_out is None:
-        return (None,) * 11
-    grads = WINDOW_BACKWARD(
-        grad_out,
-        out,
-        lse,
-        qkv,
-        *ctx.geometry,
-        bias_table,
-        logit_scale,
-        pad_qkv,
-        ctx.scale,
-        ctx.dropout_p,
-        seed,
-        ctx.backend,
-    )
-    optional = [
-        g if t is not None else None for g, t in zip(grads[1:], (bias_table, logit_scale, pad_qkv), strict=True)
-    ]
-    return grads[0], None, None, None, *optional, None, None, None, None
-
-
-def _reference_backward(grad_out: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    wanted = [i for i in (0, 4, 5, 6) if args[i] is not None]
-    found = dict(
-        zip(wanted, dispatch.reference_backward(reference.window_attention, (grad_out,), args, wanted), strict=True)
-    )
-    grads = []
-    for i in (0, 4, 5, 6):
-        grad = found.get(i)
-        if grad is not None:
-            grads.append(grad.contiguous())
-        else:  # absent, or a pad value where the map has no padding
-            grads.append(args[0].new_empty(0) if args[i] is None else torch.zeros_like(args[i]))
-    return tuple(grads)
-
-
 _TRITON = "pyvit.triton_kernels.window_attention:"
 
-WINDOW_BACKWARD = Operator(
-    "window_attention_backward",
-    reference=_reference_backward,
-    fake=_fake_backward,
+WINDOW_BACKWARD = Gradient(
+    "window_attention",
+    formula=reference.window_attention,
     check=_check_low_backward,
     kernels={"triton": _TRITON + "window_attention_backward"},
-    **dispatch.double_backward(reference.window_attention, n_grads=1, n_skipped=2, inputs=(0, 4, 5, 6)),
 )
 WINDOW = Operator(
     "window_attention",
     reference=reference.window_attention,
     fake=_fake,
     check=_check_low,
-    setup_context=_setup_context,
-    backward=_backward,
-    autocast_args=(0,),
+    gradient=WINDOW_BACKWARD,
+    autocast=("qkv",),
     kernels={"triton": _TRITON + "window_attention"},
 )

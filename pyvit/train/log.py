@@ -16,11 +16,9 @@ from pyvit.train.checkpoint import write_atomic
 
 
 def active_kernels() -> str:
-    """The backends used so far per operator, such as "flash_attention cpu, patch_embed cpu"."""
-    served: dict[str, set[str]] = {}
-    for (call, _), backend in dispatch._choices.items():
-        served.setdefault(call.op, set()).add(backend)
-    return ", ".join(f"{op} {'/'.join(sorted(backends))}" for op, backends in sorted(served.items()))
+    """Which backend has served each operator so far, such as "flash_attention cpu, patch_embed cpu"."""
+    used = dispatch.used_backends()
+    return ", ".join(f"{op} {'/'.join(sorted(backends))}" for op, backends in sorted(used.items()))
 
 
 class Log:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
-from pyvit import backends, dispatch
+from pyvit.dispatch import capabilities
 from pyvit.schemas import SCHEMAS
 
 # The package's attributes of these names are the functions.
@@ -156,8 +156,8 @@ def emulator() -> Iterator[Emulator]:
 def cuda_on_host(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Emulator:
     """pyvit.ops serve backend="cuda" on CPU tensors, through the emulation: contract, capabilities and autograd are the
     real ones."""
-    monkeypatch.setitem(backends.MISSING, ("cuda", "cpu"), None)
-    monkeypatch.setattr(dispatch, "_choices", {})
+    monkeypatch.setitem(capabilities.MISSING, ("cuda", "cpu"), None)
+    monkeypatch.setattr(sys.modules["pyvit.dispatch.select"], "_choices", {})
     for operator in (
         flash_attention.ATTENTION,
         flash_attention.ATTENTION_BACKWARD,

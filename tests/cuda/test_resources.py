@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from pyvit.triton_kernels import plans
+
+from pyvit.dispatch import cost_model
 
 PATH = Path(__file__).parents[2] / "csrc" / "cuda" / "resources.py"
 
@@ -127,5 +128,5 @@ def test_the_table_knows_how_kernels_are_launched(resources, emulator, dtype):
     names += [f"attention_backward_{part}<Windows<{kinds[0]}>, 32, {kinds[1]}{end}>" for part, end in ends]
     names += [f"window_backward<{kinds[0]}, 32, 8, 1>"] + ["window_backward<bf16, 32, 6, 3>"] * (kinds[0] == "bf16")
     assert {resources.launch_of(name)[1:] for name in names} <= seen
-    fits = [plans.cuda_table_sums_fit(side**2, 32, q.element_size()) for side in (16, 24)]
+    fits = [cost_model.cuda_table_sums_fit(side**2, 32, q.element_size()) for side in (16, 24)]
     assert fits == [True, False], "predictions count the passes that these windows took"

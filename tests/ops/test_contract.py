@@ -11,7 +11,7 @@ from torch import Tensor
 
 import pyvit
 from pyvit import library
-from pyvit.backends import CAPABILITIES, absent, preference
+from pyvit.dispatch.capabilities import CAPABILITIES, absent, preference
 from pyvit.testing import Served, compare
 
 

@@ -11,7 +11,7 @@ from pyvit.triton_kernels import common
 from pyvit.triton_kernels.tools import compile as compiled
 from torch import Tensor
 
-from pyvit import backends
+from pyvit.dispatch import capabilities
 from tests.ptx import machine
 from tests.ptx.memory import Fault
 from tests.ptx.program import Program, parse
@@ -71,10 +71,10 @@ def running(arch: str) -> Iterator[_Runner]:
     machine."""
     if arch not in PARTS:
         raise ValueError(f"the machine runs {' and '.join(PARTS)}, got {arch!r}")
-    able, common._recorder = backends.MISSING["triton", "cpu"], common._Recorder(arch)
+    able, common._recorder = capabilities.MISSING["triton", "cpu"], common._Recorder(arch)
     common._recorder.launches = runner = _Runner(arch)
-    backends.MISSING["triton", "cpu"] = None
+    capabilities.MISSING["triton", "cpu"] = None
     try:
         yield runner
     finally:
-        backends.MISSING["triton", "cpu"], common._recorder = able, None
+        capabilities.MISSING["triton", "cpu"], common._recorder = able, None

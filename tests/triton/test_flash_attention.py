@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pyvit.ops import reference
-from pyvit.ops.flash_attention import _reference_backward
-from pyvit.ops.flash_attention_varlen import _reference_backward as varlen_reference
+from pyvit.ops.flash_attention import ATTENTION_BACKWARD
+from pyvit.ops.flash_attention_varlen import VARLEN_BACKWARD
 from tests.extremes import ROWS, extreme_bias
 
 flash = pytest.importorskip("pyvit.triton_kernels.flash_attention")
@@ -32,7 +32,7 @@ def _compare(agree, args: list, lse_grad: bool, bias_grad: bool, scores: float =
         own = cast(args)
         r_out, r_lse = reference.flash_attention(*own)
         g = (cast([grad_out])[0], None if grad_lse is None else grad_lse.to(r_lse.dtype))
-        forms.append((r_out, r_lse, *_reference_backward(*g, r_out, r_lse, bias_grad, *own)))
+        forms.append((r_out, r_lse, *ATTENTION_BACKWARD.reference(*g, r_out, r_lse, bias_grad, *own)))
     agree((out, lse, *grads), *forms, 2, scores=scores)
 
 
@@ -162,7 +162,7 @@ def test_packed_sequences(agree, small_tiles, monkeypatch, bias_shape, causal: b
     for cast in (_exact, list):
         own = cast(args)
         r = reference.flash_attention_varlen(*own)
-        forms.append((*r, *varlen_reference(*cast([grad_out, grad_lse]), *r, bias is not None, *own)))
+        forms.append((*r, *VARLEN_BACKWARD.reference(*cast([grad_out, grad_lse]), *r, bias is not None, *own)))
     agree((out, lse, *grads), *forms, 2)
 
 

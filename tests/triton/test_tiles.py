@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pyvit.dispatch import cost_model
+
 tiles = pytest.importorskip("pyvit.triton_kernels.tiles")
-cost = pytest.importorskip("pyvit.triton_kernels.cost")
 tune = pytest.importorskip("pyvit.triton_kernels.tools.tune")
 
 
@@ -52,10 +53,8 @@ def test_candidates_differ_from_the_present_and_pad_least_first() -> None:
     assert now not in found
     assert len(found) == len(set(found))
     assert all(576 % c.block_m == 0 and 576 % c.block_n == 0 for c in found[:5])
-    used = [
-        cost.useful_fraction(300, -(-300 // c.block_m) * c.block_m) for c in tune.candidates("forward_long", now, 300)
-    ]
-    assert used[0] > used[-1]
+    covered = [-(-300 // c.block_m) * c.block_m for c in tune.candidates("forward_long", now, 300)]
+    assert covered[0] < covered[-1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where no GPU is")
@@ -65,22 +64,22 @@ def test_tuning_without_a_gpu_says_so() -> None:
 
 
 def test_cost_of_known_calls() -> None:
-    window = cost.window_attention(64, 56, 56, (7, 7), 3, 32, torch.bfloat16)
+    window = cost_model.window_attention(64, 56, 56, (7, 7), 3, 32, torch.bfloat16)
     assert window.flops == 4 * 64 * 64 * 3 * 49 * 49 * 32
     assert window.bytes == pytest.approx(4 * 64 * 56 * 56 * 96 * 2, rel=0.05)
     assert window.bound("H200") == "memory"
-    long = cost.attention(16, 16, 4096, 4096, 64, torch.bfloat16)
+    long = cost_model.attention(16, 16, 4096, 4096, 64, torch.bfloat16)
     assert long.bound("H200") == "compute"
     assert long.floor("NVIDIA H200") == pytest.approx(long.flops / 989e12)
-    causal = cost.attention(1, 1, 4, 4, 8, torch.bfloat16, causal=True)
+    causal = cost_model.attention(1, 1, 4, 4, 8, torch.bfloat16, causal=True)
     assert causal.flops == 4 * 10 * 8
     assert (
-        cost.attention(1, 1, 64, 64, 64, torch.float32, backward=True).flops
-        == 2.5 * cost.attention(1, 1, 64, 64, 64, torch.float32).flops
+        cost_model.attention(1, 1, 64, 64, 64, torch.float32, backward=True).flops
+        == 2.5 * cost_model.attention(1, 1, 64, 64, 64, torch.float32).flops
     )
-    assert cost.patch_embed(8, 3, (16, 16), 49, 768, torch.bfloat16).flops == 2 * 8 * 49 * 768 * 768
+    assert cost_model.patch_embed(8, 3, (16, 16), 49, 768, torch.bfloat16).flops == 2 * 8 * 49 * 768 * 768
     with pytest.raises(KeyError, match="no rates for 'T4'"):
-        cost.part_named("T4")
+        cost_model.gpu_named("T4")
 
 
 class _Clock:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pyvit.ops import reference
-from pyvit.ops.patch_embed import _reference_backward as patch_reference
-from pyvit.ops.window_attention import _reference_backward as window_reference
+from pyvit.ops.patch_embed import PATCH_BACKWARD
+from pyvit.ops.window_attention import WINDOW_BACKWARD
 from tests.extremes import ROWS, extreme_bias, extreme_table
 
 windows = pytest.importorskip("pyvit.triton_kernels.window_attention")
@@ -52,7 +52,7 @@ def _compare_windows(agree, dtype, size, window, shift, heads, d, features, tabl
     for cast in (_exact, list):
         own = cast(args)
         r = reference.window_attention(*own)
-        forms.append((*r, *window_reference(cast([grad_out])[0], *r, *own)))
+        forms.append((*r, *WINDOW_BACKWARD.reference(cast([grad_out])[0], *r, *own)))
     largest = forms[0][1][forms[0][1].isfinite()].abs().max()
     scores = float(largest) if logit is not None else 0.0  # cosine attention: up to 100, and so their rounding
     agree((out, lse, *grads), *forms, 2, scores=scores)
@@ -142,7 +142,9 @@ def test_patch_embedding(agree, case) -> None:
     forms = []
     for cast in (_exact, list):
         own = cast(args)
-        forms.append((reference.patch_embed(*own), *patch_reference(cast([grad_out])[0], not as_bytes, True, *own)))
+        forms.append(
+            (reference.patch_embed(*own), *PATCH_BACKWARD.reference(cast([grad_out])[0], not as_bytes, True, *own))
+        )
     agree((out, *grads), *forms, 1)
 
 
@@ -166,7 +168,7 @@ def test_patches_of_sixteen(agree, dtype: torch.dtype) -> None:
     forms = []
     for cast in (_exact, list):
         own = cast(args)
-        forms.append((reference.patch_embed(*own), *patch_reference(cast([grad_out])[0], True, False, *own)))
+        forms.append((reference.patch_embed(*own), *PATCH_BACKWARD.reference(cast([grad_out])[0], True, False, *own)))
     agree((out, *grads), *forms, 1)
 
 

@@ -21,7 +21,6 @@ from dataclasses import replace
 
 import torch
 from pyvit.triton_kernels import tiles
-from pyvit.triton_kernels.cost import useful_fraction
 from pyvit.triton_kernels.tiles import Config, Entry
 from pyvit.triton_kernels.tools.workloads import CASES, Run, prepare
 from torch import Tensor
@@ -117,7 +116,7 @@ def candidates(kernel: str, now: Config, length: int) -> Iterator[Config]:
         for field in ("block_m", "block_n"):
             if field in space:
                 block = getattr(c, field)
-                padding /= useful_fraction(length, -(-length // block) * block)
+                padding *= -(-length // block) * block / length
         return round(padding, 2), sum(getattr(c, f) != getattr(now, f) for f in space)
 
     yield from (c for c in sorted(found, key=order) if c != now)

@@ -2,7 +2,7 @@
 the one predicted.
 
 ``python -m benchmarks.gpu_backends`` measures on the GPU at hand and prints rows for :data:`MEASURED`. Predictions come
-from :mod:`pyvit.triton_kernels.plans`; they look at sizes alone and are made without a GPU.
+from :mod:`pyvit.dispatch.cost_model`; they look at sizes alone and are made without a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pyvit.triton_kernels import cost, plans
+from pyvit.dispatch import cost_model
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Measured:
     """Milliseconds of one call, forward and, with ``grad``, backward. ``shape`` is what decides the tiles (see
     :func:`shape_of`)."""
 
-    part: str
+    gpu: str
     op: str
     dtype: torch.dtype
     grad: bool
@@ -63,31 +63,30 @@ MEASURED: tuple[Measured, ...] = (
 
 @dataclass(frozen=True)
 class Choice:
-    """The faster backend, on which part, by what evidence, and both figures in milliseconds."""
+    """The faster backend, on which GPU, by what evidence, and both figures in milliseconds."""
 
     faster: str
-    part: str
+    gpu: str
     basis: str
     cuda: float
     triton: float
 
     def __str__(self) -> str:
-        return f"{self.basis}, for {self.part}: cuda {self.cuda:.3g} ms, triton {self.triton:.3g} ms"
+        return f"{self.basis}, for {self.gpu}: cuda {self.cuda:.3g} ms, triton {self.triton:.3g} ms"
 
 
-#: The part that a GPU without rates of its own is compared on, by major compute capability; others are taken for an
-#: A100.
-_KIN = {9: "H100", 10: "B200"}
+#: The GPU whose rates stand for one without rates of its own, by major compute capability; an A100 stands for the rest.
+_NEAREST_GPU = {9: "H100", 10: "B200"}
 
 
 @functools.cache
-def part_at_hand() -> str | None:
-    """Key into :data:`cost.PARTS` for the current GPU, or the most alike; None without a GPU."""
+def current_gpu() -> str | None:
+    """Key into :data:`cost_model.GPUS` for the current GPU, or for the nearest to it; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name().lower().replace(" ", "")
-    found = [key for key in cost.PARTS if key.lower() in name]
-    return max(found, key=len) if found else _KIN.get(torch.cuda.get_device_capability()[0], "A100")
+    found = [key for key in cost_model.GPUS if key.lower() in name]
+    return max(found, key=len) if found else _NEAREST_GPU.get(torch.cuda.get_device_capability()[0], "A100")
 
 
 def shape_of(op: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -100,68 +99,70 @@ def shape_of(op: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
     return (*sizes[2:4], sizes[5])  # batch, channels, patch, patch, patches, width
 
 
-def _apart(a: tuple[int, ...], b: tuple[int, ...]) -> float:
+def _distance(a: tuple[int, ...], b: tuple[int, ...]) -> float:
     """The largest factor between sizes of two shapes."""
     return max(max(m, n) / min(m, n) for m, n in zip(a, b, strict=True))
 
 
 @functools.lru_cache(maxsize=4096)
-def compare(op: str, dtype: torch.dtype, features: tuple[str, ...], sizes: tuple[int, ...], part: str) -> Choice:
-    """Measured figures of this shape, or of the nearest within a factor of two, in elements as wide on a part of the
+def compare(op: str, dtype: torch.dtype, features: tuple[str, ...], sizes: tuple[int, ...], gpu: str) -> Choice:
+    """Measured figures of this shape, or of the nearest within a factor of two, in elements as wide on a GPU of the
     same architecture; else predictions. Equal figures go to Triton, which serves more calls."""
     grad = bool({"grad", "lse_grad", "images_grad"} & set(features))
-    shape, arch = shape_of(op, sizes), _ARCHS.get(part, part)
+    shape, arch = shape_of(op, sizes), _ARCHS.get(gpu, gpu)
     rows = [
         row
         for row in MEASURED
-        if (row.op, row.grad, row.dtype.itemsize, _ARCHS.get(row.part, row.part)) == (op, grad, dtype.itemsize, arch)
-        and _apart(row.shape, shape) <= 2
+        if (row.op, row.grad, row.dtype.itemsize, _ARCHS.get(row.gpu, row.gpu)) == (op, grad, dtype.itemsize, arch)
+        and _distance(row.shape, shape) <= 2
     ]
     if rows:
-        row = min(rows, key=lambda row: (_apart(row.shape, shape), row.part != part))
-        like = "" if (row.shape, row.part) == (shape, part) else f" at {'x'.join(map(str, row.shape))} on {row.part}"
+        row = min(rows, key=lambda row: (_distance(row.shape, shape), row.gpu != gpu))
+        like = "" if (row.shape, row.gpu) == (shape, gpu) else f" at {'x'.join(map(str, row.shape))} on {row.gpu}"
         return Choice(
-            "cuda" if row.cuda < row.triton else "triton", part, f"measured ({row.source}){like}", row.cuda, row.triton
+            "cuda" if row.cuda < row.triton else "triton", gpu, f"measured ({row.source}){like}", row.cuda, row.triton
         )
-    times = [predict(backend, op, dtype, features, sizes, part, grad) for backend in ("cuda", "triton")]
-    return Choice("cuda" if times[0] < times[1] else "triton", part, "predicted", *times)
+    times = [predict(backend, op, dtype, features, sizes, gpu, grad) for backend in ("cuda", "triton")]
+    return Choice("cuda" if times[0] < times[1] else "triton", gpu, "predicted", *times)
 
 
-#: What Triton compiles for on each part, the key of its tiles.
+#: What Triton compiles for on each GPU, the key of its tiles.
 _ARCHS = {"A100": "sm_80", "H100": "sm_90", "H200": "sm_90", "B200": "sm_100"}
 
 
 def predict(
-    backend: str, op: str, dtype: torch.dtype, features: tuple[str, ...], sizes: tuple[int, ...], part: str, grad: bool
+    backend: str, op: str, dtype: torch.dtype, features: tuple[str, ...], sizes: tuple[int, ...], gpu: str, grad: bool
 ) -> float:
     """Milliseconds of the forward and, with ``grad``, the backward."""
-    passes, where, arch = (False, True) if grad else (False,), cost.PARTS[part], _ARCHS.get(part, "")
+    passes, where, arch = (False, True) if grad else (False,), cost_model.GPUS[gpu], _ARCHS.get(gpu, "")
     total = 0.0
     for backward in passes:
         if op.startswith("flash_attention"):
             b, h, hkv, n_q, n_k, d = sizes
-            floor = cost.attention(
+            floor = cost_model.attention(
                 b, h, n_q, n_k, d, dtype, kv_heads=hkv, causal="causal" in features, backward=backward
             )
             bias_grad = "bias_grad" in features
             if backend == "cuda":
-                plan = plans.cuda_attention(n_q, n_k, d, dtype.itemsize, backward, bias_grad)
+                plan = cost_model.cuda_attention(n_q, n_k, d, dtype.itemsize, backward, bias_grad)
             else:
                 bias = bool({"bias", "bool_mask"} & set(features))
-                plan = plans.triton_attention(n_q, n_k, d, dtype.itemsize, backward, bias, bias_grad, arch, h != hkv)
+                plan = cost_model.triton_attention(
+                    n_q, n_k, d, dtype.itemsize, backward, bias, bias_grad, arch, h != hkv
+                )
         elif op == "window_attention":
             b, height, width, wh, ww, heads, d = sizes
-            floor = cost.window_attention(b, height, width, (wh, ww), heads, d, dtype, backward=backward)
+            floor = cost_model.window_attention(b, height, width, (wh, ww), heads, d, dtype, backward=backward)
             table = "bias_table" in features
             if backend == "cuda":
-                plan = plans.cuda_window(wh * ww, d, dtype.itemsize, backward, table)
+                plan = cost_model.cuda_window(wh * ww, d, dtype.itemsize, backward, table)
             else:
-                plan = plans.triton_window(wh * ww, d, dtype.itemsize, backward, table, arch)
+                plan = cost_model.triton_window(wh * ww, d, dtype.itemsize, backward, table, arch)
         else:
             b, c, ph, pw, patches, width = sizes
             pixel_bytes = 1 if "uint8" in features else None
             images_grad = "images_grad" in features
-            floor = cost.patch_embed(
+            floor = cost_model.patch_embed(
                 b,
                 c,
                 (ph, pw),
@@ -172,7 +173,7 @@ def predict(
                 images_grad=images_grad,
                 backward=backward,
             )
-            plan = plans.patches(b * patches, width, 1 + images_grad * backward, backend == "triton")
+            plan = cost_model.patch_plan(b * patches, width, 1 + images_grad * backward, backend == "triton")
         total += plan.seconds(floor, where)
     return 1e3 * total
 
@@ -180,8 +181,8 @@ def predict(
 def first(op: str, dtype: torch.dtype, features: tuple[str, ...], sizes: tuple[int, ...]) -> str | None:
     """ "cuda" or "triton", whichever to ask first; None without a GPU, for sizes unknown while tracing, and for empty
     tensors."""
-    part = part_at_hand()
-    return compare(op, dtype, features, sizes, part).faster if part is not None and sizes and all(sizes) else None
+    gpu = current_gpu()
+    return compare(op, dtype, features, sizes, gpu).faster if gpu is not None and sizes and all(sizes) else None
 
 
 #: The compiler runs it while tracing, instead of tracing it. (torch.compiler.assume_constant_result would import the

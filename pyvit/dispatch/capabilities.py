@@ -101,9 +101,13 @@ CAPABILITIES["distillation_cross_entropy"]["triton"] = Capability(_TRITON, froze
 for _table in CAPABILITIES.values():
     _table["reference"] = _REFERENCE
 
+#: Operators that pyvit has CPU kernels for and no others: on a GPU their reference is PyTorch's own kernel. A GPU
+#: backend that was chosen for all operators (:class:`pyvit.use_backend`) leaves them with it.
+CPU_ONLY = frozenset({"layer_norm", "linear", "mlp"})
+
 
 def preference(op: str) -> list[str]:
-    """Backends in the order in which dispatch asks them for ``op`` where :mod:`pyvit.gpu_choice` knows no better.
+    """Backends in the order in which dispatch asks them for ``op`` where :mod:`pyvit.dispatch.gpu_choice` says nothing.
 
     A kernel comes before a tile loop in Python, which multiplies float32 copies of its tiles and launches several
     kernels for each: that much needs no measurement. Triton's kernels come before CUDA's because they serve more calls.
