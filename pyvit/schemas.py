@@ -66,8 +66,8 @@ _DISTILL = (
     "float student_temp, float teacher_temp, str backend"
 )
 
-#: Operators whose kernels are tile loops in Python over the vendor's matrix product; always defined from here, library
-#: or not. Losses and log-sum-exps are float32 (float64 for float64).
+#: Operators that call matrix products from Python; always defined from here, library or not. Losses and log-sum-exps
+#: are float32 (float64 for float64).
 PYTHON_SCHEMAS = {
     # a, b (N, D), scale () -> loss (), lse over b for each a (N,), over a for each b (N,).
     "info_nce": "(Tensor a, Tensor b, Tensor scale, str backend) -> (Tensor loss, Tensor lse_a, Tensor lse_b)",
@@ -93,6 +93,13 @@ PYTHON_SCHEMAS = {
     "distillation_cross_entropy_backward": (
         f"(Tensor grad_loss, Tensor lse_student, Tensor lse_teacher, {_DISTILL}) "
         "-> (Tensor grad_student, Tensor grad_student_prototypes)"
+    ),
+    # x (..., K), weight (M, K), bias (M,) -> (..., M).
+    "linear": "(Tensor x, Tensor weight, Tensor? bias, str? activation, str backend) -> Tensor",
+    # x (..., K), fc1_weight (H, K), fc2_weight (M, H) -> (..., M).
+    "mlp": (
+        "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, str activation, "
+        "str backend) -> Tensor"
     ),
     # x (N, D) -> index of the row with the largest inner product, itself left out, (N,) int64.
     "nearest_neighbor": "(Tensor x, str backend) -> Tensor",

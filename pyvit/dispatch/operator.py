@@ -59,12 +59,15 @@ class Operator:
         gradient: the operator that computes the gradients.
         differentiable: without ``gradient``, names of the arguments that are differentiated through ``reference``.
         autocast: names of the tensors cast under autocast.
+        function: for calls in eager mode that need a gradient, where other tensors than the operator's outputs are
+            kept for it; takes the schema's arguments.
         kernels: per backend, "module:function" imported at first use. A backend that has a kernel and is not listed has
             it in the library: "cpu" under ``torch.ops.pyvit``, "cuda" under ``torch.ops.pyvit_cuda``.
     """
 
     #: Positions of gradients among the arguments.
     grads: tuple[int, ...] = ()
+    _function: type[torch.autograd.Function] | None
 
     def __init__(
         self,
@@ -76,6 +79,7 @@ class Operator:
         gradient: Gradient | None = None,
         differentiable: Sequence[str] = (),
         autocast: Sequence[str] = (),
+        function: type[torch.autograd.Function] | None = None,
         kernels: dict[str, str] | None = None,
     ) -> None:
         self.schema = schema_of(name)
@@ -85,6 +89,8 @@ class Operator:
         else:
             derivative = gradients.by_formula(self.schema, reference, differentiable) if differentiable else None
         self._register(name, reference, fake, check, derivative, autocast, kernels or {})
+        if function is not None:
+            self._function = function
 
     def _register(
         self,
@@ -102,7 +108,7 @@ class Operator:
         self._op = getattr(torch.ops.pyvit, name).default
         qualified = f"pyvit::{name}"
         torch.library.register_fake(qualified, _on_one_device(name, fake))
-        self._function: type[torch.autograd.Function] | None = None
+        self._function = None
         self._transformed: type[torch.autograd.Function] | None = None
         if derivative is not None:
             setup_context, backward = derivative.setup_context, without_autocast(derivative.backward)

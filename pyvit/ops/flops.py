@@ -108,6 +108,10 @@ def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x[:-1]) * math.prod(weight)
 
 
+def _mlp(x: Shape, fc1_weight: Shape, _: Any, fc2_weight: Shape, *__: Any, **___: Any) -> int:
+    return 2 * math.prod(x[:-1]) * (math.prod(fc1_weight) + math.prod(fc2_weight))
+
+
 def _twice(name: str, forward: Callable[..., int]) -> Callable[..., int]:
     """Of ``<name>_backward``, whose last arguments are the forward's."""
     arguments = len(schema_of(name).arguments)
@@ -139,7 +143,8 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     _ops.distillation_cross_entropy: _distillation,
     _ops.distillation_cross_entropy_backward: _distillation_backward,
     _ops.nearest_neighbor: _nearest,
-    _ops.linear_inference: _linear,
+    _ops.linear: _linear,
+    _ops.mlp: _mlp,
 }
 
 

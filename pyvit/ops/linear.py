@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyvit import dispatch, library
-from pyvit.dispatch import Call
+from pyvit import dispatch
+from pyvit.dispatch import Call, Operator
 from pyvit.dispatch.capabilities import CAPABILITIES
 from pyvit.ops import activations, checks, prepacked, products, reference
 from pyvit.ops.layer_norm import check as check_norm
@@ -73,16 +73,10 @@ def linear(
             x, lambda y: linear(y, weight, bias, activation=activation, backend=backend), branch, backend
         )
     x, weight, bias, device = prepare(x, weight, bias, activation)
-    wanted = select("linear", device, x.dtype, backend)
-    if wanted == "cpu" and compiled_inference(x, weight):
+    chosen = select("linear", device, x.dtype, backend, x, weight)
+    if chosen == "reference" or torch.compiler.is_compiling():
         weight, bias = narrow(x, weight, bias)
-        return torch.ops.pyvit.linear_inference(x, weight, bias, activation)  # type: ignore[no-any-return]
-    if wanted == "reference" or traced(x, weight):
-        weight, bias = narrow(x, weight, bias)
-        return reference.linear(x, weight, bias, activation)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return _Linear.apply(x, weight, bias, activation)  # type: ignore[no-any-return]
-    return prepacked.layer(x, weight, bias, activation)
+    return LINEAR(x, weight, bias, activation, chosen)  # type: ignore[no-any-return]
 
 
 def prepacked_branch(x: Tensor, branch: Branch, check: Callable[[Tensor, Branch], object]) -> Tensor | None:
@@ -167,11 +161,16 @@ def narrow(x: Tensor, *weights: Tensor | None) -> Any:
     return tuple(t if t is None or t.dtype == x.dtype else t.to(x.dtype) for t in weights)
 
 
-def select(op: str, device: str, dtype: torch.dtype, backend: str | None) -> str:
-    """As every operator, but where a GPU backend is set for all operators this one stays with the vendor's library."""
-    if backend is None and dispatch._override in (None, "cuda", "triton"):
-        return "cpu" if device == "cpu" and dtype in _DTYPES else "reference"
-    return dispatch.select(Call(op, device, dtype, ()), backend)
+def select(op: str, device: str, dtype: torch.dtype, backend: str | None, *operands: Tensor) -> str:
+    """The backend of ``op``; "reference" where something must see the plain formula, and where a GPU backend is set for
+    all operators, since this one stays with the vendor's library."""
+    if backend is None and dispatch.requested_backend() in (None, "cuda", "triton"):
+        chosen = "cpu" if device == "cpu" and dtype in _DTYPES else "reference"
+    else:
+        chosen = dispatch.select(Call(op, device, dtype, ()), backend)
+    if chosen == "cpu" and traced(*operands) and not compiled_inference(*operands):
+        return "reference"
+    return chosen
 
 
 _DTYPES = CAPABILITIES["linear"]["cpu"].dtypes
@@ -204,21 +203,12 @@ def explain(x: Tensor, branch: Branch, grad: bool) -> list[str]:
     return prepacked.explain(x, branch) or products.explain(x, branch.weight, branch.bias, branch.activation)
 
 
-library.FRAGMENT.define("linear_inference(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor")
-library.FRAGMENT.impl("linear_inference", prepacked.layer, "CPU")
-
-
-@torch.library.register_fake("pyvit::linear_inference")
-def _fake_inference(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
 class _Linear(torch.autograd.Function):
     """Keeps the input and, for an activation, what it was applied to (relu: its result), and takes gradients by the
     faster products."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, _: str) -> Tensor:
         fused = activation if activation == "relu" else None
         inner = products.forward(x, weight, bias, fused)
         out = inner if activation is None or activation == fused else activations.activate(inner, activation)
@@ -239,7 +229,7 @@ class _Linear(torch.autograd.Function):
                 weight, bias = narrow(x, weight, bias)
                 return reference.linear(x, weight, bias, ctx.activation)
 
-            return dispatch.formula_gradients(formula, (x, weight, bias), needs, grad)
+            return (*dispatch.formula_gradients(formula, (x, weight, bias), needs[:3], grad), None, None)
         sums = None
         if inner is not None:
             grad, sums = activations.gradient(grad, inner, ctx.activation)
@@ -249,4 +239,30 @@ class _Linear(torch.autograd.Function):
             products.grad_weight(rows, x.reshape(-1, x.shape[-1]).contiguous(), weight.dtype) if needs[1] else None,
             (rows.sum(0) if sums is None else sums).to(bias.dtype) if needs[2] else None,
             None,
+            None,
         )
+
+
+def _kernel(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, _: str) -> Tensor:
+    return prepacked.layer(x, weight, bias, activation)
+
+
+def _check_low(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Call:
+    x, *_, device = prepare(x, weight, bias, activation)
+    return Call("linear", device, x.dtype, ())
+
+
+def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+LINEAR = Operator(
+    "linear",
+    reference=reference.linear,
+    fake=_fake,
+    check=_check_low,
+    differentiable=("x", "weight", "bias"),
+    autocast=("x", "weight", "bias"),
+    function=_Linear,
+    kernels={"cpu": "pyvit.ops.linear:_kernel"},
+)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from pyvit import dispatch
-from pyvit.dispatch import Call
+from pyvit.dispatch import Call, Operator
 from pyvit.ops import activations, checks, prepacked, products, reference
 from pyvit.ops.linear import check_around, explain, narrow, prepacked_branch, prepare, select
 from pyvit.ops.prepacked import Branch, Norm
-from pyvit.ops.tracing import compiled_inference, traced
 
 
 def mlp(
@@ -63,17 +62,10 @@ def mlp(
         )
         return prepacked.around(x, layers, branch, backend)
     x, w1, b1, w2, b2, device = _prepare(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
-    wanted = select("mlp", device, x.dtype, backend)
-    if wanted == "cpu" and compiled_inference(x, w1, w2):
+    chosen = select("mlp", device, x.dtype, backend, x, w1, w2)
+    if chosen == "reference" or torch.compiler.is_compiling():
         w1, b1, w2, b2 = narrow(x, w1, b1, w2, b2)
-        hidden = torch.ops.pyvit.linear_inference(x, w1, b1, activation)
-        return torch.ops.pyvit.linear_inference(hidden, w2, b2, None)  # type: ignore[no-any-return]
-    if wanted == "reference" or traced(x, w1, w2):
-        w1, b1, w2, b2 = narrow(x, w1, b1, w2, b2)
-        return reference.mlp(x, w1, b1, w2, b2, activation)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2)):
-        return _Mlp.apply(x, w1, b1, w2, b2, activation)  # type: ignore[no-any-return]
-    return prepacked.layer(prepacked.layer(x, w1, b1, activation), w2, b2, None)
+    return MLP(x, w1, b1, w2, b2, activation, chosen)  # type: ignore[no-any-return]
 
 
 def _check(x: Tensor, branch: Branch) -> None:
@@ -133,6 +125,7 @@ class _Mlp(torch.autograd.Function):
         fc2_weight: Tensor,
         fc2_bias: Tensor | None,
         activation: str,
+        _: str,
     ) -> Tensor:
         inner = products.forward(x, fc1_weight, fc1_bias, None)
         ctx.activation = activation
@@ -153,10 +146,10 @@ class _Mlp(torch.autograd.Function):
                 w1, b1, w2, b2 = narrow(x, *weights)
                 return reference.mlp(x, w1, b1, w2, b2, ctx.activation)
 
-            return dispatch.formula_gradients(formula, inputs, needs, grad)
+            return (*dispatch.formula_gradients(formula, inputs, needs[:5], grad), None, None)
         rows = grad.reshape(-1, grad.shape[-1])
         inner = inner.view(-1, inner.shape[-1])
-        grads: list[Tensor | None] = [None] * 6
+        grads: list[Tensor | None] = [None] * 7
         if needs[4]:
             grads[4] = rows.sum(0).to(fc2_bias.dtype)
         grad_inner = products.grad_input(rows, fc2_weight).contiguous()
@@ -171,3 +164,28 @@ class _Mlp(torch.autograd.Function):
         if needs[0]:
             grads[0] = products.grad_input(grad_inner, fc1_weight).view(x.shape)
         return tuple(grads)
+
+
+def _kernel(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str, _: str) -> Tensor:
+    return prepacked.layer(prepacked.layer(x, w1, b1, activation), w2, b2, None)
+
+
+def _check_low(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str) -> Call:
+    x, *_, device = _prepare(x, w1, b1, w2, b2, activation)
+    return Call("mlp", device, x.dtype, ())
+
+
+def _fake(x: Tensor, _w1: Tensor, _b1: Tensor | None, w2: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], w2.shape[0])
+
+
+MLP = Operator(
+    "mlp",
+    reference=reference.mlp,
+    fake=_fake,
+    check=_check_low,
+    differentiable=("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"),
+    autocast=("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"),
+    function=_Mlp,
+    kernels={"cpu": "pyvit.ops.mlp:_kernel"},
+)

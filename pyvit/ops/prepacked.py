@@ -172,7 +172,12 @@ def _words(*weights: Tensor | None) -> Sequence[Tensor] | None:
 
 def inference(x: Tensor, *given: Tensor | None) -> bool:
     """Whether a call with these tensors is inference on a CPU that nothing changes or watches."""
-    if torch.is_grad_enabled() or not x.is_cpu or dispatch._override is not None or torch.is_autocast_enabled("cpu"):
+    if (
+        torch.is_grad_enabled()
+        or not x.is_cpu
+        or dispatch.requested_backend() is not None
+        or torch.is_autocast_enabled("cpu")
+    ):
         return False
     tensors = [t for t in given if t is not None]
     return compiled_inference(x, *tensors) or not traced(x, *tensors)

@@ -8,6 +8,7 @@ result's bits. By default the rules of :mod:`pyvit.ops.product_rules` decide, th
 from __future__ import annotations
 
 import functools
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -58,7 +59,9 @@ def _narrow(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Ten
 
 
 def by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    y = F.linear(x, *_narrow(x, weight, bias))
+    y = F.linear(x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), *_narrow(x, weight, bias))
+    if x.dim() != 2:  # of several dimensions F.linear returns a view, which autograd lets nobody write to
+        y = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
     return y if activation is None else activations.activate_(y, activation)
 
 

@@ -96,6 +96,8 @@ def _losses() -> dict[str, Callable[[], Base]]:
         "sigmoid_contrastive": [a, b, one, -one],
         "distillation_cross_entropy": distill,
         "nearest_neighbor": [a],
+        "linear": [s, torch.randn(7, 8), torch.randn(7), "gelu"],
+        "mlp": [s, torch.randn(7, 8), torch.randn(7), torch.randn(6, 7), None, "silu"],
     }
     found = {name: lambda name=name: _operator(name, calls[name], "cpu") for name in calls}
 
@@ -103,9 +105,7 @@ def _losses() -> dict[str, Callable[[], Base]]:
         loss, *saved = _listed(OPERATORS[name].kernel("reference")(*calls[name], "cpu"))
         return _operator(f"{name}_backward", [torch.randn_like(loss), *saved, *calls[name]], "cpu")
 
-    return found | {
-        f"{name}_backward": lambda name=name: backward(name) for name in calls if name != "nearest_neighbor"
-    }
+    return found | {f"{name}_backward": lambda name=name: backward(name) for name in list(calls)[:4]}
 
 
 def _passes() -> dict[str, Callable[[], Base]]:

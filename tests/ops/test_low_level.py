@@ -56,6 +56,7 @@ GROUPS = {
     "tiles": ["pair_softmax", "pair_softmax_backward", "pair_sigmoid", "pair_sigmoid_backward", "distillation_tile"],
 }
 GROUPS["losses"] += [f"{name}_backward" for name in GROUPS["losses"][:4]]
+GROUPS["layers"] = ["linear", "mlp"]
 GROUPS["tiles"] += ["distillation_tile_backward", "prepack_weight", "prepack_header"]
 GROUPS["branches"] = ["prepacked_mlp", "prepacked_attention", "prepacked_window_attention"]
 COMPILED = ("passes", "tiles", "branches")
@@ -92,7 +93,6 @@ def test_every_operator_is_called() -> None:
         "cpu_isa",
         "cuda_archs",
         "fma_peak",
-        "linear_inference",  # test_linear.py
         "is_prepacked",  # test_prepacked.py
     }
     assert known - about_the_library == called
