@@ -11,7 +11,7 @@ SPREAD := -n $(JOBS) --dist worksteal
 NATIVE := PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py -q build_ext --inplace
 
 .DEFAULT_GOAL := build
-.PHONY: help build test test-fast test-triton rehearse bench gpu results docs lint format clean
+.PHONY: help build test test-fast test-torch test-triton rehearse bench gpu results docs lint format clean
 
 help:             ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */ \t/' | sort
@@ -43,6 +43,9 @@ test-triton: build ## Triton kernels in the interpreter, then compiled ahead of 
 
 rehearse: build   ## what a GPU's tests check, with Triton's kernels compiled for sm_90 and run on a CPU: 40 minutes
 	PYVIT_TEST_PTX=sm_90 PYVIT_NO_LIBRARY=1 $(PYTEST) $(SPREAD) tests/ops tests/losses -k triton
+
+test-torch: build ## the operators' contract under another torch, the library as it was built: make test-torch VERSION=2.10.0
+	tests/other_torch.sh $(VERSION)
 
 test-fast: build  ## the quick part, under three minutes
 	$(PYTEST) $(SPREAD) -m "not slow" tests/ops tests/models tests/losses tests/test_dispatch.py tests/test_library.py
