@@ -1,4 +1,4 @@
-"""What the evaluations say of features, maps and models whose answer is known."""
+"""Evaluation functions on features, maps and models with known answers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_recall():
 
 
 def test_part_map_is_the_class_token_that_attends_to_one_patch():
-    """With one block and all attention on patch p, the model's own embedding must match the map at p."""
+    """With one block and all attention on patch p, the model's own embedding must equal the map at p."""
     torch.manual_seed(0)
     model = create_model("clip_pico_patch8_32", depth=1, vocab_size=50, context_length=8).eval()
     images, text = torch.randn(2, 3, 32, 32), torch.randint(1, 50, (2, 8))
@@ -91,7 +91,7 @@ def test_sheets_are_pictures(tmp_path, channels):
 
 
 def shifted(n: int, seed: int, classes: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise of 64 numbers, of which one is larger for each class."""
+    """Noise of 64 channels; one channel is larger for each class."""
     labels = torch.arange(n) % classes
     return torch.randn(n, 64, generator=torch.Generator().manual_seed(seed)) + F.pad(
         3.0 * F.one_hot(labels, classes), (0, 64 - classes)
@@ -100,7 +100,7 @@ def shifted(n: int, seed: int, classes: int = 3) -> tuple[torch.Tensor, torch.Te
 
 @pytest.mark.parametrize("n", [3, 6, 9, 15, 40, 199, 200])
 def test_linear_probe_of_few_images_finds_a_good_rate(n):
-    """Not the lowest one, which learns nothing: within what few images tell, as good as the best of all."""
+    """Not the lowest rate, which learns nothing: about as good as the best of all."""
     train, test = shifted(n, 0), shifted(300, 1)
     rates = (1e-6, 1e-4, 1e-2, 0.1)
     each = {rate: linear_probe(train, test, (rate,))["linear"] for rate in rates}
@@ -137,8 +137,7 @@ def test_features_of_which_no_figure_means_anything_are_refused(measure):
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 def test_neighbours_that_are_equally_near_do_not_win_by_their_place(k):
-    """Of a network that sees the same in every image, k-NN is right as often as chance, in whatever order the images
-    come."""
+    """If all features are equal, k-NN accuracy is at the chance level, for any order of the images."""
     same = torch.ones(6, 4)
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
     for order in (torch.arange(6), torch.arange(6).flip(0), torch.tensor([0, 3, 1, 4, 2, 5])):
@@ -163,7 +162,7 @@ def test_recall_of_ties_few_answers_and_nothing():
 
 
 class Towers(torch.nn.Module):
-    """Images of one number, texts of one digit: both are that number's direction."""
+    """An image tower and a text tower that map equal numbers to the same direction."""
 
     def __init__(self, n: int, bias: float | None = None):
         super().__init__()
@@ -243,7 +242,7 @@ def test_prompts_take_names_as_words():
 
 
 class Fragile:
-    """A decoder of numbers, which fails for the negative ones."""
+    """A decoder that fails for negative numbers."""
 
     shape = (1, 1, 1)
 

@@ -1,4 +1,4 @@
-"""keep_memory, in a process of its own, for it cannot be taken back."""
+"""keep_memory, in separate processes because it cannot be undone."""
 
 from __future__ import annotations
 

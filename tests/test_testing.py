@@ -1,4 +1,4 @@
-"""The numerics rule itself: it must catch what is wrong, or every test above it means nothing."""
+"""The numerics rule itself: it must detect wrong results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of captions and Hugging Face data sets: columns, encodings, splits, labels, repeated images."""
+"""Tables of captions and Hugging Face data sets: columns, encodings, splits, labels, copies of images."""
 
 from __future__ import annotations
 

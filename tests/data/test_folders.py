@@ -1,4 +1,4 @@
-"""What is understood of a folder of images, and what is refused or named."""
+"""Folders of images: how their structure is interpreted, and what is refused or reported."""
 
 from __future__ import annotations
 

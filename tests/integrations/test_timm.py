@@ -63,8 +63,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_branches_of_one_pass(name, monkeypatch):
-    """With packed weights a block is layer norm to residual in one pass, and nothing that watches or changes it is
-    passed over."""
+    """With packed weights each residual branch is one operator. Hooks and modifications still take effect."""
     monkeypatch.setattr(products, "_policy", "pyvit")
     monkeypatch.setattr(products, "_chosen", {})
     model = make(name, **MODELS[name]).eval()
@@ -142,7 +141,7 @@ SMALL = {
 
 @pytest.mark.parametrize("name", SMALL)
 def test_classes_that_call_torchs_attention(name, monkeypatch):
-    """Any class whose forward calls F.scaled_dot_product_attention, with outputs and gradients as before."""
+    """Classes whose forward calls F.scaled_dot_product_attention, with unchanged outputs and gradients."""
     from pyvit.integrations import functional
 
     torch.manual_seed(0)

@@ -1,5 +1,4 @@
-"""Files and folders of weights as people have them: read without running code in them, or refused in one line with name
-and reason."""
+"""Checkpoint files and folders: read without executing code from them, or refused with a one-line error."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ def same(model, state):
 
 
 class Ran(Exception):
-    """Code out of a file was run."""
+    """Code from a file was executed."""
 
 
 def ran(*_):
@@ -46,7 +45,7 @@ class Trap:
 
 
 class ListConfig:
-    """Like OmegaConf's containers: an object with a state of further objects."""
+    """Like OmegaConf's containers: an object with further objects in its state."""
 
     def __init__(self, **content):
         self.__dict__["_content"] = {k: Trap() for k in content}
@@ -249,7 +248,7 @@ def test_folders_of_transformers(form, tmp_path):
 
 
 def test_heads_activation_and_epsilon_are_those_of_the_configuration(tmp_path):
-    """None of them shows in a shape."""
+    """Settings that shapes do not show."""
     source = vit(num_heads=4, norm_eps=1e-12)
     config = {**HF, "num_attention_heads": 4}
     folder = folder_of(tmp_path / "hf", from_native(source.state_dict(), "transformers ViT"), config, "safetensors")
@@ -301,7 +300,7 @@ def test_suffixes_do_not_decide(tmp_path):
 
 
 def test_configurations_of_timm_and_open_clip(tmp_path):
-    """timm names the architecture and the image, open_clip the heads and the activation."""
+    """timm's configuration has the architecture and image size, open_clip's the heads and activation."""
     source = vit(img_size=(16, 64))
     config = {
         "architecture": "vit_small_patch16_224",

@@ -1,4 +1,4 @@
-"""MAE, CLIP, SigLIP, DeiT and AST against transformers, from random weights: outputs and every gradient."""
+"""MAE, CLIP, SigLIP, DeiT and AST against transformers, with random weights: outputs and all gradients."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""layer_norm: numerics, rounding on the way out, and what must see the plain formula."""
+"""layer_norm: numerics, rounding of the result, and calls that must use the plain formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The machine itself: known results of small programs, and every kind of fault it is there to find."""
+"""The PTX interpreter: known results of small programs, and every kind of fault that it must detect."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_floats(instruction: str, wanted) -> None:
 
 
 def test_lanes_part_and_meet() -> None:
-    """Each lane counts to its own number, all wait for each other, and then read their neighbours' counts."""
+    """Each lane counts to its own number, all wait at a barrier, then read their neighbours' counts."""
     body = """
 	mov.b32 %r4, 0;
 $L__loop:

@@ -1,4 +1,4 @@
-"""Tile tables, tuning files and the cost model: plain Python, with or without a GPU."""
+"""Tile tables, tuning files and the cost model, without a GPU."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_tuning_leaves_out_wrong_results(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_compiling_ahead_keeps_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In processes of their own: what raises, or is not done in time, is left out. Divisions stand for compilations."""
+    """In separate processes: candidates that raise or take too long are left out. Divisions stand for compilations."""
     monkeypatch.setattr(tune, "_compile", divmod)
     assert tune.compile_ahead([(2,), (0,), (3,)], 60.0, 2, 7) == {(2,), (3,)}
     monkeypatch.setattr(tune, "_compile", time.sleep)
