@@ -143,7 +143,7 @@ def measure_within(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description="Test, tune and time pyvit on the GPU at hand."
+        prog="python -m benchmarks.gpu", description="Test, tune and time pyvit on this machine's GPU."
     )
     parser.add_argument("steps", nargs="*", metavar="step", help=f"any of: {', '.join(STEPS)} (default: all)")
     parser.add_argument(

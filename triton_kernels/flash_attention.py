@@ -181,8 +181,8 @@ def _bias_backward(args: dict[str, Any], p: _Problem) -> Tensor:
     c = p.choose("bias_grad")
     bb, bh, bi, bj = p.bias.shape
     rows, cols = -(-p.n_q // c.block_m), -(-p.n_k // c.block_n)
-    walk = (p.batch if bb == 1 else 1, p.heads if bh == 1 else 1, rows if bi == 1 else 1, cols if bj == 1 else 1)
-    steps = walk[0] * walk[1] * walk[2] * walk[3]
+    reduced = (p.batch if bb == 1 else 1, p.heads if bh == 1 else 1, rows if bi == 1 else 1, cols if bj == 1 else 1)
+    steps = reduced[0] * reduced[1] * reduced[2] * reduced[3]
     programs = bb * bh * (1 if bi == 1 else rows) * (1 if bj == 1 else cols)
     splits = max(1, min(steps, 2 * processors(p.q) // max(programs, 1)))
     grad = torch.empty if steps and p.n_q and p.n_k else torch.zeros
@@ -192,7 +192,7 @@ def _bias_backward(args: dict[str, Any], p: _Problem) -> Tensor:
         "splits": splits,
         "steps": steps,
         "bias_shape": (bb, bh, bi, bj),
-        "walk": walk,
+        "reduced": reduced,
         "ROWS": bi > 1,
         "COLS": bj > 1,
         "BLOCK_M": c.block_m,

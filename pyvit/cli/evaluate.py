@@ -105,7 +105,7 @@ def retrieval_command(run: str, data: str | None = None, out: str | None = None,
     parts = chosen.extra.get("parts")
     phrases = [parts[i][0][0] for i in batch["index"].tolist()] if parts else batch["caption"]
     if not known:
-        print("no picture of parts: the image tower is no ViT with a class token")
+        print("no sheet of phrases: the image tower is not a ViT with a class token")
         return found
     maps = retrieval.part_map(recipe.exported(), recipe.normalize(batch["image"]), recipe.tokenizer(phrases))
     picture = contact_sheet.enlarge(batch["image"] / 255, 128)

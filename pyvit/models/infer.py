@@ -181,7 +181,7 @@ def _vit(state: Mapping[str, Tensor], prefix: str, grid: Sequence[int] | None = 
     found = [t for t in (tokens, 0) if math.isqrt(pos.shape[1] - t) ** 2 == pos.shape[1] - t]
     if not found:
         raise ValueError(
-            f"model_from_checkpoint: {prefix}pos_embed of {pos.shape[1]} positions is no square grid; create the "
+            f"model_from_checkpoint: {prefix}pos_embed of {pos.shape[1]} positions is not a square grid; create the "
             "model by name"
         )
     side = math.isqrt(pos.shape[1] - found[0])

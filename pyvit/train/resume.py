@@ -88,7 +88,7 @@ class Resumable:
                 self._keep_data()
             return 0
         if missing := {"config", "step", "model", "optimizer"} - saved.keys():
-            raise ValueError(f"{path} is no checkpoint of pyvit: it lacks {', '.join(sorted(missing))}")
+            raise ValueError(f"{path} is not a checkpoint of pyvit: it lacks {', '.join(sorted(missing))}")
         before = json.loads(saved["config"])
         moved = self._on_main_same_data(saved.get("data"))
         differ = [

@@ -69,11 +69,11 @@ NOT_WEIGHTS = {
     "error.pth": (b'{"error": "not found"}', "is JSON text"),
     "packed.pth": (b"\x1f\x8b\x08\x00abc", "is compressed"),
     "keras.h5": (b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),
-    "words.pth": (b"neither pickle nor header", "is no file of torch.save"),
-    "words.safetensors": (b"neither pickle nor header", "is no safetensors file"),
-    "short.safetensors": (b"\x01", "is no safetensors file"),
-    "plain.pkl": (pickle.dumps({"a": np.zeros(3)}), "is no file of torch.save"),
-    "zeros.pth": (bytes(4096), "is no file of torch.save"),
+    "words.pth": (b"neither pickle nor header", "is not a file of torch.save"),
+    "words.safetensors": (b"neither pickle nor header", "is not a safetensors file"),
+    "short.safetensors": (b"\x01", "is not a safetensors file"),
+    "plain.pkl": (pickle.dumps({"a": np.zeros(3)}), "is not a file of torch.save"),
+    "zeros.pth": (bytes(4096), "is not a file of torch.save"),
 }
 
 
@@ -120,7 +120,7 @@ def test_missing_files_folders_and_links(tmp_path):
         (tmp_path / "run" / name).write_text("{}")
     refused(tmp_path / "run", "holds a run that has not finished")
     os.mkfifo(tmp_path / "pipe")
-    refused(tmp_path / "pipe", "is no regular file")
+    refused(tmp_path / "pipe", "is not a regular file")
 
 
 def test_archives_that_are_not_torchs(tmp_path):
@@ -129,7 +129,7 @@ def test_archives_that_are_not_torchs(tmp_path):
     with tarfile.open(tmp_path / "old.tar", "w") as archive:
         (tmp_path / "x").write_text("x")
         archive.add(tmp_path / "x", "x")
-    refused(tmp_path / "old.tar", "is no file of torch.save")
+    refused(tmp_path / "old.tar", "is not a file of torch.save")
 
 
 @pytest.mark.parametrize("new", [True, False])

@@ -141,7 +141,7 @@ def test_torchscript_archive(tmp_path):
 @pytest.mark.parametrize("name", ["junk.pth", "junk.safetensors"])
 def test_files_that_are_no_checkpoints(tmp_path, name):
     (tmp_path / name).write_bytes(b"neither pickle nor header")
-    with pytest.raises(ValueError, match=rf"{name} is no (file of torch.save|safetensors file)"):
+    with pytest.raises(ValueError, match=rf"{name} is not a (file of torch.save|safetensors file)"):
         load_checkpoint(vit(), tmp_path / name)
 
 

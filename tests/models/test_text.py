@@ -215,7 +215,7 @@ def test_an_end_is_added_where_the_file_adds_none(tmp_path):
 def test_what_is_no_tokenizer(tmp_path):
     for content in ("{}", "not json", ""):
         (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(ValueError, match=r"tokenizer: .*tokenizer\.json is no tokenizer\.json"):
+        with pytest.raises(ValueError, match=r"tokenizer: .*tokenizer\.json is not a tokenizer\.json"):
             load_tokenizer(str(tmp_path / "tokenizer.json"))
     with pytest.raises(FileNotFoundError, match="must be 'bytes' or the path"):
         load_tokenizer(str(tmp_path / "none.json"))

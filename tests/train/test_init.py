@@ -207,7 +207,7 @@ def test_other_libraries_folders(head, tmp_path):
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
         (b"<!DOCTYPE html>", "is a web page"),
-        (b"PK\x03\x04cut", "is no file of torch.save"),
+        (b"PK\x03\x04cut", "is not a file of torch.save"),
         (None, "does not exist"),
     ],
 )

@@ -253,5 +253,5 @@ def test_a_damaged_checkpoint_is_named(tmp_path, content):
     with pytest.raises(ValueError, match=r"last\.pt is damaged or no checkpoint of pyvit"):
         train(Config(**SMALL, steps=1, out=str(tmp_path)))
     torch.save([1], tmp_path / "last.pt")
-    with pytest.raises(ValueError, match=r"last\.pt is no checkpoint of pyvit: it holds a list"):
+    with pytest.raises(ValueError, match=r"last\.pt is not a checkpoint of pyvit: it holds a list"):
         train(Config(**SMALL, steps=1, out=str(tmp_path)))
