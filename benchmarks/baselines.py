@@ -166,7 +166,10 @@ class ViT(nn.Module):
 class WindowAttention(nn.Module):
     def __init__(self, width: int, heads: int, side: int, window: int, shift: int, attend: Attend) -> None:
         super().__init__()
-        self.heads, self.window, self.shift, self.attend = heads, window, shift, attend
+        self.heads = heads
+        self.window = window
+        self.shift = shift
+        self.attend = attend
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.relative_position_bias_table = nn.Parameter(torch.randn((2 * window - 1) ** 2, heads) * 0.02)
         self.register_buffer("index", relative_position_index((window, window)), persistent=False)

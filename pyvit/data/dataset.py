@@ -118,7 +118,9 @@ class TensorImages(Images):
                 raise ValueError(
                     f"TensorImages: {name} must have one entry for each of the {len(images)} images, got {len(given)}"
                 )
-        self.images, self.labels, self.captions = images, labels, list(captions) if captions is not None else None
+        self.images = images
+        self.labels = labels
+        self.captions = list(captions) if captions is not None else None
 
     def __len__(self) -> int:
         return len(self.images)

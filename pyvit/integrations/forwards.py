@@ -132,7 +132,10 @@ class Forward:
     _torchscript_modifier = torch.jit.ignore(lambda: None)._torchscript_modifier  # type: ignore[attr-defined]
 
     def __init__(self, item: Replacement) -> None:
-        self.item, self.module, self.function, self.method = item, item.module, item.function, item.method
+        self.item = item
+        self.module = item.module
+        self.function = item.function
+        self.method = item.method
         self.active, self.kind = True, None
         self._learn()
 
@@ -163,7 +166,9 @@ class Forward:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.item = self.item._replace(module=self.module)
-        self.function, self.method, self.kind = self.item.function, self.item.method, None
+        self.function = self.item.function
+        self.method = self.item.method
+        self.kind = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.kind is None:

@@ -38,13 +38,11 @@ class _Centered(nn.Module):
         positive(f"{name}: student_temp", student_temp)
         if not 0 <= momentum < 1:
             raise ValueError(f"{name}: momentum must be in [0, 1), got {momentum}")
-        self.student_temp, self.momentum, self.centering, self.iterations, self.group = (
-            student_temp,
-            momentum,
-            centering,
-            iterations,
-            group,
-        )
+        self.student_temp = student_temp
+        self.momentum = momentum
+        self.centering = centering
+        self.iterations = iterations
+        self.group = group
         self.deferred = False
         self._batch_means: list[Tensor] = []
         self.register_buffer("center", torch.zeros(prototypes, dtype=torch.float32))
@@ -112,7 +110,9 @@ class DINOLoss(_Centered):
     ) -> Tensor:
         """student (S, N, C), teacher (T, N, C): scores, or features with prototypes (K, C). The first T student crops
         are the teacher's."""
-        s, t, n = student.shape[0], teacher.shape[0], student.shape[1]
+        s = student.shape[0]
+        t = teacher.shape[0]
+        n = student.shape[1]
         pairs = 1 - torch.eye(s, t, dtype=torch.float32, device=student.device)
         if not pairs.any():
             raise ValueError(f"DINOLoss: student must have at least 2 crops if the teacher has a single one, got {s}")

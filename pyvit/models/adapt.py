@@ -71,7 +71,9 @@ def _fit_positions(
     """Resample position embeddings from the file's grid to the model's, with the positions of the class and
     distillation tokens.
     """
-    pos, prefix, new = state[key], key.removesuffix("decoder_pos_embed").removesuffix("pos_embed"), tuple(module.grid)
+    pos = state[key]
+    prefix = key.removesuffix("decoder_pos_embed").removesuffix("pos_embed")
+    new = tuple(module.grid)
     if pos.dim() != 3 or pos.shape[2] != target[key].shape[2]:
         return ""
     tokens = target[key].shape[1] - new[0] * new[1]  # positions of class and distillation token

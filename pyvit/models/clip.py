@@ -53,13 +53,11 @@ class TextTransformer(WithMetadata):
             raise ValueError(f"TextTransformer: eot must be an id below vocab_size = {vocab_size}, got {eot}")
         if pool not in ("eot", "last"):
             raise ValueError(f"TextTransformer: pool must be 'eot' or 'last', got {pool!r}")
-        self.context_length, self.vocab_size, self.pool, self.eot, self.causal = (
-            context_length,
-            vocab_size,
-            pool,
-            eot,
-            causal,
-        )
+        self.context_length = context_length
+        self.vocab_size = vocab_size
+        self.pool = pool
+        self.eot = eot
+        self.causal = causal
         self.grad_checkpointing = False
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))

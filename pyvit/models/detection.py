@@ -109,12 +109,12 @@ class ViTDetBlock(nn.Module):
 
     def __init__(self, dim: int, attn: DecomposedAttention, mlp_ratio: float, drop_path: float, eps: float) -> None:
         super().__init__()
-        self.norm1, self.attn, self.drop_path1 = LayerNorm(dim, eps, before_linear=True), attn, DropPath(drop_path)
-        self.norm2, self.mlp, self.drop_path2 = (
-            LayerNorm(dim, eps, before_linear=True),
-            Mlp(dim, int(dim * mlp_ratio)),
-            DropPath(drop_path),
-        )
+        self.norm1 = LayerNorm(dim, eps, before_linear=True)
+        self.attn = attn
+        self.drop_path1 = DropPath(drop_path)
+        self.norm2 = LayerNorm(dim, eps, before_linear=True)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path1(self.attn(self.norm1(x)))
@@ -154,7 +154,9 @@ class ViTDet(WithMetadata):
     ) -> None:
         super().__init__()
         check_rate("ViTDet: drop_path_rate", drop_path_rate)
-        self.img_size, self.embed_dim, self.grad_checkpointing = pair(img_size), embed_dim, False
+        self.img_size = pair(img_size)
+        self.embed_dim = embed_dim
+        self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, pad=True)
         self.grid = self.patch_embed.grid(pair(pretrain_img_size))
         whole = self.patch_embed.grid(self.img_size)

@@ -78,7 +78,9 @@ class ResNetV2Stem(nn.Module):
             )
             made.append(stage)
             cin = 256 * 2**s
-        self.stages, self.channels, self.stride = nn.ModuleList(made), cin, 2 ** (max(len(layers), 1) + 1)
+        self.stages = nn.ModuleList(made)
+        self.channels = cin
+        self.stride = 2 ** (max(len(layers), 1) + 1)
 
     def forward(self, x: Tensor) -> Tensor:
         root = self.stem if len(self.stages) else self

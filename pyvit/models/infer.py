@@ -247,7 +247,9 @@ def _windows_v2(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dic
     tables = [value for key, value in state.items() if key.endswith("relative_coords_table")]
     if not tables:
         return {}
-    depths, windows, trained = settings["depths"], [], []
+    depths = settings["depths"]
+    windows = []
+    trained = []
     for stage in range(len(depths)):
         table = tables[sum(depths[:stage])].float()
         windows.append((table.shape[1] + 1) // 2)

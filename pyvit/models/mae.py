@@ -34,7 +34,9 @@ class MaskedAutoencoder(VisionTransformer):
         **encoder: Any,
     ) -> None:
         super().__init__(**{"num_classes": 0, "global_pool": "token", "pos_embed": "sincos", **encoder})
-        (ph, pw), c, eps = self.patch_embed.patch_size, self.patch_embed.in_chans, self.norm_eps
+        (ph, pw) = self.patch_embed.patch_size
+        c = self.patch_embed.in_chans
+        eps = self.norm_eps
         if ph != pw:
             raise ValueError(f"MaskedAutoencoder: patch_size must be square, got {(ph, pw)}")
         self.norm_pix_loss = norm_pix_loss

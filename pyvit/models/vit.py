@@ -106,12 +106,10 @@ class VisionTransformer(WithMetadata):
             raise ValueError(
                 f"VisionTransformer: pos_embed must be 'learn', 'sincos', 'rope' or 'none', got {pos_embed!r}"
             )
-        self.img_size, self.embed_dim, self.num_heads, self.global_pool = (
-            pair(img_size),
-            embed_dim,
-            num_heads,
-            global_pool,
-        )
+        self.img_size = pair(img_size)
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.global_pool = global_pool
         self.norm_eps, self.grad_checkpointing = norm_eps, False
         self.interpolation = {"antialias": interpolate_antialias, "offset": interpolate_offset}
         self.num_prefix_tokens = int(class_token) + int(dist_token) + reg_tokens
@@ -335,7 +333,9 @@ class VisionTransformer(WithMetadata):
         """
         depth = len(self.blocks)
         wanted = range(depth - n, depth) if isinstance(n, int) else [i % depth for i in n]
-        rope, x, found = self.rotations(images), self.embed(images), {}
+        rope = self.rotations(images)
+        x = self.embed(images)
+        found = {}
         for i, block in enumerate(self.blocks):
             x = self.run_block(block, x, rope=rope)
             if i in wanted:

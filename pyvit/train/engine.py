@@ -255,7 +255,9 @@ class Run(Resumable):
 
     def _cached_gradients(self, step: int, schedule_step: int, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
         """Gradients of the loss over all micro-batches together: see :mod:`pyvit.train.grad_cache`."""
-        device, scaler, micros = self.accelerator.device, self.accelerator.scaler, []
+        device = self.accelerator.device
+        scaler = self.accelerator.scaler
+        micros = []
         for i in range(self.config.accumulate):
             micros.append(MicroBatch(self._views(step, schedule_step, i, batches), rng_state(device)))
         with whole(self.recipe), self.accelerator.autocast():

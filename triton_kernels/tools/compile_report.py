@@ -144,7 +144,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     options = parser.parse_args(argv)
-    work, rows, compiled, broken = plan(), {}, 0, 0
+    work = plan()
+    rows = {}
+    compiled = 0
+    broken = 0
     if options.arch or options.dtype or options.case:
         asked = itertools.product(options.arch or ARCHS, options.dtype or ("bf16", "fp32"), options.case or CASES)
         work = list(asked)
@@ -155,7 +158,9 @@ def main(argv: list[str] | None = None) -> int:
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         for key, made, faulty in pool.imap_unordered(_compile, work):
             print("\n".join(made), flush=True)
-            rows[key], compiled, broken = made, compiled + len(made), broken + faulty
+            rows[key] = made
+            compiled = compiled + len(made)
+            broken = broken + faulty
             if not options.check:  # after every case, so that an interrupted run keeps its results
                 write(options.output, rows)
     print(f"{compiled} kernels compiled, {broken} break a rule", file=sys.stderr)

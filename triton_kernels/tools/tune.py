@@ -261,7 +261,9 @@ def _search(
     """The best configuration of one kernel for ``case``, or None if there was no time for a comparison."""
     kernel, arch, itemsize, head_dim, length = call
     now = tiles.choose(*call)
-    best, first, tried = now, time_of(run), 0
+    best = now
+    first = time_of(run)
+    tried = 0
     least = first
     try:
         for candidate in choices:
