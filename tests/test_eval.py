@@ -109,7 +109,7 @@ def test_linear_probe_of_few_images_finds_a_good_rate(n):
     assert found["linear"] > (max(each.values()) - 10 if n >= 9 else 33)
 
 
-def test_rates_that_are_right_equally_often_are_told_apart_by_their_loss():
+def test_ties_in_accuracy_are_broken_by_the_loss():
     train = shifted(300, 0)
     assert linear_probe((train[0] * 100, train[1]), train, (1e-5, 0.1))["rate"] == 0.1
 
@@ -122,7 +122,7 @@ def test_a_rate_at_which_the_loss_is_not_finite_is_not_chosen():
 
 
 @pytest.mark.parametrize("measure", [lambda a, b: knn_accuracy(a, b, 2), lambda a, b: linear_probe(a, b, epochs=1)])
-def test_features_of_which_no_figure_means_anything_are_refused(measure):
+def test_features_that_are_not_finite_are_refused(measure):
     train, test = shifted(30, 0), shifted(30, 1)
     broken = train[0].clone()
     broken[3, 5], broken[7, 1] = torch.nan, torch.inf
@@ -136,7 +136,7 @@ def test_features_of_which_no_figure_means_anything_are_refused(measure):
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
-def test_neighbours_that_are_equally_near_do_not_win_by_their_place(k):
+def test_ties_of_neighbours_do_not_depend_on_their_order(k):
     """If all features are equal, k-NN accuracy is at the chance level, for any order of the images."""
     same = torch.ones(6, 4)
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -206,7 +206,7 @@ def numbered(numbers: list[int], captions: list[str] | None = None) -> TensorIma
     return TensorImages(torch.tensor(numbers, dtype=torch.uint8)[:, None, None, None], torch.tensor(numbers), captions)
 
 
-def test_every_caption_of_an_image_is_right_and_the_image_is_one_answer():
+def test_recall_with_several_captions_per_image():
     images = numbered([i // 5 for i in range(30)], [f"caption {k} of {i}" for i in range(6) for k in range(5)])
     images.groups = [i // 5 for i in range(30)]
     found = recall_of(Two(6), Pairs(images), (1, 5))
@@ -215,7 +215,7 @@ def test_every_caption_of_an_image_is_right_and_the_image_is_one_answer():
     )
 
 
-def test_zero_shot_of_siglip_asks_of_each_class_alone():
+def test_siglip_zero_shot_is_a_sigmoid_per_class():
     images = numbered([0, 1, 2])
     for bias in (None, -1.5):
         two = Two(3, bias)

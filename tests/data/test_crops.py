@@ -39,7 +39,7 @@ def test_boxes_lie_in_the_image_and_have_the_area_asked_for(width, height, scale
         assert np.mean(areas) == pytest.approx(sum(scale) / 2, abs=0.03)
 
 
-def test_scales_that_are_no_shares_are_refused():
+def test_crop_scales_out_of_range_are_refused():
     for scale in ((0.0, 1.0), (0.5, 0.4), (0.5, 1.5), (-1, 1)):
         with pytest.raises(ValueError, match="crop: scale must be"):
             Crop((8, 8), scale)
@@ -158,7 +158,7 @@ def test_resumed_and_divided_runs_draw_the_same(images, workers):
     assert torch.equal(torch.cat([micro[6]["crop"], micro[7]["crop"]]), whole[3]["crop"])
 
 
-def test_what_workers_cannot_read_is_known_here(tmp_path):
+def test_unreadable_files_of_workers_are_recorded(tmp_path):
     images = load_data(str(files(tmp_path)), 32).train
     images.items[3].write_bytes(b"x")
     with pytest.warns(UserWarning, match="skipped"):

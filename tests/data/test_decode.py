@@ -111,7 +111,7 @@ def test_orientation_is_applied_whatever_the_file(tmp_path, turn, ending):
         assert (views["crop"][0].float() - want).abs().max() <= 6
 
 
-def test_damaged_exif_is_no_damage(tmp_path):
+def test_damaged_exif_is_ignored(tmp_path):
     corners().save(tmp_path / "a.jpg", exif=b"Exif\0\0rubbish rubbish")
     assert decode_image(tmp_path / "a.jpg", 32).shape == (3, 32, 32)
 
@@ -189,7 +189,7 @@ DAMAGE = (
 
 @pytest.mark.filterwarnings("ignore:skipped")
 @pytest.mark.parametrize("kind", [*DAMAGE, "gone", "a folder"])
-def test_damage_is_replaced_in_training_and_left_out_of_evaluation(tmp_path, kind):
+def test_damaged_images_are_replaced_in_training_and_left_out_of_evaluation(tmp_path, kind):
     paths = []
     for i in range(6):
         paths.append(tmp_path / f"{i}.png")

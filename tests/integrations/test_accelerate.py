@@ -122,7 +122,7 @@ def _wrapped_by_a_closure(module):
 
 @pytest.mark.parametrize("wrap", [_wrapped_by_a_partial, _wrapped_by_a_closure])
 @pytest.mark.parametrize("name", MODELS)
-def test_undone_under_what_another_library_put_around(name, wrap):
+def test_restore_under_wrappers_of_other_libraries(name, wrap):
     model, run = fresh(name)
     with torch.no_grad():
         original = run(model)

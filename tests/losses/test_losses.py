@@ -147,7 +147,7 @@ def test_bad_settings():
         DINOLoss(8)(torch.randn(1, 2, 8), torch.randn(1, 2, 8), 0.1)
 
 
-def test_a_scale_above_its_bound_comes_back():
+def test_a_scale_above_its_bound_is_clamped():
     """The parameter is clamped and keeps its gradient, as in the paper's training; SigLIP's is not bounded."""
     a, b = torch.randn(6, 4), torch.randn(6, 4)
     loss = CLIPLoss(max_scale=50.0)
@@ -169,7 +169,7 @@ def test_a_pair_alone_has_no_negatives(loss):
         loss(torch.randn(1, 4), torch.randn(1, 4))
 
 
-def test_triplets_are_whole():
+def test_triplet_shapes():
     for shapes in ([(0, 4)] * 3, [(3, 4), (3, 4), (2, 4)], [(4,)] * 3):
         with pytest.raises(ValueError, match="TripletLoss: anchor, positive and negative must be of one shape"):
             TripletLoss()(*(torch.randn(shape) for shape in shapes))

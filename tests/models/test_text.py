@@ -152,7 +152,7 @@ def test_a_row_without_an_end_pools_its_last_token():
 
 
 @pytest.mark.parametrize("pad", [0, 7])
-def test_padding_counts_for_nothing_in_a_bag_of_words(pad):
+def test_padding_is_ignored_in_a_bag_of_words(pad):
     tower = TextCBOW(8, 20, 16, pad)
     short = torch.tensor([[3, 4, 5]])
     padded = torch.cat((short, torch.full((1, 4), pad)), 1)
@@ -212,7 +212,7 @@ def test_an_end_is_added_where_the_file_adds_none(tmp_path):
         load_tokenizer(str(write_tokenizer(tmp_path / "nothing", template=False)), 5)
 
 
-def test_what_is_no_tokenizer(tmp_path):
+def test_files_that_are_not_tokenizers(tmp_path):
     for content in ("{}", "not json", ""):
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(ValueError, match=r"tokenizer: .*tokenizer\.json is not a tokenizer\.json"):

@@ -106,7 +106,7 @@ def test_floats(instruction: str, wanted) -> None:
     assert torch.allclose(got, wanted(source), rtol=3e-7, atol=1e-9)
 
 
-def test_lanes_part_and_meet() -> None:
+def test_divergent_lanes_reconverge() -> None:
     """Each lane counts to its own number, all wait at a barrier, then read their neighbours' counts."""
     body = """
 	mov.b32 %r4, 0;

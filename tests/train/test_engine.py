@@ -147,7 +147,7 @@ def test_clip_sets_its_scale_back_after_the_step(tmp_path):
         run.close()
 
 
-def test_what_takes_micro_batches_alone_says_so(tmp_path, capsys):
+def test_note_about_parts_that_depend_on_the_micro_batch(tmp_path, capsys):
     tiny = ["embed_dim=24", "depth=1", "num_heads=1", "patch_size=8"]
     options = ["prototypes=40", "hidden=16", "bottleneck=8", "local_crops=0"]
     settings = {"data": "digits", "steps": 1, "batch_size": 8, "accumulate": 2, "set": tiny, "option": options}

@@ -211,7 +211,7 @@ def test_other_libraries_folders(head, tmp_path):
         (None, "does not exist"),
     ],
 )
-def test_files_that_are_no_weights_end_a_run_in_one_line(content, reason, tmp_path):
+def test_files_without_weights_are_a_one_line_error(content, reason, tmp_path):
     path = tmp_path / "weights.pth"
     if content is not None:
         path.write_bytes(content)

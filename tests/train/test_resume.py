@@ -81,7 +81,7 @@ def test_kill_9_and_resume_gives_the_same_bits(tmp_path, recipe, option):
     assert weights[0] == weights[1]
 
 
-def test_a_run_that_moves_says_so(tmp_path, monkeypatch, capsys):
+def test_note_about_other_hardware_or_settings(tmp_path, monkeypatch, capsys):
     """On another machine or with other settings a run continues, with a note that results may differ in the
     last bits."""
     settings = {**SMALL, "out": str(tmp_path), "steps": 2}

@@ -102,7 +102,7 @@ def test_classes_that_the_run_does_not_know_are_listed(run, tmp_path):
         load_run(run, str(tmp_path / "other"))
 
 
-def test_spectrograms_are_no_images(run):
+def test_spectrograms_are_not_images(run):
     with pytest.raises(ValueError, match="the run was trained on images, words has spectrograms"):
         load_run(run, "words")
 

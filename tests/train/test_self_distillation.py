@@ -91,7 +91,7 @@ def test_batch_norms_of_the_teacher_follow_the_batch():
     assert not torch.allclose(model.eval()(crops).teacher, trained, atol=1e-3)
 
 
-def test_prototypes_rest_for_one_epoch_and_keep_their_length(tmp_path):
+def test_prototypes_are_frozen_for_one_epoch_and_stay_normalised(tmp_path):
     for norm, count in ((True, 1), (False, 2)):
         run = engine.Run(settings("dino", f"norm_last_layer={norm}", out=str(tmp_path / f"{norm}"), batch_size=1442))
         assert run.per_epoch == 1
@@ -107,7 +107,7 @@ def test_prototypes_rest_for_one_epoch_and_keep_their_length(tmp_path):
         run.close()
 
 
-def test_ibot_counts_as_in_the_papers_code():
+def test_ibot_weights_are_those_of_the_papers_code():
     """The cross-entropy of each masked patch divided by the masked patches of its crop, summed, divided by all crops,
     including those without a mask.
     """

@@ -50,7 +50,7 @@ def test_hopper_uses_warpgroup_products() -> None:
         assert report.warpgroup > 0, report
 
 
-def test_no_widening_outside_the_interpreter() -> None:
+def test_compiled_products_use_bfloat16() -> None:
     """bfloat16 operands are converted to float32 only in the interpreter; compiled products use bfloat16."""
     (launch,) = matrix.launches("attention map N=197 d=64", "bf16", "sm_90")
     text = compiled.build(launch, "sm_90").asm["ttir"]
@@ -71,7 +71,7 @@ def test_rules_catch_what_they_are_for() -> None:
     assert len(matrix.faults(bad, "bf16")) == 7
 
 
-def test_a_kernel_the_compiler_gave_up_is_seen() -> None:
+def test_a_kernel_without_enough_tensor_memory_is_reported() -> None:
     """Four accumulators of 128 columns fill the 512 columns of a Blackwell processor's tensor memory, without room for
     a tile of scores.
     """

@@ -130,7 +130,7 @@ def test_lengths_with_the_tiles_in_use(agree, n: int) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("n", "d"), [(197, 64), (290, 80), (577, 64), (400, 128)])
-def test_long_walks_with_the_tiles_in_use(agree, n: int, d: int, dtype: torch.dtype) -> None:
+def test_several_loop_steps_with_the_tuned_tiles(agree, n: int, d: int, dtype: torch.dtype) -> None:
     """Several steps of every pipelined loop, with the tuned tiles."""
     _compare(
         agree, [*_inputs(dtype, 1, 1, 1, n, n, d, d), None, False, d**-0.5, 0.0, None], lse_grad=False, bias_grad=False

@@ -46,7 +46,7 @@ def test_tuning_file_comes_first_and_a_broken_one_is_named(monkeypatch: pytest.M
     tiles._look_up.cache_clear()
 
 
-def test_candidates_differ_from_the_present_and_pad_least_first() -> None:
+def test_candidates_are_ordered_by_padding() -> None:
     now = tiles.choose("forward_long", "sm_90", 2, 64, 576)
     found = list(tune.candidates("forward_long", now, 576))
     assert now not in found
