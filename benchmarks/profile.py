@@ -177,7 +177,7 @@ def table(name: str, dtype: str, batch: int, top: ceiling.Ceiling) -> str:
         if row[1] != "0.0" or row[3] != "0.0" or row[4] != "0.0":
             lines.append(f"| {' | '.join(row)} |")
     whole = [f"{totals[mode, provider]:.0f}" for mode in ("inference", "training step") for provider in runs]
-    lines.append(f"| **milliseconds in all** | {whole[0]} | | {whole[1]} | {whole[2]} | | {whole[3]} |")
+    lines.append(f"| **total** | {whole[0]} | | {whole[1]} | {whole[2]} | | {whole[3]} |")
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ from pyvit.train.initialisation import adopt, check_model, inherit
 from pyvit.train.log import Log, Progress, active_kernels, say
 from pyvit.train.optim import LARS, parameter_groups
 from pyvit.train.options import SettingError, parse
-from pyvit.train.presets import MODELS, PRESETS, TOWERS
+from pyvit.train.presets import MODELS, PRESETS, RECIPE_MODELS
 from pyvit.train.recipe import Contrastive, Recipe, load_recipe
 from pyvit.train.resume import Resumable
 from pyvit.train.run_folder import Lock
@@ -65,7 +65,7 @@ def resolve_config(config: Config) -> Config:
     recipe.options_of(config)
     parse(config.set, "set")
     config = config.resolved(
-        {"model": TOWERS.get((config.recipe, config.data)) or MODELS.get(config.data, "vit_small_patch16_224")}
+        {"model": RECIPE_MODELS.get((config.recipe, config.data)) or MODELS.get(config.data, "vit_small_patch16_224")}
     )
     check_model(recipe, config)
     config = adopt(config, recipe)
