@@ -123,8 +123,7 @@ def measure_within(
     chosen: Sequence[Case], settings: Settings, top: Ceiling, left: Callable[[], float], say: Callable[[str], None]
 ) -> Results:
     """Measure case by case while the ``left()`` seconds are enough for a case as slow as the slowest so far. Targets of
-    the others are reported as not measured.
-    """
+    the others are reported as not measured."""
     results, slowest = Results(), 10.0
     for i, case in enumerate(chosen):
         begun = left()

@@ -71,8 +71,7 @@ def kind_of(name: str) -> str:
 
 def product_flops(name: str, shapes: Sequence[Sequence[int]], itemsize: int = 4) -> float:
     """Flops (two per multiply-add) of a matrix product from its arguments' shapes (empty for arguments that are not
-    tensors).
-    """
+    tensors)."""
     if (
         name == "pyvit::packed_layers"
     ):  # x, norm, its weight, bias and eps, the first weight's words, ..., and at 9 the second's
@@ -94,8 +93,7 @@ def _recorded() -> Iterator[Any]:
 
 def by_kind(run: Callable[[], object], itemsize: int, rounds: int = 3) -> dict[str, tuple[float, float, float]]:
     """Kind -> (milliseconds, flops of its products, bytes of its tensors) of one call: the round with the median total
-    time.
-    """
+    time."""
     for _ in range(2):
         run()
     found = []

@@ -13,8 +13,7 @@ ROWS = 16
 
 def extreme_bias(cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """(ROWS, cols): rows masked completely by one finite number or by several, masked partly, masked by -inf; and rows
-    with large positive numbers.
-    """
+    with large positive numbers."""
     info = torch.finfo(dtype)
     bias = torch.randn(ROWS, cols, dtype=torch.float64)
     at = torch.arange(cols)

@@ -134,8 +134,7 @@ def test_user_errors_are_one_line(arguments, code, message, tmp_path, monkeypatc
 )
 def test_every_error_is_said_in_a_line(error, line, monkeypatch, capsys, tmp_path, handlers):
     """One line: with the error's type if its message is not clear by itself, with the given files, and with a hint how
-    to see more.
-    """
+    to see more."""
     (tmp_path / "weights.pth").touch()
 
     def fails():

@@ -38,8 +38,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None], None]
 
 def test_predictions_decide(on: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """577 tokens: CUDA's warps need less padding than Triton's tiles; on Hopper, Triton's tiles use faster
-    instructions.
-    """
+    instructions."""
     monkeypatch.setattr(gpu_choice, "MEASURED", ())
     on("A100")
     assert select(LONG) == "cuda"
@@ -49,8 +48,7 @@ def test_predictions_decide(on: Callable[[str | None], None], monkeypatch: pytes
 
 def test_the_nearest_measurement_decides(on: Callable[[str | None], None]) -> None:
     """On Hopper: CUDA for windows of 12, Triton for windows of 7, the nearer one for those between. No prediction for
-    fp32 and distant lengths.
-    """
+    fp32 and distant lengths."""
     sides = {side: WINDOWS._replace(sizes=(128, 56, 56, side, side, 3, 32)) for side in (6, 7, 9, 11, 12, 24)}
     for part in ("H100", "H200"):
         on(part)
@@ -196,8 +194,7 @@ def test_the_part_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_measuring_two_backends_makes_rows() -> None:
     """With two CPU backends instead of GPU backends: rows are Python code for the table, and a backend that refuses is
-    reported.
-    """
+    reported."""
     said: list[str] = []
     cases = [case for case in gpu_cases.tiny() if case.op in ("flash_attention", "window_attention", "patch_embed")]
     found = list(

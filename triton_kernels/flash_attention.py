@@ -91,8 +91,7 @@ class _Problem:
 
     def like(self, t: Tensor, channels: int) -> Tensor:
         """An uninitialised output with the layout of the operator's contract: (B, N, H, D) in memory, or (T, H, D) for
-        varlen.
-        """
+        varlen."""
         if self.cu is not None:
             return t.new_empty(t.shape[0], t.shape[1], channels)
         return t.new_empty(t.shape[0], t.shape[2], t.shape[1], channels).transpose(1, 2)
@@ -175,8 +174,7 @@ def _backward(
 
 def _bias_backward(args: dict[str, Any], p: _Problem) -> Tensor:
     """The gradient of the bias. Each program owns a tile and loops over everything the bias was broadcast over; long
-    loops are split, and the parts added in order.
-    """
+    loops are split, and the parts added in order."""
     assert p.bias is not None
     c = p.choose("bias_grad")
     bb, bh, bi, bj = p.bias.shape

@@ -72,10 +72,7 @@ def triton_attention(
         padded = up(n_q, rows) * one_tile(n_k)
     else:
         c = choose("backward_dkdv", arch, itemsize, d, n_k)
-        rows = c.block_m
-        tensors = 12
-        products = 7
-        launches = 2
+        rows, tensors, products, launches = c.block_m, 12, 7, 2
         padded = up(n_q, c.block_n) * up(n_k, c.block_m)
     if bias_grad:
         tensors, products, launches = tensors + 4, products + 2, launches + 2

@@ -1,6 +1,5 @@
 """The subcommands of ``pyvit eval``. Each loads a finished run, prints its results, and writes PNG files into the run's
-folder.
-"""
+folder."""
 
 from __future__ import annotations
 
@@ -88,8 +87,7 @@ def zero_shot_command(
 
 def retrieval_command(run: str, data: str | None = None, out: str | None = None, count: int = 6) -> dict[str, float]:
     """Recall@k of images by caption and captions by image. For drawn scenes also localisation of phrases, with a sheet
-    of maps.
-    """
+    of maps."""
     recipe, chosen = _open(run, data)
     found = retrieval.recall_of(recipe, chosen, (1, 5, 10))
     _say_damage(chosen)

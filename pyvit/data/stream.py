@@ -120,8 +120,7 @@ class Stream(Images):
         crops: Mapping[str, Crop] | None = None,
     ) -> IterableDataset[Batch]:
         """The micro-batches of ``rank`` for steps ``start`` to ``steps``. Examples of earlier steps are skipped without
-        decoding.
-        """
+        decoding."""
         size = batch // world // accumulate
         return _Batches(
             self, size, start * accumulate * size, (steps - start) * accumulate, seed, rank, world, crops or {}

@@ -56,8 +56,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def servable(x: Any) -> bool:
     """Whether kernels support the input's dtype, device and layout, and no exporter is active that does not know
-    pyvit's operators.
-    """
+    pyvit's operators."""
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
         return False
     return (
@@ -125,8 +124,7 @@ _PARTS = {
 
 class Forward:
     """Stored in ``vars(module)[method]`` of an accelerated module. Every call checks that nothing has changed, because
-    patches and hooks may be added later.
-    """
+    patches and hooks may be added later."""
 
     #: As torch.jit.ignore sets it: scripting then compiles the class's own forward.
     _torchscript_modifier = torch.jit.ignore(lambda: None)._torchscript_modifier  # type: ignore[attr-defined]
@@ -300,8 +298,7 @@ def _empty() -> Forward:
 
 def _methods_are_ours(module: nn.Module, methods: frozenset[str], holding: bool = True) -> bool:
     """Whether the instance overrides none of its class's methods, except by replacements of accelerate (that hold, if
-    ``holding``).
-    """
+    ``holding``)."""
     own = vars(module)
     if methods.isdisjoint(own):
         return True

@@ -1,6 +1,5 @@
 """torchvision: ViT, Swin and Swin V2. ViT's attention is torch's module: see
-:func:`pyvit.integrations.common.multihead`.
-"""
+:func:`pyvit.integrations.common.multihead`."""
 
 from __future__ import annotations
 

@@ -70,8 +70,7 @@ class _Centered(nn.Module):
     @torch.no_grad()
     def update_center(self, keep: bool = True) -> None:
         """Update the running mean with the mean of the scores since the last call; with ``keep`` False, discard these
-        scores.
-        """
+        scores."""
         if self._batch_means and keep:
             self.center.lerp_(torch.stack(self._batch_means).mean(0).to(self.center.dtype), 1 - self.momentum)
         self._batch_means.clear()
@@ -158,8 +157,7 @@ class IBOTLoss(_Centered):
         teacher_prototypes: Tensor | None = None,
     ) -> Tensor:
         """student, teacher (M, C): the masked tokens of the batch; weights (M,): 1 / (masked tokens of its image) /
-        images.
-        """
+        images."""
         if student.shape[0] == 0:
             if self.group is not None:
                 self._center(
@@ -189,6 +187,5 @@ class KoLeoLoss(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, D): the class tokens of one crop. Crops of the same image must not be neighbours, so call it once per
-        crop.
-        """
+        crop."""
         return koleo(F.normalize(x.float(), dim=-1), group=self.group)

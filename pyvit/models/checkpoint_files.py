@@ -182,8 +182,7 @@ def _dictionary(*args: Any) -> dict[Any, Any]:
 
 def _read_pickle(path: Path, names: list[str]) -> Any:
     """A file of ``torch.save``, read by torch's unpickler for tensors and plain values; ``names`` collects the classes
-    of other objects.
-    """
+    of other objects."""
     if zipfile.is_zipfile(path):
         names += torch.serialization.get_unsafe_globals_in_checkpoint(path)
     while True:

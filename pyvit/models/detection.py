@@ -96,8 +96,7 @@ class DecomposedAttention(nn.Module):
 
 def offsets(table: Tensor, n: int) -> Tensor:
     """Rows of a table (L, d) of offsets for every (query, key) of an axis of length n: (n, n, d). Resampled linearly if
-    L is not 2n - 1.
-    """
+    L is not 2n - 1."""
     if table.shape[0] != 2 * n - 1:
         table = F.interpolate(table.float().T[None], size=2 * n - 1, mode="linear")[0].T.to(table.dtype)
     at = torch.arange(n, device=table.device)
@@ -210,8 +209,7 @@ class ChannelNorm(nn.LayerNorm):
 
 class SimpleFeaturePyramid(nn.Module):
     """A map at stride 16 to maps "0" to "3" at strides 4, 8, 16, 32, and "pool" at 64, each (B, out_channels, ...)
-    (section 3).
-    """
+    (section 3)."""
 
     def __init__(self, dim: int, out_channels: int = 256) -> None:
         super().__init__()
@@ -242,8 +240,7 @@ class SimpleFeaturePyramid(nn.Module):
 
 class FeaturePyramid(nn.Module):
     """Maps of several strides to maps of ``out_channels`` channels with top-down connections, and "pool". Lin et al.,
-    "FPN" (2017).
-    """
+    "FPN" (2017)."""
 
     def __init__(self, channels: Sequence[int], out_channels: int = 256) -> None:
         super().__init__()

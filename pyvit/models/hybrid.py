@@ -61,8 +61,7 @@ class Bottleneck(nn.Module):
 
 class ResNetV2Stem(nn.Module):
     """(B, C, H, W) to a map at stride 2^(stages + 1), with timm's names. Without stages: one convolution and the
-    pooling, at stride 4.
-    """
+    pooling, at stride 4."""
 
     def __init__(self, layers: Sequence[int], in_chans: int = 3) -> None:
         super().__init__()

@@ -72,8 +72,7 @@ def _told(metadata: Metadata, constructor: Any, settings: Mapping[str, Any]) -> 
 
 def structure(source: Source) -> dict[str, Any]:
     """Settings of a ViT that the weights determine and that a model's name may leave open; {} if the weights are not a
-    ViT's.
-    """
+    ViT's."""
     native, _, _ = to_native(source.state, recognise(source.state))
     metadata = source.metadata or metadata_of_config(source.config, native)
     at = "visual." if any(k.startswith("visual.") for k in native) else ""

@@ -55,8 +55,7 @@ class MaskedAutoencoder(VisionTransformer):
 
     def init_autoencoder(self) -> None:
         """Xavier-uniform initialisation of linear layers and the patch projection; tokens from a normal distribution of
-        0.02 (appendix A.1).
-        """
+        0.02 (appendix A.1)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -171,8 +171,7 @@ class VisionTransformer(WithMetadata):
 
     def init_weights(self) -> None:
         """Normal distribution of 0.02 for linear layers and positions, 1e-6 for prefix tokens; sines and cosines for
-        fixed positions.
-        """
+        fixed positions."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -219,8 +218,7 @@ class VisionTransformer(WithMetadata):
 
     def positions(self, grid: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
         """Learned or fixed positions for a grid: of the patches (N, D), resampled, and of the class and distillation
-        tokens (1 or 2, D).
-        """
+        tokens (1 or 2, D)."""
         if self.pos_embed is None:
             return None, None
         first = self.pos_embed.shape[1] - self.grid[0] * self.grid[1]

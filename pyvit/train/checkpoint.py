@@ -79,8 +79,7 @@ def load(path: Path) -> dict[str, Any] | None:
 
 def sweep(folder: Path, *names: str) -> None:
     """Remove the temporary files that interrupted writes of ``names`` left in ``folder``. No other process may be
-    writing there.
-    """
+    writing there."""
     for name in names:
         for stale in folder.glob(f".{glob.escape(name)}.*"):
             with contextlib.suppress(OSError):

@@ -51,8 +51,7 @@ class NumberedBatches:
 
 def resolve_config(config: Config) -> Config:
     """Fill in the settings that were not given: presets for built-in data, then the recipe's defaults, then the run
-    folder.
-    """
+    folder."""
     config.check()
     if config.epochs is not None and config.steps is not None:
         raise SettingError(f"epochs and steps: give one of them, got {config.epochs} and {config.steps}")
@@ -191,8 +190,7 @@ class Run(Resumable):
 
     def step(self, step: int, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
         """One optimizer step. Returns the values to log. Steps skipped by the float16 scaler do not advance the
-        schedules.
-        """
+        schedules."""
         c = self.config
         schedule_step = step - self.skipped
         lr = _set_rates(self.optimizer, self.recipe, c, schedule_step, self.steps)
@@ -348,8 +346,7 @@ class Run(Resumable):
 
     def export(self, results: dict[str, float]) -> list[str]:
         """Write the weights, settings, data description and results. Returns the names of files that could not be
-        written.
-        """
+        written."""
         state = get_model_state_dict(
             self.recipe.exported(), options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )

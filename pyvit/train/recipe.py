@@ -131,8 +131,7 @@ class Recipe(nn.Module):
 
     def depends_on_micro_batch(self) -> list[str]:
         """Names of the parts whose result depends on which rows are in the same micro-batch, for a note about
-        ``--accumulate``.
-        """
+        ``--accumulate``."""
         return ["batch norms"] if has_batch_norm(self) else []
 
     def rate_scales(self) -> Mapping[str, float]:

@@ -46,8 +46,7 @@ class Resumable:
 
     def _on_main(self, action: Callable[[], None]) -> None:
         """Call ``action()`` on the main process. A ValueError or OSError is raised on every rank, so that none waits
-        for the others.
-        """
+        for the others."""
         problem: list[str | None] = [None]
         if self.main:
             try:

@@ -21,7 +21,7 @@ from torch.utils.cpp_extension import include_paths
 from pyvit import backends, dispatch
 from pyvit.schemas import SCHEMAS
 
-# Attributes of these names in the package are the functions, not the modules.
+# The package's attributes of these names are the functions.
 flash_attention, flash_attention_varlen, window_attention, patch_embed = (
     importlib.import_module(f"pyvit.ops.{name}")
     for name in ("flash_attention", "flash_attention_varlen", "window_attention", "patch_embed")
@@ -155,9 +155,8 @@ def emulator() -> Iterator[Emulator]:
 
 @pytest.fixture
 def cuda_on_host(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Emulator:
-    """pyvit.ops serve backend="cuda" on CPU tensors through the emulation. Contract, capabilities and autograd are the
-    real ones.
-    """
+    """pyvit.ops serve backend="cuda" on CPU tensors, through the emulation: contract, capabilities and autograd are the
+    real ones."""
     monkeypatch.setitem(backends.MISSING, ("cuda", "cpu"), None)
     monkeypatch.setattr(dispatch, "_choices", {})
     for operator in (

@@ -64,8 +64,7 @@ def test_strides(store):
 @pytest.mark.parametrize("nk", [37, 150])
 def test_finite_masks(dtype, nk):
     """Rows masked completely or partly by finite numbers, in one and in several tiles of keys; the gradient of every
-    broadcast bias.
-    """
+    broadcast bias."""
     for bias in {torch.float32: extreme_bias(nk), dtype: extreme_bias(nk, dtype)}.values():
         tensors = _qkv(dtype, 1, 2, ROWS, nk, 32) | {"bias": bias}
         testing.check_op(

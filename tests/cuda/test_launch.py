@@ -1,6 +1,5 @@
 """The launcher with a scripted CUDA runtime: each failure is reported by the call that caused it, and does not affect
-later calls.
-"""
+later calls."""
 
 from __future__ import annotations
 

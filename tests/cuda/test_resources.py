@@ -42,8 +42,7 @@ def test_budgets(resources, record):
 
 def test_no_budget_is_wider_than_its_worst_kernel_needs(resources, record):
     """Budgets are tight, so that no kernel grows unnoticed: within 8 registers, the allocation unit, and with no spare
-    byte.
-    """
+    byte."""
     worst = dict.fromkeys(resources.BUDGETS, (0, 0))
     for kernel, per_arch in record["kernels"].items():
         prefix = resources.governing(kernel)
@@ -99,8 +98,7 @@ def test_the_table_is_of_the_record(resources, record):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_table_knows_how_kernels_are_launched(resources, emulator, dtype):
     """Every launch of these calls is in the table, with its threads and shared memory, and every launch of the table
-    occurs.
-    """
+    occurs."""
     emulator.call("pyvit_emulation_forget_sites")
     q, bias = torch.randn(1, 1, 197, 64).to(dtype), torch.randn(1, 1, 197, 197)
     options = (bias, False, 0.1, 0.0, None, "cuda")

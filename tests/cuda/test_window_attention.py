@@ -44,8 +44,7 @@ def test_shifted_windows(dtype, window):
 )
 def test_where_one_pass_ends(dtype, window, d):
     """3, 64, 65, 144 and 145 tokens: the smallest and largest windows of each kernel; a padded map with windows in few
-    groups.
-    """
+    groups."""
     tensors = _tensors(dtype, 1, 2 * window[0] - 1, window[1], 2, d, window, cosine=True, pad=True)
     shift = (window[0] // 2, 0)
     testing.check_op(window_attention, tensors, backend="cuda", window_size=window, shift_size=shift, num_heads=2)
@@ -81,8 +80,7 @@ def test_an_axis_of_one_window_is_not_shifted():
 @pytest.mark.parametrize("window", [7, 12, 13])
 def test_finite_masks(dtype, cosine, window):
     """Tables that mask rows by -inf or finite numbers; one pass with whole rows, one pass with parts of rows, several
-    passes.
-    """
+    passes."""
     tensors = _tensors(dtype, 1, window, window, ROWS, 16, (window, window), cosine=cosine)
     tensors["bias_table"] = extreme_table((2 * window - 1) ** 2)
     testing.check_op(

@@ -179,8 +179,7 @@ def test_unreadable_files_of_workers_are_recorded(tmp_path):
 )
 def test_recipes_train_on_crops_of_files_and_resume(recipe, names, tmp_path):
     """An uninterrupted run of 3 steps and one resumed from step 2 end with the same weights, with one worker and
-    without.
-    """
+    without."""
     small = {
         "mae": ["decoder_dim=16", "decoder_depth=1", "decoder_heads=1"],
         "simclr": ["hidden=16", "out=8"],

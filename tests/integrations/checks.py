@@ -34,8 +34,7 @@ def check_accelerated(
     model: nn.Module, call: Callable[[nn.Module], Tensor], replaced: dict[str, int], rtol: float = 1e-4
 ) -> None:
     """``call`` gives the same result before and after, in float32 and bfloat16, and ``replaced`` modules of each class
-    are replaced.
-    """
+    are replaced."""
     expected, gradients = _results(model, call)
     exact, slopes = _results(copy.deepcopy(model).double(), call)
     rounded = call(copy.deepcopy(model).bfloat16()).detach()
@@ -118,8 +117,7 @@ def made(name):
 
 def check_changed(name, change, when):
     """A model that is accelerated and changed gives the same as one that is only changed. Returns the size of the
-    change, and the report.
-    """
+    change, and the report."""
     model, run = made(name)
     plain, model, other = None, copy.deepcopy(model), copy.deepcopy(model)
     with torch.no_grad():

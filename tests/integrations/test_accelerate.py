@@ -41,8 +41,7 @@ def test_identities_in_the_place_of_dropouts(name, when):
 @pytest.mark.parametrize("name", MODELS)
 def test_dropouts_that_are_on_in_evaluation(name):
     """Monte Carlo dropout: after ``model.eval()``, each dropout in training mode draws random numbers or not, as in the
-    original.
-    """
+    original."""
     model, run = fresh(name)
     paths = [path for path, module in model.named_modules() if type(module) is nn.Dropout]
     with torch.no_grad():

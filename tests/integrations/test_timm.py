@@ -63,7 +63,8 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_branches_of_one_pass(name, monkeypatch):
-    """With packed weights each residual branch is one operator. Hooks and modifications still take effect."""
+    """With packed weights a block is layer norm to residual in one pass, and nothing that watches or changes it is
+    passed over."""
     monkeypatch.setattr(products, "_policy", "pyvit")
     monkeypatch.setattr(products, "_chosen", {})
     model = make(name, **MODELS[name]).eval()

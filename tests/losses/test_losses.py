@@ -62,8 +62,7 @@ def test_triplet_is_torchs():
 
 def test_dino_by_loops_and_center():
     """Two global and three local crops. The centre is the running mean of the teacher's scores, and is used before it
-    is updated.
-    """
+    is updated."""
     loss = DINOLoss(prototypes=12, momentum=0.9)
     loss.center.copy_(torch.randn(12))
     start = loss.center.clone()
@@ -177,8 +176,7 @@ def test_triplet_shapes():
 
 def test_ibot_is_the_formula_of_the_papers_code():
     """Weights 1 / (masked patches of the image), summed over patches, averaged over all images of the batch, in
-    float64.
-    """
+    float64."""
     torch.manual_seed(0)
     mask = torch.rand(6, 9) < torch.tensor([0.0, 0.5, 0.0, 0.9, 0.2, 0.0])[:, None]
     student, teacher = torch.randn(6, 9, 5, dtype=torch.float64), torch.randn(6, 9, 5, dtype=torch.float64)

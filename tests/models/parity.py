@@ -1,6 +1,5 @@
 """Comparison of a pyvit model with another implementation that has the same weights: outputs, and gradients of all
-parameters.
-"""
+parameters."""
 
 from __future__ import annotations
 
@@ -127,8 +126,7 @@ def check_both_precisions(
 
 def check_same_names(ours: nn.Module, theirs: nn.Module, *inputs: Tensor, relu: bool = True) -> Parity:
     """For models with the same parameter names: copy random weights and buffers by name. ``relu``: the models have
-    ReLU.
-    """
+    ReLU."""
     randomise(ours)
     with torch.no_grad():
         for name, buffer in ours.named_buffers():

@@ -135,8 +135,7 @@ def test_windows_that_nothing_names():
 
 def test_swin_v2s_window_at_pre_training():
     """Its position network gets offsets relative to that window. Another window gives other biases, even with equal
-    shapes.
-    """
+    shapes."""
     make = lambda w, trained=None: pyvit.create_model(  # noqa: E731
         "swinv2_tiny_window8_256", **{**SWIN, "window_size": w, "pretrained_window_sizes": trained}
     )

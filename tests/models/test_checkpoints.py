@@ -108,8 +108,7 @@ def test_training_scripts_checkpoints(tmp_path):
 
 def test_own_checkpoints_of_nested_models():
     """The prefixes "encoder.", "teacher." and "backbone." belong to wrappers for a ViT, and to the model itself for
-    models that contain a ViT.
-    """
+    models that contain a ViT."""
     small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
     for name, more in {
         "dino_vit_tiny_patch16_224": {"prototypes": 16, "head_hidden": 16, "bottleneck": 8},

@@ -226,8 +226,7 @@ def test_files_that_are_not_tokenizers(tmp_path):
 @pytest.mark.parametrize("extra", [0, 5])
 def test_the_recipe_pools_the_end_of_its_tokenizer(extra, tmp_path):
     """Words with larger ids than the end token must not be pooled: texts that differ after them must have different
-    embeddings.
-    """
+    embeddings."""
     from pyvit.data import Data, TensorImages
     from pyvit.train import Config
     from pyvit.train.recipe import load_recipe

@@ -18,8 +18,7 @@ pytest.register_assert_rewrite("tests.ops.pairwise_losses")
 @pytest.fixture
 def far(on: Served) -> str:
     """The layout "far", with rows far apart, if the device has memory for three such tensors (on a CPU the memory is
-    hardly touched).
-    """
+    hardly touched)."""
     try:
         _ = [torch.empty(2**31 + 4096, dtype=on.dtype, device=on.device) for _ in range(3)]
     except RuntimeError:
@@ -29,8 +28,7 @@ def far(on: Served) -> str:
 
 class Example(NamedTuple):
     """``op(**tensors, **options, backend=on.backend)``; ``low`` are the positional arguments of the same call of
-    torch.ops.pyvit, backend last.
-    """
+    torch.ops.pyvit, backend last."""
 
     op: Callable[..., Any]
     tensors: dict[str, Tensor]
@@ -143,8 +141,7 @@ def example(name: str, on: Served, seeded: int) -> Example:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test with the argument ``example`` runs for every operator on every kernel in float32, or on the naive form if
-    there is no kernel. If it is marked ``every_dtype``, it also runs in the other dtypes; if ``gpu``, only on GPUs.
-    """
+    there is no kernel. If it is marked ``every_dtype``, it also runs in the other dtypes; if ``gpu``, only on GPUs."""
     if "example" not in metafunc.fixturenames:
         return
     cases = []

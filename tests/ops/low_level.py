@@ -35,8 +35,7 @@ ON = Served(BACKEND, "cpu", torch.float32)
 
 class Base(NamedTuple):
     """A valid call, and a function that computes the same: its results, and what it writes to its arguments, as one
-    list.
-    """
+    list."""
 
     args: list[Any]
     naive: Callable[..., list[Tensor]] | None

@@ -1,6 +1,5 @@
 """Properties of every operator on every backend: dispatcher rules, torch.compile, export, autocast, double backward,
-determinism.
-"""
+determinism."""
 
 from __future__ import annotations
 

@@ -176,8 +176,7 @@ def test_masked_autoencoders_are_made_in_another_dtype() -> None:
 @pytest.mark.parametrize(("name", "settings"), MODELS.values(), ids=MODELS)
 def test_models_without_memory_are_filled(name: str, settings: dict[str, object]) -> None:
     """Models created on the meta device, after ``to_empty`` and a state dict: constants that are not in the state dict
-    are set too.
-    """
+    are set too."""
     wanted = pyvit.create_model(name, num_classes=0, **settings).eval()
     with torch.device("meta"):
         model = pyvit.create_model(name, num_classes=0, **settings).eval()

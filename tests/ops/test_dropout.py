@@ -83,8 +83,7 @@ def test_attention_is_unbiased_and_seeded(on: Served) -> None:
 @on_attention
 def test_the_backward_draws_the_same_mask(on: Served) -> None:
     """If v is the identity and the output gradient is 1, grad_v is the column sums of the weights that the forward
-    used.
-    """
+    used."""
     q, k = on.randn(1, 2, 9, 16), on.randn(1, 2, 12, 16)
     v = torch.eye(12, dtype=on.dtype, device=on.device).expand(1, 2, 12, 12).clone().requires_grad_()
     weights = flash_attention(q, k, v, dropout_p=0.4, backend=on.backend)

@@ -1,6 +1,5 @@
 """flash_attention under the numerics rule: outputs, log-sum-exp and all gradients, for difficult shapes, biases and
-masks.
-"""
+masks."""
 
 from __future__ import annotations
 
@@ -240,8 +239,7 @@ def test_finite_masks(on: Served, nk: int) -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 1, 1), (1, 1, 20, 1), (1, 1, 1, 41), (2, 3, 20, 41)], ids=str)
 def test_rows_shifted_by_any_number(on: Served, shape: tuple[int, ...], value: float) -> None:
     """Softmax is invariant to a constant added to a row: probabilities are at most 1, and gradients are those without
-    the bias, up to the rounding of the addition.
-    """
+    the bias, up to the rounding of the addition."""
     tensors = qkv(on, 2, 3, 20, 41, 32)
     bias = {"bias": torch.full(shape, value, device=on.device)}
     for causal in (False, True):

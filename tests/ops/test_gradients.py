@@ -105,8 +105,7 @@ def _weights(outputs: list[Tensor]) -> list[Tensor]:
 
 def _twice(call: Call, autocast: str) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients and the gradients of their squared norm, with autocast around the passes in ``autocast``: forward,
-    first, second.
-    """
+    first, second."""
 
     def around(part: str) -> Any:
         return torch.autocast("cpu", torch.bfloat16, enabled=part in autocast)

@@ -1,6 +1,5 @@
 """Scalar arguments: a tensor is converted to a number as in torch's functions, gets its gradient, or is refused by
-name.
-"""
+name."""
 
 from __future__ import annotations
 

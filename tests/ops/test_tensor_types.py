@@ -1,6 +1,5 @@
 """Arguments that are not dense real tensors: every operator raises an error that names the argument and says what to
-use.
-"""
+use."""
 
 from __future__ import annotations
 

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 @dataclass
 class Flight:
     """A ``wgmma`` in flight: its lanes and the number of their group, its accumulators, and the shared bytes it reads
-    (with block and first lane). Operands in registers need no check: ptxas inserts the fence they need.
-    """
+    (with block and first lane). Operands in registers need no check: ptxas inserts the fence they need."""
 
     lanes: np.ndarray
     group: np.ndarray

@@ -68,8 +68,7 @@ class _Runner(list):
 @contextlib.contextmanager
 def running(arch: str) -> Iterator[_Runner]:
     """Within the block Triton serves CPU tensors: launchers compile their kernels for ``arch`` and run them in the
-    interpreter.
-    """
+    interpreter."""
     if arch not in PARTS:
         raise ValueError(f"the machine runs {' and '.join(PARTS)}, got {arch!r}")
     able, common._recorder = backends.MISSING["triton", "cpu"], common._Recorder(arch)

@@ -29,8 +29,7 @@ class Lanes(NamedTuple):
 
 class Global:
     """The storages of a launch's tensors, at distant addresses. Only bytes of some tensor may be accessed. Only pages
-    with such bytes are stored, because a view may span more than the available memory.
-    """
+    with such bytes are stored, because a view may span more than the available memory."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._storages: dict[int, tuple[int, torch.UntypedStorage]] = {}

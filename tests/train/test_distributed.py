@@ -46,8 +46,7 @@ ROUNDING = {"simclr": 2e-4, "dino": 1.5e-4}
 
 def split(views: dict, rank: int, world: int) -> dict:
     """This rank's part. Views of self-distillation have crops before the batch dimension, and their weights are for a
-    whole batch.
-    """
+    whole batch."""
     found = {}
     for key, value in views.items():
         if not isinstance(value, torch.Tensor):

@@ -92,8 +92,7 @@ def test_both_forward_passes_draw_alike(name):
 
 def test_the_engine_keeps_the_negatives(tmp_path):
     """The initial loss of 16 images is about ln 31, with micro-batches of 1 and of 16; a micro-batch of 4 would have ln
-    7.
-    """
+    7."""
     first = []
     for accumulate in (1, 4, 16):
         settings = {**RECIPES["simclr"], "option": ["hidden=16", "out=8", "temperature=10.0"]}

@@ -34,8 +34,7 @@ def make(name: str, *options: str, **more):
 @pytest.mark.parametrize("name", ["dino", "dinov2"])
 def test_the_teacher_drops_nothing(name):
     """Also in training mode and with dropout in the model: two passes of the teacher are equal, two of the student are
-    not.
-    """
+    not."""
     recipe, views = make(name, "drop_path=0.3", set=[*TINY, "proj_drop_rate=0.2", "pos_drop_rate=0.2"])
     recipe.eval()
     recipe.train()
@@ -109,8 +108,7 @@ def test_prototypes_are_frozen_for_one_epoch_and_stay_normalised(tmp_path):
 
 def test_ibot_weights_are_those_of_the_papers_code():
     """The cross-entropy of each masked patch divided by the masked patches of its crop, summed, divided by all crops,
-    including those without a mask.
-    """
+    including those without a mask."""
     recipe, views = make("dinov2", "centering='centering'", "koleo=0.0", "drop_path=0.0")
     recipe.ibot.center.normal_()
     mask, total = views["mask"].flatten(0, 1), torch.zeros((), dtype=torch.float64)

@@ -1,6 +1,5 @@
 """Triton kernels on CPU tensors, against the reference: in Triton's interpreter (TRITON_INTERPRET=1 pytest
-tests/triton), or compiled for a GPU and run by the PTX interpreter of tests/ptx (pytest tests/triton).
-"""
+tests/triton), or compiled for a GPU and run by the PTX interpreter of tests/ptx (pytest tests/triton)."""
 
 from __future__ import annotations
 
@@ -56,8 +55,7 @@ Check = Callable[..., None]
 @pytest.fixture
 def agree() -> Check:
     """The numerics rule for a kernel's results. The first ``outputs`` of them are outputs, the others gradients;
-    ``scores`` as in :func:`pyvit.testing.compare`.
-    """
+    ``scores`` as in :func:`pyvit.testing.compare`."""
 
     def check(
         got: Sequence[Tensor], exact: Sequence[Tensor], naive: Sequence[Tensor], outputs: int, scores: float = 0.0

@@ -73,8 +73,7 @@ def test_rules_catch_what_they_are_for() -> None:
 
 def test_a_kernel_without_enough_tensor_memory_is_reported() -> None:
     """Four accumulators of 128 columns fill the 512 columns of a Blackwell processor's tensor memory, without room for
-    a tile of scores.
-    """
+    a tile of scores."""
     tiles.force("pair_gradient", tiles.Config(block_m=64, block_n=64, edge_n=64, group=4, warps=8))
     try:
         launch = matrix.launches("info_nce 4096 d=512", "bf16", "sm_100")[-1]

@@ -1,6 +1,5 @@
 """Attention on Triton against the reference: every feature, forward and all gradients, with the short and the long
-kernels.
-"""
+kernels."""
 
 from __future__ import annotations
 
@@ -84,8 +83,7 @@ def test_features(agree, small_tiles, monkeypatch, case: str, family: str) -> No
 @pytest.mark.parametrize("causal", [False, True])
 def test_finite_masks(agree, small_tiles, monkeypatch, family: str, causal: bool) -> None:
     """Rows masked completely or partly by finite numbers, and rows with large positive numbers: probabilities are at
-    most 1 in every kernel.
-    """
+    most 1 in every kernel."""
     if family == "long":
         monkeypatch.setattr(flash, "forward_short_fits", lambda *_: False)
         monkeypatch.setattr(flash, "backward_short_fits", lambda *_: False)

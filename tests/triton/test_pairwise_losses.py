@@ -1,6 +1,5 @@
 """The pairwise losses on Triton against the reference, forward and all gradients: partial blocks, split columns, sliced
-widths.
-"""
+widths."""
 
 from __future__ import annotations
 

@@ -74,8 +74,7 @@ def test_windows_in_low_precision(agree, dtype) -> None:
 @pytest.mark.parametrize("window", [(3, 3), (7, 7), (9, 9)], ids=str)
 def test_finite_masks(agree, dtype, window: tuple[int, int], features: str) -> None:
     """Tables that mask rows by -inf or finite numbers, for packed windows, for a window in one tile, and for several
-    tiles.
-    """
+    tiles."""
     table = extreme_table((2 * window[0] - 1) * (2 * window[1] - 1))
     size = (1, window[0] + 1, 2 * window[1]) if "pad" in features else (1, *window)
     _compare_windows(agree, dtype, size, window, (1, 1), ROWS, 16, features, table)

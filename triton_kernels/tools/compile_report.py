@@ -44,8 +44,7 @@ SELECTED = (
 
 def plan() -> list[tuple[str, str, str]]:
     """Architecture, dtype and case of every row: every case in bfloat16 and float32 on every architecture, and a
-    selection in float16.
-    """
+    selection in float16."""
     return [
         (arch, dtype, case)
         for arch in ARCHS

@@ -107,8 +107,7 @@ SPACE: dict[str, dict[str, Sequence[int]]] = {
 
 def candidates(kernel: str, now: Config, length: int) -> Iterator[Config]:
     """Configurations to try: those with least padding first, then those nearest to ``now``. A time budget cuts the list
-    at its end.
-    """
+    at its end."""
     space = SPACE[kernel]
     found = [replace(now, **dict(zip(space, values, strict=True))) for values in itertools.product(*space.values())]
 
@@ -125,8 +124,7 @@ def candidates(kernel: str, now: Config, length: int) -> Iterator[Config]:
 
 def milliseconds(run: Run, repeats: int = 10) -> float:
     """Median time of ``run`` on the GPU, as a captured CUDA graph, because launching several short kernels can take
-    longer on the CPU.
-    """
+    longer on the CPU."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
