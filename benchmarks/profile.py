@@ -71,7 +71,8 @@ def kind_of(name: str) -> str:
 
 def product_flops(name: str, shapes: Sequence[Sequence[int]], itemsize: int = 4) -> float:
     """Flops (two per multiply-add) of a matrix product from its arguments' shapes (empty for arguments that are not
-    tensors)."""
+    tensors).
+    """
     if (
         name == "pyvit::packed_layers"
     ):  # x, norm, its weight, bias and eps, the first weight's words, ..., and at 9 the second's
