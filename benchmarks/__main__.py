@@ -30,31 +30,35 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     level = parser.add_mutually_exclusive_group()
     level.add_argument(
-        "--quick", dest="level", action="store_const", const="quick", help="tiny shapes, seconds: does everything run"
+        "--quick",
+        dest="level",
+        action="store_const",
+        const="quick",
+        help="tiny shapes: a check that everything runs, in seconds",
     )
-    level.add_argument("--full", dest="level", action="store_const", const="full", help="every row of every table")
+    level.add_argument("--full", dest="level", action="store_const", const="full", help="every case")
     parser.add_argument("--peers", default="none", help=f"none, all, or a comma-separated list of: {', '.join(PEERS)}")
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="only cases whose name contains TEXT (of every level)"
     )
     parser.add_argument("--threads", type=int, default=0, help="threads for every contender (default: torch's choice)")
     parser.add_argument(
-        "--seconds", type=float, default=0.0, help="time for the clock per case (default: 0.4, --quick 0.05, --full 2)"
+        "--seconds", type=float, default=0.0, help="seconds per case (default: 0.4, --quick 0.05, --full 2)"
     )
     parser.add_argument(
         "--minutes",
         type=float,
         default=0.0,
-        help="stop starting cases after so long (default: 4.5; none with --full, --only or peers)",
+        help="minutes after which no case starts (default: 4.5; no limit with --full, --only or peers)",
     )
     parser.add_argument(
         "--keep-memory",
         action="store_true",
-        help="pyvit.keep_memory() first: every contender finds its memory ready (default: as a user's process)",
+        help="call pyvit.keep_memory() first, for all contenders (default: off)",
     )
     parser.add_argument("--out", type=Path, default=Path("results"), help="where results.csv, results.md and plots go")
     parser.add_argument("--no-plots", action="store_true", help="write no pictures")
-    parser.add_argument("--targets", action="store_true", help="compare with the project's own targets too")
+    parser.add_argument("--targets", action="store_true", help="also compare with the project's targets")
     args = parser.parse_args(argv)
     args.suites = tuple(args.suites) or SUITES
     unknown = [name for name in args.suites if name not in SUITES]
@@ -82,7 +86,10 @@ def main(argv: list[str] | None = None) -> int:
     kept = args.keep_memory and pyvit.keep_memory()
     top = ceiling.measure(torch.get_num_threads(), 0.05 if args.level == "quick" else 0.5)
     print(
-        "\n".join(report.machine(top)), *(["freed memory is kept by the process"] if kept else []), sep="\n", flush=True
+        "\n".join(report.machine(top)),
+        *(["keep_memory: freed memory stays in the process"] if kept else []),
+        sep="\n",
+        flush=True,
     )
     settings = runner.Settings(
         seconds=args.seconds, rounds=(3, 5) if args.level == "quick" else (5, 101), peers=args.peers

@@ -19,8 +19,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Two matrix products and a softmax, with the score matrix in memory. q is scaled first because it is smaller than
-    the scores.
-    """
+    the scores."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if bias is not None:
         scores = scores + bias
@@ -166,7 +165,10 @@ class ViT(nn.Module):
 class WindowAttention(nn.Module):
     def __init__(self, width: int, heads: int, side: int, window: int, shift: int, attend: Attend) -> None:
         super().__init__()
-        self.heads, self.window, self.shift, self.attend = heads, window, shift, attend
+        self.heads = heads
+        self.window = window
+        self.shift = shift
+        self.attend = attend
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.relative_position_bias_table = nn.Parameter(torch.randn((2 * window - 1) ** 2, heads) * 0.02)
         self.register_buffer("index", relative_position_index((window, window)), persistent=False)

@@ -115,8 +115,7 @@ def _attention(
 
 def attention() -> list[Case]:
     """Shapes of ViT-B and ViT-L at 224, 384 and 512 pixels, of Swin as batches of short sequences, of CLIP's text
-    tower, and with ViT-H's head dimension.
-    """
+    tower, and with ViT-H's head dimension."""
     best = ("sdpa", "naive")
     forward = {
         "fp32": {197: (2.7, 75), 577: (2.6, 82), 1025: (2.4, 87)},
@@ -300,8 +299,7 @@ def norms() -> list[Case]:
 
 def losses() -> list[Case]:
     """The losses that do not store logits, forward and backward: CLIP's for small to large batches, SimCLR's, SigLIP's,
-    DINO's.
-    """
+    DINO's."""
     target, found = Target(1 / 0.7, ("naive",), memory=0.05), []
 
     def add(op: str, label: str, dtype: str, shape: dict[str, int], level: str, target: Target | None = None) -> None:
@@ -364,8 +362,7 @@ SUITES = {"ops": lambda: attention() + windows() + patches() + linears() + norms
 
 def select(suites: tuple[str, ...], level: str, pattern: str = "") -> list[Case]:
     """The cases of ``suites`` at ``level`` whose id contains ``pattern``; a pattern selects from the cases of all
-    levels.
-    """
+    levels."""
     quick = level == "quick"
     found = [case for suite in suites for case in SUITES[suite]()]
     if pattern:
@@ -375,8 +372,7 @@ def select(suites: tuple[str, ...], level: str, pattern: str = "") -> list[Case]
 
 def spread(chosen: Sequence[Case]) -> list[Case]:
     """The first case of every operator and model, then the second of each, and so on, so that a run that ends early
-    covers all.
-    """
+    covers all."""
     seen: Counter[str] = Counter()
     ranks = []
     for case in chosen:

@@ -12,8 +12,7 @@ import torch
 @dataclass(frozen=True)
 class Ceiling:
     """GF/s (two per multiply-add) by dtype, copy bandwidth in GB/s (bytes read plus bytes written), and how they were
-    measured.
-    """
+    measured."""
 
     gflops: dict[str, float]
     copy_gbs: float

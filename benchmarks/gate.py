@@ -57,7 +57,9 @@ class Gate:
         grads: Sequence[str] = (),
         items: Sequence[int] | None = None,
     ) -> None:
-        self.tensors, self.grads, self.items = tensors, list(grads), items
+        self.tensors = tensors
+        self.grads = list(grads)
+        self.items = items
         self.batch = next(iter(tensors.values())).shape[0]
         few = {name: self._pick(t) for name, t in tensors.items()}
         wide = {name: t.double() if t.is_floating_point() else t for name, t in few.items()}

@@ -100,7 +100,7 @@ def tune(limit: float) -> str:
     try:
         done = subprocess.run(command, cwd=_REPOSITORY, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
-        return f"stopped after {limit:.0f} s; the tiles are those it had"
+        return f"stopped after {limit:.0f} s; the tiles are unchanged"
     return "done" if done.returncode == 0 else f"FAIL: exit status {done.returncode}"
 
 
@@ -123,14 +123,13 @@ def measure_within(
     chosen: Sequence[Case], settings: Settings, top: Ceiling, left: Callable[[], float], say: Callable[[str], None]
 ) -> Results:
     """Measure case by case while the ``left()`` seconds are enough for a case as slow as the slowest so far. Targets of
-    the others are reported as not measured.
-    """
+    the others are reported as not measured."""
     results, slowest = Results(), 10.0
     for i, case in enumerate(chosen):
         begun = left()
         if begun < slowest:
             results.left_out += [late.id for late in chosen[i:]]
-            results.outcomes += [Outcome(late, "not run for lack of time", None) for late in chosen[i:] if late.target]
+            results.outcomes += [Outcome(late, "not run: no time left", None) for late in chosen[i:] if late.target]
             break
         one = runner.run([case], settings, top, lambda line, i=i: say(f"{i + 1}/{len(chosen)} {line}"))
         results.rows += one.rows
@@ -143,11 +142,11 @@ def measure_within(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description="Test, tune and time pyvit on the GPU at hand."
+        prog="python -m benchmarks.gpu", description="Test, tune and time pyvit on this machine's GPU."
     )
     parser.add_argument("steps", nargs="*", metavar="step", help=f"any of: {', '.join(STEPS)} (default: all)")
     parser.add_argument(
-        "--minutes", type=float, default=7.5, help="time for everything (default 7.5); what does not fit is named"
+        "--minutes", type=float, default=7.5, help="time for everything (default 7.5); what does not fit is listed"
     )
     parser.add_argument("--out", type=Path, default=None, help="default benchmarks/results/<gpu>")
     args = parser.parse_args(argv)
@@ -183,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     say = lambda line: print(f"{time.perf_counter() - start:6.1f} s  {line}", flush=True)  # noqa: E731
     results = measure_within(chosen_cases(steps), settings, top, left, say)
     if results.left_out:
-        said["not run for lack of time"] = "; ".join(results.left_out)
+        said["not run: no time left"] = "; ".join(results.left_out)
     out = args.out or _REPOSITORY / "benchmarks" / "results" / folder(torch.cuda.get_device_name())
     report.show_rows(results.rows)
     written = report.write(results, top, out)

@@ -108,7 +108,9 @@ def models() -> list[Case]:
     compiled, eager = ("timm + compile", "naive + compile", "compile"), ("eager SDPA", "eager naive")
     big, swin = {"batch": 128, "size": 224}, "swin_tiny_patch4_window7_224"
     memory = Target(memory=0.7, against=("timm", "eager naive"))
-    faster, small, base = Target(1.5, compiled), {"batch": 64, "size": 224}, "swin_base_patch4_window7_224"
+    faster = Target(1.5, compiled)
+    small = {"batch": 64, "size": 224}
+    base = "swin_base_patch4_window7_224"
     return [
         Case(base, "batch 128", "bf16", "inference", big, faster, "default", ("random",), eager),
         Case(swin, "batch 64", "bf16", "train", small, memory, "default", ("random",), eager),

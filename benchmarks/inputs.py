@@ -69,8 +69,7 @@ def tokens(source: str, batch: int, grid: int, width: int, seed: int = 0, patch:
 
 def projected_qkv(source: str, batch: int, length: int, width: int, seed: int = 0) -> Tensor:
     """qkv projection (batch, length, 3 * width) of the largest square grid of patches and as many prefix tokens as
-    remain of ``length``.
-    """
+    remain of ``length``."""
     rng = torch.Generator().manual_seed(seed + 2)
     grid = math.isqrt(length)
     x = tokens(source, batch, grid, width, seed)

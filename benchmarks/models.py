@@ -25,8 +25,7 @@ Forward = Callable[[Tensor], Tensor]
 @functools.cache
 def weights(name: str) -> dict[str, Tensor]:
     """Random weights with timm's names. LayerNorm's parameters and the biases are random too, so that mixed-up
-    parameters are noticed.
-    """
+    parameters are noticed."""
     torch.manual_seed(0)
     state = baselines.create(name).state_dict()
     for key, value in state.items():

@@ -92,8 +92,7 @@ def _recorded() -> Iterator[Any]:
 
 def by_kind(run: Callable[[], object], itemsize: int, rounds: int = 3) -> dict[str, tuple[float, float, float]]:
     """Kind -> (milliseconds, flops of its products, bytes of its tensors) of one call: the round with the median total
-    time.
-    """
+    time."""
     for _ in range(2):
         run()
     found = []
@@ -178,7 +177,7 @@ def table(name: str, dtype: str, batch: int, top: ceiling.Ceiling) -> str:
         if row[1] != "0.0" or row[3] != "0.0" or row[4] != "0.0":
             lines.append(f"| {' | '.join(row)} |")
     whole = [f"{totals[mode, provider]:.0f}" for mode in ("inference", "training step") for provider in runs]
-    lines.append(f"| **milliseconds in all** | {whole[0]} | | {whole[1]} | {whole[2]} | | {whole[3]} |")
+    lines.append(f"| **total** | {whole[0]} | | {whole[1]} | {whole[2]} | | {whole[3]} |")
     return "\n".join(lines)
 
 

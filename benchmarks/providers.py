@@ -23,8 +23,7 @@ NEEDS_GIB = {"info_nce batch 32768 d 512 fp32 forward+backward": 20.0}
 
 def timed(provider: Provider, tensors: Tensors, grads: Sequence[str], mode: str) -> Callable[[], object]:
     """The timed call: the forward without autograd, with the gradients of ``grads`` and of prepared tensors, or only
-    these gradients.
-    """
+    these gradients."""
     given = {name: t.detach() for name, t in (provider.prepare(tensors) if provider.prepare else tensors).items()}
     if not mode.endswith("backward"):
 
@@ -82,8 +81,7 @@ def build(
     extra: Callable[[Case, Spec], Sequence[Provider]] | None = None,
 ) -> Workload:
     """The workload of an operator's case: check and calls of every provider, and why some are missing. ``extra`` adds
-    providers of a device.
-    """
+    providers of a device."""
     dtype, backward = inputs.DTYPES[case.dtype], case.mode.endswith("backward")
     spec = SPECS[case.op](case, source, dtype, device)
     work = Workload(case, source, *work_of(spec, case.mode), unavailable=dict(spec.unavailable or {}))

@@ -87,8 +87,7 @@ class Results:
 class Settings:
     """``seconds``: time per case and source; ``rounds``: minimum and maximum; ``peers``: see workload.PEERS.
     ``both_sources``: check ours on photographs and on random tensors before timing. ``extra``: see providers.build.
-    ``floor``: lower bound of a case in milliseconds by a cost model.
-    """
+    ``floor``: lower bound of a case in milliseconds by a cost model."""
 
     seconds: float = 1.0
     rounds: tuple[int, int] = (5, 101)
@@ -150,8 +149,7 @@ def _gate(work: Workload, rows: dict[str, Row], settings: Settings) -> dict[str,
 
 def _gate_other_source(work: Workload, row: Row, settings: Settings) -> None:
     """Check ours on a few images of the kind of input that is not timed. The row keeps the result that is closer to its
-    limit.
-    """
+    limit."""
     few = replace(work.case, shape={**work.case.shape, "batch": min(2, work.case.shape["batch"])})
     verdict = _build(few, next(s for s in SOURCES if s != work.source), settings).contenders[OURS].verdict()
     if not verdict.passed or verdict.error / verdict.allowed > row.max_err / row.allowed_err:

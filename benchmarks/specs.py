@@ -101,7 +101,9 @@ def _flash_attention(case: Case, source: str, dtype: torch.dtype, device: str) -
 
 
 def _flash_attention_varlen(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
-    lengths, h, d = case.shape["lengths"], case.shape["heads"], case.shape["dim"]
+    lengths = case.shape["lengths"]
+    h = case.shape["heads"]
+    d = case.shape["dim"]
     ends = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
     longest = max(lengths)
     packed = torch.cat([inputs.projected_qkv(source, 1, n, h * d, seed=i)[0] for i, n in enumerate(lengths)]).to(

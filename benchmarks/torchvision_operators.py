@@ -18,8 +18,7 @@ _LIBRARY: list[Any] = []  # declarations live as long as the library object
 
 def nms(boxes: Any, scores: Any, iou_threshold: float) -> Any:
     """Indices of ``boxes`` (N, 4), in descending order of ``scores`` (N,), that no kept box with a higher score
-    overlaps by more than ``iou_threshold``.
-    """
+    overlaps by more than ``iou_threshold``."""
     import torch
 
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)

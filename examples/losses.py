@@ -32,7 +32,9 @@ def compute(loss: str, backend: str | None) -> torch.Tensor:
         return F.normalize(torch.randn(*shape), dim=-1).requires_grad_()
 
     if loss == "distillation_cross_entropy":
-        student, teacher, rows = unit(4, 64, 256), unit(2, 64, 256), [unit(PROTOTYPES, 256) for _ in range(2)]
+        student = unit(4, 64, 256)
+        teacher = unit(2, 64, 256)
+        rows = [unit(PROTOTYPES, 256) for _ in range(2)]
         given = {"student_prototypes": rows[0], "teacher_prototypes": rows[1].detach(), "backend": backend}
         return pyvit.ops.distillation_cross_entropy(student, teacher.detach(), 0.1, 0.04, **given)
     more = {"info_nce": (20.0,), "nt_xent": (0.1,), "sigmoid_contrastive": (10.0, -10.0)}[loss]

@@ -95,7 +95,7 @@ def write(name: str, row: str) -> None:
     table, _, after = rest.partition("<!-- end -->")
     rows = {line.split("|")[1].strip(): line for line in table.splitlines()[2:]} | {name: row}
     known = [rows[n] for n in ("raw pixels", *TRAINED, *ABLATION) if n in rows]
-    lines = ["| run | command | held-out figures |", "|---|---|---|", *known]
+    lines = ["| run | command | held-out results |", "|---|---|---|", *known]
     write_atomic(
         page, lambda file: file.write(f"{before}<!-- table -->\n{chr(10).join(lines)}\n<!-- end -->{after}".encode())
     )

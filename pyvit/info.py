@@ -1,4 +1,4 @@
-"""What this installation has, what it lacks and how to get it. Looking starts nothing and touches no GPU."""
+"""What is installed, what is missing and how to install it. Does not initialise a GPU."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ class Info:
 
 
 def info() -> Info:
-    """Versions, the processor's instruction set, backends and why each is missing, what serves each operator, optional
-    packages."""
+    """Versions, the processor's instruction set, backends and why each is missing, the backends of each operator,
+    optional packages.
+    """
     advice = []
     system = {"version": f"{__version__} in {Path(__file__).parent}", "python": platform.python_version(), **setting()}
     problem = library.problem()
@@ -93,7 +94,7 @@ def info() -> Info:
 
 
 def setting() -> dict[str, str]:
-    """What decides how a CPU rounds: torch and its threads, the processor, and how pyvit was told to use it."""
+    """Everything that affects a CPU's rounding: torch and its threads, the processor, and pyvit's settings."""
     found = {
         "pyvit": __version__,
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",

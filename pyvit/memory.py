@@ -1,4 +1,4 @@
-"""Memory kept for the next tensor."""
+"""Reuse of CPU memory."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ _RECYCLED_BYTES, _RECYCLED, _LEAST = 256 << 20, 64, 512 << 10
 
 
 def keep_memory() -> bool:
-    """Let this process keep the memory of freed CPU tensors for the next ones; returns whether that was possible (glibc
-    on Linux).
+    """Let this process keep the memory of freed CPU tensors for later ones. Returns whether this is supported (glibc on
+    Linux).
 
-    By default glibc gives the memory of large tensors back to the system as soon as they are freed, and each new one is
-    paid for page by page: the kernel clears 4 kB at a time when it is first touched. In a training step, which frees
-    and allocates gigabytes, that can take a fifth of the time. Afterwards the process holds on to its high-water mark.
-    It holds for the whole process and every library in it, not only for pyvit, so it is for a program to decide:
-    ``pyvit train`` and ``pyvit eval`` do it.
+    By default glibc returns the memory of large tensors to the operating system when they are freed, and new memory
+    costs page faults: the kernel clears each page of 4 kB at its first use. A training step frees and allocates
+    gigabytes, so this can take a fifth of its time. Afterwards the process keeps its peak memory.
+
+    This affects the whole process and every library in it, so a program must ask for it. ``pyvit train`` and ``pyvit
+    eval`` do.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -39,11 +40,11 @@ def keep_memory() -> bool:
 
 
 def scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Uninitialised CPU memory for something that is done with before this thread asks for ``name`` again: the same
-    memory each time.
+    """Uninitialised CPU memory for a temporary that is no longer used when this thread asks for ``name`` again. Returns
+    the same memory each time.
 
-    A temporary of some megabytes, allocated and freed in every layer, may cost more than what is computed in it (see
-    :func:`keep_memory`). Beyond 64 MiB it is a tensor like any other.
+    Allocating and freeing a temporary of some megabytes in every layer may cost more than the computation in it (see
+    :func:`keep_memory`). More than 64 MiB are allocated as usual.
     """
     n = math.prod(shape)
     if n * dtype.itemsize > _KEPT_BYTES:
@@ -57,13 +58,12 @@ def scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def recycled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """``torch.empty(shape, dtype=dtype)`` on the CPU, in memory of an earlier such tensor of this thread that nobody
-    holds any more.
+    """``torch.empty(shape, dtype=dtype)`` on the CPU, in the memory of an earlier such tensor of this thread that is no
+    longer used.
 
-    The tensors that pass from layer to layer have the same sizes again and again, and new memory costs more than many
-    an operator that writes to it (see :func:`keep_memory`). A thread keeps up to 256 MiB in 64 pieces, the least
-    recently used goes first; tensors below 512 KiB or above 64 MiB are allocated as ever: looking for one takes some
-    microseconds.
+    Tensors between layers often have the same sizes, and new memory can cost more than the operator that writes to it
+    (see :func:`keep_memory`). A thread keeps up to 256 MiB in 64 pieces; the least recently used is dropped first.
+    Tensors below 512 KiB or above 64 MiB are allocated as usual, because the search takes some microseconds.
     """
     n = math.prod(shape) * dtype.itemsize
     if storage_uses is None or not _LEAST <= n <= _RECYCLED_BYTES // 4:
@@ -72,7 +72,7 @@ def recycled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     found = None
     for at in range(len(kept)):
         storage = kept[at]
-        # No tensor but ours, and the storage itself with nobody: the list, this name and the call's argument hold it.
+        # Only our tensor uses the storage: the references are the list, this name and the call's argument.
         if storage.nbytes() == n and storage_uses(storage._cdata) == 1 and sys.getrefcount(storage) <= 3:
             del kept[at]
             found = None if storage.is_shared() else storage  # memory that another process may be reading
@@ -86,4 +86,4 @@ def recycled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     return torch.empty(0, dtype=dtype, device="cpu").set_(
         found, 0, tuple(shape), strides
-    )  # not a view, which autograd would guard
+    )  # not a view, which autograd would track

@@ -1,8 +1,8 @@
-"""The numerics rule of pyvit as one helper, used by the tests, the fuzzer and the benchmark's gate.
+"""The numerics rule, shared by the tests, the fuzzer and the benchmarks.
 
-An operator passes when ``max|op - ref64| <= factor * max|naive - ref64| + floor``: it may err twice as much as the
-naive form in the same dtype (three times for gradients), plus the rounding of the arithmetic itself. ``ref64`` is the
-naive form in float64.
+An operator passes if ``max|op - ref64| <= factor * max|naive - ref64| + floor``: its error may be twice the error of
+the naive form in the same dtype (three times for gradients), plus a rounding tolerance. ``ref64`` is the naive form in
+float64.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from pyvit.dispatch.capabilities import BACKENDS, CAPABILITIES
 
 FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
 
-#: Roundings of the largest value that are always allowed: float32 results are sums of rounded products, 16-bit ones are
+#: Tolerance in units of the largest value's rounding: float32 results are sums of rounded products, 16-bit results are
 #: rounded at the end.
 FLOOR = {torch.float64: 16.0, torch.float32: 16.0, torch.float16: 1.0, torch.bfloat16: 1.0}
 
 
 class NumericsError(AssertionError):
-    """An output is further from the float64 reference than the rule allows; the message holds every comparison."""
+    """An output is further from the float64 reference than the rule allows. The message lists every comparison."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor under the rule; ``error`` and ``naive_error`` are the largest absolute differences from the float64
-    reference."""
+    """One tensor under the rule. ``error`` and ``naive_error`` are the largest absolute differences from the float64
+    reference.
+    """
 
     name: str
     error: float
@@ -62,7 +63,7 @@ def _peak(t: Tensor) -> float:
 
 
 def _error(got: Tensor, ref: Tensor) -> tuple[float, str]:
-    """Largest |got - ref|, infinite unless the values that are not finite are the same; and where it is."""
+    """Largest |got - ref| and its position; infinite unless the same values are not finite."""
     if not got.numel():
         return 0.0, ""
     wide = got.detach().double()
@@ -87,24 +88,23 @@ def compare(
     magnitudes: Sequence[float] | None = None,
     raises: bool = True,
 ) -> list[Comparison]:
-    """Hold an operator's outputs (or gradients) to the rule.
+    """Check an operator's outputs (or gradients) by the rule.
 
     Args:
         name: starts every line of the report.
-        op_outputs, naive_outputs, ref64_outputs: a tensor or a sequence; the operator's, the naive form's in the same
-            dtype and in float64.
+        op_outputs, naive_outputs, ref64_outputs: a tensor or a sequence: the operator's, the naive form's in the same
+            dtype, and the naive form's in float64.
         factor: 2 for outputs, 3 for gradients.
         labels: names of the tensors in a sequence.
-        dtype: that of the arithmetic, default the coarsest among the outputs; it sets the floor.
-        scores: largest magnitude of the exponents in a softmax whose statistics are float32: exp makes their absolute
-            error a relative one.
-        magnitudes: of what was summed to each tensor, where sums may cancel; at least the tensor's own largest value is
-            taken.
-        raises: raise :class:`NumericsError` when a tensor fails.
+        dtype: of the arithmetic, which sets the tolerance; by default the coarsest among the outputs.
+        scores: largest magnitude of the exponents of a softmax with float32 statistics: exp turns their absolute error
+            into a relative one.
+        magnitudes: of the summands of each tensor, if sums may cancel; at least the tensor's own largest value is used.
+        raises: raise :class:`NumericsError` if a tensor fails.
 
     Shapes, dtypes and values that are not finite must agree exactly (the naive form may overflow where the operator
-    does not). A tensor that is zero in exact arithmetic is measured against the largest of the sequence, since its
-    rounding comes from there.
+    does not). A tensor that is zero in exact arithmetic is compared relative to the largest of the sequence, which its
+    rounding comes from.
     """
     ops, naives, refs = ([t] if isinstance(t, Tensor) else list(t) for t in (op_outputs, naive_outputs, ref64_outputs))
     labels = labels or ([""] if len(ops) == 1 else [str(i) for i in range(len(ops))])
@@ -142,7 +142,7 @@ _M_PERTURB = (
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fresh memory holds NaN within: torch.empty on any device, and with glibc whatever a C++ kernel allocates."""
+    """New memory is NaN in this context: that of torch.empty on any device, and with glibc that of C++ kernels."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
@@ -157,17 +157,16 @@ def poisoned() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
-#: Ways of storing a tensor, for :func:`layout`.
+#: Layouts of a tensor in memory, for :func:`layout`.
 LAYOUTS = ("contiguous", "transposed", "permuted", "sliced", "stepped", "shifted", "expanded")
 
 
 def layout(t: Tensor, how: str) -> Tensor:
-    """The values of ``t`` stored otherwise. What lies between them is NaN, so that reading past a row shows.
+    """The values of ``t`` with other strides. The memory between them is NaN, so that reading past a row is noticed.
 
     transposed: last two dimensions swapped in memory; permuted: the middle two; sliced: a corner of a larger tensor;
-    stepped: every second element; shifted: one element off the allocation's alignment; expanded: stride 0 in the first
-    dimension, all of it the first slice. Beyond these, far: rows more than 2**31 elements apart, in memory that is
-    hardly touched.
+    stepped: every second element; shifted: misaligned by one element; expanded: stride 0 in the first dimension, with
+    the values of the first slice; far: rows more than 2**31 elements apart, in memory that is hardly touched.
     """
     if how == "contiguous" or not t.dim():
         return t.contiguous()
@@ -202,14 +201,14 @@ def layout(t: Tensor, how: str) -> Tensor:
 
 
 class Served(NamedTuple):
-    """Where an operator is tested: a backend, a device type and a dtype."""
+    """A backend, a device type and a dtype to test an operator with."""
 
     backend: str
     device: str
     dtype: torch.dtype
 
     def randn(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """Normal numbers of this dtype on this device."""
+        """Normal random numbers of this dtype on this device."""
         return (torch.randn(*shape, device=self.device) * scale).to(self.dtype)
 
     def __str__(self) -> str:
@@ -219,10 +218,10 @@ class Served(NamedTuple):
 
 
 def served(op: str, *features: str, head_dims: Sequence[int] = ()) -> list[Served]:
-    """Every (backend, device, dtype) of this machine that promises ``op`` with ``features``, from the capabilities that
-    dispatch reads.
+    """Every (backend, device, dtype) of this machine that supports ``op`` with ``features``, from the capabilities that
+    dispatch uses.
 
-    ``reference`` is listed in float32 and float16, the dtypes it serves where there is no kernel.
+    ``reference`` is listed in float32 and float16, the dtypes that it serves if there is no kernel.
     """
     present = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     found = []
@@ -244,8 +243,9 @@ def run(
     cotangents: Sequence[Tensor] | None,
     **options: Any,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of ``op(**tensors, **options)`` and, given ``cotangents`` of the outputs, the gradients of the tensors
-    named in ``grads``."""
+    """Outputs of ``op(**tensors, **options)`` and, with ``cotangents`` (gradients of the outputs), the gradients of the
+    tensors named in ``grads``.
+    """
     leaves = {
         name: t.detach().requires_grad_() if cotangents is not None and name in grads else t
         for name, t in tensors.items()
@@ -272,11 +272,11 @@ def _gradient_magnitudes(
     broadcast: Mapping[str, Sequence[int]],
     options: Mapping[str, Any],
 ) -> list[float]:
-    """What the rounding of each gradient is proportional to.
+    """The magnitudes that the rounding of each gradient is proportional to.
 
-    A gradient through a softmax is a difference of two numbers; with few keys the difference is small, or nothing,
-    while the numbers are of the size of the other gradients. One summed over broadcast dimensions carries the roundings
-    of its terms, added as random numbers add.
+    A gradient through a softmax is a difference of two numbers of the size of the other gradients; with few keys it is
+    small or zero. A gradient that is summed over broadcast dimensions has the rounding of its terms, which add like
+    random numbers.
     """
     peaks = [_peak(g) for g in want]
     group = max(peaks, default=0.0)
@@ -307,17 +307,18 @@ def check_op(
     raises: bool = True,
     **options: Any,
 ) -> list[Comparison]:
-    """Run an operator forward and backward in poisoned memory, and hold outputs and every gradient to the rule.
+    """Run an operator forward and backward in NaN-filled memory, and check outputs and all gradients by the rule.
 
     Args:
-        op: called as ``op(**tensors, **options, backend=backend)``; gives out or (out, lse).
-        tensors: what is widened to float64 for the reference; arguments that keep their dtype belong in ``options``.
-        grads: names of the tensors to differentiate, default every floating one; () checks the forward alone.
-        naive: the naive form, default ``op`` with ``backend="reference"``.
-        dtype: of the arithmetic, for the floor; default the coarsest among the floating tensors.
+        op: called as ``op(**tensors, **options, backend=backend)``; returns out or (out, lse).
+        tensors: inputs that are converted to float64 for the reference; arguments that keep their dtype belong in
+            ``options``.
+        grads: names of the tensors to differentiate, by default all floating-point ones; () checks only the forward.
+        naive: the naive form, by default ``op`` with ``backend="reference"``.
+        dtype: of the arithmetic, for the tolerance; by default the coarsest among the floating-point tensors.
         scores: see :func:`compare`.
-        broadcast: the full shape of tensors that the operator broadcasts, whose gradients are sums that may cancel.
-        store, store_grad: how the tensors and the gradients of the outputs lie in memory, see :func:`layout`.
+        broadcast: the full shape of tensors that the operator broadcasts; their gradients are sums that may cancel.
+        store, store_grad: strides of the tensors and of the outputs' gradients, see :func:`layout`.
     """
     naive = naive or (lambda **kw: op(**kw, backend="reference"))
     tensors = {key: layout(t, store) for key, t in tensors.items()}

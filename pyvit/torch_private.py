@@ -1,9 +1,8 @@
-"""Every private name of torch that pyvit uses, each with what stands in for it where a release of torch no longer has
-it.
+"""All private names of torch that pyvit uses, each with a fallback if a release of torch does not have it.
 
-A stand-in gives the same results by a longer way, so that a rename in torch costs speed and breaks nothing.
-``PYVIT_TORCH_PRIVATE=0`` uses the stand-ins everywhere; :func:`missing` names the private names that this torch lacks,
-and ``pyvit info`` shows them.
+A fallback gives the same results more slowly, so that a rename in torch costs speed but breaks nothing.
+``PYVIT_TORCH_PRIVATE=0`` uses the fallbacks everywhere. :func:`missing` lists the private names that this torch lacks;
+``pyvit info`` shows them.
 """
 
 from __future__ import annotations
@@ -45,8 +44,7 @@ def _or(path: str, stand_in: Any) -> Any:
     return stand_in if found is None else found
 
 
-#: How many torch dispatch modes are active. Unknown counts as one: calls then go through the dispatcher, which asks
-#: them all.
+#: Number of active torch dispatch modes. Fallback: 1, so that calls go through the dispatcher, which calls all modes.
 dispatch_modes: Callable[[], int] = _or("torch._C:_len_torch_dispatch_stack", lambda: 1)
 
 #: The active dispatch modes, innermost last.
@@ -54,29 +52,28 @@ dispatch_mode_stack: Callable[[], Sequence[Any]] = _or(
     "torch.utils._python_dispatch:_get_current_dispatch_mode_stack", lambda: ()
 )
 
-#: A context in which no dispatch mode sees what is done.
+#: A context without dispatch modes.
 without_modes: Callable[[], Any] = _or("torch.utils._python_dispatch:_disable_current_modes", contextlib.nullcontext)
 
-#: Whether a transform of torch.func is active. Unknown counts as yes: its form of an operator works without one too.
+#: Whether a transform of torch.func is active. Fallback: True, because that form of an operator also works without one.
 transforms_active: Callable[[], bool] = _or("torch._C:_are_functorch_transforms_active", lambda: True)
 
 #: A context in which operators skip the dispatcher's autograd layer.
 below_autograd: Callable[[], Any] = _or("torch._C:_AutoDispatchBelowAutograd", contextlib.nullcontext)
 
-#: ``(tensors, others, weight)``: tensors move towards others, in place.
+#: ``(tensors, others, weight)``: linear interpolation of tensors towards others, in place.
 lerp_all: Callable[[list[Tensor], list[Tensor], float], Any] = _or(
     "torch:_foreach_lerp_",
     lambda tensors, others, weight: [a.lerp_(b, weight) for a, b in zip(tensors, others, strict=True)],
 )
 
-#: How many tensors share an untyped storage; None where torch does not say.
+#: Number of tensors that share an untyped storage; None if torch does not tell.
 storage_uses: Callable[[int], int] | None = _find("torch._C:_storage_Use_Count")
 
-#: What fake tensors are instances of, for isinstance.
+#: The class of fake tensors.
 FAKE_TENSORS: Any = _or("torch._subclasses.fake_tensor:FakeTensor", ())
 
-#: The dictionaries of hooks that torch calls for every module. Unknown counts as hooked: modules are then called one by
-#: one.
+#: The dictionaries of global module hooks. Fallback: as if there were hooks, so that every module is called.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS: tuple[Any, ...] = tuple(_or(f"torch.nn.modules.module:_global{name}", (True,)) for name in HOOKS)
 
@@ -85,8 +82,9 @@ _tracers = [_find(f"torch._C:_TorchDispatchModeKey.{name}") for name in ("FAKE",
 
 
 def is_traced() -> bool:
-    """Whether tensors may have no values: under FakeTensorMode or make_fx, and while the compiler runs a backward
-    formula to trace it."""
+    """Whether tensors may have no values: under FakeTensorMode or make_fx, and while the compiler traces a backward
+    formula.
+    """
     if dispatch_modes() == 0:
         return False
     if _mode is None or None in _tracers:
@@ -106,8 +104,8 @@ _keys, _dense = _find("torch._C:_dispatch_keys"), _find("torch._C:DispatchKey.De
 
 
 def is_batched(t: Tensor) -> bool:
-    """Whether ``t`` is several tensors in one, as in ``autograd.grad(is_grads_batched=True)``: it has no memory of its
-    own."""
+    """Whether ``t`` is a batch of tensors, as in ``autograd.grad(is_grads_batched=True)``: it has no memory of
+    its own."""
     if _keys is not None and _dense is not None:
         return not _keys(t).has(_dense)
     try:
@@ -125,7 +123,7 @@ def _autocast_keys(device: str) -> Any:
 
 
 def without_autocast_layer(device: str) -> Any:
-    """A context in which operators on ``device`` ("CPU", "CUDA") are not cast again."""
+    """A context in which operators on ``device`` ("CPU", "CUDA") are not cast by the dispatcher."""
     found = _autocast_keys(device)
     return torch.autocast(device.lower(), enabled=False) if found is None else found[0](found[1])
 
@@ -140,7 +138,7 @@ _layers = [_find(f"torch._C:DispatchKey.{name}") for name in _AUTOGRAD]
 
 @contextlib.contextmanager
 def above_autograd() -> Iterator[None]:
-    """The dispatcher's autograd layer in force again, within :func:`below_autograd`."""
+    """Enable the dispatcher's autograd layer within :func:`below_autograd`."""
     if None in (_force, _included, _excluded, *_layers):
         yield
         return
@@ -152,6 +150,6 @@ def above_autograd() -> Iterator[None]:
 
 
 def fake_mode() -> Any:
-    """A context in which tensors are made without values, or None where this torch has none."""
+    """A context that creates tensors without values, or None if this torch has none."""
     found = _find("torch._subclasses.fake_tensor:FakeTensorMode")
     return None if found is None else found()

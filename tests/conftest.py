@@ -1,8 +1,9 @@
-"""Random inputs from the seed PYVIT_TEST_SEED, default 0; ``PYVIT_TEST_SEED=random`` draws a fresh one, printed in the
-header.
+"""Shared fixtures. Random inputs use the seed PYVIT_TEST_SEED, by default 0; ``PYVIT_TEST_SEED=random`` draws one and
+prints it in the header.
 
-With ``PYVIT_TEST_PTX=sm_90`` (or sm_80) Triton's kernels serve CPU tensors, compiled for that part and run on the
-machine of tests/ptx: ``pytest tests/ops tests/losses -k triton`` then rehearses what ``pytest -m gpu`` checks on a GPU.
+With ``PYVIT_TEST_PTX=sm_90`` (or sm_80) Triton's kernels serve CPU tensors: they are compiled for that architecture and
+run by the PTX interpreter of tests/ptx. So ``pytest tests/ops tests/losses -k triton`` runs without a GPU what ``pytest
+-m gpu`` runs on one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from benchmarks import torchvision_operators  # noqa: F401  (before transformers and timm import torchvision)
 
-# What the compiler makes, for each worker apart: two that write the same file have been seen to leave half of it.
+# A separate compiler cache per worker: two workers writing the same file have left it incomplete.
 _worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "inductor" / _worker))
 
@@ -36,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Iterator[object]:
-    """Tests of operators ask at import which backends serve them."""
+    """Start the PTX interpreter before collection: test modules ask at import which backends serve an operator."""
     part = os.environ.get("PYVIT_TEST_PTX")
     if part:
         from tests.ptx.launch import running
@@ -51,7 +52,7 @@ def pytest_report_header() -> str:
     return f"PYVIT_TEST_SEED={SEED} PYVIT_CPU_ISA={os.environ.get('PYVIT_CPU_ISA', 'default')}"
 
 
-@pytest.hookimpl(tryfirst=True)  # before ``-m`` chooses by marks
+@pytest.hookimpl(tryfirst=True)  # before ``-m`` selects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Cases on CUDA tensors (a parameter of type pyvit.testing.Served says so) are marked ``gpu``."""
     for item in items:
@@ -64,7 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def seeded(request: pytest.FixtureRequest) -> int:
-    """Each test draws its own numbers, so that it repeats alone as it ran among others."""
+    """Seed each test by its id, so that it draws the same numbers alone and among others."""
     seed = SEED ^ zlib.crc32(request.node.nodeid.rpartition("/")[2].encode())
     torch.manual_seed(seed)
     return seed

@@ -1,4 +1,4 @@
-"""Biases as masks are written with finite numbers, for the tests of every kernel that adds one."""
+"""Biases with large finite numbers, as masks are often written."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-#: What each row of :func:`extreme_bias` holds; numbers beyond the dtype's stand for its largest or least.
+#: The values of each row of :func:`extreme_bias`; numbers beyond the dtype's range become its largest or smallest.
 ROWS = 16
 
 
 def extreme_bias(cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(ROWS, cols): rows masked whole by one finite number, by several, in part, and by -inf; and rows lifted as
-    far."""
+    """(ROWS, cols): rows masked completely by one finite number or by several, masked partly, masked by -inf; and rows
+    with large positive numbers."""
     info = torch.finfo(dtype)
     bias = torch.randn(ROWS, cols, dtype=torch.float64)
     at = torch.arange(cols)
@@ -39,5 +39,5 @@ def extreme_bias(cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def extreme_table(offsets: int) -> Tensor:
-    """(offsets, ROWS) for as many heads of a window's bias table: every window has rows of these kinds."""
+    """(offsets, ROWS): a bias table with such rows in every window, for that many heads."""
     return extreme_bias(offsets).t().contiguous()

@@ -1,6 +1,6 @@
-"""Libraries that some tests compare with or accelerate.
+"""Other libraries that some tests use.
 
-``make test`` installs them (tests/peers.txt) and sets PYVIT_TEST_PEERS=required; elsewhere their tests are skipped with
+``make test`` installs them (tests/peers.txt) and sets PYVIT_TEST_PEERS=required; otherwise their tests are skipped with
 a reason.
 """
 
@@ -24,8 +24,7 @@ def _absent(name: str) -> None:
 
 
 def peer(name: str) -> ModuleType:
-    """A library of others, imported after torchvision where that is there, which all of them look for; or a skipped
-    file."""
+    """Import a library, after torchvision if that is installed, or skip the file."""
     if name not in sys.modules and importlib.util.find_spec(name) is None:
         _absent(name)
     if (
@@ -36,7 +35,7 @@ def peer(name: str) -> ModuleType:
 
 
 def torchvision() -> ModuleType:
-    """torchvision, whose classification models need none of its compiled operators; or a skipped file."""
+    """torchvision, whose classification models do not need its compiled operators; or skip the file."""
     try:
         return importlib.import_module("torchvision")
     except ImportError:

@@ -1,4 +1,4 @@
-"""The command line as a user meets it."""
+"""The command line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(*arguments: str, code: str = "", **env: str) -> subprocess.CompletedProc
 
 @pytest.fixture
 def handlers():
-    """The command line answers Ctrl-C itself."""
+    """Restores the signal handlers that the command line sets."""
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
@@ -133,7 +133,8 @@ def test_user_errors_are_one_line(arguments, code, message, tmp_path, monkeypatc
     ],
 )
 def test_every_error_is_said_in_a_line(error, line, monkeypatch, capsys, tmp_path, handlers):
-    """Those that are not a sentence with their kind, the files that were given, and how to see more."""
+    """One line: with the error's type if its message is not clear by itself, with the given files, and with a hint how
+    to see more."""
     (tmp_path / "weights.pth").touch()
 
     def fails():
@@ -166,7 +167,7 @@ def test_interrupted_before_there_is_anything_to_save(tmp_path):
 
 
 def test_help_lists_what_a_recipe_declares():
-    """Every option with its default, and the recipe's defaults of the common ones."""
+    """Every option with its default, and the recipe's defaults of the common options."""
     for recipe in RECIPES:
         chosen = load_recipe(recipe)
         said = invoke("train", recipe, "--help").output

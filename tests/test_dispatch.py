@@ -1,4 +1,4 @@
-"""Choosing a backend: by preference, by name, by context, by environment; and the reasons when one cannot serve."""
+"""Selecting a backend automatically, by name, by context or by environment, and the reasons if one cannot serve."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ F32 = torch.float32
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with two working backends besides the reference, whatever this one has."""
+    """Two working backends besides the reference, on any machine."""
     table = {
         "triton": Capability((torch.float16,), frozenset({"bias"}), (16, 128, 8)),
         "cpu": Capability((F32, torch.bfloat16), frozenset({"bias", "grad"}), (1, 256, 1)),
@@ -88,7 +88,7 @@ def test_an_operator_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_requested_by_argument_context_and_name() -> None:
-    """The argument wins over the context, the context over the automatic choice; contexts nest and end."""
+    """The argument has priority over the context, and the context over automatic selection; contexts nest and end."""
     wrong = next(b for b in BACKENDS if reasons(Call("flash_attention", "cpu", F32, (), (8,)), b))
     with pyvit.use_backend(wrong):
         with pytest.raises(pyvit.BackendError, match=wrong):
@@ -123,7 +123,7 @@ def test_a_context_that_fails_to_begin_changes_nothing() -> None:
 
 
 def test_the_backward_runs_where_the_forward_did() -> None:
-    """The choice is part of the graph: leaving the context between forward and backward changes nothing."""
+    """The backend is part of the graph: leaving the context between forward and backward changes nothing."""
     leaf = torch.randn(1, 2, 5, 8, requires_grad=True)
     with pyvit.use_backend("reference"):
         out = flash_attention(leaf, leaf, leaf)
@@ -190,7 +190,7 @@ def test_explain_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_capabilities_name_only_what_dispatch_knows() -> None:
-    """A feature misspelt in the table would refuse calls for ever: every one must be a word that some operator says."""
+    """A misspelt feature in the table would refuse calls: every feature must be one that some operator uses."""
     described = {"bias", "bool_mask", "bias_grad", "causal", "dropout", "gqa", "grad", "lse_grad"}
     described |= {
         "bias_table",
@@ -236,8 +236,7 @@ def test_environment_variable() -> None:
 
 
 def test_a_kernel_comes_before_a_tile_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the losses' Triton kernels are asked before the loop over torch's products; what they refuse still goes
-    to it."""
+    """On a GPU the losses use Triton kernels, or torch's products tile by tile if Triton cannot serve."""
     monkeypatch.setitem(MISSING, ("triton", "cuda"), None)
     monkeypatch.setattr(sys.modules["pyvit.dispatch.select"], "_choices", {})
     pair = ("info_nce", "cuda", F32)

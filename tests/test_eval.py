@@ -1,4 +1,4 @@
-"""What the evaluations say of features, maps and models whose answer is known."""
+"""Evaluation functions on features, maps and models with known answers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_recall():
 
 
 def test_part_map_is_the_class_token_that_attends_to_one_patch():
-    """With one block and all attention on patch p, the model's own embedding must match the map at p."""
+    """With one block and all attention on patch p, the model's own embedding must equal the map at p."""
     torch.manual_seed(0)
     model = create_model("clip_pico_patch8_32", depth=1, vocab_size=50, context_length=8).eval()
     images, text = torch.randn(2, 3, 32, 32), torch.randint(1, 50, (2, 8))
@@ -91,7 +91,7 @@ def test_sheets_are_pictures(tmp_path, channels):
 
 
 def shifted(n: int, seed: int, classes: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise of 64 numbers, of which one is larger for each class."""
+    """Noise of 64 channels; one channel is larger for each class."""
     labels = torch.arange(n) % classes
     return torch.randn(n, 64, generator=torch.Generator().manual_seed(seed)) + F.pad(
         3.0 * F.one_hot(labels, classes), (0, 64 - classes)
@@ -100,7 +100,7 @@ def shifted(n: int, seed: int, classes: int = 3) -> tuple[torch.Tensor, torch.Te
 
 @pytest.mark.parametrize("n", [3, 6, 9, 15, 40, 199, 200])
 def test_linear_probe_of_few_images_finds_a_good_rate(n):
-    """Not the lowest one, which learns nothing: within what few images tell, as good as the best of all."""
+    """Not the lowest rate, which learns nothing: about as good as the best of all."""
     train, test = shifted(n, 0), shifted(300, 1)
     rates = (1e-6, 1e-4, 1e-2, 0.1)
     each = {rate: linear_probe(train, test, (rate,))["linear"] for rate in rates}
@@ -109,7 +109,7 @@ def test_linear_probe_of_few_images_finds_a_good_rate(n):
     assert found["linear"] > (max(each.values()) - 10 if n >= 9 else 33)
 
 
-def test_rates_that_are_right_equally_often_are_told_apart_by_their_loss():
+def test_ties_in_accuracy_are_broken_by_the_loss():
     train = shifted(300, 0)
     assert linear_probe((train[0] * 100, train[1]), train, (1e-5, 0.1))["rate"] == 0.1
 
@@ -122,7 +122,7 @@ def test_a_rate_at_which_the_loss_is_not_finite_is_not_chosen():
 
 
 @pytest.mark.parametrize("measure", [lambda a, b: knn_accuracy(a, b, 2), lambda a, b: linear_probe(a, b, epochs=1)])
-def test_features_of_which_no_figure_means_anything_are_refused(measure):
+def test_features_that_are_not_finite_are_refused(measure):
     train, test = shifted(30, 0), shifted(30, 1)
     broken = train[0].clone()
     broken[3, 5], broken[7, 1] = torch.nan, torch.inf
@@ -136,9 +136,8 @@ def test_features_of_which_no_figure_means_anything_are_refused(measure):
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
-def test_neighbours_that_are_equally_near_do_not_win_by_their_place(k):
-    """Of a network that sees the same in every image, k-NN is right as often as chance, in whatever order the images
-    come."""
+def test_ties_of_neighbours_do_not_depend_on_their_order(k):
+    """If all features are equal, k-NN accuracy is at the chance level, for any order of the images."""
     same = torch.ones(6, 4)
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
     for order in (torch.arange(6), torch.arange(6).flip(0), torch.tensor([0, 3, 1, 4, 2, 5])):
@@ -163,7 +162,7 @@ def test_recall_of_ties_few_answers_and_nothing():
 
 
 class Towers(torch.nn.Module):
-    """Images of one number, texts of one digit: both are that number's direction."""
+    """An image tower and a text tower that map equal numbers to the same direction."""
 
     def __init__(self, n: int, bias: float | None = None):
         super().__init__()
@@ -207,7 +206,7 @@ def numbered(numbers: list[int], captions: list[str] | None = None) -> TensorIma
     return TensorImages(torch.tensor(numbers, dtype=torch.uint8)[:, None, None, None], torch.tensor(numbers), captions)
 
 
-def test_every_caption_of_an_image_is_right_and_the_image_is_one_answer():
+def test_recall_with_several_captions_per_image():
     images = numbered([i // 5 for i in range(30)], [f"caption {k} of {i}" for i in range(6) for k in range(5)])
     images.groups = [i // 5 for i in range(30)]
     found = recall_of(Two(6), Pairs(images), (1, 5))
@@ -216,7 +215,7 @@ def test_every_caption_of_an_image_is_right_and_the_image_is_one_answer():
     )
 
 
-def test_zero_shot_of_siglip_asks_of_each_class_alone():
+def test_siglip_zero_shot_is_a_sigmoid_per_class():
     images = numbered([0, 1, 2])
     for bias in (None, -1.5):
         two = Two(3, bias)
@@ -243,7 +242,7 @@ def test_prompts_take_names_as_words():
 
 
 class Fragile:
-    """A decoder of numbers, which fails for the negative ones."""
+    """A decoder that fails for negative numbers."""
 
     shape = (1, 1, 1)
 

@@ -1,5 +1,4 @@
-"""Which of CUDA and Triton comes first: by measurement, by prediction, by declaration; on fake GPUs, where nothing
-runs."""
+"""The order of CUDA and Triton: by measurement, by prediction, by declaration. On fake GPUs; nothing runs."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ WINDOWS = Call("window_attention", "cuda", BF16, ("bias_table",), (32,), (128, 5
 
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None], None]]:
-    """A machine with both backends and the GPU named."""
+    """Both backends and the named GPU."""
 
     def use(gpu: str | None) -> None:
         monkeypatch.setitem(MISSING, ("cuda", "cuda"), None)
@@ -38,7 +37,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None], None]
 
 
 def test_predictions_decide(on: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """577 tokens: the warps of CUDA pad them less than Triton's tiles; on Hopper those tiles have the faster
+    """577 tokens: CUDA's warps need less padding than Triton's tiles; on Hopper, Triton's tiles use faster
     instructions."""
     monkeypatch.setattr(gpu_choice, "MEASURED", ())
     on("A100")
@@ -48,8 +47,8 @@ def test_predictions_decide(on: Callable[[str | None], None], monkeypatch: pytes
 
 
 def test_the_nearest_measurement_decides(on: Callable[[str | None], None]) -> None:
-    """On Hopper: windows of 12 on CUDA, of 7 on Triton, those between by the nearer; nothing is said of fp32 or of far
-    lengths."""
+    """On Hopper: CUDA for windows of 12, Triton for windows of 7, the nearer one for those between. No prediction for
+    fp32 and distant lengths."""
     sides = {side: WINDOWS._replace(sizes=(128, 56, 56, side, side, 3, 32)) for side in (6, 7, 9, 11, 12, 24)}
     for gpu in ("H100", "H200"):
         on(gpu)
@@ -125,8 +124,7 @@ def test_sizes_of_every_operator(on: Callable[[str | None], None]) -> None:
 
 @pytest.mark.parametrize(("dynamic", "chosen"), [(False, "cuda"), (True, "triton")])
 def test_compiled(on: Callable[[str | None], None], dynamic: bool, chosen: str) -> None:
-    """Sizes known while tracing are predicted as in eager mode; a graph for every size keeps the declared order and
-    gets no guard."""
+    """Static sizes are predicted as in eager mode; dynamic shapes keep the declared order, without guards."""
     on("A100")
     graphs: list[torch.fx.GraphModule] = []
 
@@ -195,8 +193,8 @@ def test_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_measuring_two_backends_makes_rows() -> None:
-    """Two that run here in place of the two that need a GPU; a row is Python that the table can hold, and one that
-    refuses is named."""
+    """With two CPU backends instead of GPU backends: rows are Python code for the table, and a backend that refuses is
+    reported."""
     said: list[str] = []
     cases = [case for case in gpu_cases.tiny() if case.op in ("flash_attention", "window_attention", "patch_embed")]
     found = list(

@@ -1,4 +1,4 @@
-"""The compiled library and living without it: symbols, instruction sets, import where nothing is installed."""
+"""The compiled library, and running without it: symbols, instruction sets, imports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 
 
 def python(code: str, **environment: str) -> str:
-    """Standard output of a fresh interpreter; its error is ours."""
+    """Standard output of a new interpreter; raises its error."""
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=180
     )
@@ -41,14 +41,14 @@ print(pyvit.explain("flash_attention", q, q, q))
 
 
 def test_without_the_library() -> None:
-    """Everything works on the reference path, and explain says what is missing."""
+    """Everything works with the reference, and explain says what is missing."""
     report = python(USE, PYVIT_NO_LIBRARY="1")
     assert "-> reference" in report
     assert "PYVIT_NO_LIBRARY=1 is set" in report
 
 
 def test_without_triton() -> None:
-    """Import and use with the package absent, as on a machine that never had it."""
+    """Import and use without the package."""
     hide = """
 import sys, importlib.abc, importlib.util
 class Hide(importlib.abc.MetaPathFinder):
@@ -64,7 +64,7 @@ importlib.util.find_spec = lambda name, *rest: None if name.partition('.')[0] ==
 
 
 def test_import_is_light() -> None:
-    """No GPU is touched, and no optional package comes along."""
+    """Importing pyvit initialises no GPU and imports no optional package."""
     loaded = set(
         python("import sys, torch; had = set(sys.modules); import pyvit; print(*(set(sys.modules) - had))").split()
     )
@@ -84,7 +84,7 @@ def test_import_is_light() -> None:
 
 
 def test_a_library_that_does_not_load_is_reported(tmp_path: object) -> None:
-    """A file that is no library leaves the reference path, and its reason in the report."""
+    """A damaged library: the reference is used, and the report has the reason."""
     code = f"""
 import pathlib, pyvit.library as library
 library.PATH = pathlib.Path({str(tmp_path)!r}) / 'x.so'
@@ -102,7 +102,7 @@ for content in (None, 'no'):
 @needs_library
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
 def test_only_the_stable_abi() -> None:
-    """Nothing undefined but the stable shims of torch and the C and C++ runtimes: no Python, no ATen, no c10."""
+    """Undefined symbols are only torch's stable shims and the C and C++ runtimes: no Python, no ATen, no c10."""
     listed = subprocess.run(
         ["nm", "-D", "--undefined-only", str(library.PATH)], capture_output=True, text=True, check=True
     ).stdout
@@ -136,7 +136,7 @@ def test_the_library_defines_every_operator() -> None:
 
 @needs_library
 def test_the_library_loads_without_python_code() -> None:
-    """As a C++ program sees it: load, call, no pyvit package."""
+    """As in a C++ program: load and call, without the pyvit package."""
     code = f"""
 import torch
 torch.ops.load_library({str(library.PATH)!r})
@@ -149,7 +149,7 @@ print(float((out - torch.nn.functional.scaled_dot_product_attention(q, q, q)).ab
 
 @needs_library
 def test_instruction_sets() -> None:
-    """PYVIT_CPU_ISA picks a set this processor has, and an unknown one is refused by name."""
+    """PYVIT_CPU_ISA selects a supported instruction set; an unknown one is an error that names it."""
     use = (
         "import torch, pyvit; q = torch.randn(1, 1, 9, 8); pyvit.ops.flash_attention(q, q, q); "
         "print(torch.ops.pyvit.cpu_isa())"

@@ -1,4 +1,4 @@
-"""keep_memory, in a process of its own, for it cannot be taken back."""
+"""keep_memory, in separate processes because it cannot be undone."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def test_memory_is_kept() -> None:
     assert int(all_four) < int(before)
 
 
-def test_without_glibc_it_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keep_memory_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
     import pyvit
 
     monkeypatch.setattr(platform, "libc_ver", lambda *_: ("musl", "1.2"))
     assert pyvit.keep_memory() is False
 
 
-def test_scratch_is_the_same_memory_each_time_and_every_thread_has_its_own() -> None:
+def test_scratch_memory_is_per_thread() -> None:
     first = scratch("test", (4, 6), torch.float32).fill_(7)
     again = scratch("test", (3, 5), torch.bfloat16)
     assert (again.shape, again.dtype, again.data_ptr()) == ((3, 5), torch.bfloat16, first.data_ptr())

@@ -1,4 +1,4 @@
-"""The numerics rule itself: it must catch what is wrong, or every test above it means nothing."""
+"""The numerics rule itself: it must detect wrong results."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_values_that_are_not_finite_must_agree(bad: float) -> None:
         compare("x", op, naive, ref)
 
 
-def test_overflow_of_the_naive_form_is_no_licence() -> None:
+def test_overflow_of_the_naive_form_does_not_widen_the_limit() -> None:
     op, naive, ref = _three()
     naive[0], op[1] = math.inf, 5.0
     with pytest.raises(NumericsError):

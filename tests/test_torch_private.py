@@ -1,4 +1,4 @@
-"""Private names of torch: this torch has them all, and their stand-ins give the same results."""
+"""torch's private names: this torch has them, and the fallbacks give the same results."""
 
 from __future__ import annotations
 

@@ -82,8 +82,7 @@ def map_rows(
     PRECISION: tl.constexpr,
 ):
     """Probabilities of BLOCK_M chosen queries of one head. The first pass over the keys computes the log-sum-exp, the
-    second the probabilities.
-    """
+    second the probabilities."""
     blocks = tl.cdiv(n_rows, BLOCK_M)
     pid = tl.program_id(0)
     b, h = (pid // blocks // H).to(tl.int64), (pid // blocks % H).to(tl.int64)

@@ -77,8 +77,7 @@ def add_products(acc, a, b, first: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def load_rows(base, rows, valid, stride, D: tl.constexpr, PARTS: tl.constexpr):
     """Rows of ``base`` (rows, D) as a tuple of blocks over D. Rows that are not ``valid`` (None: all are) and channels
-    past D are zero.
-    """
+    past D are zero."""
     at = base + rows.to(tl.int64)[:, None] * stride
     out = ()
     start: tl.constexpr = 0
@@ -155,8 +154,7 @@ def add_bias_and_mask(
 def exp2_factor(scale, RAW: tl.constexpr):
     """The factor of differences of scores in exp2. RAW scores, without bias, are products before ``scale``: their
     maximum is subtracted first, because a fused multiply-add would subtract a rounded maximum from the unrounded
-    product.
-    """
+    product."""
     unit = LOG2E
     if RAW:
         unit = scale * LOG2E
@@ -253,8 +251,7 @@ def processors(tensor: Tensor) -> int:
 
 def precision(tensor: Tensor) -> str:
     """How float32 operands are multiplied: as three TF32 products on NVIDIA's tensor cores, in float32 on AMD's. Never
-    in plain TF32.
-    """
+    in plain TF32."""
     return "ieee" if tensor.dtype != torch.float32 or not arch_of(tensor).startswith("sm_") else "tf32x3"
 
 

@@ -91,8 +91,7 @@ class _Problem:
 
     def like(self, t: Tensor, channels: int) -> Tensor:
         """An uninitialised output with the layout of the operator's contract: (B, N, H, D) in memory, or (T, H, D) for
-        varlen.
-        """
+        varlen."""
         if self.cu is not None:
             return t.new_empty(t.shape[0], t.shape[1], channels)
         return t.new_empty(t.shape[0], t.shape[2], t.shape[1], channels).transpose(1, 2)
@@ -175,14 +174,13 @@ def _backward(
 
 def _bias_backward(args: dict[str, Any], p: _Problem) -> Tensor:
     """The gradient of the bias. Each program owns a tile and loops over everything the bias was broadcast over; long
-    loops are split, and the parts added in order.
-    """
+    loops are split, and the parts added in order."""
     assert p.bias is not None
     c = p.choose("bias_grad")
     bb, bh, bi, bj = p.bias.shape
     rows, cols = -(-p.n_q // c.block_m), -(-p.n_k // c.block_n)
-    walk = (p.batch if bb == 1 else 1, p.heads if bh == 1 else 1, rows if bi == 1 else 1, cols if bj == 1 else 1)
-    steps = walk[0] * walk[1] * walk[2] * walk[3]
+    reduced = (p.batch if bb == 1 else 1, p.heads if bh == 1 else 1, rows if bi == 1 else 1, cols if bj == 1 else 1)
+    steps = reduced[0] * reduced[1] * reduced[2] * reduced[3]
     programs = bb * bh * (1 if bi == 1 else rows) * (1 if bj == 1 else cols)
     splits = max(1, min(steps, 2 * processors(p.q) // max(programs, 1)))
     grad = torch.empty if steps and p.n_q and p.n_k else torch.zeros
@@ -192,7 +190,7 @@ def _bias_backward(args: dict[str, Any], p: _Problem) -> Tensor:
         "splits": splits,
         "steps": steps,
         "bias_shape": (bb, bh, bi, bj),
-        "walk": walk,
+        "reduced": reduced,
         "ROWS": bi > 1,
         "COLS": bj > 1,
         "BLOCK_M": c.block_m,

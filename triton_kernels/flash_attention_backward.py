@@ -30,16 +30,14 @@ from pyvit.triton_kernels.common import (
 @triton.jit
 def any_large(lse):
     """Whether a row's log-sum-exp is LARGE (infinite ones belong to rows that do not exist). Float32 may then have
-    rounded away what was added to the largest score, and probabilities from it would not sum to 1.
-    """
+    rounded away what was added to the largest score, and probabilities from it would not sum to 1."""
     return tl.max(tl.where(lse < float("inf"), tl.abs(lse), 0.0), 0) > LARGE
 
 
 @triton.jit
 def load_shift(lse, rows, n, scale, RAW: tl.constexpr):
     """The log-sum-exp that is subtracted from scores, changed such that probabilities are 0 in rows past the end and in
-    fully masked rows; and whether one of these rows has a LARGE one.
-    """
+    fully masked rows; and whether one of these rows has a LARGE one."""
     value = tl.load(lse + rows, mask=rows < n, other=float("inf"))
     value = tl.where(value == float("-inf"), 0.0, value)
     large = any_large(value)
@@ -51,8 +49,7 @@ def load_shift(lse, rows, n, scale, RAW: tl.constexpr):
 @triton.jit
 def probabilities(s, shift, rest, unit):
     """exp2((s - shift) * unit - rest). For a row with a LARGE log-sum-exp, ``shift`` is the largest score and ``rest``
-    the logarithm of the sum of the remaining exponentials; otherwise they are the log-sum-exp and 0.
-    """
+    the logarithm of the sum of the remaining exponentials; otherwise they are the log-sum-exp and 0."""
     return tl.exp2((s - shift) * unit - rest)
 
 
@@ -114,8 +111,7 @@ def score_gradient(
     PRECISION: tl.constexpr,
 ):
     """A tile (M, N) of probabilities after dropout, and of the gradients of the scores. grad_left and grad_right are
-    output gradients and values, or the reverse; row sums and indices broadcast to the tile.
-    """
+    output gradients and values, or the reverse; row sums and indices broadcast to the tile."""
     dp = dot_parts(grad_left, grad_right, M, N, PRECISION)
     dropped = p
     if DROPOUT:
@@ -175,8 +171,7 @@ def backward_short(
     PRECISION: tl.constexpr,
 ):
     """All gradients of a head in one program, which keeps all keys on chip. Five products per tile of queries, instead
-    of seven in separate passes for dQ and for dK and dV, and everything is read once.
-    """
+    of seven in separate passes for dQ and for dK and dV, and everything is read once."""
     pid = tl.program_id(0)
     b, h = (pid // H).to(tl.int64), (pid % H).to(tl.int64)
     q_first, q_len = sequence(cu_q, b, n_q, VARLEN)
@@ -283,8 +278,7 @@ def backward_dq(
     PRECISION: tl.constexpr,
 ):
     """dQ of a tile of queries, in a loop over the keys. Also stores what :func:`backward_dkdv` needs per row: delta,
-    and the shift and rest of :func:`probabilities`.
-    """
+    and the shift and rest of :func:`probabilities`."""
     blocks = tl.cdiv(n_q, BLOCK_M)
     pid = tl.program_id(0)
     head = pid // blocks

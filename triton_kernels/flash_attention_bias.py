@@ -29,7 +29,7 @@ def bias_gradient(
     bias_strides,
     lse_strides,
     bias_shape,
-    walk,
+    reduced,
     splits,
     steps,
     H,
@@ -53,7 +53,7 @@ def bias_gradient(
     VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of the bias gradient: dS summed over ``walk`` = (batch, heads, row tiles, column tiles), the broadcast
+    """A tile of the bias gradient: dS summed over ``reduced`` = (batch, heads, row tiles, column tiles), the broadcast
     dimensions.
 
     With ``splits`` > 1 each program sums a part of the ``steps`` and writes to its own copy, (splits, *bias_shape).
@@ -69,12 +69,12 @@ def bias_gradient(
     share = tl.cdiv(steps, splits)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(split * share, tl.minimum(split * share + share, steps)):
-        rest = step // walk[3]
-        i = row_tile + rest % walk[2]
-        j = col_tile + step % walk[3]
-        rest = rest // walk[2]
-        h = (bias_h + rest % walk[1]).to(tl.int64)
-        b = (bias_b + rest // walk[1]).to(tl.int64)
+        rest = step // reduced[3]
+        i = row_tile + rest % reduced[2]
+        j = col_tile + step % reduced[3]
+        rest = rest // reduced[2]
+        h = (bias_h + rest % reduced[1]).to(tl.int64)
+        b = (bias_b + rest // reduced[1]).to(tl.int64)
         q_first, q_len = sequence(cu_q, b, n_q, VARLEN)
         k_first, k_len = sequence(cu_k, b, n_k, VARLEN)
         rows = i * BLOCK_M + tl.arange(0, BLOCK_M)

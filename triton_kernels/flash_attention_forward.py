@@ -82,8 +82,7 @@ def forward_short(
     PRECISION: tl.constexpr,
 ):
     """GROUP tiles of queries of one head, with all keys and values on chip: one softmax over whole rows, without
-    rescaling.
-    """
+    rescaling."""
     blocks = tl.cdiv(n_q, BLOCK_M * GROUP)
     pid = tl.program_id(0)
     head = pid // blocks

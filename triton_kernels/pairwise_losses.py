@@ -188,8 +188,7 @@ def nt_xent_backward(
     grad: Tensor, lse: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, backend: str = "triton"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of z1, z2 and temperature. The scores are symmetric, so one launch computes the weights of both
-    directions, P_ij + P_ji.
-    """
+    directions, P_ij + P_ji."""
     z, n = torch.cat([z1, z2]), z1.shape[0]
     weight = grad / (2 * n * temperature)
     both: dict[str, Any] = {"x_lse": lse, "y_lse": lse, "partner": n, "pull": 2.0, "exclude": True}
@@ -199,8 +198,7 @@ def nt_xent_backward(
 
 def sigmoid_contrastive(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, backend: str = "triton") -> Tensor:
     """Loss (), as :func:`pyvit.ops.sigmoid_contrastive` states it. A positive pair's softplus(-l) is computed as
-    softplus(l) - l.
-    """
+    softplus(l) - l."""
     sums, positive = row_sums(a, b, scale, kind=SIGMOID.value, bias=bias, partner=0)
     return (sums - positive).mean()
 
@@ -249,8 +247,7 @@ def _mean_prototypes(
     teacher: Tensor, wt: Tensor, ws: Tensor, inverse: Tensor, center: Tensor | None, lse: Tensor, shape: tuple[int, int]
 ) -> Tensor:
     """Student prototypes averaged with the teacher's probabilities, (T, N, C). The loss depends on the teacher only
-    through these.
-    """
+    through these."""
     one = torch.ones_like(inverse)
     return gradient(teacher, wt, ws, inverse, one, torch.float32, y_offset=center, x_lse=lse.flatten())[0].view(
         *shape, ws.shape[1]

@@ -101,8 +101,7 @@ def pair_sums(
     PRECISION: tl.constexpr,
 ):
     """For BLOCK_M rows and ``share`` columns: log-sum-exp (SOFTMAX) or sum of softplus (SIGMOID), and the score of the
-    pair whose indices differ by ``partner``. Results are (splits of the columns, rows).
-    """
+    pair whose indices differ by ``partner``. Results are (splits of the columns, rows)."""
     blocks = tl.cdiv(n_rows, BLOCK_M)
     pid = tl.program_id(0)
     first_col = pid // blocks * share
@@ -138,8 +137,7 @@ def pair_sums(
 @triton.jit
 def pair_weights(s, rows, cols, n_rows, n_cols, x_lse, y_lse, y_weight, partner, pull, KIND: tl.constexpr):
     """Derivative of the loss with respect to the scores: softmax over columns, over rows, or both, or a sigmoid; minus
-    ``pull`` at the positives.
-    """
+    ``pull`` at the positives."""
     if KIND == SIGMOID:
         w = 1.0 / (1.0 + tl.exp2(-s * LOG2E))
     else:

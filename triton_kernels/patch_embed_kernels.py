@@ -22,8 +22,7 @@ def pixel_column(k, strides, CHANNELS: tl.constexpr, PATCH: tl.constexpr):
 @triton.jit
 def token_rows(row, valid, tokens, prefix, keep, keep_stride):
     """For output rows ``row`` = b * tokens + t: the image, the position after the prefix (negative within it), and the
-    index of the patch.
-    """
+    index of the patch."""
     b, slot = row // tokens, row % tokens - prefix
     patch = slot
     if keep is not None:
@@ -73,8 +72,7 @@ def patch_forward(
     PRECISION: tl.constexpr,
 ):
     """BLOCK_M tokens by BLOCK_N channels of the result: the product plus bias and position; prefix tokens in their
-    rows.
-    """
+    rows."""
     DEPTH: tl.constexpr = CHANNELS * PATCH[0] * PATCH[1]
     tiles = tl.cdiv(WIDTH, BLOCK_N)
     pid = tl.program_id(0)
@@ -142,8 +140,7 @@ def patch_weight_gradient(
     PRECISION: tl.constexpr,
 ):
     """BLOCK_M channels by BLOCK_N pixels of dW from ``share`` patches (BLOCK_K at a time), to this share's copy,
-    (shares, D, depth).
-    """
+    (shares, D, depth)."""
     DEPTH: tl.constexpr = CHANNELS * PATCH[0] * PATCH[1]
     across, down = tl.cdiv(DEPTH, BLOCK_N), tl.cdiv(WIDTH, BLOCK_M)
     pid = tl.program_id(0)
@@ -194,8 +191,7 @@ def patch_image_gradient(
     PRECISION: tl.constexpr,
 ):
     """Pixels of BLOCK_M cells of one stride each (b, row, column), summed over the patches that contain them. Each
-    pixel has one owner.
-    """
+    pixel has one owner."""
     CELL: tl.constexpr = STEP[0] * STEP[1]
     across = tl.cdiv(CHANNELS * CELL, BLOCK_N)
     pid = tl.program_id(0)

@@ -22,8 +22,7 @@ SHORT = 288
 @dataclass(frozen=True)
 class Config:
     """``block_m``: rows of the side that a program owns; ``block_n``: rows of the side it loops over; ``edge_n``: the
-    narrower block where a mask is needed; ``group``: work items (query tiles, windows) per program.
-    """
+    narrower block where a mask is needed; ``group``: work items (query tiles, windows) per program."""
 
     block_m: int = 64
     block_n: int = 64
@@ -36,8 +35,7 @@ class Config:
 @dataclass(frozen=True)
 class Entry:
     """Tile sizes for calls of ``kernel`` on ``arch`` (a prefix) with at most these bytes per element, head dimension
-    and length.
-    """
+    and length."""
 
     kernel: str
     config: Config
@@ -217,8 +215,7 @@ def _look_up(kernel: str, arch: str, itemsize: int, head_dim: int, length: int) 
 @functools.cache
 def parts(n: int, most: int = 128) -> tuple[int, ...]:
     """``n``, rounded up to a multiple of 16, as descending powers of two up to ``most``: 197 -> (128, 64, 16). At most
-    two of them are below ``most``.
-    """
+    two of them are below ``most``."""
     whole, rest = divmod(-(-max(n, 1) // 16) * 16, most)
     tail: tuple[int, ...] = ()
     if rest:

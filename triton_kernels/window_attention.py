@@ -217,8 +217,7 @@ def _gradients_by_tiles(m: _Map, args: dict[str, Any], out: Tensor, lse: Tensor)
 
 class _Sums:
     """Partial sums of the gradients of the table (by groups of windows) and of the temperature (by ``programs`` per
-    head); added in order at the end.
-    """
+    head); added in order at the end."""
 
     def __init__(self, m: _Map, groups: int, programs: tuple[int, int]) -> None:
         empty = torch.zeros if m.total == 0 else torch.empty

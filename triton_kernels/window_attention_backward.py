@@ -1,6 +1,5 @@
 """Backward kernels of shifted windows; terms as in :mod:`pyvit.triton_kernels.window_attention_forward`. No atomics:
-sums are kept on chip.
-"""
+sums are kept on chip."""
 
 from __future__ import annotations
 
@@ -62,8 +61,7 @@ def query_side(
 ):
     """For queries at given coordinates: their rows and 1 / norm, the gradients of their outputs, their row sums and
     rests if given, and the shift subtracted from their scores: infinite past the windows, finite in fully masked rows,
-    so that their probabilities are 0.
-    """
+    so that their probabilities are 0."""
     first = h * D
     queries, inverse = normalised(
         gather(qkv, pad, first, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE
@@ -334,8 +332,7 @@ def window_backward_queries(
     PRECISION: tl.constexpr,
 ):
     """dQ of BLOCK_M queries of a window that is larger than a tile, in a loop over tiles of keys. Stores the row sums
-    for the other kernels.
-    """
+    for the other kernels."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     WHOLE: tl.constexpr = AREA // BLOCK_N * BLOCK_N
     COSINE: tl.constexpr = logit_scale is not None
@@ -428,8 +425,7 @@ def window_backward_bias(
     PRECISION: tl.constexpr,
 ):
     """BLOCK_M x BLOCK_N of dBias, summed on chip over ``share`` windows. Products are recomputed; the bias is read
-    once.
-    """
+    once."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     COSINE: tl.constexpr = logit_scale is not None
     tiles: tl.constexpr = (AREA + BLOCK_M - 1) // BLOCK_M
@@ -478,8 +474,7 @@ def table_gradient(
     grad_bias, grad_table, HEADS, WINDOW: tl.constexpr, PACK: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
 ):
     """ENTRIES rows of the table's gradient for one head: dBias (heads, queries, keys) summed in order over the pairs at
-    each offset.
-    """
+    each offset."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     ROWS: tl.constexpr = PACK * AREA
     pid = tl.program_id(0)

@@ -68,8 +68,7 @@ def row_offset(window, y, x, windows, strides):
 @triton.jit
 def gather(base, pad, first, offset, real, D: tl.constexpr, PARTS: tl.constexpr):
     """Channels from ``first`` on of the tokens, a tuple of blocks. Padding tokens have the channels of ``pad``, or
-    zeros without it.
-    """
+    zeros without it."""
     loaded = load_rows(base + first, offset, real, 1, D, PARTS)
     if pad is None:
         out = loaded
@@ -105,8 +104,7 @@ def times(values, factor):
 @triton.jit
 def normalised(values, COSINE: tl.constexpr):
     """Unit rows and 1 / norm, as F.normalize; without COSINE the unchanged rows. Float32 rows are divided by their
-    norm: a product with the inverse would lose digits that temperatures of up to 100 and short rows magnify.
-    """
+    norm: a product with the inverse would lose digits that temperatures of up to 100 and short rows magnify."""
     if COSINE:
         norm = tl.maximum(tl.sqrt(dot_rows(values, values)), NORM_EPS)
         inverse = 1.0 / norm
@@ -163,8 +161,7 @@ def attending(s, query_region, key_region, allowed, table, padded, shift, PACK: 
 @triton.jit
 def table_position(r, WINDOW: tl.constexpr):
     """For tile rows ``r``: a number whose differences are rows of the table, so that a pair's bias needs one
-    subtraction.
-    """
+    subtraction."""
     return r + r // WINDOW[1] * (WINDOW[1] - 1)
 
 
@@ -237,8 +234,7 @@ def window_forward(
     PRECISION: tl.constexpr,
 ):
     """``share`` packs of PACK windows, for BLOCK_M of their queries. The bias is read once and kept on chip; the
-    softmax is single-pass.
-    """
+    softmax is single-pass."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     COSINE: tl.constexpr = logit_scale is not None
     tiles = tl.cdiv(PACK * AREA, BLOCK_M)
@@ -397,8 +393,7 @@ def window_forward_long(
     PRECISION: tl.constexpr,
 ):
     """BLOCK_M queries of a window that is larger than a tile, in a loop over tiles of keys. Masks are applied only in
-    windows that have any.
-    """
+    windows that have any."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     WHOLE: tl.constexpr = AREA // BLOCK_N * BLOCK_N
     COSINE: tl.constexpr = logit_scale is not None

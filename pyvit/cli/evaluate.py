@@ -1,6 +1,5 @@
 """The subcommands of ``pyvit eval``. Each loads a finished run, prints its results, and writes PNG files into the run's
-folder.
-"""
+folder."""
 
 from __future__ import annotations
 
@@ -88,8 +87,7 @@ def zero_shot_command(
 
 def retrieval_command(run: str, data: str | None = None, out: str | None = None, count: int = 6) -> dict[str, float]:
     """Recall@k of images by caption and captions by image. For drawn scenes also localisation of phrases, with a sheet
-    of maps.
-    """
+    of maps."""
     recipe, chosen = _open(run, data)
     found = retrieval.recall_of(recipe, chosen, (1, 5, 10))
     _say_damage(chosen)
@@ -105,7 +103,7 @@ def retrieval_command(run: str, data: str | None = None, out: str | None = None,
     parts = chosen.extra.get("parts")
     phrases = [parts[i][0][0] for i in batch["index"].tolist()] if parts else batch["caption"]
     if not known:
-        print("no picture of parts: the image tower is no ViT with a class token")
+        print("no sheet of phrases: the image tower is not a ViT with a class token")
         return found
     maps = retrieval.part_map(recipe.exported(), recipe.normalize(batch["image"]), recipe.tokenizer(phrases))
     picture = contact_sheet.enlarge(batch["image"] / 255, 128)

@@ -68,8 +68,7 @@ class Images(Dataset[Batch]):
 
     def centred(self, centre: float | None) -> Images:
         """A copy that evaluates with the centre crop ``centre``: see :class:`pyvit.data.decode.ImageDecoder`. None
-        changes nothing.
-        """
+        changes nothing."""
         found = copy.copy(self)
         if centre is not None and hasattr(decoder := getattr(self, "decoder", None), "centred"):
             found.decoder = decoder.centred(centre)  # type: ignore[union-attr]
@@ -118,7 +117,9 @@ class TensorImages(Images):
                 raise ValueError(
                     f"TensorImages: {name} must have one entry for each of the {len(images)} images, got {len(given)}"
                 )
-        self.images, self.labels, self.captions = images, labels, list(captions) if captions is not None else None
+        self.images = images
+        self.labels = labels
+        self.captions = list(captions) if captions is not None else None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -176,8 +177,7 @@ class Data:
 
     def summary(self) -> str:
         """The first lines of a run: images of each split, classes, what is left out and why. Control characters are
-        escaped.
-        """
+        escaped."""
         kind = "spectrograms" if self.sound else "images"
         lines = [
             (

@@ -25,8 +25,7 @@ _SPARE = 2
 
 def open_image(source: Any) -> AbstractContextManager[Any]:
     """Open a path, bytes, a ``datasets`` record {"bytes": ..., "path": ...} or a PIL image. Files opened here are
-    closed afterwards.
-    """
+    closed afterwards."""
     from PIL import Image
 
     if isinstance(source, Mapping):
@@ -98,8 +97,7 @@ def _eight_bits(image: Any) -> Any:
 
 def cut(image: Any, wanted: Sequence[tuple[Box, tuple[int, int]]], size: tuple[int, int], turn: int) -> list[Tensor]:
     """uint8 (3, h, w) of each (box, (h, w)). Boxes are in pixels of the upright image, whose ``size`` is (width,
-    height).
-    """
+    height)."""
     from PIL import Image
 
     needed = min((min((r - l) / w, (b - t) / h) for (l, t, r, b), (h, w) in wanted), default=1.0)

@@ -14,8 +14,7 @@ _CAPTIONS = ("a handwritten {}", "the digit {}", "a photo of the number {}", "{}
 
 def digits(size: int = 32) -> Data:
     """Digits enlarged to ``size`` pixels, with three equal channels. Every fifth image of each class is held out: 1442
-    for training, 355 held out.
-    """
+    for training, 355 held out."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

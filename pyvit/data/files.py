@@ -68,7 +68,11 @@ class DecodedImages(Images):
         captions: Sequence[str] | None = None,
         groups: Sequence[int] | None = None,
     ) -> None:
-        self.items, self.labels, self.captions, self.groups, self.decoder = items, labels, captions, groups, decoder
+        self.items = items
+        self.labels = labels
+        self.captions = captions
+        self.groups = groups
+        self.decoder = decoder
         self._bad: dict[int, str] = {}
 
     def __len__(self) -> int:

@@ -1,6 +1,5 @@
 """Hugging Face data sets: hub names, and folders of parquet files, WebDataset shards, saved data sets or images with
-metadata.
-"""
+metadata."""
 
 from __future__ import annotations
 
@@ -29,8 +28,7 @@ def split_spec(spec: str) -> tuple[str, str]:
 
 def open_hugging_face(name: str, streaming: bool = False) -> tuple[dict[str, Any], list[str]]:
     """The splits of a hub name or a folder, and notes about what was left out. Raises ValueError with the reason if it
-    cannot be read.
-    """
+    cannot be read."""
     try:
         import datasets
     except ImportError as error:
@@ -77,8 +75,7 @@ def _open(datasets: Any, name: str, streaming: bool, notes: list[str]) -> dict[s
 
 def _by_split(files: Sequence[Path], root: Path, notes: list[str]) -> dict[str, list[str]]:
     """Files grouped by the split in their names, or else in their folders' names: train-00000-of-00004.parquet,
-    val/0.tar.
-    """
+    val/0.tar."""
     found: dict[str, list[str]] = {}
     silent = []
     for path in files:
@@ -225,8 +222,7 @@ def _rows(
     tables: Sequence[Any], caption: str | None, notes: list[str]
 ) -> tuple[list[list[int]], list[list[str]] | None]:
     """For each table, the rows of its items and their captions. A row with several captions becomes several items; a
-    row without captions is dropped.
-    """
+    row without captions is dropped."""
     if caption is None:
         return [list(range(len(table))) for table in tables], None
     texts = [[caption_texts(value) for value in table[caption]] for table in tables]

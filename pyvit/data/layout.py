@@ -44,8 +44,7 @@ class Tree:
 
     def pruned(self, endings: Sequence[str]) -> Tree:
         """This tree with only the files of ``endings``. Other files are counted; folders without such files are dropped
-        and named.
-        """
+        and named."""
         found = Tree(self.path, left_out=self.left_out.copy())
         for path in self.files:
             if path.suffix.lower() in endings:
@@ -65,8 +64,7 @@ class Tree:
 
 def scan(path: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Tree:
     """The tree under ``path``. Symbolic links are followed unless they lead to a parent folder. Hidden items are
-    ignored.
-    """
+    ignored."""
     tree = Tree(path)
     here = os.stat(path)
     above |= {(here.st_dev, here.st_ino)}
@@ -99,8 +97,7 @@ def scan(path: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Tree:
 @dataclass
 class Layout:
     """Files of the training and of the held-out split (None if there is no split), each with its class, or "" without
-    classes.
-    """
+    classes."""
 
     train: list[tuple[Path, str]]
     held_out: list[tuple[Path, str]] | None

@@ -75,8 +75,7 @@ def _tenths(groups: Sequence[Hashable], labels: Sequence[int]) -> tuple[list[int
 
 def _one_sided(sides: tuple[list[int], list[int]], labels: Sequence[int], share: float) -> set[int]:
     """The classes without a training image, without a held-out image, or with more than ``share`` of their images held
-    out.
-    """
+    out."""
     train, held = (Counter(labels[i] for i in side) for side in sides)
     return {c for c in {*train, *held} if not train[c] or not held[c] or held[c] > share * (train[c] + held[c])}
 
@@ -97,8 +96,7 @@ def group_equal(sizes: Sequence[int], read: Callable[[int], bytes]) -> list[int]
 
 def group_files(paths: Sequence[Path]) -> list[int] | None:
     """:func:`group_equal` of files, or None for more than :data:`COMPARED` files. An unreadable file gets its own
-    number.
-    """
+    number."""
     if len(paths) > COMPARED:
         return None
 

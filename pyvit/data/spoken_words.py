@@ -1,6 +1,5 @@
 """Spoken words as log-mel spectrograms: from espeak-ng if it is installed, else synthesised from tones with fixed
-formants.
-"""
+formants."""
 
 from __future__ import annotations
 
@@ -82,8 +81,7 @@ def _say(program: str, word: str, voice: str, draw: list[float]) -> Tensor:
 
 def _sing(label: int, higher: bool, draw: list[float]) -> Tensor:
     """Harmonics of a gliding pitch, filtered by two formants, with the envelope of a syllable. Held-out voices are
-    ``higher``.
-    """
+    ``higher``."""
     n = int(RATE * (0.4 + 0.3 * draw[1]))
     t = torch.arange(n, dtype=torch.float32, device="cpu") / RATE
     pitch = 210 + 50 * draw[0] if higher else 90 + 110 * draw[0]

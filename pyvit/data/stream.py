@@ -52,7 +52,11 @@ class Stream(Images):
         classes: int = 0,
         name: str = "the stream",
     ) -> None:
-        self.table, self.decoder, self.count, self.classes, self.name = table, decoder, count, classes, name
+        self.table = table
+        self.decoder = decoder
+        self.count = count
+        self.classes = classes
+        self.name = name
         self.image, self.label, self.caption = image, label, caption
         self.captions = [] if caption else None
         self._bad: dict[int, str] = {}
@@ -116,8 +120,7 @@ class Stream(Images):
         crops: Mapping[str, Crop] | None = None,
     ) -> IterableDataset[Batch]:
         """The micro-batches of ``rank`` for steps ``start`` to ``steps``. Examples of earlier steps are skipped without
-        decoding.
-        """
+        decoding."""
         size = batch // world // accumulate
         return _Batches(
             self, size, start * accumulate * size, (steps - start) * accumulate, seed, rank, world, crops or {}
@@ -211,7 +214,11 @@ class _Batches(IterableDataset[Batch]):
         world: int,
         crops: Mapping[str, Crop],
     ) -> None:
-        self.stream, self.size, self.skip, self.count, self.seed = stream, size, skip, count, seed
+        self.stream = stream
+        self.size = size
+        self.skip = skip
+        self.count = count
+        self.seed = seed
         self.ranks, self.crops = (rank, world), crops
 
     def __iter__(self) -> Iterator[Batch]:

@@ -51,7 +51,7 @@ class FileTokenizer:
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare exceptions
-            raise ValueError(f"tokenizer: {path} is no tokenizer.json: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"tokenizer: {path} is not a tokenizer.json: {str(error).splitlines()[0]}") from error
         self._tokenizer, self.context_length = tokenizer, context_length
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())  # ids may have gaps
         beside = {**_beside(path, "special_tokens_map.json"), **_beside(path, "tokenizer_config.json")}

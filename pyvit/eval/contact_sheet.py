@@ -30,8 +30,7 @@ def save_guesses(
     path: Path, images: Tensor, truth: Sequence[str], ranked: Sequence[Sequence[tuple[str, float]]], title: str
 ) -> Path:
     """A PNG of images (N, C, H, W) in [0, 1] titled with their classes, beside bars of (name, probability) in
-    descending order; the right class is green.
-    """
+    descending order; the right class is green."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -71,8 +70,7 @@ def save_sheet(
     side: int = 1,
 ) -> Path:
     """A PNG with one row per image and one titled column per entry (title, (N, 3, H, W) in [0, 1]), with a caption
-    under each row. Returns ``path``.
-    """
+    under each row. Returns ``path``."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -102,8 +102,7 @@ def check_finite(what: str, *features: Tensor) -> None:
 
 def check_labelled(what: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> None:
     """Raise ValueError if (features, labels) of a set are empty or of different length, or if training has fewer than
-    two classes.
-    """
+    two classes."""
     for name, (rows, labels) in (("training", train), ("held-out", test)):
         if not len(rows) or len(rows) != len(labels):
             raise ValueError(

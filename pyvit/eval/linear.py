@@ -1,6 +1,5 @@
 """A linear probe on frozen features: several learning rates are trained at once, and the best is chosen (Oquab et al.,
-2024, appendix B.3).
-"""
+2024, appendix B.3)."""
 
 from __future__ import annotations
 
@@ -104,8 +103,7 @@ def _scores(weight: Tensor, bias: Tensor, x: Tensor, labels: Tensor) -> Tensor:
 
 def _best(scores: Tensor) -> int:
     """The rate with most correct predictions; ties are broken by the loss. Rates with a loss that is not finite are
-    excluded.
-    """
+    excluded."""
     count, negative = scores[0].where(scores[1].isfinite(), -1), scores[1].nan_to_num(-torch.inf, neginf=-torch.inf)
     if count.max() < 0:
         raise ValueError("linear: the loss is not finite at any rate")

@@ -128,8 +128,7 @@ def part_map(model: nn.Module, images: Tensor, text: Tensor) -> Tensor:
 
 def quadrant_accuracy(recipe: Any, data: Data, limit: int = 200) -> float:
     """How often the quadrant that is most similar to a phrase contains its object, in per cent (chance: 25). For drawn
-    scenes.
-    """
+    scenes."""
     model, parts = recipe.exported(), data.extra.get("parts", [])[:limit]
     if not parts:
         raise ValueError(f"parts: data must be drawn scenes, which say where things are, {data.name} does not")

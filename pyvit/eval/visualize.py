@@ -14,8 +14,7 @@ from pyvit.models.resnet import ResNet
 
 def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
     """Attention from the class token to the patches in the last block, per head: (B, heads, rows, columns), from
-    normalised images.
-    """
+    normalised images."""
     if not hasattr(model, "attention_map") or getattr(model, "cls_token", None) is None:
         raise ValueError("attention: the model must be a vision transformer with a class token")
     rows = model.attention_map(images)[:, :, 0, model.num_prefix_tokens :]  # type: ignore[operator,misc]

@@ -36,8 +36,7 @@ def zero_shot_logits(
     model: nn.Module, images: Images, classifier: Tensor, normalize: Callable[[Tensor], Tensor], group: Any = None
 ) -> Tensor:
     """Logits (N, classes) of every readable image: similarity times the model's scale, plus its bias if it has one
-    (SigLIP).
-    """
+    (SigLIP)."""
     scale, bias = model.scale(), getattr(model, "logit_bias", None)  # type: ignore[operator]
 
     def compute(batch: dict[str, Any]) -> Tensor:

@@ -26,8 +26,7 @@ _LIBRARIES = ("timm", "transformers", "torchvision", "open_clip")
 
 class AccelerateError(RuntimeError):
     """``accelerate(model, strict=True)`` cannot replace everything. The message gives every reason; the model is
-    unchanged.
-    """
+    unchanged."""
 
 
 class Row(NamedTuple):
@@ -42,8 +41,7 @@ class Row(NamedTuple):
 
 class Report:
     """Result of :func:`accelerate`: ``replaced`` and ``left``, lists of :class:`Row`. As a context manager it restores
-    the model at the end.
-    """
+    the model at the end."""
 
     def __init__(self, model: nn.Module, replaced: list[Row], left: list[Row]) -> None:
         self.model, self.replaced, self.left = model, replaced, left
@@ -69,8 +67,7 @@ class Report:
 
     def refresh(self) -> Report:
         """A new report about the model's current state: patches, subclasses, other layers and hooks may have been added
-        since :func:`accelerate`.
-        """
+        since :func:`accelerate`."""
         return _examine(self.model, {(id(forward.module), forward.method): forward for forward in forwards(self.model)})
 
     def __enter__(self) -> Report:
@@ -115,8 +112,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
 
 def _examine(model: nn.Module, installed: dict[tuple[int, str], Forward] | None = None) -> Report:
     """What can be replaced in ``model``; or with ``installed``, a map of module identity and method to replacement,
-    which replacements are active.
-    """
+    which replacements are active."""
     originals.renew()
     report = Report(model, [], [])
     left: list[tuple[str, Left]] = []

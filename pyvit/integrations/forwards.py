@@ -56,8 +56,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def servable(x: Any) -> bool:
     """Whether kernels support the input's dtype, device and layout, and no exporter is active that does not know
-    pyvit's operators.
-    """
+    pyvit's operators."""
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
         return False
     return (
@@ -125,14 +124,16 @@ _PARTS = {
 
 class Forward:
     """Stored in ``vars(module)[method]`` of an accelerated module. Every call checks that nothing has changed, because
-    patches and hooks may be added later.
-    """
+    patches and hooks may be added later."""
 
     #: As torch.jit.ignore sets it: scripting then compiles the class's own forward.
     _torchscript_modifier = torch.jit.ignore(lambda: None)._torchscript_modifier  # type: ignore[attr-defined]
 
     def __init__(self, item: Replacement) -> None:
-        self.item, self.module, self.function, self.method = item, item.module, item.function, item.method
+        self.item = item
+        self.module = item.module
+        self.function = item.function
+        self.method = item.method
         self.active, self.kind = True, None
         self._learn()
 
@@ -163,7 +164,9 @@ class Forward:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.item = self.item._replace(module=self.module)
-        self.function, self.method, self.kind = self.item.function, self.item.method, None
+        self.function = self.item.function
+        self.method = self.item.method
+        self.kind = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.kind is None:
@@ -295,8 +298,7 @@ def _empty() -> Forward:
 
 def _methods_are_ours(module: nn.Module, methods: frozenset[str], holding: bool = True) -> bool:
     """Whether the instance overrides none of its class's methods, except by replacements of accelerate (that hold, if
-    ``holding``).
-    """
+    ``holding``)."""
     own = vars(module)
     if methods.isdisjoint(own):
         return True

@@ -1,6 +1,5 @@
 """open_clip: image and text towers. Most of their attention is torch's module: see
-:func:`pyvit.integrations.common.multihead`.
-"""
+:func:`pyvit.integrations.common.multihead`."""
 
 from __future__ import annotations
 

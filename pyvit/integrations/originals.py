@@ -165,8 +165,7 @@ def _home(function: Any) -> str:
 
 def _is_own(function: Any, definer: type, name: str) -> bool:
     """Whether ``name`` of class ``definer`` is defined in the class's module, possibly with decorators of its library
-    or of torch.
-    """
+    or of torch."""
     while isinstance(function, types.FunctionType):
         if _home(function) not in (definer.__module__.partition(".")[0], *_TRUSTED):
             return False

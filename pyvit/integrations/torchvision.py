@@ -1,6 +1,5 @@
 """torchvision: ViT, Swin and Swin V2. ViT's attention is torch's module: see
-:func:`pyvit.integrations.common.multihead`.
-"""
+:func:`pyvit.integrations.common.multihead`."""
 
 from __future__ import annotations
 
@@ -34,7 +33,9 @@ def _swin(module: Any, x: Tensor) -> Tensor:
     drop = share(module.attention_dropout, module.training)
     if drop is None:
         return type(module).forward(module, x)  # type: ignore[no-any-return]
-    window, heads, bias = tuple(module.window_size), module.num_heads, module.qkv.bias
+    window = tuple(module.window_size)
+    heads = module.num_heads
+    bias = module.qkv.bias
     cosine = hasattr(module, "logit_scale")
     if cosine and bias is not None:
         q, k, v = bias.chunk(3)

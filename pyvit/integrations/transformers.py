@@ -207,8 +207,7 @@ def swin(layer: Any, version: int) -> Iterator[Replacement | Left]:
 
 def _windows(layer: Any, x: Tensor, version: int, **options: Any) -> Tensor:
     """Window attention of both versions: pad, roll, partition, attention and the reverse, x (B, H, W, C) -> (B, H, W,
-    C).
-    """
+    C)."""
     q, k, v, output = _projections(layer, version)
     weight = torch.cat((q.weight, k.weight, v.weight))
     bias = (
@@ -223,8 +222,7 @@ def _windows(layer: Any, x: Tensor, version: int, **options: Any) -> Tensor:
 
 def _same_windows(layer: Any, trained: int, size: tuple[int, int], version: int) -> bool:
     """Whether a layer's windows, which may shrink with the map, have the size of its table and are shifted as pyvit
-    shifts, and its linear layers are plain.
-    """
+    shifts, and its linear layers are plain."""
     window, shift = layer.window_size, layer.shift_size
     return (
         window == trained

@@ -38,13 +38,11 @@ class _Centered(nn.Module):
         positive(f"{name}: student_temp", student_temp)
         if not 0 <= momentum < 1:
             raise ValueError(f"{name}: momentum must be in [0, 1), got {momentum}")
-        self.student_temp, self.momentum, self.centering, self.iterations, self.group = (
-            student_temp,
-            momentum,
-            centering,
-            iterations,
-            group,
-        )
+        self.student_temp = student_temp
+        self.momentum = momentum
+        self.centering = centering
+        self.iterations = iterations
+        self.group = group
         self.deferred = False
         self._batch_means: list[Tensor] = []
         self.register_buffer("center", torch.zeros(prototypes, dtype=torch.float32))
@@ -72,8 +70,7 @@ class _Centered(nn.Module):
     @torch.no_grad()
     def update_center(self, keep: bool = True) -> None:
         """Update the running mean with the mean of the scores since the last call; with ``keep`` False, discard these
-        scores.
-        """
+        scores."""
         if self._batch_means and keep:
             self.center.lerp_(torch.stack(self._batch_means).mean(0).to(self.center.dtype), 1 - self.momentum)
         self._batch_means.clear()
@@ -112,7 +109,9 @@ class DINOLoss(_Centered):
     ) -> Tensor:
         """student (S, N, C), teacher (T, N, C): scores, or features with prototypes (K, C). The first T student crops
         are the teacher's."""
-        s, t, n = student.shape[0], teacher.shape[0], student.shape[1]
+        s = student.shape[0]
+        t = teacher.shape[0]
+        n = student.shape[1]
         pairs = 1 - torch.eye(s, t, dtype=torch.float32, device=student.device)
         if not pairs.any():
             raise ValueError(f"DINOLoss: student must have at least 2 crops if the teacher has a single one, got {s}")
@@ -158,8 +157,7 @@ class IBOTLoss(_Centered):
         teacher_prototypes: Tensor | None = None,
     ) -> Tensor:
         """student, teacher (M, C): the masked tokens of the batch; weights (M,): 1 / (masked tokens of its image) /
-        images.
-        """
+        images."""
         if student.shape[0] == 0:
             if self.group is not None:
                 self._center(
@@ -189,6 +187,5 @@ class KoLeoLoss(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, D): the class tokens of one crop. Crops of the same image must not be neighbours, so call it once per
-        crop.
-        """
+        crop."""
         return koleo(F.normalize(x.float(), dim=-1), group=self.group)

@@ -69,9 +69,10 @@ def _fit_positions(
     module: Any, state: dict[str, Tensor], key: str, target: Mapping[str, Tensor], known: Any, square: bool
 ) -> str:
     """Resample position embeddings from the file's grid to the model's, with the positions of the class and
-    distillation tokens.
-    """
-    pos, prefix, new = state[key], key.removesuffix("decoder_pos_embed").removesuffix("pos_embed"), tuple(module.grid)
+    distillation tokens."""
+    pos = state[key]
+    prefix = key.removesuffix("decoder_pos_embed").removesuffix("pos_embed")
+    new = tuple(module.grid)
     if pos.dim() != 3 or pos.shape[2] != target[key].shape[2]:
         return ""
     tokens = target[key].shape[1] - new[0] * new[1]  # positions of class and distillation token
@@ -117,8 +118,7 @@ def _grid(
     n: int, tokens: Sequence[int], known: Any, new: Sequence[int], own: int, square: bool
 ) -> tuple[tuple[int, ...], int] | None:
     """Rows and columns of a table of n positions, and the number of prefix positions: from the file's metadata, else
-    square, else the model's.
-    """
+    square, else the model's."""
     area = new[0] * new[1]
     if known is not None:
         left = n - known[0] * known[1]

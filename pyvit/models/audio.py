@@ -59,7 +59,11 @@ class LogMel(Constants):
         std: float = 4.5689974,
     ) -> None:
         super().__init__()
-        self.frames, self.mean, self.std, self.mel_bins, self.rate = frames, mean, std, mel_bins, rate
+        self.frames = frames
+        self.mean = mean
+        self.std = std
+        self.mel_bins = mel_bins
+        self.rate = rate
         self.length, self.hop = rate * 25 // 1000, rate // 100
         self.size = 2 ** math.ceil(math.log2(self.length))
         self.register_constants()

@@ -57,7 +57,7 @@ def read(source: str | os.PathLike[str]) -> tuple[Any, dict[str, Any], dict[str,
         reason = "is a link to a file that does not exist" if path.is_symlink() else "does not exist"
         raise FileNotFoundError(f"load_checkpoint: {path} {reason}")
     if not path.is_file():
-        raise ValueError(f"load_checkpoint: {path} is no regular file")
+        raise ValueError(f"load_checkpoint: {path} is not a regular file")
     if path.name.endswith(".index.json"):
         found: tuple[Any, dict[str, Any]] = _read_shards(path), {}
     else:
@@ -102,7 +102,7 @@ def _read_shards(path: Path) -> dict[str, Any]:
         names = sorted(set(places.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"load_checkpoint: {path} is no index of shards: it must be JSON with a 'weight_map'"
+            f"load_checkpoint: {path} is not an index of shards: it must be JSON with a 'weight_map'"
         ) from error
     state: dict[str, Any] = {}
     for name in names:
@@ -150,7 +150,7 @@ def _read_file(path: Path) -> tuple[Any, dict[str, Any]]:
         told = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))
         reason = told[1] if told else (str(error).strip() or "nothing more is said").splitlines()[0]
         raise ValueError(
-            f"load_checkpoint: {path} is no file of torch.save{damaged}: {type(error).__name__}: {reason[:300]}"
+            f"load_checkpoint: {path} is not a file of torch.save{damaged}: {type(error).__name__}: {reason[:300]}"
         ) from error
 
 
@@ -163,7 +163,7 @@ def _read_safetensors(path: Path) -> tuple[Any, dict[str, Any]]:
             metadata = file.metadata() or {}
         return load_file(path), dict(metadata)
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"load_checkpoint: {path} is no safetensors file, or is cut short: {error}") from error
+        raise ValueError(f"load_checkpoint: {path} is not a safetensors file, or is cut short: {error}") from error
 
 
 class Opaque:
@@ -182,8 +182,7 @@ def _dictionary(*args: Any) -> dict[Any, Any]:
 
 def _read_pickle(path: Path, names: list[str]) -> Any:
     """A file of ``torch.save``, read by torch's unpickler for tensors and plain values; ``names`` collects the classes
-    of other objects.
-    """
+    of other objects."""
     if zipfile.is_zipfile(path):
         names += torch.serialization.get_unsafe_globals_in_checkpoint(path)
     while True:

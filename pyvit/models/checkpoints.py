@@ -217,8 +217,7 @@ def _finite(value: Tensor) -> bool:
 
 def _settings(model: nn.Module, metadata: Metadata, report: LoadReport, head: bool) -> dict[str, int]:
     """Compare the file's metadata with the model and add the differences to ``report``. Returns the end tokens that
-    text towers take from the file.
-    """
+    text towers take from the file."""
     taken: dict[str, int] = {}
     noted: dict[str, None] = {}
     for path, setting, theirs, ours in compare(metadata, describe(model)):

@@ -53,13 +53,11 @@ class TextTransformer(WithMetadata):
             raise ValueError(f"TextTransformer: eot must be an id below vocab_size = {vocab_size}, got {eot}")
         if pool not in ("eot", "last"):
             raise ValueError(f"TextTransformer: pool must be 'eot' or 'last', got {pool!r}")
-        self.context_length, self.vocab_size, self.pool, self.eot, self.causal = (
-            context_length,
-            vocab_size,
-            pool,
-            eot,
-            causal,
-        )
+        self.context_length = context_length
+        self.vocab_size = vocab_size
+        self.pool = pool
+        self.eot = eot
+        self.causal = causal
         self.grad_checkpointing = False
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
@@ -91,8 +89,7 @@ class TextTransformer(WithMetadata):
 
     def end_of(self, text: Tensor) -> Tensor:
         """Position of the end token in each row of ids (B, L), (B,). With causal attention, only this token sees the
-        whole text and no padding.
-        """
+        whole text and no padding."""
         if self.eot is None:
             return text.argmax(-1)
         ends = text == self.eot
@@ -102,8 +99,7 @@ class TextTransformer(WithMetadata):
 
 class TextCBOW(WithMetadata):
     """Mean of the token embeddings, projected: ids (B, L) to (B, embed_dim). Tokens ``pad`` are ignored. Mentioned in
-    figure 3 of CLIP.
-    """
+    figure 3 of CLIP."""
 
     def __init__(self, embed_dim: int = 512, vocab_size: int = 49408, width: int = 512, pad: int = 0) -> None:
         super().__init__()
@@ -161,14 +157,12 @@ class CLIP(nn.Module):
 
     def scale(self) -> Tensor:
         """The factor on similarities. CLIP's training keeps ``logit_scale`` below ln 100 (section 2.5); SigLIP's is not
-        bounded.
-        """
+        bounded."""
         return self.logit_scale.exp()
 
     def forward(self, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Normalised image and text embeddings (B, embed_dim), scale () and bias () or None: the arguments of the
-        contrastive losses.
-        """
+        contrastive losses."""
         return self.encode_image(images), self.encode_text(text), self.scale(), self.logit_bias
 
     def logits(self, images: Tensor, text: Tensor) -> Tensor:

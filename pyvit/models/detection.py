@@ -96,8 +96,7 @@ class DecomposedAttention(nn.Module):
 
 def offsets(table: Tensor, n: int) -> Tensor:
     """Rows of a table (L, d) of offsets for every (query, key) of an axis of length n: (n, n, d). Resampled linearly if
-    L is not 2n - 1.
-    """
+    L is not 2n - 1."""
     if table.shape[0] != 2 * n - 1:
         table = F.interpolate(table.float().T[None], size=2 * n - 1, mode="linear")[0].T.to(table.dtype)
     at = torch.arange(n, device=table.device)
@@ -109,12 +108,12 @@ class ViTDetBlock(nn.Module):
 
     def __init__(self, dim: int, attn: DecomposedAttention, mlp_ratio: float, drop_path: float, eps: float) -> None:
         super().__init__()
-        self.norm1, self.attn, self.drop_path1 = LayerNorm(dim, eps, before_linear=True), attn, DropPath(drop_path)
-        self.norm2, self.mlp, self.drop_path2 = (
-            LayerNorm(dim, eps, before_linear=True),
-            Mlp(dim, int(dim * mlp_ratio)),
-            DropPath(drop_path),
-        )
+        self.norm1 = LayerNorm(dim, eps, before_linear=True)
+        self.attn = attn
+        self.drop_path1 = DropPath(drop_path)
+        self.norm2 = LayerNorm(dim, eps, before_linear=True)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path1(self.attn(self.norm1(x)))
@@ -154,7 +153,9 @@ class ViTDet(WithMetadata):
     ) -> None:
         super().__init__()
         check_rate("ViTDet: drop_path_rate", drop_path_rate)
-        self.img_size, self.embed_dim, self.grad_checkpointing = pair(img_size), embed_dim, False
+        self.img_size = pair(img_size)
+        self.embed_dim = embed_dim
+        self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, pad=True)
         self.grid = self.patch_embed.grid(pair(pretrain_img_size))
         whole = self.patch_embed.grid(self.img_size)
@@ -208,8 +209,7 @@ class ChannelNorm(nn.LayerNorm):
 
 class SimpleFeaturePyramid(nn.Module):
     """A map at stride 16 to maps "0" to "3" at strides 4, 8, 16, 32, and "pool" at 64, each (B, out_channels, ...)
-    (section 3).
-    """
+    (section 3)."""
 
     def __init__(self, dim: int, out_channels: int = 256) -> None:
         super().__init__()
@@ -240,8 +240,7 @@ class SimpleFeaturePyramid(nn.Module):
 
 class FeaturePyramid(nn.Module):
     """Maps of several strides to maps of ``out_channels`` channels with top-down connections, and "pool". Lin et al.,
-    "FPN" (2017).
-    """
+    "FPN" (2017)."""
 
     def __init__(self, channels: Sequence[int], out_channels: int = 256) -> None:
         super().__init__()

@@ -144,8 +144,7 @@ class SelfDistillation(nn.Module):
 
     def head_of(self, side: str, patches: bool = False) -> DINOHead:
         """The head of "student" or "teacher" for class tokens or for patches; the losses need its
-        :attr:`DINOHead.prototypes`.
-        """
+        :attr:`DINOHead.prototypes`."""
         parts = getattr(self, side)
         return parts["patch_head"] if patches and "patch_head" in parts else parts["head"]
 
@@ -199,8 +198,7 @@ class SelfDistillation(nn.Module):
 
     def encoder_of(self) -> nn.Module:
         """The network that is used after training: the teacher's backbone, which is better than the student's (DINO,
-        section 5.2).
-        """
+        section 5.2)."""
         return self.teacher["backbone"]
 
     def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
@@ -233,8 +231,7 @@ def embed_all(
     backbone: nn.Module, crops: list[Tensor], hidden: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor | None]:
     """Features (B_i, D) of batches of crops and, for a ViT, the patch tokens of the first batch; ``hidden``: masked
-    patches of the first batch.
-    """
+    patches of the first batch."""
     if not isinstance(backbone, VisionTransformer):
         return [backbone(c) for c in crops], None
     if len(crops) == 1:
@@ -303,8 +300,7 @@ HEAD = (
 
 def distilled(backbone: str | None = None, **settings: Any) -> SelfDistillation:
     """A :class:`SelfDistillation` from settings of its heads and of its ViT; ``backbone`` names a registered ViT to
-    start from.
-    """
+    start from."""
     head = {k: settings.pop(k) for k in HEAD if k in settings}
     base = settings_of(backbone)[1] if backbone else {}
     vit = VisionTransformer(**{**base, "num_classes": 0, "mask_token": head.get("masks", False), **settings})

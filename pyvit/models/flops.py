@@ -43,8 +43,7 @@ class Cost:
 
     def memory(self, itemsize: int = 4) -> tuple[int, int]:
         """Attention memory in bytes per input in training: naive, with ``itemsize`` bytes per number, and fused
-        (float32).
-        """
+        (float32)."""
         return self.scores * itemsize, self.statistics * 4
 
 
@@ -116,8 +115,7 @@ PIXELS_OR_PATCHES = (
 @dataclass(frozen=True)
 class Published:
     """A row of the Swin paper's comparison of ImageNet-22k models (Liu et al., 2021, table 1b): million parameters,
-    GMACs, top-1 accuracy in per cent.
-    """
+    GMACs, top-1 accuracy in per cent."""
 
     label: str
     img_size: int

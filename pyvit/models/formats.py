@@ -52,8 +52,7 @@ class Rule:
 
 def rule(native: str, foreign: str, op: Op | None = None, swiglu: bool | None = None) -> Rule:
     """A rule from space-separated keys on both sides. Several foreign keys for one native key are concatenated unless
-    ``op`` says otherwise.
-    """
+    ``op`` says otherwise."""
     natives, foreigns = tuple(native.split()), tuple(foreign.split())
     return Rule(natives, foreigns, op or (SAME if len(foreigns) == 1 else cat(len(foreigns))), swiglu)
 

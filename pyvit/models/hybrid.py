@@ -61,8 +61,7 @@ class Bottleneck(nn.Module):
 
 class ResNetV2Stem(nn.Module):
     """(B, C, H, W) to a map at stride 2^(stages + 1), with timm's names. Without stages: one convolution and the
-    pooling, at stride 4.
-    """
+    pooling, at stride 4."""
 
     def __init__(self, layers: Sequence[int], in_chans: int = 3) -> None:
         super().__init__()
@@ -78,7 +77,9 @@ class ResNetV2Stem(nn.Module):
             )
             made.append(stage)
             cin = 256 * 2**s
-        self.stages, self.channels, self.stride = nn.ModuleList(made), cin, 2 ** (max(len(layers), 1) + 1)
+        self.stages = nn.ModuleList(made)
+        self.channels = cin
+        self.stride = 2 ** (max(len(layers), 1) + 1)
 
     def forward(self, x: Tensor) -> Tensor:
         root = self.stem if len(self.stages) else self

@@ -72,8 +72,7 @@ def _told(metadata: Metadata, constructor: Any, settings: Mapping[str, Any]) -> 
 
 def structure(source: Source) -> dict[str, Any]:
     """Settings of a ViT that the weights determine and that a model's name may leave open; {} if the weights are not a
-    ViT's.
-    """
+    ViT's."""
     native, _, _ = to_native(source.state, recognise(source.state))
     metadata = source.metadata or metadata_of_config(source.config, native)
     at = "visual." if any(k.startswith("visual.") for k in native) else ""
@@ -181,7 +180,7 @@ def _vit(state: Mapping[str, Tensor], prefix: str, grid: Sequence[int] | None = 
     found = [t for t in (tokens, 0) if math.isqrt(pos.shape[1] - t) ** 2 == pos.shape[1] - t]
     if not found:
         raise ValueError(
-            f"model_from_checkpoint: {prefix}pos_embed of {pos.shape[1]} positions is no square grid; create the "
+            f"model_from_checkpoint: {prefix}pos_embed of {pos.shape[1]} positions is not a square grid; create the "
             "model by name"
         )
     side = math.isqrt(pos.shape[1] - found[0])
@@ -247,7 +246,9 @@ def _windows_v2(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dic
     tables = [value for key, value in state.items() if key.endswith("relative_coords_table")]
     if not tables:
         return {}
-    depths, windows, trained = settings["depths"], [], []
+    depths = settings["depths"]
+    windows = []
+    trained = []
     for stage in range(len(depths)):
         table = tables[sum(depths[:stage])].float()
         windows.append((table.shape[1] + 1) // 2)

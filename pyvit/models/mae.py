@@ -34,7 +34,9 @@ class MaskedAutoencoder(VisionTransformer):
         **encoder: Any,
     ) -> None:
         super().__init__(**{"num_classes": 0, "global_pool": "token", "pos_embed": "sincos", **encoder})
-        (ph, pw), c, eps = self.patch_embed.patch_size, self.patch_embed.in_chans, self.norm_eps
+        (ph, pw) = self.patch_embed.patch_size
+        c = self.patch_embed.in_chans
+        eps = self.norm_eps
         if ph != pw:
             raise ValueError(f"MaskedAutoencoder: patch_size must be square, got {(ph, pw)}")
         self.norm_pix_loss = norm_pix_loss
@@ -53,8 +55,7 @@ class MaskedAutoencoder(VisionTransformer):
 
     def init_autoencoder(self) -> None:
         """Xavier-uniform initialisation of linear layers and the patch projection; tokens from a normal distribution of
-        0.02 (appendix A.1).
-        """
+        0.02 (appendix A.1)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

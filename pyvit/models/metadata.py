@@ -59,8 +59,7 @@ def plain(value: Any) -> Any:
 
 class WithMetadata(nn.Module):
     """A model whose state dicts contain its metadata, where ``torch`` keeps the versions of modules. Keys and files do
-    not change.
-    """
+    not change."""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -25,8 +25,7 @@ def register(name: str, constructor: Callable[..., nn.Module], **settings: Any) 
 
 def settings_of(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
     """Constructor and settings of a registered model. Raises ValueError, with the most similar names, for an unknown
-    one.
-    """
+    one."""
     if name not in REGISTRY:
         near = difflib.get_close_matches(name, REGISTRY, 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "see pyvit.list_models()"

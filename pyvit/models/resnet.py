@@ -82,7 +82,9 @@ class ResNet(nn.Module):
         img_size: int | Sequence[int] = 224,
     ) -> None:
         super().__init__()
-        self.img_size, self.in_chans, self.small = pair(img_size), in_chans, small
+        self.img_size = pair(img_size)
+        self.in_chans = in_chans
+        self.small = small
         self.conv1 = conv(in_chans, width, 3) if small else conv(in_chans, width, 7, 2)
         self.bn1 = nn.BatchNorm2d(width)
         (self.layer1, self.layer2, self.layer3, self.layer4), self.num_features = stages(

@@ -174,7 +174,9 @@ class SwinTransformer(WithMetadata):
                 f"SwinTransformer: pretrained_window_sizes is for version 2, one per stage ({len(depths)}), got "
                 f"{pretrained_window_sizes}"
             )
-        self.version, self.grad_checkpointing, self.global_pool = version, False, global_pool
+        self.version = version
+        self.grad_checkpointing = False
+        self.global_pool = global_pool
         self.img_size = pair(img_size)
         self.num_features = [embed_dim * 2**s for s in range(len(depths))]
         self.patch_embed = PatchEmbed(

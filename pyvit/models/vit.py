@@ -106,12 +106,10 @@ class VisionTransformer(WithMetadata):
             raise ValueError(
                 f"VisionTransformer: pos_embed must be 'learn', 'sincos', 'rope' or 'none', got {pos_embed!r}"
             )
-        self.img_size, self.embed_dim, self.num_heads, self.global_pool = (
-            pair(img_size),
-            embed_dim,
-            num_heads,
-            global_pool,
-        )
+        self.img_size = pair(img_size)
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.global_pool = global_pool
         self.norm_eps, self.grad_checkpointing = norm_eps, False
         self.interpolation = {"antialias": interpolate_antialias, "offset": interpolate_offset}
         self.num_prefix_tokens = int(class_token) + int(dist_token) + reg_tokens
@@ -173,8 +171,7 @@ class VisionTransformer(WithMetadata):
 
     def init_weights(self) -> None:
         """Normal distribution of 0.02 for linear layers and positions, 1e-6 for prefix tokens; sines and cosines for
-        fixed positions.
-        """
+        fixed positions."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -221,8 +218,7 @@ class VisionTransformer(WithMetadata):
 
     def positions(self, grid: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
         """Learned or fixed positions for a grid: of the patches (N, D), resampled, and of the class and distillation
-        tokens (1 or 2, D).
-        """
+        tokens (1 or 2, D)."""
         if self.pos_embed is None:
             return None, None
         first = self.pos_embed.shape[1] - self.grid[0] * self.grid[1]
@@ -335,7 +331,9 @@ class VisionTransformer(WithMetadata):
         """
         depth = len(self.blocks)
         wanted = range(depth - n, depth) if isinstance(n, int) else [i % depth for i in n]
-        rope, x, found = self.rotations(images), self.embed(images), {}
+        rope = self.rotations(images)
+        x = self.embed(images)
+        found = {}
         for i, block in enumerate(self.blocks):
             x = self.run_block(block, x, rope=rope)
             if i in wanted:

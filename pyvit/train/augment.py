@@ -40,8 +40,7 @@ class Augment(nn.Sequential):
 
 def _turn_and_flip(flip: bool, slant: float = 0.0) -> list[nn.Module]:
     """Random rotation and shear by up to ``slant`` degrees with small shifts (none if 0), then a random horizontal
-    flip.
-    """
+    flip."""
     k = _kornia()
     turn = [k.RandomAffine(degrees=slant, translate=(0.1, 0.1), scale=(0.9, 1.1), shear=slant)] if slant else []
     return [*turn, *([k.RandomHorizontalFlip()] if flip else [])]

@@ -73,14 +73,13 @@ def load(path: Path) -> dict[str, Any] | None:
             f"{path} is damaged or no checkpoint of pyvit: {str(error).splitlines()[0] if str(error) else error!r}"
         ) from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is no checkpoint of pyvit: it holds a {type(found).__name__}")
+        raise ValueError(f"{path} is not a checkpoint of pyvit: it holds a {type(found).__name__}")
     return found
 
 
 def sweep(folder: Path, *names: str) -> None:
     """Remove the temporary files that interrupted writes of ``names`` left in ``folder``. No other process may be
-    writing there.
-    """
+    writing there."""
     for name in names:
         for stale in folder.glob(f".{glob.escape(name)}.*"):
             with contextlib.suppress(OSError):

@@ -21,8 +21,7 @@ from pyvit.train.recipe import Contrastive, Views, build, initialise
 
 class ImageText(Contrastive):
     """Base of the recipes for pairs of images and captions: pair i of the batch is a positive, all other pairs are
-    negatives.
-    """
+    negatives."""
 
     defaults: ClassVar[dict[str, Any]] = {
         "epochs": 32,
@@ -96,8 +95,7 @@ class CLIP(ImageText):
     @torch.no_grad()
     def update(self, step: int, steps: int) -> None:
         """Clamp the scale to [1, 100] (section 2.5). Clamping the parameter keeps its gradient, which a clamp in the
-        loss would stop.
-        """
+        loss would stop."""
         self.model.logit_scale.clamp_(0.0, math.log(100.0))
 
 

@@ -14,8 +14,7 @@ __all__ = ["FREE", "Config", "parse"]
 
 def option(default: Any, help: str, within: str = "", choices: tuple[str, ...] = ()) -> Any:
     """A dataclass field with its help text for the command line and its allowed values (see
-    :class:`pyvit.train.options.Option`).
-    """
+    :class:`pyvit.train.options.Option`)."""
     metadata = {"help": help, "within": within, "choices": choices}
     if isinstance(default, list):
         return field(default_factory=list, metadata=metadata)
@@ -84,8 +83,7 @@ class Config:
 
     def check(self) -> None:
         """Raise SettingError for a value of the wrong type or out of range. None is allowed where the recipe has a
-        default.
-        """
+        default."""
         hints = get_type_hints(Config)
         for each in dataclasses.fields(self):
             value, kinds = getattr(self, each.name), get_args(hints[each.name]) or (hints[each.name],)

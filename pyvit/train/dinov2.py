@@ -125,7 +125,9 @@ class DINOv2(DINO):
         return {**found, "mask": masks.unflatten(0, (crops, b)).to(found["global"].device)}
 
     def forward(self, views: Views) -> dict[str, Tensor]:
-        o, seen, temp = self.opt, self.outputs(views), views["teacher_temp"]
+        o = self.opt
+        seen = self.outputs(views)
+        temp = views["teacher_temp"]
         found = {"dino": self.loss(seen.student, seen.teacher, temp, **self.prototypes())}
         loss = found["dino"]
         if o["ibot"]:

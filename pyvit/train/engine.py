@@ -23,7 +23,7 @@ from pyvit.train.initialisation import adopt, check_model, inherit
 from pyvit.train.log import Log, Progress, active_kernels, say
 from pyvit.train.optim import LARS, parameter_groups
 from pyvit.train.options import SettingError, parse
-from pyvit.train.presets import MODELS, PRESETS, TOWERS
+from pyvit.train.presets import MODELS, PRESETS, RECIPE_MODELS
 from pyvit.train.recipe import Contrastive, Recipe, load_recipe
 from pyvit.train.resume import Resumable
 from pyvit.train.run_folder import Lock
@@ -51,8 +51,7 @@ class NumberedBatches:
 
 def resolve_config(config: Config) -> Config:
     """Fill in the settings that were not given: presets for built-in data, then the recipe's defaults, then the run
-    folder.
-    """
+    folder."""
     config.check()
     if config.epochs is not None and config.steps is not None:
         raise SettingError(f"epochs and steps: give one of them, got {config.epochs} and {config.steps}")
@@ -65,7 +64,7 @@ def resolve_config(config: Config) -> Config:
     recipe.options_of(config)
     parse(config.set, "set")
     config = config.resolved(
-        {"model": TOWERS.get((config.recipe, config.data)) or MODELS.get(config.data, "vit_small_patch16_224")}
+        {"model": RECIPE_MODELS.get((config.recipe, config.data)) or MODELS.get(config.data, "vit_small_patch16_224")}
     )
     check_model(recipe, config)
     config = adopt(config, recipe)
@@ -191,8 +190,7 @@ class Run(Resumable):
 
     def step(self, step: int, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
         """One optimizer step. Returns the values to log. Steps skipped by the float16 scaler do not advance the
-        schedules.
-        """
+        schedules."""
         c = self.config
         schedule_step = step - self.skipped
         lr = _set_rates(self.optimizer, self.recipe, c, schedule_step, self.steps)
@@ -255,7 +253,9 @@ class Run(Resumable):
 
     def _cached_gradients(self, step: int, schedule_step: int, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
         """Gradients of the loss over all micro-batches together: see :mod:`pyvit.train.grad_cache`."""
-        device, scaler, micros = self.accelerator.device, self.accelerator.scaler, []
+        device = self.accelerator.device
+        scaler = self.accelerator.scaler
+        micros = []
         for i in range(self.config.accumulate):
             micros.append(MicroBatch(self._views(step, schedule_step, i, batches), rng_state(device)))
         with whole(self.recipe), self.accelerator.autocast():
@@ -346,8 +346,7 @@ class Run(Resumable):
 
     def export(self, results: dict[str, float]) -> list[str]:
         """Write the weights, settings, data description and results. Returns the names of files that could not be
-        written.
-        """
+        written."""
         state = get_model_state_dict(
             self.recipe.exported(), options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )

@@ -29,8 +29,7 @@ HEADS = (r"head(_dist)?\..*", r"fc\..*", r"fc_norm\..*", r"attn_pool\..*", r"mas
 
 def check_model(recipe: Any, config: Config) -> None:
     """Refuse a model that the recipe cannot train, or settings that it does not have, before data is read. Raises
-    ValueError.
-    """
+    ValueError."""
     if (recipe.needs_init and config.init is None) or (config.init is not None and not config.init.strip()):
         raise ValueError(
             f"{config.recipe}: init must name {recipe.needs_init or 'a run or a checkpoint'}, got {config.init!r}"
@@ -95,8 +94,7 @@ def build(name: str, data: Data, config: Config, whole: bool = False, **settings
 
 def inherit(config: Config, recipe: Any) -> Config:
     """``config`` with the model, image size and model settings of the run that ``--init`` names, where they are not
-    given.
-    """
+    given."""
     if config.init is None:
         return config
     before = _run_of(Path(config.init).expanduser())
@@ -139,8 +137,7 @@ def adopt(config: Config, recipe: Any) -> Config:
 
 def _run_of(path: Path) -> dict[str, Any] | None:
     """The configuration of the ``pyvit train`` run in a folder, or of the run that a weights file belongs to; None
-    otherwise.
-    """
+    otherwise."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     try:
         found = json.loads(file.read_text())

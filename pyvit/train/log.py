@@ -27,7 +27,10 @@ class Log:
     """
 
     def __init__(self, folder: Path, start: int, tensorboard: bool, enabled: bool = True) -> None:
-        self.path, self.enabled, self._warned, self._writer = folder / "log.jsonl", enabled, False, None
+        self.path = folder / "log.jsonl"
+        self.enabled = enabled
+        self._warned = False
+        self._writer = None
         if not enabled:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +105,10 @@ class Progress:
     """A progress bar with remaining time, images per second and the loss; on a pipe, a line every 10 seconds."""
 
     def __init__(self, steps: int, start: int, batch: int, enabled: bool) -> None:
-        self.steps, self.start, self.batch, self.enabled = steps, start, batch, enabled
+        self.steps = steps
+        self.start = start
+        self.batch = batch
+        self.enabled = enabled
         self._began = self._said = time.perf_counter()
         self._bar = None
         if enabled and sys.stdout.isatty():

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-#: Default models of the built-in data sets; TOWERS has those of recipes that need another one.
+#: Default models of the built-in data sets; RECIPE_MODELS has those of recipes that need another one.
 MODELS = {
     "digits": "vit_pico_patch8_32",
     "scenes": "vit_pico_patch8_64",
     "words": "ast_pico_patch16_128x64",
     "synthetic": "vit_small_patch16_224",
 }
-TOWERS = {
+RECIPE_MODELS = {
     ("mae", "words"): "vit_pico_patch8_32",  # MAE needs patches that do not overlap, unlike AST's
     ("clip", "digits"): "clip_pico_patch8_32",
     ("clip", "scenes"): "clip_pico_patch8_64",
@@ -20,7 +20,7 @@ TOWERS = {
 }
 
 _MILD = {"augment": "mild", "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}
-_SELF = {
+_SELF_DISTILLATION = {
     "prototypes": 512, "hidden": 256, "bottleneck": 64, "local_crops": 2, "local_size": 24, "global_crop": 0.6,
     "local_crop": 0.35, "drop_path": 0.0, "distort": False, "slant": 15.0, "momentum": 0.99, "weight_decay_end": 0.1,
 }  # fmt: skip
@@ -60,9 +60,9 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         **_SHORT,
         "batch_size": 64,
         "lr": 2e-3,
-        "option": {**_SELF, "momentum": 0.97, "batch_norm": True, "local_crops": 0},
+        "option": {**_SELF_DISTILLATION, "momentum": 0.97, "batch_norm": True, "local_crops": 0},
     },
-    ("dinov2", "digits"): {**_SHORT, "batch_size": 64, "option": {**_SELF, "layer_scale": 1e-2}},
+    ("dinov2", "digits"): {**_SHORT, "batch_size": 64, "option": {**_SELF_DISTILLATION, "layer_scale": 1e-2}},
     ("clip", "digits"): {**_SHORT, "epochs": 20, "weight_decay": 0.1, "option": {"context": 32}},
     ("siglip", "digits"): {**_SHORT, "epochs": 20, "option": {"context": 32}},
     ("clip", "scenes"): {**_SHORT, "epochs": 12, "weight_decay": 0.1},

@@ -60,7 +60,9 @@ class Recipe(nn.Module):
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__()
-        self.config, self.data, self.per_epoch = config, data, 1
+        self.config = config
+        self.data = data
+        self.per_epoch = 1
         self.opt = self.options_of(config)
         self.register_buffer("mean", torch.tensor(data.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(data.std)[:, None, None], persistent=False)
@@ -129,8 +131,7 @@ class Recipe(nn.Module):
 
     def depends_on_micro_batch(self) -> list[str]:
         """Names of the parts whose result depends on which rows are in the same micro-batch, for a note about
-        ``--accumulate``.
-        """
+        ``--accumulate``."""
         return ["batch norms"] if has_batch_norm(self) else []
 
     def rate_scales(self) -> Mapping[str, float]:
@@ -191,7 +192,9 @@ class Contrastive(Recipe):
 
     def check_batch(self) -> None:
         """Refuse batches without negatives, and accumulation with batch norms in the encoder."""
-        name, batch, accumulate = self.config.recipe, self.config.batch_size, self.config.accumulate
+        name = self.config.recipe
+        batch = self.config.batch_size
+        accumulate = self.config.accumulate
         if batch is not None and batch < 2:
             raise SettingError(
                 f"{name}: batch_size must be at least 2, because the negatives of an image are the others of "

@@ -46,8 +46,7 @@ class Resumable:
 
     def _on_main(self, action: Callable[[], None]) -> None:
         """Call ``action()`` on the main process. A ValueError or OSError is raised on every rank, so that none waits
-        for the others.
-        """
+        for the others."""
         problem: list[str | None] = [None]
         if self.main:
             try:
@@ -88,7 +87,7 @@ class Resumable:
                 self._keep_data()
             return 0
         if missing := {"config", "step", "model", "optimizer"} - saved.keys():
-            raise ValueError(f"{path} is no checkpoint of pyvit: it lacks {', '.join(sorted(missing))}")
+            raise ValueError(f"{path} is not a checkpoint of pyvit: it lacks {', '.join(sorted(missing))}")
         before = json.loads(saved["config"])
         moved = self._on_main_same_data(saved.get("data"))
         differ = [

@@ -55,8 +55,7 @@ class Lock:
     @staticmethod
     def _lock(file: IO[str], holder: dict[str, Any]) -> bool:
         """Lock ``file`` if no other process has locked it. On file systems without locks, the process that it names
-        must not be running on this machine.
-        """
+        must not be running on this machine."""
         try:
             if fcntl is not None:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -7,8 +7,7 @@ import math
 
 def cosine(step: int, steps: int, start: float, end: float, warmup: int = 0) -> float:
     """Linear warm-up from 0 to ``start`` over ``warmup`` steps, then a half cosine from ``start`` to ``end`` at the
-    last step.
-    """
+    last step."""
     if step < warmup:
         return start * (step + 1) / warmup
     progress = min((step - warmup) / max(steps - 1 - warmup, 1), 1.0)

@@ -37,7 +37,10 @@ class SigLIP(ImageText):
             raise ValueError(f"siglip: model must have a bias (siglip_*), {config.model} has none")
 
     def compare(self, embeddings: dict[str, Tensor]) -> dict[str, Tensor]:
-        images, text, scale, bias = embeddings["images"], embeddings["text"], self.model.scale(), self.model.logit_bias
+        images = embeddings["images"]
+        text = embeddings["text"]
+        scale = self.model.scale()
+        bias = self.model.logit_bias
         need_negatives(self.config.recipe, len(images), self.group)
         loss = sigmoid_contrastive(images, text, scale, bias, group=self.group)
         return {"loss": loss, "scale": scale.detach(), "bias": bias.detach()}

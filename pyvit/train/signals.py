@@ -27,8 +27,7 @@ class StopSignals:
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
         """Record SIGINT and SIGTERM instead of ending the process. A second signal ends it. Only works in the main
-        thread.
-        """
+        thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

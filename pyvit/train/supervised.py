@@ -17,8 +17,7 @@ from pyvit.train.recipe import Recipe, Views, build, initialise
 
 class Supervised(Recipe):
     """Cross-entropy with label smoothing on cropped, mixed and erased images, or on masked spectrograms (Gong et al.,
-    2021).
-    """
+    2021)."""
 
     defaults: ClassVar[dict[str, Any]] = {
         "epochs": 300,

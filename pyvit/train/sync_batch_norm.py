@@ -11,8 +11,7 @@ from pyvit.ops.loss_tiles import all_sum
 
 class SyncBatchNorm1d(nn.BatchNorm1d):
     """``nn.BatchNorm1d`` whose training statistics are over the rows of all ranks. Input (B, D), with the same B on
-    every rank.
-    """
+    every rank."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:

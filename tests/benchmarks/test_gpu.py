@@ -25,7 +25,7 @@ def test_gpu_run_says_what_it_needs(capsys):
 
 
 def test_gpu_cases_run_on_any_device(capsys):
-    """The GPU's rows end to end at tiny size; on a CPU its SDPA backends are refused, and each says so."""
+    """The GPU cases end to end with tiny shapes. On a CPU the SDPA backends refuse them, and each row says so."""
     floor = lambda case: gpu_cost.floor_ms(case, "NVIDIA H200")  # noqa: E731
     settings = Settings(seconds=0.01, rounds=(2, 2), both_sources=False, extra=_uncompiled, floor=floor)
     so_far: list[int] = []
@@ -51,7 +51,7 @@ def test_gpu_cases_run_on_any_device(capsys):
 
 
 def test_gpu_targets_are_all_there():
-    """Every promise about a GPU, once each, and a rival pinned for every row of attention."""
+    """Every GPU target exists once, and every attention case is compared with a pinned SDPA backend."""
     by = {case.id: case.target for case in gpu.chosen_cases(gpu.STEPS) if case.target}
     for batch, n in ((256, 197), (192, 257), (64, 577), (32, 1025)):
         target = by[f"flash_attention {batch}x12x{n}x64 bf16 forward+backward"]
@@ -71,7 +71,7 @@ def test_gpu_targets_are_all_there():
 
 
 def test_gpu_run_keeps_to_its_time(monkeypatch):
-    """Cases of 30 s within 100 s: three start, the others are named, and the targets among them are not measured."""
+    """Cases of 30 s within 100 s: three run, the others are listed, and their targets are reported as not measured."""
     now, chosen = [0.0], gpu_cases.ordered(gpu_cases.tiny())
 
     def run(cases, *_):
@@ -87,7 +87,7 @@ def test_gpu_run_keeps_to_its_time(monkeypatch):
 
 
 def test_floor_of_the_cost_model():
-    """Bytes over bandwidth for short sequences, flops over rate for long ones, NaN for a part without figures."""
+    """Bytes over bandwidth for short sequences, flops over rate for long ones, NaN for an unknown GPU."""
     short = next(case for case in gpu_cases.ops() if case.op == "window_attention" and case.mode == "forward")
     moved = 4 * 128 * 56 * 56 * 96 * 2  # qkv and out
     assert gpu_cost.floor_ms(short, "NVIDIA H200") == pytest.approx(1e3 * moved / 4.8e12, rel=0.1)

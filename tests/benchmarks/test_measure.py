@@ -1,4 +1,4 @@
-"""How the benchmarks measure: time, memory, inputs."""
+"""Timing, memory measurement and inputs of the benchmarks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_interleave_orders_and_ratio():
 
 
 def test_ratio_is_taken_within_rounds():
-    # The machine halves its speed midway: a ratio of medians would call these equal, or worse.
+    # The machine slows down to half its speed: a ratio of medians would be wrong.
     base, ours = measure.Timing((2.0, 4.0, 8.0)), measure.Timing((1.0, 2.0, 4.0))
     assert measure.ratio(base, ours) == 2.0
     assert measure.ratio(base, base) == 1.0
@@ -55,5 +55,5 @@ def test_inputs_are_tokens(source):
     assert torch.isfinite(x).all()
     assert 0.5 < x.std() < 2.0
     assert inputs.pixels(source, 3, 448).shape == (3, 3, 448, 448)
-    if source == "photos":  # neighbouring patches of a photograph resemble each other, noise does not
+    if source == "photos":  # neighbouring patches of a photograph are similar, unlike noise
         assert torch.nn.functional.cosine_similarity(x[:, :-1], x[:, 1:], dim=-1).mean() > 0.1

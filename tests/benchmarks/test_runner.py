@@ -28,7 +28,7 @@ WINDOW = Case(
 
 @pytest.mark.parametrize("op", sorted(providers.SPECS))
 def test_providers_agree(op):
-    """Every provider of every op, on a small case, under the numerics rule; gradients too where it has them."""
+    """Every provider of every operator on a small case, under the numerics rule; gradients too if it has them."""
     small = {
         "flash_attention": {"batch": 2, "heads": 2, "length": 50, "dim": 16, "bias": True},
         "flash_attention_varlen": {"lengths": (17, 17, 5), "heads": 2, "dim": 16},

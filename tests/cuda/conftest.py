@@ -1,5 +1,4 @@
-"""The CUDA kernels on the host: built with g++ and sanitizers against csrc/cuda/emulation, and run in a worker
-process."""
+"""The CUDA kernels on a CPU: built with g++ and sanitizers against csrc/cuda/emulation, and run in a worker process."""
 
 from __future__ import annotations
 
@@ -68,7 +67,7 @@ def _ninja_file() -> str:
 
 
 def build_emulation() -> Path:
-    """The library with torch.ops.pyvit_cuda on CPU tensors; ninja keeps it up to date."""
+    """The library that registers torch.ops.pyvit_cuda for CPU tensors; ninja keeps it up to date."""
     BUILD.mkdir(parents=True, exist_ok=True)
     contents = {
         "schemas.inc": "".join(f'm.def("{name}{schema}");\n' for name, schema in SCHEMAS.items()),
@@ -89,12 +88,13 @@ def _runtime(name: str) -> str:
 
 
 class Emulator:
-    """A worker process with the sanitizers loaded first; an error found by one ends it, and becomes a RuntimeError
-    here."""
+    """A worker process with the sanitizers preloaded. An error that a sanitizer finds ends the process and becomes a
+    RuntimeError here.
+    """
 
     def __init__(self, library: Path) -> None:
         preload = ":".join(map(_runtime, ("libasan.so", "libubsan.so", "libstdc++.so")))
-        # New memory is filled with NaN patterns, so that what a kernel does not write shows.
+        # New memory is filled with NaN, so that elements a kernel does not write are noticed.
         options = "detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255"
         self._environment = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": options, "OMP_NUM_THREADS": "1"}
         self._command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(library)]
@@ -123,12 +123,13 @@ class Emulator:
         return value
 
     def op(self, name: str, *args: Any, seed: int | None = None) -> Any:
-        """torch.ops.pyvit_cuda.<name>(*args) with a fresh order of threads."""
+        """torch.ops.pyvit_cuda.<name>(*args), with a new random order of threads."""
         return self._request("op", name, args, next(self._seeds) if seed is None else seed)
 
     def call(self, function: str, *args: Any) -> Any:
-        """An extern "C" function of the library; tensors go by pointer and come back as they are afterwards, with the
-        returned text."""
+        """Call an extern "C" function of the library. Tensors are passed as pointers and returned as they are
+        afterwards, with the returned text.
+        """
         return self._request("call", function, args, next(self._seeds))
 
     def skip_barrier(self, site: str) -> None:

@@ -1,4 +1,4 @@
-"""Leaving out any one barrier of any kernel must show: as a wrong result, or as a fault that the emulation reports."""
+"""Leaving out any barrier of any kernel gives a wrong result or an error of the emulation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 
 
 def _attention(emulator: Any, seed: int, mask: float = 0.0) -> list[torch.Tensor]:
-    """Several key tiles, grouped heads, a bias that broadcasts over queries."""
+    """Several tiles of keys, grouped heads, a bias that broadcasts over queries."""
     q, grad = torch.randn(1, 2, 70, 32).bfloat16(), torch.randn(1, 2, 70, 32).bfloat16()
     k, v = torch.randn(1, 1, 150, 32).bfloat16(), torch.randn(1, 1, 150, 32).bfloat16()
     options = (torch.randn(1, 2, 1, 150) + mask, False, 0.2, 0.0, None, "cuda")
@@ -25,7 +25,7 @@ def _attention(emulator: Any, seed: int, mask: float = 0.0) -> list[torch.Tensor
 
 
 def _masked_attention(emulator: Any, seed: int) -> list[torch.Tensor]:
-    """Large log-sum-exps, whose rows the backward sums again."""
+    """Large log-sum-exps, for which the backward recomputes row sums."""
     return _attention(emulator, seed, -1e4)
 
 
@@ -41,17 +41,17 @@ def _windows(
 
 
 def _wide_windows(emulator: Any, seed: int) -> list[torch.Tensor]:
-    """Elements of four bytes, for which shared memory holds one window at a time."""
+    """Elements of four bytes: shared memory holds one window at a time."""
     return _windows(emulator, seed, torch.float32)
 
 
 def _large_windows(emulator: Any, seed: int) -> list[torch.Tensor]:
-    """Too large for one block to take all gradients in one pass."""
+    """Too large for one block to compute all gradients in one pass."""
     return _windows(emulator, seed, side=13, size=(13, 40))
 
 
 def _largest_windows(emulator: Any, seed: int) -> list[torch.Tensor]:
-    """Too large for the sums of the table's gradient beside a block's queries: these have a pass of their own."""
+    """Too large to sum the table's gradient in the pass over queries: it has a separate pass."""
     return _windows(emulator, seed, side=18, size=(18, 18))
 
 

@@ -1,5 +1,5 @@
-"""The emulation itself: instruction layouts against the PTX manual's formulas, roundings, and the faults that it must
-catch."""
+"""The emulation itself: instruction layouts by the PTX manual's formulas, rounding, and the faults that it must
+detect."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ def test_mma_tf32_layout_and_truncation(emulator):
     _, (_, _, got) = emulator.call("probe_mma", 2, registers_a, registers_b, _scattered(c))
     cut = [(x.view(torch.int32) & -8192).view(torch.float32) for x in (a, b)]
     torch.testing.assert_close(got, _scattered(cut[0] @ cut[1] + c), rtol=1e-6, atol=1e-6)
-    assert (
-        got - _scattered(a @ b + c)
-    ).abs().max() > 1e-5  # full float32 inputs are not what the instruction multiplies
+    assert (got - _scattered(a @ b + c)).abs().max() > 1e-5  # the instruction truncates full float32 inputs
 
 
 @pytest.mark.parametrize("transposed", [0, 1])
@@ -70,7 +68,7 @@ def test_fragments_multiply(emulator, dtype, a_by_k, b_by_k):
     name = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[dtype]
     given = (a.mT.contiguous() if a_by_k else a, b.mT.contiguous() if b_by_k else b)
     _, (_, _, got) = emulator.call(f"probe_product_{name}", *given, torch.full((16, 16), torch.nan), a_by_k, b_by_k)
-    # Three TF32 products keep float32's accuracy; one alone would be off by 1e-3.
+    # Three TF32 products have float32's accuracy; a single one has an error of 1e-3.
     torch.testing.assert_close(got.double(), a.double() @ b.double().mT, rtol=1e-6, atol=1e-5)
 
 

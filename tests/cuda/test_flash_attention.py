@@ -63,8 +63,8 @@ def test_strides(store):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("nk", [37, 150])
 def test_finite_masks(dtype, nk):
-    """Rows masked by finite numbers, whole and in part, in one tile of keys and in several; each broadcast's
-    gradient."""
+    """Rows masked completely or partly by finite numbers, in one and in several tiles of keys; the gradient of every
+    broadcast bias."""
     for bias in {torch.float32: extreme_bias(nk), dtype: extreme_bias(nk, dtype)}.values():
         tensors = _qkv(dtype, 1, 2, ROWS, nk, 32) | {"bias": bias}
         testing.check_op(
@@ -77,7 +77,7 @@ def test_finite_masks(dtype, nk):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [300.0, 1e6, -300.0])
 def test_large_scales(dtype, scale):
-    """Without a bias, scores of which float32 holds few digits, every key twice."""
+    """Without a bias: scores so large that float32 keeps few digits, with every key twice."""
     tensors = _qkv(dtype, 1, 2, 20, 150, 16)
     tensors["k"][:, :, 75:] = tensors["k"][:, :, :75].flip(2)
     largest = float((tensors["q"].double() @ tensors["k"].double().mT).abs().max()) * abs(scale)

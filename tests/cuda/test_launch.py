@@ -1,5 +1,5 @@
-"""The launcher against a runtime that fails as told: each failure is named by its own call, and none is left for a
-later one."""
+"""The launcher with a scripted CUDA runtime: each failure is reported by the call that caused it, and does not affect
+later calls."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The compiled library carries the CUDA kernels, loads where there is no GPU, and says what is wrong instead of
-crashing."""
+"""The compiled library contains the CUDA kernels, loads without a GPU, and raises errors instead of crashing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ptxas says of the compiled kernels: recorded by csrc/cuda/resources.py, held to budgets here."""
+"""Budgets for the kernels' registers, spills and shared memory, which csrc/cuda/resources.py records from ptxas."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_budgets(resources, record):
 
 
 def test_no_budget_is_wider_than_its_worst_kernel_needs(resources, record):
-    """A budget with room would let a kernel grow unseen: within 8 registers, what they are given out by, and without a
-    spare byte."""
+    """Budgets are tight, so that no kernel grows unnoticed: within 8 registers, the allocation unit, and with no spare
+    byte."""
     worst = dict.fromkeys(resources.BUDGETS, (0, 0))
     for kernel, per_arch in record["kernels"].items():
         prefix = resources.governing(kernel)
@@ -98,7 +98,8 @@ def test_the_table_is_of_the_record(resources, record):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_table_knows_how_kernels_are_launched(resources, emulator, dtype):
-    """Every launch of these calls is one of the table's, by threads and shared memory; and the table's are all met."""
+    """Every launch of these calls is in the table, with its threads and shared memory, and every launch of the table
+    occurs."""
     emulator.call("pyvit_emulation_forget_sites")
     q, bias = torch.randn(1, 1, 197, 64).to(dtype), torch.randn(1, 1, 197, 197)
     options = (bias, False, 0.1, 0.0, None, "cuda")

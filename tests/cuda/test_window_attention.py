@@ -43,8 +43,8 @@ def test_shifted_windows(dtype, window):
     ],
 )
 def test_where_one_pass_ends(dtype, window, d):
-    """3, 64, 65, 144 and 145 tokens: one warp, the most and the fewest of each kernel; a padded map, its windows cut
-    into few groups."""
+    """3, 64, 65, 144 and 145 tokens: the smallest and largest windows of each kernel; a padded map with windows in few
+    groups."""
     tensors = _tensors(dtype, 1, 2 * window[0] - 1, window[1], 2, d, window, cosine=True, pad=True)
     shift = (window[0] // 2, 0)
     testing.check_op(window_attention, tensors, backend="cuda", window_size=window, shift_size=shift, num_heads=2)
@@ -52,7 +52,7 @@ def test_where_one_pass_ends(dtype, window, d):
 
 @pytest.mark.parametrize("side", [16, 18])
 def test_large_windows(side):
-    """The table's gradient beside the queries', and where that does not fit in shared memory."""
+    """The table's gradient in the pass over queries, and in its own pass if it does not fit into shared memory."""
     tensors = _tensors(torch.bfloat16, 1, side, 2 * side, 1, 32, (side, side), cosine=True)
     testing.check_op(window_attention, tensors, backend="cuda", window_size=side, shift_size=side // 2, num_heads=1)
 
@@ -79,8 +79,8 @@ def test_an_axis_of_one_window_is_not_shifted():
 @pytest.mark.parametrize("cosine", [False, True])
 @pytest.mark.parametrize("window", [7, 12, 13])
 def test_finite_masks(dtype, cosine, window):
-    """Tables whose numbers mask rows by -inf or finite numbers, in one pass with whole rows, in one with parts, in
-    several."""
+    """Tables that mask rows by -inf or finite numbers; one pass with whole rows, one pass with parts of rows, several
+    passes."""
     tensors = _tensors(dtype, 1, window, window, ROWS, 16, (window, window), cosine=cosine)
     tensors["bias_table"] = extreme_table((2 * window - 1) ** 2)
     testing.check_op(
@@ -89,7 +89,7 @@ def test_finite_masks(dtype, cosine, window):
 
 
 def test_the_largest_windows_under_finite_masks():
-    """The table's gradient in a pass of its own."""
+    """The table's gradient in its own pass."""
     tensors = _tensors(torch.bfloat16, 1, 18, 18, 3, 32, (18, 18))
     tensors["bias_table"] = extreme_table(35**2)[:, [1, 3, 10]].contiguous()
     testing.check_op(window_attention, tensors, backend="cuda", window_size=18, num_heads=3)
@@ -123,7 +123,7 @@ def test_temperature_beyond_its_clamp_has_no_gradient():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zero_keys_in_padding_under_cosine_attention(dtype):
-    """Swin V2's key bias is zero: padding keys have no direction, and must not become NaN."""
+    """Swin V2's key bias is zero, so padding keys are zero vectors, and must not become NaN."""
     tensors = _tensors(dtype, 1, 5, 7, 1, 32, (7, 7), cosine=True)
     pad = torch.randn(96)
     pad[32:64] = 0

@@ -1,4 +1,4 @@
-"""Tables of captions and Hugging Face data sets: columns, encodings, splits, labels, repeated images."""
+"""Tables of captions and Hugging Face data sets: columns, encodings, splits, labels, copies of images."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_validation_leaves_every_class_on_both_sides(tmp_path):
         load_data(str(tmp_path), 8, validation=0.1)
 
 
-def test_replacements_of_damaged_images_come_from_the_same_part(tmp_path):
+def test_replacements_of_damaged_images_come_from_the_same_split(tmp_path):
     pictures(tmp_path)
     data = load_data(str(tmp_path), 8, validation=0.5)
     for i in (0, 2, 4):

@@ -1,4 +1,4 @@
-"""Where crops lie, that they are cut from the full image, and that a resumed run draws what the unbroken one drew."""
+"""Random crops: their boxes, that they are cut from the full image, and that a resumed run draws the same ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_boxes_lie_in_the_image_and_have_the_area_asked_for(width, height, scale
         assert np.mean(areas) == pytest.approx(sum(scale) / 2, abs=0.03)
 
 
-def test_scales_that_are_no_shares_are_refused():
+def test_crop_scales_out_of_range_are_refused():
     for scale in ((0.0, 1.0), (0.5, 0.4), (0.5, 1.5), (-1, 1)):
         with pytest.raises(ValueError, match="crop: scale must be"):
             Crop((8, 8), scale)
@@ -60,15 +60,15 @@ def test_whole_images_stay_as_they_are():
 
 
 def test_crops_are_cut_from_the_full_image():
-    """A local crop of a fine pattern keeps it; one of a picture shrunk to 224 pixels first has lost it."""
+    """A local crop keeps a fine pattern, which would be lost if the image were first resized to 224 pixels."""
     fine = Image.fromarray(
         np.tile(np.array([[0, 0, 255, 255]], np.uint8), (1200, 400)).repeat(3).reshape(1200, 1600, 3)
     )
     decoder = ImageDecoder(224)
     ((view,),) = decoder.views(fine, {"local": Crop((96, 96), (0.004, 0.006), count=1)}, random.Random(0)).values()
-    assert view.float().std() > 80  # about 97 pixels resized to 96: the stripes are there
+    assert view.float().std() > 80  # about 97 pixels resized to 96: the stripes are visible
     ((left, _, right, bottom),) = Crop((96, 96), (0.2, 1.0)).boxes(1600, 1200, random.Random(1))
-    assert right - left > 400  # and no box is in pixels of the smaller picture
+    assert right - left > 400  # boxes are not in pixels of a smaller image
     assert max(right, bottom) > 224
 
 
@@ -158,7 +158,7 @@ def test_resumed_and_divided_runs_draw_the_same(images, workers):
     assert torch.equal(torch.cat([micro[6]["crop"], micro[7]["crop"]]), whole[3]["crop"])
 
 
-def test_what_workers_cannot_read_is_known_here(tmp_path):
+def test_unreadable_files_of_workers_are_recorded(tmp_path):
     images = load_data(str(files(tmp_path)), 32).train
     images.items[3].write_bytes(b"x")
     with pytest.warns(UserWarning, match="skipped"):
@@ -178,8 +178,8 @@ def test_what_workers_cannot_read_is_known_here(tmp_path):
     ],
 )
 def test_recipes_train_on_crops_of_files_and_resume(recipe, names, tmp_path):
-    """An unbroken run of 3 steps and one whose last checkpoint is of step 2 end alike, with one worker and with
-    none."""
+    """An uninterrupted run of 3 steps and one resumed from step 2 end with the same weights, with one worker and
+    without."""
     small = {
         "mae": ["decoder_dim=16", "decoder_depth=1", "decoder_heads=1"],
         "simclr": ["hidden=16", "out=8"],
@@ -201,7 +201,7 @@ def test_recipes_train_on_crops_of_files_and_resume(recipe, names, tmp_path):
 
 
 def test_captioned_images_are_never_mirrored():
-    """The brightness of the left half says which side is which, before and after."""
+    """The brightness of the left half shows whether an image was flipped."""
     pixels = torch.zeros(16, 3, 32, 32, dtype=torch.uint8)
     pixels[..., :16] = 200
     data = load_data("synthetic", 32, count=16)

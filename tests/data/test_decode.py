@@ -1,4 +1,5 @@
-"""Pixels of every kind of file: depth, orientation, transparency, damage; and that all sources give the same."""
+"""Decoding of images: bit depth, orientation, transparency, damaged files; and that all sources give the same
+pixels."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def test_floats_from_0_to_1_are_scaled_and_others_refused(tmp_path):
 
 
 def wide_png(color: int, values: np.ndarray, extra: bytes = b"") -> bytes:
-    """A PNG of 16 bits a channel, which Pillow does not write."""
+    """A PNG with 16 bits per channel, which Pillow cannot write."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -110,7 +111,7 @@ def test_orientation_is_applied_whatever_the_file(tmp_path, turn, ending):
         assert (views["crop"][0].float() - want).abs().max() <= 6
 
 
-def test_damaged_exif_is_no_damage(tmp_path):
+def test_damaged_exif_is_ignored(tmp_path):
     corners().save(tmp_path / "a.jpg", exif=b"Exif\0\0rubbish rubbish")
     assert decode_image(tmp_path / "a.jpg", 32).shape == (3, 32, 32)
 
@@ -188,7 +189,7 @@ DAMAGE = (
 
 @pytest.mark.filterwarnings("ignore:skipped")
 @pytest.mark.parametrize("kind", [*DAMAGE, "gone", "a folder"])
-def test_damage_is_replaced_in_training_and_left_out_of_evaluation(tmp_path, kind):
+def test_damaged_images_are_replaced_in_training_and_left_out_of_evaluation(tmp_path, kind):
     paths = []
     for i in range(6):
         paths.append(tmp_path / f"{i}.png")
@@ -237,7 +238,7 @@ def test_a_few_unreadable_files_are_named_and_the_others_counted(tmp_path):
 
 
 def test_evaluation_takes_seven_eighths_where_there_are_pixels_to_spare():
-    """A frame around the picture: gone from a large image, kept of one that is no larger than the view."""
+    """A frame around the image is cut from a large image, and kept in an image that is no larger than the output."""
     for side, kept in ((256, False), (32, True)):
         image = Image.new("RGB", (side, side), "white")
         image.paste("black", (side // 32, side // 32, side - side // 32, side - side // 32))
@@ -246,7 +247,7 @@ def test_evaluation_takes_seven_eighths_where_there_are_pixels_to_spare():
 
 
 def test_sources_agree_to_the_bit(tmp_path):
-    """A large JPEG turned on its side, from a folder, a table, a CSV file and bytes."""
+    """A large rotated JPEG, from a folder, a table, a CSV file and bytes."""
     datasets = pytest.importorskip("datasets")
     noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     exif = Image.Exif()

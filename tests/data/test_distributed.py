@@ -1,4 +1,5 @@
-"""Evaluation shared by two processes: each decodes half, both have all results and know what could not be read."""
+"""Evaluation with two processes: each decodes half of the images, both get all results and know the unreadable
+files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is understood of a folder of images, and what is refused or named."""
+"""Folders of images: how their structure is interpreted, and what is refused or reported."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_splits_by_any_of_their_names(tmp_path, train, held):
     assert "6 training images, 4 held out; 2 classes: cat, dog" in data.summary()
 
 
-def test_of_several_held_out_folders_one_is_used_and_the_others_named(tmp_path):
+def test_several_held_out_folders(tmp_path):
     for name, n in (("train", 3), ("test", 2), ("val", 1), ("extra", 1)):
         classes(tmp_path / name, n=n, seed=100 * n)
     data = read(tmp_path)
@@ -275,7 +275,7 @@ def test_copies_on_both_sides_of_a_given_split_are_counted(tmp_path):
     assert "4 of the training images are also held out" in read(tmp_path).summary()
 
 
-def test_names_that_are_no_text_are_read_and_shown_safely(tmp_path):
+def test_names_that_are_not_valid_text(tmp_path):
     classes(tmp_path, ("cat", os.fsdecode(b"caf\xe9"), "日本"))
     data = read(tmp_path)
     assert len(data.classes) == 3

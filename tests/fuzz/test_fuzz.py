@@ -1,7 +1,7 @@
-"""Random calls under the numerics rule. A failure prints its case and seed; PYVIT_FUZZ_CASES sets how many are drawn
-for each operator.
+"""Random calls under the numerics rule. A failure prints its case and seed; PYVIT_FUZZ_CASES is the number of cases per
+operator.
 
-``python tests/fuzz/test_fuzz.py OP SEED`` repeats one case.
+``python tests/fuzz/test_fuzz.py OP SEED`` repeats a case.
 """
 
 from __future__ import annotations

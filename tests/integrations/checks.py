@@ -1,4 +1,4 @@
-"""An accelerated model against itself: outputs, gradients, weights, copies, and what restoring brings back."""
+"""Checks of accelerated models against the original: outputs, gradients, weights, copies and restoring."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.models.parity import relative_error
 
 
 def counts(report: pyvit.integrations.Report) -> dict[str, int]:
-    """How many modules of each class but LayerNorm, of which none may stay, were replaced."""
+    """How many modules of each class were replaced, without LayerNorm, all of which must be replaced."""
     found = Counter(row.kind.rpartition(".")[2] for row in report.replaced)
     assert found.pop("LayerNorm", 0) == sum(type(m).__name__ == "LayerNorm" for m in report.model.modules())
     return dict(found)
@@ -33,8 +33,8 @@ def _results(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> tuple[Ten
 def check_accelerated(
     model: nn.Module, call: Callable[[nn.Module], Tensor], replaced: dict[str, int], rtol: float = 1e-4
 ) -> None:
-    """``call`` gives the same before and after, in float32 and bfloat16, with ``replaced`` modules of each class
-    replaced."""
+    """``call`` gives the same result before and after, in float32 and bfloat16, and ``replaced`` modules of each class
+    are replaced."""
     expected, gradients = _results(model, call)
     exact, slopes = _results(copy.deepcopy(model).double(), call)
     rounded = call(copy.deepcopy(model).bfloat16()).detach()
@@ -78,7 +78,7 @@ def check_accelerated(
 
 
 class Quantised(torch.Tensor):
-    """A weight as of quantisation libraries: a linear layer takes it, hardly anything else does."""
+    """A weight as quantisation libraries have: linear layers support it, most other code does not."""
 
     @staticmethod
     def __new__(cls, values: Tensor) -> Quantised:
@@ -101,12 +101,12 @@ class Quantised(torch.Tensor):
 
 
 def other(out):
-    """Other numbers, of the same size as before: no layer norm undoes that."""
+    """Other numbers of the same size."""
     return (out[0].flip(-1), *out[1:]) if isinstance(out, tuple) else out.flip(-1)
 
 
 def mine(function):
-    """A function of the user's in the place of ``function``."""
+    """A user's replacement of ``function``."""
     return lambda *args, **kwargs: other(function(*args, **kwargs))
 
 
@@ -116,8 +116,8 @@ def made(name):
 
 
 def check_changed(name, change, when):
-    """A model that is accelerated and changed gives what the same gives that was only changed; how much that is, and
-    the report."""
+    """A model that is accelerated and changed gives the same as one that is only changed. Returns the size of the
+    change, and the report."""
     model, run = made(name)
     plain, model, other = None, copy.deepcopy(model), copy.deepcopy(model)
     with torch.no_grad():

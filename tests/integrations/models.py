@@ -1,4 +1,4 @@
-"""Small models of every library, each with a call that gives a tensor."""
+"""Small models of every library, each with a call that returns a tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What accelerate promises about dropout, devices, copies, undoing and reports."""
+"""accelerate: dropout, devices, copies, restoring and reports."""
 
 import copy
 import functools
@@ -40,8 +40,8 @@ def test_identities_in_the_place_of_dropouts(name, when):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_dropouts_that_are_on_in_evaluation(name):
-    """Monte Carlo dropout: ``model.eval()``, then the dropouts alone in training, each in turn, draw or do not as the
-    original's."""
+    """Monte Carlo dropout: after ``model.eval()``, each dropout in training mode draws random numbers or not, as in the
+    original."""
     model, run = fresh(name)
     paths = [path for path, module in model.named_modules() if type(module) is nn.Dropout]
     with torch.no_grad():
@@ -121,7 +121,7 @@ def _wrapped_by_a_closure(module):
 
 @pytest.mark.parametrize("wrap", [_wrapped_by_a_partial, _wrapped_by_a_closure])
 @pytest.mark.parametrize("name", MODELS)
-def test_undone_under_what_another_library_put_around(name, wrap):
+def test_restore_under_wrappers_of_other_libraries(name, wrap):
     model, run = fresh(name)
     with torch.no_grad():
         original = run(model)

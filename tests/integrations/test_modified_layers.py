@@ -1,5 +1,5 @@
-"""Functions that are patched, and layers that adapters, quantisation and reparametrisations change: the original's
-numbers."""
+"""Patched functions, and layers modified by adapters, quantisation and reparametrisation, give the original's
+results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pyvit
 from tests.integrations.checks import Quantised, check_changed, made, mine
 from tests.models.parity import relative_error
 
-#: Functions that forwards call, and a model in whose numbers each is seen.
+#: Functions that forwards call, and a model whose results each affects.
 FUNCTIONS = [
     ("timm vit", "torch.nn.functional", "scaled_dot_product_attention"),
     ("timm vit", "torch.nn.functional", "linear"),
@@ -91,7 +91,7 @@ def test_overridden_attention_functions(name, how, when):
 
 
 class Adapter(nn.Module):
-    """In a linear layer's place, with what it is made of in it, as of adapters."""
+    """Replaces a linear layer and contains it, as adapters do."""
 
     def __init__(self, layer):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What users do to a model, before or after it is accelerated: the original's numbers, and a report that says so."""
+"""Modifications by users, before or after accelerate, give the original's results and are reported."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ CHANGES = [
 ]
 
 
-#: Modules that a replacement does not call, or replaces.
+#: Modules that a replacement bypasses or replaces.
 PLACES = [
     ("timm vit", "blocks.0"),
     ("timm vit", "blocks.0.attn"),

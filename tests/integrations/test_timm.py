@@ -159,7 +159,7 @@ SMALL = {
 
 @pytest.mark.parametrize("name", SMALL)
 def test_classes_that_call_torchs_attention(name, monkeypatch):
-    """Any class whose forward calls F.scaled_dot_product_attention, with outputs and gradients as before."""
+    """Classes whose forward calls F.scaled_dot_product_attention, with unchanged outputs and gradients."""
     from pyvit.integrations import functional
 
     torch.manual_seed(0)

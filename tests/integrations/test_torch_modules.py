@@ -1,4 +1,4 @@
-"""What accelerate does with torch's own modules, and with what it does not know."""
+"""accelerate on torch's own modules, and on unknown modules."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""transformers' models accelerated: each family against itself, and every option that must not be lost."""
+"""transformers' models: each family before and after accelerate, with all options that must keep working."""
 
 import copy
 import pickle

@@ -1,5 +1,5 @@
-"""Other versions of the libraries, made up here: classes of known names with other attributes, signatures or code; and
-strictness."""
+"""Unknown versions of the libraries: classes of known names with other attributes, signatures or code; and
+``strict``."""
 
 import sys
 import types
@@ -117,7 +117,7 @@ def test_strict_raises_where_attention_is_left(name):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """As in the first CLIP: attention by name, of a module that is replaced."""
+    """As in the first CLIP: a block whose attention is a module that is replaced."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +131,7 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class Weighs(nn.Module):
-    """Attention by another name."""
+    """Attention under another name."""
 
     def __init__(self, how):
         super().__init__()
@@ -145,7 +145,7 @@ class Weighs(nn.Module):
 
 
 class Scores(nn.Module):
-    """A softmax, but no attention."""
+    """A softmax without attention."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Ranks that share a batch compute what one process computes with all of it."""
+"""Losses of a batch that is divided over ranks equal those of a single process."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def worker(rank: int, world: int, folder: str) -> None:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_equal_one(world: int, tmp_path: Path) -> None:
-    """This file, run as a script once per rank."""
+    """Runs this file as a script, once per rank."""
     commands = [[sys.executable, __file__, str(rank), str(world), str(tmp_path)] for rank in range(world)]
     ranks = [subprocess.Popen(c, stderr=subprocess.PIPE, text=True) for c in commands]
     errors = [rank.communicate(timeout=120)[1] for rank in ranks]

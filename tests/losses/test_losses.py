@@ -1,4 +1,4 @@
-"""The loss modules against each paper's formula, written out plainly."""
+"""The loss modules against the formulas of their papers."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_triplet_is_torchs():
 
 
 def test_dino_by_loops_and_center():
-    """Two global and three local crops; the centre is the running mean of the teacher's scores, and used before it is
-    updated."""
+    """Two global and three local crops. The centre is the running mean of the teacher's scores, and is used before it
+    is updated."""
     loss = DINOLoss(prototypes=12, momentum=0.9)
     loss.center.copy_(torch.randn(12))
     start = loss.center.clone()
@@ -146,9 +146,8 @@ def test_bad_settings():
         DINOLoss(8)(torch.randn(1, 2, 8), torch.randn(1, 2, 8), 0.1)
 
 
-def test_a_scale_above_its_bound_comes_back():
-    """The parameter is set back and keeps its gradient, as after a step of the paper's training; SigLIP's has no
-    bound."""
+def test_a_scale_above_its_bound_is_clamped():
+    """The parameter is clamped and keeps its gradient, as in the paper's training; SigLIP's is not bounded."""
     a, b = torch.randn(6, 4), torch.randn(6, 4)
     loss = CLIPLoss(max_scale=50.0)
     loss.logit_scale.data.fill_(5.0)
@@ -169,14 +168,15 @@ def test_a_pair_alone_has_no_negatives(loss):
         loss(torch.randn(1, 4), torch.randn(1, 4))
 
 
-def test_triplets_are_whole():
+def test_triplet_shapes():
     for shapes in ([(0, 4)] * 3, [(3, 4), (3, 4), (2, 4)], [(4,)] * 3):
         with pytest.raises(ValueError, match="TripletLoss: anchor, positive and negative must be of one shape"):
             TripletLoss()(*(torch.randn(shape) for shape in shapes))
 
 
 def test_ibot_is_the_formula_of_the_papers_code():
-    """1 / (masked patches of the image), summed over patches, over all images of the batch, in float64."""
+    """Weights 1 / (masked patches of the image), summed over patches, averaged over all images of the batch, in
+    float64."""
     torch.manual_seed(0)
     mask = torch.rand(6, 9) < torch.tensor([0.0, 0.5, 0.0, 0.9, 0.2, 0.0])[:, None]
     student, teacher = torch.randn(6, 9, 5, dtype=torch.float64), torch.randn(6, 9, 5, dtype=torch.float64)

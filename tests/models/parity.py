@@ -1,4 +1,5 @@
-"""Comparing a pyvit model with a peer that holds the same weights: outputs, and the gradient of every parameter."""
+"""Comparison of a pyvit model with another implementation that has the same weights: outputs, and gradients of all
+parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from pyvit.models.checkpoints import load_checkpoint, recognise, to_native
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter far from its initial value, so that no term of the model is hidden by a zero."""
+    """Set every parameter far from its initial value, so that no term of the model is zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -37,7 +38,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 class Parity(NamedTuple):
-    """Largest differences, over the largest value of what is compared."""
+    """Largest differences, relative to the largest value of what is compared."""
 
     output: float
     gradient: float | None
@@ -55,11 +56,11 @@ def check_parity(
     rtol: float = 1e-4,
     translate: Callable[[Gradients], Gradients] | None = None,
 ) -> Parity:
-    """Outputs, computed from the same weights, and all gradients agree to ``rtol`` of the largest value.
+    """Outputs with the same weights, and all gradients, agree to ``rtol`` of the largest value.
 
-    A gradient's error is over its own largest value, or over a thousandth of the largest of all gradients where that is
-    more. ``also`` are further outputs, ours and theirs. ``translate`` gives their gradients our names; without it the
-    checkpoint loader does. Returns both errors, and adds them to the file that ``PYVIT_PARITY`` names (see
+    A gradient's error is relative to its largest value, but at least to a thousandth of the largest value of all
+    gradients. ``also``: further outputs, ours and theirs. ``translate`` maps their gradients to our names; the default
+    is the checkpoint loader. Returns both errors, and adds them to the file that ``PYVIT_PARITY`` names (see
     parity_table.py).
     """
     outputs = [relative_error(a, b) for a, b in ((our_out, their_out), *also)]
@@ -110,10 +111,9 @@ def _record(ours: nn.Module, theirs: nn.Module, parity: Parity) -> None:
 def check_both_precisions(
     ours: nn.Module, theirs: nn.Module, *inputs: Tensor, translate: Callable[[Gradients], Gradients]
 ) -> Parity:
-    """Outputs in float32, which runs on the kernels, then :func:`check_parity` in float64, which runs on the reference
-    formulas.
+    """Outputs in float32 (kernels), then :func:`check_parity` in float64 (reference formulas).
 
-    For models with ReLU: in float32 a value that rounds to the other side of its zero is another gradient.
+    For models with ReLU: in float32, rounding may change the sign of a ReLU's input and with it the gradient.
     """
     with torch.no_grad():
         error = relative_error(ours(*inputs), theirs(*inputs))
@@ -125,8 +125,8 @@ def check_both_precisions(
 
 
 def check_same_names(ours: nn.Module, theirs: nn.Module, *inputs: Tensor, relu: bool = True) -> Parity:
-    """Models whose parameters have the same names: random weights of ours go to theirs by name, buffers too; ``relu``:
-    they have one."""
+    """For models with the same parameter names: copy random weights and buffers by name. ``relu``: the models have
+    ReLU."""
     randomise(ours)
     with torch.no_grad():
         for name, buffer in ours.named_buffers():
@@ -142,7 +142,7 @@ def check_same_names(ours: nn.Module, theirs: nn.Module, *inputs: Tensor, relu: 
 
 
 def share(ours: nn.Module, theirs: nn.Module) -> None:
-    """Give ``ours`` the weights of ``theirs``, through the checkpoint loader."""
+    """Load the weights of ``theirs`` into ``ours`` with the checkpoint loader."""
     report = load_checkpoint(ours, theirs.state_dict())
     assert not report.missing
     assert not report.unexpected

@@ -1,7 +1,6 @@
-"""``python -m tests.models.parity_table``: runs the parity tests and writes the errors that they find into
-docs/models.md.
+"""``python -m tests.models.parity_table``: run the parity tests and write their errors to docs/models.md.
 
-Needs transformers, timm, open_clip and torchvision; a test that fails or is skipped leaves the table as it was.
+Needs transformers, timm, open_clip and torchvision. If a test fails or is skipped, the table is not changed.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ MARKERS = "<!-- parity -->", "<!-- /parity -->"
 
 
 class _Skips:
-    """What a run left out, and why: a row of the table may rest on it."""
+    """Skipped tests and their reasons: a row of the table may depend on them."""
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
@@ -37,7 +36,7 @@ class _Skips:
 
 
 def table(rows: list[dict]) -> list[str]:
-    """One line for every pair of classes and dtype: the number of cases, and the largest error of each kind."""
+    """A line for each pair of classes and dtype: number of cases, and the largest error of each kind."""
     groups: dict[tuple[str, ...], list[dict]] = {}
     for row in rows:
         groups.setdefault((row["peer"], row["model"], row["class"], row["dtype"]), []).append(row)
@@ -50,7 +49,7 @@ def table(rows: list[dict]) -> list[str]:
 
 
 def write(page: Path, lines: list[str]) -> None:
-    """Put ``lines`` between the markers of ``page``; raises ValueError where it has none."""
+    """Replace the lines between the markers of ``page``. Raises ValueError if there are none."""
     before, start, rest = page.read_text().partition(MARKERS[0])
     _, end, after = rest.partition(MARKERS[1])
     if not start or not end:

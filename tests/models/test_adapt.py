@@ -1,5 +1,4 @@
-"""Weights of another grid, window, patch, number of channels or length of text: resampled from what the file has, or
-refused."""
+"""Resampling weights of another grid, window, patch size, number of channels or text length, or refusing them."""
 
 from __future__ import annotations
 
@@ -44,7 +43,7 @@ def patches(model):
 
 
 def saved(model, form, path):
-    """The weights of a model as they reach load_checkpoint."""
+    """The weights of a model as load_checkpoint gets them."""
     if form == "state dict":
         return model.state_dict()
     if form == "file":
@@ -135,7 +134,8 @@ def test_windows_that_nothing_names():
 
 
 def test_swin_v2s_window_at_pre_training():
-    """Its network of positions takes offsets over that window; another one gives other biases, whatever the shapes."""
+    """Its position network gets offsets relative to that window. Another window gives other biases, even with equal
+    shapes."""
     make = lambda w, trained=None: pyvit.create_model(  # noqa: E731
         "swinv2_tiny_window8_256", **{**SWIN, "window_size": w, "pretrained_window_sizes": trained}
     )
@@ -194,7 +194,7 @@ def test_pooling_that_a_classifier_was_trained_with():
 @pytest.mark.parametrize("old", [1, 3, 4])
 @pytest.mark.parametrize("new", [1, 3, 5])
 def test_channels(old, new):
-    """A grey image, the same in every channel, gives what it gave."""
+    """Grey images, with equal channels, give the same result."""
     weight = torch.randn(6, old, 4, 4)
     grey = torch.randn(2, 1, 8, 8)
     before, after = (F.conv2d(grey.expand(-1, w.shape[1], -1, -1), w) for w in (weight, adapt_channels(weight, new)))

@@ -1,5 +1,4 @@
-"""Files and folders of weights as people have them: read without running code in them, or refused in one line with name
-and reason."""
+"""Checkpoint files and folders: read without executing code from them, or refused with a one-line error."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ def same(model, state):
 
 
 class Ran(Exception):
-    """Code out of a file was run."""
+    """Code from a file was executed."""
 
 
 def ran(*_):
@@ -46,7 +45,7 @@ class Trap:
 
 
 class ListConfig:
-    """Like OmegaConf's containers: an object with a state of further objects."""
+    """Like OmegaConf's containers: an object with further objects in its state."""
 
     def __init__(self, **content):
         self.__dict__["_content"] = {k: Trap() for k in content}
@@ -70,11 +69,11 @@ NOT_WEIGHTS = {
     "error.pth": (b'{"error": "not found"}', "is JSON text"),
     "packed.pth": (b"\x1f\x8b\x08\x00abc", "is compressed"),
     "keras.h5": (b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),
-    "words.pth": (b"neither pickle nor header", "is no file of torch.save"),
-    "words.safetensors": (b"neither pickle nor header", "is no safetensors file"),
-    "short.safetensors": (b"\x01", "is no safetensors file"),
-    "plain.pkl": (pickle.dumps({"a": np.zeros(3)}), "is no file of torch.save"),
-    "zeros.pth": (bytes(4096), "is no file of torch.save"),
+    "words.pth": (b"neither pickle nor header", "is not a file of torch.save"),
+    "words.safetensors": (b"neither pickle nor header", "is not a safetensors file"),
+    "short.safetensors": (b"\x01", "is not a safetensors file"),
+    "plain.pkl": (pickle.dumps({"a": np.zeros(3)}), "is not a file of torch.save"),
+    "zeros.pth": (bytes(4096), "is not a file of torch.save"),
 }
 
 
@@ -121,7 +120,7 @@ def test_missing_files_folders_and_links(tmp_path):
         (tmp_path / "run" / name).write_text("{}")
     refused(tmp_path / "run", "holds a run that has not finished")
     os.mkfifo(tmp_path / "pipe")
-    refused(tmp_path / "pipe", "is no regular file")
+    refused(tmp_path / "pipe", "is not a regular file")
 
 
 def test_archives_that_are_not_torchs(tmp_path):
@@ -130,7 +129,7 @@ def test_archives_that_are_not_torchs(tmp_path):
     with tarfile.open(tmp_path / "old.tar", "w") as archive:
         (tmp_path / "x").write_text("x")
         archive.add(tmp_path / "x", "x")
-    refused(tmp_path / "old.tar", "is no file of torch.save")
+    refused(tmp_path / "old.tar", "is not a file of torch.save")
 
 
 @pytest.mark.parametrize("new", [True, False])
@@ -249,7 +248,7 @@ def test_folders_of_transformers(form, tmp_path):
 
 
 def test_heads_activation_and_epsilon_are_those_of_the_configuration(tmp_path):
-    """None of them shows in a shape."""
+    """Settings that shapes do not show."""
     source = vit(num_heads=4, norm_eps=1e-12)
     config = {**HF, "num_attention_heads": 4}
     folder = folder_of(tmp_path / "hf", from_native(source.state_dict(), "transformers ViT"), config, "safetensors")
@@ -301,7 +300,7 @@ def test_suffixes_do_not_decide(tmp_path):
 
 
 def test_configurations_of_timm_and_open_clip(tmp_path):
-    """timm names the architecture and the image, open_clip the heads and the activation."""
+    """timm's configuration has the architecture and image size, open_clip's the heads and activation."""
     source = vit(img_size=(16, 64))
     config = {
         "architecture": "vit_small_patch16_224",

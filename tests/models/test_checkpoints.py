@@ -88,8 +88,7 @@ def test_empty_source_is_refused():
 
 
 def test_training_scripts_checkpoints(tmp_path):
-    """As DINO saves them: both networks, wrapped, beside arguments and the optimizer; the teacher is the one to
-    load."""
+    """As DINO saves them: student and teacher, wrapped, with arguments and the optimizer. The teacher is loaded."""
     student, teacher = vit(num_classes=0), vit(num_classes=0)
     head = {"head.mlp.0.weight": torch.zeros(3, 3), "head.last_layer.weight_g": torch.zeros(3, 1)}
     saved = {
@@ -108,8 +107,8 @@ def test_training_scripts_checkpoints(tmp_path):
 
 
 def test_own_checkpoints_of_nested_models():
-    """ "encoder.", "teacher." and "backbone." are wrappers' prefixes for a ViT and names of its own for the models
-    around it."""
+    """The prefixes "encoder.", "teacher." and "backbone." belong to wrappers for a ViT, and to the model itself for
+    models that contain a ViT."""
     small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
     for name, more in {
         "dino_vit_tiny_patch16_224": {"prototypes": 16, "head_hidden": 16, "bottleneck": 8},
@@ -141,7 +140,7 @@ def test_torchscript_archive(tmp_path):
 @pytest.mark.parametrize("name", ["junk.pth", "junk.safetensors"])
 def test_files_that_are_no_checkpoints(tmp_path, name):
     (tmp_path / name).write_bytes(b"neither pickle nor header")
-    with pytest.raises(ValueError, match=rf"{name} is no (file of torch.save|safetensors file)"):
+    with pytest.raises(ValueError, match=rf"{name} is not a (file of torch.save|safetensors file)"):
         load_checkpoint(vit(), tmp_path / name)
 
 

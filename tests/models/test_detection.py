@@ -1,4 +1,4 @@
-"""Detection backbones: ViTDet against transformers, and pyramids as torchvision takes them."""
+"""Detection backbones: ViTDet against transformers, and feature pyramids as torchvision uses them."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""Multiply-accumulates and attention memory, counted from the models, against published figures."""
+"""Multiply-accumulates and attention memory of models, against published figures."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""MAE, CLIP, SigLIP, DeiT and AST against transformers, from random weights: outputs and every gradient."""
+"""MAE, CLIP, SigLIP, DeiT and AST against transformers, with random weights: outputs and all gradients."""
 
 import math
 
@@ -61,7 +61,7 @@ def test_mae_encoder_on_another_size():  # the decoder there resamples its posit
     assert ours(images, noise=noise)[1].shape == (2, 15, 192)
 
 
-def test_mae_reconstruction_paints_hidden_patches_alone():
+def test_mae_reconstructs_only_masked_patches():
     ours, _ = _mae(True)
     images, noise = torch.rand(2, 3, 32, 24), torch.rand(2, 12)
     painted, mask = ours.reconstruct(images, noise=noise)

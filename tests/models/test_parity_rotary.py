@@ -44,7 +44,7 @@ def test_attention(prefix):
 
 
 def _fused(theirs):
-    """Their projections' gradients as those of one layer for queries, keys and values."""
+    """The gradients of their three projections as those of one qkv projection."""
     ours = {
         f"qkv.{kind}": torch.cat([theirs[f"{letter}_proj.{kind}"] for letter in "qkv"]) for kind in ("weight", "bias")
     }

@@ -1,4 +1,4 @@
-"""The table of errors in docs/models.md: what is grouped, and where it is written."""
+"""The parity table of docs/models.md: grouping of rows, and where it is written."""
 
 import pytest
 

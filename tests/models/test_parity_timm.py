@@ -1,5 +1,4 @@
-"""Vision transformers, Swin, hybrids and residual networks against timm, torchvision and open_clip, from random
-weights."""
+"""Vision transformers, Swin, hybrids and ResNets against timm, torchvision and open_clip, with random weights."""
 
 import pytest
 import torch

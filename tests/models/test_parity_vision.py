@@ -1,4 +1,4 @@
-"""ViT, DINOv2 and Swin against transformers, from random weights: outputs and every gradient."""
+"""ViT, DINOv2 and Swin against transformers, with random weights: outputs and all gradients."""
 
 import pytest
 import torch

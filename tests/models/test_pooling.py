@@ -1,5 +1,4 @@
-"""Which tokens feed the head and the features, for every family: as in timm and transformers, from weights of
-theirs."""
+"""Pooling of all model families, against timm and transformers with the same weights."""
 
 from __future__ import annotations
 
@@ -92,7 +91,7 @@ HF = {
 
 @pytest.mark.parametrize("kind", ["ViT", "DeiT", "Dinov2", "Dinov2WithRegisters"])
 def test_transformers(kind, tmp_path):
-    """From a folder of save_pretrained, by shapes and configuration alone."""
+    """From a folder of save_pretrained: settings are inferred from shapes and configuration."""
     names = {k: v for k, v in HF.items() if not kind.startswith("Dinov2") or k != "intermediate_size"}
     config = getattr(transformers, f"{kind}Config")(
         **names, num_labels=5, **({"num_register_tokens": 3} if kind.endswith("s") else {})
@@ -109,7 +108,7 @@ def test_transformers(kind, tmp_path):
 
 @pytest.mark.parametrize("stride", [8, 6])
 def test_transformers_spectrograms(stride, tmp_path):
-    """Both prefix tokens averaged, then the norm; the stride of its patches is in the configuration alone."""
+    """Mean of both prefix tokens, then the norm. Only the configuration has the stride of the patches."""
     names = {k: v for k, v in HF.items() if k != "image_size"}
     more = {"frequency_stride": stride, "time_stride": stride, "max_length": 56, "num_mel_bins": 32, "num_labels": 5}
     theirs = randomised(transformers.ASTForAudioClassification(transformers.ASTConfig(**names, **more)))

@@ -1,4 +1,4 @@
-"""Self-distillation and SimCLR: what the students and teachers give to the losses, and that they train."""
+"""Self-distillation and SimCLR models: their outputs for the losses, and that they can be trained."""
 
 import pytest
 import torch

@@ -1,5 +1,4 @@
-"""Which token the text towers pool, with any vocabulary; and tokenizers: their ends, their padding, texts that are
-cut."""
+"""Text towers pool the end token, with any vocabulary. Tokenizers: end tokens, padding, truncation."""
 
 from __future__ import annotations
 
@@ -60,7 +59,7 @@ def clip_of_transformers(vocab, end, pad=1, act="quick_gelu"):
 
 
 def texts(vocab, end, pad, length=10):
-    """Rows that end anywhere, padded; ids above the end token's where there are any."""
+    """Rows with end tokens at random positions and padding; includes ids above the end token's, if there are any."""
     ids = torch.full((6, length), pad)
     for row, n in zip(ids, (1, 2, 3, 5, 8, 9), strict=True):
         row[:n] = torch.tensor([i for i in range(3, vocab) if i not in (end, pad)])[torch.randperm(vocab - 5)[:n]]
@@ -153,7 +152,7 @@ def test_a_row_without_an_end_pools_its_last_token():
 
 
 @pytest.mark.parametrize("pad", [0, 7])
-def test_padding_counts_for_nothing_in_a_bag_of_words(pad):
+def test_padding_is_ignored_in_a_bag_of_words(pad):
     tower = TextCBOW(8, 20, 16, pad)
     short = torch.tensor([[3, 4, 5]])
     padded = torch.cat((short, torch.full((1, 4), pad)), 1)
@@ -163,7 +162,7 @@ def test_padding_counts_for_nothing_in_a_bag_of_words(pad):
 
 
 def write_tokenizer(folder, end="[END]", pad=None, template=True, direction="right", beside=None, extra=0):
-    """A word tokenizer whose end token has a small id and is followed by ``extra`` tokens of larger ones."""
+    """A word tokenizer whose end token has a small id, with ``extra`` tokens of larger ids."""
     tokenizers = pytest.importorskip("tokenizers")
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -213,10 +212,10 @@ def test_an_end_is_added_where_the_file_adds_none(tmp_path):
         load_tokenizer(str(write_tokenizer(tmp_path / "nothing", template=False)), 5)
 
 
-def test_what_is_no_tokenizer(tmp_path):
+def test_files_that_are_not_tokenizers(tmp_path):
     for content in ("{}", "not json", ""):
         (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(ValueError, match=r"tokenizer: .*tokenizer\.json is no tokenizer\.json"):
+        with pytest.raises(ValueError, match=r"tokenizer: .*tokenizer\.json is not a tokenizer\.json"):
             load_tokenizer(str(tmp_path / "tokenizer.json"))
     with pytest.raises(FileNotFoundError, match="must be 'bytes' or the path"):
         load_tokenizer(str(tmp_path / "none.json"))
@@ -226,8 +225,8 @@ def test_what_is_no_tokenizer(tmp_path):
 
 @pytest.mark.parametrize("extra", [0, 5])
 def test_the_recipe_pools_the_end_of_its_tokenizer(extra, tmp_path):
-    """Words of larger ids than the end token's must not draw the pooling to them: texts that differ after them must
-    differ."""
+    """Words with larger ids than the end token must not be pooled: texts that differ after them must have different
+    embeddings."""
     from pyvit.data import Data, TensorImages
     from pyvit.train import Config
     from pyvit.train.recipe import load_recipe

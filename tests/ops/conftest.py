@@ -1,4 +1,4 @@
-"""One sound call of every operator, for the tests of what all operators promise."""
+"""A valid call of every operator, for the tests of their common properties."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ pytest.register_assert_rewrite("tests.ops.pairwise_losses")
 
 @pytest.fixture
 def far(on: Served) -> str:
-    """The layout of rows far apart, where the device has room for three such tensors (on a CPU they are hardly
-    touched)."""
+    """The layout "far", with rows far apart, if the device has memory for three such tensors (on a CPU the memory is
+    hardly touched)."""
     try:
         _ = [torch.empty(2**31 + 4096, dtype=on.dtype, device=on.device) for _ in range(3)]
     except RuntimeError:
@@ -27,8 +27,8 @@ def far(on: Served) -> str:
 
 
 class Example(NamedTuple):
-    """``op(**tensors, **options, backend=on.backend)``; ``low`` is the same call of torch.ops.pyvit: positional,
-    backend last."""
+    """``op(**tensors, **options, backend=on.backend)``; ``low`` are the positional arguments of the same call of
+    torch.ops.pyvit, backend last."""
 
     op: Callable[..., Any]
     tensors: dict[str, Tensor]
@@ -140,8 +140,8 @@ def example(name: str, on: Served, seeded: int) -> Example:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes ``example`` runs for every operator on every kernel in float32 (on the naive form where there
-    is none); one marked ``every_dtype`` in the other dtypes too, one marked ``gpu`` on GPUs alone."""
+    """A test with the argument ``example`` runs for every operator on every kernel in float32, or on the naive form if
+    there is no kernel. If it is marked ``every_dtype``, it also runs in the other dtypes; if ``gpu``, only on GPUs."""
     if "example" not in metafunc.fixturenames:
         return
     cases = []
@@ -158,8 +158,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
-    """A head dimension that a backend does not promise is nothing to test there; that refusing it is an error,
-    test_errors.py tests."""
+    """Skip head dimensions that a GPU backend does not support; test_errors.py tests the error."""
     try:
         return (yield)
     except BackendError as error:

@@ -1,9 +1,8 @@
-"""Calls of ``torch.ops.pyvit`` operators with one argument changed, for test_low_level.py, which runs this in a process
-of its own.
+"""Calls of ``torch.ops.pyvit`` operators with one argument changed. test_low_level.py runs this in a separate process.
 
-``python low_level.py OPERATOR...`` prints every call before it is made, so that the last line names the one that killed
-the process, and after ``wrong:`` those that neither raised an error that names the operator nor computed what the
-reference does.
+``python low_level.py OPERATOR...`` prints every call before making it, so that the last line shows which one ended the
+process. Then it prints, after ``wrong:``, the calls that neither raised an error that names the operator nor computed
+the same as the reference.
 """
 
 from __future__ import annotations
@@ -35,7 +34,8 @@ ON = Served(BACKEND, "cpu", torch.float32)
 
 
 class Base(NamedTuple):
-    """A sound call, and what computes the same: its results, and what it writes to its arguments, as one list."""
+    """A valid call, and a function that computes the same: its results, and what it writes to its arguments, as one
+    list."""
 
     args: list[Any]
     naive: Callable[..., list[Tensor]] | None
@@ -55,7 +55,7 @@ def _example(example: str) -> Base:
 
 
 def _backward(example: str) -> Base:
-    """The backward of an example, of random gradients."""
+    """The backward of an example, for random gradients."""
     low = EXAMPLES[example](ON).low
     name = example.partition("-")[0]
     outputs = _listed(OPERATORS[name].kernel("reference")(*low))
@@ -109,7 +109,7 @@ def _losses() -> dict[str, Callable[[], Base]]:
 
 
 def _passes() -> dict[str, Callable[[], Base]]:
-    """The library's parts of operators; results are written to arguments."""
+    """Internal operators of the library; they write results to their arguments."""
     x, w, b = torch.randn(6, 16), torch.randn(16), torch.randn(16)
     statistics = torch.stack([x.mean(1), (x.var(1, correction=0) + 1e-5).rsqrt()])
 
@@ -163,8 +163,8 @@ def _passes() -> dict[str, Callable[[], Base]]:
     return found | {name: (lambda name=name: _pairs_or_tiles(name)) for name in _UNCHECKED}
 
 
-#: Passes whose results the losses' tests hold to the reference; here a changed argument must be refused or leave what
-#: it was.
+#: Internal operators whose results the tests of the losses check; here a changed argument must be refused or leave the
+#: result unchanged.
 _UNCHECKED = ("pair_softmax", "pair_softmax_backward", "pair_sigmoid", "pair_sigmoid_backward", "distillation_tile")
 _UNCHECKED += ("distillation_tile_backward", "prepack_weight", "prepack_header")
 _UNCHECKED += ("prepacked_mlp", "prepacked_attention", "prepacked_window_attention")
@@ -225,7 +225,7 @@ _DTYPES = (
 )
 
 
-#: Changes of a tensor that leave its values.
+#: Changes of a tensor that keep its values.
 STORED = ("transposed", "permuted", "sliced", "stepped", "shifted")
 
 
@@ -310,7 +310,7 @@ def _outcome(op: Any, base: Base, args: list[Any], words: tuple[str, ...], value
     except Exception as error:
         return f"accepted, where the reference says {str(error)[:100]}"
     narrow = any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors)
-    if narrow and not base.written:  # the naive form's own roundings are no measure
+    if narrow and not base.written:  # the naive form's rounding errors are not a criterion
         exact = base.naive(*(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in before))
         want = [e.to(w.dtype) for e, w in zip(exact, want, strict=True)]
     eps = (4e-2 if narrow else 1e-4) if values else None
@@ -336,7 +336,7 @@ def main(names: list[str]) -> None:
                 torch.manual_seed(0)
                 args = [*CALLS[name]().args]
                 args[i] = value
-                # A backward of other values than its forward's computes something else in every implementation.
+                # A backward with values other than the forward's has different results in every implementation.
                 values = how in STORED or (
                     "backward" not in name and not (isinstance(value, float) and not abs(value) < 1e3)
                 )

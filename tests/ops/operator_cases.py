@@ -1,4 +1,4 @@
-"""Small differentiable calls of every operator, for tests of what PyTorch does around them."""
+"""Small differentiable calls of every operator, for tests of PyTorch features."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyvit.ops import reference
 
 
 class Case(NamedTuple):
-    """``op`` of tensors, and its plain form."""
+    """``op`` of tensors, and its reference."""
 
     op: Callable[..., Tensor]
     plain: Callable[..., Tensor]
@@ -29,7 +29,7 @@ def randn(*shape: int) -> Tensor:
 
 
 def through(op: Callable[..., Any], *order: int, **options: Any) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """``op`` with options, by the backend at hand and by the plain formula; the first of several results."""
+    """``op`` with options, by the default backend and by the reference; the first of several results."""
 
     def by(backend: str | None, *tensors: Tensor) -> Tensor:
         found = op(*tensors, **options, backend=backend)

@@ -17,7 +17,7 @@ on_map = pytest.mark.parametrize("on", served("attention_map", "bias"), ids=str)
 
 
 def _check(on: Served, tensors: dict[str, Tensor], rows: object, **options: object) -> None:
-    """Forward and gradients, the rows given as an option since they are not widened."""
+    """Forward and gradients. Rows are an option because they are not converted to float64."""
     check_op(functools.partial(attention_map, rows=rows), tensors, backend=on.backend, name="attention_map", **options)
 
 
@@ -54,7 +54,7 @@ def test_strides(on: Served, store: str) -> None:
 
 @on_map
 def test_forms_of_rows(on: Served) -> None:
-    """An int, a list, tensors of one and two dimensions, of any strides, and none at all."""
+    """An int, a list, tensors of one and two dimensions with any strides, and an empty list."""
     q, k = on.randn(2, 3, 9, 16), on.randn(2, 3, 21, 16)
     full = attention_map(q, k, range(9), backend=on.backend)
     close = functools.partial(torch.testing.assert_close, rtol=0, atol=4 * torch.finfo(on.dtype).eps)
@@ -73,7 +73,7 @@ def test_forms_of_rows(on: Served) -> None:
 
 @on_map
 def test_against_flash_attention(on: Served) -> None:
-    """Probabilities times v is what flash_attention gives for those queries."""
+    """Probabilities times v equal flash_attention's output for these queries."""
     q, k, v = on.randn(2, 3, 9, 32), on.randn(2, 3, 50, 32), on.randn(2, 3, 50, 32)
     p = attention_map(q, k, [0, 7], backend=on.backend)
     out = flash_attention(q, k, v, backend="reference")[:, :, [0, 7]]
@@ -86,7 +86,7 @@ def test_against_flash_attention(on: Served) -> None:
 @pytest.mark.isa
 @on_map
 def test_finite_masks(on: Served) -> None:
-    """Every row of probabilities sums to 1, but for those that may attend to nothing, and to no more."""
+    """Every row sums to 1, except fully masked rows."""
     for dtype in {torch.float32, on.dtype}:
         tensors = {
             "q": on.randn(1, 2, ROWS, 32),

@@ -1,5 +1,5 @@
-"""What every operator promises on every backend: the dispatcher's rules, the compiler, export, autocast, double
-backward, the same bits."""
+"""Properties of every operator on every backend: dispatcher rules, torch.compile, export, autocast, double backward,
+determinism."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _low_level(name: str, on: Served) -> Any:
 def _gradients(
     example: Any, on: Served, leaves: dict[str, Tensor], call: Any = None, **options: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs and gradients of a fixed weighting of them."""
+    """Outputs, and gradients of a fixed weighted sum of them."""
     outputs = (call or example)(on, leaves)
     differentiable = [o for o in outputs if o.requires_grad]
     weights = [torch.linspace(-1, 1, o.numel(), device=o.device).view(o.shape).to(o.dtype) for o in differentiable]
@@ -56,7 +56,7 @@ def test_same_bits_twice_and_for_one_and_two_threads(example: Any, on: Served, t
         results.append(_gradients(example, on, example.leaves()))
     _same(results[0], results[1])
     _same(results[2], results[3])
-    if on.backend != "reference":  # the naive form is PyTorch's own operators, which promise no such thing
+    if on.backend != "reference":  # the naive form consists of PyTorch's operators, which do not guarantee this
         _same(results[0], results[2])
 
 
@@ -77,8 +77,7 @@ def test_forward_is_the_same_without_gradients(example: Any, on: Served) -> None
 
 
 def test_low_level_call_is_the_same(example: Any, name: str, on: Served) -> None:
-    """torch.ops.pyvit.<op> in Python, as C++ and exported programs call it, by the backend's name and by "auto", the
-    first that is able."""
+    """torch.ops.pyvit.<op> gives the same result, with the backend's name and with "auto"."""
     op, key = _low_level(name, on), name.partition("-")[0]
     first = next(b for b in preference(key) if b in CAPABILITIES[key] and absent(key, b, on.device) is None)
     for backend, served in ((on.backend, on.backend), ("auto", first)):
@@ -92,12 +91,12 @@ def test_low_level_call_is_the_same(example: Any, name: str, on: Served) -> None
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(example: Any, on: Served, dynamic: bool) -> None:
-    """One graph without breaks, forward and backward, to the same bits."""
+    """One graph without breaks, forward and backward, with the same bits."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda leaves: example(on, leaves), fullgraph=True, backend="aot_eager", dynamic=dynamic)
     want = _gradients(example, on, example.leaves())
     got = _gradients(example, on, example.leaves(), call=lambda on, leaves: compiled(leaves))
-    if on.backend == "reference":  # decomposed before it runs, which may round otherwise
+    if on.backend == "reference":  # decomposed before it runs, which may round differently
         for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     else:
@@ -106,7 +105,7 @@ def test_compile(example: Any, on: Served, dynamic: bool) -> None:
 
 @pytest.mark.slow
 def test_compile_with_inductor(example: Any, on: Served) -> None:
-    """Between fused elementwise code, in one graph."""
+    """In one graph with fused elementwise operations."""
     torch._dynamo.reset()
 
     def around(leaves: dict[str, Tensor]) -> list[Tensor]:
@@ -121,7 +120,7 @@ def test_compile_with_inductor(example: Any, on: Served) -> None:
 
 
 def test_export(example: Any, on: Served) -> None:
-    """torch.export captures the call, and the exported program computes the same."""
+    """torch.export captures the call, and the exported program gives the same result."""
 
     class Module(torch.nn.Module):
         def forward(self, leaves: dict[str, Tensor]) -> list[Tensor]:
@@ -142,7 +141,7 @@ def test_export(example: Any, on: Served) -> None:
     "ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace. is deprecated:DeprecationWarning"
 )
 def test_jit_trace(example: Any, on: Served) -> None:
-    """torch.jit.trace records the call, and the recorded graph computes the same of other values."""
+    """torch.jit.trace records the call, and the graph gives the right result for other values."""
     names = list(example.tensors)
 
     class Module(torch.nn.Module):
@@ -157,8 +156,7 @@ def test_jit_trace(example: Any, on: Served) -> None:
 
 
 def test_autocast(example: Any, name: str, on: Served) -> None:
-    """Under autocast the operands are cast, as a matrix product's are, and the gradients come back in the dtype of the
-    leaves."""
+    """Under autocast the operands are cast, as in a matrix product, and gradients have the dtype of the leaves."""
     leaves = example.leaves()
     with torch.autocast(on.device, torch.bfloat16):
         outputs, grads = _gradients(example, on, leaves)
@@ -166,7 +164,7 @@ def test_autocast(example: Any, name: str, on: Served) -> None:
     assert outputs[0].dtype == report.call.dtype == torch.bfloat16
     assert all(g.dtype == t.dtype for g, t in zip(grads, (t for t in leaves.values() if t.requires_grad), strict=True))
     wide, _ = _gradients(example, on, example.leaves())
-    assert (outputs[0].float() - wide[0]).norm() < 0.05 * wide[0].norm()  # a sharp softmax may turn single elements
+    assert (outputs[0].float() - wide[0]).norm() < 0.05 * wide[0].norm()  # a sharp softmax may change single elements
     with torch.autocast(
         on.device, torch.bfloat16
     ):  # the dispatcher's own autocast layer, for calls that bypass pyvit.ops
@@ -191,7 +189,7 @@ def _second(example: Any, on: Served, leaves: dict[str, Tensor], backend: str) -
 
 
 def test_double_backward(example: Any, on: Served) -> None:
-    """A gradient penalty: the second derivative against float64."""
+    """Second derivatives against float64."""
     wide = {name: t.double() if t.is_floating_point() else t for name, t in example.tensors.items()}
     leaves = {name: t.requires_grad_(t.is_floating_point()) for name, t in wide.items()}
     results = [_second(example, on, example.leaves(), backend) for backend in (on.backend, "reference")]
@@ -213,7 +211,7 @@ def _mapped(call: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("transform", [_reverse, _forward, _mapped], ids=lambda f: f.__name__[1:])
 def test_function_transforms_are_right_or_refused(example: Any, on: Served, transform: Any) -> None:
-    """torch.func either gives what it gives on the naive form, or raises; it never differentiates through nothing."""
+    """torch.func gives the same as for the naive form, or raises; gradients are never silently dropped."""
     key = next(name for name, t in example.tensors.items() if t.is_floating_point())
 
     def call(x: Tensor, backend: str = on.backend) -> Tensor:
@@ -231,7 +229,7 @@ def test_function_transforms_are_right_or_refused(example: Any, on: Served, tran
 
 
 def test_forward_mode_is_refused(example: Any, on: Served) -> None:
-    """A tangent would be lost in a kernel: it says so, and the naive form carries it."""
+    """Kernels have no forward-mode derivative and raise an error; the naive form supports it."""
     key = next(name for name, t in example.tensors.items() if t.is_floating_point())
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(example.tensors[key], torch.ones_like(example.tensors[key]))

@@ -1,5 +1,4 @@
-"""``torch.set_default_dtype`` and ``set_default_device`` change what a user's tensors are, and nothing of what
-operators compute in."""
+"""``torch.set_default_dtype`` and ``set_default_device`` do not change the operators' results."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ from tests.ops.operator_cases import CASES, Case
 
 @pytest.fixture(params=["float64", "float16", "bfloat16", "meta"])
 def other(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
-    """A function that sets another default; nothing of what libraries can do is known by then."""
+    """A function that changes a default; caches that depend on it are cleared first."""
     monkeypatch.setattr(products, "_chosen", {})
     for known in (
         products.forward_candidates,
@@ -94,7 +93,7 @@ LOSSES: dict[str, Callable[[], Callable[..., Tensor]]] = {
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_losses(loss: Callable[[], Callable[..., Tensor]], other: Callable[[], None]) -> None:
-    """Made before, and made on the device of their inputs under another default dtype."""
+    """Created before the default dtype changes, and on the device of their inputs."""
     a, b = (torch.randn(6, 8, requires_grad=True) for _ in range(2))
     made = loss()
     wanted = torch.autograd.grad(made(a, b), (a, b), allow_unused=True)
@@ -126,7 +125,7 @@ def gradients(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize(("name", "settings"), MODELS.values(), ids=MODELS)
 def test_models_run(name: str, settings: dict[str, object], other: Callable[[], None]) -> None:
-    """A model that was made before, as after; in inference with packed weights, too."""
+    """A model that was created before, including inference with packed weights."""
     model = pyvit.create_model(name, num_classes=0, **settings)
     images = torch.randn(2, 3, settings["img_size"], settings["img_size"])
     other()
@@ -145,7 +144,7 @@ def test_models_run(name: str, settings: dict[str, object], other: Callable[[], 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("name", "settings"), MODELS.values(), ids=MODELS)
 def test_models_are_made_in_another_dtype(name: str, settings: dict[str, object], dtype: torch.dtype) -> None:
-    """As torch's own layers: parameters of the default dtype, and the numbers of a float32 model that was cast."""
+    """Parameters have the default dtype, as in torch's layers; values are those of a float32 model that was cast."""
     wanted = pyvit.create_model(name, num_classes=0, **settings).to(dtype)
     torch.set_default_dtype(dtype)
     try:
@@ -181,7 +180,8 @@ def test_masked_autoencoders_are_made_in_another_dtype() -> None:
 
 @pytest.mark.parametrize(("name", "settings"), MODELS.values(), ids=MODELS)
 def test_models_without_memory_are_filled(name: str, settings: dict[str, object]) -> None:
-    """Made on the meta device, given memory and a state dict: constants that no state dict holds are there as well."""
+    """Models created on the meta device, after ``to_empty`` and a state dict: constants that are not in the state dict
+    are set too."""
     wanted = pyvit.create_model(name, num_classes=0, **settings).eval()
     with torch.device("meta"):
         model = pyvit.create_model(name, num_classes=0, **settings).eval()

@@ -1,5 +1,4 @@
-"""Sizes of none and of one: every operator computes what the reference, or the library it stands in for, does of
-them."""
+"""Dimensions of size 0 and 1: every operator gives the result of the reference, or of the library it replaces."""
 
 from __future__ import annotations
 
@@ -129,7 +128,7 @@ def test_refused_by_name(call: Callable[[], Any], message: str) -> None:
 
 @pytest.mark.parametrize("op", [ops.info_nce, ops.nt_xent])
 def test_one_row_has_no_negatives(op: Callable[..., Tensor], seeded: int) -> None:
-    """The loss is zero whatever the row is, and so are the gradients, up to the rounding of its logits."""
+    """Loss and gradients are zero, up to the rounding of the logits."""
     a, b, s = r(1, 8, requires_grad=True), r(1, 8, requires_grad=True), torch.tensor(2.0, requires_grad=True)
     for found in (loss := op(a, b, s), *torch.autograd.grad(loss, (a, b, s))):
         assert found.abs().max() < 1e-5
@@ -137,8 +136,7 @@ def test_one_row_has_no_negatives(op: Callable[..., Tensor], seeded: int) -> Non
 
 @pytest.mark.parametrize("module", [False, True])
 def test_koleo_of_one_row(module: bool) -> None:
-    """DINOv2's code takes the row itself for the nearest: the logarithm of the distance that eps makes, without a
-    slope."""
+    """As DINOv2's code, the row is its own nearest neighbour: the logarithm of eps's distance, with zero gradient."""
     x = r(1, 16, requires_grad=True)
     loss = KoLeoLoss()(x) if module else ops.koleo(x)
     loss.backward()
@@ -149,7 +147,7 @@ def test_koleo_of_one_row(module: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_sinkhorn_without_iterations(dtype: torch.dtype, seeded: int) -> None:
-    """As SwAV's and DINOv2's code leave it: one sum over all samples and prototypes, times the number of samples."""
+    """As in SwAV's and DINOv2's code: normalised by the total sum, times the number of samples."""
     scores = r(6, 9).to(dtype)
     q = (scores.double() / 0.5).exp()
     got = ops.sinkhorn_knopp(scores, 0.5, 0)

@@ -64,7 +64,7 @@ def test_against_torchs_cross_entropy():
 @pytest.mark.parametrize("temperature", [1e-3, 1e-7, 1e-12])
 @pytest.mark.parametrize("prototypes", [False, True])
 def test_tiny_temperatures(prototypes, temperature):
-    """Both networks' probabilities are at most 1, and the row whose scores are all alike keeps its mean."""
+    """Probabilities of both networks are at most 1, and a row with equal scores keeps its mean."""
     student, teacher = torch.randn(2, 9, 24), torch.randn(1, 9, 24)
     student[:, 3] = teacher[:, 3] = 0.7
     extra = {n: torch.randn(24, 24) for n in ("student_prototypes", "teacher_prototypes")} if prototypes else {}

@@ -1,4 +1,4 @@
-"""Dropout of attention weights: its statistics, and exactness against the mask that Philox draws."""
+"""Dropout of attention weights: its statistics, and agreement with the Philox mask."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ on_window = pytest.mark.parametrize("on", served("window_attention", "dropout", 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_fraction_kept(p: float) -> None:
-    """Bernoulli in every row and column, and different for every head and seed."""
+    """Bernoulli statistics in every row and column; different masks for every head and seed."""
     keep = reference.dropout_keep(torch.randint(2**62, (1,)), p, 8, 200, 300).double()
     expected, deviation = 1 - p, (p * (1 - p)) ** 0.5
     assert abs(keep.mean() - expected) < 5 * deviation / keep.numel() ** 0.5
@@ -46,7 +46,7 @@ def _masked(p: Tensor, keep: Tensor, dropout_p: float) -> Tensor:
 @on_attention
 @pytest.mark.parametrize("dropout_p", [0.1, 0.7])
 def test_attention_drops_what_the_mask_says(on: Served, dropout_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and gradients of a call with a given seed, against the formula with the mask written out, in float64."""
+    """Forward and gradients with a given seed, against the formula with an explicit mask, in float64."""
     tensors = [on.randn(2, 3, 20, 32), on.randn(2, 3, 27, 32), on.randn(2, 3, 27, 16)]
     seed = torch.randint(2**62, (1,), device=on.device)
     monkeypatch.setattr(checks, "dropout_seed", lambda *_: seed)
@@ -82,7 +82,8 @@ def test_attention_is_unbiased_and_seeded(on: Served) -> None:
 
 @on_attention
 def test_the_backward_draws_the_same_mask(on: Served) -> None:
-    """With v the identity and a gradient of ones, grad_v is the column sums of exactly the weights the forward used."""
+    """If v is the identity and the output gradient is 1, grad_v is the column sums of the weights that the forward
+    used."""
     q, k = on.randn(1, 2, 9, 16), on.randn(1, 2, 12, 16)
     v = torch.eye(12, dtype=on.dtype, device=on.device).expand(1, 2, 12, 12).clone().requires_grad_()
     weights = flash_attention(q, k, v, dropout_p=0.4, backend=on.backend)

@@ -1,5 +1,4 @@
-"""Bad input: every error path of the operators, and each message names the argument, what was seen and what was
-wanted."""
+"""Error messages of the operators: each names the argument, the value seen and the value wanted."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ BASE = {"flash_attention": ATTENTION, "flash_attention_varlen": VARLEN, "attenti
 BASE |= {"window_attention": WINDOW, "patch_embed": PATCH, "linear": LINEAR, "mlp": MLP}
 ints = torch.tensor
 
-VALUE = [  # operator, arguments changed, the argument named, the rest of the message in pieces
+VALUE = [  # operator, changed arguments, the argument that the message names, other parts of the message
     ("flash_attention", {"q": z(4, 5, 8)}, "q", ["(B, H, Nq, D)", "(4, 5, 8)"]),
     ("flash_attention", {"k": z(2, 7, 8)}, "k", ["(B, Hkv, Nk, D)", "(2, 7, 8)"]),
     ("flash_attention", {"v": z(1)}, "v", ["(B, Hkv, Nk, Dv)", "(1)"]),
@@ -189,7 +188,7 @@ TYPE = [
     ("patch_embed", {"prefix": [1.0]}, "prefix", ["Tensor", "list"]),
     ("patch_embed", {"mean": [0.5] * 3, "std": z(3)}, "mean", ["Tensor", "list"]),
 ]
-TYPE += [  # a mask is bool or a float: of whole numbers, 0 and 1 would be added
+TYPE += [  # integer masks would be added to the scores
     (
         op,
         {"bias": torch.ones(n, 7 if op != "flash_attention_varlen" else 5, dtype=dtype)},
@@ -222,7 +221,7 @@ def test_bad_input(error: type[Exception], op: str, changes: dict[str, Any], arg
 
 @pytest.mark.parametrize("op", [op for op in BASE if op != "linear"])
 def test_explain_checks_what_the_call_checks(op: str) -> None:
-    """explain takes the same arguments, by name, and refuses what the call refuses."""
+    """explain has the same arguments, by name, and raises the same errors as the call."""
     assert explain(op, **BASE[op]).call.op == op
     for error, table in ((ValueError, VALUE), (TypeError, TYPE)):
         for name, changes, argument, _ in table:
@@ -245,7 +244,7 @@ def test_explain_refuses_arguments_the_operator_does_not_have() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
 def test_masks_of_torchs_attention(dtype: torch.dtype) -> None:
-    """An accelerated MultiheadAttention refuses masks of whole numbers, as torch does: they were added as numbers."""
+    """An accelerated MultiheadAttention refuses integer masks, as torch does."""
     module, x = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.randn(1, 4, 8)
     mask = torch.triu(torch.ones(4, 4), 1)
     for _ in range(2):

@@ -1,5 +1,5 @@
-"""flash_attention under the numerics rule: outputs, log-sum-exp and every gradient, over the shapes, biases and masks
-that hurt."""
+"""flash_attention under the numerics rule: outputs, log-sum-exp and all gradients, for difficult shapes, biases and
+masks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_long(on: Served, shape: tuple[int, ...]) -> None:
 
 @on_every
 def test_far_rows(on: Served, far: str) -> None:
-    """Rows further apart than 32 bits count: of a view into a huge tensor."""
+    """Rows more than 2^32 elements apart: views into a huge tensor."""
     check_op(with_lse, qkv(on, 1, 1, 2, 2, 16), backend=on.backend, store=far)
 
 
@@ -73,7 +73,7 @@ def test_without_lse(on: Served) -> None:
 
 @on_every
 def test_gradient_through_one_output_alone(on: Served) -> None:
-    """Training on the log-sum-exp alone, or on out of a call that returned both."""
+    """Gradients of only the log-sum-exp or only the output, if both were returned."""
     for chosen in (0, 1):
         check_op(
             lambda i=chosen, **kw: with_lse(**kw)[i],
@@ -91,7 +91,7 @@ def _bias(on: Served, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 @on_every
 @pytest.mark.parametrize("pattern", list(itertools.product((0, 1), repeat=4)), ids=lambda p: "".join(map(str, p)))
 def test_broadcast_bias(on: Served, pattern: tuple[int, ...]) -> None:
-    """Every broadcast, float32 and in the dtype of q; the gradient is summed over what was broadcast."""
+    """Every broadcast, in float32 and in the dtype of q; the gradient is summed over broadcast dimensions."""
     full = (2, 3, 18, 37)
     for dtype in {torch.float32, on.dtype}:
         bias = _bias(on, tuple(n if keep else 1 for n, keep in zip(full, pattern, strict=True)), dtype)
@@ -108,7 +108,7 @@ def test_bias_of_fewer_dimensions(on: Served, shape: tuple[int, ...]) -> None:
 @on_every
 @pytest.mark.parametrize("store", [s for s in LAYOUTS if s != "contiguous"])
 def test_strides(on: Served, store: str) -> None:
-    """Operands, bias and the gradients that arrive, stored in every way."""
+    """Operands, bias and incoming gradients with all kinds of strides."""
     tensors = {**qkv(on, 2, 3, 21, 34, 48, 40), "bias": _bias(on, (2, 3, 21, 34), torch.float32)}
     check_op(with_lse, tensors, backend=on.backend, store=store, store_grad=store)
     mask = {"bias": torch.rand(2, 3, 21, 34, device=on.device) > 0.3}
@@ -117,7 +117,7 @@ def test_strides(on: Served, store: str) -> None:
 
 @on_every
 def test_packed_projection_and_summed_loss(on: Served) -> None:
-    """q, k and v as views of one projection, as a model has them, and the stride-0 gradient of ``sum``."""
+    """q, k and v as views of one projection, and the stride-0 gradient of ``sum``."""
     packed = on.randn(2, 27, 3 * 4 * 32)
 
     def op(packed: Tensor, backend: str) -> Tensor:
@@ -142,7 +142,7 @@ def test_bool_mask(on: Served, pattern: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("nk", [5, 64, 300])
 def test_fully_masked_rows(on: Served, kind: str, nk: int) -> None:
-    """Such a row gives zeros and -inf, and its gradients are finite and nothing."""
+    """Fully masked rows give zeros and -inf, and zero gradients."""
     rows = [0, 7, 8, 19]
     mask = torch.rand(2, 1, 20, nk, device=on.device) > 0.5
     mask[:, :, :, 0] = True
@@ -168,7 +168,7 @@ def test_everything_masked(on: Served) -> None:
 
 @on_every
 def test_leading_keys_masked(on: Served) -> None:
-    """A running maximum that starts at -inf over whole blocks of keys."""
+    """The running maximum is -inf over whole blocks of keys."""
     mask = torch.zeros(1, 1, 20, 700, dtype=torch.bool, device=on.device)
     mask[..., 650:] = True
     mask[:, :, 3] = False
@@ -227,8 +227,7 @@ def test_magnitudes(on: Served, case: str) -> None:
 @on_every
 @pytest.mark.parametrize("nk", [5, 37, 64, 1100])
 def test_finite_masks(on: Served, nk: int) -> None:
-    """Rows masked by finite numbers, whole or in part: the mean of what is left, as the naive form, and its
-    gradients."""
+    """Rows masked completely or partly by finite numbers give the naive form's result and gradients."""
     for dtype in {torch.float32, on.dtype}:
         tensors = {**qkv(on, 2, 2, ROWS, nk, 32), "bias": extreme_bias(nk, dtype).to(on.device)}
         check_op(with_lse, tensors, backend=on.backend, broadcast={"bias": (2, 2, ROWS, nk)})
@@ -239,8 +238,8 @@ def test_finite_masks(on: Served, nk: int) -> None:
 @pytest.mark.parametrize("value", [-1e4, -1e9, -1e30, torch.finfo(torch.float32).min, torch.finfo(torch.float32).max])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 1, 1), (1, 1, 20, 1), (1, 1, 1, 41), (2, 3, 20, 41)], ids=str)
 def test_rows_shifted_by_any_number(on: Served, shape: tuple[int, ...], value: float) -> None:
-    """Softmax does not see what is added to all of a row: probabilities are at most 1, and gradients those without the
-    bias, up to what the addition rounds away."""
+    """Softmax is invariant to a constant added to a row: probabilities are at most 1, and gradients are those without
+    the bias, up to the rounding of the addition."""
     tensors = qkv(on, 2, 3, 20, 41, 32)
     bias = {"bias": torch.full(shape, value, device=on.device)}
     for causal in (False, True):
@@ -259,7 +258,7 @@ def test_rows_shifted_by_any_number(on: Served, shape: tuple[int, ...], value: f
 @pytest.mark.parametrize("scale", [300.0, -300.0, 1e5, 1e9])
 @pytest.mark.parametrize("nk", [16, 1100])
 def test_gradients_at_large_scales(on: Served, scale: float, nk: int) -> None:
-    """Scores so large that float32 holds few of their digits, and rows with ties at the top among them."""
+    """Scores so large that float32 keeps few digits, including rows with several equal maxima."""
     if on.dtype == torch.float16:
         pytest.skip("its gradients overflow")
     tensors = qkv(on, 1, 2, 18, nk, 16)
@@ -305,7 +304,7 @@ SDPA = [
 @pytest.mark.parametrize("kind", ["float", "bool"])
 @pytest.mark.parametrize(("shape", "options"), SDPA, ids=str)
 def test_sdpa_twin(shape: tuple[int, ...], options: dict, kind: str) -> None:
-    """The same call, the same result and gradients as torch.nn.functional's; positional and keyword names alike."""
+    """The same result and gradients as torch.nn.functional's function, with positional and keyword arguments."""
     *lead, nq, nk, d = shape
     few = [*lead[:-1], lead[-1] // 3] if options.get("enable_gqa") else lead
     leaves = [torch.randn(*dims, requires_grad=True) for dims in ((*lead, nq, d), (*few, nk, d), (*few, nk, d + 1))]
@@ -339,7 +338,7 @@ def test_sdpa_twin_has_the_same_signature() -> None:
 @on_every
 @pytest.mark.parametrize("nk", [5, 33])
 def test_a_nan_is_not_lost(on: Served, nk: int) -> None:
-    """A row of queries that holds NaN gives NaN, and no other row does."""
+    """A query with NaN gives NaN, and no other row does."""
     tensors = qkv(on, 1, 2, 9, nk, 16)
     tensors["q"][0, 1, 4, 3] = math.nan
     out, lse = with_lse(**tensors, backend=on.backend)
@@ -354,7 +353,7 @@ def test_a_nan_is_not_lost(on: Served, nk: int) -> None:
 @on_every
 @pytest.mark.parametrize("scale", [1e6, 1e20])
 def test_one_key_takes_all_at_large_scales(on: Served, scale: float) -> None:
-    """The largest score alone counts: its rounding must not show as a weight other than 1."""
+    """Only the largest score matters: rounding must not give it a weight other than 1."""
     if on.backend == "reference" and on.dtype == torch.float16:
         pytest.skip("the naive form's scores overflow")
     tensors = qkv(on, 1, 2, 9, 33, 16)

@@ -1,4 +1,4 @@
-"""flash_attention_qkvpacked: to the bit what the parts give, which other tests hold to float64, with one gradient."""
+"""flash_attention_qkvpacked gives the same bits as flash_attention on its parts, with one gradient tensor."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_strides(store: str) -> None:
 
 
 def test_the_gradient_is_written_once() -> None:
-    """One tensor for the gradient and none copied into it; an output of which nothing came back."""
+    """One gradient tensor without copies; also if one output has no gradient."""
     qkv = torch.randn(2, 9, 3, 2, 16, requires_grad=True)
     out = flash_attention_qkvpacked(qkv)
     with torch.profiler.profile() as recorded:

@@ -19,7 +19,7 @@ on_map = pytest.mark.parametrize("on", served("attention_map", "bias"), ids=str)
 def packed(
     on: Served, lengths_q: list[int], lengths_k: list[int], h: int = 2, d: int = 32, dv: int = 0, hkv: int = 0
 ) -> tuple[dict, dict]:
-    """Tensors and options of a packed call."""
+    """Tensors and options of a call."""
     hkv = hkv or h
     tensors = {
         "q": on.randn(sum(lengths_q), h, d),
@@ -57,7 +57,7 @@ MIXES = [
 @pytest.mark.parametrize(("lengths_q", "lengths_k"), MIXES, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_lengths(on: Served, lengths_q: list[int], lengths_k: list[int], is_causal: bool) -> None:
-    """A sequence without queries, and one without keys (zeros, and -inf), among the others."""
+    """Includes a sequence without queries, and one without keys (zeros and -inf)."""
     tensors, options = packed(on, lengths_q, lengths_k)
     _check(on, tensors, options, is_causal=is_causal)
 
@@ -92,7 +92,7 @@ def test_strides(on: Served, store: str) -> None:
 
 @on_varlen
 def test_against_dense_attention(on: Served) -> None:
-    """Against flash_attention with a block-diagonal mask, an independent way to the same answer."""
+    """Against flash_attention with a block-diagonal mask."""
     lengths = [7, 31, 1, 16]
     tensors, options = packed(on, lengths, lengths)
     owner = torch.repeat_interleave(torch.arange(4, device=on.device), torch.tensor(lengths, device=on.device))

@@ -1,5 +1,4 @@
-"""Gradients, and gradients of gradients, are the same whatever surrounds the backward pass: autocast, and how its
-gradients are stored."""
+"""Gradients and second derivatives do not depend on autocast around the backward pass or on the gradients' strides."""
 
 from __future__ import annotations
 
@@ -105,8 +104,8 @@ def _weights(outputs: list[Tensor]) -> list[Tensor]:
 
 
 def _twice(call: Call, autocast: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients, and those of their squared norm, with autocast around what ``autocast`` names: forward, first,
-    second."""
+    """Gradients and the gradients of their squared norm, with autocast around the passes in ``autocast``: forward,
+    first, second."""
 
     def around(part: str) -> Any:
         return torch.autocast("cpu", torch.bfloat16, enabled=part in autocast)
@@ -138,7 +137,7 @@ def test_autocast_around_the_backward_changes_nothing(call: Call, name: str, for
 
 @pytest.mark.parametrize("name", NAMES)
 def test_autocast_around_the_backward_alone(call: Call, name: str) -> None:
-    """loss.backward() within the block, as many write it."""
+    """loss.backward() inside the autocast block."""
     leaves = call.leaves()
     wanted = [t for t in leaves.values() if t.requires_grad]
     outputs = call(leaves)
@@ -175,7 +174,7 @@ def test_gradients_stored_in_any_way(call: Call, name: str, create_graph: bool) 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_another_dtype(call: Call, name: str) -> None:
-    """autograd brings them to the output's."""
+    """autograd converts them to the output's dtype."""
     leaves = call.leaves()
     wanted = [t for t in leaves.values() if t.requires_grad]
     outputs = call(leaves)

@@ -1,4 +1,4 @@
-"""The tests marked ``isa`` again under every instruction set of this processor that is not the default one."""
+"""Runs the tests marked ``isa`` for every other instruction set that this processor supports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""layer_norm: numerics, rounding on the way out, and what must see the plain formula."""
+"""layer_norm: numerics, rounding of the result, and calls that must use the plain formula."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_strides(store: str) -> None:
     check(tensors, F32)
 
 
-def test_a_large_mean_does_not_eat_the_variance() -> None:
+def test_variance_with_a_large_mean() -> None:
     x = torch.randn(20, 100) + 1e4
     exact = reference.layer_norm(x.double(), None, None, 1e-6, torch.float64)
     compare("layer_norm", layer_norm(x, eps=1e-6), reference.layer_norm(x, None, None, 1e-6, F32), exact)

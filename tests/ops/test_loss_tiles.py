@@ -1,5 +1,4 @@
-"""The library's passes over a tile of scores: against float64, against torch's operators, and at what a loss may
-meet."""
+"""Internal operators on tiles of scores: against float64, against torch's operators, and with extreme values."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ def running(tiles: list[Tensor], dim: int) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dim", [0, 1])
 def test_log_sum_exp(way: str, shape: tuple[int, int], dim: int) -> None:
-    """Three tiles, the later with larger scores, so that what was summed is scaled down."""
+    """Three tiles with increasing scores, so that earlier sums are rescaled."""
     tiles = [torch.randn(shape) * 20 + 15 * i for i in range(3)]
     wide = torch.cat(tiles, dim)
     compare("lse", running(tiles, dim), wide.logsumexp(dim), wide.double().logsumexp(dim))
@@ -48,7 +47,7 @@ def test_log_sum_exp(way: str, shape: tuple[int, int], dim: int) -> None:
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_masked_and_not_finite_scores(way: str, dim: int) -> None:
-    """A first tile that is masked whole, scores of a CLIP at scale 100 far apart, a NaN, an infinity."""
+    """A fully masked first tile, scores of a CLIP at scale 100, a NaN, an infinity."""
     masked = torch.full((4, 9), -math.inf)
     mixed = torch.randn(4, 9) * 100
     mixed[1, 2] = -math.inf
@@ -88,7 +87,7 @@ def test_the_library_refuses_what_it_cannot_take() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(5, 7, 3), (200, 193, 33), (1, 1, 1), (17, 400, 700), (3, 5, 0), (0, 4, 4)], ids=str)
 def test_products_in_float32(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """Either operand may lie transposed; the result of narrow ones is rounded to float32 and no further."""
+    """Both operands may be transposed; products of 16-bit operands are rounded only to float32."""
     n, m, k = shape
     x, w = torch.randn(n, k).to(dtype), torch.randn(m, k).to(dtype)
     exact = x.double() @ w.double().t()

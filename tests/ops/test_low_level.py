@@ -1,5 +1,4 @@
-"""Operators called as anyone may, through torch.ops: what does not fit is refused by name, and no process dies of
-it."""
+"""Calls through torch.ops: invalid arguments raise errors that name them, and never end the process."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ WORKER = Path(__file__).with_name("low_level.py")
 
 
 def _calls(*names: str, **environment: str) -> list[str]:
-    """Lines of low_level.py; those of ``wrong:`` calls are its verdict."""
+    """The output of low_level.py, and the lines after ``wrong:``."""
     variables = os.environ | {"PYTHONPATH": str(WORKER.parents[2]), "OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(WORKER), *names], capture_output=True, text=True, env=variables
@@ -71,7 +70,7 @@ def test_changed_arguments(group: str) -> None:
 
 
 def test_changed_arguments_without_the_library() -> None:
-    """The contract in Python, which also stands before Triton's kernels."""
+    """The checks in Python, which also apply to Triton's kernels."""
     names = [
         name for group, names in GROUPS.items() if group not in COMPILED for name in names if "qkvpacked" not in name
     ]
@@ -82,7 +81,7 @@ def test_changed_arguments_without_the_library() -> None:
 
 @pytest.mark.skipif(library.problem() is not None, reason="needs the compiled library")
 def test_every_operator_is_called() -> None:
-    """A new operator needs a line in GROUPS."""
+    """A new operator needs an entry in GROUPS."""
     called = {
         name.partition("-")[0].partition("~")[0] + ("_backward" if "~" in name else "")
         for names in GROUPS.values()

@@ -1,4 +1,4 @@
-"""patch_embed under the numerics rule: patches, strides, kept patches, prefix tokens, positions and pixels as bytes."""
+"""patch_embed under the numerics rule: patches, strides, kept patches, prefix tokens, positions, uint8 pixels."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_options(on: Served, kinds: tuple[str, ...], pixels: tuple[str, ...]) ->
 def test_overlapping_patches(
     on: Served, c: int, size: tuple[int, int], patch: tuple[int, int], stride: tuple[int, int]
 ) -> None:
-    """Strides below the patch, which leave out the last pixels as a convolution does."""
+    """Strides smaller than the patch; the last pixels are left out as in a convolution."""
     check(on, 2, c, size, patch, 24, *ALL, stride=stride)
     check(on, 2, c, size, patch, 24, *ALL, "keep", "uint8", "normalize", stride=stride)
 
@@ -125,7 +125,7 @@ def test_strides(on: Served, store: str, kinds: tuple[str, ...]) -> None:
 
 @on_every
 def test_channels_last_bytes_and_strided_keep(on: Served) -> None:
-    """Images as a decoder gives them (B, H, W, C), permuted; indices and statistics of any strides."""
+    """Images as a decoder gives them, permuted from (B, H, W, C); indices and statistics with any strides."""
     images = torch.randint(256, (2, 16, 24, 3), dtype=torch.uint8, device=on.device).permute(0, 3, 1, 2)
     tensors = inputs(on, 2, 3, (16, 24), (8, 8), 32, 6, *ALL)
     keep = torch.tensor([[5, 0], [2, 3]], device=on.device)
@@ -139,7 +139,7 @@ def test_channels_last_bytes_and_strided_keep(on: Served) -> None:
 
 @on_every
 def test_keep_in_any_order_and_repeated(on: Served) -> None:
-    """The kept patches come in the order asked, and one asked for twice gets the gradient of both."""
+    """Kept patches are in the given order, and a patch that is kept twice gets both gradients."""
     tensors = inputs(on, 2, 3, (12, 12), (4, 4), 24, 9, *ALL)
     keep = torch.tensor([[8, 0, 4, 4], [1, 1, 1, 7]], device=on.device)
     check_op(functools.partial(patch_embed, keep=keep), tensors, backend=on.backend)

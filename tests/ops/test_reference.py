@@ -1,5 +1,4 @@
-"""The definition of right, held to formulas written another way: loops over tokens, PyTorch's own operators, published
-test vectors."""
+"""The reference implementation, against loops over tokens, PyTorch's own operators and published test vectors."""
 
 from __future__ import annotations
 
@@ -78,15 +77,14 @@ def _window_by_hand(
     logit_scale: Tensor | None,
     pad: Tensor | None,
 ) -> Tensor:
-    """One query at a time, by the coordinates of Liu et al.: who shares its window, and lies on its side of the
-    seam."""
+    """One query at a time: which tokens share its window and its region (Liu et al.)."""
     b, h, w, c3 = qkv.shape
     c, d = c3 // 3, c3 // 3 // heads
     size = tuple(-(-n // s) * s for n, s in zip((h, w), window, strict=True))
     shift = tuple(s if n > m else 0 for s, n, m in zip(shift, size, window, strict=True))
 
     def place(at: int, axis: int) -> tuple[int, int, int]:
-        """Window, offset in it, and side of the seam of a coordinate of the padded map."""
+        """Window, offset in the window, and region of a coordinate of the padded map."""
         rolled = (at - shift[axis]) % size[axis]
         return rolled // window[axis], rolled % window[axis], int(at < shift[axis])
 
@@ -204,7 +202,7 @@ def _philox(counter: tuple[int, ...], key: tuple[int, int]) -> list[int]:
 
 
 def test_philox() -> None:
-    """The known answers published with Random123, and the tensor form against the integers."""
+    """The known answers of Random123, and the tensor form against the integer form."""
     assert _philox((0,) * 4, (0, 0)) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     assert _philox((2**32 - 1,) * 4, (2**32 - 1,) * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
     pi = ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))

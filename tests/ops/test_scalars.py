@@ -1,5 +1,5 @@
-"""Numbers among the arguments: a tensor in their place is a number as for torch's functions, or has its gradient, or is
-refused by name."""
+"""Scalar arguments: a tensor is converted to a number as in torch's functions, gets its gradient, or is refused by
+name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ X = torch.randn(6, 8)
 CU = torch.tensor([0, 2, 5])
 QKV = torch.randn(1, 4, 4, 48)
 
-#: Operator, its tensors, the numbers that have no gradient with a value of each.
+#: Operator, its tensors, and its scalars without a gradient, each with a value.
 PLAIN: list[tuple[Callable[..., Any], dict[str, Any], dict[str, float]]] = [
     (ops.flash_attention, {"q": Q, "k": Q, "v": Q}, {"scale": 0.3, "dropout_p": 0.0}),
     (ops.scaled_dot_product_attention, {"query": Q, "key": Q, "value": Q}, {"scale": 0.3, "dropout_p": 0.0}),
@@ -51,7 +51,7 @@ PLAIN: list[tuple[Callable[..., Any], dict[str, Any], dict[str, float]]] = [
     ),
 ]
 ROWS = [(op, tensors, name, value) for op, tensors, numbers in PLAIN for name, value in numbers.items()]
-#: Those that have one.
+#: Scalars with a gradient.
 LEARNED: list[tuple[Callable[..., Any], dict[str, Any], str, float]] = [
     (ops.info_nce, {"a": X, "b": X.flip(0)}, "scale", 3.0),
     (ops.nt_xent, {"z1": X, "z2": X.flip(0)}, "temperature", 0.5),
@@ -127,7 +127,7 @@ def test_tensors_that_get_no_gradient_must_not_ask_for_one() -> None:
 
 
 def test_modules() -> None:
-    """A learned temperature is learned, or refused when it is used."""
+    """A learned temperature gets gradients, or is refused when it is used."""
     loss = NTXentLoss(nn.Parameter(torch.tensor(0.5)))  # type: ignore[arg-type]
     loss(X, X.flip(0)).backward()
     assert loss.temperature.grad.abs() > 0  # type: ignore[attr-defined]

@@ -1,5 +1,4 @@
-"""The twin of torch's attention function against that function: its own samples, what it broadcasts, what it refuses,
-nested tensors."""
+"""pyvit's scaled_dot_product_attention against torch's: torch's own samples, broadcasting, errors, nested tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ def r(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _samples(dtype: torch.dtype) -> list[Any]:
-    """What torch tests its function with."""
+    """The samples of torch's own tests."""
     if "expecttest" not in sys.modules:  # torch's tests import it, its samples do not use it
         stand_in = types.ModuleType("expecttest")
         stand_in.TestCase = unittest.TestCase  # type: ignore[attr-defined]
@@ -47,7 +46,7 @@ def _wide(
 
 
 def _both(call: Callable[[Any], Tensor], leaves: list[Tensor]) -> None:
-    """Output and gradients as torch's by the numerics rule, or an error of both."""
+    """Outputs and gradients agree by the numerics rule, or both raise an error."""
     try:
         torchs = call(F.scaled_dot_product_attention)
     except (RuntimeError, ValueError, IndexError, TypeError):
@@ -141,7 +140,7 @@ MASKS = [(9, 7), (1, 7), (9, 1), (2, 1, 9, 7), (3, 9, 7), (1, 3, 1, 7), (4, 1, 9
 @pytest.mark.parametrize("lead", [(2, 3), (3,), (5, 2, 3)], ids=str)
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_masks(lead: tuple[int, ...], mask: tuple[int, ...], seeded: int) -> None:
-    """Shapes that broadcast, with the mask's gradient, and bool ones."""
+    """Masks that broadcast, with their gradients, and bool masks."""
     leaves = [r(*lead, n, 16, dtype=torch.float64).requires_grad_() for n in (9, 7, 7)]
     bias = r(*mask, dtype=torch.float64).requires_grad_()
     _both(lambda sdpa: sdpa(*leaves, bias), [*leaves, bias])
@@ -153,7 +152,7 @@ def test_masks(lead: tuple[int, ...], mask: tuple[int, ...], seeded: int) -> Non
 
 @pytest.mark.parametrize("mask", [(7,), ()], ids=str)
 def test_masks_of_few_dimensions(mask: tuple[int, ...], seeded: int) -> None:
-    """torch takes them where its fused kernels do not serve the call, and fails where they would."""
+    """torch accepts them if its fused kernels cannot serve the call, and fails otherwise."""
     q, k = r(2, 3, 9, 16), r(2, 3, 7, 16)
     bias = r(*mask)
     torch.testing.assert_close(
@@ -198,7 +197,7 @@ def test_other_arguments(arguments: dict[str, Any]) -> None:
 
 
 def test_signature() -> None:
-    """Positions, defaults and what is by keyword alone are those that torch documents."""
+    """Positions, defaults and keyword-only arguments as torch documents them."""
     ours = inspect.signature(scaled_dot_product_attention)
     words = ["query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"]
     assert list(ours.parameters) == words
@@ -223,7 +222,7 @@ def like(other: Tensor, channels: int) -> Tensor:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", [([5, 1, 7], None), ([3, 4], [6, 2])], ids=["self", "cross"])
 def test_nested(lengths: tuple[list[int], list[int] | None], causal: bool, backend: str | None, seeded: int) -> None:
-    """Jagged (B, H, j, D): the values and gradients of the sequences one by one, and the lengths of the queries."""
+    """Jagged (B, H, j, D): values and gradients of the separate sequences, and the queries' lengths."""
     if backend == "cpu" and pyvit.library.problem() is not None:
         pytest.skip("needs the compiled library")
     q = jagged(lengths[0])

@@ -1,4 +1,4 @@
-"""What CUDA promises about streams: kernels run on the current one, and calls can be captured into a graph."""
+"""CUDA streams: kernels run on the current stream, and calls can be captured into a graph."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 
 def _pass(example: Any, on: Served, leaves: dict[str, Tensor]) -> list[Tensor]:
-    """Outputs and, where there are any, gradients of their weighted sum; no value is read on the host."""
+    """Outputs and, if any, gradients of their weighted sum, without reading values on the host."""
     outputs = example(on, leaves)
     differentiable = [o for o in outputs if o.requires_grad]
     wanted = [t for t in leaves.values() if t.requires_grad]
@@ -25,7 +25,7 @@ def _pass(example: Any, on: Served, leaves: dict[str, Tensor]) -> list[Tensor]:
 
 @pytest.mark.every_dtype
 def test_captured_in_a_graph(example: Any, on: Served) -> None:
-    """A replay computes from what the inputs hold at that time, to the bits of a call outside the graph."""
+    """A replay uses the inputs' current values and gives the same bits as a call outside the graph."""
     leaves = example.leaves()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -46,7 +46,7 @@ def test_captured_in_a_graph(example: Any, on: Served) -> None:
 
 
 def test_runs_on_the_current_stream(example: Any, on: Served) -> None:
-    """Work queued on a stream before the call is seen by it, though other streams are idle."""
+    """The call waits for work queued on its stream."""
     leaves = example.leaves()
     want = _pass(example, on, leaves)
     name = next(name for name, t in leaves.items() if t.is_floating_point())

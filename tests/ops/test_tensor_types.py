@@ -1,4 +1,5 @@
-"""What is no dense tensor of real numbers: every operator says so, by the argument's name, and what would do."""
+"""Arguments that are not dense real tensors: every operator raises an error that names the argument and says what to
+use."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "list": X.tolist,
     "None": lambda: None,
 }
-#: Of each operator, the first argument and another.
+#: For each operator, a call with the first argument and one with another.
 CALLS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "flash_attention": (
         lambda t: ops.flash_attention(t, t, t),
@@ -90,7 +91,7 @@ def test_refused_by_name(name: str, kind: str) -> None:
 
 
 def _meta(call: Callable[[Any], Any], t: Tensor) -> None:
-    """Whether the device is served or not: a result of it, or a refusal that names it."""
+    """Whether the device is supported: a result on it, or an error that names it."""
     refused = ""
     try:
         found = call(t)

@@ -1,5 +1,5 @@
-"""PyTorch's tools see every operator for what it computes: batched gradients, transforms, checkpoints, hooks, counters,
-modes, profiler."""
+"""PyTorch features on every operator: batched gradients, torch.func, checkpointing, hooks, counters, modes,
+profiler."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ every = pytest.mark.parametrize("case", [pytest.param(make, id=name) for name, m
 
 @every
 def test_batched_gradients(case: Callable[[], Case]) -> None:
-    """As ``jacobian(vectorize=True)`` asks for them: one gradient for each of a batch of the result's."""
+    """As ``jacobian(vectorize=True)`` computes them: gradients for a batch of output gradients."""
     case = case()
     leaves = case.leaves()
     out = case.op(*leaves)
@@ -115,8 +115,7 @@ def test_checkpoints_and_hooks_on_saved_tensors(case: Callable[[], Case]) -> Non
 
 @every
 def test_results_and_inputs_may_be_written_to(case: Callable[[], Case], request: pytest.FixtureRequest) -> None:
-    """A result takes ``+=`` as any tensor; an input that the backward needs and finds changed is an error, not a wrong
-    gradient."""
+    """A result supports ``+=``. Changing an input that the backward needs is an error, not a wrong gradient."""
     case = case()
     wanted = torch.autograd.grad(case.op(*(leaves := case.leaves())).sum(), leaves)
     out = case.op(*(leaves := case.leaves()))
@@ -156,7 +155,7 @@ def flops(call: Callable[[], Tensor], backward: bool = True) -> tuple[int, int]:
 
 @every
 def test_operations_are_counted(case: Callable[[], Case], request: pytest.FixtureRequest) -> None:
-    """As many as the plain formula's, forward and backward; also of a backward whose forward nobody counted."""
+    """The same flops as the plain formula's, forward and backward, also if the forward was not counted."""
     case = case()
     leaves = case.leaves()
     wanted = flops(lambda: case.plain(*leaves))

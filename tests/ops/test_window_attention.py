@@ -21,7 +21,7 @@ on_every = pytest.mark.parametrize(
 def inputs(
     on: Served, b: int, size: tuple[int, int], window: tuple[int, int], heads: int, d: int, *kinds: str
 ) -> dict[str, Tensor]:
-    """qkv and the optional tensors named in ``kinds``, each as a model would hold it."""
+    """qkv and the optional tensors named in ``kinds``, with typical values."""
     tensors = {"qkv": on.randn(b, *size, 3 * heads * d)}
     if "bias_table" in kinds:
         tensors["bias_table"] = torch.randn((2 * window[0] - 1) * (2 * window[1] - 1), heads, device=on.device)
@@ -35,7 +35,7 @@ def inputs(
 
 
 def largest_lse(tensors: dict[str, Tensor], window: tuple[int, int], shift: tuple[int, int], heads: int) -> float:
-    """The largest exponent a softmax statistic in float32 stands for: sharp cosine attention reaches a hundred."""
+    """A bound for the log-sum-exp: sharp cosine attention reaches a hundred."""
     wide = {name: t.double() for name, t in tensors.items()}
     optional = [wide.get(name) for name in ("bias_table", "logit_scale", "pad_qkv")]
     d = wide["qkv"].shape[3] // 3 // heads
@@ -107,7 +107,7 @@ def test_options(on: Served, kinds: tuple[str, ...], b: int, heads: int) -> None
 
 @on_every
 def test_swin_shapes(on: Served) -> None:
-    """A Swin-T stage as it is, with scale given, and a window of 12 and 16 by heads of Swin-B and Swin V2."""
+    """A Swin-T stage with a given scale, and windows of 12 and 16 with the heads of Swin-B and Swin V2."""
     check(on, 1, (28, 28), 7, 3, 6, 32, "bias_table")
     check(on, 1, (24, 24), 12, 6, 4, 32, "bias_table")
     check(on, 1, (16, 32), 16, 8, 2, 32, "bias_table", "logit_scale")
@@ -127,7 +127,7 @@ def test_strides(on: Served, store: str) -> None:
 
 @on_every
 def test_far_columns(on: Served, far: str) -> None:
-    """Columns of the map further apart than 32 bits count: of a view into a huge tensor."""
+    """Columns more than 2^32 elements apart: views into a huge tensor."""
     check_op(
         window_attention,
         inputs(on, 1, (2, 2), (2, 2), 1, 16),
@@ -159,7 +159,7 @@ def test_tables_in_the_dtype_of_qkv(on: Served) -> None:
 @on_every
 @pytest.mark.parametrize("kinds", [("bias_table",), ("bias_table", "logit_scale")], ids=str)
 def test_large_magnitudes(on: Served, kinds: tuple[str, ...]) -> None:
-    """One key takes everything; cosine attention does not see the size."""
+    """One key dominates; cosine attention is invariant to magnitudes."""
     tensors = inputs(on, 1, (9, 14), (7, 7), 2, 32, *kinds)
     tensors["qkv"] *= 20
     op = functools.partial(window_attention, window_size=7, shift_size=3, num_heads=2)
@@ -171,7 +171,7 @@ def test_large_magnitudes(on: Served, kinds: tuple[str, ...]) -> None:
 
 @on_every
 def test_zero_vectors_under_cosine_attention(on: Served) -> None:
-    """A zero query or key has no direction: it is normalised to zero, not to NaN."""
+    """A zero query or key is normalised to zero, not to NaN."""
     tensors = inputs(on, 1, (4, 8), (4, 4), 2, 16, "logit_scale")
     tensors["qkv"][0, 1, 2] = 0
     op = functools.partial(window_attention, window_size=4, num_heads=2)
@@ -212,7 +212,7 @@ def test_empty_batch(on: Served) -> None:
 
 @on_every
 def test_each_image_and_head_by_itself(on: Served) -> None:
-    """The batch and the heads do not see each other: bit for bit."""
+    """Batch entries and heads are independent, bit for bit."""
     tensors = inputs(on, 3, (9, 10), (4, 4), 3, 16, "bias_table")
     op = functools.partial(window_attention, window_size=4, shift_size=1, backend=on.backend)
     out = op(**tensors, num_heads=3)
@@ -227,7 +227,7 @@ def test_each_image_and_head_by_itself(on: Served) -> None:
 @pytest.mark.parametrize("kinds", [(), ("logit_scale",), ("pad_qkv",), ("logit_scale", "pad_qkv")], ids=str)
 @pytest.mark.parametrize("window", [2, 4, 7, 8, 12])
 def test_finite_masks(on: Served, window: int, kinds: tuple[str, ...]) -> None:
-    """Tables whose numbers mask rows whole or in part, by -inf or by finite numbers: the naive form's result and
+    """Tables that mask rows completely or partly by -inf or finite numbers give the naive form's result and
     gradients."""
     tensors = inputs(on, 1, (2 * window, 2 * window - 1), (window, window), ROWS, 16, *kinds)
     tensors["bias_table"] = extreme_table((2 * window - 1) ** 2).to(on.device)
@@ -240,7 +240,7 @@ def test_finite_masks(on: Served, window: int, kinds: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("value", [-1e9, -1e30, torch.finfo(torch.float32).min, torch.finfo(torch.float32).max])
 @pytest.mark.parametrize("window", [3, 7, 8, 12])
 def test_table_of_one_number(on: Served, window: int, value: float) -> None:
-    """What the addition rounds away is gone: means, and gradients no larger than theirs."""
+    """A constant that rounds the scores away: outputs are means, and gradients no larger than theirs."""
     tensors = inputs(on, 2, (window, 2 * window), (window, window), 2, 16)
     tensors["bias_table"] = torch.full(((2 * window - 1) ** 2, 2), value, device=on.device)
     op = functools.partial(window_attention, window_size=window, num_heads=2)

@@ -1,7 +1,6 @@
-"""Instructions per score that kernels issue, with the tiles they had and with those in use: ``python -m
-tests.ptx.count``.
+"""Instructions per score that kernels issue, with former and current tiles: ``python -m tests.ptx.count``.
 
-A score's share is a warp's instructions times its 32 lanes; calls are small, so edges weigh more than in a model.
+A warp's instructions times 32, divided by its scores. Calls are small, so edges weigh more than in a model.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def _window(size: int, side: int, dtype: torch.dtype) -> tuple[Run, int]:
     return run, size * size * side * side
 
 
-#: Kernel, call, and the tiles it had before instructions were counted.
+#: Kernel, call, and its former tiles.
 CALLS = (
     ("window_backward_keys", "window 7, bf16", lambda: _window(28, 7, BF16), tiles.Config(64, 64, 32, 4, 8, 1)),
     ("window_backward_keys", "window 7, fp32", lambda: _window(28, 7, F32), tiles.Config(32, 32, 32, 4, 8, 1)),
@@ -55,7 +54,7 @@ CALLS = (
 
 
 def per_score(part: str, kernel: str, run: Run, scores: int, config: tiles.Config | None) -> float:
-    """Instructions that ``kernel`` issues per score of ``run``, with ``config`` or the tiles in use."""
+    """Instructions that ``kernel`` issues per score of ``run``, with ``config`` or the current tiles."""
     tiles.force(kernel, config)
     try:
         with running(part) as launches:

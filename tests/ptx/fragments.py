@@ -1,5 +1,4 @@
-"""Matrices as warps hold them: ``ldmatrix`` and ``stmatrix``, ``mma.sync``, ``wgmma``. Warps take part whole or not at
-all."""
+"""Matrix instructions: ``ldmatrix``, ``stmatrix``, ``mma.sync``, ``wgmma``. All lanes of a warp take part."""
 
 from __future__ import annotations
 
@@ -19,9 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Flight:
-    """A ``wgmma`` under way: its lanes and the number of their group, its accumulators, and the shared bytes it reads
-    (with block and first lane). Operands in registers are ptxas's to guard: it sees them, and puts the fence that they
-    need before the product."""
+    """A ``wgmma`` in flight: its lanes and the number of their group, its accumulators, and the shared bytes it reads
+    (with block and first lane). Operands in registers need no check: ptxas inserts the fence they need."""
 
     lanes: np.ndarray
     group: np.ndarray
@@ -29,7 +27,7 @@ class Flight:
     held: list[tuple[np.ndarray, int, int]] = field(default_factory=list)
 
     def split(self, done: np.ndarray) -> tuple[Flight, Flight]:
-        """The part of the lanes ``done``, and the others'."""
+        """The part of the operation for the lanes ``done``, and the part for the others."""
         first = set(self.lanes[done].tolist())
         parts = ([h for h in self.held if h[2] in first], [h for h in self.held if h[2] not in first])
         return tuple(  # type: ignore[return-value]
@@ -39,7 +37,7 @@ class Flight:
 
 
 def take_off(m: Machine, flight: Flight) -> None:
-    """From now until it is waited for, nobody touches what ``flight`` accumulates."""
+    """Start ``flight``: its accumulators must not be accessed until it is waited for."""
     m.flying["wgmma"].append(flight)
     lanes = np.zeros(m.lanes, bool)
     lanes[flight.lanes] = True

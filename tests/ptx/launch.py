@@ -1,4 +1,4 @@
-"""Triton launches on the machine: compiled for a GPU, run here."""
+"""Triton launches with the PTX interpreter: compiled for a GPU, run here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.ptx import machine
 from tests.ptx.memory import Fault
 from tests.ptx.program import Program, parse
 
-#: What the machine runs: sm_100's products (``tcgen05``) it does not know.
+#: Supported architectures; sm_100's ``tcgen05`` is not supported.
 PARTS = ("sm_80", "sm_90")
 _programs: dict[Any, tuple[Program, int]] = {}
 
@@ -67,8 +67,8 @@ class _Runner(list):
 
 @contextlib.contextmanager
 def running(arch: str) -> Iterator[_Runner]:
-    """Within the block Triton serves CPU tensors: launchers compile their kernels for ``arch`` and run them on the
-    machine."""
+    """Within the block Triton serves CPU tensors: launchers compile their kernels for ``arch`` and run them in the
+    interpreter."""
     if arch not in PARTS:
         raise ValueError(f"the machine runs {' and '.join(PARTS)}, got {arch!r}")
     able, common._recorder = capabilities.MISSING["triton", "cpu"], common._Recorder(arch)

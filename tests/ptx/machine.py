@@ -1,4 +1,4 @@
-"""Lanes, registers and control flow."""
+"""The interpreter: lanes, registers and control flow."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WIDTHS = {
 
 
 class Machine:
-    """One row of blocks that run ``program`` in step: where lanes part, those furthest behind go first."""
+    """A row of blocks that run ``program`` in step. Where lanes diverge, those furthest behind run first."""
 
     def __init__(
         self, program: Program, arguments: list[Any], memory: Global, shared: int, blocks: np.ndarray, grid: int

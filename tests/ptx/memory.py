@@ -1,4 +1,4 @@
-"""Global and shared memory that know what may be touched, by whom and when."""
+"""Global and shared memory, with checks of who may access which bytes, and when."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ _MANY = -2
 
 
 class Fault(AssertionError):
-    """What a GPU would have done silently: an access out of bounds, a race, a read of bytes not there yet."""
+    """An error that a GPU might not report: an access out of bounds, a race, a read of bytes that have not arrived."""
 
 
 class Lanes(NamedTuple):
-    """Of the lanes that take part in an access, as columns: block of the grid, warp, and barriers their block has
-    passed."""
+    """The lanes of an access, as columns: block of the grid, warp, and number of barriers their block has passed."""
 
     block: np.ndarray
     warp: np.ndarray
@@ -29,8 +28,8 @@ class Lanes(NamedTuple):
 
 
 class Global:
-    """The storages of the tensors that a launch names, far apart. Only bytes that belong to some tensor may be touched,
-    and only pages that hold such bytes are kept: a view may span more than there is memory."""
+    """The storages of a launch's tensors, at distant addresses. Only bytes of some tensor may be accessed. Only pages
+    with such bytes are stored, because a view may span more than the available memory."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._storages: dict[int, tuple[int, torch.UntypedStorage]] = {}

@@ -1,4 +1,4 @@
-"""The machine itself: known results of small programs, and every kind of fault it is there to find."""
+"""The PTX interpreter: known results of small programs, and every kind of fault that it must detect."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ def test_floats(instruction: str, wanted) -> None:
     assert torch.allclose(got, wanted(source), rtol=3e-7, atol=1e-9)
 
 
-def test_lanes_part_and_meet() -> None:
-    """Each lane counts to its own number, all wait for each other, and then read their neighbours' counts."""
+def test_divergent_lanes_reconverge() -> None:
+    """Each lane counts to its own number, all wait at a barrier, then read their neighbours' counts."""
     body = """
 	mov.b32 %r4, 0;
 $L__loop:

@@ -1,5 +1,5 @@
-"""Two processes, half of the batch each, against one process with all of it: loss and gradients, DDP and FSDP2, for
-every recipe."""
+"""Two processes with half of the batch each, against one process: loss and gradients, DDP and FSDP2, for every
+recipe."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ ROUNDING = {"simclr": 2e-4, "dino": 1.5e-4}
 
 
 def split(views: dict, rank: int, world: int) -> dict:
-    """This rank's share: crops come before the batch in the views of self-distillation, whose weights are for a whole
-    batch."""
+    """This rank's part. Views of self-distillation have crops before the batch dimension, and their weights are for a
+    whole batch."""
     found = {}
     for key, value in views.items():
         if not isinstance(value, torch.Tensor):
@@ -110,7 +110,7 @@ def worker(rank: int, world: int, folder: str, names: list[str]) -> None:
 
 
 def gloo_threads() -> list[str]:
-    """Threads of a process group; none may outlive it, since one that meets the end of Python aborts the process."""
+    """Threads of process groups. None may be left at exit, because they can abort the process."""
     names = [
         Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")
     ]  # none where there is no /proc
@@ -118,7 +118,7 @@ def gloo_threads() -> list[str]:
 
 
 def launch(commands: list[list[str]], **env: str) -> None:
-    """Run one process per command to the end; all must succeed."""
+    """Run one process per command; all must succeed."""
     base = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     running = [
         subprocess.Popen(
@@ -135,7 +135,7 @@ def launch(commands: list[list[str]], **env: str) -> None:
 
 
 def test_two_ranks_give_the_loss_and_gradients_of_one(tmp_path: Path) -> None:
-    """All recipes in one pair of processes, since starting them costs more than a step."""
+    """All recipes in one pair of processes, because starting them takes longer than a step."""
     import pyvit
     from pyvit.train.checkpoint import save_weights
 
@@ -155,7 +155,7 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(tmp_path: Path) -> None:
     ],
 )
 def test_the_engine_on_two_ranks_ends_with_the_weights_of_one(tmp_path: Path, recipe: str, fsdp: bool) -> None:
-    """``train`` as a launcher starts it: without augmentation, three steps on two ranks are three steps on one."""
+    """Without augmentation, three steps on two ranks give the same weights as on one."""
     plain = {"supervised": ["augment='none'", "drop_path=0.0"], "clip": ["crop=1.0", "context=24"]}[recipe]
     settings = {
         **RECIPES[recipe],

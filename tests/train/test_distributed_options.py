@@ -1,5 +1,4 @@
-"""Two processes: options that leave parameters unused, cached gradients, a teacher under DDP and FSDP2, one rank that
-stops."""
+"""Two processes: options with unused parameters, cached gradients, a teacher under DDP and FSDP2, a rank that stops."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ TOWERS = ["width=24", "depth=1", "num_heads=1", "patch_size=8"]
 SELF = ["prototypes=40", "hidden=16", "bottleneck=8", "local_crops=1", "local_size=16", "drop_path=0.0"]
 CLIP = {"model": "clip_pico_patch8_32", "set": [*TOWERS, "text_depth=1"]}
 
-#: The rows of DINOv2's ablation and others that leave something out.
+#: The rows of DINOv2's ablation and other settings with unused parts.
 RUNS = {
     "no ibot": {"recipe": "dinov2", "set": TINY, "option": [*SELF, "ibot=0.0"]},
     "no koleo": {
@@ -49,7 +48,7 @@ RUNS = {
 
 
 def trained(folder: str, name: str, kind: str) -> dict[str, torch.Tensor]:
-    """The gradients of the first step of a run, and two steps that must not fail."""
+    """The gradients of a run's first step, after which two more steps must succeed."""
     from pyvit.train import Config, engine
 
     settings = {"data": "digits", "batch_size": 8, "steps": 3, "fsdp": kind == "fsdp", "out": f"{folder}/{name}-{kind}"}
@@ -89,7 +88,7 @@ def drop_path_is_off(run) -> None:
 
 
 def one_rank_without_masks() -> None:
-    """The others must not wait for it."""
+    """The other ranks must not wait for it."""
     from pyvit.losses import IBOTLoss
 
     for centering in ("centering", "sinkhorn_knopp"):
@@ -162,7 +161,7 @@ def same_gradients(folder: str, name: str, found: dict[str, dict[str, torch.Tens
 
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    """All in one pair of processes, since starting them costs more than a step."""
+    """All in one pair of processes, because starting them takes longer than a step."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Order of images, schedules, parameter groups, data sets, settings."""
+"""Image order, schedules, parameter groups, data sets, settings."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_what_does_not_decay(name):
 
 
 def test_lars_leaves_positions_to_their_norm():
-    """They do not decay, and their step is a share of their norm as that of every other matrix."""
+    """They have no weight decay, but their step is proportional to their norm."""
     p = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
     p.grad = torch.tensor([[0.0, 2.0]])
     LARS([{"params": [p], "decays": False}], lr=1.0, weight_decay=10.0, trust=0.1).step()
@@ -127,7 +127,7 @@ def test_lars_leaves_positions_to_their_norm():
 
 
 def test_clip_sets_its_scale_back_after_the_step(tmp_path):
-    """At a scale above 100 there is a gradient, and the parameter ends at the bound; SigLIP keeps 118.2."""
+    """A scale above 100 has a gradient and is clamped afterwards; SigLIP keeps 118.2."""
     from pyvit.train.engine import Run
 
     tiny = ["width=24", "depth=1", "num_heads=1", "patch_size=8"]
@@ -147,7 +147,7 @@ def test_clip_sets_its_scale_back_after_the_step(tmp_path):
         run.close()
 
 
-def test_what_takes_micro_batches_alone_says_so(tmp_path, capsys):
+def test_note_about_parts_that_depend_on_the_micro_batch(tmp_path, capsys):
     tiny = ["embed_dim=24", "depth=1", "num_heads=1", "patch_size=8"]
     options = ["prototypes=40", "hidden=16", "bottleneck=8", "local_crops=0"]
     settings = {"data": "digits", "steps": 1, "batch_size": 8, "accumulate": 2, "set": tiny, "option": options}
@@ -170,7 +170,7 @@ def test_masks_that_hide_nothing_are_refused(tmp_path):
 
 @pytest.mark.parametrize("rate", [1.0, -0.1, float("nan"), 5.0])
 def test_rates_of_models_are_checked(rate):
-    """Also where a single block would never see the rate."""
+    """Also if a single block would never use the rate."""
     for name, more in (
         ("vit_pico_patch8_32", {"depth": 1}),
         ("swin_pico_patch4_window4_32", {"depths": (1,), "num_heads": (1,)}),
@@ -281,7 +281,7 @@ def test_words_train_the_spectrogram_transformer(tmp_path):
 
 
 def test_spectrograms_keep_the_units_of_the_front_end():
-    """To half a step of a byte, at any rate of the file: a tone resampled from 44.1 kHz is the tone."""
+    """To half a step of a byte, at any sample rate: a tone resampled from 44.1 kHz is the same tone."""
     tone = lambda rate: 0.3 * torch.sin(2 * math.pi * 1000 * torch.arange(rate) / rate)  # noqa: E731
     want = LogMel(128, 98)(tone(16000)[None])[0]
     back = (spectrogram(tone(16000), 16000, 98) / 255 - MEAN[0]) / STD[0]

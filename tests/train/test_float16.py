@@ -1,4 +1,4 @@
-"""Gradient scaling for float16, with torch's scaler on the CPU: overflows cost steps, not the run."""
+"""Gradient scaling for float16, with torch's scaler on the CPU: overflows skip steps but do not end the run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SELF = [
 
 @pytest.fixture
 def scaled(monkeypatch):
-    """Runs scale their gradients, first by 2^127, at which the loss itself overflows."""
+    """Runs scale their loss, initially by 2^127, at which it overflows."""
     make = engine._accelerator
 
     def accelerator(config):
@@ -58,7 +58,7 @@ def test_overflows_are_skipped_and_counted(scaled, tmp_path, settings):
 
 
 def test_a_skipped_step_moves_nothing(scaled, tmp_path):
-    """Neither weights, nor the teacher, nor the centre, nor the schedules."""
+    """Weights, teacher, centre and schedules do not change."""
     run = engine.Run(Config(**SMALL, recipe="dino", option=SELF, steps=40, out=str(tmp_path)))
     batches, before = run.batches(), {k: v.clone() for k, v in run.recipe.state_dict().items()}
     first = run.step(0, batches)
@@ -112,7 +112,7 @@ def test_float16_needs_a_gpu(tmp_path):
 
 
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
-    """An infinite gradient leaves the loss finite for a step; the checkpoint of before stays."""
+    """After an infinite gradient the loss is finite for one more step; the previous checkpoint is kept."""
     run = engine.Run(Config(**SMALL, steps=100, out=str(tmp_path)))
     batches = run.batches()
     run.step(0, batches)

@@ -1,4 +1,4 @@
-"""Accumulation of contrastive recipes: all negatives stay, and the gradients are those of one big batch."""
+"""Gradient accumulation of contrastive recipes keeps all negatives: gradients are those of one large batch."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_micro_batches_give_the_gradients_of_the_batch(name):
 
 @pytest.mark.parametrize("name", ["simclr", "clip"])
 def test_both_forward_passes_draw_alike(name):
-    """Under stochastic depth the gradients are those of the paths that the first pass took."""
+    """With stochastic depth, the gradients are those of the paths of the first pass."""
     recipe, views = make(name, "drop_path_rate=0.5", "proj_drop_rate=0.3")
     cut, micros, live = [{k: v.chunk(3)[i] for k, v in views.items()} for i in range(3)], [], []
     for part, each in enumerate(cut):
@@ -91,8 +91,8 @@ def test_both_forward_passes_draw_alike(name):
 
 
 def test_the_engine_keeps_the_negatives(tmp_path):
-    """The loss of 16 images, at first about ln 31, in micro-batches of 1 and of 16 alike; a micro-batch of 4 alone
-    would have ln 7."""
+    """The initial loss of 16 images is about ln 31, with micro-batches of 1 and of 16; a micro-batch of 4 would have ln
+    7."""
     first = []
     for accumulate in (1, 4, 16):
         settings = {**RECIPES["simclr"], "option": ["hidden=16", "out=8", "temperature=10.0"]}

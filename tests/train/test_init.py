@@ -1,4 +1,4 @@
-"""--init: from runs of every recipe to every recipe, from other libraries' folders, and at the command line."""
+"""--init: from runs of every recipe to every recipe, from folders of other libraries, and at the command line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIONS = {
     "siglip": {"context": 12},
 }
 MODELS = {"clip": "clip_pico_patch8_32", "siglip": "siglip_pico_patch8_32"}
-#: What the trained network of a recipe is for others: the module with the encoder's parameters.
+#: The module of a recipe's trained network that has the encoder's parameters.
 ENCODER = {"clip": "visual", "siglip": "visual"}
 
 
@@ -57,7 +57,7 @@ def config(recipe, **more):
 
 
 def run(recipe, folder, **more):
-    """A run's folder as training leaves it, with random weights in every parameter; returns the network in it."""
+    """A run's folder with random weights in every parameter. Returns its network."""
     chosen = resolve_config(config(recipe, **more))
     made = load_recipe(recipe)(chosen, data())
     network = made.exported()
@@ -71,7 +71,7 @@ def run(recipe, folder, **more):
 
 
 def start(recipe, init, at=None, **more):
-    """The recipe as ``train`` would make it from --init, without a model named."""
+    """The recipe as ``train`` creates it from --init, without a given model."""
     free = {"model": None, "set": []} if recipe not in MODELS or "set" not in more else {}
     return load_recipe(recipe)(resolve_config(config(recipe, init=str(init), **{**free, **more})), at or data())
 
@@ -90,7 +90,7 @@ TARGETS = ("supervised", "finetune", "linear", "mae", "dino", "simclr")
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_run_starts_every_recipe(source, tmp_path):
-    """All of the encoder reaches it, LayerScale and pooling too; what it computes is what the run computed."""
+    """The whole encoder is loaded, including LayerScale and pooling, and gives the same outputs."""
     more = {}
     if source in ("linear", "finetune"):
         run("dinov2", tmp_path / "before")
@@ -207,11 +207,11 @@ def test_other_libraries_folders(head, tmp_path):
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
         (b"<!DOCTYPE html>", "is a web page"),
-        (b"PK\x03\x04cut", "is no file of torch.save"),
+        (b"PK\x03\x04cut", "is not a file of torch.save"),
         (None, "does not exist"),
     ],
 )
-def test_files_that_are_no_weights_end_a_run_in_one_line(content, reason, tmp_path):
+def test_files_without_weights_are_a_one_line_error(content, reason, tmp_path):
     path = tmp_path / "weights.pth"
     if content is not None:
         path.write_bytes(content)

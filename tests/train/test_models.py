@@ -1,4 +1,4 @@
-"""Every recipe with every registered model: it trains a step, or is refused by name before any data is read."""
+"""Every recipe with every registered model: it trains a step, or is refused before any data is read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPTIONS |= {"dinov2": OPTIONS["dino"], "siglip": OPTIONS["clip"]}
 
 
 def tiny(name):
-    """Overrides that make a registered model small, for images of 32 pixels."""
+    """Settings that make a registered model small, for images of 32 pixels."""
     if name.startswith(("clip_vit", "siglip", "clip_pico")):
         vit = {"width": 24, "depth": 1, "num_heads": 2, "patch_size": 16}
         return vit if name.startswith("siglip") else {**vit, **TEXT}
@@ -69,7 +69,7 @@ def images():
 
 
 def step(recipe, name):
-    """One forward and backward pass of a recipe, as the engine makes it."""
+    """A forward and backward pass of a recipe, as in the engine."""
     chosen = config(recipe, name)
     chosen.init = None
     made = load_recipe(recipe)(settled(chosen), images())
@@ -83,7 +83,7 @@ def step(recipe, name):
 
 
 def settled(chosen):
-    """The configuration as the engine fills it, of a recipe that may lack its --init here."""
+    """The complete configuration of a recipe, which may lack --init here."""
     if load_recipe(chosen.recipe).needs_init and chosen.init is None:
         return chosen.resolved(load_recipe(chosen.recipe).defaults)
     return resolve_config(chosen)
@@ -187,7 +187,7 @@ def test_the_models_of_built_in_sets_fit():
 
 
 def test_a_registered_encoder_keeps_its_settings():
-    """What a model's name says reaches the encoder that a recipe trains."""
+    """The registered settings of a model apply to the encoder that a recipe trains."""
     recipe = load_recipe("supervised")(resolve_config(config("supervised", "clip_vit_base_patch32_224")), images())
     tower = settings_of("clip_vit_base_patch32_224")[0](**tiny("clip_vit_base_patch32_224"), img_size=32).visual
     own = {k for k in recipe.model.state_dict() if not k.startswith("head")}

@@ -1,4 +1,4 @@
-"""Every option and setting of every recipe: its declared default fits, values out of its range are refused by name."""
+"""Options and settings of every recipe: defaults are valid, values out of range are refused by name."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ NEED_INIT = ("finetune", "linear")
 
 @pytest.fixture(scope="module")
 def init(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Weights to begin with, for the recipes that need some."""
+    """Initial weights for the recipes that need some."""
     path = tmp_path_factory.mktemp("init") / "weights.pth"
     torch.save(pyvit.create_model("vit_small_patch16_224", depth=1, embed_dim=48, num_heads=3).state_dict(), path)
     return dict.fromkeys(NEED_INIT, str(path))
 
 
 def wrong(kind: type, within: str, choices: tuple) -> list:
-    """Values that an option of this declaration must refuse."""
+    """Values that an option must refuse."""
     if choices:
         return ["nonsense", 1, None]
     if kind is bool:

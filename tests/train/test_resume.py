@@ -1,4 +1,4 @@
-"""A run that is killed, starved of disk, or fed a broken file loses nothing else."""
+"""Interrupted runs, full disks and damaged files do not lose anything else."""
 
 from __future__ import annotations
 
@@ -81,8 +81,9 @@ def test_kill_9_and_resume_gives_the_same_bits(tmp_path, recipe, option):
     assert weights[0] == weights[1]
 
 
-def test_a_run_that_moves_says_so(tmp_path, monkeypatch, capsys):
-    """Elsewhere, or told otherwise, a run goes on, and says that its bits are others."""
+def test_note_about_other_hardware_or_settings(tmp_path, monkeypatch, capsys):
+    """On another machine or with other settings a run continues, with a note that results may differ in the
+    last bits."""
     settings = {**SMALL, "out": str(tmp_path), "steps": 2}
     train(Config(**settings))
     train(Config(**settings))
@@ -108,7 +109,7 @@ def _tensors(value):
 
 
 def test_a_checkpoint_is_whole_or_absent(tmp_path):
-    """A writer killed in the middle leaves the old file, and its remains are swept at the next start."""
+    """If a process is killed while writing, the old file stays, and the next run removes the temporary file."""
     path = tmp_path / "last.pt"
     checkpoint.save(path, {"step": 1})
     script = (
@@ -123,10 +124,9 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path):
 
 
 def test_full_disk_costs_the_checkpoint_and_the_exit_code(tmp_path):
-    """All steps are made; what could not be written is named, and nothing else is claimed.
+    """All steps run; files that could not be written are reported.
 
-    Past a limit on file size the kernel refuses to write, as it does on a full disk; log lines are shorter than the
-    limit.
+    A limit on the file size makes writes fail, as on a full disk; log lines are shorter than the limit.
     """
     settings = {**SMALL, "recipe": "supervised", "steps": 4, "save_every": 2, "out": str(tmp_path / "run")}
 

@@ -1,4 +1,4 @@
-"""A run's folder: one writer, the user's modes, a disk that fills, data that changes, folders that move, signals."""
+"""Run folders: locking, file modes, full disks, changed data, moved folders, signals."""
 
 from __future__ import annotations
 
@@ -52,8 +52,7 @@ def wait_for(path: Path, lines: int = 1) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_resumes(tmp_path, number):
-    """Also with processes that read data, which the signal reaches too, since terminals and schedulers send it to
-    all."""
+    """Also with worker processes: terminals and schedulers send signals to all processes."""
     out = tmp_path / "run"
     settings = {**SMALL, "steps": 2000, "save_every": 10_000, "workers": 1, "out": str(out)}
     running = start(settings, start_new_session=True)
@@ -72,7 +71,7 @@ def test_a_signal_saves_and_the_same_command_resumes(tmp_path, number):
 
 
 def test_two_runs_in_one_folder(tmp_path):
-    """The second is refused and names the first; the file of a process that was killed is no obstacle."""
+    """The second run is refused and names the first. The file of a killed process does not lock the folder."""
     out = tmp_path / "run"
     settings = {**SMALL, "steps": 100_000, "out": str(out)}
     first = start(settings)
@@ -90,8 +89,7 @@ def test_two_runs_in_one_folder(tmp_path):
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
-    """The process that the file names is asked for: one that runs here holds the folder, one that has ended does
-    not."""
+    """The process in the file is looked up: the folder is locked if it is running, and free if it has ended."""
     from pyvit.train import run_folder
 
     monkeypatch.setattr(run_folder, "fcntl", None)
@@ -188,7 +186,7 @@ def test_fingerprints_know_names_labels_and_captions():
 
 
 def test_a_disk_that_fills_after_the_first_checkpoint(tmp_path):
-    """What is claimed to be there is there: the run says which checkpoint is intact, and ends with an error."""
+    """The run ends with an error that says which checkpoint is intact."""
     out = tmp_path / "run"
     train(Config(**SMALL, steps=4, save_every=2, out=str(out)))  # room for all
     whole = (out / "last.pt").read_bytes()
@@ -216,7 +214,7 @@ def test_a_disk_that_fills_after_the_first_checkpoint(tmp_path):
 
 
 def test_a_line_of_the_log_is_whole_or_absent(tmp_path):
-    """A write that stops in the middle is taken back, so that the next line stands alone."""
+    """An incomplete line is removed, so that the next one is intact."""
     script = (
         "import resource, signal, sys\nfrom pathlib import Path\nfrom pyvit.train.log import Log\n"
         "log = Log(Path(sys.argv[1]), 0, False)\nlog.write(0, loss=1.0)\n"
@@ -255,5 +253,5 @@ def test_a_damaged_checkpoint_is_named(tmp_path, content):
     with pytest.raises(ValueError, match=r"last\.pt is damaged or no checkpoint of pyvit"):
         train(Config(**SMALL, steps=1, out=str(tmp_path)))
     torch.save([1], tmp_path / "last.pt")
-    with pytest.raises(ValueError, match=r"last\.pt is no checkpoint of pyvit: it holds a list"):
+    with pytest.raises(ValueError, match=r"last\.pt is not a checkpoint of pyvit: it holds a list"):
         train(Config(**SMALL, steps=1, out=str(tmp_path)))

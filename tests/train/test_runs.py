@@ -1,4 +1,4 @@
-"""A run's folder is all that an evaluation needs beside images, and its labels are the run's."""
+"""Evaluation needs only the run's folder and images, and uses the run's labels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def shades(root, names=("dark", "light"), n=8):
 
 @pytest.fixture
 def run(tmp_path):
-    """A finished run whose data have moved."""
+    """A finished run whose data has been moved."""
     train(Config(**TINY, data=str(shades(tmp_path / "old")), out=str(tmp_path / "run"), option=PLAIN))
     (tmp_path / "old").rename(tmp_path / "new")
     return tmp_path / "run"
@@ -82,7 +82,7 @@ def test_the_run_that_it_began_from_may_be_gone(run, tmp_path, recipe):
 
 
 def test_labels_follow_the_classes_of_the_run_by_name(run, tmp_path):
-    """A set of one of the classes: its label is the run's, not 0."""
+    """Data with only one of the classes: its label is the run's, not 0."""
     for part in ("train", "val"):
         shades(tmp_path / "two" / part)
     shutil.rmtree(tmp_path / "two" / "val" / "dark")
@@ -102,7 +102,7 @@ def test_classes_that_the_run_does_not_know_are_listed(run, tmp_path):
         load_run(run, str(tmp_path / "other"))
 
 
-def test_spectrograms_are_no_images(run):
+def test_spectrograms_are_not_images(run):
     with pytest.raises(ValueError, match="the run was trained on images, words has spectrograms"):
         load_run(run, "words")
 

@@ -1,4 +1,4 @@
-"""The recipes DINO and DINOv2 against the papers' code: teacher, prototypes, masks, weights of the losses, rates."""
+"""DINO and DINOv2 against the papers' code: teacher, prototypes, masks, loss weights, learning rates."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def make(name: str, *options: str, **more):
 
 @pytest.mark.parametrize("name", ["dino", "dinov2"])
 def test_the_teacher_drops_nothing(name):
-    """In training mode too, and where the model itself asks for dropout: two passes of the teacher are equal, of the
-    student not."""
+    """Also in training mode and with dropout in the model: two passes of the teacher are equal, two of the student are
+    not."""
     recipe, views = make(name, "drop_path=0.3", set=[*TINY, "proj_drop_rate=0.2", "pos_drop_rate=0.2"])
     recipe.eval()
     recipe.train()
@@ -80,7 +80,7 @@ def test_a_resumed_teacher_drops_nothing(tmp_path):
 
 
 def test_batch_norms_of_the_teacher_follow_the_batch():
-    """As in DINO's code, whose teacher stays in training mode; in evaluation they use what they have counted."""
+    """As in DINO's code, whose teacher stays in training mode; in evaluation they use running statistics."""
     model = SelfDistillation(ResNet((1, 1, 1, 1), False, num_classes=0, width=8, small=True, img_size=32), 10, 16, 8)
     crops = [torch.randn(4, 3, 32, 32) + 3 for _ in range(2)]
     trained = model.train()(crops).teacher
@@ -90,7 +90,7 @@ def test_batch_norms_of_the_teacher_follow_the_batch():
     assert not torch.allclose(model.eval()(crops).teacher, trained, atol=1e-3)
 
 
-def test_prototypes_rest_for_one_epoch_and_keep_their_length(tmp_path):
+def test_prototypes_are_frozen_for_one_epoch_and_stay_normalised(tmp_path):
     for norm, count in ((True, 1), (False, 2)):
         run = engine.Run(settings("dino", f"norm_last_layer={norm}", out=str(tmp_path / f"{norm}"), batch_size=1442))
         assert run.per_epoch == 1
@@ -106,9 +106,9 @@ def test_prototypes_rest_for_one_epoch_and_keep_their_length(tmp_path):
         run.close()
 
 
-def test_ibot_counts_as_in_the_papers_code():
-    """The cross-entropy of each masked patch over the masked patches of its crop, summed, over all crops: those without
-    a mask too."""
+def test_ibot_weights_are_those_of_the_papers_code():
+    """The cross-entropy of each masked patch divided by the masked patches of its crop, summed, divided by all crops,
+    including those without a mask."""
     recipe, views = make("dinov2", "centering='centering'", "koleo=0.0", "drop_path=0.0")
     recipe.ibot.center.normal_()
     mask, total = views["mask"].flatten(0, 1), torch.zeros((), dtype=torch.float64)
@@ -169,7 +169,7 @@ def test_rates_are_the_papers():
 
 
 def test_the_centre_moves_once_a_step():
-    """By the mean over micro-batches; not at all in a step that float16 costs."""
+    """By the mean over micro-batches; not in steps that are skipped because float16 overflowed."""
     recipe, views = make("dino", "center_momentum=0.5", "batch_norm=False")
     cut = [{k: v.chunk(2, 1)[i] if isinstance(v, torch.Tensor) else v for k, v in views.items()} for i in range(2)]
     with torch.no_grad():

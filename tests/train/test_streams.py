@@ -1,4 +1,4 @@
-"""Data that is read as it arrives: shards to ranks, order, resumption, damage, and a run from end to end."""
+"""Streamed data: distribution over ranks, order, resuming, damaged files, and a whole run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def jpeg(value: int) -> bytes:
 
 @pytest.fixture
 def shards(tmp_path):
-    """Four WebDataset shards of 160 images each; image i is of grey i % 256 and its caption says i."""
+    """Four WebDataset shards of 160 images each; image i has grey value i % 256 and the caption i."""
     folder = tmp_path / "shards"
     folder.mkdir()
     for shard in range(4):
@@ -40,7 +40,7 @@ def shards(tmp_path):
 
 @pytest.fixture
 def parquet(tmp_path):
-    """A train split in two files, with named classes."""
+    """A training split in two files, with named classes."""
     import datasets
 
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "light"])})
@@ -105,7 +105,7 @@ def test_damage_in_a_stream_is_reported(shards):
 
 
 def test_a_streamed_run_resumes_to_the_same_bits(parquet, tmp_path):
-    """An unbroken run of 6 steps, and one whose last checkpoint is of step 4."""
+    """An uninterrupted run of 6 steps, and one resumed from step 4."""
     small = {"data": f"hf-stream:{parquet}", "image_size": 16, "batch_size": 16, "save_every": 4, "log_every": 1}
     settings = {**small, "model": "vit_pico_patch4_32", "set": ["depth=1"], "steps": 6}
     first = train(Config(**settings, out=str(tmp_path / "whole")))

@@ -1,5 +1,5 @@
 """Triton kernels on CPU tensors, against the reference: in Triton's interpreter (TRITON_INTERPRET=1 pytest
-tests/triton), and as they are compiled for a GPU, on a machine that runs PTX (pytest tests/triton; see tests/ptx)."""
+tests/triton), or compiled for a GPU and run by the PTX interpreter of tests/ptx (pytest tests/triton)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             )
 
 
-#: Modules whose tests run kernels: interpreted, or compiled for each of these parts.
+#: Modules whose tests run kernels: interpreted, or compiled for each of these architectures.
 RUN = ("test_flash_attention.py", "test_window_attention.py", "test_pairwise_losses.py")
 PARTS = ("sm_80", "sm_90")
 
@@ -39,7 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def part(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What the kernels of one test run on: the interpreter, or the machine, as compiled for a part."""
+    """Where a test's kernels run: Triton's interpreter, or the PTX interpreter, compiled for an architecture."""
     if getattr(request, "param", "interpreter") == "interpreter":
         yield
         return
@@ -54,8 +54,8 @@ Check = Callable[..., None]
 
 @pytest.fixture
 def agree() -> Check:
-    """The numerics rule for a kernel's results, the first ``outputs`` of which are outputs and the rest gradients;
-    ``scores`` as :func:`pyvit.testing.compare` takes it."""
+    """The numerics rule for a kernel's results. The first ``outputs`` of them are outputs, the others gradients;
+    ``scores`` as in :func:`pyvit.testing.compare`."""
 
     def check(
         got: Sequence[Tensor], exact: Sequence[Tensor], naive: Sequence[Tensor], outputs: int, scores: float = 0.0
@@ -72,7 +72,7 @@ def agree() -> Check:
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory holds NaN, so an element no program wrote shows."""
+    """Uninitialised memory is NaN, so that elements no program writes are noticed."""
     empty = Tensor.new_empty
 
     def new_empty(self: Tensor, *size: object, **kwargs: object) -> Tensor:
@@ -84,7 +84,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_tiles() -> Iterator[None]:
-    """Tiles small enough for ragged edges and loops on small shapes."""
+    """Small tiles, so that small shapes have partial tiles and several loop steps."""
     from pyvit.triton_kernels import tiles
 
     names = ("forward_short", "forward_long", "backward_short", "backward_dq", "backward_dkdv", "bias_grad")

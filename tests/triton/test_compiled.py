@@ -1,7 +1,6 @@
-"""The compilation matrix in small: kernels compiled ahead of time for four architectures and inspected; no GPU is
-needed.
+"""A part of the compile report: kernels compiled ahead of time for four architectures and inspected, without a GPU.
 
-The whole matrix: ``python -m pyvit.triton_kernels.tools.compile_report``.
+The whole report: ``python -m pyvit.triton_kernels.tools.compile_report``.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ def test_hopper_uses_warpgroup_products() -> None:
         assert report.warpgroup > 0, report
 
 
-def test_no_widening_outside_the_interpreter() -> None:
-    """The switch that widens bfloat16 operands in the interpreter is off in what GPUs run: products take bfloat16."""
+def test_compiled_products_use_bfloat16() -> None:
+    """bfloat16 operands are converted to float32 only in the interpreter; compiled products use bfloat16."""
     (launch,) = matrix.launches("attention map N=197 d=64", "bf16", "sm_90")
     text = compiled.build(launch, "sm_90").asm["ttir"]
     dots = re.findall(r"tt\.dot [^\n]*", text)
@@ -72,9 +71,9 @@ def test_rules_catch_what_they_are_for() -> None:
     assert len(matrix.faults(bad, "bf16")) == 7
 
 
-def test_a_kernel_the_compiler_gave_up_is_seen() -> None:
-    """Four accumulators of 128 columns fill the 512 columns of a Blackwell processor's tensor memory, and a tile of
-    scores comes on top."""
+def test_a_kernel_without_enough_tensor_memory_is_reported() -> None:
+    """Four accumulators of 128 columns fill the 512 columns of a Blackwell processor's tensor memory, without room for
+    a tile of scores."""
     tiles.force("pair_gradient", tiles.Config(block_m=64, block_n=64, edge_n=64, group=4, warps=8))
     try:
         launch = matrix.launches("info_nce 4096 d=512", "bf16", "sm_100")[-1]
@@ -92,7 +91,7 @@ def test_a_kernel_the_compiler_gave_up_is_seen() -> None:
 
 @pytest.mark.parametrize("case", matrix.CASES)
 def test_no_allocation_exceeds_the_inputs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A score matrix of any of these attention cases would: N is larger than the head dimension."""
+    """A score matrix would: N is larger than the head dimension in these cases."""
     sizes: list[int] = []
     run = workloads.prepare(case, torch.bfloat16, "meta")
 
@@ -124,7 +123,7 @@ def _meta(*shape: int) -> torch.Tensor:
 
 
 def test_arguments_equal_to_one() -> None:
-    """Triton turns integers equal to 1 into constants: the kernels compile with every size at 1."""
+    """Triton turns integers equal to 1 into constants: the kernels compile if every size is 1."""
     from pyvit.triton_kernels import attention_map, flash_attention, patch_embed, window_attention
 
     with common.recording("sm_90") as found:

@@ -1,4 +1,4 @@
-"""Attention on Triton against the reference: every feature, forward and every gradient, through both families of
+"""Attention on Triton against the reference: every feature, forward and all gradients, with the short and the long
 kernels."""
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def test_features(agree, small_tiles, monkeypatch, case: str, family: str) -> No
 @pytest.mark.parametrize("family", ["short", "long"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_finite_masks(agree, small_tiles, monkeypatch, family: str, causal: bool) -> None:
-    """Rows masked by finite numbers, whole and in part, and rows lifted as far: probabilities at most 1 in every
-    kernel."""
+    """Rows masked completely or partly by finite numbers, and rows with large positive numbers: probabilities are at
+    most 1 in every kernel."""
     if family == "long":
         monkeypatch.setattr(flash, "forward_short_fits", lambda *_: False)
         monkeypatch.setattr(flash, "backward_short_fits", lambda *_: False)
@@ -97,7 +97,7 @@ def test_finite_masks(agree, small_tiles, monkeypatch, family: str, causal: bool
 @pytest.mark.parametrize("family", ["short", "long"])
 @pytest.mark.parametrize("scale", [300.0, 1e5])
 def test_large_scales(agree, small_tiles, monkeypatch, family: str, scale: float) -> None:
-    """Without a bias, scores of which float32 holds few digits, every key twice."""
+    """Without a bias: scores so large that float32 keeps few digits, with every key twice."""
     if family == "long":
         monkeypatch.setattr(flash, "forward_short_fits", lambda *_: False)
         monkeypatch.setattr(flash, "backward_short_fits", lambda *_: False)
@@ -128,8 +128,8 @@ def test_lengths_with_the_tiles_in_use(agree, n: int) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("n", "d"), [(197, 64), (290, 80), (577, 64), (400, 128)])
-def test_long_walks_with_the_tiles_in_use(agree, n: int, d: int, dtype: torch.dtype) -> None:
-    """Several steps of every pipelined loop: what one stage loads while another is multiplied."""
+def test_several_loop_steps_with_the_tuned_tiles(agree, n: int, d: int, dtype: torch.dtype) -> None:
+    """Several steps of every pipelined loop, with the tuned tiles."""
     _compare(
         agree, [*_inputs(dtype, 1, 1, 1, n, n, d, d), None, False, d**-0.5, 0.0, None], lse_grad=False, bias_grad=False
     )

@@ -1,5 +1,5 @@
-"""The streaming losses on Triton against the reference, forward and every gradient: ragged blocks, split columns,
-sliced widths."""
+"""The pairwise losses on Triton against the reference, forward and all gradients: partial blocks, split columns, sliced
+widths."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_scores_that_would_overflow() -> None:
 
 
 def test_small_probabilities_keep_their_digits_in_float16() -> None:
-    """Weights of 1 / N^2 and less are subnormal in float16 unless they are lifted."""
+    """Weights of 1 / N^2 and less would be subnormal in float16 without scaling."""
     a, b = torch.randn(30, 16).to(F16), torch.randn(30, 16).to(F16)
     tensors = {"a": a, "b": b, "scale": torch.tensor(0.1), "bias": torch.tensor(-15.0)}
 

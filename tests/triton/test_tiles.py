@@ -1,4 +1,4 @@
-"""Tile tables, tuning files and the cost model: plain Python, with or without a GPU."""
+"""Tile tables, tuning files and the cost model, without a GPU."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_tuning_file_comes_first_and_a_broken_one_is_named(monkeypatch: pytest.M
     tiles._look_up.cache_clear()
 
 
-def test_candidates_differ_from_the_present_and_pad_least_first() -> None:
+def test_candidates_are_ordered_by_padding() -> None:
     now = tiles.choose("forward_long", "sm_90", 2, 64, 576)
     found = list(tune.candidates("forward_long", now, 576))
     assert now not in found
@@ -153,7 +153,7 @@ def test_tuning_leaves_out_wrong_results(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_compiling_ahead_keeps_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In processes of their own: what raises, or is not done in time, is left out. Divisions stand for compilations."""
+    """In separate processes: candidates that raise or take too long are left out. Divisions stand for compilations."""
     monkeypatch.setattr(tune, "_compile", divmod)
     assert tune.compile_ahead([(2,), (0,), (3,)], 60.0, 2, 7) == {(2,), (3,)}
     monkeypatch.setattr(tune, "_compile", time.sleep)

@@ -1,9 +1,8 @@
-"""Triton-backed operators as the compiler, export, autocast and CUDA graphs meet them, without a GPU.
+"""Triton operators under torch.compile, export, autocast and CUDA graphs, without a GPU.
 
-Tracing runs on CUDA tensors without values; a CPU build of torch records no gradients for those, so backward formulas
-are traced in the interpreter instead: ``PYVIT_NO_LIBRARY=1 TRITON_INTERPRET=1 pytest tests/ops/test_contract.py -k
-triton``. What a CUDA graph may not hold is looked for in what the launchers ask of torch, forward and backward. Left to
-a GPU: the capture itself.
+Tracing uses fake CUDA tensors. A CPU build of torch computes no gradients for them, so backward formulas are traced in
+the interpreter: ``PYVIT_NO_LIBRARY=1 TRITON_INTERPRET=1 pytest tests/ops/test_contract.py -k triton``. For CUDA graphs,
+the launchers' torch operations are checked, forward and backward; the capture itself needs a GPU.
 """
 
 from __future__ import annotations
@@ -106,13 +105,13 @@ CALLS = ATTENTIONS | LOSSES
 
 @pytest.fixture(autouse=True)
 def no_gradients() -> Iterator[None]:
-    """A CPU build of torch ends the process where a CUDA tensor without values asks for a gradient."""
+    """A CPU build of torch aborts if a fake CUDA tensor requires a gradient."""
     with torch.no_grad():
         yield
 
 
 class _Around(torch.nn.Module):
-    """A call on Triton between other operations."""
+    """A Triton call between other operations."""
 
     def __init__(self, op: Callable[..., Any], options: dict[str, Any]) -> None:
         super().__init__()
@@ -124,7 +123,7 @@ class _Around(torch.nn.Module):
 
 
 def _nodes(module: torch.fx.GraphModule, name: str) -> list[torch.fx.Node]:
-    """Calls of an operator; losses are a graph of their own, in which autocast is off."""
+    """Calls of an operator; losses are separate graphs in which autocast is off."""
     graphs = [m.graph for m in module.modules() if isinstance(m, torch.fx.GraphModule)]
     return [n for graph in graphs for n in graph.nodes if n.target is getattr(torch.ops.pyvit, name).default]
 
@@ -132,7 +131,7 @@ def _nodes(module: torch.fx.GraphModule, name: str) -> list[torch.fx.Node]:
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", CALLS)
 def test_compiles_to_one_graph(name: str, dynamic: bool) -> None:
-    """torch.compile(fullgraph=True) keeps the operator, on Triton, and knows its outputs."""
+    """torch.compile(fullgraph=True) keeps the operator with Triton, and knows its outputs."""
     torch._dynamo.reset()
     graphs: list[torch.fx.GraphModule] = []
 
@@ -172,7 +171,7 @@ def test_fake_tensors_never_reach_a_kernel(name: str) -> None:
 
 @pytest.fixture
 def autocast() -> Iterator[None]:
-    """torch.autocast("cuda", bfloat16), which torch turns off where it finds no GPU."""
+    """torch.autocast("cuda", bfloat16), which torch disables without a GPU."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", BF16)
@@ -184,7 +183,7 @@ def autocast() -> Iterator[None]:
 @pytest.mark.usefixtures("autocast")
 @pytest.mark.parametrize("name", CALLS)
 def test_autocast(name: str) -> None:
-    """Attention, windows and patches multiply in autocast's type; losses keep the precision of what they are given."""
+    """Attention, windows and patch embedding use autocast's dtype; losses keep the dtype of their inputs."""
     with FakeTensorMode():
         op, tensors, options = CALLS[name](F32)
         out = op(**tensors, **options, backend="triton")
@@ -196,7 +195,7 @@ def test_autocast(name: str) -> None:
 
 
 class _OnDevice(TorchDispatchMode):
-    """Refuses operations that touch a tensor of the host: the copies that a CUDA graph cannot hold."""
+    """Refuses operations on host tensors, which a CUDA graph cannot contain."""
 
     def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
@@ -207,8 +206,7 @@ class _OnDevice(TorchDispatchMode):
 
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Any]:
-    """Run on tensors of the meta device under a CUDA graph's terms: reading a value fails, and so does a copy from the
-    host."""
+    """Run on meta tensors under a CUDA graph's restrictions: reading a value or copying from the host is an error."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a tensor made of the host's values")
@@ -225,8 +223,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], A
 
 @pytest.mark.parametrize("case", workloads.CASES)
 def test_nothing_a_cuda_graph_cannot_hold(captured, case: str) -> None:
-    """Forward and backward launchers: no value is read, so no synchronisation and no size, grid or choice of kernel
-    that depends on one."""
+    """Forward and backward launchers read no tensor values, so no size, grid or choice of kernel depends on them."""
     run = workloads.prepare(case, BF16, "meta")
     first = captured(run)
     assert first

@@ -1,4 +1,4 @@
-"""Window attention, patch embedding and attention maps on Triton against the reference, forward and every gradient."""
+"""Window attention, patch embedding and attention maps on Triton against the reference, forward and all gradients."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def test_windows_in_low_precision(agree, dtype) -> None:
 @pytest.mark.parametrize("features", ["", "cosine pad"])
 @pytest.mark.parametrize("window", [(3, 3), (7, 7), (9, 9)], ids=str)
 def test_finite_masks(agree, dtype, window: tuple[int, int], features: str) -> None:
-    """Tables whose numbers mask rows by -inf or finite numbers, in windows side by side, alone in a tile, and in
-    several."""
+    """Tables that mask rows by -inf or finite numbers, for packed windows, for a window in one tile, and for several
+    tiles."""
     table = extreme_table((2 * window[0] - 1) * (2 * window[1] - 1))
     size = (1, window[0] + 1, 2 * window[1]) if "pad" in features else (1, *window)
     _compare_windows(agree, dtype, size, window, (1, 1), ROWS, 16, features, table)
@@ -92,7 +92,7 @@ def test_maps_of_finite_masks(agree, dtype) -> None:
     ("side", "features"), [(8, "table cosine"), (12, "table"), (16, "table cosine"), (24, "table")]
 )
 def test_windows_of_models(agree, side: int, features: str) -> None:
-    """Swin's and Swin V2's, heads of 32 channels, with the tiles in use."""
+    """Windows of Swin and Swin V2 with heads of 32 channels, with the tuned tiles."""
     _compare_windows(agree, BF16, (1, side, 2 * side), (side, side), (0, side // 2), 1, 32, features)
 
 
@@ -150,7 +150,7 @@ def test_patch_embedding(agree, case) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 def test_patches_of_sixteen(agree, dtype: torch.dtype) -> None:
-    """Several steps over the depth and over the channels, with the tiles in use."""
+    """Several steps over depth and channels, with the tuned tiles."""
     args = [
         torch.rand(1, 3, 64, 48).to(dtype),
         torch.randn(130, 3, 16, 16).to(dtype),

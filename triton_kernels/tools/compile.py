@@ -47,8 +47,7 @@ _ATOMIC = re.compile(
 @dataclass(frozen=True)
 class Report:
     """Resources of a compiled launch: registers and spilled bytes per thread, bytes of shared memory, columns of tensor
-    memory, and static counts of instructions.
-    """
+    memory, and static counts of instructions."""
 
     kernel: str
     arch: str

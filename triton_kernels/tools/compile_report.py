@@ -44,8 +44,7 @@ SELECTED = (
 
 def plan() -> list[tuple[str, str, str]]:
     """Architecture, dtype and case of every row: every case in bfloat16 and float32 on every architecture, and a
-    selection in float16.
-    """
+    selection in float16."""
     return [
         (arch, dtype, case)
         for arch in ARCHS
@@ -144,7 +143,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     options = parser.parse_args(argv)
-    work, rows, compiled, broken = plan(), {}, 0, 0
+    work = plan()
+    rows = {}
+    compiled = 0
+    broken = 0
     if options.arch or options.dtype or options.case:
         asked = itertools.product(options.arch or ARCHS, options.dtype or ("bf16", "fp32"), options.case or CASES)
         work = list(asked)
@@ -155,24 +157,36 @@ def main(argv: list[str] | None = None) -> int:
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         for key, made, faulty in pool.imap_unordered(_compile, work):
             print("\n".join(made), flush=True)
-            rows[key], compiled, broken = made, compiled + len(made), broken + faulty
+            rows[key] = made
+            compiled = compiled + len(made)
+            broken = broken + faulty
             if not options.check:  # after every case, so that an interrupted run keeps its results
                 write(options.output, rows)
     print(f"{compiled} kernels compiled, {broken} break a rule", file=sys.stderr)
     return 1 if broken else 0
 
 
-_PAGE = """# Triton kernels as compiled
+_PAGE = """# Compile report of the Triton kernels
 
-Written by `python -m pyvit.triton_kernels.tools.compile_report`. Every row is one kernel as its launcher would run it, compiled ahead of
-time: programs, warps, pipeline stages, registers per thread, bytes spilled per thread, bytes of shared memory, columns of tensor memory,
-static counts of tensor-core instructions (all, and the warpgroup kind: `wgmma`, `tcgen05`), and the rules it breaks. Rules: tensor-core
-instructions on operands of the input's type; something is stored; no atomics; shared and tensor memory within the part's limits; at most
-{spill} bytes spilled (16-bit types, float32).
-Other budgets: {extra}.
-Nothing here was run or timed on a GPU.
+Written by `python -m pyvit.triton_kernels.tools.compile_report`. Every row is a kernel as its launcher would run it,
+compiled ahead of time. Nothing was run or timed on a GPU.
 
-| part | type | case | kernel | programs | warps | stages | registers | spilled | shared | tensor memory | dots | warpgroup | verdict |
+| column | meaning |
+|---|---|
+| programs, warps, stages | launch: number of programs, warps per program, pipeline stages |
+| registers, spilled | per thread: registers, and bytes spilled to local memory |
+| shared, tensor memory | per program: bytes of shared memory, and columns of tensor memory |
+| dots, warpgroup | static counts of tensor-core instructions: all, and `wgmma` or `tcgen05` |
+| verdict | `ok`, or the rules that the kernel breaks |
+
+Rules:
+
+- matrix products use tensor-core instructions for the inputs' dtype;
+- the kernel stores something, and uses no atomics;
+- shared and tensor memory are within the GPU's limits;
+- at most {spill} bytes are spilled (16-bit dtypes, float32). Other budgets: {extra}.
+
+| architecture | dtype | case | kernel | programs | warps | stages | registers | spilled | shared | tensor memory | dots | warpgroup | verdict |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 {rows}
 """

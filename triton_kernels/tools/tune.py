@@ -106,8 +106,7 @@ SPACE: dict[str, dict[str, Sequence[int]]] = {
 
 def candidates(kernel: str, now: Config, length: int) -> Iterator[Config]:
     """Configurations to try: those with least padding first, then those nearest to ``now``. A time budget cuts the list
-    at its end.
-    """
+    at its end."""
     space = SPACE[kernel]
     found = [replace(now, **dict(zip(space, values, strict=True))) for values in itertools.product(*space.values())]
 
@@ -124,8 +123,7 @@ def candidates(kernel: str, now: Config, length: int) -> Iterator[Config]:
 
 def milliseconds(run: Run, repeats: int = 10) -> float:
     """Median time of ``run`` on the GPU, as a captured CUDA graph, because launching several short kernels can take
-    longer on the CPU.
-    """
+    longer on the CPU."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -260,7 +258,9 @@ def _search(
     """The best configuration of one kernel for ``case``, or None if there was no time for a comparison."""
     kernel, arch, itemsize, head_dim, length = call
     now = tiles.choose(*call)
-    best, first, tried = now, time_of(run), 0
+    best = now
+    first = time_of(run)
+    tried = 0
     least = first
     try:
         for candidate in choices:
