@@ -49,7 +49,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "aten::_convolution",
         "aten::slow_conv",
     ),
-    "layer norm": ("aten::native_layer_norm", "pyvit::layer_norm"),
+    "layer norm": ("aten::native_layer_norm", "pyvit::_norm"),
     "activation": ("aten::gelu", "pyvit::activation"),
     "optimizer": ("aten::_fused_adamw_", "Optimizer."),
     "copies and casts": (

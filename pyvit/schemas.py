@@ -66,8 +66,12 @@ _DISTILL = (
     "float student_temp, float teacher_temp, str backend"
 )
 
-#: Operators that call matrix products from Python; always defined from here, library or not. Losses and log-sum-exps
-#: are float32 (float64 for float64).
+_LAYER_NORM = "Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType dtype, str backend"
+_RMS_NORM = "Tensor x, Tensor? weight, float eps, ScalarType dtype, str backend"
+
+#: Operators whose kernels are Python functions: tile loops over the vendor's matrix product, or calls of the library's
+#: passes. They are always defined from here, library or not. Losses, log-sum-exps and statistics are float32 (float64
+#: for float64).
 PYTHON_SCHEMAS = {
     # a, b (N, D), scale () -> loss (), lse over b for each a (N,), over a for each b (N,).
     "info_nce": "(Tensor a, Tensor b, Tensor scale, str backend) -> (Tensor loss, Tensor lse_a, Tensor lse_b)",
@@ -100,6 +104,17 @@ PYTHON_SCHEMAS = {
     "mlp": (
         "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, str activation, "
         "str backend) -> Tensor"
+    ),
+    # x (..., C) -> out (..., C), means and reciprocal deviations (2, rows).
+    "layer_norm": f"({_LAYER_NORM}) -> (Tensor out, Tensor statistics)",
+    "layer_norm_backward": (
+        f"(Tensor grad_out, Tensor statistics, bool weight_grad, bool bias_grad, {_LAYER_NORM}) "
+        "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)"
+    ),
+    # x (..., C) -> out (..., C), reciprocal root mean squares (1, rows).
+    "rms_norm": f"({_RMS_NORM}) -> (Tensor out, Tensor rstd)",
+    "rms_norm_backward": (
+        f"(Tensor grad_out, Tensor rstd, bool weight_grad, {_RMS_NORM}) -> (Tensor grad_x, Tensor grad_weight)"
     ),
     # x (N, D) -> index of the row with the largest inner product, itself left out, (N,) int64.
     "nearest_neighbor": "(Tensor x, str backend) -> Tensor",

@@ -206,7 +206,7 @@ def test_capabilities_name_only_what_dispatch_knows() -> None:
         "keep",
         "images_grad",
     }
-    described |= {"group", "prototypes", "center", "logits"}
+    described |= {"group", "prototypes", "center", "logits", "wider_dtype"}
     for op, table in CAPABILITIES.items():
         assert table["reference"] is capabilities._REFERENCE, op
         for backend, capability in table.items():

@@ -106,20 +106,22 @@ struct Activation {
   float* column_sums;
 };
 
-// Contiguous (rows, cols) to zero mean and unit variance by rows, then times weight plus bias, null for 1 and 0. Of
-// float32 rows the result may be a 16-bit type.
-struct LayerNorm {
+// Layer norm of contiguous (rows, cols): to zero mean and unit variance by rows, then times weight plus bias, null for
+// 1 and 0. Not centered it is RMS norm: to a mean square of 1, then times weight. Of float32 rows the result may be a
+// 16-bit type.
+struct RowNorm {
   int64_t rows, cols;
+  bool centered;
   Dtype in, out, parameters;
   const void *x, *weight, *bias;
   void* y;
-  float *mean, *rstd;  // of each row; the forward's may be null
+  float *mean, *rstd;  // of each row; the forward's may be null, mean is if not centered
   float eps;
 };
-struct LayerNormGrad {
+struct RowNormGrad {
   const void* grad;  // of y, in its type
   void* grad_x;
-  float *grad_weight, *grad_bias;  // both null when not asked
+  float *grad_weight, *grad_bias;  // both null when not asked, grad_bias if not centered
 };
 
 // `weight` (out, in) as `pack_layer` packs it; bias (out,) of the call's dtype, or null.
@@ -227,8 +229,8 @@ struct Kernels {
   void (*patch)(const Patch&);
   void (*patch_backward)(const Patch&, const PatchGrad&);
   void (*activation)(const Activation&);
-  void (*layer_norm)(const LayerNorm&);
-  void (*layer_norm_backward)(const LayerNorm&, const LayerNormGrad&);
+  void (*row_norm)(const RowNorm&);
+  void (*row_norm_backward)(const RowNorm&, const RowNormGrad&);
   int64_t (*packed_layer_size)(int64_t in, int64_t out, Dtype dtype);
   void (*pack_layer)(const void* weight, int64_t in, int64_t out, Dtype dtype, uint32_t* packed);
   void (*layers)(const Layers&);

@@ -14,8 +14,8 @@ void window_backward(const Window&, const WindowGrad&);
 void patch(const Patch&);
 void patch_backward(const Patch&, const PatchGrad&);
 void activation(const Activation&);
-void layer_norm(const LayerNorm&);
-void layer_norm_backward(const LayerNorm&, const LayerNormGrad&);
+void row_norm(const RowNorm&);
+void row_norm_backward(const RowNorm&, const RowNormGrad&);
 int64_t packed_layer_size(int64_t in, int64_t out, Dtype dtype);
 void pack_layer(const void* weight, int64_t in, int64_t out, Dtype dtype, uint32_t* packed);
 void layers(const Layers&);
@@ -69,8 +69,8 @@ const Kernels& table() {
                                patch,
                                patch_backward,
                                activation,
-                               layer_norm,
-                               layer_norm_backward,
+                               row_norm,
+                               row_norm_backward,
                                packed_layer_size,
                                pack_layer,
                                layers,

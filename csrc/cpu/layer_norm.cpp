@@ -1,4 +1,4 @@
-// Layer norm and its gradients.
+// Layer norm, RMS norm and their gradients.
 #include "layer_norm.h"
 
 #include "gemm_tile.h"
@@ -13,9 +13,9 @@ inline int64_t units_of(int64_t rows) { return (rows + rows_of_unit(rows) - 1) /
 
 struct Parameters {
   const float *weight, *bias;
-  Parameters(const LayerNorm& a, Scratch& memory)
+  Parameters(const RowNorm& a, Scratch& memory)
       : weight(widened(a.weight, a.parameters, a.cols, 1.f, memory)),
-        bias(widened(a.bias, a.parameters, a.cols, 0.f, memory)) {}
+        bias(a.centered ? widened(a.bias, a.parameters, a.cols, 0.f, memory) : nullptr) {}
 };
 
 // body(first row, how many of them as a constant) for the rows of a unit, up to R together.
@@ -27,28 +27,32 @@ inline void row_groups(int64_t rows, int64_t unit, const F& body) {
   for (; row < end; row++) body(row, std::integral_constant<int, 1>{});
 }
 
-template <class X, class Y>
-void forward(const LayerNorm& a) {
+template <bool CENTERED, class X, class Y>
+void forward(const RowNorm& a) {
   const Parameters given(a, shared());
   parallel_units(units_of(a.rows), [&](Queue& queue) {
     for (int64_t unit; (unit = queue.next()) >= 0;)
       row_groups<4>(a.rows, unit, [&](int64_t row, auto r) {
-        normalize<r()>(a.cols, static_cast<const X*>(a.x) + row * a.cols, a.cols, given.weight, given.bias, a.eps,
-                       static_cast<Y*>(a.y) + row * a.cols, a.cols, a.mean ? a.mean + row : nullptr,
-                       a.rstd ? a.rstd + row : nullptr);
+        normalize<r(), CENTERED>(a.cols, static_cast<const X*>(a.x) + row * a.cols, a.cols, given.weight, given.bias,
+                                 a.eps, static_cast<Y*>(a.y) + row * a.cols, a.cols, a.mean ? a.mean + row : nullptr,
+                                 a.rstd ? a.rstd + row : nullptr);
       });
   });
 }
 
-// With z the normalised row and g the gradient of z: (g - mean(g) - z mean(g z)) / deviation. `weights` and `biases`:
-// sums of the parameters' gradients, or null.
-template <class X, class Y, int R>
-inline void backward_rows(const LayerNorm& a, const LayerNormGrad& g, const Parameters& given, int64_t row,
-                          float* weights, float* biases) {
+// With z the normalised row and g the gradient of z: (g - mean(g) - z mean(g z)) / deviation, without mean(g) where the
+// row is not CENTERED. `weights` and `biases`: sums of the parameters' gradients, or null.
+template <bool CENTERED, class X, class Y, int R>
+inline void backward_rows(const RowNorm& a, const RowNormGrad& g, const Parameters& given, int64_t row, float* weights,
+                          float* biases) {
   const X* x = static_cast<const X*>(a.x) + row * a.cols;
   const Y* grad = static_cast<const Y*>(g.grad) + row * a.cols;
   X* grad_x = static_cast<X*>(g.grad_x) + row * a.cols;
-  const float *mean = a.mean + row, *rstd = a.rstd + row;
+  const float* rstd = a.rstd + row;
+  const auto normalized = [&](int r, int64_t c, int n) {
+    const vf v = read(x + r * a.cols + c, n);
+    return CENTERED ? (v - a.mean[row + r]) * rstd[r] : v * rstd[r];
+  };
   vf of_g[R], of_gz[R];
   for (int r = 0; r < R; r++) of_g[r] = of_gz[r] = vf{};
   vectors(a.cols, [&](int64_t c, int n) {
@@ -56,21 +60,20 @@ inline void backward_rows(const LayerNorm& a, const LayerNormGrad& g, const Para
     vf of_weight{}, of_bias{};
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-      const int64_t at = r * a.cols + c;
-      const vf dy = read(grad + at, n), z = (read(x + at, n) - mean[r]) * rstd[r], gc = dy * weight;
-      of_g[r] += gc;
+      const vf dy = read(grad + r * a.cols + c, n), z = normalized(r, c, n), gc = dy * weight;
+      if (CENTERED) of_g[r] += gc;
       of_gz[r] += gc * z;
       of_weight += dy * z;
-      of_bias += dy;
+      if (CENTERED) of_bias += dy;
     }
     if (!weights) return;
     store(weights + c, load(weights + c) + of_weight);
-    store(biases + c, load(biases + c) + of_bias);
+    if (CENTERED) store(biases + c, load(biases + c) + of_bias);
   });
   const float share = 1.f / float(a.cols);
   float by_g[R], by_gz[R];
   for (int r = 0; r < R; r++) {
-    by_g[r] = reduce_add(of_g[r]) * share;
+    by_g[r] = CENTERED ? reduce_add(of_g[r]) * share : 0.f;
     by_gz[r] = reduce_add(of_gz[r]) * share;
   }
   vectors(a.cols, [&](int64_t c, int n) {
@@ -78,57 +81,60 @@ inline void backward_rows(const LayerNorm& a, const LayerNormGrad& g, const Para
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       const int64_t at = r * a.cols + c;
-      const vf z = (read(x + at, n) - mean[r]) * rstd[r];
-      write(grad_x + at, (read(grad + at, n) * weight - by_g[r] - z * by_gz[r]) * rstd[r], n);
+      vf gc = read(grad + at, n) * weight;
+      if (CENTERED) gc -= by_g[r];
+      write(grad_x + at, (gc - normalized(r, c, n) * by_gz[r]) * rstd[r], n);
     }
   });
 }
 
-template <class X, class Y>
-void backward(const LayerNorm& a, const LayerNormGrad& g) {
+template <bool CENTERED, class X, class Y>
+void backward(const RowNorm& a, const RowNormGrad& g) {
   // Three streams of float32 are as fast as memory is, and that is fastest in order.
   constexpr int TOGETHER = sizeof(X) + sizeof(Y) == 8 ? 1 : 4;
-  const int64_t units = units_of(a.rows), ld = round_up(a.cols, W);
+  const int64_t units = units_of(a.rows), ld = round_up(a.cols, W), size = (CENTERED ? 2 : 1) * ld;
   Scratch& memory = shared();
   const Parameters given(a, memory);
-  float* sums = g.grad_weight ? memory.take<float>(units * 2 * ld) : nullptr;  // of a unit: the weight's, the bias's
+  float* sums = g.grad_weight ? memory.take<float>(units * size) : nullptr;  // of a unit: the weight's, the bias's
   parallel_units(units, [&](Queue& queue) {
     for (int64_t unit; (unit = queue.next()) >= 0;) {
-      float *weights = sums ? sums + unit * 2 * ld : nullptr, *biases = sums ? weights + ld : nullptr;
-      if (sums) std::fill_n(weights, 2 * ld, 0.f);
-      row_groups<TOGETHER>(a.rows, unit,
-                           [&](int64_t row, auto r) { backward_rows<X, Y, r()>(a, g, given, row, weights, biases); });
+      float *weights = sums ? sums + unit * size : nullptr, *biases = sums ? weights + ld : nullptr;
+      if (sums) std::fill_n(weights, size, 0.f);
+      row_groups<TOGETHER>(a.rows, unit, [&](int64_t row, auto r) {
+        backward_rows<CENTERED, X, Y, r()>(a, g, given, row, weights, biases);
+      });
     }
   });
   if (!sums) return;
   vectors(a.cols, [&](int64_t c, int n) {
     vf weight{}, bias{};
     for (int64_t unit = 0; unit < units; unit++) {
-      weight += load(sums + unit * 2 * ld + c);
-      bias += load(sums + unit * 2 * ld + ld + c);
+      weight += load(sums + unit * size + c);
+      if (CENTERED) bias += load(sums + unit * size + ld + c);
     }
     write(g.grad_weight + c, weight, n);
-    write(g.grad_bias + c, bias, n);
+    if (CENTERED) write(g.grad_bias + c, bias, n);
   });
 }
 
-// f(a value of x's type, one of the result's) for the types of a call.
+// f(whether centered as a constant, a value of x's type, one of the result's) for those of a call.
 template <class F>
-void of_types(const LayerNorm& a, const F& f) {
-  if (a.in == Dtype::bf16) return f(bf16{}, bf16{});
-  if (a.in == Dtype::f16) return f(f16{}, f16{});
-  if (a.out == Dtype::bf16) return f(float{}, bf16{});
-  if (a.out == Dtype::f16) return f(float{}, f16{});
-  f(float{}, float{});
+void of_kind(const RowNorm& a, const F& f) {
+  const auto of = [&](auto x, auto y) { a.centered ? f(std::true_type{}, x, y) : f(std::false_type{}, x, y); };
+  if (a.in == Dtype::bf16) return of(bf16{}, bf16{});
+  if (a.in == Dtype::f16) return of(f16{}, f16{});
+  if (a.out == Dtype::bf16) return of(float{}, bf16{});
+  if (a.out == Dtype::f16) return of(float{}, f16{});
+  of(float{}, float{});
 }
 
 }  // namespace
 
-void layer_norm(const LayerNorm& a) {
-  of_types(a, [&](auto x, auto y) { forward<decltype(x), decltype(y)>(a); });
+void row_norm(const RowNorm& a) {
+  of_kind(a, [&](auto centered, auto x, auto y) { forward<centered(), decltype(x), decltype(y)>(a); });
 }
-void layer_norm_backward(const LayerNorm& a, const LayerNormGrad& g) {
-  of_types(a, [&](auto x, auto y) { backward<decltype(x), decltype(y)>(a, g); });
+void row_norm_backward(const RowNorm& a, const RowNormGrad& g) {
+  of_kind(a, [&](auto centered, auto x, auto y) { backward<centered(), decltype(x), decltype(y)>(a, g); });
 }
 
 }  // namespace pyvit::PYVIT_ISA

@@ -1,4 +1,4 @@
-// Layer norm of some rows. A row is read from memory once: it stays in L1 for the passes after the first.
+// Layer norm and RMS norm of some rows. A row is read from memory once: it stays in L1 for the passes after the first.
 #pragma once
 
 #include <algorithm>
@@ -34,26 +34,41 @@ inline void row_sums(int64_t cols, float (&out)[R], const F& f) {
   for (int r = 0; r < R; r++) out[r] = reduce_add(sum[r]);
 }
 
-// Of R rows, `ldx` and `ldy` apart. `mean` and `rstd`, where not null, take the statistics.
-template <int R, class X, class Y>
+// Of R rows, `ldx` and `ldy` apart. `mean_out` and `rstd_out`, where not null, take the statistics. RMS norm is not
+// CENTERED, and has neither mean nor bias.
+template <int R, bool CENTERED = true, class X, class Y>
 inline void normalize(int64_t cols, const X* x, int64_t ldx, const float* weight, const float* bias, float eps, Y* y,
                       int64_t ldy, float* mean_out, float* rstd_out) {
   const float share = 1.f / float(cols);
-  float mean[R], rstd[R];
-  row_sums<R>(cols, mean, [&](int r, int64_t c, int n) { return read(x + r * ldx + c, n); });
-  for (float& m : mean) m *= share;
+  [[maybe_unused]] float mean[R];
+  float rstd[R];
+  if constexpr (CENTERED) {
+    row_sums<R>(cols, mean, [&](int r, int64_t c, int n) { return read(x + r * ldx + c, n); });
+    for (float& m : mean) m *= share;
+  }
   row_sums<R>(cols, rstd, [&](int r, int64_t c, int n) {
-    const vf d = read(x + r * ldx + c, n) - mean[r], own = n == W ? d : keep_first(d, n);
-    return own * own;
+    vf d = read(x + r * ldx + c, n);
+    if constexpr (CENTERED) {
+      d -= mean[r];
+      if (n != W) d = keep_first(d, n);
+    }
+    return d * d;
   });
   for (float& v : rstd) v = 1.f / std::sqrt(v * share + eps);
   vectors(cols, [&](int64_t c, int n) {
-    const vf w = load(weight + c), b = load(bias + c);
+    const vf w = load(weight + c), b = CENTERED ? load(bias + c) : vf{};
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) write(y + r * ldy + c, (read(x + r * ldx + c, n) - mean[r]) * rstd[r] * w + b, n);
+    for (int r = 0; r < R; r++) {
+      const vf v = read(x + r * ldx + c, n);
+      if constexpr (CENTERED) {
+        write(y + r * ldy + c, (v - mean[r]) * rstd[r] * w + b, n);
+      } else {
+        write(y + r * ldy + c, v * rstd[r] * w, n);
+      }
+    }
   });
-  for (int r = 0; mean_out && r < R; r++) {
-    mean_out[r] = mean[r];
+  for (int r = 0; rstd_out && r < R; r++) {
+    if constexpr (CENTERED) mean_out[r] = mean[r];
     rstd_out[r] = rstd[r];
   }
 }

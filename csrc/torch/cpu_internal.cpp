@@ -49,14 +49,16 @@ Tensor activation_backward(Tensor grad, Tensor x, std::string name, Tensor grad_
   return sums;
 }
 
-// layer norm
+// layer norm and RMS norm
 
-LayerNorm layer_norm_of(const Tensor& x, const Tensor& y, const Maybe& weight, const Maybe& bias, double eps) {
-  STD_TORCH_CHECK(x.dim() > 0 && x.is_contiguous() && y.is_contiguous() && x.numel() == y.numel() &&
-                      (x.scalar_type() == y.scalar_type() || x.scalar_type() == ScalarType::Float),
-                  "pyvit: layer_norm: x and its result must be contiguous, of one size, and x float32 if their dtypes "
-                  "differ");
-  LayerNorm a{};
+RowNorm row_norm_of(const Tensor& x, const Tensor& y, const Maybe& weight, const Maybe& bias, double eps,
+                    bool centered) {
+  STD_TORCH_CHECK(
+      x.dim() > 0 && x.is_contiguous() && y.is_contiguous() && x.numel() == y.numel() &&
+          (x.scalar_type() == y.scalar_type() || x.scalar_type() == ScalarType::Float),
+      "pyvit: norm: x and its result must be contiguous, of one size, and x float32 if their dtypes differ");
+  RowNorm a{};
+  a.centered = centered;
   a.cols = x.size(x.dim() - 1);
   a.rows = a.cols ? x.numel() / a.cols : 0;
   a.in = dtype_of(x);
@@ -64,8 +66,9 @@ LayerNorm layer_norm_of(const Tensor& x, const Tensor& y, const Maybe& weight, c
   const auto fits = [&](const Maybe& p) {
     return !p || (p->is_contiguous() && p->numel() == a.cols && (!weight || p->scalar_type() == weight->scalar_type()));
   };
-  STD_TORCH_CHECK(fits(weight) && fits(bias), "pyvit: layer_norm: weight and bias must be contiguous, of ", a.cols,
-                  " elements and one dtype");
+  STD_TORCH_CHECK(fits(weight) && fits(bias) && (centered || !bias),
+                  "pyvit: norm: weight and bias must be contiguous, of ", a.cols,
+                  " elements and one dtype; RMS norm has no bias");
   if (weight || bias) a.parameters = dtype_of(weight ? *weight : *bias);
   a.x = x.data_ptr();
   a.weight = data<char>(weight);
@@ -73,31 +76,33 @@ LayerNorm layer_norm_of(const Tensor& x, const Tensor& y, const Maybe& weight, c
   a.eps = float(eps);
   return a;
 }
-// Means, then reciprocal deviations, (2, rows).
-void set_statistics(LayerNorm& a, const Tensor& statistics) {
-  a.mean = vector(statistics, 2 * a.rows, "statistics");
-  a.rstd = a.mean + a.rows;
+// Of layer norm means, then reciprocal deviations, (2, rows); of RMS norm reciprocal root mean squares, (rows,).
+void set_statistics(RowNorm& a, const Tensor& statistics) {
+  float* p = vector(statistics, (a.centered ? 2 : 1) * a.rows, "statistics");
+  a.mean = a.centered ? p : nullptr;
+  a.rstd = a.centered ? p + a.rows : p;
 }
 
-void layer_norm(Tensor x, Maybe weight, Maybe bias, double eps, Tensor out, Maybe statistics) {
-  LayerNorm a = layer_norm_of(x, out, weight, bias, eps);
+void norm_out(Tensor x, Maybe weight, Maybe bias, double eps, bool centered, Tensor out, Maybe statistics) {
+  RowNorm a = row_norm_of(x, out, weight, bias, eps, centered);
   a.y = out.data_ptr();
   if (statistics) set_statistics(a, *statistics);
-  if (x.numel()) kernels().layer_norm(a);
+  if (x.numel()) kernels().row_norm(a);
 }
 
-void layer_norm_backward(Tensor grad, Tensor x, Maybe weight, Tensor statistics, Tensor grad_x, Maybe grad_parameters) {
-  LayerNorm a = layer_norm_of(x, grad, weight, std::nullopt, 0);
+void norm_backward_out(Tensor grad, Tensor x, Maybe weight, Tensor statistics, bool centered, Tensor grad_x,
+                       Maybe grad_parameters) {
+  RowNorm a = row_norm_of(x, grad, weight, std::nullopt, 0, centered);
   set_statistics(a, statistics);
   STD_TORCH_CHECK(grad_x.is_contiguous() && grad_x.numel() == x.numel() && grad_x.scalar_type() == x.scalar_type(),
-                  "pyvit: layer_norm: grad_x must be as x is");
-  LayerNormGrad g{grad.data_ptr(), grad_x.data_ptr(), nullptr, nullptr};
+                  "pyvit: norm: grad_x must be as x is");
+  RowNormGrad g{grad.data_ptr(), grad_x.data_ptr(), nullptr, nullptr};
   if (grad_parameters) {
-    g.grad_weight = vector(*grad_parameters, 2 * a.cols, "grad_parameters");
-    g.grad_bias = g.grad_weight + a.cols;
+    g.grad_weight = vector(*grad_parameters, (centered ? 2 : 1) * a.cols, "grad_parameters");
+    if (centered) g.grad_bias = g.grad_weight + a.cols;
   }
   if (x.numel()) {
-    kernels().layer_norm_backward(a, g);
+    kernels().row_norm_backward(a, g);
   } else if (grad_parameters) {
     torch::stable::zero_(*grad_parameters);
   }
@@ -288,11 +293,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyvit, m) {
   // In place of out and grad_x, for pyvit/ops/activations.py: rows of x (..., C); returns the sums of grad_x's columns.
   m.def("activation(Tensor x, str name, Tensor(a!) out) -> ()");
   m.def("activation_backward(Tensor grad, Tensor x, str name, Tensor(a!) grad_x, Tensor(b!)? out) -> Tensor");
-  // For pyvit/ops/layer_norm.py. statistics (2, rows), grad_parameters (2, C): float32.
-  m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor(a!) out, Tensor(b!)? statistics) -> ()");
+  // For pyvit/ops/row_norm.py. statistics (2, rows) or, of RMS norm, (1, rows), grad_parameters (2, C) or (1, C):
+  // float32.
   m.def(
-      "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor statistics, Tensor(a!) grad_x, "
-      "Tensor(b!)? grad_parameters) -> ()");
+      "_norm_out(Tensor x, Tensor? weight, Tensor? bias, float eps, bool centered, Tensor(a!) out, "
+      "Tensor(b!)? statistics) -> ()");
+  m.def(
+      "_norm_backward_out(Tensor grad, Tensor x, Tensor? weight, Tensor statistics, bool centered, "
+      "Tensor(a!) grad_x, Tensor(b!)? grad_parameters) -> ()");
   // For pyvit/ops/products.py and streaming.py.
   m.def("transposed(Tensor x, Tensor(a!) out) -> ()");
   m.def("product(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, bool add) -> ()");
@@ -327,8 +335,8 @@ STABLE_TORCH_LIBRARY_IMPL(pyvit, CPU, m) {
   m.impl("distillation_tile_backward", TORCH_BOX(&pyvit::distillation_tile_backward));
   m.impl("activation", TORCH_BOX(&pyvit::activation));
   m.impl("activation_backward", TORCH_BOX(&pyvit::activation_backward));
-  m.impl("layer_norm", TORCH_BOX(&pyvit::layer_norm));
-  m.impl("layer_norm_backward", TORCH_BOX(&pyvit::layer_norm_backward));
+  m.impl("_norm_out", TORCH_BOX(&pyvit::norm_out));
+  m.impl("_norm_backward_out", TORCH_BOX(&pyvit::norm_backward_out));
   m.impl("pair_softmax", TORCH_BOX(&pyvit::pair_softmax));
   m.impl("pair_softmax_backward", TORCH_BOX(&pyvit::pair_softmax_backward));
   m.impl("pair_sigmoid", TORCH_BOX(&pyvit::pair_sigmoid));

@@ -43,6 +43,8 @@ def without_autocast(backward: _Backward) -> _Backward:
 
     @functools.wraps(backward)
     def call(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+            return backward(ctx, *grads)
         with no_autocast(*grads):
             return backward(ctx, *grads)
 

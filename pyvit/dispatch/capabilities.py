@@ -64,7 +64,7 @@ _WINDOW = frozenset({"bias_table", "logit_scale", "pad_qkv", "shift", "padding",
 _PATCH = frozenset({"uint8", "normalize", "overlap", "pos_embed", "prefix", "keep", "grad", "images_grad"})
 
 _REFERENCE = Capability(
-    (F64, F32, F16, BF16), _ATTENTION | _WINDOW | _PATCH | {"dropout", "prototypes", "center", "logits"}
+    (F64, F32, F16, BF16), _ATTENTION | _WINDOW | _PATCH | {"dropout", "prototypes", "center", "logits", "wider_dtype"}
 )
 
 #: CAPABILITIES[operator][backend]
@@ -75,6 +75,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "window_attention": {"cpu": Capability((F32, BF16, F16), _WINDOW)},
     "patch_embed": {"cpu": Capability((F32, BF16, F16), _PATCH)},
     "layer_norm": {"cpu": Capability((F32, BF16, F16))},
+    "rms_norm": {"cpu": Capability((F32, BF16, F16))},
     "linear": {"cpu": Capability((F32, BF16, F16), pure=True)},
     "mlp": {"cpu": Capability((F32, BF16, F16), pure=True)},
 }
@@ -101,9 +102,9 @@ CAPABILITIES["distillation_cross_entropy"]["triton"] = Capability(_TRITON, froze
 for _table in CAPABILITIES.values():
     _table["reference"] = _REFERENCE
 
-#: Operators that pyvit has CPU kernels for and no others: on a GPU their reference is PyTorch's own kernel. A GPU
-#: backend that was chosen for all operators (:class:`pyvit.use_backend`) leaves them with it.
-CPU_ONLY = frozenset({"layer_norm", "linear", "mlp"})
+#: Operators that pyvit has CPU kernels for and no others. Their reference is an operator of PyTorch, which serves every
+#: device; a GPU backend that was chosen for all operators (:class:`pyvit.use_backend`) leaves them with it.
+CPU_ONLY = frozenset({"layer_norm", "rms_norm", "linear", "mlp"})
 
 
 def preference(op: str) -> list[str]:
@@ -125,4 +126,6 @@ def absent(op: str, backend: str, device: str) -> str | None:
     capability = CAPABILITIES[op].get(backend)
     if capability is not None and capability.pure:
         return None if backend == device else f"runs on {backend} tensors, got {device}"
+    if backend == "reference" and op in CPU_ONLY:
+        return None
     return MISSING.get((backend, device), f"does not run on {device}")

@@ -46,7 +46,8 @@ def by_operator(schema: Schema, gradient: Gradient) -> Derivative:
     pool += [f"{name}_grad" for name in schema.arguments]
     pool += [schema.arguments[i] for i in tensors] + [schema.outputs[i] for i in kept]
     pool += [schema.arguments[i] for i in others]
-    take_tensors, take_others, take_kept = _take(tensors), _take(others), _take(kept)
+    take_saved = _take(tensors + [len(schema.arguments) + i for i in kept])
+    take_others, take_constant = _take(others), _take(constant)
     take_arguments = _take([pool.index(name) for name in gradient.schema.arguments])
     #: Gradients that must be tensors, and which of the kept tensors are their outputs.
     required = [
@@ -59,9 +60,9 @@ def by_operator(schema: Schema, gradient: Gradient) -> Derivative:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         outputs = (output,) if isinstance(output, Tensor) else output
         if constant:
-            ctx.mark_non_differentiable(*[outputs[i] for i in constant])
+            ctx.mark_non_differentiable(*take_constant(outputs))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*take_tensors(inputs), *take_kept(outputs))
+        ctx.save_for_backward(*take_saved((*inputs, *outputs)))
         ctx.others = take_others(inputs)
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

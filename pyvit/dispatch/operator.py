@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,11 +63,14 @@ class Operator:
             kept for it; takes the schema's arguments.
         kernels: per backend, "module:function" imported at first use. A backend that has a kernel and is not listed has
             it in the library: "cpu" under ``torch.ops.pyvit``, "cuda" under ``torch.ops.pyvit_cuda``.
+        inference: per backend, the function for eager calls without a gradient, where it is another: outputs that only
+            the backward reads may be empty.
     """
 
     #: Positions of gradients among the arguments.
     grads: tuple[int, ...] = ()
     _function: type[torch.autograd.Function] | None
+    _inference: Mapping[str, Callable[..., Any]] = {}
 
     def __init__(
         self,
@@ -81,8 +84,9 @@ class Operator:
         autocast: Sequence[str] = (),
         function: type[torch.autograd.Function] | None = None,
         kernels: dict[str, str] | None = None,
+        inference: dict[str, Callable[..., Any]] | None = None,
     ) -> None:
-        self.schema = schema_of(name)
+        self.schema, self.gradient, self._inference = schema_of(name), gradient, inference or {}
         if gradient is not None:
             gradient.forward = self
             derivative: Derivative | None = gradients.by_operator(self.schema, gradient)
@@ -158,8 +162,9 @@ class Operator:
             return self._op(*args) if self._transformed is None else self._transformed.apply(*args)
         if watched:
             return self._op(*args)
-        if self.grads and any(args[i] is not None and torch_private.is_batched(args[i]) for i in self.grads):
-            return self._op(*args)  # the dispatcher takes them one by one
+        for i in self.grads:
+            if args[i] is not None and torch_private.is_batched(args[i]):
+                return self._op(*args)  # the dispatcher takes them one by one
         if torch_private.forward_mode() and any(_is_dual(a) for a in args):
             raise NotImplementedError(
                 f"{self.name}: forward-mode differentiation needs backend='reference', got {args[-1]!r}"
@@ -169,25 +174,27 @@ class Operator:
         with torch_private.below_autograd():
             return self.kernel(args[-1])(*args)
 
+    def eager(self, *args: Any) -> Any:
+        """The call where it is known that no compiler, transform, dispatch mode or dual number sees operators."""
+        if self._function is not None and torch.is_grad_enabled():
+            for a in args:
+                if isinstance(a, Tensor) and a.requires_grad:
+                    return self._function.apply(*args)
+        return (self._inference.get(args[-1]) or self.kernel(args[-1]))(*args)
+
     def _make_function(
         self, setup_context: Callable[..., None], backward: Callable[..., Any]
     ) -> type[torch.autograd.Function]:
         operator = self
 
-        class Function(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *args: Any) -> Any:
-                with torch_private.below_autograd():
-                    output = operator.kernel(args[-1])(*args)
-                setup_context(ctx, args, output)
-                return output
+        def forward(ctx: Any, *args: Any) -> Any:
+            with torch_private.below_autograd():
+                output = operator.kernel(args[-1])(*args)
+            setup_context(ctx, args, output)
+            return output
 
-            @staticmethod
-            def backward(ctx: Any, *grads: Tensor | None) -> Any:
-                return backward(ctx, *grads)
-
-        Function.__name__ = Function.__qualname__ = self.name
-        return Function
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        return type(self.name, (torch.autograd.Function,), methods)
 
     def _make_transformed(
         self, setup_context: Callable[..., None], backward: Callable[..., Any]

@@ -9,6 +9,7 @@ from pyvit.nn.patch_embed import PatchEmbed
 from pyvit.nn.pool import AttentionPool
 from pyvit.nn.position import RotaryEmbedding, resample_positions, sincos_2d
 from pyvit.nn.residual import DropPath, LayerScale
+from pyvit.nn.rms_norm import RMSNorm
 from pyvit.nn.window_attention import WindowAttention, WindowAttentionV2
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Mlp",
     "Packing",
     "PatchEmbed",
+    "RMSNorm",
     "RotaryEmbedding",
     "SwiGLU",
     "WindowAttention",

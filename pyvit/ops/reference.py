@@ -297,5 +297,10 @@ def mlp(
     return F.linear(ACTIVATIONS[activation](F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
 
 
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    wide = x if weight is None else x.to(weight.dtype)
+    return F.rms_norm(wide, x.shape[-1:], weight, eps).to(dtype)
+
+
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(dtype)

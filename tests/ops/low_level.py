@@ -29,6 +29,7 @@ OPERATORS = {
     if name.startswith("pyvit.ops.")
     for _, value in inspect.getmembers(module, lambda value: isinstance(value, Operator))
 }
+OPERATORS |= {o.gradient.name: o.gradient for o in [*OPERATORS.values()] if getattr(o, "gradient", None) is not None}
 BACKEND = "cpu" if library.problem() is None else "reference"
 ON = Served(BACKEND, "cpu", torch.float32)
 
@@ -108,23 +109,42 @@ def _losses() -> dict[str, Callable[[], Base]]:
     return found | {f"{name}_backward": lambda name=name: backward(name) for name in list(calls)[:4]}
 
 
+def _norms() -> dict[str, Callable[[], Base]]:
+    x, w, b = torch.randn(6, 16), torch.randn(16), torch.randn(16)
+    calls = {"layer_norm": [x, w, b, 1e-5, torch.float32], "rms_norm": [x, w, 1e-5, torch.float32]}
+
+    def backward(name: str) -> Base:
+        out, statistics = OPERATORS[name].kernel("reference")(*calls[name], BACKEND)
+        wanted = [True] * (len(calls[name]) - 3)
+        return _operator(f"{name}_backward", [torch.randn_like(out), statistics, *wanted, *calls[name]])
+
+    return {name: lambda name=name: _operator(name, calls[name]) for name in calls} | {
+        f"{name}_backward": lambda name=name: backward(name) for name in calls
+    }
+
+
 def _passes() -> dict[str, Callable[[], Base]]:
     """Internal operators of the library; they write results to their arguments."""
     x, w, b = torch.randn(6, 16), torch.randn(16), torch.randn(16)
     statistics = torch.stack([x.mean(1), (x.var(1, correction=0) + 1e-5).rsqrt()])
 
-    def norm(x: Any, w: Any, b: Any, eps: float, out: Any, statistics: Any) -> list[Tensor]:
-        y = F.layer_norm(x.float(), x.shape[-1:], w, b, eps).to(out.dtype)
-        return [
-            y,
-            *([] if statistics is None else [torch.stack([x.mean(-1), (x.var(-1, correction=0) + eps).rsqrt()])]),
-        ]
+    def norm(x: Any, w: Any, b: Any, eps: float, centered: bool, out: Any, statistics: Any) -> list[Tensor]:
+        if centered:
+            y = F.layer_norm(x.float(), x.shape[-1:], w, b, eps)
+            found = torch.stack([x.mean(-1), (x.var(-1, correction=0) + eps).rsqrt()])
+        else:
+            y = F.rms_norm(x.float(), x.shape[-1:], w, eps)
+            found = (x.square().mean(-1) + eps).rsqrt()
+        return [y.to(out.dtype), *([] if statistics is None else [found])]
 
-    def norm_backward(grad: Any, x: Any, w: Any, statistics: Any, out: Any, sums: Any) -> list[Tensor]:
-        y = (x - statistics[0][:, None]) * statistics[1][:, None]
+    def norm_backward(grad: Any, x: Any, w: Any, statistics: Any, centered: bool, out: Any, sums: Any) -> list[Tensor]:
+        mean, rstd = statistics[..., None] if centered else (0, statistics[:, None])
+        y = (x - mean) * rstd
         g = grad if w is None else grad * w
-        grad_x = statistics[1][:, None] * (g - g.mean(1, keepdim=True) - y * (g * y).mean(1, keepdim=True))
-        return [grad_x, *([] if sums is None else [torch.stack([(grad * y).sum(0), grad.sum(0)])])]
+        grad_x = rstd * (g - centered * g.mean(1, keepdim=True) - y * (g * y).mean(1, keepdim=True))
+        of_weight = (grad * y).sum(0)
+        found = torch.stack([of_weight, grad.sum(0)]) if centered else of_weight
+        return [grad_x, *([] if sums is None else [found])]
 
     def act(x: Any, name: str, _out: Any) -> list[Tensor]:
         return [ACTIVATIONS[name](x)]
@@ -150,9 +170,15 @@ def _passes() -> dict[str, Callable[[], Base]]:
         "activation_backward": lambda: Base(
             [x + 1, x.clone(), "silu", torch.empty(6, 16), torch.empty(6, 16)], act_backward, (3, 4)
         ),
-        "layer_norm": lambda: Base([x.clone(), w, b, 1e-5, torch.empty(6, 16), torch.empty(2, 6)], norm, (4, 5)),
-        "layer_norm_backward": lambda: Base(
-            [x + 1, x.clone(), w, statistics, torch.empty(6, 16), torch.empty(2, 16)], norm_backward, (4, 5)
+        "_norm_out": lambda: Base([x.clone(), w, b, 1e-5, True, torch.empty(6, 16), torch.empty(2, 6)], norm, (5, 6)),
+        "_norm_out-rms": lambda: Base(
+            [x.clone(), w, None, 1e-5, False, torch.empty(6, 16), torch.empty(6)], norm, (5, 6)
+        ),
+        "_norm_backward_out": lambda: Base(
+            [x + 1, x.clone(), w, statistics, True, torch.empty(6, 16), torch.empty(2, 16)], norm_backward, (5, 6)
+        ),
+        "_norm_backward_out-rms": lambda: Base(
+            [x + 1, x.clone(), w, statistics[1], False, torch.empty(6, 16), torch.empty(16)], norm_backward, (5, 6)
         ),
         "product": lambda: Base(
             [x.clone(), torch.randn(16, 9), torch.randn(9), torch.zeros(6, 9), False], product, (3,)
@@ -208,6 +234,7 @@ CALLS: dict[str, Callable[[], Base]] = {
         if not name.startswith("attention_map")
     },
     **_losses(),
+    **_norms(),
 }
 if library.problem() is None:
     CALLS |= {"flash_attention_qkvpacked_backward": _packed_backward} | _passes()
@@ -267,6 +294,8 @@ def changes(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((str(n), n) for n in (-1, 0, 1, value + 1, value - 1, 2**31, 2**62, -(2**62)))
     elif isinstance(value, float):
         yield from ((str(x), x) for x in (0.0, -1.0, math.nan, math.inf, 1e300))
+    elif isinstance(value, torch.dtype):
+        yield from ((str(d), d) for d in (torch.float64, torch.bfloat16, torch.int64))
     elif isinstance(value, str):
         yield from ((repr(s), s) for s in ("", "nonsense", "cuda", "triton"))
     else:
