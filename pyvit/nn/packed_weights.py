@@ -1,4 +1,4 @@
-"""Packed weights for inference on a CPU."""
+"""Prepacked weights for inference on a CPU."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from pyvit.ops import prepacked
 
 
 def pack_weights(model: nn.Module) -> int:
-    """Keep the weights of ``model``'s linear layers a second time, in the order in which they are multiplied, and
-    return how many.
+    """Prepacks the weights of ``model``'s linear layers for inference on a CPU and returns how many there are.
 
-    Each product otherwise brings its weight into that order again. With packed weights a block's branch (layer norm,
-    linear layers, activation, LayerScale, residual) runs in one pass where that is faster (:func:`pyvit.ops.mlp`): its
-    hidden layer stays in cache. The copies are made by the first forward without a gradient and cost the weights'
-    memory once more. Training and other devices use the weights themselves. Nothing is kept without the compiled
-    library, or where ``PYVIT_LINEAR=torch`` rules the packed products out. The results are the same to rounding.
+    A prepacked weight is a copy in the order in which it is multiplied. Without it, every product reorders the weight.
+    With it, each residual branch of a block (layer norm, linear layers or attention, activation, LayerScale, residual)
+    is one call of the library. The copies need as much memory as the weights. Training and other devices use the
+    weights themselves. The results agree to rounding.
 
-    When a weight has changed its copy is made anew. What PyTorch counts (optimizers, ``load_state_dict``, ``copy_``,
-    any write in place or new memory) is seen whatever it changes. Writes past that count, through ``weight.data``,
-    NumPy or DLPack, are seen by reading some of the weight: in every call 64 places spread over its rows and columns,
-    and one of 128 stripes in turn. A merged adapter, a pruned head or other numbers in most places are seen by the next
-    call. A few single elements may be seen only after up to 128 calls, which a RuntimeWarning then says: call this
-    function again after such a write. A layer that is given another weight (a new parameter,
-    ``load_state_dict(assign=True)``, a parametrization) multiplies that one unpacked until this function is called
-    again.
+    Nothing is packed without the compiled library, or with ``PYVIT_LINEAR=torch``.
 
-    :func:`unpack_weights` frees the copies; they do not travel with ``state_dict``, ``copy.deepcopy`` or pickling.
+    **Changes of a weight.** A changed weight is packed again in the next call. This covers every change that PyTorch
+    counts: optimizers, ``load_state_dict``, ``copy_``, any write in place, new memory. Writes past that count, through
+    ``weight.data``, NumPy or DLPack, are found by reading part of the weight: in every call 64 places spread over its
+    rows and columns, and one of 128 stripes in turn. A change of most elements (a merged adapter, a pruned head) is
+    found in the next call. A change of a few elements may be found only after up to 128 calls, which a RuntimeWarning
+    reports. Call this function again after such a write.
+
+    **Another weight.** A layer that gets a new parameter (assignment, ``load_state_dict(assign=True)``, a
+    parametrization) multiplies it unpacked until this function is called again. Packed weights are not part of
+    ``state_dict``, ``copy.deepcopy`` or pickles. :func:`unpack_weights` frees them.
     """
     return sum(prepacked.pack(layer) for layer in model.modules() if isinstance(layer, nn.Linear))
 
 
 def unpack_weights(model: nn.Module) -> None:
-    """Free what :func:`pack_weights` keeps."""
+    """Frees the copies of :func:`pack_weights`."""
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             prepacked.unpack(layer)
