@@ -84,7 +84,7 @@ def prepacked_branch(x: Tensor, branch: Branch, check: Callable[[Tensor, Branch]
 
     What does not fit is said by ``check``, in the words of the public function.
     """
-    if not prepacked.is_packed(branch.weight) or not isinstance(x, Tensor) or type(branch.norm) not in _NORMS:
+    if type(branch.norm) not in _NORMS:
         return None
     try:
         return prepacked.linear_branch(x, branch)

@@ -57,14 +57,14 @@ class Prepacked:
     __slots__ = ("dtype", "form", "reordered", "shape", "words")
 
     def __init__(self, weight: Tensor, form: str) -> None:
-        weight = weight.detach()
         self.form, self.dtype, self.shape = form, weight.dtype, weight.shape
         self.reordered: Tensor | None = None
-        if form == "pyvit":
-            self.words: Tensor = torch.ops.pyvit.prepack_weight.default(weight)
-        else:
-            self.words = torch.ops.pyvit.prepack_header.default(weight)
-            self.reordered = torch.ops.mkldnn._reorder_linear_weight(weight)
+        with torch.inference_mode(False), torch.no_grad():
+            if form == "pyvit":
+                self.words: Tensor = torch.ops.pyvit.prepack_weight.default(weight)
+            else:
+                self.words = torch.ops.pyvit.prepack_header.default(weight)
+                self.reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
 
     def __reduce__(self) -> Any:
         return OrderedDict, ()  # a copy or a pickle of the weight holds none, and loads without pyvit
