@@ -95,6 +95,14 @@ def is_traced() -> bool:
     return any(_mode(key) is not None for key in _tracers)
 
 
+_exporting = _find("torch.compiler:_is_exporting_flag") is not None
+
+
+def exporting() -> bool:
+    """Whether torch.export traces. While torch.compile traces, torch 2.10 answers yes to the public question too."""
+    return bool(torch.compiler._is_exporting_flag if _exporting else torch.compiler.is_exporting())
+
+
 def forward_mode() -> bool:
     """Whether forward-mode differentiation is active, so that tensors may be dual."""
     return getattr(forward_ad, "_current_level", 0) >= 0

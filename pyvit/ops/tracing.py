@@ -35,7 +35,7 @@ def compiled_inference(*tensors: Tensor) -> bool:
     return (
         torch.compiler.is_dynamo_compiling()
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_exporting()
+        and not torch_private.exporting()
         and not torch_private.transforms_active()
         and all(type(t) in _PLAIN for t in tensors)
     )
