@@ -37,14 +37,15 @@ CXXFLAGS = [
     "-ffp-contract=fast",
 ]
 KERNEL_FLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-ISAS = {"portable": []}
-if X86:
-    ISAS["avx2"] = ["-march=x86-64-v3"]
-    ISAS["avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
-    ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
+AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+ISAS = {"avx512bf16": [*AVX512, "-mavx512bf16"], "avx512": AVX512, "avx2": ["-march=x86-64-v3"]} if X86 else {}
+ISAS["portable"] = []
+COMMON_UNITS = ["isa", "parallel"]
+# Each once per instruction set. What takes longest to compile comes first, so that all cores are busy to the end.
 KERNEL_UNITS = sorted(
-    path.stem for path in (CSRC / "cpu").glob("*.cpp") if path.stem != "isa"
-)  # each once per instruction set
+    (path.stem for path in (CSRC / "cpu").glob("*.cpp") if path.stem not in COMMON_UNITS),
+    key=lambda unit: (not unit.startswith("window_attention"), unit),
+)
 
 
 def schemas() -> dict[str, str]:
@@ -126,18 +127,6 @@ class Ninja(build_ext):
             "rule link\n  command = $cxx -shared -o $out $in $libs\n"
         )
         text = [f"cxx = {cxx}", f"flags = {' '.join(CXXFLAGS)}", rule]
-        kernels, isa = [], str(build / "isa.o")
-        for name, extra in ISAS.items():
-            for unit in KERNEL_UNITS:
-                kernels.append(
-                    target(
-                        build / f"{unit}.{name}.o",
-                        CSRC / f"cpu/{unit}.cpp",
-                        [*KERNEL_FLAGS, *extra, f"-DPYVIT_ISA={name}"],
-                        text,
-                    )
-                )
-        target(Path(isa), CSRC / "cpu/isa.cpp", [], text)
         stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{build}", includes, define]
         ops = [
             target(build / f"torch_{unit}.o", CSRC / f"torch/{unit}.cpp", stable, text)
@@ -161,10 +150,16 @@ class Ninja(build_ext):
                 ops.append(target(build / f"{source.stem}.cuda.o", source, flags, text, "nvcc"))
             ops.append(target(build / "torch_cuda.o", CSRC / "torch/cuda.cpp", stable, text))
             libs += [*cuda_library_paths(), "-lcudart_static", "-ldl", "-lrt"]
-        python = ["-std=c++17", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", define]
+        python = ["-O1", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", define]
         module_object = target(build / "module.o", CSRC / "module.cpp", python, text)
-        text.append(f"build {library}: link {' '.join([*ops, *kernels, isa])}\n  libs = {' '.join(libs)}")
-        text.append(f"build {module}: link {' '.join([module_object, *kernels, isa])}\n  libs = -lpthread")
+        kernels = []
+        for unit in KERNEL_UNITS:
+            for name, extra in ISAS.items():
+                flags = [*KERNEL_FLAGS, *extra, f"-DPYVIT_ISA={name}"]
+                kernels.append(target(build / f"{unit}.{name}.o", CSRC / f"cpu/{unit}.cpp", flags, text))
+        kernels += [target(build / f"{unit}.o", CSRC / f"cpu/{unit}.cpp", [], text) for unit in COMMON_UNITS]
+        text.append(f"build {library}: link {' '.join([*ops, *kernels])}\n  libs = {' '.join(libs)}")
+        text.append(f"build {module}: link {' '.join([module_object, *kernels])}\n  libs = -lpthread")
         return "\n".join(text) + "\n"
 
     def get_outputs(self) -> list[str]:

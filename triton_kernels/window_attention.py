@@ -14,7 +14,7 @@ from pyvit.triton_kernels.window_attention_backward import (
     window_backward_keys,
     window_backward_queries,
 )
-from pyvit.triton_kernels.window_attention_forward import window_forward, window_forward_long
+from pyvit.triton_kernels.window_attention_forward import LN100, window_forward, window_forward_long
 from torch import Tensor
 
 from pyvit.ops.reference import window_padding
@@ -240,4 +240,4 @@ class _Sums:
         if logit_scale is None or self.logit is None:
             return m.qkv.new_empty(0)
         # exp(min(scale, ln 100)) is constant above ln 100
-        return torch.where(logit_scale.float() <= 4.605170185988092, self.logit.sum((0, 1)), 0.0).to(logit_scale.dtype)
+        return torch.where(logit_scale.float() <= LN100.value, self.logit.sum((0, 1)), 0.0).to(logit_scale.dtype)

@@ -1,7 +1,10 @@
 // Activations and their gradients: each in one pass over memory, the gradient with the sums of its columns (a bias's
 // gradient) and, where asked, the activation again, so that nothing but its argument need be kept.
 #include "activation.h"
+
+#include "dtype.h"
 #include "gemm_tile.h"
+#include "parallel.h"
 
 namespace pyvit::PYVIT_ISA {
 namespace {
@@ -66,15 +69,18 @@ void of_type(const Activation& a) {
 
 }  // namespace
 
+template <bool COARSE>
+void activate(Activation::Kind kind, int64_t rows, int64_t cols, float* x, int64_t ld, const float* bias) {
+  with_activation<COARSE>(kind, [&](auto y) {
+    for (int64_t r = 0; r < rows; r++, x += ld)
+      for (int64_t c = 0; c < cols; c += W) store(x + c, decltype(y)::value(load(x + c) + load(bias + c)));
+  });
+}
+template void activate<false>(Activation::Kind, int64_t, int64_t, float*, int64_t, const float*);
+template void activate<true>(Activation::Kind, int64_t, int64_t, float*, int64_t, const float*);
+
 void activation(const Activation& a) {
-  switch (a.dtype) {
-    case Dtype::bf16:
-      return of_type<bf16>(a);
-    case Dtype::f16:
-      return of_type<f16>(a);
-    default:
-      return of_type<float>(a);
-  }
+  with_dtype(a.dtype, [&](auto t) { of_type<decltype(t)>(a); });
 }
 
 }  // namespace pyvit::PYVIT_ISA

@@ -111,4 +111,9 @@ inline void with_activation(Activation::Kind kind, const F& body) {
   }
 }
 
+// The activation of x + bias in place, of `rows` rows of x, `ld` apart, and `cols` columns, rounded up to whole
+// vectors.
+template <bool COARSE>
+void activate(Activation::Kind kind, int64_t rows, int64_t cols, float* x, int64_t ld, const float* bias);
+
 }  // namespace pyvit::PYVIT_ISA

@@ -1,6 +1,7 @@
 // A tile of both networks' scores on the same prototypes, for the cross-entropy of a student's softmax with a
 // teacher's: in the forward what it adds to the running sums, in the backward the student's derivatives. One sample at
 // a time, whose teacher probabilities stay in cache for all crops of the student.
+#include "parallel.h"
 #include "softmax.h"
 
 namespace pyvit::PYVIT_ISA {

@@ -11,46 +11,10 @@ constexpr int64_t KEY_BLOCK = 2048;  // keys whose scores are held at once
 constexpr int64_t ROW_BLOCK = 48;
 constexpr int64_t ROWS = ROW_BLOCK + 2 * W;  // of a block at most, in whole vectors and register tiles
 
-// K^T and V of one key head as panels, block of keys after block.
 template <class D, class T>
-class KeyPanels {
- public:
-  KeyPanels(const Attention& a, Scratch& memory, int64_t block)
-      : a_(a),
-        block_(block),
-        k_(memory.take<uint32_t>(size(a.nk, block, a.d))),
-        v_(memory.take<uint32_t>(size_v(a.nk, block, a.dv))) {}
-
-  void pack(const Head& head) {
-    if (head.b == b_ && head.hk == h_) return;
-    b_ = head.b;
-    h_ = head.hk;
-    const T *k = head.key<T>(a_.k, head.hk), *v = head.key<T>(a_.v, head.hk);
-    for (int64_t j = 0; j < head.nk; j += block_) {
-      const int64_t n = std::min(block_, head.nk - j);
-      pack_cols<D>(k + j * a_.k.n, a_.k.n, a_.d, n, const_cast<uint32_t*>(keys(j)));
-      pack_rows<D>(v + j * a_.v.n, a_.v.n, n, a_.dv, const_cast<uint32_t*>(values(j)));
-    }
-  }
-  const uint32_t* keys(int64_t j) const { return k_ + j / block_ * packed_size<D>(a_.d, block_); }
-  const uint32_t* values(int64_t j) const { return v_ + j / block_ * packed_size<D>(block_, a_.dv); }
-
- private:
-  static int64_t size(int64_t n, int64_t block, int64_t d) {
-    return n / block * packed_size<D>(d, block) + packed_size<D>(d, std::max<int64_t>(n % block, 1));
-  }
-  static int64_t size_v(int64_t n, int64_t block, int64_t d) {
-    return n / block * packed_size<D>(block, d) + packed_size<D>(std::max<int64_t>(n % block, 1), d);
-  }
-  const Attention& a_;
-  int64_t block_, b_ = -1, h_ = -1;
-  uint32_t *k_, *v_;
-};
-
-template <class D, class T>
-void forward_rows(const Attention& a, const Head& head, const KeyPanels<D, T>& panels, int64_t first, int64_t last,
-                  int64_t rows_at_once, uint32_t* queries, float* scores, float* out, float* bias_buffer,
-                  Prefetch& next) {
+void forward_rows(const Attention& a, const Head& head, const KeyPanels<D, T>& key_panels,
+                  const KeyPanels<D, T>& value_panels, int64_t first, int64_t last, int64_t rows_at_once,
+                  uint32_t* queries, float* scores, float* out, float* bias_buffer, Prefetch& next) {
   const int64_t block = std::min(KEY_BLOCK, std::max<int64_t>(head.nk, 1)), ld = round_up(block, W),
                 ldo = round_up(a.dv, W);
   const Scores kind(a.scale, a.bias.data);
@@ -68,8 +32,8 @@ void forward_rows(const Attention& a, const Head& head, const KeyPanels<D, T>& p
     for (int64_t j = 0; j < keys; j += KEY_BLOCK) {
       const int64_t n = std::min(KEY_BLOCK, keys - j);
       const int64_t packed = std::min(KEY_BLOCK, head.nk - j);
-      gemm<D>(rows, std::min(packed, round_up(n, NR)), lanes, queries, lanes, 1, panels.keys(j), lanes, scores, ld,
-              next);
+      gemm<D>(rows, std::min(packed, round_up(n, NR)), lanes, queries, lanes, 1, key_panels.at(j), lanes, scores, ld,
+              false, &next);
       const auto valid = [&](int64_t r) { return a.causal ? std::clamp<int64_t>(i + r + 1 - j, 0, n) : n; };
       float top[ROWS];
       for (int64_t r = 0; r < rows; r++) top[r] = row_max(scores + r * ld, valid(r), bias.row(i + r, j, n), kind);
@@ -79,11 +43,7 @@ void forward_rows(const Attention& a, const Head& head, const KeyPanels<D, T>& p
           for (int64_t c = 0; c < ldo; c += W) store(out + r * ldo + c, load(out + r * ldo + c) * factor);
       }
       const uint32_t* p = reinterpret_cast<const uint32_t*>(scores);
-      if (j) {
-        gemm<D, true>(rows, a.dv, lanes_of<D>(n), p, ld, 1, panels.values(j), lanes_of<D>(packed), out, ldo, next);
-      } else {
-        gemm<D, false>(rows, a.dv, lanes_of<D>(n), p, ld, 1, panels.values(j), lanes_of<D>(packed), out, ldo, next);
-      }
+      gemm<D>(rows, a.dv, lanes_of<D>(n), p, ld, 1, value_panels.at(j), lanes_of<D>(packed), out, ldo, j > 0, &next);
     }
     float top[ROWS] = {}, sum[ROWS] = {};
     for (int64_t r = 0; r < rows; r++) {
@@ -109,7 +69,9 @@ void forward(const Attention& a) {
   const int64_t pieces = (a.nq + piece - 1) / piece;
   parallel_units(heads * pieces, [&](Queue& queue) {
     Scratch& memory = scratch();
-    KeyPanels<D, T> panels(a, memory, KEY_BLOCK);
+    using Panels = KeyPanels<D, T>;
+    Panels keys(Panels::KEYS_AS_COLUMNS, a.k, a.nk, a.d, KEY_BLOCK, memory);
+    Panels values(Panels::KEYS_AS_ROWS, a.v, a.nk, a.dv, KEY_BLOCK, memory);
     const int64_t ld = round_up(std::min(KEY_BLOCK, std::max<int64_t>(a.nk, 1)), W), rows = rows_at_once + MR;
     uint32_t* queries = memory.take<uint32_t>(rows * lanes_of<D>(a.d));
     float* scores = memory.take<float>(rows * ld);
@@ -136,8 +98,9 @@ void forward(const Attention& a) {
         next.add(coming.query<T>(a.q) + from * a.q.n, a.q.n, to - from, a.d);
       }
       if (first >= last) continue;
-      panels.pack(head);
-      forward_rows<D, T>(a, head, panels, first, last, rows_at_once, queries, scores, out, bias, next);
+      keys.pack(head);
+      values.pack(head);
+      forward_rows<D, T>(a, head, keys, values, first, last, rows_at_once, queries, scores, out, bias, next);
     }
   });
 }
@@ -174,24 +137,10 @@ void map_rows(const AttentionMap& m) {
 }  // namespace
 
 void attention(const Attention& a) {
-  switch (a.dtype) {
-    case Dtype::bf16:
-      return forward<bf16>(a);
-    case Dtype::f16:
-      return forward<f16>(a);
-    default:
-      return forward<float>(a);
-  }
+  with_dtype(a.dtype, [&](auto t) { forward<decltype(t)>(a); });
 }
 void attention_map(const AttentionMap& m) {
-  switch (m.dtype) {
-    case Dtype::bf16:
-      return map_rows<bf16>(m);
-    case Dtype::f16:
-      return map_rows<f16>(m);
-    default:
-      return map_rows<float>(m);
-  }
+  with_dtype(m.dtype, [&](auto t) { map_rows<decltype(t)>(m); });
 }
 
 }  // namespace pyvit::PYVIT_ISA

@@ -1,6 +1,8 @@
 // One (batch, head) of an attention call, and how its rows are divided and written.
 #pragma once
 
+#include "dtype.h"
+#include "parallel.h"
 #include "softmax.h"
 
 namespace pyvit::PYVIT_ISA {
@@ -27,6 +29,48 @@ struct Head {
     return static_cast<T*>(t.data) + b * t.b + head * t.h + k0 * t.n;
   }
   int64_t statistic(const Attention& a) const { return b * a.lse_b + h * a.lse_h + q0; }
+};
+
+// One key head's keys or values as panels, in blocks of keys: keys as the rows of B (keys x d), or as its columns.
+template <class D, class T>
+class KeyPanels {
+ public:
+  enum Layout { KEYS_AS_ROWS, KEYS_AS_COLUMNS };
+
+  KeyPanels(Layout layout, const Tokens& from, int64_t nk, int64_t d, int64_t block, Scratch& memory)
+      : layout_(layout),
+        from_(from),
+        d_(d),
+        block_(block),
+        words_(memory.take<uint32_t>(nk / block * size(block) + size(std::max<int64_t>(nk % block, 1)))) {}
+
+  void pack(const Head& head) {
+    if (head.b == b_ && head.hk == h_) return;
+    b_ = head.b;
+    h_ = head.hk;
+    for (int64_t j = 0; j < head.nk; j += block_) {
+      const int64_t n = std::min(block_, head.nk - j), ld = from_.n;
+      const T* rows = head.key<T>(from_, h_) + j * ld;
+      uint32_t* to = words_ + j / block_ * size(block_);
+      if (layout_ == KEYS_AS_ROWS) {
+        pack_rows<D>(rows, ld, n, d_, to);
+      } else {
+        pack_cols<D>(rows, ld, d_, n, to);
+      }
+    }
+  }
+  // The block that begins with key j.
+  const uint32_t* at(int64_t j) const { return words_ + j / block_ * size(block_); }
+
+ private:
+  int64_t size(int64_t keys) const {
+    return layout_ == KEYS_AS_ROWS ? packed_size<D>(keys, d_) : packed_size<D>(d_, keys);
+  }
+  const Layout layout_;
+  const Tokens& from_;
+  const int64_t d_, block_;
+  uint32_t* words_;
+  int64_t b_ = -1, h_ = -1;  // whose are packed
 };
 
 // Rows per block: a multiple of the register tile that divides n into nearly equal parts.

@@ -140,22 +140,15 @@ inline void reduce_bias(const AttentionGrad& g, const Plan& plan, const float* p
         float sum = 0;
         for (int64_t chain = 0; chain < plan.chains; chain++) sum += partials[(s * plan.chains + chain) * slice + c];
         const int64_t at = s * slice + c;
-        switch (dtype) {
-          case Dtype::bf16:
-            static_cast<bf16*>(g.grad_bias)[at] = from_float<bf16>(sum);
-            break;
-          case Dtype::f16:
-            static_cast<f16*>(g.grad_bias)[at] = from_float<f16>(sum);
-            break;
-          default:
-            static_cast<float*>(g.grad_bias)[at] = sum;
-        }
+        with_dtype(dtype, [&](auto t) { static_cast<decltype(t)*>(g.grad_bias)[at] = from_float<decltype(t)>(sum); });
       }
   });
 }
 
 template <class D, class T>
 class Backward {
+  using Panels = KeyPanels<D, T>;
+
  public:
   Backward(const Attention& a, const AttentionGrad& g)
       : a_(a),
@@ -165,7 +158,9 @@ class Backward {
         ld_(round_up(block_, W)),
         ldd_(round_up(a.d, W)),
         ldv_(round_up(a.dv, W)),
-        panels_(a, memory_, KEY_BLOCK) {
+        k_columns_(Panels::KEYS_AS_COLUMNS, a.k, a.nk, a.d, KEY_BLOCK, memory_),
+        v_columns_(Panels::KEYS_AS_COLUMNS, a.v, a.nk, a.dv, KEY_BLOCK, memory_),
+        k_rows_(Panels::KEYS_AS_ROWS, a.k, a.nk, a.d, KEY_BLOCK, memory_) {
     const int64_t rows = ROW_BLOCK + 2 * MR;
     queries_ = memory_.take<uint32_t>(rows * lanes_of<D>(a.d));
     grads_out_ = memory_.take<uint32_t>(rows * lanes_of<D>(a.dv));
@@ -185,7 +180,7 @@ class Backward {
 
   // grad_k (nk, ldd_) and grad_v (nk, ldv_) are this piece's, zeroed; grad_bias the chain's (bias_q, bias_k), or null.
   void piece(const Head& head, int64_t first, int64_t last, float* grad_k, float* grad_v, float* grad_bias) {
-    panels_.pack(head);
+    for (Panels* panels : {&k_columns_, &v_columns_, &k_rows_}) panels->pack(head);
     BiasRows bias[2] = {{a_.bias, head.b, head.h, bias_}, {a_.bias, head.b, head.h, bias_ + (D::K - 1) * ld_}};
     const int64_t at_once = row_block(last - first, ROW_BLOCK);
     for (int64_t i = first; i < last; i += at_once)
@@ -193,35 +188,6 @@ class Backward {
   }
 
  private:
-  // K^T, V^T and K as panels.
-  struct Panels {
-    Panels(const Attention& a, Scratch& m, int64_t block) : a(a), block(block) {
-      const int64_t whole = round_up(std::max<int64_t>(a.nk, 1), block) / block,
-                    n = std::min(block, round_up(std::max<int64_t>(a.nk, 1), NR));
-      stride_k = packed_size<D>(a.d, n);
-      stride_v = packed_size<D>(a.dv, n);
-      stride_r = packed_size<D>(n, a.d);
-      k_t = m.take<uint32_t>(whole * stride_k);
-      v_t = m.take<uint32_t>(whole * stride_v);
-      k_r = m.take<uint32_t>(whole * stride_r);
-    }
-    void pack(const Head& head) {
-      if (head.b == b && head.hk == h) return;
-      b = head.b;
-      h = head.hk;
-      const T *k = head.key<T>(a.k, h), *v = head.key<T>(a.v, h);
-      for (int64_t j = 0, at = 0; j < head.nk; j += block, at++) {
-        const int64_t n = std::min(block, head.nk - j);
-        pack_cols<D>(k + j * a.k.n, a.k.n, a.d, n, k_t + at * stride_k);
-        pack_cols<D>(v + j * a.v.n, a.v.n, a.dv, n, v_t + at * stride_v);
-        pack_rows<D>(k + j * a.k.n, a.k.n, n, a.d, k_r + at * stride_r);
-      }
-    }
-    const Attention& a;
-    int64_t block, stride_k, stride_v, stride_r, b = -1, h = -1;
-    uint32_t *k_t, *v_t, *k_r;
-  };
-
   void block(const Head& head, int64_t i, int64_t rows, BiasRows* bias, float* grad_k, float* grad_v,
              float* grad_bias) {
     const Scores kind(a_.scale, a_.bias.data);
@@ -238,12 +204,11 @@ class Backward {
     const auto rows_of_gradients = from_top ? gradient_rows<D, true> : gradient_rows<D, false>;
     const int64_t keys = a_.causal ? std::min(head.nk, i + rows) : head.nk;
     if (!keys) std::fill(grad_q_, grad_q_ + rows * ldd_, 0.f);
-    for (int64_t j = 0, at = 0; j < keys; j += KEY_BLOCK, at++) {
+    for (int64_t j = 0; j < keys; j += KEY_BLOCK) {
       const int64_t n = std::min(KEY_BLOCK, keys - j), packed = std::min(KEY_BLOCK, head.nk - j);
       const int64_t computed = std::min(packed, round_up(n, NR));
-      gemm<D>(rows, computed, lanes, queries_, lanes, 1, panels_.k_t + at * panels_.stride_k, lanes, s_.scores, ld_);
-      gemm<D>(rows, computed, lanes_v, grads_out_, lanes_v, 1, panels_.v_t + at * panels_.stride_v, lanes_v, s_.dscores,
-              ld_);
+      gemm<D>(rows, computed, lanes, queries_, lanes, 1, k_columns_.at(j), lanes, s_.scores, ld_);
+      gemm<D>(rows, computed, lanes_v, grads_out_, lanes_v, 1, v_columns_.at(j), lanes_v, s_.dscores, ld_);
       for (int64_t r = 0; r < rows; r += D::K) {
         int64_t valid[2];
         const float* bias_rows[2] = {};
@@ -258,14 +223,9 @@ class Backward {
                           g_.bias_k > 1 ? 1 : 0);
       }
       const uint32_t* ds = reinterpret_cast<const uint32_t*>(s_.dscores);
-      const uint32_t* k_rows = panels_.k_r + at * panels_.stride_r;
-      if (j) {
-        gemm<D, true>(rows, a_.d, lanes_of<D>(n), ds, ld_, 1, k_rows, lanes_of<D>(packed), grad_q_, ldd_);
-      } else {
-        gemm<D, false>(rows, a_.d, lanes_of<D>(n), ds, ld_, 1, k_rows, lanes_of<D>(packed), grad_q_, ldd_);
-      }
-      gemm<D, true>(n, a_.dv, row_lanes, s_.p_columns, 1, ld_, grad_rows_, row_lanes, grad_v + j * ldv_, ldv_);
-      gemm<D, true>(n, a_.d, row_lanes, s_.ds_columns, 1, ld_, query_rows_, row_lanes, grad_k + j * ldd_, ldd_);
+      gemm<D>(rows, a_.d, lanes_of<D>(n), ds, ld_, 1, k_rows_.at(j), lanes_of<D>(packed), grad_q_, ldd_, j > 0);
+      gemm<D>(n, a_.dv, row_lanes, s_.p_columns, 1, ld_, grad_rows_, row_lanes, grad_v + j * ldv_, ldv_, true);
+      gemm<D>(n, a_.d, row_lanes, s_.ds_columns, 1, ld_, query_rows_, row_lanes, grad_k + j * ldd_, ldd_, true);
     }
     T* result = head.query<T>(g_.grad_q) + i * g_.grad_q.n;
     for (int64_t r = 0; r < rows; r++) store_row(result + r * g_.grad_q.n, grad_q_ + r * ldd_, a_.scale, a_.d);
@@ -295,10 +255,10 @@ class Backward {
   void sum_again(const Head& head, int64_t i, int64_t rows, BiasRows& bias, const Scores& kind, RowStatistics& of) {
     const int64_t keys = a_.causal ? std::min(head.nk, i + rows) : head.nk, lanes = lanes_of<D>(a_.d);
     RowState state[RowStatistics::ROWS];
-    for (int64_t j = 0, at = 0; j < keys; j += KEY_BLOCK, at++) {
+    for (int64_t j = 0; j < keys; j += KEY_BLOCK) {
       const int64_t n = std::min(KEY_BLOCK, keys - j), packed = std::min(KEY_BLOCK, head.nk - j);
-      gemm<D>(rows, std::min(packed, round_up(n, NR)), lanes, queries_, lanes, 1, panels_.k_t + at * panels_.stride_k,
-              lanes, s_.scores, ld_);
+      gemm<D>(rows, std::min(packed, round_up(n, NR)), lanes, queries_, lanes, 1, k_columns_.at(j), lanes, s_.scores,
+              ld_);
       for (int64_t r = 0; r < rows; r++) {
         const int64_t valid = a_.causal ? std::clamp<int64_t>(i + r + 1 - j, 0, n) : n;
         float* s = s_.scores + r * ld_;
@@ -316,7 +276,7 @@ class Backward {
   const AttentionGrad& g_;
   Scratch& memory_;
   int64_t block_, ld_, ldd_, ldv_;
-  Panels panels_;
+  Panels k_columns_, v_columns_, k_rows_;
   uint32_t *queries_, *grads_out_, *query_rows_, *grad_rows_;
   float *grad_q_, *bias_;
   Grads<D> s_;
@@ -379,13 +339,6 @@ void backward(const Attention& a, const AttentionGrad& g) {
 }  // namespace
 
 void attention_backward(const Attention& a, const AttentionGrad& g) {
-  switch (a.dtype) {
-    case Dtype::bf16:
-      return backward<bf16>(a, g);
-    case Dtype::f16:
-      return backward<f16>(a, g);
-    default:
-      return backward<float>(a, g);
-  }
+  with_dtype(a.dtype, [&](auto t) { backward<decltype(t)>(a, g); });
 }
 }  // namespace pyvit::PYVIT_ISA

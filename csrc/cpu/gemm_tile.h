@@ -1,5 +1,5 @@
-// Register tiles and packing: the matrix product all CPU kernels are made of, C (M x N) = A (M x K) B (K x N), operands
-// in cache.
+// Packing and the matrix product all CPU kernels are made of, C (M x N) = A (M x K) B (K x N), operands in cache.
+// gemm_tile.cpp has the register tiles.
 //
 // K is counted in 32-bit lanes: one float, or two neighbouring bf16 of the k axis. A lane of A is broadcast from
 // memory; B lies in panels of NR columns, [K lanes][width] each, zero-padded to a multiple of W columns; only the last
@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "prefetch.h"
 #include "vec.h"
 
 namespace pyvit::PYVIT_ISA {
@@ -60,130 +61,17 @@ using Compute = typename ComputeOf<T>::type;
 // Lanes summed in a register before they join C in memory: bounds the rounding error of long sums.
 constexpr int64_t K_BLOCK = 256;
 
-// Called with every k of a tile that begins before it is over.
-struct NoStep {
-  void operator()(int64_t) const {}
-};
+// C (rows x cols) = A B, or with `add`, += A B. C holds round_up(cols, W) columns. Lane k of row m of A is
+// a[m * a_row + k * a_k]. B was packed with `packed_lanes` >= lanes, and with cols columns, or more where cols is a
+// multiple of NR. What `next` lists is fetched meanwhile.
+template <class D>
+void gemm(int64_t rows, int64_t cols, int64_t lanes, const uint32_t* a, int64_t a_row, int64_t a_k, const uint32_t* b,
+          int64_t packed_lanes, float* c, int64_t ldc, bool add = false, Prefetch* next = nullptr);
 
-// One tile of C: M rows, V vectors of columns. Strides of A in lanes, of C in floats; `bk` lanes from one k of B to the
-// next.
-template <class D, int M, int V, bool ACC, class Step>
-inline void tile(const uint32_t* a, int64_t a_row, int64_t a_k, const uint32_t* b, int64_t bk, int64_t lanes, float* c,
-                 int64_t ldc, Step& step) {
-  int64_t k = 0;
-  do {
-    vf acc[M][V];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v++) acc[m][v] = vf{};
-    const bool add = ACC || k > 0;
-    for (const int64_t end = std::min(lanes, k + K_BLOCK); k < end; k++) {
-      step(k);
-      vu bv[V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v++) bv[v] = load_as<vu>(b + k * bk + v * W);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++) {
-        const uint32_t x = a[m * a_row + k * a_k];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) D::fma(acc[m][v], x, bv[v]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v++) {
-        float* p = c + m * ldc + v * W;
-        store(p, add ? load(p) + acc[m][v] : acc[m][v]);
-      }
-  } while (k < lanes);
-}
-
-template <class D, int V, bool ACC, int M = MR, class Step>
-inline void tile_rows(int rows, const uint32_t* a, int64_t a_row, int64_t a_k, const uint32_t* b, int64_t bk,
-                      int64_t lanes, float* c, int64_t ldc, Step& step) {
-  if constexpr (M > 0) {
-    if (rows == M) return tile<D, M, V, ACC>(a, a_row, a_k, b, bk, lanes, c, ldc, step);
-    tile_rows<D, V, ACC, M - 1>(rows, a, a_row, a_k, b, bk, lanes, c, ldc, step);
-  }
-}
-// Of up to MR rows and a panel of `width` columns, a multiple of W.
-template <class D, bool ACC, class Step>
-inline void tile_panel(int rows, int64_t width, const uint32_t* a, int64_t a_row, int64_t a_k, const uint32_t* b,
-                       int64_t lanes, float* c, int64_t ldc, Step& step) {
-  if constexpr (!std::is_same_v<Step, NoStep>) {
-    NoStep none;
-    if (step.over()) return tile_panel<D, ACC>(rows, width, a, a_row, a_k, b, lanes, c, ldc, none);
-  }
-  switch (width / W) {
-    case NV:
-      return tile_rows<D, NV, ACC>(rows, a, a_row, a_k, b, width, lanes, c, ldc, step);
-    case 1:
-      return tile_rows<D, 1, ACC>(rows, a, a_row, a_k, b, width, lanes, c, ldc, step);
-    default:
-      tile_rows<D, 2, ACC>(rows, a, a_row, a_k, b, width, lanes, c, ldc, step);
-      if (width == 3 * W) tile_rows<D, 1, ACC>(rows, a, a_row, a_k, b + 2 * W, width, lanes, c + 2 * W, ldc, step);
-  }
-}
-
-// What to fetch while products run: the cache lines of rows of up to 8 matrices, one for every fourth k of a tile, for
-// many at once hold up its loads. Rows far apart in memory (one head of an interleaved qkv) are beyond the reach of the
-// hardware's prefetchers.
-class Prefetch {
- public:
-  void clear() { count_ = at_ = 0; }
-  template <class T>
-  void add(const T* first, int64_t ld, int64_t rows, int64_t cols, bool write = false) {
-    if (rows > 0)
-      streams_[count_++] = {
-          reinterpret_cast<const char*>(first), ld * int64_t(sizeof(T)), rows, cols * int64_t(sizeof(T)), 0, write};
-  }
-  bool over() const { return at_ == count_; }
-  void operator()(int64_t k) {
-    if (k & 3 || over()) return;
-    Stream& s = streams_[at_];
-    if (s.write) {
-      __builtin_prefetch(s.row + s.at, 1, 2);
-    } else {
-      __builtin_prefetch(s.row + s.at, 0, 2);
-    }
-    if ((s.at += 64) < s.bytes) return;
-    s.at = 0;
-    s.row += s.ld;
-    if (!--s.rows) at_++;
-  }
-
- private:
-  struct Stream {
-    const char* row;
-    int64_t ld, rows, bytes, at;
-    bool write;
-  } streams_[8];
-  int count_ = 0, at_ = 0;
-};
-
-// C (rows x cols) = or += A B. C holds round_up(cols, W) columns. Panels are the outer loop: one stays in L1 while the
-// rows of A pass. B was packed with `packed_lanes` >= lanes, and with cols columns, or more where cols is a multiple of
-// NR.
-template <class D, bool ACC = false, class Step>
-inline void gemm(int64_t rows, int64_t cols, int64_t lanes, const uint32_t* a, int64_t a_row, int64_t a_k,
-                 const uint32_t* b, int64_t packed_lanes, float* c, int64_t ldc, Step& step) {
-  for (int64_t n = 0; n < cols; n += NR) {
-    const int64_t width = std::min<int64_t>(NR, round_up(cols - n, W));
-    const uint32_t* panel = b + n * packed_lanes;
-    for (int64_t m = 0; m < rows; m += MR) {
-      const int left = int(std::min<int64_t>(MR, rows - m));
-      tile_panel<D, ACC>(left, width, a + m * a_row, a_row, a_k, panel, lanes, c + m * ldc + n, ldc, step);
-    }
-  }
-}
-template <class D, bool ACC = false>
-inline void gemm(int64_t rows, int64_t cols, int64_t lanes, const uint32_t* a, int64_t a_row, int64_t a_k,
-                 const uint32_t* b, int64_t packed_lanes, float* c, int64_t ldc) {
-  NoStep step;
-  gemm<D, ACC>(rows, cols, lanes, a, a_row, a_k, b, packed_lanes, c, ldc, step);
-}
+// The same for up to MR rows and one panel of `width` columns, a multiple of W.
+template <class D>
+void gemm_tile(int rows, int64_t width, int64_t lanes, const uint32_t* a, int64_t a_row, int64_t a_k, const uint32_t* b,
+               float* c, int64_t ldc, bool add, Prefetch* next);
 
 inline uint32_t as_lane(float x) {
   uint32_t u;
@@ -218,8 +106,8 @@ inline vu lanes_of_rows(const T* p, int64_t ld, int64_t n_left, bool second) {
       low = load_as<vh>(p);
       if (second) high = load_as<vh>(p + ld);
     } else {
-      std::memcpy(&low, p, n_left * 2);
-      if (second) std::memcpy(&high, p + ld, n_left * 2);
+      low = load_bits(p, int(n_left));
+      if (second) high = load_bits(p + ld, int(n_left));
     }
     return pair_lanes(low, high);
   }
@@ -251,10 +139,7 @@ inline vu lanes_along(const T* p, int64_t left) {
     const int64_t more = left - W;
     return round_in_order(read(p, int(std::min<int64_t>(left, W))), more > 0 ? load_n(p + W, int(more)) : vf{});
   } else {
-    vu v{};
-    if (left >= 2 * W) return load_as<vu>(p);
-    std::memcpy(&v, p, left * 2);
-    return v;
+    return left >= 2 * W ? load_as<vu>(p) : load_pairs(p, int(left));
   }
 }
 
@@ -311,15 +196,15 @@ inline auto interleave(V low, V high, std::integer_sequence<int, I...>) {
 }
 
 // Rows of A from a source with k along its rows: A[m][k] = src[k * ld + m], of which `left` >= rows may be read. Tiles
-// of MR rows, [lanes][MR], `down_tile` words from one to the next: a lane is stored as a vector of FEW, of which the
-// next one overwrites what is too much. As in pack_rows, rows are fetched 16 ahead.
-inline int64_t down_tile(int64_t lanes) { return lanes * MR + W; }
+// of MR rows, [lanes][MR], `column_major_tile` words from one to the next: a lane is stored as a vector of FEW, of
+// which the next one overwrites what is too much. As in pack_rows, rows are fetched 16 ahead.
+inline int64_t column_major_tile(int64_t lanes) { return lanes * MR + W; }
 template <class D, class T>
-inline void pack_down(const T* src, int64_t ld, int64_t rows, int64_t left, int64_t k, uint32_t* out) {
+inline void pack_a_column_major(const T* src, int64_t ld, int64_t rows, int64_t left, int64_t k, uint32_t* out) {
   constexpr int FEW = W > 8 ? 8 : W;
   static_assert(MR <= FEW);
   typedef uint32_t Lanes __attribute__((vector_size(FEW * 4)));
-  const int64_t lanes = lanes_of<D>(k), step = down_tile(lanes), narrow = std::max<int64_t>(left - FEW, -1);
+  const int64_t lanes = lanes_of<D>(k), step = column_major_tile(lanes), narrow = std::max<int64_t>(left - FEW, -1);
   for (int64_t l = 0; l < lanes; l++) {
     const T* p = src + l * D::K * ld;
     const bool second = l * D::K + 1 < k;

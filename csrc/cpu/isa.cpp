@@ -1,8 +1,7 @@
-// Run-time choice of the instruction set, and what the kernels need of the process: threads and scratch memory.
+// Run-time choice of the instruction set.
 #include "isa.h"
 
 #include <cstdlib>
-#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -78,39 +77,6 @@ const Kernels& kernels() {
   }
 #endif
   return portable::table();
-}
-
-Threads threads;
-
-Scratch& scratch() {
-  thread_local Scratch memory;
-  memory.reset();
-  return memory;
-}
-
-Scratch& shared() {
-  thread_local Scratch memory;
-  memory.reset();
-  return memory;
-}
-
-void* Scratch::bytes(int64_t n) {
-  if (used_ == kBlocks) throw std::bad_alloc();
-  Block& block = blocks_[used_++];
-  if (block.size < n) {
-    std::free(block.data);
-    block.size = (n + 4095) / 4096 * 4096;
-    block.data = static_cast<char*>(std::aligned_alloc(64, block.size));
-    if (!block.data) {
-      block.size = 0;
-      throw std::bad_alloc();
-    }
-  }
-  return block.data;
-}
-
-Scratch::~Scratch() {
-  for (Block& block : blocks_) std::free(block.data);
 }
 
 }  // namespace pyvit

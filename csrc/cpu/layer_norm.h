@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "kernel_args.h"
+#include "parallel.h"
 #include "vec.h"
 
 namespace pyvit::PYVIT_ISA {

@@ -18,7 +18,7 @@ struct Hidden {
   E* rows;
   int64_t ld;
   Hidden at(int64_t r, int64_t c) const { return {rows + r * ld + c, ld}; }
-  void ahead(ComingLines&, int64_t, int64_t, int64_t, int64_t) const {}
+  void ahead(Prefetch&, int64_t, int64_t, int64_t, int64_t) const {}
   template <class N>
   void put(int64_t r, int64_t c, vf y, N) const {
     store(rows + r * ld + c, y);  // whole vectors: zeros behind the last column
@@ -34,9 +34,9 @@ struct Result {
     return {rows + r * ld + c, ld, scale ? scale + c : nullptr, residual ? residual + r * ld + c : nullptr};
   }
   // What nobody has read yet comes while the tile is computed.
-  void ahead(ComingLines& lines, int64_t r, int64_t high, int64_t c, int64_t width) const {
-    lines.add(rows + r * ld + c, ld, high, width);
-    if (residual) lines.add(residual + r * ld + c, ld, high, width);
+  void ahead(Prefetch& lines, int64_t r, int64_t high, int64_t c, int64_t width) const {
+    lines.add(rows + r * ld + c, ld, high, width, true);
+    if (residual) lines.add(residual + r * ld + c, ld, high, width, true);
   }
   template <class N>
   void put(int64_t r, int64_t c, vf y, N left) const {

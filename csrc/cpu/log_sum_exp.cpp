@@ -2,6 +2,7 @@
 // time.
 #include "gemm_tile.h"
 #include "kernel_args.h"
+#include "parallel.h"
 
 namespace pyvit::PYVIT_ISA {
 namespace {

@@ -10,6 +10,9 @@
 // attention.
 #include "pairwise_losses.h"
 
+#include "dtype.h"
+#include "parallel.h"
+
 namespace pyvit::PYVIT_ISA {
 namespace {
 
@@ -74,11 +77,7 @@ class Worker {
     do {  // once for d = 0 too, whose similarities are 0
       const int64_t lanes = std::min(K_BLOCK, depth_ - k);
       const uint32_t* b = b_cols_ + k * round_up(cols, W);
-      if (k) {
-        gemm<D, true>(rows, cols, lanes, a + k, a_row, 1, b, lanes, s_, PAIR_TILE);
-      } else {
-        gemm<D>(rows, cols, lanes, a, a_row, 1, b, lanes, s_, PAIR_TILE);
-      }
+      gemm<D>(rows, cols, lanes, a + k, a_row, 1, b, lanes, s_, PAIR_TILE, k > 0);
     } while ((k += K_BLOCK) < depth_);
   }
 
@@ -100,11 +99,11 @@ class Worker {
       round(t);
       columns = s_columns_;
     }
-    const int64_t along = lanes_of<D>(t.cols), down = lanes_of<D>(t.rows);
-    gemm<D, true>(t.rows, p_.d, along, rows, t.ld, 1, b_rows_, along, g_->grad_a + r * g_->ld, g_->ld);
+    const int64_t col_lanes = lanes_of<D>(t.cols), row_lanes = lanes_of<D>(t.rows);
+    gemm<D>(t.rows, p_.d, col_lanes, rows, t.ld, 1, b_rows_, col_lanes, g_->grad_a + r * g_->ld, g_->ld, true);
     if (a_rows_ && !t.diagonal)
-      gemm<D, true>(t.cols, p_.d, down, columns, 1, t.ld, a_rows_ + packed_size<D>(r - a0, p_.d), down,
-                    g_->grad_b + c * g_->ld, g_->ld);
+      gemm<D>(t.cols, p_.d, row_lanes, columns, 1, t.ld, a_rows_ + packed_size<D>(r - a0, p_.d), row_lanes,
+              g_->grad_b + c * g_->ld, g_->ld, true);
   }
 
   // The tile's derivatives as lanes: along its rows in place, and down its columns.
@@ -144,23 +143,14 @@ void run(const Pairs& p, const PairsGrad* g) {
     });
 }
 
-void run(const Pairs& p, const PairsGrad* g) {
-  switch (p.dtype) {
-    case Dtype::f32:
-      return run<float>(p, g);
-    case Dtype::bf16:
-      return run<bf16>(p, g);
-    case Dtype::f16:
-      return run<f16>(p, g);
-    case Dtype::boolean:
-      return;
-  }
-}
-
 }  // namespace
 
-void pairs(const Pairs& p) { run(p, nullptr); }
+void pairs(const Pairs& p) {
+  with_dtype(p.dtype, [&](auto t) { run<decltype(t)>(p, nullptr); });
+}
 
-void pairs_backward(const Pairs& p, const PairsGrad& g) { run(p, &g); }
+void pairs_backward(const Pairs& p, const PairsGrad& g) {
+  with_dtype(p.dtype, [&](auto t) { run<decltype(t)>(p, &g); });
+}
 
 }  // namespace pyvit::PYVIT_ISA

@@ -35,11 +35,11 @@ struct PairTile {
   }
   template <class F>
   void each_positive(const F& f) const {
-    auto along = [&](int64_t shift) {
+    const auto diagonal_at = [&](int64_t shift) {
       for (int64_t i = std::max<int64_t>(0, -shift); i < std::min(rows, cols - shift); i++) f(s[i * ld + i + shift]);
     };
-    along(positive);
-    if (diagonal) along(-positive);  // the mirror image is in the same tile
+    diagonal_at(positive);
+    if (diagonal) diagonal_at(-positive);  // the mirror image is in the same tile
   }
   void set_diagonal(float value) const {
     for (int64_t i = 0; diagonal && i < rows; i++) s[i * ld + i] = value;
@@ -120,7 +120,7 @@ inline vf log1p_unit(vf e) {
 // exp(-|x|)
 inline vf exp_minus(vf x) { return exp2v((vf)((vi)x | set1i(INT32_MIN)) * LOG2E); }
 
-// Similarities to logits, that of a positive pair with the sign turned; padding's terms and derivatives are 0.
+// Similarities to logits, that of a positive pair negated; padding's terms and derivatives are 0.
 inline void sigmoid_logits(const PairTile& t, float scale, float bias) {
   for (int64_t i = 0; i < t.rows; i++)
     for (int64_t c = 0; c < t.padded(); c += W) store(t.s + i * t.ld + c, load(t.s + i * t.ld + c) * scale + bias);

@@ -4,8 +4,9 @@
 // Every output element, gradients included, is summed by one thread in an order that follows from the shape alone.
 #include <vector>
 
+#include "dtype.h"
 #include "gemm_tile.h"
-#include "kernel_args.h"
+#include "parallel.h"
 
 namespace pyvit::PYVIT_ISA {
 
@@ -52,9 +53,9 @@ class Gather {
   // Kept patches at .. at + n of an image. Rows are written in ascending order, each with up to W - 1 elements too
   // many: `out` holds W more than n * ld.
   void rows(int64_t image, int64_t at, int64_t n, E* out, int64_t ld) const {
-    Place here = place(image, at);
+    Origin here = origin(image, at);
     for (int64_t r = 0; r < n; r++, out += ld) {
-      const Place next = r + 1 < n ? place(image, at + r + 1) : here;
+      const Origin next = r + 1 < n ? origin(image, at + r + 1) : here;
       if (p_.bytes) {
         row(static_cast<const uint8_t*>(p_.images) + here.offset, p_.width - here.x, next.offset - here.offset, out);
       } else {
@@ -66,10 +67,10 @@ class Gather {
   }
 
  private:
-  struct Place {
+  struct Origin {
     int64_t x, offset;  // first column of the patch; its first pixel
   };
-  Place place(int64_t image, int64_t at) const {
+  Origin origin(int64_t image, int64_t at) const {
     const int64_t patch = Geometry::patch(p_, image, at), x = patch % g_.columns * p_.sw;
     return {x, image * p_.image_b + patch / g_.columns * p_.sh * p_.image_y + x * p_.image_x};
   }
@@ -117,9 +118,8 @@ template <class D>
 void panel_product(int64_t rows, int64_t cols, int64_t lanes, const uint32_t* a, int64_t lda, const uint32_t* panel,
                    float* c, int64_t ldc) {
   const int64_t width = std::min<int64_t>(NR, round_up(cols, W));
-  gemm<D>(rows, cols, std::min(lanes, K_LANES), a, lda, 1, panel, lanes, c, ldc);
-  for (int64_t k = K_LANES; k < lanes; k += K_LANES)
-    gemm<D, true>(rows, cols, std::min(K_LANES, lanes - k), a + k, lda, 1, panel + k * width, lanes, c, ldc);
+  for (int64_t k = 0; k < lanes; k += K_LANES)
+    gemm<D>(rows, cols, std::min(K_LANES, lanes - k), a + k, lda, 1, panel + k * width, lanes, c, ldc, k > 0);
 }
 
 template <class T>
@@ -253,8 +253,8 @@ void weight_gradient(const Patch& p, const PatchGrad& grad) {
       for (int64_t unit; (unit = queue.next()) >= 0;) {
         const int64_t k = unit / blocks * NR, d = unit % blocks * A_WIDTH;
         const int64_t rows = std::min(A_WIDTH, p.dim - d);
-        gemm<D, true>(rows, std::min<int64_t>(NR, g.k - k), here * piece_lanes, a + d * lanes, 1, round_up(rows, W),
-                      b + k * lanes, lanes, sum + d * ldw + k, ldw);
+        gemm<D>(rows, std::min<int64_t>(NR, g.k - k), here * piece_lanes, a + d * lanes, 1, round_up(rows, W),
+                b + k * lanes, lanes, sum + d * ldw + k, ldw, true);
       }
     });
   }
@@ -300,8 +300,8 @@ void image_gradient(const Patch& p, const PatchGrad& grad) {
   const int64_t lanes = lanes_of<D>(p.dim), channels = g.area < NR ? p.channels : 1, groups = p.channels / channels;
   const int64_t cols = channels * g.area, ldc = round_up(cols, W), panels = div_up(cols, NR);
   const int64_t at_once = block_rows(p.kept, std::max(lanes, ldc));
-  const bool apart = !p.keep && p.sh == p.ph && p.sw == p.pw;
-  const int64_t splits = apart ? div_up(p.kept, at_once) : 1, span = apart ? at_once : p.kept;
+  const bool disjoint = !p.keep && p.sh == p.ph && p.sw == p.pw;
+  const int64_t splits = disjoint ? div_up(p.kept, at_once) : 1, span = disjoint ? at_once : p.kept;
   uint32_t* weight = shared().take<uint32_t>(groups * lanes * ldc);
   parallel_units(groups * panels, [&](Queue& queue) {
     for (int64_t unit; (unit = queue.next()) >= 0;) {
@@ -348,24 +348,10 @@ void backward(const Patch& p, const PatchGrad& grad) {
 }  // namespace
 
 void patch(const Patch& p) {
-  switch (p.dtype) {
-    case Dtype::bf16:
-      return forward<bf16>(p);
-    case Dtype::f16:
-      return forward<f16>(p);
-    default:
-      return forward<float>(p);
-  }
+  with_dtype(p.dtype, [&](auto t) { forward<decltype(t)>(p); });
 }
 void patch_backward(const Patch& p, const PatchGrad& grad) {
-  switch (p.dtype) {
-    case Dtype::bf16:
-      return backward<bf16>(p, grad);
-    case Dtype::f16:
-      return backward<f16>(p, grad);
-    default:
-      return backward<float>(p, grad);
-  }
+  with_dtype(p.dtype, [&](auto t) { backward<decltype(t)>(p, grad); });
 }
 
 }  // namespace pyvit::PYVIT_ISA

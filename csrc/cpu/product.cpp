@@ -1,4 +1,5 @@
 // Products of matrices as they lie, packed on the way: of a linear layer, of its gradients, and of scores.
+#include "dtype.h"
 #include "gemm_epilogue.h"
 #include "layer_norm.h"
 
@@ -14,11 +15,21 @@ constexpr int64_t FEW_LANES = 256, FEW_BYTES = 1 << 20;
 constexpr int64_t FEW_ROWS = 512, MOST_WIDE = 3 * NR, STRIPE_LANES = 768;
 
 // Memory to fetch in the course of the tiles, a share in each.
-struct Stream {
-  const char *at, *end;
-  int64_t share;
-  Stream(const void* first, const void* last, int64_t tiles)
-      : at(static_cast<const char*>(first)), end(static_cast<const char*>(last)), share((end - at) / 64 / tiles + 1) {}
+class Shares {
+ public:
+  Shares(const void* first, const void* last, int64_t tiles)
+      : at_(static_cast<const char*>(first)),
+        end_(static_cast<const char*>(last)),
+        share_(((end_ - at_) / 64 / tiles + 1) * 64) {}
+  void next(Prefetch& to) {
+    const int64_t bytes = std::min<int64_t>(share_, end_ - at_);
+    if (bytes > 0) to.add(at_, 0, 1, bytes, true);
+    at_ += share_;
+  }
+
+ private:
+  const char *at_, *end_;
+  int64_t share_;
 };
 
 // To out, on top of what is there or in `before`; null for nothing.
@@ -28,11 +39,11 @@ struct Sum {
   int64_t ld;
   const float* before;
   int64_t before_ld;
-  Stream *a = nullptr, *b = nullptr;
-  void ahead(ComingLines& lines, int64_t r, int64_t high, int64_t c, int64_t width) const {
-    lines.add(out + r * ld + c, ld, high, width);
-    if (a) lines.add(a->at, a->end, a->share);
-    if (b) lines.add(b->at, b->end, b->share);
+  Shares *a = nullptr, *b = nullptr;
+  void ahead(Prefetch& lines, int64_t r, int64_t high, int64_t c, int64_t width) const {
+    lines.add(out + r * ld + c, ld, high, width, true);
+    if (a) a->next(lines);
+    if (b) b->next(lines);
   }
   template <class N>
   void put(int64_t r, int64_t c, vf y, N left) const {
@@ -47,20 +58,20 @@ struct Multiplier {
   const Product& p;
 
   const T* a(int64_t row, int64_t k) const {
-    return static_cast<const T*>(p.a.data) + (p.a.down ? k * p.a.ld + row : row * p.a.ld + k);
+    return static_cast<const T*>(p.a.data) + (p.a.column_major ? k * p.a.ld + row : row * p.a.ld + k);
   }
   const B* b(int64_t k, int64_t col) const {
-    return static_cast<const B*>(p.b.data) + (p.b.down ? col * p.b.ld + k : k * p.b.ld + col);
+    return static_cast<const B*>(p.b.data) + (p.b.column_major ? col * p.b.ld + k : k * p.b.ld + col);
   }
   // Words that `rows` rows of a and `lanes` lanes take, packed.
-  static int64_t packed_rows(int64_t rows, int64_t lanes) { return (rows + MR - 1) / MR * down_tile(lanes); }
+  static int64_t packed_rows(int64_t rows, int64_t lanes) { return (rows + MR - 1) / MR * column_major_tile(lanes); }
   // Rows of a as the tiles take them: where they lie, or packed in `memory`.
   Rows rows(int64_t row, int64_t high, int64_t k, int64_t length, uint32_t* memory) const {
     const int64_t lanes = lanes_of<D>(length);
     const T* from = a(row, k);
-    if (p.a.down) {
-      pack_down<D>(from, p.a.ld, high, p.n - row, length, memory);
-      return {memory, down_tile(lanes), 1, MR};
+    if (p.a.column_major) {
+      pack_a_column_major<D>(from, p.a.ld, high, p.n - row, length, memory);
+      return {memory, column_major_tile(lanes), 1, MR};
     }
     if (std::is_same_v<T, typename D::element> && length % D::K == 0 && p.a.ld % D::K == 0 && uintptr_t(from) % 4 == 0)
       return rows_along(reinterpret_cast<const uint32_t*>(from), p.a.ld / D::K);
@@ -69,7 +80,7 @@ struct Multiplier {
   }
   // Columns col .. col + wide of b, col a multiple of NR.
   void pack(int64_t k, int64_t length, int64_t col, int64_t wide, uint32_t* to) const {
-    if (p.b.down) {
+    if (p.b.column_major) {
       pack_cols<D>(b(k, col), p.b.ld, length, wide, to);
     } else {
       pack_rows<D>(b(k, col), p.b.ld, length, wide, to);
@@ -99,7 +110,7 @@ void by_parts(const Product& p, int64_t parts) {
       float* sum = sums + part * size;
       for (int64_t k = first; k < end || k == first; k += few * D::K) {
         const int64_t next = std::min(end, k + few * D::K), after = std::min(end, next + few * D::K), length = next - k;
-        Stream a(of.a(0, next), of.a(0, after), tiles), b(of.b(next, 0), of.b(after, 0), tiles);
+        Shares a(of.a(0, next), of.a(0, after), tiles), b(of.b(next, 0), of.b(after, 0), tiles);
         of.pack(k, length, 0, p.m, packed);
         for (int64_t r = 0; r < p.n; r += block) {
           const int64_t high = std::min(block, p.n - r);
@@ -168,9 +179,9 @@ void by_rows(const Product& p) {
   const float* bias = widened(p.bias, p.b_dtype, p.m, 0.f, common);
   const float* none = widened(nullptr, p.dtype, p.m, 0.f, common);
   uint32_t* packed = common.take<uint32_t>(lanes * round_up(std::min(p.m, wide), W));
-  const bool apart = !std::is_same_v<O, float> && most < p.k;
+  const bool sums_elsewhere = !std::is_same_v<O, float> && most < p.k;
   const int64_t ld = round_up(std::min(p.m, wide), W);
-  const Destination<O> to{p, bias, none, common.take<float>(apart ? p.n * ld : 0), ld};
+  const Destination<O> to{p, bias, none, common.take<float>(sums_elsewhere ? p.n * ld : 0), ld};
 
   for (int64_t col = 0; col < p.m; col += wide) {
     const int64_t cols = std::min(wide, p.m - col);
@@ -203,12 +214,12 @@ void by_columns(const Product& p, int64_t wide) {
   Scratch& common = shared();
   const float* bias = widened(p.bias, p.b_dtype, p.m, 0.f, common);
   const float* none = widened(nullptr, p.dtype, p.m, 0.f, common);
-  const bool apart = !std::is_same_v<O, float> && most < p.k;
+  const bool sums_elsewhere = !std::is_same_v<O, float> && most < p.k;
   parallel_units((p.m + wide - 1) / wide, [&](Queue& queue) {
     Scratch& memory = scratch();
     uint32_t* packed = memory.take<uint32_t>(lanes * wide);
     uint32_t* rows = memory.take<uint32_t>(of.packed_rows(block, lanes));
-    const Destination<O> to{p, bias, none, memory.take<float>(apart ? p.n * wide : 0), wide};
+    const Destination<O> to{p, bias, none, memory.take<float>(sums_elsewhere ? p.n * wide : 0), wide};
     for (int64_t unit; (unit = queue.next()) >= 0;) {
       const int64_t col = unit * wide, cols = std::min(wide, p.m - col);
       for (int64_t k = 0; k < p.k || !k; k += most) {
@@ -229,10 +240,10 @@ void run(const Product& p) {
   if constexpr (std::is_same_v<T, B>) {
     const int64_t parts = threads.count();
     const bool few = p.n * p.m * 4 <= FEW_BYTES && lanes_of<Compute<T>>(p.k) >= 2 * FEW_LANES * parts;
-    if (few && parts > 1 && p.a.down && !p.b.down) return by_parts<T, O>(p, parts);
+    if (few && parts > 1 && p.a.column_major && !p.b.column_major) return by_parts<T, O>(p, parts);
   }
   const int64_t units = 2 * threads.count(), wide = std::min((p.m / units + NR - 1) / NR * NR, MOST_WIDE);
-  p.n <= FEW_ROWS && !p.a.down && p.m >= units * NR ? by_columns<T, B, O>(p, wide) : by_rows<T, B, O>(p);
+  p.n <= FEW_ROWS && !p.a.column_major && p.m >= units * NR ? by_columns<T, B, O>(p, wide) : by_rows<T, B, O>(p);
 }
 template <class T, class B>
 void run(const Product& p) {
@@ -246,14 +257,7 @@ void run(const Product& p) {
 }  // namespace
 
 void product(const Product& p) {
-  switch (p.dtype) {
-    case Dtype::bf16:
-      return run<bf16>(p);
-    case Dtype::f16:
-      return run<f16>(p);
-    default:
-      return run<float>(p);
-  }
+  with_dtype(p.dtype, [&](auto t) { run<decltype(t)>(p); });
 }
 
 }  // namespace pyvit::PYVIT_ISA

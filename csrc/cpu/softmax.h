@@ -1,6 +1,7 @@
 // Rows of scores: bias in, running softmax out.
 #pragma once
 
+#include "dtype.h"
 #include "gemm_tile.h"
 #include "kernel_args.h"
 
@@ -18,20 +19,11 @@ class BiasRows {
     const int64_t at = base_ + i * bias_.q + j * bias_.k;
     if (bias_.dtype == Dtype::f32 && bias_.k == 1) return static_cast<const float*>(bias_.data) + at;
     if (at == cached_ && n == cached_n_) return buffer_;
-    switch (bias_.dtype) {
-      case Dtype::f32:
-        expand(static_cast<const float*>(bias_.data) + at, n);
-        break;
-      case Dtype::bf16:
-        expand(static_cast<const bf16*>(bias_.data) + at, n);
-        break;
-      case Dtype::f16:
-        expand(static_cast<const f16*>(bias_.data) + at, n);
-        break;
-      case Dtype::boolean: {
-        const bool* p = static_cast<const bool*>(bias_.data) + at;
-        for (int64_t c = 0; c < n; c++) buffer_[c] = p[c * bias_.k] ? 0.f : -INF;
-      }
+    if (bias_.dtype == Dtype::boolean) {
+      const bool* p = static_cast<const bool*>(bias_.data) + at;
+      for (int64_t c = 0; c < n; c++) buffer_[c] = p[c * bias_.k] ? 0.f : -INF;
+    } else {
+      with_dtype(bias_.dtype, [&](auto t) { expand(static_cast<const decltype(t)*>(bias_.data) + at, n); });
     }
     cached_ = at;
     cached_n_ = n;

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernel_args.h"
+#include "parallel.h"
 #include "vec.h"
 
 namespace pyvit::PYVIT_ISA {

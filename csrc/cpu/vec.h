@@ -138,38 +138,68 @@ inline vu widen(vh x) {
   return __builtin_convertvector(x, vu);
 #endif
 }
-inline vf load(const float* p) { return load_as<vf>(p); }
-inline vf load(const bf16* p) { return (vf)(widen(load_as<vh>(p)) << 16); }
-inline vf load(const f16* p) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__F16C__)
-  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-#else
-  vf v;
-  for (int i = 0; i < W; i++) v[i] = to_float(p[i]);
-  return v;
-#endif
+// A vector of 16-bit elements to floats, and back, rounded to the nearest even.
+template <class T>
+vf widen_as(vh bits);
+template <class T>
+vh narrow_as(vf v);
+template <>
+inline vf widen_as<bf16>(vh bits) {
+  return (vf)(widen(bits) << 16);
 }
-inline void store(float* p, vf v) { store_as(p, v); }
-inline void store(bf16* p, vf v) {
+template <>
+inline vh narrow_as<bf16>(vf v) {
 #if defined(__AVX512BF16__)
-  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+  return (vh)_mm512_cvtneps_pbh((__m512)v);
 #else
   vu u = (vu)v;
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   vu result = (vu)((v != v) ? (vi)((u >> 16) | 64u) : (vi)rounded);
-  store_as(p, __builtin_convertvector(result, vh));
+  return __builtin_convertvector(result, vh);
 #endif
 }
-inline void store(f16* p, vf v) {
+#if defined(__F16C__)
+template <>
+inline vf widen_as<f16>(vh bits) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif defined(__F16C__)
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return (vf)_mm512_cvtph_ps((__m256i)bits);
 #else
-  for (int i = 0; i < W; i++) p[i] = from_float<f16>(v[i]);
+  return (vf)_mm256_cvtph_ps((__m128i)bits);
 #endif
+}
+template <>
+inline vh narrow_as<f16>(vf v) {
+  constexpr int NEAREST = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+#if defined(__AVX512F__)
+  return (vh)_mm512_cvtps_ph((__m512)v, NEAREST);
+#else
+  return (vh)_mm256_cvtps_ph((__m256)v, NEAREST);
+#endif
+}
+#else  // calls: what they do would outgrow the loops around them
+template <>
+__attribute__((noinline)) inline vf widen_as<f16>(vh bits) {
+  vf v;
+  for (int i = 0; i < W; i++) v[i] = to_float(f16{bits[i]});
+  return v;
+}
+template <>
+__attribute__((noinline)) inline vh narrow_as<f16>(vf v) {
+  vh bits;
+  for (int i = 0; i < W; i++) bits[i] = from_float<f16>(v[i]).bits;
+  return bits;
+}
+#endif
+
+inline vf load(const float* p) { return load_as<vf>(p); }
+template <class T>
+inline vf load(const T* p) {
+  return widen_as<T>(load_as<vh>(p));
+}
+inline void store(float* p, vf v) { store_as(p, v); }
+template <class T>
+inline void store(T* p, vf v) {
+  store_as(p, narrow_as<T>(v));
 }
 
 #if defined(__AVX512BW__)
@@ -220,39 +250,62 @@ inline vi first_lanes(int n) {
 // The first n lanes of v, 0 in the rest.
 inline vf keep_first(vf v, int n) { return first_lanes(n) ? v : vf{}; }
 
-// The first n < W elements; the rest read as `fill` and are not touched by a store.
+// The first n < W 16-bit elements, or n < 2 W of them as pairs; the rest are 0.
 template <class T>
-inline vf load_n(const T* p, int n, float fill = 0.f) {
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>) {
-    return (vf)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), __mmask16((1u << n) - 1), p);
-  }
-#elif defined(__AVX2__)
-  if constexpr (std::is_same_v<T, float>) {
-    const __m256i mask = (__m256i)first_lanes(n);
-    return (vf)_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask), (__m256)mask);
-  }
-#endif
-  vf v = set1(fill);
-  for (int i = 0; i < n; i++) v[i] = to_float(p[i]);
+inline vh load_bits(const T* p, int n) {
+#if defined(__AVX512BW__)
+  return (vh)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
+#else
+  vh v{};
+  std::memcpy(&v, p, n * sizeof(T));
   return v;
+#endif
+}
+template <class T>
+inline vu load_pairs(const T* p, int n) {
+#if defined(__AVX512BW__)
+  return (vu)_mm512_maskz_loadu_epi16(__mmask32((1u << n) - 1), p);
+#else
+  vu v{};
+  std::memcpy(&v, p, n * sizeof(T));
+  return v;
+#endif
+}
+
+// The first n < W elements; the rest read as `fill` and are not touched by a store.
+inline vf load_n(const float* p, int n, float fill = 0.f) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), __mmask16((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  const __m256i mask = (__m256i)first_lanes(n);
+  return (vf)_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask), (__m256)mask);
+#else
+  vf v = set1(fill);
+  for (int i = 0; i < n; i++) v[i] = p[i];
+  return v;
+#endif
+}
+template <class T>
+inline vf load_n(const T* p, int n) {
+  return widen_as<T>(load_bits(p, n));
+}
+inline void store_n(float* p, vf v, int n) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(p, (__m256i)first_lanes(n), (__m256)v);
+#else
+  std::memcpy(p, &v, n * sizeof(float));
+#endif
 }
 template <class T>
 inline void store_n(T* p, vf v, int n) {
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>) {
-    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
-    return;
-  }
-#elif defined(__AVX2__)
-  if constexpr (std::is_same_v<T, float>) {
-    _mm256_maskstore_ps(p, (__m256i)first_lanes(n), (__m256)v);
-    return;
-  }
+  const vh bits = narrow_as<T>(v);
+#if defined(__AVX512BW__)
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), (__m256i)bits);
+#else
+  std::memcpy(p, &bits, n * sizeof(T));
 #endif
-  T buffer[W];
-  store(buffer, v);
-  std::memcpy(p, buffer, n * sizeof(T));
 }
 
 // body(column, elements there) for the vectors of a row, the last one perhaps shorter.

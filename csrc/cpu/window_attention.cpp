@@ -11,7 +11,7 @@ class Forward {
 
  public:
   Forward(const Window& w, const Windows& g, Scratch& memory)
-      : ahead(std::max(g.area, w.d), memory),
+      : next(std::max(g.area, w.d), memory),
         d(w.d),
         n(g.area),
         g_(g),
@@ -27,7 +27,7 @@ class Forward {
   template <class T>
   void pack(const Operands<D, T>& in) {
     in.queries_and_keys([&](const auto& q, const auto& k) {
-      pack_columns<D>(q, queries_, g_.ld, g_.apart, last_);
+      pack_columns<D>(q, queries_, g_.ld, g_.remainder, last_);
       pack_rows<D>(k, keys_);
     });
     pack_pairs<D>(in.part(2), values_);
@@ -35,14 +35,14 @@ class Forward {
 
   // out: pointers to the rows of the result.
   void run(const float* bias, double scale, float* lse, float* const* out) {
-    const int64_t cols = g_.apart ? n - 1 : g_.ld;
+    const int64_t cols = g_.remainder ? n - 1 : g_.ld;
     for (int64_t i = 0; i < cols;)
       i += W * next_group((cols - i) / W,
                           [&](auto v) { queries<decltype(v)::value>(i, bias + i, scale, lse + i, out + i); });
-    if (g_.apart) last_query(bias + n * g_.ld, scale, lse + n - 1, out[n - 1]);
+    if (g_.remainder) last_query(bias + n * g_.ld, scale, lse + n - 1, out[n - 1]);
   }
 
-  Ahead ahead;
+  PrefetchList next;
 
  private:
   // In two floats: the error of one would shift every score of a row by as much as the largest is rounded.
@@ -65,7 +65,7 @@ class Forward {
           store(scores + j * ld + v * W, x);
           highest[v] = vmax(highest[v], x);
         },
-        ahead);
+        next);
     uint32_t* p = reinterpret_cast<uint32_t*>(scores_);
     for (int64_t j = 0; j < n; j += D::K)
 #pragma GCC unroll 4
@@ -81,17 +81,23 @@ class Forward {
           store_as(p + j / 2 * ld + v * W, pair_lanes(e, next));
         }
       }
-    float inverse[V * W];
+    float inverse[WIDEST * W];
     for (int v = 0; v < V; v++) {
       store(inverse + v * W, sum[v] == 0.f ? vf{} : 1.f / sum[v]);
       const vf l = sum[v] == 0.f ? set1(-INF) : top[v] + log2v(sum[v]) * LN2;
       if (count > v * W) store_up_to(lse + v * W, l, count - v * W);
     }
-    product_then<D, true>(
+    times_values<true>(count, p, ld, inverse, out);
+  }
+
+  // out = P V times `factor`, of one query or of the columns of P.
+  template <bool COLUMNS>
+  void times_values(int64_t count, const uint32_t* p, int64_t ld, const float* factor, float* const* out) {
+    product_then<D, COLUMNS, COLUMNS ? 0 : 1>(
         count, d, lanes_of<D>(n), p, ld, values_, ldv_,
-        [=, width = d, factor = inverse](int64_t i, int64_t c, vf x)
+        [=, width = d](int64_t i, int64_t c, vf x)
             __attribute__((always_inline)) { store_up_to(out[i] + c, x * factor[i], width - c); },
-        ahead);
+        next);
   }
 
   void last_query(const float* bias, double factor, float* lse, float* out) {
@@ -112,11 +118,7 @@ class Forward {
     }
     const float total = reduce_add(sum), inverse = total == 0 ? 0.f : 1.f / total;
     *lse = total == 0 ? -INF : most + std::log2(total) * LN2;
-    product_then<D, false>(
-        1, d, lanes_of<D>(n), reinterpret_cast<uint32_t*>(row_), 0, values_, ldv_,
-        [=, width = d](int64_t, int64_t c, vf x)
-            __attribute__((always_inline)) { store_up_to(out + c, x * inverse, width - c); },
-        ahead);
+    times_values<false>(1, reinterpret_cast<uint32_t*>(row_), 0, &inverse, &out);
   }
 
   const int64_t d, n;
@@ -148,15 +150,15 @@ class Worker {
   }
   void set(int at, int64_t index) {
     Site& site = sites_[at];
-    site.place.set(index);
-    site.place.rows(w_.qkv, shared_.padding(), site.qkv);
-    site.place.rows(w_.out, sink_, site.out);
+    site.tokens.set(index);
+    site.tokens.rows(w_.qkv, shared_.padding(), site.qkv);
+    site.tokens.rows(w_.out, sink_, site.out);
     site.lines.clear();
     for (int part = 0; part < 3; part++) site.lines.add(site.qkv, n_, part * w_.heads * w_.d, w_.d);
     site.lines.add(site.out, n_, 0, w_.d);
   }
-  void fetch() { attention_.ahead.clear(); }
-  void fetch(int at, int64_t head) { attention_.ahead.set(sites_[at].lines, head * w_.d * sizeof(T)); }
+  void fetch() { attention_.next.clear(); }
+  void fetch(int at, int64_t head) { attention_.next.set(sites_[at].lines, head * w_.d * sizeof(T)); }
   void begin(int64_t) {}
   void end(int64_t) {}
   void head(int at, int64_t index, int64_t head) {
@@ -165,7 +167,7 @@ class Worker {
     attention_.pack(operands_);
     if constexpr (std::is_same_v<T, float>)
       for (int64_t i = 0; i < n_; i++) results_[i] = site.out[i] + head * w_.d;
-    attention_.run(site.place.bias(shared_.bias(head)), shared_.scale(head), w_.lse + (index * w_.heads + head) * n_,
+    attention_.run(site.tokens.bias(shared_.bias(head)), shared_.scale(head), w_.lse + (index * w_.heads + head) * n_,
                    results_);
     if constexpr (!std::is_same_v<T, float>)
       for (int64_t i = 0; i < n_; i++)
@@ -176,13 +178,13 @@ class Worker {
  private:
   struct Site {
     Site(const Window& w, const Windows& g, Scratch& memory)
-        : place(w, g, memory),
+        : tokens(w, g, memory),
           qkv(memory.take<T*>(g.area)),
           out(memory.take<T*>(g.area)),
-          lines(4 * g.area * Lines::per_row<T>(w.d), std::max(g.area, w.d), memory) {}
-    Place place;
+          lines(4 * g.area * LineList::per_row<T>(w.d), std::max(g.area, w.d), memory) {}
+    WindowTokens tokens;
     T **qkv, **out;
-    Lines lines;
+    LineList lines;
   };
   const Window& w_;
   int64_t n_, ld_;
@@ -209,14 +211,7 @@ void forward(const Window& w) {
 }  // namespace
 
 void window(const Window& w) {
-  switch (w.dtype) {
-    case Dtype::bf16:
-      return forward<bf16>(w);
-    case Dtype::f16:
-      return forward<f16>(w);
-    default:
-      return forward<float>(w);
-  }
+  with_dtype(w.dtype, [&](auto t) { forward<decltype(t)>(w); });
 }
 
 }  // namespace pyvit::PYVIT_ISA

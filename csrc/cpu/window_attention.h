@@ -3,9 +3,10 @@
 //
 // Scores are held transposed, keys as rows and queries as columns: maximum and sum of the softmax run down the columns,
 // one query per vector lane, and no window size needs a horizontal reduction. A window of W k + 1 tokens (7 x 7) would
-// waste a vector on its last query, so that one is done apart, by dot products.
+// waste a vector on its last query, so that one, the remainder, is done by dot products.
 #pragma once
 
+#include "dtype.h"
 #include "window_coordinates.h"
 
 namespace pyvit::PYVIT_ISA {
@@ -16,7 +17,7 @@ constexpr float LEAST = std::numeric_limits<float>::lowest();
 // Packing. Row i of an operand is rows[i] + at, d channels.
 
 template <class T>
-struct Rows {
+struct TokenRows {
   const T* const* rows;
   int64_t at, n, d;
   const T* operator[](int64_t i) const { return rows[i] + at; }
@@ -28,18 +29,18 @@ inline int64_t ld_of_rows(int64_t d) {
   return round_up(lanes_of<D>(d), W);
 }
 template <class D, class T>
-inline void pack_rows(const Rows<T>& in, uint32_t* out) {
+inline void pack_rows(const TokenRows<T>& in, uint32_t* out) {
   const int64_t ld = ld_of_rows<D>(in.d);
   for (int64_t i = 0; i < in.n; i++)
     for (int64_t l = 0; l < ld; l += W) store_as(out + i * ld + l, lanes_along<D>(in[i] + l * D::K, in.d - l * D::K));
 }
 
-// Channels as rows of lanes, tokens as columns, zero-padded to whole vectors; with
-// `apart` the last token becomes the row `last` instead.
+// Channels as rows of lanes, tokens as columns, zero-padded to whole vectors; with `remainder` the last token becomes
+// the row `last` instead.
 template <class D, class T>
-inline void pack_columns(const Rows<T>& in, uint32_t* out, int64_t ld, bool apart, uint32_t* last) {
-  const int64_t lanes = lanes_of<D>(in.d), n = apart ? in.n - 1 : in.n;
-  if (apart) pack_rows<D>(Rows<T>{in.rows + n, in.at, 1, in.d}, last);
+inline void pack_columns(const TokenRows<T>& in, uint32_t* out, int64_t ld, bool remainder, uint32_t* last) {
+  const int64_t lanes = lanes_of<D>(in.d), n = remainder ? in.n - 1 : in.n;
+  if (remainder) pack_rows<D>(TokenRows<T>{in.rows + n, in.at, 1, in.d}, last);
   for (int64_t i = 0; i < n; i += W)
     for (int64_t l = 0; l < lanes; l += W) {
       vu r[W];
@@ -59,7 +60,7 @@ inline void pack_columns(const Rows<T>& in, uint32_t* out, int64_t ld, bool apar
 
 // Lanes of tokens as rows, channels as columns, zero-padded to whole vectors.
 template <class D, class T>
-inline void pack_pairs(const Rows<T>& in, uint32_t* out) {
+inline void pack_pairs(const TokenRows<T>& in, uint32_t* out) {
   if constexpr (D::K == 1) {
     pack_rows<D>(in, out);
   } else {
@@ -69,57 +70,6 @@ inline void pack_pairs(const Rows<T>& in, uint32_t* out) {
       }
   }
 }
-
-// The cache lines of one head's rows in one window, in the order they are needed; those of the next head lie `offset`
-// bytes further. Rows far apart in the map are beyond the reach of the hardware's prefetchers, so the products fetch
-// the lines of the head to come, one for every lane they go through.
-class Lines {
- public:
-  // At most `most` lines; `lanes`: of the longest product, which may run past the last line.
-  Lines(int64_t most, int64_t lanes, Scratch& memory) : list_(memory.take<const char*>(most + lanes)), most_(most) {
-    const char* nowhere = reinterpret_cast<const char*>(list_);
-    std::fill(list_ + most, list_ + most + lanes, nowhere);
-  }
-  void clear() { count_ = 0; }
-  // n rows of d elements from rows[i] + at on.
-  template <class T>
-  void add(T* const* rows, int64_t n, int64_t at, int64_t d) {
-    for (int64_t byte = at * int64_t(sizeof(T)), end = byte + d * int64_t(sizeof(T)); byte < end; byte += LINE)
-      for (int64_t i = 0; i < n; i++) list_[count_++] = reinterpret_cast<const char*>(rows[i]) + byte;
-  }
-  template <class T>
-  static int64_t per_row(int64_t d) {
-    return (d * int64_t(sizeof(T)) + LINE - 1) / LINE;
-  }
-
- private:
-  friend class Ahead;
-  static constexpr int64_t LINE = 64;
-  const char** list_;
-  int64_t most_, count_ = 0;
-};
-class Ahead {
- public:
-  explicit Ahead(int64_t lanes, Scratch& memory) : none_(0, lanes, memory) { clear(); }
-  void clear() { set(none_, 0); }
-  void set(const Lines& lines, int64_t offset) {
-    next_ = lines.list_;
-    end_ = lines.list_ + lines.most_;
-    offset_ = offset;
-  }
-  int64_t offset() const { return offset_; }
-  // Where the lines for the next product's `lanes` lanes are listed.
-  const char* const* take(int64_t lanes) {
-    const char* const* from = next_;
-    next_ = std::min(next_ + lanes, end_);
-    return from;
-  }
-
- private:
-  Lines none_;
-  const char *const *next_, *const *end_;
-  int64_t offset_;
-};
 
 // Products
 
@@ -162,7 +112,7 @@ inline int64_t next_group(int64_t left, const F& f) {
 // The most vectors of queries that are taken together.
 inline int64_t widest_group(const Windows& g) {
   int64_t most = 0;
-  for (int64_t left = (g.apart ? g.area - 1 : g.ld) / W; left > 0; left -= group(left))
+  for (int64_t left = (g.remainder ? g.area - 1 : g.ld) / W; left > 0; left -= group(left))
     most = std::max(most, group(left));
   return most;
 }
@@ -172,18 +122,17 @@ inline int64_t widest_group(const Windows& g) {
 // address, so anything else would be loaded again after each.
 template <class D, int M, int V, bool COLUMNS, class Done>
 inline void tile_then(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t lanes, const Done done,
-                      Ahead& ahead) {
+                      PrefetchList& next) {
   // A line for about every 12 cycles: memory gives no more, and what waits for it holds up the loads.
   constexpr int EACH = M * V >= 24 ? 1 : 2;
-  const char* const* next = ahead.take((lanes + EACH - 1) / EACH);
-  const int64_t offset = ahead.offset();
+  const auto fetch = next.take((lanes + EACH - 1) / EACH);
   vf acc[M][V];
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) acc[m][v] = vf{};
   for (int64_t k = 0; k < lanes; k++) {
-    if (k % EACH == 0) __builtin_prefetch(next[k / EACH] + offset, 0, 2);
+    if (k % EACH == 0) fetch(k / EACH);
     vu bv[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) bv[v] = load_as<vu>(b + k * ldb + v * W);
@@ -203,25 +152,26 @@ inline void tile_then(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t
 // All rows of one group of columns; done(row, v, sums).
 template <class D, int V, bool COLUMNS, int M = tile_height(V), class Done>
 inline void product(int64_t rows, int64_t lanes, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
-                    const Done done, Ahead& ahead, int64_t row = 0) {
+                    const Done done, PrefetchList& next, int64_t row = 0) {
   for (; row + M <= rows; row += M) {
     tile_then<D, M, V, COLUMNS>(
         a + (COLUMNS ? row : row * lda), lda, b, ldb, lanes,
-        [=](int m, int v, vf x) __attribute__((always_inline)) { done(row + m, v, x); }, ahead);
+        [=](int m, int v, vf x) __attribute__((always_inline)) { done(row + m, v, x); }, next);
   }
   if constexpr (M > 1)
-    if (row < rows) product<D, V, COLUMNS, (M > 4 ? 4 : M / 2)>(rows, lanes, a, lda, b, ldb, done, ahead, row);
+    if (row < rows) product<D, V, COLUMNS, (M > 4 ? 4 : M / 2)>(rows, lanes, a, lda, b, ldb, done, next, row);
 }
 
-// All columns: done(row, column, sums).
-template <class D, bool COLUMNS, class Done>
+// All columns: done(row, column, sums). M: the rows of a tile at most, or 0 for as many as fit into the registers.
+template <class D, bool COLUMNS, int M = 0, class Done>
 inline void product_then(int64_t rows, int64_t cols, int64_t lanes, const uint32_t* a, int64_t lda, const uint32_t* b,
-                         int64_t ldb, const Done done, Ahead& ahead) {
+                         int64_t ldb, const Done done, PrefetchList& next) {
   for (int64_t c = 0; c < cols;)
     c += W * next_group((cols - c + W - 1) / W, [&](auto v) {
-           product<D, decltype(v)::value, COLUMNS>(
+           constexpr int V = decltype(v)::value;
+           product<D, V, COLUMNS, M ? M : tile_height(V)>(
                rows, lanes, a, lda, b + c, ldb,
-               [=](int64_t row, int u, vf x) __attribute__((always_inline)) { done(row, c + u * W, x); }, ahead);
+               [=](int64_t row, int u, vf x) __attribute__((always_inline)) { done(row, c + u * W, x); }, next);
          });
 }
 
@@ -264,7 +214,7 @@ inline void dots(const uint32_t* a, int64_t n, int64_t ld, const uint32_t* b, fl
 
 // Cosine attention: rows over their length, at least 1e-12, as F.normalize; `inverse` is what they were multiplied by.
 template <class T, class E>
-inline void normalise(const Rows<T>& in, E* out, float* inverse) {
+inline void normalise(const TokenRows<T>& in, E* out, float* inverse) {
   const int64_t ld = round_up(in.d, W);
   for (int64_t i = 0; i < in.n; i++) {
     vf squares{};
@@ -299,13 +249,13 @@ class Operands {
     normalise(part(1), unit_rows_[n_], inverse_ + n_);
   }
   // 0, 1, 2: q, k, v.
-  Rows<T> part(int64_t which) const { return {rows_, which * w_.heads * w_.d + channel_, n_, w_.d}; }
+  TokenRows<T> part(int64_t which) const { return {rows_, which * w_.heads * w_.d + channel_, n_, w_.d}; }
   const float* inverse(int64_t which) const { return inverse_ + which * n_; }
   // f(queries, keys) as they enter the scores.
   template <class F>
   void queries_and_keys(const F& f) const {
     if (w_.logit_scale) {
-      f(Rows<E>{unit_rows_, 0, n_, w_.d}, Rows<E>{unit_rows_ + n_, 0, n_, w_.d});
+      f(TokenRows<E>{unit_rows_, 0, n_, w_.d}, TokenRows<E>{unit_rows_ + n_, 0, n_, w_.d});
     } else {
       f(part(0), part(1));
     }

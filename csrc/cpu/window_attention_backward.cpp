@@ -18,6 +18,24 @@ struct Records {
   int64_t table, pad;  // sizes of one
 };
 
+// Where rows of dq, dk and dv (parts 0, 1, 2) go: to the map, dq and dk with the factor on the scores; or to buffers.
+// Passed by value, see tile_then.
+template <class T>
+struct ToMap {
+  T* const* rows;
+  int64_t channels, head, d;  // of a part; the head's first; the head's
+  float scale;
+  T* at(int part, int64_t i, int64_t c) const { return rows[i] + part * channels + head + c; }
+  void operator()(int part, int64_t i, int64_t c, vf x) const {
+    store_up_to(at(part, i, c), part < 2 ? x * scale : x, d - c);
+  }
+};
+struct ToBuffers {
+  float* rows[3];  // (n, ld)
+  int64_t ld;
+  void operator()(int part, int64_t i, int64_t c, vf x) const { store(rows[part] + i * ld + c, x); }
+};
+
 template <class T>
 class Worker {
   using D = Compute<T>;
@@ -49,17 +67,17 @@ class Worker {
   void set(int at, int64_t index) {
     Site& site = sites_[at];
     const int64_t n = g_.area, channels = w_.heads * w_.d;
-    site.place.set(index);
-    site.place.rows(w_.qkv, shared_.padding(), site.qkv);
-    site.place.rows(grad_.grad_out, zeros_, site.grad_out);
-    site.place.rows(grad_.grad_qkv, sink_, site.result);
+    site.tokens.set(index);
+    site.tokens.rows(w_.qkv, shared_.padding(), site.qkv);
+    site.tokens.rows(grad_.grad_out, zeros_, site.grad_out);
+    site.tokens.rows(grad_.grad_qkv, sink_, site.result);
     site.lines.clear();
     for (int part = 0; part < 3; part++) site.lines.add(site.qkv, n, part * channels, w_.d);
     site.lines.add(site.grad_out, n, 0, w_.d);
     for (int part = 0; part < 3; part++) site.lines.add(site.result, n, part * channels, w_.d);
   }
-  void fetch() { gradients_.ahead.clear(); }
-  void fetch(int at, int64_t head) { gradients_.ahead.set(sites_[at].lines, head * w_.d * sizeof(T)); }
+  void fetch() { gradients_.next.clear(); }
+  void fetch(int at, int64_t head) { gradients_.next.set(sites_[at].lines, head * w_.d * sizeof(T)); }
 
   void begin(int64_t unit) {
     first_head_ = units_.first_head(unit);
@@ -70,31 +88,21 @@ class Worker {
     const Site& site = sites_[at];
     const int64_t n = g_.area, d = w_.d, channels = w_.heads * d, record = record_ + head;
     operands_.set(site.qkv, head);
-    gradients_.pack(operands_, Rows<T>{site.grad_out, head * d, n, d});
+    gradients_.pack(operands_, TokenRows<T>{site.grad_out, head * d, n, d});
     const float* lse = w_.lse + (index * w_.heads + head) * n;
     for (int64_t i = 0; i < g_.ld; i += W) {
       const vf l = i + W <= n ? load(lse + i) : load_n(lse + i, int(n - i), -INF);
       store(lse2_ + i, l == set1(-INF) ? set1(INF) : vmin(set1(-LEAST), l * LOG2E));  // in this order a NaN stays
     }
     const float scale = float(shared_.scale(head)), scale2 = float(shared_.scale(head) * 1.4426950408889634);
-    // Straight to the map, but where normalisation or the sums of padding tokens come in between.
-    const bool straight = !w_.logit_scale && !records_.pads;
-    T* const* rows = site.result;
+    const float* bias = site.tokens.bias(shared_.bias(head));
+    float* grad_bias = tiles_ ? tiles_ + (head - first_head_) * tile_ : nullptr;
+    const ToMap<T> map{site.result, channels, head * d, d, scale};
+    // float32 goes straight to the map, but where normalisation or the sums of padding tokens come in between.
+    if constexpr (std::is_same_v<T, float>)
+      if (!w_.logit_scale && !records_.pads) return gradients_.run(bias, scale, scale2, lse2_, grad_bias, map);
     const int64_t ld = gradients_.ld;
-    const auto store_part = [=](int part, int64_t i, int64_t c, vf x) __attribute__((always_inline)) {
-      store_up_to(rows[i] + part * channels + head * d + c, x, d - c);
-    };
-    float* const buffers[3] = {rows_[0], rows_[1], rows_[2]};
-    gradients_.run(site.place.bias(shared_.bias(head)), scale, scale2, lse2_,
-                   tiles_ ? tiles_ + (head - first_head_) * tile_ : nullptr,
-                   [=](int part, int64_t i, int64_t c, vf x) __attribute__((always_inline)) {
-                     if (straight) {
-                       store_part(part, i, c, part < 2 ? x * scale : x);
-                     } else {
-                       store(buffers[part] + i * ld + c, x);
-                     }
-                   });
-    if (straight) return;
+    gradients_.run(bias, scale, scale2, lse2_, grad_bias, ToBuffers{{rows_[0], rows_[1], rows_[2]}, ld});
     if (w_.logit_scale) {
       records_.logits[record] += through_normalisation(0, rows_[0], scale);
       through_normalisation(1, rows_[1], scale);
@@ -104,7 +112,7 @@ class Worker {
       for (int part = 0; part < 3; part++)
         for (int64_t c = 0; c < d; c += W) {
           const vf x = load(rows_[part] + i * ld + c) * (w_.logit_scale || part == 2 ? 1.f : scale);
-          store_part(part, i, c, x);
+          store_up_to(map.at(part, i, c), x, d - c);
           if (!padding || part == 0) continue;  // the output at a padding token is dropped: its q has no gradient
           float* sum = records_.pads + record * records_.pad + (part - 1) * ld + c;
           store(sum, load(sum) + x);
@@ -119,20 +127,20 @@ class Worker {
  private:
   struct Site {
     Site(const Window& w, const Windows& g, Scratch& memory)
-        : place(w, g, memory),
+        : tokens(w, g, memory),
           qkv(memory.take<T*>(g.area)),
           grad_out(memory.take<T*>(g.area)),
           result(memory.take<T*>(g.area)),
-          lines(7 * g.area * Lines::per_row<T>(w.d), std::max(g.area, w.d), memory) {}
-    Place place;
+          lines(7 * g.area * LineList::per_row<T>(w.d), std::max(g.area, w.d), memory) {}
+    WindowTokens tokens;
     T **qkv, **grad_out, **result;
-    Lines lines;
+    LineList lines;
   };
 
   // Rows g = d loss / d x^ become those of x, x^ = x / max(|x|, eps): (g - x^ (x^ . g)) / |x|. Returns the sum of x^ .
   // g.
   double through_normalisation(int64_t which, float* rows, float scale) {
-    const Rows<T> in = operands_.part(which);
+    const TokenRows<T> in = operands_.part(which);
     double total = 0;
     for (int64_t i = 0; i < g_.area; i++) {
       const float inverse = operands_.inverse(which)[i];
@@ -142,9 +150,9 @@ class Worker {
       };
       vf sum{};
       for (int64_t c = 0; c < w_.d; c += W) sum += unit(c) * load(row + c);
-      const float along = reduce_add(sum) * scale;
-      total += along;
-      const float back = inverse < 1e12f ? along : 0.f;  // a constant length has no gradient
+      const float projection = reduce_add(sum) * scale;
+      total += projection;
+      const float back = inverse < 1e12f ? projection : 0.f;  // a constant length has no gradient
       for (int64_t c = 0; c < w_.d; c += W) store(row + c, (load(row + c) * scale - unit(c) * back) * inverse);
     }
     return total;
@@ -174,7 +182,7 @@ class Worker {
         }
       }
     }
-    if (!g_.apart) return;
+    if (!g_.remainder) return;
     const float* last = tile + n * g_.ld;
     for (int64_t j = 0; j < n; j++) table[(wh - 1 - j / ww + wh - 1) * width + 2 * (ww - 1) - j % ww] += last[j];
   }
@@ -232,14 +240,7 @@ void backward(const Window& w, const WindowGrad& grad) {
 }  // namespace
 
 void window_backward(const Window& w, const WindowGrad& g) {
-  switch (w.dtype) {
-    case Dtype::bf16:
-      return backward<bf16>(w, g);
-    case Dtype::f16:
-      return backward<f16>(w, g);
-    default:
-      return backward<float>(w, g);
-  }
+  with_dtype(w.dtype, [&](auto t) { backward<decltype(t)>(w, g); });
 }
 
 }  // namespace pyvit::PYVIT_ISA

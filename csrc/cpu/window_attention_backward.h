@@ -16,14 +16,14 @@ class WindowGradients {
 
  public:
   WindowGradients(const Window& w, const Windows& g, Scratch& memory)
-      : ahead(std::max(g.area, w.d), memory),
+      : next(std::max(g.area, w.d), memory),
         d(w.d),
         n(g.area),
         ld(round_up(w.d, W)),
         g_(g),
         lda_(ld_of_rows<D>(w.d)),
         batch_(batch(g)),
-        ldp_(batch_ + g.apart * W),
+        ldp_(batch_ + g.remainder * W),
         cosine_(w.logit_scale) {
     queries_ = memory.take<uint32_t>(lanes_of<D>(d) * g.ld);
     grads_ = memory.take<uint32_t>(lanes_of<D>(d) * g.ld);
@@ -49,15 +49,15 @@ class WindowGradients {
   }
 
   template <class T>
-  void pack(const Operands<D, T>& in, const Rows<T>& grad_out) {
+  void pack(const Operands<D, T>& in, const TokenRows<T>& grad_out) {
     in.queries_and_keys([&](const auto& q, const auto& k) {
-      pack_columns<D>(q, queries_, g_.ld, g_.apart, last_query_);
+      pack_columns<D>(q, queries_, g_.ld, g_.remainder, last_query_);
       pack_pairs<D>(q, query_pairs_);
       pack_rows<D>(k, keys_);
       if (D::K == 2) pack_pairs<D>(k, key_pairs_);
     });
     pack_rows<D>(in.part(2), values_);
-    pack_columns<D>(grad_out, grads_, g_.ld, g_.apart, last_grad_);
+    pack_columns<D>(grad_out, grads_, g_.ld, g_.remainder, last_grad_);
     pack_pairs<D>(grad_out, grad_pairs_);
   }
 
@@ -66,31 +66,27 @@ class WindowGradients {
   // scores.
   template <class Put>
   void run(const float* bias, float scale, float scale2, const float* lse2, float* grad_bias, const Put put) {
-    const int64_t cols = g_.apart ? n - 1 : g_.ld;
+    const int64_t cols = g_.remainder ? n - 1 : g_.ld;
     for (int64_t first = 0; first < cols; first += batch_) {
       const int64_t end = std::min(cols, first + batch_);
       for (int64_t i = first; i < end;)
         i += W * next_group((end - i) / W, [&](auto v) {
                constexpr int V = decltype(v)::value;
-               float* const of_bias = grad_bias ? grad_bias + i : nullptr;
-               if (any_large(lse2 + i, V * W)) {
-                 probabilities<V, true>(i, i - first, bias + i, scale, nullptr, of_bias);
-               } else {
-                 probabilities<V, false>(i, i - first, bias + i, scale2, lse2 + i, of_bias);
-               }
+               scores<V>(i, i - first, bias + i, scale, scale2, lse2 + i);
+               probabilities<V>(i, i - first, grad_bias ? grad_bias + i : nullptr);
              });
-      if (g_.apart && end == cols) last_query(end - first, bias + n * g_.ld, scale, grad_bias);
+      if (g_.remainder && end == cols) last_query(end - first, bias + n * g_.ld, scale, grad_bias);
       products(first, end == cols ? n - first : end - first, put);
     }
   }
 
-  Ahead ahead;
+  PrefetchList next;
   const int64_t d, n, ld;
 
  private:
   // Queries in batches of about the same size, whole groups of vectors each.
   static int64_t batch(const Windows& g) {
-    const int64_t vectors = (g.apart ? g.area - 1 : g.ld) / W, most = std::max<int64_t>(BATCH / W, widest_group(g));
+    const int64_t vectors = (g.remainder ? g.area - 1 : g.ld) / W, most = std::max<int64_t>(BATCH / W, widest_group(g));
     const int64_t batches = std::max<int64_t>(1, vectors / most), each = (vectors + batches - 1) / batches;
     return round_up(each, widest_group(g)) * W;
   }
@@ -102,39 +98,52 @@ class WindowGradients {
     return found;
   }
 
-  // P and dS = P (dP - delta) of V vectors of queries, from column `at` of the batch. delta = sum of P dP, and the sum
-  // of P once more: what rounding left in the log-sum-exp, or in a 16-bit output, does not enter the gradients.
-  // FROM_TOP: of the scores themselves, whose largest is found again, and without lse2; otherwise of scores in powers
-  // of two.
-  template <int V, bool FROM_TOP>
-  void probabilities(int64_t first, int64_t at, const float* bias, float scale, const float* lse2, float* grad_bias) {
-    float *const scores = s_ + at, *const grads = ds_ + at;
+  // Scores of V vectors of queries in powers of two, less lse2, to column `at` of the batch. Where lse2 is large,
+  // scores come from themselves: their largest is found again.
+  template <int V>
+  void scores(int64_t first, int64_t at, const float* bias, float scale, float scale2, const float* lse2) {
+    float* const out = s_ + at;
     const int64_t ldp = ldp_, ld_bias = g_.ld;
-    vf top[V];
-    for (int v = 0; v < V; v++) top[v] = set1(LEAST);
+    if (any_large(lse2, V * W)) {
+      keys_times<V>(keys_, queries_ + first, out);
+      vf top[V];
+      for (int v = 0; v < V; v++) top[v] = set1(LEAST);
+      for (int64_t j = 0; j < n; j++)
+        for (int v = 0; v < V; v++) {
+          const vf x = load(out + j * ldp + v * W) * scale + load(bias + j * ld_bias + v * W);
+          top[v] = vmax(top[v], x);
+          store(out + j * ldp + v * W, x);
+        }
+      for (int64_t j = 0; j < n; j++)
+        for (int v = 0; v < V; v++) {
+          float* s = out + j * ldp + v * W;
+          store(s, (load(s) - top[v]) * LOG2E);
+        }
+      return;
+    }
     product<D, V, false>(
         n, lanes_of<D>(d), keys_, lda_, queries_ + first, g_.ld,
-        [=, highest = top](int64_t j, int v, vf x) __attribute__((always_inline)) {
+        [=](int64_t j, int v, vf x) __attribute__((always_inline)) {
           const vf b = load(bias + j * ld_bias + v * W);
-          if constexpr (FROM_TOP) {
-            x = x * scale + b;
-            highest[v] = vmax(highest[v], x);
-          } else {
-            x = x * scale + (b * LOG2E - load(lse2 + v * W));
-          }
-          store(scores + j * ldp + v * W, x);
+          store(out + j * ldp + v * W, x * scale2 + (b * LOG2E - load(lse2 + v * W)));
         },
-        ahead);
-    product<D, V, false>(
-        n, lanes_of<D>(d), values_, lda_, grads_ + first, g_.ld,
-        [=](int64_t j, int v, vf x) __attribute__((always_inline)) { store(grads + j * ldp + v * W, x); }, ahead);
+        next);
+  }
+
+  // P and dS = P (dP - delta) of V vectors of queries, from their scores in column `at` of the batch. delta = sum of
+  // P dP, and the sum of P once more: what rounding left in the log-sum-exp, or in a 16-bit output, does not enter the
+  // gradients.
+  template <int V>
+  void probabilities(int64_t first, int64_t at, float* grad_bias) {
+    float *const scores = s_ + at, *const grads = ds_ + at;
+    keys_times<V>(values_, grads_ + first, grads);
     vf sum[V], delta[V];
     for (int v = 0; v < V; v++) sum[v] = delta[v] = vf{};
     for (int64_t j = 0; j < n; j++)
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) {
         float* s = scores + j * ldp_ + v * W;
-        const vf e = exp2v<D::K == 2>(FROM_TOP ? (load(s) - top[v]) * LOG2E : load(s));
+        const vf e = exp2v<D::K == 2>(load(s));
         sum[v] += e;
         delta[v] += e * load(grads + j * ldp_ + v * W);
         store(s, e);
@@ -170,9 +179,17 @@ class WindowGradients {
         if constexpr (D::K == 2) store_as(ds_pairs_ + j / 2 * ldp_ + at + v * W, pair_lanes(ds[0], ds[1]));
       }
   }
+  // out (n, V vectors) = rows of keys or values times columns of queries or gradients.
+  template <int V>
+  void keys_times(const uint32_t* rows, const uint32_t* columns, float* out) {
+    product<D, V, false>(
+        n, lanes_of<D>(d), rows, lda_, columns, g_.ld,
+        [=, ldp = ldp_](int64_t j, int v, vf x) __attribute__((always_inline)) { store(out + j * ldp + v * W, x); },
+        next);
+  }
   static vf inverse(vf sum) { return sum == 0.f ? vf{} : 1.f / sum; }
 
-  // The query done apart becomes the column `at`.
+  // The remainder query becomes the column `at`.
   void last_query(int64_t at, const float* bias, float scale, float* grad_bias) {
     float *p = row_, *ds = row_ + g_.ld;
     dots<D>(keys_, n, lda_, last_query_, p);
@@ -216,7 +233,7 @@ class WindowGradients {
   void products(int64_t first, int64_t count, const Put put) {
     product_then<D, true>(
         count, d, lanes_of<D>(n), ds_pairs_, ldp_, key_pairs_, ld,
-        [=](int64_t i, int64_t c, vf x) __attribute__((always_inline)) { put(0, first + i, c, x); }, ahead);
+        [=](int64_t i, int64_t c, vf x) __attribute__((always_inline)) { put(0, first + i, c, x); }, next);
     add(2, p_rows_, grad_pairs_ + first / D::K * ld, first, count, put);
     add(1, ds_rows_, query_pairs_ + first / D::K * ld, first, count, put);
   }
@@ -236,7 +253,7 @@ class WindowGradients {
             store(sum, x);
           }
         },
-        ahead);
+        next);
   }
 
   const Windows& g_;

@@ -3,6 +3,7 @@
 
 #include "gemm_tile.h"
 #include "kernel_args.h"
+#include "parallel.h"
 
 namespace pyvit::PYVIT_ISA {
 
@@ -14,19 +15,19 @@ struct Windows {
         sx(cols > 1 ? w.sx : 0),
         area(w.wh * w.ww),
         ld(round_up(area, W)),
-        apart(area % W == 1 && area > W) {}
+        remainder(area % W == 1 && area > W) {}
 
   int64_t per_image() const { return rows * cols; }
 
   int64_t rows, cols, sy, sx;  // windows of a map; the shift in force
   int64_t area, ld;
-  bool apart;  // the last query is done by itself
+  bool remainder;  // one query more than whole vectors of them: it is done by itself
 };
 
 // One window of one image: coordinates of its rows and columns, -1 in the padding, and the regions they belong to.
-class Place {
+class WindowTokens {
  public:
-  Place(const Window& w, const Windows& windows, Scratch& memory)
+  WindowTokens(const Window& w, const Windows& windows, Scratch& memory)
       : w_(w),
         g_(windows),
         y_(memory.take<int64_t>(w.wh)),
@@ -67,7 +68,7 @@ class Place {
     if (!mixed_) return tile;
     const int64_t n = g_.area, ld = g_.ld;
     for (int64_t j = 0; j < n; j++) select(tile + j * ld, query_ids(), key_ids()[j], masked_ + j * ld);
-    if (g_.apart) select(tile + n * ld, key_ids(), query_ids()[n - 1], masked_ + n * ld);
+    if (g_.remainder) select(tile + n * ld, key_ids(), query_ids()[n - 1], masked_ + n * ld);
     return masked_;
   }
 
@@ -96,8 +97,8 @@ class Place {
   bool mixed_ = false;
 };
 
-// What a call prepares once: the bias of every head, expanded to (keys, queries), for the query done
-// apart one more row over the keys; the padding token; the factors on the scores.
+// What a call prepares once: the bias of every head, expanded to (keys, queries), for a remainder query one more row
+// over the keys; the padding token; the factors on the scores.
 template <class T>
 class Shared {
  public:
@@ -144,7 +145,7 @@ class Shared {
       }
       std::fill(row + g_.area, row + g_.ld, 0.f);
     }
-    if (!g_.apart) return;
+    if (!g_.remainder) return;
     float* last = tile + g_.area * g_.ld;  // query n - 1 less key j is key n - 1 - j less query 0, mirrored
     for (int64_t j = 0; j < g_.area; j++) last[j] = tile[g_.area - 1 - j];
     std::fill(last + g_.area, last + g_.ld, -INF);

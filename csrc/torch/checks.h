@@ -29,6 +29,11 @@ inline std::string text(const int64_t* sizes, size_t n) {
 }
 inline std::string text(Shape shape) { return text(shape.data(), shape.size()); }
 
+// Windows of a map (B, H, W, C), which is padded to whole ones.
+inline int64_t window_count(const Tensor& map, const Ints& window) {
+  return ((map.size(1) + window[0] - 1) / window[0]) * ((map.size(2) + window[1] - 1) / window[1]);
+}
+
 // Checks of one operator's arguments against each other. A message is put together only when one fails.
 class Checks {
  public:
@@ -175,12 +180,11 @@ class Checks {
   void window_results(const Tensor& grad_out, const Tensor& out, const Tensor& lse, const Tensor& qkv,
                       const Ints& window, int64_t heads) const {
     const int64_t b = qkv.size(0), h = qkv.size(1), w = qkv.size(2);
-    const int64_t windows = ((h + window[0] - 1) / window[0]) * ((w + window[1] - 1) / window[1]);
     shape("grad_out", grad_out, {b, h, w, qkv.size(3) / 3});
     shape("out", out, {b, h, w, qkv.size(3) / 3});
     as("grad_out", grad_out, qkv);
     as("out", out, qkv);
-    numbers("lse", lse, qkv, {b, windows, heads, window[0] * window[1]});
+    numbers("lse", lse, qkv, {b, window_count(qkv, window), heads, window[0] * window[1]});
   }
 
   // Returns the number of tokens per image.

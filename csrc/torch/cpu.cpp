@@ -3,12 +3,11 @@
 //
 // pyvit/ops checks its arguments before a call gets here, and says more where they do not fit; others call these
 // operators too, so that each entry checks (checks.h) what its kernel relies on.
-#include "common.h"
-
 #include <algorithm>
-#include <array>
-#include <cstring>
 #include <tuple>
+
+#include "../cpu/parallel.h"
+#include "cpu_tensors.h"
 
 namespace pyvit {
 namespace {
@@ -20,20 +19,26 @@ void check_backend(const std::string& backend) {
 
 // (B, H, N, D) and packed (T, H, D).
 Tokens tokens(const Tensor& t) {
-  return t.dim() == 4 ? Tokens{t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}
-                      : Tokens{t.data_ptr(), 0, t.stride(1), t.stride(0)};
-}
-// Heads merge without a copy when tokens come before heads in memory.
-Tensor make_heads(const Tensor& like, int64_t b, int64_t h, int64_t n, int64_t d) {
-  const int64_t shape[] = {b, h, n, d}, strides[] = {n * h * d, d, h * d, 1};
-  return make_strided(like, shape, strides, 4, like.scalar_type());
+  const bool packed = t.dim() == 3;
+  Tokens a{};
+  a.data = t.data_ptr();
+  a.b = packed ? 0 : t.stride(0);
+  a.h = t.stride(1);
+  a.n = t.stride(packed ? 0 : 2);
+  return a;
 }
 
 Bias bias_of(const Maybe& bias) {
   if (!bias) return {};
-  auto stride = [&](int i) { return bias->size(i) == 1 ? 0 : bias->stride(i); };
-  const Dtype dtype = bias->scalar_type() == ScalarType::Bool ? Dtype::boolean : dtype_of(*bias);
-  return {bias->data_ptr(), dtype, stride(0), stride(1), stride(2), stride(3)};
+  const auto stride = [&](int i) { return bias->size(i) == 1 ? 0 : bias->stride(i); };
+  Bias a{};
+  a.data = bias->data_ptr();
+  a.dtype = bias->scalar_type() == ScalarType::Bool ? Dtype::boolean : dtype_of(*bias);
+  a.b = stride(0);
+  a.h = stride(1);
+  a.q = stride(2);
+  a.k = stride(3);
+  return a;
 }
 
 // attention
@@ -57,7 +62,7 @@ Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v, const 
   a.bias = bias_of(bias);
   a.causal = causal;
   a.scale = float(scale);
-  a.lse = static_cast<float*>(lse.data_ptr());
+  a.lse = data<float>(lse);
   a.lse_b = packed ? 0 : lse.stride(0);
   a.lse_h = lse.stride(packed ? 0 : 1);
   return a;
@@ -166,7 +171,7 @@ std::tuple<Tensor, Tensor> flash_attention_qkvpacked_backward(Tensor grad_out, M
 // longest there is: work is divided by it.
 Ints lengths(const Tensor& cu, int64_t total, int64_t& longest, const char* name) {
   Tensor wide = dense(cu.scalar_type() == ScalarType::Long ? cu : torch::stable::to(cu, ScalarType::Long));
-  const int64_t* p = static_cast<const int64_t*>(wide.data_ptr());
+  const int64_t* p = data<int64_t>(wide);
   Ints ends(p, p + wide.numel());
   bool good = !ends.empty() && ends.front() == 0 && ends.back() == total;
   int64_t most = 0;
@@ -253,41 +258,63 @@ Tensor attention_map(Tensor q, Tensor k, Tensor rows_index, Maybe bias, double s
   k = rows(k);
   rows_index = dense(rows_index);
   Tensor out = make(q, {q.size(0), q.size(1), rows_index.size(1), k.size(2)});
-  const int64_t* index = static_cast<const int64_t*>(rows_index.data_ptr());
+  const int64_t* index = data<int64_t>(rows_index);
   for (int64_t i = 0; i < rows_index.numel(); i++)
     STD_TORCH_CHECK(index[i] >= 0 && index[i] < q.size(2), "pyvit: attention_map: rows must be in [0, ", q.size(2),
                     "), got ", index[i]);
   if (!out.numel()) return out;
-  AttentionMap m{q.size(0),          q.size(1),     k.size(1),   q.size(2), k.size(2),   q.size(3),
-                 rows_index.size(1), dtype_of(q),   tokens(q),   tokens(k), tokens(out), index,
-                 rows_index.size(1), bias_of(bias), float(scale)};
+  AttentionMap m{};
+  m.batch = q.size(0);
+  m.heads = q.size(1);
+  m.kv_heads = k.size(1);
+  m.nq = q.size(2);
+  m.nk = k.size(2);
+  m.d = q.size(3);
+  m.rows = rows_index.size(1);
+  m.dtype = dtype_of(q);
+  m.q = tokens(q);
+  m.k = tokens(k);
+  m.out = tokens(out);
+  m.index = index;
+  m.index_b = rows_index.size(1);
+  m.bias = bias_of(bias);
+  m.scale = float(scale);
   kernels().attention_map(m);
   return out;
 }
 
 // window attention
 
-Map map_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+Map map_of(const Tensor& t) {
+  Map a{};
+  a.data = t.data_ptr();
+  a.b = t.stride(0);
+  a.y = t.stride(1);
+  a.x = t.stride(2);
+  return a;
+}
 
 Window window_of(const Tensor& qkv, const Ints& window, const Ints& shift, int64_t heads, const Maybe& table,
                  const Maybe& logit_scale, const Maybe& pad, double scale, const Tensor& out, const Tensor& lse) {
-  return {qkv.size(0),
-          qkv.size(1),
-          qkv.size(2),
-          heads,
-          qkv.size(3) / 3 / heads,
-          window[0],
-          window[1],
-          shift[0],
-          shift[1],
-          dtype_of(qkv),
-          map_of(qkv),
-          map_of(out),
-          data<float>(table),
-          data<float>(logit_scale),
-          data<float>(pad),
-          float(scale),
-          static_cast<float*>(lse.data_ptr())};
+  Window w{};
+  w.batch = qkv.size(0);
+  w.height = qkv.size(1);
+  w.width = qkv.size(2);
+  w.heads = heads;
+  w.d = qkv.size(3) / 3 / heads;
+  w.wh = window[0];
+  w.ww = window[1];
+  w.sy = shift[0];
+  w.sx = shift[1];
+  w.dtype = dtype_of(qkv);
+  w.qkv = map_of(qkv);
+  w.out = map_of(out);
+  w.table = data<float>(table);
+  w.logit_scale = data<float>(logit_scale);
+  w.pad = data<float>(pad);
+  w.scale = float(scale);
+  w.lse = data<float>(lse);
+  return w;
 }
 
 std::tuple<Tensor, Tensor> window_attention(Tensor qkv, Ints window_size, Ints shift_size, int64_t num_heads,
@@ -301,8 +328,8 @@ std::tuple<Tensor, Tensor> window_attention(Tensor qkv, Ints window_size, Ints s
   logit_scale = parameter(logit_scale);
   pad_qkv = parameter(pad_qkv);
   const int64_t b = qkv.size(0), h = qkv.size(1), w = qkv.size(2), area = window_size[0] * window_size[1];
-  const int64_t windows = ((h + window_size[0] - 1) / window_size[0]) * ((w + window_size[1] - 1) / window_size[1]);
-  Tensor out = make(qkv, {b, h, w, qkv.size(3) / 3}), lse = make(qkv, {b, windows, num_heads, area}, ScalarType::Float);
+  Tensor out = make(qkv, {b, h, w, qkv.size(3) / 3});
+  Tensor lse = make(qkv, {b, window_count(qkv, window_size), num_heads, area}, ScalarType::Float);
   if (qkv.numel())
     kernels().window(
         window_of(qkv, window_size, shift_size, num_heads, bias_table, logit_scale, pad_qkv, scale, out, lse));
@@ -333,10 +360,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward(Tensor grad
   const Maybe table = parameter(bias_table), logits = parameter(logit_scale), pad = parameter(pad_qkv);
   Tensor grad_qkv = make(qkv, shape_of(qkv));
   Maybe grad_table = zeros_like(bias_table), grad_logits = zeros_like(logit_scale), grad_pad = zeros_like(pad_qkv);
+  WindowGrad g{};
+  g.grad_out = map_of(grad_out);
+  g.grad_qkv = map_of(grad_qkv);
+  g.grad_table = data<float>(grad_table);
+  g.grad_logit_scale = data<float>(grad_logits);
+  g.grad_pad = data<float>(grad_pad);
   if (qkv.numel())
-    kernels().window_backward(
-        window_of(qkv, window_size, shift_size, num_heads, table, logits, pad, scale, out, lse),
-        {map_of(grad_out), map_of(grad_qkv), data<float>(grad_table), data<float>(grad_logits), data<float>(grad_pad)});
+    kernels().window_backward(window_of(qkv, window_size, shift_size, num_heads, table, logits, pad, scale, out, lse),
+                              g);
   return {grad_qkv, as_parameter(grad_table, bias_table, qkv), as_parameter(grad_logits, logit_scale, qkv),
           as_parameter(grad_pad, pad_qkv, qkv)};
 }
@@ -347,8 +379,19 @@ struct PatchTensors {
   Tensor images, weight;
   Maybe bias, pos, prefix, keep, mean, std;
 
-  // The kernels' view; `out` may be null.
-  Patch view(const Ints& stride, void* out) const {
+  PatchTensors(const Tensor& images_, const Tensor& weight_, const Maybe& bias_, const Maybe& pos_,
+               const Maybe& prefix_, const Maybe& keep_, const Maybe& mean_, const Maybe& std_)
+      : images(images_),
+        weight(dense(weight_)),
+        bias(parameter(bias_)),
+        pos(parameter(pos_)),
+        prefix(parameter(prefix_)),
+        keep(dense(keep_)),
+        mean(parameter(mean_)),
+        std(parameter(std_)) {}
+
+  // The kernels' view, but for the result.
+  Patch view(const Ints& stride) const {
     const int64_t h = images.size(2), w = images.size(3), ph = weight.size(2), pw = weight.size(3);
     const int64_t all = ((h - ph) / stride[0] + 1) * ((w - pw) / stride[1] + 1);
     if (keep) {
@@ -356,48 +399,42 @@ struct PatchTensors {
       for (int64_t i = 0; i < keep->numel(); i++)
         STD_TORCH_CHECK(k[i] >= 0 && k[i] < all, "pyvit: patch_embed: keep must be in [0, ", all, "), got ", k[i]);
     }
-    return {images.size(0),
-            images.size(1),
-            h,
-            w,
-            weight.size(0),
-            ph,
-            pw,
-            stride[0],
-            stride[1],
-            prefix ? prefix->size(0) : 0,
-            keep ? keep->size(1) : all,
-            dtype_of(weight),
-            images.data_ptr(),
-            images.scalar_type() == ScalarType::Byte,
-            images.stride(0),
-            images.stride(1),
-            images.stride(2),
-            images.stride(3),
-            weight.data_ptr(),
-            data<float>(bias),
-            data<float>(pos),
-            data<float>(prefix),
-            data<int64_t>(keep),
-            data<float>(mean),
-            data<float>(std),
-            out};
+    Patch p{};
+    p.batch = images.size(0);
+    p.channels = images.size(1);
+    p.height = h;
+    p.width = w;
+    p.dim = weight.size(0);
+    p.ph = ph;
+    p.pw = pw;
+    p.sh = stride[0];
+    p.sw = stride[1];
+    p.prefix_tokens = prefix ? prefix->size(0) : 0;
+    p.kept = keep ? keep->size(1) : all;
+    p.dtype = dtype_of(weight);
+    p.images = images.data_ptr();
+    p.bytes = images.scalar_type() == ScalarType::Byte;
+    p.image_b = images.stride(0);
+    p.image_c = images.stride(1);
+    p.image_y = images.stride(2);
+    p.image_x = images.stride(3);
+    p.weight = weight.data_ptr();
+    p.bias = data<float>(bias);
+    p.pos = data<float>(pos);
+    p.prefix = data<float>(prefix);
+    p.keep = data<int64_t>(keep);
+    p.mean = data<float>(mean);
+    p.std = data<float>(std);
+    return p;
   }
 };
-
-PatchTensors patch_tensors(const Tensor& images, const Tensor& weight, const Maybe& bias, const Maybe& pos,
-                           const Maybe& prefix, const Maybe& keep, const Maybe& mean, const Maybe& std) {
-  return {images,          dense(weight),     parameter(bias),
-          parameter(pos),  parameter(prefix), keep ? Maybe(dense(*keep)) : keep,
-          parameter(mean), parameter(std)};
-}
 
 Tensor patch_embed(Tensor images, Tensor weight, Maybe bias, Ints stride, Maybe pos_embed, Maybe prefix, Maybe keep,
                    Maybe mean, Maybe std, std::string backend) {
   check_backend(backend);
   Checks("patch_embed").patches(images, weight, bias, stride, pos_embed, prefix, keep, mean, std);
-  const PatchTensors t = patch_tensors(images, weight, bias, pos_embed, prefix, keep, mean, std);
-  Patch p = t.view(stride, nullptr);
+  const PatchTensors t(images, weight, bias, pos_embed, prefix, keep, mean, std);
+  Patch p = t.view(stride);
   Tensor out = make(weight, {p.batch, p.prefix_tokens + p.kept, p.dim});
   p.out = out.data_ptr();
   if (out.numel()) kernels().patch(p);
@@ -412,14 +449,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(Tensor g
   check_backend(backend);
   Checks("patch_embed_backward")
       .patch_results(grad_out, images_grad, images, weight, bias, stride, pos_embed, prefix, keep, mean, std);
-  const PatchTensors t = patch_tensors(images, weight, bias, pos_embed, prefix, keep, mean, std);
+  const PatchTensors t(images, weight, bias, pos_embed, prefix, keep, mean, std);
   grad_out = dense(grad_out);
-  const Patch p = t.view(stride, nullptr);
+  const Patch p = t.view(stride);
   Maybe d_images = images_grad ? zeros_like(images) : Maybe(), d_weight = weight_grad ? zeros_like(weight) : Maybe();
   Maybe d_bias = zeros_like(bias), d_pos = zeros_like(pos_embed), d_prefix = zeros_like(prefix);
-  if (grad_out.numel())
-    kernels().patch_backward(p, {grad_out.data_ptr(), data<float>(d_images), data<float>(d_weight), data<float>(d_bias),
-                                 data<float>(d_pos), data<float>(d_prefix)});
+  PatchGrad g{};
+  g.grad_out = grad_out.data_ptr();
+  g.grad_images = data<float>(d_images);
+  g.grad_weight = data<float>(d_weight);
+  g.grad_bias = data<float>(d_bias);
+  g.grad_pos = data<float>(d_pos);
+  g.grad_prefix = data<float>(d_prefix);
+  if (grad_out.numel()) kernels().patch_backward(p, g);
   return {as_parameter(d_images, images_grad ? Maybe(images) : Maybe(), weight),
           as_parameter(d_weight, weight_grad ? Maybe(weight) : Maybe(), weight), as_parameter(d_bias, bias, weight),
           as_parameter(d_pos, pos_embed, weight), as_parameter(d_prefix, prefix, weight)};

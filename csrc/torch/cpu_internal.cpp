@@ -1,6 +1,6 @@
-// The passes that pyvit/ops builds operators of, on LibTorch's stable ABI: not public, but anyone can call torch.ops,
-// so that each checks what its kernel relies on.
-#include "common.h"
+// Internal operators that pyvit/ops is built on, on LibTorch's stable ABI: not public, but anyone can call torch.ops,
+// so each checks what its kernel relies on.
+#include "cpu_tensors.h"
 
 #include <algorithm>
 
@@ -40,7 +40,7 @@ Tensor activation_backward(Tensor grad, Tensor x, std::string name, Tensor grad_
   a.grad = grad.data_ptr();
   a.grad_in = grad_x.data_ptr();
   if (out) a.out = out->data_ptr();
-  a.column_sums = static_cast<float*>(sums.data_ptr());
+  a.column_sums = data<float>(sums);
   if (x.numel()) {
     kernels().activation(a);
   } else {
@@ -114,7 +114,11 @@ Operand operand_of(const Tensor& t) {
   const bool rows = t.size(1) <= 1 || t.stride(1) == 1;
   STD_TORCH_CHECK(rows || t.size(0) <= 1 || t.stride(0) == 1,
                   "pyvit: product: the rows or the columns of a and b must be contiguous");
-  return {t.data_ptr(), t.stride(rows ? 0 : 1), !rows};
+  Operand o{};
+  o.data = t.data_ptr();
+  o.ld = t.stride(rows ? 0 : 1);
+  o.column_major = !rows;
+  return o;
 }
 
 // out (n, m) = or, with `add`, += a (n, k) b (k, m) + bias
@@ -132,9 +136,20 @@ void product(Tensor a, Tensor b, Maybe bias, Tensor out, bool add) {
                   ") with contiguous rows, float32 or, if not added to, of the dtype of a");
   STD_TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == m && bias->scalar_type() == b.scalar_type()),
                   "pyvit: product: a bias must be contiguous, of the dtype of b and of ", m, " elements");
-  if (out.numel())
-    kernels().product({n, m, k, dtype_of(a), operand_of(a), operand_of(b), dtype_of(b), data<char>(bias),
-                       out.data_ptr(), dtype_of(out), out.stride(0), add});
+  Product p{};
+  p.n = n;
+  p.m = m;
+  p.k = k;
+  p.dtype = dtype_of(a);
+  p.a = operand_of(a);
+  p.b = operand_of(b);
+  p.b_dtype = dtype_of(b);
+  p.bias = data(bias);
+  p.out = out.data_ptr();
+  p.out_dtype = dtype_of(out);
+  p.ldo = out.stride(0);
+  p.add = add;
+  if (out.numel()) kernels().product(p);
 }
 
 // layout
@@ -144,8 +159,14 @@ void transposed(Tensor x, Tensor out) {
   const int64_t rows = x.size(0), cols = x.size(1);
   STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == cols && out.size(1) == rows && out.is_contiguous() &&
                       out.scalar_type() == x.scalar_type(),
-                  "pyvit: transposed: out must be contiguous, of the dtype of x and of its shape turned round");
-  kernels().transpose({rows, cols, dtype_of(x) == Dtype::f32 ? 4 : 2, x.data_ptr(), out.data_ptr()});
+                  "pyvit: transposed: out must be contiguous, of the dtype of x and of its shape reversed");
+  Transposition t{};
+  t.rows = rows;
+  t.cols = cols;
+  t.bytes = dtype_of(x) == Dtype::f32 ? 4 : 2;
+  t.in = x.data_ptr();
+  t.out = out.data_ptr();
+  kernels().transpose(t);
 }
 
 // streaming losses: the tile of scores is contiguous float32, the rest float32 vectors of its rows or columns
@@ -154,9 +175,14 @@ void log_sum_exp(Tensor scores, int64_t dim, Tensor top, Tensor total) {
   const Checks checks("log_sum_exp");
   checks.shape("scores", scores, {ANY, ANY});
   checks.that(dim == 0 || dim == 1, "dim", "0 or 1");
-  const int64_t rows = scores.size(0), cols = scores.size(1), n = dim == 1 ? rows : cols;
-  const float* p = vector(scores, rows * cols, "scores");
-  const TileScores t{rows, cols, p, dim == 1, vector(top, n, "top"), vector(total, n, "total")};
+  TileScores t{};
+  t.rows = scores.size(0);
+  t.cols = scores.size(1);
+  t.of_rows = dim == 1;
+  const int64_t n = t.of_rows ? t.rows : t.cols;
+  t.scores = vector(scores, t.rows * t.cols, "scores");
+  t.top = vector(top, n, "top");
+  t.total = vector(total, n, "total");
   if (scores.numel()) kernels().log_sum_exp(t);
 }
 
@@ -196,8 +222,13 @@ void distillation_tile_backward(Tensor student, Tensor teacher, Maybe center, do
   STD_TORCH_CHECK(grad.is_contiguous() && grad.numel() == student.numel() &&
                       (grad.scalar_type() == ScalarType::Float || grad.scalar_type() == ScalarType::BFloat16),
                   "pyvit: grad must be contiguous float32 or bfloat16 numbers, as many as student's");
-  kernels().distillation_backward(d, {vector(lse_s, d.s * d.rows, "lse_s"), vector(lse_t, d.t * d.rows, "lse_t"),
-                                      vector(weights, d.s * d.t * d.rows, "weights"), dtype_of(grad), grad.data_ptr()});
+  DistillationGrad g{};
+  g.lse_s = vector(lse_s, d.s * d.rows, "lse_s");
+  g.lse_t = vector(lse_t, d.t * d.rows, "lse_t");
+  g.weights = vector(weights, d.s * d.t * d.rows, "weights");
+  g.dtype = dtype_of(grad);
+  g.grad = grad.data_ptr();
+  kernels().distillation_backward(d, g);
 }
 
 // losses over all pairs of rows: one call for the rows of a and those of b, added to the caller's sums in place
@@ -237,6 +268,13 @@ float* gradient(const Maybe& t, const Pairs& p, int64_t n) {
                   "pyvit: gradients over pairs must be contiguous float32, rows padded to 16");
   return data<float>(t);
 }
+PairsGrad pair_gradients(const Pairs& p, const Tensor& grad_a, const Maybe& grad_b) {
+  PairsGrad g{};
+  g.grad_a = gradient(grad_a, p, p.n);
+  g.grad_b = gradient(grad_b, p, p.m);
+  g.ld = grad_a.size(1);
+  return g;
+}
 
 Tensor pair_softmax(Tensor a, Tensor b, bool own, double scale, Tensor top_a, Tensor total_a, Maybe top_b,
                     Maybe total_b) {
@@ -257,8 +295,9 @@ Tensor pair_softmax_backward(Tensor a, Tensor b, bool own, int64_t shift, double
   pair_rows(a, b, own);
   const Pairs p = pairs_of(a, b, own, shift, scale);
   Checks("pairs").that(!(own && grad_b), "grad_b", "None with own");
-  PairsGrad g{vector(lse_a, p.n, "lse_a"), vector(lse_b, p.m, "lse_b"), gradient(grad_a, p, p.n),
-              gradient(grad_b, p, p.m), grad_a.size(1)};
+  PairsGrad g = pair_gradients(p, grad_a, grad_b);
+  g.lse_a = vector(lse_a, p.n, "lse_a");
+  g.lse_b = vector(lse_b, p.m, "lse_b");
   if (own) g.grad_b = g.grad_a;
   kernels().pairs_backward(p, g);
   return grad_a;
@@ -282,7 +321,7 @@ Tensor pair_sigmoid_backward(Tensor a, Tensor b, int64_t shift, double scale, do
                              Tensor grad_b) {
   pair_rows(a, b, false);
   const Pairs p = sigmoid_pairs(a, b, shift, scale, bias, total);
-  kernels().pairs_backward(p, {nullptr, nullptr, gradient(grad_a, p, p.n), gradient(grad_b, p, p.m), grad_a.size(1)});
+  kernels().pairs_backward(p, pair_gradients(p, grad_a, grad_b));
   return total;
 }
 

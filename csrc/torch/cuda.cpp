@@ -2,22 +2,13 @@
 // scratch are allocated here, by torch; the launchers get pointers, strides and torch's current stream.
 //
 // PYVIT_CUDA_DISPATCH names the dispatch key: CUDA, or CPU when the kernels are built for the host emulation.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
-#include <optional>
-#include <string>
 #include <tuple>
-#include <vector>
 
 #include "../cuda/launch.h"
-#include "checks.h"
+#include "common.h"
 
 #ifndef PYVIT_CUDA_DISPATCH
 #define PYVIT_CUDA_DISPATCH CUDA
@@ -58,23 +49,7 @@ Type type_of(const Tensor& t) {
       STD_TORCH_CHECK(false, "pyvit: the cuda kernels take float32, float16 and bfloat16 tensors");
   }
 }
-Tensor make(const Tensor& like, const Ints& shape, std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::new_empty(like, Shape(shape.data(), shape.size()), dtype);
-}
-Tensor zeros(const Tensor& like, const Ints& shape, std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::new_zeros(like, Shape(shape.data(), shape.size()), dtype);
-}
-Tensor none(const Tensor& like) { return make(like, {0}); }
-Ints shape_of(const Tensor& t) { return Ints(t.sizes().begin(), t.sizes().end()); }
 Tensor make_like(const Tensor& t) { return make(t, shape_of(t)); }
-Tensor make_heads(const Tensor& like, int64_t b, int64_t h, int64_t n, int64_t d) {
-  return torch::stable::transpose(make(like, {b, n, h, d}), 1, 2);
-}
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-Maybe dense(const Maybe& t) { return t ? Maybe(dense(*t)) : t; }
-Maybe as(const Maybe& t, ScalarType dtype) {
-  return t ? Maybe(dense(t->scalar_type() == dtype ? *t : torch::stable::to(*t, dtype))) : t;
-}
 
 // Rows of the last dimension that begin on 16 bytes, by a copy where they do not.
 bool aligned(const Tensor& t) {
@@ -102,14 +77,6 @@ Tensor near(const Tensor& t, std::initializer_list<int> dims) {
   return copy;
 }
 
-template <class T = void>
-T* data(const Maybe& t) {
-  return t ? static_cast<T*>(t->data_ptr()) : nullptr;
-}
-template <class T = void>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
 template <int N>
 void set(int64_t (&to)[N], const Ints& from) {
   std::copy(from.begin(), from.end(), to);
@@ -191,7 +158,7 @@ struct AttentionCall {
   Four backward(const Tensor& grad_out_, const Maybe& grad_lse_, const Tensor& out_, const Tensor& lse_,
                 bool bias_grad) {
     const Tensor grad_out = token_rows(grad_out_), out = token_rows(out_), lse = dense(lse_);
-    const Maybe grad_lse = as(grad_lse_, ScalarType::Float);
+    const Maybe grad_lse = parameter(grad_lse_);
     set_results(out, lse);
     cuda::AttentionGradient g{};
     g.forward = a;
@@ -279,14 +246,16 @@ Four flash_attention_varlen_backward(const Tensor& grad_out, const Maybe& grad_l
 struct WindowCall {
   Tensor qkv;
   Maybe table, logit_scale, pad;
+  int64_t windows;
   cuda::Window w{};
 
   WindowCall(const Tensor& qkv_, const Ints& window, const Ints& shift, int64_t heads, const Maybe& table_,
              const Maybe& logit_scale_, const Maybe& pad_, double scale)
       : qkv(near(rows(qkv_), {1, 2})),
-        table(as(table_, ScalarType::Float)),
-        logit_scale(as(logit_scale_, ScalarType::Float)) {
-    if (pad_) pad = rows(*as(pad_, qkv.scalar_type()));
+        table(parameter(table_)),
+        logit_scale(parameter(logit_scale_)),
+        windows(window_count(qkv, window)) {
+    if (pad_) pad = rows(*dense_as(pad_, qkv.scalar_type()));
     w.type = type_of(qkv);
     w.batch = int(qkv.size(0)), w.height = int(qkv.size(1)), w.width = int(qkv.size(2));
     w.heads = int(heads), w.d = int(qkv.size(3) / 3 / heads);
@@ -300,9 +269,6 @@ struct WindowCall {
     set(w.qkv_stride, {qkv.stride(0), qkv.stride(1), qkv.stride(2)});
     w.bias_table = data<const float>(table), w.logit_scale = data<const float>(logit_scale), w.pad = data(pad);
   }
-  int64_t windows() const {
-    return int64_t((w.height + w.window_h - 1) / w.window_h) * ((w.width + w.window_w - 1) / w.window_w);
-  }
   int64_t area() const { return int64_t(w.window_h) * w.window_w; }
 };
 
@@ -313,7 +279,7 @@ std::tuple<Tensor, Tensor> window_attention(const Tensor& qkv, const Ints& windo
   Checks("window_attention").window(qkv, window, shift, heads, table, logit_scale, pad);
   WindowCall call(qkv, window, shift, heads, table, logit_scale, pad, scale);
   Tensor out = make(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3) / 3});
-  Tensor lse = make(qkv, {qkv.size(0), call.windows(), heads, call.area()}, ScalarType::Float);
+  Tensor lse = make(qkv, {qkv.size(0), call.windows, heads, call.area()}, ScalarType::Float);
   call.w.out = out.data_ptr(), call.w.lse = data<float>(lse);
   check(cuda::window_attention(call.w, stream_of(qkv)));
   return {out, lse};
@@ -334,7 +300,7 @@ Four window_attention_backward(const Tensor& grad_out_, const Tensor& out_, cons
   g.forward = call.w;
   g.grad_out = grad_out.data_ptr();
   set(g.grad_out_stride, {grad_out.stride(0), grad_out.stride(1), grad_out.stride(2)});
-  const int64_t b = qkv.size(0), h = qkv.size(1), w = qkv.size(2), n = call.area(), count = b * call.windows();
+  const int64_t b = qkv.size(0), h = qkv.size(1), w = qkv.size(2), n = call.area(), count = b * call.windows;
   const Tensor delta = make(qkv, {b, h, w, heads}, ScalarType::Float), shifts = make_like(lse), rests = make_like(lse);
   Tensor grad_qkv = make(qkv, shape_of(qkv));
   g.shift = data<float>(shifts), g.rest = data<float>(rests);
@@ -347,7 +313,7 @@ Four window_attention_backward(const Tensor& grad_out_, const Tensor& out_, cons
     return wanted ? make(qkv, shape, ScalarType::Float) : none(qkv);
   };
   const auto result = [&](const Maybe& t) { return t ? zeros(qkv, shape_of(*t), ScalarType::Float) : none(qkv); };
-  const int64_t padded = call.windows() * n - h * w;
+  const int64_t padded = call.windows * n - h * w;
   const bool pads = pad && padded > 0;
   const Tensor partials = scratch(table.has_value(), {g.chunks, heads, n, n}),
                logits = scratch(logit_scale.has_value(), {heads, g.chunks * tiles}),

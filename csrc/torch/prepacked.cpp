@@ -1,7 +1,7 @@
 // Inference with prepacked weights: linear layers, and whole residual branches in one call. For pyvit/ops/prepacked.py.
 //
-// A prepacked weight is kept beside the weight and says in its header what it was made of. Each call compares, and packs
-// the weight anew where it has changed.
+// A prepacked weight is kept beside the weight and says in its header what it was made of. Each call compares, and
+// packs the weight anew where it has changed.
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -157,9 +157,9 @@ Tensor prepack_header(Tensor weight) {
 // Whether the weight is still what it was at the last call with this header, which afterwards tells of it as it is now.
 bool is_prepacked(Tensor weight, Tensor header) {
   check_weight(weight);
-  STD_TORCH_CHECK(header.is_cpu() && header.scalar_type() == ScalarType::Int && header.is_contiguous() &&
-                      header.numel() == HEADER,
-                  "pyvit: is_prepacked: header must be ", HEADER, " contiguous int32 numbers");
+  STD_TORCH_CHECK(
+      header.is_cpu() && header.scalar_type() == ScalarType::Int && header.is_contiguous() && header.numel() == HEADER,
+      "pyvit: is_prepacked: header must be ", HEADER, " contiguous int32 numbers");
   return !renew(weight, header.data_ptr(), [] {});
 }
 
@@ -203,16 +203,16 @@ Tensor fused_linear(const char* op, Tensor x, Around around, Weight first, const
   a.dtype = dtype_of(x);
   a.x = x.data_ptr();
   a.norm = around.norm;
-  for (const auto& [name, t] : {std::pair<const char*, Maybe*>("norm weight", &around.norm_weight),
-                                {"norm bias", &around.norm_bias}}) {
+  for (const auto& [name, t] :
+       {std::pair<const char*, Maybe*>("norm weight", &around.norm_weight), {"norm bias", &around.norm_bias}}) {
     if (!*t) continue;
     checks.parameter(name, *t, x, {in});
     *t = dense(**t);
     a.norm_dtype = dtype_of(**t);
   }
-  checks.that(!around.norm_weight || !around.norm_bias ||
-                  around.norm_weight->scalar_type() == around.norm_bias->scalar_type(),
-              "norm bias", "of the dtype of norm weight");
+  checks.that(
+      !around.norm_weight || !around.norm_bias || around.norm_weight->scalar_type() == around.norm_bias->scalar_type(),
+      "norm bias", "of the dtype of norm weight");
   a.norm_weight = data<char>(around.norm_weight);
   a.norm_bias = data<char>(around.norm_bias);
   a.eps = float(around.eps);
@@ -258,9 +258,9 @@ Tensor prepacked_attention(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bi
   Tensor qkv = fused_linear("attention", x, {norm, norm_weight, norm_bias, eps, {}, {}},
                             {qkv_weight, qkv_packed, qkv_bias}, "", {});
   const int64_t b = qkv.size(0), n = qkv.size(1), channels = qkv.size(2) / 3;
-  checks.that(num_heads > 0 && channels > 0 && qkv.size(2) % 3 == 0 && channels % num_heads == 0 &&
-                  channels / num_heads <= 256,
-              "num_heads", "a divisor of a third of qkv's channels, of at most 256 channels per head");
+  checks.that(
+      num_heads > 0 && channels > 0 && qkv.size(2) % 3 == 0 && channels % num_heads == 0 && channels / num_heads <= 256,
+      "num_heads", "a divisor of a third of qkv's channels, of at most 256 channels per head");
   const int64_t d = channels / num_heads, bytes = qkv.element_size();
   Tensor out = make_recycled(qkv, {b, n, channels});
   Tensor lse = make(qkv, {b, num_heads, n}, ScalarType::Float);

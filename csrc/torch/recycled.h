@@ -6,17 +6,13 @@
 #include <deque>
 #include <mutex>
 
-#include "common.h"
+#include "cpu_tensors.h"
 
 // Since torch 2.11; null before.
-extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(void* data, int64_t dims, const int64_t* sizes,
-                                                                const int64_t* strides, int64_t storage_offset,
-                                                                int32_t dtype, int32_t device_type,
-                                                                int32_t device_index, AtenTensorHandle* made,
-                                                                int32_t layout, const uint8_t* opaque_metadata,
-                                                                int64_t opaque_metadata_size,
-                                                                void (*deleter)(void* data, void* context),
-                                                                void* deleter_context);
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* made, int32_t layout, const uint8_t* opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* deleter_context);
 
 namespace pyvit {
 
@@ -80,10 +76,9 @@ inline Tensor make_recycled(const Tensor& like, const Ints& shape) {
   AtenTensorHandle made;
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.scalar_type()));
   const auto give = [](void* data, void* bytes) { free_blocks().give(data, reinterpret_cast<size_t>(bytes)); };
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(data, int64_t(shape.size()), shape.data(), strides.data(), 0, dtype,
-                                                aoti_torch_device_type_cpu(), like.get_device_index(), &made,
-                                                aoti_torch_layout_strided(), nullptr, 0, give,
-                                                reinterpret_cast<void*>(bytes)));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+      data, int64_t(shape.size()), shape.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(),
+      like.get_device_index(), &made, aoti_torch_layout_strided(), nullptr, 0, give, reinterpret_cast<void*>(bytes)));
   return Tensor(made);
 }
 

@@ -180,12 +180,16 @@ def test_zero_vectors_under_cosine_attention(on: Served) -> None:
 
 @on_every
 def test_logit_scale_beyond_the_clamp_has_no_gradient(on: Served) -> None:
-    tensors = inputs(on, 1, (4, 4), (4, 4), 3, 16)
-    logit_scale = torch.tensor([math.log(100) + 0.1, 1.0, 9.0], device=on.device, requires_grad=True)
+    """Every backend clamps at the same float32: the last that has a gradient is ln 100 rounded, as in the reference."""
+    clamp = torch.tensor(math.log(100))
+    below, above = (clamp.nextafter(torch.tensor(to)).item() for to in (0.0, 9.0))
+    scales = [1.0, below, clamp.item(), above, math.log(100) + 0.1, 9.0]
+    tensors = inputs(on, 1, (4, 4), (4, 4), len(scales), 16)
+    logit_scale = torch.tensor(scales, device=on.device, requires_grad=True)
     window_attention(
-        **tensors, window_size=4, num_heads=3, logit_scale=logit_scale, backend=on.backend
+        **tensors, window_size=4, num_heads=len(scales), logit_scale=logit_scale, backend=on.backend
     ).float().sin().sum().backward()
-    assert (logit_scale.grad != 0).tolist() == [False, True, False]
+    assert (logit_scale.grad != 0).tolist() == [True, True, True, False, False, False]
 
 
 @on_every
