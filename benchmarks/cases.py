@@ -84,6 +84,7 @@ BASELINES = {
     "patch_embed": ("conv2d",),
     "linear": ("F.linear",),
     "layer_norm": ("F.layer_norm",),
+    "rms_norm": ("F.rms_norm",),
 }
 _FORWARD, _BACKWARD = "forward", "forward+backward"
 
@@ -290,7 +291,8 @@ def norms() -> list[Case]:
             shape, sources = {"rows": rows, "width": width}, ("random",)
             level = "default" if dtype == "bf16" else "full"
             found += [
-                Case("layer_norm", f"{rows}x{width}", dtype, mode, shape, None, level, sources)
+                Case(op, f"{rows}x{width}", dtype, mode, shape, None, level if op == "layer_norm" else "full", sources)
+                for op in ("layer_norm", "rms_norm")
                 for mode in (_FORWARD, _BACKWARD)
             ]
     found.append(Case("layer_norm", "20x96", "fp32", _FORWARD, {"rows": 20, "width": 96}, None, "quick", ("random",)))

@@ -267,20 +267,21 @@ def _linear(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
     return Spec(_cast(tensors, dtype, device), naive, providers, ("x", "weight", "bias"), 2 * m * k * n, 2.0, m * n)
 
 
-def _layer_norm(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
-    rows, width = case.shape["rows"], case.shape["width"]
+def _norm(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
+    rows, width, centered = case.shape["rows"], case.shape["width"], case.op == "layer_norm"
     rng = torch.Generator().manual_seed(9)
-    tensors = {
-        name: torch.randn(shape, generator=rng)
-        for name, shape in (("x", (rows, width)), ("weight", (width,)), ("bias", (width,)))
-    }
-    naive = lambda x, weight, bias: F.layer_norm(x, (width,), weight, bias)  # noqa: E731
+    shapes = {"x": (rows, width), "weight": (width,)} | ({"bias": (width,)} if centered else {})
+    tensors = {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()}
+    theirs = F.layer_norm if centered else F.rms_norm
+    naive = lambda x, **parameters: theirs(x, (width,), **parameters)  # noqa: E731
     providers = [
-        Provider(OURS, pyvit.ops.layer_norm),
-        Provider("F.layer_norm", naive),
+        Provider(OURS, pyvit.ops.layer_norm if centered else pyvit.ops.rms_norm),
+        Provider(f"F.{case.op}", naive),
         Provider("compile", compiled(naive)),
     ]
-    per_element = 7  # two for the mean and the variance each, the difference, the product and the sum
+    # Two for the mean and the variance each, the difference, the product and the sum; or two for the mean square and
+    # two products.
+    per_element = 7 if centered else 4
     return Spec(
         _cast(tensors, dtype, device), naive, providers, tuple(tensors), per_element * rows * width, 2.0, rows * width
     )
@@ -292,5 +293,6 @@ SPECS: dict[str, Callable[[Case, str, torch.dtype, str], Spec]] = {
     "window_attention": _window_attention,
     "patch_embed": _patch_embed,
     "linear": _linear,
-    "layer_norm": _layer_norm,
+    "layer_norm": _norm,
+    "rms_norm": _norm,
 }

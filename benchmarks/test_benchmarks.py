@@ -31,6 +31,7 @@ EVERY = (
     "reshape + linear",
     "F.linear",
     "F.layer_norm",
+    "F.rms_norm",
     "eager SDPA",
     "eager naive",
     *ASKED,
@@ -58,6 +59,7 @@ def _parameters() -> Iterator[Any]:
         "patch_embed": ("conv2d", "reshape + linear", "compile"),
         "linear": ("F.linear", "compile"),
         "layer_norm": ("F.layer_norm", "compile"),
+        "rms_norm": ("F.rms_norm", "compile"),
         **dict.fromkeys(loss_specs.SPECS, ("naive", "compile")),
     }
     for case in CASES:

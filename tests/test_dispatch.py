@@ -11,9 +11,11 @@ import torch
 
 import pyvit
 from pyvit import dispatch
-from pyvit.dispatch import Call, capabilities, reasons, select
+from pyvit.dispatch import Call, capabilities, gradients, reasons, select
 from pyvit.dispatch.capabilities import BACKENDS, CAPABILITIES, MISSING, Capability
+from pyvit.dispatch.schema import schema_of
 from pyvit.ops import attention_map, flash_attention, patch_embed, window_attention
+from pyvit.schemas import PYTHON_SCHEMAS, SCHEMAS
 
 Q = torch.zeros(1, 2, 5, 8)
 F32 = torch.float32
@@ -233,6 +235,20 @@ def test_environment_variable() -> None:
         "PYVIT_BACKEND must be one of cuda, triton, cpu, reference, got 'gpu'"
         in _python(code, PYVIT_BACKEND="gpu").stderr
     )
+
+
+def test_schemas_are_read_as_torch_reads_them() -> None:
+    for name in (*SCHEMAS, *PYTHON_SCHEMAS):
+        schema, theirs = schema_of(name), getattr(torch.ops.pyvit, name).default._schema
+        assert schema.arguments == tuple(a.name for a in theirs.arguments)
+        assert schema.tensors == {a.name for a in theirs.arguments if "Tensor" in str(a.type)}
+        assert schema.optional == {a.name for a in theirs.arguments if "Optional" in str(a.type)}
+        assert schema.outputs == tuple(r.name or "out" for r in theirs.returns)
+
+
+def test_names_that_no_schema_has() -> None:
+    with pytest.raises(ValueError, match="arguments are q, k, rows, bias, scale, backend; there is no 'v'"):
+        gradients.by_formula(schema_of("attention_map"), attention_map, ("q", "v"))
 
 
 def test_a_kernel_comes_before_a_tile_loop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,10 +48,14 @@ inline void backward_rows(const RowNorm& a, const RowNormGrad& g, const Paramete
   const X* x = static_cast<const X*>(a.x) + row * a.cols;
   const Y* grad = static_cast<const Y*>(g.grad) + row * a.cols;
   X* grad_x = static_cast<X*>(g.grad_x) + row * a.cols;
-  const float* rstd = a.rstd + row;
+  float mean[R], rstd[R];
+  for (int r = 0; r < R; r++) {
+    mean[r] = CENTERED ? a.mean[row + r] : 0.f;
+    rstd[r] = a.rstd[row + r];
+  }
   const auto normalized = [&](int r, int64_t c, int n) {
     const vf v = read(x + r * a.cols + c, n);
-    return CENTERED ? (v - a.mean[row + r]) * rstd[r] : v * rstd[r];
+    return CENTERED ? (v - mean[r]) * rstd[r] : v * rstd[r];
   };
   vf of_g[R], of_gz[R];
   for (int r = 0; r < R; r++) of_g[r] = of_gz[r] = vf{};

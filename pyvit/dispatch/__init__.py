@@ -5,8 +5,6 @@ a backend and calls an :class:`Operator`. The same Operator stands behind ``torc
 export and C++ callers see no other code.
 """
 
-from typing import Any
-
 from pyvit.dispatch.autocast import autocast, no_autocast, without_autocast
 from pyvit.dispatch.gradients import formula_gradients, reference_backward
 from pyvit.dispatch.operator import Gradient, Operator, before_modes
@@ -48,8 +46,5 @@ __all__ = [
     "without_autocast",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name == "_override":
-        return requested_backend()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+#: requested_backend(), which use_backend keeps up to date here for linear layers: they look at it in each call.
+_override = requested_backend()

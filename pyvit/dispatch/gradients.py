@@ -89,7 +89,7 @@ def by_formula(schema: Schema, formula: Callable[..., Any], differentiable: Sequ
     others = [i for i, name in enumerate(schema.arguments) if name not in schema.tensors]
     take_tensors, take_others = _take(tensors), _take(others)
     take_arguments = _take([(tensors + others).index(i) for i in range(len(schema.arguments))])
-    inputs = [schema.arguments.index(name) for name in differentiable]
+    inputs = [schema.position(name) for name in differentiable]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*take_tensors(inputs))

@@ -63,8 +63,8 @@ class Operator:
             kept for it; takes the schema's arguments.
         kernels: per backend, "module:function" imported at first use. A backend that has a kernel and is not listed has
             it in the library: "cpu" under ``torch.ops.pyvit``, "cuda" under ``torch.ops.pyvit_cuda``.
-        inference: per backend, the function for eager calls without a gradient, where it is another: outputs that only
-            the backward reads may be empty.
+        inference: per backend, the function of :meth:`eager` without a gradient, where it is another: it may give None
+            for outputs that only the backward reads.
     """
 
     #: Positions of gradients among the arguments.
@@ -123,7 +123,7 @@ class Operator:
             library.FRAGMENT.impl(name, self.run, "CPU")
         library.FRAGMENT.impl(name, self.run, "CUDA")
         if autocast:
-            positions = [self.schema.arguments.index(argument) for argument in autocast]
+            positions = [self.schema.position(argument) for argument in autocast]
             for device in ("CPU", "CUDA"):
                 library.FRAGMENT.impl(name, self._autocast(device, positions), f"Autocast{device}")
 
@@ -278,7 +278,7 @@ class Gradient(Operator):
         self.own = names[: len(names) - len(forward.arguments)]
         self.grads = tuple(i for i, argument in enumerate(self.own) if argument.startswith("grad_"))
         #: Positions among the forward's arguments of those whose gradients are the outputs.
-        self.inputs = [forward.arguments.index(output.removeprefix("grad_")) for output in self.schema.outputs]
+        self.inputs = [forward.position(output.removeprefix("grad_")) for output in self.schema.outputs]
         flags = [f"{forward.arguments[i]}_grad" for i in self.inputs]
         self._flags = [self.own.index(flag) if flag in self.own else None for flag in flags]
         self._formula = formula

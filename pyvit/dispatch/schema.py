@@ -15,6 +15,11 @@ class Schema(NamedTuple):
     tensors: frozenset[str]
     optional: frozenset[str]
 
+    def position(self, argument: str) -> int:
+        if argument not in self.arguments:
+            raise ValueError(f"an operator's arguments are {', '.join(self.arguments)}; there is no {argument!r}")
+        return self.arguments.index(argument)
+
 
 def schema_of(name: str) -> Schema:
     """The schema of the operator ``name``. An output without a name is called "out"."""

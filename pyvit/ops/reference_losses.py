@@ -1,7 +1,7 @@
 """The streaming losses as naive PyTorch: the definition of right, and what they are measured against. Each holds its
 whole matrix.
 
-Arguments are those of :data:`pyvit.schemas.LOSS_SCHEMAS`, less ``backend``.
+Arguments are those of :data:`pyvit.schemas.PYTHON_SCHEMAS`, less ``backend``.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def layer_norm_inference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, _backend: str
 ) -> tuple[Tensor, None]:
     out = recycled(x.shape, dtype)
-    torch.ops.pyvit._norm_out.default(x.contiguous(), weight, bias, eps, True, out, None)
+    torch.ops.pyvit._norm_out.default(x, weight, bias, eps, True, out, None)
     return out, None
 
 
@@ -93,7 +93,7 @@ def rms_norm_inference(
     x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, _backend: str
 ) -> tuple[Tensor, None]:
     out = recycled(x.shape, dtype)
-    torch.ops.pyvit._norm_out.default(x.contiguous(), weight, None, eps, False, out, None)
+    torch.ops.pyvit._norm_out.default(x, weight, None, eps, False, out, None)
     return out, None
 
 

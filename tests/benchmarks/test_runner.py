@@ -36,6 +36,7 @@ def test_providers_agree(op):
         "patch_embed": {"batch": 2, "size": 32, "patch": 8, "width": 24, "keep": 5},
         "linear": {"m": 33, "k": 40, "n": 24, "activation": "gelu"},
         "layer_norm": {"rows": 33, "width": 40},
+        "rms_norm": {"rows": 33, "width": 40},
         "info_nce": {"batch": 40, "dim": 32},
         "nt_xent": {"batch": 21, "dim": 32},
         "sigmoid_contrastive": {"batch": 40, "dim": 32},

@@ -78,6 +78,7 @@ def distillation(student: Tensor, prototypes: Tensor, backend: str | None = None
 CASES: dict[str, Callable[[], Case]] = {
     "layer_norm": lambda: Case(*through(ops.layer_norm), (randn(2, 5, 16), randn(16), randn(17)[:16])),
     "layer_norm, rounded": lambda: Case(*through(ops.layer_norm, dtype=torch.bfloat16), (randn(2, 5, 16),)),
+    "rms_norm": lambda: Case(*through(ops.rms_norm), (randn(2, 5, 16), randn(17)[:16])),
     **{f"linear {name}": functools.partial(linear, name) for name in (None, *reference.ACTIVATIONS)},
     "mlp": lambda: Case(*through(ops.mlp), (randn(2, 5, 16), randn(24, 16), randn(24), randn(12, 24), randn(12))),
     "branch": whole_branch,

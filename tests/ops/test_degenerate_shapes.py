@@ -97,6 +97,8 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], Any]]] = {
     ),
     "layer_norm, no rows": (ops.layer_norm, lambda: {"x": r(0, 8), "weight": r(8), "bias": r(8)}),
     "layer_norm, one channel": (ops.layer_norm, lambda: {"x": r(3, 1), "weight": r(1), "bias": r(1)}),
+    "rms_norm, no rows": (ops.rms_norm, lambda: {"x": r(0, 8), "weight": r(8)}),
+    "rms_norm, one channel": (ops.rms_norm, lambda: {"x": r(3, 1), "weight": r(1)}),
     "linear, no rows": (ops.linear, lambda: {"x": r(0, 8), "weight": r(3, 8), "bias": r(3)}),
     "koleo, one row": (ops.koleo, lambda: {"x": r(1, 8)}),
     "koleo, two rows": (ops.koleo, lambda: {"x": r(2, 8)}),

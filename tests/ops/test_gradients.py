@@ -51,6 +51,7 @@ def _other(name: str, backend: str) -> Call:
         "layer_norm": lambda: Call(
             lambda x, weight, bias: ops.layer_norm(x, weight, bias, **keep), x=a, weight=r(8), bias=r(8)
         ),
+        "rms_norm": lambda: Call(lambda x, weight: ops.rms_norm(x, weight, **keep), x=a, weight=r(8)),
         "linear": lambda: Call(
             lambda x, weight, bias: ops.linear(x, weight, bias, activation="gelu", **keep), x=a, weight=heads, bias=r(7)
         ),
@@ -83,6 +84,7 @@ OTHERS = [
     "qkvpacked",
     "sdpa",
     "layer_norm",
+    "rms_norm",
     "linear",
     "mlp",
     "info_nce",

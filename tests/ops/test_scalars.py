@@ -41,6 +41,7 @@ PLAIN: list[tuple[Callable[..., Any], dict[str, Any], dict[str, float]]] = [
     (ops.attention_map, {"q": Q, "k": Q, "rows": 0}, {"scale": 0.3}),
     (ops.window_attention, {"qkv": QKV, "window_size": 2, "num_heads": 2}, {"scale": 0.3, "dropout_p": 0.0}),
     (ops.layer_norm, {"x": X}, {"eps": 1e-3}),
+    (ops.rms_norm, {"x": X}, {"eps": 1e-3}),
     (ops.koleo, {"x": X}, {"eps": 1e-3}),
     (ops.sinkhorn_knopp, {"scores": X, "temperature": 0.5}, {"temperature": 0.5}),
     (ops.sinkhorn_center, {"features": X, "temperature": 0.5}, {"temperature": 0.5}),
@@ -72,7 +73,7 @@ def test_a_number_without_a_gradient(op: Callable[..., Any], tensors: dict[str, 
         torch.testing.assert_close(op(**{**tensors, name: other}), want)
     learned = nn.Parameter(torch.tensor(value))
     for other in (learned, learned * 1, torch.tensor([value]), torch.tensor(value + 0j), str(value), None, [value]):
-        if other is None and name == "scale":
+        if other is None and (name == "scale" or op is ops.rms_norm):  # the default
             continue
         for call in (op, None if op.__name__ in EXPLAINED else lambda **kw: explain(op, **kw)):
             if call is not None:

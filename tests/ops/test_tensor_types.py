@@ -52,6 +52,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     ),
     "patch_embed": (lambda t: ops.patch_embed(t, X), lambda t: ops.patch_embed(torch.randn(1, 3, 4, 4), t)),
     "layer_norm": (ops.layer_norm, lambda t: ops.layer_norm(X, t if t is not None else [1])),
+    "rms_norm": (ops.rms_norm, lambda t: ops.rms_norm(X, t if t is not None else [1])),
     "linear": (lambda t: ops.linear(t, X), lambda t: ops.linear(X, X, t if t is not None else [1])),
     "mlp": (lambda t: ops.mlp(t, X, None, X.t(), None), lambda t: ops.mlp(X, X, None, t, None)),
     "info_nce": (lambda t: ops.info_nce(t, X, 1.0), lambda t: ops.info_nce(X, t, 1.0)),
@@ -108,6 +109,7 @@ def test_a_device_without_kernels_is_named() -> None:
     _meta(lambda t: ops.window_attention(t, 2, num_heads=2), torch.randn(1, 4, 4, 48, device="meta"))
     _meta(lambda t: ops.patch_embed(t, torch.randn(5, 3, 4, 4, device="meta")), torch.randn(1, 3, 8, 8, device="meta"))
     _meta(ops.layer_norm, x)
+    _meta(ops.rms_norm, x)
     _meta(lambda t: ops.linear(t, t), x)
     _meta(lambda t: ops.info_nce(t, t, 1.0), x)
     _meta(ops.koleo, x)
