@@ -142,7 +142,7 @@ def test_bad_settings():
         DINOLoss(8, centering="none")
     with pytest.raises(ValueError, match="temperature must be positive"):
         NTXentLoss(0.0)
-    with pytest.raises(ValueError, match="student must have a crop"):
+    with pytest.raises(ValueError, match="student must have at least 2 crops"):
         DINOLoss(8)(torch.randn(1, 2, 8), torch.randn(1, 2, 8), 0.1)
 
 

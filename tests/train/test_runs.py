@@ -169,7 +169,7 @@ def test_retrieval_of_towers_without_parts_gives_its_figures(tmp_path, capsys):
     settings = {**TINY, "model": "siglip_pico_patch8_32", "recipe": "siglip", "option": ["context=16"]}
     train(Config(**{**settings, "data": "digits"}, out=str(tmp_path / "run")))
     commands.retrieval_command(str(tmp_path / "run"))
-    assert "no picture of parts" in capsys.readouterr().out
+    assert "no sheet of phrases" in capsys.readouterr().out
     assert commands.zero_shot_command(str(tmp_path / "run"), count=2) >= 0
 
 
