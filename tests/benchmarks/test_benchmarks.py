@@ -74,16 +74,16 @@ def test_profile_counts_products_and_knows_kinds() -> None:
 def test_products_report_what_the_rules_lose(tmp_path, capsys):
     from benchmarks import products
 
-    only = "packed branch, float32, 197 x 192"
+    only = "prepacked branch, float32, 197 x 192"
     assert (
         products.main(["--only", only, "--seconds", "2", "--threads", "1", "--out", str(tmp_path / "products.csv")])
         == 0
     )
     said = capsys.readouterr().out
-    assert "packed branch  float32      1 cases" in said
+    assert "prepacked branch float32      1 cases" in said
     assert "rules 1." in said
     rows = (tmp_path / "products.csv").read_text().splitlines()
-    assert len(rows) == 4  # layer by layer, pyvit, torch
+    assert len(rows) == 5  # layer by layer, onednn, pyvit, torch
     assert sum(row.endswith("True") for row in rows) == 1
     with pytest.raises(SystemExit):
         products.main(["--isa", "mmx"])
@@ -95,5 +95,5 @@ def test_products_are_those_of_every_layer():
 
     found = cases()
     assert len(set(found)) == len(found) > 1000
-    assert {case.kind for case in found} == set(KINDS)
+    assert {case.kind for case in found} == {*KINDS, "prepacked branch"}
     assert {case.rows for case in found} >= {197, 1576, 3136, 25088, 49, 392}
