@@ -73,9 +73,9 @@ void forward(const Attention& a) {
     Panels keys(Panels::KEYS_AS_COLUMNS, a.k, a.nk, a.d, KEY_BLOCK, memory);
     Panels values(Panels::KEYS_AS_ROWS, a.v, a.nk, a.dv, KEY_BLOCK, memory);
     const int64_t ld = round_up(std::min(KEY_BLOCK, std::max<int64_t>(a.nk, 1)), W), rows = rows_at_once + MR;
-    uint32_t* queries = memory.take<uint32_t>(rows * lanes_of<D>(a.d));
-    float* scores = memory.take<float>(rows * ld);
-    float* out = memory.take<float>(rows * round_up(a.dv, W));
+    uint32_t* queries = memory.take<uint32_t>(rows * lanes_of<D>(a.d));  // (rows, lanes of d)
+    float* scores = memory.take<float>(rows * ld);                       // (rows, keys of a block)
+    float* out = memory.take<float>(rows * round_up(a.dv, W));           // (rows, dv)
     float* bias = memory.take<float>(ld);
     const auto head_of = [&](int64_t unit) { return Head(a, unit / pieces / a.heads, unit / pieces % a.heads); };
     const auto rows_of = [&](int64_t unit, const Head& head) {

@@ -162,11 +162,11 @@ class Backward {
         v_columns_(Panels::KEYS_AS_COLUMNS, a.v, a.nk, a.dv, KEY_BLOCK, memory_),
         k_rows_(Panels::KEYS_AS_ROWS, a.k, a.nk, a.d, KEY_BLOCK, memory_) {
     const int64_t rows = ROW_BLOCK + 2 * MR;
-    queries_ = memory_.take<uint32_t>(rows * lanes_of<D>(a.d));
-    grads_out_ = memory_.take<uint32_t>(rows * lanes_of<D>(a.dv));
+    queries_ = memory_.take<uint32_t>(rows * lanes_of<D>(a.d));     // (rows, lanes of d)
+    grads_out_ = memory_.take<uint32_t>(rows * lanes_of<D>(a.dv));  // (rows, lanes of dv)
     query_rows_ = memory_.take<uint32_t>(packed_size<D>(rows, a.d));
     grad_rows_ = memory_.take<uint32_t>(packed_size<D>(rows, a.dv));
-    grad_q_ = memory_.take<float>(rows * ldd_);
+    grad_q_ = memory_.take<float>(rows * ldd_);  // (rows, ldd)
     bias_ = memory_.take<float>(D::K * ld_);
     s_ = {memory_.take<float>(rows * ld_), memory_.take<float>(rows * ld_), nullptr, nullptr, ld_};
     if (D::K == 2) {

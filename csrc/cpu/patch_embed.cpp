@@ -128,6 +128,24 @@ void copy_prefix(const Patch& p, int64_t image) {
   for (int64_t i = 0; i < p.prefix_tokens * p.dim; i++) out[i] = from_float<T>(p.prefix[i]);
 }
 
+// Columns col .. col + cols of the tokens of n patches from `first` on, counted through all images: products (n, NR)
+// plus bias and position.
+template <class T>
+void store_tokens(const Patch& p, const Geometry& g, int64_t first, int64_t n, int64_t col, int64_t cols,
+                  const float* products) {
+  for (int64_t r = 0; r < n; r++, products += NR) {
+    const int64_t image = (first + r) / p.kept, at = (first + r) % p.kept;
+    const float* pos = p.pos ? p.pos + Geometry::patch(p, image, at) * p.dim + col : nullptr;
+    T* out = static_cast<T*>(p.out) + (image * g.tokens + p.prefix_tokens + at) * p.dim + col;
+    vectors(cols, [&](int64_t i, int left) {
+      vf v = load(products + i);
+      if (p.bias) v += read(p.bias + col + i, left);
+      if (pos) v += read(pos + i, left);
+      write(out + i, v, left);
+    });
+  }
+}
+
 template <class T>
 void forward(const Patch& p) {
   using D = Compute<T>;
@@ -155,8 +173,8 @@ void forward(const Patch& p) {
   const Gather<T, E> gather(p);
   parallel_units(blocks * groups, [&](Queue& queue) {
     Scratch& memory = scratch();
-    uint32_t* a = memory.take<uint32_t>(at_once * lanes + W);
-    float* c = memory.take<float>(at_once * NR);
+    uint32_t* a = memory.take<uint32_t>(at_once * lanes + W);  // (at_once, lanes)
+    float* c = memory.take<float>(at_once * NR);               // (at_once, NR)
     int64_t gathered = -1;
     for (int64_t unit; (unit = queue.next()) >= 0;) {
       const int64_t block = unit / groups, group = unit % groups, first = block * at_once;
@@ -172,24 +190,7 @@ void forward(const Patch& p) {
       for (int64_t panel = group * panels / groups; panel < (group + 1) * panels / groups; panel++) {
         const int64_t col = panel * NR, cols = std::min<int64_t>(NR, p.dim - col);
         panel_product<D>(n, cols, lanes, a, lanes, weight + col * lanes, c, NR);
-        for (int64_t r = 0; r < n; r++) {
-          const int64_t image = (first + r) / p.kept, at = (first + r) % p.kept;
-          const float* pos = p.pos ? p.pos + Geometry::patch(p, image, at) * p.dim + col : nullptr;
-          T* out = static_cast<T*>(p.out) + (image * g.tokens + p.prefix_tokens + at) * p.dim + col;
-          for (int64_t i = 0; i < cols; i += W) {
-            vf v = load(c + r * NR + i);
-            const int left = int(std::min<int64_t>(W, cols - i));
-            if (left == W) {
-              if (p.bias) v += load(p.bias + col + i);
-              if (pos) v += load(pos + i);
-              store(out + i, v);
-            } else {
-              if (p.bias) v += load_n(p.bias + col + i, left);
-              if (pos) v += load_n(pos + i, left);
-              store_n(out + i, v, left);
-            }
-          }
-        }
+        store_tokens<T>(p, g, first, n, col, cols, c);
       }
     }
   });
@@ -218,8 +219,8 @@ void weight_gradient(const Patch& p, const PatchGrad& grad) {
   const int64_t at_once = std::max<int64_t>(1, CHUNK_ROWS / piece), lanes = at_once * piece_lanes;
   const int64_t blocks = div_up(p.dim, A_WIDTH), panels = div_up(g.k, NR), ldw = round_up(g.k, W);
   Scratch& memory = shared();
-  uint32_t* a = memory.take<uint32_t>(blocks * A_WIDTH * lanes);
-  uint32_t* b = memory.take<uint32_t>(ldw * lanes);
+  uint32_t* a = memory.take<uint32_t>(blocks * A_WIDTH * lanes);  // panels of grad_out (chunk, dim)
+  uint32_t* b = memory.take<uint32_t>(ldw * lanes);               // panels of pixels (chunk, k)
   float* sum = grad.grad_weight;
   if (ldw != g.k) {
     sum = memory.take<float>(p.dim * ldw);

@@ -17,12 +17,12 @@ class Forward {
         g_(g),
         ldk_(ld_of_rows<D>(d)),
         ldv_(round_up(d, W)),
-        queries_(memory.take<uint32_t>(lanes_of<D>(d) * g.ld)),
-        keys_(memory.take<uint32_t>(n * ldk_)),
-        values_(memory.take<uint32_t>(lanes_of<D>(n) * ldv_)),
-        last_(memory.take<uint32_t>(ldk_)),
-        scores_(memory.take<float>(n * WIDEST * W)),
-        row_(memory.take<float>(g.ld)) {}
+        queries_(memory.take<uint32_t>(lanes_of<D>(d) * g.ld)),  // (lanes of d, ld), a query in a column
+        keys_(memory.take<uint32_t>(n * ldk_)),                  // (n, ldk)
+        values_(memory.take<uint32_t>(lanes_of<D>(n) * ldv_)),   // (lanes of n, ldv)
+        last_(memory.take<uint32_t>(ldk_)),                      // the remainder query
+        scores_(memory.take<float>(n * WIDEST * W)),             // (n, queries taken together)
+        row_(memory.take<float>(g.ld)) {}                        // of the remainder query
 
   template <class T>
   void pack(const Operands<D, T>& in) {

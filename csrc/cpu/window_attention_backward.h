@@ -25,17 +25,17 @@ class WindowGradients {
         batch_(batch(g)),
         ldp_(batch_ + g.remainder * W),
         cosine_(w.logit_scale) {
-    queries_ = memory.take<uint32_t>(lanes_of<D>(d) * g.ld);
-    grads_ = memory.take<uint32_t>(lanes_of<D>(d) * g.ld);
-    keys_ = memory.take<uint32_t>(n * lda_);
-    values_ = memory.take<uint32_t>(n * lda_);
+    queries_ = memory.take<uint32_t>(lanes_of<D>(d) * g.ld);  // (lanes of d, ld): a query in a column
+    grads_ = memory.take<uint32_t>(lanes_of<D>(d) * g.ld);    // dO, likewise
+    keys_ = memory.take<uint32_t>(n * lda_);                  // (n, lda)
+    values_ = memory.take<uint32_t>(n * lda_);                // (n, lda)
     last_query_ = memory.take<uint32_t>(lda_);
     last_grad_ = memory.take<uint32_t>(lda_);
-    query_pairs_ = memory.take<uint32_t>(lanes_of<D>(n) * ld);
+    query_pairs_ = memory.take<uint32_t>(lanes_of<D>(n) * ld);  // (lanes of n, ld)
     grad_pairs_ = memory.take<uint32_t>(lanes_of<D>(n) * ld);
     key_pairs_ = D::K == 1 ? keys_ : memory.take<uint32_t>(lanes_of<D>(n) * ld);
-    s_ = memory.take<float>(n * ldp_);
-    ds_ = memory.take<float>(n * ldp_);
+    s_ = memory.take<float>(n * ldp_);   // scores, then P: (n, ldp), a query of the batch in a column
+    ds_ = memory.take<float>(n * ldp_);  // dP, then dS
     row_ = memory.take<float>(2 * g.ld);
     if (D::K == 2) {
       p_rows_ = memory.take<uint32_t>(n * ldp_ / 2);
@@ -72,7 +72,11 @@ class WindowGradients {
       for (int64_t i = first; i < end;)
         i += W * next_group((end - i) / W, [&](auto v) {
                constexpr int V = decltype(v)::value;
-               scores<V>(i, i - first, bias + i, scale, scale2, lse2 + i);
+               if (any_large(lse2 + i, V * W)) {
+                 scores_less_largest<V>(i, i - first, bias + i, scale);
+               } else {
+                 scores<V>(i, i - first, bias + i, scale2, lse2 + i);
+               }
                probabilities<V>(i, i - first, grad_bias ? grad_bias + i : nullptr);
              });
       if (g_.remainder && end == cols) last_query(end - first, bias + n * g_.ld, scale, grad_bias);
@@ -98,29 +102,11 @@ class WindowGradients {
     return found;
   }
 
-  // Scores of V vectors of queries in powers of two, less lse2, to column `at` of the batch. Where lse2 is large,
-  // scores come from themselves: their largest is found again.
+  // Scores of V vectors of queries in powers of two, less lse2, to column `at` of the batch.
   template <int V>
-  void scores(int64_t first, int64_t at, const float* bias, float scale, float scale2, const float* lse2) {
+  void scores(int64_t first, int64_t at, const float* bias, float scale2, const float* lse2) {
     float* const out = s_ + at;
     const int64_t ldp = ldp_, ld_bias = g_.ld;
-    if (any_large(lse2, V * W)) {
-      keys_times<V>(keys_, queries_ + first, out);
-      vf top[V];
-      for (int v = 0; v < V; v++) top[v] = set1(LEAST);
-      for (int64_t j = 0; j < n; j++)
-        for (int v = 0; v < V; v++) {
-          const vf x = load(out + j * ldp + v * W) * scale + load(bias + j * ld_bias + v * W);
-          top[v] = vmax(top[v], x);
-          store(out + j * ldp + v * W, x);
-        }
-      for (int64_t j = 0; j < n; j++)
-        for (int v = 0; v < V; v++) {
-          float* s = out + j * ldp + v * W;
-          store(s, (load(s) - top[v]) * LOG2E);
-        }
-      return;
-    }
     product<D, V, false>(
         n, lanes_of<D>(d), keys_, lda_, queries_ + first, g_.ld,
         [=](int64_t j, int v, vf x) __attribute__((always_inline)) {
@@ -128,6 +114,26 @@ class WindowGradients {
           store(out + j * ldp + v * W, x * scale2 + (b * LOG2E - load(lse2 + v * W)));
         },
         next);
+  }
+
+  // The same where lse2 is large: less the largest score, which is found again.
+  template <int V>
+  __attribute__((noinline)) void scores_less_largest(int64_t first, int64_t at, const float* bias, float scale) {
+    float* const out = s_ + at;
+    keys_times<V>(keys_, queries_ + first, out);
+    vf top[V];
+    for (int v = 0; v < V; v++) top[v] = set1(LEAST);
+    for (int64_t j = 0; j < n; j++)
+      for (int v = 0; v < V; v++) {
+        const vf x = load(out + j * ldp_ + v * W) * scale + load(bias + j * g_.ld + v * W);
+        top[v] = vmax(top[v], x);
+        store(out + j * ldp_ + v * W, x);
+      }
+    for (int64_t j = 0; j < n; j++)
+      for (int v = 0; v < V; v++) {
+        float* s = out + j * ldp_ + v * W;
+        store(s, (load(s) - top[v]) * LOG2E);
+      }
   }
 
   // P and dS = P (dP - delta) of V vectors of queries, from their scores in column `at` of the batch. delta = sum of
