@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -51,14 +50,8 @@ def mlp(
         return out
     if norm is not None or scale is not None or residual is not None:
         _check(x, branch)
-        layers = functools.partial(
-            mlp,
-            fc1_weight=fc1_weight,
-            fc1_bias=fc1_bias,
-            fc2_weight=fc2_weight,
-            fc2_bias=fc2_bias,
-            activation=activation,
-            backend=backend,
+        layers = lambda y: mlp(  # noqa: E731
+            y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation=activation, backend=backend
         )
         return prepacked.around(x, layers, branch, backend)
     x, w1, b1, w2, b2, device = _prepare(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
