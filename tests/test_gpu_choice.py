@@ -94,10 +94,10 @@ def test_explain_says_by_what(on: Callable[[str | None], None], gpu: str | None)
         q = torch.empty(2, 4, 577, 64, device="cuda", dtype=BF16)
         (note,) = pyvit.explain(ops.flash_attention, q, q, q).notes
         none = torch.empty(0, 4, 577, 64, device="cuda", dtype=BF16)
-        assert "for want of" in pyvit.explain(ops.flash_attention, none, none, none).notes[0]
+        assert "declared order, without" in pyvit.explain(ops.flash_attention, none, none, none).notes[0]
     found = gpu_choice.compare("flash_attention", BF16, (), (2, 4, 4, 577, 577, 64), "A100")
     wanted = (
-        "declared order, for want of a GPU to predict for"
+        "declared order, without a GPU to predict for"
         if gpu is None
         else f"predicted, for A100: cuda {found.cuda:.3g} ms, triton"
     )

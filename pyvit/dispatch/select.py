@@ -235,7 +235,7 @@ def _between(call: Call) -> str:
         return "a tile loop in Python comes last"
     gpu = gpu_choice.current_gpu()
     if gpu is None or not call.sizes or not all(call.sizes):
-        return "declared order, for want of " + ("a GPU to predict for" if gpu is None else "sizes")
+        return "declared order, without " + ("a GPU to predict for" if gpu is None else "sizes")
     return str(gpu_choice.compare(call.op, call.dtype, call.features, call.sizes, gpu))
 
 

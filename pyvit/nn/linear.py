@@ -18,14 +18,15 @@ Kind = TypeVar("Kind", bound=type[nn.Module])
 
 
 def bypassed(kind: Kind) -> Kind:
-    """Of a class whose work others may do without calling it, as long as its forward is the one it has now."""
+    """Class decorator: fused layers may compute what the class computes without calling it, as long as its forward is
+    the one that it has now."""
     _FORWARDS[kind] = kind.forward
     return kind
 
 
 def unpatched(module: nn.Module) -> bool:
-    """Whether a call of ``module`` would run its class's own code: that of a :func:`bypassed` class, or of another as
-    it was first seen."""
+    """Whether neither ``module`` nor its class has been given another ``forward`` or ``__call__``: since it was defined
+    for a :func:`bypassed` class, since the first call of this function for others."""
     kind = type(module)
     return (
         kind.forward is _FORWARDS.setdefault(kind, kind.forward)
@@ -67,8 +68,8 @@ def _own_hooks(attributes: dict[str, Any]) -> bool:
 
 
 def ordinary(t: Any) -> bool:
-    """Whether a tensor is one of torch's own, whose memory a kernel may read: no quantised or sharded weight, no proxy
-    of a tracer."""
+    """Whether a kernel may read the memory of a tensor: it is no tensor subclass (quantized or sharded weights), and no
+    proxy of a tracer."""
     return type(t) in _TENSORS or type(t).__module__.startswith("torch._subclasses.")  # torch.compile and torch.export
 
 
@@ -76,9 +77,10 @@ _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 
 
 def plain(layer: nn.Module, kind: type[nn.Module] = Linear) -> bool:
-    """A ``kind`` with nothing in or around it (adapters, quantised weights, hooks): its weights may be used directly.
+    """Whether ``layer`` is a ``kind`` without adapters, quantized weights, hooks or patches, so that its weights may be
+    used directly.
 
-    Blocks ask this of each of their parts in every call, so it reads the dictionary of attributes.
+    Every block asks this of each of its parts in every call. It therefore reads the dictionary of attributes.
     """
     if type(layer) is not kind:
         return False
@@ -94,7 +96,7 @@ def plain(layer: nn.Module, kind: type[nn.Module] = Linear) -> bool:
 
 
 def idle(drop: nn.Module | None) -> bool:
-    """Whether ``drop`` returns what it is given, and no hook observes it. A class that is not known may do anything."""
+    """Whether ``drop`` returns its input and no hook observes it. False for unknown classes."""
     if type(drop) is nn.Dropout:
         return not (drop.p and drop.training) and plain(drop, nn.Dropout)
     return drop is None or plain(drop, nn.Identity)
@@ -109,8 +111,8 @@ def apply(
     scale: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """residual + scale * drop(layer(norm(x))), see :func:`pyvit.ops.linear`: by one call of it where nothing stands
-    between."""
+    """residual + scale * drop(layer(norm(x))), in one call of :func:`pyvit.ops.linear` if ``layer`` is plain and
+    ``drop`` idle."""
     if plain(layer) and idle(drop):
         weight, bias, activation = layer.weight, layer.bias, layer.activation
         return linear(x, weight, bias, activation=activation, norm=norm, scale=scale, residual=residual)  # type: ignore[arg-type]

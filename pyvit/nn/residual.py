@@ -1,4 +1,4 @@
-"""What stands between a branch and the residual stream: LayerScale and stochastic depth."""
+"""Residual connections: LayerScale, stochastic depth, and the arguments with which a layer fuses its branch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Activations of linear layers, and their gradients, in one pass over memory; in the library's C++ where it serves,
-else in torch's.
+"""Activations of linear layers and their gradients, each in one pass over memory.
 
-Names are those of :data:`pyvit.ops.reference.ACTIVATIONS`. Nothing here is recorded by autograd.
+The compiled library computes them where it can, PyTorch otherwise. Names are those of
+:data:`pyvit.ops.reference.ACTIVATIONS`. Autograd records nothing here.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def _ours(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _DTYPES and library.problem() is None
 
 
-def activate(x: Tensor, name: str, passing: bool = False) -> Tensor:
-    """activation(x) as a new tensor, or ``passing`` in memory that the next such call takes over."""
+def activate(x: Tensor, name: str, temporary: bool = False) -> Tensor:
+    """activation(x) as a new tensor. A ``temporary`` result is valid until the next call with ``temporary``."""
     if not _ours(x):
         return reference.ACTIVATIONS[name](x)
     x = x.contiguous()
-    out = scratch("activation", x.shape, x.dtype) if passing else torch.empty_like(x)
+    out = scratch("activation", x.shape, x.dtype) if temporary else torch.empty_like(x)
     torch.ops.pyvit.activation.default(x, name, out)
     return out
 
@@ -52,10 +52,10 @@ def activate_(x: Tensor, name: str) -> Tensor:
 
 
 def gradient(grad: Tensor, inner: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """The gradient of ``inner`` (..., C) for that of activation(inner), and its sum (C,) over the other dimensions, as
-    wide as it is known.
+    """The gradient of ``inner`` (..., C) for the gradient of activation(inner), and its sum (C,) over the other
+    dimensions. The library returns the sum in float32.
 
-    For relu, ``inner`` may be the result as well.
+    For relu, ``inner`` may also be activation(inner).
     """
     if not _ours(inner) or transformed(grad):
         found = _GRADIENTS[name](grad, inner)
@@ -66,8 +66,8 @@ def gradient(grad: Tensor, inner: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 def gradient_(grad: Tensor, inner: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """As :func:`gradient`, the first result in place of ``grad``, contiguous; returns activation(inner), passing, and
-    the sum."""
+    """As :func:`gradient`, with the gradient of ``inner`` written to ``grad``, which is contiguous. Returns
+    activation(inner), which is temporary as in :func:`activate`, and the sum."""
     if not _ours(inner) or transformed(grad):
         grad.copy_(_GRADIENTS[name](grad, inner))
         return reference.ACTIVATIONS[name](inner), grad.reshape(-1, grad.shape[-1]).sum(0)

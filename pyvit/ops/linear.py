@@ -1,9 +1,8 @@
-"""A linear layer with its activation, on the fastest matrix product at hand; fused where that can.
+"""A linear layer with its activation, on the fastest matrix product of the machine.
 
-On a CPU torch's default product is not always the fastest: oneDNN, inside torch, may be twice as fast and applies the
-activation while the result is in registers, and ``csrc/cpu`` has products of its own. Which is taken follows from
-processor, dtype and shape by rules that were measured beforehand (:mod:`pyvit.ops.product_rules`). On a GPU the product
-is the vendor's.
+On a CPU, PyTorch's default product is not always the fastest. oneDNN, which is part of PyTorch, and ``csrc/cpu`` have
+others, which also fuse the activation. :mod:`pyvit.ops.product_rules` chooses by processor, dtype and shape. On a GPU
+the product is the vendor's.
 """
 
 from __future__ import annotations
@@ -197,7 +196,7 @@ def _describe(
 
 
 def explain(x: Tensor, branch: Branch, grad: bool) -> list[str]:
-    """How the products of a call go, as far as it is known."""
+    """Which matrix products a call uses."""
     if grad:
         return products.explain(x, branch.weight, branch.bias, None)
     return prepacked.explain(x, branch) or products.explain(x, branch.weight, branch.bias, branch.activation)

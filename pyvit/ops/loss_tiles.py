@@ -122,7 +122,7 @@ class LogSumExp:
 
 
 class Ring:
-    """Blocks of every rank pass by every rank, the next one on its way while this one is computed with.
+    """Sends the blocks of all ranks around a ring: a rank receives the next block while it computes with this one.
 
     With ``group`` None there is one rank and nothing is sent.
     """

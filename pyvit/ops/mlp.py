@@ -30,10 +30,10 @@ def mlp(
     """residual + scale * (activation(norm(x) fc1_weight^T + fc1_bias) fc2_weight^T + fc2_bias): a transformer's
     feed-forward layer.
 
-    On a CPU, inference with packed weights (:func:`pyvit.pack_weights`) takes a block of rows through all of it in
-    cache: the hidden layer is never held whole. Without, and where that is not the faster way, the layers run one by
-    one. The gradient keeps the activation's argument alone and forms the activation again in the pass that takes its
-    derivative: the hidden layer is held once instead of twice, a quarter of what a ViT's block keeps in all.
+    On a CPU, inference with prepacked weights (:func:`pyvit.pack_weights`) computes a block of rows at a time in cache
+    and never stores the whole hidden layer. Otherwise the layers run one after another. For the backward pass only the
+    argument of the activation is saved; the activation is recomputed together with its derivative. The hidden layer is
+    thus stored once instead of twice, which saves a quarter of the memory of a ViT block.
 
     Args:
         x: (..., K).
@@ -123,7 +123,7 @@ class _Mlp(torch.autograd.Function):
         inner = products.forward(x, fc1_weight, fc1_bias, None)
         ctx.activation = activation
         ctx.save_for_backward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, inner)
-        return products.forward(activations.activate(inner, activation, passing=True), fc2_weight, fc2_bias, None)
+        return products.forward(activations.activate(inner, activation, temporary=True), fc2_weight, fc2_bias, None)
 
     @staticmethod
     @dispatch.without_autocast

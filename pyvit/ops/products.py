@@ -60,7 +60,7 @@ def _narrow(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Ten
 
 def by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     y = F.linear(x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), *_narrow(x, weight, bias))
-    if x.dim() != 2:  # of several dimensions F.linear returns a view, which autograd lets nobody write to
+    if x.dim() != 2:  # F.linear would return a view, which autograd does not allow to be changed in place
         y = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
     return y if activation is None else activations.activate_(y, activation)
 

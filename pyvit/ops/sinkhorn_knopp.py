@@ -75,8 +75,8 @@ def sinkhorn_center(
     Args:
         features: scores (B, K), or features (B, C) with ``prototypes`` (K, C); scores = features prototypes^T, a tile
             at a time.
-        temperature, iterations, group: as in :func:`sinkhorn_knopp`, but at least one iteration: no centre stands for
-            none.
+        temperature, iterations, group: as in :func:`sinkhorn_knopp`, but at least one iteration: no center describes
+            zero iterations.
 
     Returns center (K,), float32 or float64.
     """
