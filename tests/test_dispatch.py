@@ -15,6 +15,7 @@ from pyvit.dispatch import Call, capabilities, gradients, reasons, select
 from pyvit.dispatch.capabilities import BACKENDS, CAPABILITIES, MISSING, Capability
 from pyvit.dispatch.schema import schema_of
 from pyvit.ops import attention_map, flash_attention, patch_embed, window_attention
+from pyvit.ops.flash_attention import ATTENTION_BACKWARD
 from pyvit.schemas import PYTHON_SCHEMAS, SCHEMAS
 
 Q = torch.zeros(1, 2, 5, 8)
@@ -249,6 +250,8 @@ def test_schemas_are_read_as_torch_reads_them() -> None:
 def test_names_that_no_schema_has() -> None:
     with pytest.raises(ValueError, match="arguments are q, k, rows, bias, scale, backend; there is no 'v'"):
         gradients.by_formula(schema_of("attention_map"), attention_map, ("q", "v"))
+    with pytest.raises(ValueError, match="backward: grad_out, grad_lse, out, lse, bias_grad must be named after"):
+        gradients.by_operator(schema_of("info_nce"), ATTENTION_BACKWARD)
 
 
 def test_a_kernel_comes_before_a_tile_loop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,14 +46,16 @@ def by_operator(schema: Schema, gradient: Gradient) -> Derivative:
     pool += [f"{name}_grad" for name in schema.arguments]
     pool += [schema.arguments[i] for i in tensors] + [schema.outputs[i] for i in kept]
     pool += [schema.arguments[i] for i in others]
+    if unknown := [name for name in own if name not in pool]:
+        raise ValueError(f"{gradient.name}: {', '.join(unknown)} must be named after an argument or output")
     take_saved = _take(tensors + [len(schema.arguments) + i for i in kept])
     take_others, take_constant = _take(others), _take(constant)
     take_arguments = _take([pool.index(name) for name in gradient.schema.arguments])
-    #: Gradients that must be tensors, and which of the kept tensors are their outputs.
+    # Outputs whose gradients must be tensors, each with its place among the saved tensors, if it is there.
     required = [
-        (schema.outputs.index(name), len(tensors) + kept.index(schema.outputs.index(name)) if name in own else None)
-        for name in schema.outputs
-        if f"grad_{name}" in own and f"grad_{name}" not in gradient.schema.optional
+        (i, len(tensors) + kept.index(i) if i in kept else None)
+        for i, name in enumerate(schema.outputs)
+        if i not in constant and f"grad_{name}" not in gradient.schema.optional
     ]
     nothing = (None,) * len(schema.arguments)
 
