@@ -47,4 +47,3 @@ __all__ = [
 ]
 
 #: requested_backend(), which use_backend keeps up to date here for linear layers: they look at it in each call.
-_override = requested_backend()

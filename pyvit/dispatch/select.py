@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -73,12 +72,6 @@ def requested_backend() -> str | None:
     return _override
 
 
-def _request(name: str | None) -> None:
-    global _override
-    _override = name
-    sys.modules["pyvit.dispatch"]._override = name  # type: ignore[attr-defined]  # read by linear layers at each call
-
-
 class use_backend:
     """Send every following call to one backend, process-wide; as a context manager, until the block ends.
 
@@ -89,14 +82,15 @@ class use_backend:
     """
 
     def __init__(self, name: str | None) -> None:
-        self._previous = _override
-        _request(_checked(name, "use_backend: name"))
+        global _override
+        self._previous, _override = _override, _checked(name, "use_backend: name")
 
     def __enter__(self) -> use_backend:
         return self
 
     def __exit__(self, *_: object) -> None:
-        _request(self._previous)
+        global _override
+        _override = self._previous
 
 
 def select(call: Call, backend: str | None = None) -> str:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
-from pyvit.dispatch.capabilities import CAPABILITIES
 from pyvit.ops import activations, checks, prepacked, products, reference
 from pyvit.ops.layer_norm import check as check_norm
 from pyvit.ops.prepacked import Branch, Norm
@@ -161,18 +160,11 @@ def narrow(x: Tensor, *weights: Tensor | None) -> Any:
 
 
 def select(op: str, device: str, dtype: torch.dtype, backend: str | None, *operands: Tensor) -> str:
-    """The backend of ``op``; "reference" where something must see the plain formula, and where a GPU backend is set for
-    all operators, since this one stays with the vendor's library."""
-    if backend is None and dispatch.requested_backend() in (None, "cuda", "triton"):
-        chosen = "cpu" if device == "cpu" and dtype in _DTYPES else "reference"
-    else:
-        chosen = dispatch.select(Call(op, device, dtype, ()), backend)
+    """The backend of ``op``: "reference" where a compiler, a transform or a mode must see the plain formula."""
+    chosen = dispatch.select(Call(op, device, dtype, ()), backend)
     if chosen == "cpu" and traced(*operands) and not compiled_inference(*operands):
         return "reference"
     return chosen
-
-
-_DTYPES = CAPABILITIES["linear"]["cpu"].dtypes
 
 
 @dispatch.describes("linear")
