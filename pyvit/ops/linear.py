@@ -74,7 +74,8 @@ def linear(
     chosen = select("linear", device, x.dtype, backend, x, weight)
     if chosen == "reference" or torch.compiler.is_compiling():
         weight, bias = narrow(x, weight, bias)
-    return LINEAR(x, weight, bias, activation, chosen)  # type: ignore[no-any-return]
+        return LINEAR(x, weight, bias, activation, chosen)  # type: ignore[no-any-return]
+    return LINEAR.eager(x, weight, bias, activation, chosen)  # type: ignore[no-any-return]
 
 
 def prepacked_branch(x: Tensor, branch: Branch, check: Callable[[Tensor, Branch], object]) -> Tensor | None:

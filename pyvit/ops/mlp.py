@@ -58,7 +58,8 @@ def mlp(
     chosen = select("mlp", device, x.dtype, backend, x, w1, w2)
     if chosen == "reference" or torch.compiler.is_compiling():
         w1, b1, w2, b2 = narrow(x, w1, b1, w2, b2)
-    return MLP(x, w1, b1, w2, b2, activation, chosen)  # type: ignore[no-any-return]
+        return MLP(x, w1, b1, w2, b2, activation, chosen)  # type: ignore[no-any-return]
+    return MLP.eager(x, w1, b1, w2, b2, activation, chosen)  # type: ignore[no-any-return]
 
 
 def _check(x: Tensor, branch: Branch) -> None:
