@@ -61,7 +61,8 @@ class Block(nn.Module):
         self, x: Tensor, *, packing: Packing | None = None, rope: Tensor | None = None, **attend: Any
     ) -> Tensor:
         """x (B, N, C), or (T, C) with ``packing``; the rest as for :class:`pyvit.nn.Attention`."""
-        drop = self.drop_path1
+        parts: dict[str, Any] = self._modules  # attributes of a module take half a microsecond each
+        norm, attn, scale, drop = parts["norm1"], parts["attn"], parts["ls1"], parts["drop_path1"]
         if (
             rope is not None
             and packing is not None
@@ -70,12 +71,17 @@ class Block(nn.Module):
             and drop.p
         ):
             raise ValueError("Block: drop_path_form must be 'sample' to train with rope on packed sequences")
-        attn, ls1 = self.attn, self.ls1
-        if (fused := fusion_args(self.norm1, ls1, drop, attn)) is not None:
+        if (fused := fusion_args(norm, scale, drop, attn)) is not None:
             x = attn(x, packing=packing, rope=rope, residual=x, **fused, **attend)
         else:
-            x = add_branch(drop, x, lambda y, p: ls1(attn(self.norm1(y), packing=p, rope=rope, **attend)), packing)
-        mlp, ls2, drop = self.mlp, self.ls2, self.drop_path2
-        if (fused := fusion_args(self.norm2, ls2, drop, mlp)) is not None:
+            x = self._add_attention(x, packing, rope, attend)
+        norm, mlp, scale, drop = parts["norm2"], parts["mlp"], parts["ls2"], parts["drop_path2"]
+        if (fused := fusion_args(norm, scale, drop, mlp)) is not None:
             return mlp(x, residual=x, **fused)  # type: ignore[no-any-return]
-        return add_branch(drop, x, lambda y, p: ls2(mlp(self.norm2(y))), packing)
+        return add_branch(drop, x, lambda y, p: scale(mlp(norm(y))), packing)
+
+    def _add_attention(self, x: Tensor, packing: Packing | None, rope: Tensor | None, attend: dict[str, Any]) -> Tensor:
+        def branch(y: Tensor, packing: Packing | None) -> Tensor:
+            return self.ls1(self.attn(self.norm1(y), packing=packing, rope=rope, **attend))  # type: ignore[no-any-return]
+
+        return add_branch(self.drop_path1, x, branch, packing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from pyvit.ops import layer_norm, linear
@@ -55,16 +56,12 @@ class Linear(nn.Linear):
 
 def hooked(*modules: nn.Module | None) -> bool:
     """Whether hooks observe calls of these modules, and so would notice that they are bypassed."""
-    return any(m is not None and (_own_hooks(vars(m)) or any(GLOBAL_HOOKS)) for m in modules)
-
-
-def _own_hooks(attributes: dict[str, Any]) -> bool:
-    return bool(
-        attributes["_forward_hooks"]
-        or attributes["_forward_pre_hooks"]
-        or attributes["_backward_hooks"]
-        or attributes["_backward_pre_hooks"]
-    )
+    for m in modules:
+        if m is not None and (
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or any(GLOBAL_HOOKS)
+        ):
+            return True
+    return False
 
 
 def ordinary(t: Any) -> bool:
@@ -87,10 +84,16 @@ def plain(layer: nn.Module, kind: type[nn.Module] = Linear) -> bool:
     attributes = vars(layer)
     if "forward" in attributes or kind.forward is not _FORWARDS[kind] or kind.__call__ is not _CALL:
         return False
-    if _own_hooks(attributes) or any(GLOBAL_HOOKS):
+    if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
         return False
-    for p in attributes["_parameters"].values():  # noqa: SIM110
-        if p is not None and not ordinary(p):
+    # Each dictionary that is read is a guard of compiled graphs, and hooks of the backward see no inference.
+    backward = not torch.compiler.is_compiling() or torch.is_grad_enabled()
+    if backward and (attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]):
+        return False
+    if any(GLOBAL_HOOKS):
+        return False
+    for p in attributes["_parameters"].values():
+        if p is not None and type(p) not in _TENSORS and not ordinary(p):
             return False
     return True
 

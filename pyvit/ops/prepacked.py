@@ -162,12 +162,10 @@ def forms(dtype: torch.dtype) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _words(*weights: Tensor | None) -> Sequence[Tensor] | None:
-    """The packed forms of ``weights`` for the library's own kernels; None unless each has one."""
-    found = [find(weight) for weight in weights]
-    if any(kept is None or kept.form != "pyvit" for kept in found):
-        return None
-    return [kept.words for kept in found if kept is not None]
+def _words(weight: Tensor | None) -> Tensor | None:
+    """The packed form of ``weight`` for the library's own kernels, None if it has none."""
+    kept = find(weight)
+    return None if kept is None or kept.form != "pyvit" else kept.words
 
 
 def inference(x: Tensor, *given: Tensor | None) -> bool:
@@ -179,8 +177,7 @@ def inference(x: Tensor, *given: Tensor | None) -> bool:
         or torch.is_autocast_enabled("cpu")
     ):
         return False
-    tensors = [t for t in given if t is not None]
-    return compiled_inference(x, *tensors) or not traced(x, *tensors)
+    return not traced(x, *given) or compiled_inference(x, *given)
 
 
 def linear_branch(x: Tensor, b: Branch) -> Tensor | None:
@@ -188,17 +185,22 @@ def linear_branch(x: Tensor, b: Branch) -> Tensor | None:
 
     Raises RuntimeError where the tensors do not fit each other.
     """
-    weights = (b.weight,) if b.weight2 is None else (b.weight, b.weight2)
-    if b.weight.dtype is not x.dtype or (words := _words(*weights)) is None:
+    weight, bias, activation, weight2, bias2, norm, scale, residual = b
+    if weight.dtype is not x.dtype or (words := _words(weight)) is None:
         return None
-    norm = b.norm or (None, None, 0.0)
-    if not inference(x, *weights, b.bias, b.bias2, *norm[:2], b.scale, b.residual):
+    words2 = None
+    if weight2 is not None and (words2 := _words(weight2)) is None:
         return None
-    second = (None, None, None) if b.weight2 is None else (b.weight2, words[1], b.bias2)
-    first = (b.weight, words[0], b.bias, b.activation or "")
+    normed, (norm_weight, norm_bias, eps) = norm is not None, norm or _NO_NORM
+    if not inference(x, weight, bias, weight2, bias2, norm_weight, norm_bias, scale, residual):
+        return None
+    layers = (weight, words, bias, activation or "", weight2, words2, bias2)
     return torch.ops.pyvit.prepacked_mlp.default(  # type: ignore[no-any-return]
-        x, b.norm is not None, *norm, *first, *second, b.scale, b.residual
+        x, normed, norm_weight, norm_bias, eps, *layers, scale, residual
     )
+
+
+_NO_NORM: Norm = (None, None, 0.0)
 
 
 def attention_branch(
@@ -213,11 +215,13 @@ def attention_branch(
 ) -> Tensor | None:
     """residual + scale * proj(attention(qkv(norm(x)))) for x (B, N, C), as :func:`linear_branch`."""
     layers = _layers(x, qkv, proj, norm, scale, residual)
-    if layers is None or x.dim() != 3 or qkv.weight.shape[0] > 3 * 256 * num_heads:
+    if layers is None or x.dim() != 3:
         return None
     first, last = layers
+    if first[0].shape[0] > 3 * 256 * num_heads:  # channels per head, of which the kernels take 256
+        return None
     return torch.ops.pyvit.prepacked_attention.default(  # type: ignore[no-any-return]
-        x, norm is not None, *(norm or (None, None, 0.0)), *first, num_heads, is_causal, *last, scale, residual
+        x, norm is not None, *(norm or _NO_NORM), *first, num_heads, is_causal, *last, scale, residual
     )
 
 
@@ -241,7 +245,7 @@ def window_attention_branch(
     first, last = layers
     windows = (window_size, shift_size, num_heads, bias_table, mask_padding)
     return torch.ops.pyvit.prepacked_window_attention.default(  # type: ignore[no-any-return]
-        x, norm is not None, *(norm or (None, None, 0.0)), *first, *windows, *last, scale, residual
+        x, norm is not None, *(norm or _NO_NORM), *first, *windows, *last, scale, residual
     )
 
 
@@ -249,12 +253,16 @@ def _layers(
     x: Tensor, qkv: nn.Linear, proj: nn.Linear, norm: Norm | None, scale: Tensor | None, residual: Tensor | None
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
     """Weight, packed weight and bias of both layers; None where :func:`linear_branch` would give None."""
-    first, last = qkv.weight, proj.weight
-    if first.dtype is not x.dtype or last.dtype is not x.dtype or (words := _words(first, last)) is None:
+    first, last = qkv._parameters, proj._parameters  # __getattr__ of a module takes half a microsecond
+    weight, weight2, bias, bias2 = first["weight"], last["weight"], first["bias"], last["bias"]
+    if (words := _words(weight)) is None or (words2 := _words(weight2)) is None:
         return None
-    if not inference(x, first, last, qkv.bias, proj.bias, *(norm or ())[:2], scale, residual):
+    if weight.dtype is not x.dtype or weight2.dtype is not x.dtype:  # type: ignore[union-attr]
         return None
-    return (first, words[0], qkv.bias), (last, words[1], proj.bias)
+    norm_weight, norm_bias, _ = norm or _NO_NORM
+    if not inference(x, weight, weight2, bias, bias2, norm_weight, norm_bias, scale, residual):
+        return None
+    return (weight, words, bias), (weight2, words2, bias2)
 
 
 def layer(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from pyvit import torch_private
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
-def traced(*tensors: Tensor) -> bool:
+def traced(*tensors: Tensor | None) -> bool:
     """Whether something does: a compiler, ``torch.jit.trace``, a functorch transform, a dispatch mode (flop counters),
     dual numbers."""
     return (
@@ -29,7 +29,7 @@ def transformed(grad: Tensor) -> bool:
     return traced(grad) or torch_private.is_batched(grad)
 
 
-def compiled_inference(*tensors: Tensor) -> bool:
+def compiled_inference(*tensors: Tensor | None) -> bool:
     """Whether ``torch.compile`` traces a call without gradients or transforms. Inductor's own products on a CPU take up
     to 1.2x as long."""
     return (
