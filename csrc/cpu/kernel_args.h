@@ -131,7 +131,7 @@ struct Layer {
 };
 // out (rows, C) = residual + scale * layers(norm(x)), all contiguous and of one dtype. One layer, its activation after
 // it, or with `second` two, the activation between them. Null: residual 0, scale 1.
-struct Layers {
+struct FusedLinear {
   int64_t rows;
   Dtype dtype;
   const void* x;
@@ -232,7 +232,7 @@ struct Kernels {
   void (*row_norm_backward)(const RowNorm&, const RowNormGrad&);
   int64_t (*packed_layer_size)(int64_t in, int64_t out, Dtype dtype);
   void (*pack_layer)(const void* weight, int64_t in, int64_t out, Dtype dtype, uint32_t* packed);
-  void (*layers)(const Layers&);
+  void (*fused_linear)(const FusedLinear&);
   void (*transpose)(const Transposition&);
   void (*log_sum_exp)(const TileScores&);
   void (*pairs)(const Pairs&);

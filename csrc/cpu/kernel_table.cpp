@@ -18,7 +18,7 @@ void row_norm(const RowNorm&);
 void row_norm_backward(const RowNorm&, const RowNormGrad&);
 int64_t packed_layer_size(int64_t in, int64_t out, Dtype dtype);
 void pack_layer(const void* weight, int64_t in, int64_t out, Dtype dtype, uint32_t* packed);
-void layers(const Layers&);
+void fused_linear(const FusedLinear&);
 void transpose(const Transposition&);
 void log_sum_exp(const TileScores&);
 void pairs(const Pairs&);
@@ -73,7 +73,7 @@ const Kernels& table() {
                                row_norm_backward,
                                packed_layer_size,
                                pack_layer,
-                               layers,
+                               fused_linear,
                                transpose,
                                log_sum_exp,
                                pairs,

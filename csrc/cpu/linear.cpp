@@ -83,7 +83,7 @@ void by_columns(int64_t rows, const Rows& a, const Layer& layer, const float* bi
 }
 
 template <class T>
-void run(const Layers& a) {
+void run(const FusedLinear& a) {
   using D = Compute<T>;
   using E = typename D::element;
   constexpr bool COARSE = sizeof(T) == 2;
@@ -167,7 +167,7 @@ void run(const Layers& a) {
 
 }  // namespace
 
-void layers(const Layers& a) {
+void fused_linear(const FusedLinear& a) {
   switch (a.dtype) {
     case Dtype::bf16:
       return run<bf16>(a);

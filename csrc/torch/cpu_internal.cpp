@@ -340,7 +340,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyvit, m) {
   m.def(
       "_norm_backward_out(Tensor grad, Tensor x, Tensor? weight, Tensor statistics, bool centered, "
       "Tensor(a!) grad_x, Tensor(b!)? grad_parameters) -> ()");
-  // For pyvit/ops/products.py and streaming.py.
+  // For pyvit/ops/matmul.py and loss_tiles.py.
   m.def("transposed(Tensor x, Tensor(a!) out) -> ()");
   m.def("product(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, bool add) -> ()");
   // For pyvit/ops/loss_tiles.py.

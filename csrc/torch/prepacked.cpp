@@ -198,7 +198,7 @@ Tensor fused_linear(const char* op, Tensor x, Around around, Weight first, const
   x = dense(x);
   Ints shape = shape_of(x);
   const int64_t in = shape.back();
-  Layers a{};
+  FusedLinear a{};
   a.rows = in ? x.numel() / in : 0;
   a.dtype = dtype_of(x);
   a.x = x.data_ptr();
@@ -234,7 +234,7 @@ Tensor fused_linear(const char* op, Tensor x, Around around, Weight first, const
   a.residual = data<char>(around.residual);
   Tensor out = make_recycled(x, shape);
   a.out = out.data_ptr();
-  if (out.numel()) kernels().layers(a);
+  if (out.numel()) kernels().fused_linear(a);
   return out;
 }
 

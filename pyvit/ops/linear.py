@@ -1,7 +1,7 @@
 """A linear layer with its activation, on the fastest matrix product of the machine.
 
 On a CPU, PyTorch's default product is not always the fastest. oneDNN, which is part of PyTorch, and ``csrc/cpu`` have
-others, which also fuse the activation. :mod:`pyvit.ops.product_rules` chooses by processor, dtype and shape. On a GPU
+others, which also fuse the activation. :mod:`pyvit.ops.matmul_rules` chooses by processor, dtype and shape. On a GPU
 the product is the vendor's.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
-from pyvit.ops import activations, checks, prepacked, products, reference
+from pyvit.ops import activations, checks, matmul, prepacked, reference
 from pyvit.ops.layer_norm import check as check_norm
 from pyvit.ops.prepacked import Branch, Norm
 from pyvit.ops.tracing import compiled_inference, traced
@@ -191,8 +191,8 @@ def _describe(
 def explain(x: Tensor, branch: Branch, grad: bool) -> list[str]:
     """Which matrix products a call uses."""
     if grad:
-        return products.explain(x, branch.weight, branch.bias, None)
-    return prepacked.explain(x, branch) or products.explain(x, branch.weight, branch.bias, branch.activation)
+        return matmul.explain(x, branch.weight, branch.bias, None)
+    return prepacked.explain(x, branch) or matmul.explain(x, branch.weight, branch.bias, branch.activation)
 
 
 class _Linear(torch.autograd.Function):
@@ -202,7 +202,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, _: str) -> Tensor:
         fused = activation if activation == "relu" else None
-        inner = products.forward(x, weight, bias, fused)
+        inner = matmul.forward(x, weight, bias, fused)
         out = inner if activation is None or activation == fused else activations.activate(inner, activation)
         ctx.activation = activation
         ctx.save_for_backward(x, weight, bias, None if activation is None else inner)
@@ -227,8 +227,8 @@ class _Linear(torch.autograd.Function):
             grad, sums = activations.gradient(grad, inner, ctx.activation)
         rows = grad.reshape(-1, grad.shape[-1])
         return (
-            products.grad_input(rows, weight).view(x.shape) if needs[0] else None,
-            products.grad_weight(rows, x.reshape(-1, x.shape[-1]).contiguous(), weight.dtype) if needs[1] else None,
+            matmul.grad_input(rows, weight).view(x.shape) if needs[0] else None,
+            matmul.grad_weight(rows, x.reshape(-1, x.shape[-1]).contiguous(), weight.dtype) if needs[1] else None,
             (rows.sum(0) if sums is None else sums).to(bias.dtype) if needs[2] else None,
             None,
             None,

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyvit import library
-from pyvit.ops import checks, products
+from pyvit.ops import checks, matmul
 
 #: Rows and columns of a tile: its operands and two float32 copies of it stay near a CPU's last-level cache.
 TILE = 512
@@ -26,7 +26,7 @@ TILE = 512
 def _onednn() -> Callable[..., Tensor] | None:
     """oneDNN's float32 product, which torch exposes privately, or None. On some processors torch.matmul (MKL) has half
     its speed."""
-    return products.onednn() if "onednn" in products.forward_candidates(torch.float32, torch.float32, None) else None
+    return matmul.onednn() if "onednn" in matmul.forward_candidates(torch.float32, torch.float32, None) else None
 
 
 @functools.cache

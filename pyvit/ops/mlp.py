@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
-from pyvit.ops import activations, checks, prepacked, products, reference
+from pyvit.ops import activations, checks, matmul, prepacked, reference
 from pyvit.ops.linear import check_around, explain, narrow, prepacked_branch, prepare, select
 from pyvit.ops.prepacked import Branch, Norm
 
@@ -121,10 +121,10 @@ class _Mlp(torch.autograd.Function):
         activation: str,
         _: str,
     ) -> Tensor:
-        inner = products.forward(x, fc1_weight, fc1_bias, None)
+        inner = matmul.forward(x, fc1_weight, fc1_bias, None)
         ctx.activation = activation
         ctx.save_for_backward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, inner)
-        return products.forward(activations.activate(inner, activation, temporary=True), fc2_weight, fc2_bias, None)
+        return matmul.forward(activations.activate(inner, activation, temporary=True), fc2_weight, fc2_bias, None)
 
     @staticmethod
     @dispatch.without_autocast
@@ -146,17 +146,17 @@ class _Mlp(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * 7
         if needs[4]:
             grads[4] = rows.sum(0).to(fc2_bias.dtype)
-        grad_inner = products.grad_input(rows, fc2_weight).contiguous()
+        grad_inner = matmul.grad_input(rows, fc2_weight).contiguous()
         hidden, sums = activations.gradient_(grad_inner, inner, ctx.activation)
         if needs[3]:
-            grads[3] = products.grad_weight(rows, hidden, fc2_weight.dtype)
+            grads[3] = matmul.grad_weight(rows, hidden, fc2_weight.dtype)
         del hidden
         if needs[2]:
             grads[2] = sums.to(fc1_bias.dtype)
         if needs[1]:
-            grads[1] = products.grad_weight(grad_inner, x.reshape(-1, x.shape[-1]).contiguous(), fc1_weight.dtype)
+            grads[1] = matmul.grad_weight(grad_inner, x.reshape(-1, x.shape[-1]).contiguous(), fc1_weight.dtype)
         if needs[0]:
-            grads[0] = products.grad_input(grad_inner, fc1_weight).view(x.shape)
+            grads[0] = matmul.grad_input(grad_inner, fc1_weight).view(x.shape)
         return tuple(grads)
 
 

@@ -1,7 +1,7 @@
 """Inference on a CPU with prepacked weights: linear layers and residual branches, each in one call of the library.
 
 A prepacked weight is an attribute of the weight, so that it lasts as long and belongs to nothing else. It is in the
-order in which ``csrc/cpu/linear.cpp`` multiplies it, or oneDNN where :mod:`pyvit.ops.product_rules` prefer that
+order in which ``csrc/cpu/linear.cpp`` multiplies it, or oneDNN where :mod:`pyvit.ops.matmul_rules` prefer that
 (processors with AMX). The library compares it with the weight in every call and packs it anew where the weight has
 changed. Nothing here is recorded by autograd.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvit import dispatch, library
-from pyvit.ops import product_rules, products
+from pyvit.ops import matmul, matmul_rules
 from pyvit.ops.layer_norm import layer_norm
 from pyvit.ops.tracing import compiled_inference, traced
 
@@ -138,13 +138,13 @@ def _packable(weight: Tensor) -> bool:
 
 
 def _form(weight: Tensor) -> str | None:
-    able, policy = forms(weight.dtype), products.policy()
+    able, policy = forms(weight.dtype), matmul.policy()
     if policy == "torch":
         return None
     if policy in able:
         return policy
-    shape = product_rules.Shape(0, *weight.shape)
-    return next((name for name in product_rules.preference("prepacked", weight.dtype, shape) if name in able), None)
+    shape = matmul_rules.Shape(0, *weight.shape)
+    return next((name for name in matmul_rules.preference("prepacked", weight.dtype, shape) if name in able), None)
 
 
 @functools.cache
@@ -153,7 +153,7 @@ def forms(dtype: torch.dtype) -> tuple[str, ...]:
     if library.problem() is not None or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return ()
     found = ["pyvit"]
-    if products.onednn() is not None and dtype != torch.float16:
+    if matmul.onednn() is not None and dtype != torch.float16:
         try:
             torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype, device="cpu"))
             found.append("onednn")
@@ -269,11 +269,11 @@ def layer(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
     """activation(x weight^T + bias) by oneDNN's packed form if there is one, else by the product of the rules."""
     kept = find(weight) if weight.dtype == x.dtype else None
     if kept is None or kept.form != "onednn":
-        return products.forward(x, weight, bias, activation)
+        return matmul.forward(x, weight, bias, activation)
     if not torch.ops.pyvit.is_prepacked.default(weight, kept.words):
         kept.reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
     assert kept.reordered is not None
-    return products.by_onednn(x, kept.reordered, bias, activation)
+    return matmul.by_onednn(x, kept.reordered, bias, activation)
 
 
 def around(x: Tensor, layers: Callable[[Tensor], Tensor], branch: Branch, backend: str | None = None) -> Tensor:
@@ -294,7 +294,7 @@ def explain(x: Tensor, branch: Branch) -> list[str]:
     names = [each.form for each in kept if each is not None]
     if not names or len(names) < (1 if branch.weight2 is None else 2):
         return []
-    why = "PYVIT_LINEAR" if products.policy() == names[0] else f"by rule for {product_rules.isa(x.dtype)}"
+    why = "PYVIT_LINEAR" if matmul.policy() == names[0] else f"by rule for {matmul_rules.isa(x.dtype)}"
     return [f"weights kept packed: {names[0]} ({why})"]
 
 

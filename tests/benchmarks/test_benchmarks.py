@@ -72,26 +72,23 @@ def test_profile_counts_products_and_knows_kinds() -> None:
 
 @pytest.mark.skipif(library.problem() is not None, reason="needs the compiled library")
 def test_products_report_what_the_rules_lose(tmp_path, capsys):
-    from benchmarks import products
+    from benchmarks import matmul
 
     only = "prepacked branch, float32, 197 x 192"
-    assert (
-        products.main(["--only", only, "--seconds", "2", "--threads", "1", "--out", str(tmp_path / "products.csv")])
-        == 0
-    )
+    assert matmul.main(["--only", only, "--seconds", "2", "--threads", "1", "--out", str(tmp_path / "matmul.csv")]) == 0
     said = capsys.readouterr().out
     assert "prepacked branch float32      1 cases" in said
     assert "rules 1." in said
-    rows = (tmp_path / "products.csv").read_text().splitlines()
+    rows = (tmp_path / "matmul.csv").read_text().splitlines()
     assert len(rows) == 5  # layer by layer, onednn, pyvit, torch
     assert sum(row.endswith("True") for row in rows) == 1
     with pytest.raises(SystemExit):
-        products.main(["--isa", "mmx"])
+        matmul.main(["--isa", "mmx"])
 
 
 def test_products_are_those_of_every_layer():
-    from benchmarks.products import cases
-    from pyvit.ops.product_rules import KINDS
+    from benchmarks.matmul import cases
+    from pyvit.ops.matmul_rules import KINDS
 
     found = cases()
     assert len(set(found)) == len(found) > 1000

@@ -5,7 +5,7 @@ import torch
 
 import pyvit
 from pyvit.integrations import timm as integration
-from pyvit.ops import prepacked, products
+from pyvit.ops import matmul, prepacked
 from tests.integrations.checks import check_accelerated, counts
 from tests.models.parity import randomise, relative_error
 from tests.peers import peer
@@ -74,8 +74,8 @@ def counted(branch, calls):
 @pytest.mark.parametrize("name", MODELS)
 def test_fused_branches_with_packed_weights(name, monkeypatch):
     """With packed weights each residual branch is one call, and hooks and changed modules are respected."""
-    monkeypatch.setattr(products, "_policy", "pyvit")
-    monkeypatch.setattr(products, "_chosen", {})
+    monkeypatch.setattr(matmul, "_policy", "pyvit")
+    monkeypatch.setattr(matmul, "_chosen", {})
     model = make(name, **MODELS[name]).eval()
     images = on(*model.patch_embed.img_size)
     first = next(m for m in model.modules() if m is not model and type(m).__name__.endswith("Block"))

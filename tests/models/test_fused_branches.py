@@ -22,7 +22,7 @@ from pyvit import library
 from pyvit.models import create_model
 from pyvit.models.swin import SwinBlock
 from pyvit.nn import Attention, Block, LayerNorm, Linear, Mlp, WindowAttention, attention, window_attention
-from pyvit.ops import prepacked, products
+from pyvit.ops import matmul, prepacked
 
 pytestmark = pytest.mark.skipif(library.problem() is not None, reason="needs the compiled library")
 
@@ -30,8 +30,8 @@ pytestmark = pytest.mark.skipif(library.problem() is not None, reason="needs the
 @pytest.fixture(autouse=True)
 def own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed weights go through pyvit's own product."""
-    monkeypatch.setattr(products, "_policy", "pyvit")
-    monkeypatch.setattr(products, "_chosen", {})
+    monkeypatch.setattr(matmul, "_policy", "pyvit")
+    monkeypatch.setattr(matmul, "_chosen", {})
 
 
 class Calls:

@@ -17,18 +17,18 @@ from pyvit.models.audio import LogMel
 from pyvit.models.dino import block_masks
 from pyvit.models.flops import count
 from pyvit.nn import PatchEmbed, RotaryEmbedding, WindowAttentionV2
-from pyvit.ops import prepacked, products
+from pyvit.ops import matmul, prepacked
 from tests.ops.operator_cases import CASES, Case
 
 
 @pytest.fixture(params=["float64", "float16", "bfloat16", "meta"])
 def other(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """A function that changes a default; caches that depend on it are cleared first."""
-    monkeypatch.setattr(products, "_chosen", {})
+    monkeypatch.setattr(matmul, "_chosen", {})
     for known in (
-        products.forward_candidates,
-        products.grad_input_candidates,
-        products.grad_weight_candidates,
+        matmul.forward_candidates,
+        matmul.grad_input_candidates,
+        matmul.grad_weight_candidates,
         prepacked.forms,
     ):
         known.cache_clear()

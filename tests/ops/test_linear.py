@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pyvit
 from pyvit import library
 from pyvit.nn.linear import Linear
-from pyvit.ops import linear, mlp, prepacked, products, reference
+from pyvit.ops import linear, matmul, mlp, prepacked, reference
 from pyvit.testing import compare, layout
 
 ACTIVATIONS = [None, *reference.ACTIVATIONS]
@@ -31,8 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_compiling.*")
 @pytest.fixture(params=["onednn", "pyvit", "torch", "auto", "measure"])
 def policy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each policy, with nothing remembered."""
-    monkeypatch.setattr(products, "_policy", request.param)
-    monkeypatch.setattr(products, "_chosen", {})
+    monkeypatch.setattr(matmul, "_policy", request.param)
+    monkeypatch.setattr(matmul, "_chosen", {})
     return request.param
 
 
@@ -205,11 +205,11 @@ def test_transforms_modes_and_subclasses_see_the_plain_formula() -> None:
 
 
 def test_measured_once_per_class_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_policy", "measure")
-    monkeypatch.setattr(products, "_chosen", {})
+    monkeypatch.setattr(matmul, "_policy", "measure")
+    monkeypatch.setattr(matmul, "_chosen", {})
     seen = []
-    measured = products._measured
-    monkeypatch.setattr(products, "_measured", lambda *args: seen.append(1) or measured(*args))
+    measured = matmul._measured
+    monkeypatch.setattr(matmul, "_measured", lambda *args: seen.append(1) or measured(*args))
     x, weight, bias = inputs(torch.float32, 100)
     for rows in (100, 99, 70, 100):
         linear(x[:rows], weight, bias)
@@ -223,11 +223,11 @@ def test_measured_once_per_class_where_that_is_asked_for(monkeypatch: pytest.Mon
     finally:
         torch.use_deterministic_algorithms(False)
     assert len(seen) == 3
-    assert "by rule" in list(products._chosen.values())[-1][1]
+    assert "by rule" in list(matmul._chosen.values())[-1][1]
 
 
 @pytest.mark.skipif(
-    "onednn" not in products.forward_candidates(torch.float32, torch.float32, "gelu"),
+    "onednn" not in matmul.forward_candidates(torch.float32, torch.float32, "gelu"),
     reason="this torch has no oneDNN product",
 )
 def test_explain_says_which(policy: str) -> None:
@@ -235,7 +235,7 @@ def test_explain_says_which(policy: str) -> None:
         pytest.skip("needs the compiled library")
     x, weight, bias = inputs(torch.float32, 100)
     before = str(pyvit.explain("linear", x, weight, bias, activation="gelu"))
-    assert not products._chosen
+    assert not matmul._chosen
     linear(x, weight, bias, activation="gelu")
     report = pyvit.explain(linear, x, weight, bias, activation="gelu")
     assert report.chosen == "cpu"
@@ -254,20 +254,20 @@ def test_explain_says_which(policy: str) -> None:
 def test_a_wrong_library_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """A product that returns something else, or raises, is dropped for another."""
     x, weight, bias = inputs(torch.float32, 100)
-    monkeypatch.setattr(products, "_policy", "onednn")
+    monkeypatch.setattr(matmul, "_policy", "onednn")
 
     def refuses(*_: object) -> Tensor:
         raise RuntimeError("could not create a primitive")
 
     try:
         for broken in (lambda x, w, *_: torch.zeros(x.shape[0], w.shape[0]), refuses, None):
-            monkeypatch.setattr(products, "onednn", lambda broken=broken: broken)
-            monkeypatch.setattr(products, "_chosen", {})
-            products.forward_candidates.cache_clear()
+            monkeypatch.setattr(matmul, "onednn", lambda broken=broken: broken)
+            monkeypatch.setattr(matmul, "_chosen", {})
+            matmul.forward_candidates.cache_clear()
             torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
-            assert not any(how.startswith("onednn") for _, how in products._chosen.values())
+            assert not any(how.startswith("onednn") for _, how in matmul._chosen.values())
     finally:
-        products.forward_candidates.cache_clear()
+        matmul.forward_candidates.cache_clear()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -280,8 +280,8 @@ def test_values_that_are_not_finite_pass_through(policy: str, activation: str | 
 
 def test_environment() -> None:
     command = (
-        "import torch, pyvit; from pyvit.ops import linear, products; t = torch.ones(8, 8); linear(t, t); "
-        "print(products._chosen.values())"
+        "import torch, pyvit; from pyvit.ops import linear, matmul; t = torch.ones(8, 8); linear(t, t); "
+        "print(matmul._chosen.values())"
     )
 
     def run(value: str) -> subprocess.CompletedProcess[str]:
@@ -340,8 +340,8 @@ def test_packed_weights_follow_the_weights(
     dtype: torch.dtype, activation: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One way for both: a fused activation comes before the rounding to bfloat16, another after it.
-    monkeypatch.setattr(products, "_policy", "onednn")
-    monkeypatch.setattr(products, "_chosen", {})
+    monkeypatch.setattr(matmul, "_policy", "onednn")
+    monkeypatch.setattr(matmul, "_chosen", {})
     model = torch.nn.Linear(48, 80).to(dtype)
     x = torch.randn(3, 70, 48, dtype=dtype)
 
@@ -380,9 +380,9 @@ def test_products_of_float32_copies_are_rounded_once(dtype: torch.dtype, autocas
     name = "float32 copies"
     with torch.autocast("cpu", dtype=dtype, enabled=autocast):
         found = (
-            products.FORWARD[name](x, weight, bias, "gelu"),
-            products.GRAD_INPUT[name](grad, weight),
-            products.GRAD_WEIGHT[name](grad, x, dtype),
+            matmul.FORWARD[name](x, weight, bias, "gelu"),
+            matmul.GRAD_INPUT[name](grad, weight),
+            matmul.GRAD_WEIGHT[name](grad, x, dtype),
         )
     x, weight, bias, grad = (t.double() for t in (x, weight, bias, grad))
     wanted = (torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, bias)), grad @ weight, grad.t() @ x)

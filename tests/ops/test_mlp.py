@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pyvit
 from pyvit.nn import Mlp
-from pyvit.ops import activations, mlp, prepacked, products, reference
+from pyvit.ops import activations, matmul, mlp, prepacked, reference
 from pyvit.testing import compare, layout
 
 ACTIVATIONS = list(reference.ACTIVATIONS)
@@ -225,16 +225,16 @@ def test_explain_and_backends() -> None:
 
 
 def test_the_first_layer_runs_once_where_only_its_weight_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_policy", "onednn")
-    monkeypatch.setattr(products, "_chosen", {})
+    monkeypatch.setattr(matmul, "_policy", "onednn")
+    monkeypatch.setattr(matmul, "_chosen", {})
     layer, x = Mlp(16, 32), torch.randn(3, 16)
     if not prepacked.pack(layer.fc1):
         pytest.skip("oneDNN packs no weights here")
     with torch.no_grad():
         wanted = layer(x)
         calls: list[int] = []
-        one = products.onednn()
-        monkeypatch.setattr(products, "onednn", lambda: lambda *args: calls.append(args[0].shape[-1]) or one(*args))
+        one = matmul.onednn()
+        monkeypatch.setattr(matmul, "onednn", lambda: lambda *args: calls.append(args[0].shape[-1]) or one(*args))
         torch.testing.assert_close(layer(x), wanted)
         assert calls == [16, 32]
         pyvit.ops.linear(x, layer.fc1.weight, layer.fc1.bias)

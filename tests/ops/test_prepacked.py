@@ -18,7 +18,7 @@ import pyvit
 from pyvit import library, memory
 from pyvit.models import create_model
 from pyvit.nn import Block, Mlp
-from pyvit.ops import linear, mlp, prepacked, products, reference
+from pyvit.ops import linear, matmul, mlp, prepacked, reference
 from pyvit.ops.prepacked import Branch
 from pyvit.testing import compare, layout
 
@@ -30,8 +30,8 @@ pytestmark = pytest.mark.skipif(library.problem() is not None, reason="needs the
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed weights go through pyvit's own product."""
-    monkeypatch.setattr(products, "_policy", "pyvit")
-    monkeypatch.setattr(products, "_chosen", {})
+    monkeypatch.setattr(matmul, "_policy", "pyvit")
+    monkeypatch.setattr(matmul, "_chosen", {})
 
 
 def formula(x: Tensor, b: Branch) -> Tensor:
@@ -318,8 +318,8 @@ def test_compiled_inference_takes_the_branches(own: None) -> None:
 
 @pytest.mark.parametrize("policy", ["auto", "measure", "onednn", "pyvit", "torch"])
 def test_the_form_follows_the_policy(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_policy", policy)
-    monkeypatch.setattr(products, "_chosen", {})
+    monkeypatch.setattr(matmul, "_policy", policy)
+    monkeypatch.setattr(matmul, "_chosen", {})
     layer, x = Mlp(64, 128), torch.randn(50, 64)
     with torch.no_grad():
         wanted = layer(x)

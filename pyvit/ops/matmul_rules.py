@@ -1,4 +1,4 @@
-"""Which matrix product runs on a CPU, as data. ``python -m benchmarks.products`` measures what these rules cost.
+"""Which matrix product runs on a CPU, as data. ``python -m benchmarks.matmul`` measures what these rules cost.
 
 Matrix products of different libraries differ in rounding, so a choice is part of a result's bits. It follows from the
 processor, the dtype and the shape alone: every process chooses alike.

@@ -1,7 +1,7 @@
 """Matrix products on a CPU: the candidates, and which of them multiplies a shape.
 
 The candidates are torch's libraries and ``csrc/cpu/product.cpp``. They differ in rounding, so a choice is part of a
-result's bits. By default the rules of :mod:`pyvit.ops.product_rules` decide, the same in every process.
+result's bits. By default the rules of :mod:`pyvit.ops.matmul_rules` decide, the same in every process.
 ``PYVIT_LINEAR=measure`` times the candidates instead, once per class of shapes and process, and gives that up.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyvit import library, torch_private
 from pyvit.memory import recycled, scratch
-from pyvit.ops import activations, product_rules
+from pyvit.ops import activations, matmul_rules
 from pyvit.ops.tracing import transformed
 
 POLICIES = ("auto", "measure", "onednn", "pyvit", "torch")
@@ -254,13 +254,13 @@ def _choice(
         return _policy, "PYVIT_LINEAR"
     if _policy == "measure" and not torch.are_deterministic_algorithms_enabled():
         return _measured(candidates, arguments, rows, out * inner)
-    return by_rule(kind, candidates, rows, weight, dtype), f"by rule for {product_rules.isa(dtype)}"
+    return by_rule(kind, candidates, rows, weight, dtype), f"by rule for {matmul_rules.isa(dtype)}"
 
 
 def by_rule(kind: str, candidates: Collection[str], rows: int, weight: tuple[int, ...], dtype: torch.dtype) -> str:
     """Of ``candidates`` the one that the rules want for ``rows`` and a weight of that shape."""
-    shape = product_rules.Shape(rows_class(rows), *weight)
-    return next((name for name in product_rules.preference(kind, dtype, shape) if name in candidates), "torch")
+    shape = matmul_rules.Shape(rows_class(rows), *weight)
+    return next((name for name in matmul_rules.preference(kind, dtype, shape) if name in candidates), "torch")
 
 
 def _measured(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyvit import library
-from pyvit.ops import linear, product_rules, products
+from pyvit.ops import linear, matmul, matmul_rules
 from pyvit.testing import layout, poisoned
 
 pytestmark = pytest.mark.skipif(library.problem() is not None, reason="needs the compiled library")
@@ -134,7 +134,7 @@ def test_a_slow_way_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"torch": 1.0, "pyvit": 0.9, "slow": 3.0}
     now, calls = [0.0], []
 
-    def way(name: str) -> products.Way:
+    def way(name: str) -> matmul.Way:
         def run(x: Tensor, w: Tensor) -> Tensor:
             calls.append((name, x.shape[0]))
             now[0] += times.get(name, 0.1)
@@ -142,10 +142,10 @@ def test_a_slow_way_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return run
 
-    monkeypatch.setattr(products.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(matmul.time, "perf_counter", lambda: now[0])
     ways = {name: way(name) for name in ("slow", "pyvit", "torch")}
     x, weight = torch.randn(300, 8), torch.randn(6, 8)
-    found, how = products._measured(ways, lambda rows: (x[:rows], weight), 300, weight.numel())
+    found, how = matmul._measured(ways, lambda rows: (x[:rows], weight), 300, weight.numel())
     assert found == "pyvit"
     assert how == "measured on 300 rows: slow 3000.000 ms, pyvit 900.000 ms, torch 1000.000 ms"
     assert calls.count(("slow", 300)) == 1
@@ -192,11 +192,11 @@ def test_processes_give_the_same_bits() -> None:
 
 def test_what_came_before_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the order of calls nor their values, nor a vector before a matrix."""
-    monkeypatch.setattr(products, "_policy", "auto")
+    monkeypatch.setattr(matmul, "_policy", "auto")
     x, weight, bias = torch.randn(33, 40), torch.randn(24, 40), torch.randn(24)
     found = []
     for first in (x[:20], x[0], torch.full_like(x, float("nan")), x[:0], None):
-        monkeypatch.setattr(products, "_chosen", {})
+        monkeypatch.setattr(matmul, "_chosen", {})
         if first is not None:
             linear(first, weight, bias)
         found.append(linear(x, weight, bias))
@@ -207,21 +207,21 @@ def test_what_came_before_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rules_name_candidates(dtype: torch.dtype) -> None:
     """A rule names candidates of its kinds, and for every product there is a rule whose last choice always serves."""
-    there = {"forward": products.FORWARD, "grad_input": products.GRAD_INPUT, "grad_weight": products.GRAD_WEIGHT}
+    there = {"forward": matmul.FORWARD, "grad_input": matmul.GRAD_INPUT, "grad_weight": matmul.GRAD_WEIGHT}
     there |= {"prepacked": ("onednn", "pyvit", "torch")}
-    assert set(there) == set(product_rules.KINDS)
-    for rule in product_rules.RULES:
-        assert {*rule.kinds} <= {*product_rules.KINDS}
-        assert {*rule.isas} <= {*product_rules.ISAS}
+    assert set(there) == set(matmul_rules.KINDS)
+    for rule in matmul_rules.RULES:
+        assert {*rule.kinds} <= {*matmul_rules.KINDS}
+        assert {*rule.isas} <= {*matmul_rules.ISAS}
         assert {*rule.dtypes} <= {"float32", "bfloat16", "float16"}
         assert {*rule.preferred} <= {name for kind in rule.kinds or there for name in there[kind]}
-    for isa, rows, out, inner in itertools.product(product_rules.ISAS, (2, 256, 32768), (96, 4096), (96, 4096)):
+    for isa, rows, out, inner in itertools.product(matmul_rules.ISAS, (2, 256, 32768), (96, 4096), (96, 4096)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(product_rules, "isa", lambda _, isa=isa: isa)
+            patch.setattr(matmul_rules, "isa", lambda _, isa=isa: isa)
             for kind, candidates in there.items():
                 assert any(
                     name in candidates
-                    for name in product_rules.preference(kind, dtype, product_rules.Shape(rows, out, inner))
+                    for name in matmul_rules.preference(kind, dtype, matmul_rules.Shape(rows, out, inner))
                 )
 
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.products``: what the rules of ``pyvit/ops/product_rules.py`` cost, per instruction set.
+"""``python -m benchmarks.matmul``: what the rules of ``pyvit/ops/matmul_rules.py`` cost, per instruction set.
 
 Times every candidate over the layers of ViT-Ti/S/B/L and Swin-T/S/B for one image and for eight: forward,
 both gradients, and in inference with packed weights single layers and MLP branches. Prints each algorithm's time over
@@ -28,7 +28,7 @@ from torch import nn
 
 from benchmarks.measure import interleave
 from pyvit import library
-from pyvit.ops import prepacked, product_rules, products
+from pyvit.ops import matmul, matmul_rules, prepacked
 from pyvit.ops.prepacked import Branch, Prepacked
 
 #: The same instruction set for the kernels, oneDNN and MKL.
@@ -104,11 +104,11 @@ def contenders(case: Case) -> tuple[dict[str, Callable[[], object]], str]:
     first = [nn.Linear(inner, out).to(dtype) for _ in range(copies)]
     calls: list[tuple[Any, ...]]
     if case.kind == "grad_input":
-        candidates, calls = {**products.grad_input_candidates(dtype, dtype)}, [(grad, layer.weight) for layer in first]
+        candidates, calls = {**matmul.grad_input_candidates(dtype, dtype)}, [(grad, layer.weight) for layer in first]
     elif case.kind == "grad_weight":
-        candidates, calls = {**products.grad_weight_candidates(dtype, dtype)}, [(grad, x, dtype)]
+        candidates, calls = {**matmul.grad_weight_candidates(dtype, dtype)}, [(grad, x, dtype)]
     elif case.kind == "forward":
-        candidates = {**products.forward_candidates(dtype, dtype, case.activation)}
+        candidates = {**matmul.forward_candidates(dtype, dtype, case.activation)}
         calls = [(x, layer.weight, layer.bias, case.activation) for layer in first]
     else:
         branches = [Branch(layer.weight, layer.bias, case.activation) for layer in first]
@@ -125,7 +125,7 @@ def contenders(case: Case) -> tuple[dict[str, Callable[[], object]], str]:
     if dtype == torch.float16 and len(candidates) > 1:
         del candidates["torch"]  # twenty to fifty times the others' time, and of this command's
     kind = "prepacked" if case.kind == "prepacked branch" else case.kind
-    best = products.by_rule(kind, candidates, rows, (out, inner), dtype)
+    best = matmul.by_rule(kind, candidates, rows, (out, inner), dtype)
 
     def turns(algorithm: Callable[..., object]) -> Callable[[], object]:
         following = itertools.cycle(calls)
@@ -143,7 +143,7 @@ def prepacked_candidates(weights: list[torch.Tensor], case: Case) -> dict[str, C
     def with_form(form: str, one_pass: bool) -> Callable[[torch.Tensor, Branch], object]:
         def layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str | None) -> torch.Tensor:
             if form == "torch":
-                return products.by_torch(x, weight, bias, activation)
+                return matmul.by_torch(x, weight, bias, activation)
             setattr(weight, prepacked.ATTRIBUTE, kept[form][id(weight)])
             found = prepacked.linear_branch(x, Branch(weight, bias, activation)) if form == "pyvit" else None
             return prepacked.layer(x, weight, bias, activation) if found is None else found
@@ -188,7 +188,7 @@ def work(args: argparse.Namespace) -> None:
             print(f"{len(chosen) - done} of {len(chosen)} cases not run within {args.seconds:g} s", file=sys.stderr)
             return
         found = measure(case, left / (len(chosen) - done) / 2)  # what is left goes into warming up
-        print(json.dumps({**found, "isa": product_rules.isa(getattr(torch, case.dtype))}), flush=True)
+        print(json.dumps({**found, "isa": matmul_rules.isa(getattr(torch, case.dtype))}), flush=True)
 
 
 def regret(found: dict[str, Any]) -> float:
@@ -217,7 +217,7 @@ def report(results: list[dict[str, Any]], worst: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.products", description=(__doc__ or "").partition("\n\n")[2]
+        prog="python -m benchmarks.matmul", description=(__doc__ or "").partition("\n\n")[2]
     )
     parser.add_argument(
         "--isa", default="native", help=f"comma-separated, of {', '.join(ENVIRONMENTS)} (default: native)"
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--worst", type=int, default=20, help="how many of the rules' worst cases to print (default: 20)"
     )
-    parser.add_argument("--out", type=Path, default=Path("results/products.csv"), help="every time, as CSV")
+    parser.add_argument("--out", type=Path, default=Path("results/matmul.csv"), help="every time, as CSV")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.threads:
@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     results: list[dict[str, Any]] = []
     passed = [f"--only={args.only}", f"--seconds={args.seconds}", f"--threads={torch.get_num_threads()}"]
     for isa in isas:
-        command = [sys.executable, "-m", "benchmarks.products", "--work", *passed]
+        command = [sys.executable, "-m", "benchmarks.matmul", "--work", *passed]
         env = {**os.environ, "PYVIT_LINEAR": "", **ENVIRONMENTS[isa]}
         lines = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
         found = [{**each, "case": Case(*each["case"])} for each in map(json.loads, lines)]
