@@ -81,21 +81,15 @@ class Forward {
           store_as(p + j / 2 * ld + v * W, pair_lanes(e, next));
         }
       }
-    float inverse[WIDEST * W];
+    float inverse[V * W];
     for (int v = 0; v < V; v++) {
       store(inverse + v * W, sum[v] == 0.f ? vf{} : 1.f / sum[v]);
       const vf l = sum[v] == 0.f ? set1(-INF) : top[v] + log2v(sum[v]) * LN2;
       if (count > v * W) store_up_to(lse + v * W, l, count - v * W);
     }
-    times_values<true>(count, p, ld, inverse, out);
-  }
-
-  // out = P V times `factor`, of one query or of the columns of P.
-  template <bool COLUMNS>
-  void times_values(int64_t count, const uint32_t* p, int64_t ld, const float* factor, float* const* out) {
-    product_then<D, COLUMNS, COLUMNS ? 0 : 1>(
+    product_then<D, true>(
         count, d, lanes_of<D>(n), p, ld, values_, ldv_,
-        [=, width = d](int64_t i, int64_t c, vf x)
+        [=, width = d, factor = inverse](int64_t i, int64_t c, vf x)
             __attribute__((always_inline)) { store_up_to(out[i] + c, x * factor[i], width - c); },
         next);
   }
@@ -118,7 +112,11 @@ class Forward {
     }
     const float total = reduce_add(sum), inverse = total == 0 ? 0.f : 1.f / total;
     *lse = total == 0 ? -INF : most + std::log2(total) * LN2;
-    times_values<false>(1, reinterpret_cast<uint32_t*>(row_), 0, &inverse, &out);
+    product_then<D, false, 1>(
+        1, d, lanes_of<D>(n), reinterpret_cast<uint32_t*>(row_), 0, values_, ldv_,
+        [=, width = d](int64_t, int64_t c, vf x)
+            __attribute__((always_inline)) { store_up_to(out + c, x * inverse, width - c); },
+        next);
   }
 
   const int64_t d, n;
