@@ -21,6 +21,8 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, dim: int, eps: float = 1e-5, before_linear: bool = False, **rest: Any) -> None:
         super().__init__(dim, eps, **rest)
+        if len(self.normalized_shape) != 1:
+            raise ValueError(f"LayerNorm: dim must be the size of the last dimension, got {dim!r}")
         self.before_linear = before_linear
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, dim: int, eps: float | None = None, **rest: Any) -> None:
         super().__init__(dim, eps, **rest)
+        if len(self.normalized_shape) != 1:
+            raise ValueError(f"RMSNorm: dim must be the size of the last dimension, got {dim!r}")
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)

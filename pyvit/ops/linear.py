@@ -63,7 +63,7 @@ def linear(
     and tensors that are traced hold the plain formula.
     """
     branch = Branch(weight, bias, activation, None, None, norm, scale, residual)
-    if backend is None and (out := prepacked_branch(x, branch, _check)) is not None:
+    if backend in (None, "cpu") and (out := prepacked_branch(x, branch, _check)) is not None:
         return out
     if not branch.is_one_layer():
         _check(x, branch)

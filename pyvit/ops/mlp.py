@@ -46,7 +46,7 @@ def mlp(
     ``backend`` cannot serve.
     """
     branch = Branch(fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, norm, scale, residual)
-    if backend is None and activation is not None and (out := prepacked_branch(x, branch, _check)) is not None:
+    if backend in (None, "cpu") and activation is not None and (out := prepacked_branch(x, branch, _check)) is not None:
         return out
     if norm is not None or scale is not None or residual is not None:
         _check(x, branch)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -173,7 +174,7 @@ def inference(x: Tensor, *given: Tensor | None) -> bool:
     if (
         torch.is_grad_enabled()
         or not x.is_cpu
-        or dispatch.requested_backend() is not None
+        or dispatch.requested_backend() not in (None, "cpu")
         or torch.is_autocast_enabled("cpu")
     ):
         return False
@@ -186,7 +187,7 @@ def linear_branch(x: Tensor, b: Branch) -> Tensor | None:
     Raises RuntimeError where the tensors do not fit each other.
     """
     weight, bias, activation, weight2, bias2, norm, scale, residual = b
-    if weight.dtype is not x.dtype or (words := _words(weight)) is None:
+    if weight.dtype is not x.dtype or activation == "" or (words := _words(weight)) is None:
         return None
     words2 = None
     if weight2 is not None and (words2 := _words(weight2)) is None:
@@ -214,8 +215,7 @@ def attention_branch(
     residual: Tensor | None,
 ) -> Tensor | None:
     """residual + scale * proj(attention(qkv(norm(x)))) for x (B, N, C), as :func:`linear_branch`."""
-    layers = _layers(x, qkv, proj, norm, scale, residual)
-    if layers is None or x.dim() != 3:
+    if x.dim() != 3 or (layers := _layers(x, qkv, proj, norm, scale, residual)) is None:
         return None
     first, last = layers
     if first[0].shape[0] > 3 * 256 * num_heads:  # channels per head, of which the kernels take 256
@@ -239,8 +239,9 @@ def window_attention_branch(
     residual: Tensor | None,
 ) -> Tensor | None:
     """residual + scale * proj(window_attention(qkv(norm(x)))) for x (B, H, W, C), as :func:`linear_branch`."""
-    layers = _layers(x, qkv, proj, norm, scale, residual)
-    if layers is None or x.dim() != 4 or not x.shape[1] > 0 or not x.shape[2] > 0:
+    if x.dim() != 4 or not x.shape[1] > 0 or not x.shape[2] > 0:
+        return None
+    if (layers := _layers(x, qkv, proj, norm, scale, residual)) is None:
         return None
     first, last = layers
     windows = (window_size, shift_size, num_heads, bias_table, mask_padding)
@@ -259,6 +260,8 @@ def _layers(
         return None
     if weight.dtype is not x.dtype or weight2.dtype is not x.dtype:  # type: ignore[union-attr]
         return None
+    if x.shape[-1] != weight.shape[1]:  # type: ignore[union-attr]  # the layers say so in the words of linear
+        return None
     norm_weight, norm_bias, _ = norm or _NO_NORM
     if not inference(x, weight, weight2, bias, bias2, norm_weight, norm_bias, scale, residual):
         return None
@@ -270,10 +273,15 @@ def layer(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
     kept = find(weight) if weight.dtype == x.dtype else None
     if kept is None or kept.form != "onednn":
         return matmul.forward(x, weight, bias, activation)
-    if not torch.ops.pyvit.is_prepacked.default(weight, kept.words):
-        kept.reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-    assert kept.reordered is not None
-    return matmul.by_onednn(x, kept.reordered, bias, activation)
+    with _reordering:  # no thread may take a form that another one is about to replace
+        if not torch.ops.pyvit.is_prepacked.default(weight, kept.words):
+            kept.reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        reordered = kept.reordered
+    assert reordered is not None
+    return matmul.by_onednn(x, reordered, bias, activation)
+
+
+_reordering = threading.Lock()
 
 
 def around(x: Tensor, layers: Callable[[Tensor], Tensor], branch: Branch, backend: str | None = None) -> Tensor:

@@ -439,6 +439,36 @@ def test_functional_call_and_stacked_parameters() -> None:
     torch.testing.assert_close(found[:, 0], made(X), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "layer", [Attention(32, 2), Mlp(32, 64), WindowAttention(32, 2, 4)], ids=lambda m: str(type(m))
+)
+def test_inputs_of_another_width_are_told_as_without_packed_weights(layer: nn.Module) -> None:
+    layer = copy.deepcopy(layer).eval()
+    x = torch.randn(1, 4, 4, 31) if isinstance(layer, WindowAttention) else torch.randn(1, 4, 31)
+    for pack in (False, True):
+        assert not pack or pyvit.pack_weights(layer) == 2
+        with pytest.raises(ValueError, match=r"x must be of shape \(\.\.\., 32\)"):
+            layer(x)
+
+
+def test_the_cpu_backend_by_name_takes_packed_weights(calls: Calls) -> None:
+    made = block()
+    wanted = made(X)
+    with pyvit.use_backend("cpu"):
+        assert torch.equal(made(X), wanted)
+        assert calls.of(lambda: made(X)) == 2
+    fc1 = made.mlp.fc1
+    assert calls.of(lambda: pyvit.ops.linear(X, fc1.weight, fc1.bias, backend="cpu")) == 1
+    assert calls.of(lambda: pyvit.ops.linear(X, fc1.weight, fc1.bias, backend="reference")) == 0
+
+
+@pytest.mark.parametrize("kind", [LayerNorm, pyvit.nn.RMSNorm])
+def test_norms_are_of_the_last_dimension(kind: type[nn.Module]) -> None:
+    with pytest.raises(ValueError, match="dim must be the size of the last dimension"):
+        kind((4, 8), elementwise_affine=False)
+    assert kind((8,))(torch.randn(2, 8)).shape == (2, 8)
+
+
 def test_nothing_is_kept_alive() -> None:
     made = block()
     made(X)

@@ -230,6 +230,8 @@ def test_errors() -> None:
         for norm in (torch.ones(8), [torch.ones(8), None, 1e-5], (torch.ones(8), None)):
             with pytest.raises(ValueError, match=r"linear: norm must be \(weight, bias, eps\) or None"):
                 linear(x, w, norm=norm)
+        with pytest.raises(ValueError, match="linear: activation must be None or one of"):
+            linear(x, w, activation="")
         with pytest.raises(TypeError, match=r"linear: scale must be a Tensor of shape \(6,\), got float"):
             linear(x, w, scale=0.5)
         with pytest.raises(ValueError, match=r"linear: residual must be of shape \(4, 6\)"):
