@@ -1,9 +1,9 @@
 """``python -m benchmarks.gpu_backends``: CUDA kernels against Triton kernels on this GPU, as rows for
-``pyvit.dispatch.gpu_choice.MEASURED``.
+``pyvit.dispatch.choice.MEASURED``.
 
 Both are checked against float64 first. A case in which one is wrong or cannot serve gives no row, and is reported.
 ``--predicted``, which needs no GPU, prints the recorded measurements beside the predictions of
-:func:`pyvit.dispatch.gpu_choice.predict`.
+:func:`pyvit.dispatch.choice.predict`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from benchmarks import gpu, gpu_cases, inputs, measure, providers
 from benchmarks.cases import Case
 from benchmarks.specs import Provider, Spec
 from benchmarks.workload import OURS
-from pyvit.dispatch import gpu_choice
+from pyvit.dispatch import choice
 
 
 def shape(case: Case) -> tuple[int, ...]:
-    """The case's sizes as :func:`pyvit.dispatch.gpu_choice.shape_of` gives them."""
+    """The case's sizes as :func:`pyvit.dispatch.choice.shape_of` gives them."""
     s = case.shape
     if case.op == "flash_attention":
         return s["length"], s["length"], s["dim"]
@@ -36,7 +36,7 @@ def rows(
     device: str,
     say: Callable[[str], None],
     backends: tuple[str, str] = ("cuda", "triton"),
-) -> Iterator[gpu_choice.Measured]:
+) -> Iterator[choice.Measured]:
     """A row for each case that both of ``backends`` compute correctly."""
 
     def both(case: Case, spec: Spec) -> list[Provider]:
@@ -59,8 +59,8 @@ def rows(
         )
         grad = case.mode.endswith("backward")
         figures = [float(f"{times[b].median:.4g}") for b in backends]
-        yield gpu_choice.Measured(
-            gpu_name, case.op, inputs.DTYPES[case.dtype], grad, shape(case), *figures, f"{date.today()}"
+        yield choice.Measured(
+            gpu_name, case.op, inputs.DTYPES[case.dtype], grad, shape(case), *figures, choice.NAN, f"{date.today()}"
         )
 
 
@@ -83,10 +83,10 @@ def predicted() -> Iterator[str]:
         for c in gpu_cases.ops()
         if c.op in ("flash_attention", "window_attention", "patch_embed")
     }
-    for row in gpu_choice.MEASURED:
+    for row in choice.MEASURED:
         features = {"window_attention": ("bias_table",)}.get(row.op, ()) + ("grad",) * row.grad
         args = (row.op, row.dtype, features, calls[row.op, row.shape], row.gpu, row.grad)
-        told = [gpu_choice.predict(backend, *args) for backend in ("cuda", "triton")]
+        told = [choice.predict(backend, *args) for backend in ("cuda", "triton")]
         faster = ["cuda" if a < b else "triton" for a, b in ((row.cuda, row.triton), told)]
         name = f"{row.op} {'x'.join(map(str, row.shape))}, {'forward and backward' if row.grad else 'forward'}"
         yield (
@@ -109,7 +109,7 @@ def main() -> int:
         for dtype in ("bf16", "fp32")
         for m in ("forward", "forward+backward")
     ]
-    for row in rows(cases, gpu_choice.current_gpu() or "", "cuda", lambda line: print(f"# {line}", flush=True)):
+    for row in rows(cases, choice.current_gpu() or "", "cuda", lambda line: print(f"# {line}", flush=True)):
         print(f"    {row},", flush=True)
     return 0
 

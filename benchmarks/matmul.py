@@ -28,7 +28,8 @@ from torch import nn
 
 from benchmarks.measure import interleave
 from pyvit import library
-from pyvit.ops import matmul, matmul_rules, prepacked
+from pyvit.dispatch.devices import cpu_isa
+from pyvit.ops import matmul, prepacked
 from pyvit.ops.prepacked import Branch, Prepacked
 
 #: The same instruction set for the kernels, oneDNN and MKL.
@@ -188,7 +189,7 @@ def work(args: argparse.Namespace) -> None:
             print(f"{len(chosen) - done} of {len(chosen)} cases not run within {args.seconds:g} s", file=sys.stderr)
             return
         found = measure(case, left / (len(chosen) - done) / 2)  # what is left goes into warming up
-        print(json.dumps({**found, "isa": matmul_rules.isa(getattr(torch, case.dtype))}), flush=True)
+        print(json.dumps({**found, "isa": cpu_isa(getattr(torch, case.dtype))}), flush=True)
 
 
 def regret(found: dict[str, Any]) -> float:

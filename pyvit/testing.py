@@ -221,14 +221,15 @@ def served(op: str, *features: str, head_dims: Sequence[int] = ()) -> list[Serve
     """Every (backend, device, dtype) of this machine that supports ``op`` with ``features``, from the capabilities that
     dispatch uses.
 
-    ``reference`` is listed in float32 and float16, the dtypes that it serves if there is no kernel.
+    ``reference`` is listed in float32 and float16, the dtypes that it serves if there is no kernel; ``torch``, which
+    returns less than the contract, not at all.
     """
     present = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     found = []
     for device in present:
         for backend in BACKENDS:
             capability = CAPABILITIES[op].get(backend)
-            if capability is None:
+            if capability is None or backend == "torch":
                 continue
             dtypes = (torch.float32, torch.float16) if backend == "reference" else capability.dtypes
             calls = [dispatch.Call(op, device, dtype, tuple(features), tuple(head_dims)) for dtype in dtypes]

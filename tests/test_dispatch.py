@@ -12,7 +12,7 @@ import torch
 import pyvit
 from pyvit import dispatch
 from pyvit.dispatch import Call, capabilities, gradients, reasons, select
-from pyvit.dispatch.capabilities import BACKENDS, CAPABILITIES, MISSING, Capability
+from pyvit.dispatch.capabilities import BACKENDS, CAPABILITIES, MISSING, PLAIN, Capability
 from pyvit.dispatch.schema import schema_of
 from pyvit.ops import attention_map, flash_attention, patch_embed, window_attention
 from pyvit.ops.flash_attention import ATTENTION_BACKWARD
@@ -112,9 +112,11 @@ def test_use_backend_as_a_statement() -> None:
         assert pyvit.explain(flash_attention, Q, Q, Q).chosen == "reference"
     finally:
         before.__exit__()
-    with pytest.raises(ValueError, match="use_backend: name must be one of cuda, triton, cpu, reference, got 'cpi'"):
+    with pytest.raises(
+        ValueError, match="use_backend: name must be one of cuda, triton, cpu, torch, reference, got 'cpi'"
+    ):
         pyvit.use_backend("cpi")
-    with pytest.raises(ValueError, match="backend must be one of cuda, triton, cpu, reference, got 'cpi'"):
+    with pytest.raises(ValueError, match="backend must be one of cuda, triton, cpu, torch, reference, got 'cpi'"):
         flash_attention(Q, Q, Q, backend="cpi")
 
 
@@ -147,9 +149,9 @@ def test_explain_reports() -> None:
     assert text.startswith(f"flash_attention on cpu, float32 (causal) -> {report.chosen}")
     for backend in BACKENDS:
         assert f"  {backend:<10} " in text
-        assert backend == report.chosen or backend == "reference" or report.refusals[backend]
+        assert backend == report.chosen or backend in PLAIN or report.refusals[backend]
     described = pyvit.explain("flash_attention", Q, Q, Q, bias=bias, return_lse=True, dropout_p=0.5).call.features
-    assert described == ("bias", "bias_grad", "dropout", "lse_grad")
+    assert described == ("bias", "bias_grad", "dropout", "lse", "lse_grad")
     with torch.no_grad():
         assert pyvit.explain(flash_attention, Q, Q, Q, bias=bias).call.features == ("bias",)
 
@@ -194,7 +196,7 @@ def test_explain_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_capabilities_name_only_what_dispatch_knows() -> None:
     """A misspelt feature in the table would refuse calls: every feature must be one that some operator uses."""
-    described = {"bias", "bool_mask", "bias_grad", "causal", "dropout", "gqa", "grad", "lse_grad"}
+    described = {"bias", "bool_mask", "bias_grad", "causal", "dropout", "gqa", "grad", "lse", "lse_grad"}
     described |= {
         "bias_table",
         "logit_scale",
@@ -233,7 +235,7 @@ def test_environment_variable() -> None:
         in refused.stderr
     )
     assert (
-        "PYVIT_BACKEND must be one of cuda, triton, cpu, reference, got 'gpu'"
+        "PYVIT_BACKEND must be one of cuda, triton, cpu, torch, reference, got 'gpu'"
         in _python(code, PYVIT_BACKEND="gpu").stderr
     )
 

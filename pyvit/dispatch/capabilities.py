@@ -12,7 +12,9 @@ import torch
 from pyvit import library
 
 #: As listed and reported; the order in which they are asked is :func:`preference`'s.
-BACKENDS = ("cuda", "triton", "cpu", "reference")
+BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
+#: Those made of PyTorch's own operators, which autograd and compilers see through.
+PLAIN = ("torch", "reference")
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
@@ -36,7 +38,7 @@ class Capability:
 
 
 def _missing(backend: str, device: str) -> str | None:
-    if backend == "reference":
+    if backend in PLAIN:
         return None
     if backend == "cpu":
         return library.problem() if device == "cpu" else f"runs on cpu tensors, got {device}"
@@ -58,7 +60,7 @@ def _missing(backend: str, device: str) -> str | None:
 MISSING = {(backend, device): _missing(backend, device) for backend in BACKENDS for device in ("cpu", "cuda")}
 
 
-_ATTENTION = frozenset({"bias", "bool_mask", "bias_grad", "causal", "gqa", "grad", "lse_grad"})
+_ATTENTION = frozenset({"bias", "bool_mask", "bias_grad", "causal", "gqa", "grad", "lse", "lse_grad"})
 _VARLEN = _ATTENTION
 _WINDOW = frozenset({"bias_table", "logit_scale", "pad_qkv", "shift", "padding", "grad"})
 _PATCH = frozenset({"uint8", "normalize", "overlap", "pos_embed", "prefix", "keep", "grad", "images_grad"})
@@ -99,33 +101,42 @@ CAPABILITIES["patch_embed"]["triton"] = Capability(_TRITON, _PATCH)
 for _loss in ("info_nce", "nt_xent", "sigmoid_contrastive"):
     CAPABILITIES[_loss]["triton"] = Capability(_TRITON, frozenset({"grad"}))
 CAPABILITIES["distillation_cross_entropy"]["triton"] = Capability(_TRITON, frozenset({"grad", "prototypes", "center"}))
+#: Operators that pyvit has CPU kernels for and no others. They are operators of PyTorch, which serves every device; a
+#: GPU backend that was chosen for all operators (:class:`pyvit.use_backend`) leaves them with it.
+CPU_ONLY = frozenset({"layer_norm", "rms_norm", "linear", "mlp"})
+# PyTorch's kernels where they compute the same. Attention's return no log-sum-exp, draw dropout from other random
+# numbers, and give NaN for some rows that a mask empties.
+CAPABILITIES["flash_attention"]["torch"] = Capability((F32, F16, BF16), frozenset({"causal", "gqa", "grad"}))
+CAPABILITIES["patch_embed"]["torch"] = Capability(
+    (F32, F16, BF16), frozenset({"overlap", "pos_embed", "prefix", "grad", "images_grad"})
+)
+for _op in CPU_ONLY:
+    CAPABILITIES[_op]["torch"] = Capability((F64, F32, F16, BF16))
 for _table in CAPABILITIES.values():
     _table["reference"] = _REFERENCE
 
-#: Operators that pyvit has CPU kernels for and no others. Their reference is an operator of PyTorch, which serves every
-#: device; a GPU backend that was chosen for all operators (:class:`pyvit.use_backend`) leaves them with it.
-CPU_ONLY = frozenset({"layer_norm", "rms_norm", "linear", "mlp"})
-
 
 def preference(op: str) -> list[str]:
-    """Backends in the order in which dispatch asks them for ``op`` where :mod:`pyvit.dispatch.gpu_choice` says nothing.
+    """Backends in the order in which dispatch asks them for ``op`` where :mod:`pyvit.dispatch.choice` says nothing.
 
     A kernel comes before a tile loop in Python, which multiplies float32 copies of its tiles and launches several
     kernels for each: that much needs no measurement. Triton's kernels come before CUDA's because they serve more calls.
     """
 
-    def rank(backend: str) -> tuple[bool, bool, bool]:
+    def rank(backend: str) -> tuple[bool, bool, bool, bool]:
         capability = CAPABILITIES[op].get(backend)
-        return backend == "reference", capability is not None and capability.pure, backend == "cuda"
+        pure = capability is not None and capability.pure
+        return backend == "reference", backend == "torch", pure, backend == "cuda"
 
     return sorted(BACKENDS, key=rank)
 
 
 def absent(op: str, backend: str, device: str) -> str | None:
-    """Why ``backend`` cannot run ``op`` on tensors of ``device`` on this machine, None where it can."""
+    """Why ``backend`` cannot run ``op`` on tensors of ``device`` on this machine, None where it can; does not look at
+    the GPUs (:func:`pyvit.dispatch.devices.refused` does)."""
     capability = CAPABILITIES[op].get(backend)
     if capability is not None and capability.pure:
         return None if backend == device else f"runs on {backend} tensors, got {device}"
-    if backend == "reference" and op in CPU_ONLY:
+    if backend in PLAIN and op in CPU_ONLY:
         return None
     return MISSING.get((backend, device), f"does not run on {device}")

@@ -49,6 +49,11 @@ GPUS = {
     "H100": Gpu("H100-SXM", 3.35e12, 989e12, 495e12 / 3, warp_share=0.63),
     "H200": Gpu("H200", 4.8e12, 989e12, 495e12 / 3, warp_share=0.63),
     "B200": Gpu("HGX-B200", 7.7e12, 2250e12, 1125e12 / 3, warp_share=0.31),
+    "B300": Gpu("HGX-B300", 8.0e12, 2250e12, 1125e12 / 3, warp_share=0.31),
+    "RTX3090": Gpu("GeForce RTX 3090", 0.936e12, 71e12, 35.6e12 / 3),
+    "RTX4090": Gpu("GeForce RTX 4090", 1.008e12, 165e12, 82.6e12 / 3),
+    "RTX5090": Gpu("GeForce RTX 5090", 1.792e12, 209.5e12, 104.8e12 / 3),
+    "L4": Gpu("L4", 0.3e12, 121e12, 60e12 / 3),
     "MI300X": Gpu("MI300X", 5.3e12, 1307e12, 163e12),
 }
 
@@ -138,8 +143,8 @@ def window_attention(
     rows = 4 * windows * area * heads
     if not backward:  # qkv, out
         return Cost(4 * tokens * channels * size + rows + table, 4.0 * windows * heads * area * area * d, dtype)
-    # qkv and its gradient, grad_out, and out, which a kernel that holds whole rows of scores can do without
-    return Cost(8 * tokens * channels * size + rows + 2 * table, 10.0 * windows * heads * area * area * d, dtype)
+    # qkv, its gradient and grad_out
+    return Cost(7 * tokens * channels * size + rows + 2 * table, 10.0 * windows * heads * area * area * d, dtype)
 
 
 def patch_embed(
@@ -196,11 +201,11 @@ def round_up(n: int, step: int) -> int:
 
 
 def _attention_plan(
-    tensors: float, products: float, padding: float, launches: int, warpgroup: bool, backward: bool
+    tensors: float, products: float, padding: float, launches: int, warpgroup: bool, backward: bool, least: int = 8
 ) -> Plan:
-    """From reads and writes of (tokens, channels) tensors and products over all pairs: the floor is 4 and 2, backward 8
-    and 5."""
-    floor = (8, 5) if backward else (4, 2)
+    """From reads and writes of (tokens, channels) tensors and products over all pairs: the floor is 4 and 2, backward
+    ``least`` and 5."""
+    floor = (least, 5) if backward else (4, 2)
     return Plan(tensors / floor[0], products / floor[1] * padding, launches, warpgroup)
 
 
@@ -247,9 +252,9 @@ def cuda_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bo
     if not backward:
         return _attention_plan(4, 2, padding, 1, False, False)
     if area <= 64 or (area <= 144 and itemsize == 2 and d <= 32):
-        return _attention_plan(7 if area <= 64 else 8, 5, padding, 1 + table_grad, False, True)
+        return _attention_plan(7 if area <= 64 else 8, 5, padding, 1 + table_grad, False, True, 7)
     own_pass = table_grad and not cuda_table_sums_fit(area, width, itemsize)
-    return _attention_plan(12 + 4 * own_pass, 7 + 2 * own_pass, padding, 2 + table_grad + own_pass, False, True)
+    return _attention_plan(12 + 4 * own_pass, 7 + 2 * own_pass, padding, 2 + table_grad + own_pass, False, True, 7)
 
 
 def cuda_table_sums_fit(area: int, width: int, itemsize: int) -> bool:
@@ -279,7 +284,7 @@ def triton_window(area: int, d: int, itemsize: int, backward: bool, table_grad: 
     tensors, products, launches = (8, 5, 1) if whole else (12, 7, 2)
     if table_grad and not whole:  # a pass of its own, which reads queries, keys, values and the output's gradient again
         tensors, products, launches = tensors + 4, products + 2, launches + 1
-    return _attention_plan(tensors, products, padding, launches + 2 * table_grad, c.block_m >= 64, True)
+    return _attention_plan(tensors, products, padding, launches + 2 * table_grad, c.block_m >= 64, True, 7)
 
 
 def patch_plan(rows: int, width: int, launches: int, warpgroup: bool) -> Plan:

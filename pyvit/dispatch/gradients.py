@@ -215,6 +215,8 @@ def formula_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``formula(*inputs)`` that can be differentiated again, for those of ``inputs`` that need one, None
     for the others."""
+    # A tensor may be given twice, as keys and as values: views tell its gradients apart.
+    inputs = [None if t is None else t.view_as(t) for t in inputs]
     given = [t for t, need in zip(inputs, needs, strict=False) if need and t is not None]
     with no_autocast(*grads):
         found = iter(torch.autograd.grad(formula(*inputs), given, grads, create_graph=True))

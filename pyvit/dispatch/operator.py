@@ -13,6 +13,7 @@ from pyvit import library, torch_private
 from pyvit.dispatch import gradients
 from pyvit.dispatch.autocast import autocast as cast_tensors
 from pyvit.dispatch.autocast import without_autocast
+from pyvit.dispatch.capabilities import PLAIN
 from pyvit.dispatch.gradients import Derivative, reference_backward, stored_as
 from pyvit.dispatch.schema import schema_of
 from pyvit.dispatch.select import Call, cached_choice
@@ -63,6 +64,7 @@ class Operator:
             kept for it; takes the schema's arguments.
         kernels: per backend, "module:function" imported at first use. A backend that has a kernel and is not listed has
             it in the library: "cpu" under ``torch.ops.pyvit``, "cuda" under ``torch.ops.pyvit_cuda``.
+        plain: the kernel of the backend "torch", which takes the schema's arguments; by default the reference.
         inference: per backend, the function of :meth:`eager` without a gradient, where it is another: it may give None
             for outputs that only the backward reads.
     """
@@ -85,6 +87,7 @@ class Operator:
         function: type[torch.autograd.Function] | None = None,
         kernels: dict[str, str] | None = None,
         inference: dict[str, Callable[..., Any]] | None = None,
+        plain: Callable[..., Any] | None = None,
     ) -> None:
         self.schema, self.gradient, self._inference = schema_of(name), gradient, inference or {}
         if gradient is not None:
@@ -93,6 +96,7 @@ class Operator:
         else:
             derivative = gradients.by_formula(self.schema, reference, differentiable) if differentiable else None
         self._register(name, reference, fake, check, derivative, autocast, kernels or {})
+        self._kernels["torch"] = plain or self._kernels["reference"]
         if function is not None:
             self._function = function
 
@@ -149,8 +153,8 @@ class Operator:
         return self.kernel(chosen)(*given, backend)
 
     def __call__(self, *args: Any) -> Any:
-        if args[-1] == "reference":  # plain PyTorch, which autograd and the compiler see through
-            return self.kernel("reference")(*args)
+        if args[-1] in PLAIN:  # which autograd and the compiler see through
+            return self.kernel(args[-1])(*args)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._op(*args)
         # Fake tensors, recorders and counters see what goes through the dispatcher.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyvit import torch_private
-from pyvit.dispatch import gpu_choice
+from pyvit.dispatch import choice, devices
 from pyvit.dispatch.capabilities import BACKENDS, CAPABILITIES, CPU_ONLY, absent, preference
 
 
@@ -28,7 +28,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
     features: tuple[str, ...]
     head_dims: tuple[int, ...] = ()
-    #: For :mod:`pyvit.dispatch.gpu_choice`; see :func:`sizes`.
+    #: For :mod:`pyvit.dispatch.choice`; see :func:`sizes`.
     sizes: tuple[int, ...] = ()
 
 
@@ -40,6 +40,8 @@ def reasons(call: Call, backend: str) -> list[str]:
     capability = CAPABILITIES[call.op].get(backend)
     if capability is None:
         return [f"has no kernel for {call.op}"]
+    if call.device == "cuda" and not capability.pure and (refused := devices.refused(backend)) is not None:
+        return [refused]
     found = []
     if call.dtype not in capability.dtypes:
         found.append(f"dtype {_short(call.dtype)} is not among {', '.join(map(_short, capability.dtypes))}")
@@ -141,14 +143,16 @@ def _select(call: Call, wanted: str | None) -> str:
 
 
 def _order(call: Call) -> list[str]:
-    """Backends in the order to ask them: as preferred, with the faster of two kernels first where the sizes say
-    which."""
-    order = preference(call.op)
-    if call.sizes and not reasons(call, "cuda") and not reasons(call, "triton"):
-        faster = gpu_choice.first(call.op, call.dtype, call.features, call.sizes)
-        if faster is not None:
-            return [faster, *(name for name in order if name != faster)]
-    return order
+    """Backends in the order to ask them: as preferred, with the faster first where it is known which."""
+    order, found = preference(call.op), _first(call)
+    return order if found is None else [found.backend, *(name for name in order if name != found.backend)]
+
+
+def _first(call: Call) -> choice.Choice | None:
+    """Which of the backends that can serve ``call`` comes first, and why; None where their declared order stands."""
+    table = CAPABILITIES[call.op]
+    able = [b for b in BACKENDS if b != "reference" and b in table and not table[b].pure and not reasons(call, b)]
+    return choice.first(*call[:4], call.sizes, tuple(able)) if len(able) > 1 else None
 
 
 def sizes(device: str, *values: int) -> tuple[int, ...]:
@@ -176,7 +180,7 @@ class Explanation:
         features = ", ".join(self.call.features) or "plain"
         lines = [f"{self.call.op} on {self.call.device}, {_short(self.call.dtype)} ({features}) -> {self.chosen}"]
         for name in BACKENDS:
-            verdict = "chosen" if name == self.chosen else "; ".join(self.refusals[name]) or "able, lower preference"
+            verdict = "chosen" if name == self.chosen else "; ".join(self.refusals[name]) or "able, comes later"
             lines.append(f"  {name:<10} {verdict}")
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
@@ -218,19 +222,9 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanat
     call, notes = describe(**given.arguments)
     chosen = select(call, given.arguments.get("backend"))
     refusals = {b: reasons(call, b) for b in BACKENDS}
-    if not refusals["cuda"] and not refusals["triton"]:
-        notes = [*notes, f"between cuda and triton: {_between(call)}"]
+    if (found := _first(call)) is not None:
+        notes = [*notes, f"{found.backend} first, {found.why}"]
     return Explanation(call, chosen, refusals, notes)
-
-
-def _between(call: Call) -> str:
-    """Why of two GPU backends that are able one comes first."""
-    if CAPABILITIES[call.op]["cuda"].pure:
-        return "a tile loop in Python comes last"
-    gpu = gpu_choice.current_gpu()
-    if gpu is None or not call.sizes or not all(call.sizes):
-        return "declared order, without " + ("a GPU to predict for" if gpu is None else "sizes")
-    return str(gpu_choice.compare(call.op, call.dtype, call.features, call.sizes, gpu))
 
 
 def copy_notes(**tensors: Tensor | None) -> list[str]:

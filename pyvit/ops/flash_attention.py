@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Gradient, Operator
-from pyvit.ops import checks, nested, reference
+from pyvit.ops import checks, nested, reference, sdpa
 
 
 def flash_attention(
@@ -94,6 +94,8 @@ def asked(
         found.append("dropout")
     if gqa:
         found.append("gqa")
+    if lse:
+        found.append("lse")
     if grad:
         found.append("lse_grad" if lse else "grad")
     return tuple(found)
@@ -171,7 +173,7 @@ def _check_low(
     dropout_p: float,
     seed: Tensor | None,
 ) -> Call:
-    call = check(q, k, v, bias, is_causal, checks.dropout("flash_attention", dropout_p), True, False)
+    call = check(q, k, v, bias, is_causal, checks.dropout("flash_attention", dropout_p), True, True)
     checks.seed("flash_attention", seed, dropout_p, q)
     return call
 
@@ -263,4 +265,5 @@ ATTENTION = Operator(
     gradient=ATTENTION_BACKWARD,
     autocast=("q", "k", "v"),
     kernels={"triton": TRITON + "flash_attention"},
+    plain=sdpa.flash_attention,
 )

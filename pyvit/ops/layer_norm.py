@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Gradient, Operator
+from pyvit.dispatch.capabilities import PLAIN
 from pyvit.ops import checks, reference, row_norm
 from pyvit.ops.tracing import traced
 
@@ -38,7 +39,7 @@ def layer_norm(
     """
     chosen = dispatch.select(row_norm.check("layer_norm", x, weight, bias, dtype), backend)
     eps, dtype = checks.number("layer_norm", "eps", eps), x.dtype if dtype is None else dtype
-    if chosen == "reference" or traced(x):  # compilers fuse the plain formula with what is around it
+    if chosen in PLAIN or traced(x):  # compilers fuse the plain formula with what is around it
         return reference.layer_norm(x, weight, bias, eps, dtype)
     return LAYER_NORM.eager(x.contiguous(), weight, bias, eps, dtype, chosen)[0]
 

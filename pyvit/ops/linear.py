@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
+from pyvit.dispatch.capabilities import PLAIN
 from pyvit.ops import activations, checks, matmul, prepacked, reference
 from pyvit.ops.layer_norm import check as check_norm
 from pyvit.ops.prepacked import Branch, Norm
@@ -72,7 +73,7 @@ def linear(
         )
     x, weight, bias, device = prepare(x, weight, bias, activation)
     chosen = select("linear", device, x.dtype, backend, x, weight)
-    if chosen == "reference" or torch.compiler.is_compiling():
+    if chosen in PLAIN or torch.compiler.is_compiling():
         weight, bias = narrow(x, weight, bias)
         return LINEAR(x, weight, bias, activation, chosen)  # type: ignore[no-any-return]
     return LINEAR.eager(x, weight, bias, activation, chosen)  # type: ignore[no-any-return]

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyvit import library, torch_private
+from pyvit.dispatch.devices import cpu_isa
 from pyvit.memory import recycled, scratch
 from pyvit.ops import activations, matmul_rules
 from pyvit.ops.tracing import transformed
@@ -254,7 +255,7 @@ def _choice(
         return _policy, "PYVIT_LINEAR"
     if _policy == "measure" and not torch.are_deterministic_algorithms_enabled():
         return _measured(candidates, arguments, rows, out * inner)
-    return by_rule(kind, candidates, rows, weight, dtype), f"by rule for {matmul_rules.isa(dtype)}"
+    return by_rule(kind, candidates, rows, weight, dtype), f"by rule for {cpu_isa(dtype)}"
 
 
 def by_rule(kind: str, candidates: Collection[str], rows: int, weight: tuple[int, ...], dtype: torch.dtype) -> str:

@@ -6,15 +6,13 @@ processor, the dtype and the shape alone: every process chooses alike.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 
-from pyvit import library
+from pyvit.dispatch.devices import cpu_isa
 
-#: Instruction sets of the rules: the kernels' own (``PYVIT_CPU_ISA``), or "amx" where oneDNN has matrix registers for
-#: the dtype.
+#: Instruction sets of the rules, as :func:`pyvit.dispatch.devices.cpu_isa` tells them.
 ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 #: Products: of a linear layer, of its two gradients, and of a linear layer in inference with a prepacked weight.
@@ -57,16 +55,7 @@ RULES = (
 )
 
 
-@functools.cache
-def isa(dtype: torch.dtype) -> str:
-    """The instruction set that rules for ``dtype`` are looked up by."""
-    amx = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}.get(dtype)
-    if amx is not None and getattr(torch.cpu, amx, bool)():
-        return "amx"
-    return str(torch.ops.pyvit.cpu_isa()) if library.problem() is None else "portable"
-
-
 def preference(kind: str, dtype: torch.dtype, shape: Shape) -> tuple[str, ...]:
     """The names of candidates, the best first."""
-    name, found = str(dtype).removeprefix("torch."), isa(dtype)
+    name, found = str(dtype).removeprefix("torch."), cpu_isa(dtype)
     return next(rule.preferred for rule in RULES if rule.fits(kind, name, found, shape))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
+from pyvit.dispatch.capabilities import PLAIN
 from pyvit.ops import activations, checks, matmul, prepacked, reference
 from pyvit.ops.linear import check_around, explain, narrow, prepacked_branch, prepare, select
 from pyvit.ops.prepacked import Branch, Norm
@@ -56,7 +57,7 @@ def mlp(
         return prepacked.around(x, layers, branch, backend)
     x, w1, b1, w2, b2, device = _prepare(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     chosen = select("mlp", device, x.dtype, backend, x, w1, w2)
-    if chosen == "reference" or torch.compiler.is_compiling():
+    if chosen in PLAIN or torch.compiler.is_compiling():
         w1, b1, w2, b2 = narrow(x, w1, b1, w2, b2)
         return MLP(x, w1, b1, w2, b2, activation, chosen)  # type: ignore[no-any-return]
     return MLP.eager(x, w1, b1, w2, b2, activation, chosen)  # type: ignore[no-any-return]

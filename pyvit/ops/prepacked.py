@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvit import dispatch, library
+from pyvit.dispatch.devices import cpu_isa
 from pyvit.ops import matmul, matmul_rules
 from pyvit.ops.layer_norm import layer_norm
 from pyvit.ops.tracing import compiled_inference, traced
@@ -302,7 +303,7 @@ def explain(x: Tensor, branch: Branch) -> list[str]:
     names = [each.form for each in kept if each is not None]
     if not names or len(names) < (1 if branch.weight2 is None else 2):
         return []
-    why = "PYVIT_LINEAR" if matmul.policy() == names[0] else f"by rule for {matmul_rules.isa(x.dtype)}"
+    why = "PYVIT_LINEAR" if matmul.policy() == names[0] else f"by rule for {cpu_isa(x.dtype)}"
     return [f"weights kept packed: {names[0]} ({why})"]
 
 

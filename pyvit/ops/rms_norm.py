@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyvit.dispatch import Call, Gradient, Operator, copy_notes, describes, select
+from pyvit.dispatch.capabilities import PLAIN
 from pyvit.ops import checks, reference, row_norm
 from pyvit.ops.tracing import traced
 
@@ -33,7 +34,7 @@ def rms_norm(
     chosen = select(_check(x, weight, eps, dtype), backend)
     eps = checks.number("rms_norm", "eps", torch.finfo(x.dtype).eps if eps is None else eps)
     dtype = x.dtype if dtype is None else dtype
-    if chosen == "reference" or traced(x):  # compilers fuse the plain formula with what is around it
+    if chosen in PLAIN or traced(x):  # compilers fuse the plain formula with what is around it
         return reference.rms_norm(x, weight, eps, dtype)
     return RMS_NORM.eager(x.contiguous(), weight, eps, dtype, chosen)[0]
 

@@ -217,7 +217,7 @@ def test_rules_name_candidates(dtype: torch.dtype) -> None:
         assert {*rule.preferred} <= {name for kind in rule.kinds or there for name in there[kind]}
     for isa, rows, out, inner in itertools.product(matmul_rules.ISAS, (2, 256, 32768), (96, 4096), (96, 4096)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(matmul_rules, "isa", lambda _, isa=isa: isa)
+            patch.setattr(matmul_rules, "cpu_isa", lambda _, isa=isa: isa)
             for kind, candidates in there.items():
                 assert any(
                     name in candidates

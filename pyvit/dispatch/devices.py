@@ -1,0 +1,115 @@
+"""What decides whether kernels run on a device: GPUs as data, and the CPU's instruction set. Tests and the compile
+check take GPUs that are not there from :data:`PARTS`."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from pyvit import library
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU.
+
+    ``arch`` is the compiler's name for it ("sm_90", "gfx942"). ``capability`` is NVIDIA's compute capability, None on
+    other makes. ``shared`` is the shared memory in bytes that a block may ask for, ``wave`` the threads of a warp
+    (wavefront), ``processors`` its streaming multiprocessors (compute units).
+    """
+
+    name: str
+    arch: str
+    capability: tuple[int, int] | None
+    shared: int
+    wave: int
+    processors: int
+
+
+def _nvidia(name: str, major: int, minor: int, kib: int, processors: int) -> Device:
+    return Device(name, f"sm_{major}{minor}", (major, minor), kib << 10, 32, processors)
+
+
+#: One GPU of each architecture that kernels are checked for. Shared memory by the CUDA programming guide's table of
+#: technical specifications and AMD's size of a workgroup's local data share.
+PARTS = {
+    part.arch: part
+    for part in (
+        _nvidia("T4", 7, 5, 64, 40),
+        _nvidia("A100-80GB", 8, 0, 163, 108),
+        _nvidia("GeForce RTX 3090", 8, 6, 99, 82),
+        _nvidia("GeForce RTX 4090", 8, 9, 99, 128),
+        _nvidia("H100-SXM", 9, 0, 227, 132),
+        _nvidia("B200", 10, 0, 227, 148),
+        _nvidia("B300", 10, 3, 227, 148),
+        _nvidia("GeForce RTX 5090", 12, 0, 99, 170),
+        Device("Instinct MI300X", "gfx942", None, 64 << 10, 64, 304),
+        Device("Radeon RX 7900 XTX", "gfx1100", None, 64 << 10, 32, 96),
+        Device("Radeon RX 9070 XT", "gfx1201", None, 64 << 10, 32, 64),
+    )
+}
+
+#: The least compute capability that Triton's matrix products of 16-bit tiles and asynchronous copies are made for.
+_TRITON_CAPABILITY = (8, 0)
+#: AMD's families with matrix instructions: CDNA 2 and 3, RDNA 3 and 4.
+_TRITON_AMD = ("gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+
+
+def describe(index: int) -> Device:
+    """The description of GPU ``index`` of this machine. Initialises CUDA."""
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        arch, capability = properties.gcnArchName.split(":")[0], None
+        shared = PARTS["gfx942"].shared
+    else:
+        capability = (properties.major, properties.minor)
+        arch = f"sm_{properties.major}{properties.minor}"
+        shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return Device(properties.name, arch, capability, shared, properties.warp_size, properties.multi_processor_count)
+
+
+@functools.cache
+def present() -> tuple[Device, ...]:
+    """The GPUs that torch sees, each kind once, the current one first. Initialises CUDA if there are any."""
+    if not torch.cuda.is_available():
+        return ()
+    current = torch.cuda.current_device()
+    order = [current, *(i for i in range(torch.cuda.device_count()) if i != current)]
+    return tuple(dict.fromkeys(map(describe, order)))
+
+
+def refusal(backend: str, device: Device) -> str | None:
+    """Why the kernels of ``backend`` do not run on ``device``, None where they do."""
+    if backend == "cuda":
+        if device.capability is None:
+            return f"CUDA kernels run on NVIDIA GPUs, got {device.name} ({device.arch})"
+        return library.runs_on(library.cuda_archs(), device.capability)
+    if backend == "triton":
+        if device.capability is not None and device.capability < _TRITON_CAPABILITY:
+            wanted, got = (".".join(map(str, c)) for c in (_TRITON_CAPABILITY, device.capability))
+            return f"needs compute capability {wanted} or higher, got {got} ({device.name})"
+        if device.capability is None and not device.arch.startswith(_TRITON_AMD):
+            return f"needs matrix instructions ({', '.join(_TRITON_AMD)}), got {device.arch} ({device.name})"
+    return None
+
+
+def refused(backend: str) -> str | None:
+    """:func:`refusal` by the first of this machine's GPUs that cannot run ``backend``: which one a call is for is not
+    known while it is traced, so a backend serves all GPUs of a process or none."""
+    return next((why for device in present() if (why := refusal(backend, device)) is not None), None)
+
+
+#: The compiler runs it while tracing, instead of tracing it.
+refused._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def cpu_isa(dtype: torch.dtype) -> str:
+    """The instruction set of the CPU kernels ("portable", "avx2", ...; ``PYVIT_CPU_ISA`` pins it), or "amx" where
+    PyTorch has matrix registers for products of ``dtype``."""
+    amx = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}.get(dtype)
+    if amx is not None and getattr(torch.cpu, amx, bool)():
+        return "amx"
+    return str(torch.ops.pyvit.cpu_isa()) if library.problem() is None else "portable"
