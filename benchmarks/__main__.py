@@ -118,6 +118,8 @@ def main(argv: list[str] | None = None) -> int:
         results.outcomes.clear()
     elif results.outcomes:
         report.show_outcomes(results.outcomes)
+    if results.compared:
+        print("", *report.never_lose(results.compared), sep="\n")
     written = report.write(results, top, args.out, plots=not args.no_plots) + pictures
     print(f"wrote {', '.join(str(path) for path in written)} in {clock():.0f} s")
     if results.left_out:

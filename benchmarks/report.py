@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.ceiling import Ceiling
-from benchmarks.runner import COLUMNS, Outcome, Results, Row, as_record
+from benchmarks.runner import COLUMNS, NEVER_LOSE, Outcome, Results, Row, as_record
 
 
 def processor() -> str:
@@ -53,6 +53,7 @@ def _cells(row: Row) -> list[str]:
         row.provider,
         times,
         ratio,
+        f"{row.best_ratio:.2f}x {row.best_peer}{', loses' if row.loses else ''}" if row.best_peer else "",
         _number(row.gflops),
         "-" if math.isnan(row.percent_of_ceiling) else f"{row.percent_of_ceiling:.0f}",
         error,
@@ -61,7 +62,7 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-_HEADINGS = ("provider", "ms [p20, p80]", "ratio", "GF/s", "% ceiling", "error / allowed", "MiB", "status")
+_HEADINGS = ("provider", "ms [p20, p80]", "ratio", "best peer", "GF/s", "% ceiling", "error / allowed", "MiB", "status")
 
 
 def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -80,7 +81,7 @@ def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for heading in headings:
         table.add_column(
             heading,
-            justify="right" if heading in (*_HEADINGS[1:-1], "floor ms", "% roofline") else "left",
+            justify="right" if heading in (*_HEADINGS[1:3], *_HEADINGS[4:-1], "floor ms", "% roofline") else "left",
             overflow="fold",
         )
     for i, row in enumerate(rows):
@@ -127,6 +128,16 @@ def show_outcomes(outcomes: Sequence[Outcome]) -> None:
     print(f"{passed} targets met, {missed} missed, {len(outcomes) - passed - missed} not measured")
 
 
+def never_lose(rows: Sequence[Row]) -> list[str]:
+    """The verdict over all rows of ours: in how many the best peer was not faster, and those in which it was, the worst
+    first. ``rows``: :attr:`Results.compared`."""
+    lost = sorted((row for row in rows if row.loses), key=lambda row: row.best_ratio)
+    head = f"never slower than the best peer (at least {NEVER_LOSE}x): {len(rows) - len(lost)} of {len(rows)} rows"
+    return [head] + [
+        f"{row.best_ratio:.2f}x {row.best_peer}: {row.op} {row.case} {row.dtype} {row.mode}, {row.data}" for row in lost
+    ]
+
+
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -145,6 +156,10 @@ def write_markdown(results: Results, lines: Sequence[str], path: Path) -> None:
         text.append(
             f"| {o.case.id} | {o.case.target} | {', '.join(o.case.target.against)} | {o.measured} | {words[o.passed]} |"
         )
+    if results.compared:
+        head, *lost = never_lose(results.compared)
+        text += ["", "## Against the best peer", "", head[0].upper() + head[1:] + ".", *([""] if lost else [])]
+        text += [f"- {line}" for line in lost]
     text += ["", "## Every row", "", "| case | " + " | ".join(_HEADINGS) + " |", "|" + "---|" * (len(_HEADINGS) + 1)]
     for row in results.rows:
         text.append(f"| {row.op} {row.case} {row.dtype} {row.mode}, {row.data} | " + " | ".join(_cells(row)) + " |")

@@ -21,11 +21,15 @@ from benchmarks.workload import OURS, Contender, Workload, raised
 NAN = math.nan
 #: Providers with their own thread pool, which like torch's spins for a while after each call.
 FOREIGN_THREADS = {"onnxruntime", "openvino"}
+#: Ours may be this much of the best peer's speed and not have lost: what two runs of the same code differ by.
+NEVER_LOSE = 0.97
 
 
 @dataclass
 class Row:
     """One line of results.csv. Times in milliseconds; ``ratio`` = baseline's time over this one's; ``peak_mem`` in MiB.
+    Of ours, ``best_peer`` is the fastest of the others that are as accurate as the rule asks, and ``best_ratio`` its
+    time over ours.
 
     ``status``: "ok"; "outside rule" (a peer less accurate than the rule allows); "red: reason" (failed the check, so no
     time); "missing: reason"; "failed: reason".
@@ -52,10 +56,17 @@ class Row:
     floor_ms: float = NAN
     baseline: str = ""
     status: str = "ok"
+    best_peer: str = ""
+    best_ratio: float = NAN
 
     @property
     def timed(self) -> bool:
         return not math.isnan(self.median_ms)
+
+    @property
+    def loses(self) -> bool:
+        """Whether a peer was faster."""
+        return self.best_ratio < NEVER_LOSE
 
 
 COLUMNS = [f.name for f in fields(Row)]
@@ -76,6 +87,11 @@ class Results:
     rows: list[Row] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+
+    @property
+    def compared(self) -> list[Row]:
+        """Rows of ours that a peer was timed beside."""
+        return [row for row in self.rows if row.best_peer]
 
     @property
     def red(self) -> list[Row]:
@@ -191,6 +207,10 @@ def run_workload(work: Workload, settings: Settings, ceiling: Ceiling) -> list[R
         row.versions = versions(work.contenders[name])
         if baseline is not None:
             row.baseline, row.ratio = baseline, measure.ratio(timings[baseline], timing)
+    peers = [name for name in timings if not name.startswith(OURS) and rows[name].status == "ok"]
+    if OURS in timings and peers:
+        best = min(peers, key=lambda name: timings[name].median)
+        rows[OURS].best_peer, rows[OURS].best_ratio = best, measure.ratio(timings[best], timings[OURS])
     return list(rows.values())
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import providers, runner
+from benchmarks import providers, report, runner
 from benchmarks.cases import Case, Target
 from benchmarks.ceiling import Ceiling
 from benchmarks.gate import Gate, worst
@@ -121,3 +122,23 @@ def test_green_rows_and_missing_peers():
     assert rows[OURS].percent_of_roofline == pytest.approx(
         100 * max(1e6 / 100 / 1e6, 1e3 / 10 / 1e6) / rows[OURS].median_ms
     )
+
+
+def test_the_best_peer_is_named_and_a_loss_said():
+    """Of the others only those under the rule count; the worst loss comes first."""
+    work = _workload(1.0)
+    slow, x = work.contenders["naive"], torch.randn(4, 64)
+    gate = Gate({"x": x}, lambda x: x.softmax(-1))
+    crude = lambda: x.softmax(-1).mul_(1.0 + 1e-6)  # noqa: E731
+    work.contenders["crude"] = Contender(crude, lambda: worst(gate("crude", lambda x: x.softmax(-1) * (1.0 + 3e-6))))
+    work.contenders["slow"] = Contender(lambda: [slow.run() for _ in range(50)], slow.verdict)
+    rows = {row.provider: row for row in runner.run_workload(work, QUICK, TOP)}
+    assert rows["crude"].status == "outside rule"
+    assert rows[OURS].best_peer == "naive"
+    assert rows[OURS].best_ratio == pytest.approx(rows["naive"].median_ms / rows[OURS].median_ms, rel=0.5)
+    assert not any(row.best_peer for row in rows.values() if row.provider != OURS)
+    won, lost, worse = (replace(rows[OURS], best_ratio=ratio) for ratio in (0.97, 0.9, 0.5))
+    assert [row.loses for row in (won, lost, worse)] == [False, True, True]
+    head, *lines = report.never_lose([lost, won, worse])
+    assert head.endswith("1 of 3 rows")
+    assert [line[:11] for line in lines] == ["0.50x naive", "0.90x naive"]
