@@ -133,6 +133,15 @@ def test_equal_figures_go_to_triton(on: Callable[..., None], monkeypatch: pytest
     assert preference("flash_attention") == ["triton", "cpu", "cuda", "torch", "reference"]
 
 
+def test_portable_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without vector instructions PyTorch's gradients are faster, our forward is."""
+    monkeypatch.setitem(MISSING, ("cpu", "cpu"), None)
+    monkeypatch.setattr(sys.modules["pyvit.dispatch.select"], "_choices", {})
+    monkeypatch.setattr(devices, "cpu_isa", lambda dtype: "portable")
+    assert select(LONG._replace(device="cpu", sizes=())) == "cpu"
+    assert select(LONG._replace(device="cpu", sizes=(), features=("grad",))) == "torch"
+
+
 def test_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's attention multiplies with AMX, ours does not."""
     monkeypatch.setitem(MISSING, ("cpu", "cpu"), None)
