@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -34,6 +36,27 @@ def problem() -> str | None:
 def has_cuda() -> bool:
     """Whether the loaded library carries CUDA kernels."""
     return problem() is None and bool(torch.ops.pyvit.cuda_archs())
+
+
+def runs_on(archs: Sequence[str], capability: tuple[int, int]) -> str | None:
+    """None if code built for ``archs`` ("8.0", "9.0a", "12.0+PTX", ..., as in TORCH_CUDA_ARCH_LIST) runs on a GPU of
+    this compute capability, else the reason.
+
+    Machine code runs on GPUs of its major version with at least its minor one, PTX on every later GPU too; code for an
+    architecture's own features ("a") only on exactly that one, code for a family ("f") as machine code does.
+
+    Source: CUDA C++ Programming Guide, "Compute Capabilities" and "Binary Compatibility".
+    """
+    for arch in archs:
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        if found is None:
+            raise ValueError(f"runs_on: {arch!r} is not an architecture such as '9.0', '9.0a' or '12.0+PTX'")
+        built, only, ptx = (int(found[1]), int(found[2])), found[3], bool(found[4])
+        same_major = built[0] == capability[0] and built[1] <= capability[1]
+        if built == capability or (only != "a" and same_major) or (ptx and not only and built <= capability):
+            return None
+    major, minor = capability
+    return f"the library was built for {';'.join(archs)}: no code for compute capability {major}.{minor}"
 
 
 def define_operators() -> None:

@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +27,42 @@ def python(code: str, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+DEFAULT_ARCHS = re.search(r'DEFAULT_ARCHS = "(.+)"', (Path(__file__).parents[1] / "setup.py").read_text())[1].split(";")
+GPUS = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0))
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        *((DEFAULT_ARCHS, capability, capability != (11, 0)) for capability in GPUS),
+        (DEFAULT_ARCHS, (7, 5), False),
+        (DEFAULT_ARCHS, (6, 1), False),
+        (("9.0a",), (9, 0), True),
+        (("10.0a",), (10, 0), True),
+        (("10.0a",), (10, 3), False),
+        (("10.0a+PTX",), (10, 3), False),
+        (("10.0f+PTX",), (10, 3), True),
+        (("10.0f+PTX",), (12, 0), False),
+        (("8.9",), (8, 6), False),
+        (("8.6",), (8, 9), True),
+        (("8.0",), (9, 0), False),
+        (("7.5+PTX",), (12, 0), True),
+        (("12.0+PTX",), (10, 0), False),
+        ((), (9, 0), False),
+    ],
+)
+def test_which_gpus_a_build_runs_on(archs: Sequence[str], capability: tuple[int, int], runs: bool) -> None:
+    reason = library.runs_on(archs, capability)
+    assert (reason is None) == runs
+    if not runs:
+        assert f"built for {';'.join(archs)}: no code for compute capability {capability[0]}.{capability[1]}" in reason
+
+
+def test_an_unreadable_architecture_is_named() -> None:
+    with pytest.raises(ValueError, match="'Hopper' is not an architecture"):
+        library.runs_on(["8.0", "Hopper"], (9, 0))
 
 
 USE = """
