@@ -23,8 +23,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
-#: Machine code for the first architecture of every major version runs on its later ones, and PTX on those after the last.
-#: No kernel uses an architecture's own features ("9.0a"), which would run nowhere else.
+#: Machine code for the first architecture of a major version runs on its later ones, PTX on those after the last. No
+#: kernel uses an architecture's own features: code for them ("9.0a") would run nowhere else.
 DEFAULT_ARCHS = "8.0;9.0;10.0;12.0+PTX"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -30,34 +29,43 @@ def python(code: str, **environment: str) -> str:
 
 
 DEFAULT_ARCHS = re.search(r'DEFAULT_ARCHS = "(.+)"', (Path(__file__).parents[1] / "setup.py").read_text())[1].split(";")
-GPUS = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0))
 
 
 @pytest.mark.parametrize(
-    ("archs", "capability", "runs"),
+    ("archs", "capability", "code"),
     [
-        *((DEFAULT_ARCHS, capability, capability != (11, 0)) for capability in GPUS),
-        (DEFAULT_ARCHS, (7, 5), False),
-        (DEFAULT_ARCHS, (6, 1), False),
-        (("9.0a",), (9, 0), True),
-        (("10.0a",), (10, 0), True),
-        (("10.0a",), (10, 3), False),
-        (("10.0a+PTX",), (10, 3), False),
-        (("10.0f+PTX",), (10, 3), True),
-        (("10.0f+PTX",), (12, 0), False),
-        (("8.9",), (8, 6), False),
-        (("8.6",), (8, 9), True),
-        (("8.0",), (9, 0), False),
-        (("7.5+PTX",), (12, 0), True),
-        (("12.0+PTX",), (10, 0), False),
-        ((), (9, 0), False),
+        (DEFAULT_ARCHS, (6, 1), None),
+        (DEFAULT_ARCHS, (7, 5), None),
+        (DEFAULT_ARCHS, (8, 0), "sm_80"),
+        (DEFAULT_ARCHS, (8, 6), "sm_80"),
+        (DEFAULT_ARCHS, (8, 9), "sm_80"),
+        (DEFAULT_ARCHS, (9, 0), "sm_90"),
+        (DEFAULT_ARCHS, (10, 0), "sm_100"),
+        (DEFAULT_ARCHS, (10, 3), "sm_100"),
+        (DEFAULT_ARCHS, (11, 0), None),
+        (DEFAULT_ARCHS, (12, 0), "sm_120"),
+        (DEFAULT_ARCHS, (12, 1), "sm_120"),
+        (DEFAULT_ARCHS, (13, 0), "compute_120"),
+        (["9.0a"], (9, 0), "sm_90a"),
+        (["10.0a"], (10, 0), "sm_100a"),
+        (["10.0a"], (10, 3), None),
+        (["10.0a+PTX"], (10, 3), None),
+        (["10.0f+PTX"], (10, 3), "sm_100f"),
+        (["10.0f+PTX"], (12, 0), None),
+        (["8.9"], (8, 6), None),
+        (["8.6"], (8, 9), "sm_86"),
+        (["8.0"], (9, 0), None),
+        (["7.5+PTX"], (12, 0), "compute_75"),
+        (["7.5+PTX", "9.0"], (9, 0), "sm_90"),
+        (["12.0+PTX"], (10, 0), None),
+        ([], (9, 0), None),
     ],
 )
-def test_which_gpus_a_build_runs_on(archs: Sequence[str], capability: tuple[int, int], runs: bool) -> None:
-    reason = library.runs_on(archs, capability)
-    assert (reason is None) == runs
-    if not runs:
-        assert f"built for {';'.join(archs)}: no code for compute capability {capability[0]}.{capability[1]}" in reason
+def test_which_gpus_a_build_runs_on(archs: list[str], capability: tuple[int, int], code: str | None) -> None:
+    assert library.code_for(archs, capability) == code
+    major, minor = capability
+    reason = f"the library was built for {';'.join(archs)}: no code for compute capability {major}.{minor}"
+    assert library.runs_on(archs, capability) == (reason if code is None else None)
 
 
 def test_an_unreadable_architecture_is_named() -> None:
