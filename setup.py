@@ -4,7 +4,8 @@
 The operators need no Python and use only LibTorch's stable ABI at 2.10: one binary serves every torch >= 2.10 and every
 Python. CUDA kernels are compiled in when nvcc is found, whether or not the torch at hand is a CUDA build.
 
-Environment: PYVIT_CUDA=0|1 (forbid or require CUDA), TORCH_CUDA_ARCH_LIST (default "8.0;9.0a;10.0a"), MAX_JOBS, CXX.
+Environment: PYVIT_CUDA=0|1 (forbid or require CUDA), TORCH_CUDA_ARCH_LIST (default DEFAULT_ARCHS below), MAX_JOBS,
+CXX.
 """
 
 import ast
@@ -22,6 +23,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
+#: Machine code for the first architecture of a major version runs on its later ones, PTX on those after the last. No
+#: kernel uses an architecture's own features: code for them ("9.0a") would run nowhere else.
+DEFAULT_ARCHS = "8.0;9.0;10.0;12.0+PTX"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # -fno-math-errno lets sqrt and rounding inline; contraction gives the multiply-adds. No -ffast-math: NaN and infinity
@@ -57,7 +61,7 @@ def schemas() -> dict[str, str]:
 
 
 def cuda_archs() -> list[str]:
-    """Compute capabilities to build for, such as "9.0a"; empty without CUDA."""
+    """Compute capabilities to build for, such as "9.0" or "12.0+PTX"; empty without CUDA."""
     wanted = os.environ.get("PYVIT_CUDA", "")
     sources = sorted((CSRC / "cuda").glob("*.cu"))
     if wanted == "0" or not sources:
@@ -66,7 +70,7 @@ def cuda_archs() -> list[str]:
         if wanted == "1":
             sys.exit("PYVIT_CUDA=1, but nvcc is not on PATH")
         return []
-    return (os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0a;10.0a").replace(" ", ";").split(";")
+    return (os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS).replace(" ", ";").split(";")
 
 
 def cuda_library_paths() -> list[str]:

@@ -64,6 +64,37 @@ def runs_on(archs: Sequence[str], capability: tuple[int, int]) -> str | None:
     return f"the library was built for {';'.join(archs)}: no code for compute capability {major}.{minor}"
 
 
+def code_for(archs: Sequence[str], capability: tuple[int, int]) -> str | None:
+    """What a GPU of this compute capability runs of a build for ``archs`` ("8.0", "9.0a", "12.0+PTX", ..., as in
+    TORCH_CUDA_ARCH_LIST): machine code ("sm_80") or PTX ("compute_120"); None if nothing.
+
+    Machine code runs on GPUs of its major version with at least its minor one, PTX on every later GPU too. Code for an
+    architecture's own features ("a") runs on exactly that one, PTX for a family ("f") where the machine code does.
+
+    Source: CUDA C++ Programming Guide, "Binary Compatibility", "PTX Compatibility" and "Feature Sets".
+    """
+    ptx = None
+    for arch in archs:
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        if found is None:
+            raise ValueError(f"{arch!r} is not an architecture such as '9.0', '9.0a' or '12.0+PTX'")
+        built, features = (int(found[1]), int(found[2])), found[3]
+        code = f"{found[1]}{found[2]}{features}"
+        if built == capability or (features != "a" and built[0] == capability[0] and built[1] <= capability[1]):
+            return f"sm_{code}"
+        if found[4] and not features and built <= capability:
+            ptx = f"compute_{code}"
+    return ptx
+
+
+def runs_on(archs: Sequence[str], capability: tuple[int, int]) -> str | None:
+    """None if a build for ``archs`` runs on a GPU of this compute capability (:func:`code_for`), else the reason."""
+    if code_for(archs, capability) is not None:
+        return None
+    major, minor = capability
+    return f"the library was built for {';'.join(archs)}: no code for compute capability {major}.{minor}"
+
+
 def define_operators() -> None:
     """Make every ``torch.ops.pyvit`` operator exist, with or without the library."""
     if problem() is not None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,51 @@ def python(code: str, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+DEFAULT_ARCHS = re.search(r'DEFAULT_ARCHS = "(.+)"', (Path(__file__).parents[1] / "setup.py").read_text())[1].split(";")
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "code"),
+    [
+        (DEFAULT_ARCHS, (6, 1), None),
+        (DEFAULT_ARCHS, (7, 5), None),
+        (DEFAULT_ARCHS, (8, 0), "sm_80"),
+        (DEFAULT_ARCHS, (8, 6), "sm_80"),
+        (DEFAULT_ARCHS, (8, 9), "sm_80"),
+        (DEFAULT_ARCHS, (9, 0), "sm_90"),
+        (DEFAULT_ARCHS, (10, 0), "sm_100"),
+        (DEFAULT_ARCHS, (10, 3), "sm_100"),
+        (DEFAULT_ARCHS, (11, 0), None),
+        (DEFAULT_ARCHS, (12, 0), "sm_120"),
+        (DEFAULT_ARCHS, (12, 1), "sm_120"),
+        (DEFAULT_ARCHS, (13, 0), "compute_120"),
+        (["9.0a"], (9, 0), "sm_90a"),
+        (["10.0a"], (10, 0), "sm_100a"),
+        (["10.0a"], (10, 3), None),
+        (["10.0a+PTX"], (10, 3), None),
+        (["10.0f+PTX"], (10, 3), "sm_100f"),
+        (["10.0f+PTX"], (12, 0), None),
+        (["8.9"], (8, 6), None),
+        (["8.6"], (8, 9), "sm_86"),
+        (["8.0"], (9, 0), None),
+        (["7.5+PTX"], (12, 0), "compute_75"),
+        (["7.5+PTX", "9.0"], (9, 0), "sm_90"),
+        (["12.0+PTX"], (10, 0), None),
+        ([], (9, 0), None),
+    ],
+)
+def test_which_gpus_a_build_runs_on(archs: list[str], capability: tuple[int, int], code: str | None) -> None:
+    assert library.code_for(archs, capability) == code
+    major, minor = capability
+    reason = f"the library was built for {';'.join(archs)}: no code for compute capability {major}.{minor}"
+    assert library.runs_on(archs, capability) == (reason if code is None else None)
+
+
+def test_an_unreadable_architecture_is_named() -> None:
+    with pytest.raises(ValueError, match="'Hopper' is not an architecture"):
+        library.runs_on(["8.0", "Hopper"], (9, 0))
 
 
 USE = """
