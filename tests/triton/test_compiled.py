@@ -50,6 +50,16 @@ def test_hopper_uses_warpgroup_products() -> None:
         assert report.warpgroup > 0, report
 
 
+@pytest.mark.parametrize("d", [72, 88])
+def test_rows_that_divide_by_8_are_read_16_bytes_at_a_time(d: int) -> None:
+    """Triton knows of a stride whether it divides by 16. Rows of 72 or 88 channels are read as those of 80: without
+    loads of single channels, and asynchronously in loops."""
+    for launch in matrix.launches(f"attention N=257 d={d}", "bf16", "sm_90"):
+        text = compiled.build(launch, "sm_90").asm["ptx"]
+        assert not re.findall(r"ld\.global[.\w:]*\.b16\b", text), launch.name
+        assert re.findall(r"cp\.async\.cg\.shared\.global[^;]*, 0x10", text), launch.name
+
+
 def test_compiled_products_use_bfloat16() -> None:
     """bfloat16 operands are converted to float32 only in the interpreter; compiled products use bfloat16."""
     (launch,) = matrix.launches("attention map N=197 d=64", "bf16", "sm_90")
