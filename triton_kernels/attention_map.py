@@ -13,6 +13,8 @@ from pyvit.triton_kernels.common import (
     dot_parts,
     exp2_factor,
     exp2_scores,
+    head_rows,
+    in_units,
     launch,
     load_rows,
     precision,
@@ -75,6 +77,7 @@ def map_rows(
     scale,
     D: tl.constexpr,
     D_PARTS: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BIAS: tl.constexpr,
@@ -89,8 +92,8 @@ def map_rows(
     r = pid % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = r < n_rows
     at = tl.load(rows + b * rows_stride + r, mask=valid, other=0)
-    queries = load_rows(q + b * q_strides[0] + h * q_strides[1], at, valid, q_strides[2], D, D_PARTS)
-    k += b * k_strides[0] + h // GROUPS * k_strides[1]
+    queries = load_rows(head_rows(q, q_strides, b, h, 0, UNIT), at, valid, q_strides[2] * UNIT, D, D_PARTS)
+    k = head_rows(k, k_strides, b, h // GROUPS, 0, UNIT)
     bias += b * bias_strides[0] + h * bias_strides[1]
     unit = exp2_factor(scale, RAW)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -105,7 +108,7 @@ def map_rows(
             valid,
             cols,
             n_k,
-            k_strides[2],
+            k_strides[2] * UNIT,
             bias_strides,
             scale,
             D,
@@ -133,7 +136,7 @@ def map_rows(
             valid,
             cols,
             n_k,
-            k_strides[2],
+            k_strides[2] * UNIT,
             bias_strides,
             scale,
             D,
@@ -181,5 +184,6 @@ def attention_map(
         "RAW": (bias is None or bias.dtype == torch.bool) and scale > 0,
         "PRECISION": precision(q),
     }
-    launch(map_rows, -(-n_rows // c.block_m) * heads * batch if n_k else 0, args, c.warps, c.stages)
+    grid = -(-n_rows // c.block_m) * heads * batch if n_k else 0
+    launch(map_rows, grid, in_units(args, "q_strides", "k_strides"), c.warps, c.stages)
     return out

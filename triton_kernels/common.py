@@ -8,6 +8,7 @@ parts.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -72,6 +73,12 @@ def add_products(acc, a, b, first: tl.constexpr, PRECISION: tl.constexpr):
     for i in tl.static_range(len(b)):
         out = out + (dot(a, b[i], acc[first + i], PRECISION),)
     return out
+
+
+@triton.jit
+def head_rows(base, strides, b, h, first, UNIT: tl.constexpr):
+    """Row ``first`` of head ``h`` of image or sequence ``b``; strides in multiples of UNIT (:func:`in_units`)."""
+    return base + (b * strides[0] + h * strides[1] + first * strides[2]) * UNIT
 
 
 @triton.jit
@@ -281,6 +288,16 @@ def launch(kernel: Any, grid: int, args: dict[str, Any], warps: int, stages: int
 def rows_unit(t: Tensor) -> Tensor:
     """``t`` with unit stride in the last dimension; copied if necessary."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def in_units(args: dict[str, Any], *names: str) -> dict[str, Any]:
+    """``args`` with the strides ``names`` as multiples of UNIT.
+
+    Triton only knows of an integer argument whether 16 divides it. Rows of 72 or 88 channels start at multiples of 8:
+    multiplied in the kernel, they are read 16 bytes at a time and asynchronously, as rows of 64 or 80 are.
+    """
+    unit = 8 if math.gcd(*(s for name in names for s in args[name])) % 16 == 8 else 1
+    return args | {name: tuple(s // unit for s in args[name]) for name in names} | {"UNIT": unit}
 
 
 def dropout_args(dropout_p: float, seed: Tensor | None) -> dict[str, Any]:

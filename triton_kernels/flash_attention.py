@@ -11,6 +11,7 @@ from pyvit.triton_kernels.common import (
     NO_BIAS,
     arch_of,
     dropout_args,
+    in_units,
     launch,
     precision,
     processors,
@@ -19,7 +20,7 @@ from pyvit.triton_kernels.common import (
 from pyvit.triton_kernels.flash_attention_backward import backward_dkdv, backward_dq, backward_short
 from pyvit.triton_kernels.flash_attention_bias import bias_gradient
 from pyvit.triton_kernels.flash_attention_forward import forward_long, forward_short
-from pyvit.triton_kernels.tiles import backward_short_fits, choose, forward_short_fits, one_tile, parts
+from pyvit.triton_kernels.tiles import Config, backward_short_fits, choose, forward_short_fits, one_tile, parts
 from torch import Tensor
 
 
@@ -107,6 +108,11 @@ class _Problem:
         return choose(kernel, self.arch, self.itemsize, max(self.d, self.dv), self.n_k)
 
 
+def _launch(kernel: Any, grid: int, args: dict[str, Any], c: Config) -> None:
+    rows = [name for name in args if name.endswith("_strides") and name not in ("bias_strides", "lse_strides")]
+    launch(kernel, grid, in_units(args, *rows), c.warps, c.stages)
+
+
 def _forward(p: _Problem) -> tuple[Tensor, Tensor]:
     out, lse = p.like(p.q, p.dv), p.rows()
     args = (
@@ -122,17 +128,11 @@ def _forward(p: _Problem) -> tuple[Tensor, Tensor]:
         # A single image has few heads: use one program per query tile, to keep all processors busy.
         group = c.group if p.batch * p.heads * tiles >= 2 * c.group * processors(p.q) else 1
         grid = -(-tiles // group) * p.heads * p.batch
-        launch(
-            forward_short,
-            grid,
-            args | {"KEY_PARTS": parts(p.n_k), "BLOCK_M": c.block_m, "GROUP": group},
-            c.warps,
-            c.stages,
-        )
+        _launch(forward_short, grid, args | {"KEY_PARTS": parts(p.n_k), "BLOCK_M": c.block_m, "GROUP": group}, c)
     else:
         c = p.choose("forward_long")
         grid = -(-p.n_q // c.block_m) * p.heads * p.batch
-        launch(forward_long, grid, args | {"BLOCK_M": c.block_m, "WIDTHS": (c.block_n, c.edge_n)}, c.warps, c.stages)
+        _launch(forward_long, grid, args | {"BLOCK_M": c.block_m, "WIDTHS": (c.block_n, c.edge_n)}, c)
     return out, lse
 
 
@@ -153,12 +153,12 @@ def _backward(
         shape = {"BLOCK_M": c.block_m if p.bias is None else max(16, c.block_m // 2), "BLOCK_N": one_tile(p.n_k)}
         every = args | own | outputs | shape | p.raw
         del every["GROUPS"]  # not grouped: each query head has its own key head
-        launch(backward_short, p.batch * p.heads, every, c.warps, c.stages)
+        _launch(backward_short, p.batch * p.heads, every, c)
     else:
         c = p.choose("backward_dq")
         shape = {"BLOCK_M": c.block_m, "WIDTHS": (c.block_n, c.edge_n)}
         grid = -(-p.n_q // c.block_m) * p.heads * p.batch
-        launch(backward_dq, grid, args | own | only("grad_q", "out") | shape | p.raw, c.warps, c.stages)
+        _launch(backward_dq, grid, args | own | only("grad_q", "out") | shape | p.raw, c)
         c = p.choose("backward_dkdv")
         shape = {"BLOCK_M": c.block_n, "BLOCK_N": c.block_m, "factor": p.scale}
         grid = -(-p.n_k // c.block_m) * p.kv_heads * p.batch
@@ -166,7 +166,7 @@ def _backward(
         # keep.
         grouped = p.heads != p.kv_heads or len(parts(p.d)) > 1
         every = args | only("grad_k", "grad_v") | shape | p.raw | {"GROUPED": grouped}
-        launch(backward_dkdv, grid, every, c.warps, c.stages)
+        _launch(backward_dkdv, grid, every, c)
     if p.bias is None or not bias_grad:
         return grad_q, grad_k, grad_v, p.q.new_empty(0)
     return grad_q, grad_k, grad_v, _bias_backward(args, p)
@@ -196,7 +196,7 @@ def _bias_backward(args: dict[str, Any], p: _Problem) -> Tensor:
         "BLOCK_M": c.block_m,
         "BLOCK_N": c.block_n,
     }
-    launch(bias_gradient, programs * splits if steps else 0, args | shape, c.warps, c.stages)
+    _launch(bias_gradient, programs * splits if steps else 0, args | shape, c)
     return (partial[0] if splits == 1 else partial.sum(0)).to(p.bias.dtype)
 
 

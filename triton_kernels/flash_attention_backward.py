@@ -19,6 +19,7 @@ from pyvit.triton_kernels.common import (
     dropout_seed,
     exp2_factor,
     exp2_scores,
+    head_rows,
     load_rows,
     sequence,
     span,
@@ -161,6 +162,7 @@ def backward_short(
     DV: tl.constexpr,
     D_PARTS: tl.constexpr,
     DV_PARTS: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BIAS: tl.constexpr,
@@ -176,14 +178,14 @@ def backward_short(
     b, h = (pid // H).to(tl.int64), (pid % H).to(tl.int64)
     q_first, q_len = sequence(cu_q, b, n_q, VARLEN)
     k_first, k_len = sequence(cu_k, b, n_k, VARLEN)
-    q += b * q_strides[0] + h * q_strides[1] + q_first * q_strides[2]
-    k += b * k_strides[0] + h * k_strides[1] + k_first * k_strides[2]
-    v += b * v_strides[0] + h * v_strides[1] + k_first * v_strides[2]
-    out += b * out_strides[0] + h * out_strides[1] + q_first * out_strides[2]
-    grad_out += b * grad_out_strides[0] + h * grad_out_strides[1] + q_first * grad_out_strides[2]
-    grad_q += b * grad_q_strides[0] + h * grad_q_strides[1] + q_first * grad_q_strides[2]
-    grad_k += b * grad_k_strides[0] + h * grad_k_strides[1] + k_first * grad_k_strides[2]
-    grad_v += b * grad_v_strides[0] + h * grad_v_strides[1] + k_first * grad_v_strides[2]
+    q = head_rows(q, q_strides, b, h, q_first, UNIT)
+    k = head_rows(k, k_strides, b, h, k_first, UNIT)
+    v = head_rows(v, v_strides, b, h, k_first, UNIT)
+    out = head_rows(out, out_strides, b, h, q_first, UNIT)
+    grad_out = head_rows(grad_out, grad_out_strides, b, h, q_first, UNIT)
+    grad_q = head_rows(grad_q, grad_q_strides, b, h, q_first, UNIT)
+    grad_k = head_rows(grad_k, grad_k_strides, b, h, k_first, UNIT)
+    grad_v = head_rows(grad_v, grad_v_strides, b, h, k_first, UNIT)
     bias += b * bias_strides[0] + h * bias_strides[1]
     row_at = b * lse_strides[0] + h * lse_strides[1] + q_first
     if grad_lse is not None:
@@ -193,17 +195,17 @@ def backward_short(
 
     cols = tl.arange(0, BLOCK_N)
     inside = cols < k_len
-    keys = load_rows(k, cols, inside, k_strides[2], D, D_PARTS)
-    values = load_rows(v, cols, inside, v_strides[2], DV, DV_PARTS)
+    keys = load_rows(k, cols, inside, k_strides[2] * UNIT, D, D_PARTS)
+    values = load_rows(v, cols, inside, v_strides[2] * UNIT, DV, DV_PARTS)
     dk = zero_parts((BLOCK_N,), D_PARTS)
     dv = zero_parts((BLOCK_N,), DV_PARTS)
     # Not pipelined: Triton 3.6 to 3.9 would overwrite gradients that a wgmma still reads.
     for tile in tl.range(tl.cdiv(q_len, BLOCK_M), num_stages=1):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         valid = rows < q_len
-        queries = load_rows(q, rows, valid, q_strides[2], D, D_PARTS)
-        grad = load_rows(grad_out, rows, valid, grad_out_strides[2], DV, DV_PARTS)
-        row_sum = row_delta(out, grad, grad_lse, rows, q_len, out_strides[2], DV, DV_PARTS)
+        queries = load_rows(q, rows, valid, q_strides[2] * UNIT, D, D_PARTS)
+        grad = load_rows(grad_out, rows, valid, grad_out_strides[2] * UNIT, DV, DV_PARTS)
+        row_sum = row_delta(out, grad, grad_lse, rows, q_len, out_strides[2] * UNIT, DV, DV_PARTS)
         shift, large = load_shift(lse + row_at, rows, q_len, scale, RAW)
         rest = tl.zeros((BLOCK_M,), tl.float32)
         s = tile_scores(
@@ -226,9 +228,9 @@ def backward_short(
         ds = ds.to(q.dtype.element_ty)
         dk = add_products(dk, ds, queries, 0, PRECISION)
         dq = add_products(zero_parts((BLOCK_M,), D_PARTS), tl.trans(ds), keys, 0, PRECISION)
-        store_rows(grad_q, dq, 0, factor, rows, valid, grad_q_strides[2], D, D_PARTS)
-    store_rows(grad_k, dk, 0, factor, cols, inside, grad_k_strides[2], D, D_PARTS)
-    store_rows(grad_v, dv, 0, 1.0, cols, inside, grad_v_strides[2], DV, DV_PARTS)
+        store_rows(grad_q, dq, 0, factor, rows, valid, grad_q_strides[2] * UNIT, D, D_PARTS)
+    store_rows(grad_k, dk, 0, factor, cols, inside, grad_k_strides[2] * UNIT, D, D_PARTS)
+    store_rows(grad_v, dv, 0, 1.0, cols, inside, grad_v_strides[2] * UNIT, DV, DV_PARTS)
 
 
 @triton.jit
@@ -268,6 +270,7 @@ def backward_dq(
     DV: tl.constexpr,
     D_PARTS: tl.constexpr,
     DV_PARTS: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDTHS: tl.constexpr,
     BIAS: tl.constexpr,
@@ -285,12 +288,12 @@ def backward_dq(
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     q_first, q_len = sequence(cu_q, b, n_q, VARLEN)
     k_first, k_len = sequence(cu_k, b, n_k, VARLEN)
-    q += b * q_strides[0] + h * q_strides[1] + q_first * q_strides[2]
-    k += b * k_strides[0] + h // GROUPS * k_strides[1] + k_first * k_strides[2]
-    v += b * v_strides[0] + h // GROUPS * v_strides[1] + k_first * v_strides[2]
-    out += b * out_strides[0] + h * out_strides[1] + q_first * out_strides[2]
-    grad_out += b * grad_out_strides[0] + h * grad_out_strides[1] + q_first * grad_out_strides[2]
-    grad_q += b * grad_q_strides[0] + h * grad_q_strides[1] + q_first * grad_q_strides[2]
+    q = head_rows(q, q_strides, b, h, q_first, UNIT)
+    k = head_rows(k, k_strides, b, h // GROUPS, k_first, UNIT)
+    v = head_rows(v, v_strides, b, h // GROUPS, k_first, UNIT)
+    out = head_rows(out, out_strides, b, h, q_first, UNIT)
+    grad_out = head_rows(grad_out, grad_out_strides, b, h, q_first, UNIT)
+    grad_q = head_rows(grad_q, grad_q_strides, b, h, q_first, UNIT)
     row_at = b * lse_strides[0] + h * lse_strides[1] + q_first
     bias += b * bias_strides[0] + h * bias_strides[1]
     if grad_lse is not None:
@@ -301,11 +304,11 @@ def backward_dq(
     first_row = pid % blocks * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     inside = rows < q_len
-    queries = load_rows(q, rows, inside, q_strides[2], D, D_PARTS)
-    grad = load_rows(grad_out, rows, inside, grad_out_strides[2], DV, DV_PARTS)
+    queries = load_rows(q, rows, inside, q_strides[2] * UNIT, D, D_PARTS)
+    grad = load_rows(grad_out, rows, inside, grad_out_strides[2] * UNIT, DV, DV_PARTS)
     shift, large = load_shift(lse + row_at, rows, q_len, scale, RAW)
     rest = tl.zeros((BLOCK_M,), tl.float32)
-    row_sum = row_delta(out, grad, grad_lse, rows, q_len, out_strides[2], DV, DV_PARTS)
+    row_sum = row_delta(out, grad, grad_lse, rows, q_len, out_strides[2] * UNIT, DV, DV_PARTS)
     end = k_len
     whole = k_len // WIDTHS[0] * WIDTHS[0]
     if CAUSAL:
@@ -319,7 +322,7 @@ def backward_dq(
         total = tl.zeros((BLOCK_M,), tl.float32)
         for start in tl.range(0, end, WIDTHS[1], num_stages=1):
             cols = span(start, WIDTHS[1])
-            keys = load_rows(k, cols, cols < k_len, k_strides[2], D, D_PARTS)
+            keys = load_rows(k, cols, cols < k_len, k_strides[2] * UNIT, D, D_PARTS)
             s = tile_scores(
                 queries, keys, bias, bias_strides, rows[:, None], cols[None, :], q_len, k_len, scale, BLOCK_M,
                 WIDTHS[1], BIAS, CAUSAL, True, RAW, PRECISION,
@@ -338,8 +341,8 @@ def backward_dq(
     for edge in tl.static_range(2):
         for start in range(whole if edge else 0, end if edge else whole, WIDTHS[edge]):
             cols = span(start, WIDTHS[edge])
-            keys = load_rows(k, cols, cols < k_len if edge == 1 else None, k_strides[2], D, D_PARTS)
-            values = load_rows(v, cols, cols < k_len if edge == 1 else None, v_strides[2], DV, DV_PARTS)
+            keys = load_rows(k, cols, cols < k_len if edge == 1 else None, k_strides[2] * UNIT, D, D_PARTS)
+            values = load_rows(v, cols, cols < k_len if edge == 1 else None, v_strides[2] * UNIT, DV, DV_PARTS)
             s = tile_scores(
                 queries, keys, bias, bias_strides, rows[:, None], cols[None, :], q_len, k_len, scale, BLOCK_M,
                 WIDTHS[edge], BIAS, CAUSAL, edge == 1, RAW, PRECISION,
@@ -349,7 +352,7 @@ def backward_dq(
                 cols[None, :], rng_seed, head, threshold, keep_scale, BLOCK_M, WIDTHS[edge], DROPOUT, PRECISION,
             )  # fmt: skip
             dq = add_products(dq, ds.to(queries[0].dtype), keys, 0, PRECISION)
-    store_rows(grad_q, dq, 0, factor, rows, inside, grad_q_strides[2], D, D_PARTS)
+    store_rows(grad_q, dq, 0, factor, rows, inside, grad_q_strides[2] * UNIT, D, D_PARTS)
 
 
 @triton.jit
@@ -387,6 +390,7 @@ def backward_dkdv(
     DV: tl.constexpr,
     D_PARTS: tl.constexpr,
     DV_PARTS: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BIAS: tl.constexpr,
@@ -405,18 +409,18 @@ def backward_dkdv(
     b, kv_head = (head // kv_heads).to(tl.int64), (head % kv_heads).to(tl.int64)
     q_first, q_len = sequence(cu_q, b, n_q, VARLEN)
     k_first, k_len = sequence(cu_k, b, n_k, VARLEN)
-    k += b * k_strides[0] + kv_head * k_strides[1] + k_first * k_strides[2]
-    v += b * v_strides[0] + kv_head * v_strides[1] + k_first * v_strides[2]
-    grad_k += b * grad_k_strides[0] + kv_head * grad_k_strides[1] + k_first * grad_k_strides[2]
-    grad_v += b * grad_v_strides[0] + kv_head * grad_v_strides[1] + k_first * grad_v_strides[2]
+    k = head_rows(k, k_strides, b, kv_head, k_first, UNIT)
+    v = head_rows(v, v_strides, b, kv_head, k_first, UNIT)
+    grad_k = head_rows(grad_k, grad_k_strides, b, kv_head, k_first, UNIT)
+    grad_v = head_rows(grad_v, grad_v_strides, b, kv_head, k_first, UNIT)
     rng_seed = dropout_seed(seed, DROPOUT)
     unit = exp2_factor(scale, RAW)
 
     first_col = pid % blocks * BLOCK_N
     cols = first_col + tl.arange(0, BLOCK_N)
     inside = cols < k_len
-    keys = load_rows(k, cols, inside, k_strides[2], D, D_PARTS)
-    values = load_rows(v, cols, inside, v_strides[2], DV, DV_PARTS)
+    keys = load_rows(k, cols, inside, k_strides[2] * UNIT, D, D_PARTS)
+    values = load_rows(v, cols, inside, v_strides[2] * UNIT, DV, DV_PARTS)
     dk = zero_parts((BLOCK_N,), D_PARTS)
     dv = zero_parts((BLOCK_N,), DV_PARTS)
     from_row = 0
@@ -430,10 +434,10 @@ def backward_dkdv(
         if GROUPED:
             h, tile = kv_head * GROUPS + step // steps, step % steps
         rows = from_row + tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        at = q + b * q_strides[0] + h * q_strides[1] + q_first * q_strides[2]
-        queries = load_rows(at, rows, rows < q_len, q_strides[2], D, D_PARTS)
-        at = grad_out + b * grad_out_strides[0] + h * grad_out_strides[1] + q_first * grad_out_strides[2]
-        grad = load_rows(at, rows, rows < q_len, grad_out_strides[2], DV, DV_PARTS)
+        at = head_rows(q, q_strides, b, h, q_first, UNIT)
+        queries = load_rows(at, rows, rows < q_len, q_strides[2] * UNIT, D, D_PARTS)
+        at = head_rows(grad_out, grad_out_strides, b, h, q_first, UNIT)
+        grad = load_rows(at, rows, rows < q_len, grad_out_strides[2] * UNIT, DV, DV_PARTS)
         row_at = b * lse_strides[0] + h * lse_strides[1] + q_first
         shift = tl.load(shifts + row_at + rows, mask=rows < q_len, other=float("inf"))
         rest = tl.load(rests + row_at + rows, mask=rows < q_len, other=0.0)
@@ -450,5 +454,5 @@ def backward_dkdv(
         )  # fmt: skip
         dv = add_products(dv, dropped.to(v.dtype.element_ty), grad, 0, PRECISION)
         dk = add_products(dk, ds.to(q.dtype.element_ty), queries, 0, PRECISION)
-    store_rows(grad_k, dk, 0, factor, cols, inside, grad_k_strides[2], D, D_PARTS)
-    store_rows(grad_v, dv, 0, 1.0, cols, inside, grad_v_strides[2], DV, DV_PARTS)
+    store_rows(grad_k, dk, 0, factor, cols, inside, grad_k_strides[2] * UNIT, D, D_PARTS)
+    store_rows(grad_v, dv, 0, 1.0, cols, inside, grad_v_strides[2] * UNIT, DV, DV_PARTS)

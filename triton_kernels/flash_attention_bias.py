@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from pyvit.triton_kernels.common import LOG2E, dropout_seed, load_rows, sequence
+from pyvit.triton_kernels.common import LOG2E, dropout_seed, head_rows, load_rows, sequence
 from pyvit.triton_kernels.flash_attention_backward import probabilities, score_gradient, tile_scores
 
 
@@ -43,6 +43,7 @@ def bias_gradient(
     DV: tl.constexpr,
     D_PARTS: tl.constexpr,
     DV_PARTS: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
@@ -79,14 +80,14 @@ def bias_gradient(
         k_first, k_len = sequence(cu_k, b, n_k, VARLEN)
         rows = i * BLOCK_M + tl.arange(0, BLOCK_M)
         cols = j * BLOCK_N + tl.arange(0, BLOCK_N)
-        at = q + b * q_strides[0] + h * q_strides[1] + q_first * q_strides[2]
-        queries = load_rows(at, rows, rows < q_len, q_strides[2], D, D_PARTS)
-        at = k + b * k_strides[0] + h // GROUPS * k_strides[1] + k_first * k_strides[2]
-        keys = load_rows(at, cols, cols < k_len, k_strides[2], D, D_PARTS)
-        at = grad_out + b * grad_out_strides[0] + h * grad_out_strides[1] + q_first * grad_out_strides[2]
-        grad = load_rows(at, rows, rows < q_len, grad_out_strides[2], DV, DV_PARTS)
-        at = v + b * v_strides[0] + h // GROUPS * v_strides[1] + k_first * v_strides[2]
-        values = load_rows(at, cols, cols < k_len, v_strides[2], DV, DV_PARTS)
+        at = head_rows(q, q_strides, b, h, q_first, UNIT)
+        queries = load_rows(at, rows, rows < q_len, q_strides[2] * UNIT, D, D_PARTS)
+        at = head_rows(k, k_strides, b, h // GROUPS, k_first, UNIT)
+        keys = load_rows(at, cols, cols < k_len, k_strides[2] * UNIT, D, D_PARTS)
+        at = head_rows(grad_out, grad_out_strides, b, h, q_first, UNIT)
+        grad = load_rows(at, rows, rows < q_len, grad_out_strides[2] * UNIT, DV, DV_PARTS)
+        at = head_rows(v, v_strides, b, h // GROUPS, k_first, UNIT)
+        values = load_rows(at, cols, cols < k_len, v_strides[2] * UNIT, DV, DV_PARTS)
         row_at = b * lse_strides[0] + h * lse_strides[1] + q_first
         shift = tl.load(shifts + row_at + rows, mask=rows < q_len, other=float("inf"))
         rest = tl.load(rests + row_at + rows, mask=rows < q_len, other=0.0)

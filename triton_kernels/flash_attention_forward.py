@@ -16,6 +16,7 @@ from pyvit.triton_kernels.common import (
     dropout_seed,
     exp2_factor,
     exp2_scores,
+    head_rows,
     load_rows,
     sequence,
     span,
@@ -71,6 +72,7 @@ def forward_short(
     DV: tl.constexpr,
     D_PARTS: tl.constexpr,
     DV_PARTS: tl.constexpr,
+    UNIT: tl.constexpr,
     KEY_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     GROUP: tl.constexpr,
@@ -89,20 +91,20 @@ def forward_short(
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     q_first, q_len = sequence(cu_q, b, n_q, VARLEN)
     k_first, k_len = sequence(cu_k, b, n_k, VARLEN)
-    q += b * q_strides[0] + h * q_strides[1] + q_first * q_strides[2]
-    k += b * k_strides[0] + h // GROUPS * k_strides[1] + k_first * k_strides[2]
-    v += b * v_strides[0] + h // GROUPS * v_strides[1] + k_first * v_strides[2]
-    out += b * out_strides[0] + h * out_strides[1] + q_first * out_strides[2]
+    q = head_rows(q, q_strides, b, h, q_first, UNIT)
+    k = head_rows(k, k_strides, b, h // GROUPS, k_first, UNIT)
+    v = head_rows(v, v_strides, b, h // GROUPS, k_first, UNIT)
+    out = head_rows(out, out_strides, b, h, q_first, UNIT)
     lse += b * lse_strides[0] + h * lse_strides[1] + q_first
     bias += b * bias_strides[0] + h * bias_strides[1]
     rng_seed = dropout_seed(seed, DROPOUT)
 
     unit = exp2_factor(scale, RAW)
-    keys = load_blocks(k, k_len, k_strides[2], D, D_PARTS, KEY_PARTS)
-    values = load_blocks(v, k_len, v_strides[2], DV, DV_PARTS, KEY_PARTS)
+    keys = load_blocks(k, k_len, k_strides[2] * UNIT, D, D_PARTS, KEY_PARTS)
+    values = load_blocks(v, k_len, v_strides[2] * UNIT, DV, DV_PARTS, KEY_PARTS)
     for tile in range(GROUP):
         rows = (pid % blocks * GROUP + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
-        queries = load_rows(q, rows, rows < q_len, q_strides[2], D, D_PARTS)
+        queries = load_rows(q, rows, rows < q_len, q_strides[2] * UNIT, D, D_PARTS)
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         scores = ()
         first: tl.constexpr = 0
@@ -134,7 +136,7 @@ def forward_short(
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
         factor = keep_scale / total
-        store_rows(out, acc, 0, factor[:, None], rows, rows < q_len, out_strides[2], DV, DV_PARTS)
+        store_rows(out, acc, 0, factor[:, None], rows, rows < q_len, out_strides[2] * UNIT, DV, DV_PARTS)
         tl.store(lse + rows, tl.where(empty, float("-inf"), log_sum_exp(top, total, scale, RAW)), mask=rows < q_len)
 
 
@@ -166,6 +168,7 @@ def forward_long(
     DV: tl.constexpr,
     D_PARTS: tl.constexpr,
     DV_PARTS: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDTHS: tl.constexpr,
     BIAS: tl.constexpr,
@@ -182,10 +185,10 @@ def forward_long(
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     q_first, q_len = sequence(cu_q, b, n_q, VARLEN)
     k_first, k_len = sequence(cu_k, b, n_k, VARLEN)
-    q += b * q_strides[0] + h * q_strides[1] + q_first * q_strides[2]
-    k += b * k_strides[0] + h // GROUPS * k_strides[1] + k_first * k_strides[2]
-    v += b * v_strides[0] + h // GROUPS * v_strides[1] + k_first * v_strides[2]
-    out += b * out_strides[0] + h * out_strides[1] + q_first * out_strides[2]
+    q = head_rows(q, q_strides, b, h, q_first, UNIT)
+    k = head_rows(k, k_strides, b, h // GROUPS, k_first, UNIT)
+    v = head_rows(v, v_strides, b, h // GROUPS, k_first, UNIT)
+    out = head_rows(out, out_strides, b, h, q_first, UNIT)
     lse += b * lse_strides[0] + h * lse_strides[1] + q_first
     bias += b * bias_strides[0] + h * bias_strides[1]
     rng_seed = dropout_seed(seed, DROPOUT)
@@ -193,7 +196,7 @@ def forward_long(
     unit = exp2_factor(scale, RAW)
     first_row = pid % blocks * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
-    queries = load_rows(q, rows, rows < q_len, q_strides[2], D, D_PARTS)
+    queries = load_rows(q, rows, rows < q_len, q_strides[2] * UNIT, D, D_PARTS)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = zero_parts((BLOCK_M,), DV_PARTS)
@@ -208,7 +211,7 @@ def forward_long(
     for edge in tl.static_range(2):  # full blocks first, then narrower ones for the keys that need a mask
         for start in range(whole if edge else 0, end if edge else whole, WIDTHS[edge]):
             cols = span(start, WIDTHS[edge])
-            keys = load_rows(k, cols, cols < k_len if edge == 1 else None, k_strides[2], D, D_PARTS)
+            keys = load_rows(k, cols, cols < k_len if edge == 1 else None, k_strides[2] * UNIT, D, D_PARTS)
             s = dot_parts(queries, keys, BLOCK_M, WIDTHS[edge], PRECISION)
             if not RAW:
                 s *= scale
@@ -223,7 +226,7 @@ def forward_long(
             top = higher
             if DROPOUT:
                 p = tl.where(dropout_mask(rng_seed, head, rows[:, None], cols[None, :], threshold), p, 0.0)
-            values = load_rows(v, cols, cols < k_len if edge == 1 else None, v_strides[2], DV, DV_PARTS)
+            values = load_rows(v, cols, cols < k_len if edge == 1 else None, v_strides[2] * UNIT, DV, DV_PARTS)
             shrunk = ()
             for i in tl.static_range(len(DV_PARTS)):
                 shrunk = shrunk + (acc[i] * shrink[:, None],)
@@ -231,5 +234,5 @@ def forward_long(
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     factor = keep_scale / total
-    store_rows(out, acc, 0, factor[:, None], rows, rows < q_len, out_strides[2], DV, DV_PARTS)
+    store_rows(out, acc, 0, factor[:, None], rows, rows < q_len, out_strides[2] * UNIT, DV, DV_PARTS)
     tl.store(lse + rows, tl.where(empty, float("-inf"), log_sum_exp(top, total, scale, RAW)), mask=rows < q_len)

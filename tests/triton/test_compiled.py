@@ -50,6 +50,20 @@ def test_hopper_uses_warpgroup_products() -> None:
         assert report.warpgroup > 0, report
 
 
+def _loads(d: int) -> list[list[str]]:
+    """The loads and asynchronous copies, with their widths, of attention's kernels for heads of ``d`` channels."""
+    with common.recording("sm_90") as found:
+        workloads.attention(workloads._Maker(torch.bfloat16, "meta"), 257, d)()
+    texts = [compiled.build(launch, "sm_90").asm["ptx"] for launch in found]
+    return [re.findall(r"ld\.global[.\w]*|cp\.async\.c[ag]|0x(?:4|8|10)(?=, )", text) for text in texts]
+
+
+@pytest.mark.parametrize(("d", "multiple_of_16"), [(72, 80), (88, 96)])
+def test_rows_that_divide_by_8_are_read_as_those_that_divide_by_16(d: int, multiple_of_16: int) -> None:
+    """16 bytes at a time and asynchronously. Triton itself only knows of a stride whether it divides by 16."""
+    assert _loads(d) == _loads(multiple_of_16)
+
+
 def test_compiled_products_use_bfloat16() -> None:
     """bfloat16 operands are converted to float32 only in the interpreter; compiled products use bfloat16."""
     (launch,) = matrix.launches("attention map N=197 d=64", "bf16", "sm_90")
