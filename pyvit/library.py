@@ -36,6 +36,14 @@ def has_cuda() -> bool:
     return problem() is None and bool(torch.ops.pyvit.cuda_archs())
 
 
+@functools.cache
+def cuda_digests() -> dict[str, str]:
+    """Operator -> digest of the sources of the CUDA kernels that the library carries (csrc/cuda/digests.py)."""
+    if not has_cuda() or not hasattr(torch.ops.pyvit, "cuda_digests"):
+        return {}
+    return dict(entry.split("=") for entry in torch.ops.pyvit.cuda_digests().split(";"))
+
+
 def define_operators() -> None:
     """Make every ``torch.ops.pyvit`` operator exist, with or without the library."""
     if problem() is not None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import runpy
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 import pyvit
 from benchmarks import gpu_backends, gpu_cases
-from pyvit import ops
+from pyvit import library, ops
 from pyvit.dispatch import Call, cost_model, gpu_choice, select
 from pyvit.dispatch.capabilities import CAPABILITIES, MISSING, preference
 
@@ -32,8 +36,19 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None], None]
         monkeypatch.setattr(gpu_choice, "current_gpu", lambda: gpu)
 
     gpu_choice.compare.cache_clear()
+    gpu_choice.stale.cache_clear()
     yield use
     gpu_choice.compare.cache_clear()
+    gpu_choice.stale.cache_clear()
+
+
+@pytest.fixture
+def current(monkeypatch: pytest.MonkeyPatch) -> Callable[[gpu_choice.Measured], gpu_choice.Measured]:
+    """Makes a row a measurement of the kernels at hand."""
+    digests = pytest.importorskip("pyvit.triton_kernels.digests")
+    monkeypatch.setattr(library, "cuda_digests", lambda: dict.fromkeys(CAPABILITIES, "c0"))
+    triton_version = pytest.importorskip("triton").__version__
+    return lambda row: replace(row, digests=("c0", digests.operator(row.op)), triton_version=triton_version)
 
 
 def test_predictions_decide(on: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,9 +61,12 @@ def test_predictions_decide(on: Callable[[str | None], None], monkeypatch: pytes
     assert select(LONG) == "triton"
 
 
-def test_the_nearest_measurement_decides(on: Callable[[str | None], None]) -> None:
-    """On Hopper: CUDA for windows of 12, Triton for windows of 7, the nearer one for those between. No prediction for
-    fp32 and distant lengths."""
+def test_the_nearest_measurement_decides(
+    on: Callable[[str | None], None], current: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Hopper, were the rows of 2026-11-26 of today's kernels: CUDA for windows of 12, Triton for windows of 7, the
+    nearer one for those between. Predictions for fp32 and distant lengths."""
+    monkeypatch.setattr(gpu_choice, "MEASURED", tuple(map(current, gpu_choice.MEASURED)))
     sides = {side: WINDOWS._replace(sizes=(128, 56, 56, side, side, 3, 32)) for side in (6, 7, 9, 11, 12, 24)}
     for gpu in ("H100", "H200"):
         on(gpu)
@@ -59,9 +77,61 @@ def test_the_nearest_measurement_decides(on: Callable[[str | None], None]) -> No
     assert compare(torch.float32, sides[7].sizes) == compare(BF16, (128, 56, 56, 3, 3, 3, 32)) == "predicted"
 
 
-def test_a_measurement_beats_a_prediction(on: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measurements_of_former_kernels_decide_nothing(
+    on: Callable[[str | None], None], current: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row decides while both kernels and Triton are as measured; the basis says why another does not. The rows of
+    2026-11-26 do not say what they are of."""
+    on("H100")
+    assert all(gpu_choice.stale(row) for row in gpu_choice.MEASURED if row.source == "2026-11-26"), (
+        "these kernels were replaced"
+    )
+    row = current(next(r for r in gpu_choice.MEASURED if r.op == LONG.op and not r.grad and r.shape == (577, 577, 64)))
+    for changed, why in (
+        ({}, None),
+        ({"digests": ("c1", row.digests[1])}, "the kernels of cuda have changed since"),
+        ({"digests": ("c0", "0" * 16)}, "the kernels of triton have changed since"),
+        ({"digests": ("c1", "0" * 16)}, "the kernels of cuda and triton have changed since"),
+        ({"digests": ("", "")}, "does not say which version of the kernels it is of"),
+        ({"triton_version": "1.0"}, "measured with Triton 1.0"),
+    ):
+        other = replace(row, cuda=1e-3, **changed)
+        assert gpu_choice.stale(other) == why
+        monkeypatch.setattr(gpu_choice, "MEASURED", (other,))
+        gpu_choice.compare.cache_clear()
+        found = gpu_choice.compare(LONG.op, BF16, (), LONG.sizes, "H100")
+        if why is None:
+            assert (found.faster, found.basis) == ("cuda", "measured (2026-11-26)")
+        else:
+            assert (found.faster, found.basis) == ("triton", f"predicted (the measurement of 2026-11-26: {why})")
+
+
+def test_digests_of_cuda_operators(tmp_path: Path) -> None:
+    """They change with an operator's own sources and headers, not with comments."""
+    folder = Path(__file__).parents[1] / "csrc" / "cuda"
+    of = runpy.run_path(str(folder / "digests.py"))["digests"]
+    before = of()
+    assert set(before) == {op for op, found in CAPABILITIES.items() if "cuda" in found and not found["cuda"].pure} - {
+        "flash_attention_varlen"
+    }
+    copy = Path(shutil.copytree(folder, tmp_path / "cuda"))
+    assert of(copy) == before
+    for name, line, changed in (
+        ("mma.cuh", "\n// why\n/* and\n how */\n", set()),
+        ("window_attention_backward.cu", "\nint unused;\n", {"window_attention"}),
+        ("attention_forward.cuh", "\nint unused;\n", {"window_attention", "flash_attention"}),
+        ("mma.cuh", "\nint unused;\n", set(before)),
+    ):
+        was = of(copy)
+        (copy / name).write_text((copy / name).read_text() + line)
+        assert {op for op in was if of(copy)[op] != was[op]} == changed
+
+
+def test_a_measurement_beats_a_prediction(
+    on: Callable[[str | None], None], current: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     on("A100")
-    row = gpu_choice.Measured("A100", "flash_attention", BF16, False, (577, 577, 64), 2.0, 1.0, "2026-01-01")
+    row = current(gpu_choice.Measured("A100", "flash_attention", BF16, False, (577, 577, 64), 2.0, 1.0, "2026-01-01"))
     monkeypatch.setattr(gpu_choice, "MEASURED", (row,))
     assert select(LONG) == "triton"
     assert select(LONG._replace(sizes=(1, 1, 1, 577, 577, 64))) == "triton"  # batch and heads do not decide tiles

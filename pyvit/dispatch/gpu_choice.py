@@ -12,13 +12,18 @@ from dataclasses import dataclass
 
 import torch
 
+from pyvit import library
 from pyvit.dispatch import cost_model
 
 
 @dataclass(frozen=True)
 class Measured:
     """Milliseconds of one call, forward and, with ``grad``, backward. ``shape`` is what decides the tiles (see
-    :func:`shape_of`)."""
+    :func:`shape_of`).
+
+    ``digests`` of the CUDA and the Triton kernels measured (pyvit.library.cuda_digests, pyvit.triton_kernels.digests),
+    and ``triton_version``: see :func:`stale`.
+    """
 
     gpu: str
     op: str
@@ -28,15 +33,39 @@ class Measured:
     cuda: float
     triton: float
     source: str
+    digests: tuple[str, str] = ("", "")
+    triton_version: str = ""
+
+
+@functools.cache
+def stale(row: Measured) -> str | None:
+    """Why ``row`` is evidence of its day and decides no call: what it measured has changed since. None if it decides."""
+    from pyvit.triton_kernels import digests, tiles
+
+    if not all(row.digests):
+        return "does not say which version of the kernels it is of"
+    changed = [
+        name
+        for name, was, now in zip(
+            ("cuda", "triton"),
+            row.digests,
+            (library.cuda_digests().get(row.op.removesuffix("_varlen")), digests.operator(row.op)),
+            strict=True,
+        )
+        if was != now
+    ]
+    if changed:
+        return f"the kernels of {' and '.join(changed)} have changed since"
+    return None if row.triton_version == tiles.triton_version() else f"measured with Triton {row.triton_version}"
 
 
 def _h100(op: str, grad: bool, shape: tuple[int, ...], cuda: float, triton: float) -> Measured:
     return Measured("H100", op, torch.bfloat16, grad, shape, cuda, triton, "2026-11-26")
 
 
-#: The shapes of ``benchmarks.gpu_cases``; what else was timed then is in benchmarks/results. Window kernels and CUDA's
-#: attention have changed since (docs/gpu-status.md): these rows are evidence of that day, and the first thing to
-#: measure anew.
+#: The shapes of ``benchmarks.gpu_cases``; what else was timed then is in benchmarks/results. The rows of 2026-11-26 are
+#: older than the kernels' digests, and every kernel has changed since (docs/gpu-status.md): they decide nothing, and
+#: ``benchmarks.gpu_backends --predicted`` compares the cost model with them.
 MEASURED: tuple[Measured, ...] = (
     _h100("flash_attention", False, (197, 197, 64), 0.4984, 0.253),
     _h100("flash_attention", True, (197, 197, 64), 2.867, 1.231),
@@ -107,7 +136,8 @@ def _distance(a: tuple[int, ...], b: tuple[int, ...]) -> float:
 @functools.lru_cache(maxsize=4096)
 def compare(op: str, dtype: torch.dtype, features: tuple[str, ...], sizes: tuple[int, ...], gpu: str) -> Choice:
     """Measured figures of this shape, or of the nearest within a factor of two, in elements as wide on a GPU of the
-    same architecture; else predictions. Equal figures go to Triton, which serves more calls."""
+    same architecture; else predictions. Measurements of former kernels are not used, which ``basis`` says. Equal
+    figures go to Triton, which serves more calls."""
     grad = bool({"grad", "lse_grad", "images_grad"} & set(features))
     shape, arch = shape_of(op, sizes), _ARCHS.get(gpu, gpu)
     rows = [
@@ -116,14 +146,16 @@ def compare(op: str, dtype: torch.dtype, features: tuple[str, ...], sizes: tuple
         if (row.op, row.grad, row.dtype.itemsize, _ARCHS.get(row.gpu, row.gpu)) == (op, grad, dtype.itemsize, arch)
         and _distance(row.shape, shape) <= 2
     ]
-    if rows:
-        row = min(rows, key=lambda row: (_distance(row.shape, shape), row.gpu != gpu))
+    rows.sort(key=lambda row: (_distance(row.shape, shape), row.gpu != gpu))
+    basis = f"predicted (the measurement of {rows[0].source}: {stale(rows[0])})" if rows else "predicted"
+    if current := [row for row in rows if stale(row) is None]:
+        row = current[0]
         like = "" if (row.shape, row.gpu) == (shape, gpu) else f" at {'x'.join(map(str, row.shape))} on {row.gpu}"
         return Choice(
             "cuda" if row.cuda < row.triton else "triton", gpu, f"measured ({row.source}){like}", row.cuda, row.triton
         )
     times = [predict(backend, op, dtype, features, sizes, gpu, grad) for backend in ("cuda", "triton")]
-    return Choice("cuda" if times[0] < times[1] else "triton", gpu, "predicted", *times)
+    return Choice("cuda" if times[0] < times[1] else "triton", gpu, basis, *times)
 
 
 #: What Triton compiles for on each GPU, the key of its tiles.
