@@ -39,7 +39,7 @@ class Measured:
 
 @functools.cache
 def stale(row: Measured) -> str | None:
-    """Why ``row`` is evidence of its day and decides no call: what it measured has changed since. None if it decides."""
+    """Why ``row`` decides no call, as what it measured has changed since; None if it may."""
     from pyvit.triton_kernels import digests, tiles
 
     if not all(row.digests):
