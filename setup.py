@@ -12,6 +12,7 @@ import ast
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -123,6 +124,8 @@ class Ninja(build_ext):
         archs = cuda_archs()
         cxx = os.environ.get("CXX", "g++" if shutil.which("g++") else "c++")
         version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        digests = runpy.run_path(str(CSRC / "cuda/digests.py"))["digests"]() if archs else {}
+        said = ";".join(f"{op}={digest}" for op, digest in digests.items())
         define = f"-DPYVIT_CUDA_ARCHS='\"{';'.join(archs)}\"' -DPYVIT_COMPILER='\"{version}\"'"
         includes = " ".join(f"-isystem {p}" for p in torch_includes)
         rule = (
@@ -132,8 +135,9 @@ class Ninja(build_ext):
         )
         text = [f"cxx = {cxx}", f"flags = {' '.join(CXXFLAGS)}", rule]
         stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{build}", includes, define]
+        about = [*stable, f"-DPYVIT_CUDA_DIGESTS='\"{said}\"'"]  # cpu.cpp alone is compiled again when a kernel changes
         ops = [
-            target(build / f"torch_{unit}.o", CSRC / f"torch/{unit}.cpp", stable, text)
+            target(build / f"torch_{unit}.o", CSRC / f"torch/{unit}.cpp", about if unit == "cpu" else stable, text)
             for unit in ("cpu", "cpu_internal", "prepacked")
         ]
         # libstdc++ first: torch carries parts of it, and a reference bound to those would tie the library to this

@@ -101,6 +101,9 @@ def build(
     for provider, in_check in zip([*spec.providers, *added], [*checked.providers, *added], strict=True):
         if provider.name == "compile" and "compile" not in peers:
             continue
+        if provider.missing:
+            work.unavailable[provider.name] = provider.missing
+            continue
         if provider.name != OURS and need > available_gib():
             work.unavailable[provider.name] = f"needs {need:g} GiB of memory, {available_gib():.0f} available"
             continue
@@ -111,5 +114,7 @@ def build(
                 raise
             work.unavailable[provider.name] = raised(error)
             continue
-        work.contenders[provider.name] = Contender(run, lambda p=in_check: verdict(p))
+        work.contenders[provider.name] = Contender(
+            run, lambda p=in_check: verdict(p), provider.version, unchecked=provider.unchecked
+        )
     return work

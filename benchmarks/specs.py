@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import pyvit
 from benchmarks import baselines, inputs
 from benchmarks.cases import Case
 from benchmarks.workload import OURS
+from pyvit import dispatch
 from pyvit.ops import reference
 
 Tensors = dict[str, Tensor]
@@ -24,12 +26,16 @@ Tensors = dict[str, Tensor]
 class Provider:
     """``fn(**tensors)`` returns the output, or a tuple that starts with it.
 
-    ``prepare`` converts the inputs to the provider's own layout before timing, as a model would have them.
+    ``prepare`` converts the inputs to the provider's own layout before timing, as a model would have them. ``version``
+    of the library, if it is not torch alone. ``unchecked``: why its output cannot be compared with the definition.
     """
 
     name: str
     fn: Callable[..., Any]
     prepare: Callable[[Tensors], Tensors] | None = None
+    version: str = ""
+    unchecked: str = ""
+    missing: str = ""
 
     def whole(self, **tensors: Tensor) -> Tensor:
         """The output from the operator's inputs, differentiable: used by the correctness check."""
@@ -72,31 +78,63 @@ def _cast(tensors: Tensors, dtype: torch.dtype, device: str) -> Tensors:
     return {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in tensors.items()}
 
 
+def sdpa_options(case: Case) -> dict[str, Any]:
+    """The arguments of ``F.scaled_dot_product_attention`` for a case of flash_attention, besides tensors."""
+    s = case.shape
+    return {
+        "is_causal": s.get("causal", False),
+        "dropout_p": s.get("dropout", 0.0),
+        "enable_gqa": s.get("kv_heads", s["heads"]) != s["heads"],
+    }
+
+
+#: Of peers with dropout.
+DRAWS = "its dropout mask is its own"
+
+
 def _flash_attention(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
     b, h, n, d = (case.shape[key] for key in ("batch", "heads", "length", "dim"))
-    causal = case.shape.get("causal", False)
+    options = sdpa_options(case)
+    causal, dropout_p, gqa = options.values()
     packed = inputs.projected_qkv(source, b, n, h * d).to(device, dtype).view(b, n, 3, h, d)
     tensors = dict(zip("qkv", packed.permute(2, 0, 3, 1, 4).unbind(0), strict=True))  # strided views, as in a model
+    if gqa:
+        tensors |= {name: tensors[name][:, : case.shape["kv_heads"]] for name in "kv"}
     if case.shape.get("bias"):
         tensors["bias"] = torch.randn(1, h, n, n, generator=torch.Generator().manual_seed(5)).to(device, dtype)
     future = torch.ones(n, n, dtype=torch.bool, device=device).triu(1)
+    seed = torch.tensor([5], device=device) if dropout_p else None  # ours and the definition drop the same weights
 
     def definition(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        return reference.flash_attention(q, k, v, bias, causal, d**-0.5, 0.0, None)[0]
+        return reference.flash_attention(q, k, v, bias, causal, d**-0.5, dropout_p, seed)[0]
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        if seed is not None:
+            of = sys.modules["pyvit.ops.flash_attention"]  # the function of that name hides the module
+            chosen = dispatch.select(of.check(q, k, v, bias, causal, dropout_p, gqa, False), None)
+            return of.ATTENTION(q, k, v, bias, causal, d**-0.5, dropout_p, seed, chosen)[0]
+        return pyvit.ops.flash_attention(q, k, v, bias=bias, is_causal=causal, enable_gqa=gqa)
 
     def naive(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        if gqa:
+            k, v = (t.repeat_interleave(h // t.shape[1], 1) for t in (k, v))
+        if dropout_p:
+            return F.dropout((q * d**-0.5 @ k.transpose(-2, -1)).softmax(-1), dropout_p) @ v
         return baselines.naive_attention(q, k, v, q.new_zeros(n, n).masked_fill(future, -math.inf) if causal else bias)
 
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, **options)
+
+    draws = DRAWS if dropout_p else ""
     providers = [
-        Provider(OURS, lambda q, k, v, bias=None: pyvit.ops.flash_attention(q, k, v, bias=bias, is_causal=causal)),
-        Provider("naive", naive),
-        Provider(
-            "sdpa", lambda q, k, v, bias=None: F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
-        ),
-        Provider("compile", compiled(naive)),
+        Provider(OURS, ours),
+        Provider("naive", naive, unchecked=draws),
+        Provider("sdpa", sdpa, unchecked=draws),
+        Provider("compile", compiled(naive), unchecked=draws),
     ]
     flops = 4 * b * h * n * n * d / (2 if causal else 1)
-    items = None if b == 1 else (0, b - 1) if n < 512 else (b - 1,)
+    # The dropout mask of an entry depends on its place in the batch: the reference computes all of them.
+    items = None if b == 1 or dropout_p else (0, b - 1) if n < 512 else (b - 1,)
     return Spec(tensors, definition, providers, ("q", "k", "v"), flops, 2.5, b * h * n * d, items)
 
 

@@ -20,13 +20,14 @@ class Contender:
 
     ``run`` is the timed call, ``verdict`` computes the comparison with the float64 reference, ``version`` names its
     package, and ``held`` is memory in MiB that it holds before the call (a training step's weights and optimizer
-    state).
+    state). ``unchecked``: why it is timed without a comparison; only for peers.
     """
 
     run: Callable[[], object]
     verdict: Callable[[], Verdict]
     version: str = ""
     held: float = 0.0
+    unchecked: str = ""
 
 
 @dataclass

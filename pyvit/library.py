@@ -43,27 +43,6 @@ def cuda_archs() -> list[str]:
     return [arch for arch in str(torch.ops.pyvit.cuda_archs()).split(";") if arch] if problem() is None else []
 
 
-def runs_on(archs: Sequence[str], capability: tuple[int, int]) -> str | None:
-    """None if code built for ``archs`` ("8.0", "9.0a", "12.0+PTX", ..., as in TORCH_CUDA_ARCH_LIST) runs on a GPU of
-    this compute capability, else the reason.
-
-    Machine code runs on GPUs of its major version with at least its minor one, PTX on every later GPU too; code for an
-    architecture's own features ("a") only on exactly that one, code for a family ("f") as machine code does.
-
-    Source: CUDA C++ Programming Guide, "Compute Capabilities" and "Binary Compatibility".
-    """
-    for arch in archs:
-        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
-        if found is None:
-            raise ValueError(f"runs_on: {arch!r} is not an architecture such as '9.0', '9.0a' or '12.0+PTX'")
-        built, only, ptx = (int(found[1]), int(found[2])), found[3], bool(found[4])
-        same_major = built[0] == capability[0] and built[1] <= capability[1]
-        if built == capability or (only != "a" and same_major) or (ptx and not only and built <= capability):
-            return None
-    major, minor = capability
-    return f"the library was built for {';'.join(archs)}: no code for compute capability {major}.{minor}"
-
-
 def code_for(archs: Sequence[str], capability: tuple[int, int]) -> str | None:
     """What a GPU of this compute capability runs of a build for ``archs`` ("8.0", "9.0a", "12.0+PTX", ..., as in
     TORCH_CUDA_ARCH_LIST): machine code ("sm_80") or PTX ("compute_120"); None if nothing.
@@ -93,6 +72,14 @@ def runs_on(archs: Sequence[str], capability: tuple[int, int]) -> str | None:
         return None
     major, minor = capability
     return f"the library was built for {';'.join(archs)}: no code for compute capability {major}.{minor}"
+
+
+@functools.cache
+def cuda_digests() -> dict[str, str]:
+    """Operator -> digest of the sources of the CUDA kernels that the library carries (csrc/cuda/digests.py)."""
+    if not has_cuda() or not hasattr(torch.ops.pyvit, "cuda_digests"):
+        return {}
+    return dict(entry.split("=") for entry in torch.ops.pyvit.cuda_digests().split(";"))
 
 
 def define_operators() -> None:

@@ -4,9 +4,12 @@ are not there; nothing runs."""
 from __future__ import annotations
 
 import math
+import runpy
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 import pyvit
 from benchmarks import gpu_backends, gpu_cases
-from pyvit import ops
+from pyvit import library, ops
 from pyvit.dispatch import Call, choice, cost_model, devices, select
 from pyvit.dispatch.capabilities import CAPABILITIES, MISSING, preference
 from pyvit.dispatch.devices import PARTS
@@ -43,9 +46,21 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def _fresh(monkeypatch: pytest.MonkeyPatch, *rows: choice.Measured) -> None:
-    """Measurements of kernels as they are now."""
-    monkeypatch.setattr(choice, "MEASURED", rows or choice.MEASURED)
-    monkeypatch.setattr(choice, "stale", lambda row: None)
+    """The rows as measurements of the kernels at hand."""
+    digests, triton = pytest.importorskip("pyvit.triton_kernels.digests"), pytest.importorskip("triton")
+    monkeypatch.setattr(library, "cuda_digests", lambda: dict.fromkeys(CAPABILITIES, "c0"))
+    choice.stale.cache_clear()
+    found = (
+        replace(row, digests=("c0", digests.operator(row.op)), triton_version=triton.__version__)
+        for row in rows or choice.MEASURED
+    )
+    monkeypatch.setattr(choice, "MEASURED", tuple(found))
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    yield
+    choice.stale.cache_clear()
 
 
 def test_unmeasured_attention_is_pytorchs(on: Callable[..., None]) -> None:
@@ -72,7 +87,7 @@ def test_predictions_decide_between_ours(on: Callable[..., None]) -> None:
         assert found.backend == select(BIASED)
         times = [choice.predict(b, LONG.op, BF16, ("bias",), LONG.sizes, wanted, False) for b in ("cuda", "triton")]
         assert found.backend == ("cuda" if times[0] < times[1] else "triton")
-        assert found.why == f"predicted for {wanted}: triton {times[1]:.3g} ms, cuda {times[0]:.3g} ms"
+        assert found.why.startswith(f"predicted for {wanted}: triton {times[1]:.3g} ms, cuda {times[0]:.3g} ms")
 
 
 def test_the_nearest_measurement_decides(on: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,8 +131,53 @@ def test_a_measurement_of_other_kernels_does_not(on: Callable[..., None]) -> Non
     found = choice.first(*LONG[:4], LONG.sizes, ("cuda", "triton", "torch"))
     assert found is not None
     assert found.backend == "torch"
-    assert "torch 0.231 ms" in found.why
-    assert "measured before they changed" in found.why
+    assert "(not used, does not say which version of the kernels it is of: triton 0.259 ms" in found.why
+    assert "torch 0.231 ms at 577x577x64 on H100, 2026-11-26)" in found.why
+
+
+def test_why_a_measurement_is_not_used(on: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row decides while both kernels and Triton are as measured."""
+    on(PARTS["sm_90"])
+    _fresh(monkeypatch)
+    row = next(r for r in choice.MEASURED if r.op == LONG.op and not r.grad and r.shape == (577, 577, 64))
+    for changed, why in (
+        ({}, None),
+        ({"digests": ("c1", row.digests[1])}, "the kernels of cuda have changed since"),
+        ({"digests": ("c0", "0" * 16)}, "the kernels of triton have changed since"),
+        ({"digests": ("c1", "0" * 16)}, "the kernels of cuda and triton have changed since"),
+        ({"digests": ("", "")}, "does not say which version of the kernels it is of"),
+        ({"triton_version": "1.0"}, "measured with Triton 1.0"),
+    ):
+        other = replace(row, cuda=1e-3, **changed)
+        assert choice.stale(other) == why
+        monkeypatch.setattr(choice, "MEASURED", (other,))
+        found = choice.first(*LONG[:4], LONG.sizes, ("cuda", "triton", "torch"))
+        assert found is not None
+        assert found.backend == ("cuda" if why is None else "torch")
+        assert f"(not used, {why}: " in found.why or why is None
+    monkeypatch.setattr(choice, "MEASURED", (other, row))
+    assert choice.nearest(*(LONG.op, BF16, (), LONG.sizes, "H100")) is row
+
+
+def test_digests_of_cuda_operators(tmp_path: Path) -> None:
+    """They change with an operator's own sources and headers, not with comments."""
+    folder = Path(__file__).parents[1] / "csrc" / "cuda"
+    of = runpy.run_path(str(folder / "digests.py"))["digests"]
+    before = of()
+    assert set(before) == {op for op, found in CAPABILITIES.items() if "cuda" in found and not found["cuda"].pure} - {
+        "flash_attention_varlen"
+    }
+    copy = Path(shutil.copytree(folder, tmp_path / "cuda"))
+    assert of(copy) == before
+    for name, line, changed in (
+        ("mma.cuh", "\n// why\n/* and\n how */\n", set()),
+        ("window_attention_backward.cu", "\nint unused;\n", {"window_attention"}),
+        ("attention_forward.cuh", "\nint unused;\n", {"window_attention", "flash_attention"}),
+        ("mma.cuh", "\nint unused;\n", set(before)),
+    ):
+        was = of(copy)
+        (copy / name).write_text((copy / name).read_text() + line)
+        assert {op for op in was if of(copy)[op] != was[op]} == changed
 
 
 def test_one_that_refuses_is_not_compared(on: Callable[..., None]) -> None:

@@ -11,9 +11,12 @@ import contextlib
 import functools
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from pyvit.triton_kernels import digests
 
 #: Longest key sequence that the single-pass kernels keep on chip.
 SHORT = 288
@@ -35,7 +38,8 @@ class Config:
 @dataclass(frozen=True)
 class Entry:
     """Tile sizes for calls of ``kernel`` on ``arch`` (a prefix) with at most these bytes per element, head dimension
-    and length."""
+    and length. Measured ones say of which version of the kernel (:mod:`pyvit.triton_kernels.digests`) and by which
+    Triton."""
 
     kernel: str
     config: Config
@@ -44,6 +48,18 @@ class Entry:
     head_dim: int = 256
     length: int = 1 << 30
     measured: str = "unmeasured"
+    digest: str = ""
+    triton: str = ""
+
+    def stale(self) -> str | None:
+        """Why the measurement does not describe the kernel at hand, or None."""
+        try:
+            now = digests.kernel(self.kernel)
+        except KeyError:
+            return "there is no such kernel"
+        if self.digest != now:
+            return "the kernel has changed" if self.digest else "it does not say which version of the kernel it is of"
+        return None if self.triton == triton_version() else f"measured with Triton {self.triton or '?'}"
 
     def serves(self, kernel: str, arch: str, itemsize: int, head_dim: int, length: int) -> bool:
         return (
@@ -148,16 +164,32 @@ def overrides_path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pyvit" / "tiles.json"
 
 
+def triton_version() -> str:
+    import triton
+
+    return str(triton.__version__)
+
+
 @functools.cache
 def tuned() -> tuple[Entry, ...]:
-    """Entries of the tuning file, if there is one. Read once per process."""
+    """Entries of the tuning file, if there is one, without those of other versions of a kernel or of Triton, which a
+    warning lists. Read once per process."""
     path = overrides_path()
     if not path.exists():
         return ()
     try:
-        return tuple(Entry(**{**e, "config": Config(**e["config"])}) for e in json.loads(path.read_text()))
+        found = [Entry(**{**e, "config": Config(**e["config"])}) for e in json.loads(path.read_text())]
     except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: not a tuning file of this version ({error}); remove it or tune again") from error
+    stale = {e: why for e in found if (why := e.stale()) is not None}
+    if stale:
+        reasons = dict.fromkeys(f"{e.kernel}: {why}" for e, why in stale.items())
+        warnings.warn(
+            f"{path}: {len(stale)} of {len(found)} entries are ignored ({'; '.join(reasons)}); tune again with "
+            "'python -m pyvit.triton_kernels.tools.tune'",
+            stacklevel=2,
+        )
+    return tuple(e for e in found if e not in stale)
 
 
 def save(entries: tuple[Entry, ...]) -> Path:
@@ -165,7 +197,9 @@ def save(entries: tuple[Entry, ...]) -> Path:
     path = overrides_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     ordered = sorted(entries, key=lambda e: (e.kernel, e.arch, e.itemsize, e.head_dim, e.length))
-    path.write_text(json.dumps([asdict(e) for e in ordered], indent=1) + "\n")
+    written = path.with_name(f"{path.name}.{os.getpid()}")
+    written.write_text(json.dumps([asdict(e) for e in ordered], indent=1) + "\n")
+    written.replace(path)  # a process that ends in the middle leaves the file as it was
     tuned.cache_clear()
     _look_up.cache_clear()
     return path

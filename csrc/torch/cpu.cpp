@@ -472,6 +472,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(Tensor g
 std::string cpu_isa() { return isa_name(isa()); }
 double fma_peak(bool bf16, double seconds) { return kernels().fma_peak(bf16 ? Dtype::bf16 : Dtype::f32, seconds); }
 std::string cuda_archs() { return PYVIT_CUDA_ARCHS; }
+// csrc/cuda/digests.py
+std::string cuda_digests() { return PYVIT_CUDA_DIGESTS; }
 
 // torch's pool.
 void run_threads(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
@@ -491,6 +493,7 @@ STABLE_TORCH_LIBRARY(pyvit, m) {
       "Tensor qkv, Tensor? bias, bool is_causal, float scale) -> (Tensor, Tensor)");
   m.def("cpu_isa() -> str");
   m.def("cuda_archs() -> str");
+  m.def("cuda_digests() -> str");
   m.def("fma_peak(bool bf16, float seconds) -> float");
 }
 
@@ -510,5 +513,6 @@ STABLE_TORCH_LIBRARY_IMPL(pyvit, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(pyvit, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&pyvit::cpu_isa));
   m.impl("cuda_archs", TORCH_BOX(&pyvit::cuda_archs));
+  m.impl("cuda_digests", TORCH_BOX(&pyvit::cuda_digests));
   m.impl("fma_peak", TORCH_BOX(&pyvit::fma_peak));
 }

@@ -7,6 +7,7 @@ from :mod:`pyvit.dispatch.cost_model`; they look at sizes alone and are made wit
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from pyvit import library
 from pyvit.dispatch import cost_model, devices
 
 NAN = math.nan
@@ -22,7 +24,11 @@ NAN = math.nan
 @dataclass(frozen=True)
 class Measured:
     """Milliseconds of one call, forward and, with ``grad``, backward. ``shape`` is what decides the tiles (see
-    :func:`shape_of`); ``torch`` is PyTorch's fastest kernel, NaN where it has none."""
+    :func:`shape_of`); ``torch`` is PyTorch's fastest kernel, NaN where it has none.
+
+    ``digests`` of the CUDA and the Triton kernels measured (pyvit.library.cuda_digests, pyvit.triton_kernels.digests),
+    and ``triton_version``: see :func:`stale`.
+    """
 
     gpu: str
     op: str
@@ -33,6 +39,8 @@ class Measured:
     triton: float
     torch: float
     source: str
+    digests: tuple[str, str] = ("", "")
+    triton_version: str = ""
 
     def __str__(self) -> str:
         figures = ", ".join(f"{b} {t:.3g} ms" for b in TIMED if not math.isnan(t := getattr(self, b)))
@@ -48,7 +56,9 @@ def _h100(op: str, grad: bool, shape: tuple[int, ...], cuda: float, triton: floa
 
 
 #: The shapes of ``benchmarks.gpu_cases``; what else was timed then is in benchmarks/results. PyTorch's figures are
-#: cuDNN's. The kernels of pyvit have all changed since (docs/gpu-status.md), see :func:`stale`.
+#: cuDNN's. The rows of 2026-11-26 are older than the kernels' digests, and every kernel has changed since
+#: (docs/gpu-status.md): they decide nothing, and ``benchmarks.gpu_backends --predicted`` compares the cost model with
+#: them.
 MEASURED: tuple[Measured, ...] = (
     _h100("flash_attention", False, (197, 197, 64), 0.4984, 0.253, 0.176),
     _h100("flash_attention", True, (197, 197, 64), 2.867, 1.231, 0.897),
@@ -73,9 +83,18 @@ MEASURED: tuple[Measured, ...] = (
 )
 
 
+@functools.cache
 def stale(row: Measured) -> str | None:
-    """Why a row no longer tells which of pyvit's kernels is faster, None where it does."""
-    return "kernels have changed since"
+    """Why ``row`` decides no call, as what it measured has changed since; None if it may."""
+    from pyvit.triton_kernels import digests, tiles
+
+    if not all(row.digests):
+        return "does not say which version of the kernels it is of"
+    now = (library.cuda_digests().get(row.op.removesuffix("_varlen")), digests.operator(row.op))
+    changed = [name for name, a, b in zip(("cuda", "triton"), row.digests, now, strict=True) if a != b]
+    if changed:
+        return f"the kernels of {' and '.join(changed)} have changed since"
+    return None if row.triton_version == tiles.triton_version() else f"measured with Triton {row.triton_version}"
 
 
 class Rule(NamedTuple):
@@ -132,19 +151,19 @@ def first(
     gpu = current_gpu() if device == "cuda" else None
     known = gpu is not None and bool(sizes) and all(sizes)
     row = nearest(op, dtype, features, sizes, gpu) if known and gpu is not None else None
-    if row is not None and stale(row) is None:
+    unused = "" if row is None or (why := stale(row)) is None else f" (not used, {why}: {row})"
+    if row is not None and not unused:
         times = {b: getattr(row, b) for b in TIMED if b in able and not math.isnan(getattr(row, b))}
         if len(times) > 1:
             return Choice(min(times, key=lambda b: times[b]), f"measured: {row}")
     for rule in RULES:
         if rule.backend in able and rule.fits(op, device, dtype, features):
-            evidence = "" if row is None else f" (measured before they changed: {row})"
-            return Choice(rule.backend, rule.why + evidence)
+            return Choice(rule.backend, rule.why + unused)
     if known and gpu is not None and {"cuda", "triton"} <= set(able):
         grad = _has_gradient(features)
         times = {b: predict(b, op, dtype, features, sizes, gpu, grad) for b in ("triton", "cuda")}
         figures = ", ".join(f"{b} {t:.3g} ms" for b, t in times.items())
-        return Choice(min(times, key=lambda b: times[b]), f"predicted for {gpu}: {figures}")
+        return Choice(min(times, key=lambda b: times[b]), f"predicted for {gpu}: {figures}{unused}")
     return None
 
 
@@ -194,7 +213,7 @@ def nearest(
     op: str, dtype: torch.dtype, features: tuple[str, ...], sizes: tuple[int, ...], gpu: str
 ) -> Measured | None:
     """The row of this shape, or of the nearest within a factor of two, in elements as wide on a GPU of the same
-    architecture."""
+    architecture; one that is stale only where there is no other."""
     grad, shape, arch = _has_gradient(features), shape_of(op, sizes), _ARCHS.get(gpu, gpu)
     rows = [
         row
@@ -202,7 +221,7 @@ def nearest(
         if (row.op, row.grad, row.dtype.itemsize, _ARCHS.get(row.gpu, row.gpu)) == (op, grad, dtype.itemsize, arch)
         and _distance(row.shape, shape) <= 2
     ]
-    return min(rows, key=lambda row: (_distance(row.shape, shape), row.gpu != gpu), default=None)
+    return min(rows, key=lambda r: (stale(r) is not None, _distance(r.shape, shape), r.gpu != gpu), default=None)
 
 
 #: What Triton compiles for on each GPU, the key of its tiles.

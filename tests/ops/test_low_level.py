@@ -94,6 +94,7 @@ def test_every_operator_is_called() -> None:
     about_the_library = {
         "cpu_isa",
         "cuda_archs",
+        "cuda_digests",
         "fma_peak",
         "is_prepacked",  # test_prepacked.py
     }

@@ -1,8 +1,8 @@
 """Tuning of tile sizes on this machine's GPU: ``python -m pyvit.triton_kernels.tools.tune``.
 
 A candidate is timed in the whole call that uses it, forward and backward, and only counts if its results agree with
-those of the current tiles. The best candidates are written to the file that :func:`pyvit.triton_kernels.tiles.tuned`
-reads.
+those of the current tiles. The best candidate of each kernel is written, as soon as it is known, to the file that
+:func:`pyvit.triton_kernels.tiles.tuned` reads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import replace
 
 import torch
-from pyvit.triton_kernels import tiles
+from pyvit.triton_kernels import digests, tiles
 from pyvit.triton_kernels.tiles import Config, Entry
 from pyvit.triton_kernels.tools.workloads import CASES, Run, prepare
 from torch import Tensor
@@ -193,12 +193,14 @@ def tune(
     time_of: Callable[[Run], float] = milliseconds,
     device: str = "cuda",
     jobs: int = 1,
+    resume: bool = False,
 ) -> tuple[Entry, ...]:
-    """Search tiles for ``cases`` (of ``workloads.CASES``; by default all) within ``budget`` seconds. Saves the best
-    ones and returns them.
+    """Search tiles for ``cases`` (of ``workloads.CASES``; by default all) within ``budget`` seconds. Saves the best of
+    each kernel as soon as it is known, and returns all that are saved.
 
     With ``jobs`` > 1, that many processes compile candidates in the first two thirds of the budget, and the rest is for
-    timing; with 1, each is compiled before it is timed. Entries saved earlier for other calls are kept.
+    timing; with 1, each is compiled before it is timed. Entries saved earlier for other calls are kept; with
+    ``resume``, so are those for these calls, which are then not searched again.
 
     Raises RuntimeError without a GPU, ValueError for an unknown case.
     """
@@ -208,9 +210,11 @@ def tune(
     if unknown := [n for n in names if n not in CASES]:
         raise ValueError(f"tune: cases must be among {', '.join(CASES)}, got {', '.join(unknown)}")
     where = torch.cuda.get_device_name() if device == "cuda" else device
-    begun, found = time.monotonic(), {}
+    begun = time.monotonic()
     deadline = begun + budget
     work = [(name, dtype) for name in names for dtype in dtypes]
+    kept = {_call(e): e for e in tiles.tuned()}
+    done = set(kept) if resume else set()
     ahead: set[Task] | None = None
     if jobs > 1:
         lists = []
@@ -218,7 +222,8 @@ def tune(
             with tiles.asking() as asked:
                 prepare(name, dtype, device)()
             for call in dict.fromkeys(asked):
-                lists.append([(name, dtype, call[0], c) for c in candidates(call[0], tiles.choose(*call), call[4])])
+                if call not in done:
+                    lists.append([(name, dtype, call[0], c) for c in candidates(call[0], tiles.choose(*call), call[4])])
         tasks = _in_turn(lists)
         ahead = compile_ahead(tasks, begun + budget * 2 / 3 - time.monotonic(), jobs, device)
         report(f"compiled {len(ahead)} of {len(tasks)} candidates in {time.monotonic() - begun:.0f} s")
@@ -227,9 +232,9 @@ def tune(
         with tiles.asking() as asked:
             wanted = run()
         share = time.monotonic() + max(0.0, deadline - time.monotonic()) / (len(work) - at)
-        kernels = dict.fromkeys(asked)
-        for done, call in enumerate(kernels):
-            until = time.monotonic() + max(0.0, share - time.monotonic()) / (len(kernels) - done)
+        kernels = [call for call in dict.fromkeys(asked) if call not in done]
+        for i, call in enumerate(kernels):
+            until = time.monotonic() + max(0.0, share - time.monotonic()) / (len(kernels) - i)
             choices = [
                 c
                 for c in candidates(call[0], tiles.choose(*call), call[4])
@@ -237,11 +242,15 @@ def tune(
             ]
             entry = _search(name, run, wanted, call, choices, until, where, time_of, report)
             if entry is not None:
-                found[call] = entry
-    kept = {(e.kernel, e.arch, e.itemsize, e.head_dim, e.length): e for e in tiles.tuned()}
-    entries = tuple((kept | found).values())
-    report(f"saved {len(entries)} entries to {tiles.save(entries)}")
-    return entries
+                kept[call] = entry
+                tiles.save(tuple(kept.values()))
+    report(f"{len(kept)} entries in {tiles.overrides_path()}")
+    return tuple(kept.values())
+
+
+def _call(entry: Entry) -> tuple[str, str, int, int, int]:
+    """The arguments of ``tiles.choose`` that ``entry`` was measured for."""
+    return entry.kernel, entry.arch, entry.itemsize, entry.head_dim, entry.length
 
 
 def _search(
@@ -284,7 +293,9 @@ def _search(
     if not tried:
         return None
     measured = f"{case} forward and backward on {where}: {least:.3f} ms, {first:.3f} before, {tried} candidates"
-    return Entry(kernel, best, arch, itemsize, head_dim, length, measured)
+    return Entry(
+        kernel, best, arch, itemsize, head_dim, length, measured, digests.kernel(kernel), tiles.triton_version()
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -298,9 +309,16 @@ def main(argv: list[str] | None = None) -> int:
         default=max(1, (os.cpu_count() or 2) - 1),
         help="processes that compile (default: cores - 1)",
     )
+    parser.add_argument("--resume", action="store_true", help="keep what an earlier run has found")
     options = parser.parse_args(argv)
     try:
-        tune(options.case, [getattr(torch, d) for d in options.dtype], budget=options.budget, jobs=options.jobs)
+        tune(
+            options.case,
+            [getattr(torch, d) for d in options.dtype],
+            budget=options.budget,
+            jobs=options.jobs,
+            resume=options.resume,
+        )
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
