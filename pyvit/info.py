@@ -67,8 +67,8 @@ def info() -> Info:
     )
     if problem is not None and os.environ.get("PYVIT_NO_LIBRARY") != "1":
         advice.append(
-            "without the compiled library most operators run as naive PyTorch; 'pip install .' or 'make build' "
-            "builds it"
+            "without the compiled library operators run as PyTorch's, some of them naively; 'pip install .' or "
+            "'make build' builds it"
         )
     elif problem is None:
         archs = torch.ops.pyvit.cuda_archs()

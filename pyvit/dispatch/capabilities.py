@@ -24,14 +24,12 @@ class Capability:
     """One backend's promise for one operator.
 
     ``features`` are the optional things a call may ask for (see each operator's ``describe``); a feature not listed is
-    refused. ``head_dim`` is (smallest, largest, multiple of); ``deterministic`` promises the same bits for the same
-    inputs, gradients included.
+    refused. ``head_dim`` is (smallest, largest, multiple of).
     """
 
     dtypes: tuple[torch.dtype, ...]
     features: frozenset[str] = frozenset()
     head_dim: tuple[int, int, int] = (1, 1 << 30, 1)
-    deterministic: bool = True
     #: Written in Python over torch's own matrix products: serves tensors of the device of the backend's name, with no
     #: compiled library.
     pure: bool = False
