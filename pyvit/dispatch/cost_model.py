@@ -1,17 +1,21 @@
 """The cost model of GPU kernels: the least that a call can cost, and what each backend's kernels do beyond that.
 
-The floor (:class:`Cost`) counts each input and output once, which no fusion avoids, and the flops of the matrix
-products without recomputation. A kernel's share of the roofline is ``floor / measured``. The rates of GPUs are the
-dense figures of their data sheets.
+The floor (:class:`Cost`) is the longest of four times: of the bytes, each input and output counted once, which no
+fusion avoids; of the matrix products without recomputation; of one exponential per score in the special-function units;
+and of issuing the fewest instructions that a softmax takes per score. A kernel's share of the roofline is ``floor /
+measured``. The rates of GPUs are the dense figures of their data sheets.
 
-A prediction (:meth:`Plan.seconds`) adds the time of the bytes, of the products and of the launches, as if none
-overlapped. It knows tile padding, recomputed products, second passes over the tensors, and whether a tile is tall
-enough (64 rows) for the tensor-core instructions of four warps. It does not know spills, occupancy, bank conflicts or
-caches: it orders two plans, and is no forecast of either.
+A prediction (:meth:`Plan.terms`) adds the time of the bytes, of the products, of the softmax and of the launches, as if
+none overlapped; the softmax takes the longer of its exponentials and its instructions. It knows tile padding,
+recomputed products, second passes over the tensors, whether a tile is tall enough (64 rows) for the tensor-core
+instructions of four warps, and how many instructions each kernel issues per score. It does not know latency: spills,
+occupancy, bank conflicts and caches. ``python -m benchmarks.gpu_backends --predicted`` sets it against an H100.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,19 +25,30 @@ from pyvit.triton_kernels.tiles import backward_short_fits, choose, forward_shor
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak rates of a GPU: bytes per second, dense flops per second by element size in bytes, and seconds to start one
-    kernel.
+    """Peak rates of a GPU: bytes per second, dense flops per second by element size in bytes, multiprocessors, their
+    clock in Hz, and seconds to start one kernel.
 
     ``warp_share`` is the fraction of the tensor cores' rate that instructions of a single warp (``mma.sync``) reach;
-    the rest takes ``wgmma`` or ``tcgen05``.
+    the rest takes ``wgmma`` or ``tcgen05``. ``special`` is the number of exponentials per multiprocessor and clock.
     """
 
     name: str
     bandwidth: float
     flops_16: float
     flops_32: float
+    processors: int
+    clock: float
     launch: float = 2e-6
     warp_share: float = 1.0
+    special: int = 16
+
+    def exponentials(self) -> float:
+        """Per second."""
+        return self.processors * self.clock * self.special
+
+    def lanes(self) -> float:
+        """Instructions of single threads per second: four warps of 32 per multiprocessor and clock."""
+        return self.processors * self.clock * 128
 
     def rate(self, dtype: torch.dtype) -> float:
         """Flops per second of matrix products. float32 on NVIDIA is three TF32 products, so a third of TF32's rate."""
@@ -45,37 +60,50 @@ class Gpu:
 #: assumed to do per processor and clock what Hopper's does, which 148 processors against 132 turn into 0.31 of 2250
 #: TF/s.
 GPUS = {
-    "A100": Gpu("A100-80GB", 2.04e12, 312e12, 156e12 / 3),
-    "H100": Gpu("H100-SXM", 3.35e12, 989e12, 495e12 / 3, warp_share=0.63),
-    "H200": Gpu("H200", 4.8e12, 989e12, 495e12 / 3, warp_share=0.63),
-    "B200": Gpu("HGX-B200", 7.7e12, 2250e12, 1125e12 / 3, warp_share=0.31),
-    "B300": Gpu("HGX-B300", 8.0e12, 2250e12, 1125e12 / 3, warp_share=0.31),
-    "RTX3090": Gpu("GeForce RTX 3090", 0.936e12, 71e12, 35.6e12 / 3),
-    "RTX4090": Gpu("GeForce RTX 4090", 1.008e12, 165e12, 82.6e12 / 3),
-    "RTX5090": Gpu("GeForce RTX 5090", 1.792e12, 209.5e12, 104.8e12 / 3),
-    "L4": Gpu("L4", 0.3e12, 121e12, 60e12 / 3),
-    "MI300X": Gpu("MI300X", 5.3e12, 1307e12, 163e12),
+    "A100": Gpu("A100-80GB", 2.04e12, 312e12, 156e12 / 3, 108, 1.41e9),
+    "H100": Gpu("H100-SXM", 3.35e12, 989e12, 495e12 / 3, 132, 1.755e9, warp_share=0.63),
+    "H200": Gpu("H200", 4.8e12, 989e12, 495e12 / 3, 132, 1.755e9, warp_share=0.63),
+    "B200": Gpu("HGX-B200", 7.7e12, 2250e12, 1125e12 / 3, 148, 1.85e9, warp_share=0.31),
+    "B300": Gpu("HGX-B300", 7.7e12, 2250e12, 1125e12 / 3, 148, 1.85e9, warp_share=0.31, special=32),
+    "RTX3090": Gpu("GeForce RTX 3090", 0.936e12, 71e12, 35.6e12 / 3, 82, 1.695e9),
+    "RTX4090": Gpu("GeForce RTX 4090", 1.008e12, 165e12, 82.6e12 / 3, 128, 2.52e9),
+    "RTX5090": Gpu("GeForce RTX 5090", 1.792e12, 209.5e12, 104.8e12 / 3, 170, 2.407e9),
+    "L4": Gpu("L4", 0.3e12, 121e12, 60e12 / 3, 58, 2.04e9),
+    "MI300X": Gpu("MI300X", 5.3e12, 1307e12, 163e12, 304, 2.1e9),
 }
+
+#: Instructions per score that a softmax takes at least: the maximum, a multiply-add, the exponential, the sum, and half
+#: an instruction to round to 16 bits.
+SOFTMAX = 4.5
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes and flops of one call."""
+    """Bytes, flops and scores of one call; a score is an exponential."""
 
     bytes: float
     flops: float
     dtype: torch.dtype
+    scores: float = 0.0
+
+    def times(self, gpu: Gpu | str) -> dict[str, float]:
+        """Seconds of each of the four floors."""
+        p = gpu_named(gpu) if isinstance(gpu, str) else gpu
+        return {
+            "memory": self.bytes / p.bandwidth,
+            "compute": self.flops / p.rate(self.dtype),
+            "exponentials": self.scores / p.exponentials(),
+            "issue": SOFTMAX * self.scores / p.lanes(),
+        }
 
     def floor(self, gpu: Gpu | str) -> float:
-        """Seconds below which the call cannot finish on ``gpu``: the larger of its memory time and its arithmetic
-        time."""
-        p = gpu_named(gpu) if isinstance(gpu, str) else gpu
-        return max(self.bytes / p.bandwidth, self.flops / p.rate(self.dtype))
+        """Seconds below which the call cannot finish on ``gpu``."""
+        return max(self.times(gpu).values())
 
     def bound(self, gpu: Gpu | str) -> str:
-        """ "memory" or "compute": which of the two sets the floor."""
-        p = gpu_named(gpu) if isinstance(gpu, str) else gpu
-        return "memory" if self.bytes / p.bandwidth >= self.flops / p.rate(self.dtype) else "compute"
+        """ "memory", "compute", "exponentials" or "issue": which of them sets the floor."""
+        times = self.times(gpu)
+        return max(times, key=lambda name: times[name])
 
 
 def gpu_named(name: str) -> Gpu:
@@ -107,10 +135,10 @@ def attention(
     queries, keys, rows = batch * heads * n_q * d, batch * kv * n_k * d, batch * heads * n_q
     pairs = batch * heads * (sum(min(i + 1, n_k) for i in range(n_q)) if causal else n_q * n_k)
     if not backward:  # q, k, v, out; lse
-        return Cost(2 * (queries + keys) * size + 4 * rows + bias * bias_itemsize, 4.0 * pairs * d, dtype)
+        return Cost(2 * (queries + keys) * size + 4 * rows + bias * bias_itemsize, 4.0 * pairs * d, dtype, pairs)
     # q, out, grad_out, grad_q; k, v and their gradients; lse
     moved = 4 * (queries + keys) * size + 4 * rows + bias * bias_itemsize * (2 if bias_grad else 1)
-    return Cost(moved, 10.0 * pairs * d, dtype)
+    return Cost(moved, 10.0 * pairs * d, dtype, pairs)
 
 
 def attention_map(
@@ -121,7 +149,7 @@ def attention_map(
     moved = (
         batch * heads * rows * d + batch * (kv_heads or heads) * n_k * d + batch * heads * rows * n_k
     ) * size + 8 * batch * rows
-    return Cost(moved, 2.0 * batch * heads * rows * n_k * d, dtype)
+    return Cost(moved, 2.0 * batch * heads * rows * n_k * d, dtype, batch * heads * rows * n_k)
 
 
 def window_attention(
@@ -140,11 +168,11 @@ def window_attention(
     windows = batch * -(-height // window[0]) * -(-width // window[1])
     tokens, channels, size = batch * height * width, heads * d, dtype.itemsize
     table = (2 * window[0] - 1) * (2 * window[1] - 1) * heads * 4
-    rows = 4 * windows * area * heads
+    rows, scores = 4 * windows * area * heads, windows * heads * area * area
     if not backward:  # qkv, out
-        return Cost(4 * tokens * channels * size + rows + table, 4.0 * windows * heads * area * area * d, dtype)
+        return Cost(4 * tokens * channels * size + rows + table, 4.0 * scores * d, dtype, scores)
     # qkv, its gradient and grad_out
-    return Cost(7 * tokens * channels * size + rows + 2 * table, 10.0 * windows * heads * area * area * d, dtype)
+    return Cost(7 * tokens * channels * size + rows + 2 * table, 10.0 * scores * d, dtype, scores)
 
 
 def patch_embed(
@@ -180,19 +208,51 @@ HEAD_DIMS = {2: (32, 64, 80, 96, 128), 4: (64, 128)}
 WINDOW_HEAD_DIMS = (32, 64)
 
 
+#: Instructions that kernels issue per score, padding included, in 16-bit types on sm_90.
+INSTRUCTIONS = {
+    "triton": {
+        "forward_short": 9.8,
+        "forward_long": 9.8,
+        "backward_short": 28.0,
+        "backward_dq": 12.1,
+        "backward_dkdv": 12.6,
+        "bias_grad": 12.6,
+        "window_forward": 20.0,
+        "window_forward_long": 24.0,
+        "window_backward_keys": 35.0,
+        "window_backward_queries": 23.0,
+        "window_backward_bias": 30.0,
+    },
+    "cuda": {"forward": 21.0, "backward": 40.0, "window_forward": 34.0, "window_backward": 60.0},
+}
+
+
 @dataclass(frozen=True)
 class Plan:
-    """One pass of a backend: bytes and flops relative to the floor's, launches, and whether it uses instructions of
-    four warps."""
+    """One pass of a backend: bytes, flops and scores relative to the floor's, launches, whether it uses instructions of
+    four warps, and the instructions it issues for each of the floor's scores."""
 
     bytes: float
     flops: float
     launches: int
     warpgroup: bool = False
+    scores: float = 1.0
+    instructions: float = 0.0
+
+    def terms(self, floor: Cost, gpu: Gpu) -> dict[str, float]:
+        """Seconds of each part; the softmax takes the longer of exponentials and issue."""
+        rate = gpu.rate(floor.dtype) * (1.0 if self.warpgroup else gpu.warp_share)
+        return {
+            "memory": floor.bytes * self.bytes / gpu.bandwidth,
+            "compute": floor.flops * self.flops / rate,
+            "exponentials": floor.scores * self.scores / gpu.exponentials(),
+            "issue": floor.scores * self.instructions / gpu.lanes(),
+            "launch": self.launches * gpu.launch,
+        }
 
     def seconds(self, floor: Cost, gpu: Gpu) -> float:
-        rate = gpu.rate(floor.dtype) * (1.0 if self.warpgroup else gpu.warp_share)
-        return floor.bytes * self.bytes / gpu.bandwidth + floor.flops * self.flops / rate + self.launches * gpu.launch
+        t = self.terms(floor, gpu)
+        return t["memory"] + t["compute"] + max(t["exponentials"], t["issue"]) + t["launch"]
 
 
 def round_up(n: int, step: int) -> int:
@@ -201,21 +261,52 @@ def round_up(n: int, step: int) -> int:
 
 
 def _attention_plan(
-    tensors: float, products: float, padding: float, launches: int, warpgroup: bool, backward: bool, least: int = 8
+    backend: str,
+    kernels: Sequence[str],
+    tensors: float,
+    products: float,
+    *,
+    padding: float,
+    width: float,
+    launches: int,
+    warpgroup: bool,
+    itemsize: int,
+    least: tuple[int, int],
 ) -> Plan:
-    """From reads and writes of (tokens, channels) tensors and products over all pairs: the floor is 4 and 2, backward
-    ``least`` and 5."""
-    floor = (least, 5) if backward else (4, 2)
-    return Plan(tensors / floor[0], products / floor[1] * padding, launches, warpgroup)
+    """A plan from the kernels that run, reads and writes of (tokens, channels) tensors and products over all pairs,
+    each beside the floor's, ``least``, and padding of pairs and of channels. float32 multiplies three times, and issues
+    as many instructions more."""
+    issued = sum(INSTRUCTIONS[backend][kernel] for kernel in kernels) * (3 if itemsize == 4 else 1)
+    return Plan(
+        tensors / least[0],
+        products / least[1] * padding * width,
+        launches,
+        warpgroup,
+        len(kernels) * padding,
+        issued * padding,
+    )
+
+
+#: (tensors, products) of the floors: forward, and backward of attention and of windows.
+_FORWARD, _BACKWARD, _WINDOW_BACKWARD = (4, 2), (8, 5), (7, 5)
 
 
 def cuda_attention(n_q: int, n_k: int, d: int, itemsize: int, backward: bool, bias_grad: bool) -> Plan:
     """Warps of 16 rows over 16-wide pieces of the keys; backward is the queries' pass, the keys' pass, and the
     bias's."""
-    padding = round_up(n_q, 16) * round_up(n_k, 16) / (n_q * n_k) * next(w for w in HEAD_DIMS[itemsize] if w >= d) / d
+    padding = round_up(n_q, 16) * round_up(n_k, 16) / (n_q * n_k)
+    plan = functools.partial(
+        _attention_plan,
+        "cuda",
+        padding=padding,
+        width=next(w for w in HEAD_DIMS[itemsize] if w >= d) / d,
+        warpgroup=False,
+        itemsize=itemsize,
+    )
     if not backward:
-        return _attention_plan(4, 2, padding, 1, False, False)
-    return _attention_plan(12 + 4 * bias_grad, 7 + 2 * bias_grad, padding, 2 + 2 * bias_grad, False, True)
+        return plan(["forward"], 4, 2, launches=1, least=_FORWARD)
+    kernels = ["backward", "backward"] + ["backward"] * bias_grad
+    return plan(kernels, 12 + 4 * bias_grad, 7 + 2 * bias_grad, launches=2 + 2 * bias_grad, least=_BACKWARD)
 
 
 def triton_attention(
@@ -223,24 +314,36 @@ def triton_attention(
 ) -> Plan:
     """The keys of a short sequence in one piece; a head's gradients from one program while they fit, else two
     passes."""
-    width, pairs = sum(parts(d)) / d, n_q * n_k
+    pairs = n_q * n_k
+    plan = functools.partial(_attention_plan, "triton", width=sum(parts(d)) / d, itemsize=itemsize)
     if not backward:
         short = forward_short_fits(arch, itemsize, (d, d), n_k)
-        c = choose("forward_short" if short else "forward_long", arch, itemsize, d, n_k)
+        kernel = "forward_short" if short else "forward_long"
+        c = choose(kernel, arch, itemsize, d, n_k)
         keys = sum(parts(n_k)) if short else n_k // c.block_n * c.block_n + round_up(n_k % c.block_n, c.edge_n)
-        return _attention_plan(4, 2, round_up(n_q, c.block_m) * keys / pairs * width, 1, c.block_m >= 64, False)
+        padding = round_up(n_q, c.block_m) * keys / pairs
+        return plan([kernel], 4, 2, padding=padding, launches=1, warpgroup=c.block_m >= 64, least=_FORWARD)
     if not grouped and backward_short_fits(itemsize, d, n_q, n_k):
         c = choose("backward_short", arch, itemsize, d, n_k)
         rows = c.block_m if not bias else max(16, c.block_m // 2)
-        tensors, products, launches = 8, 5, 1
+        kernels, tensors, products = ["backward_short"], 8, 5
         padded = round_up(n_q, rows) * one_tile(n_k)
     else:
         c = choose("backward_dkdv", arch, itemsize, d, n_k)
-        rows, tensors, products, launches = c.block_m, 12, 7, 2
+        kernels, rows, tensors, products = ["backward_dq", "backward_dkdv"], c.block_m, 12, 7
         padded = round_up(n_q, c.block_n) * round_up(n_k, c.block_m)
+    launches = len(kernels)
     if bias_grad:
-        tensors, products, launches = tensors + 4, products + 2, launches + 2
-    return _attention_plan(tensors, products, padded / pairs * width, launches, rows >= 64, True)
+        kernels, tensors, products, launches = [*kernels, "bias_grad"], tensors + 4, products + 2, launches + 2
+    return plan(
+        kernels,
+        tensors,
+        products,
+        padding=padded / pairs,
+        launches=launches,
+        warpgroup=rows >= 64,
+        least=_BACKWARD,
+    )
 
 
 def cuda_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bool) -> Plan:
@@ -248,13 +351,24 @@ def cuda_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bo
     reading the output; beyond, the table's gradient takes a pass of its own only where its sums do not fit beside the
     queries."""
     width = next(w for w in WINDOW_HEAD_DIMS if w >= d)
-    padding = (round_up(area, 16) / area) ** 2 * width / d
+    plan = functools.partial(
+        _attention_plan,
+        "cuda",
+        padding=(round_up(area, 16) / area) ** 2,
+        width=width / d,
+        warpgroup=False,
+        itemsize=itemsize,
+    )
     if not backward:
-        return _attention_plan(4, 2, padding, 1, False, False)
+        return plan(["window_forward"], 4, 2, launches=1, least=_FORWARD)
     if area <= 64 or (area <= 144 and itemsize == 2 and d <= 32):
-        return _attention_plan(7 if area <= 64 else 8, 5, padding, 1 + table_grad, False, True, 7)
+        tensors = 7 if area <= 64 else 8
+        return plan(["window_backward"], tensors, 5, launches=1 + table_grad, least=_WINDOW_BACKWARD)
     own_pass = table_grad and not cuda_table_sums_fit(area, width, itemsize)
-    return _attention_plan(12 + 4 * own_pass, 7 + 2 * own_pass, padding, 2 + table_grad + own_pass, False, True, 7)
+    kernels = ["window_backward"] * (2 + own_pass)
+    return plan(
+        kernels, 12 + 4 * own_pass, 7 + 2 * own_pass, launches=2 + table_grad + own_pass, least=_WINDOW_BACKWARD
+    )
 
 
 def cuda_table_sums_fit(area: int, width: int, itemsize: int) -> bool:
@@ -269,22 +383,26 @@ def cuda_table_sums_fit(area: int, width: int, itemsize: int) -> bool:
 def triton_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bool, arch: str) -> Plan:
     """Small windows side by side in a tile of 64 rows, large ones tile by tile; all gradients in one pass where a tile
     holds the window."""
-    rows, width = (64 // area if area <= 32 else 1) * area, sum(parts(d)) / d
+    rows = (64 // area if area <= 32 else 1) * area
+    plan = functools.partial(_attention_plan, "triton", width=sum(parts(d)) / d, itemsize=itemsize)
     if not backward and rows > 64:
         c = choose("window_forward_long", arch, itemsize, d, rows)
         keys = area // c.block_n * c.block_n + round_up(area % c.block_n, c.edge_n)
-        return _attention_plan(4, 2, round_up(area, c.block_m) * keys / area**2 * width, 1, c.block_m >= 64, False)
+        padding, tall = round_up(area, c.block_m) * keys / area**2, c.block_m >= 64
+        return plan(["window_forward_long"], 4, 2, padding=padding, launches=1, warpgroup=tall, least=_FORWARD)
     c = choose("window_backward_keys" if backward else "window_forward", arch, itemsize, d, rows)
     if backward and rows > c.block_m:
         rows = max(1, c.block_m // area) * area
-    padding = round_up(rows, c.block_m) * sum(parts(rows)) / (rows * area) * width
+    padding, tall = round_up(rows, c.block_m) * sum(parts(rows)) / (rows * area), c.block_m >= 64
     if not backward:
-        return _attention_plan(4, 2, padding, 1, c.block_m >= 64, False)
+        return plan(["window_forward"], 4, 2, padding=padding, launches=1, warpgroup=tall, least=_FORWARD)
     whole = rows <= c.block_m
-    tensors, products, launches = (8, 5, 1) if whole else (12, 7, 2)
+    kernels = ["window_backward_keys"] + ([] if whole else ["window_backward_queries"])
+    tensors, products = (8, 5) if whole else (12, 7)
     if table_grad and not whole:  # a pass of its own, which reads queries, keys, values and the output's gradient again
-        tensors, products, launches = tensors + 4, products + 2, launches + 1
-    return _attention_plan(tensors, products, padding, launches + 2 * table_grad, c.block_m >= 64, True, 7)
+        kernels, tensors, products = [*kernels, "window_backward_bias"], tensors + 4, products + 2
+    launches = len(kernels) + 2 * table_grad
+    return plan(kernels, tensors, products, padding=padding, launches=launches, warpgroup=tall, least=_WINDOW_BACKWARD)
 
 
 def patch_plan(rows: int, width: int, launches: int, warpgroup: bool) -> Plan:

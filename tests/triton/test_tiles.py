@@ -182,7 +182,9 @@ def test_cost_of_known_calls() -> None:
     assert window.flops == 4 * 64 * 64 * 3 * 49 * 49 * 32
     assert window.bytes == pytest.approx(4 * 64 * 56 * 56 * 96 * 2, rel=0.05)
     assert window.bound("H200") == "memory"
-    long = cost_model.attention(16, 16, 4096, 4096, 64, torch.bfloat16)
+    assert cost_model.attention(16, 16, 4096, 4096, 64, torch.bfloat16).bound("H200") == "exponentials"
+    assert cost_model.attention(16, 16, 4096, 4096, 64, torch.bfloat16).bound("B300") == "issue"
+    long = cost_model.attention(16, 16, 4096, 4096, 128, torch.bfloat16)
     assert long.bound("H200") == "compute"
     assert long.floor("NVIDIA H200") == pytest.approx(long.flops / 989e12)
     causal = cost_model.attention(1, 1, 4, 4, 8, torch.bfloat16, causal=True)
