@@ -238,27 +238,60 @@ def triton_attention(
     return _attention_plan(tensors, products, padded / pairs * width, launches, rows >= 64, True)
 
 
-def cuda_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bool) -> Plan:
-    """As attention, a window at a time; backward in one pass while a block holds the window, up to 64 tokens without
+#: Bytes of shared memory that a block may have, unless a caller says what its GPU gives: an A100's.
+SHARED_LIMIT = 163 << 10
+
+
+def cuda_window(
+    area: int, d: int, itemsize: int, backward: bool, table_grad: bool, shared_limit: int = SHARED_LIMIT
+) -> Plan:
+    """As attention, a window at a time; backward in one pass where a block holds the window, up to 64 tokens without
     reading the output; beyond, the table's gradient takes a pass of its own only where its sums do not fit beside the
     queries."""
     width = next(w for w in WINDOW_HEAD_DIMS if w >= d)
     padding = (round_up(area, 16) / area) ** 2 * width / d
     if not backward:
         return _attention_plan(4, 2, padding, 1, False, False)
-    if area <= 64 or (area <= 144 and itemsize == 2 and d <= 32):
+    if cuda_one_pass_fits(area, width, itemsize, shared_limit):
         return _attention_plan(7 if area <= 64 else 8, 5, padding, 1 + table_grad, False, True)
-    own_pass = table_grad and not cuda_table_sums_fit(area, width, itemsize)
+    own_pass = table_grad and not cuda_table_sums_fit(area, width, itemsize, shared_limit)
     return _attention_plan(12 + 4 * own_pass, 7 + 2 * own_pass, padding, 2 + table_grad + own_pass, False, True)
 
 
-def cuda_table_sums_fit(area: int, width: int, itemsize: int) -> bool:
+def cuda_window_fits(area: int, d: int, itemsize: int, shared_limit: int = SHARED_LIMIT) -> bool:
+    """Of a square window: whether a block holds what every pass keeps, 32 rows and the window's tokens and table
+    (passes_bytes in csrc/cuda/window_attention_backward.cu)."""
+    width = next(w for w in WINDOW_HEAD_DIMS if w >= d)
+    return _window_tiles(32, width, itemsize) + _window_scratch(area, 1) <= shared_limit
+
+
+def cuda_one_pass_fits(area: int, width: int, itemsize: int, shared_limit: int = SHARED_LIMIT) -> bool:
+    """Of a square window: whether one block computes all its gradients (one_pass_columns in
+    csrc/cuda/window_attention_backward.cu)."""
+    rows, columns = round_up(area, 16), 64 if area <= 64 else 144
+    if area > (144 if itemsize == 2 and width <= 32 else 64):
+        return False
+    tiles = 4 * rows * width * itemsize + 2 * rows * columns * itemsize + 2 * rows * 4
+    return tiles + _window_scratch(area, 2) <= shared_limit
+
+
+def cuda_table_sums_fit(area: int, width: int, itemsize: int, shared_limit: int = SHARED_LIMIT) -> bool:
     """Of a square window: whether 64 queries' sums of the table's gradient fit (QueryPass in
     csrc/cuda/window_attention_backward.cu)."""
-    columns = 64 if itemsize == 2 else 32
-    tiles = (2 * 64 + 4 * columns) * width * itemsize + (64 + 6 * columns) * 4
-    table = (2 * area**0.5 - 1) ** 2 * 4
-    return tiles + round_up(area, 16) * 24 + table + 64 * round_up(area, 8) * 4 <= 112 << 10
+    sums = 64 * round_up(area, 8) * 4
+    bytes_needed = _window_tiles(64, width, itemsize) + _window_scratch(area, 1) + sums
+    return bytes_needed <= min(112 << 10, shared_limit)
+
+
+def _window_tiles(rows: int, width: int, itemsize: int) -> int:
+    """Two tiles of a pass's own rows, two stages of two tiles of the others, and their numbers."""
+    columns = 64 if itemsize == 2 and width <= 64 else 32
+    return (2 * rows + 4 * columns) * width * itemsize + (rows + 8 * columns) * 4
+
+
+def _window_scratch(area: int, buffers: int) -> int:
+    """The tokens of one window or two, and the table of one head."""
+    return buffers * round_up(area, 16) * 24 + round_up(round((2 * area**0.5 - 1) ** 2), 4) * 4
 
 
 def triton_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bool, arch: str) -> Plan:
