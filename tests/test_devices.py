@@ -88,6 +88,19 @@ def test_an_amd_gpu_without_matrix_instructions(on: Callable[..., None]) -> None
     assert "needs matrix instructions" in reasons(ATTENTION, "triton")[0]
 
 
+def test_windows_that_shared_memory_does_not_hold(on: Callable[..., None]) -> None:
+    """A window of 48 x 48 tokens fits into a block of an H100 and not of an RTX 4090, where Triton serves it."""
+    window = Call("window_attention", "cuda", torch.bfloat16, (), (64,), (1, 96, 96, 48, 48, 2, 64))
+    on(PARTS["sm_90"])
+    assert reasons(window, "cuda") == []
+    on(PARTS["sm_89"])
+    assert reasons(window, "cuda") == [
+        "windows of 48 x 48 tokens need more than the 99 KiB of shared memory of GeForce RTX 4090"
+    ]
+    assert pyvit.dispatch.select(window) == "triton"
+    assert reasons(window._replace(sizes=(1, 96, 96, 24, 24, 2, 64)), "cuda") == []
+
+
 def test_without_gpus_nothing_is_refused(on: Callable[..., None]) -> None:
     on()
     assert reasons(ATTENTION, "cuda") == reasons(ATTENTION, "triton") == []

@@ -3,7 +3,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstdio>
+#include <iterator>
 
 #include "launch.h"
 
@@ -63,10 +65,35 @@ class Calls {
   const char* failed_ = "";
 };
 
+// Stream::shared_limit, which the runtime is asked for once per device.
+inline const char* read_shared_limit(Stream& stream) {
+  static std::atomic<int> found[64];
+  const bool kept = unsigned(stream.device) < std::size(found);
+  stream.shared_limit = kept ? found[stream.device].load() : 0;
+  if (stream.shared_limit) return nullptr;
+  static thread_local char text[256];
+  const cudaError_t code =
+      cudaDeviceGetAttribute(&stream.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device);
+  if (code != cudaSuccess) {
+    cudaGetLastError();
+    snprintf(text, sizeof text, "cudaDeviceGetAttribute failed on device %d: %s", stream.device,
+             cudaGetErrorString(code));
+    return text;
+  }
+  if (kept) found[stream.device] = stream.shared_limit;
+  return nullptr;
+}
+
 // The static runtime linked here may have another current device than torch's; the thread gets its own back, also after
 // a failure.
 inline const char* launch_on_device(const char* name, const void* kernel, dim3 grid, int threads, int shared,
                                     void* params, Stream stream) {
+  if (shared > stream.shared_limit) {
+    static thread_local char text[256];
+    snprintf(text, sizeof text, "%s: a block needs %d bytes of shared memory, and device %d gives %d at most", name,
+             shared, stream.device, stream.shared_limit);
+    return text;
+  }
   Calls calls, back;
   int previous = 0;
   if (!calls.run("cudaGetDevice", [&] { return cudaGetDevice(&previous); }))

@@ -14,8 +14,9 @@ def digests(folder: Path = Path(__file__).parent) -> dict[str, str]:
     """Operator -> digest of ``<operator>.cu``, ``<operator>_backward.cu`` and every header of ``folder`` that they
     include, without comments and spaces."""
     found: dict[str, set[Path]] = {}
-    for source in sorted(folder.rglob("*.cu")):
-        found.setdefault(source.stem.removesuffix("_backward"), set()).update(_included(source, folder))
+    for backward in sorted(folder.rglob("*_backward.cu")):
+        op = backward.stem.removesuffix("_backward")
+        found[op] = _included(backward, folder) | _included(backward.with_name(f"{op}.cu"), folder)
     return {
         op: hashlib.sha256("".join(_code(path) for path in sorted(paths)).encode()).hexdigest()[:16]
         for op, paths in found.items()

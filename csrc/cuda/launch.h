@@ -20,6 +20,7 @@ enum class Type : int { f32, f16, bf16, boolean };
 struct Stream {
   void* handle;
   int device;
+  int shared_limit;  // bytes of shared memory that a block may have: find_shared_limit
 };
 
 // Attention over a dense batch, or over packed sequences when cu_seqlens are given (then batch counts sequences, the
@@ -88,7 +89,7 @@ struct WindowGradient {
   float* pad_partials;                                   // (kPadChunks, 2 heads d) scratch
 };
 constexpr int kPadChunks = 64;
-int window_query_tiles(const Window&);
+int window_query_tiles(const Window&, Stream);
 
 // out (batch, prefix_rows + patches, width): prefix tokens, then patches.
 struct PatchEmbed {
@@ -117,6 +118,7 @@ struct PatchEmbedGradient {
   float* bias_partials;  // (bias_chunks, dim) scratch
 };
 
+const char* find_shared_limit(Stream&);  // of its device
 const char* flash_attention(const Attention&, Stream);
 const char* flash_attention_backward(const AttentionGradient&, Stream);
 const char* window_attention(const Window&, Stream);

@@ -55,16 +55,32 @@ static __global__ void __launch_bounds__(256) pad_gradient(const __grid_constant
 
 namespace {
 
-// Columns of the one-pass kernel's matrices for windows of n tokens; 0 where shared memory cannot hold the window.
+// Windows of up to so many tokens that one-pass kernels are compiled for: with the second there are registers only for
+// narrow heads in 16 bits.
+constexpr int kSmall = 64, kMiddle = 144;
 template <class T, int D>
-constexpr int one_pass_columns(int n) {
-  return n <= 64 ? 64 : n <= 144 && sizeof(T) == 2 && D <= 32 ? 144 : 0;
+constexpr bool kHasMiddle = sizeof(T) == 2 && D <= 32;
+
+int window_rows(const Window& w) { return ceil_div(w.window_h * w.window_w, 16) * 16; }
+
+template <class T, int D, int COLUMNS>
+bool one_pass_fits(const Window& w, Stream stream) {
+  const int rows = window_rows(w);
+  return rows <= COLUMNS && WindowLayout<T, D, COLUMNS>(rows, w).bytes(w) <= stream.shared_limit;
+}
+// Columns of the one-pass kernel's matrices; 0 where no block can hold the window.
+template <class T, int D>
+int one_pass_columns(const Window& w, Stream stream) {
+  if (one_pass_fits<T, D, kSmall>(w, stream)) return kSmall;
+  if constexpr (kHasMiddle<T, D>)
+    if (one_pass_fits<T, D, kMiddle>(w, stream)) return kMiddle;
+  return 0;
 }
 
 template <class T, int D, int NT, int TILES>
 const char* launch_one_pass(const WindowGradient& params, Stream stream) {
   const Window& w = params.forward;
-  const int rows = ceil_div(w.window_h * w.window_w, 16) * 16;
+  const int rows = window_rows(w);
   const WindowLayout<T, D, 8 * NT * TILES> memory(rows, w);
   return launch("window_attention_backward", window_backward<T, D, NT, TILES>, dim3(params.chunks, w.heads), 2 * rows,
                 memory.bytes(w), params, stream);
@@ -82,12 +98,13 @@ struct QueryPass {
   int warps, bytes;
   bool sums;
 
-  explicit QueryPass(const Window& w) {
+  QueryPass(const Window& w, Stream stream) {
     const int n = w.window_h * w.window_w;
     const auto with_sums = [&](int rows) { return passes_bytes<T, D>(w, rows) + rows * ceil_div(n, 8) * 32; };
     const auto without = [&](int rows) { return passes_bytes<T, D>(w, rows); };
-    sums = with_sums(64) <= kMostBytes;
-    warps = sums ? choose_warps(n, with_sums, kMostBytes) : choose_warps(n, without);
+    const int most = min(kMostBytes, stream.shared_limit);
+    sums = with_sums(64) <= most;
+    warps = sums ? choose_warps(n, with_sums, most) : choose_warps(n, without);
     bytes = sums ? with_sums(16 * warps) : without(16 * warps);
   }
 };
@@ -98,7 +115,7 @@ const char* launch_passes(const WindowGradient& params, Stream stream) {
   constexpr int NT = kBackwardColumns<T, D>;
   const Window& w = params.forward;
   const int n = w.window_h * w.window_w;
-  const QueryPass<T, D> queries(w);
+  const QueryPass<T, D> queries(w, stream);
   const bool sums = queries.sums && params.grad_bias_table;
   if (const char* error = launch("window_attention_backward (queries)",
                                  sums ? attention_backward_queries<Windows<T>, D, NT, true>
@@ -121,12 +138,12 @@ const char* launch_passes(const WindowGradient& params, Stream stream) {
 
 }  // namespace
 
-int window_query_tiles(const Window& w) {
+int window_query_tiles(const Window& w, Stream stream) {
   int tiles = 1;
   with_window_dim(w, [&](auto element, auto width) -> const char* {
     using T = decltype(element);
     const int n = w.window_h * w.window_w;
-    if (one_pass_columns<T, width()>(n) == 0) tiles = ceil_div(n, 16 * QueryPass<T, width()>(w).warps);
+    if (one_pass_columns<T, width()>(w, stream) == 0) tiles = ceil_div(n, 16 * QueryPass<T, width()>(w, stream).warps);
     return nullptr;
   });
   return tiles;
@@ -135,17 +152,16 @@ int window_query_tiles(const Window& w) {
 const char* window_attention_backward(const WindowGradient& given, Stream stream) {
   WindowGradient params = given;
   const Window& w = params.forward;
-  const int n = w.window_h * w.window_w;
   if (int64_t(w.batch) * w.height * w.width == 0 || w.heads == 0) return nullptr;
   return with_window_dim(w, [&](auto element, auto width) -> const char* {
     using T = decltype(element);
     constexpr int D = width();
-    params.query_tiles = window_query_tiles(w);
-    const int columns = one_pass_columns<T, D>(n);
-    if (columns == 64) {
+    params.query_tiles = window_query_tiles(w, stream);
+    const int columns = one_pass_columns<T, D>(w, stream);
+    if (columns == kSmall) {
       if (const char* error = launch_one_pass<T, D, 8, 1>(params, stream)) return error;
     } else if (columns) {
-      if constexpr (one_pass_columns<T, D>(144))
+      if constexpr (kHasMiddle<T, D>)
         if (const char* error = launch_one_pass<T, D, 6, 3>(params, stream)) return error;
     } else if (const char* error = launch_passes<T, D>(params, stream)) {
       return error;

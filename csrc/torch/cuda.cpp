@@ -82,13 +82,14 @@ void set(int64_t (&to)[N], const Ints& from) {
   std::copy(from.begin(), from.end(), to);
 }
 
+void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "pyvit cuda: ", error); }
 cuda::Stream stream_of(const Tensor& t) {
-  cuda::Stream stream{nullptr, std::max<int>(t.get_device(), 0)};
+  cuda::Stream stream{nullptr, std::max<int>(t.get_device(), 0), 0};
   STD_TORCH_CHECK(current_stream(stream.device, &stream.handle),
                   "pyvit: torch gives no CUDA stream; this torch is built without CUDA");
+  check(cuda::find_shared_limit(stream));
   return stream;
 }
-void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "pyvit cuda: ", error); }
 void check_call(const std::string& backend, double dropout_p) {
   STD_TORCH_CHECK(backend == "cuda" || backend == "auto", "pyvit: backend '", backend,
                   "' cannot run through torch.ops.pyvit_cuda");
@@ -305,7 +306,8 @@ Four window_attention_backward(const Tensor& grad_out_, const Tensor& out_, cons
   Tensor grad_qkv = make(qkv, shape_of(qkv));
   g.shift = data<float>(shifts), g.rest = data<float>(rests);
   g.delta = data<float>(delta), g.grad_qkv = grad_qkv.data_ptr();
-  const int64_t tiles = cuda::window_query_tiles(call.w);
+  const cuda::Stream stream = stream_of(qkv);
+  const int64_t tiles = cuda::window_query_tiles(call.w, stream);
   // Groups of windows: enough blocks to fill a GPU; a function of the shapes alone, so that the order of the sums, and
   // the bits, are too.
   g.chunks = int(std::max<int64_t>(1, std::min(count, cuda::kTargetBlocks / std::max<int64_t>(heads * tiles, 1))));
@@ -324,7 +326,7 @@ Four window_attention_backward(const Tensor& grad_out_, const Tensor& out_, cons
   if (logit_scale) g.grad_logit_scale = data<float>(grad_logit), g.logit_partials = data<float>(logits);
   if (pads)
     g.grad_pad = data<float>(grad_pad), g.pad_rows = data<float>(pad_rows), g.pad_partials = data<float>(pad_partials);
-  check(cuda::window_attention_backward(g, stream_of(qkv)));
+  check(cuda::window_attention_backward(g, stream));
   const auto narrowed = [](const Tensor& grad, const Maybe& t) {
     return t && t->scalar_type() != ScalarType::Float ? torch::stable::to(grad, t->scalar_type()) : grad;
   };

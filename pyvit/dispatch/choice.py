@@ -171,23 +171,22 @@ def first(
 #: compiler here.)
 first._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-#: The GPU whose rates stand for one that is not among :data:`cost_model.GPUS`, by the start of its architecture's name.
-_NEAREST_GPU = {
-    "sm_80": "A100", "sm_86": "RTX3090", "sm_89": "RTX4090", "sm_9": "H100", "sm_10": "B200", "sm_12": "RTX5090"
-}  # fmt: skip
-
 
 def current_gpu() -> str | None:
-    """Key into :data:`cost_model.GPUS` for the current GPU, or for the nearest to it; None without a GPU or for one
-    that is like none of them."""
+    """Key into :data:`cost_model.GPUS` for the current GPU, or for one of its architecture or generation; None without
+    a GPU or for one that is like none of them."""
     present = devices.present()
     if not present:
         return None
-    name = present[0].name.lower().replace(" ", "")
-    found = [key for key in cost_model.GPUS if key.lower() in name]
-    if found:
-        return max(found, key=len)
-    return next((gpu for arch, gpu in _NEAREST_GPU.items() if present[0].arch.startswith(arch)), None)
+    name, arch = present[0].name.lower().replace(" ", ""), present[0].arch
+    for alike in (
+        lambda key: key.lower() in name,
+        lambda key: cost_model.GPUS[key].arch == arch,
+        lambda key: cost_model.GPUS[key].arch[:-1] == arch[:-1],
+    ):
+        if found := [key for key in cost_model.GPUS if alike(key)]:
+            return found[0]
+    return None
 
 
 def shape_of(op: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -214,25 +213,22 @@ def nearest(
 ) -> Measured | None:
     """The row of this shape, or of the nearest within a factor of two, in elements as wide on a GPU of the same
     architecture; one that is stale only where there is no other."""
-    grad, shape, arch = _has_gradient(features), shape_of(op, sizes), _ARCHS.get(gpu, gpu)
+    grad, shape, arch = _has_gradient(features), shape_of(op, sizes), cost_model.GPUS[gpu].arch
     rows = [
         row
         for row in MEASURED
-        if (row.op, row.grad, row.dtype.itemsize, _ARCHS.get(row.gpu, row.gpu)) == (op, grad, dtype.itemsize, arch)
+        if (row.op, row.grad, row.dtype.itemsize, cost_model.GPUS[row.gpu].arch) == (op, grad, dtype.itemsize, arch)
         and _distance(row.shape, shape) <= 2
     ]
     return min(rows, key=lambda r: (stale(r) is not None, _distance(r.shape, shape), r.gpu != gpu), default=None)
-
-
-#: What Triton compiles for on each GPU, the key of its tiles.
-_ARCHS = {"A100": "sm_80", "H100": "sm_90", "H200": "sm_90", "B200": "sm_100"}
 
 
 def predict(
     backend: str, op: str, dtype: torch.dtype, features: tuple[str, ...], sizes: tuple[int, ...], gpu: str, grad: bool
 ) -> float:
     """Milliseconds of the forward and, with ``grad``, the backward."""
-    passes, where, arch = (False, True) if grad else (False,), cost_model.GPUS[gpu], _ARCHS.get(gpu, "")
+    passes, where = (False, True) if grad else (False,), cost_model.GPUS[gpu]
+    arch = where.arch
     total = 0.0
     for backward in passes:
         if op.startswith("flash_attention"):
@@ -253,7 +249,8 @@ def predict(
             floor = cost_model.window_attention(b, height, width, (wh, ww), heads, d, dtype, backward=backward)
             table = "bias_table" in features
             if backend == "cuda":
-                plan = cost_model.cuda_window(wh * ww, d, dtype.itemsize, backward, table)
+                shared = devices.PARTS[arch].shared
+                plan = cost_model.cuda_window(wh * ww, d, dtype.itemsize, backward, table, shared)
             else:
                 plan = cost_model.triton_window(wh * ww, d, dtype.itemsize, backward, table, arch)
         else:

@@ -25,14 +25,15 @@ from pyvit.triton_kernels.tiles import backward_short_fits, choose, forward_shor
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak rates of a GPU: bytes per second, dense flops per second by element size in bytes, multiprocessors, their
-    clock in Hz, and seconds to start one kernel.
+    """Peak rates of a GPU of architecture ``arch`` (:data:`pyvit.dispatch.devices.PARTS`): bytes per second, dense
+    flops per second by element size in bytes, multiprocessors, their clock in Hz, and seconds to start one kernel.
 
     ``warp_share`` is the fraction of the tensor cores' rate that instructions of a single warp (``mma.sync``) reach;
     the rest takes ``wgmma`` or ``tcgen05``. ``special`` is the number of exponentials per multiprocessor and clock.
     """
 
     name: str
+    arch: str
     bandwidth: float
     flops_16: float
     flops_32: float
@@ -60,16 +61,16 @@ class Gpu:
 #: assumed to do per processor and clock what Hopper's does, which 148 processors against 132 turn into 0.31 of 2250
 #: TF/s.
 GPUS = {
-    "A100": Gpu("A100-80GB", 2.04e12, 312e12, 156e12 / 3, 108, 1.41e9),
-    "H100": Gpu("H100-SXM", 3.35e12, 989e12, 495e12 / 3, 132, 1.755e9, warp_share=0.63),
-    "H200": Gpu("H200", 4.8e12, 989e12, 495e12 / 3, 132, 1.755e9, warp_share=0.63),
-    "B200": Gpu("HGX-B200", 7.7e12, 2250e12, 1125e12 / 3, 148, 1.85e9, warp_share=0.31),
-    "B300": Gpu("HGX-B300", 7.7e12, 2250e12, 1125e12 / 3, 148, 1.85e9, warp_share=0.31, special=32),
-    "RTX3090": Gpu("GeForce RTX 3090", 0.936e12, 71e12, 35.6e12 / 3, 82, 1.695e9),
-    "RTX4090": Gpu("GeForce RTX 4090", 1.008e12, 165e12, 82.6e12 / 3, 128, 2.52e9),
-    "RTX5090": Gpu("GeForce RTX 5090", 1.792e12, 209.5e12, 104.8e12 / 3, 170, 2.407e9),
-    "L4": Gpu("L4", 0.3e12, 121e12, 60e12 / 3, 58, 2.04e9),
-    "MI300X": Gpu("MI300X", 5.3e12, 1307e12, 163e12, 304, 2.1e9),
+    "A100": Gpu("A100-80GB", "sm_80", 2.04e12, 312e12, 156e12 / 3, 108, 1.41e9),
+    "H100": Gpu("H100-SXM", "sm_90", 3.35e12, 989e12, 495e12 / 3, 132, 1.755e9, warp_share=0.63),
+    "H200": Gpu("H200", "sm_90", 4.8e12, 989e12, 495e12 / 3, 132, 1.755e9, warp_share=0.63),
+    "B200": Gpu("HGX-B200", "sm_100", 7.7e12, 2250e12, 1125e12 / 3, 148, 1.85e9, warp_share=0.31),
+    "B300": Gpu("HGX-B300", "sm_103", 7.7e12, 2250e12, 1125e12 / 3, 148, 1.85e9, warp_share=0.31, special=32),
+    "RTX3090": Gpu("GeForce RTX 3090", "sm_86", 0.936e12, 71e12, 35.6e12 / 3, 82, 1.695e9),
+    "RTX4090": Gpu("GeForce RTX 4090", "sm_89", 1.008e12, 165e12, 82.6e12 / 3, 128, 2.52e9),
+    "RTX5090": Gpu("GeForce RTX 5090", "sm_120", 1.792e12, 209.5e12, 104.8e12 / 3, 170, 2.407e9),
+    "L4": Gpu("L4", "sm_89", 0.3e12, 121e12, 60e12 / 3, 58, 2.04e9),
+    "MI300X": Gpu("MI300X", "gfx942", 5.3e12, 1307e12, 163e12, 304, 2.1e9),
 }
 
 #: Instructions per score that a softmax takes at least: the maximum, a multiply-add, the exponential, the sum, and half
@@ -346,8 +347,14 @@ def triton_attention(
     )
 
 
-def cuda_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bool) -> Plan:
-    """As attention, a window at a time; backward in one pass while a block holds the window, up to 64 tokens without
+#: Bytes of shared memory that a block may have, unless a caller says what its GPU gives: an A100's.
+SHARED_LIMIT = 163 << 10
+
+
+def cuda_window(
+    area: int, d: int, itemsize: int, backward: bool, table_grad: bool, shared_limit: int = SHARED_LIMIT
+) -> Plan:
+    """As attention, a window at a time; backward in one pass where a block holds the window, up to 64 tokens without
     reading the output; beyond, the table's gradient takes a pass of its own only where its sums do not fit beside the
     queries."""
     width = next(w for w in WINDOW_HEAD_DIMS if w >= d)
@@ -361,23 +368,50 @@ def cuda_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bo
     )
     if not backward:
         return plan(["window_forward"], 4, 2, launches=1, least=_FORWARD)
-    if area <= 64 or (area <= 144 and itemsize == 2 and d <= 32):
+    if cuda_one_pass_fits(area, width, itemsize, shared_limit):
         tensors = 7 if area <= 64 else 8
         return plan(["window_backward"], tensors, 5, launches=1 + table_grad, least=_WINDOW_BACKWARD)
-    own_pass = table_grad and not cuda_table_sums_fit(area, width, itemsize)
+    own_pass = table_grad and not cuda_table_sums_fit(area, width, itemsize, shared_limit)
     kernels = ["window_backward"] * (2 + own_pass)
     return plan(
         kernels, 12 + 4 * own_pass, 7 + 2 * own_pass, launches=2 + table_grad + own_pass, least=_WINDOW_BACKWARD
     )
 
 
-def cuda_table_sums_fit(area: int, width: int, itemsize: int) -> bool:
+def cuda_window_fits(area: int, d: int, itemsize: int, shared_limit: int = SHARED_LIMIT) -> bool:
+    """Of a square window: whether a block holds what every pass keeps, 32 rows and the window's tokens and table
+    (passes_bytes in csrc/cuda/window_attention_backward.cu)."""
+    width = next(w for w in WINDOW_HEAD_DIMS if w >= d)
+    return _window_tiles(32, width, itemsize) + _window_scratch(area, 1) <= shared_limit
+
+
+def cuda_one_pass_fits(area: int, width: int, itemsize: int, shared_limit: int = SHARED_LIMIT) -> bool:
+    """Of a square window: whether one block computes all its gradients (one_pass_columns in
+    csrc/cuda/window_attention_backward.cu)."""
+    rows, columns = round_up(area, 16), 64 if area <= 64 else 144
+    if area > (144 if itemsize == 2 and width <= 32 else 64):
+        return False
+    tiles = 4 * rows * width * itemsize + 2 * rows * columns * itemsize + 2 * rows * 4
+    return tiles + _window_scratch(area, 2) <= shared_limit
+
+
+def cuda_table_sums_fit(area: int, width: int, itemsize: int, shared_limit: int = SHARED_LIMIT) -> bool:
     """Of a square window: whether 64 queries' sums of the table's gradient fit (QueryPass in
     csrc/cuda/window_attention_backward.cu)."""
-    columns = 64 if itemsize == 2 else 32
-    tiles = (2 * 64 + 4 * columns) * width * itemsize + (64 + 6 * columns) * 4
-    table = (2 * area**0.5 - 1) ** 2 * 4
-    return tiles + round_up(area, 16) * 24 + table + 64 * round_up(area, 8) * 4 <= 112 << 10
+    sums = 64 * round_up(area, 8) * 4
+    bytes_needed = _window_tiles(64, width, itemsize) + _window_scratch(area, 1) + sums
+    return bytes_needed <= min(112 << 10, shared_limit)
+
+
+def _window_tiles(rows: int, width: int, itemsize: int) -> int:
+    """Two tiles of a pass's own rows, two stages of two tiles of the others, and their numbers."""
+    columns = 64 if itemsize == 2 and width <= 64 else 32
+    return (2 * rows + 4 * columns) * width * itemsize + (rows + 8 * columns) * 4
+
+
+def _window_scratch(area: int, buffers: int) -> int:
+    """The tokens of one window or two, and the table of one head."""
+    return buffers * round_up(area, 16) * 24 + round_up(round((2 * area**0.5 - 1) ** 2), 4) * 4
 
 
 def triton_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bool, arch: str) -> Plan:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyvit import torch_private
-from pyvit.dispatch import choice, devices
+from pyvit.dispatch import choice, cost_model, devices
 from pyvit.dispatch.capabilities import BACKENDS, CAPABILITIES, CPU_ONLY, absent, preference
 
 
@@ -51,8 +51,20 @@ def reasons(call: Call, backend: str) -> list[str]:
             found.append(
                 f"head dimension {d} is not in {low}..{high}" + (f" in steps of {multiple}" if multiple > 1 else "")
             )
+    if backend == "cuda" and call.op == "window_attention" and call.sizes and (large := _too_large(call)) is not None:
+        found.append(large)
     found += [f"does not support {name}" for name in call.features if name not in capability.features]
     return found
+
+
+def _too_large(call: Call) -> str | None:
+    """Why a window's tokens do not fit into the shared memory of a block of the CUDA kernels, None where they do."""
+    _, _, _, height, width, _, d = call.sizes
+    for gpu in devices.present():
+        if not cost_model.cuda_window_fits(height * width, d, call.dtype.itemsize, gpu.shared):
+            kib = gpu.shared >> 10
+            return f"windows of {height} x {width} tokens need more than the {kib} KiB of shared memory of {gpu.name}"
+    return None
 
 
 def _short(dtype: torch.dtype) -> str:

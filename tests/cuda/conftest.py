@@ -137,6 +137,15 @@ class Emulator:
         file, _, line = site.partition(":")
         self.call("pyvit_emulation_skip", file.encode(), int(line or 0))
 
+    def limit_shared(self, limit: int = 163 << 10) -> None:
+        """How many bytes of shared memory a block may have; by default as on sm_80."""
+        self.call("pyvit_emulation_limit", limit)
+
+    def launches(self) -> list[tuple[str, int, int]]:
+        """Names, threads and bytes of shared memory of the launches since pyvit_emulation_forget_sites."""
+        lines = self.call("pyvit_emulation_launches")[0].splitlines()
+        return [(name, int(threads), int(shared)) for name, threads, shared in (line.split(";") for line in lines)]
+
     def close(self) -> None:
         if self._process is not None:
             self._process.kill()
@@ -171,6 +180,14 @@ def cuda_on_host(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Emulato
     ):
         monkeypatch.setitem(operator._kernels, "cuda", functools.partial(_emulated, emulator, operator.name))
     return emulator
+
+
+@pytest.fixture
+def least_shared_memory(emulator: Emulator) -> Iterator[None]:
+    """Blocks have as little shared memory as on any GPU that the kernels are built for."""
+    emulator.limit_shared(99 << 10)
+    yield
+    emulator.limit_shared()
 
 
 def _emulated(emulator: Emulator, name: str, *args: Any) -> Any:

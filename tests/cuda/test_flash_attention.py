@@ -10,7 +10,7 @@ from pyvit.ops import flash_attention, flash_attention_varlen
 from tests.extremes import ROWS, extreme_bias
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-pytestmark = pytest.mark.usefixtures("cuda_on_host")
+pytestmark = pytest.mark.usefixtures("cuda_on_host", "least_shared_memory")
 
 
 def _qkv(dtype, b, h, nq, nk, d, dv=None, hkv=None):

@@ -19,15 +19,20 @@ Launch = Callable[..., tuple[str | None, list[str], int]]
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if shutil.which(CXX) is None:
         pytest.skip(f"{CXX} is not on PATH")
     built = tmp_path_factory.mktemp("stub") / "scripted.so"
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{STUB}", f"-I{CUDA}"]
     subprocess.run([CXX, *flags, STUB / "scripted.cpp", "-o", built], check=True)
     library = ctypes.CDLL(str(built))
-    library.scripted_launch.restype = library.scripted_calls.restype = ctypes.c_char_p
+    for name in ("launch", "calls", "limit"):
+        getattr(library, f"scripted_{name}").restype = ctypes.c_char_p
+    return library
 
+
+@pytest.fixture(scope="module")
+def launch(library: ctypes.CDLL) -> Launch:
     def run(script: str = "", device: int = 0, shared: int = 1024) -> tuple[str | None, list[str], int]:
         error = library.scripted_launch(script.encode(), device, shared)
         assert library.scripted_last_error() == 0, "left for the next call to report"
@@ -70,6 +75,28 @@ def test_the_call_that_failed_is_named_and_nothing_runs_after_it(
     assert len(said) == calls
     assert device == (2 if "back" in named else 0)
     assert any("Launch" in call for call in said) == (named in ("cudaLaunchKernel", "cudaSetDevice (back)"))
+
+
+def test_more_shared_memory_than_the_device_gives_is_refused_before_any_call(launch: Launch) -> None:
+    refusal = "attention: a block needs 101392 bytes of shared memory, and device 2 gives 101376 at most"
+    assert launch("", 2, 101392) == (refusal, [], 0)
+    assert launch("", 2, 101376)[0] is None
+
+
+def test_each_device_is_asked_once_for_its_limit(library: ctypes.CDLL) -> None:
+    limit = ctypes.c_int()
+
+    def ask(script: str, device: int) -> tuple[str | None, int, int]:
+        error = library.scripted_limit(script.encode(), device, ctypes.byref(limit))
+        assert library.scripted_last_error() == 0, "left for the next call to report"
+        return error and error.decode(), limit.value, library.scripted_calls().count(b"cudaDeviceGetAttribute")
+
+    error, _, calls = ask("cudaDeviceGetAttribute=101;", 1)
+    assert (error, calls) == ("cudaDeviceGetAttribute failed on device 1: error 101", 1)
+    assert ask("", 1) == (None, 101376, 1)
+    assert ask("", 1) == (None, 101376, 0)
+    assert ask("", 2) == (None, 101376, 1)
+    assert [ask("", 64), ask("", 64)] == [(None, 101376, 1)] * 2  # beyond what is kept
 
 
 def test_the_first_of_two_failures_is_told(launch: Launch) -> None:

@@ -9,7 +9,7 @@ from pyvit import testing
 from pyvit.ops import patch_embed
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-pytestmark = pytest.mark.usefixtures("cuda_on_host")
+pytestmark = pytest.mark.usefixtures("cuda_on_host", "least_shared_memory")
 
 
 def _tensors(dtype, b, c, h, w, patch, d, patches, prefix=0, parameters=torch.float32):

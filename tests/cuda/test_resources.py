@@ -114,8 +114,7 @@ def test_the_table_knows_how_kernels_are_launched(resources, emulator, dtype):
         options = ([side, side], [0, 0], 1, table, None, None, 0.1, 0.0, None, "cuda")
         out, lse = emulator.op("window_attention", qkv, *options)
         emulator.op("window_attention_backward", grad, out, lse, qkv, *options)
-    launches = [line.split(";") for line in emulator.call("pyvit_emulation_launches")[0].splitlines()]
-    seen = {(int(threads), int(shared)) for _, threads, shared in launches if int(shared)}
+    seen = {(threads, shared) for _, threads, shared in emulator.launches() if shared}
     kinds = ("bf16", 8) if dtype == torch.bfloat16 else ("float", 4)
     names = [
         f"attention_forward<Dense<{kinds[0]}>, 64, {kinds[1]}>",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pyvit import testing
+from pyvit.dispatch import cost_model
 from pyvit.ops import window_attention
 from tests.extremes import ROWS, extreme_table
 
@@ -141,3 +142,57 @@ def test_same_bits_in_every_order_of_threads():
         return [out, *torch.autograd.grad(out.float().square().sum(), list(tensors.values()))]
 
     assert all(map(torch.equal, run(), run()))
+
+
+ONE_PASS, QUERIES, KEYS, TABLE = (
+    f"window_attention_backward{part}" for part in ("", " (queries)", " (keys)", " (bias)")
+)
+
+
+@pytest.mark.parametrize("kilobytes", [99, 163, 227])
+@pytest.mark.parametrize(
+    ("dtype", "window", "d", "at_99", "beyond"),
+    [
+        (torch.bfloat16, 7, 32, {ONE_PASS}, {ONE_PASS}),
+        (torch.bfloat16, 12, 32, {QUERIES, KEYS}, {ONE_PASS}),
+        (torch.float32, 8, 64, {QUERIES, KEYS}, {ONE_PASS}),
+        (torch.bfloat16, 16, 32, {QUERIES, KEYS, TABLE}, {QUERIES, KEYS}),
+        (torch.float32, 16, 64, {QUERIES, KEYS, TABLE}, {QUERIES, KEYS, TABLE}),
+    ],
+)
+def test_shared_memory_of_the_device(cuda_on_host, kilobytes, dtype, window, d, at_99, beyond):
+    """No launch asks for more than an RTX 4090, an A100 or an H100 has; with less, the gradients take more passes."""
+    passes, limit = at_99 if kilobytes == 99 else beyond, kilobytes << 10
+    tensors = _tensors(dtype, 1, window, 2 * window, 1, d, (window, window), cosine=True)
+    cuda_on_host.limit_shared(limit)
+    cuda_on_host.call("pyvit_emulation_forget_sites")
+    try:
+        testing.check_op(
+            window_attention, tensors, backend="cuda", window_size=window, shift_size=window // 2, num_heads=1
+        )
+    finally:
+        cuda_on_host.limit_shared()
+    launches = cuda_on_host.launches()
+    assert max(shared for _, _, shared in launches) <= limit
+    assert {name for name, _, _ in launches if name.startswith("window_attention_backward")} == passes
+    sizes = window**2, d, dtype.itemsize, limit
+    assert cost_model.cuda_window_fits(*sizes)
+    assert cost_model.cuda_one_pass_fits(*sizes) == (passes == {ONE_PASS})
+    assert ONE_PASS in passes or cost_model.cuda_table_sums_fit(*sizes) == (TABLE not in passes)
+
+
+def test_a_window_beyond_the_devices_shared_memory_is_refused(emulator):
+    """And the cost model knows to the byte."""
+    side, d = 36, 64
+    qkv, out, lse = torch.zeros(1, side, side, 3 * d), torch.zeros(1, side, side, d), torch.zeros(1, 1, 1, side**2)
+    options = ([side, side], [0, 0], 1, torch.zeros((2 * side - 1) ** 2, 1), None, None, 1.0, 0.0, None, "cuda")
+    emulator.limit_shared(99 << 10)
+    emulator.call("pyvit_emulation_forget_sites")
+    try:
+        with pytest.raises(RuntimeError, match=r"\(queries\): \d+ bytes of shared memory, and a block may have 101376"):
+            emulator.op("window_attention_backward", out, out, lse, qkv, *options)
+    finally:
+        emulator.limit_shared()
+    ((_, _, needed),) = emulator.launches()
+    assert cost_model.cuda_window_fits(side**2, d, 4, needed)
+    assert not cost_model.cuda_window_fits(side**2, d, 4, needed - 1)

@@ -13,7 +13,7 @@ import torch
 
 def call(library: ctypes.CDLL, name: str, args: tuple[Any, ...]) -> tuple[str | None, list[torch.Tensor]]:
     function = getattr(library, name)
-    function.restype = ctypes.c_char_p if not name.endswith(("_skip", "_seed", "_forget_sites")) else None
+    function.restype = ctypes.c_char_p if not name.endswith(("_skip", "_seed", "_limit", "_forget_sites")) else None
     # A new allocation of exactly the tensor's size, so that out-of-bounds accesses are detected.
     tensors = {i: a.clone() for i, a in enumerate(args) if isinstance(a, torch.Tensor)}
     text = function(*(ctypes.c_void_p(tensors[i].data_ptr()) if i in tensors else a for i, a in enumerate(args)))

@@ -19,7 +19,6 @@ namespace pyvit::emulation {
 namespace {
 
 constexpr size_t kStack = 512 << 10;
-constexpr size_t kSharedLimit = 163 << 10;  // the most a block may have on sm_80; sm_90 and sm_100 give more
 constexpr int kMaxThreads = 1024;
 
 enum class State { ready, in_warp, at_barrier, done };
@@ -66,7 +65,7 @@ Context scheduler;
 Fiber* running = nullptr;
 const std::function<void()>* body = nullptr;
 char* shared = nullptr;
-size_t shared_size = 0;
+size_t shared_size = 0, most_shared = 163 << 10;  // as on sm_80, unless a test says otherwise
 int threads = 0, at_barrier = 0, finished = 0;
 std::string error;
 uint64_t random_state = 0x9E3779B97F4A7C15u;
@@ -236,6 +235,7 @@ void run_block(dim3 block_index, dim3 grid, dim3 block) {
 
 const Thread& current() { return running->thread; }
 char* shared_memory() { return shared; }
+int shared_limit() { return int(most_shared); }
 
 const char* launch(const char* name, const std::function<void()>& kernel, dim3 grid, dim3 block, size_t shared_bytes) {
   static std::mutex one_at_a_time;
@@ -247,8 +247,9 @@ const char* launch(const char* name, const std::function<void()>& kernel, dim3 g
   launches += std::string(name) + ";" + std::to_string(threads) + ";" + std::to_string(shared_bytes) + "\n";
   if (threads < 32 || threads % 32 || threads > kMaxThreads)
     error = "a block of " + std::to_string(threads) + " threads";
-  if (shared_bytes > kSharedLimit)
-    error = std::to_string(shared_bytes) + " bytes of shared memory, more than a block may have";
+  if (shared_bytes > most_shared)
+    error =
+        std::to_string(shared_bytes) + " bytes of shared memory, and a block may have " + std::to_string(most_shared);
   if (blocks == 0 || grid.y > 65535 || grid.z > 65535) error = "an impossible grid";
   if (error.empty()) {
     body = &kernel;
@@ -346,6 +347,7 @@ extern "C" {
 // For the tests: the order of threads, the barriers and launches met so far, and one barrier to leave out.
 void pyvit_emulation_seed(uint64_t seed) { random_state = seed * 0x9E3779B97F4A7C15u + 0x5851F42D4C957F2Du; }
 void pyvit_emulation_skip(const char* file, int line) { skipped_file = file, skipped_line = line; }
+void pyvit_emulation_limit(int bytes) { most_shared = bytes; }
 void pyvit_emulation_forget_sites() {
   sites.clear();
   launches.clear();

@@ -32,6 +32,7 @@ struct Thread {
 
 const Thread& current();
 char* shared_memory();
+int shared_limit();  // bytes of it that a block may have
 
 // Runs `kernel` for every thread of the grid. Returns nullptr, or what went wrong (too much shared memory, a barrier
 // that not all threads reach, a collective that not all lanes join, a copy never waited for), valid until the next

@@ -28,6 +28,10 @@ cudaError_t cudaSetDevice(int device) {
   if (code == cudaSuccess) current = device;
   return code;
 }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  *value = 101376;
+  return answer("cudaDeviceGetAttribute", number(device));
+}
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
   return answer("cudaFuncSetAttribute", number(value));
 }
@@ -50,7 +54,15 @@ extern "C" {
 const char* scripted_launch(const char* wanted, int device, int shared) {
   script = wanted, said.clear(), current = 0, last = cudaSuccess;
   int parameters = 42;
-  return pyvit::cuda::launch_on_device("attention", nullptr, dim3(3, 2), 64, shared, &parameters, {nullptr, device});
+  return pyvit::cuda::launch_on_device("attention", nullptr, dim3(3, 2), 64, shared, &parameters,
+                                       {nullptr, device, 101376});
+}
+const char* scripted_limit(const char* wanted, int device, int* limit) {
+  script = wanted, said.clear(), last = cudaSuccess;
+  pyvit::cuda::Stream stream{nullptr, device, 0};
+  const char* error = pyvit::cuda::read_shared_limit(stream);
+  *limit = stream.shared_limit;
+  return error;
 }
 const char* scripted_calls() { return said.c_str(); }
 int scripted_device() { return current; }
