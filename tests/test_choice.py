@@ -248,10 +248,11 @@ def test_sizes_of_every_operator(on: Callable[..., None]) -> None:
     assert pyvit.explain(ops.flash_attention, *(torch.zeros(1, 1, 2, 8),) * 3).call.sizes == ()
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled(on: Callable[..., None], monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> None:
-    """Static sizes are predicted as in eager mode; dynamic shapes keep the declared order, without guards."""
-    on(PARTS["sm_80"])
+@pytest.mark.parametrize(("part", "dynamic"), [("sm_80", False), ("sm_80", True), ("sm_90", False)])
+def test_compiled(on: Callable[..., None], monkeypatch: pytest.MonkeyPatch, part: str, dynamic: bool) -> None:
+    """Static sizes are predicted as in eager mode; dynamic shapes keep the declared order, without guards. On Hopper
+    cuDNN's attention is asked for in the graph too."""
+    on(PARTS[part])
     monkeypatch.setattr(choice, "predict", lambda backend, *_: 1.0 if backend == "cuda" else 2.0)
     graphs: list[torch.fx.GraphModule] = []
 
@@ -269,7 +270,10 @@ def test_compiled(on: Callable[..., None], monkeypatch: pytest.MonkeyPatch, dyna
             torch.compile(lambda q: ops.flash_attention(q, q, q) * 2, fullgraph=True, backend=keep)(q)
     (backend,) = [n.args[-1] for n in graphs[0].graph.nodes if n.target is torch.ops.pyvit.flash_attention.default]
     assert backend == ("triton" if dynamic else "cuda")
-    assert dynamic or any("scaled_dot_product_attention" in str(n.target) for n in graphs[1].graph.nodes)
+    if not dynamic:
+        called = [str(n.target) for n in graphs[1].graph.nodes]
+        assert any("scaled_dot_product_attention" in name for name in called)
+        assert any("sdpa" in name for name in called) == (part == "sm_90"), called
 
 
 @pytest.mark.parametrize("gpu", list(cost_model.GPUS))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -41,11 +40,14 @@ _CUDNN_FIRST = [
 ]
 
 
-@functools.cache
 def _prefers_cudnn() -> bool:
     """On Hopper and Blackwell cuDNN's attention is the fastest of PyTorch's (on an H100 at every length measured)."""
     present = devices.present()
     return bool(present) and present[0].arch.startswith(("sm_9", "sm_10"))
+
+
+#: The compiler runs it while tracing, instead of tracing it.
+_prefers_cudnn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _SecondDerivative(torch.autograd.Function):
