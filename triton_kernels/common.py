@@ -238,8 +238,21 @@ def arch_of(tensor: Tensor) -> str:
     return found
 
 
-#: Streaming multiprocessors (compute units) of the GPUs that kernels are compiled for.
-PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+#: Streaming multiprocessors (compute units) of a GPU of each architecture, for recorded launches: T4, A100, RTX 3090,
+#: RTX 4090, H100, B200, B300, RTX 5090, MI300X, RX 7900 XTX, RX 9070 XT.
+PROCESSORS = {
+    "sm_75": 40,
+    "sm_80": 108,
+    "sm_86": 82,
+    "sm_89": 128,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_103": 148,
+    "sm_120": 170,
+    "gfx942": 304,
+    "gfx1100": 96,
+    "gfx1201": 64,
+}
 
 
 def processors(tensor: Tensor) -> int:

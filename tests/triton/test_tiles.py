@@ -23,7 +23,7 @@ def test_parts_cover_without_much_waste(n: int) -> None:
 
 def test_every_kernel_has_an_entry_for_every_call() -> None:
     for kernel in {e.kernel for e in tiles.TABLE}:
-        for arch in ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter"):
+        for arch in (*tiles.SHARED_LIMIT, "interpreter"):
             assert isinstance(tiles.choose(kernel, arch, 4, 256, 1 << 20), tiles.Config)
     assert {e.kernel for e in tiles.TABLE} == set(tune.SPACE)
 
@@ -33,7 +33,7 @@ def test_tuning_file_comes_first_and_a_broken_one_is_named(monkeypatch: pytest.M
     monkeypatch.setenv("PYVIT_TILES", str(path))
     tiles.tuned.cache_clear()
     won = tiles.Config(block_m=32, warps=2)
-    assert tiles.save((tiles.Entry("forward_short", won, "sm_90", 2, 64, 197, "measured"),)) == path
+    assert tiles.save((tiles.Entry("forward_short", won, ("sm_90",), 2, 64, 197, "measured"),)) == path
     assert tiles.choose("forward_short", "sm_90", 2, 64, 197) == won
     assert tiles.choose("forward_short", "sm_80", 2, 64, 197) != won
     assert tiles.choose("forward_short", "sm_90", 2, 64, 257) != won

@@ -238,7 +238,7 @@ def tune(
             entry = _search(name, run, wanted, call, choices, until, where, time_of, report)
             if entry is not None:
                 found[call] = entry
-    kept = {(e.kernel, e.arch, e.itemsize, e.head_dim, e.length): e for e in tiles.tuned()}
+    kept = {(e.kernel, *e.archs, e.itemsize, e.head_dim, e.length): e for e in tiles.tuned()}
     entries = tuple((kept | found).values())
     report(f"saved {len(entries)} entries to {tiles.save(entries)}")
     return entries
@@ -284,7 +284,7 @@ def _search(
     if not tried:
         return None
     measured = f"{case} forward and backward on {where}: {least:.3f} ms, {first:.3f} before, {tried} candidates"
-    return Entry(kernel, best, arch, itemsize, head_dim, length, measured)
+    return Entry(kernel, best, (arch,), itemsize, head_dim, length, measured)
 
 
 def main(argv: list[str] | None = None) -> int:
