@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyvit.dispatch.devices import PARTS
+
 #: The interpreter multiplies bfloat16 operands wrongly, so there they are converted to float32 after rounding.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -245,15 +247,12 @@ def arch_of(tensor: Tensor) -> str:
     return found
 
 
-#: Streaming multiprocessors (compute units) of the GPUs that kernels are compiled for.
-PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
-
-
 def processors(tensor: Tensor) -> int:
     """Number of streaming multiprocessors (compute units)."""
     if _recorder is None and tensor.device.type == "cuda":
         return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-    return PROCESSORS.get(arch_of(tensor), 2)
+    part = PARTS.get(arch_of(tensor))
+    return 2 if part is None else part.processors
 
 
 def precision(tensor: Tensor) -> str:

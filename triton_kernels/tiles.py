@@ -21,6 +21,30 @@ from pyvit.triton_kernels import digests
 #: Longest key sequence that the single-pass kernels keep on chip.
 SHORT = 288
 
+#: Bytes of shared memory that a program may use: the GPUs' opt-in limits.
+SHARED_LIMIT: dict[str, int] = {
+    "sm_75": 64 << 10,
+    **dict.fromkeys(("sm_80", "sm_87"), 163 << 10),
+    **dict.fromkeys(("sm_86", "sm_89", "sm_120", "sm_121"), 99 << 10),
+    **dict.fromkeys(("sm_90", "sm_100", "sm_103", "sm_110"), 227 << 10),
+    **dict.fromkeys(("gfx90a", "gfx942", "gfx1100", "gfx1101", "gfx1200", "gfx1201"), 64 << 10),
+    "gfx950": 160 << 10,
+}
+
+#: Architectures that Triton compiles for and pyvit's kernels are not run on, with the reason.
+REFUSED: dict[str, str] = {"sm_75": "Triton's matrix products for sm_75 do not use its tensor cores"}
+
+
+def family(arch: str) -> str:
+    """The instruction of an architecture's matrix products, which Triton's code for architectures of the same family
+    shares: "wgmma" (sm_90), "tcgen05" (sm_100, sm_103, sm_110), "mma" (other NVIDIA GPUs), "mfma" (gfx9), "wmma"
+    (gfx11, gfx12); "" for the interpreter."""
+    if arch.startswith("sm_"):
+        return {"9": "wgmma", "10": "tcgen05", "11": "tcgen05"}.get(arch[3:-1], "mma")
+    if arch.startswith("gfx"):
+        return "mfma" if arch.startswith("gfx9") else "wmma"
+    return ""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -37,13 +61,13 @@ class Config:
 
 @dataclass(frozen=True)
 class Entry:
-    """Tile sizes for calls of ``kernel`` on ``arch`` (a prefix) with at most these bytes per element, head dimension
-    and length. Measured ones say of which version of the kernel (:mod:`pyvit.triton_kernels.digests`) and by which
-    Triton."""
+    """Tile sizes for calls of ``kernel`` on ``archs`` (architectures and families; empty: all) with at most these bytes
+    per element, head dimension and length. Measured ones say of which version of the kernel
+    (:mod:`pyvit.triton_kernels.digests`) and by which Triton."""
 
     kernel: str
     config: Config
-    arch: str = ""
+    archs: tuple[str, ...] = ()
     itemsize: int = 4
     head_dim: int = 256
     length: int = 1 << 30
@@ -64,49 +88,71 @@ class Entry:
     def serves(self, kernel: str, arch: str, itemsize: int, head_dim: int, length: int) -> bool:
         return (
             kernel == self.kernel
-            and arch.startswith(self.arch)
+            and (not self.archs or arch in self.archs or family(arch) in self.archs)
             and itemsize <= self.itemsize
             and head_dim <= self.head_dim
             and length <= self.length
         )
 
 
+#: NVIDIA GPUs with mma.sync and less shared memory than an A100.
+_LITTLE = ("sm_75", "sm_86", "sm_89", "sm_120", "sm_121")
+
 #: The first match is used. A warp computes 16 rows of a product at a time. With more warps, several of them issue the
-#: same instructions, up to twice as many per score (``python -m tests.ptx.count`` counts them).
+#: same instructions, up to twice as many per score (``python -m tests.ptx.count`` counts them). RDNA's 32 threads of a
+#: wave hold whole operands of 16-bit products in registers: with "wmma", more warps and narrower blocks.
 TABLE = (
+    Entry("forward_short", Config(block_m=64, group=2, warps=8), ("wmma",), itemsize=2),
     Entry("forward_short", Config(block_m=64, group=2, warps=4), itemsize=2, head_dim=64),
     Entry("forward_short", Config(block_m=64, group=2, warps=4), itemsize=2),
-    Entry("forward_short", Config(block_m=64, group=2, warps=4), arch="sm_90"),
+    Entry("forward_short", Config(block_m=64, group=2, warps=4), archs=("wgmma",)),
     Entry("forward_short", Config(block_m=32, group=2, warps=4)),
+    Entry("forward_long", Config(block_m=128, block_n=64, edge_n=16, warps=8), ("wmma",), itemsize=2, head_dim=128),
+    # A bias is staged too.
+    Entry("forward_long", Config(block_m=128, block_n=64, edge_n=16, warps=4), _LITTLE, itemsize=2, head_dim=64),
     Entry("forward_long", Config(block_m=128, block_n=64, edge_n=16, warps=4, stages=3), itemsize=2, head_dim=64),
     Entry("forward_long", Config(block_m=128, block_n=64, edge_n=16, warps=8, stages=2), itemsize=2, head_dim=128),
-    Entry("forward_long", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=2)),
+    Entry("forward_long", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=2), itemsize=2),
+    Entry("forward_long", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=2), head_dim=96),
+    Entry("forward_long", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=1), _LITTLE, head_dim=128),
+    Entry("forward_long", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=2), head_dim=128),
+    Entry("forward_long", Config(block_m=32, block_n=16, edge_n=16, warps=4, stages=1), ("mma", "mfma")),
+    Entry("forward_long", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=1)),
+    Entry("backward_short", Config(block_m=32, warps=8, stages=1), ("wmma",)),
     Entry("backward_short", Config(block_m=64, warps=4, stages=1), itemsize=2, length=64),
     Entry("backward_short", Config(block_m=64, warps=8, stages=1)),
     Entry(
         "backward_dq",
         Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=3),
-        "sm_90",
+        ("sm_90",),
         2,
         64,
         640,
         "attention N=577 d=64 forward and backward on NVIDIA H100 80GB HBM3: 1.227 ms, 1.300 before, 19 candidates",
     ),
+    Entry("backward_dq", Config(block_m=64, block_n=32, edge_n=16, warps=8), ("wmma",), itemsize=2, head_dim=128),
     Entry("backward_dq", Config(block_m=64, block_n=64, edge_n=16, warps=4), itemsize=2, head_dim=128),
     Entry("backward_dq", Config(block_m=32, block_n=32, edge_n=16, warps=4), head_dim=64),
+    Entry("backward_dq", Config(block_m=32, block_n=16, edge_n=16, warps=4), itemsize=2),
+    Entry("backward_dq", Config(block_m=32, block_n=16, edge_n=16, warps=4), head_dim=128),
+    Entry("backward_dq", Config(block_m=16, block_n=16, edge_n=16, warps=4, stages=1), _LITTLE),
     Entry("backward_dq", Config(block_m=32, block_n=16, edge_n=16, warps=4)),
     Entry(
         "backward_dkdv",
         Config(block_m=128, block_n=32, warps=4, stages=3),
-        "sm_90",
+        ("sm_90",),
         2,
         64,
         640,
         "attention N=577 d=64 forward and backward on NVIDIA H100 80GB HBM3: 1.220 ms, 1.310 before, 17 candidates",
     ),
+    Entry("backward_dkdv", Config(block_m=64, block_n=32, warps=8, stages=1), ("wmma",), itemsize=2, head_dim=64),
     Entry("backward_dkdv", Config(block_m=64, block_n=64, warps=4), itemsize=2, head_dim=64),
     Entry("backward_dkdv", Config(block_m=64, block_n=32, warps=4), itemsize=2, head_dim=128),
     Entry("backward_dkdv", Config(block_m=32, block_n=32, warps=4), head_dim=64),
+    Entry("backward_dkdv", Config(block_m=32, block_n=16, warps=4), itemsize=2),
+    Entry("backward_dkdv", Config(block_m=32, block_n=16, warps=4), head_dim=128),
+    Entry("backward_dkdv", Config(block_m=16, block_n=16, warps=4, stages=1), _LITTLE),
     Entry("backward_dkdv", Config(block_m=32, block_n=16, warps=4)),
     Entry("bias_grad", Config(block_m=64, block_n=64, warps=4, stages=1), itemsize=2, head_dim=128),
     Entry("bias_grad", Config(block_m=32, block_n=32, warps=4, stages=1)),
@@ -129,7 +175,14 @@ TABLE = (
     Entry(
         "pair_gradient",
         Config(block_m=128, block_n=64, edge_n=64, group=2, warps=8),
-        arch="sm_100",
+        archs=("tcgen05",),
+        itemsize=2,
+        head_dim=1 << 30,
+    ),
+    Entry(
+        "pair_gradient",
+        Config(block_m=64, block_n=64, edge_n=64, group=2, warps=8),
+        archs=("wmma",),
         itemsize=2,
         head_dim=1 << 30,
     ),
@@ -142,17 +195,39 @@ TABLE = (
     Entry("pair_gradient", Config(block_m=64, block_n=32, edge_n=32, group=2, warps=8, stages=2), head_dim=1 << 30),
     # Windows: "length" is the number of rows of a tile, "group" the programs per processor.
     Entry("window_forward", Config(block_m=64, group=8, warps=4, stages=2), itemsize=2, length=64),
+    Entry("window_forward", Config(block_m=64, group=4, warps=4, stages=1), itemsize=2),
+    Entry("window_forward", Config(block_m=64, group=4, warps=4, stages=1), head_dim=64),
+    Entry("window_forward", Config(block_m=16, group=4, warps=4, stages=1), _LITTLE),
     Entry("window_forward", Config(block_m=64, group=4, warps=4, stages=1)),
+    Entry("window_forward_long", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=2), ("wmma",), itemsize=2),
     Entry("window_forward_long", Config(block_m=64, block_n=64, edge_n=16, warps=4, stages=2), itemsize=2),
+    Entry("window_forward_long", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=1), head_dim=64),
+    Entry("window_forward_long", Config(block_m=32, block_n=32, edge_n=16, warps=4, stages=1), _LITTLE),
     Entry("window_forward_long", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=1)),
+    Entry("window_backward_keys", Config(block_m=64, group=4, warps=8, stages=1), ("wmma",), itemsize=2, length=64),
     Entry("window_backward_keys", Config(block_m=64, group=4, warps=4, stages=1), itemsize=2, length=64),
+    Entry("window_backward_keys", Config(block_m=64, block_n=32, group=8, warps=4, stages=1), itemsize=2),
+    Entry("window_backward_keys", Config(block_m=32, block_n=32, group=4, warps=4, stages=1), head_dim=64, length=64),
+    Entry("window_backward_keys", Config(block_m=64, block_n=32, group=8, warps=4, stages=1), head_dim=64),
+    Entry("window_backward_keys", Config(block_m=32, block_n=16, group=8, warps=4, stages=1), ("mma",)),
     Entry("window_backward_keys", Config(block_m=32, block_n=32, group=4, warps=4, stages=1), length=64),
     Entry("window_backward_keys", Config(block_m=64, block_n=32, group=8, warps=4, stages=1)),
+    Entry("window_backward_queries", Config(block_m=64, block_n=32, edge_n=16, warps=4), ("wmma",), itemsize=2),
+    Entry("window_backward_queries", Config(block_m=64, block_n=64, edge_n=16, warps=4), itemsize=2, head_dim=64),
+    Entry("window_backward_queries", Config(block_m=64, block_n=64, edge_n=16, warps=4, stages=1), _LITTLE, itemsize=2),
     Entry("window_backward_queries", Config(block_m=64, block_n=64, edge_n=16, warps=4, stages=2), itemsize=2),
+    Entry("window_backward_queries", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=1), head_dim=64),
+    Entry(
+        "window_backward_queries",
+        Config(block_m=32, block_n=16, edge_n=16, warps=4, stages=1),
+        ("mma", "mfma", "wmma"),
+    ),
     Entry("window_backward_queries", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=1)),
     Entry("window_backward_bias", Config(block_m=32, block_n=32, group=8, warps=2, stages=1), itemsize=2, length=160),
     Entry("window_backward_bias", Config(block_m=64, block_n=64, group=8, warps=4, stages=1), itemsize=2),
     Entry("window_backward_bias", Config(block_m=32, block_n=32, group=8, warps=2, stages=1), length=160),
+    Entry("window_backward_bias", Config(block_m=64, block_n=64, group=8, warps=4, stages=1), head_dim=64),
+    Entry("window_backward_bias", Config(block_m=32, block_n=32, group=8, warps=2, stages=1), _LITTLE),
     Entry("window_backward_bias", Config(block_m=64, block_n=64, group=8, warps=4, stages=1)),
 )
 
@@ -178,7 +253,10 @@ def tuned() -> tuple[Entry, ...]:
     if not path.exists():
         return ()
     try:
-        found = [Entry(**{**e, "config": Config(**e["config"])}) for e in json.loads(path.read_text())]
+        found = [
+            Entry(**{**e, "config": Config(**e["config"]), "archs": tuple(e["archs"])})
+            for e in json.loads(path.read_text())
+        ]
     except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: not a tuning file of this version ({error}); remove it or tune again") from error
     stale = {e: why for e in found if (why := e.stale()) is not None}
@@ -196,7 +274,7 @@ def save(entries: tuple[Entry, ...]) -> Path:
     """Write ``entries`` as the tuning file, most specific first, and use them from now on."""
     path = overrides_path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    ordered = sorted(entries, key=lambda e: (e.kernel, e.arch, e.itemsize, e.head_dim, e.length))
+    ordered = sorted(entries, key=lambda e: (e.kernel, e.archs, e.itemsize, e.head_dim, e.length))
     written = path.with_name(f"{path.name}.{os.getpid()}")
     written.write_text(json.dumps([asdict(e) for e in ordered], indent=1) + "\n")
     written.replace(path)  # a process that ends in the middle leaves the file as it was

@@ -20,11 +20,16 @@ from typing import NamedTuple
 HERE = Path(__file__).parent.resolve()
 ROOT = HERE.parents[1]
 DATA, TABLE = HERE / "resources.json", ROOT / "docs" / "gpu-kernels-cuda.md"
-ARCHS = ("80", "90a", "100a")
+ARCHS = ("80", "90", "100", "120")
 FLAGS = ("-O3", "-std=c++17")
 
 #: Registers of a multiprocessor, its shared memory in bytes less 1 KB that each block costs, threads, and blocks.
-LIMITS = {"80": (65536, 164 << 10, 2048, 32), "90a": (65536, 228 << 10, 2048, 32), "100a": (65536, 228 << 10, 2048, 32)}
+LIMITS = {
+    "80": (65536, 164 << 10, 2048, 32),
+    "90": (65536, 228 << 10, 2048, 32),
+    "100": (65536, 228 << 10, 2048, 32),
+    "120": (65536, 100 << 10, 1536, 24),
+}
 
 #: What a kernel may use on any architecture: (registers, bytes of spill stores). The longest prefix of its name
 #: governs, with "half" for both 16-bit types. 128 registers let 16 warps into a multiprocessor, 168 twelve, 255 eight;

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from pyvit import library
+from pyvit.triton_kernels.tiles import SHARED_LIMIT
 
 
 @dataclass(frozen=True)
@@ -28,26 +29,26 @@ class Device:
     processors: int
 
 
-def _nvidia(name: str, major: int, minor: int, kib: int, processors: int) -> Device:
-    return Device(name, f"sm_{major}{minor}", (major, minor), kib << 10, 32, processors)
+def _nvidia(name: str, major: int, minor: int, processors: int) -> Device:
+    arch = f"sm_{major}{minor}"
+    return Device(name, arch, (major, minor), SHARED_LIMIT[arch], 32, processors)
 
 
-#: One GPU of each architecture that kernels are checked for. Shared memory by the CUDA programming guide's table of
-#: technical specifications and AMD's size of a workgroup's local data share.
+#: One GPU of each architecture that kernels are checked for.
 PARTS = {
     part.arch: part
     for part in (
-        _nvidia("T4", 7, 5, 64, 40),
-        _nvidia("A100-80GB", 8, 0, 163, 108),
-        _nvidia("GeForce RTX 3090", 8, 6, 99, 82),
-        _nvidia("GeForce RTX 4090", 8, 9, 99, 128),
-        _nvidia("H100-SXM", 9, 0, 227, 132),
-        _nvidia("B200", 10, 0, 227, 148),
-        _nvidia("B300", 10, 3, 227, 148),
-        _nvidia("GeForce RTX 5090", 12, 0, 99, 170),
-        Device("Instinct MI300X", "gfx942", None, 64 << 10, 64, 304),
-        Device("Radeon RX 7900 XTX", "gfx1100", None, 64 << 10, 32, 96),
-        Device("Radeon RX 9070 XT", "gfx1201", None, 64 << 10, 32, 64),
+        _nvidia("T4", 7, 5, 40),
+        _nvidia("A100-80GB", 8, 0, 108),
+        _nvidia("GeForce RTX 3090", 8, 6, 82),
+        _nvidia("GeForce RTX 4090", 8, 9, 128),
+        _nvidia("H100-SXM", 9, 0, 132),
+        _nvidia("B200", 10, 0, 148),
+        _nvidia("B300", 10, 3, 148),
+        _nvidia("GeForce RTX 5090", 12, 0, 170),
+        Device("Instinct MI300X", "gfx942", None, SHARED_LIMIT["gfx942"], 64, 304),
+        Device("Radeon RX 7900 XTX", "gfx1100", None, SHARED_LIMIT["gfx1100"], 32, 96),
+        Device("Radeon RX 9070 XT", "gfx1201", None, SHARED_LIMIT["gfx1201"], 32, 64),
     )
 }
 
@@ -62,7 +63,7 @@ def describe(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         arch, capability = properties.gcnArchName.split(":")[0], None
-        shared = PARTS["gfx942"].shared
+        shared = SHARED_LIMIT.get(arch, SHARED_LIMIT["gfx942"])
     else:
         capability = (properties.major, properties.minor)
         arch = f"sm_{properties.major}{properties.minor}"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pyvit.triton_kernels import common
+from pyvit.triton_kernels.tiles import SHARED_LIMIT
 from pyvit.triton_kernels.tools import compile as compiled
 from torch import Tensor
 
@@ -35,8 +36,8 @@ def execute(launch: common.Launch, arch: str) -> collections.Counter[str]:
     if kernel.hash not in _programs:
         _programs[kernel.hash] = (parse(kernel.asm["ptx"]), kernel.metadata.shared)
     program, shared = _programs[kernel.hash]
-    if shared > compiled.SHARED_LIMIT[arch]:
-        raise Fault(f"{launch.name}: {shared} bytes of shared memory, {arch} has {compiled.SHARED_LIMIT[arch]}")
+    if shared > SHARED_LIMIT[arch]:
+        raise Fault(f"{launch.name}: {shared} bytes of shared memory, {arch} has {SHARED_LIMIT[arch]}")
     arguments, tensors = [], []
     for parameter in launch.kernel.params:
         if parameter.is_constexpr:

@@ -45,6 +45,43 @@ def test_compiles_within_the_rules(case: str, dtype: str, arch: str) -> None:
         assert not matrix.faults(report, dtype), (report, launch.options)
 
 
+#: Cases that launch every kernel.
+KERNELS = {
+    "attention N=64 d=64": {"forward_short", "backward_short"},
+    "attention N=577 d=64": {"forward_long", "backward_dq", "backward_dkdv"},
+    "attention N=197 d=64 bias": {"bias_gradient"},
+    "attention map N=197 d=64": {"map_rows"},
+    "window 7": {"window_forward", "window_backward_keys", "table_gradient"},
+    "window 12": {"window_forward_long", "window_backward_queries", "window_backward_bias"},
+    "patches 16 keep 49": {"patch_forward", "patch_image_gradient", "patch_weight_gradient", "spread_tokens"},
+    "info_nce 4096 d=512": {"pair_sums", "pair_gradient"},
+}
+
+
+def test_the_cases_launch_every_kernel() -> None:
+    launched = {case: {launch.name for launch in matrix.launches(case, "bf16", "sm_80")} for case in KERNELS}
+    assert all(kernels <= launched[case] for case, kernels in KERNELS.items()), launched
+    every = {launch.name for case in matrix.CASES for launch in matrix.launches(case, "bf16", "sm_80")}
+    assert every == set().union(*KERNELS.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", compiled.PARTS)
+@pytest.mark.parametrize("case", KERNELS)
+def test_every_kernel_on_every_part(case: str, arch: str) -> None:
+    """Compiled for every GPU: within its shared memory, on its tensor cores, without atomics and many spills."""
+    for launch in matrix.launches(case, "bf16", arch):
+        if launch.name in KERNELS[case]:
+            report = compiled.inspect(launch, arch)
+            assert not matrix.faults(report, "bf16"), (report, launch.options)
+
+
+def test_refused_parts_have_no_tensor_core_products() -> None:
+    (launch,) = matrix.launches("attention map N=197 d=64", "fp16", "sm_75")
+    assert list(tiles.REFUSED) == ["sm_75"]
+    assert matrix.faults(compiled.inspect(launch, "sm_75"), "fp16") == ["no tensor-core instruction"]
+
+
 def test_hopper_uses_warpgroup_products() -> None:
     for _, report in matrix.reports("attention N=577 d=64", "bf16", "sm_90"):
         assert report.warpgroup > 0, report

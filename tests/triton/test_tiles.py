@@ -27,7 +27,7 @@ def _entry(config: object, **changed: object) -> object:
     entry = tiles.Entry(
         "forward_short",
         config,
-        "sm_90",
+        ("sm_90",),
         2,
         64,
         197,
@@ -58,7 +58,7 @@ def test_parts_cover_without_much_waste(n: int) -> None:
 
 def test_every_kernel_has_an_entry_for_every_call() -> None:
     for kernel in {e.kernel for e in tiles.TABLE}:
-        for arch in ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter"):
+        for arch in (*tiles.SHARED_LIMIT, "interpreter"):
             assert isinstance(tiles.choose(kernel, arch, 4, 256, 1 << 20), tiles.Config)
     assert {e.kernel for e in tiles.TABLE} == set(tune.SPACE)
 

@@ -12,12 +12,24 @@ from typing import Any
 import torch
 import triton
 from pyvit.triton_kernels.common import Launch
+from pyvit.triton_kernels.tiles import family
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-#: Shared memory that a program may use in bytes: the GPUs' opt-in limits.
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+#: Architectures that the kernels are compiled for.
+PARTS = (
+    "sm_80",
+    "sm_86",
+    "sm_89",
+    "sm_90",
+    "sm_100",
+    "sm_103",
+    "sm_120",
+    "gfx942",
+    "gfx1100",
+    "gfx1201",
+)
 #: Columns of tensor memory of a Blackwell processor. A kernel that needs more is compiled to a trap and cannot be
 #: launched.
 TENSOR_MEMORY_LIMIT = 512
@@ -31,11 +43,13 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+#: By :func:`pyvit.triton_kernels.tiles.family`.
 _TENSOR_CORE = {
-    "sm_80": r"\bmma\.sync",
-    "sm_90": r"\b(?:wgmma\.mma|mma\.sync)",
-    "sm_100": r"\b(?:tcgen05\.mma|mma\.sync)",
-    "gfx942": r"\bv_mfma_",
+    "mma": r"\bmma\.sync",
+    "wgmma": r"\b(?:wgmma\.mma|mma\.sync)",
+    "tcgen05": r"\b(?:tcgen05\.mma|mma\.sync)",
+    "mfma": r"\bv_mfma_",
+    "wmma": r"\bv_wmma_",
 }
 _STORE = {"sm": r"\bst\.global", "gf": r"\b(?:global|buffer)_store"}
 _ATOMIC = re.compile(
@@ -64,9 +78,9 @@ class Report:
 
 def target(arch: str) -> GPUTarget:
     """The compiler's target for "sm_80", ..., "gfx942"."""
-    return (
-        GPUTarget("cuda", int(arch.removeprefix("sm_")), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
-    )
+    if arch.startswith("sm_"):
+        return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)  # threads of a wave
 
 
 def _specialise(
@@ -131,7 +145,7 @@ def inspect(launch: Launch, arch: str) -> Report:
         spilled=spilled,
         shared=kernel.metadata.shared,
         tensor_memory=getattr(kernel.metadata, "tmem_size", None) or 0,
-        tensor_core=len(re.findall(_TENSOR_CORE[arch], text)),
+        tensor_core=len(re.findall(_TENSOR_CORE[family(arch)], text)),
         warpgroup=len(re.findall(r"\b(?:wgmma\.mma|tcgen05\.mma)", text)),
         stores=len(re.findall(_STORE[arch[:2]], text)),
         atomics=len(_ATOMIC.findall(text)),

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 from pyvit.triton_kernels.common import Launch, recording
-from pyvit.triton_kernels.tools.compile import SHARED_LIMIT, TENSOR_MEMORY_LIMIT, Report, inspect
+from pyvit.triton_kernels.tiles import SHARED_LIMIT, family
+from pyvit.triton_kernels.tools.compile import TENSOR_MEMORY_LIMIT, Report, inspect
 from pyvit.triton_kernels.tools.workloads import CASES, prepare
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -64,7 +65,8 @@ def faults(report: Report, dtype: str) -> list[str]:
     """The rules that a compiled kernel breaks."""
     found = []
     if report.kernel not in NO_DOT:
-        if not report.tensor_core:
+        # WMMA has no float32 operands.
+        if not report.tensor_core and (family(report.arch), dtype) != ("wmma", "fp32"):
             found.append("no tensor-core instruction")
         operand = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}[dtype]
         if report.dot_types != {operand}:

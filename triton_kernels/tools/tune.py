@@ -250,7 +250,8 @@ def tune(
 
 def _call(entry: Entry) -> tuple[str, str, int, int, int]:
     """The arguments of ``tiles.choose`` that ``entry`` was measured for."""
-    return entry.kernel, entry.arch, entry.itemsize, entry.head_dim, entry.length
+    (arch,) = entry.archs
+    return entry.kernel, arch, entry.itemsize, entry.head_dim, entry.length
 
 
 def _search(
@@ -294,7 +295,7 @@ def _search(
         return None
     measured = f"{case} forward and backward on {where}: {least:.3f} ms, {first:.3f} before, {tried} candidates"
     return Entry(
-        kernel, best, arch, itemsize, head_dim, length, measured, digests.kernel(kernel), tiles.triton_version()
+        kernel, best, (arch,), itemsize, head_dim, length, measured, digests.kernel(kernel), tiles.triton_version()
     )
 
 

@@ -134,6 +134,7 @@ def distillation(make: _Maker, n: int, prototypes: int) -> Run:
 
 
 CASES: dict[str, Callable[[_Maker], Run]] = {
+    "attention N=64 d=64": lambda m: attention(m, 64, 64),
     "attention N=197 d=64": lambda m: attention(m, 197, 64),
     "attention N=197 d=64 bias": lambda m: attention(m, 197, 64, bias=True),
     "attention N=257 d=64": lambda m: attention(m, 257, 64),
