@@ -1,22 +1,15 @@
-"""``python -m benchmarks.gpu_backends``: CUDA kernels against Triton kernels on this GPU, as rows for
-``pyvit.dispatch.gpu_choice.MEASURED``.
+"""``python -m benchmarks.gpu_backends``: the recorded measurements of CUDA and Triton kernels
+(``pyvit.dispatch.gpu_choice.MEASURED``) beside the predictions of :func:`pyvit.dispatch.gpu_choice.predict`.
 
-Both are checked against float64 first. A case in which one is wrong or cannot serve gives no row, and is reported.
-``--predicted``, which needs no GPU, prints the recorded measurements beside the predictions of
-:func:`pyvit.dispatch.gpu_choice.predict`.
+The step "dispatch" of ``python -m benchmarks.gpu`` measures; its results.md has the rows for the table.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from datetime import date
+from collections.abc import Iterator
 
-from benchmarks import gpu, gpu_cases, inputs, measure, providers
+from benchmarks import gpu_cases, inputs
 from benchmarks.cases import Case
-from benchmarks.specs import Provider, Spec
-from benchmarks.workload import OURS
 from pyvit.dispatch import gpu_choice
 
 
@@ -30,38 +23,14 @@ def shape(case: Case) -> tuple[int, ...]:
     return s["patch"], s["patch"], s["width"]
 
 
-def rows(
-    cases: Sequence[Case],
-    gpu_name: str,
-    device: str,
-    say: Callable[[str], None],
-    backends: tuple[str, str] = ("cuda", "triton"),
-) -> Iterator[gpu_choice.Measured]:
-    """A row for each case that both of ``backends`` compute correctly."""
-
-    def both(case: Case, spec: Spec) -> list[Provider]:
-        ours = next(p for p in spec.providers if p.name == OURS)
-        return [replace(gpu_cases.on_backend(backend, ours), name=backend) for backend in backends]
-
-    for case in cases:
-        work = providers.build(case, case.sources[0], (), device, both)
-        wrong = {b: work.unavailable.get(b) for b in backends if b not in work.contenders}
-        wrong |= {
-            b: str(verdict)
-            for b in backends
-            if b in work.contenders and not (verdict := work.contenders[b].verdict()).passed
-        }
-        if wrong:
-            say(f"{case.id}: {wrong}")
-            continue
-        times = measure.interleave(
-            {b: work.contenders[b].run for b in backends}, seconds=0.3, device=device, rounds=(5, 31)
-        )
-        grad = case.mode.endswith("backward")
-        figures = [float(f"{times[b].median:.4g}") for b in backends]
-        yield gpu_choice.Measured(
-            gpu_name, case.op, inputs.DTYPES[case.dtype], grad, shape(case), *figures, f"{date.today()}"
-        )
+def measured(
+    case: Case, gpu: str, milliseconds: tuple[float, float], date: str, digests: tuple[str, str], triton_version: str
+) -> gpu_choice.Measured:
+    """The row of a case that took ``milliseconds`` by CUDA and by Triton, whose kernels had these digests."""
+    grad = case.mode.endswith("backward")
+    cuda, triton = (float(f"{ms:.4g}") for ms in milliseconds)
+    dtype = inputs.DTYPES[case.dtype]
+    return gpu_choice.Measured(gpu, case.op, dtype, grad, shape(case), cuda, triton, date, digests, triton_version)
 
 
 def sizes(case: Case) -> tuple[int, ...]:
@@ -95,24 +64,13 @@ def predicted() -> Iterator[str]:
         )
 
 
-def main() -> int:
-    if sys.argv[1:] == ["--predicted"]:
-        print("\n".join(predicted()))
-        return 0
-    if (why := gpu.lacking()) is not None:
-        print(f"benchmarks.gpu_backends {why}", file=sys.stderr)
-        return 2
-    distinct = {(c.op, shape(c)): c for c in gpu_cases.ops() if not {"uint8", "keep"} & c.shape.keys()}
-    cases = [
-        replace(c, dtype=dtype, mode=m)
-        for c in distinct.values()
-        for dtype in ("bf16", "fp32")
-        for m in ("forward", "forward+backward")
-    ]
-    for row in rows(cases, gpu_choice.current_gpu() or "", "cuda", lambda line: print(f"# {line}", flush=True)):
-        print(f"    {row},", flush=True)
-    return 0
+def main() -> None:
+    for line in predicted():
+        print(line)
+    told = {(row.source, why) for row in gpu_choice.MEASURED if (why := gpu_choice.stale(row)) is not None}
+    for source, why in sorted(told):
+        print(f"\nRows of {source} decide nothing: {why}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

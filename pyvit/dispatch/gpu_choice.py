@@ -1,8 +1,8 @@
 """Which of the two GPU backends serves a call that both can: the one measured faster at this shape or a like one, else
 the one predicted.
 
-``python -m benchmarks.gpu_backends`` measures on the GPU at hand and prints rows for :data:`MEASURED`. Predictions come
-from :mod:`pyvit.dispatch.cost_model`; they look at sizes alone and are made without a GPU.
+``python -m benchmarks.gpu`` (its step "dispatch") measures on the GPU at hand and writes rows for :data:`MEASURED`.
+Predictions come from :mod:`pyvit.dispatch.cost_model`; they look at sizes alone and are made without a GPU.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _h100(op: str, grad: bool, shape: tuple[int, ...], cuda: float, triton: floa
 
 #: The shapes of ``benchmarks.gpu_cases``; what else was timed then is in benchmarks/results. The rows of 2026-11-26 are
 #: older than the kernels' digests, and every kernel has changed since (docs/gpu-status.md): they decide nothing, and
-#: ``benchmarks.gpu_backends --predicted`` compares the cost model with them.
+#: ``benchmarks.gpu_backends`` compares the cost model with them.
 MEASURED: tuple[Measured, ...] = (
     _h100("flash_attention", False, (197, 197, 64), 0.4984, 0.253),
     _h100("flash_attention", True, (197, 197, 64), 2.867, 1.231),
