@@ -1,28 +1,39 @@
-"""``python -m benchmarks.gpu``: tests, tuning, operators, models and targets on a GPU, in one command.
+"""``python -m benchmarks.gpu``: an hour on a GPU, in three parts of at most nine minutes each.
 
-Needs torch with a GPU, triton, numpy, matplotlib and pytest. timm, transformers and scikit-learn are used if installed.
+Needs torch with a GPU and Triton, and reads nothing from a network; a library that was built elsewhere
+(pyvit/lib/libpyvit_ops.so) is used as it is. pytest, timm, transformers, Nsight Compute and compute-sanitizer are used
+where they are installed, and rows say where they are not.
+
+Every result is appended to ``rows.jsonl`` as it is measured. A run that was ended, at any point, is continued by
+``--resume``: what was measured with the same kernels and versions is not measured again. ``--report`` writes the tables
+from the record.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib.util
+import json
+import os
 import re
+import shlex
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_cases, report, runner
-from benchmarks.cases import Case
-from benchmarks.ceiling import Ceiling
-from benchmarks.runner import Outcome, Results, Settings
+from benchmarks import gpu_device, gpu_report, gpu_rows, gpu_steps
+from benchmarks.gpu_worker import Order, Watcher, work
 
-STEPS = ("tests", "tune", "ops", "losses", "models")
 _REPOSITORY = Path(__file__).parent.parent
+PARTS = tuple(sorted({step.part for step in gpu_steps.STEPS}))
 
 
 def lacking() -> str | None:
@@ -37,71 +48,11 @@ def lacking() -> str | None:
         )
         return (
             f"needs a GPU that torch can use: torch {torch.__version__} ({kind}) finds none; on a machine with "
-            "one, install torch for it"
+            "one, use its Python: make gpu PY=python3"
         )
     if importlib.util.find_spec("triton") is None:
         return "needs the package 'triton' (pip install 'triton>=3.6')"
     return None
-
-
-def measure_ceiling() -> Ceiling:
-    """The GPU's rates in a large matrix product and a large copy."""
-    rates = {}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        n = 8192 if dtype == torch.bfloat16 else 4096
-        a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
-        rates[name] = 2 * n**3 / _milliseconds(lambda a=a, b=b: a @ b) / 1e6
-    source = torch.ones(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy = 2 * source.nbytes / _milliseconds(lambda: target.copy_(source)) / 1e6
-    return Ceiling(rates, copy, 1, f"{torch.cuda.get_device_name()}: matrix product of 8192 (bf16), copy of 1 GiB")
-
-
-def _milliseconds(run: object) -> float:
-    from benchmarks import measure
-
-    return min(
-        measure.interleave({"ceiling": run}, seconds=0.5, device="cuda", rounds=(5, 21), sample_ms=20.0)[
-            "ceiling"
-        ].samples
-    )  # type: ignore[dict-item]
-
-
-def run_tests(limit: float) -> str:
-    """Run the tests marked ``gpu`` in a separate process. Returns their summary line."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests",
-        "-m",
-        "gpu",
-        "-q",
-        "-x",
-        "--no-header",
-        "-p",
-        "no:cacheprovider",
-    ]
-    try:
-        done = subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return f"stopped after {limit:.0f} s"
-    lines = [line for line in done.stdout.splitlines() if line.strip()] or done.stderr.splitlines() or ["no output"]
-    if done.returncode not in (0, 5):  # pytest's exit code 5: no test was selected
-        print(done.stdout[-4000:])
-    return f"{'pass' if done.returncode == 0 else 'FAIL'}: {lines[-1]}"
-
-
-def tune(limit: float) -> str:
-    """Run the tuner, which writes the tile table for this GPU."""
-    if importlib.util.find_spec("pyvit.triton_kernels.tools.tune") is None:
-        return "this pyvit has no pyvit.triton_kernels.tools.tune"
-    command = [sys.executable, "-m", "pyvit.triton_kernels.tools.tune", "--budget", f"{0.8 * limit:.0f}"]
-    try:
-        done = subprocess.run(command, cwd=_REPOSITORY, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return f"stopped after {limit:.0f} s; the tiles are unchanged"
-    return "done" if done.returncode == 0 else f"FAIL: exit status {done.returncode}"
 
 
 def folder(name: str) -> str:
@@ -109,89 +60,122 @@ def folder(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _peers() -> tuple[str, ...]:
-    return ("compile", *(name for name in ("timm", "transformers") if importlib.util.find_spec(name)))
+def stages(names: Sequence[str], workers: int) -> list[tuple[str, ...]]:
+    """Steps that one worker does one after another. A step whose items are divided between several, and the tests, in
+    which pytest runs, are a stage of their own."""
+    alone = {name for name in names if name == "tests" or (gpu_steps.BY_NAME[name].spread and workers > 1)}
+    found: list[tuple[str, ...]] = []
+    for name in names:
+        if found and not {name, found[-1][-1]} & alone:
+            found[-1] = (*found[-1], name)
+        else:
+            found.append((name,))
+    return found
 
 
-def chosen_cases(steps: Sequence[str]) -> list[Case]:
-    """The cases of ``steps``, in order of priority."""
-    kinds = {"ops": gpu_cases.ops, "losses": gpu_cases.losses, "models": gpu_cases.models}
-    return gpu_cases.ordered([case for step in steps if step in kinds for case in kinds[step]()])
+class _Clocks:
+    """Clocks, power and temperature once a second, beside the rows."""
+
+    FIELDS = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,utilization.gpu"
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.program = path, gpu_device.tool("nvidia-smi")
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._log, daemon=True)
+
+    def __enter__(self) -> _Clocks:
+        if self.program is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def _log(self) -> None:
+        command = [str(self.program), f"--query-gpu={self.FIELDS}", "--format=csv,noheader"]
+        with self.path.open("a") as log:
+            log.write(f"{self.FIELDS}\n")
+            while not self._over.wait(1.0):
+                try:
+                    log.write(subprocess.run(command, capture_output=True, text=True, timeout=10).stdout)
+                    log.flush()
+                except (OSError, subprocess.TimeoutExpired) as error:
+                    log.write(f"# {error}\n")
+                    return
 
 
-def measure_within(
-    chosen: Sequence[Case], settings: Settings, top: Ceiling, left: Callable[[], float], say: Callable[[str], None]
-) -> Results:
-    """Measure case by case while the ``left()`` seconds are enough for a case as slow as the slowest so far. Targets of
-    the others are reported as not measured."""
-    results, slowest = Results(), 10.0
-    for i, case in enumerate(chosen):
-        begun = left()
-        if begun < slowest:
-            results.left_out += [late.id for late in chosen[i:]]
-            results.outcomes += [Outcome(late, "not run: no time left", None) for late in chosen[i:] if late.target]
-            break
-        one = runner.run([case], settings, top, lambda line, i=i: say(f"{i + 1}/{len(chosen)} {line}"))
-        results.rows += one.rows
-        results.outcomes += one.outcomes
-        if settings.device == "cuda":
-            torch.cuda.empty_cache()
-        slowest = max(slowest, begun - left())
-    return results
+def measure(names: Sequence[str], minutes: float, device: gpu_device.Device, out: Path, command: str) -> list[str]:
+    """Run steps, each part within ``minutes``. Returns the items for which no time was left."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = os.open(out / "lock", os.O_RDWR | os.O_CREAT)
+    try:  # workers inherit it: those of a run that was killed have ended when it is free
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another run in {out}", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    if cut := gpu_rows.repair(out / "rows.jsonl"):
+        print(f"dropped a torn last line of {cut} bytes from rows.jsonl", flush=True)
+    begun = time.time()
+    show = lambda line: print(f"{time.time() - begun:6.1f} s  {line}", flush=True)  # noqa: E731
+    record = gpu_rows.Record(out / "rows.jsonl", device.versions(), command)
+    watcher = Watcher(record, out / "log.txt", show, (lock,))
+    paths = filter(None, [str(_REPOSITORY), os.environ.get("PYTHONPATH")])
+    environment = {"PYVIT_TILES": str(out / "tiles.json"), **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    if device.name == "fake":
+        environment |= {"PYVIT_TEST_PTX": "sm_90", "PYVIT_NO_LIBRARY": "1"}
+    with _Clocks(out / "clocks.csv"):
+        for part in PARTS:
+            chosen = [name for name in names if gpu_steps.BY_NAME[name].part == part]
+            end = time.time() + 60 * minutes
+            for stage in stages(chosen, device.workers):
+                step = gpu_steps.BY_NAME[stage[0]]
+                shards = device.workers if step.spread else 1
+                until = time.time() + (step.share if step.spread else 1.0) * max(0.0, end - time.time())
+                orders = [Order(stage, str(out), device.name, command, until, i, shards) for i in range(shards)]
+                with ThreadPoolExecutor(shards) as pool:
+                    for _ in pool.map(lambda order: watcher.run(order, environment), orders):
+                        pass
+    os.close(lock)
+    return watcher.left_out
 
 
 def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["--worker"]:
+        fields = json.loads(arguments[1])
+        return work(Order(**{**fields, "steps": tuple(fields["steps"])}))
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description="Test, tune and time pyvit on this machine's GPU."
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("steps", nargs="*", metavar="step", help=f"any of: {', '.join(STEPS)} (default: all)")
+    every = ", ".join(step.name for step in gpu_steps.STEPS)
+    parser.add_argument("--parts", default=",".join(map(str, PARTS)), help="of 1,2,3 (default: all)")
+    parser.add_argument("--steps", default="", help=f"only these, separated by commas: {every}")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time for each part (default 9)")
+    parser.add_argument("--out", type=Path, help="default benchmarks/results/<gpu>")
+    parser.add_argument("--resume", action="store_true", help="continue the record in --out")
+    parser.add_argument("--report", action="store_true", help="only write the tables of the record in --out")
     parser.add_argument(
-        "--minutes", type=float, default=7.5, help="time for everything (default 7.5); what does not fit is listed"
+        "--device", choices=("cuda", "fake"), default="cuda", help="fake: rehearse on a CPU, with small shapes"
     )
-    parser.add_argument("--out", type=Path, default=None, help="default benchmarks/results/<gpu>")
-    args = parser.parse_args(argv)
-    steps = tuple(args.steps) or STEPS
-    if unknown := [step for step in steps if step not in STEPS]:
-        parser.error(f"unknown step {', '.join(unknown)}; choose from {', '.join(STEPS)}")
-    if (why := lacking()) is not None:
+    args = parser.parse_args(arguments)
+    parts = {int(part) for part in args.parts.split(",")}
+    names = [s.name for s in gpu_steps.STEPS if s.part in parts and (not args.steps or s.name in args.steps.split(","))]
+    if unknown := set(filter(None, args.steps.split(","))) - {step.name for step in gpu_steps.STEPS}:
+        parser.error(f"unknown step {', '.join(sorted(unknown))}; choose from {every}")
+    if args.report and args.out is None:
+        parser.error("--report needs --out")
+    if args.report:
+        return gpu_report.write(args.out)
+    if args.device == "cuda" and (why := lacking()) is not None:
         print(f"make gpu {why}", file=sys.stderr)
         return 2
-    start = time.perf_counter()
-    left = lambda: 60 * args.minutes - (time.perf_counter() - start)  # noqa: E731
-    torch.backends.cuda.matmul.allow_tf32 = False
-    said: dict[str, str] = {}
-    if "tests" in steps:
-        said["tests"] = run_tests(0.35 * left())
-        print(f"tests: {said['tests']}", flush=True)
-    if "tune" in steps:
-        said["tune"] = tune(0.25 * left())
-        print(f"tune: {said['tune']}", flush=True)
-    from benchmarks import gpu_cost
-
-    top = measure_ceiling()
-    print("\n".join(report.machine(top)), flush=True)
-    settings = runner.Settings(
-        seconds=0.3,
-        rounds=(5, 31),
-        peers=_peers(),
-        device="cuda",
-        both_sources=False,
-        extra=gpu_cases.extra,
-        floor=gpu_cost.floor_ms,
-    )
-    say = lambda line: print(f"{time.perf_counter() - start:6.1f} s  {line}", flush=True)  # noqa: E731
-    results = measure_within(chosen_cases(steps), settings, top, left, say)
-    if results.left_out:
-        said["not run: no time left"] = "; ".join(results.left_out)
-    out = args.out or _REPOSITORY / "benchmarks" / "results" / folder(torch.cuda.get_device_name())
-    report.show_rows(results.rows)
-    written = report.write(results, top, out)
-    print(f"wrote {', '.join(str(path) for path in written)}")
-    report.show_outcomes(results.outcomes)
-    for step, line in said.items():
-        print(f"{step}: {line}")
-    print(f"{time.perf_counter() - start:.0f} s")
-    return 1 if results.red or any(line.startswith("FAIL") for line in said.values()) else 0
+    device = gpu_device.open_device(args.device)
+    out = args.out or _REPOSITORY / "benchmarks" / "results" / folder(device.versions()["gpu"])
+    if not args.resume and (out / "rows.jsonl").exists():
+        (out / "rows.jsonl").rename(out / f"rows-{datetime.now():%Y%m%d-%H%M%S}.jsonl")
+    command = shlex.join(["python", "-m", "benchmarks.gpu", *arguments])
+    left_out = measure(names, args.minutes, device, out.absolute(), command)
+    return gpu_report.write(out, left_out)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ PINNED = {
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa math": SDPBackend.MATH,
 }
+#: Providers that the backend "torch" may call.
+PYTORCHS = ("sdpa", *PINNED, "conv2d")
 _RIVALS = ("sdpa cuDNN", "sdpa flash", "sdpa efficient")
 FA4 = "sdpa flash 4"
 GRAPH = f"{OURS}, CUDA graph"
@@ -396,10 +398,13 @@ def pinned(case: Case) -> list[Provider]:
 
 
 def both(case: Case, spec: Spec) -> list[Provider]:
-    """Each of our GPU backends that this machine can run, and every backend of SDPA."""
+    """Each of our GPU backends, and every backend of SDPA."""
     ours = next(p for p in spec.providers if p.name == OURS)
     device = next(iter(spec.tensors.values())).device.type
-    found = [on_backend(backend, ours) for backend in ("cuda", "triton") if absent(case.op, backend, device) is None]
+    found = [
+        replace(on_backend(backend, ours), missing=absent(case.op, backend, device) or "")
+        for backend in ("cuda", "triton")
+    ]
     return found + (pinned(case) if case.op == "flash_attention" else [])
 
 

@@ -13,10 +13,47 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks import gpu_cases
-from benchmarks.gpu_backends import shape, sizes
+from benchmarks import gpu_cases, inputs
+from benchmarks.cases import Case
 from pyvit.dispatch import choice, cost_model
 from pyvit.dispatch.cost_model import Cost, Plan
+
+
+def shape(case: Case) -> tuple[int, ...]:
+    """The case's sizes as :func:`pyvit.dispatch.choice.shape_of` gives them."""
+    s = case.shape
+    if case.op == "flash_attention":
+        return s["length"], s["length"], s["dim"]
+    if case.op == "window_attention":
+        return s["window"], s["window"], s["width"] // s["heads"]
+    return s["patch"], s["patch"], s["width"]
+
+
+def sizes(case: Case) -> tuple[int, ...]:
+    """The case's sizes as dispatch passes them."""
+    s = case.shape
+    if case.op == "flash_attention":
+        return s["batch"], s["heads"], s["heads"], s["length"], s["length"], s["dim"]
+    if case.op == "window_attention":
+        return s["batch"], s["side"], s["side"], s["window"], s["window"], s["heads"], s["width"] // s["heads"]
+    return s["batch"], 3, s["patch"], s["patch"], (s["size"] // s["patch"]) ** 2, s["width"]
+
+
+def measured(
+    case: Case,
+    gpu: str,
+    milliseconds: tuple[float, float, float],
+    date: str,
+    digests: tuple[str, str],
+    triton_version: str,
+) -> choice.Measured:
+    """The row of a case that took ``milliseconds`` by CUDA, by Triton and by the fastest of PyTorch's kernels (NaN:
+    none), where pyvit's had these digests."""
+    grad = case.mode.endswith("backward")
+    cuda, triton, theirs = (float(f"{ms:.4g}") for ms in milliseconds)
+    dtype = inputs.DTYPES[case.dtype]
+    return choice.Measured(gpu, case.op, dtype, grad, shape(case), cuda, triton, theirs, date, digests, triton_version)
+
 
 H100, BF16 = cost_model.GPUS["H100"], torch.bfloat16
 

@@ -146,10 +146,10 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
         writer.writerows(as_record(row) for row in rows)
 
 
-def write_markdown(results: Results, lines: Sequence[str], path: Path) -> None:
-    """Write a page with the machine, the targets if requested, and all rows."""
+def write_markdown(results: Results, lines: Sequence[str], path: Path, more: Sequence[str] = ()) -> None:
+    """Write a page with the machine, ``more``, the targets if requested, and all rows."""
     words = {True: "pass", False: "**miss**", None: "not measured"}
-    text = ["# Benchmark results", "", *(f"- {line}" for line in lines)]
+    text = ["# Benchmark results", "", *(f"- {line}" for line in lines), *(["", *more] if more else [])]
     if results.outcomes:
         text += ["", "## Targets", "", "| case | target | against | measured | |", "|---|---|---|---|---|"]
     for o in results.outcomes:

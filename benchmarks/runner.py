@@ -119,7 +119,7 @@ def versions(contender: Contender) -> str:
     return "; ".join(part for part in (own, f"torch {torch.__version__}", contender.version) if part)
 
 
-def _build(case: Case, source: str, settings: Settings) -> Workload:
+def build(case: Case, source: str, settings: Settings) -> Workload:
     if "compile" in settings.peers:  # recompile for every case, and fail instead of falling back to eager code
         torch._dynamo.reset()
         torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -172,7 +172,7 @@ def _gate_other_source(work: Workload, row: Row, settings: Settings) -> None:
     """Check ours on a few images of the kind of input that is not timed. The row keeps the result that is closer to its
     limit."""
     few = replace(work.case, shape={**work.case.shape, "batch": min(2, work.case.shape["batch"])})
-    verdict = _build(few, next(s for s in SOURCES if s != work.source), settings).contenders[OURS].verdict()
+    verdict = build(few, next(s for s in SOURCES if s != work.source), settings).contenders[OURS].verdict()
     if not verdict.passed or verdict.error / verdict.allowed > row.max_err / row.allowed_err:
         _judge(row, verdict)
 
@@ -287,7 +287,7 @@ def run(
         for source in case.sources:
             prefix = f"[{i}/{len(cases)}] {case.id} ({source})"
             try:
-                rows = run_workload(_build(case, source, settings), settings, ceiling)
+                rows = run_workload(build(case, source, settings), settings, ceiling)
             except Exception as error:  # a case that cannot be set up is a red row; the others still run
                 traceback.print_exc()
                 reason = f"failed: {raised(error)}"

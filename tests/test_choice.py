@@ -17,7 +17,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import pyvit
-from benchmarks import gpu_backends, gpu_cases
+from benchmarks import gpu_cases, gpu_model
 from pyvit import library, ops
 from pyvit.dispatch import Call, choice, cost_model, devices, select
 from pyvit.dispatch.capabilities import CAPABILITIES, MISSING, preference
@@ -330,19 +330,10 @@ def test_the_current_gpu(on: Callable[..., None]) -> None:
     assert choice.current_gpu() is None
 
 
-def test_measuring_backends_makes_rows() -> None:
-    """With two CPU backends instead of GPU backends: rows are Python code for the table, and a backend that refuses is
-    reported."""
-    said: list[str] = []
-    cases = [case for case in gpu_cases.tiny() if case.op in ("flash_attention", "window_attention", "patch_embed")]
-    found = list(
-        gpu_backends.rows(
-            cases, "A100", "cpu", said.append, ("reference", "cpu" if MISSING["cpu", "cpu"] is None else "reference")
-        )
-    )
-    assert not said
-    assert [row.shape for row in found] == [(33, 33, 32), (7, 7, 32), (7, 7, 32), (16, 16, 32)]
-    assert all(row.cuda > 0 and row.triton > 0 for row in found)
-    assert eval(repr(found[0]), {"Measured": choice.Measured, "torch": torch, "nan": math.nan}) == replace(found[0])
-    assert list(gpu_backends.rows(cases[:1], "A100", "cpu", said.append, ("reference", "cuda"))) == []
-    assert "cannot serve" in said[0]
+def test_a_measured_case_makes_a_row() -> None:
+    """Rows are Python code for the table."""
+    (case,) = [c for c in gpu_cases.tiny() if c.op == "flash_attention" and c.mode == "forward+backward"][:1]
+    row = gpu_model.measured(case, "A100", (1.23456, 2.0, math.nan), "2026-01-01", ("a", "b"), "3.9")
+    assert (row.cuda, row.triton, row.grad, row.shape) == (1.235, 2.0, True, (33, 33, 32))
+    names = {"Measured": choice.Measured, "torch": torch, "NAN": choice.NAN}
+    assert repr(eval(repr(row).replace("nan", "NAN"), names)) == repr(row)

@@ -306,7 +306,7 @@ def document(table: dict[str, dict[str, dict[str, int]]]) -> str:
         "passes overlap 24 thousand clocks of memory with 19 of products. That is no gain to build on before both are timed.",
         "",
         "Of this backend and Triton's, the one measured faster serves a call, else the one predicted faster by `pyvit/dispatch/cost_model.py`;",
-        "`pyvit.explain` says which and by what figures. `python -m benchmarks.gpu_backends` measures on the GPU at hand; an H100 was.",
+        "`pyvit.explain` says which and by what figures. `python -m benchmarks.gpu` measures on the GPU at hand.",
         "",
         "# Resources",
         "",

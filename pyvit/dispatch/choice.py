@@ -1,8 +1,8 @@
 """Which of several backends that can serve a call comes first: the one measured faster at this shape or a like one,
 else the one of a declared rule, else the one predicted faster.
 
-``python -m benchmarks.gpu_backends`` measures on the GPU at hand and prints rows for :data:`MEASURED`. Predictions come
-from :mod:`pyvit.dispatch.cost_model`; they look at sizes alone and are made without a GPU.
+``python -m benchmarks.gpu`` (its step "dispatch") measures on the GPU at hand and writes rows for :data:`MEASURED`.
+Predictions come from :mod:`pyvit.dispatch.cost_model`; they look at sizes alone and are made without a GPU.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _h100(op: str, grad: bool, shape: tuple[int, ...], cuda: float, triton: floa
 
 #: The shapes of ``benchmarks.gpu_cases``; what else was timed then is in benchmarks/results. PyTorch's figures are
 #: cuDNN's. The rows of 2026-11-26 are older than the kernels' digests, and every kernel has changed since
-#: (docs/gpu-status.md): they decide nothing, and ``benchmarks.gpu_backends --predicted`` compares the cost model with
+#: (docs/gpu-status.md): they decide nothing, and ``benchmarks.gpu_model`` compares the cost model with
 #: them.
 MEASURED: tuple[Measured, ...] = (
     _h100("flash_attention", False, (197, 197, 64), 0.4984, 0.253, 0.176),

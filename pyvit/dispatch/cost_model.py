@@ -9,7 +9,7 @@ A prediction (:meth:`Plan.terms`) adds the time of the bytes, of the products, o
 none overlapped; the softmax takes the longer of its exponentials and its instructions. It knows tile padding,
 recomputed products, second passes over the tensors, whether a tile is tall enough (64 rows) for the tensor-core
 instructions of four warps, and how many instructions each kernel issues per score. It does not know latency: spills,
-occupancy, bank conflicts and caches. ``python -m benchmarks.gpu_backends --predicted`` sets it against an H100.
+occupancy, bank conflicts and caches. ``python -m benchmarks.gpu_model`` sets it against an H100.
 """
 
 from __future__ import annotations

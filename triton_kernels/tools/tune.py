@@ -194,13 +194,14 @@ def tune(
     device: str = "cuda",
     jobs: int = 1,
     resume: bool = False,
+    batch: int = 64,
 ) -> tuple[Entry, ...]:
     """Search tiles for ``cases`` (of ``workloads.CASES``; by default all) within ``budget`` seconds. Saves the best of
     each kernel as soon as it is known, and returns all that are saved.
 
     With ``jobs`` > 1, that many processes compile candidates in the first two thirds of the budget, and the rest is for
     timing; with 1, each is compiled before it is timed. Entries saved earlier for other calls are kept; with
-    ``resume``, so are those for these calls, which are then not searched again.
+    ``resume``, so are those for these calls, which are then not searched again. ``batch``: see ``workloads.prepare``.
 
     Raises RuntimeError without a GPU, ValueError for an unknown case.
     """
@@ -220,7 +221,7 @@ def tune(
         lists = []
         for name, dtype in work:
             with tiles.asking() as asked:
-                prepare(name, dtype, device)()
+                prepare(name, dtype, device, batch)()
             for call in dict.fromkeys(asked):
                 if call not in done:
                     lists.append([(name, dtype, call[0], c) for c in candidates(call[0], tiles.choose(*call), call[4])])
@@ -228,7 +229,7 @@ def tune(
         ahead = compile_ahead(tasks, begun + budget * 2 / 3 - time.monotonic(), jobs, device)
         report(f"compiled {len(ahead)} of {len(tasks)} candidates in {time.monotonic() - begun:.0f} s")
     for at, (name, dtype) in enumerate(work):
-        run = prepare(name, dtype, device)
+        run = prepare(name, dtype, device, batch)
         with tiles.asking() as asked:
             wanted = run()
         share = time.monotonic() + max(0.0, deadline - time.monotonic()) / (len(work) - at)

@@ -12,10 +12,10 @@ Run = Callable[[], tuple[Tensor, ...]]
 
 
 class _Maker:
-    """Inputs of one dtype on one device; on "meta" they have no values."""
+    """Inputs of one dtype on one device, ``batch`` images or sequences; on "meta" they have no values."""
 
-    def __init__(self, dtype: torch.dtype, device: str) -> None:
-        self.dtype, self.device = dtype, device
+    def __init__(self, dtype: torch.dtype, device: str, batch: int) -> None:
+        self.dtype, self.device, self.batch = dtype, device, batch
 
     def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         if self.device == "meta":
@@ -27,8 +27,8 @@ class _Maker:
 
 
 def attention(make: _Maker, n: int, d: int, bias: bool = False, causal: bool = False, dropout: float = 0.0) -> Run:
-    """Forward and backward of a batch of 64 images, 12 heads."""
-    q, k, v = make(64, n, 3, 12, d).permute(2, 0, 3, 1, 4)
+    """Forward and backward of a batch of images, 12 heads."""
+    q, k, v = make(make.batch, n, 3, 12, d).permute(2, 0, 3, 1, 4)
     seed = make.integers(torch.tensor([1])) if dropout else None
     rest = (make(1, 12, n, n, dtype=torch.float32) if bias else None, causal, d**-0.5, dropout, seed)
 
@@ -40,8 +40,8 @@ def attention(make: _Maker, n: int, d: int, bias: bool = False, causal: bool = F
 
 
 def varlen(make: _Maker, longest: int, d: int) -> Run:
-    """Forward and backward of 64 packed sequences, from half of the longest length to the longest."""
-    lengths = torch.linspace(longest // 2, longest, 64).int()
+    """Forward and backward of packed sequences, from half of the longest length to the longest."""
+    lengths = torch.linspace(longest // 2, longest, make.batch).int()
     ends = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).int()])
     q, k, v = make(int(ends[-1]), 3, 12, d).permute(1, 0, 2, 3)
     cu = make.integers(ends)
@@ -55,8 +55,8 @@ def varlen(make: _Maker, longest: int, d: int) -> Run:
 
 
 def window(make: _Maker, size: int, side: int, heads: int, cosine: bool = False, pad: bool = False) -> Run:
-    """Forward and backward of a Swin block's attention, batch 64, 32 channels per head."""
-    qkv, table = make(64, size, size, 96 * heads), make((2 * side - 1) ** 2, heads, dtype=torch.float32)
+    """Forward and backward of a Swin block's attention, 32 channels per head."""
+    qkv, table = make(make.batch, size, size, 96 * heads), make((2 * side - 1) ** 2, heads, dtype=torch.float32)
     logit = make(heads, dtype=torch.float32) if cosine else None
     rest = (
         (side, side),
@@ -78,13 +78,13 @@ def window(make: _Maker, size: int, side: int, heads: int, cosine: bool = False,
 
 
 def patches(make: _Maker, kept: int = 0, as_bytes: bool = False) -> Run:
-    """Forward and backward of ViT-B/16 on 64 images of 224 x 224."""
-    images = make(64, 3, 224, 224)
+    """Forward and backward of ViT-B/16 on images of 224 x 224."""
+    images = make(make.batch, 3, 224, 224)
     mean = std = None
     if as_bytes:
         images = make.integers(torch.randint(0, 256, images.shape, dtype=torch.uint8))
         mean, std = make(3, dtype=torch.float32), make.integers(torch.full((3,), 0.25))
-    keep = make.integers(torch.rand(64, 196).argsort(1)[:, :kept]) if kept else None
+    keep = make.integers(torch.rand(make.batch, 196).argsort(1)[:, :kept]) if kept else None
     rest = (make(768, 3, 16, 16), make(768), (16, 16), make(196, 768), make(1, 768), keep, mean, std)
 
     def run() -> tuple[Tensor, ...]:
@@ -96,8 +96,8 @@ def patches(make: _Maker, kept: int = 0, as_bytes: bool = False) -> Run:
 
 def maps(make: _Maker, n: int) -> Run:
     """The class token's attention, ViT-B."""
-    q, k = make(64, n, 2, 12, 64).permute(2, 0, 3, 1, 4)
-    rows = make.integers(torch.zeros(64, 1, dtype=torch.int64))
+    q, k = make(make.batch, n, 2, 12, 64).permute(2, 0, 3, 1, 4)
+    rows = make.integers(torch.zeros(make.batch, 1, dtype=torch.int64))
     return lambda: (attention_map.attention_map(q, k, rows, None, 0.125),)
 
 
@@ -134,7 +134,7 @@ def distillation(make: _Maker, n: int, prototypes: int) -> Run:
 
 
 CASES: dict[str, Callable[[_Maker], Run]] = {
-    "attention N=64 d=64": lambda m: attention(m, 64, 64),
+    "attention N=50 d=64": lambda m: attention(m, 50, 64),
     "attention N=197 d=64": lambda m: attention(m, 197, 64),
     "attention N=197 d=64 bias": lambda m: attention(m, 197, 64, bias=True),
     "attention N=257 d=64": lambda m: attention(m, 257, 64),
@@ -166,6 +166,7 @@ CASES: dict[str, Callable[[_Maker], Run]] = {
 }
 
 
-def prepare(case: str, dtype: torch.dtype, device: str) -> Run:
-    """The call ``case`` of :data:`CASES` with its inputs. Each run is one forward and one backward."""
-    return CASES[case](_Maker(dtype, device))
+def prepare(case: str, dtype: torch.dtype, device: str, batch: int = 64) -> Run:
+    """The call ``case`` of :data:`CASES` with its inputs, for ``batch`` images or sequences (the losses have sizes of
+    their own). Each run is one forward and one backward."""
+    return CASES[case](_Maker(dtype, device, batch))

@@ -1,0 +1,108 @@
+"""Variants of kernels that are measured beside the present ones, and the calls that tools look at one kernel in.
+
+``python -m benchmarks.gpu_variants CASE DTYPE [VARIANT]`` runs a case of ``triton_kernels/tools/workloads.py`` once,
+for Nsight Compute and compute-sanitizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.inputs import DTYPES
+
+
+@dataclass(frozen=True)
+class Variant:
+    """``change`` is in force while the case (of workloads.CASES) runs."""
+
+    name: str
+    case: str
+    change: Callable[[], AbstractContextManager[None]]
+    dtype: str = "bf16"
+
+
+@contextlib.contextmanager
+def _tiles(kernel: str, **fields: int) -> Iterator[None]:
+    """Other tile sizes for ``kernel``."""
+    from pyvit.triton_kernels import tiles
+
+    tiles.force(kernel, tiles.Config(**fields))
+    try:
+        yield
+    finally:
+        tiles.force(kernel, None)
+
+
+@contextlib.contextmanager
+def _short_backward(fits: bool) -> Iterator[None]:
+    """The gradients of attention by ``backward_short`` wherever it can be compiled, float32 included, or never."""
+    from pyvit.triton_kernels import flash_attention
+
+    before = flash_attention.backward_short_fits
+    flash_attention.backward_short_fits = lambda itemsize, head_dim, n_q, n_k: fits and max(n_q, n_k) <= 128
+    try:
+        yield
+    finally:
+        flash_attention.backward_short_fits = before
+
+
+FLOAT32_SHORT = Variant("backward_short in float32", "attention N=50 d=64", lambda: _short_backward(True), "fp32")
+
+VARIANTS = (
+    Variant("two passes instead of backward_short", "attention N=50 d=64", lambda: _short_backward(False)),
+    Variant(
+        "forward_long 128 x 128, 8 warps",
+        "attention N=1025 d=64",
+        lambda: _tiles("forward_long", block_m=128, block_n=128, edge_n=16, warps=8, stages=2),
+    ),
+    Variant(
+        "forward_long 64 x 64",
+        "attention N=577 d=64",
+        lambda: _tiles("forward_long", block_m=64, block_n=64, edge_n=16, warps=4, stages=3),
+    ),
+    Variant(
+        "backward_dkdv with 8 warps, as before",
+        "attention N=257 d=80",
+        lambda: _tiles("backward_dkdv", block_m=64, block_n=32, edge_n=32, warps=8, stages=2),
+    ),
+    Variant(
+        "window_backward_keys with 8 warps, as before",
+        "window 7",
+        lambda: _tiles("window_backward_keys", block_m=64, block_n=64, edge_n=32, group=4, warps=8, stages=1),
+    ),
+    Variant(
+        "window_forward with one window's tile per program",
+        "window 7",
+        lambda: _tiles("window_forward", block_m=64, group=1, warps=4, stages=2),
+    ),
+)
+
+#: kernel -> case, for Nsight Compute.
+PROFILED = {
+    "forward_short": "attention N=197 d=64",
+    "forward_long": "attention N=1025 d=64",
+    "backward_dkdv": "attention N=197 d=64",
+    "backward_short": "attention N=50 d=64",
+    "window_forward": "window 7",
+    "window_backward_keys": "window 7",
+}
+
+
+def main() -> None:
+    from pyvit.triton_kernels.tools.workloads import prepare
+
+    case, dtype, *rest = sys.argv[1:]
+    change = next((v.change for v in (FLOAT32_SHORT, *VARIANTS) if v.name in rest), contextlib.nullcontext)
+    with change():
+        prepare(case, DTYPES[dtype], "cuda")()
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
