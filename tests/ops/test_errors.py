@@ -59,7 +59,7 @@ VALUE = [  # operator, changed arguments, the argument that the message names, o
     ("flash_attention", {"k": K.to(meta)}, "k", ["device of q", "cpu", "meta"]),
     ("flash_attention", {"bias": z(5, 7, device=meta)}, "bias", ["device of q", "cpu", "meta"]),
     ("flash_attention", {"dropout_p": float("nan")}, "dropout_p", ["[0, 1)", "nan"]),
-    ("flash_attention", {"backend": "tritn"}, "backend", ["cuda, triton, cpu, reference", "tritn"]),
+    ("flash_attention", {"backend": "tritn"}, "backend", ["cuda, triton, cpu, torch, reference", "tritn"]),
     ("flash_attention_varlen", {"q": Q}, "q", ["(Tq, H, D)", "(2, 4, 5, 8)"]),
     ("flash_attention_varlen", {"k": K}, "k", ["(Tk, Hkv, D)"]),
     ("flash_attention_varlen", {"v": K}, "v", ["(Tk, Hkv, Dv)"]),
