@@ -62,7 +62,7 @@ def test_the_first_that_can_is_chosen() -> None:
             ["head dimension 20 is not in 16..128 in steps of 8", "does not support causal"],
         ),
         (call(F32, "lse_grad", d=300), "cpu", ["head dimension 300 is not in 1..256", "does not support lse_grad"]),
-        (call(device="xpu"), "cpu", ["does not run on xpu"]),
+        (call(device="xpu"), "cpu", ["runs on cpu tensors, got xpu"]),
         (call(), "cpu", []),
     ],
     ids=str,

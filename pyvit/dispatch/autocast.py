@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 
+def _enabled(device: str) -> bool:
+    # Of the devices with kernels it is known that they have it, and some releases' compilers cannot trace the question.
+    available = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return available and torch.is_autocast_enabled(device)
+
+
 def autocast(device: str, *tensors: Any) -> Any:
     """Under ``torch.autocast`` for ``device``, the floating tensors in its dtype; otherwise as they are. None stays
     None."""
-    # Of the devices with kernels it is known, and some releases' compilers cannot trace the question.
-    available = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
-    if not available or not torch.is_autocast_enabled(device):
+    if not _enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -32,7 +36,7 @@ def no_autocast(*tensors: Any) -> contextlib.AbstractContextManager[Any]:
     """The context of formulas whose operands were cast already: autocast is off for the device of the first of
     ``tensors`` that is one."""
     device = next((t.device.type for t in tensors if isinstance(t, Tensor)), None)
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    if device is None or not _enabled(device):
         return contextlib.nullcontext()
     return torch.autocast(device, enabled=False)
 

@@ -36,8 +36,6 @@ class Capability:
 
 
 def _missing(backend: str, device: str) -> str | None:
-    if backend in PLAIN:
-        return None
     if backend == "cpu":
         return library.problem() if device == "cpu" else f"runs on cpu tensors, got {device}"
     if backend == "triton":
@@ -45,7 +43,7 @@ def _missing(backend: str, device: str) -> str | None:
             return "the package 'triton' is not installed (pip install triton)"
         if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "runs on GPU tensors (on cpu only in Triton's interpreter, TRITON_INTERPRET=1)"
-        return None
+        return None if device in ("cpu", "cuda") else f"runs on cuda tensors, got {device}"
     if device != "cuda":
         return f"runs on cuda tensors, got {device}"
     if library.problem() is not None:
@@ -55,7 +53,7 @@ def _missing(backend: str, device: str) -> str | None:
 
 #: MISSING[backend, device]: why a backend cannot run on a device type on this machine, None where it can. Looking never
 #: touches a GPU.
-MISSING = {(backend, device): _missing(backend, device) for backend in BACKENDS for device in ("cpu", "cuda")}
+MISSING = {(b, device): _missing(b, device) for b in BACKENDS if b not in PLAIN for device in ("cpu", "cuda")}
 
 
 _ATTENTION = frozenset({"bias", "bool_mask", "bias_grad", "causal", "gqa", "grad", "lse", "lse_grad"})
@@ -135,6 +133,6 @@ def absent(op: str, backend: str, device: str) -> str | None:
     capability = CAPABILITIES[op].get(backend)
     if capability is not None and capability.pure:
         return None if backend == device else f"runs on {backend} tensors, got {device}"
-    if backend in PLAIN and op in CPU_ONLY:
+    if backend in PLAIN:  # every device of PyTorch's: MPS, XPU, ...
         return None
-    return MISSING.get((backend, device), f"does not run on {device}")
+    return MISSING[backend, device] if (backend, device) in MISSING else _missing(backend, device)

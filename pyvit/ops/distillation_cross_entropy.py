@@ -69,7 +69,7 @@ def distillation_cross_entropy(
         weights = torch.full((1, 1, 1), 1 / max(shape[0] * shape[1] * shape[2], 1), dtype=wide, device=student.device)
     weights = weights.detach().to(wide).expand(shape)
     teacher, fixed = teacher.detach(), None if teacher_prototypes is None else teacher_prototypes.detach()
-    with torch.autocast(student.device.type, enabled=False):
+    with dispatch.no_autocast(student):
         args = (student, teacher, student_prototypes, fixed, None if center is None else center.detach(), weights)
         return DISTILL(*args, student_temp, teacher_temp, chosen)[0]
 

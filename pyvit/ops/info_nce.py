@@ -41,7 +41,7 @@ def info_nce(
     call = _check(a, b, scale, group)
     chosen = dispatch.select(call, backend)
     s = loss_tiles.scalar(scale, a)
-    with torch.autocast(a.device.type, enabled=False):
+    with dispatch.no_autocast(a):
         if group is not None:
             Ring(group).check_equal("info_nce", "a", a.shape[0], a.device)
             return _Sharded.apply(a, b, s, group)

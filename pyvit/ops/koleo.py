@@ -40,7 +40,7 @@ def koleo(
         Ring(group).check_equal("koleo", "x", x.shape[0], x.device)
         x = loss_tiles.all_rows(x, group)
     chosen = dispatch.select(call, backend)
-    with torch.autocast(x.device.type, enabled=False):
+    with dispatch.no_autocast(x):
         wide = widen(x)
         nearest = NEAREST(x.detach(), chosen)
         # The root's slope is infinite where rows coincide, so eps enters under it too.

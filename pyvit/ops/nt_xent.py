@@ -40,7 +40,7 @@ def nt_xent(
     call = _check(z1, z2, temperature, group)
     chosen = dispatch.select(call, backend)
     t = loss_tiles.scalar(temperature, z1)
-    with torch.autocast(z1.device.type, enabled=False):
+    with dispatch.no_autocast(z1):
         if group is not None:
             Ring(group).check_equal("nt_xent", "z1", z1.shape[0], z1.device)
             return _Sharded.apply(z1, z2, t, group)

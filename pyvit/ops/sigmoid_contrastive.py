@@ -41,7 +41,7 @@ def sigmoid_contrastive(
     call = _check(a, b, scale, bias, group)
     chosen = dispatch.select(call, backend)
     s, t = loss_tiles.scalar(scale, a), loss_tiles.scalar(bias, a)
-    with torch.autocast(a.device.type, enabled=False):
+    with dispatch.no_autocast(a):
         if group is not None:
             Ring(group).check_equal("sigmoid_contrastive", "a", a.shape[0], a.device)
             return _Sharded.apply(a, b, s, t, group)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pyvit import dispatch
 from pyvit.ops import checks
 from pyvit.ops.loss_tiles import LogSumExp, Ring, product, spans, widen
 
@@ -87,7 +88,7 @@ def sinkhorn_center(
         checks.same(_OP, "prototypes", prototypes, "scores", features, dtype=False)
         if prototypes.shape[1] != features.shape[1]:
             checks.fail(_OP, "prototypes", f"of shape (K, {features.shape[1]})", checks.shape(prototypes))
-    with torch.autocast(features.device.type, enabled=False):
+    with dispatch.no_autocast(features):
         return _center(features, temperature, iterations, prototypes, Ring(group))
 
 
