@@ -39,9 +39,7 @@ def test_architectures_of_a_family_share_tiles() -> None:
     assert tiles.choose("pair_gradient", "sm_103", 2, 512, 4096).group == 2
     assert tiles.choose("pair_gradient", "sm_90", 2, 512, 4096).group == 4
     assert tiles.family("sm_90") != tiles.family("sm_100") != tiles.family("sm_120")
-    assert (
-        {arch for arch in tiles.SHARED_LIMIT if not arch.startswith("gfx")} >= set(tiles._LITTLE) >= {"sm_86", "sm_120"}
-    )
+    assert set(tiles._LITTLE) == {"sm_75", "sm_86", "sm_89", "sm_120", "sm_121"}
 
 
 def test_tuning_file_comes_first_and_a_broken_one_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
