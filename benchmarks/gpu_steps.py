@@ -184,7 +184,7 @@ TESTS = ("tests/ops", "tests/losses", "tests/cuda/test_library.py", "-m", "gpu")
 #: What a rehearsal runs of each step.
 TINY_CANARIES = ("map of 70 tokens, triton-bfloat16", "nt_xent, triton-bfloat16")
 TINY_WORKLOADS = ("attention map N=197 d=64",)
-TINY_TESTS = ("tests/ops/test_attention_map.py", "-k", "triton-bfloat16 and (test_forms_of_rows or test_strides)")
+TINY_TESTS = ("tests/ops/test_attention_map.py", "-k", "triton-bfloat16 and (test_forms_of_rows or shifted)")
 
 
 def _settings(ctx: Context, extra: Callable[[Case, Spec], Sequence[Provider]], peers: tuple[str, ...] = ()) -> Settings:
@@ -353,7 +353,7 @@ def _tuning(ctx: Context) -> Iterator[Work]:
 
         rest = {"report": say, "device": ctx.device.tensors, "resume": True}
         if ctx.tiny:
-            found = tune.tune(cases, budget=4.0, batch=1, time_of=ctx.device.milliseconds, **rest)
+            found = tune.tune(cases, budget=budget, batch=1, most=1, time_of=ctx.device.milliseconds, **rest)
         else:
             found = tune.tune(cases, budget=budget, jobs=ctx.device.workers, **rest)
         names = [f"{case} " for case in cases]
