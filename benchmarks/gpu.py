@@ -78,8 +78,8 @@ class _Clocks:
 
     FIELDS = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,utilization.gpu"
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.program = path, gpu_device.tool("nvidia-smi")
+    def __init__(self, path: Path, program: str | None) -> None:
+        self.path, self.program = path, program
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._log, daemon=True)
 
@@ -123,7 +123,7 @@ def measure(names: Sequence[str], minutes: float, device: gpu_device.Device, out
     environment = {"PYVIT_TILES": str(out / "tiles.json"), **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     if device.name == "fake":
         environment |= {"PYVIT_TEST_PTX": "sm_90", "PYVIT_NO_LIBRARY": "1"}
-    with _Clocks(out / "clocks.csv"):
+    with _Clocks(out / "clocks.csv", gpu_device.tool("nvidia-smi", device, out)):
         for part in PARTS:
             chosen = [name for name in names if gpu_steps.BY_NAME[name].part == part]
             end = time.time() + 60 * minutes

@@ -281,7 +281,7 @@ def _memcheck(ctx: Context) -> Iterator[Work]:
     variant = gpu_variants.FLOAT32_SHORT
 
     def run() -> list[Data]:
-        if (program := tool("compute-sanitizer")) is None:
+        if (program := tool("compute-sanitizer", ctx.device, ctx.out)) is None:
             return [{"status": "missing: compute-sanitizer is not installed"}]
         command = [program, "--tool", "memcheck", "--error-exitcode", "3", "--print-limit", "20", sys.executable]
         done = _called([*command, "-m", "benchmarks.gpu_variants", variant.case, variant.dtype, variant.name], 240.0)
@@ -303,7 +303,7 @@ def _nsight(ctx: Context) -> Iterator[Work]:
     """Nsight Compute on six kernels: every metric of its basic sections."""
 
     def run(kernel: str, case: str) -> list[Data]:
-        if (program := tool("ncu")) is None:
+        if (program := tool("ncu", ctx.device, ctx.out)) is None:
             return [{"status": "missing: ncu is not installed"}]
         command = [program, "--csv", "--page", "details", "--set", "detailed", "--kernel-name", f"regex:^{kernel}$"]
         command += ["--launch-count", "1", "--export", str(ctx.out / f"ncu-{kernel}"), "--force-overwrite"]
