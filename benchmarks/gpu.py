@@ -130,7 +130,8 @@ def measure(names: Sequence[str], minutes: float, device: gpu_device.Device, out
             for stage in stages(chosen, device.workers):
                 step = gpu_steps.BY_NAME[stage[0]]
                 shards = device.workers if step.spread else 1
-                until = time.time() + (step.share if step.spread else 1.0) * max(0.0, end - time.time())
+                share = step.share if len(stage) == 1 else 1.0
+                until = time.time() + share * max(0.0, end - time.time())
                 orders = [Order(stage, str(out), device.name, command, until, i, shards) for i in range(shards)]
                 with ThreadPoolExecutor(shards) as pool:
                     for _ in pool.map(lambda order: watcher.run(order, environment), orders):

@@ -20,11 +20,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_canaries, gpu_cases, gpu_cost, gpu_micro, gpu_variants, runner
+from benchmarks import gpu_canaries, gpu_cases, gpu_cost, gpu_micro, gpu_variants, providers, runner
 from benchmarks.cases import Case
 from benchmarks.ceiling import Ceiling
 from benchmarks.gpu_device import Device, tool
 from benchmarks.gpu_rows import Data, read
+from benchmarks.inputs import DTYPES
 from benchmarks.runner import Settings
 from benchmarks.specs import Provider, Spec
 from benchmarks.workload import OURS
@@ -241,7 +242,8 @@ def _by_flash_4(ctx: Context, case: Case) -> list[Data]:
 
 
 def _kernels(ctx: Context) -> Iterator[Work]:
-    """Time of each kernel in a forward and backward: of every workload, and of the variants beside the present form."""
+    """Time of each kernel in a forward and backward: variants beside the present form, every workload of Triton's, and
+    CUDA's calls of the step "dispatch"."""
     from pyvit.triton_kernels.tools.tune import _agree
     from pyvit.triton_kernels.tools.workloads import CASES
 
@@ -261,17 +263,24 @@ def _kernels(ctx: Context) -> Iterator[Work]:
                 return [*found, {"variant": variant.name, "status": "red: other results"}]
             return found + rows(variant.case, variant.dtype, variant.name, ctx.device.kernel_times(run))
 
+    def by_cuda(case: Case) -> list[Data]:
+        spec = providers.SPECS[case.op](case, case.sources[0], DTYPES[case.dtype], ctx.device.tensors)
+        ours = gpu_cases.on_backend("cuda", next(p for p in spec.providers if p.name == OURS))
+        run = providers.timed(ours, spec.tensors, spec.grads, case.mode)
+        return rows(case.id, case.dtype, "cuda", ctx.device.kernel_times(run))
+
     whole = every_digest()
     for variant in gpu_variants.VARIANTS[: 1 if ctx.tiny else None]:
         yield Work(f"variant: {variant.name}", functools.partial(changed, variant), whole)
     for case in TINY_WORKLOADS if ctx.tiny else CASES:
         yield Work(f"{case}, bf16", functools.partial(present, case, "bf16"), whole)
+    for case in gpu_cases.dispatch():
+        if case.mode != "forward" and absent(case.op, "cuda", ctx.device.tensors) is None:
+            yield Work(f"cuda: {case.id}", functools.partial(by_cuda, case), digests_of(case.op))
 
 
 def _prepared(ctx: Context, case: str, dtype: str) -> Callable[[], tuple[torch.Tensor, ...]]:
     from pyvit.triton_kernels.tools import workloads
-
-    from benchmarks.inputs import DTYPES
 
     return workloads.prepare(case, DTYPES[dtype], ctx.device.tensors, 1 if ctx.tiny else 64)
 
