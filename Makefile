@@ -1,4 +1,5 @@
-# Everything starts from a bare clone: each target makes the environment and the build it needs.
+# Everything starts from a bare clone: each target makes the environment and the build it needs, except "make gpu
+# PY=python3", which runs with what it finds and installs nothing.
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
@@ -41,7 +42,8 @@ test-triton: build ## Triton kernels in the interpreter, then compiled ahead of 
 		-k "triton and (opcheck or low_level or compile or export or jit or autocast or double)"
 	$(PYTEST) $(SPREAD) tests/triton
 
-rehearse: build   ## what a GPU's tests check, with Triton's kernels compiled for sm_90 and run on a CPU: 40 minutes
+rehearse: build   ## what a GPU's run does and its tests check, with Triton's kernels run on a CPU: 2 and 40 minutes
+	$(PY) -m benchmarks.gpu --device fake --out build/rehearsal
 	PYVIT_TEST_PTX=sm_90 PYVIT_NO_LIBRARY=1 $(PYTEST) $(SPREAD) tests/ops tests/losses -k triton
 
 test-torch: build ## the operators' contract under another torch, the library as it was built: make test-torch VERSION=2.10.0
@@ -53,8 +55,8 @@ test-fast: build  ## the quick part, under three minutes
 bench: build      ## check and time every operator and both models on this machine; results/
 	$(PY) -m benchmarks
 
-gpu: build        ## the same on a GPU: tests, tuning, timing; benchmarks/results/<gpu>/
-	$(PY) -m benchmarks.gpu
+gpu: $(if $(filter command%,$(origin PY)),,build) ## an hour on a GPU: make gpu [PY=python3] [ARGS="--parts 1 --resume"]
+	PYTHONPATH=. $(PY) -m benchmarks.gpu $(ARGS)
 
 results: build    ## regenerate docs/results.md: what each recipe reaches on real images
 	$(PY) examples/results.py

@@ -78,8 +78,8 @@ class _Clocks:
 
     FIELDS = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,utilization.gpu"
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.program = path, gpu_device.tool("nvidia-smi")
+    def __init__(self, path: Path, program: str | None) -> None:
+        self.path, self.program = path, program
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._log, daemon=True)
 
@@ -123,14 +123,15 @@ def measure(names: Sequence[str], minutes: float, device: gpu_device.Device, out
     environment = {"PYVIT_TILES": str(out / "tiles.json"), **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     if device.name == "fake":
         environment |= {"PYVIT_TEST_PTX": "sm_90", "PYVIT_NO_LIBRARY": "1"}
-    with _Clocks(out / "clocks.csv"):
+    with _Clocks(out / "clocks.csv", gpu_device.tool("nvidia-smi", device, out)):
         for part in PARTS:
             chosen = [name for name in names if gpu_steps.BY_NAME[name].part == part]
             end = time.time() + 60 * minutes
             for stage in stages(chosen, device.workers):
                 step = gpu_steps.BY_NAME[stage[0]]
                 shards = device.workers if step.spread else 1
-                until = time.time() + (step.share if step.spread else 1.0) * max(0.0, end - time.time())
+                share = step.share if len(stage) == 1 else 1.0
+                until = time.time() + share * max(0.0, end - time.time())
                 orders = [Order(stage, str(out), device.name, command, until, i, shards) for i in range(shards)]
                 with ThreadPoolExecutor(shards) as pool:
                     for _ in pool.map(lambda order: watcher.run(order, environment), orders):

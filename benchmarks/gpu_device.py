@@ -177,7 +177,10 @@ def open_device(name: str) -> Device:
     return Gpu() if name == "cuda" else Rehearsal()
 
 
-def tool(name: str) -> str | None:
-    """The path of one of the CUDA toolkit's programs, on PATH or in its usual place."""
+def tool(name: str, device: Device, out: Path) -> str | None:
+    """The path of one of the CUDA toolkit's programs, on PATH or in its usual place; in a rehearsal, of its stand-in in
+    ``out``."""
+    if device.name == "fake":
+        return str(out / name) if (out / name).exists() else None
     usual = Path("/usr/local/cuda/bin") / name
     return shutil.which(name) or (str(usual) if usual.exists() else None)

@@ -105,8 +105,8 @@ def _lines(path: Path) -> Iterator[Data]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
             try:
-                line = json.loads(text)
-            except json.JSONDecodeError:  # torn
-                continue
+                line = json.loads(text) if text.endswith("\n") else None
+            except json.JSONDecodeError:
+                line = None  # torn
             if isinstance(line, dict):
                 yield line

@@ -20,11 +20,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_canaries, gpu_cases, gpu_cost, gpu_micro, gpu_variants, runner
+from benchmarks import gpu_canaries, gpu_cases, gpu_cost, gpu_micro, gpu_variants, providers, runner
 from benchmarks.cases import Case
 from benchmarks.ceiling import Ceiling
 from benchmarks.gpu_device import Device, tool
 from benchmarks.gpu_rows import Data, read
+from benchmarks.inputs import DTYPES
 from benchmarks.runner import Settings
 from benchmarks.specs import Provider, Spec
 from benchmarks.workload import OURS
@@ -184,7 +185,7 @@ TESTS = ("tests/ops", "tests/losses", "tests/cuda/test_library.py", "-m", "gpu")
 #: What a rehearsal runs of each step.
 TINY_CANARIES = ("map of 70 tokens, triton-bfloat16", "nt_xent, triton-bfloat16")
 TINY_WORKLOADS = ("attention map N=197 d=64",)
-TINY_TESTS = ("tests/ops/test_attention_map.py", "-k", "triton-bfloat16 and (test_forms_of_rows or test_strides)")
+TINY_TESTS = ("tests/ops/test_attention_map.py", "-k", "triton-bfloat16 and (test_forms_of_rows or shifted)")
 
 
 def _settings(ctx: Context, extra: Callable[[Case, Spec], Sequence[Provider]], peers: tuple[str, ...] = ()) -> Settings:
@@ -241,7 +242,8 @@ def _by_flash_4(ctx: Context, case: Case) -> list[Data]:
 
 
 def _kernels(ctx: Context) -> Iterator[Work]:
-    """Time of each kernel in a forward and backward: of every workload, and of the variants beside the present form."""
+    """Time of each kernel in a forward and backward: variants beside the present form, every workload of Triton's, and
+    CUDA's calls of the step "dispatch"."""
     from pyvit.triton_kernels.tools.tune import _agree
     from pyvit.triton_kernels.tools.workloads import CASES
 
@@ -261,17 +263,24 @@ def _kernels(ctx: Context) -> Iterator[Work]:
                 return [*found, {"variant": variant.name, "status": "red: other results"}]
             return found + rows(variant.case, variant.dtype, variant.name, ctx.device.kernel_times(run))
 
+    def by_cuda(case: Case) -> list[Data]:
+        spec = providers.SPECS[case.op](case, case.sources[0], DTYPES[case.dtype], ctx.device.tensors)
+        ours = gpu_cases.on_backend("cuda", next(p for p in spec.providers if p.name == OURS))
+        run = providers.timed(ours, spec.tensors, spec.grads, case.mode)
+        return rows(case.id, case.dtype, "cuda", ctx.device.kernel_times(run))
+
     whole = every_digest()
     for variant in gpu_variants.VARIANTS[: 1 if ctx.tiny else None]:
         yield Work(f"variant: {variant.name}", functools.partial(changed, variant), whole)
     for case in TINY_WORKLOADS if ctx.tiny else CASES:
         yield Work(f"{case}, bf16", functools.partial(present, case, "bf16"), whole)
+    for case in gpu_cases.dispatch():
+        if case.mode != "forward" and absent(case.op, "cuda", ctx.device.tensors) is None:
+            yield Work(f"cuda: {case.id}", functools.partial(by_cuda, case), digests_of(case.op))
 
 
 def _prepared(ctx: Context, case: str, dtype: str) -> Callable[[], tuple[torch.Tensor, ...]]:
     from pyvit.triton_kernels.tools import workloads
-
-    from benchmarks.inputs import DTYPES
 
     return workloads.prepare(case, DTYPES[dtype], ctx.device.tensors, 1 if ctx.tiny else 64)
 
@@ -281,7 +290,7 @@ def _memcheck(ctx: Context) -> Iterator[Work]:
     variant = gpu_variants.FLOAT32_SHORT
 
     def run() -> list[Data]:
-        if (program := tool("compute-sanitizer")) is None:
+        if (program := tool("compute-sanitizer", ctx.device, ctx.out)) is None:
             return [{"status": "missing: compute-sanitizer is not installed"}]
         command = [program, "--tool", "memcheck", "--error-exitcode", "3", "--print-limit", "20", sys.executable]
         done = _called([*command, "-m", "benchmarks.gpu_variants", variant.case, variant.dtype, variant.name], 240.0)
@@ -303,7 +312,7 @@ def _nsight(ctx: Context) -> Iterator[Work]:
     """Nsight Compute on six kernels: every metric of its basic sections."""
 
     def run(kernel: str, case: str) -> list[Data]:
-        if (program := tool("ncu")) is None:
+        if (program := tool("ncu", ctx.device, ctx.out)) is None:
             return [{"status": "missing: ncu is not installed"}]
         command = [program, "--csv", "--page", "details", "--set", "detailed", "--kernel-name", f"regex:^{kernel}$"]
         command += ["--launch-count", "1", "--export", str(ctx.out / f"ncu-{kernel}"), "--force-overwrite"]
@@ -353,7 +362,7 @@ def _tuning(ctx: Context) -> Iterator[Work]:
 
         rest = {"report": say, "device": ctx.device.tensors, "resume": True}
         if ctx.tiny:
-            found = tune.tune(cases, budget=4.0, batch=1, time_of=ctx.device.milliseconds, **rest)
+            found = tune.tune(cases, budget=budget, batch=1, most=1, time_of=ctx.device.milliseconds, **rest)
         else:
             found = tune.tune(cases, budget=budget, jobs=ctx.device.workers, **rest)
         names = [f"{case} " for case in cases]

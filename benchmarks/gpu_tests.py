@@ -40,10 +40,9 @@ class Recorder:
         are in one process, as two may not fit."""
         at, count = self.shard
         of = lambda i: 0 if "far" in i.fixturenames else zlib.crc32(i.nodeid.encode()) % count  # noqa: E731
-        mine = [i for i in items if of(i) == at and i.nodeid not in self.done]
-        others = [i for i in items if i not in set(mine)]
-        config.hook.pytest_deselected(items=others)
-        items[:] = mine
+        wanted = [of(i) == at and i.nodeid not in self.done for i in items]
+        config.hook.pytest_deselected(items=[i for i, w in zip(items, wanted, strict=True) if not w])
+        items[:] = [i for i, w in zip(items, wanted, strict=True) if w]
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._reports = []
@@ -69,20 +68,10 @@ class Recorder:
             self._session.shouldstop = "no time left"
 
 
-def run(plugin: Recorder, arguments: Sequence[str]) -> int:
-    """pytest's exit status. The first failure does not end the run."""
+def run(plugin: Recorder, arguments: Sequence[str], folder: str = str(_REPOSITORY)) -> int:
+    """pytest's exit status, run in ``folder``. The first failure does not end the run."""
     import pytest
 
-    os.chdir(_REPOSITORY)
-    options = [
-        "-q",
-        "--no-header",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "--rootdir",
-        str(_REPOSITORY),
-    ]
+    os.chdir(folder)
+    options = ["-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"]
     return int(pytest.main([*options, *arguments], plugins=[plugin]))

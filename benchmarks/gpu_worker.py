@@ -88,7 +88,8 @@ def work(order: Order) -> int:
     for name in order.steps:
         step = gpu_steps.BY_NAME[name]
         done = {(i.item, i.key) for i in gpu_rows.read(record.path) if i.step == name}
-        end = time.time() + step.share * (order.until - time.time())
+        share = step.share if len(order.steps) > 1 else 1.0
+        end = time.time() + share * (order.until - time.time())
         left = functools.partial(_until, end)
         ctx = gpu_steps.Context(device, out, left)
         if name == "tests":

@@ -96,7 +96,7 @@ class Entry:
 
 
 #: NVIDIA GPUs with mma.sync and less shared memory than an A100.
-_LITTLE = ("sm_75", "sm_86", "sm_89", "sm_120", "sm_121")
+_LITTLE = tuple(arch for arch, limit in SHARED_LIMIT.items() if family(arch) == "mma" and limit < 163 << 10)
 
 #: The first match is used. A warp computes 16 rows of a product at a time. With more warps, several of them issue the
 #: same instructions, up to twice as many per score (``python -m tests.ptx.count`` counts them). RDNA's 32 threads of a

@@ -17,10 +17,26 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from pyvit.library import code_for
+
 HERE = Path(__file__).parent.resolve()
 ROOT = HERE.parents[1]
 DATA, TABLE = HERE / "resources.json", ROOT / "docs" / "gpu-kernels-cuda.md"
-ARCHS = ("80", "90", "100", "120")
+
+#: What setup.py builds for, unless TORCH_CUDA_ARCH_LIST says otherwise.
+DEFAULT_ARCHS = re.search(r'^DEFAULT_ARCHS = "(.+)"', (ROOT / "setup.py").read_text(), re.MULTILINE)[1].split(";")
+ARCHS = tuple(arch.removesuffix("+PTX").replace(".", "") for arch in DEFAULT_ARCHS)
+GPUS = {
+    "T4": (7, 5),
+    "A100": (8, 0),
+    "RTX 3090": (8, 6),
+    "RTX 4090, L4": (8, 9),
+    "H100, H200": (9, 0),
+    "B200": (10, 0),
+    "B300": (10, 3),
+    "RTX 5090": (12, 0),
+    "GB10": (12, 1),
+}
 FLAGS = ("-O3", "-std=c++17")
 
 #: Registers of a multiprocessor, its shared memory in bytes less 1 KB that each block costs, threads, and blocks.
@@ -185,6 +201,11 @@ class Launch(NamedTuple):
     shared: int
 
 
+def filling(arch: str, registers: int, launch: Launch) -> str:
+    """The occupancy of a launch, or a dash where a block has less shared memory than the launch needs."""
+    return f"{found:.0%}" if (found := occupancy(arch, registers, launch.threads, launch.shared)) else "-"
+
+
 def attention_launch(
     what: str, n: int, width: int, size: int, columns: int, own_tiles: int, extra: int = 0, sums: bool = False
 ) -> Launch:
@@ -299,7 +320,9 @@ def document(table: dict[str, dict[str, dict[str, int]]]) -> str:
         "Windows of up to 64 tokens (144 in 16-bit types, head dimension 32) get all gradients from one block in one pass: 5 products,",
         "7 (8) reads and writes of a map of C channels. Attention and larger windows take two passes: 7 and 12. Up to about 300",
         "tokens of a window the queries' pass also sums the gradient of the table, in shared memory; beyond, and for attention, the",
-        "gradient of a bias takes 2 and 4 more. Windows of 256 tokens do not fit in one pass: their probabilities and score gradients",
+        "gradient of a bias takes 2 and 4 more. The device is asked how much shared memory a block may have: with 99 KB (compute",
+        "capability 8.6, 8.9, 12.0) 16-bit windows of more than 112 tokens and float32 windows of 49 to 64 with head dimension 64 take two",
+        "passes, and windows of about 250 tokens and more a third one. Windows of 256 tokens do not fit in one pass: their probabilities and score gradients",
         "alone take 256 KB. A head of",
         "197 tokens fits one block (q, k, v and grad_out 104 KB, 64 keys' columns of the two matrices 52 KB), but then a multiprocessor",
         "has one block, whose loads, products and stores follow one another: on an A100 about 8, 14 and 7 thousand clocks, where the two",
@@ -308,10 +331,21 @@ def document(table: dict[str, dict[str, dict[str, int]]]) -> str:
         "Of this backend and Triton's, the one measured faster serves a call, else the one predicted faster by `pyvit/dispatch/cost_model.py`;",
         "`pyvit.explain` says which and by what figures. `python -m benchmarks.gpu` measures on the GPU at hand.",
         "",
+        "# GPUs",
+        "",
+        "The default build (`TORCH_CUDA_ARCH_LIST`, `setup.py`) is for " + ", ".join(DEFAULT_ARCHS) + ".",
+        "",
+        "| GPU | compute capability | runs |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {major}.{minor} | {code_for(DEFAULT_ARCHS, (major, minor)) or 'nothing: refused'} |"
+            for name, (major, minor) in GPUS.items()
+        ),
+        "",
         "# Resources",
         "",
         "Written by `python csrc/cuda/resources.py`, from ptxas. Nothing here was measured on a GPU: occupancy is predicted from",
-        "registers, shared memory and threads.",
+        "registers, shared memory and threads; a dash marks a launch that the GPU's shared memory does not hold, and that is not made.",
         "",
         "## Common launches, bfloat16",
         "",
@@ -319,9 +353,7 @@ def document(table: dict[str, dict[str, dict[str, int]]]) -> str:
         "|---|---|---:|---:|" + "---:|" * len(ARCHS),
     ]
     for kernel, launch in common():
-        filled = [
-            f"{occupancy(arch, table[kernel][arch]['registers'], launch.threads, launch.shared):.0%}" for arch in ARCHS
-        ]
+        filled = [filling(arch, table[kernel][arch]["registers"], launch) for arch in ARCHS]
         lines.append(
             f"| `{kernel}` | {launch.what} | {launch.threads} | {launch.shared / 1024:.1f} KB | "
             + " | ".join(filled)
@@ -342,9 +374,7 @@ def document(table: dict[str, dict[str, dict[str, int]]]) -> str:
             " / ".join(str(per_arch[arch][key]) for arch in ARCHS) for key in ("registers", "spill_stores", "tensor")
         ]
         launch = launch_of(kernel)
-        filled = [
-            f"{occupancy(arch, per_arch[arch]['registers'], launch.threads, launch.shared):.0%}" for arch in ARCHS
-        ]
+        filled = [filling(arch, per_arch[arch]["registers"], launch) for arch in ARCHS]
         columns += [launch.what, str(launch.threads), f"{launch.shared / 1024:.1f} KB", " / ".join(filled)]
         lines.append(f"| `{kernel}` | " + " | ".join(columns) + " |")
     return "\n".join(lines) + "\n"

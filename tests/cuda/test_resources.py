@@ -78,7 +78,9 @@ def test_products_use_the_tensor_cores(record):
 def test_occupancy(resources):
     assert resources.occupancy("80", 128, 256, 0) == 0.25  # registers: two blocks of 256 threads
     assert resources.occupancy("80", 32, 128, 80 << 10) == 0.125  # shared memory: two blocks of 128
-    assert resources.occupancy("90a", 32, 128, 0) == 1.0
+    assert resources.occupancy("90", 32, 128, 0) == 1.0
+    assert resources.occupancy("120", 32, 128, 99 << 10) == 1 / 12
+    assert resources.occupancy("120", 32, 128, 100 << 10) == 0
     assert resources.occupancy("80", 168, 288, 0) == 9 / 64  # twelve warps have registers: one block of nine
 
 

@@ -295,3 +295,17 @@ def test_compiling_ahead_keeps_what_ran(monkeypatch: pytest.MonkeyPatch) -> None
     assert tune.compile_ahead([(2,), (0,), (3,)], 60.0, 2, 7) == {(2,), (3,)}
     monkeypatch.setattr(tune, "_compile", time.sleep)
     assert tune.compile_ahead([()], 0.0, 1, 0.5) == set()
+
+
+def test_architectures_of_a_family_share_tiles() -> None:
+    """Tensor memory on sm_100 and sm_103; mma.sync with 99 KB of shared memory on sm_86, sm_89 and sm_120."""
+    calls = {
+        (e.kernel, e.itemsize, e.head_dim, e.length) for e in tiles.TABLE if not e.measured.startswith("attention")
+    }
+    for first, *others in (("sm_100", "sm_103", "sm_110"), ("sm_86", "sm_89", "sm_120"), ("gfx1100", "gfx1201")):
+        for kernel, *call in calls:
+            assert len({tiles.choose(kernel, arch, *call) for arch in (first, *others)}) == 1, (kernel, call)
+    assert tiles.choose("pair_gradient", "sm_103", 2, 512, 4096).group == 2
+    assert tiles.choose("pair_gradient", "sm_90", 2, 512, 4096).group == 4
+    assert tiles.family("sm_90") != tiles.family("sm_100") != tiles.family("sm_120")
+    assert set(tiles._LITTLE) == {"sm_75", "sm_86", "sm_89", "sm_120", "sm_121"}

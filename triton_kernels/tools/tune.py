@@ -195,13 +195,15 @@ def tune(
     jobs: int = 1,
     resume: bool = False,
     batch: int = 64,
+    most: int | None = None,
 ) -> tuple[Entry, ...]:
     """Search tiles for ``cases`` (of ``workloads.CASES``; by default all) within ``budget`` seconds. Saves the best of
     each kernel as soon as it is known, and returns all that are saved.
 
     With ``jobs`` > 1, that many processes compile candidates in the first two thirds of the budget, and the rest is for
     timing; with 1, each is compiled before it is timed. Entries saved earlier for other calls are kept; with
-    ``resume``, so are those for these calls, which are then not searched again. ``batch``: see ``workloads.prepare``.
+    ``resume``, so are those for these calls, which are then not searched again. ``batch``: see ``workloads.prepare``;
+    ``most``: of how many candidates of a kernel, at most.
 
     Raises RuntimeError without a GPU, ValueError for an unknown case.
     """
@@ -240,7 +242,7 @@ def tune(
                 c
                 for c in candidates(call[0], tiles.choose(*call), call[4])
                 if ahead is None or (name, dtype, call[0], c) in ahead
-            ]
+            ][:most]
             entry = _search(name, run, wanted, call, choices, until, where, time_of, report)
             if entry is not None:
                 kept[call] = entry
