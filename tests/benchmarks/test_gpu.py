@@ -517,26 +517,29 @@ def test_microbenchmarks_are_programs(kernel, tmp_path):
     assert sass.stdout.count(name) == (64 if kernel.name in ("ex2", "max", "fma") else 16)
 
 
-def test_measured_rows_are_made_of_a_record(monkeypatch, tmp_path):
-    """Both backends right and timed: a line for MEASURED, that says what it measured. One wrong: none."""
-    case, wrong = gpu_cases.dispatch()[:2]
+def test_measured_rows_are_made_of_a_record(tmp_path):
+    """Both backends right and timed: a line for MEASURED that says what it measured, with PyTorch's fastest. One wrong:
+    none."""
+    case, wrong = (c for c in gpu_cases.dispatch()[:2])
     record = gpu_rows.Record(tmp_path / "rows.jsonl", {"gpu": "NVIDIA H200", "triton": "3.9"}, "")
 
-    def row(of: Case, backend: str, ms: float, status: str = "ok") -> dict[str, Any]:
-        found = runner.Row(of.op, of.label, f"{OURS} {backend}", of.dtype, of.mode, 1, median_ms=ms, status=status)
+    def row(of: Case, provider: str, ms: float, status: str = "ok") -> dict[str, Any]:
+        found = runner.Row(of.op, of.label, provider, of.dtype, of.mode, 1, median_ms=ms, status=status)
         return vars(found) | {"digests": ["t1", "c1"]}
 
-    theirs = [row(case, "", ms) | {"provider": name} for name, ms in (("sdpa cuDNN", 0.9), ("sdpa math", 9.0))]
-    record.append("dispatch", case.id, "k", [row(case, "cuda", 2.0), row(case, "triton", 1.23456), *theirs])
-    record.append("dispatch", wrong.id, "k", [row(wrong, "cuda", math.nan, "red: far off"), row(wrong, "triton", 1.0)])
+    ours = [row(case, f"{OURS} cuda", 2.0), row(case, f"{OURS} triton", 1.23456)]
+    theirs = [row(case, "sdpa cuDNN", 1.5), row(case, "sdpa flash", 1.4), row(case, "sdpa math", 1.0, "outside rule")]
+    record.append("dispatch", case.id, "k", [*ours, *theirs])
+    bad = row(wrong, f"{OURS} cuda", math.nan, "red: far off")
+    record.append("dispatch", wrong.id, "k", [bad, row(wrong, f"{OURS} triton", 1.0)])
     items = gpu_rows.read(tmp_path / "rows.jsonl")
     (line,) = gpu_report.measured_rows(items)
-    found = eval(line.rstrip(","), {"Measured": choice.Measured, "torch": torch, "NAN": choice.NAN})
-    today = items[0].at[:10]
-    wanted = choice.Measured(
-        "H200", case.op, torch.bfloat16, False, gpu_model.shape(case), 2.0, 1.235, 0.9, today, ("c1", "t1"), "3.9"
+    (found,) = eval(f"({line})", {"Measured": choice.Measured, "torch": torch, "NAN": math.nan})
+    shape, today = gpu_model.shape(case), items[0].at[:10]
+    grad = case.mode == "forward+backward"
+    assert found == choice.Measured(
+        "H200", case.op, torch.bfloat16, grad, shape, 2.0, 1.235, 1.4, today, ("c1", "t1"), "3.9"
     )
-    assert found in (wanted, choice.Measured(**{**vars(wanted), "grad": case.mode != "forward"}))
     assert gpu_report.write(tmp_path) == 1  # one of ours is wrong
     assert line in (tmp_path / "results.md").read_text()
 
