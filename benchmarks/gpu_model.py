@@ -170,5 +170,28 @@ def table() -> Iterator[str]:
         )
 
 
+def floors(gpu: str) -> Iterator[str]:
+    """Lines of Markdown: what bounds each call on ``gpu``, in microseconds, and what the present kernels are predicted
+    to take."""
+    where = cost_model.GPUS[gpu]
+    yield "| call | memory | compute | exponentials | issue | cuda | triton |"
+    yield "|---|---:|---:|---:|---:|---:|---:|"
+    calls = {(c.op, shape(c)): sizes(c) for c in gpu_cases.ops() if c.op in ("flash_attention", "window_attention")}
+    for (op, at), call in calls.items():
+        features = ("bias_table",) if op == "window_attention" else ()
+        before = dict.fromkeys(("cuda", "triton"), 0.0)
+        for backward in (False, True):
+            cells = [f"{1e6 * t:.0f}" for t in _floor(op, call, backward).times(where).values()]
+            for backend in before:
+                both = choice.predict(backend, op, BF16, features, call, gpu, backward)
+                cells.append(f"{1e3 * (both - before[backend]):.0f}")
+                before[backend] = both
+            name = f"{op} {'x'.join(map(str, at))}, {'backward' if backward else 'forward'}"
+            yield f"| {name} | {' | '.join(cells)} |"
+
+
 if __name__ == "__main__":
     print("\n".join(table()))
+    for name in ("H100", "H200"):
+        print(f"\nMicroseconds on {name}: the four floors, and the present kernels by the model.\n")
+        print("\n".join(floors(name)))
