@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pyvit.triton_kernels.tiles import backward_short_fits, choose, forward_short_fits, one_tile, parts
+from pyvit.triton_kernels.tiles import backward_short_fits, choose, forward_short_fits, parts
 
 
 @dataclass(frozen=True)
@@ -224,11 +224,10 @@ def triton_attention(
         c = choose("forward_short" if short else "forward_long", arch, itemsize, d, n_k)
         keys = sum(parts(n_k)) if short else n_k // c.block_n * c.block_n + round_up(n_k % c.block_n, c.edge_n)
         return _attention_plan(4, 2, round_up(n_q, c.block_m) * keys / pairs * width, 1, c.block_m >= 64, False)
-    if not grouped and backward_short_fits(itemsize, d, n_q, n_k):
-        c = choose("backward_short", arch, itemsize, d, n_k)
-        rows = c.block_m if not bias else max(16, c.block_m // 2)
-        tensors, products, launches = 8, 5, 1
-        padded = round_up(n_q, rows) * one_tile(n_k)
+    if not grouped and backward_short_fits(arch, itemsize, (d, d), n_q, n_k, bias, False):
+        c = choose("backward_short", arch, itemsize, d, n_q)
+        rows, tensors, products, launches = c.block_m, 8, 5, 1
+        padded = round_up(n_q, rows) * (n_k // c.block_n * c.block_n + round_up(n_k % c.block_n, c.edge_n))
     else:
         c = choose("backward_dkdv", arch, itemsize, d, n_k)
         rows, tensors, products, launches = c.block_m, 12, 7, 2
