@@ -259,15 +259,15 @@ def _shared_limit(arch: str) -> int:
 
 def backward_short_shared(arch: str, itemsize: int, head_dims: tuple[int, int], n_q: int, bias: bool) -> int:
     """Bytes of shared memory of ``backward_short``, at most: queries and output gradients, a block of keys and values
-    per stage, a tile of probabilities and the bias's tiles. Products by ``mma`` need a second, transposed copy of
+    per stage, a tile of probabilities and the bias's tiles. Products by ``mma.sync`` need a second, transposed copy of
     queries and output gradients."""
     c = _find("backward_short", arch, itemsize, max(head_dims), n_q)
     widths = [part for d in head_dims for part in parts(d)]
-    warpgroups = arch.startswith(("sm_90", "sm_10", "sm_11")) and min(widths) >= 64
+    once = arch.startswith("gfx") or (arch.startswith(("sm_90", "sm_10", "sm_11")) and min(widths) >= 64)
     tiles, row = -(-n_q // c.block_m), sum(widths) * itemsize
     tile = c.block_m * c.block_n
     bias_tiles = bias * (tiles if c.stages > 1 else 1)
-    rows = tiles * c.block_m * (1 if warpgroups else 2) + c.stages * c.block_n
+    rows = tiles * c.block_m * (1 if once else 2) + c.stages * c.block_n
     return rows * row + tile * itemsize + bias_tiles * tile * 4 + 1024  # 1024: sm_100's barriers
 
 
@@ -277,12 +277,13 @@ def backward_short_fits(
     """Whether one program can compute all gradients of a head: in 16 bits, queries, output gradients and one block of
     keys fit into shared memory, and dQ into registers.
 
-    Registers per thread, d = 64, 16 rows per warp: 32 for each tile of dQ and for scores and their gradients of 64
-    keys, 16 each for dK and dV. Compiled for sm_90, at most 255 registers and 480 spilled bytes up to 288 queries;
-    dropout's draws spill 584 bytes from the second tile on.
+    Registers per thread, d = 64, 16 rows per warp: 32 for each tile of dQ, as many for scores and for their gradients
+    of 64 keys, 16 each for dK and dV. Compiled for sm_90 that spills 240 bytes at 197 queries and 224 at 257 (with
+    blocks of 32 keys). A second tile with dropout spills 584 bytes, a third one with a bias 912 (sm_100): two passes.
 
     Not in float32: an earlier version, compiled by Triton 3.6, gave wrong gradients and read out of bounds on an H100.
     """
-    if itemsize > 2 or not 0 < n_q <= SHORT or n_k == 0 or max(head_dims) > 64 or (dropout and n_q > 128):
+    most = 128 if dropout else 256 if bias else SHORT
+    if itemsize > 2 or not 0 < n_q <= most or n_k == 0 or max(head_dims) > 64:
         return False
     return backward_short_shared(arch, itemsize, head_dims, n_q, bias) <= _shared_limit(arch)
