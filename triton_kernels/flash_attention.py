@@ -20,7 +20,7 @@ from pyvit.triton_kernels.common import (
 from pyvit.triton_kernels.flash_attention_backward import backward_dkdv, backward_dq, backward_short
 from pyvit.triton_kernels.flash_attention_bias import bias_gradient
 from pyvit.triton_kernels.flash_attention_forward import forward_long, forward_short
-from pyvit.triton_kernels.tiles import Config, backward_short_fits, choose, forward_short_fits, one_tile, parts
+from pyvit.triton_kernels.tiles import Config, backward_short_fits, choose, forward_short_fits, parts
 from torch import Tensor
 
 
@@ -104,8 +104,9 @@ class _Problem:
             args[name], args[f"{name}_strides"] = t, self.strides(t)
         return args
 
-    def choose(self, kernel: str) -> Any:
-        return choose(kernel, self.arch, self.itemsize, max(self.d, self.dv), self.n_k)
+    def choose(self, kernel: str) -> Config:
+        length = self.n_q if kernel == "backward_short" else self.n_k
+        return choose(kernel, self.arch, self.itemsize, max(self.d, self.dv), length)
 
 
 def _launch(kernel: Any, grid: int, args: dict[str, Any], c: Config) -> None:
@@ -147,10 +148,11 @@ def _backward(
     own = {"lse": lse.contiguous(), "grad_lse": None if grad_lse is None else grad_lse.contiguous(), "factor": p.scale}
     outputs = p.tensors(grad_q=grad_q, grad_k=grad_k, grad_v=grad_v, out=out)
     only = lambda *names: {k: v for k, v in outputs.items() if k.removesuffix("_strides") in names}  # noqa: E731
-    if p.heads == p.kv_heads and backward_short_fits(p.itemsize, max(p.d, p.dv), p.n_q, p.n_k):
+    if p.heads == p.kv_heads and backward_short_fits(
+        p.arch, p.itemsize, (p.d, p.dv), p.n_q, p.n_k, p.bias is not None, p.common["DROPOUT"]
+    ):
         c = p.choose("backward_short")
-        # The bias tile needs registers: use half as many queries.
-        shape = {"BLOCK_M": c.block_m if p.bias is None else max(16, c.block_m // 2), "BLOCK_N": one_tile(p.n_k)}
+        shape = {"BLOCK_M": c.block_m, "TILES": -(-p.n_q // c.block_m), "WIDTHS": (c.block_n, c.edge_n)}
         every = args | own | outputs | shape | p.raw
         del every["GROUPS"]  # not grouped: each query head has its own key head
         _launch(backward_short, p.batch * p.heads, every, c)

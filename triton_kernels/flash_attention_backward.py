@@ -13,6 +13,7 @@ from pyvit.triton_kernels.common import (
     LARGE,
     add_bias_and_mask,
     add_products,
+    dot,
     dot_parts,
     dot_rows,
     dropout_mask,
@@ -123,6 +124,63 @@ def score_gradient(
 
 
 @triton.jit
+def exact_shift(
+    queries,
+    k,
+    k_stride,
+    bias,
+    bias_strides,
+    rows,
+    q_len,
+    k_len,
+    end,
+    scale,
+    unit,
+    D: tl.constexpr,
+    D_PARTS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    RAW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The shift and rest of :func:`probabilities` for M rows with LARGE log-sum-exps, from the keys before ``end``, N
+    at a time."""
+    top = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    for start in tl.range(0, end, N, num_stages=1):
+        cols = span(start, N)
+        keys = load_rows(k, cols, cols < k_len, k_stride, D, D_PARTS)
+        s = tile_scores(
+            queries, keys, bias, bias_strides, rows[:, None], cols[None, :], q_len, k_len, scale, M, N, BIAS, CAUSAL,
+            True, RAW, PRECISION,
+        )  # fmt: skip
+        higher = tl.maximum(top, tl.max(s, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * exp2_scores(top, shift, unit) + tl.sum(exp2_scores(s, shift[:, None], unit), 1)
+        top = higher
+    return tl.where(top == float("-inf"), 0.0, top), log_total(total)
+
+
+@triton.jit
+def key_gradient(
+    acc, weights, rows, N: tl.constexpr, PARTS: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """acc (None: zero) plus weights^T rows, for weights (M, N) and a tuple of blocks of rows (M, PARTS[i])."""
+    out = ()
+    for i in tl.static_range(len(rows)):
+        if TRANSPOSED:
+            product = tl.trans(dot(tl.trans(rows[i]), weights, tl.zeros((PARTS[i], N), tl.float32), PRECISION))
+        else:
+            product = dot(tl.trans(weights), rows[i], tl.zeros((N, PARTS[i]), tl.float32), PRECISION)
+        if acc is not None:
+            product += acc[i]
+        out = out + (product,)
+    return out
+
+
+@triton.jit
 def backward_short(
     grad_out,
     q,
@@ -164,7 +222,8 @@ def backward_short(
     DV_PARTS: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
+    WIDTHS: tl.constexpr,
     BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -172,8 +231,9 @@ def backward_short(
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """All gradients of a head in one program, which keeps all keys on chip. Five products per tile of queries, instead
-    of seven in separate passes for dQ and for dK and dV, and everything is read once."""
+    """All gradients of a head in one program, which keeps all queries and their gradients on chip, in TILES of BLOCK_M,
+    and loops over the keys. Five products per tile, instead of seven in separate passes for dQ and for dK and dV, and
+    everything is read once."""
     pid = tl.program_id(0)
     b, h = (pid // H).to(tl.int64), (pid % H).to(tl.int64)
     q_first, q_len = sequence(cu_q, b, n_q, VARLEN)
@@ -193,44 +253,63 @@ def backward_short(
     rng_seed = dropout_seed(seed, DROPOUT)
     unit = exp2_factor(scale, RAW)
 
-    cols = tl.arange(0, BLOCK_N)
-    inside = cols < k_len
-    keys = load_rows(k, cols, inside, k_strides[2] * UNIT, D, D_PARTS)
-    values = load_rows(v, cols, inside, v_strides[2] * UNIT, DV, DV_PARTS)
-    dk = zero_parts((BLOCK_N,), D_PARTS)
-    dv = zero_parts((BLOCK_N,), DV_PARTS)
-    # Not pipelined: Triton 3.6 to 3.9 would overwrite gradients that a wgmma still reads.
-    for tile in tl.range(tl.cdiv(q_len, BLOCK_M), num_stages=1):
-        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    queries = ()
+    grads = ()
+    row_sums = ()
+    shift = ()
+    rest = ()
+    dq = ()
+    for i in tl.static_range(TILES):
+        rows = span(i * BLOCK_M, BLOCK_M)
         valid = rows < q_len
-        queries = load_rows(q, rows, valid, q_strides[2] * UNIT, D, D_PARTS)
-        grad = load_rows(grad_out, rows, valid, grad_out_strides[2] * UNIT, DV, DV_PARTS)
-        row_sum = row_delta(out, grad, grad_lse, rows, q_len, out_strides[2] * UNIT, DV, DV_PARTS)
-        shift, large = load_shift(lse + row_at, rows, q_len, scale, RAW)
-        rest = tl.zeros((BLOCK_M,), tl.float32)
-        s = tile_scores(
-            keys, queries, bias, bias_strides, rows[None, :], cols[:, None], q_len, k_len, scale, BLOCK_N, BLOCK_M,
-            BIAS, CAUSAL, True, RAW, PRECISION,
-        )  # fmt: skip
+        queries += (load_rows(q, rows, valid, q_strides[2] * UNIT, D, D_PARTS),)
+        grads += (load_rows(grad_out, rows, valid, grad_out_strides[2] * UNIT, DV, DV_PARTS),)
+        row_sums += (row_delta(out, grads[i], grad_lse, rows, q_len, out_strides[2] * UNIT, DV, DV_PARTS),)
+        of_tile, large = load_shift(lse + row_at, rows, q_len, scale, RAW)
+        rest_of_tile = tl.zeros((BLOCK_M,), tl.float32)
         if large:
-            top = tl.max(s, 0)
-            shift = tl.where(top == float("-inf"), 0.0, top)
-            rest = log_total(tl.sum(exp2_scores(s, shift[None, :], unit), 0))
+            of_tile, rest_of_tile = exact_shift(
+                queries[i], k, k_strides[2] * UNIT, bias, bias_strides, rows, q_len, k_len, k_len, scale, unit, D,
+                D_PARTS, BLOCK_M, WIDTHS[1], BIAS, CAUSAL, RAW, PRECISION,
+            )  # fmt: skip
         at = row_at + rows  # for the bias gradient
-        tl.store(delta + at, row_sum, mask=valid)
-        tl.store(shifts + at, shift, mask=valid)
-        tl.store(rests + at, rest, mask=valid)
-        dropped, ds = score_gradient(
-            probabilities(s, shift[None, :], rest[None, :], unit), values, grad, row_sum[None, :], rows[None, :],
-            cols[:, None], rng_seed, pid, threshold, keep_scale, BLOCK_N, BLOCK_M, DROPOUT, PRECISION,
-        )  # fmt: skip
-        dv = add_products(dv, dropped.to(v.dtype.element_ty), grad, 0, PRECISION)
-        ds = ds.to(q.dtype.element_ty)
-        dk = add_products(dk, ds, queries, 0, PRECISION)
-        dq = add_products(zero_parts((BLOCK_M,), D_PARTS), tl.trans(ds), keys, 0, PRECISION)
-        store_rows(grad_q, dq, 0, factor, rows, valid, grad_q_strides[2] * UNIT, D, D_PARTS)
-    store_rows(grad_k, dk, 0, factor, cols, inside, grad_k_strides[2] * UNIT, D, D_PARTS)
-    store_rows(grad_v, dv, 0, 1.0, cols, inside, grad_v_strides[2] * UNIT, DV, DV_PARTS)
+        tl.store(delta + at, row_sums[i], mask=valid)
+        tl.store(shifts + at, of_tile, mask=valid)
+        tl.store(rests + at, rest_of_tile, mask=valid)
+        shift += (of_tile,)
+        rest += (rest_of_tile,)
+        dq += zero_parts((BLOCK_M,), D_PARTS)
+    whole = k_len // WIDTHS[0] * WIDTHS[0]
+    for edge in tl.static_range(2):
+        for start in range(whole if edge else 0, k_len if edge else whole, WIDTHS[edge]):
+            cols = span(start, WIDTHS[edge])
+            keys = load_rows(k, cols, cols < k_len if edge == 1 else None, k_strides[2] * UNIT, D, D_PARTS)
+            values = load_rows(v, cols, cols < k_len if edge == 1 else None, v_strides[2] * UNIT, DV, DV_PARTS)
+            dk = None
+            dv = None
+            next_dq = ()
+            for i in tl.static_range(TILES):
+                rows = span(i * BLOCK_M, BLOCK_M)
+                s = tile_scores(
+                    queries[i], keys, bias, bias_strides, rows[:, None], cols[None, :], q_len, k_len, scale, BLOCK_M,
+                    WIDTHS[edge], BIAS, CAUSAL, CAUSAL or edge == 1, RAW, PRECISION,
+                )  # fmt: skip
+                dropped, ds = score_gradient(
+                    probabilities(s, shift[i][:, None], rest[i][:, None], unit), grads[i], values,
+                    row_sums[i][:, None], rows[:, None], cols[None, :], rng_seed, pid, threshold, keep_scale, BLOCK_M,
+                    WIDTHS[edge], DROPOUT, PRECISION,
+                )  # fmt: skip
+                dv = key_gradient(dv, dropped.to(v.dtype.element_ty), grads[i], WIDTHS[edge], DV_PARTS, True, PRECISION)
+                ds = ds.to(q.dtype.element_ty)
+                dk = key_gradient(dk, ds, queries[i], WIDTHS[edge], D_PARTS, True, PRECISION)
+                next_dq += add_products(dq, ds, keys, i * len(D_PARTS), PRECISION)
+            dq = next_dq
+            inside = cols < k_len
+            store_rows(grad_k, dk, 0, factor, cols, inside, grad_k_strides[2] * UNIT, D, D_PARTS)
+            store_rows(grad_v, dv, 0, 1.0, cols, inside, grad_v_strides[2] * UNIT, DV, DV_PARTS)
+    for i in tl.static_range(TILES):
+        rows = span(i * BLOCK_M, BLOCK_M)
+        store_rows(grad_q, dq, i * len(D_PARTS), factor, rows, rows < q_len, grad_q_strides[2] * UNIT, D, D_PARTS)
 
 
 @triton.jit
@@ -318,21 +397,10 @@ def backward_dq(
         end = tl.where(first_row < q_len, end, 0)
         whole = tl.where(first_row < q_len, whole, 0)
     if large:
-        top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        for start in tl.range(0, end, WIDTHS[1], num_stages=1):
-            cols = span(start, WIDTHS[1])
-            keys = load_rows(k, cols, cols < k_len, k_strides[2] * UNIT, D, D_PARTS)
-            s = tile_scores(
-                queries, keys, bias, bias_strides, rows[:, None], cols[None, :], q_len, k_len, scale, BLOCK_M,
-                WIDTHS[1], BIAS, CAUSAL, True, RAW, PRECISION,
-            )  # fmt: skip
-            higher = tl.maximum(top, tl.max(s, 1))
-            shift = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * exp2_scores(top, shift, unit) + tl.sum(exp2_scores(s, shift[:, None], unit), 1)
-            top = higher
-        shift = tl.where(top == float("-inf"), 0.0, top)
-        rest = log_total(total)
+        shift, rest = exact_shift(
+            queries, k, k_strides[2] * UNIT, bias, bias_strides, rows, q_len, k_len, end, scale, unit, D, D_PARTS,
+            BLOCK_M, WIDTHS[1], BIAS, CAUSAL, RAW, PRECISION,
+        )  # fmt: skip
     at = row_at + rows
     tl.store(delta + at, row_sum, mask=inside)
     tl.store(shifts + at, shift, mask=inside)

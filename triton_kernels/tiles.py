@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pyvit.triton_kernels import digests
 
-#: Longest key sequence that the single-pass kernels keep on chip.
+#: Longest sequence that the single-pass kernels keep on chip: of keys in the forward, of queries in the backward.
 SHORT = 288
 
 #: Bytes of shared memory that a program may use: the GPUs' opt-in limits.
@@ -118,9 +118,11 @@ TABLE = (
     Entry("forward_long", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=2), head_dim=128),
     Entry("forward_long", Config(block_m=32, block_n=16, edge_n=16, warps=4, stages=1), ("mma", "mfma")),
     Entry("forward_long", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=1)),
-    Entry("backward_short", Config(block_m=32, warps=8, stages=1), ("wmma",)),
-    Entry("backward_short", Config(block_m=64, warps=4, stages=1), itemsize=2, length=64),
-    Entry("backward_short", Config(block_m=64, warps=8, stages=1)),
+    # "length" is the number of queries, of which a program holds all.
+    Entry("backward_short", Config(block_m=32, block_n=32, edge_n=16, warps=8, stages=1), ("wmma",)),
+    Entry("backward_short", Config(block_m=64, block_n=64, edge_n=64, warps=4, stages=1), length=64),
+    Entry("backward_short", Config(block_m=128, block_n=64, edge_n=16, warps=8), ("wgmma",), length=256),
+    Entry("backward_short", Config(block_m=128, block_n=32, edge_n=16, warps=8, stages=1)),
     Entry(
         "backward_dq",
         Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=3),
@@ -310,6 +312,10 @@ def choose(kernel: str, arch: str, itemsize: int, head_dim: int, length: int) ->
     """The configuration for one launch. Raises KeyError if no entry matches."""
     if _asked is not None:
         _asked.append((kernel, arch, itemsize, head_dim, length))
+    return _find(kernel, arch, itemsize, head_dim, length)
+
+
+def _find(kernel: str, arch: str, itemsize: int, head_dim: int, length: int) -> Config:
     return _forced.get(kernel) or _look_up(kernel, arch, itemsize, head_dim, length)
 
 
@@ -342,23 +348,44 @@ def parts(n: int, most: int = 128) -> tuple[int, ...]:
     return (most,) * whole + tail
 
 
-def one_tile(n: int) -> int:
-    """Rows of a single tile for ``n`` rows: a power of two that matrix products support."""
-    return max(16, 1 << (n - 1).bit_length())
-
-
 def forward_short_fits(arch: str, itemsize: int, head_dims: tuple[int, int], n_k: int) -> bool:
     """Whether keys and values of a head fit into shared memory."""
     width, rows = sum(sum(parts(d)) for d in head_dims), sum(parts(n_k))
     return 0 < n_k <= SHORT and rows * width * itemsize <= (48 << 10 if arch.startswith("gfx") else 80 << 10)
 
 
-def backward_short_fits(itemsize: int, head_dim: int, n_q: int, n_k: int) -> bool:
-    """Whether one program can compute all gradients of a head: its keys fit into one tile, and their gradients into
-    registers.
+def _shared_limit(arch: str) -> int:
+    """Bytes of shared memory that a program may use; the smallest limit for a GPU that is not listed."""
+    return 1 << 30 if arch == "interpreter" else SHARED_LIMIT.get(arch, min(SHARED_LIMIT.values()))
 
-    Two tiles with dQ summed in memory were slower than two passes on an H100: 762 and 716 us at N = 197 (256 x 12 heads
-    of 64, bfloat16), 976 and 773 at 257. Not in float32: compiled by Triton 3.6, the kernel gave wrong gradients and
-    read out of bounds.
+
+def backward_short_shared(arch: str, itemsize: int, head_dims: tuple[int, int], n_q: int, bias: bool) -> int:
+    """Bytes of shared memory of ``backward_short``, at most: queries and output gradients, a block of keys and values
+    per stage, a tile of probabilities and the bias's tiles. Products by ``mma.sync`` need a second, transposed copy of
+    queries and output gradients."""
+    c = _find("backward_short", arch, itemsize, max(head_dims), n_q)
+    widths = [part for d in head_dims for part in parts(d)]
+    once = arch.startswith("gfx") or (family(arch) in ("wgmma", "tcgen05") and min(widths) >= 64)
+    tiles, row = -(-n_q // c.block_m), sum(widths) * itemsize
+    tile = c.block_m * c.block_n
+    bias_tiles = bias * (tiles if c.stages > 1 else 1)
+    rows = tiles * c.block_m * (1 if once else 2) + c.stages * c.block_n
+    return rows * row + tile * itemsize + bias_tiles * tile * 4 + 1024  # 1024: sm_100's barriers
+
+
+def backward_short_fits(
+    arch: str, itemsize: int, head_dims: tuple[int, int], n_q: int, n_k: int, bias: bool, dropout: bool
+) -> bool:
+    """Whether one program can compute all gradients of a head: in 16 bits, queries, output gradients and one block of
+    keys fit into shared memory, and dQ into registers.
+
+    Registers per thread, d = 64, 16 rows per warp: 32 for each tile of dQ, as many for scores and for their gradients
+    of 64 keys, 16 each for dK and dV. Compiled for sm_90 that spills 240 bytes at 197 queries and 224 at 257 (with
+    blocks of 32 keys). A second tile with dropout spills 584 bytes, a third one with a bias 912 (sm_100): two passes.
+
+    Not in float32: an earlier version, compiled by Triton 3.6, gave wrong gradients and read out of bounds on an H100.
     """
-    return itemsize <= 2 and 0 < n_q <= SHORT and 0 < n_k <= 128 and head_dim <= 64
+    most = 128 if dropout else 256 if bias else SHORT
+    if itemsize > 2 or not 0 < n_q <= most or n_k == 0 or max(head_dims) > 64:
+        return False
+    return backward_short_shared(arch, itemsize, head_dims, n_q, bias) <= _shared_limit(arch)

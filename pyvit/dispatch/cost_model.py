@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pyvit.triton_kernels.tiles import backward_short_fits, choose, forward_short_fits, one_tile, parts
+from pyvit.triton_kernels.tiles import backward_short_fits, choose, forward_short_fits, parts
 
 
 @dataclass(frozen=True)
@@ -324,11 +324,10 @@ def triton_attention(
         keys = sum(parts(n_k)) if short else n_k // c.block_n * c.block_n + round_up(n_k % c.block_n, c.edge_n)
         padding = round_up(n_q, c.block_m) * keys / pairs
         return plan([kernel], 4, 2, padding=padding, launches=1, warpgroup=c.block_m >= 64, least=_FORWARD)
-    if not grouped and backward_short_fits(itemsize, d, n_q, n_k):
-        c = choose("backward_short", arch, itemsize, d, n_k)
-        rows = c.block_m if not bias else max(16, c.block_m // 2)
-        kernels, tensors, products = ["backward_short"], 8, 5
-        padded = round_up(n_q, rows) * one_tile(n_k)
+    if not grouped and backward_short_fits(arch, itemsize, (d, d), n_q, n_k, bias, False):
+        c = choose("backward_short", arch, itemsize, d, n_q)
+        kernels, rows, tensors, products = ["backward_short"], c.block_m, 8, 5
+        padded = round_up(n_q, rows) * (n_k // c.block_n * c.block_n + round_up(n_k % c.block_n, c.edge_n))
     else:
         c = choose("backward_dkdv", arch, itemsize, d, n_k)
         kernels, rows, tensors, products = ["backward_dq", "backward_dkdv"], c.block_m, 12, 7

@@ -36,7 +36,7 @@ SPACE: dict[str, dict[str, Sequence[int]]] = {
         "warps": (4, 8),
         "stages": (2, 3, 4),
     },
-    "backward_short": {"block_m": (16, 32, 64), "warps": (4, 8)},
+    "backward_short": {"block_n": (32, 64), "stages": (1, 2)},
     "backward_dq": {"block_m": (64, 128), "block_n": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)},
     "backward_dkdv": {"block_m": (64, 128), "block_n": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)},
     "bias_grad": {"block_m": (32, 64), "block_n": (32, 64, 128), "warps": (4, 8), "stages": (1, 2)},
