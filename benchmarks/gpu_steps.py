@@ -208,7 +208,7 @@ def _rows_of(
 
 
 def _dispatch(ctx: Context) -> Iterator[Work]:
-    wanted = lambda name: name.startswith((f"{OURS} ", "sdpa "))  # noqa: E731
+    wanted = lambda name: name.startswith(f"{OURS} ") or name in gpu_cases.PYTORCHS  # noqa: E731
     settings = _settings(ctx, gpu_cases.both)
     cases = gpu_cases.dispatch()
     if ctx.tiny:
