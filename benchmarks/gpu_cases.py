@@ -19,6 +19,7 @@ from benchmarks import baselines
 from benchmarks.cases import LEVELS, Case, Target
 from benchmarks.specs import DRAWS, Provider, Spec, compiled, sdpa_options
 from benchmarks.workload import OURS
+from pyvit.dispatch import devices
 from pyvit.dispatch.capabilities import absent
 from pyvit.ops.reference import relative_position_index
 
@@ -397,12 +398,17 @@ def pinned(case: Case) -> list[Provider]:
     ]
 
 
+def unable(op: str, backend: str, device: str) -> str | None:
+    """Why a backend of ours cannot run ``op`` on this machine's ``device``, or None."""
+    return absent(op, backend, device) or (devices.refused(backend) if device == "cuda" else None)
+
+
 def both(case: Case, spec: Spec) -> list[Provider]:
     """Each of our GPU backends, and every backend of SDPA."""
     ours = next(p for p in spec.providers if p.name == OURS)
     device = next(iter(spec.tensors.values())).device.type
     found = [
-        replace(on_backend(backend, ours), missing=absent(case.op, backend, device) or "")
+        replace(on_backend(backend, ours), missing=unable(case.op, backend, device) or "")
         for backend in ("cuda", "triton")
     ]
     return found + (pinned(case) if case.op == "flash_attention" else [])

@@ -18,6 +18,8 @@ from benchmarks import measure
 from benchmarks.gpu_micro import Kernel
 
 _REPOSITORY = Path(__file__).parent.parent
+#: Exit status of a process that can no longer use the GPU.
+LOST = 75
 #: Versions that do not make a measurement another one.
 ABOUT_ONLY = ("pyvit", "commit", "python")
 

@@ -30,7 +30,7 @@ from benchmarks.runner import Settings
 from benchmarks.specs import Provider, Spec
 from benchmarks.workload import OURS
 from pyvit import library, testing
-from pyvit.dispatch.capabilities import CAPABILITIES, absent
+from pyvit.dispatch.capabilities import CAPABILITIES
 
 _REPOSITORY = Path(__file__).parent.parent
 
@@ -116,7 +116,7 @@ def _ceilings(ctx: Context) -> Iterator[Work]:
         runs: dict[str, Callable[[], object]] = {"torch.add": lambda: q + q}
         runs["sdpa"] = lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)
         for backend in ("cuda", "triton"):
-            if absent("flash_attention", backend, device) is None:
+            if gpu_cases.unable("flash_attention", backend, device) is None:
                 runs[f"{OURS} {backend}"] = functools.partial(pyvit.ops.flash_attention, q, q, q, backend=backend)
         rows, count = [], 3 if ctx.tiny else 200
         for name, run in runs.items():
@@ -168,7 +168,7 @@ def _canaries(ctx: Context) -> Iterator[Work]:
         about = {"op": canary.op, "backend": on.backend, "digest": digest, "error": worst.error, "allowed": worst.limit}
         return [{"status": f"red: {wrong}" if wrong else "ok", **about}]
 
-    backends = [b for b in ("triton", "cuda") if absent("flash_attention", b, ctx.device.tensors) is None]
+    backends = [b for b in ("triton", "cuda") if gpu_cases.unable("flash_attention", b, ctx.device.tensors) is None]
     never, passed = gpu_canaries.never_run(), gpu_canaries.passed()
     works = []
     for item, canary, on in gpu_canaries.chosen(ctx.device.tensors, backends):
@@ -208,7 +208,7 @@ def _rows_of(
 
 
 def _dispatch(ctx: Context) -> Iterator[Work]:
-    wanted = lambda name: name.startswith((f"{OURS} ", "sdpa "))  # noqa: E731
+    wanted = lambda name: name.startswith(f"{OURS} ") or name in gpu_cases.PYTORCHS  # noqa: E731
     settings = _settings(ctx, gpu_cases.both)
     cases = gpu_cases.dispatch()
     if ctx.tiny:
@@ -275,7 +275,7 @@ def _kernels(ctx: Context) -> Iterator[Work]:
     for case in TINY_WORKLOADS if ctx.tiny else CASES:
         yield Work(f"{case}, bf16", functools.partial(present, case, "bf16"), whole)
     for case in gpu_cases.dispatch():
-        if case.mode != "forward" and absent(case.op, "cuda", ctx.device.tensors) is None:
+        if case.mode != "forward" and gpu_cases.unable(case.op, "cuda", ctx.device.tensors) is None:
             yield Work(f"cuda: {case.id}", functools.partial(by_cuda, case), digests_of(case.op))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_device import LOST
 from benchmarks.gpu_rows import Record
 
 _REPOSITORY = Path(__file__).parent.parent
@@ -16,7 +17,8 @@ LIMIT = 180.0
 
 
 class Recorder:
-    """Runs the tests of one process of several, without those in ``done``, until ``left()`` is negative."""
+    """Runs the tests of one process of several, without those in ``done``, until ``left()`` is negative. After a
+    failure with which the GPU is lost (``lost()`` says why) the process ends: another one does the rest."""
 
     def __init__(
         self,
@@ -26,10 +28,12 @@ class Recorder:
         shard: tuple[int, int],
         left: Callable[[], float],
         say: Callable[..., None],
+        lost: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self.record, self.key, self.done, self.shard, self.left, self.say = record, key, done, shard, left, say
-        self.failed = 0
+        self.record, self.key, self.done, self.shard = record, key, done, shard
+        self.left, self.say, self.lost = left, say, lost
         self._session: Any = None
+        self._finished = 0
         self._reports: list[Any] = []
 
     def pytest_sessionstart(self, session: Any) -> None:
@@ -43,6 +47,11 @@ class Recorder:
         wanted = [of(i) == at and i.nodeid not in self.done for i in items]
         config.hook.pytest_deselected(items=[i for i, w in zip(items, wanted, strict=True) if not w])
         items[:] = [i for i, w in zip(items, wanted, strict=True) if w]
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed and self.shard[0] == 0 and report.nodeid not in self.done:
+            row = {"status": "red: cannot be collected", "said": str(report.longrepr)[-4000:]}
+            self.record.append("tests", report.nodeid, self.key, [row])
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._reports = []
@@ -61,11 +70,17 @@ class Recorder:
         }
         if bad or skipped:
             row["said"] = "\n".join(str(r.longrepr) for r in bad or skipped)[-4000:]
-        self.failed += bool(bad)
+        self._finished += 1
         self.record.append("tests", nodeid, self.key, [row])
         self.say("end")
+        if bad and self.lost() is not None:
+            os._exit(LOST)
         if self.left() < 0:
             self._session.shouldstop = "no time left"
+
+    def pytest_sessionfinish(self, session: Any) -> None:
+        if left := len(getattr(session, "items", [])) - self._finished:
+            self.say("left", step="tests", items=[f"{left} tests"])
 
 
 def run(plugin: Recorder, arguments: Sequence[str], folder: str = str(_REPOSITORY)) -> int:
@@ -73,5 +88,5 @@ def run(plugin: Recorder, arguments: Sequence[str], folder: str = str(_REPOSITOR
     import pytest
 
     os.chdir(folder)
-    options = ["-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    options = ["-q", "--no-header", "--tb=short", "--continue-on-collection-errors", "-pno:cacheprovider", "-pno:xdist"]
     return int(pytest.main([*options, *arguments], plugins=[plugin]))

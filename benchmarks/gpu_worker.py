@@ -29,8 +29,6 @@ from benchmarks import gpu_rows
 _REPOSITORY = Path(__file__).parent.parent
 #: Marks a worker's messages to its watcher among what else it prints.
 _MARK = "\x1e"
-#: Exit status of a worker that can no longer use the GPU.
-LOST = 75
 #: Seconds that a worker may take until its first item: imports, and pytest's collection.
 STARTUP = 240.0
 
@@ -98,7 +96,7 @@ def work(order: Order) -> int:
                 record.append(name, "pytest", key, [{"status": "missing: pytest is not installed"}])
                 continue
             known = {item for item, of in done if of == key}
-            plugin = gpu_tests.Recorder(record, key, known, (order.shard, order.shards), left, say)
+            plugin = gpu_tests.Recorder(record, key, known, (order.shard, order.shards), left, say, device.lost)
             gpu_tests.run(plugin, gpu_steps.TINY_TESTS if ctx.tiny else gpu_steps.TESTS)
             continue
         with device.active() if step.kernels else contextlib.nullcontext():
@@ -123,7 +121,7 @@ def work(order: Order) -> int:
                 record.append(name, item.item, key, rows or [{"status": "nothing to measure"}])
                 say("end")
                 if why is not None:
-                    return LOST
+                    return gpu_device.LOST
     return 0
 
 
