@@ -55,7 +55,7 @@ def test_no_budget_is_wider_than_its_worst_kernel_needs(resources, record):
         assert worst[prefix][1] == spills, (prefix, worst[prefix])
 
 
-@pytest.mark.parametrize(("registers", "spills"), [(136, 0), (120, 4)])
+@pytest.mark.parametrize(("registers", "spills"), [(152, 0), (120, 4)])
 def test_a_kernel_over_budget_is_named(resources, registers, spills):
     table = {
         "patch_embed_forward<bf16>": {
@@ -63,7 +63,7 @@ def test_a_kernel_over_budget_is_named(resources, registers, spills):
         }
     }
     said = (
-        f"patch_embed_forward<bf16> on sm_80: {registers} registers (at most 128), {spills} bytes spilled (at most 0)"
+        f"patch_embed_forward<bf16> on sm_80: {registers} registers (at most 144), {spills} bytes spilled (at most 0)"
     )
     assert resources.over_budget(table) == [said]
 

@@ -1,4 +1,4 @@
-"""A part of the compile report: kernels compiled ahead of time for four architectures and inspected, without a GPU.
+"""A part of the compile report: kernels compiled ahead of time and inspected, without a GPU.
 
 The whole report: ``python -m pyvit.triton_kernels.tools.compile_report``.
 """
