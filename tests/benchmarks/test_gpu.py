@@ -434,6 +434,23 @@ def test_canaries_launch_every_triton_kernel():
     assert wanted - found == {("backward_short", torch.float32)}
 
 
+@pytest.mark.parametrize("variant", [gpu_variants.FLOAT32_SHORT, *gpu_variants.VARIANTS], ids=lambda v: v.name)
+def test_variants_differ_from_the_present_form(variant):
+    """In kernels, tiles or warps, as recorded for sm_90; afterwards the present form is in force again."""
+    common = pytest.importorskip("pyvit.triton_kernels.common")
+    from pyvit.triton_kernels.tools import workloads
+
+    def launches() -> list[tuple[Any, ...]]:
+        with common.recording("sm_90") as found:
+            workloads.prepare(variant.case, gpu_steps.DTYPES[variant.dtype], "meta")()
+        return [(x.kernel.__name__, x.grid, x.options, {k: v for k, v in x.args.items() if k.isupper()}) for x in found]
+
+    before = launches()
+    with variant.change():
+        assert launches() != before
+    assert launches() == before
+
+
 def test_kernels_that_never_ran_come_first(tmp_path, monkeypatch):
     """By the status page and by earlier records: never on a GPU, then changed since, then as recorded."""
     page = tmp_path / "status.md"
