@@ -113,7 +113,16 @@ def features() -> list[Case]:
         ]
     one = dense | {"batch": 1}
     found.append(
-        Case("flash_attention", "1x12x197x64", "bf16", "forward", one, level="default", against=_RIVALS, **rest)
+        Case(
+            "flash_attention",
+            "1x12x197x64 launch-bound",
+            "bf16",
+            "forward",
+            one,
+            level="default",
+            against=_RIVALS,
+            **rest,
+        )
     )
     window = {"batch": 1, "side": 56, "width": 96, "heads": 3, "window": 7, "shift": 3, "version": 1}
     label = "1x56x56x96 window 7 shift 3"
@@ -169,6 +178,10 @@ def models() -> list[Case]:
         Case(swin, "batch 64", "bf16", "train", small, memory, "default", ("random",), eager),
         Case("vit_base_patch16_224", "batch 128", "bf16", "inference", big, sources=("random",), against=eager),
     ]
+
+
+def every() -> list[Case]:
+    return [*ops(), *features(), *losses(), *models()]
 
 
 def ordered(found: list[Case]) -> list[Case]:

@@ -46,7 +46,7 @@ def latest(items: Sequence[Item]) -> list[Item]:
 
 
 def results(items: Sequence[Item]) -> Results:
-    cases = {c.id: c for c in (*gpu_cases.ops(), *gpu_cases.features(), *gpu_cases.losses(), *gpu_cases.models())}
+    cases = {c.id: c for c in gpu_cases.every()}
     found = Results()
     for item in items:
         if item.step not in TIMED:

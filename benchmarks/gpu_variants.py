@@ -41,11 +41,11 @@ def _tiles(kernel: str, **fields: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _short_backward(fits: bool) -> Iterator[None]:
-    """The gradients of attention by ``backward_short`` wherever it can be compiled, float32 included, or never."""
+    """The gradients of attention by ``backward_short``, float32 included, or never by it."""
     from pyvit.triton_kernels import flash_attention
 
     before = flash_attention.backward_short_fits
-    flash_attention.backward_short_fits = lambda itemsize, head_dim, n_q, n_k: fits and max(n_q, n_k) <= 128
+    flash_attention.backward_short_fits = lambda *_: fits
     try:
         yield
     finally:
@@ -55,7 +55,10 @@ def _short_backward(fits: bool) -> Iterator[None]:
 FLOAT32_SHORT = Variant("backward_short in float32", "attention N=50 d=64", lambda: _short_backward(True), "fp32")
 
 VARIANTS = (
-    Variant("two passes instead of backward_short", "attention N=50 d=64", lambda: _short_backward(False)),
+    *(
+        Variant(f"two passes instead of backward_short, N={n}", f"attention N={n} d=64", lambda: _short_backward(False))
+        for n in (50, 197, 257)
+    ),
     Variant(
         "forward_long 128 x 128, 8 warps",
         "attention N=1025 d=64",
@@ -87,8 +90,8 @@ VARIANTS = (
 PROFILED = {
     "forward_short": "attention N=197 d=64",
     "forward_long": "attention N=1025 d=64",
-    "backward_dkdv": "attention N=197 d=64",
-    "backward_short": "attention N=50 d=64",
+    "backward_dkdv": "attention N=577 d=64",
+    "backward_short": "attention N=197 d=64",
     "window_forward": "window 7",
     "window_backward_keys": "window 7",
 }

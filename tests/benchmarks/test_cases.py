@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmarks import cases, gpu, runner
+from benchmarks import cases, gpu_cases, runner
 from benchmarks.cases import Case, Target
 from benchmarks.runner import Row
 from benchmarks.workload import OURS
@@ -49,7 +49,7 @@ def test_a_run_that_ends_early_covers_every_operator():
 
 
 def test_ids_are_unique():
-    everything = [case for suite in cases.SUITES.values() for case in suite()] + gpu.chosen_cases(gpu.STEPS)
+    everything = [case for suite in cases.SUITES.values() for case in suite()] + gpu_cases.every()
     ids = [case.id for case in everything]
     assert len(ids) == len(set(ids))
 

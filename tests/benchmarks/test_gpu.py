@@ -93,9 +93,7 @@ def test_gpu_cases_run_on_any_device(capsys):
 
 def test_gpu_targets_are_all_there():
     """Every GPU target exists once, and every attention case is compared with a pinned SDPA backend."""
-    cases = [*gpu_cases.ops(), *gpu_cases.features(), *gpu_cases.losses(), *gpu_cases.models()]
-    assert len({case.id for case in cases}) == len(cases)
-    by = {case.id: case.target for case in cases if case.target}
+    by = {case.id: case.target for case in gpu_cases.every() if case.target}
     for batch, n in ((256, 197), (192, 257), (64, 577), (32, 1025)):
         target = by[f"flash_attention {batch}x12x{n}x64 bf16 forward+backward"]
         assert target.ratio == 1.2
@@ -141,7 +139,7 @@ def test_features_are_computed():
     assert dropout["flex FLASH"].status == "missing: has no dropout"
     grouped = {provider: row for (_, case, provider), row in rows.items() if "GQA" in case}
     assert grouped["sdpa math"].status == grouped["naive"].status == "ok"
-    one = {provider: row for (_, case, provider), row in rows.items() if case == "tiny"}
+    one = {provider: row for (_, case, provider), row in rows.items() if case == "tiny launch-bound"}
     assert one[gpu_cases.GRAPH].status == "missing: CUDA graphs need a GPU"
     if gpu_cases.missing("flash_attn.cute"):
         assert one[gpu_cases.FA4].status.startswith("missing: flash_attn.cute")
@@ -405,7 +403,7 @@ def test_a_killed_rehearsal_is_resumed(tmp_path):
     page = (tmp_path / "results.md").read_text()
     assert "memory errors, see memcheck.txt" in page
     assert "| canaries | 2 | 2 ok |" in page
-    assert "| flash_attention tiny fp32 forward, random | ours triton |" in page
+    assert "| flash_attention tiny launch-bound fp32 forward, random | ours triton |" in page
 
 
 # What it is made of
@@ -434,6 +432,23 @@ def test_canaries_launch_every_triton_kernel():
     kernels = {digests._FUNCTIONS.get(e.kernel, e.kernel) for e in tiles.TABLE}
     wanted = set(itertools.product(kernels, (torch.float32, torch.float16, torch.bfloat16)))
     assert wanted - found == {("backward_short", torch.float32)}
+
+
+@pytest.mark.parametrize("variant", [gpu_variants.FLOAT32_SHORT, *gpu_variants.VARIANTS], ids=lambda v: v.name)
+def test_variants_differ_from_the_present_form(variant):
+    """In kernels, tiles or warps, as recorded for sm_90; afterwards the present form is in force again."""
+    common = pytest.importorskip("pyvit.triton_kernels.common")
+    from pyvit.triton_kernels.tools import workloads
+
+    def launches() -> list[tuple[Any, ...]]:
+        with common.recording("sm_90") as found:
+            workloads.prepare(variant.case, gpu_steps.DTYPES[variant.dtype], "meta")()
+        return [(x.kernel.__name__, x.grid, x.options, {k: v for k, v in x.args.items() if k.isupper()}) for x in found]
+
+    before = launches()
+    with variant.change():
+        assert launches() != before
+    assert launches() == before
 
 
 def test_kernels_that_never_ran_come_first(tmp_path, monkeypatch):
