@@ -174,8 +174,8 @@ def window_attention_backward(
         "grad_qkv": grad_qkv,
         "grad_qkv_strides": grad_qkv.stride()[:3],
     }
-    c = m.choose("window_backward")
-    if m.area <= c.block_m:
+    c = m.choose("window_backward") if m.rows <= _TILE else None
+    if c is not None and m.area <= c.block_m:
         m.set_pack(c.block_m if m.area <= _PACK_AREA else 0)
         groups, share = m.split_over_programs(c, 1)
         sums = _Sums(m, groups, (groups, 1))

@@ -269,7 +269,8 @@ def triton_window(area: int, d: int, itemsize: int, backward: bool, table_grad: 
         c = choose("window_forward_long", arch, itemsize, d, rows)
         keys = area // c.block_n * c.block_n + round_up(area % c.block_n, c.edge_n)
         return _attention_plan(4, 2, round_up(area, c.block_m) * keys / area**2 * width, 1, c.block_m >= 64, False)
-    c = choose("window_backward_keys" if backward else "window_forward", arch, itemsize, d, rows)
+    kernel = "window_forward" if not backward else "window_backward" if rows <= 64 else "window_backward_keys"
+    c = choose(kernel, arch, itemsize, d, rows)
     if backward and rows > c.block_m:
         rows = max(1, c.block_m // area) * area
     padding = round_up(rows, c.block_m) * sum(parts(rows)) / (rows * area) * width
