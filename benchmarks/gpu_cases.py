@@ -413,7 +413,7 @@ def pinned(case: Case) -> list[Provider]:
 
 def unable(op: str, backend: str, device: str) -> str | None:
     """Why a backend of ours cannot run ``op`` on this machine's ``device``, or None."""
-    return absent(op, backend, device) or (devices.refused(backend) if device == "cuda" else None)
+    return absent(op, backend, device) or (devices.refused(backend, torch.bfloat16) if device == "cuda" else None)
 
 
 def both(case: Case, spec: Spec) -> list[Provider]:

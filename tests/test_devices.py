@@ -83,6 +83,15 @@ def test_all_gpus_of_a_machine_decide(on: Callable[..., None]) -> None:
     assert reasons(ATTENTION, "triton") == []
 
 
+def test_float32_on_rdna(on: Callable[..., None]) -> None:
+    on(PARTS["gfx1100"])
+    assert reasons(ATTENTION._replace(dtype=torch.float32), "triton") == [
+        "Radeon RX 7900 XTX (gfx1100) has no matrix instructions for float32"
+    ]
+    on(PARTS["gfx942"])
+    assert reasons(ATTENTION._replace(dtype=torch.float32), "triton") == []
+
+
 def test_an_amd_gpu_without_matrix_instructions(on: Callable[..., None]) -> None:
     on(replace(PARTS["gfx942"], name="Radeon VII", arch="gfx906"))
     assert "needs matrix instructions" in reasons(ATTENTION, "triton")[0]

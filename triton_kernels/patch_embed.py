@@ -74,17 +74,15 @@ def patch_embed(
     """Tokens (B, P + K, D), as :func:`pyvit.ops.patch_embed` states them."""
     p = _Patches(images, weight, stride, keep, mean, std)
     n_prefix = 0 if prefix is None else prefix.shape[0]
-    tokens = n_prefix + p.count
-    out = weight.new_empty(p.batch, tokens, p.d)
-    rows = p.batch * tokens
+    out = weight.new_empty(p.batch, n_prefix + p.count, p.d)
+    if prefix is not None:
+        out[:, :n_prefix] = prefix
+    rows = p.batch * p.count
     c, blocks = p.choose("patch_forward", rows)
     args = p.pixels | blocks
     args |= {"images": images, "weight": p.weight, "weight_stride": p.depth, "out": out}
-    args |= {
-        name: None if t is None else t.contiguous()
-        for name, t in (("bias", bias), ("pos_embed", pos_embed), ("prefix", prefix))
-    }
-    args |= {"rows_total": rows, "tokens": tokens, "n_prefix": n_prefix, "WIDTH": p.d}
+    args |= {name: None if t is None else t.contiguous() for name, t in (("bias", bias), ("pos_embed", pos_embed))}
+    args |= {"rows_total": rows, "kept": p.count, "n_prefix": n_prefix, "WIDTH": p.d}
     launch(patch_forward, -(-rows // c.block_m) * -(-p.d // c.block_n), args, c.warps, c.stages)
     return out
 
@@ -133,7 +131,7 @@ def _weight_grad(p: _Patches, grad_tokens: Tensor) -> Tensor:
         | blocks
         | {"grad_out": grad_tokens, "grad_strides": grad_tokens.stride()[:2], "images": p.images, "partial": partial}
     )
-    args |= {"rows_total": rows, "tokens": p.count, "share": share, "WIDTH": p.d}
+    args |= {"rows_total": rows, "kept": p.count, "share": share, "WIDTH": p.d}
     launch(patch_weight_gradient, tiles * splits, args, c.warps, c.stages)
     return (partial[0] if splits == 1 else partial.sum(0)).view(p.weight.shape).to(p.weight.dtype)
 

@@ -8,39 +8,80 @@ from pyvit.triton_kernels.common import dot
 
 
 @triton.jit
-def pixel_column(k, strides, CHANNELS: tl.constexpr, PATCH: tl.constexpr):
-    """Channel and image offset of weight columns ``k`` (channel, row, column of the patch)."""
-    c, inner = k // (PATCH[0] * PATCH[1]), k % (PATCH[0] * PATCH[1])
-    offset = (
-        c.to(tl.int64) * strides[1]
-        + (inner // PATCH[1]).to(tl.int64) * strides[2]
-        + (inner % PATCH[1]).to(tl.int64) * strides[3]
-    )
-    return c, offset
+def pixel_column(start, N: tl.constexpr, strides, PATCH: tl.constexpr):
+    """For weight columns ``start`` to ``start + N`` (channel, row, column of the patch), ``start`` a multiple of N: the
+    columns (N,), their channels (1, N), or one channel if N divides its pixels, and their image offsets (N,)."""
+    AREA: tl.constexpr = PATCH[0] * PATCH[1]
+    k = start + tl.arange(0, N)
+    if AREA % N == 0:
+        c = start // AREA
+        inner = k - c * AREA
+        offset = (tl.zeros((N,), tl.int64) + c) * strides[1]
+    else:
+        c = (k // AREA)[None, :]
+        inner = k % AREA
+        offset = (k // AREA).to(tl.int64) * strides[1]
+    y = inner // PATCH[1]
+    return k, c, offset + y.to(tl.int64) * strides[2] + (inner - y * PATCH[1]).to(tl.int64) * strides[3]
 
 
 @triton.jit
-def token_rows(row, valid, tokens, prefix, keep, keep_stride):
-    """For output rows ``row`` = b * tokens + t: the image, the position after the prefix (negative within it), and the
-    index of the patch."""
-    b, slot = row // tokens, row % tokens - prefix
+def token_rows(row, kept, keep, keep_stride):
+    """For rows ``row`` = b * kept + slot: the image, the slot, and the index of the patch."""
+    b = row // kept
+    slot, b = (row - b * kept).to(tl.int32), b.to(tl.int64)
     patch = slot
     if keep is not None:
-        patch = tl.load(keep + b.to(tl.int64) * keep_stride + slot, mask=valid & (slot >= 0), other=0).to(tl.int32)
+        patch = tl.load(keep + b * keep_stride + slot).to(tl.int32)
     return b, slot, patch
 
 
 @triton.jit
-def load_pixels(images, at, offset, c, rows, cols, mean, std, dtype: tl.constexpr, BYTES: tl.constexpr):
-    """Pixels (rows, cols), normalised in float32 and rounded once to the dtype of the product."""
-    mask = rows[:, None] & cols[None, :]
-    x = tl.load(images + at[:, None] + offset[None, :], mask=mask, other=0).to(tl.float32)
-    if BYTES:
-        x = x / 255.0
+def patch_corner(b, patch, strides, grid_w, STEP: tl.constexpr):
+    """Offsets of the patches' first pixels."""
+    y = patch // grid_w
+    x = patch - y * grid_w
+    return b * strides[0] + (y * STEP[0]).to(tl.int64) * strides[2] + (x * STEP[1]).to(tl.int64) * strides[3]
+
+
+@triton.jit
+def normalisation(mean, std, c, dtype: tl.constexpr, CHANNELS: tl.constexpr, BYTES: tl.constexpr):
+    """``centre``, ``factor`` and ``rest`` of channels ``c``: a normalised pixel is (x - centre) * factor + rest.
+
+    The centre of bytes in float32 is 255 mean, rounded to an integer: the difference is exact, so the error is relative
+    to the normalised pixel. In 16 bits it is zero: float32 rounding does not matter there.
+    """
+    centre, factor, rest = 0.0, 1.0 / 255.0 if BYTES else 1.0, 0.0
     if mean is not None:
-        m = tl.load(mean + c, mask=cols, other=0.0)
-        x = (x - m[None, :]) / tl.load(std + c, mask=cols, other=1.0)[None, :]
-    return tl.where(mask, x, 0.0).to(dtype)
+        m = tl.load(mean + c, mask=c < CHANNELS, other=0.0).to(tl.float32)
+        factor = 1.0 / tl.load(std + c, mask=c < CHANNELS, other=1.0).to(tl.float32)
+        if not BYTES:
+            centre = m
+        else:
+            rest = -m * factor
+            factor = factor / 255.0
+            if dtype == tl.float32:
+                centre = tl.minimum(tl.maximum(tl.floor(255.0 * m + 0.5), 0.0), 255.0)
+                rest = (centre - 256.0 * m + m) * factor  # 256 m is exact, and so is the first difference
+    return centre, factor, rest
+
+
+@triton.jit
+def load_pixels(
+    images, at, offset, k, c, rows, mean, std, dtype: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
+    EDGE: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """Pixels (rows, k), normalised in float32 and rounded once to the dtype of the product. Columns past DEPTH and rows
+    outside ``rows`` (None: all are inside) are finite: the other operand is zero there, or the result not stored."""
+    where = images + at[:, None] + offset[None, :]
+    if rows is not None:
+        x = tl.load(where, mask=rows[:, None] & (k < DEPTH)[None, :], other=0)
+    else:
+        x = tl.load(where, mask=(k < DEPTH)[None, :], other=0) if EDGE else tl.load(where)
+    if BYTES or mean is not None:
+        centre, factor, rest = normalisation(mean, std, c, dtype, CHANNELS, BYTES)
+        x = (x.to(tl.float32) - centre) * factor + rest
+    return x.to(dtype)
 
 
 @triton.jit
@@ -49,7 +90,6 @@ def patch_forward(
     weight,
     bias,
     pos_embed,
-    prefix,
     keep,
     mean,
     std,
@@ -58,7 +98,7 @@ def patch_forward(
     weight_stride,
     keep_stride,
     rows_total,
-    tokens,
+    kept,
     n_prefix,
     grid_w,
     WIDTH,
@@ -71,47 +111,33 @@ def patch_forward(
     BYTES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_M tokens by BLOCK_N channels of the result: the product plus bias and position; prefix tokens in their
-    rows."""
+    """BLOCK_M patches by BLOCK_N channels of the result: the product plus bias and position."""
     DEPTH: tl.constexpr = CHANNELS * PATCH[0] * PATCH[1]
+    EDGE: tl.constexpr = DEPTH % BLOCK_K != 0
     tiles = tl.cdiv(WIDTH, BLOCK_N)
     pid = tl.program_id(0)
-    row = (pid // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = (pid // tiles + 0 * rows_total) * BLOCK_M + tl.arange(0, BLOCK_M)  # 64 bits only if their number needs them
     col = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = row < rows_total
-    b, slot, patch = token_rows(row, valid, tokens, n_prefix, keep, keep_stride)
-    is_patch = valid & (slot >= 0)
-    at = (
-        b * image_strides[0]
-        + patch // grid_w * STEP[0] * image_strides[2]
-        + patch % grid_w * STEP[1] * image_strides[3]
-    )
+    b, slot, patch = token_rows(tl.minimum(row, rows_total - 1), kept, keep, keep_stride)
+    at = patch_corner(b, patch, image_strides, grid_w, STEP)
+    mask = (row < rows_total)[:, None] & (col < WIDTH)[None, :]  # (BLOCK_M, BLOCK_N)
+    channel = tl.minimum(col, WIDTH - 1).to(tl.int64)  # those past the weight are not stored
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, DEPTH, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        c, offset = pixel_column(k, image_strides, CHANNELS, PATCH)
-        x = load_pixels(images, at, offset, c, is_patch, k < DEPTH, mean, std, weight.dtype.element_ty, BYTES)
-        w = tl.load(
-            weight + col.to(tl.int64)[None, :] * weight_stride + k[:, None],
-            mask=(k[:, None] < DEPTH) & (col[None, :] < WIDTH),
-            other=0.0,
-        )
-        acc = dot(x, w, acc, PRECISION)
+    if pos_embed is not None:  # (BLOCK_M, BLOCK_N)
+        position = pos_embed + (patch.to(tl.int64) * WIDTH)[:, None] + col[None, :]
+        acc += tl.load(position, mask=mask, other=0.0).to(tl.float32)
     if bias is not None:
         acc += tl.load(bias + col, mask=col < WIDTH, other=0.0).to(tl.float32)[None, :]
-    mask = is_patch[:, None] & (col < WIDTH)[None, :]
-    if pos_embed is not None:
-        acc += tl.load(pos_embed + patch.to(tl.int64)[:, None] * WIDTH + col[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
-    if prefix is not None:
-        within = (valid & (slot < 0))[:, None] & (col < WIDTH)[None, :]
-        token = tl.load(prefix + (slot + n_prefix)[:, None] * WIDTH + col[None, :], mask=within, other=0.0).to(
-            tl.float32
-        )
-        acc = tl.where(within, token, acc)
-        mask = mask | within
-    tl.store(out + row[:, None] * WIDTH + col[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    for start in range(0, DEPTH, BLOCK_K):
+        k, c, offset = pixel_column(start, BLOCK_K, image_strides, PATCH)
+        x = load_pixels(
+            images, at, offset, k, c, None, mean, std, weight.dtype.element_ty, CHANNELS, DEPTH, EDGE, BYTES
+        )  # (BLOCK_M, BLOCK_K)
+        where = weight + channel[None, :] * weight_stride + k[:, None]  # (BLOCK_K, BLOCK_N)
+        w = tl.load(where, mask=k[:, None] < DEPTH, other=0.0) if EDGE else tl.load(where)
+        acc = dot(x, w, acc, PRECISION)
+    token = b * (n_prefix + kept) + n_prefix + slot
+    tl.store(out + (token * WIDTH)[:, None] + col[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -126,7 +152,7 @@ def patch_weight_gradient(
     image_strides,
     keep_stride,
     rows_total,
-    tokens,
+    kept,
     grid_w,
     share,
     WIDTH,
@@ -142,24 +168,23 @@ def patch_weight_gradient(
     """BLOCK_M channels by BLOCK_N pixels of dW from ``share`` patches (BLOCK_K at a time), to this share's copy,
     (shares, D, depth)."""
     DEPTH: tl.constexpr = CHANNELS * PATCH[0] * PATCH[1]
+    EDGE: tl.constexpr = DEPTH % BLOCK_N != 0
     across, down = tl.cdiv(DEPTH, BLOCK_N), tl.cdiv(WIDTH, BLOCK_M)
     pid = tl.program_id(0)
     split = pid // (across * down)
     channel = pid // across % down * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = pid % across * BLOCK_N + tl.arange(0, BLOCK_N)
-    c, offset = pixel_column(k, image_strides, CHANNELS, PATCH)
+    k, c, offset = pixel_column(pid % across * BLOCK_N, BLOCK_N, image_strides, PATCH)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    first = split.to(tl.int64) * share
+    first = (split + 0 * rows_total) * share
     for start in range(first, tl.minimum(first + share, rows_total), BLOCK_K):
         row = start + tl.arange(0, BLOCK_K)
         valid = row < tl.minimum(first + share, rows_total)
-        b, slot, patch = token_rows(row, valid, tokens, 0, keep, keep_stride)
-        at = (
-            b * image_strides[0]
-            + patch // grid_w * STEP[0] * image_strides[2]
-            + patch % grid_w * STEP[1] * image_strides[3]
-        )
-        x = load_pixels(images, at, offset, c, valid, k < DEPTH, mean, std, grad_out.dtype.element_ty, BYTES)
+        b, slot, patch = token_rows(tl.minimum(row, rows_total - 1), kept, keep, keep_stride)
+        at = patch_corner(b, patch, image_strides, grid_w, STEP)
+        finite = None if BYTES else valid  # bytes are, also of rows of another share
+        x = load_pixels(
+            images, at, offset, k, c, finite, mean, std, grad_out.dtype.element_ty, CHANNELS, DEPTH, EDGE, BYTES
+        )  # (BLOCK_K, BLOCK_N)
         where = grad_out + b * grad_strides[0] + slot * grad_strides[1]
         g = tl.load(where[None, :] + channel[:, None], mask=valid[None, :] & (channel < WIDTH)[:, None], other=0.0)
         acc = dot(g, x, acc, PRECISION)

@@ -31,9 +31,6 @@ SHARED_LIMIT: dict[str, int] = {
     "gfx950": 160 << 10,
 }
 
-#: Architectures that Triton compiles for and pyvit's kernels are not run on, with the reason.
-REFUSED: dict[str, str] = {"sm_75": "Triton's matrix products for sm_75 do not use its tensor cores"}
-
 
 def family(arch: str) -> str:
     """The instruction of an architecture's matrix products, which Triton's code for architectures of the same family
@@ -161,8 +158,12 @@ TABLE = (
     Entry("attention_map", Config(block_m=16, block_n=64, warps=4, stages=2), head_dim=128),
     Entry("attention_map", Config(block_m=16, block_n=32, warps=4, stages=1)),
     # Patch embedding: "length" is the rows of the result, edge_n the block of the summed dimension.
+    # On sm_90 two programs of four warps share a processor: one converts pixels while the other multiplies.
+    Entry("patch_forward", Config(block_m=128, block_n=128, edge_n=64, warps=4, stages=3), "sm_90", 2),
     Entry("patch_forward", Config(block_m=128, block_n=128, edge_n=64, warps=8, stages=2), itemsize=2),
     Entry("patch_forward", Config(block_m=64, block_n=64, edge_n=32, warps=4, stages=2)),
+    Entry("patch_weight_gradient", Config(block_m=128, block_n=128, edge_n=64, warps=8, stages=2), "sm_90", 2),
+    Entry("patch_weight_gradient", Config(block_m=128, block_n=128, edge_n=64, warps=8, stages=2), "sm_100", 2),
     Entry("patch_weight_gradient", Config(block_m=128, block_n=64, edge_n=64, warps=8, stages=2), itemsize=2),
     Entry("patch_weight_gradient", Config(block_m=64, block_n=64, edge_n=32, warps=4, stages=2)),
     Entry("patch_image_gradient", Config(block_m=64, block_n=64, edge_n=64, warps=4, stages=2), itemsize=2),
@@ -206,13 +207,12 @@ TABLE = (
     Entry("window_forward_long", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=1), head_dim=64),
     Entry("window_forward_long", Config(block_m=32, block_n=32, edge_n=16, warps=4, stages=1), _LITTLE),
     Entry("window_forward_long", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=1)),
-    Entry("window_backward_keys", Config(block_m=64, group=4, warps=8, stages=1), ("wmma",), itemsize=2, length=64),
-    Entry("window_backward_keys", Config(block_m=64, group=4, warps=4, stages=1), itemsize=2, length=64),
+    Entry("window_backward", Config(block_m=64, group=4, warps=8, stages=1), ("wmma",), itemsize=2),
+    Entry("window_backward", Config(block_m=64, group=4, warps=4, stages=1), itemsize=2),
+    Entry("window_backward", Config(block_m=64, group=4, warps=8, stages=1)),
     Entry("window_backward_keys", Config(block_m=64, block_n=32, group=8, warps=4, stages=1), itemsize=2),
-    Entry("window_backward_keys", Config(block_m=32, block_n=32, group=4, warps=4, stages=1), head_dim=64, length=64),
     Entry("window_backward_keys", Config(block_m=64, block_n=32, group=8, warps=4, stages=1), head_dim=64),
     Entry("window_backward_keys", Config(block_m=32, block_n=16, group=8, warps=4, stages=1), ("mma",)),
-    Entry("window_backward_keys", Config(block_m=32, block_n=32, group=4, warps=4, stages=1), length=64),
     Entry("window_backward_keys", Config(block_m=64, block_n=32, group=8, warps=4, stages=1)),
     Entry("window_backward_queries", Config(block_m=64, block_n=32, edge_n=16, warps=4), ("wmma",), itemsize=2),
     Entry("window_backward_queries", Config(block_m=64, block_n=64, edge_n=16, warps=4), itemsize=2, head_dim=64),

@@ -10,6 +10,7 @@ from pyvit.triton_kernels.common import arch_of, dropout_args, launch, precision
 from pyvit.triton_kernels.tiles import Config, choose, parts
 from pyvit.triton_kernels.window_attention_backward import (
     table_gradient,
+    window_backward,
     window_backward_bias,
     window_backward_keys,
     window_backward_queries,
@@ -80,13 +81,23 @@ class _Map:
         self.packs = -(-self.total // self.pack)
         self.common["PACK"] = self.pack
 
-    def transposed_table(self) -> Tensor | None:
-        """The bias table as (heads, offsets) in float32, so that biases that are loaded together are adjacent."""
+    def bias_bands(self, by_query: bool = False) -> Tensor | None:
+        """The bias table in float32 with a row of biases for each column of a window: (heads, 2 wh - 1, ww, ww), where
+        [h, qy - ky + wh - 1, ww - 1 - qx, kx] is the bias of a query and a key, so that biases of adjacent keys are
+        adjacent; ``by_query``: [h, ky - qy + wh - 1, ww - 1 - kx, qx], for adjacent queries."""
         table = self.common["table"]
-        return None if table is None else table.new_empty(table.shape[::-1], dtype=torch.float32).copy_(table.t())
+        if table is None:
+            return None
+        rows, cols = (2 * w - 1 for w in self.window)
+        differences = table.t().reshape(self.heads, rows, cols)
+        bands = differences.flip(1 if by_query else 2).unfold(2, self.window[1], 1)
+        return table.new_empty(bands.shape, dtype=torch.float32).copy_(bands)
 
     def choose(self, kernel: str) -> Config:
         return choose(kernel, self.arch, self.itemsize, self.d, self.rows)
+
+    def pad_partial(self, groups: int, tiles: int) -> Tensor:
+        return self.qkv.new_zeros((groups, tiles, 2, self.heads, self.d), dtype=torch.float32)
 
     def split_over_programs(self, config: Config, tiles: int) -> tuple[int, int]:
         """Number of groups of packs, and packs per group: ``config.group`` programs per processor."""
@@ -119,7 +130,7 @@ def window_attention(
     if m.rows > _TILE:
         c = m.choose("window_forward_long")
         args = _without(m.common, "table", "PACK", "total") | {"out": out, "out_strides": out.stride()[:3], "lse": lse}
-        own = {"table_t": m.transposed_table(), "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "EDGE_N": c.edge_n}
+        own = {"bands": m.bias_bands(), "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "EDGE_N": c.edge_n}
         launch(window_forward_long, m.heads * m.total * -(-m.area // c.block_m), args | own, c.warps, c.stages)
         return out, lse
     c = m.choose("window_forward")
@@ -155,64 +166,54 @@ def window_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of qkv, bias_table, logit_scale and pad_qkv; empty if not given."""
     m = _Map(qkv, window_size, shift_size, num_heads, bias_table, logit_scale, pad_qkv, scale, dropout_p, seed)
-    c = m.choose("window_backward_keys")
-    if m.rows > c.block_m:
-        m.set_pack(c.block_m)
-    whole = m.rows <= c.block_m
-    grad_out = rows_unit(grad_out)
+    grad_out, lse = rows_unit(grad_out), lse.contiguous()
     grad_qkv = qkv.new_empty(qkv.shape)
     args = m.common | {
         "grad_out": grad_out,
         "grad_out_strides": grad_out.stride()[:3],
-        "shifts": lse.contiguous(),
-        "rests": None,
-        "row_sums": None,
         "grad_qkv": grad_qkv,
         "grad_qkv_strides": grad_qkv.stride()[:3],
     }
-    tiles = -(-m.rows // c.block_m)
-    groups, share = m.split_over_programs(c, tiles)
-    if whole:
-        sums = _Sums(m, groups, (groups, tiles))
-        own = {"table_t": None, "bias_partial": sums.bias, "logit_partial": sums.logit}
+    c = m.choose("window_backward") if m.rows <= _TILE else None
+    if c is not None and m.area <= c.block_m:
+        m.set_pack(c.block_m if m.area <= _PACK_AREA else 0)
+        groups, share = m.split_over_programs(c, 1)
+        sums = _Sums(m, groups, (groups, 1))
+        pad_partial = m.pad_partial(groups, 1)
+        args |= {"PACK": m.pack, "lse": lse, "share": share, "BLOCK_M": c.block_m}
+        args |= {"bias_partial": sums.bias, "logit_partial": sums.logit, "pad_partial": pad_partial}
+        launch(window_backward, m.heads * groups, args, c.warps, c.stages)
     else:
-        args |= {
-            name: torch.empty_like(lse, memory_format=torch.contiguous_format)
-            for name in ("shifts", "rests", "row_sums")
-        }
-        args |= {"table_t": m.transposed_table()}
-        sums = _gradients_by_tiles(m, args, rows_unit(out), lse.contiguous())
-        own = {"bias_partial": None, "logit_partial": None}
-    shape = {"share": share, "BLOCK_N": c.block_m if whole else c.block_n, "BLOCK_M": c.block_m, "WHOLE_WINDOW": whole}
-    pad_partial = m.qkv.new_zeros((groups, tiles, 2, m.heads, m.d), dtype=torch.float32)
-    launch(
-        window_backward_keys,
-        m.heads * tiles * groups,
-        args | shape | own | {"pad_partial": pad_partial},
-        c.warps,
-        c.stages,
-    )
+        m.set_pack(0)
+        sums, pad_partial = _gradients_by_tiles(m, args, rows_unit(out), lse)
     grad_pad = qkv.new_empty(0)
     if pad_qkv is not None:  # padding queries are not part of the output: their gradient is zero
         grad_pad = torch.cat([pad_partial.new_zeros(m.channels), pad_partial.sum((0, 1)).flatten()]).to(pad_qkv.dtype)
     return grad_qkv, sums.table_grad(bias_table, m), sums.logit_grad(logit_scale, m), grad_pad
 
 
-def _gradients_by_tiles(m: _Map, args: dict[str, Any], out: Tensor, lse: Tensor) -> _Sums:
+def _gradients_by_tiles(m: _Map, args: dict[str, Any], out: Tensor, lse: Tensor) -> tuple[_Sums, Tensor]:
     """Backward of windows larger than a tile: a pass for the queries, one for keys and values, one for the table."""
-    c, b = m.choose("window_backward_queries"), m.choose("window_backward_bias")
+    c, b, k = (m.choose(f"window_backward_{name}") for name in ("queries", "bias", "keys"))
     tiles, bias_tiles = -(-m.rows // c.block_m), -(-m.rows // b.block_m) * -(-m.rows // b.block_n)
     groups, share = m.split_over_programs(b, bias_tiles)
     sums = _Sums(m, groups, (m.total, tiles))
-    common = _without(args, "table", "PACK")
+    args = _without(args, "table", "PACK") | {"bands": m.bias_bands()}
+    args |= {name: torch.empty_like(lse) for name in ("shifts", "rests", "row_sums")}
     own = {"out": out, "out_strides": out.stride()[:3], "lse": lse, "logit_partial": sums.logit}
     own |= {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "EDGE_N": c.edge_n}
-    launch(window_backward_queries, m.heads * m.total * tiles, _without(common, "total") | own, c.warps, c.stages)
+    launch(window_backward_queries, m.heads * m.total * tiles, _without(args, "total") | own, c.warps, c.stages)
     if sums.bias is not None:
         own = {"bias_partial": sums.bias, "share": share, "BLOCK_M": b.block_m, "BLOCK_N": b.block_n}
-        common = _without(common, "grad_qkv", "grad_qkv_strides")
+        common = _without(args, "grad_qkv", "grad_qkv_strides")
         launch(window_backward_bias, m.heads * bias_tiles * groups, common | own, b.warps, b.stages)
-    return sums
+    tiles = -(-m.rows // k.block_m)
+    groups, share = m.split_over_programs(k, tiles)
+    pad_partial = m.pad_partial(groups, tiles)
+    args["bands"] = m.bias_bands(by_query=True)
+    own = {"pad_partial": pad_partial, "share": share, "BLOCK_M": k.block_m, "BLOCK_N": k.block_n}
+    launch(window_backward_keys, m.heads * tiles * groups, args | own, k.warps, k.stages)
+    return sums, pad_partial
 
 
 class _Sums:

@@ -19,8 +19,8 @@ from pyvit.triton_kernels.common import (
 )
 from pyvit.triton_kernels.flash_attention_backward import any_large, log_total, probabilities
 from pyvit.triton_kernels.window_attention_forward import (
-    attending,
     gather,
+    inside_windows,
     key_side,
     normalised,
     normalised_backward,
@@ -30,43 +30,23 @@ from pyvit.triton_kernels.window_attention_forward import (
     score_factor,
     table_bias,
     times,
-    window_coordinates,
+    window_tokens,
     within_regions,
 )
 
 
 @triton.jit
 def query_side(
-    qkv,
-    pad,
-    grad_out,
-    shifts,
-    rests,
-    row_sums,
-    window,
-    y,
-    x,
-    rows,
-    inside,
-    real,
-    h,
-    HEADS,
-    windows,
-    qkv_strides,
-    grad_out_strides,
-    D: tl.constexpr,
-    D_PARTS: tl.constexpr,
-    AREA: tl.constexpr,
-    COSINE: tl.constexpr,
-):
+    qkv, pad, grad_out, shifts, rests, row_sums, window, y, x, real, rows, inside, h, HEADS, windows, qkv_strides,
+    grad_out_strides, padded, D: tl.constexpr, D_PARTS: tl.constexpr, AREA: tl.constexpr, COSINE: tl.constexpr,
+):  # fmt: skip
     """For queries at given coordinates: their rows and 1 / norm, the gradients of their outputs, their row sums and
     rests if given, and the shift subtracted from their scores: infinite past the windows, finite in fully masked rows,
     so that their probabilities are 0."""
-    first = h * D
-    queries, inverse = normalised(
-        gather(qkv, pad, first, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE
-    )
-    grad = load_rows(grad_out + first, row_offset(window, y, x, windows, grad_out_strides), real, 1, D, D_PARTS)
+    offset = row_offset(window, y, x, windows, qkv_strides)
+    queries, inverse = normalised(gather(qkv, pad, h * D, offset, real, padded, D, D_PARTS), COSINE)  # (queries, D)
+    offset = row_offset(window, y, x, windows, grad_out_strides)
+    grad = load_rows(grad_out + h * D, offset, None if padded is None else real, 1, D, D_PARTS)  # (queries, D)
     at = (window.to(tl.int64) * HEADS + h) * AREA + rows % AREA
     row_sum, rest = 0.0, 0.0
     if row_sums is not None:
@@ -108,16 +88,13 @@ def store_vectors(base, values, D: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def window_backward_keys(
+def window_backward(
     grad_out,
     qkv,
     table,
-    table_t,
     logit_scale,
     pad,
-    shifts,
-    rests,
-    row_sums,
+    lse,
     grad_qkv,
     bias_partial,
     logit_partial,
@@ -139,109 +116,184 @@ def window_backward_keys(
     keep_scale,
     D: tl.constexpr,
     D_PARTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
     PACK: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    WHOLE_WINDOW: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dK and dV of BLOCK_M keys of ``share`` packs. With WHOLE_WINDOW, where one tile holds the pack: also dQ, dBias
-    and dScale. Otherwise PACK is 1 and ``row_sums`` come from window_backward_queries.
-
-    Scores are transposed, (keys, queries). dBias, dScale and the pad's gradient are summed on chip over the windows;
-    each program stores its sum.
-    """
+    """All gradients of ``share`` packs of PACK windows, each in one tile. Those of the bias, the temperature and the
+    padding are summed on chip over the windows; each program stores its sum."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     ROWS: tl.constexpr = PACK * AREA
     COSINE: tl.constexpr = logit_scale is not None
-    tiles = tl.cdiv(ROWS, BLOCK_M)
     pid = tl.program_id(0)
-    h, tile, group = pid % HEADS, pid // HEADS % tiles, pid // HEADS // tiles
+    h, group = pid % HEADS, pid // HEADS
     at_q, at_k, at_v = h * D, (HEADS + h) * D, (2 * HEADS + h) * D
     natural = score_factor(logit_scale, scale, h)
     rng_seed = dropout_seed(seed, DROPOUT)
-    cols = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    held = zeros_of(BLOCK_M, BLOCK_N)
-    if table is not None and WHOLE_WINDOW:
-        held = table_bias(table, tl.arange(0, BLOCK_N)[None, :], cols[:, None], h, HEADS, WINDOW, PACK)
-    grad_bias = zeros_of(BLOCK_M, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
+    bias = zeros_of(BLOCK_M, BLOCK_M)
+    if table is not None:
+        bias = table_bias(table, rows[:, None], rows[None, :], h, HEADS, WINDOW, PACK)
+    grad_bias = zeros_of(BLOCK_M, BLOCK_M)
     grad_logit = zero_vector(BLOCK_M)
     grad_pad_k, grad_pad_v = zero_vectors(D_PARTS), zero_vectors(D_PARTS)
     for pack_id in range(group * share, tl.minimum(group * share + share, tl.cdiv(total, PACK))):
-        window, y, x, inside, real, region = window_coordinates(
-            cols, pack_id, size, padded, shift, windows, windows_x, total, WINDOW, PACK
-        )
+        window, y, x, real = window_tokens(rows, pack_id, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
+        inside = inside_windows(rows, pack_id, total, WINDOW, PACK)
+        queries, q_inverse, grad, _, shift_of, _ = query_side(
+            qkv, pad, grad_out, lse, None, None, window, y, x, real, rows, inside, h, HEADS, windows, qkv_strides,
+            grad_out_strides, padded, D, D_PARTS, AREA, COSINE,
+        )  # fmt: skip
         offset = row_offset(window, y, x, windows, qkv_strides)
-        keys, key_inverse = normalised(gather(qkv, pad, at_k, offset, real, D, D_PARTS), COSINE)
-        values = gather(qkv, pad, at_v, offset, real, D, D_PARTS)
-        allowed = real if pad is None else inside
-        dk, dv = zero_parts((BLOCK_M,), D_PARTS), zero_parts((BLOCK_M,), D_PARTS)
-        for first in range(0, ROWS, BLOCK_N):
-            rows = first + tl.arange(0, BLOCK_N)
-            q_window, qy, qx, q_inside, q_real, q_region = window_coordinates(
-                rows, pack_id, size, padded, shift, windows, windows_x, total, WINDOW, PACK
+        keys, k_inverse = normalised(gather(qkv, pad, at_k, offset, real, padded, D, D_PARTS), COSINE)  # (keys, D)
+        values = gather(qkv, pad, at_v, offset, real, padded, D, D_PARTS)
+        s = dot_parts(queries, keys, BLOCK_M, BLOCK_M, PRECISION) * natural  # (queries, keys)
+        if table is not None:
+            s += bias
+        elif BLOCK_M > ROWS:
+            s = tl.where(rows[None, :] < ROWS, s, float("-inf"))
+        s = within_regions(
+            s, rows[:, None], rows[None, :], pack_id, size, padded, shift, windows, windows_x, pad, WINDOW, PACK
+        )
+        if any_large(shift_of):
+            top = tl.max(s, 1)
+            top = tl.where(top == float("-inf"), 0.0, top)
+            rest = log_total(tl.sum(exp2_scores(s, top[:, None], LOG2E), 1))
+            p = probabilities(s, tl.where(inside, top, float("inf"))[:, None], rest[:, None], LOG2E)
+        else:
+            p = exp2_scores(s, shift_of[:, None], LOG2E)
+        if qkv.dtype.element_ty == tl.float32:  # whole rows are on chip: correct the rounding of the log-sum-exp
+            total_p = tl.sum(p, 1)
+            p = p * (1.0 / tl.where(total_p == 0.0, 1.0, total_p))[:, None]
+        dp = dot_parts(grad, values, BLOCK_M, BLOCK_M, PRECISION)  # (queries, keys)
+        dropped = p
+        if DROPOUT:
+            keep = dropout_mask(
+                rng_seed,
+                (window * HEADS + h + rows * 0)[:, None],
+                rows[:, None] % AREA,
+                rows[None, :] % AREA,
+                threshold,
             )
-            queries, q_inverse, grad, row_sum, shift_of, rest = query_side(
-                qkv, pad, grad_out, shifts, rests, row_sums, q_window, qy, qx, rows, q_inside, q_real, h, HEADS,
-                windows, qkv_strides, grad_out_strides, D, D_PARTS, AREA, COSINE,
+            dropped = tl.where(keep, p * keep_scale, 0.0)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        dropped = tl.trans(dropped.to(qkv.dtype.element_ty))
+        dv = add_products(zero_parts((BLOCK_M,), D_PARTS), dropped, grad, 0, PRECISION)  # (keys, D)
+        ds = p * (dp - tl.sum(p * dp, 1)[:, None])
+        if table is not None:
+            grad_bias += ds
+        rounded = ds.to(qkv.dtype.element_ty)
+        dk = add_products(zero_parts((BLOCK_M,), D_PARTS), tl.trans(rounded), queries, 0, PRECISION)
+        dq = times(add_products(zero_parts((BLOCK_M,), D_PARTS), rounded, keys, 0, PRECISION), natural)
+        if COSINE:  # the temperature scales all scores of a row, so its gradient is queries times dQ
+            grad_logit += dot_rows(dq, queries)
+        dq = normalised_backward(dq, queries, q_inverse, COSINE)
+        dk = normalised_backward(times(dk, natural), keys, k_inverse, COSINE)
+        at, stored = row_offset(window, y, x, windows, grad_qkv_strides), inside & real
+        scatter(grad_qkv + at_q, dq, at, stored, D, D_PARTS)
+        scatter(grad_qkv + at_k, dk, at, stored, D, D_PARTS)
+        scatter(grad_qkv + at_v, dv, at, stored, D, D_PARTS)
+        if pad is not None:
+            grad_pad_k = accumulate_pad(grad_pad_k, dk, inside & ~real)
+            grad_pad_v = accumulate_pad(grad_pad_v, dv, inside & ~real)
+    if pad is not None:  # (groups, 1, 2, heads, D)
+        at = pad_partial + (group * 2 * HEADS + h).to(tl.int64) * D
+        store_vectors(at, grad_pad_k, D, D_PARTS)
+        store_vectors(at + HEADS * D, grad_pad_v, D, D_PARTS)
+    if table is not None:  # (groups, heads, queries, keys)
+        at = bias_partial + (group * HEADS + h).to(tl.int64) * ROWS * ROWS + rows[:, None] * ROWS + rows[None, :]
+        tl.store(at, grad_bias, mask=(rows[:, None] < ROWS) & (rows[None, :] < ROWS))
+    if COSINE:  # (groups, 1, heads)
+        tl.store(logit_partial + pid, tl.sum(grad_logit, 0))
+
+
+@triton.jit
+def window_backward_keys(
+    grad_out,
+    qkv,
+    bands,
+    logit_scale,
+    pad,
+    shifts,
+    rests,
+    row_sums,
+    grad_qkv,
+    pad_partial,
+    seed,
+    grad_out_strides,
+    qkv_strides,
+    grad_qkv_strides,
+    size,
+    padded,
+    shift,
+    windows,
+    windows_x,
+    total,
+    share,
+    HEADS,
+    scale,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    D_PARTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dK and dV of BLOCK_M keys of ``share`` windows that are larger than a tile, from the queries' ``row_sums``.
+
+    Scores are transposed, (keys, queries). The padding's gradient is summed on chip over the windows.
+    """
+    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
+    COSINE: tl.constexpr = logit_scale is not None
+    tiles: tl.constexpr = (AREA + BLOCK_M - 1) // BLOCK_M
+    pid = tl.program_id(0)
+    h, tile, group = pid % HEADS, pid // HEADS % tiles, pid // HEADS // tiles
+    at_k, at_v = (HEADS + h) * D, (2 * HEADS + h) * D
+    natural = score_factor(logit_scale, scale, h)
+    rng_seed = dropout_seed(seed, DROPOUT)
+    cols = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = cols < AREA
+    grad_pad_k, grad_pad_v = zero_vectors(D_PARTS), zero_vectors(D_PARTS)
+    for pack_id in range(group * share, tl.minimum(group * share + share, total)):
+        window, y, x, real = window_tokens(cols, pack_id, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
+        offset = row_offset(window, y, x, windows, qkv_strides)
+        keys, key_inverse = normalised(gather(qkv, pad, at_k, offset, real, padded, D, D_PARTS), COSINE)
+        values = gather(qkv, pad, at_v, offset, real, padded, D, D_PARTS)
+        dk, dv = zero_parts((BLOCK_M,), D_PARTS), zero_parts((BLOCK_M,), D_PARTS)
+        for first in range(0, AREA, BLOCK_N):
+            rows = first + tl.arange(0, BLOCK_N)
+            _, qy, qx, q_real = window_tokens(rows, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
+            queries, _inverse, grad, row_sum, shift_of, rest = query_side(
+                qkv, pad, grad_out, shifts, rests, row_sums, window, qy, qx, q_real, rows, rows < AREA, h, HEADS,
+                windows, qkv_strides, grad_out_strides, padded, D, D_PARTS, AREA, COSINE,
             )  # fmt: skip
-            raw = dot_parts(keys, queries, BLOCK_M, BLOCK_N, PRECISION) * natural
-            s = raw
-            if WHOLE_WINDOW:
-                if table is not None:
-                    s += held
-                s = attending(s, q_region[None, :], region[:, None], allowed[:, None], table, padded, shift, PACK)
-                rest = tl.zeros((BLOCK_N,), tl.float32)
-                if any_large(shift_of):
-                    top = tl.max(s, 0)
-                    shift_of = tl.where(top == float("-inf"), 0.0, top)
-                    rest = log_total(tl.sum(exp2_scores(s, shift_of[None, :], LOG2E), 0))
-                p = probabilities(s, shift_of[None, :], rest[None, :], LOG2E)
-                if (
-                    qkv.dtype.element_ty == tl.float32
-                ):  # whole rows are on chip: correct the rounding of the log-sum-exp
-                    total_p = tl.sum(p, 0)
-                    p = p / tl.where(total_p == 0.0, 1.0, total_p)[None, :]
-            else:  # no mask: keys outside only affect their own rows, which are not stored
-                if table_t is not None:
-                    near, near_keys = tl.minimum(rows, ROWS - 1), tl.minimum(cols, ROWS - 1)
-                    s += pair_bias(table_t, near[None, :], near_keys[:, None], h, WINDOW)
-                s = within_regions(s, q_region[None, :], region[:, None], pack_id, windows, windows_x, shift)
-                p = probabilities(s, shift_of[None, :], rest[None, :], LOG2E)
+            # No mask for keys past the window: they only affect their own rows, which are not stored.
+            s = dot_parts(keys, queries, BLOCK_M, BLOCK_N, PRECISION) * natural  # (keys, queries)
+            if bands is not None:
+                s += pair_bias(bands, cols[:, None], rows[None, :], h, AREA % BLOCK_N != 0, WINDOW)
+            s = within_regions(
+                s, rows[None, :], cols[:, None], window, size, padded, shift, windows, windows_x, pad, WINDOW, 1
+            )
+            p = probabilities(s, shift_of[None, :], rest[None, :], LOG2E)
             dp = dot_parts(values, grad, BLOCK_M, BLOCK_N, PRECISION)
             dropped = p
             if DROPOUT:
                 keep = dropout_mask(
-                    rng_seed,
-                    (q_window * HEADS + h + rows * 0)[None, :],
-                    rows[None, :] % AREA,
-                    cols[:, None] % AREA,
-                    threshold,
+                    rng_seed, (window * HEADS + h + rows * 0)[None, :], rows[None, :], cols[:, None], threshold
                 )
                 dropped = tl.where(keep, p * keep_scale, 0.0)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
             dv = add_products(dv, dropped.to(qkv.dtype.element_ty), grad, 0, PRECISION)
-            if WHOLE_WINDOW:  # whole rows are on chip: their sums do not need the rounded output
-                row_sum = tl.sum(p * dp, 0)
-            ds = p * (dp - row_sum[None, :])
-            rounded = ds.to(qkv.dtype.element_ty)
-            dk = add_products(dk, rounded, queries, 0, PRECISION)
-            if WHOLE_WINDOW:
-                if table is not None:
-                    grad_bias += ds
-                if COSINE:
-                    grad_logit += tl.sum(ds * raw, 1)
-                dq = times(
-                    add_products(zero_parts((BLOCK_N,), D_PARTS), tl.trans(rounded), keys, 0, PRECISION), natural
-                )
-                at = row_offset(q_window, qy, qx, windows, grad_qkv_strides)
-                scatter(grad_qkv + at_q, normalised_backward(dq, queries, q_inverse, COSINE), at, q_real, D, D_PARTS)
+            dk = add_products(dk, (p * (dp - row_sum[None, :])).to(qkv.dtype.element_ty), queries, 0, PRECISION)
         dk = normalised_backward(times(dk, natural), keys, key_inverse, COSINE)
         at = row_offset(window, y, x, windows, grad_qkv_strides)
-        scatter(grad_qkv + at_k, dk, at, real, D, D_PARTS)
-        scatter(grad_qkv + at_v, dv, at, real, D, D_PARTS)
+        scatter(grad_qkv + at_k, dk, at, inside & real, D, D_PARTS)
+        scatter(grad_qkv + at_v, dv, at, inside & real, D, D_PARTS)
         if pad is not None:
             grad_pad_k = accumulate_pad(grad_pad_k, dk, inside & ~real)
             grad_pad_v = accumulate_pad(grad_pad_v, dv, inside & ~real)
@@ -249,26 +301,19 @@ def window_backward_keys(
         at = pad_partial + ((group * tiles + tile) * 2 * HEADS + h).to(tl.int64) * D
         store_vectors(at, grad_pad_k, D, D_PARTS)
         store_vectors(at + HEADS * D, grad_pad_v, D, D_PARTS)
-    if WHOLE_WINDOW:
-        if table is not None:  # (groups, heads, queries, keys)
-            rows = tl.arange(0, BLOCK_N)
-            at = bias_partial + (group * HEADS + h).to(tl.int64) * ROWS * ROWS + rows[None, :] * ROWS + cols[:, None]
-            tl.store(at, grad_bias, mask=(rows[None, :] < ROWS) & (cols[:, None] < ROWS))
-        if COSINE:  # (groups, tiles, heads)
-            tl.store(logit_partial + pid, tl.sum(grad_logit, 0))
 
 
 @triton.jit
 def query_gradient_step(
-    dq, queries, grad, row_sum, shift_of, rest, first, rows, region, qkv, table_t, pad, qkv_strides, window, h, size,
-    padded, shift, windows, windows_x, HEADS, natural, rng_seed, threshold, keep_scale, D: tl.constexpr,
+    dq, queries, grad, row_sum, shift_of, rest, first, rows, qkv, bands, pad, qkv_strides, window, h, size, padded,
+    shift, windows, windows_x, HEADS, natural, rng_seed, threshold, keep_scale, D: tl.constexpr,
     D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, COSINE: tl.constexpr, EDGE: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The part of the gradients of a tile of queries that BLOCK_N keys contribute, before the factor of the scores."""
     cols, keys, values, s = key_side(
-        queries, first, rows, region, qkv, table_t, pad, qkv_strides, window, h, size, padded, shift, windows,
-        windows_x, HEADS, natural, D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
+        queries, first, rows, qkv, bands, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS,
+        natural, D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
     )  # fmt: skip
     p = probabilities(s, shift_of[:, None], rest[:, None], LOG2E)
     dp = dot_parts(grad, values, rows.shape[0], BLOCK_N, PRECISION)
@@ -280,25 +325,26 @@ def query_gradient_step(
 
 @triton.jit
 def recompute_row_sum(
-    top, total, queries, first, rows, region, qkv, table_t, pad, qkv_strides, window, h, size, padded, shift, windows,
-    windows_x, HEADS, natural, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
-    COSINE: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+    top, total, queries, first, rows, qkv, bands, pad, qkv_strides, window, h, size, padded, shift, windows,
+    windows_x, HEADS, natural, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr, COSINE: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step over BLOCK_N keys of a row's largest score and the sum of exponentials relative to it."""
     _, _, _, s = key_side(
-        queries, first, rows, region, qkv, table_t, pad, qkv_strides, window, h, size, padded, shift, windows,
-        windows_x, HEADS, natural, D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
+        queries, first, rows, qkv, bands, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS,
+        natural, D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
     )  # fmt: skip
     higher = tl.maximum(top, tl.max(s, 1))
     against = tl.where(higher == float("-inf"), 0.0, higher)
-    return higher, total * exp2_scores(top, against, LOG2E) + tl.sum(exp2_scores(s, against[:, None], LOG2E), 1)
+    total = total * exp2_scores(top, against, LOG2E) + tl.sum(exp2_scores(s, against[:, None], LOG2E), 1)
+    return higher, total
 
 
 @triton.jit
 def window_backward_queries(
     grad_out,
     qkv,
-    table_t,
+    bands,
     logit_scale,
     pad,
     out,
@@ -341,24 +387,23 @@ def window_backward_queries(
     tile, h, window = pid % tiles, pid // tiles % HEADS, pid // tiles // HEADS
     natural = score_factor(logit_scale, scale, h)
     rng_seed = dropout_seed(seed, DROPOUT)
-    every = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = every < AREA
-    rows = tl.minimum(every, AREA - 1)  # rows past the window repeat its last row; they are not stored
-    _, y, x, _, real, region = window_coordinates(rows, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # those past the window repeat its last one; they are not stored
+    inside, near = rows < AREA, tl.minimum(rows, AREA - 1)
+    _, y, x, real = window_tokens(rows, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
     queries, inverse, grad, _, shift_of, _ = query_side(
-        qkv, pad, grad_out, lse, None, None, window, y, x, rows, rows < AREA, real, h, HEADS, windows, qkv_strides,
-        grad_out_strides, D, D_PARTS, AREA, COSINE,
+        qkv, pad, grad_out, lse, None, None, window, y, x, real, near, near >= 0, h, HEADS, windows, qkv_strides,
+        grad_out_strides, padded, D, D_PARTS, AREA, COSINE,
     )  # fmt: skip
-    row_sum = dot_rows(
-        load_rows(out + h * D, row_offset(window, y, x, windows, out_strides), real, 1, D, D_PARTS), grad
-    )
+    offset = row_offset(window, y, x, windows, out_strides)
+    row_sum = dot_rows(load_rows(out + h * D, offset, None if padded is None else real, 1, D, D_PARTS), grad)
     rest = tl.zeros((BLOCK_M,), tl.float32)
     if any_large(shift_of):
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         for first in tl.range(0, AREA, EDGE_N, num_stages=1):
             top, rest = recompute_row_sum(
-                top, rest, queries, first, rows, region, qkv, table_t, pad, qkv_strides, window, h, size, padded, shift,
-                windows, windows_x, HEADS, natural, D, D_PARTS, WINDOW, EDGE_N, COSINE, AREA % EDGE_N != 0, PRECISION,
+                top, rest, queries, first, rows, qkv, bands, pad, qkv_strides, window, h, size, padded, shift,
+                windows, windows_x, HEADS, natural, D, D_PARTS, WINDOW, EDGE_N, COSINE, AREA % EDGE_N != 0,
+                PRECISION,
             )  # fmt: skip
         shift_of = tl.where(top == float("-inf"), 0.0, top)
         rest = log_total(rest)
@@ -369,16 +414,16 @@ def window_backward_queries(
     dq = zero_parts((BLOCK_M,), D_PARTS)
     for first in range(0, WHOLE, BLOCK_N):
         dq = query_gradient_step(
-            dq, queries, grad, row_sum, shift_of, rest, first, rows, region, qkv, table_t, pad, qkv_strides, window, h,
-            size, padded, shift, windows, windows_x, HEADS, natural, rng_seed, threshold, keep_scale, D, D_PARTS,
+            dq, queries, grad, row_sum, shift_of, rest, first, rows, qkv, bands, pad, qkv_strides, window, h, size,
+            padded, shift, windows, windows_x, HEADS, natural, rng_seed, threshold, keep_scale, D, D_PARTS,
             WINDOW, BLOCK_N, COSINE, False, DROPOUT, PRECISION,
         )  # fmt: skip
     if AREA > WHOLE:
         for first in range(WHOLE, AREA, EDGE_N):
             dq = query_gradient_step(
-                dq, queries, grad, row_sum, shift_of, rest, first, rows, region, qkv, table_t, pad, qkv_strides, window,
-                h, size, padded, shift, windows, windows_x, HEADS, natural, rng_seed, threshold, keep_scale, D, D_PARTS,
-                WINDOW, EDGE_N, COSINE, AREA % EDGE_N != 0, DROPOUT, PRECISION,
+                dq, queries, grad, row_sum, shift_of, rest, first, rows, qkv, bands, pad, qkv_strides, window, h,
+                size, padded, shift, windows, windows_x, HEADS, natural, rng_seed, threshold, keep_scale, D,
+                D_PARTS, WINDOW, EDGE_N, COSINE, AREA % EDGE_N != 0, DROPOUT, PRECISION,
             )  # fmt: skip
     dq = times(dq, natural)
     if (
@@ -395,7 +440,7 @@ def window_backward_queries(
 def window_backward_bias(
     grad_out,
     qkv,
-    table_t,
+    bands,
     logit_scale,
     pad,
     shifts,
@@ -435,28 +480,23 @@ def window_backward_bias(
     tile, group = pid // HEADS // key_tiles % tiles, pid // HEADS // key_tiles // tiles
     natural = score_factor(logit_scale, scale, h)
     rng_seed = dropout_seed(seed, DROPOUT)
-    every, every_key = tile * BLOCK_M + tl.arange(0, BLOCK_M), key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows, cols = tl.minimum(every, AREA - 1), tl.minimum(every_key, AREA - 1)
-    bias = pair_bias(table_t, rows[:, None], cols[None, :], h, WINDOW)
+    rows, cols = tile * BLOCK_M + tl.arange(0, BLOCK_M), key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    bias = pair_bias(bands, rows[:, None], cols[None, :], h, AREA % BLOCK_N != 0, WINDOW)  # (BLOCK_M, BLOCK_N)
     grad_bias = zeros_of(BLOCK_M, BLOCK_N)
     for pack_id in range(group * share, tl.minimum(group * share + share, total)):
-        window, y, x, inside, real, region = window_coordinates(
-            rows, pack_id, size, padded, shift, windows, windows_x, 0, WINDOW, 1
-        )
-        _, ky, kx, _, key_real, key_region = window_coordinates(
-            cols, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1
-        )
+        window, y, x, real = window_tokens(rows, pack_id, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
+        _, ky, kx, key_real = window_tokens(cols, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
         queries, _, grad, row_sum, shift_of, rest = query_side(
-            qkv, pad, grad_out, shifts, rests, row_sums, window, y, x, rows, inside, real, h, HEADS, windows,
-            qkv_strides, grad_out_strides, D, D_PARTS, AREA, COSINE,
+            qkv, pad, grad_out, shifts, rests, row_sums, window, y, x, real, rows, rows < AREA, h, HEADS, windows,
+            qkv_strides, grad_out_strides, padded, D, D_PARTS, AREA, COSINE,
         )  # fmt: skip
         offset = row_offset(window, ky, kx, windows, qkv_strides)
-        keys, _ = normalised(gather(qkv, pad, (HEADS + h) * D, offset, key_real, D, D_PARTS), COSINE)
-        values = gather(qkv, pad, (2 * HEADS + h) * D, offset, key_real, D, D_PARTS)
+        keys, _ = normalised(gather(qkv, pad, (HEADS + h) * D, offset, key_real, padded, D, D_PARTS), COSINE)
+        values = gather(qkv, pad, (2 * HEADS + h) * D, offset, key_real, padded, D, D_PARTS)
         s = dot_parts(queries, keys, BLOCK_M, BLOCK_N, PRECISION) * natural + bias
-        s = within_regions(s, region[:, None], key_region[None, :], window, windows, windows_x, shift)
-        if padded is not None and pad is None:
-            s = tl.where(key_real[None, :], s, float("-inf"))
+        s = within_regions(
+            s, rows[:, None], cols[None, :], window, size, padded, shift, windows, windows_x, pad, WINDOW, 1
+        )
         p = probabilities(s, shift_of[:, None], rest[:, None], LOG2E)
         dp = dot_parts(grad, values, BLOCK_M, BLOCK_N, PRECISION)
         if DROPOUT:
@@ -465,8 +505,8 @@ def window_backward_bias(
             )
             dp = tl.where(keep, dp * keep_scale, 0.0)
         grad_bias += p * (dp - row_sum[:, None])
-    at = bias_partial + (group * HEADS + h).to(tl.int64) * AREA * AREA + every[:, None] * AREA + every_key[None, :]
-    tl.store(at, grad_bias, mask=(every[:, None] < AREA) & (every_key[None, :] < AREA))
+    at = bias_partial + (group * HEADS + h).to(tl.int64) * AREA * AREA + rows[:, None] * AREA + cols[None, :]
+    tl.store(at, grad_bias, mask=(rows[:, None] < AREA) & (cols[None, :] < AREA))
 
 
 @triton.jit

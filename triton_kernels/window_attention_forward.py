@@ -29,35 +29,94 @@ NORM_EPS = tl.constexpr(1e-12)
 
 
 @triton.jit
-def window_coordinates(
-    r, pack_id, size, padded, shift, windows, windows_x, total, WINDOW: tl.constexpr, PACK: tl.constexpr
-):
-    """For tile rows ``r``: the window, row and column on the map, whether they are inside (not past the windows) and
-    real, and the region.
+def window_tokens(r, pack_id, size, padded, shift, windows, windows_x, total, WINDOW: tl.constexpr, PACK: tl.constexpr):
+    """For tile rows ``r``: the window, row and column on the map, and whether they are real.
 
-    A tile that is one window has the same window for all rows, so divisions are done once. ``padded`` and ``shift`` are
-    None if the map is not padded and not shifted.
+    Rows past the windows repeat a token, so that loads need no mask. A tile that is one window has the same window for
+    all rows, so divisions are done once. ``padded`` and ``shift`` are None if the map is not padded and not shifted.
     """
+    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
+    if PACK == 1:
+        t = tl.minimum(r, AREA - 1)
+        window = pack_id
+    else:
+        t = r % AREA
+        window = tl.minimum(pack_id * PACK + r // AREA, total - 1)
+    at = window % windows
+    i, wy = t // WINDOW[1], at // windows_x
+    y, x = wy * WINDOW[0] + i, (at - wy * windows_x) * WINDOW[1] + (t - i * WINDOW[1])
+    if shift is not None:  # undo the cyclic shift
+        extent = size if padded is None else padded
+        y, x = y + shift[0], x + shift[1]
+        y, x = tl.where(y >= extent[0], y - extent[0], y), tl.where(x >= extent[1], x - extent[1], x)
+    return window, y, x, (y < size[0]) & (x < size[1])
+
+
+@triton.jit
+def inside_windows(r, pack_id, total, WINDOW: tl.constexpr, PACK: tl.constexpr):
+    """Which tile rows are tokens of a window."""
+    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
+    inside = r < PACK * AREA
+    if PACK > 1:
+        inside = inside & (pack_id * PACK + r // AREA < total)
+    return inside
+
+
+@triton.jit
+def token_region(
+    r, pack_id, size, padded, shift, windows, windows_x, KEYS: tl.constexpr, WINDOW: tl.constexpr, PACK: tl.constexpr
+):
+    """The region of tile rows ``r``: tokens attend within it. That of padding KEYS is -1: nothing attends to them."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     if PACK == 1:
         t = r
         window = pack_id
-        inside = r < AREA
         region = r * 0
     else:
         t = r % AREA
         window = pack_id * PACK + r // AREA
-        inside = (r < PACK * AREA) & (window < total)
-        region = (r // AREA) * 4
+        region = r // AREA * 4
     at = window % windows
-    y, x = at // windows_x * WINDOW[0] + t // WINDOW[1], at % windows_x * WINDOW[1] + t % WINDOW[1]
+    i, wy = t // WINDOW[1], at // windows_x
+    y, x = wy * WINDOW[0] + i, (at - wy * windows_x) * WINDOW[1] + (t - i * WINDOW[1])
     extent = size if padded is None else padded
     if shift is not None:
         region += tl.where(y >= extent[0] - shift[0], 2, 0) + tl.where(x >= extent[1] - shift[1], 1, 0)
-        y, x = y + shift[0], x + shift[1]  # undo the cyclic shift
+        y, x = y + shift[0], x + shift[1]
         y, x = tl.where(y >= extent[0], y - extent[0], y), tl.where(x >= extent[1], x - extent[1], x)
-    real = inside if padded is None else inside & (y < size[0]) & (x < size[1])
-    return window, y, x, inside, real, region
+    if KEYS:
+        region = tl.where((y < size[0]) & (x < size[1]), region, -1)
+    return region
+
+
+@triton.jit
+def regions_agree(
+    rows, cols, pack_id, size, padded, shift, windows, windows_x, pad, WINDOW: tl.constexpr, PACK: tl.constexpr
+):
+    KEYS: tl.constexpr = padded is not None and pad is None
+    queries = token_region(rows, pack_id, size, padded, shift, windows, windows_x, False, WINDOW, PACK)
+    return queries == token_region(cols, pack_id, size, padded, shift, windows, windows_x, KEYS, WINDOW, PACK)
+
+
+@triton.jit
+def within_regions(
+    s, rows, cols, pack_id, size, padded, shift, windows, windows_x, pad, WINDOW: tl.constexpr, PACK: tl.constexpr
+):
+    """Scores of queries ``rows`` and keys ``cols`` (they broadcast to the shape of ``s``) of the same region, -inf
+    elsewhere. Only packs of windows, and windows at the far edges of the map, have more than one region."""
+    if PACK > 1:
+        agree = regions_agree(rows, cols, pack_id, size, padded, shift, windows, windows_x, pad, WINDOW, PACK)
+        s = tl.where(agree, s, float("-inf"))
+    elif shift is not None or (padded is not None and pad is None):
+        at = pack_id % windows
+        wy = at // windows_x
+        y, x = (wy + 1) * WINDOW[0], (at - wy * windows_x + 1) * WINDOW[1]
+        if shift is not None:
+            y, x = y + shift[0], x + shift[1]
+        if (y > size[0]) | (x > size[1]):
+            agree = regions_agree(rows, cols, pack_id, size, padded, shift, windows, windows_x, pad, WINDOW, PACK)
+            s = tl.where(agree, s, float("-inf"))
+    return s
 
 
 @triton.jit
@@ -66,10 +125,10 @@ def row_offset(window, y, x, windows, strides):
 
 
 @triton.jit
-def gather(base, pad, first, offset, real, D: tl.constexpr, PARTS: tl.constexpr):
+def gather(base, pad, first, offset, real, padded, D: tl.constexpr, PARTS: tl.constexpr):
     """Channels from ``first`` on of the tokens, a tuple of blocks. Padding tokens have the channels of ``pad``, or
     zeros without it."""
-    loaded = load_rows(base + first, offset, real, 1, D, PARTS)
+    loaded = load_rows(base + first, offset, None if padded is None else real, 1, D, PARTS)
     if pad is None:
         out = loaded
     else:
@@ -146,40 +205,18 @@ def table_bias(table, i, j, h, HEADS, WINDOW: tl.constexpr, PACK: tl.constexpr):
 
 
 @triton.jit
-def attending(s, query_region, key_region, allowed, table, padded, shift, PACK: tl.constexpr):
-    """Scores of pairs that may attend, -inf elsewhere; the arguments broadcast to the shape of ``s``.
-
-    Keys past the tile's rows are masked by their bias, if there is one.
-    """
-    if shift is not None or PACK > 1:
-        s = tl.where(query_region == key_region, s, float("-inf"))
-    if table is None or padded is not None:
-        s = tl.where(allowed, s, float("-inf"))
-    return s
-
-
-@triton.jit
-def table_position(r, WINDOW: tl.constexpr):
-    """For tile rows ``r``: a number whose differences are rows of the table, so that a pair's bias needs one
-    subtraction."""
-    return r + r // WINDOW[1] * (WINDOW[1] - 1)
-
-
-@triton.jit
-def pair_bias(table_t, i, j, h, WINDOW: tl.constexpr):
-    """Bias of queries ``i`` and keys ``j`` (within the window; they broadcast) from the table as (heads, offsets)."""
-    OFFSETS: tl.constexpr = (2 * WINDOW[0] - 1) * (2 * WINDOW[1] - 1)
-    return tl.load(table_t + h * OFFSETS + OFFSETS // 2 + (table_position(i, WINDOW) - table_position(j, WINDOW)))
-
-
-@triton.jit
-def within_regions(s, query_region, key_region, window, windows, windows_x, shift):
-    """-inf for pairs in different regions. Only windows at the far edges of the map have more than one region."""
-    if shift is not None:
-        at = window % windows
-        if (at // windows_x == windows // windows_x - 1) | (at % windows_x == windows_x - 1):
-            s = tl.where(query_region == key_region, s, float("-inf"))
-    return s
+def pair_bias(bands, outer, inner, h, EDGE: tl.constexpr, WINDOW: tl.constexpr):
+    """Bias of pairs (they broadcast) from the table as ``_Map.bias_bands`` expands it, where the biases of tokens
+    ``inner`` are adjacent, for keys as ``inner`` and queries as ``outer``, or the reverse. Tokens past the window (of
+    ``inner``, with EDGE) are as its last one."""
+    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
+    W: tl.constexpr = WINDOW[1]
+    outer = tl.minimum(outer, AREA - 1)
+    if EDGE:
+        inner = tl.minimum(inner, AREA - 1)
+    # Differences of rows start at -(WINDOW[0] - 1); columns of ``outer`` are in descending order.
+    at = (outer // W + WINDOW[0] - 1) * W + (W - 1) - outer % W
+    return tl.load(bands + (h * (2 * WINDOW[0] - 1) * W + at) * W + (inner % W - inner // W * (W * W)))
 
 
 @triton.jit
@@ -241,35 +278,35 @@ def window_forward(
     pid = tl.program_id(0)
     h, tile, group = pid % HEADS, pid // HEADS % tiles, pid // HEADS // tiles
     at_q, at_k, at_v = h * D, (HEADS + h) * D, (2 * HEADS + h) * D
-    factor = score_factor(logit_scale, scale, h)
     rng_seed = dropout_seed(seed, DROPOUT)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    held = ()
+    factor = score_factor(logit_scale, scale, h)
+    bias = ()
     if table is not None:
-        held = bias_parts(table, rows, h, HEADS, KEY_PARTS, WINDOW, PACK)
+        bias = bias_parts(table, rows, h, HEADS, KEY_PARTS, WINDOW, PACK)
     for pack_id in range(group * share, tl.minimum(group * share + share, tl.cdiv(total, PACK))):
-        window, y, x, inside, real, region = window_coordinates(
-            rows, pack_id, size, padded, shift, windows, windows_x, total, WINDOW, PACK
-        )
-        queries, _ = normalised(
-            gather(qkv, pad, at_q, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE
-        )
+        window, y, x, real = window_tokens(rows, pack_id, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
+        offset = row_offset(window, y, x, windows, qkv_strides)
+        queries, _ = normalised(gather(qkv, pad, at_q, offset, real, padded, D, D_PARTS), COSINE)  # (BLOCK_M, D)
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         scores, values = (), ()
         first: tl.constexpr = 0
         for j in tl.static_range(len(KEY_PARTS)):
             cols = first + span(0, KEY_PARTS[j])
-            key_window, ky, kx, key_inside, key_real, key_region = window_coordinates(
+            key_window, ky, kx, key_real = window_tokens(
                 cols, pack_id, size, padded, shift, windows, windows_x, total, WINDOW, PACK
             )
             offset = row_offset(key_window, ky, kx, windows, qkv_strides)
-            keys, _ = normalised(gather(qkv, pad, at_k, offset, key_real, D, D_PARTS), COSINE)
-            values = values + (gather(qkv, pad, at_v, offset, key_real, D, D_PARTS),)
-            s = dot_parts(queries, keys, BLOCK_M, KEY_PARTS[j], PRECISION) * factor
+            keys, _ = normalised(gather(qkv, pad, at_k, offset, key_real, padded, D, D_PARTS), COSINE)  # (keys, D)
+            values = values + (gather(qkv, pad, at_v, offset, key_real, padded, D, D_PARTS),)
+            s = dot_parts(queries, keys, BLOCK_M, KEY_PARTS[j], PRECISION) * factor  # (BLOCK_M, keys)
             if table is not None:
-                s += held[j]
-            allowed = key_real if pad is None else key_inside
-            s = attending(s, region[:, None], key_region[None, :], allowed[None, :], table, padded, shift, PACK)
+                s += bias[j]
+            elif first + KEY_PARTS[j] > PACK * AREA:
+                s = tl.where(cols[None, :] < PACK * AREA, s, float("-inf"))
+            s = within_regions(
+                s, rows[:, None], cols[None, :], pack_id, size, padded, shift, windows, windows_x, pad, WINDOW, PACK
+            )
             top = tl.maximum(top, tl.max(s, 1))
             scores = scores + (s,)
             first = first + KEY_PARTS[j]
@@ -297,40 +334,30 @@ def window_forward(
             acc = add_products(acc, p.to(qkv.dtype.element_ty), values[j], 0, PRECISION)
         empty = sum_p == 0.0
         sum_p = tl.where(empty, 1.0, sum_p)
-        scatter(
-            out + at_q,
-            times(acc, (keep_scale / sum_p)[:, None]),
-            row_offset(window, y, x, windows, out_strides),
-            real,
-            D,
-            D_PARTS,
-        )
+        inside = inside_windows(rows, pack_id, total, WINDOW, PACK)
+        at = row_offset(window, y, x, windows, out_strides)
+        scatter(out + at_q, times(acc, (keep_scale / sum_p)[:, None]), at, inside & real, D, D_PARTS)
         at = lse + (window.to(tl.int64) * HEADS + h) * AREA + rows % AREA
         tl.store(at, tl.where(empty, float("-inf"), top + tl.log2(sum_p) * LN2), mask=inside)
 
 
 @triton.jit
 def key_side(
-    queries, first, rows, region, qkv, table_t, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x,
-    HEADS, factor, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+    queries, first, rows, qkv, bands, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS,
+    factor, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
     COSINE: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N keys and values of a window and the queries' scores. With EDGE, some keys may be past the window."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     cols = first + tl.arange(0, BLOCK_N)
-    near = tl.minimum(cols, AREA - 1) if EDGE else cols
-    _, y, x, _, real, key_region = window_coordinates(
-        near, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1
-    )
+    _, y, x, real = window_tokens(cols, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
     offset = row_offset(window, y, x, windows, qkv_strides)
-    keys, _ = normalised(gather(qkv, pad, (HEADS + h) * D, offset, real, D, D_PARTS), COSINE)
-    values = gather(qkv, pad, (2 * HEADS + h) * D, offset, real, D, D_PARTS)
-    s = dot_parts(queries, keys, rows.shape[0], BLOCK_N, PRECISION) * factor
-    if table_t is not None:
-        s += pair_bias(table_t, rows[:, None], near[None, :], h, WINDOW)
-    s = within_regions(s, region[:, None], key_region[None, :], window, windows, windows_x, shift)
-    if padded is not None and pad is None:
-        s = tl.where(real[None, :], s, float("-inf"))
+    keys, _ = normalised(gather(qkv, pad, (HEADS + h) * D, offset, real, padded, D, D_PARTS), COSINE)  # (BLOCK_N, D)
+    values = gather(qkv, pad, (2 * HEADS + h) * D, offset, real, padded, D, D_PARTS)
+    s = dot_parts(queries, keys, rows.shape[0], BLOCK_N, PRECISION) * factor  # (queries, BLOCK_N)
+    if bands is not None:
+        s += pair_bias(bands, rows[:, None], cols[None, :], h, EDGE, WINDOW)
+    s = within_regions(s, rows[:, None], cols[None, :], window, size, padded, shift, windows, windows_x, pad, WINDOW, 1)
     if EDGE:
         s = tl.where((cols < AREA)[None, :], s, float("-inf"))
     return cols, keys, values, s
@@ -338,15 +365,15 @@ def key_side(
 
 @triton.jit
 def online_softmax_step(
-    acc, top, sum_p, queries, first, rows, region, qkv, table_t, pad, qkv_strides, window, h, size, padded, shift,
-    windows, windows_x, HEADS, factor, rng_seed, threshold, D: tl.constexpr, D_PARTS: tl.constexpr,
+    acc, top, sum_p, queries, first, rows, qkv, bands, pad, qkv_strides, window, h, size, padded, shift, windows,
+    windows_x, HEADS, factor, rng_seed, threshold, D: tl.constexpr, D_PARTS: tl.constexpr,
     WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, COSINE: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over BLOCK_N keys."""
     cols, _, values, s = key_side(
-        queries, first, rows, region, qkv, table_t, pad, qkv_strides, window, h, size, padded, shift, windows,
-        windows_x, HEADS, factor, D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
+        queries, first, rows, qkv, bands, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS,
+        factor, D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
     )  # fmt: skip
     new_top = tl.maximum(top, tl.max(s, 1))
     shown = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -366,7 +393,7 @@ def online_softmax_step(
 @triton.jit
 def window_forward_long(
     qkv,
-    table_t,
+    bands,
     logit_scale,
     pad,
     out,
@@ -402,31 +429,30 @@ def window_forward_long(
     tile, h, window = pid % tiles, pid // tiles % HEADS, pid // tiles // HEADS
     factor = score_factor(logit_scale, scale, h)
     rng_seed = dropout_seed(seed, DROPOUT)
-    every = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.minimum(every, AREA - 1)  # rows past the window repeat its last row; they are not stored
-    _, y, x, _, real, region = window_coordinates(rows, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # those past the window repeat its last one; they are not stored
+    _, y, x, real = window_tokens(rows, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
     queries, _ = normalised(
-        gather(qkv, pad, h * D, row_offset(window, y, x, windows, qkv_strides), real, D, D_PARTS), COSINE
+        gather(qkv, pad, h * D, row_offset(window, y, x, windows, qkv_strides), real, padded, D, D_PARTS), COSINE
     )
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     sum_p = tl.zeros((BLOCK_M,), tl.float32)
     acc = zero_parts((BLOCK_M,), D_PARTS)
     for first in range(0, WHOLE, BLOCK_N):
         acc, top, sum_p = online_softmax_step(
-            acc, top, sum_p, queries, first, rows, region, qkv, table_t, pad, qkv_strides, window, h, size, padded,
-            shift, windows, windows_x, HEADS, factor, rng_seed, threshold, D, D_PARTS, WINDOW, BLOCK_N, COSINE, False,
+            acc, top, sum_p, queries, first, rows, qkv, bands, pad, qkv_strides, window, h, size, padded, shift,
+            windows, windows_x, HEADS, factor, rng_seed, threshold, D, D_PARTS, WINDOW, BLOCK_N, COSINE, False,
             DROPOUT, PRECISION,
         )  # fmt: skip
     if AREA > WHOLE:
         for first in range(WHOLE, AREA, EDGE_N):
             acc, top, sum_p = online_softmax_step(
-                acc, top, sum_p, queries, first, rows, region, qkv, table_t, pad, qkv_strides, window, h, size, padded,
-                shift, windows, windows_x, HEADS, factor, rng_seed, threshold, D, D_PARTS, WINDOW, EDGE_N, COSINE,
+                acc, top, sum_p, queries, first, rows, qkv, bands, pad, qkv_strides, window, h, size, padded, shift,
+                windows, windows_x, HEADS, factor, rng_seed, threshold, D, D_PARTS, WINDOW, EDGE_N, COSINE,
                 AREA % EDGE_N != 0, DROPOUT, PRECISION,
             )  # fmt: skip
-    inside = every < AREA
     empty = sum_p == 0.0
     sum_p = tl.where(empty, 1.0, sum_p)
+    inside = rows < AREA
     at = row_offset(window, y, x, windows, out_strides)
     scatter(out + h * D, times(acc, (keep_scale / sum_p)[:, None]), at, real & inside, D, D_PARTS)
     at = lse + (window.to(tl.int64) * HEADS + h) * AREA + rows

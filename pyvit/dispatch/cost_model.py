@@ -220,6 +220,7 @@ INSTRUCTIONS = {
         "bias_grad": 12.6,
         "window_forward": 20.0,
         "window_forward_long": 24.0,
+        "window_backward": 60.0,
         "window_backward_keys": 35.0,
         "window_backward_queries": 23.0,
         "window_backward_bias": 30.0,
@@ -423,14 +424,15 @@ def triton_window(area: int, d: int, itemsize: int, backward: bool, table_grad: 
         keys = area // c.block_n * c.block_n + round_up(area % c.block_n, c.edge_n)
         padding, tall = round_up(area, c.block_m) * keys / area**2, c.block_m >= 64
         return plan(["window_forward_long"], 4, 2, padding=padding, launches=1, warpgroup=tall, least=_FORWARD)
-    c = choose("window_backward_keys" if backward else "window_forward", arch, itemsize, d, rows)
+    kernel = "window_forward" if not backward else "window_backward" if rows <= 64 else "window_backward_keys"
+    c = choose(kernel, arch, itemsize, d, rows)
     if backward and rows > c.block_m:
         rows = max(1, c.block_m // area) * area
     padding, tall = round_up(rows, c.block_m) * sum(parts(rows)) / (rows * area), c.block_m >= 64
     if not backward:
         return plan(["window_forward"], 4, 2, padding=padding, launches=1, warpgroup=tall, least=_FORWARD)
     whole = rows <= c.block_m
-    kernels = ["window_backward_keys"] + ([] if whole else ["window_backward_queries"])
+    kernels = [kernel] if whole else [kernel, "window_backward_queries"]
     tensors, products = (8, 5) if whole else (12, 7)
     if table_grad and not whole:  # a pass of its own, which reads queries, keys, values and the output's gradient again
         kernels, tensors, products = [*kernels, "window_backward_bias"], tensors + 4, products + 2

@@ -52,7 +52,7 @@ PARTS = {
     )
 }
 
-#: The least compute capability that Triton's matrix products of 16-bit tiles and asynchronous copies are made for.
+#: The least compute capability of which Triton's products use the tensor cores.
 _TRITON_CAPABILITY = (8, 0)
 #: AMD's families with matrix instructions: CDNA 2 and 3, RDNA 3 and 4.
 _TRITON_AMD = ("gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
@@ -81,8 +81,8 @@ def present() -> tuple[Device, ...]:
     return tuple(dict.fromkeys(map(describe, order)))
 
 
-def refusal(backend: str, device: Device) -> str | None:
-    """Why the kernels of ``backend`` do not run on ``device``, None where they do."""
+def refusal(backend: str, device: Device, dtype: torch.dtype) -> str | None:
+    """Why the kernels of ``backend`` do not run on ``device`` in ``dtype``, None where they do."""
     if backend == "cuda":
         if device.capability is None:
             return f"CUDA kernels run on NVIDIA GPUs, got {device.name} ({device.arch})"
@@ -93,13 +93,15 @@ def refusal(backend: str, device: Device) -> str | None:
             return f"needs compute capability {wanted} or higher, got {got} ({device.name})"
         if device.capability is None and not device.arch.startswith(_TRITON_AMD):
             return f"needs matrix instructions ({', '.join(_TRITON_AMD)}), got {device.arch} ({device.name})"
+        if device.capability is None and device.wave == 32 and dtype == torch.float32:
+            return f"{device.name} ({device.arch}) has no matrix instructions for float32"
     return None
 
 
-def refused(backend: str) -> str | None:
+def refused(backend: str, dtype: torch.dtype) -> str | None:
     """:func:`refusal` by the first of this machine's GPUs that cannot run ``backend``: which one a call is for is not
     known while it is traced, so a backend serves all GPUs of a process or none."""
-    return next((why for device in present() if (why := refusal(backend, device)) is not None), None)
+    return next((why for device in present() if (why := refusal(backend, device, dtype)) is not None), None)
 
 
 #: The compiler runs it while tracing, instead of tracing it.

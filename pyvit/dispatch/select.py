@@ -40,7 +40,7 @@ def reasons(call: Call, backend: str) -> list[str]:
     capability = CAPABILITIES[call.op].get(backend)
     if capability is None:
         return [f"has no kernel for {call.op}"]
-    if call.device == "cuda" and not capability.pure and (refused := devices.refused(backend)) is not None:
+    if call.device == "cuda" and not capability.pure and (refused := devices.refused(backend, call.dtype)) is not None:
         return [refused]
     found = []
     if call.dtype not in capability.dtypes:

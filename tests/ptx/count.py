@@ -1,6 +1,7 @@
 """Instructions per score that kernels issue, with former and current tiles: ``python -m tests.ptx.count``.
 
-A warp's instructions times 32, divided by its scores. Calls are small, so edges weigh more than in a model.
+A warp's instructions times 32, divided by its scores (patch embedding: by the pixels that enter its product). Calls are
+small, so edges weigh more than in a model.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from pyvit.triton_kernels import flash_attention, tiles, window_attention
+from pyvit.triton_kernels import flash_attention, patch_embed, tiles, window_attention
 
 from tests.ptx.launch import PARTS, running
 
@@ -39,10 +40,27 @@ def _window(size: int, side: int, dtype: torch.dtype) -> tuple[Run, int]:
     return run, size * size * side * side
 
 
+def _patches(width: int) -> tuple[Run, int]:
+    images = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
+    weight, mean, std = torch.randn(width, 3, 16, 16).to(BF16), torch.full((3,), 0.45), torch.full((3,), 0.22)
+    rest = (images, weight, None, (16, 16), None, None, None, mean, std)
+
+    def run() -> None:
+        out = patch_embed.patch_embed(*rest)
+        patch_embed.patch_embed_backward(out, False, True, *rest)
+
+    return run, images.numel()
+
+
 #: Kernel, call, and its former tiles.
 CALLS = (
-    ("window_backward_keys", "window 7, bf16", lambda: _window(28, 7, BF16), tiles.Config(64, 64, 32, 4, 8, 1)),
-    ("window_backward_keys", "window 7, fp32", lambda: _window(28, 7, F32), tiles.Config(32, 32, 32, 4, 8, 1)),
+    ("patch_forward", "128 channels, bytes", lambda: _patches(128), tiles.Config(128, 128, 64, 1, 8, 2)),
+    ("patch_weight_gradient", "128 channels, bytes", lambda: _patches(128), tiles.Config(128, 64, 64, 1, 8, 2)),
+    ("window_forward", "window 7, bf16", lambda: _window(28, 7, BF16), tiles.Config(64, 64, 32, 8, 4, 2)),
+    ("window_backward", "window 7, bf16", lambda: _window(28, 7, BF16), tiles.Config(64, 64, 32, 4, 8, 1)),
+    ("window_backward", "window 7, fp32", lambda: _window(28, 7, F32), tiles.Config(64, 64, 32, 4, 4, 1)),
+    ("window_forward_long", "window 16, bf16", lambda: _window(32, 16, BF16), tiles.Config(64, 64, 16, 1, 4, 2)),
+    ("window_backward_keys", "window 16, bf16", lambda: _window(32, 16, BF16), tiles.Config(64, 32, 32, 8, 4, 1)),
     ("window_backward_bias", "window 12, fp32", lambda: _window(24, 12, F32), tiles.Config(32, 32, 32, 8, 4, 1)),
     ("window_backward_bias", "window 16, fp32", lambda: _window(32, 16, F32), tiles.Config(64, 64, 32, 8, 8, 1)),
     ("backward_dkdv", "257 tokens of 80, bf16", lambda: _attention(257, 80, BF16), tiles.Config(64, 32, 32, 1, 8, 2)),

@@ -10,6 +10,8 @@ import re
 import pytest
 import torch
 
+from pyvit.dispatch import devices
+
 matrix = pytest.importorskip("pyvit.triton_kernels.tools.compile_report")
 common = pytest.importorskip("pyvit.triton_kernels.common")
 compiled = pytest.importorskip("pyvit.triton_kernels.tools.compile")
@@ -47,12 +49,17 @@ def test_compiles_within_the_rules(case: str, dtype: str, arch: str) -> None:
 
 #: Cases that launch every kernel.
 KERNELS = {
-    "attention N=64 d=64": {"forward_short", "backward_short"},
+    "attention N=50 d=64": {"forward_short", "backward_short"},
     "attention N=577 d=64": {"forward_long", "backward_dq", "backward_dkdv"},
     "attention N=197 d=64 bias": {"bias_gradient"},
     "attention map N=197 d=64": {"map_rows"},
-    "window 7": {"window_forward", "window_backward_keys", "table_gradient"},
-    "window 12": {"window_forward_long", "window_backward_queries", "window_backward_bias"},
+    "window 7": {"window_forward", "window_backward", "table_gradient"},
+    "window 12": {
+        "window_forward_long",
+        "window_backward_keys",
+        "window_backward_queries",
+        "window_backward_bias",
+    },
     "patches 16 keep 49": {"patch_forward", "patch_image_gradient", "patch_weight_gradient", "spread_tokens"},
     "info_nce 4096 d=512": {"pair_sums", "pair_gradient"},
 }
@@ -78,7 +85,7 @@ def test_every_kernel_on_every_part(case: str, arch: str) -> None:
 
 def test_refused_parts_have_no_tensor_core_products() -> None:
     (launch,) = matrix.launches("attention map N=197 d=64", "fp16", "sm_75")
-    assert list(tiles.REFUSED) == ["sm_75"]
+    assert devices.refusal("triton", devices.PARTS["sm_75"], torch.float16) is not None
     assert matrix.faults(compiled.inspect(launch, "sm_75"), "fp16") == ["no tensor-core instruction"]
 
 

@@ -110,6 +110,8 @@ PATCHES = [
     ((1, 2, 9, 9), (3, 3), (3, 3), "position keep"),
     ((1, 2, 9, 10), (4, 4), (2, 3), "keep bfloat"),
     ((1, 3, 8, 8), (4, 4), (4, 4), "half prefix"),
+    ((1, 3, 10, 8), (5, 4), (5, 4), "bytes"),
+    ((1, 3, 16, 16), (8, 8), (8, 8), "bytes normalise bfloat prefix keep"),
 ]
 
 
@@ -145,6 +147,29 @@ def test_patch_embedding(agree, case) -> None:
         forms.append(
             (reference.patch_embed(*own), *PATCH_BACKWARD.reference(cast([grad_out])[0], not as_bytes, True, *own))
         )
+    agree((out, *grads), *forms, 1)
+
+
+#: Smallest and largest byte, mean, std: pixels on both sides of a mean that leaves few digits of them, pixels whose
+#: normalisation is exact in the naive form, and a mean far from all pixels.
+NORMALISATIONS = [(126, 129, 0.5, 0.004), (255, 255, 255 / 256, 1 / 256), (0, 255, 100.0, 0.25)]
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("pixels", NORMALISATIONS, ids=str)
+def test_normalised_bytes(agree, pixels: tuple[int, int, float, float], dtype: torch.dtype) -> None:
+    """Patches whose channels are whole steps of the product, as those of 16 x 16 pixels."""
+    low, high, mean, std = pixels
+    images = torch.randint(low, high + 1, (1, 2, 16, 16), dtype=torch.uint8)
+    weight, bias = torch.randn(24, 2, 8, 8).to(dtype), torch.randn(24).to(dtype)
+    args = [images, weight, bias, (8, 8), None, None, None, torch.tensor([mean, 0.5]), torch.tensor([std, 0.25])]
+    out = patches.patch_embed(*args)
+    grad_out = torch.randn(out.shape).to(dtype)
+    grads = patches.patch_embed_backward(grad_out, False, True, *args)
+    forms = []
+    for cast in (_exact, list):
+        own = cast(args)
+        forms.append((reference.patch_embed(*own), *PATCH_BACKWARD.reference(cast([grad_out])[0], False, True, *own)))
     agree((out, *grads), *forms, 1)
 
 

@@ -49,6 +49,7 @@ SPACE: dict[str, dict[str, Sequence[int]]] = {
         "warps": (2, 4, 8),
         "stages": (1, 2, 3),
     },
+    "window_backward": {"group": (2, 4, 8), "warps": (4, 8), "stages": (1, 2)},
     "window_backward_keys": {"block_m": (32, 64), "block_n": (16, 32, 64), "group": (2, 4, 8), "warps": (4, 8)},
     "window_backward_queries": {
         "block_m": (32, 64, 128),
