@@ -159,11 +159,15 @@ TABLE = (
     Entry("attention_map", Config(block_m=16, block_n=32, warps=4, stages=1)),
     # Patch embedding: "length" is the rows of the result, edge_n the block of the summed dimension.
     # On sm_90 two programs of four warps share a processor: one converts pixels while the other multiplies.
-    Entry("patch_forward", Config(block_m=128, block_n=128, edge_n=64, warps=4, stages=3), "sm_90", 2),
+    Entry("patch_forward", Config(block_m=128, block_n=128, edge_n=64, warps=4, stages=3), ("wgmma",), 2),
     Entry("patch_forward", Config(block_m=128, block_n=128, edge_n=64, warps=8, stages=2), itemsize=2),
     Entry("patch_forward", Config(block_m=64, block_n=64, edge_n=32, warps=4, stages=2)),
-    Entry("patch_weight_gradient", Config(block_m=128, block_n=128, edge_n=64, warps=8, stages=2), "sm_90", 2),
-    Entry("patch_weight_gradient", Config(block_m=128, block_n=128, edge_n=64, warps=8, stages=2), "sm_100", 2),
+    Entry(
+        "patch_weight_gradient",
+        Config(block_m=128, block_n=128, edge_n=64, warps=8, stages=2),
+        ("wgmma", "tcgen05"),
+        itemsize=2,
+    ),
     Entry("patch_weight_gradient", Config(block_m=128, block_n=64, edge_n=64, warps=8, stages=2), itemsize=2),
     Entry("patch_weight_gradient", Config(block_m=64, block_n=64, edge_n=32, warps=4, stages=2)),
     Entry("patch_image_gradient", Config(block_m=64, block_n=64, edge_n=64, warps=4, stages=2), itemsize=2),
