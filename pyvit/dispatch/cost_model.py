@@ -220,7 +220,7 @@ def triton_attention(
     passes."""
     width, pairs = sum(parts(d)) / d, n_q * n_k
     if not backward:
-        short = forward_short_fits(arch, itemsize, (d, d), n_k)
+        short = forward_short_fits(arch, itemsize, (d, d), n_k, bias)
         c = choose("forward_short" if short else "forward_long", arch, itemsize, d, n_k)
         keys = sum(parts(n_k)) if short else n_k // c.block_n * c.block_n + round_up(n_k % c.block_n, c.edge_n)
         return _attention_plan(4, 2, round_up(n_q, c.block_m) * keys / pairs * width, 1, c.block_m >= 64, False)
