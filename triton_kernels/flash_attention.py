@@ -123,7 +123,7 @@ def _forward(p: _Problem) -> tuple[Tensor, Tensor]:
         | {"lse": lse, "lse_strides": p.row_strides(lse)}
     )
     args |= p.raw
-    if forward_short_fits(p.arch, p.itemsize, (p.d, p.dv), p.n_k):
+    if forward_short_fits(p.arch, p.itemsize, (p.d, p.dv), p.n_k, p.bias is not None):
         c = p.choose("forward_short")
         tiles = -(-p.n_q // c.block_m)
         # A single image has few heads: use one program per query tile, to keep all processors busy.
@@ -133,7 +133,9 @@ def _forward(p: _Problem) -> tuple[Tensor, Tensor]:
     else:
         c = p.choose("forward_long")
         grid = -(-p.n_q // c.block_m) * p.heads * p.batch
-        _launch(forward_long, grid, args | {"BLOCK_M": c.block_m, "WIDTHS": (c.block_n, c.edge_n)}, c)
+        # A tile of the bias needs registers too.
+        widths = (c.block_n if p.bias is None else min(c.block_n, 64), c.edge_n)
+        _launch(forward_long, grid, args | {"BLOCK_M": c.block_m, "WIDTHS": widths}, c)
     return out, lse
 
 

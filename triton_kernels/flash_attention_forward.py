@@ -37,6 +37,12 @@ def load_blocks(base, n, stride, D: tl.constexpr, PARTS: tl.constexpr, ROW_PARTS
     return out
 
 
+#: Exponents are one multiply-add, score * unit - round(top * unit), where all subtracted numbers of a tile are at most
+#: this large: their rounding, below 2^-8, then changes all exponentials of a row by the same factor, and cancels. Else
+#: the largest score is subtracted first.
+FUSED_LIMIT = tl.constexpr(65536.0)
+
+
 @triton.jit
 def log_sum_exp(top, total, scale, RAW: tl.constexpr):
     if RAW:
@@ -122,11 +128,18 @@ def forward_short(
             scores = scores + (s,)
             first = first + KEY_PARTS[j]
         top = tl.where(top == float("-inf"), 0.0, top)
+        subtracted = top * unit
+        if tl.max(tl.abs(subtracted), 0) > FUSED_LIMIT:
+            differences = ()
+            for j in tl.static_range(len(KEY_PARTS)):
+                differences = differences + (scores[j] - top[:, None],)
+            scores = differences
+            subtracted = tl.zeros((BLOCK_M,), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc = zero_parts((BLOCK_M,), DV_PARTS)
         start: tl.constexpr = 0
         for j in tl.static_range(len(KEY_PARTS)):
-            p = exp2_scores(scores[j], top[:, None], unit)
+            p = tl.exp2(scores[j] * unit - subtracted[:, None])
             total += tl.sum(p, 1)
             if DROPOUT:
                 cols = start + tl.arange(0, KEY_PARTS[j])
@@ -138,6 +151,79 @@ def forward_short(
         factor = keep_scale / total
         store_rows(out, acc, 0, factor[:, None], rows, rows < q_len, out_strides[2] * UNIT, DV, DV_PARTS)
         tl.store(lse + rows, tl.where(empty, float("-inf"), log_sum_exp(top, total, scale, RAW)), mask=rows < q_len)
+
+
+@triton.jit
+def online_softmax(
+    queries,
+    k,
+    v,
+    bias,
+    rows,
+    q_len,
+    k_len,
+    whole,
+    end,
+    k_stride,
+    v_stride,
+    bias_strides,
+    scale,
+    unit,
+    rng_seed,
+    head,
+    threshold,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D_PARTS: tl.constexpr,
+    DV_PARTS: tl.constexpr,
+    M: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    RAW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FUSED: tl.constexpr,
+):
+    """The loop over the keys, in blocks of WIDTHS[0] up to ``whole`` and of WIDTHS[1] up to ``end``: the largest score
+    of each row, the largest magnitude subtracted from its exponents (FUSED, to be compared with FUSED_LIMIT), the sum
+    of its exponentials, and its output before the division by the sum."""
+    top = tl.full((M,), float("-inf"), tl.float32)
+    before = top
+    worst = tl.zeros((M,), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    acc = zero_parts((M,), DV_PARTS)
+    for edge in tl.static_range(2):  # full blocks first, then narrower ones for the keys that need a mask
+        for start in range(whole if edge else 0, end if edge else whole, WIDTHS[edge]):
+            cols = span(start, WIDTHS[edge])
+            keys = load_rows(k, cols, cols < k_len if edge == 1 else None, k_stride, D, D_PARTS)
+            s = dot_parts(queries, keys, M, WIDTHS[edge], PRECISION)
+            if not RAW:
+                s *= scale
+            s = add_bias_and_mask(
+                s, bias, rows[:, None], cols[None, :], q_len, k_len, bias_strides, BIAS, CAUSAL, edge == 1
+            )
+            higher = tl.maximum(top, tl.max(s, 1))
+            against = tl.where(higher == float("-inf"), 0.0, higher)
+            if FUSED:
+                against *= unit
+                worst = tl.maximum(worst, tl.abs(against))
+                p = tl.exp2(s * unit - against[:, None])
+                shrink = tl.exp2(before - against)  # not top * unit, which has been rounded before
+                before = tl.where(higher == float("-inf"), higher, against)
+            else:
+                p = exp2_scores(s, against[:, None], unit)
+                shrink = exp2_scores(top, against, unit)
+            total = total * shrink + tl.sum(p, 1)
+            top = higher
+            if DROPOUT:
+                p = tl.where(dropout_mask(rng_seed, head, rows[:, None], cols[None, :], threshold), p, 0.0)
+            values = load_rows(v, cols, cols < k_len if edge == 1 else None, v_stride, DV, DV_PARTS)
+            shrunk = ()
+            for i in tl.static_range(len(DV_PARTS)):
+                shrunk = shrunk + (acc[i] * shrink[:, None],)
+            acc = add_products(shrunk, p.to(v.dtype.element_ty), values, 0, PRECISION)
+    return top, worst, total, acc
 
 
 @triton.jit
@@ -197,9 +283,6 @@ def forward_long(
     first_row = pid % blocks * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     queries = load_rows(q, rows, rows < q_len, q_strides[2] * UNIT, D, D_PARTS)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = zero_parts((BLOCK_M,), DV_PARTS)
     end = k_len
     whole = k_len // WIDTHS[0] * WIDTHS[0]
     if CAUSAL:
@@ -208,29 +291,17 @@ def forward_long(
     if VARLEN:  # tiles past the end of the sequence have nothing to do
         end = tl.where(first_row < q_len, end, 0)
         whole = tl.where(first_row < q_len, whole, 0)
-    for edge in tl.static_range(2):  # full blocks first, then narrower ones for the keys that need a mask
-        for start in range(whole if edge else 0, end if edge else whole, WIDTHS[edge]):
-            cols = span(start, WIDTHS[edge])
-            keys = load_rows(k, cols, cols < k_len if edge == 1 else None, k_strides[2] * UNIT, D, D_PARTS)
-            s = dot_parts(queries, keys, BLOCK_M, WIDTHS[edge], PRECISION)
-            if not RAW:
-                s *= scale
-            s = add_bias_and_mask(
-                s, bias, rows[:, None], cols[None, :], q_len, k_len, bias_strides, BIAS, CAUSAL, edge == 1
-            )
-            higher = tl.maximum(top, tl.max(s, 1))
-            against = tl.where(higher == float("-inf"), 0.0, higher)
-            p = exp2_scores(s, against[:, None], unit)
-            shrink = exp2_scores(top, against, unit)
-            total = total * shrink + tl.sum(p, 1)
-            top = higher
-            if DROPOUT:
-                p = tl.where(dropout_mask(rng_seed, head, rows[:, None], cols[None, :], threshold), p, 0.0)
-            values = load_rows(v, cols, cols < k_len if edge == 1 else None, v_strides[2] * UNIT, DV, DV_PARTS)
-            shrunk = ()
-            for i in tl.static_range(len(DV_PARTS)):
-                shrunk = shrunk + (acc[i] * shrink[:, None],)
-            acc = add_products(shrunk, p.to(v.dtype.element_ty), values, 0, PRECISION)
+    top, worst, total, acc = online_softmax(
+        queries, k, v, bias, rows, q_len, k_len, whole, end, k_strides[2] * UNIT, v_strides[2] * UNIT, bias_strides,
+        scale, unit, rng_seed, head, threshold, D, DV, D_PARTS, DV_PARTS, BLOCK_M, WIDTHS, BIAS, CAUSAL, DROPOUT, RAW,
+        PRECISION, True,
+    )  # fmt: skip
+    if tl.max(worst, 0) > FUSED_LIMIT:
+        top, worst, total, acc = online_softmax(
+            queries, k, v, bias, rows, q_len, k_len, 0, end, k_strides[2] * UNIT, v_strides[2] * UNIT, bias_strides,
+            scale, unit, rng_seed, head, threshold, D, DV, D_PARTS, DV_PARTS, BLOCK_M, WIDTHS, BIAS, CAUSAL, DROPOUT,
+            RAW, PRECISION, False,
+        )  # fmt: skip
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     factor = keep_scale / total

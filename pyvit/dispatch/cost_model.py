@@ -319,7 +319,7 @@ def triton_attention(
     pairs = n_q * n_k
     plan = functools.partial(_attention_plan, "triton", width=sum(parts(d)) / d, itemsize=itemsize)
     if not backward:
-        short = forward_short_fits(arch, itemsize, (d, d), n_k)
+        short = forward_short_fits(arch, itemsize, (d, d), n_k, bias)
         kernel = "forward_short" if short else "forward_long"
         c = choose(kernel, arch, itemsize, d, n_k)
         keys = sum(parts(n_k)) if short else n_k // c.block_n * c.block_n + round_up(n_k % c.block_n, c.edge_n)

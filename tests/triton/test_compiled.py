@@ -108,6 +108,45 @@ def test_rows_that_divide_by_8_are_read_as_those_that_divide_by_16(d: int, multi
     assert _loads(d) == _loads(multiple_of_16)
 
 
+@pytest.mark.parametrize(
+    ("arch", "n", "d", "bias"),
+    [
+        ("sm_80", 197, 64, False),
+        ("sm_80", 128, 64, True),
+        ("sm_90", 197, 64, True),
+        ("sm_90", 257, 64, False),
+        ("sm_90", 197, 48, False),
+        ("sm_100", 257, 64, False),
+        ("gfx942", 50, 64, False),
+    ],
+)
+def test_shared_memory_is_within_the_bound_that_chose_the_kernel(arch: str, n: int, d: int, bias: bool) -> None:
+    with common.recording(arch) as found:
+        workloads.attention(workloads._Maker(torch.bfloat16, "meta"), n, d, bias)()
+    shape = (arch, 2, (d, d), n, bias)
+    bounds = {
+        "forward_short": tiles.forward_short_shared(*shape),
+        "backward_short": tiles.backward_short_shared(*shape),
+    }
+    checked = [launch for launch in found if launch.name in bounds]
+    assert "backward_short" in {launch.name for launch in checked}
+    for launch in checked:
+        report = compiled.inspect(launch, arch)
+        assert report.shared <= bounds[launch.name] <= tiles.SHARED_LIMIT[arch], launch.name
+
+
+def test_a_part_with_little_shared_memory_gets_kernels_that_fit() -> None:
+    """On 99 KB, 197 queries and their gradients do not fit: two passes."""
+    for n, bias, names in (
+        (197, False, {"forward_short", "backward_dq", "backward_dkdv"}),
+        (197, True, {"forward_long", "backward_dq", "backward_dkdv", "bias_gradient"}),
+        (64, False, {"forward_short", "backward_short"}),
+    ):
+        with common.recording("sm_89") as found:
+            workloads.attention(workloads._Maker(torch.bfloat16, "meta"), n, 64, bias)()
+        assert {launch.name for launch in found} == names
+
+
 def test_compiled_products_use_bfloat16() -> None:
     """bfloat16 operands are converted to float32 only in the interpreter; compiled products use bfloat16."""
     (launch,) = matrix.launches("attention map N=197 d=64", "bf16", "sm_90")
