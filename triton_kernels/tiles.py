@@ -134,7 +134,9 @@ TABLE = (
     Entry("window_forward_long", Config(block_m=64, block_n=64, edge_n=16, warps=4, stages=2), itemsize=2),
     Entry("window_forward_long", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=1)),
     Entry("window_backward", Config(block_m=64, group=4, warps=4, stages=1), itemsize=2),
-    Entry("window_backward", Config(block_m=64, group=4, warps=8, stages=1)),
+    # In float32, a tile of 64 tokens does not fit into registers: larger windows than this have a kernel per gradient.
+    Entry("window_backward", Config(block_m=32, group=4, warps=4, stages=1)),
+    Entry("window_backward_keys", Config(block_m=32, block_n=32, group=4, warps=4, stages=1), length=64),
     Entry("window_backward_keys", Config(block_m=64, block_n=32, group=8, warps=4, stages=1)),
     Entry("window_backward_queries", Config(block_m=64, block_n=64, edge_n=16, warps=4, stages=2), itemsize=2),
     Entry("window_backward_queries", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=1)),
