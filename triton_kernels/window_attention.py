@@ -26,6 +26,14 @@ _PACK_AREA, _PACKED = 32, 64
 _TILE = 64
 
 
+def _strides(t: Tensor) -> tuple[int, int, int, int]:
+    """Strides of images, rows and columns; the last number has 64 bits if offsets within an image need them, because a
+    kernel's integers are as wide as their values."""
+    b, y, x, _ = t.stride()
+    span = (t.shape[1] - 1) * abs(y) + (t.shape[2] - 1) * abs(x)
+    return b, y, x, 0 if span < 2**31 else 2**32
+
+
 class _Map:
     """The geometry of a call, as kernel arguments."""
 
@@ -53,7 +61,7 @@ class _Map:
         self.arch, self.itemsize = arch_of(qkv), qkv.element_size()
         self.common: dict[str, Any] = {
             "qkv": self.qkv,
-            "qkv_strides": self.qkv.stride()[:3],
+            "qkv_strides": _strides(self.qkv),
             "table": None if bias_table is None else bias_table.contiguous(),
             "logit_scale": None if logit_scale is None else logit_scale.contiguous(),
             # A map without padding has no padding tokens.
@@ -129,7 +137,7 @@ def window_attention(
     lse = qkv.new_empty(m.batch, m.windows, m.heads, m.area, dtype=torch.float32)
     if m.rows > _TILE:
         c = m.choose("window_forward_long")
-        args = _without(m.common, "table", "PACK", "total") | {"out": out, "out_strides": out.stride()[:3], "lse": lse}
+        args = _without(m.common, "table", "PACK", "total") | {"out": out, "out_strides": _strides(out), "lse": lse}
         own = {"bands": m.bias_bands(), "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "EDGE_N": c.edge_n}
         launch(window_forward_long, m.heads * m.total * -(-m.area // c.block_m), args | own, c.warps, c.stages)
         return out, lse
@@ -138,7 +146,7 @@ def window_attention(
     groups, share = m.split_over_programs(c, tiles)
     args = m.common | {
         "out": out,
-        "out_strides": out.stride()[:3],
+        "out_strides": _strides(out),
         "lse": lse,
         "share": share,
         "KEY_PARTS": parts(m.rows),
@@ -170,9 +178,9 @@ def window_attention_backward(
     grad_qkv = qkv.new_empty(qkv.shape)
     args = m.common | {
         "grad_out": grad_out,
-        "grad_out_strides": grad_out.stride()[:3],
+        "grad_out_strides": _strides(grad_out),
         "grad_qkv": grad_qkv,
-        "grad_qkv_strides": grad_qkv.stride()[:3],
+        "grad_qkv_strides": _strides(grad_qkv),
     }
     c = m.choose("window_backward") if m.rows <= _TILE else None
     if c is not None and m.area <= c.block_m:
@@ -200,7 +208,7 @@ def _gradients_by_tiles(m: _Map, args: dict[str, Any], out: Tensor, lse: Tensor)
     sums = _Sums(m, groups, (m.total, tiles))
     args = _without(args, "table", "PACK") | {"bands": m.bias_bands()}
     args |= {name: torch.empty_like(lse) for name in ("shifts", "rests", "row_sums")}
-    own = {"out": out, "out_strides": out.stride()[:3], "lse": lse, "logit_partial": sums.logit}
+    own = {"out": out, "out_strides": _strides(out), "lse": lse, "logit_partial": sums.logit}
     own |= {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "EDGE_N": c.edge_n}
     launch(window_backward_queries, m.heads * m.total * tiles, _without(args, "total") | own, c.warps, c.stages)
     if sums.bias is not None:

@@ -81,7 +81,8 @@ def token_region(
     y, x = wy * WINDOW[0] + i, (at - wy * windows_x) * WINDOW[1] + (t - i * WINDOW[1])
     extent = size if padded is None else padded
     if shift is not None:
-        region += tl.where(y >= extent[0] - shift[0], 2, 0) + tl.where(x >= extent[1] - shift[1], 1, 0)
+        # Sign bits: with comparisons, LLVM's SLP vectorizer (Triton 3.9) confused some with their negations.
+        region += (((extent[0] - shift[0] - 1 - y) >> 31) & 2) + (((extent[1] - shift[1] - 1 - x) >> 31) & 1)
         y, x = y + shift[0], x + shift[1]
         y, x = tl.where(y >= extent[0], y - extent[0], y), tl.where(x >= extent[1], x - extent[1], x)
     if KEYS:
@@ -121,7 +122,10 @@ def within_regions(
 
 @triton.jit
 def row_offset(window, y, x, windows, strides):
-    return (window // windows).to(tl.int64) * strides[0] + y.to(tl.int64) * strides[1] + x.to(tl.int64) * strides[2]
+    """Offset of the tokens; the last of ``strides`` makes those within an image 64 bits wide where they must be, see
+    ``_strides``."""
+    wide = strides[3] * 0
+    return (window // windows).to(tl.int64) * strides[0] + ((y + wide) * strides[1] + (x + wide) * strides[2])
 
 
 @triton.jit
@@ -207,16 +211,15 @@ def table_bias(table, i, j, h, HEADS, WINDOW: tl.constexpr, PACK: tl.constexpr):
 @triton.jit
 def pair_bias(bands, outer, inner, h, EDGE: tl.constexpr, WINDOW: tl.constexpr):
     """Bias of pairs (they broadcast) from the table as ``_Map.bias_bands`` expands it, where the biases of tokens
-    ``inner`` are adjacent, for keys as ``inner`` and queries as ``outer``, or the reverse. Tokens past the window (of
-    ``inner``, with EDGE) are as its last one."""
+    ``inner`` are adjacent, for keys as ``inner`` and queries as ``outer``, or the reverse. With EDGE, tokens of
+    ``inner`` may be past the window."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     W: tl.constexpr = WINDOW[1]
     outer = tl.minimum(outer, AREA - 1)
-    if EDGE:
-        inner = tl.minimum(inner, AREA - 1)
     # Differences of rows start at -(WINDOW[0] - 1); columns of ``outer`` are in descending order.
     at = (outer // W + WINDOW[0] - 1) * W + (W - 1) - outer % W
-    return tl.load(bands + (h * (2 * WINDOW[0] - 1) * W + at) * W + (inner % W - inner // W * (W * W)))
+    where = bands + (h * (2 * WINDOW[0] - 1) * W + at) * W + (inner % W - inner // W * (W * W))
+    return tl.load(where, mask=inner < AREA, other=0.0) if EDGE else tl.load(where)
 
 
 @triton.jit
