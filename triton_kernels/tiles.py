@@ -119,7 +119,7 @@ TABLE = (
     Entry("forward_long", Config(block_m=32, block_n=16, edge_n=16, warps=4, stages=1), ("mma", "mfma")),
     Entry("forward_long", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=1)),
     # "length" is the number of queries, of which a program holds all.
-    Entry("backward_short", Config(block_m=32, block_n=32, edge_n=16, warps=8, stages=1), ("wmma",)),
+    Entry("backward_short", Config(block_m=64, block_n=32, edge_n=16, warps=16, stages=1), ("wmma",)),
     Entry("backward_short", Config(block_m=64, block_n=64, edge_n=64, warps=4, stages=1), length=64),
     Entry("backward_short", Config(block_m=128, block_n=64, edge_n=16, warps=8), ("wgmma",), length=256),
     Entry("backward_short", Config(block_m=128, block_n=32, edge_n=16, warps=8, stages=1)),
@@ -406,11 +406,12 @@ def backward_short_fits(
 
     Registers per thread, d = 64, 16 rows per warp: 32 for each tile of dQ, as many for scores and for their gradients
     of 64 keys, 16 each for dK and dV. Compiled for sm_90 that spills 240 bytes at 197 queries and 224 at 257 (with
-    blocks of 32 keys). A second tile with dropout spills 584 bytes, a third one with a bias 912 (sm_100): two passes.
+    blocks of 32 keys). A second tile with dropout spills 584 bytes, a third one with a bias 912 (sm_100), a second one
+    on RDNA 2.2 KB: two passes.
 
     Not in float32: an earlier version, compiled by Triton 3.6, gave wrong gradients and read out of bounds on an H100.
     """
-    most = 128 if dropout else 256 if bias else SHORT
+    most = 64 if family(arch) == "wmma" else 128 if dropout else 256 if bias else SHORT
     if itemsize > 2 or not 0 < n_q <= most or n_k == 0 or max(head_dims) > 64:
         return False
     return backward_short_shared(arch, itemsize, head_dims, n_q, bias) <= _shared_limit(arch)

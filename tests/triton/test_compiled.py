@@ -97,7 +97,7 @@ def test_hopper_uses_warpgroup_products() -> None:
 def _loads(d: int) -> list[list[str]]:
     """The loads and asynchronous copies, with their widths, of attention's kernels for heads of ``d`` channels."""
     with common.recording("sm_90") as found:
-        workloads.attention(workloads._Maker(torch.bfloat16, "meta"), 257, d)()
+        workloads.attention(workloads._Maker(torch.bfloat16, "meta", 8), 257, d)()
     texts = [compiled.build(launch, "sm_90").asm["ptx"] for launch in found]
     return [re.findall(r"ld\.global[.\w]*|cp\.async\.c[ag]|0x(?:4|8|10)(?=, )", text) for text in texts]
 
@@ -122,7 +122,7 @@ def test_rows_that_divide_by_8_are_read_as_those_that_divide_by_16(d: int, multi
 )
 def test_shared_memory_is_within_the_bound_that_chose_the_kernel(arch: str, n: int, d: int, bias: bool) -> None:
     with common.recording(arch) as found:
-        workloads.attention(workloads._Maker(torch.bfloat16, "meta"), n, d, bias)()
+        workloads.attention(workloads._Maker(torch.bfloat16, "meta", 8), n, d, bias)()
     shape = (arch, 2, (d, d), n, bias)
     bounds = {
         "forward_short": tiles.forward_short_shared(*shape),
@@ -143,7 +143,7 @@ def test_a_part_with_little_shared_memory_gets_kernels_that_fit() -> None:
         (64, False, {"forward_short", "backward_short"}),
     ):
         with common.recording("sm_89") as found:
-            workloads.attention(workloads._Maker(torch.bfloat16, "meta"), n, 64, bias)()
+            workloads.attention(workloads._Maker(torch.bfloat16, "meta", 8), n, 64, bias)()
         assert {launch.name for launch in found} == names
 
 
