@@ -19,8 +19,15 @@ from pyvit.triton_kernels.common import (
 )
 from pyvit.triton_kernels.flash_attention_backward import backward_dkdv, backward_dq, backward_short
 from pyvit.triton_kernels.flash_attention_bias import bias_gradient
-from pyvit.triton_kernels.flash_attention_forward import forward_long, forward_short
-from pyvit.triton_kernels.tiles import Config, backward_short_fits, choose, forward_short_fits, parts
+from pyvit.triton_kernels.flash_attention_forward import forward_long, forward_persistent, forward_short
+from pyvit.triton_kernels.tiles import (
+    Config,
+    backward_short_fits,
+    choose,
+    forward_persistent_fits,
+    forward_short_fits,
+    parts,
+)
 from torch import Tensor
 
 
@@ -124,9 +131,18 @@ def _forward(p: _Problem) -> tuple[Tensor, Tensor]:
     )
     args |= p.raw
     if forward_short_fits(p.arch, p.itemsize, (p.d, p.dv), p.n_k, p.bias is not None):
+        heads = p.batch * p.heads
+        plain = p.bias is None and p.cu is None and not (p.common["CAUSAL"] or p.common["DROPOUT"])
+        # A single image has few heads: use one program per query tile, to keep all processors busy.
+        many = heads >= 2 * processors(p.q)
+        if many and plain and forward_persistent_fits(p.arch, p.itemsize, (p.d, p.dv), p.n_q, p.n_k):
+            c = p.choose("forward_persistent")
+            shape = {"KEY_PARTS": parts(p.n_k), "BLOCK_M": c.block_m, "TILES": -(-p.n_q // c.block_m)}
+            shape |= {"heads": heads, "STAGES": c.stages}
+            _launch(forward_persistent, min(heads, processors(p.q)), args | shape, c)
+            return out, lse
         c = p.choose("forward_short")
         tiles = -(-p.n_q // c.block_m)
-        # A single image has few heads: use one program per query tile, to keep all processors busy.
         group = c.group if p.batch * p.heads * tiles >= 2 * c.group * processors(p.q) else 1
         grid = -(-tiles // group) * p.heads * p.batch
         _launch(forward_short, grid, args | {"KEY_PARTS": parts(p.n_k), "BLOCK_M": c.block_m, "GROUP": group}, c)

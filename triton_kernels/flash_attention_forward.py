@@ -51,6 +51,80 @@ def log_sum_exp(top, total, scale, RAW: tl.constexpr):
 
 
 @triton.jit
+def short_tile(
+    queries,
+    keys,
+    values,
+    bias,
+    out,
+    lse,
+    rows,
+    q_len,
+    k_len,
+    bias_strides,
+    out_stride,
+    scale,
+    unit,
+    rng_seed,
+    head,
+    threshold,
+    keep_scale,
+    DV: tl.constexpr,
+    DV_PARTS: tl.constexpr,
+    KEY_PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    VARLEN: tl.constexpr,
+    RAW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Output and log-sum-exp of BLOCK_M queries, from all keys and values of their head: one softmax over whole rows,
+    without rescaling."""
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    scores = ()
+    first: tl.constexpr = 0
+    for j in tl.static_range(len(KEY_PARTS)):
+        cols = first + tl.arange(0, KEY_PARTS[j])
+        s = dot_parts(queries, keys[j], BLOCK_M, KEY_PARTS[j], PRECISION)
+        if not RAW:
+            s *= scale
+        # Batched input: every part but the last is full.
+        s = add_bias_and_mask(
+            s, bias, rows[:, None], cols[None, :], q_len, k_len, bias_strides, BIAS, CAUSAL,
+            VARLEN or CAUSAL or j == len(KEY_PARTS) - 1,
+        )  # fmt: skip
+        top = tl.maximum(top, tl.max(s, 1))
+        scores = scores + (s,)
+        first = first + KEY_PARTS[j]
+    top = tl.where(top == float("-inf"), 0.0, top)
+    subtracted = top * unit
+    if tl.max(tl.abs(subtracted), 0) > FUSED_LIMIT:
+        differences = ()
+        for j in tl.static_range(len(KEY_PARTS)):
+            differences = differences + (scores[j] - top[:, None],)
+        scores = differences
+        subtracted = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = zero_parts((BLOCK_M,), DV_PARTS)
+    start: tl.constexpr = 0
+    for j in tl.static_range(len(KEY_PARTS)):
+        p = tl.exp2(scores[j] * unit - subtracted[:, None])
+        total += tl.sum(p, 1)
+        if DROPOUT:
+            cols = start + tl.arange(0, KEY_PARTS[j])
+            p = tl.where(dropout_mask(rng_seed, head, rows[:, None], cols[None, :], threshold), p, 0.0)
+        start = start + KEY_PARTS[j]
+        acc = add_products(acc, p.to(values[0][0].dtype), values[j], 0, PRECISION)
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    factor = keep_scale / total
+    store_rows(out, acc, 0, factor[:, None], rows, rows < q_len, out_stride, DV, DV_PARTS)
+    tl.store(lse + rows, tl.where(empty, float("-inf"), log_sum_exp(top, total, scale, RAW)), mask=rows < q_len)
+
+
+@triton.jit
 def forward_short(
     q,
     k,
@@ -89,8 +163,7 @@ def forward_short(
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """GROUP tiles of queries of one head, with all keys and values on chip: one softmax over whole rows, without
-    rescaling."""
+    """GROUP tiles of queries of one head, with all its keys and values on chip."""
     blocks = tl.cdiv(n_q, BLOCK_M * GROUP)
     pid = tl.program_id(0)
     head = pid // blocks
@@ -111,46 +184,78 @@ def forward_short(
     for tile in range(GROUP):
         rows = (pid % blocks * GROUP + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         queries = load_rows(q, rows, rows < q_len, q_strides[2] * UNIT, D, D_PARTS)
-        top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        scores = ()
-        first: tl.constexpr = 0
-        for j in tl.static_range(len(KEY_PARTS)):
-            cols = first + tl.arange(0, KEY_PARTS[j])
-            s = dot_parts(queries, keys[j], BLOCK_M, KEY_PARTS[j], PRECISION)
-            if not RAW:
-                s *= scale
-            # Batched input: every part but the last is full.
-            s = add_bias_and_mask(
-                s, bias, rows[:, None], cols[None, :], q_len, k_len, bias_strides, BIAS, CAUSAL,
-                VARLEN or CAUSAL or j == len(KEY_PARTS) - 1,
+        short_tile(
+            queries, keys, values, bias, out, lse, rows, q_len, k_len, bias_strides, out_strides[2] * UNIT, scale, unit,
+            rng_seed, head, threshold, keep_scale, DV, DV_PARTS, KEY_PARTS, BLOCK_M, BIAS, CAUSAL, DROPOUT, VARLEN, RAW,
+            PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def forward_persistent(
+    q,
+    k,
+    v,
+    bias,
+    out,
+    lse,
+    cu_q,
+    cu_k,
+    seed,
+    q_strides,
+    k_strides,
+    v_strides,
+    bias_strides,
+    out_strides,
+    lse_strides,
+    H,
+    heads,
+    GROUPS,
+    n_q,
+    n_k,
+    scale,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D_PARTS: tl.constexpr,
+    DV_PARTS: tl.constexpr,
+    UNIT: tl.constexpr,
+    KEY_PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILES: tl.constexpr,
+    STAGES: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    VARLEN: tl.constexpr,
+    RAW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """All queries of a head, of one head after another: while a head is computed, the next one's queries, keys and
+    values are loaded."""
+    rng_seed = dropout_seed(seed, DROPOUT)
+    unit = exp2_factor(scale, RAW)
+    for head in tl.range(tl.program_id(0), heads, tl.num_programs(0), num_stages=STAGES):
+        b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+        q_first, q_len = sequence(cu_q, b, n_q, VARLEN)
+        k_first, k_len = sequence(cu_k, b, n_k, VARLEN)
+        at = head_rows(k, k_strides, b, h // GROUPS, k_first, UNIT)
+        keys = load_blocks(at, k_len, k_strides[2] * UNIT, D, D_PARTS, KEY_PARTS)
+        at = head_rows(v, v_strides, b, h // GROUPS, k_first, UNIT)
+        values = load_blocks(at, k_len, v_strides[2] * UNIT, DV, DV_PARTS, KEY_PARTS)
+        for tile in tl.static_range(TILES):
+            rows = span(tile * BLOCK_M, BLOCK_M)
+            at = head_rows(q, q_strides, b, h, q_first, UNIT)
+            queries = load_rows(at, rows, rows < q_len, q_strides[2] * UNIT, D, D_PARTS)
+            out_at = head_rows(out, out_strides, b, h, q_first, UNIT)
+            lse_at = lse + b * lse_strides[0] + h * lse_strides[1] + q_first
+            bias_at = bias + b * bias_strides[0] + h * bias_strides[1]
+            short_tile(
+                queries, keys, values, bias_at, out_at, lse_at, rows, q_len, k_len, bias_strides, out_strides[2] * UNIT,
+                scale, unit, rng_seed, head, threshold, keep_scale, DV, DV_PARTS, KEY_PARTS, BLOCK_M, BIAS, CAUSAL,
+                DROPOUT, VARLEN, RAW, PRECISION,
             )  # fmt: skip
-            top = tl.maximum(top, tl.max(s, 1))
-            scores = scores + (s,)
-            first = first + KEY_PARTS[j]
-        top = tl.where(top == float("-inf"), 0.0, top)
-        subtracted = top * unit
-        if tl.max(tl.abs(subtracted), 0) > FUSED_LIMIT:
-            differences = ()
-            for j in tl.static_range(len(KEY_PARTS)):
-                differences = differences + (scores[j] - top[:, None],)
-            scores = differences
-            subtracted = tl.zeros((BLOCK_M,), tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        acc = zero_parts((BLOCK_M,), DV_PARTS)
-        start: tl.constexpr = 0
-        for j in tl.static_range(len(KEY_PARTS)):
-            p = tl.exp2(scores[j] * unit - subtracted[:, None])
-            total += tl.sum(p, 1)
-            if DROPOUT:
-                cols = start + tl.arange(0, KEY_PARTS[j])
-                p = tl.where(dropout_mask(rng_seed, head, rows[:, None], cols[None, :], threshold), p, 0.0)
-            start = start + KEY_PARTS[j]
-            acc = add_products(acc, p.to(v.dtype.element_ty), values[j], 0, PRECISION)
-        empty = total == 0.0
-        total = tl.where(empty, 1.0, total)
-        factor = keep_scale / total
-        store_rows(out, acc, 0, factor[:, None], rows, rows < q_len, out_strides[2] * UNIT, DV, DV_PARTS)
-        tl.store(lse + rows, tl.where(empty, float("-inf"), log_sum_exp(top, total, scale, RAW)), mask=rows < q_len)
 
 
 @triton.jit

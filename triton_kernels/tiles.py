@@ -104,6 +104,7 @@ TABLE = (
     Entry("forward_short", Config(block_m=64, group=2, warps=4), itemsize=2),
     Entry("forward_short", Config(block_m=64, group=2, warps=4), archs=("wgmma",)),
     Entry("forward_short", Config(block_m=32, group=2, warps=4)),
+    Entry("forward_persistent", Config(block_m=128, warps=8, stages=2)),
     Entry("forward_long", Config(block_m=128, block_n=64, edge_n=16, warps=8), ("wmma",), itemsize=2, head_dim=128),
     # A bias is staged too.
     Entry("forward_long", Config(block_m=128, block_n=64, edge_n=16, warps=4), _LITTLE, itemsize=2, head_dim=64),
@@ -382,6 +383,17 @@ def forward_short_fits(arch: str, itemsize: int, head_dims: tuple[int, int], n_k
     if keys_and_values > 80 << 10:
         return False
     return forward_short_shared(arch, itemsize, head_dims, n_k, bias) <= _shared_limit(arch)
+
+
+def forward_persistent_fits(arch: str, itemsize: int, head_dims: tuple[int, int], n_q: int, n_k: int) -> bool:
+    """Whether queries, keys and values of two heads fit into shared memory, and rows of scores into registers. Only
+    with ``wgmma``: with ``mma.sync`` their operands need registers too, and tensor memory holds two tiles of scores."""
+    c = _find("forward_persistent", arch, itemsize, max(head_dims), n_k)
+    widths, rows = [sum(parts(d)) for d in head_dims], -(-n_q // c.block_m) * c.block_m
+    if not arch.startswith("sm_90") or itemsize > 2 or not 64 < n_q <= 256 or n_k > 208:
+        return False
+    head = rows * widths[0] + sum(parts(n_k)) * sum(widths)
+    return (c.stages * head + c.block_m * widths[1]) * itemsize <= _shared_limit(arch)
 
 
 def backward_short_shared(arch: str, itemsize: int, head_dims: tuple[int, int], n_q: int, bias: bool) -> int:

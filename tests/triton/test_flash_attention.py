@@ -118,6 +118,21 @@ def test_head_dimensions(agree, d: int, dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("n", [70, 197])
+def test_programs_that_take_several_heads(agree, monkeypatch, n: int) -> None:
+    """Two programs for five heads: the loads of the next head are in flight while one is computed."""
+    launched = []
+    launch = flash._launch
+    monkeypatch.setattr(flash, "processors", lambda _: 2)
+    monkeypatch.setattr(flash, "forward_persistent_fits", lambda *_: True)
+    monkeypatch.setattr(
+        flash, "_launch", lambda kernel, grid, *rest: launched.append(grid) or launch(kernel, grid, *rest)
+    )
+    args = [*_inputs(BF16, 1, 5, 5, n, n, 64, 64), None, False, 0.125, 0.0, None]
+    _compare(agree, args, lse_grad=False, bias_grad=False)
+    assert launched[0] == 2
+
+
 @pytest.mark.parametrize("n", [197, 257, 300])
 def test_lengths_with_the_tiles_in_use(agree, n: int) -> None:
     bias = torch.randn(1, 1, n, n)

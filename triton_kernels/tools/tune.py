@@ -29,6 +29,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 #: Values to try for each field, per kernel; other fields keep the table's values.
 SPACE: dict[str, dict[str, Sequence[int]]] = {
     "forward_short": {"block_m": (32, 64, 128), "group": (1, 2, 4), "warps": (4, 8)},
+    "forward_persistent": {"stages": (1, 2)},
     "forward_long": {
         "block_m": (64, 128),
         "block_n": (64, 128),
