@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pyvit.triton_kernels.tiles import backward_short_fits, choose, forward_short_fits, parts
+from pyvit.triton_kernels.tiles import backward_short_fits, choose, forward_persistent_fits, forward_short_fits, parts
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,7 @@ WINDOW_HEAD_DIMS = (32, 64)
 #: Instructions that kernels issue per score, padding included, in 16-bit types on sm_90.
 INSTRUCTIONS = {
     "triton": {
+        "forward_persistent": 9.8,
         "forward_short": 9.8,
         "forward_long": 9.8,
         "backward_short": 28.0,
@@ -321,6 +322,8 @@ def triton_attention(
     if not backward:
         short = forward_short_fits(arch, itemsize, (d, d), n_k, bias)
         kernel = "forward_short" if short else "forward_long"
+        if short and not bias and forward_persistent_fits(arch, itemsize, (d, d), n_q, n_k):
+            kernel = "forward_persistent"
         c = choose(kernel, arch, itemsize, d, n_k)
         keys = sum(parts(n_k)) if short else n_k // c.block_n * c.block_n + round_up(n_k % c.block_n, c.edge_n)
         padding = round_up(n_q, c.block_m) * keys / pairs
