@@ -100,7 +100,11 @@ def short_tile(
         first = first + KEY_PARTS[j]
     top = tl.where(top == float("-inf"), 0.0, top)
     subtracted = top * unit
-    if tl.max(tl.abs(subtracted), 0) > FUSED_LIMIT:
+    if len(KEY_PARTS) == 1:  # the comparison would cost more than it saves
+        exact: tl.constexpr = True
+    else:
+        exact = tl.max(tl.abs(subtracted), 0) > FUSED_LIMIT
+    if exact:
         differences = ()
         for j in tl.static_range(len(KEY_PARTS)):
             differences = differences + (scores[j] - top[:, None],)
