@@ -209,22 +209,24 @@ HEAD_DIMS = {2: (32, 64, 80, 96, 128), 4: (64, 128)}
 WINDOW_HEAD_DIMS = (32, 64)
 
 
-#: Instructions that kernels issue per score, padding included, in 16-bit types on sm_90.
+#: Instructions that kernels issue per score, padding included, in 16-bit types on sm_90. Triton's as counted by the PTX
+#: interpreter for attention of 197 to 1025 tokens of 64 channels and windows of 7 to 24 (docs/gpu-status.md). CUDA's
+#: forwards by their loops in machine code; its backwards are estimates by their products.
 INSTRUCTIONS = {
     "triton": {
-        "forward_persistent": 9.8,
-        "forward_short": 9.8,
-        "forward_long": 9.8,
-        "backward_short": 28.0,
-        "backward_dq": 12.1,
-        "backward_dkdv": 12.6,
-        "bias_grad": 12.6,
-        "window_forward": 20.0,
-        "window_forward_long": 24.0,
-        "window_backward": 60.0,
-        "window_backward_keys": 35.0,
-        "window_backward_queries": 23.0,
-        "window_backward_bias": 30.0,
+        "forward_persistent": 10.1,
+        "forward_short": 12.8,
+        "forward_long": 10.2,
+        "backward_short": 22.0,
+        "backward_dq": 15.7,
+        "backward_dkdv": 15.7,
+        "bias_grad": 15.7,
+        "window_forward": 18.0,
+        "window_forward_long": 19.0,
+        "window_backward": 28.0,
+        "window_backward_keys": 26.0,
+        "window_backward_queries": 19.0,
+        "window_backward_bias": 18.0,
     },
     "cuda": {"forward": 21.0, "backward": 40.0, "window_forward": 34.0, "window_backward": 60.0},
 }
