@@ -4,12 +4,9 @@ are not there; nothing runs."""
 from __future__ import annotations
 
 import math
-import runpy
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,27 +154,6 @@ def test_why_a_measurement_is_not_used(on: Callable[..., None], monkeypatch: pyt
         assert f"(not used, {why}: " in found.why or why is None
     monkeypatch.setattr(choice, "MEASURED", (other, row))
     assert choice.nearest(*(LONG.op, BF16, (), LONG.sizes, "H100")) is row
-
-
-def test_digests_of_cuda_operators(tmp_path: Path) -> None:
-    """They change with an operator's own sources and headers, not with comments."""
-    folder = Path(__file__).parents[1] / "csrc" / "cuda"
-    of = runpy.run_path(str(folder / "digests.py"))["digests"]
-    before = of()
-    assert set(before) == {op for op, found in CAPABILITIES.items() if "cuda" in found and not found["cuda"].pure} - {
-        "flash_attention_varlen"
-    }
-    copy = Path(shutil.copytree(folder, tmp_path / "cuda"))
-    assert of(copy) == before
-    for name, line, changed in (
-        ("mma.cuh", "\n// why\n/* and\n how */\n", set()),
-        ("window_attention_backward.cu", "\nint unused;\n", {"window_attention"}),
-        ("attention_forward.cuh", "\nint unused;\n", {"window_attention", "flash_attention"}),
-        ("mma.cuh", "\nint unused;\n", set(before)),
-    ):
-        was = of(copy)
-        (copy / name).write_text((copy / name).read_text() + line)
-        assert {op for op in was if of(copy)[op] != was[op]} == changed
 
 
 def test_one_that_refuses_is_not_compared(on: Callable[..., None]) -> None:
