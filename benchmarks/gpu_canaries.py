@@ -6,9 +6,10 @@ Those that no GPU has run come first: a fault of theirs is what an hour on a GPU
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,6 +48,22 @@ def _attention(n: int, d: int, kv_heads: int = 2, bias: bool = False, causal: bo
 
     asked = _asked(bias=bias, bias_grad=bias, causal=causal, gqa=kv_heads != 2, grad=True)
     return Canary("flash_attention", asked, (d,), run)
+
+
+def _one_processor(canary: Canary) -> Canary:
+    """As on a GPU of one multiprocessor, where few heads are many: by ``forward_persistent`` where that serves."""
+
+    def run(on: Served) -> list[Comparison]:
+        if on.backend != "triton":
+            return canary.run(on)
+        flash_attention = importlib.import_module("pyvit.triton_kernels.flash_attention")
+        before, flash_attention.processors = flash_attention.processors, lambda _: 1
+        try:
+            return canary.run(on)
+        finally:
+            flash_attention.processors = before
+
+    return replace(canary, run=run)
 
 
 def _varlen(lengths: Sequence[int]) -> Canary:
@@ -131,12 +148,14 @@ def _distillation(on: Served) -> list[Comparison]:
 #: Together they launch every Triton kernel (tests/benchmarks/test_gpu.py).
 CANARIES: dict[str, Canary] = {
     "50 tokens of 64": _attention(50, 64),
+    "100 tokens of 64, many heads": _one_processor(_attention(100, 64)),
     "150 tokens of 72": _attention(150, 72),
     "300 tokens of 64, causal": _attention(300, 64, causal=True, batch=1),
     "70 tokens, bias": _attention(70, 32, bias=True),
     "70 tokens, grouped": _attention(70, 32, kv_heads=1),
     "sequences of 50, 17, 64": _varlen((50, 17, 64)),
     "map of 70 tokens": Canary("attention_map", (), (32,), _map),
+    "window 4": _window(4, 6),
     "window 7": _window(7, 10),
     "window 12": _window(12, 20),
     "window 8, cosine": _window(8, 12, cosine=True),

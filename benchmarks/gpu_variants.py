@@ -40,29 +40,45 @@ def _tiles(kernel: str, **fields: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _short_backward(fits: bool) -> Iterator[None]:
-    """The gradients of attention by ``backward_short``, float32 included, or never by it."""
+def _fits(kernel: str, fits: bool) -> Iterator[None]:
+    """Attention by ``kernel`` wherever it is a choice, or never by it."""
     from pyvit.triton_kernels import flash_attention
 
-    before = flash_attention.backward_short_fits
-    flash_attention.backward_short_fits = lambda *_: fits
+    before = getattr(flash_attention, f"{kernel}_fits")
+    setattr(flash_attention, f"{kernel}_fits", lambda *_: fits)
     try:
         yield
     finally:
-        flash_attention.backward_short_fits = before
+        setattr(flash_attention, f"{kernel}_fits", before)
 
 
-FLOAT32_SHORT = Variant("backward_short in float32", "attention N=50 d=64", lambda: _short_backward(True), "fp32")
+FLOAT32_SHORT = Variant(
+    "backward_short in float32", "attention N=50 d=64", lambda: _fits("backward_short", True), "fp32"
+)
 
 VARIANTS = (
     *(
-        Variant(f"two passes instead of backward_short, N={n}", f"attention N={n} d=64", lambda: _short_backward(False))
+        Variant(
+            f"two passes instead of backward_short, N={n}",
+            f"attention N={n} d=64",
+            lambda: _fits("backward_short", False),
+        )
         for n in (50, 197, 257)
     ),
     Variant(
-        "forward_long 128 x 128, 8 warps",
+        "backward_short without pipelining",
+        "attention N=197 d=64",
+        lambda: _tiles("backward_short", block_m=128, block_n=64, edge_n=16, warps=8, stages=1),
+    ),
+    Variant(
+        "forward_short instead of forward_persistent",
+        "attention N=197 d=64",
+        lambda: _fits("forward_persistent", False),
+    ),
+    Variant(
+        "forward_long 128 x 64, 4 warps, as before",
         "attention N=1025 d=64",
-        lambda: _tiles("forward_long", block_m=128, block_n=128, edge_n=16, warps=8, stages=2),
+        lambda: _tiles("forward_long", block_m=128, block_n=64, edge_n=16, warps=4, stages=3),
     ),
     Variant(
         "forward_long 64 x 64",
@@ -75,9 +91,9 @@ VARIANTS = (
         lambda: _tiles("backward_dkdv", block_m=64, block_n=32, edge_n=32, warps=8, stages=2),
     ),
     Variant(
-        "window_backward_keys with 8 warps, as before",
+        "window_backward with 8 warps",
         "window 7",
-        lambda: _tiles("window_backward_keys", block_m=64, block_n=64, edge_n=32, group=4, warps=8, stages=1),
+        lambda: _tiles("window_backward", block_m=64, block_n=64, edge_n=32, group=4, warps=8, stages=1),
     ),
     Variant(
         "window_forward with one window's tile per program",
@@ -93,7 +109,7 @@ PROFILED = {
     "backward_dkdv": "attention N=577 d=64",
     "backward_short": "attention N=197 d=64",
     "window_forward": "window 7",
-    "window_backward_keys": "window 7",
+    "window_backward": "window 7",
 }
 
 

@@ -410,7 +410,7 @@ def test_a_killed_rehearsal_is_resumed(tmp_path):
 
 
 def test_canaries_launch_every_triton_kernel():
-    """In every dtype that an operator serves, recorded without running; backward_short has no float32."""
+    """In every dtype that an operator serves, recorded without running; some kernels have no float32."""
     tiles = pytest.importorskip("pyvit.triton_kernels.tiles")
     from pyvit.triton_kernels import common, digests
 
@@ -431,7 +431,7 @@ def test_canaries_launch_every_triton_kernel():
         capabilities.MISSING["triton", "cpu"], common._recorder = before, None
     kernels = {digests._FUNCTIONS.get(e.kernel, e.kernel) for e in tiles.TABLE}
     wanted = set(itertools.product(kernels, (torch.float32, torch.float16, torch.bfloat16)))
-    assert wanted - found == {("backward_short", torch.float32)}
+    assert wanted - found == {(kernel, torch.float32) for kernel in ("backward_short", "forward_persistent")}
 
 
 @pytest.mark.parametrize("variant", [gpu_variants.FLOAT32_SHORT, *gpu_variants.VARIANTS], ids=lambda v: v.name)
