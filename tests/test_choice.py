@@ -152,6 +152,11 @@ def test_why_a_measurement_is_not_used(on: Callable[..., None], monkeypatch: pyt
         assert found is not None
         assert found.backend == ("cuda" if why is None else "torch")
         assert f"(not used, {why}: " in found.why or why is None
+    with monkeypatch.context() as hidden:  # as where Triton is not installed
+        hidden.setitem(sys.modules, "triton", None)
+        choice.stale.cache_clear()
+        assert choice.stale(row) == f"measured with Triton {row.triton_version}"
+    choice.stale.cache_clear()
     monkeypatch.setattr(choice, "MEASURED", (other, row))
     assert choice.nearest(*(LONG.op, BF16, (), LONG.sizes, "H100")) is row
 

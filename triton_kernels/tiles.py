@@ -253,8 +253,11 @@ def overrides_path() -> Path:
 
 
 def triton_version() -> str:
-    import triton
-
+    """Of the Triton at hand, empty without one."""
+    try:
+        import triton
+    except ImportError:
+        return ""
     return str(triton.__version__)
 
 

@@ -120,7 +120,10 @@ class Rule(NamedTuple):
 
 _UNMEASURED = "PyTorch's kernels come first where pyvit's present ones have not been measured"
 _AMX = "PyTorch's kernels use AMX, pyvit's do not; not measured"
-_PORTABLE = "1.1x to 1.3x as fast with gradients where pyvit has no vector instructions, measured 2026-11-30 on a Zen 4"
+_PORTABLE = (
+    "with gradients 1.1x to 1.3x as fast as pyvit's portable kernels, measured 2026-11-30 on a Zen 4 whose vector "
+    "instructions PyTorch's matrix products kept; not measured on a CPU without them"
+)
 
 #: The first that fits decides.
 RULES = (
