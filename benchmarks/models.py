@@ -17,7 +17,7 @@ import pyvit
 from benchmarks import baselines, inputs, peers
 from benchmarks.cases import Case
 from benchmarks.gate import Gate, Verdict, worst
-from benchmarks.workload import OURS, Contender, Workload, raised
+from benchmarks.workload import OURS, Contender, Workload, raised, uses_pyvit
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -124,7 +124,7 @@ def _inference(case: Case, name: str, images: Tensor) -> Forward:
         call = peers.openvino_call(_plain(case.op, "sdpa").eval(), images.float(), case.dtype, threads)
         return lambda x: call(x.float()).to(x.dtype)
     model = MODULES[name](case.op).eval().to(images.device, dtype)
-    if name.startswith(OURS) or name.endswith("accelerate"):  # OpenVINO and ONNX Runtime also prepack weights
+    if uses_pyvit(name):  # OpenVINO and ONNX Runtime also prepack weights
         pyvit.pack_weights(model)
     compiled = torch.compile(model, dynamic=False) if name.endswith("compile") else model
 

@@ -16,7 +16,7 @@ from benchmarks.ceiling import Ceiling
 from benchmarks.gate import Verdict
 from benchmarks.inputs import SOURCES
 from benchmarks.specs import Provider, Spec
-from benchmarks.workload import OURS, Contender, Workload, raised
+from benchmarks.workload import OURS, Contender, Workload, raised, uses_pyvit
 
 NAN = math.nan
 #: Providers with their own thread pool, which like torch's spins for a while after each call.
@@ -28,8 +28,8 @@ NEVER_LOSE = 0.97
 @dataclass
 class Row:
     """One line of results.csv. Times in milliseconds; ``ratio`` = baseline's time over this one's; ``peak_mem`` in MiB.
-    Of ours, ``best_peer`` is the fastest of the others that are as accurate as the rule asks, and ``best_ratio`` its
-    time over ours.
+    Of ours, ``best_peer`` is the fastest provider without pyvit that is as accurate as the rule asks, and
+    ``best_ratio`` its time over ours.
 
     ``status``: "ok"; "outside rule" (a peer less accurate than the rule allows); "unchecked: reason" (a peer that
     cannot be compared); "red: reason" (failed the check, so no time); "missing: reason"; "failed: reason".
@@ -212,7 +212,7 @@ def run_workload(work: Workload, settings: Settings, ceiling: Ceiling) -> list[R
         row.versions = versions(work.contenders[name])
         if baseline is not None:
             row.baseline, row.ratio = baseline, measure.ratio(timings[baseline], timing)
-    peers = [name for name in timings if not name.startswith(OURS) and rows[name].status == "ok"]
+    peers = [name for name in timings if not uses_pyvit(name) and rows[name].status == "ok"]
     if OURS in timings and peers:
         best = min(peers, key=lambda name: timings[name].median)
         rows[OURS].best_peer, rows[OURS].best_ratio = best, measure.ratio(timings[best], timings[OURS])

@@ -14,6 +14,11 @@ OURS = "ours"
 PEERS = ("compile", "accelerate", "timm", "transformers", "onnxruntime", "openvino")
 
 
+def uses_pyvit(provider: str) -> bool:
+    """Whether a provider runs pyvit's kernels: ours, compiled or not, or another library's model after accelerate."""
+    return provider.startswith(OURS) or provider.endswith("accelerate")
+
+
 @dataclass(frozen=True)
 class Contender:
     """A provider for a case.
