@@ -138,7 +138,7 @@ class Ninja(build_ext):
         about = [*stable, f"-DPYVIT_CUDA_DIGESTS='\"{said}\"'"]  # cpu.cpp alone is compiled again when a kernel changes
         ops = [
             target(build / f"torch_{unit}.o", CSRC / f"torch/{unit}.cpp", about if unit == "cpu" else stable, text)
-            for unit in ("cpu", "cpu_internal", "prepacked")
+            for unit in ("cpu", "cpu_internal", "prepacked", "sdpa_override")
         ]
         # libstdc++ first: torch carries parts of it, and a reference bound to those would tie the library to this
         # torch.

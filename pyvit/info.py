@@ -86,10 +86,15 @@ def info() -> Info:
             f"on {', '.join(able)} tensors" if able else str(why["cuda" if backend in ("cuda", "triton") else "cpu"])
         )
     operators = {op: _served(op) for op in CAPABILITIES}
-    packages = {}
+    packages, missing = {}, dict[str, list[str]]()
     for name, (extra, use) in PACKAGES.items():
         found = importlib.util.find_spec(name) is not None
-        packages[name] = "installed" if found else f"missing: {use}; pip install 'pyvit-kernels[{extra}]'"
+        packages[name] = "installed" if found else f"missing: {use}"
+        if not found and (extra != "gpu" or torch.version.cuda or torch.version.hip):
+            missing.setdefault(extra, []).append(name)
+    for extra, names in missing.items():
+        uses = dict.fromkeys(PACKAGES[name][1] for name in names)
+        advice.append(f"pip install 'pyvit-kernels[{extra}]' for {', '.join(uses)} ({', '.join(names)})")
     return Info(system, backends, operators, packages, advice)
 
 

@@ -161,3 +161,7 @@ def fake_mode() -> Any:
     """A context that creates tensors without values, or None if this torch has none."""
     found = _find("torch._subclasses.fake_tensor:FakeTensorMode")
     return None if found is None else found()
+
+
+#: The operator that computes attention by the formula; None if torch has none of this name.
+attention_math: Any = _find("torch:ops.aten._scaled_dot_product_attention_math.default")

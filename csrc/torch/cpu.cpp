@@ -7,7 +7,7 @@
 #include <tuple>
 
 #include "../cpu/parallel.h"
-#include "cpu_tensors.h"
+#include "attention_tensors.h"
 
 namespace pyvit {
 namespace {
@@ -17,60 +17,9 @@ void check_backend(const std::string& backend) {
                   "' cannot run on cpu tensors through torch.ops");
 }
 
-// (B, H, N, D) and packed (T, H, D).
-Tokens tokens(const Tensor& t) {
-  const bool packed = t.dim() == 3;
-  Tokens a{};
-  a.data = t.data_ptr();
-  a.b = packed ? 0 : t.stride(0);
-  a.h = t.stride(1);
-  a.n = t.stride(packed ? 0 : 2);
-  return a;
-}
-
-Bias bias_of(const Maybe& bias) {
-  if (!bias) return {};
-  const auto stride = [&](int i) { return bias->size(i) == 1 ? 0 : bias->stride(i); };
-  Bias a{};
-  a.data = bias->data_ptr();
-  a.dtype = bias->scalar_type() == ScalarType::Bool ? Dtype::boolean : dtype_of(*bias);
-  a.b = stride(0);
-  a.h = stride(1);
-  a.q = stride(2);
-  a.k = stride(3);
-  return a;
-}
-
-// attention
-
-Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                       const Maybe& bias, bool causal, double scale) {
-  Attention a{};
-  const bool packed = q.dim() == 3;
-  a.batch = packed ? 0 : q.size(0);
-  a.heads = q.size(1);
-  a.kv_heads = k.size(1);
-  a.nq = packed ? 0 : q.size(2);
-  a.nk = packed ? 0 : k.size(2);
-  a.d = q.size(q.dim() - 1);
-  a.dv = v.size(v.dim() - 1);
-  a.dtype = dtype_of(q);
-  a.q = tokens(q);
-  a.k = tokens(k);
-  a.v = tokens(v);
-  a.out = tokens(out);
-  a.bias = bias_of(bias);
-  a.causal = causal;
-  a.scale = float(scale);
-  a.lse = data<float>(lse);
-  a.lse_b = packed ? 0 : lse.stride(0);
-  a.lse_h = lse.stride(packed ? 0 : 1);
-  return a;
-}
-
-// The kernels' registers and scratch are laid out for so many channels.
 void check_channels(const Checks& checks, const Tensor& q, const Tensor& v) {
-  checks.that(q.size(q.dim() - 1) <= 256 && v.size(v.dim() - 1) <= 256, "q and v", "of at most 256 channels per head");
+  checks.that(q.size(q.dim() - 1) <= MAX_CHANNELS && v.size(v.dim() - 1) <= MAX_CHANNELS, "q and v",
+              "of at most 256 channels per head");
 }
 
 void check_dropout(double dropout_p) {
@@ -93,25 +42,6 @@ std::tuple<Tensor, Tensor> flash_attention(Tensor q, Tensor k, Tensor v, Maybe b
   return {out, lse};
 }
 
-// Fills in what both backward forms share; grad_bias is dense.
-AttentionGrad gradient_of(const Tensor& grad_out, const Maybe& grad_lse, const Tensor& dq, const Tensor& dk,
-                          const Tensor& dv, const Tensor& dbias, bool bias_grad) {
-  AttentionGrad g{};
-  g.grad_out = tokens(grad_out);
-  g.grad_q = tokens(dq);
-  g.grad_k = tokens(dk);
-  g.grad_v = tokens(dv);
-  g.grad_lse = data<float>(grad_lse);
-  if (bias_grad) {
-    g.grad_bias = dbias.data_ptr();
-    g.bias_b = dbias.size(0);
-    g.bias_h = dbias.size(1);
-    g.bias_q = dbias.size(2);
-    g.bias_k = dbias.size(3);
-  }
-  return g;
-}
-
 // The gradients of q, k and v into tensors of any strides but in their last dimension; returns the bias's.
 Tensor flash_attention_backward_(Tensor grad_out, Maybe grad_lse, Tensor out, Tensor lse, bool bias_grad, Tensor q,
                                  Tensor k, Tensor v, Maybe bias, bool is_causal, double scale, Tensor dq, Tensor dk,
@@ -130,7 +60,7 @@ Tensor flash_attention_backward_(Tensor grad_out, Maybe grad_lse, Tensor out, Te
   Tensor dbias = !bias_grad ? none(q) : work ? make(*bias, shape_of(*bias)) : zeros(*bias, shape_of(*bias));
   if (work) {
     kernels().attention_backward(attention_of(q, k, v, out, lse, bias, is_causal, scale),
-                                 gradient_of(grad_out, grad_lse, dq, dk, dv, dbias, bias_grad));
+                                 gradient_of(grad_out, grad_lse, dq, dk, dv, bias_grad ? Maybe(dbias) : Maybe()));
   } else {
     for (Tensor* t : {&dq, &dk, &dv}) torch::stable::zero_(*t);
   }
@@ -144,9 +74,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(Tensor grad_
   check_backend(backend);
   check_dropout(dropout_p);
   Checks("flash_attention_backward").attention(q, k, v, bias);
-  Tensor dq = make_heads(q, q.size(0), q.size(1), q.size(2), q.size(3));
-  Tensor dk = make_heads(k, k.size(0), k.size(1), k.size(2), k.size(3));
-  Tensor dv = make_heads(v, v.size(0), v.size(1), v.size(2), v.size(3));
+  Tensor dq = heads_like(q);
+  Tensor dk = heads_like(k);
+  Tensor dv = heads_like(v);
   Tensor dbias =
       flash_attention_backward_(grad_out, grad_lse, out, lse, bias_grad, q, k, v, bias, is_causal, scale, dq, dk, dv);
   return {dq, dk, dv, dbias};
@@ -238,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_varlen_backward(
   if (work) {
     Attention a = attention_of(q, k, v, out, lse, bias, is_causal, scale);
     set_lengths(a, cu_q, cu_k, max_seqlen_q, max_seqlen_k);
-    kernels().attention_backward(a, gradient_of(grad_out, grad_lse, dq, dk, dv, dbias, bias_grad));
+    kernels().attention_backward(a, gradient_of(grad_out, grad_lse, dq, dk, dv, bias_grad ? Maybe(dbias) : Maybe()));
   } else {
     for (Tensor* t : {&dq, &dk, &dv}) torch::stable::zero_(*t);
   }

@@ -1,4 +1,4 @@
-"""The command ``pyvit``: info, models, flops, convert, train, eval, bench."""
+"""The command ``pyvit``: info, doctor, models, flops, convert, train, eval, bench."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ _SENTENCES = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 def main() -> None:
-    """Entry point. Needs typer and rich (``pip install 'pyvit-kernels[cli]'``), except for ``pyvit info``."""
+    """Entry point. Needs typer and rich (``pip install 'pyvit-kernels[cli]'``), but for ``info`` and ``doctor``."""
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:
         if sys.argv[1:2] == ["info"]:
-            from pyvit.info import info
-
-            print(info())
-            return
-        sys.exit(
-            f"pyvit: the command line needs {' and '.join(missing)}: pip install 'pyvit-kernels[cli]' ('pyvit "
-            "info' works without)"
-        )
+            _info()
+        elif sys.argv[1:2] == ["doctor"]:
+            _doctor("--json" in sys.argv[2:])
+        else:
+            sys.exit(
+                f"pyvit: the command line needs {' and '.join(missing)}: pip install 'pyvit-kernels[cli]' ('pyvit "
+                "info' and 'pyvit doctor' work without)"
+            )
+        return
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names of files may have characters that the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
@@ -77,6 +78,7 @@ def application() -> Any:
 
     app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
     app.command("info", help="Show what is installed, what is missing and how to install it.")(_info)
+    app.command("doctor", help="Check the installation, and print what a bug report needs.")(_doctor)
     app.command(
         "flops", help="Parameters, multiply-accumulates and attention memory of models, and the published comparison."
     )(_flops)
@@ -129,6 +131,15 @@ def _info() -> None:
     from pyvit.info import info
 
     print(info())
+
+
+def _doctor(as_json: bool = False) -> None:
+    from pyvit.doctor import doctor
+
+    report = doctor()
+    print(report.to_json() if as_json else report)
+    if not report.passed:
+        sys.exit(FAILED)
 
 
 def _options_of(recipe: str) -> str:
@@ -267,6 +278,7 @@ def _annotate() -> None:
     except ImportError:
         return
     _bench.__annotations__["ctx"] = typer.Context
+    _doctor.__annotations__["as_json"] = Annotated[bool, typer.Option("--json", help="as JSON, for programs")]
     names = typer.Argument(help="names or wildcards, such as 'vit_base*'")
     _flops.__annotations__.update(
         models=Annotated[list[str] | None, names],
