@@ -84,7 +84,8 @@ def write(out: Path = OUT, say: Callable[[str], object] = print) -> None:
     for path, place in places().items():
         (out / place).parent.mkdir(parents=True, exist_ok=True)
         if place in texts:
-            (out / place).write_text(texts[place])
+            alone = "---\nhide: [navigation]\n---\n\n" if place == "index.md" else ""  # its section has no other page
+            (out / place).write_text(alone + texts[place])
         else:
             shutil.copyfile(path, out / place)
     say(f"{len(texts)} pages in {out}")

@@ -1,5 +1,5 @@
-"""A griffe extension: the docstrings' Sphinx roles (``:func:`pyvit.ops.linear```) as links of the site's API pages, and
-doctest lines as code."""
+"""A griffe extension for the API pages: the docstrings' Sphinx roles (``:func:`linear```) become links of the site, and
+their examples code."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import griffe
 
 HERE = Path(__file__).resolve().parent
 
+_DOCTEST = re.compile(r"^>>> .*(?:\n(?:>>>|\.\.\.).*)*", re.M)
 _ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):`~?([\w.]+)`")
 
 
-def documented() -> set[str]:
-    """The names that the API pages describe."""
+def documented() -> dict[str, str]:
+    """Last part of a name -> the name, of what the API pages describe."""
     pages = (HERE / "reference").glob("*.md")
-    return {name for page in pages for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)}
+    names = [name for page in pages for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)]
+    return {name.rpartition(".")[2]: name for name in names}
 
 
 class Docstrings(griffe.Extension):
@@ -34,14 +36,11 @@ class Docstrings(griffe.Extension):
                 ops.set_member(name, module[name])
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        if obj.docstring is None:
-            return
+        if obj.docstring is not None:
+            value = _ROLE.sub(self._link, obj.docstring.value)
+            obj.docstring.value = _DOCTEST.sub(lambda match: f"```pycon\n{match[0]}\n```", value)
 
-        def link(match: re.Match[str]) -> str:
-            name = match[1]
-            for full in (name, f"{obj.module.path.rpartition('.')[0]}.{name}", f"{obj.module.path}.{name}"):
-                if full in self.names:
-                    return f"[`{name}`][{full}]"
-            return f"`{name}`"
-
-        obj.docstring.value = _ROLE.sub(link, obj.docstring.value)
+    def _link(self, role: re.Match[str]) -> str:
+        name = role[1]
+        known = None if name.startswith("torch.") else self.names.get(name.rpartition(".")[2])
+        return f"`{name}`" if known is None else f"[`{name}`][{known}]"

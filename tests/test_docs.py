@@ -1,6 +1,6 @@
 """The documentation: what it takes from data, its links and code, and the files for a forge."""
 
-import importlib
+import importlib.util
 import re
 import runpy
 import subprocess
@@ -12,6 +12,7 @@ import yaml
 
 import pyvit
 from benchmarks import docs
+from tests import peers
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -107,6 +108,9 @@ def test_code_of_the_pages_runs(tmp_path):
         for block in re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
     ]
     assert {page for page, _ in blocks} == set(RUN)
+    for library in ("timm", "transformers"):
+        if importlib.util.find_spec(library) is None:
+            peers.peer(library)  # skips
     script.write_text(
         f"for page, block in {blocks!r}:\n    print(page)\n    exec(compile(block, page, 'exec'), {{}})\n"
     )
