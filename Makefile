@@ -12,7 +12,7 @@ SPREAD := -n $(JOBS) --dist worksteal
 NATIVE := PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py -q build_ext --inplace
 
 .DEFAULT_GOAL := build
-.PHONY: help build test test-fast test-torch test-triton rehearse bench gpu results docs lint format clean
+.PHONY: help build test test-fast test-torch test-triton rehearse bench gpu results docs docs-site lint format clean
 
 help:             ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */ \t/' | sort
@@ -65,6 +65,12 @@ results: build    ## regenerate docs/results.md: what each recipe reaches on rea
 docs: build       ## regenerate the tables in docs/ (compiles every GPU kernel: half an hour)
 	$(PY) -m pyvit.triton_kernels.tools.compile_report --dtype bf16 fp32
 	$(PY) csrc/cuda/resources.py
+	$(PY) -m benchmarks.docs
+
+docs-site: $(VENV)/.ready ## the documentation as a website: build/site
+	$(PY) -c "import zensical, mkdocstrings" 2> /dev/null || $(PY) -m pip install -q --no-build-isolation -e ".[docs]"
+	$(PY) docs/assemble.py
+	$(BIN)/zensical build --clean --strict
 
 lint: $(VENV)/.ready ## ruff, mypy, clang-format, import layers
 	$(BIN)/ruff check .

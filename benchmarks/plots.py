@@ -1,11 +1,8 @@
-"""Plots of a run. ``python -m benchmarks.plots RESULTS.csv [...] PICTURE.png`` draws an overview."""
+"""Plots of a run. :mod:`benchmarks.docs` draws those of the committed results."""
 
 from __future__ import annotations
 
-import csv
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import matplotlib
@@ -99,54 +96,3 @@ def draw(rows: Sequence[Row], out: Path) -> list[Path]:
     for row in timed:
         kinds.setdefault("models" if row.mode in MODEL_MODES else row.op, []).append(row)
     return [_bars(group, out / f"{kind}.png", kind.replace("_", " ")) for kind, group in kinds.items()]
-
-
-#: Rows of the overview: operator or model, case, mode, label.
-_OVERVIEW = (
-    ("flash_attention", "8x12x197x64", "forward", "attention, 197 tokens"),
-    ("flash_attention", "8x12x1025x64", "forward", "attention, 1025 tokens"),
-    ("flash_attention", "4x12x1025x64", "forward+backward", "the same, with gradients"),
-    ("window_attention", "8x56x56x96 window 7 shift 3", "forward", "shifted windows, Swin-T stage 1"),
-    ("window_attention", "8x56x56x96 window 7 shift 3", "forward+backward", "the same, with gradients"),
-    ("patch_embed", "16x224 patch 16", "forward", "patch embedding"),
-    ("patch_embed", "16x224 patch 16 keep 25 %", "forward", "the same, keeping 25 % (MAE)"),
-    ("info_nce", "batch 8192 d 512", "forward+backward", "InfoNCE, batch 8192"),
-    ("vit_base_patch16_224", "batch 8", "inference", "ViT-B/16, inference"),
-    ("swin_tiny_patch4_window7_224", "batch 8", "inference", "Swin-T, inference"),
-    ("swin_tiny_patch4_window7_224", "batch 8", "train", "Swin-T, training step"),
-)
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a results.csv."""
-    kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Row)}
-    with path.open(newline="") as file:
-        return [Row(**{name: kinds[name](value) for name, value in record.items()}) for record in csv.DictReader(file)]
-
-
-def overview(rows: Sequence[Row], path: Path) -> Path:
-    """Speedup over the fastest eager PyTorch form: a pair of bars (fp32, bf16) for a few cases."""
-    ours = {
-        (row.op, row.case, row.mode, row.dtype): row.ratio
-        for row in reversed(rows)
-        if row.provider == OURS and row.timed
-    }
-    figure, axes = plt.subplots(figsize=(8, 4.4))
-    for i, (*case, _) in enumerate(_OVERVIEW):
-        for j, (dtype, color) in enumerate((("fp32", _OURS), ("bf16", "#dd8452"))):
-            ratio = ours.get((*case, dtype))
-            if ratio is not None:
-                axes.barh(i + 0.4 * j, ratio, color=color, height=0.38, label=dtype if i == 0 else None)
-                axes.text(ratio, i + 0.4 * j, f" {ratio:.2f}x", va="center", fontsize=7)
-    axes.set_yticks([i + 0.2 for i in range(len(_OVERVIEW))], [label for *_, label in _OVERVIEW], fontsize=8)
-    axes.axvline(1.0, color="black", linewidth=0.6)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.08 * axes.dataLim.x1)
-    axes.set_xlabel("times as fast as the best of PyTorch's eager forms")
-    axes.legend(fontsize=8, loc="lower right")
-    return _save(figure, path)
-
-
-if __name__ == "__main__":
-    *tables, picture = map(Path, sys.argv[1:])
-    print(overview([row for table in tables for row in read(table)], picture))
