@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "../cpu/parallel.h"
+#include "build_facts.h"
 #include "cpu_tensors.h"
 
 namespace pyvit {
