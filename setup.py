@@ -32,15 +32,15 @@ class Ninja(build_ext):
             print(f"pyvit: installed without its compiled library, which does not build: {error}", file=sys.stderr)
 
     def build(self) -> None:
+        cxx = native.compiler()
+        if cxx is None:
+            sys.exit("no C++ compiler is found (g++, or CXX); PYVIT_NATIVE=0 installs pyvit without its native code")
         import pybind11
         import torch
         from torch.utils.cpp_extension import include_paths
 
         if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10):
             sys.exit(f"pyvit needs torch >= 2.10 (stable ABI), found {torch.__version__}")
-        cxx = native.compiler()
-        if cxx is None:
-            sys.exit("no C++ compiler is found (g++, or CXX); PYVIT_NATIVE=0 installs pyvit without its native code")
         in_tree = self.editable_mode or self.inplace
         package = (ROOT if in_tree else Path(self.build_lib).resolve()) / "pyvit"
         headers = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
@@ -58,6 +58,8 @@ class Ninja(build_ext):
             cxx=cxx,
             torch_includes=include_paths(),
             libraries=[f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"],
+            system=sys.platform,
+            machine=native.machine(),
             archs=native.cuda_archs(),
         ).run()
 

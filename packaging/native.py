@@ -23,6 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 
+#: The oldest torch whose stable ABI the library needs, as its headers write versions.
+TORCH_TARGET = "0x020a000000000000"
 #: Machine code for the first architecture of a major version runs on its later ones, PTX on those after the last. No
 #: kernel uses an architecture's own features: code for them ("9.0a") would run nowhere else.
 DEFAULT_ARCHS = "8.0;9.0;10.0;12.0+PTX"
@@ -111,8 +113,8 @@ class Build:
     cxx: str
     torch_includes: Sequence[str]
     libraries: Sequence[str]
-    system: str = sys.platform
-    machine: str = ""
+    system: str
+    machine: str
     link: str = ""  # the command that links, if not cxx
     runtime: Sequence[str] = ()  # what is linked for the C++ library, if not the system's default
     archs: Sequence[str] = ()
@@ -150,6 +152,8 @@ class Build:
         def compiled(output: str, source: str, flags: Sequence[str], rule: str = "cxx") -> str:
             target = self.folder / output
             flags = ("$flags", *flags) if rule == "cxx" else flags
+            if "ziglang" in self.cxx:  # has its own names of processors
+                flags = [re.sub(r"^-march=x86-64-", "-march=x86_64_", flag) for flag in flags]
             text.append(f"build {_path(target)}: {rule} {_path(CSRC / source)}\n  flags = {' '.join(flags)}")
             return _path(target)
 
@@ -161,7 +165,7 @@ class Build:
 
         runtime = self.runtime or system.runtime
         generated = f"-I{self.folder}"
-        stable = [generated, "-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-isystem {p}" for p in self.torch_includes)]
+        stable = [generated, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *(f"-isystem {p}" for p in self.torch_includes)]
         ops = [compiled(f"torch_{unit}.o", f"torch/{unit}.cpp", stable) for unit in TORCH_UNITS]
         cuda_libraries: list[str] = []
         if self.archs:
@@ -170,11 +174,9 @@ class Build:
                 ops.append(compiled(f"{source.stem}.cuda.o", f"cuda/{source.name}", flags, "nvcc"))
             ops.append(compiled("torch_cuda.o", "torch/cuda.cpp", stable))
             cuda_libraries = [*_cuda_library_paths(), "-lcudart_static", "-ldl", "-lrt"]
+        isas = {isa: [*KERNEL_FLAGS, *flags, f"-DPYVIT_ISA={isa}"] for isa, flags in ISAS[self.machine].items()}
         kernels = {
-            unit: [
-                compiled(f"{unit}.{isa}.o", f"cpu/{unit}.cpp", [*KERNEL_FLAGS, *flags, f"-DPYVIT_ISA={isa}"])
-                for isa, flags in ISAS[self.machine or machine()].items()
-            ]
+            unit: [compiled(f"{unit}.{isa}.o", f"cpu/{unit}.cpp", flags) for isa, flags in isas.items()]
             for unit in KERNEL_UNITS
         }
         common = {unit: compiled(f"{unit}.o", f"cpu/{unit}.cpp", []) for unit in COMMON_UNITS}

@@ -11,6 +11,7 @@ PYVIT_CUDA=1 makes the CUDA wheel (linux-x86_64), whose version says so: +cu130.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -69,7 +70,7 @@ def build(name: str) -> list[Path]:
     package = folder / "pyvit"
     if shutil.which(target.cxx.split()[0]) is None:
         sys.exit(f"{name}: {target.cxx} is not on PATH (Debian: g++-{target.machine.replace('_', '-')}-linux-gnu)")
-    stub = torch_stub(target, folder / "stub", include_paths())
+    stub = torch_stub(target, folder / "stub", stable_functions(include_paths()))
     libraries = [f"-L{stub}", "-ltorch_cpu"]
     library = package / "lib" / native.SYSTEMS[target.system].library
     modules = extension_modules(target, package) if target.system == "linux" else {}
@@ -89,17 +90,19 @@ def build(name: str) -> list[Path]:
     return [library, *modules]
 
 
-def torch_stub(target: Target, folder: Path, includes: Sequence[str]) -> Path:
-    """A library of LibTorch's name that has the functions of its stable ABI at 2.10, and no others: what links with it
-    needs nothing else of PyTorch.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+def stable_functions(includes: Sequence[str]) -> list[str]:
+    """The C functions of LibTorch's stable ABI at 2.10, as its headers declare them."""
     flags = [f"-I{path}" for path in includes]
-    header = ["-include", "torch/csrc/stable/c/shim.h", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    header = ["-include", "torch/csrc/stable/c/shim.h", f"-DTORCH_TARGET_VERSION={native.TORCH_TARGET}"]
     command = ["g++", "-E", "-P", "-x", "c++", *flags, *header, os.devnull]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     declared = r'__attribute__\(\(__visibility__\("default"\)\)\)[\s\w*]*?\b((?:aoti_)?torch_\w+)\s*\('
-    functions = sorted(set(re.findall(declared, text)))
+    return sorted(set(re.findall(declared, text)))
+
+
+def torch_stub(target: Target, folder: Path, functions: Sequence[str]) -> Path:
+    """A library of LibTorch's name with these functions alone: what links with it needs nothing else of PyTorch."""
+    folder.mkdir(parents=True, exist_ok=True)
     export = "__declspec(dllexport) " if target.system == "win32" else ""
     source = folder / "torch_cpu.c"
     source.write_text("".join(f"{export}void {function}(void) {{}}\n" for function in functions))
@@ -187,6 +190,15 @@ def binary_wheel(pure: Path, files: Sequence[Path], tag: str, out: Path) -> Path
         subprocess.run([sys.executable, "-m", "wheel", "pack", "-d", packed, root], check=True, capture_output=True)
         (wheel,) = packed.iterdir()
         return Path(shutil.move(wheel, out / wheel.name))
+
+
+def audit(wheel: Path, tag: str) -> None:
+    """Raise unless the wheel keeps what its tag promises, PyTorch's own library apart."""
+    command = [sys.executable, "-m", "auditwheel", "show", "--json", str(wheel)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    lacking = found["policy_upgrades"].get(tag)
+    if lacking != {"libs_to_eliminate": ["libtorch_cpu.so"]} or found["unsupported_isa"]:
+        raise RuntimeError(f"{wheel.name} is not {tag}: {json.dumps(found, indent=2)}")
 
 
 def main() -> None:

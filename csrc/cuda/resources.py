@@ -24,7 +24,9 @@ ROOT = HERE.parents[1]
 DATA, TABLE = HERE / "resources.json", ROOT / "docs" / "gpu-kernels-cuda.md"
 
 #: What the build is for, unless TORCH_CUDA_ARCH_LIST says otherwise.
-DEFAULT_ARCHS = re.search(r'^DEFAULT_ARCHS = "(.+)"', (ROOT / "packaging/native.py").read_text(), re.MULTILINE)[1].split(";")
+DEFAULT_ARCHS = re.search(r'^DEFAULT_ARCHS = "(.+)"', (ROOT / "packaging/native.py").read_text(), re.MULTILINE)[
+    1
+].split(";")
 ARCHS = tuple(arch.removesuffix("+PTX").replace(".", "") for arch in DEFAULT_ARCHS)
 GPUS = {
     "T4": (7, 5),
