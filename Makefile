@@ -12,7 +12,8 @@ SPREAD := -n $(JOBS) --dist worksteal
 NATIVE := PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py -q build_ext --inplace
 
 .DEFAULT_GOAL := build
-.PHONY: help build test test-fast test-torch test-triton rehearse bench gpu results docs docs-site lint format clean
+.PHONY: help build wheel wheel-test test test-fast test-torch test-triton rehearse bench gpu results docs docs-site lint format \
+	clean
 
 help:             ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */ \t/' | sort
@@ -31,6 +32,13 @@ $(VENV)/.ready: pyproject.toml tests/peers.txt benchmarks/torchvision_operators.
 
 build: $(VENV)/.ready ## the environment and the compiled library
 	@$(NATIVE)
+
+wheel: $(VENV)/.ready ## wheels and the source distribution, in dist/; make wheel [ARGS="linux-x86_64 macos-arm64"], PYVIT_CUDA=1
+	$(PY) -m pip install -q "auditwheel>=6" ziglang wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(PY) packaging/wheels.py $(ARGS)
+
+wheel-test:       ## a wheel in fresh environments without a compiler: make wheel-test ARGS="dist/NAME.whl --torch 2.10.0"
+	$(PY) packaging/wheel_test.py $(ARGS)
 
 test: build       ## everything that needs no GPU
 	$(PYTEST) $(SPREAD) tests --ignore tests/triton

@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "build_facts.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -19,18 +20,7 @@ namespace {
 
 std::map<std::string, bool> cpu_features() {
   std::map<std::string, bool> found;
-#if defined(__x86_64__)
-#define PYVIT_FEATURE(name) found[name] = __builtin_cpu_supports(name) != 0
-  PYVIT_FEATURE("avx2");
-  PYVIT_FEATURE("fma");
-  PYVIT_FEATURE("f16c");
-  PYVIT_FEATURE("avx512f");
-  PYVIT_FEATURE("avx512bw");
-  PYVIT_FEATURE("avx512vl");
-  PYVIT_FEATURE("avx512dq");
-  PYVIT_FEATURE("avx512bf16");
-  PYVIT_FEATURE("avx512vnni");
-#endif
+  for (const auto& [name, present] : pyvit::cpu_features()) found[name] = present;
   return found;
 }
 
@@ -54,7 +44,7 @@ double fma_peak(const std::string& dtype, int threads, double seconds) {
   py::gil_scoped_release release;
   std::vector<double> rates(threads);
   const auto which = dtype == "bfloat16" ? pyvit::Dtype::bf16 : pyvit::Dtype::f32;
-  on_threads(threads, [&](int t) { rates[t] = pyvit::kernels().fma_peak(which, seconds); });
+  on_threads(threads, [&](int t) { rates[t] = PYVIT_OF_ISA(fma_peak(which, seconds)); });
   double sum = 0;
   for (double rate : rates) sum += rate;
   return sum;

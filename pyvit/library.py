@@ -1,10 +1,11 @@
-"""The compiled library: finds and loads ``pyvit/lib/libpyvit_ops.so``, or says why it could not."""
+"""The compiled library in ``pyvit/lib``: finds and loads it, or says why it could not."""
 
 from __future__ import annotations
 
 import functools
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import torch
 
 from pyvit.schemas import PYTHON_SCHEMAS, SCHEMAS
 
-PATH = Path(__file__).parent / "lib" / "libpyvit_ops.so"
+#: As packaging/native.py names it.
+_NAMES = {"darwin": "libpyvit_ops.dylib", "win32": "pyvit_ops.dll"}
+PATH = Path(__file__).parent / "lib" / _NAMES.get(sys.platform, "libpyvit_ops.so")
 
 #: Operators are defined by the library when it loads, else by this fragment; Python-side kernels are registered through
 #: it either way.

@@ -28,7 +28,9 @@ def python(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-DEFAULT_ARCHS = re.search(r'DEFAULT_ARCHS = "(.+)"', (Path(__file__).parents[1] / "setup.py").read_text())[1].split(";")
+DEFAULT_ARCHS = re.search(r'DEFAULT_ARCHS = "(.+)"', (Path(__file__).parents[1] / "packaging/native.py").read_text())[
+    1
+].split(";")
 
 
 @pytest.mark.parametrize(

@@ -2,44 +2,54 @@
 #include "isa.h"
 
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
-namespace pyvit {
-
-// Defined by each compilation of the kernel units.
-#define PYVIT_DECLARE(name) \
-  namespace name {          \
-  const Kernels& table();   \
-  }
-PYVIT_DECLARE(portable)
 #if defined(__x86_64__)
-PYVIT_DECLARE(avx2)
-PYVIT_DECLARE(avx512)
-PYVIT_DECLARE(avx512bf16)
+#include <cpuid.h>
 #endif
+
+namespace pyvit {
 
 namespace {
 
 constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16"};
 
-bool supported(Isa isa) {
 #if defined(__x86_64__)
+// Asked of the processor, not of __builtin_cpu_supports, which needs a runtime library that not every compiler links.
+struct Cpuid {
+  uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+  Cpuid(uint32_t leaf, uint32_t subleaf) { __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx); }
+};
+
+// The register states that the operating system saves: 2 and 4 are AVX's, 0xe0 are AVX-512's.
+bool saves(uint32_t states) {
+  if (!(Cpuid(1, 0).ecx >> 27 & 1)) return false;  // no xgetbv
+  uint32_t low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & states) == states;
+}
+#endif
+
+bool has(const char* name) {
+  for (const auto& [feature, present] : cpu_features())
+    if (!std::strcmp(feature, name)) return present;
+  return false;
+}
+
+bool supported(Isa isa) {
   switch (isa) {
     case Isa::avx512bf16:
-      return supported(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+      return supported(Isa::avx512) && has("avx512bf16");
     case Isa::avx512:
-      return supported(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+      return supported(Isa::avx2) && has("avx512f") && has("avx512bw") && has("avx512vl") && has("avx512dq");
     case Isa::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+      return has("avx2") && has("fma") && has("f16c");
     case Isa::portable:
       return true;
   }
   return false;
-#else
-  return isa == Isa::portable;
-#endif
 }
 
 Isa choose() {
@@ -57,26 +67,30 @@ Isa choose() {
 
 }  // namespace
 
+// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, CPUID.
+std::vector<std::pair<const char*, bool>> cpu_features() {
+#if defined(__x86_64__)
+  const Cpuid basic(1, 0), extended(7, 0), more(7, 1);
+  const bool avx = saves(0x06), avx512 = saves(0xe6);
+  const auto bit = [](uint32_t word, int at) { return (word >> at & 1) != 0; };
+  return {{"avx2", avx && bit(extended.ebx, 5)},
+          {"fma", avx && bit(basic.ecx, 12)},
+          {"f16c", avx && bit(basic.ecx, 29)},
+          {"avx512f", avx512 && bit(extended.ebx, 16)},
+          {"avx512bw", avx512 && bit(extended.ebx, 30)},
+          {"avx512vl", avx512 && bit(extended.ebx, 31)},
+          {"avx512dq", avx512 && bit(extended.ebx, 17)},
+          {"avx512bf16", avx512 && bit(more.eax, 5)},
+          {"avx512vnni", avx512 && bit(extended.ecx, 11)}};
+#else
+  return {};
+#endif
+}
+
 Isa isa() {
   static const Isa chosen = choose();
   return chosen;
 }
 const char* isa_name(Isa isa) { return kNames[int(isa)]; }
-
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::avx512bf16:
-      return avx512bf16::table();
-    case Isa::avx512:
-      return avx512::table();
-    case Isa::avx2:
-      return avx2::table();
-    case Isa::portable:
-      break;
-  }
-#endif
-  return portable::table();
-}
 
 }  // namespace pyvit

@@ -1,7 +1,10 @@
-// The instruction sets a kernel unit is compiled for, and the table of kernels each compilation exports.
+// The instruction sets a kernel unit is compiled for, the choice among them, and the table of kernels each compilation
+// exports.
 #pragma once
 
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 #include "kernel_args.h"
 
@@ -14,6 +17,33 @@ enum class Isa { portable, avx2, avx512, avx512bf16 };
 // cannot run here.
 Isa isa();
 const char* isa_name(Isa isa);
-const Kernels& kernels();  // of isa()
+
+// Extensions of x86-64 that the kernels look for, and whether processor and operating system have them; empty on other
+// processors.
+std::vector<std::pair<const char*, bool>> cpu_features();
+
+// What each compilation of the kernel units defines.
+#define PYVIT_DECLARE(name)          \
+  namespace name {                   \
+  const Kernels& table();            \
+  double fma_peak(Dtype, double);    \
+  }
+PYVIT_DECLARE(portable)
+#if defined(__x86_64__)
+PYVIT_DECLARE(avx2)
+PYVIT_DECLARE(avx512)
+PYVIT_DECLARE(avx512bf16)
+// A call of isa()'s function: PYVIT_OF_ISA(table()).
+#define PYVIT_OF_ISA(call)                            \
+  (::pyvit::isa() == ::pyvit::Isa::avx512bf16 ? ::pyvit::avx512bf16::call \
+   : ::pyvit::isa() == ::pyvit::Isa::avx512   ? ::pyvit::avx512::call     \
+   : ::pyvit::isa() == ::pyvit::Isa::avx2     ? ::pyvit::avx2::call       \
+                                              : ::pyvit::portable::call)
+#else
+#define PYVIT_OF_ISA(call) ::pyvit::portable::call
+#endif
+#undef PYVIT_DECLARE
+
+inline const Kernels& kernels() { return PYVIT_OF_ISA(table()); }
 
 }  // namespace pyvit

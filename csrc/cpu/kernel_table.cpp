@@ -1,7 +1,4 @@
-// The kernels of one instruction set, and its peak rate.
-#include <chrono>
-
-#include "gemm_tile.h"
+// The kernels of one instruction set.
 #include "kernel_args.h"
 
 namespace pyvit::PYVIT_ISA {
@@ -26,39 +23,7 @@ void pairs_backward(const Pairs&, const PairsGrad&);
 void distillation(const Distillation&);
 void distillation_backward(const Distillation&, const DistillationGrad&);
 void product(const Product&);
-
-namespace {
-
-// Multiply-adds per second of the register tile alone: operands in registers, nothing loaded.
-template <class D>
-double peak(double seconds) {
-  vf acc[MR * NV];
-  for (auto& x : acc) x = vf{};
-  vu b{};
-  uint32_t a = 0;
-  asm volatile("" : "+m"(a), "+m"(b));
-  const auto start = std::chrono::steady_clock::now();
-  double elapsed = 0;
-  int64_t rounds = 0;
-  while (elapsed < seconds) {
-    for (int i = 0; i < 10000; i++) {
-#pragma GCC unroll 32
-      for (int t = 0; t < MR * NV; t++) D::fma(acc[t], a, b);
-    }
-    rounds += 10000;
-    elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  }
-  vf sum{};
-  for (auto& x : acc) sum += x;
-  asm volatile("" ::"m"(sum));
-  return 2.0 * double(rounds) * MR * NV * W * D::K / elapsed * 1e-9;
-}
-
-double fma_peak(Dtype dtype, double seconds) {
-  return dtype == Dtype::bf16 ? peak<Compute<bf16>>(seconds) : peak<F32>(seconds);
-}
-
-}  // namespace
+double fma_peak(Dtype dtype, double seconds);
 
 const Kernels& table() {
   static const Kernels kernels{attention,

@@ -3,6 +3,10 @@
 #include <cstdlib>
 #include <new>
 
+#if defined(_WIN32)
+#include <malloc.h>
+#endif
+
 namespace pyvit {
 
 Threads threads;
@@ -19,13 +23,31 @@ Scratch& shared() {
   return memory;
 }
 
+void* aligned_allocate(size_t bytes) {
+  constexpr size_t LINE = 64;
+  bytes = (bytes + LINE - 1) / LINE * LINE;
+#if defined(_WIN32)
+  return _aligned_malloc(bytes, LINE);
+#else
+  return std::aligned_alloc(LINE, bytes);
+#endif
+}
+
+void aligned_free(void* data) {
+#if defined(_WIN32)
+  _aligned_free(data);
+#else
+  std::free(data);
+#endif
+}
+
 void* Scratch::bytes(int64_t n) {
   if (used_ == kBlocks) throw std::bad_alloc();
   Block& block = blocks_[used_++];
   if (block.size < n) {
-    std::free(block.data);
+    aligned_free(block.data);
     block.size = (n + 4095) / 4096 * 4096;
-    block.data = static_cast<char*>(std::aligned_alloc(64, block.size));
+    block.data = static_cast<char*>(aligned_allocate(block.size));
     if (!block.data) {
       block.size = 0;
       throw std::bad_alloc();
@@ -35,7 +57,7 @@ void* Scratch::bytes(int64_t n) {
 }
 
 Scratch::~Scratch() {
-  for (Block& block : blocks_) std::free(block.data);
+  for (Block& block : blocks_) aligned_free(block.data);
 }
 
 }  // namespace pyvit

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 
 namespace pyvit {
@@ -46,6 +47,10 @@ void parallel_units(int64_t n, const F& worker) {
       },
       &context);
 }
+
+// Memory aligned to a cache line, and its release; null when there is none.
+void* aligned_allocate(size_t bytes);
+void aligned_free(void* data);
 
 // Scratch memory of the calling thread, kept between calls; 64-byte aligned. Pointers stay valid until the next
 // `scratch()` of that thread.

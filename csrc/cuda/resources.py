@@ -23,8 +23,10 @@ HERE = Path(__file__).parent.resolve()
 ROOT = HERE.parents[1]
 DATA, TABLE = HERE / "resources.json", ROOT / "docs" / "gpu-kernels-cuda.md"
 
-#: What setup.py builds for, unless TORCH_CUDA_ARCH_LIST says otherwise.
-DEFAULT_ARCHS = re.search(r'^DEFAULT_ARCHS = "(.+)"', (ROOT / "setup.py").read_text(), re.MULTILINE)[1].split(";")
+#: What the build is for, unless TORCH_CUDA_ARCH_LIST says otherwise.
+DEFAULT_ARCHS = re.search(r'^DEFAULT_ARCHS = "(.+)"', (ROOT / "packaging/native.py").read_text(), re.MULTILINE)[
+    1
+].split(";")
 ARCHS = tuple(arch.removesuffix("+PTX").replace(".", "") for arch in DEFAULT_ARCHS)
 GPUS = {
     "T4": (7, 5),

@@ -8,6 +8,7 @@
 
 #include "../cpu/parallel.h"
 #include "attention_tensors.h"
+#include "build_facts.h"
 
 namespace pyvit {
 namespace {

@@ -337,7 +337,12 @@ Tensor prepacked_window_attention(Tensor x, bool norm, Maybe norm_weight, Maybe 
 }  // namespace
 }  // namespace pyvit
 
-extern "C" __attribute__((visibility("default"))) void pyvit_when_changed_late(void (*callback)()) {
+#if defined(_WIN32)
+#define PYVIT_EXPORT extern "C" __declspec(dllexport)
+#else
+#define PYVIT_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+PYVIT_EXPORT void pyvit_when_changed_late(void (*callback)()) {
   pyvit::changed_late = callback;
 }
 

@@ -2,12 +2,13 @@
 // more than many an operator that writes to it: the kernel clears each page when it is first touched.
 #pragma once
 
-#include <cstdlib>
 #include <deque>
 #include <mutex>
 
+#include "../cpu/parallel.h"
 #include "cpu_tensors.h"
 
+#if defined(__linux__)  // elsewhere a reference cannot be weak, and memory is torch's
 // Since torch 2.11; null before.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
     void* data, int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
@@ -32,22 +33,22 @@ class FreeBlocks {
             return data;
           }
     }
-    return std::aligned_alloc(ALIGNMENT, (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    return aligned_allocate(bytes);
   }
   void give(void* data, size_t bytes) {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock) return std::free(data);
+    if (!lock) return aligned_free(data);
     free_.push_back({data, bytes});
     held_ += bytes;
     while (free_.size() > MOST || held_ > MOST_BYTES) {
-      std::free(free_.front().data);
+      aligned_free(free_.front().data);
       held_ -= free_.front().bytes;
       free_.pop_front();
     }
   }
 
  private:
-  static constexpr size_t ALIGNMENT = 64, MOST = 64, MOST_BYTES = 256 << 20;
+  static constexpr size_t MOST = 64, MOST_BYTES = 256 << 20;
   struct Block {
     void* data;
     size_t bytes;
@@ -83,3 +84,8 @@ inline Tensor make_recycled(const Tensor& like, const Ints& shape) {
 }
 
 }  // namespace pyvit
+#else
+namespace pyvit {
+inline Tensor make_recycled(const Tensor& like, const Ints& shape) { return make(like, shape); }
+}  // namespace pyvit
+#endif

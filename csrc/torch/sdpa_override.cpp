@@ -1,7 +1,11 @@
 // pyvit.activate_sdpa() on CPUs: this library's kernels for the two operators that F.scaled_dot_product_attention calls
 // for CPU tensors. A call that they do not serve goes to PyTorch's kernel, through its C interface, so that no call
 // passes through Python.
+#ifdef _WIN32
+#include <windows.h>
+#else
 #include <dlfcn.h>
+#endif
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <atomic>
@@ -16,7 +20,14 @@ namespace pyvit {
 namespace {
 
 // PyTorch's kernels below its dispatcher; looked up by name, so that the library also loads where they are missing.
-#define PYVIT_OF_TORCH(name) reinterpret_cast<decltype(&name)>(dlsym(RTLD_DEFAULT, #name))
+void* of_torch(const char* name) {
+#ifdef _WIN32
+  return reinterpret_cast<void*>(GetProcAddress(GetModuleHandleA("torch_cpu.dll"), name));
+#else
+  return dlsym(RTLD_DEFAULT, name);
+#endif
+}
+#define PYVIT_OF_TORCH(name) reinterpret_cast<decltype(&name)>(of_torch(#name))
 const auto torch_forward = PYVIT_OF_TORCH(aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu);
 const auto torch_backward = PYVIT_OF_TORCH(aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu_backward);
 #undef PYVIT_OF_TORCH

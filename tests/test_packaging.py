@@ -1,0 +1,148 @@
+"""The build's rules for every platform, and what distributions contain. ``make wheel`` builds; nothing here compiles."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import include_paths
+
+from pyvit import library
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "packaging"))
+import native  # noqa: E402
+import wheels  # noqa: E402
+
+CSRC = ROOT / "csrc"
+
+
+def tracked(*folders: str) -> set[str]:
+    listed = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(listed.stdout.split())
+
+
+def build(target: wheels.Target, **changes: object) -> native.Build:
+    folder = Path("/a folder/with a colon:")
+    name = native.SYSTEMS[target.system].library
+    given = {
+        "folder": folder,
+        "library": folder / name,
+        "modules": {folder / "_C.so": (["-Iheaders"], ["-lpython"])},
+        "cxx": target.cxx,
+        "torch_includes": ["torch/include"],
+        "libraries": ["-ltorch_cpu"],
+        "system": target.system,
+        "machine": target.machine,
+    }
+    return native.Build(**{**given, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", wheels.TARGETS)
+def test_rules_of_each_platform(name: str) -> None:
+    """Every source is compiled, once per instruction set where it is a kernel; every object is linked."""
+    target = wheels.TARGETS[name]
+    text = build(target).ninja()
+    compiled = re.findall(r"^build (.+?): cxx (.+)\n  flags = (.+)", text.replace("$ ", "\\ "), re.MULTILINE)
+    sources = [Path(source) for _, source, _ in compiled]
+    assert all(source.exists() for source in sources)
+    assert set(sources) == {CSRC / "module.cpp", *(CSRC / "cpu").glob("*.cpp"), *(CSRC / "torch").glob("*.cpp")} - {
+        CSRC / "torch/cuda.cpp"
+    }
+    isas = list(native.ISAS[target.machine])
+    for unit in native.KERNEL_UNITS:
+        flags = [flags for _, source, flags in compiled if Path(source).name == f"{unit}.cpp"]
+        assert [re.search(r"PYVIT_ISA=(\w+)", f)[1] for f in flags] == isas
+    (linked,) = re.findall(
+        rf"^build \S*{re.escape(native.SYSTEMS[target.system].library)}: link (.+)", text, re.MULTILINE
+    )
+    objects = {out.replace("\\ ", "$ ") for out, source, _ in compiled if not source.endswith("module.cpp")}
+    assert len(re.findall(r"\.o\b", linked)) == len(objects)
+    assert all(out in linked for out in objects)
+    assert ("-fPIC" in text) == (target.system != "win32")
+
+
+def test_the_package_looks_for_the_names_that_the_build_writes() -> None:
+    names = {system: library._NAMES.get(system, library.PATH.name) for system in native.SYSTEMS}
+    assert names == {system: rules.library for system, rules in native.SYSTEMS.items()}
+
+
+def test_paths_are_escaped() -> None:
+    text = build(wheels.TARGETS["windows-x86_64"]).ninja()
+    assert "build /a$ folder/with$ a$ colon$:/isa.o: cxx" in text
+
+
+def test_zig_has_its_own_names_of_processors() -> None:
+    windows, linux = (build(wheels.TARGETS[name]).ninja() for name in ("windows-x86_64", "linux-x86_64"))
+    assert "-march=x86_64_v4" in windows
+    assert "-march=x86-64" not in windows
+    assert "-march=x86-64-v4" in linux
+
+
+def test_cuda_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_cuda_library_paths", lambda: ["-Lcuda"])
+    text = build(wheels.TARGETS["linux-x86_64"], archs=["8.0", "12.0+PTX"]).ninja()
+    assert {Path(p) for p in re.findall(r": nvcc (.+)", text)} == set((CSRC / "cuda").glob("*.cu"))
+    assert text.count("code=sm_80 -gencode=arch=compute_120,code=sm_120 -gencode=arch=compute_120,code=compute_120") > 0
+    assert str(CSRC / "torch/cuda.cpp") in text
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_the_library_needs_functions_of_the_stable_abi_alone() -> None:
+    """Those that the wheels' stub of LibTorch has, and one of a later version that may be absent."""
+    functions = wheels.stable_functions(include_paths())
+    assert {"torch_call_dispatcher", "torch_parallel_for", "aoti_torch_empty_strided"} <= set(functions)
+    assert "torch_from_blob" not in functions
+    if library.problem() is None and shutil.which("nm"):
+        listed = subprocess.run(["nm", "-D", str(library.PATH)], capture_output=True, text=True, check=True).stdout
+        needed = set(re.findall(r"U ((?:aoti_)?torch_\w+)", listed))
+        assert needed
+        assert needed <= set(functions)
+
+
+def test_no_compiler_is_an_error_that_names_the_way_out() -> None:
+    environment = {**os.environ, "CXX": "no-such-compiler"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "PYVIT_NATIVE=0 installs pyvit without its native code" in done.stderr
+
+
+def test_wheels(tmp_path: Path) -> None:
+    """The pure wheel has every module; the binary one that, the compiled files, and its platform's tag."""
+    pure = wheels.pure_wheel(tmp_path, "+test")
+    assert re.fullmatch(r"pyvit_kernels-.+\+test-py3-none-any\.whl", pure.name)
+    modules = {path.replace("triton_kernels/", "pyvit/triton_kernels/") for path in tracked("pyvit", "triton_kernels")}
+    assert modules == {name for name in zipfile.ZipFile(pure).namelist() if name.startswith("pyvit/")}
+
+    made = tmp_path / "build/pyvit/lib/libpyvit_ops.so"
+    made.parent.mkdir(parents=True)
+    made.write_bytes(os.urandom(1000))
+    binary = zipfile.ZipFile(wheels.binary_wheel(pure, [made], "manylinux_2_28_x86_64", tmp_path))
+    assert Path(binary.filename or "").name == pure.name.replace("none-any", "none-manylinux_2_28_x86_64")
+    assert set(binary.namelist()) == {*zipfile.ZipFile(pure).namelist(), "pyvit/lib/libpyvit_ops.so"}
+    assert (
+        hashlib.sha256(binary.read("pyvit/lib/libpyvit_ops.so")).digest() == hashlib.sha256(made.read_bytes()).digest()
+    )
+    about = binary.read(next(name for name in binary.namelist() if name.endswith("/WHEEL"))).decode()
+    assert "Root-Is-Purelib: false" in about
+    assert "Tag: py3-none-manylinux_2_28_x86_64" in about
+    assert binary.testzip() is None
+
+
+def test_the_source_distribution_has_what_the_build_needs(tmp_path: Path) -> None:
+    wheels.setup("egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path))
+    (archive,) = tmp_path.glob("*.tar.gz")
+    inside = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    needed = tracked(
+        "csrc", "packaging", "pyvit", "triton_kernels", "setup.py", "pyproject.toml", "LICENSE", "README.md"
+    )
+    assert needed <= inside, needed - inside
