@@ -145,7 +145,7 @@ def _distillation(on: Served) -> list[Comparison]:
     return check_op(op, t, backend=on.backend, scores=20.0, name="distillation", raises=False)
 
 
-#: Together they launch every Triton kernel (tests/benchmarks/test_gpu.py).
+#: Together they launch every Triton kernel (tests/benchmarks/test_gpu_kernels.py).
 CANARIES: dict[str, Canary] = {
     "50 tokens of 64": _attention(50, 64),
     "100 tokens of 64, many heads": _one_processor(_attention(100, 64)),

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from benchmarks import torchvision_operators  # noqa: F401  (before transformers and timm import torchvision)
+from tests.alternate import deselect, parity
 
 # A separate compiler cache per worker: two workers writing the same file have left it incomplete.
 _worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
@@ -53,8 +54,11 @@ def pytest_report_header() -> str:
 
 
 @pytest.hookimpl(tryfirst=True)  # before ``-m`` selects by marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Cases on CUDA tensors (a parameter of type pyvit.testing.Served says so) are marked ``gpu``."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Cases on CUDA tensors (a parameter of type pyvit.testing.Served says so) are marked ``gpu``. Of the tests of
+    every instruction set, PYVIT_TEST_HALF (0 or 1) leaves out half of the combinations of parameters."""
+    if half := os.environ.get("PYVIT_TEST_HALF"):
+        deselect(config, items, [i for i in items if i.get_closest_marker("isa") and parity(i) == int(half)])
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if any(getattr(p, "device", None) == "cuda" for p in parameters):

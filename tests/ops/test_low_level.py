@@ -27,23 +27,34 @@ def _calls(*names: str, **environment: str) -> list[str]:
     return lines
 
 
+#: Operators whose calls share a process.
 GROUPS = {
     "attention": [
         "flash_attention",
         "flash_attention-causal",
         "flash_attention~backward",
         "flash_attention_qkvpacked_backward",
-    ],
-    "packed": ["flash_attention_varlen", "flash_attention_varlen~backward", "attention_map"],
-    "maps": [
+        "flash_attention_varlen",
+        "flash_attention_varlen~backward",
+        "attention_map",
         "window_attention",
         "window_attention-cosine",
         "window_attention~backward",
         "window_attention-cosine~backward",
     ],
-    "patches": ["patch_embed", "patch_embed-bytes", "patch_embed~backward", "patch_embed-bytes~backward"],
+    "layers": [
+        "patch_embed",
+        "patch_embed-bytes",
+        "patch_embed~backward",
+        "patch_embed-bytes~backward",
+        "layer_norm",
+        "layer_norm_backward",
+        "rms_norm",
+        "rms_norm_backward",
+        "linear",
+        "mlp",
+    ],
     "losses": ["info_nce", "nt_xent", "sigmoid_contrastive", "distillation_cross_entropy", "nearest_neighbor"],
-    "norms": ["layer_norm", "layer_norm_backward", "rms_norm", "rms_norm_backward"],
     "passes": [
         "activation",
         "activation_backward",
@@ -54,14 +65,21 @@ GROUPS = {
         "product",
         "transposed",
         "log_sum_exp",
+        "pair_softmax",
+        "pair_softmax_backward",
+        "pair_sigmoid",
+        "pair_sigmoid_backward",
+        "distillation_tile",
+        "distillation_tile_backward",
+        "prepack_weight",
+        "prepack_header",
+        "prepacked_mlp",
+        "prepacked_attention",
+        "prepacked_window_attention",
     ],
-    "tiles": ["pair_softmax", "pair_softmax_backward", "pair_sigmoid", "pair_sigmoid_backward", "distillation_tile"],
 }
 GROUPS["losses"] += [f"{name}_backward" for name in GROUPS["losses"][:4]]
-GROUPS["layers"] = ["linear", "mlp"]
-GROUPS["tiles"] += ["distillation_tile_backward", "prepack_weight", "prepack_header"]
-GROUPS["branches"] = ["prepacked_mlp", "prepacked_attention", "prepacked_window_attention"]
-COMPILED = ("passes", "tiles", "branches")
+COMPILED = ("passes",)
 
 
 @pytest.mark.skipif(library.problem() is not None, reason="needs the compiled library")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tests.ptx.arithmetic import from_bf16
-from tests.ptx.memory import Fault
+from tests.ptx.memory import Fault, Places
 from tests.ptx.program import Execute, Statement
 
 if TYPE_CHECKING:
@@ -19,21 +20,31 @@ if TYPE_CHECKING:
 @dataclass
 class Flight:
     """A ``wgmma`` in flight: its lanes and the number of their group, its accumulators, and the shared bytes it reads
-    (with block and first lane). Operands in registers need no check: ptxas inserts the fence they need."""
+    (with the lane of each). Operands in registers need no check: ptxas inserts the fence they need."""
 
     lanes: np.ndarray
     group: np.ndarray
     accumulators: list[str]
-    held: list[tuple[np.ndarray, int, int]] = field(default_factory=list)
+    held: list[tuple[Places, np.ndarray]] = field(default_factory=list)
 
     def split(self, done: np.ndarray) -> tuple[Flight, Flight]:
         """The part of the operation for the lanes ``done``, and the part for the others."""
-        first = set(self.lanes[done].tolist())
-        parts = ([h for h in self.held if h[2] in first], [h for h in self.held if h[2] not in first])
-        return tuple(  # type: ignore[return-value]
-            Flight(self.lanes[chosen], self.group[chosen], self.accumulators, held)
-            for chosen, held in zip((done, ~done), parts, strict=True)
-        )
+
+        def part(chosen: np.ndarray) -> Flight:
+            if chosen.all():
+                return self
+            held = []
+            for places, lane in self.held if chosen.any() else ():
+                mine = np.isin(lane, self.lanes[chosen])
+                held.append((places.only(mine), lane[mine]))
+            return Flight(self.lanes[chosen], self.group[chosen], self.accumulators, held)
+
+        return part(done), part(~done)
+
+    def land(self, m: Machine) -> None:
+        """Its operands may be written again."""
+        for places, lane in self.held:
+            m.shared.release(places, m.block[lane])
 
 
 def take_off(m: Machine, flight: Flight) -> None:
@@ -47,6 +58,29 @@ def take_off(m: Machine, flight: Flight) -> None:
 
 _LANE = np.arange(32)
 _ROW, _PAIR = _LANE // 4, _LANE % 4  # of an 8 x 8 matrix of 16-bit numbers: row, and pair of columns
+
+
+@functools.cache
+def _left(n: int, each: int) -> np.ndarray:
+    """Elements of A (16, K) in its registers (n, 32, each): rows 0 to 7, then 8 to 15, of one half of K, then of the
+    other."""
+    row, k = np.arange(16)[:, None], np.arange(n // 2 * 4 * each)
+    register, lane = row // 8 + 2 * (k // (4 * each)), row % 8 * 4 + k % (4 * each) // each
+    return (register * 32 + lane) * each + k % each
+
+
+@functools.cache
+def _right(n: int, each: int) -> np.ndarray:
+    """Elements of B (K, 8) in its registers (n, 32, each)."""
+    k, column = np.arange(n * 4 * each)[:, None], np.arange(8)
+    return (k // (4 * each) * 32 + column * 4 + k % (4 * each) // each) * each + k % each
+
+
+@functools.cache
+def _accumulators(n: int) -> np.ndarray:
+    """Elements of a product (16, n), in its registers (n // 2, 32)."""
+    i = np.arange(n // 2)[:, None]
+    return (_ROW + 8 * (i // 2 % 2)) * n + i // 4 * 8 + 2 * _PAIR + i % 2
 
 
 def _whole(mask: np.ndarray | None, lanes: int, size: int) -> np.ndarray:
@@ -114,27 +148,17 @@ def _numbers(bits: np.ndarray, kind: str) -> np.ndarray:
 
 
 def left_fragment(registers: np.ndarray, kind: str) -> np.ndarray:
-    """A (..., 16, K) from its registers (..., n, 32): rows 0 to 7, then 8 to 15, of one half of K, then of the
-    other."""
+    """A (..., 16, K) from its registers (..., n, 32)."""
     numbers = _numbers(registers, kind)  # (..., n, 32, e)
-    each = numbers.shape[-1]
-    halves = registers.shape[-2] // 2
-    out = np.empty((*registers.shape[:-2], 16, halves * 4 * each), np.float32)
-    for i in range(registers.shape[-2]):
-        for e in range(each):
-            out[..., _ROW + 8 * (i % 2), i // 2 * 4 * each + _PAIR * each + e] = numbers[..., i, :, e]
-    return out
+    *warps, n, _, each = numbers.shape
+    return numbers.reshape(*warps, -1).take(_left(n, each), -1)
 
 
 def right_fragment(registers: np.ndarray, kind: str) -> np.ndarray:
     """B (..., K, 8) from its registers (..., n, 32)."""
     numbers = _numbers(registers, kind)
-    each = numbers.shape[-1]
-    out = np.empty((*registers.shape[:-2], registers.shape[-2] * 4 * each, 8), np.float32)
-    for i in range(registers.shape[-2]):
-        for e in range(each):
-            out[..., i * 4 * each + _PAIR * each + e, _ROW] = numbers[..., i, :, e]
-    return out
+    *warps, n, _, each = numbers.shape
+    return numbers.reshape(*warps, -1).take(_right(n, each), -1)
 
 
 def mma(s: Statement) -> Execute:
@@ -155,10 +179,9 @@ def mma(s: Statement) -> Execute:
 
         left, right = left_fragment(stack(a, np.uint32), kind), right_fragment(stack(b, np.uint32), kind)
         product = left @ right  # (warps, 16, 8)
-        acc = stack(c, np.float32)
+        out = stack(c, np.float32) + product.reshape(-1, 128).take(_accumulators(8), 1)
         for i, register in enumerate(_registers(d)):
-            out = acc[:, i] + product[:, _ROW + 8 * (i // 2), 2 * _PAIR + i % 2]
-            m.write(register, np.ascontiguousarray(out, np.float32).ravel(), mask)
+            m.write(register, out[:, i].ravel(), mask)
 
     return execute
 
@@ -169,6 +192,7 @@ def _swizzle(at: np.ndarray, mode: int) -> np.ndarray:
     return at ^ ((at >> 7 & bits) << 4)
 
 
+@functools.lru_cache(1024)
 def descriptor_places(descriptor: int, rows: int, depth: int, size: int, across: bool) -> np.ndarray:
     """Addresses (rows, depth) of the elements that a matrix descriptor names; ``across``: neighbours lie along the
     rows, not along K."""
@@ -206,45 +230,42 @@ def wgmma(s: Statement) -> Execute:
         raise NotImplementedError(f"PTX line {s.line}: wgmma with negated operands")
     across = [0] * (2 - len(across)) + across if isinstance(a, list) or not across else across
 
-    def shared(m: Machine, descriptor: int, rows: int, turned: int, group: int, flight: Flight) -> np.ndarray:
-        block = int(m.block[group * 128])
-        at = descriptor_places(descriptor, rows, depth, size, bool(turned))
-        places = m.shared.places(at.ravel(), size, np.full(at.size, block), "wgmma")
-        data = m.shared.hold(places.ravel(), block).reshape(rows, depth, size)
-        flight.held.append((places.ravel(), block, group * 128))
-        if kind == "tf32":
-            return _numbers(np.ascontiguousarray(data).view(np.uint32)[..., 0], kind)[..., 0]
-        halves = np.ascontiguousarray(data).view(np.uint16)[..., 0]
-        return halves.view(np.float16).astype(np.float32) if kind == "f16" else from_bf16(halves)
-
-    def one(m: Machine, operand: str, group: int) -> int:
-        values = np.broadcast_to(m.read(operand, np.uint64), (m.lanes,))[group * 128 : group * 128 + 128]
-        if (values != values[0]).any():
+    def shared(m: Machine, operand: str, rows: int, turned: int, groups: np.ndarray, flight: Flight) -> np.ndarray:
+        """The matrix (groups, rows, depth) that each warpgroup's descriptor names."""
+        values = np.broadcast_to(m.read(operand, np.uint64), (m.lanes,)).reshape(-1, 128)[groups]
+        if (values != values[:, :1]).any():
             raise Fault("wgmma: lanes of a warpgroup hold different descriptors")
-        return int(values[0])
+        at = np.stack([descriptor_places(int(v), rows, depth, size, bool(turned)) for v in values[:, 0]])
+        lane = np.repeat(groups * 128, rows * depth)
+        places = m.shared.places(at.ravel(), size, m.block[lane], "wgmma")
+        data = m.shared.hold(places, m.block[lane]).reshape((*at.shape, size))
+        flight.held.append((places, lane))
+        if kind == "tf32":
+            return _numbers(data.view(np.uint32)[..., 0], kind)[..., 0]
+        halves = data.view(np.uint16)[..., 0]
+        return halves.view(np.float16).astype(np.float32) if kind == "f16" else from_bf16(halves)
 
     def execute(m: Machine) -> None:
         mask = m.mask_of(s)
         groups = _whole(mask, m.lanes, 128)
+        if not len(groups):
+            return
         product = np.zeros((m.lanes // 128, 64, n), np.float32)
         lanes = np.flatnonzero(mask) if mask is not None else np.arange(m.lanes)
         flight = Flight(lanes, m.groups["wgmma"][lanes], list(_registers(d)))
         if isinstance(a, list):
             held = np.stack([m.read(r, np.uint32).reshape(-1, 4, 32) for r in a], 2)  # (groups, warp, register, lane)
-            lefts = left_fragment(held, kind).reshape(-1, 64, depth)
-        for group in groups:
-            left = (
-                lefts[group] if isinstance(a, list) else shared(m, one(m, str(a), group), 64, across[0], group, flight)
-            )
-            product[group] = left @ shared(m, one(m, str(b), group), n, across[1], group, flight).T
+            left = left_fragment(held, kind).reshape(-1, 64, depth)[groups]
+        else:
+            left = shared(m, str(a), 64, across[0], groups, flight)
+        product[groups] = left @ shared(m, str(b), n, across[1], groups, flight).swapaxes(1, 2)
         kept = np.broadcast_to(m.read(keep, bool), (m.lanes,))
-        tile = product.reshape(-1, 4, 16, n)
+        tile = product.reshape(-1, 16 * n).take(_accumulators(n), 1).swapaxes(0, 1).reshape(n // 2, m.lanes)
         # Products accumulate in order: an earlier one under way may have the same accumulators.
         before = {r: m.accumulating.pop(r) for r in flight.accumulators if r in m.accumulating}
         for i, register in enumerate(_registers(d)):
-            out = tile[:, :, _ROW + 8 * (i // 2 % 2), i // 4 * 8 + 2 * _PAIR + i % 2].reshape(-1)
             acc = m.read(register, np.float32)
-            m.write(register, np.where(kept, acc + out, out).astype(np.float32), mask)
+            m.write(register, np.where(kept, acc + tile[i], tile[i]), mask)
         m.accumulating.update(before)
         take_off(m, flight)
 

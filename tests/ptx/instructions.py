@@ -14,6 +14,8 @@ from tests.ptx.program import Execute, Statement
 if TYPE_CHECKING:
     from tests.ptx.machine import Machine
 
+_LEAST = np.float32(2.0**-126)  # of the numbers that ``ftz`` keeps
+
 
 def _arithmetic(
     s: Statement, name: str, dtype: np.dtype, op: Callable[..., np.ndarray], reads: int, result: np.dtype | None = None
@@ -25,8 +27,8 @@ def _arithmetic(
     def execute(m: Machine) -> None:
         values = [m.read(source, dtype) for source in sources]
         out = op(*values)
-        if flush:
-            out = np.where(np.abs(out) < np.float32(2.0**-126), np.copysign(np.float32(0), out), out)
+        if flush and (tiny := np.abs(out) < _LEAST).any():
+            out = np.where(tiny, np.copysign(np.float32(0), out), out)
         m.write(target, np.asarray(out, result or dtype), m.mask_of(s))
 
     return execute
@@ -139,19 +141,30 @@ def _insert(s: Statement, dtype: np.dtype) -> Execute:
     return execute
 
 
+_LANE = np.arange(32)
+_SHUFFLES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "bfly": lambda by: _LANE ^ by,
+    "idx": lambda by: by & 31,
+    "up": lambda by: _LANE - by,
+    "down": lambda by: _LANE + by,
+}
+
+
 def _shuffle(s: Statement) -> Execute:
-    mode = s.parts[2]
+    source_of = _SHUFFLES[s.parts[2]]
     target = str(s.operands[0])
     if s.operands[3:] != ["31", "-1"] or "|" in str(s.operands[0]):
         raise NotImplementedError(f"PTX line {s.line}: a shuffle within part of a warp, or with a predicate")
 
     def execute(m: Machine) -> None:
-        value = m.read(s.operands[1], np.uint32)
-        by = np.broadcast_to(m.read(s.operands[2], np.int32), (m.lanes,)).astype(np.int64)
-        lane = np.arange(m.lanes) % 32
-        source = {"bfly": lane ^ by, "idx": by & 31, "up": lane - by, "down": lane + by}[mode]
-        source = np.where((source < 0) | (source > 31), lane, source)
-        m.write(target, value[np.arange(m.lanes) // 32 * 32 + source], m.mask_of(s))
+        value = m.read(s.operands[1], np.uint32).reshape(-1, 32)
+        by = np.broadcast_to(m.read(s.operands[2], np.int32), (m.lanes,)).reshape(-1, 32)
+        if (by == by[0]).all():
+            by = by[:1]
+        source = source_of(by)
+        source = np.where((source < 0) | (source > 31), _LANE, source)
+        out = value[:, source[0]] if len(source) == 1 else np.take_along_axis(value, source, 1)
+        m.write(target, out.reshape(-1), m.mask_of(s))
 
     return execute
 

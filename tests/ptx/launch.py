@@ -11,6 +11,7 @@ from pyvit.triton_kernels import common
 from pyvit.triton_kernels.tiles import SHARED_LIMIT
 from pyvit.triton_kernels.tools import compile as compiled
 from torch import Tensor
+from triton import knobs
 
 from pyvit.dispatch import capabilities
 from tests.ptx import machine
@@ -20,6 +21,21 @@ from tests.ptx.program import Program, parse
 #: Supported architectures; sm_100's ``tcgen05`` is not supported.
 PARTS = ("sm_80", "sm_90")
 _programs: dict[Any, tuple[Program, int]] = {}
+
+
+def _without_ptxas(backend: Any = None, stages: Any = None, *_: Any) -> tuple[str, str]:
+    """Triton's hook for the stages of a compilation: none after the PTX. Called without arguments it names the change,
+    for the cache."""
+    if stages is not None:
+        stages["cubin"] = lambda source, metadata: b""
+    return "without ptxas", "without ptxas"
+
+
+def _compiled(launch: common.Launch, arch: str) -> Any:
+    with knobs.runtime.scope(), knobs.compilation.scope():
+        knobs.runtime.add_stages_inspection_hook = _without_ptxas
+        knobs.compilation.disable_line_info = True
+        return compiled.build(launch, arch)
 
 
 def _flat(value: Any) -> Iterator[Any]:
@@ -32,7 +48,7 @@ def _flat(value: Any) -> Iterator[Any]:
 
 def execute(launch: common.Launch, arch: str) -> collections.Counter[str]:
     """Compile ``launch`` as its launcher would on ``arch``, and run it on its CPU tensors."""
-    kernel = compiled.build(launch, arch)
+    kernel = _compiled(launch, arch)
     if kernel.hash not in _programs:
         _programs[kernel.hash] = (parse(kernel.asm["ptx"]), kernel.metadata.shared)
     program, shared = _programs[kernel.hash]

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from tests.ptx import instructions
-from tests.ptx.memory import Fault, Global, Lanes, Shared
-from tests.ptx.program import Program, Statement, ends_block
+from tests.ptx.memory import Fault, Global, Shared
+from tests.ptx.program import Execute, Program, Statement, ends_block
 
 WARP = 32
 #: Lanes that run side by side; longer rows of blocks are run in pieces.
@@ -41,16 +41,14 @@ class Machine:
         self.block = lane // program.threads  # in this row
         self.ctaid = blocks[self.block].astype(np.uint32)
         self.tid = (lane % program.threads).astype(np.uint32)
-        self.warp = lane // WARP
+        self.warp = (lane // WARP).astype(np.int32)
         self.shared = Shared(len(blocks), shared)
         self.registers: dict[str, np.ndarray] = {}
         self.active: np.ndarray | None = None  # None: every lane
         self.groups = {"cp.async": np.zeros(self.lanes, np.int64), "wgmma": np.zeros(self.lanes, np.int64)}
         self.flying: dict[str, list[Any]] = {"cp.async": [], "wgmma": []}
         self.accumulating: dict[str, np.ndarray] = {}  # accumulators of wgmma under way, and in which lanes
-        self.issued: collections.Counter[str] = (
-            collections.Counter()
-        )  # instructions, once for each warp that has an active lane
+        self.visits = np.zeros(len(program.blocks), np.int64)  # of each basic block, by a warp with an active lane
 
     # Operands
 
@@ -130,10 +128,9 @@ class Machine:
         if (lanes if self.active is None else lanes & self.active).any():
             raise Fault(f"{register} is {what} while a wgmma under way has it")
 
-    def who(self, lanes: np.ndarray) -> Lanes:
-        return Lanes(
-            self.ctaid[lanes, None].astype(np.int32), self.warp[lanes, None], self.shared.epoch[self.block[lanes], None]
-        )
+    def who(self, lanes: np.ndarray) -> np.ndarray:
+        """The stamps of these lanes' accesses of global memory."""
+        return self.memory.stamps(self.ctaid[lanes], self.warp[lanes], self.shared.epoch[self.block[lanes]])
 
     def mask_of(self, statement: Statement) -> np.ndarray | None:
         """The lanes that execute ``statement``; None for all."""
@@ -151,9 +148,7 @@ class Machine:
         end = len(self.program.blocks)
         at = np.zeros(self.lanes, np.int64)
         waiting = np.zeros(self.lanes, bool)
-        decoded = [
-            [(s, instructions.decode(s)) for s in block if not ends_block(s.op)] for block in self.program.blocks
-        ]
+        decoded = _decoded(self.program)
         with np.errstate(all="ignore"):
             while True:
                 runnable = ~waiting & (at < end)
@@ -165,7 +160,7 @@ class Machine:
                 here = int(at[runnable].min())
                 active = runnable & (at == here)
                 self.active = None if active.all() else active
-                self._count(here, active)
+                self.visits[here] += active.reshape(-1, WARP).any(1).sum()
                 for statement, execute in decoded[here]:
                     try:
                         execute(self)
@@ -199,10 +194,14 @@ class Machine:
         self.shared.epoch[ready] += 1
         waiting.reshape(shape)[ready] = False
 
-    def _count(self, here: int, active: np.ndarray) -> None:
-        warps = int(active.reshape(-1, WARP).any(1).sum())
-        for statement in self.program.blocks[here]:
-            self.issued[statement.op] += warps
+
+def _decoded(program: Program) -> list[list[tuple[Statement, Execute]]]:
+    """The statements of each basic block, without the one that ends it; decoded once."""
+    if not program.decoded:
+        program.decoded = [
+            [(s, instructions.decode(s)) for s in block if not ends_block(s.op)] for block in program.blocks
+        ]
+    return program.decoded
 
 
 def _immediate(text: str, dtype: np.dtype) -> np.ndarray:
@@ -236,6 +235,8 @@ def run(
     for first in range(0, grid, step):
         machine = Machine(program, values, memory, shared, np.arange(first, min(first + step, grid)), grid)
         machine.run()
-        issued += machine.issued
+        for statements, visits in zip(program.blocks, machine.visits.tolist(), strict=True):
+            for statement in statements:
+                issued[statement.op] += visits
     memory.write_back()
     return issued

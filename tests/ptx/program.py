@@ -38,6 +38,7 @@ class Program:
     threads: int
     blocks: list[list[Statement]] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    decoded: list[list[tuple[Statement, Execute]]] = field(default_factory=list)
 
 
 _OPERAND = re.compile(r"\s*(\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*)")

@@ -76,7 +76,7 @@ def memory(s: Statement) -> Execute:
         )
         values = np.ascontiguousarray(data).view(dtype).reshape(len(lanes), count)
         for i, register in enumerate(registers):
-            full = np.zeros(m.lanes, dtype)
+            full = np.empty(m.lanes, dtype)
             full[lanes] = values[:, i]
             m.write(register, full, mask)
 
@@ -115,9 +115,9 @@ def _copies_wait(m: Machine, active: np.ndarray, newest: int) -> None:
     for lanes, group, places, data in m.flying["cp.async"]:
         done = active[lanes] & (group < limit[lanes])
         if done.any():
-            m.shared.arrive(places[done], data[done], m.warp[lanes[done]], m.block[lanes[done]])
+            m.shared.arrive(places.only(done), data[done], m.warp[lanes[done]], m.block[lanes[done]])
         if not done.all():
-            left.append((lanes[~done], group[~done], places[~done], data[~done]))
+            left.append((lanes[~done], group[~done], places.only(~done), data[~done]))
     m.flying["cp.async"] = left
 
 
@@ -128,8 +128,7 @@ def _products_wait(m: Machine, active: np.ndarray, newest: int) -> None:
     for flight in flying:
         done = active[flight.lanes] & (flight.group < limit[flight.lanes])
         ready, waits = flight.split(done)
-        for places, block, _ in ready.held:
-            m.shared.release(places, block)
+        ready.land(m)
         if len(waits.lanes):
             fragments.take_off(m, waits)
 

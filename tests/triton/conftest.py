@@ -5,36 +5,36 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from pyvit.testing import FORWARD_FACTOR, GRADIENT_FACTOR, compare
+from tests.alternate import deselect, parity
 
 pytest.importorskip("triton")
 
 interpreter = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "tests/triton" not in str(item.path).replace(os.sep, "/"):
-            continue
-        if interpreter and item.path.name.startswith("test_compiled"):
-            item.add_marker(
-                pytest.mark.skip(reason="kernels cannot be compiled where TRITON_INTERPRET=1 made them interpreted")
-            )
-
-
-#: Modules whose tests run kernels: interpreted, or compiled for each of these architectures.
+#: Modules whose tests run kernels, interpreted or compiled for these architectures. The others are not interpreted.
 RUN = ("test_flash_attention.py", "test_window_attention.py", "test_pairwise_losses.py")
 PARTS = ("sm_80", "sm_90")
+if interpreter:
+    collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in RUN]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.definition.path.name in RUN:
         metafunc.parametrize("part", ["interpreter"] if interpreter else PARTS, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test with several independent parameters, each combination is compiled for one architecture, in turn."""
+    ours = [] if interpreter else [i for i in items if i.path.parent == Path(__file__).parent and i.path.name in RUN]
+    deselect(config, items, [i for i in ours if parity(i) == 1 - PARTS.index(i.callspec.params["part"])])
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +80,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return out.fill_(float("nan")) if out.is_floating_point() and out.device.type == "cpu" else out
 
     monkeypatch.setattr(Tensor, "new_empty", new_empty)
+
+
+@pytest.fixture
+def tuned_tiles() -> None:
+    """For tests of the tiles and the pipelined loops that a GPU has."""
+    if interpreter:
+        pytest.skip("the interpreter has other tiles, and no pipelines")
 
 
 @pytest.fixture

@@ -143,6 +143,7 @@ def test_lengths_with_the_tiles_in_use(agree, n: int) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("n", "d"), [(197, 64), (290, 80), (577, 64), (400, 128)])
+@pytest.mark.usefixtures("tuned_tiles")
 def test_several_loop_steps_with_the_tuned_tiles(agree, n: int, d: int, dtype: torch.dtype) -> None:
     """Several steps of every pipelined loop, with the tuned tiles."""
     _compare(

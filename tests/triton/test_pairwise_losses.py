@@ -29,10 +29,18 @@ def small_blocks(request: pytest.FixtureRequest):
         tiles.force(name, None)
 
 
-@pytest.fixture(params=[2, 40], ids=["whole", "split"])
-def processors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU too small to split columns for, and one that splits them."""
-    monkeypatch.setattr(contrastive, "processors", lambda _: request.param)
+@pytest.fixture
+def splits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A GPU large enough that many columns are split; into how many parts they were, call by call."""
+    found, split = [], contrastive._splits
+
+    def recorded(*args: object) -> tuple[int, int]:
+        found.append(split(*args)[0])
+        return split(*args)
+
+    monkeypatch.setattr(contrastive, "processors", lambda _: 40)
+    monkeypatch.setattr(contrastive, "_splits", recorded)
+    return found
 
 
 def _pair(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -41,35 +49,34 @@ def _pair(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @DTYPES
-@pytest.mark.parametrize(("n", "d"), [(1, 8), (37, 24), (70, 150)])
-@pytest.mark.usefixtures("processors")
-def test_info_nce(n: int, d: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("n", "d"), [(1, 8), (37, 24), (40, 150), (200, 8)])
+def test_info_nce(n: int, d: int, dtype: torch.dtype, splits: list[int]) -> None:
     a, b = _pair(n, d, dtype)
     check_op(info_nce, {"a": a, "b": b, "scale": torch.tensor(14.0)}, backend="triton", dtype=dtype, scores=14)
+    assert max(splits) == (3 if n == 200 else 1)
 
 
 @DTYPES
-@pytest.mark.parametrize(("n", "d"), [(1, 8), (19, 24), (40, 150)])
-@pytest.mark.usefixtures("processors")
-def test_nt_xent(n: int, d: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("n", "d"), [(1, 8), (19, 24), (20, 150), (70, 8)])
+def test_nt_xent(n: int, d: int, dtype: torch.dtype, splits: list[int]) -> None:
     z1, z2 = _pair(n, d, dtype)
     check_op(nt_xent, {"z1": z1, "z2": z2, "temperature": torch.tensor(0.1)}, backend="triton", dtype=dtype, scores=10)
+    assert max(splits) == (2 if n == 70 else 1)
 
 
 @DTYPES
-@pytest.mark.parametrize(("n", "d"), [(1, 8), (37, 24), (70, 150)])
-@pytest.mark.usefixtures("processors")
-def test_sigmoid_contrastive(n: int, d: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("n", "d"), [(1, 8), (37, 24), (40, 150), (130, 8)])
+def test_sigmoid_contrastive(n: int, d: int, dtype: torch.dtype, splits: list[int]) -> None:
     a, b = _pair(n, d, dtype)
     tensors = {"a": a, "b": b, "scale": torch.tensor(10.0), "bias": torch.tensor(-10.0)}
     check_op(sigmoid_contrastive, tensors, backend="triton", dtype=dtype, scores=20)
+    assert max(splits) == (2 if n == 130 else 1)
 
 
 @DTYPES
-@pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.usefixtures("processors")
-def test_distillation(centred: bool, dtype: torch.dtype) -> None:
-    s, t, n, k, c = 3, 2, 11, 75, 20
+@pytest.mark.parametrize(("k", "centred"), [(75, False), (130, True)])
+def test_distillation(k: int, centred: bool, dtype: torch.dtype, splits: list[int]) -> None:
+    s, t, n, c = 3, 2, 11, 20
     weights = torch.rand(s, t, n)
     weights[0, 0] = 0  # a crop against itself
     tensors = {"student": torch.randn(s, n, c).to(dtype), "student_prototypes": (torch.randn(k, c) / 3).to(dtype)}
@@ -82,10 +89,12 @@ def test_distillation(centred: bool, dtype: torch.dtype) -> None:
         return distillation_cross_entropy(student, wide.pop("teacher"), 0.5, 0.2, **wide, **rest)
 
     check_op(op, tensors, backend="triton", dtype=dtype, scores=30)
+    assert max(splits) == (2 if k == 130 else 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.usefixtures("tuned_tiles")
 def test_pairs_with_the_tiles_in_use(dtype: torch.dtype) -> None:
     a, b = _pair(300, 200, dtype)
     check_op(info_nce, {"a": a, "b": b, "scale": torch.tensor(14.0)}, backend="triton", dtype=dtype, scores=14)

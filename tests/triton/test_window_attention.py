@@ -91,6 +91,7 @@ def test_maps_of_finite_masks(agree, dtype) -> None:
 @pytest.mark.parametrize(
     ("side", "features"), [(8, "table cosine"), (12, "table"), (16, "table cosine"), (24, "table")]
 )
+@pytest.mark.usefixtures("tuned_tiles")
 def test_windows_of_models(agree, side: int, features: str) -> None:
     """Windows of Swin and Swin V2 with heads of 32 channels, with the tuned tiles."""
     _compare_windows(agree, BF16, (1, side, 2 * side), (side, side), (0, side // 2), 1, 32, features)
