@@ -13,6 +13,11 @@
 
 #include "checks.h"
 
+// The namespace of the operators in torch.ops; packaging/hub.py builds a copy under another.
+#ifndef PYVIT_NAMESPACE
+#define PYVIT_NAMESPACE pyvit
+#endif
+
 namespace pyvit {
 
 // Uninitialised, on the device of `like`. Straight through the C interface: the dispatcher's way to `new_empty` and

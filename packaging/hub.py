@@ -1,0 +1,167 @@
+"""Write the package for Hugging Face's ``kernels``: ``python packaging/hub.py [FOLDER]`` (default build/hub).
+
+    build/<variant>/{__init__.py, metadata.json, ops/, dispatch/, ...}
+
+The variant for CPUs has the compiled library; it must have been built in place ("make build"). Those for GPUs have the
+Triton kernels alone and serve every platform. Each is a copy of a part of pyvit with relative imports, and with its
+operators under a name of its own in torch.ops: it can be loaded beside pyvit and beside other versions of itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build/native"
+#: Of the package for the Hub, raised when its interface changes; kernels loads the branch "v<VERSION>".
+VERSION = 1
+#: variant -> backend. That of the compiled library follows the machine; it needs torch 2.10 or later.
+COMPILED = f"torch-stable-abi210-cpu-{platform.machine()}-{platform.system().lower()}"
+VARIANTS = {COMPILED: "cpu", "torch-cpu": "cpu", "torch-cuda": "cuda", "torch-rocm": "rocm"}
+
+INIT = '''"""pyvit's operators and layers for vision transformers."""
+
+from . import layers, ops
+from .dispatch import BackendError, explain, use_backend
+from .flash_attn import flash_attn_func, flash_attn_varlen_func
+from .ops import *
+from .version import __version__
+
+__all__ = [
+    "BackendError",
+    "__version__",
+    "explain",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "layers",
+    "ops",
+    "use_backend",
+    *ops.__all__,
+]
+'''
+
+
+def sources() -> dict[str, Path]:
+    """Path in the package -> file of this repository."""
+    found = {
+        f"{name}.py": ROOT / f"pyvit/{name}.py" for name in ("library", "memory", "schemas", "torch_private", "version")
+    }
+    for folder in ("dispatch", "ops"):
+        found |= {f"{folder}/{path.name}": path for path in (ROOT / "pyvit" / folder).glob("*.py")}
+    found |= {f"triton_kernels/{path.name}": path for path in (ROOT / "triton_kernels").glob("*.py")}
+    found["flash_attn.py"] = ROOT / "pyvit/integrations/flash_attn.py"
+    found["layers.py"] = ROOT / "pyvit/integrations/kernel_layers.py"
+    return dict(sorted(found.items()))
+
+
+def unique_id() -> str:
+    """A digest of all that the package is made from."""
+    digest = hashlib.sha256(INIT.encode())
+    compiled = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h") and "cuda" not in p.parts]
+    for path in [*sources().values(), *sorted(compiled)]:
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:8]
+
+
+def relative(source: str, depth: int) -> str:
+    """``source`` with relative imports of pyvit's modules; it is in a package ``depth`` levels below the root."""
+    lines = source.splitlines(keepends=True)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import) and any(alias.name.partition(".")[0] == "pyvit" for alias in node.names):
+            raise ValueError(f"line {node.lineno}: import a module of pyvit as 'from pyvit... import ...'")
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").partition(".")[0] == "pyvit":
+            old, new = f"from {node.module} ", f"from .{'.' * depth}{(node.module or '')[len('pyvit.') :]} "
+            line = lines[node.lineno - 1]
+            assert line[node.col_offset :].startswith(old), line
+            lines[node.lineno - 1] = line[: node.col_offset] + new + line[node.col_offset + len(old) :]
+    return "".join(lines)
+
+
+def renamed(source: str, namespace: str) -> str:
+    """``source`` with its operators in ``torch.ops.<namespace>``."""
+    source = re.sub(r"\btorch\.ops\.pyvit(?=[._\W])", f"torch.ops.{namespace}", source)
+    source = source.replace('Library("pyvit",', f'Library("{namespace}",')
+    return re.sub(r'(?<=")pyvit::', f"{namespace}::", source)
+
+
+def write_python(variant: Path, namespace: str, library: str | None) -> None:
+    for name, path in sources().items():
+        text = renamed(relative(path.read_text(), name.count("/")), namespace)
+        if name == "library.py":
+            text = text.replace('"lib" / "libpyvit_ops.so"', f'"{library or "(no library)"}"')
+        (variant / name).parent.mkdir(parents=True, exist_ok=True)
+        (variant / name).write_text(text)
+    (variant / "__init__.py").write_text(INIT)
+
+
+def commands() -> Iterator[tuple[str, str, str]]:
+    """(source, output, command) of everything that the build in place compiles and links."""
+    said = subprocess.run([*_ninja(), "-C", str(BUILD), "-t", "compdb"], capture_output=True, text=True, check=True)
+    for entry in json.loads(said.stdout):
+        yield entry["file"], entry["output"], entry["command"]
+
+
+def _ninja() -> list[str]:
+    return ["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
+
+
+def write_library(path: Path, namespace: str) -> None:
+    """The compiled library with its operators in another namespace: the build's own commands, with the files that
+    register operators compiled again."""
+    objects, link, running = {}, None, []
+    folder = BUILD / "hub"
+    folder.mkdir(parents=True, exist_ok=True)
+    for source, output, command in commands():
+        if Path(output).name == "libpyvit_ops.so":
+            link = command.replace(output, str(path))
+        elif Path(source).parent == ROOT / "csrc/torch":
+            objects[output] = str(folder / Path(output).name)
+            command = command.replace(output, objects[output])
+            running.append(subprocess.Popen([*shlex.split(command), f"-DPYVIT_NAMESPACE={namespace}"], cwd=BUILD))
+    if link is None or not objects:
+        raise FileNotFoundError(f"{BUILD} has no build of the library; run 'make build' first")
+    codes = [process.wait() for process in running]
+    if any(codes):
+        raise RuntimeError("the compiler failed")
+    for old, new in objects.items():
+        link = link.replace(f" {old}", f" {new}")
+    subprocess.run(shlex.split(link), cwd=BUILD, check=True)
+
+
+def write(out: Path, variants: dict[str, str] = VARIANTS) -> None:
+    """The whole package into the folder ``out``, whose build/ is replaced."""
+    shutil.rmtree(out / "build", ignore_errors=True)
+    for name, backend in variants.items():
+        variant, namespace = out / "build" / name, f"_pyvit_{backend}_{unique_id()}"
+        variant.mkdir(parents=True)
+        library = f"{namespace}.abi3.so" if name == COMPILED else None
+        if library is not None:
+            write_library(variant / library, namespace)
+        elif backend == "cpu":
+            namespace += "_noarch"
+        write_python(variant, namespace, library)
+        metadata = {
+            "name": "pyvit",
+            "id": namespace,
+            "version": VERSION,
+            "license": "Apache-2.0",
+            "python-depends": [],
+            "backend": {"type": backend},
+        }
+        (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build/hub"
+    write(folder)
+    print(f"wrote {', '.join(sorted(p.name for p in (folder / 'build').iterdir()))} under {folder / 'build'}")
