@@ -1,14 +1,17 @@
-"""Write the package for Hugging Face's ``kernels``: ``python packaging/hub.py [FOLDER]`` (default build/hub).
+"""Write the package for Hugging Face's ``kernels``: ``make hub``.
 
-    build/<variant>/{__init__.py, metadata.json, ops/, dispatch/, ...}
+    build/hub/build/<variant>/{__init__.py, metadata.json, ops/, dispatch/, ...}
 
-The variant for CPUs has the compiled library; it must have been built in place ("make build"). Those for GPUs have the
-Triton kernels alone and serve every platform. Each is a copy of a part of pyvit with relative imports, and with its
-operators under a name of its own in torch.ops: it can be loaded beside pyvit and beside other versions of itself.
+The variant for CPUs has the compiled library, from a build in place. Those for GPUs have the Triton kernels alone and
+serve every platform. Each is a copy of a part of pyvit with relative imports, and with its operators under a name of
+its own in torch.ops: it can be loaded beside pyvit and beside other versions of itself.
+
+A library for the Hub should be linked as wheels are, for old systems: give their build with ``--native``.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import hashlib
 import json
@@ -18,11 +21,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build/native"
 #: Of the package for the Hub, raised when its interface changes; kernels loads the branch "v<VERSION>".
 VERSION = 1
 #: variant -> backend. That of the compiled library follows the machine; it needs torch 2.10 or later.
@@ -94,61 +96,53 @@ def renamed(source: str, namespace: str) -> str:
     return re.sub(r'(?<=")pyvit::', f"{namespace}::", source)
 
 
-def write_python(variant: Path, namespace: str, library: str | None) -> None:
+def write_python(variant: Path, namespace: str, library: str) -> None:
     for name, path in sources().items():
         text = renamed(relative(path.read_text(), name.count("/")), namespace)
         if name == "library.py":
-            text = text.replace('"lib" / "libpyvit_ops.so"', f'"{library or "(no library)"}"')
+            text, found = re.subn(r"^PATH = .*$", f'PATH = Path(__file__).parent / "{library}"', text, flags=re.M)
+            assert found == 1, "pyvit/library.py says where the library is in one line"
         (variant / name).parent.mkdir(parents=True, exist_ok=True)
         (variant / name).write_text(text)
     (variant / "__init__.py").write_text(INIT)
 
 
-def commands() -> Iterator[tuple[str, str, str]]:
-    """(source, output, command) of everything that the build in place compiles and links."""
-    said = subprocess.run([*_ninja(), "-C", str(BUILD), "-t", "compdb"], capture_output=True, text=True, check=True)
-    for entry in json.loads(said.stdout):
-        yield entry["file"], entry["output"], entry["command"]
-
-
-def _ninja() -> list[str]:
-    return ["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
-
-
-def write_library(path: Path, namespace: str) -> None:
+def write_library(native: Path, path: Path, namespace: str) -> None:
     """The compiled library with its operators in another namespace: the build's own commands, with the files that
     register operators compiled again."""
-    objects, link, running = {}, None, []
-    folder = BUILD / "hub"
-    folder.mkdir(parents=True, exist_ok=True)
-    for source, output, command in commands():
-        if Path(output).name == "libpyvit_ops.so":
+    ninja = ["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
+    if not (native / "build.ninja").exists():
+        raise FileNotFoundError(f"{native} has no build of the library; run 'make build' first")
+    said = subprocess.run([*ninja, "-C", str(native), "-t", "compdb"], capture_output=True, text=True, check=True)
+    folder, link, objects, running = native / "hub", "", {}, []
+    folder.mkdir(exist_ok=True)
+    for entry in json.loads(said.stdout):
+        output, command = entry["output"], entry["command"]
+        if Path(output).name.startswith("libpyvit_ops."):
             link = command.replace(output, str(path))
-        elif Path(source).parent == ROOT / "csrc/torch":
+        elif Path(entry["file"]).parent == ROOT / "csrc/torch":
             objects[output] = str(folder / Path(output).name)
-            command = command.replace(output, objects[output])
-            running.append(subprocess.Popen([*shlex.split(command), f"-DPYVIT_NAMESPACE={namespace}"], cwd=BUILD))
-    if link is None or not objects:
-        raise FileNotFoundError(f"{BUILD} has no build of the library; run 'make build' first")
+            command = f"{command.replace(output, objects[output])} -DPYVIT_NAMESPACE={namespace}"
+            running.append(subprocess.Popen(shlex.split(command), cwd=native))
     codes = [process.wait() for process in running]
     if any(codes):
         raise RuntimeError("the compiler failed")
     for old, new in objects.items():
         link = link.replace(f" {old}", f" {new}")
-    subprocess.run(shlex.split(link), cwd=BUILD, check=True)
+    subprocess.run(shlex.split(link), cwd=native, check=True)
 
 
-def write(out: Path, variants: dict[str, str] = VARIANTS) -> None:
-    """The whole package into the folder ``out``, whose build/ is replaced."""
+def write(out: Path, native: Path = ROOT / "build/native", variants: Mapping[str, str] = VARIANTS) -> None:
+    """The whole package into the folder ``out``, whose build/ is replaced; ``native`` is where ninja has built."""
     shutil.rmtree(out / "build", ignore_errors=True)
     for name, backend in variants.items():
         variant, namespace = out / "build" / name, f"_pyvit_{backend}_{unique_id()}"
-        variant.mkdir(parents=True)
-        library = f"{namespace}.abi3.so" if name == COMPILED else None
-        if library is not None:
-            write_library(variant / library, namespace)
-        elif backend == "cpu":
+        if name == "torch-cpu":  # beside the compiled one
             namespace += "_noarch"
+        variant.mkdir(parents=True)
+        library = f"{namespace}.abi3.so"
+        if name == COMPILED:
+            write_library(native, variant / library, namespace)
         write_python(variant, namespace, library)
         metadata = {
             "name": "pyvit",
@@ -161,7 +155,14 @@ def write(out: Path, variants: dict[str, str] = VARIANTS) -> None:
         (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the package for Hugging Face's kernels.")
+    parser.add_argument("--out", type=Path, default=ROOT / "build/hub")
+    parser.add_argument("--native", type=Path, default=ROOT / "build/native", help="a folder in which ninja has built")
+    args = parser.parse_args()
+    write(args.out, args.native.resolve())
+    print(f"wrote {', '.join(sorted(p.name for p in (args.out / 'build').iterdir()))} under {args.out / 'build'}")
+
+
 if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build/hub"
-    write(folder)
-    print(f"wrote {', '.join(sorted(p.name for p in (folder / 'build').iterdir()))} under {folder / 'build'}")
+    main()

@@ -63,7 +63,7 @@ def test_operators_get_another_namespace():
 @pytest.fixture(scope="session")
 def noarch(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
-    hub.write(folder, {name: backend for name, backend in hub.VARIANTS.items() if name != hub.COMPILED})
+    hub.write(folder, variants={name: backend for name, backend in hub.VARIANTS.items() if name != hub.COMPILED})
     return folder / "build"
 
 
