@@ -6,7 +6,8 @@ The variant for CPUs has the compiled library, from a build in place. Those for 
 serve every platform. Each is a copy of a part of pyvit with relative imports, and with its operators under a name of
 its own in torch.ops: it can be loaded beside pyvit and beside other versions of itself.
 
-A library for the Hub should be linked as wheels are, for old systems: give their build with ``--native``.
+A library for the Hub should be linked as wheels are, for old systems: give their build with ``--native``. Build it with
+PYVIT_CUDA=0, since GPUs have variants of their own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Of the package for the Hub, raised when its interface changes; kernels loads the branch "v<VERSION>".
 VERSION = 1
 #: variant -> backend. That of the compiled library follows the machine; it needs torch 2.10 or later.
-COMPILED = f"torch-stable-abi210-cpu-{platform.machine()}-{platform.system().lower()}"
+COMPILED = f"torch-stable-abi210-cpu-{platform.machine().replace('arm64', 'aarch64')}-{platform.system().lower()}"
 VARIANTS = {COMPILED: "cpu", "torch-cpu": "cpu", "torch-cuda": "cuda", "torch-rocm": "rocm"}
 
 INIT = '''"""pyvit's operators and layers for vision transformers."""
@@ -69,7 +70,7 @@ def sources() -> dict[str, Path]:
 def unique_id() -> str:
     """A digest of all that the package is made from."""
     digest = hashlib.sha256(INIT.encode())
-    compiled = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h") and "cuda" not in p.parts]
+    compiled = [path for folder in ("cpu", "torch") for path in (ROOT / "csrc" / folder).iterdir()]
     for path in [*sources().values(), *sorted(compiled)]:
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:8]
@@ -122,8 +123,9 @@ def write_library(native: Path, path: Path, namespace: str) -> None:
             link = command.replace(output, str(path))
         elif Path(entry["file"]).parent == ROOT / "csrc/torch":
             objects[output] = str(folder / Path(output).name)
-            command = f"{command.replace(output, objects[output])} -DPYVIT_NAMESPACE={namespace}"
-            running.append(subprocess.Popen(shlex.split(command), cwd=native))
+            command = command.replace(output, objects[output])
+            defines = [f"-DPYVIT_NAMESPACE={namespace}", f"-DPYVIT_CUDA_NAMESPACE={namespace}_cuda"]
+            running.append(subprocess.Popen([*shlex.split(command), *defines], cwd=native))
     codes = [process.wait() for process in running]
     if any(codes):
         raise RuntimeError("the compiler failed")

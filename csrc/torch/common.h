@@ -13,9 +13,10 @@
 
 #include "checks.h"
 
-// The namespace of the operators in torch.ops; packaging/hub.py builds a copy under another.
+// The namespaces of the operators in torch.ops; packaging/hub.py builds a copy under others.
 #ifndef PYVIT_NAMESPACE
 #define PYVIT_NAMESPACE pyvit
+#define PYVIT_CUDA_NAMESPACE pyvit_cuda
 #endif
 
 namespace pyvit {

@@ -19,7 +19,7 @@ def refuse(what: str, **options: Any) -> None:
     """Raise ValueError if an option is set: nothing is ignored."""
     for option, value in options.items():
         if value is not None:
-            raise ValueError(f"{what} does not support {option}, got {value!r}; use another attn_implementation")
+            raise ValueError(f"{what} does not support {option}; use another attn_implementation")
 
 
 def flash_attn_func(

@@ -126,7 +126,7 @@ def _warn_of_weights(kwargs: dict[str, Any]) -> None:
 def register() -> None:
     """Register "pyvit" and "pyvit_flash" with transformers. Calling it again changes nothing.
 
-    transformers before version 5 lacks the interface: nothing is registered there.
+    Nothing is registered with a transformers that is too old to have these interfaces.
     """
     if not hasattr(transformers, "AttentionMaskInterface"):
         return
@@ -138,8 +138,9 @@ def register() -> None:
     ):
         transformers.AttentionInterface.register(name, function)
         transformers.AttentionMaskInterface.register(name, mask)
-    if flash_utils._lazy_imports.__module__ != __name__:
-        flash_utils._lazy_imports = _with_pyvit(flash_utils._lazy_imports)
+    chooser = getattr(flash_utils, "_lazy_imports", None)  # a private name of transformers
+    if chooser is not None and chooser.__module__ != __name__:
+        flash_utils._lazy_imports = _with_pyvit(chooser)
 
 
 def _with_pyvit(lazy_imports: Any) -> Any:
