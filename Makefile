@@ -12,7 +12,7 @@ SPREAD := -n $(JOBS) --dist worksteal
 NATIVE := PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py -q build_ext --inplace
 
 .DEFAULT_GOAL := build
-.PHONY: help build test test-fast test-torch test-triton rehearse bench gpu results docs hub lint format clean
+.PHONY: help build test test-fast test-torch test-triton rehearse bench gpu results docs lint format clean
 
 help:             ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */ \t/' | sort
@@ -58,6 +58,10 @@ bench: build      ## check and time every operator and both models on this machi
 gpu: $(if $(filter command%,$(origin PY)),,build) ## an hour on a GPU: make gpu [PY=python3] [ARGS="--parts 1 --resume"]
 	PYTHONPATH=. $(PY) -m benchmarks.gpu $(ARGS)
 
+.PHONY: hub
+hub: build       ## the package for Hugging Face's kernels, build/hub
+	$(PY) packaging/hub.py
+
 results: build    ## regenerate docs/results.md: what each recipe reaches on real images
 	$(PY) examples/results.py
 	$(PY) examples/losses.py
@@ -65,9 +69,6 @@ results: build    ## regenerate docs/results.md: what each recipe reaches on rea
 docs: build       ## regenerate the tables in docs/ (compiles every GPU kernel: half an hour)
 	$(PY) -m pyvit.triton_kernels.tools.compile_report --dtype bf16 fp32
 	$(PY) csrc/cuda/resources.py
-
-hub: build       ## the package for Hugging Face's kernels, build/hub
-	$(PY) packaging/hub.py
 
 lint: $(VENV)/.ready ## ruff, mypy, clang-format, import layers
 	$(BIN)/ruff check .
