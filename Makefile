@@ -66,6 +66,10 @@ bench: build      ## check and time every operator and both models on this machi
 gpu: $(if $(filter command%,$(origin PY)),,build) ## an hour on a GPU: make gpu [PY=python3] [ARGS="--parts 1 --resume"]
 	PYTHONPATH=. $(PY) -m benchmarks.gpu $(ARGS)
 
+.PHONY: hub
+hub: build       ## the package for Hugging Face's kernels, build/hub
+	$(PY) packaging/hub.py
+
 results: build    ## regenerate docs/results.md: what each recipe reaches on real images
 	$(PY) examples/results.py
 	$(PY) examples/losses.py

@@ -15,6 +15,8 @@ from pathlib import Path
 
 _FOLDER = Path(__file__).parent
 _PACKAGE = "pyvit.triton_kernels"
+#: In absolute and in relative imports: packaging/hub.py writes a copy with the latter.
+_FOLDER_NAME = "triton_kernels"
 #: Kernels that :mod:`pyvit.triton_kernels.tiles` knows by another name than their function's.
 _FUNCTIONS = {"bias_grad": "bias_gradient", "attention_map": "map_rows"}
 #: (module, name)
@@ -77,8 +79,8 @@ def _module(stem: str) -> tuple[dict[str, ast.stmt], dict[str, Name]]:
                 for part in ast.walk(target):
                     if isinstance(part, ast.Name):
                         defined[part.id] = node
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(_PACKAGE):
-            origin = (node.module or "").removeprefix(_PACKAGE).removeprefix(".")
+        elif isinstance(node, ast.ImportFrom) and _FOLDER_NAME in (node.module or "").split("."):
+            origin = (node.module or "").partition(_FOLDER_NAME)[2].removeprefix(".")
             for alias in node.names:
                 imported[alias.asname or alias.name] = (origin, alias.name) if origin else (alias.name, "")
     return defined, imported

@@ -13,6 +13,12 @@
 
 #include "checks.h"
 
+// The namespaces of the operators in torch.ops; packaging/hub.py builds a copy under others.
+#ifndef PYVIT_NAMESPACE
+#define PYVIT_NAMESPACE pyvit
+#define PYVIT_CUDA_NAMESPACE pyvit_cuda
+#endif
+
 namespace pyvit {
 
 // Uninitialised, on the device of `like`. Straight through the C interface: the dispatcher's way to `new_empty` and

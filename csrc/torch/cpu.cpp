@@ -416,7 +416,7 @@ const bool threads_are_set = (threads = {run_threads, count_threads}, true);
 }  // namespace
 }  // namespace pyvit
 
-STABLE_TORCH_LIBRARY(pyvit, m) {
+STABLE_TORCH_LIBRARY(PYVIT_NAMESPACE, m) {
 #include "schemas.inc"
   // For pyvit/ops/flash_attention_qkvpacked.py.
   m.def(
@@ -428,7 +428,7 @@ STABLE_TORCH_LIBRARY(pyvit, m) {
   m.def("fma_peak(bool bf16, float seconds) -> float");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyvit, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(PYVIT_NAMESPACE, CPU, m) {
   m.impl("flash_attention", TORCH_BOX(&pyvit::flash_attention));
   m.impl("flash_attention_backward", TORCH_BOX(&pyvit::flash_attention_backward));
   m.impl("flash_attention_varlen", TORCH_BOX(&pyvit::flash_attention_varlen));
@@ -441,7 +441,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyvit, CPU, m) {
   m.impl("flash_attention_qkvpacked_backward", TORCH_BOX(&pyvit::flash_attention_qkvpacked_backward));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyvit, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(PYVIT_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&pyvit::cpu_isa));
   m.impl("cuda_archs", TORCH_BOX(&pyvit::cuda_archs));
   m.impl("cuda_digests", TORCH_BOX(&pyvit::cuda_digests));

@@ -328,7 +328,7 @@ Tensor pair_sigmoid_backward(Tensor a, Tensor b, int64_t shift, double scale, do
 }  // namespace
 }  // namespace pyvit
 
-STABLE_TORCH_LIBRARY_FRAGMENT(pyvit, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PYVIT_NAMESPACE, m) {
   // In place of out and grad_x, for pyvit/ops/activations.py: rows of x (..., C); returns the sums of grad_x's columns.
   m.def("activation(Tensor x, str name, Tensor(a!) out) -> ()");
   m.def("activation_backward(Tensor grad, Tensor x, str name, Tensor(a!) grad_x, Tensor(b!)? out) -> Tensor");
@@ -366,7 +366,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyvit, m) {
       "Tensor(b!) grad_a, Tensor(c!) grad_b) -> Tensor(a!)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyvit, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(PYVIT_NAMESPACE, CPU, m) {
   m.impl("transposed", TORCH_BOX(&pyvit::transposed));
   m.impl("product", TORCH_BOX(&pyvit::product));
   m.impl("log_sum_exp", TORCH_BOX(&pyvit::log_sum_exp));

@@ -425,11 +425,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(
 }  // namespace
 }  // namespace pyvit
 
-STABLE_TORCH_LIBRARY(pyvit_cuda, m) {
+STABLE_TORCH_LIBRARY(PYVIT_CUDA_NAMESPACE, m) {
 #include "schemas.inc"
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyvit_cuda, PYVIT_CUDA_DISPATCH, m) {
+STABLE_TORCH_LIBRARY_IMPL(PYVIT_CUDA_NAMESPACE, PYVIT_CUDA_DISPATCH, m) {
   m.impl("flash_attention", TORCH_BOX(&pyvit::flash_attention));
   m.impl("flash_attention_backward", TORCH_BOX(&pyvit::flash_attention_backward));
   m.impl("flash_attention_varlen", TORCH_BOX(&pyvit::flash_attention_varlen));

@@ -346,7 +346,7 @@ PYVIT_EXPORT void pyvit_when_changed_late(void (*callback)()) {
   pyvit::changed_late = callback;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(pyvit, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PYVIT_NAMESPACE, m) {
   m.def("prepack_weight(Tensor weight) -> Tensor");
   m.def("prepack_header(Tensor weight) -> Tensor");
   m.def("is_prepacked(Tensor weight, Tensor(a!) header) -> bool");
@@ -365,7 +365,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyvit, m) {
       "Tensor? scale, Tensor? residual) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyvit, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(PYVIT_NAMESPACE, CPU, m) {
   m.impl("prepack_weight", TORCH_BOX(&pyvit::prepack_weight));
   m.impl("prepack_header", TORCH_BOX(&pyvit::prepack_header));
   m.impl("is_prepacked", TORCH_BOX(&pyvit::is_prepacked));

@@ -18,6 +18,9 @@ from pyvit.dispatch.gradients import Derivative, reference_backward, stored_as
 from pyvit.dispatch.schema import schema_of
 from pyvit.dispatch.select import Call, cached_choice
 
+#: The name under which this package was imported: the package for the Hub has another (packaging/hub.py).
+_PACKAGE = __name__.removesuffix(".dispatch.operator")
+
 _before_modes: list[Callable[[], None]] = []
 
 
@@ -141,7 +144,7 @@ class Operator:
                 found = getattr(torch.ops.pyvit_cuda, self.name).default
             else:
                 module, _, function = self._paths[backend].partition(":")
-                found = getattr(importlib.import_module(module), function)
+                found = getattr(importlib.import_module(module.replace("pyvit", _PACKAGE, 1)), function)
             self._kernels[backend] = found
         return found
 

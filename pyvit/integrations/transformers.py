@@ -1,4 +1,4 @@
-"""transformers (5 and later): ViT, DeiT, DINOv2, ViTMAE, CLIP, SigLIP, AST, DINOv3, Swin and Swin V2."""
+"""transformers (5 and later): rules for ViT, DeiT, DINOv2, ViTMAE, CLIP, SigLIP, AST, DINOv3, Swin and Swin V2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvit.integrations import originals
+from pyvit.integrations import originals, transformers_attention
 from pyvit.integrations.common import (
     Rule,
     cosine_table,
@@ -46,10 +46,13 @@ def _weights_wanted(module: Any, config: Any, *, eager: bool) -> bool:
 
 
 def _is_own(implementation: str) -> bool:
-    """Whether the attention function of that name is transformers' own: sdpa, or the model's eager function."""
+    """Whether the attention function of that name is one we know: transformers' sdpa, the model's eager function, or
+    ours."""
     found = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS.get(implementation)
     if implementation == "eager":
         return found is None
+    if implementation in ("pyvit", "pyvit_flash"):
+        return found in (transformers_attention.attention, transformers_attention.packed_attention)
     own = getattr(sys.modules.get("transformers.integrations.sdpa_attention"), "sdpa_attention_forward", None)
     return implementation == "sdpa" and found is own is not None and originals.unchanged(originals.numbers.get(own, -1))
 
@@ -60,7 +63,9 @@ _is_own._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see orig
 def attention(module: Any, rotary: bool = False) -> Iterator[Replacement | Left]:
     if not hasattr(module, "q_proj"):
         yield Left(module, "laid out as before transformers 5")
-    elif _implementation(module) not in ("eager", "sdpa"):
+    elif _implementation(module) == "pyvit_flash":
+        yield Left(module, "'pyvit_flash' attends by pyvit already; set_attn_implementation('pyvit') first", True)
+    elif _implementation(module) not in ("eager", "sdpa", "pyvit"):
         yield Left(
             module,
             (
@@ -115,6 +120,8 @@ def _served(module: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
     implementation = _implementation(module)
     if not _is_own(implementation) or any(v is not None for name, v in kwargs.items() if name not in _IDLE):
         return False
+    if implementation == "pyvit_flash" and mask is not None:  # a padding mask (B, N)
+        return False
     if not usable(mask) or (
         mask is not None and mask.dtype == torch.bool and implementation == "eager"
     ):  # which adds it
@@ -144,7 +151,7 @@ def _fused(module: Any, x: Tensor, mask: Tensor | None, causal: bool | None, rop
         v.transpose(1, 2),
         bias=mask,
         is_causal=mask is None
-        and _implementation(module) == "sdpa"
+        and _implementation(module) != "eager"
         and bool(module.is_causal if causal is None else causal),
         scale=module.scaling if hasattr(module, "scaling") else module.scale,
         dropout_p=_drop(module),  # type: ignore[arg-type]
@@ -356,3 +363,5 @@ RULES: dict[str, Rule] = {
     ),
     **_rules("swinv2", "Swinv2", Intermediate=intermediate, Output=output, PatchEmbeddings=patch_conv("projection")),
 }
+
+transformers_attention.register()

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import pyvit
+from pyvit.testing import GRADIENT_FACTOR, compare
 from tests.integrations.models import MODELS
 from tests.models.parity import relative_error
+
+#: An output, and gradients by the names of their parameters.
+Results = tuple[Tensor, dict[str, Tensor]]
 
 
 def counts(report: pyvit.integrations.Report) -> dict[str, int]:
@@ -23,11 +27,23 @@ def counts(report: pyvit.integrations.Report) -> dict[str, int]:
     return dict(found)
 
 
-def _results(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def results(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> Results:
+    """The output, and the gradients of all parameters."""
     model.zero_grad()
     out = call(model)
     (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)).sum().backward()
     return out.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_rule(name: str, ours: Results, theirs: Results, exact: Results) -> None:
+    """The numerics rule for :func:`results` of a model: ours, and theirs in the same dtype and in float64."""
+    compare(name, ours[0], theirs[0], exact[0])
+    assert ours[1].keys() == theirs[1].keys() == exact[1].keys()
+    largest = max(float(g.abs().max()) for g in exact[1].values())
+    # Rounding passes through all layers: that of a small gradient is that of the larger ones that it comes from.
+    least = [max(float(g.abs().max()), 0.1 * largest) for g in exact[1].values()]
+    gradients = ([each[1][key] for key in exact[1]] for each in (ours, theirs, exact))
+    compare(name, *gradients, GRADIENT_FACTOR, labels=list(exact[1]), magnitudes=least)
 
 
 def check_accelerated(
@@ -35,15 +51,15 @@ def check_accelerated(
 ) -> None:
     """``call`` gives the same result before and after, in float32 and bfloat16, and ``replaced`` modules of each class
     are replaced."""
-    expected, gradients = _results(model, call)
-    exact, slopes = _results(copy.deepcopy(model).double(), call)
+    expected, gradients = results(model, call)
+    exact, slopes = results(copy.deepcopy(model).double(), call)
     rounded = call(copy.deepcopy(model).bfloat16()).detach()
     state = {name: (id(value), value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
 
     report = pyvit.accelerate(model)
     assert not report.left, report
     assert counts(report) == replaced
-    found, ours = _results(model, call)
+    found, ours = results(model, call)
     assert relative_error(found, expected) < rtol
     assert ours.keys() == gradients.keys()
     scale = max(float(g.abs().max()) for g in gradients.values())
@@ -73,7 +89,7 @@ def check_accelerated(
             "nothing distinguishes the accelerated model from the original"
         )
     pyvit.restore(model)
-    assert torch.equal(_results(model, call)[0], expected)
+    assert torch.equal(results(model, call)[0], expected)
     assert not any({"forward", "_attn"} & set(vars(m)) for m in (*model.modules(), *other.modules()))
 
 
