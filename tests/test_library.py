@@ -28,9 +28,8 @@ def python(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-DEFAULT_ARCHS = re.search(r'DEFAULT_ARCHS = "(.+)"', (Path(__file__).parents[1] / "packaging/native.py").read_text())[
-    1
-].split(";")
+_RULES = (Path(__file__).parents[1] / "packaging/native.py").read_text()
+DEFAULT_ARCHS = re.search(r'DEFAULT_ARCHS = "(.+)"', _RULES)[1].split(";")
 
 
 @pytest.mark.parametrize(
