@@ -92,7 +92,7 @@ ISAS: dict[str, dict[str, tuple[str, ...]]] = {
     "aarch64": {"portable": ()},
 }
 COMMON_UNITS = ("isa", "parallel")
-TORCH_UNITS = ("cpu", "cpu_internal", "prepacked", "sdpa_override")
+TORCH_UNITS = sorted(path.stem for path in (CSRC / "torch").glob("*.cpp") if path.stem != "cuda")
 # Each once per instruction set. What takes longest to compile comes first, so that all cores are busy to the end.
 KERNEL_UNITS = sorted(
     (path.stem for path in (CSRC / "cpu").glob("*.cpp") if path.stem not in COMMON_UNITS),

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-import native  # noqa: E402
-from native import ROOT  # noqa: E402
+import native
+from native import ROOT
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 ZIG = f"{sys.executable} -m ziglang"

@@ -28,9 +28,8 @@ def python(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-DEFAULT_ARCHS = re.search(r'DEFAULT_ARCHS = "(.+)"', (Path(__file__).parents[1] / "packaging/native.py").read_text())[
-    1
-].split(";")
+_RULES = (Path(__file__).parents[1] / "packaging/native.py").read_text()
+DEFAULT_ARCHS = re.search(r'DEFAULT_ARCHS = "(.+)"', _RULES)[1].split(";")
 
 
 @pytest.mark.parametrize(
@@ -95,19 +94,19 @@ def test_without_the_library() -> None:
     assert "PYVIT_NO_LIBRARY=1 is set" in report
 
 
-def test_without_triton() -> None:
-    """Import and use without the package."""
+def test_without_triton_and_numpy() -> None:
+    """Import and use without the packages, which torch does not need."""
     hide = """
 import sys, importlib.abc, importlib.util
 class Hide(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition('.')[0] == 'triton':
+        if name.partition('.')[0] in ('triton', 'numpy'):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Hide())
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name.partition('.')[0] == 'triton' else find(name, *rest)
 """
-    report = python(hide + USE)
+    report = python(hide + USE + "pyvit.create_model('vit_tiny_patch16_224')")
     assert "the package 'triton' is not installed" in report
 
 

@@ -161,13 +161,13 @@ std::tuple<int64_t, int64_t> sdpa_calls() { return {served, left}; }
 }  // namespace
 }  // namespace pyvit
 
-STABLE_TORCH_LIBRARY_FRAGMENT(pyvit, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PYVIT_NAMESPACE, m) {
   // For pyvit/integrations/sdpa_override.py.
   m.def("override_sdpa(bool float32, bool bfloat16, bool float16) -> bool");
   m.def("sdpa_calls() -> (int served, int left)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyvit, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(PYVIT_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("override_sdpa", TORCH_BOX(&pyvit::override_sdpa));
   m.impl("sdpa_calls", TORCH_BOX(&pyvit::sdpa_calls));
 }

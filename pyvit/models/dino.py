@@ -13,7 +13,6 @@ import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -274,11 +273,13 @@ def block_masks(
         shares = [draw.uniform(*ratio) if draw.random() < probability else None for _ in range(count)]
     patches = math.prod(grid)
     numbers = [0 if share is None else min(max(round(share * patches), 1), patches - 1) for share in shares]
-    return torch.from_numpy(np.stack([_block_mask(n, (grid[0], grid[1]), draw) for n in numbers]))
+    return torch.stack([_block_mask(n, (grid[0], grid[1]), draw) for n in numbers])
 
 
-def _block_mask(wanted: int, grid: tuple[int, int], draw: random.Random) -> np.ndarray:
+def _block_mask(wanted: int, grid: tuple[int, int], draw: random.Random) -> Tensor:
     """(rows * columns,), bool: rectangles that mask ``wanted`` patches."""
+    import numpy as np  # training alone needs it
+
     rows, columns = grid
     mask, left = np.zeros((rows, columns), dtype=bool), wanted
     while left > 0:
@@ -289,7 +290,7 @@ def _block_mask(wanted: int, grid: tuple[int, int], draw: random.Random) -> np.n
         if new <= left:
             mask[y : y + h, x : x + w] = True
             left -= new
-    return mask.reshape(-1)
+    return torch.from_numpy(mask.reshape(-1))
 
 
 HEAD = (
