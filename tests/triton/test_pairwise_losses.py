@@ -96,7 +96,7 @@ def test_distillation(k: int, centred: bool, dtype: torch.dtype, splits: list[in
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.usefixtures("tuned_tiles")
 def test_pairs_with_the_tiles_in_use(dtype: torch.dtype) -> None:
-    a, b = _pair(300, 200, dtype)
+    a, b = _pair(200, 136, dtype)
     check_op(info_nce, {"a": a, "b": b, "scale": torch.tensor(14.0)}, backend="triton", dtype=dtype, scores=14)
 
 
