@@ -23,10 +23,10 @@ const char* isa_name(Isa isa);
 std::vector<std::pair<const char*, bool>> cpu_features();
 
 // What each compilation of the kernel units defines.
-#define PYVIT_DECLARE(name)          \
-  namespace name {                   \
-  const Kernels& table();            \
-  double fma_peak(Dtype, double);    \
+#define PYVIT_DECLARE(name)       \
+  namespace name {                \
+  const Kernels& table();         \
+  double fma_peak(Dtype, double); \
   }
 PYVIT_DECLARE(portable)
 #if defined(__x86_64__)
@@ -34,7 +34,7 @@ PYVIT_DECLARE(avx2)
 PYVIT_DECLARE(avx512)
 PYVIT_DECLARE(avx512bf16)
 // A call of isa()'s function: PYVIT_OF_ISA(table()).
-#define PYVIT_OF_ISA(call)                            \
+#define PYVIT_OF_ISA(call)                                                \
   (::pyvit::isa() == ::pyvit::Isa::avx512bf16 ? ::pyvit::avx512bf16::call \
    : ::pyvit::isa() == ::pyvit::Isa::avx512   ? ::pyvit::avx512::call     \
    : ::pyvit::isa() == ::pyvit::Isa::avx2     ? ::pyvit::avx2::call       \

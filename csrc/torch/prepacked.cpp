@@ -342,9 +342,7 @@ Tensor prepacked_window_attention(Tensor x, bool norm, Maybe norm_weight, Maybe 
 #else
 #define PYVIT_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
-PYVIT_EXPORT void pyvit_when_changed_late(void (*callback)()) {
-  pyvit::changed_late = callback;
-}
+PYVIT_EXPORT void pyvit_when_changed_late(void (*callback)()) { pyvit::changed_late = callback; }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyvit, m) {
   m.def("prepack_weight(Tensor weight) -> Tensor");
