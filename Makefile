@@ -59,8 +59,8 @@ gpu: $(if $(filter command%,$(origin PY)),,build) ## an hour on a GPU: make gpu 
 	PYTHONPATH=. $(PY) -m benchmarks.gpu $(ARGS)
 
 results: build    ## regenerate docs/results.md: what each recipe reaches on real images
-	$(PY) examples/results.py
-	$(PY) examples/losses.py
+	$(PY) -m benchmarks.train_results
+	$(PY) -m benchmarks.train_losses
 
 docs: build       ## regenerate the tables in docs/ (compiles every GPU kernel: half an hour)
 	$(PY) -m pyvit.triton_kernels.tools.compile_report --dtype bf16 fp32
