@@ -1,7 +1,9 @@
-// Runs a model that deploy.py compiled: no Python, no model code. Build with examples/CMakeLists.txt:
+// Runs a model that deploy.py compiled: no Python, no model code.
 //
-//   cmake -S examples -B build/deploy -DCMAKE_PREFIX_PATH=$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')
-//   cmake --build build/deploy && build/deploy/deploy runs/deploy 8
+//   torch=$(python -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parent)')
+//   g++ -std=c++20 -O2 -I$torch/include examples/deploy.cpp -o deploy
+//     -L$torch/lib -Wl,-rpath,$torch/lib -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10 -ldl
+//   ./deploy runs/deploy 8
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 #include <dlfcn.h>

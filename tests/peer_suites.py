@@ -129,7 +129,7 @@ def run(
         done = subprocess.run(command, cwd=checkout, check=False)
         # 0 and 1: tests ran, and some failed. 5: none was selected.
         if done.returncode not in (0, 1, 5):
-            raise SystemExit(f"peer_suites: pytest ended with status {done.returncode} in {checkout}")
+            raise RuntimeError(f"pytest ended with status {done.returncode}")
         lines = results.read_text().splitlines() if results.exists() else []
     return {row["id"]: row for row in map(json.loads, lines)}
 
@@ -172,11 +172,15 @@ def main() -> int:
     worse: list[str] = []
     for library, checkout in checkouts.items():
         for family in SUITES[library][1]:
-            if args.families is None or family in args.families:
+            if args.families is not None and family not in args.families:
+                continue
+            try:
                 row, names = compare(checkout.resolve(), library, family, args.options)
-                lines.append(row)
-                worse += names
-                print(row, *names, sep="\n", flush=True)
+            except RuntimeError as error:  # for example a module that the tests import is not installed
+                row, names = f"| {library} | {family} | {error} |", [f"{library} {family}: {error}"]
+            lines.append(row)
+            worse += names
+            print(row, *names, sep="\n", flush=True)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", *checkouts))
     print(f"\n{versions}, {datetime.date.today()}\n", *lines, "", *worse, sep="\n")
     return int(bool(worse))
