@@ -71,8 +71,8 @@ hub: build       ## the package for Hugging Face's kernels, build/hub
 	$(PY) packaging/hub.py
 
 results: build    ## regenerate docs/results.md: what each recipe reaches on real images
-	$(PY) examples/results.py
-	$(PY) examples/losses.py
+	$(PY) -m benchmarks.train_results
+	$(PY) -m benchmarks.train_losses
 
 docs: build       ## regenerate the tables in docs/ (compiles every GPU kernel: half an hour)
 	$(PY) -m pyvit.triton_kernels.tools.compile_report --dtype bf16 fp32

@@ -1,4 +1,4 @@
-"""Train every recipe on a CPU and write docs/results.md: ``python examples/results.py [NAME ...]``.
+"""Train every recipe on a CPU and write docs/results.md: ``python -m benchmarks.train_results [NAME ...]``.
 
 Runs are saved in ``runs/results``. An interrupted run resumes from its last checkpoint; a finished run is only
 evaluated. The page is rewritten after every run. Seeds are fixed.

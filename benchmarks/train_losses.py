@@ -1,7 +1,7 @@
 """Compare pyvit's streaming losses with naive ones: time, memory and training curves, for docs/results.md.
 
-``python examples/losses.py [costs] [curves]`` writes one or both tables. Each measurement runs in a separate process.
-Memory is the increase of the peak resident memory over forward and backward.
+``python -m benchmarks.train_losses [costs] [curves]`` writes one or both tables. Each measurement runs in a separate
+process. Memory is the increase of the peak resident memory over forward and backward.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ def curve(recipe: str, kind: str) -> list[float]:
 
 def child(*arguments: str, **env: str) -> str:
     """Run this file with ``arguments`` and return the last line of its output."""
-    command = [sys.executable, __file__, *arguments]
+    command = [sys.executable, "-m", "benchmarks.train_losses", *arguments]
     return subprocess.run(
-        command, check=True, capture_output=True, text=True, env={**os.environ, **env}
+        command, check=True, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env}
     ).stdout.splitlines()[-1]
 
 
