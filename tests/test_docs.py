@@ -108,6 +108,9 @@ def test_code_of_the_pages_runs(tmp_path):
         for block in re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
     ]
     assert {page for page, _ in blocks} == set(RUN)
+    lines = re.findall(r'^python -c "(.*)"$', (ROOT / "README.md").read_text(), re.M)
+    assert len(lines) == 2
+    blocks += [("README.md", line) for line in lines]
     for library in ("timm", "transformers"):
         if importlib.util.find_spec(library) is None:
             peers.peer(library)  # skips
