@@ -1,13 +1,22 @@
 """pyvit: fast vision transformers. Fused kernels as PyTorch operators, and the models that use them."""
 
+import gc
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pyvit import ops
-from pyvit.dispatch import BackendError, explain, use_backend
-from pyvit.info import info
-from pyvit.memory import keep_memory
-from pyvit.version import __version__
+# What an import creates stays. Looking for garbage among it, and among all that torch's import created, takes longer
+# than the import.
+_collects = gc.isenabled()
+gc.disable()
+try:
+    from pyvit import ops
+    from pyvit.dispatch import BackendError, explain, use_backend
+    from pyvit.info import info
+    from pyvit.memory import keep_memory
+    from pyvit.version import __version__
+finally:
+    if _collects:
+        gc.enable()
 
 if TYPE_CHECKING:
     from pyvit.integrations import accelerate, restore

@@ -38,4 +38,4 @@ export OMP_NUM_THREADS=1 PYTHONPATH=$root
 "$python" -c "import torch, pyvit; assert pyvit.library.problem() is None, pyvit.library.problem(); print('torch', torch.__version__)"
 "$python" -m pytest -q -n "${JOBS:-$(nproc)}" --dist worksteal -p no:cacheprovider \
   tests/ops/test_contract.py tests/ops/test_torch_tools.py tests/ops/test_low_level.py tests/ops/test_prepacked.py \
-  tests/models/test_fused_branches.py tests/test_torch_private.py tests/test_library.py
+  tests/models/test_fused_branches.py tests/integrations/test_sdpa_override.py tests/test_torch_private.py tests/test_library.py

@@ -240,7 +240,6 @@ def test_other_calls_have_the_bits_of_pytorch(call: Callable[[], list[Tensor]]) 
         lambda: [torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 9), torch.randn(2, 3, 5, 8)],
         lambda: [*_heads((2, 3, 3, 19, 33, 24), torch.float32), torch.randn(19, 32)],
         lambda: [*_heads((2, 3, 3, 19, 33, 24), torch.float32), torch.randn(19, 32, requires_grad=True)],
-        lambda: [torch.randn(3, 5, 8), torch.randn(3, 5, 8), torch.randn(3, 6, 8)],
     ],
 )
 def test_errors_are_those_of_pytorch(arguments: Callable[[], list[Tensor]]) -> None:
@@ -379,6 +378,8 @@ def test_transforms_and_autocast() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             cast = SDPA(q, k, v)
         assert cast.dtype == torch.bfloat16
+        with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fused kernel has no forward mode
+            tangent = torch.func.jvp(lambda q: SDPA(q[0], k[0], v[0]), (q,), (q,))[1]
         loss = lambda q, *rest: SDPA(q, *rest).square().sum()  # noqa: E731
         with torch.inference_mode():
             inferred = SDPA(q, k, v), SDPA(q[0], k[0], v[0])
@@ -390,7 +391,7 @@ def test_transforms_and_autocast() -> None:
             torch.func.grad(loss)(q, k, v),
             torch.func.grad(loss)(q[0], k[0], v[0]),
             torch.func.vmap(torch.func.grad(loss))(q, k, v),
-            torch.func.jvp(lambda q: SDPA(q[0], k[0], v[0]), (q,), (q,))[1],
+            tangent,
         ]
 
     expected = calls()
@@ -525,13 +526,12 @@ def test_cuda_operators_are_overridden_and_restored(monkeypatch: pytest.MonkeyPa
         assert "have not been measured" in report.devices["cuda"]
     monkeypatch.setattr(sdpa, "_gpu_refusal", lambda: None)
     name = "aten::_scaled_dot_product_flash_attention"
-    registered = lambda: torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")  # noqa: E731
-    assert not registered()
+    before = torch._C._dispatch_dump(name)
     with pyvit.activate_sdpa():
-        assert registered()
+        assert torch._C._dispatch_dump(name) != before
         if hasattr(attention, "current_flash_attention_impl"):
             assert attention.current_flash_attention_impl() == "pyvit"
-    assert not registered()
+    assert torch._C._dispatch_dump(name) == before
     if hasattr(attention, "current_flash_attention_impl"):
         assert attention.current_flash_attention_impl() is None
 
