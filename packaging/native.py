@@ -180,7 +180,10 @@ class Build:
             for isa, flags in ISAS.get(self.machine, PORTABLE).items()
         }
         kernels = {
-            unit: [compiled(f"{unit}.{isa}.o", f"cpu/{unit}.cpp", flags) for isa, flags in isas.items()]
+            unit: [
+                compiled(f"{unit}.{isa}.o", f"cpu/{unit}.cpp", [*KERNEL_FLAGS, *flags, f"-DPYVIT_ISA={isa}"])
+                for isa, flags in isas.items()
+            ]
             for unit in KERNEL_UNITS
         }
         common = {unit: compiled(f"{unit}.o", f"cpu/{unit}.cpp", []) for unit in COMMON_UNITS}

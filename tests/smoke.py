@@ -91,7 +91,8 @@ def error() -> None:
     """An exception of the library reaches Python with its message."""
     q = torch.randn(1, 2, 5, 8)
     message = raised(lambda: torch.ops.pyvit.flash_attention(q, q, q, None, False, 1.0, 0.5, None, "cpu"))
-    assert message.startswith("RuntimeError: pyvit: the cpu kernels have no dropout"), message
+    assert message.startswith("RuntimeError: "), message
+    assert "the cpu kernels have no dropout" in message, message
 
 
 def main() -> int:
