@@ -132,7 +132,7 @@ def test_wheels(tmp_path: Path) -> None:
 
 
 def test_the_source_distribution_has_what_the_build_needs(tmp_path: Path) -> None:
-    wheels.setup("egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path))
+    wheels.source_distribution(tmp_path)
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         inside = {name.partition("/")[2] for name in opened.getnames()}
