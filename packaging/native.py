@@ -81,15 +81,16 @@ CXXFLAGS += ("-ffp-contract=fast",)
 KERNEL_FLAGS = ("-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-pass-failed")
 
 _AVX512 = ("-march=x86-64-v4", "-mprefer-vector-width=512")
-#: Machine -> the instruction sets that each kernel is compiled for, and their flags. csrc/cpu/isa.cpp chooses.
-ISAS: dict[str, dict[str, tuple[str, ...]]] = {
+PORTABLE: dict[str, tuple[str, ...]] = {"portable": ()}
+#: Machine -> the instruction sets that each kernel is compiled for, and their flags. csrc/cpu/isa.cpp chooses. Other
+#: machines have PORTABLE alone.
+ISAS = {
     "x86_64": {
         "avx512bf16": (*_AVX512, "-mavx512bf16"),
         "avx512": _AVX512,
         "avx2": ("-march=x86-64-v3",),
-        "portable": (),
-    },
-    "aarch64": {"portable": ()},
+        **PORTABLE,
+    }
 }
 COMMON_UNITS = ("isa", "parallel")
 TORCH_UNITS = sorted(path.stem for path in (CSRC / "torch").glob("*.cpp") if path.stem != "cuda")
@@ -174,9 +175,15 @@ class Build:
                 ops.append(compiled(f"{source.stem}.cuda.o", f"cuda/{source.name}", flags, "nvcc"))
             ops.append(compiled("torch_cuda.o", "torch/cuda.cpp", stable))
             cuda_libraries = [*_cuda_library_paths(), "-lcudart_static", "-ldl", "-lrt"]
-        isas = {isa: [*KERNEL_FLAGS, *flags, f"-DPYVIT_ISA={isa}"] for isa, flags in ISAS[self.machine].items()}
+        isas = {
+            isa: [*KERNEL_FLAGS, *flags, f"-DPYVIT_ISA={isa}"]
+            for isa, flags in ISAS.get(self.machine, PORTABLE).items()
+        }
         kernels = {
-            unit: [compiled(f"{unit}.{isa}.o", f"cpu/{unit}.cpp", flags) for isa, flags in isas.items()]
+            unit: [
+                compiled(f"{unit}.{isa}.o", f"cpu/{unit}.cpp", [*KERNEL_FLAGS, *flags, f"-DPYVIT_ISA={isa}"])
+                for isa, flags in isas.items()
+            ]
             for unit in KERNEL_UNITS
         }
         common = {unit: compiled(f"{unit}.o", f"cpu/{unit}.cpp", []) for unit in COMMON_UNITS}

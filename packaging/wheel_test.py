@@ -29,7 +29,7 @@ def test(wheel: Path, python: str, torch: str, folder: Path) -> tuple[bool, str]
         inside = str(environment / "bin/python")
         requirement = f"torch=={torch}" if torch != "newest" else "torch"
         for what in (["--upgrade", "pip"], [requirement], ["--no-deps", str(wheel)]):
-            command = [inside, "-m", "pip", "install", "-q", "--disable-pip-version-check", *what]
+            command = [inside, "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check", *what]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 return False, done.stdout + done.stderr

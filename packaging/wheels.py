@@ -173,6 +173,11 @@ def pure_wheel(out: Path, suffix: str = "") -> Path:
         return Path(shutil.move(wheel, out / wheel.name))
 
 
+def source_distribution(out: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        setup("egg_info", "-e", folder, "sdist", "-d", str(out))
+
+
 def binary_wheel(pure: Path, files: Sequence[Path], tag: str, out: Path) -> Path:
     """``pure`` with the files of ``.../pyvit`` added."""
     with tempfile.TemporaryDirectory() as folder:
@@ -225,7 +230,7 @@ def main() -> None:
     if cuda:
         pure.unlink()
     else:
-        setup("sdist", "-d", str(options.out))
+        source_distribution(options.out)
 
 
 def cuda_suffix() -> str:

@@ -5,16 +5,26 @@ torch. ``packaging/wheel_test.py`` runs it in fresh environments. Exits with 1 i
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import platform
 import sys
 import traceback
+from collections.abc import Callable
 
 import torch
 
 import pyvit
 from pyvit import library, ops
 from pyvit.testing import check_op
+
+
+def raised(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
 
 
 def compiled() -> str:
@@ -25,6 +35,8 @@ def compiled() -> str:
 def extension_module() -> str:
     module = importlib.import_module("pyvit._C")
     assert module.fma_peak("float32", 1, 0.01) > 0
+    message = raised(lambda: module.fma_peak("float64"))
+    assert message == "ValueError: dtype must be float32 or bfloat16, got float64", message
     return f"built by {module.compiler}"
 
 
@@ -78,11 +90,8 @@ def prepacked() -> None:
 def error() -> None:
     """An exception of the library reaches Python with its message."""
     q = torch.randn(1, 2, 5, 8)
-    message = ""
-    try:
-        torch.ops.pyvit.flash_attention(q, q, q, None, False, 1.0, 0.5, None, "cpu")
-    except RuntimeError as raised:
-        message = str(raised)
+    message = raised(lambda: torch.ops.pyvit.flash_attention(q, q, q, None, False, 1.0, 0.5, None, "cpu"))
+    assert message.startswith("RuntimeError: "), message
     assert "the cpu kernels have no dropout" in message, message
 
 
@@ -95,18 +104,19 @@ def main() -> int:
         f"torch {torch.__version__}, {platform.machine()}"
     )
     kernels = (attention, windows, patches, loss)
-    checks = {"compiled library": compiled, "error": error, "model": model, "prepacked weights": prepacked}
+    checks: dict[str, Callable[[], object]] = {"compiled library": compiled, "error": error}
     if not options.no_extension_module:
         checks["extension module"] = extension_module
     for dtype in (torch.float32, torch.bfloat16):
-        checks |= {f"{kernel.__name__} {dtype}": lambda kernel=kernel, dtype=dtype: kernel(dtype) for kernel in kernels}
+        checks |= {f"{kernel.__name__} {dtype}": functools.partial(kernel, dtype) for kernel in kernels}
+    checks |= {"prepacked weights": prepacked, "model": model}
     failed = 0
     for name, check in checks.items():
         try:
-            print("passed", name, check() or "")
+            print("passed", name, check() or "", flush=True)
         except Exception:
             failed += 1
-            print("FAILED", name)
+            print("FAILED", name, flush=True)
             traceback.print_exc(file=sys.stdout)
     print(f"{len(checks) - failed} passed, {failed} failed")
     return 1 if failed else 0

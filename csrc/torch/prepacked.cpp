@@ -108,7 +108,7 @@ bool renew(const Tensor& weight, void* words, const Pack& pack) {
 
 // Weights that stay: in large pages, where the system gives them. Of small ones every 64th line read costs a walk
 // through the page tables.
-void in_large_pages(const Tensor& t) {
+void in_large_pages([[maybe_unused]] const Tensor& t) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t LARGE = 2 << 20;
   const uintptr_t first = (uintptr_t(t.data_ptr()) + LARGE - 1) / LARGE * LARGE;
