@@ -93,7 +93,7 @@ def test_lightning(run, sample_data):
 
 def test_dino(run, sample_data):
     sample_data.digits("digits", per_class=20)
-    small = ["--batch-size", 16, "--local-crops-number", 2, "--out-dim", 256, "--hidden-dim", 64]
+    small = ["--batch-size", 16, "--local-crops-number", 2, "--out-dim", 256]
     printed = run("dino_train", "--data-path", "digits/train", "--epochs", 2, *small)
     check_speed(printed)
     found = re.findall(r"loss of a batch: ([\d.]+) without pyvit, ([\d.]+) with", printed)
