@@ -1,8 +1,8 @@
 // Runs a model that deploy.py compiled: no Python, no model code.
 //
 //   torch=$(python -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parent)')
-//   g++ -std=c++20 -O2 -I$torch/include examples/deploy.cpp -o deploy
-//     -L$torch/lib -Wl,-rpath,$torch/lib -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10 -ldl
+//   flags="-L$torch/lib -Wl,-rpath,$torch/lib -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10 -ldl"
+//   g++ -std=c++20 -O2 -I$torch/include examples/deploy.cpp -o deploy $flags
 //   ./deploy runs/deploy 8
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>

@@ -93,7 +93,7 @@ def test_lightning(run, sample_data):
 
 def test_dino(run, sample_data):
     sample_data.digits("digits", per_class=20)
-    small = ["--batch-size", 16, "--local-crops-number", 2, "--out-dim", 256, "--hidden-dim", 64]
+    small = ["--batch-size", 16, "--local-crops-number", 2, "--out-dim", 256]
     printed = run("dino_train", "--data-path", "digits/train", "--epochs", 2, *small)
     check_speed(printed)
     found = re.findall(r"loss of a batch: ([\d.]+) without pyvit, ([\d.]+) with", printed)
@@ -160,8 +160,8 @@ def test_deployment(run, sample_data):
 
     at = Path(torch.__file__).parent
     build = [os.environ.get("CXX", "c++"), "-std=c++20", "-O0", f"-I{at / 'include'}", str(EXAMPLES / "deploy.cpp")]
-    link = [f"-L{at / 'lib'}", f"-Wl,-rpath,{at / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
-    subprocess.run([*build, "-o", "deploy", *link], check=True)
+    link = [f"-L{at / 'lib'}", f"-Wl,-rpath,{at / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run([*build, "-o", "deploy", *link, "-ldl"], check=True)
     done = subprocess.run(["./deploy", "deployed", "2", "32"], check=True, capture_output=True, text=True)
     with torch.no_grad():
         model = torch._inductor.aoti_load_package("deployed/model.pt2")
