@@ -52,6 +52,19 @@ def _fits(kernel: str, fits: bool) -> Iterator[None]:
         setattr(flash_attention, f"{kernel}_fits", before)
 
 
+@contextlib.contextmanager
+def _bias_read_per_window() -> Iterator[None]:
+    """Windows of 65 to 160 tokens by the kernels of larger ones."""
+    from pyvit.triton_kernels import window_attention
+
+    before = window_attention.window_bias_fits
+    window_attention.window_bias_fits = lambda *_: False
+    try:
+        yield
+    finally:
+        window_attention.window_bias_fits = before
+
+
 FLOAT32_SHORT = Variant(
     "backward_short in float32", "attention N=50 d=64", lambda: _fits("backward_short", True), "fp32"
 )
@@ -100,6 +113,12 @@ VARIANTS = (
         "window 7",
         lambda: _tiles("window_forward", block_m=64, group=1, warps=4, stages=2),
     ),
+    Variant("window 12 with the bias read in every window", "window 12", _bias_read_per_window),
+    Variant(
+        "window_forward with 64 queries per program",
+        "window 12",
+        lambda: _tiles("window_forward", block_m=64, block_n=64, group=8, warps=4, stages=2),
+    ),
 )
 
 #: kernel -> case, for Nsight Compute.
@@ -110,6 +129,7 @@ PROFILED = {
     "backward_short": "attention N=197 d=64",
     "window_forward": "window 7",
     "window_backward": "window 7",
+    "window_backward_queries": "window 12",
 }
 
 

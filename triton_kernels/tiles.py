@@ -206,6 +206,9 @@ TABLE = (
     Entry("pair_gradient", Config(block_m=64, block_n=32, edge_n=32, group=2, warps=8, stages=2), head_dim=1 << 30),
     # Windows: "length" is the number of rows of a tile, "group" the programs per processor.
     Entry("window_forward", Config(block_m=64, group=8, warps=4, stages=2), itemsize=2, length=64),
+    # With up to 160 rows, block_n is the width of the tiles of keys, or of queries, whose bias stays on chip.
+    Entry("window_forward", Config(block_m=64, block_n=64, group=8, warps=4, stages=2), ("tcgen05",), 2, length=160),
+    Entry("window_forward", Config(block_m=32, block_n=64, group=8, warps=2, stages=2), itemsize=2, length=160),
     Entry("window_forward", Config(block_m=64, group=4, warps=4, stages=1), itemsize=2),
     Entry("window_forward", Config(block_m=64, group=4, warps=4, stages=1), head_dim=64),
     Entry("window_forward", Config(block_m=16, group=4, warps=4, stages=1), _LITTLE),
@@ -225,17 +228,27 @@ TABLE = (
     Entry("window_backward_keys", Config(block_m=32, block_n=16, group=8, warps=4, stages=1), ("mma",)),
     Entry("window_backward_keys", Config(block_m=32, block_n=32, group=4, warps=4, stages=1), length=64),
     Entry("window_backward_keys", Config(block_m=64, block_n=32, group=8, warps=4, stages=1)),
-    Entry("window_backward_queries", Config(block_m=64, block_n=32, edge_n=16, warps=4), ("wmma",), itemsize=2),
-    Entry("window_backward_queries", Config(block_m=64, block_n=64, edge_n=16, warps=4), itemsize=2, head_dim=64),
-    Entry("window_backward_queries", Config(block_m=64, block_n=64, edge_n=16, warps=4, stages=1), _LITTLE, itemsize=2),
-    Entry("window_backward_queries", Config(block_m=64, block_n=64, edge_n=16, warps=4, stages=2), itemsize=2),
-    Entry("window_backward_queries", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=1), head_dim=64),
+    Entry("window_backward_queries", Config(block_m=64, block_n=32, edge_n=16, group=8, warps=4), ("wmma",), 2),
+    Entry("window_backward_queries", Config(64, 32, 16, 8, warps=4, stages=1), ("mma", "wgmma", "tcgen05"), 2, 32, 160),
+    Entry(
+        "window_backward_queries", Config(block_m=64, block_n=64, edge_n=16, group=8, warps=4), itemsize=2, head_dim=64
+    ),
     Entry(
         "window_backward_queries",
-        Config(block_m=32, block_n=16, edge_n=16, warps=4, stages=1),
+        Config(block_m=64, block_n=64, edge_n=16, group=8, warps=4, stages=1),
+        _LITTLE,
+        itemsize=2,
+    ),
+    Entry("window_backward_queries", Config(block_m=64, block_n=64, edge_n=16, group=8, warps=4, stages=2), itemsize=2),
+    Entry(
+        "window_backward_queries", Config(block_m=64, block_n=32, edge_n=16, group=8, warps=4, stages=1), head_dim=64
+    ),
+    Entry(
+        "window_backward_queries",
+        Config(block_m=32, block_n=16, edge_n=16, group=8, warps=4, stages=1),
         ("mma", "mfma", "wmma"),
     ),
-    Entry("window_backward_queries", Config(block_m=64, block_n=32, edge_n=16, warps=4, stages=1)),
+    Entry("window_backward_queries", Config(block_m=64, block_n=32, edge_n=16, group=8, warps=4, stages=1)),
     Entry("window_backward_bias", Config(block_m=32, block_n=32, group=8, warps=2, stages=1), itemsize=2, length=160),
     Entry("window_backward_bias", Config(block_m=64, block_n=64, group=8, warps=4, stages=1), itemsize=2),
     Entry("window_backward_bias", Config(block_m=32, block_n=32, group=8, warps=2, stages=1), length=160),
@@ -397,6 +410,13 @@ def forward_persistent_fits(arch: str, itemsize: int, head_dims: tuple[int, int]
         return False
     head = rows * widths[0] + sum(parts(n_k)) * sum(widths)
     return (c.stages * head + c.block_m * widths[1]) * itemsize <= _shared_limit(arch)
+
+
+def window_bias_fits(arch: str, itemsize: int, head_dim: int, tokens: int) -> bool:
+    """Whether programs hold, for a tile of queries and all keys of a window that is larger than a tile, the bias and
+    its gradient in registers: each takes 72 of a thread's at 144 tokens. In float32 that spills 760 bytes. Not tried on
+    AMD."""
+    return 64 < tokens <= 160 and itemsize <= 2 and head_dim <= 32 and not arch.startswith("gfx")
 
 
 def backward_short_shared(arch: str, itemsize: int, head_dims: tuple[int, int], n_q: int, bias: bool) -> int:

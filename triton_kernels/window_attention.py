@@ -7,14 +7,10 @@ from typing import Any
 
 import torch
 from pyvit.triton_kernels.common import arch_of, dropout_args, launch, precision, processors, rows_unit
-from pyvit.triton_kernels.tiles import Config, choose, parts
-from pyvit.triton_kernels.window_attention_backward import (
-    table_gradient,
-    window_backward,
-    window_backward_bias,
-    window_backward_keys,
-    window_backward_queries,
-)
+from pyvit.triton_kernels.tiles import Config, choose, parts, window_bias_fits
+from pyvit.triton_kernels.window_attention_backward import window_backward
+from pyvit.triton_kernels.window_attention_backward_tiles import window_backward_keys, window_backward_queries
+from pyvit.triton_kernels.window_attention_bias import table_gradient, window_backward_bias
 from pyvit.triton_kernels.window_attention_forward import LN100, window_forward, window_forward_long
 from torch import Tensor
 
@@ -104,14 +100,28 @@ class _Map:
     def choose(self, kernel: str) -> Config:
         return choose(kernel, self.arch, self.itemsize, self.d, self.rows)
 
+    def bias_fits(self) -> bool:
+        return window_bias_fits(self.arch, self.itemsize, self.d, self.area)
+
     def pad_partial(self, groups: int, tiles: int) -> Tensor:
         return self.qkv.new_zeros((groups, tiles, 2, self.heads, self.d), dtype=torch.float32)
 
-    def split_over_programs(self, config: Config, tiles: int) -> tuple[int, int]:
-        """Number of groups of packs, and packs per group: ``config.group`` programs per processor."""
+    def edges(self) -> int:
+        """How many of the last windows of an axis may have regions, and so are kept apart from the others where a
+        program holds the masks of its windows. Those of packs differ."""
+        masked = self.common["padded"] is not None and self.common["pad"] is None
+        return 0 if self.pack > 1 else (self.common["shift"] is not None) + masked
+
+    def split_over_programs(self, config: Config, tiles: int, edges: int = 0) -> tuple[int, int]:
+        """Number of groups of packs, and packs per group at most: ``config.group`` programs per processor. A group does
+        not mix windows of the classes that ``edges`` make."""
         groups = max(1, min(self.packs, config.group * processors(self.qkv) // (self.heads * tiles)))
         share = max(1, -(-self.packs // groups))
-        return -(-self.packs // share), share
+        if edges == 0:
+            return -(-self.packs // share), share
+        x = self.common["windows_x"]
+        rows, columns = ([max(n - edges, 0)] + [1] * min(edges, n) for n in (self.windows // x, x))
+        return sum(-(-self.batch * r * c // share) for r in rows for c in columns), share
 
 
 def _without(args: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -135,7 +145,7 @@ def window_attention(
     m = _Map(qkv, window_size, shift_size, num_heads, bias_table, logit_scale, pad_qkv, scale, dropout_p, seed)
     out = qkv.new_empty(*qkv.shape[:3], m.channels)
     lse = qkv.new_empty(m.batch, m.windows, m.heads, m.area, dtype=torch.float32)
-    if m.rows > _TILE:
+    if m.rows > _TILE and not m.bias_fits():
         c = m.choose("window_forward_long")
         args = _without(m.common, "table", "PACK", "total") | {"out": out, "out_strides": _strides(out), "lse": lse}
         own = {"bands": m.bias_bands(), "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "EDGE_N": c.edge_n}
@@ -143,13 +153,15 @@ def window_attention(
         return out, lse
     c = m.choose("window_forward")
     tiles = -(-m.rows // c.block_m)
-    groups, share = m.split_over_programs(c, tiles)
+    edges = m.edges()
+    groups, share = m.split_over_programs(c, tiles, edges)
     args = m.common | {
+        "EDGES": edges,
         "out": out,
         "out_strides": _strides(out),
         "lse": lse,
         "share": share,
-        "KEY_PARTS": parts(m.rows),
+        "KEY_PARTS": parts(m.rows, c.block_n),
         "BLOCK_M": c.block_m,
     }
     launch(window_forward, m.heads * tiles * groups, args, c.warps, c.stages)
@@ -201,26 +213,36 @@ def window_attention_backward(
 
 
 def _gradients_by_tiles(m: _Map, args: dict[str, Any], out: Tensor, lse: Tensor) -> tuple[_Sums, Tensor]:
-    """Backward of windows larger than a tile: a pass for the queries, one for keys and values, one for the table."""
-    c, b, k = (m.choose(f"window_backward_{name}") for name in ("queries", "bias", "keys"))
-    tiles, bias_tiles = -(-m.rows // c.block_m), -(-m.rows // b.block_m) * -(-m.rows // b.block_n)
-    groups, share = m.split_over_programs(b, bias_tiles)
-    sums = _Sums(m, groups, (m.total, tiles))
-    args = _without(args, "table", "PACK") | {"bands": m.bias_bands()}
-    args |= {name: torch.empty_like(lse) for name in ("shifts", "rests", "row_sums")}
-    own = {"out": out, "out_strides": _strides(out), "lse": lse, "logit_partial": sums.logit}
+    """Backward of windows larger than a tile: a pass for the queries, one for keys and values, and one for the table
+    where the queries' pass cannot hold its gradient."""
+    held = m.bias_fits()
+    c, k = m.choose("window_backward_queries"), m.choose("window_backward_keys")
+    edges, tiles = m.edges() if held else 0, -(-m.area // c.block_m)
+    groups, share = m.split_over_programs(c, tiles, edges)
+    b = m.choose("window_backward_bias")
+    bias_tiles = -(-m.area // b.block_m) * -(-m.area // b.block_n)
+    bias_groups, bias_share = m.split_over_programs(b, bias_tiles)
+    sums = _Sums(m, groups if held else bias_groups, (groups, tiles))
+    args = _without(args, "table", "PACK") | {name: torch.empty_like(lse) for name in ("shifts", "rests", "row_sums")}
+    table = {"table": m.common["table"] if held else None, "EDGES": edges}
+    bands = None if held else m.bias_bands()
+    own = {"out": out, "out_strides": _strides(out), "lse": lse, "share": share, "bands": bands}
+    own |= {"bias_partial": sums.bias if held else None, "logit_partial": sums.logit}
+    own |= {"KEY_PARTS": parts(m.area, c.block_n) if held else ()}
     own |= {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "EDGE_N": c.edge_n}
-    launch(window_backward_queries, m.heads * m.total * tiles, _without(args, "total") | own, c.warps, c.stages)
-    if sums.bias is not None:
-        own = {"bias_partial": sums.bias, "share": share, "BLOCK_M": b.block_m, "BLOCK_N": b.block_n}
+    launch(window_backward_queries, m.heads * tiles * groups, args | table | own, c.warps, c.stages)
+    if sums.bias is not None and not held:
+        own = {"bias_partial": sums.bias, "share": bias_share, "bands": bands}
+        own |= {"BLOCK_M": b.block_m, "BLOCK_N": b.block_n}
         common = _without(args, "grad_qkv", "grad_qkv_strides")
-        launch(window_backward_bias, m.heads * bias_tiles * groups, common | own, b.warps, b.stages)
-    tiles = -(-m.rows // k.block_m)
-    groups, share = m.split_over_programs(k, tiles)
+        launch(window_backward_bias, m.heads * bias_tiles * bias_groups, common | own, b.warps, b.stages)
+    tiles = -(-m.area // k.block_m)
+    groups, share = m.split_over_programs(k, tiles, edges)
     pad_partial = m.pad_partial(groups, tiles)
-    args["bands"] = m.bias_bands(by_query=True)
     own = {"pad_partial": pad_partial, "share": share, "BLOCK_M": k.block_m, "BLOCK_N": k.block_n}
-    launch(window_backward_keys, m.heads * tiles * groups, args | own, k.warps, k.stages)
+    own |= {"bands": None if held else m.bias_bands(by_query=True)}
+    own |= {"QUERY_PARTS": parts(m.area, k.block_n) if held else ()}
+    launch(window_backward_keys, m.heads * tiles * groups, args | table | own, k.warps, k.stages)
     return sums, pad_partial
 
 

@@ -1,5 +1,5 @@
-"""Backward kernels of shifted windows; terms as in :mod:`pyvit.triton_kernels.window_attention_forward`. No atomics:
-sums are kept on chip."""
+"""Backward kernel of shifted windows that fit into a tile; terms as in :mod:`pyvit.triton_kernels.window_coordinates`.
+No atomics: sums are kept on chip."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from pyvit.triton_kernels.common import (
 from pyvit.triton_kernels.flash_attention_backward import any_large, log_total, probabilities
 from pyvit.triton_kernels.window_attention_forward import (
     gather,
-    inside_windows,
-    key_side,
     normalised,
     normalised_backward,
-    pair_bias,
-    row_offset,
     scatter,
     score_factor,
     table_bias,
     times,
+)
+from pyvit.triton_kernels.window_coordinates import (
+    inside_windows,
+    row_offset,
     window_tokens,
     within_regions,
 )
@@ -37,23 +37,25 @@ from pyvit.triton_kernels.window_attention_forward import (
 
 @triton.jit
 def query_side(
-    qkv, pad, grad_out, shifts, rests, row_sums, window, y, x, real, rows, inside, h, HEADS, windows, qkv_strides,
+    qkv, pad, grad_out, shifts, rests, row_sums, window, y, x, real, token, inside, h, HEADS, windows, qkv_strides,
     grad_out_strides, padded, D: tl.constexpr, D_PARTS: tl.constexpr, AREA: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
     """For queries at given coordinates: their rows and 1 / norm, the gradients of their outputs, their row sums and
     rests if given, and the shift subtracted from their scores: infinite past the windows, finite in fully masked rows,
-    so that their probabilities are 0."""
+    so that their probabilities are 0. Without row sums, ``shifts`` is the log-sum-exp."""
     offset = row_offset(window, y, x, windows, qkv_strides)
     queries, inverse = normalised(gather(qkv, pad, h * D, offset, real, padded, D, D_PARTS), COSINE)  # (queries, D)
     offset = row_offset(window, y, x, windows, grad_out_strides)
     grad = load_rows(grad_out + h * D, offset, None if padded is None else real, 1, D, D_PARTS)  # (queries, D)
-    at = (window.to(tl.int64) * HEADS + h) * AREA + rows % AREA
+    at = (window.to(tl.int64) * HEADS + h) * AREA + token
     row_sum, rest = 0.0, 0.0
-    if row_sums is not None:
+    shift = tl.load(shifts + at, mask=inside, other=float("inf"))
+    if row_sums is None:
+        shift = tl.where(shift == float("-inf"), 0.0, shift)
+    else:
         row_sum = tl.load(row_sums + at, mask=inside, other=0.0)
         rest = tl.load(rests + at, mask=inside, other=0.0)
-    shift = tl.load(shifts + at, mask=inside, other=float("inf"))
-    return queries, inverse, grad, row_sum, tl.where(shift == float("-inf"), 0.0, shift), rest
+    return queries, inverse, grad, row_sum, shift, rest
 
 
 @triton.jit
@@ -143,8 +145,8 @@ def window_backward(
         window, y, x, real = window_tokens(rows, pack_id, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
         inside = inside_windows(rows, pack_id, total, WINDOW, PACK)
         queries, q_inverse, grad, _, shift_of, _ = query_side(
-            qkv, pad, grad_out, lse, None, None, window, y, x, real, rows, inside, h, HEADS, windows, qkv_strides,
-            grad_out_strides, padded, D, D_PARTS, AREA, COSINE,
+            qkv, pad, grad_out, lse, None, None, window, y, x, real, rows % AREA, inside, h, HEADS, windows,
+            qkv_strides, grad_out_strides, padded, D, D_PARTS, AREA, COSINE,
         )  # fmt: skip
         offset = row_offset(window, y, x, windows, qkv_strides)
         keys, k_inverse = normalised(gather(qkv, pad, at_k, offset, real, padded, D, D_PARTS), COSINE)  # (keys, D)
@@ -207,324 +209,3 @@ def window_backward(
         tl.store(at, grad_bias, mask=(rows[:, None] < ROWS) & (rows[None, :] < ROWS))
     if COSINE:  # (groups, 1, heads)
         tl.store(logit_partial + pid, tl.sum(grad_logit, 0))
-
-
-@triton.jit
-def window_backward_keys(
-    grad_out,
-    qkv,
-    bands,
-    logit_scale,
-    pad,
-    shifts,
-    rests,
-    row_sums,
-    grad_qkv,
-    pad_partial,
-    seed,
-    grad_out_strides,
-    qkv_strides,
-    grad_qkv_strides,
-    size,
-    padded,
-    shift,
-    windows,
-    windows_x,
-    total,
-    share,
-    HEADS,
-    scale,
-    threshold,
-    keep_scale,
-    D: tl.constexpr,
-    D_PARTS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """dK and dV of BLOCK_M keys of ``share`` windows that are larger than a tile, from the queries' ``row_sums``.
-
-    Scores are transposed, (keys, queries). The padding's gradient is summed on chip over the windows.
-    """
-    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
-    COSINE: tl.constexpr = logit_scale is not None
-    tiles: tl.constexpr = (AREA + BLOCK_M - 1) // BLOCK_M
-    pid = tl.program_id(0)
-    h, tile, group = pid % HEADS, pid // HEADS % tiles, pid // HEADS // tiles
-    at_k, at_v = (HEADS + h) * D, (2 * HEADS + h) * D
-    natural = score_factor(logit_scale, scale, h)
-    rng_seed = dropout_seed(seed, DROPOUT)
-    cols = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = cols < AREA
-    grad_pad_k, grad_pad_v = zero_vectors(D_PARTS), zero_vectors(D_PARTS)
-    for pack_id in range(group * share, tl.minimum(group * share + share, total)):
-        window, y, x, real = window_tokens(cols, pack_id, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
-        offset = row_offset(window, y, x, windows, qkv_strides)
-        keys, key_inverse = normalised(gather(qkv, pad, at_k, offset, real, padded, D, D_PARTS), COSINE)
-        values = gather(qkv, pad, at_v, offset, real, padded, D, D_PARTS)
-        dk, dv = zero_parts((BLOCK_M,), D_PARTS), zero_parts((BLOCK_M,), D_PARTS)
-        for first in range(0, AREA, BLOCK_N):
-            rows = first + tl.arange(0, BLOCK_N)
-            _, qy, qx, q_real = window_tokens(rows, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
-            queries, _inverse, grad, row_sum, shift_of, rest = query_side(
-                qkv, pad, grad_out, shifts, rests, row_sums, window, qy, qx, q_real, rows, rows < AREA, h, HEADS,
-                windows, qkv_strides, grad_out_strides, padded, D, D_PARTS, AREA, COSINE,
-            )  # fmt: skip
-            # No mask for keys past the window: they only affect their own rows, which are not stored.
-            s = dot_parts(keys, queries, BLOCK_M, BLOCK_N, PRECISION) * natural  # (keys, queries)
-            if bands is not None:
-                s += pair_bias(bands, cols[:, None], rows[None, :], h, AREA % BLOCK_N != 0, WINDOW)
-            s = within_regions(
-                s, rows[None, :], cols[:, None], window, size, padded, shift, windows, windows_x, pad, WINDOW, 1
-            )
-            p = probabilities(s, shift_of[None, :], rest[None, :], LOG2E)
-            dp = dot_parts(values, grad, BLOCK_M, BLOCK_N, PRECISION)
-            dropped = p
-            if DROPOUT:
-                keep = dropout_mask(
-                    rng_seed, (window * HEADS + h + rows * 0)[None, :], rows[None, :], cols[:, None], threshold
-                )
-                dropped = tl.where(keep, p * keep_scale, 0.0)
-                dp = tl.where(keep, dp * keep_scale, 0.0)
-            dv = add_products(dv, dropped.to(qkv.dtype.element_ty), grad, 0, PRECISION)
-            dk = add_products(dk, (p * (dp - row_sum[None, :])).to(qkv.dtype.element_ty), queries, 0, PRECISION)
-        dk = normalised_backward(times(dk, natural), keys, key_inverse, COSINE)
-        at = row_offset(window, y, x, windows, grad_qkv_strides)
-        scatter(grad_qkv + at_k, dk, at, inside & real, D, D_PARTS)
-        scatter(grad_qkv + at_v, dv, at, inside & real, D, D_PARTS)
-        if pad is not None:
-            grad_pad_k = accumulate_pad(grad_pad_k, dk, inside & ~real)
-            grad_pad_v = accumulate_pad(grad_pad_v, dv, inside & ~real)
-    if pad is not None:  # (groups, tiles, 2, heads, D)
-        at = pad_partial + ((group * tiles + tile) * 2 * HEADS + h).to(tl.int64) * D
-        store_vectors(at, grad_pad_k, D, D_PARTS)
-        store_vectors(at + HEADS * D, grad_pad_v, D, D_PARTS)
-
-
-@triton.jit
-def query_gradient_step(
-    dq, queries, grad, row_sum, shift_of, rest, first, rows, qkv, bands, pad, qkv_strides, window, h, size, padded,
-    shift, windows, windows_x, HEADS, natural, rng_seed, threshold, keep_scale, D: tl.constexpr,
-    D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, COSINE: tl.constexpr, EDGE: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The part of the gradients of a tile of queries that BLOCK_N keys contribute, before the factor of the scores."""
-    cols, keys, values, s = key_side(
-        queries, first, rows, qkv, bands, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS,
-        natural, D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
-    )  # fmt: skip
-    p = probabilities(s, shift_of[:, None], rest[:, None], LOG2E)
-    dp = dot_parts(grad, values, rows.shape[0], BLOCK_N, PRECISION)
-    if DROPOUT:
-        keep = dropout_mask(rng_seed, (window * HEADS + h + rows * 0)[:, None], rows[:, None], cols[None, :], threshold)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
-    return add_products(dq, (p * (dp - row_sum[:, None])).to(qkv.dtype.element_ty), keys, 0, PRECISION)
-
-
-@triton.jit
-def recompute_row_sum(
-    top, total, queries, first, rows, qkv, bands, pad, qkv_strides, window, h, size, padded, shift, windows,
-    windows_x, HEADS, natural, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_N: tl.constexpr, COSINE: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One step over BLOCK_N keys of a row's largest score and the sum of exponentials relative to it."""
-    _, _, _, s = key_side(
-        queries, first, rows, qkv, bands, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS,
-        natural, D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
-    )  # fmt: skip
-    higher = tl.maximum(top, tl.max(s, 1))
-    against = tl.where(higher == float("-inf"), 0.0, higher)
-    total = total * exp2_scores(top, against, LOG2E) + tl.sum(exp2_scores(s, against[:, None], LOG2E), 1)
-    return higher, total
-
-
-@triton.jit
-def window_backward_queries(
-    grad_out,
-    qkv,
-    bands,
-    logit_scale,
-    pad,
-    out,
-    lse,
-    shifts,
-    rests,
-    row_sums,
-    grad_qkv,
-    logit_partial,
-    seed,
-    grad_out_strides,
-    qkv_strides,
-    out_strides,
-    grad_qkv_strides,
-    size,
-    padded,
-    shift,
-    windows,
-    windows_x,
-    HEADS,
-    scale,
-    threshold,
-    keep_scale,
-    D: tl.constexpr,
-    D_PARTS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    EDGE_N: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """dQ of BLOCK_M queries of a window that is larger than a tile, in a loop over tiles of keys. Stores the row sums
-    for the other kernels."""
-    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
-    WHOLE: tl.constexpr = AREA // BLOCK_N * BLOCK_N
-    COSINE: tl.constexpr = logit_scale is not None
-    tiles: tl.constexpr = (AREA + BLOCK_M - 1) // BLOCK_M
-    pid = tl.program_id(0)
-    tile, h, window = pid % tiles, pid // tiles % HEADS, pid // tiles // HEADS
-    natural = score_factor(logit_scale, scale, h)
-    rng_seed = dropout_seed(seed, DROPOUT)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # those past the window repeat its last one; they are not stored
-    inside, near = rows < AREA, tl.minimum(rows, AREA - 1)
-    _, y, x, real = window_tokens(rows, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
-    queries, inverse, grad, _, shift_of, _ = query_side(
-        qkv, pad, grad_out, lse, None, None, window, y, x, real, near, near >= 0, h, HEADS, windows, qkv_strides,
-        grad_out_strides, padded, D, D_PARTS, AREA, COSINE,
-    )  # fmt: skip
-    offset = row_offset(window, y, x, windows, out_strides)
-    row_sum = dot_rows(load_rows(out + h * D, offset, None if padded is None else real, 1, D, D_PARTS), grad)
-    rest = tl.zeros((BLOCK_M,), tl.float32)
-    if any_large(shift_of):
-        top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        for first in tl.range(0, AREA, EDGE_N, num_stages=1):
-            top, rest = recompute_row_sum(
-                top, rest, queries, first, rows, qkv, bands, pad, qkv_strides, window, h, size, padded, shift,
-                windows, windows_x, HEADS, natural, D, D_PARTS, WINDOW, EDGE_N, COSINE, AREA % EDGE_N != 0,
-                PRECISION,
-            )  # fmt: skip
-        shift_of = tl.where(top == float("-inf"), 0.0, top)
-        rest = log_total(rest)
-    at = (window.to(tl.int64) * HEADS + h) * AREA + rows
-    tl.store(row_sums + at, row_sum, mask=inside)
-    tl.store(shifts + at, shift_of, mask=inside)
-    tl.store(rests + at, rest, mask=inside)
-    dq = zero_parts((BLOCK_M,), D_PARTS)
-    for first in range(0, WHOLE, BLOCK_N):
-        dq = query_gradient_step(
-            dq, queries, grad, row_sum, shift_of, rest, first, rows, qkv, bands, pad, qkv_strides, window, h, size,
-            padded, shift, windows, windows_x, HEADS, natural, rng_seed, threshold, keep_scale, D, D_PARTS,
-            WINDOW, BLOCK_N, COSINE, False, DROPOUT, PRECISION,
-        )  # fmt: skip
-    if AREA > WHOLE:
-        for first in range(WHOLE, AREA, EDGE_N):
-            dq = query_gradient_step(
-                dq, queries, grad, row_sum, shift_of, rest, first, rows, qkv, bands, pad, qkv_strides, window, h,
-                size, padded, shift, windows, windows_x, HEADS, natural, rng_seed, threshold, keep_scale, D,
-                D_PARTS, WINDOW, EDGE_N, COSINE, AREA % EDGE_N != 0, DROPOUT, PRECISION,
-            )  # fmt: skip
-    dq = times(dq, natural)
-    if (
-        COSINE
-    ):  # (windows, tiles, heads): the temperature scales all scores of a row, so its gradient is queries times dQ
-        tl.store(
-            logit_partial + (window * tiles + tile) * HEADS + h, tl.sum(tl.where(inside, dot_rows(dq, queries), 0.0), 0)
-        )
-    at = row_offset(window, y, x, windows, grad_qkv_strides)
-    scatter(grad_qkv + h * D, normalised_backward(dq, queries, inverse, COSINE), at, real & inside, D, D_PARTS)
-
-
-@triton.jit
-def window_backward_bias(
-    grad_out,
-    qkv,
-    bands,
-    logit_scale,
-    pad,
-    shifts,
-    rests,
-    row_sums,
-    bias_partial,
-    seed,
-    grad_out_strides,
-    qkv_strides,
-    size,
-    padded,
-    shift,
-    windows,
-    windows_x,
-    total,
-    share,
-    HEADS,
-    scale,
-    threshold,
-    keep_scale,
-    D: tl.constexpr,
-    D_PARTS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """BLOCK_M x BLOCK_N of dBias, summed on chip over ``share`` windows. Products are recomputed; the bias is read
-    once."""
-    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
-    COSINE: tl.constexpr = logit_scale is not None
-    tiles: tl.constexpr = (AREA + BLOCK_M - 1) // BLOCK_M
-    key_tiles: tl.constexpr = (AREA + BLOCK_N - 1) // BLOCK_N
-    pid = tl.program_id(0)
-    h, key_tile = pid % HEADS, pid // HEADS % key_tiles
-    tile, group = pid // HEADS // key_tiles % tiles, pid // HEADS // key_tiles // tiles
-    natural = score_factor(logit_scale, scale, h)
-    rng_seed = dropout_seed(seed, DROPOUT)
-    rows, cols = tile * BLOCK_M + tl.arange(0, BLOCK_M), key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    bias = pair_bias(bands, rows[:, None], cols[None, :], h, AREA % BLOCK_N != 0, WINDOW)  # (BLOCK_M, BLOCK_N)
-    grad_bias = zeros_of(BLOCK_M, BLOCK_N)
-    for pack_id in range(group * share, tl.minimum(group * share + share, total)):
-        window, y, x, real = window_tokens(rows, pack_id, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
-        _, ky, kx, key_real = window_tokens(cols, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
-        queries, _, grad, row_sum, shift_of, rest = query_side(
-            qkv, pad, grad_out, shifts, rests, row_sums, window, y, x, real, rows, rows < AREA, h, HEADS, windows,
-            qkv_strides, grad_out_strides, padded, D, D_PARTS, AREA, COSINE,
-        )  # fmt: skip
-        offset = row_offset(window, ky, kx, windows, qkv_strides)
-        keys, _ = normalised(gather(qkv, pad, (HEADS + h) * D, offset, key_real, padded, D, D_PARTS), COSINE)
-        values = gather(qkv, pad, (2 * HEADS + h) * D, offset, key_real, padded, D, D_PARTS)
-        s = dot_parts(queries, keys, BLOCK_M, BLOCK_N, PRECISION) * natural + bias
-        s = within_regions(
-            s, rows[:, None], cols[None, :], window, size, padded, shift, windows, windows_x, pad, WINDOW, 1
-        )
-        p = probabilities(s, shift_of[:, None], rest[:, None], LOG2E)
-        dp = dot_parts(grad, values, BLOCK_M, BLOCK_N, PRECISION)
-        if DROPOUT:
-            keep = dropout_mask(
-                rng_seed, (window * HEADS + h + rows * 0)[:, None], rows[:, None], cols[None, :], threshold
-            )
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-        grad_bias += p * (dp - row_sum[:, None])
-    at = bias_partial + (group * HEADS + h).to(tl.int64) * AREA * AREA + rows[:, None] * AREA + cols[None, :]
-    tl.store(at, grad_bias, mask=(rows[:, None] < AREA) & (cols[None, :] < AREA))
-
-
-@triton.jit
-def table_gradient(
-    grad_bias, grad_table, HEADS, WINDOW: tl.constexpr, PACK: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
-):
-    """ENTRIES rows of the table's gradient for one head: dBias (heads, queries, keys) summed in order over the pairs at
-    each offset."""
-    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
-    ROWS: tl.constexpr = PACK * AREA
-    pid = tl.program_id(0)
-    h = pid % HEADS
-    row = pid // HEADS * ENTRIES + tl.arange(0, ENTRIES)[:, None]
-    dy, dx = row // (2 * WINDOW[1] - 1) - WINDOW[0] + 1, row % (2 * WINDOW[1] - 1) - WINDOW[1] + 1
-    i = tl.arange(0, BLOCK)[None, :]
-    y, x = i % AREA // WINDOW[1] - dy, i % WINDOW[1] - dx  # AREA is a multiple of the width
-    inside = row < (2 * WINDOW[0] - 1) * (2 * WINDOW[1] - 1)
-    valid = inside & (i < ROWS) & (y >= 0) & (y < WINDOW[0]) & (x >= 0) & (x < WINDOW[1])
-    at = grad_bias + h.to(tl.int64) * ROWS * ROWS + i * ROWS + i - (dy * WINDOW[1] + dx)
-    total = tl.sum(tl.load(at, mask=valid, other=0.0), 1)[:, None]
-    tl.store(grad_table + row * HEADS + h, total.to(grad_table.dtype.element_ty), mask=inside)

@@ -2,8 +2,9 @@
 feature map.
 
 A tile's rows are the tokens of a window, or of PACK small windows, between which the mask prevents attention as it does
-between regions of a shifted map. Names: ``window`` counts over the batch; ``pack_id`` counts packs of PACK windows; a
-token attends within its ``region``; ``real`` tokens are on the unpadded map.
+between regions of a shifted map. Coordinates and terms: :mod:`pyvit.triton_kernels.window_coordinates`.
+
+The bias, and a large window's masks, stay on chip for all windows of a program where they fit into its registers.
 """
 
 from __future__ import annotations
@@ -23,109 +24,18 @@ from pyvit.triton_kernels.common import (
     span,
     zero_parts,
 )
+from pyvit.triton_kernels.window_coordinates import (
+    inside_windows,
+    regions_agree,
+    row_offset,
+    window_number,
+    window_tokens,
+    windows_of_group,
+    within_regions,
+)
 
 LN100 = tl.constexpr(4.605170185988092)
 NORM_EPS = tl.constexpr(1e-12)
-
-
-@triton.jit
-def window_tokens(r, pack_id, size, padded, shift, windows, windows_x, total, WINDOW: tl.constexpr, PACK: tl.constexpr):
-    """For tile rows ``r``: the window, row and column on the map, and whether they are real.
-
-    Rows past the windows repeat a token, so that loads need no mask. A tile that is one window has the same window for
-    all rows, so divisions are done once. ``padded`` and ``shift`` are None if the map is not padded and not shifted.
-    """
-    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
-    if PACK == 1:
-        t = tl.minimum(r, AREA - 1)
-        window = pack_id
-    else:
-        t = r % AREA
-        window = tl.minimum(pack_id * PACK + r // AREA, total - 1)
-    at = window % windows
-    i, wy = t // WINDOW[1], at // windows_x
-    y, x = wy * WINDOW[0] + i, (at - wy * windows_x) * WINDOW[1] + (t - i * WINDOW[1])
-    if shift is not None:  # undo the cyclic shift
-        extent = size if padded is None else padded
-        y, x = y + shift[0], x + shift[1]
-        y, x = tl.where(y >= extent[0], y - extent[0], y), tl.where(x >= extent[1], x - extent[1], x)
-    return window, y, x, (y < size[0]) & (x < size[1])
-
-
-@triton.jit
-def inside_windows(r, pack_id, total, WINDOW: tl.constexpr, PACK: tl.constexpr):
-    """Which tile rows are tokens of a window."""
-    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
-    inside = r < PACK * AREA
-    if PACK > 1:
-        inside = inside & (pack_id * PACK + r // AREA < total)
-    return inside
-
-
-@triton.jit
-def token_region(
-    r, pack_id, size, padded, shift, windows, windows_x, KEYS: tl.constexpr, WINDOW: tl.constexpr, PACK: tl.constexpr
-):
-    """The region of tile rows ``r``: tokens attend within it. That of padding KEYS is -1: nothing attends to them."""
-    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
-    if PACK == 1:
-        t = r
-        window = pack_id
-        region = r * 0
-    else:
-        t = r % AREA
-        window = pack_id * PACK + r // AREA
-        region = r // AREA * 4
-    at = window % windows
-    i, wy = t // WINDOW[1], at // windows_x
-    y, x = wy * WINDOW[0] + i, (at - wy * windows_x) * WINDOW[1] + (t - i * WINDOW[1])
-    extent = size if padded is None else padded
-    if shift is not None:
-        # Sign bits: with comparisons, LLVM's SLP vectorizer (Triton 3.9) confused some with their negations.
-        region += (((extent[0] - shift[0] - 1 - y) >> 31) & 2) + (((extent[1] - shift[1] - 1 - x) >> 31) & 1)
-        y, x = y + shift[0], x + shift[1]
-        y, x = tl.where(y >= extent[0], y - extent[0], y), tl.where(x >= extent[1], x - extent[1], x)
-    if KEYS:
-        region = tl.where((y < size[0]) & (x < size[1]), region, -1)
-    return region
-
-
-@triton.jit
-def regions_agree(
-    rows, cols, pack_id, size, padded, shift, windows, windows_x, pad, WINDOW: tl.constexpr, PACK: tl.constexpr
-):
-    KEYS: tl.constexpr = padded is not None and pad is None
-    queries = token_region(rows, pack_id, size, padded, shift, windows, windows_x, False, WINDOW, PACK)
-    return queries == token_region(cols, pack_id, size, padded, shift, windows, windows_x, KEYS, WINDOW, PACK)
-
-
-@triton.jit
-def within_regions(
-    s, rows, cols, pack_id, size, padded, shift, windows, windows_x, pad, WINDOW: tl.constexpr, PACK: tl.constexpr
-):
-    """Scores of queries ``rows`` and keys ``cols`` (they broadcast to the shape of ``s``) of the same region, -inf
-    elsewhere. Only packs of windows, and windows at the far edges of the map, have more than one region."""
-    if PACK > 1:
-        agree = regions_agree(rows, cols, pack_id, size, padded, shift, windows, windows_x, pad, WINDOW, PACK)
-        s = tl.where(agree, s, float("-inf"))
-    elif shift is not None or (padded is not None and pad is None):
-        at = pack_id % windows
-        wy = at // windows_x
-        y, x = (wy + 1) * WINDOW[0], (at - wy * windows_x + 1) * WINDOW[1]
-        if shift is not None:
-            y, x = y + shift[0], x + shift[1]
-        if (y > size[0]) | (x > size[1]):
-            agree = regions_agree(rows, cols, pack_id, size, padded, shift, windows, windows_x, pad, WINDOW, PACK)
-            s = tl.where(agree, s, float("-inf"))
-    return s
-
-
-@triton.jit
-def row_offset(window, y, x, windows, strides):
-    """Offset of the tokens; the last of ``strides`` makes those within an image 64 bits wide where they must be, see
-    ``_strides``."""
-    wide = strides[3] * 0
-    return (window // windows).to(tl.int64) * strides[0] + ((y + wide) * strides[1] + (x + wide) * strides[2])
 
 
 @triton.jit
@@ -197,15 +107,25 @@ def normalised_backward(grads, unit, inverse, COSINE: tl.constexpr):
 
 
 @triton.jit
+def table_row(t, WINDOW: tl.constexpr):
+    """Row of the bias table of query ``t`` and key 0, relative to that of equal tokens."""
+    t = t % (WINDOW[0] * WINDOW[1])
+    return t // WINDOW[1] * (2 * WINDOW[1] - 1) + t % WINDOW[1]
+
+
+@triton.jit
 def table_bias(table, i, j, h, HEADS, WINDOW: tl.constexpr, PACK: tl.constexpr):
-    """Relative-position bias of queries ``i`` and keys ``j`` (they broadcast); -inf past the tile's rows."""
+    """Relative-position bias (zero without a table) of queries ``i`` and keys ``j`` (they broadcast); -inf past the
+    tile's rows."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
-    ti, tj = i % AREA, j % AREA
-    dy, dx = ti // WINDOW[1] - tj // WINDOW[1], ti % WINDOW[1] - tj % WINDOW[1]
-    row = (dy + WINDOW[0] - 1) * (2 * WINDOW[1] - 1) + dx + WINDOW[1] - 1
-    return tl.load(table + row * HEADS + h, mask=(i < PACK * AREA) & (j < PACK * AREA), other=float("-inf")).to(
-        tl.float32
-    )
+    inside = (i < PACK * AREA) & (j < PACK * AREA)
+    if table is not None:
+        of_i, of_j = table_row(i, WINDOW) * HEADS, table_row(j, WINDOW) * HEADS
+        center = table + table_row(AREA - 1, WINDOW) * HEADS + h
+        bias = tl.load(center + (of_i - of_j), mask=inside, other=float("-inf")).to(tl.float32)
+    else:
+        bias = tl.where(inside, 0.0, float("-inf"))
+    return bias
 
 
 @triton.jit
@@ -223,14 +143,33 @@ def pair_bias(bands, outer, inner, h, EDGE: tl.constexpr, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def bias_parts(table, rows, h, HEADS, KEY_PARTS: tl.constexpr, WINDOW: tl.constexpr, PACK: tl.constexpr):
+def key_bias(bands, rows, cols, h, EDGE: tl.constexpr, WINDOW: tl.constexpr):
+    """Bias of the pairs of queries ``rows`` and keys ``cols``; None without bands."""
+    bias = None
+    if bands is not None:
+        bias = pair_bias(bands, rows[:, None], cols[None, :], h, EDGE, WINDOW)
+    return bias
+
+
+@triton.jit
+def held_bias(
+    table, rows, like, h, size, padded, shift, windows, windows_x, pad, HEADS, KEYS: tl.constexpr, PARTS: tl.constexpr,
+    WINDOW: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    """The bias of ``rows`` (queries, or with KEYS keys) and all tokens of a tile (keys or queries), as a tuple of tiles
+    of PARTS columns: -inf past the windows and, if a tile is one window, between the regions of window ``like``."""
     out = ()
     first: tl.constexpr = 0
-    for j in tl.static_range(len(KEY_PARTS)):
-        out = out + (
-            table_bias(table, rows[:, None], (first + span(0, KEY_PARTS[j]))[None, :], h, HEADS, WINDOW, PACK),
-        )
-        first = first + KEY_PARTS[j]
+    for part in tl.static_range(len(PARTS)):
+        i, j = rows[:, None], (first + span(0, PARTS[part]))[None, :]
+        if KEYS:
+            i, j = j, i
+        tile = table_bias(table, i, j, h, HEADS, WINDOW, PACK)
+        if PACK == 1 and (shift is not None or (padded is not None and pad is None)):
+            agree = regions_agree(i, j, like, size, padded, shift, windows, windows_x, pad, WINDOW, PACK)
+            tile = tl.where(agree, tile, float("-inf"))
+        out = out + (tile,)
+        first = first + PARTS[part]
     return out
 
 
@@ -240,6 +179,51 @@ def score_factor(logit_scale, scale, h):
     if logit_scale is not None:
         scale = tl.exp(tl.minimum(tl.load(logit_scale + h).to(tl.float32), LN100))
     return scale
+
+
+@triton.jit
+def key_side(
+    queries, rows, cols, bias, qkv, pad, qkv_strides, pack_id, h, size, padded, shift, windows, windows_x, total, HEADS,
+    factor, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr, PACK: tl.constexpr,
+    COSINE: tl.constexpr, MASK: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of ``cols`` and the scores of the queries ``rows``. ``bias``: (queries, keys) or None. With MASK,
+    regions are masked; with EDGE, some keys may be past the window."""
+    window, y, x, real = window_tokens(cols, pack_id, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
+    offset = row_offset(window, y, x, windows, qkv_strides)
+    keys, _ = normalised(gather(qkv, pad, (HEADS + h) * D, offset, real, padded, D, D_PARTS), COSINE)  # (keys, D)
+    values = gather(qkv, pad, (2 * HEADS + h) * D, offset, real, padded, D, D_PARTS)
+    s = dot_parts(queries, keys, rows.shape[0], cols.shape[0], PRECISION) * factor  # (queries, keys)
+    if bias is not None:
+        s += bias
+    if MASK:
+        s = within_regions(
+            s, rows[:, None], cols[None, :], pack_id, size, padded, shift, windows, windows_x, pad, WINDOW, PACK
+        )
+    if EDGE:
+        s = tl.where((cols < WINDOW[0] * WINDOW[1])[None, :], s, float("-inf"))
+    return keys, values, s
+
+
+@triton.jit
+def online_softmax_step(
+    acc, top, sum_p, s, values, rng_seed, head, rows, cols, threshold, FIRST: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: scores (queries, keys) and values (keys, D). ``head``, ``rows`` and ``cols``
+    choose what dropout keeps. The FIRST step has nothing to rescale."""
+    new_top = tl.maximum(top, tl.max(s, 1))
+    shown = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = exp2_scores(s, shown[:, None], LOG2E)
+    if FIRST:
+        sum_p = tl.sum(p, 1)
+    else:
+        decay = exp2_scores(top, shown, LOG2E)
+        sum_p = sum_p * decay + tl.sum(p, 1)
+        acc = times(acc, decay[:, None])
+    if DROPOUT:
+        p = tl.where(dropout_mask(rng_seed, head[:, None], rows[:, None], cols[None, :], threshold), p, 0.0)
+    return add_products(acc, p.to(values[0].dtype), values, 0, PRECISION), new_top, sum_p
 
 
 @triton.jit
@@ -269,128 +253,53 @@ def window_forward(
     KEY_PARTS: tl.constexpr,
     WINDOW: tl.constexpr,
     PACK: tl.constexpr,
+    EDGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``share`` packs of PACK windows, for BLOCK_M of their queries. The bias is read once and kept on chip; the
-    softmax is single-pass."""
+    """``share`` packs of PACK windows, for BLOCK_M of their queries. The bias is read once and kept on chip."""
     AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
     COSINE: tl.constexpr = logit_scale is not None
     tiles = tl.cdiv(PACK * AREA, BLOCK_M)
     pid = tl.program_id(0)
     h, tile, group = pid % HEADS, pid // HEADS % tiles, pid // HEADS // tiles
-    at_q, at_k, at_v = h * D, (HEADS + h) * D, (2 * HEADS + h) * D
+    at_q = h * D
     rng_seed = dropout_seed(seed, DROPOUT)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     factor = score_factor(logit_scale, scale, h)
-    bias = ()
-    if table is not None:
-        bias = bias_parts(table, rows, h, HEADS, KEY_PARTS, WINDOW, PACK)
-    for pack_id in range(group * share, tl.minimum(group * share + share, tl.cdiv(total, PACK))):
+    begin, end, wy, wx, wh, ww = windows_of_group(group, share, total, windows, windows_x, EDGES, PACK)
+    bias = held_bias(
+        table, rows, wy * windows_x + wx, h, size, padded, shift, windows, windows_x, pad, HEADS, False, KEY_PARTS,
+        WINDOW, PACK,
+    )  # fmt: skip
+    for at in range(begin, end):
+        pack_id = window_number(at, wy, wx, wh, ww, windows, windows_x, EDGES)
         window, y, x, real = window_tokens(rows, pack_id, size, padded, shift, windows, windows_x, total, WINDOW, PACK)
         offset = row_offset(window, y, x, windows, qkv_strides)
         queries, _ = normalised(gather(qkv, pad, at_q, offset, real, padded, D, D_PARTS), COSINE)  # (BLOCK_M, D)
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        scores, values = (), ()
+        sum_p = tl.zeros((BLOCK_M,), tl.float32)
+        acc = zero_parts((BLOCK_M,), D_PARTS)
         first: tl.constexpr = 0
         for j in tl.static_range(len(KEY_PARTS)):
             cols = first + span(0, KEY_PARTS[j])
-            key_window, ky, kx, key_real = window_tokens(
-                cols, pack_id, size, padded, shift, windows, windows_x, total, WINDOW, PACK
-            )
-            offset = row_offset(key_window, ky, kx, windows, qkv_strides)
-            keys, _ = normalised(gather(qkv, pad, at_k, offset, key_real, padded, D, D_PARTS), COSINE)  # (keys, D)
-            values = values + (gather(qkv, pad, at_v, offset, key_real, padded, D, D_PARTS),)
-            s = dot_parts(queries, keys, BLOCK_M, KEY_PARTS[j], PRECISION) * factor  # (BLOCK_M, keys)
-            if table is not None:
-                s += bias[j]
-            elif first + KEY_PARTS[j] > PACK * AREA:
-                s = tl.where(cols[None, :] < PACK * AREA, s, float("-inf"))
-            s = within_regions(
-                s, rows[:, None], cols[None, :], pack_id, size, padded, shift, windows, windows_x, pad, WINDOW, PACK
-            )
-            top = tl.maximum(top, tl.max(s, 1))
-            scores = scores + (s,)
+            _keys, values, s = key_side(
+                queries, rows, cols, bias[j], qkv, pad, qkv_strides, pack_id, h, size, padded, shift, windows,
+                windows_x, total, HEADS, factor, D, D_PARTS, WINDOW, PACK, COSINE, PACK > 1, False, PRECISION,
+            )  # fmt: skip
+            acc, top, sum_p = online_softmax_step(
+                acc, top, sum_p, s, values, rng_seed, window * HEADS + h + rows * 0, rows % AREA, cols % AREA,
+                threshold, j == 0, DROPOUT, PRECISION,
+            )  # fmt: skip
             first = first + KEY_PARTS[j]
-        top = tl.where(top == float("-inf"), 0.0, top)
-        sum_p = tl.zeros((BLOCK_M,), tl.float32)
-        acc = zero_parts((BLOCK_M,), D_PARTS)
-        start: tl.constexpr = 0
-        for j in tl.static_range(len(KEY_PARTS)):
-            p = exp2_scores(scores[j], top[:, None], LOG2E)
-            sum_p += tl.sum(p, 1)
-            if DROPOUT:
-                cols = start + span(0, KEY_PARTS[j])
-                p = tl.where(
-                    dropout_mask(
-                        rng_seed,
-                        (window * HEADS + h + rows * 0)[:, None],
-                        rows[:, None] % AREA,
-                        cols[None, :] % AREA,
-                        threshold,
-                    ),
-                    p,
-                    0.0,
-                )
-            start = start + KEY_PARTS[j]
-            acc = add_products(acc, p.to(qkv.dtype.element_ty), values[j], 0, PRECISION)
         empty = sum_p == 0.0
         sum_p = tl.where(empty, 1.0, sum_p)
         inside = inside_windows(rows, pack_id, total, WINDOW, PACK)
-        at = row_offset(window, y, x, windows, out_strides)
-        scatter(out + at_q, times(acc, (keep_scale / sum_p)[:, None]), at, inside & real, D, D_PARTS)
-        at = lse + (window.to(tl.int64) * HEADS + h) * AREA + rows % AREA
-        tl.store(at, tl.where(empty, float("-inf"), top + tl.log2(sum_p) * LN2), mask=inside)
-
-
-@triton.jit
-def key_side(
-    queries, first, rows, qkv, bands, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS,
-    factor, D: tl.constexpr, D_PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
-    COSINE: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_N keys and values of a window and the queries' scores. With EDGE, some keys may be past the window."""
-    AREA: tl.constexpr = WINDOW[0] * WINDOW[1]
-    cols = first + tl.arange(0, BLOCK_N)
-    _, y, x, real = window_tokens(cols, window, size, padded, shift, windows, windows_x, 0, WINDOW, 1)
-    offset = row_offset(window, y, x, windows, qkv_strides)
-    keys, _ = normalised(gather(qkv, pad, (HEADS + h) * D, offset, real, padded, D, D_PARTS), COSINE)  # (BLOCK_N, D)
-    values = gather(qkv, pad, (2 * HEADS + h) * D, offset, real, padded, D, D_PARTS)
-    s = dot_parts(queries, keys, rows.shape[0], BLOCK_N, PRECISION) * factor  # (queries, BLOCK_N)
-    if bands is not None:
-        s += pair_bias(bands, rows[:, None], cols[None, :], h, EDGE, WINDOW)
-    s = within_regions(s, rows[:, None], cols[None, :], window, size, padded, shift, windows, windows_x, pad, WINDOW, 1)
-    if EDGE:
-        s = tl.where((cols < AREA)[None, :], s, float("-inf"))
-    return cols, keys, values, s
-
-
-@triton.jit
-def online_softmax_step(
-    acc, top, sum_p, queries, first, rows, qkv, bands, pad, qkv_strides, window, h, size, padded, shift, windows,
-    windows_x, HEADS, factor, rng_seed, threshold, D: tl.constexpr, D_PARTS: tl.constexpr,
-    WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, COSINE: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax over BLOCK_N keys."""
-    cols, _, values, s = key_side(
-        queries, first, rows, qkv, bands, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, HEADS,
-        factor, D, D_PARTS, WINDOW, BLOCK_N, COSINE, EDGE, PRECISION,
-    )  # fmt: skip
-    new_top = tl.maximum(top, tl.max(s, 1))
-    shown = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = exp2_scores(s, shown[:, None], LOG2E)
-    decay = exp2_scores(top, shown, LOG2E)
-    sum_p = sum_p * decay + tl.sum(p, 1)
-    if DROPOUT:
-        p = tl.where(
-            dropout_mask(rng_seed, (window * HEADS + h + rows * 0)[:, None], rows[:, None], cols[None, :], threshold),
-            p,
-            0.0,
-        )
-    acc = add_products(times(acc, decay[:, None]), p.to(qkv.dtype.element_ty), values, 0, PRECISION)
-    return acc, new_top, sum_p
+        offset = row_offset(window, y, x, windows, out_strides)
+        scatter(out + at_q, times(acc, (keep_scale / sum_p)[:, None]), offset, inside & real, D, D_PARTS)
+        where = lse + (window.to(tl.int64) * HEADS + h) * AREA + (rows if PACK == 1 else rows % AREA)
+        tl.store(where, tl.where(empty, float("-inf"), top + tl.log2(sum_p) * LN2), mask=inside)
 
 
 @triton.jit
@@ -441,17 +350,27 @@ def window_forward_long(
     sum_p = tl.zeros((BLOCK_M,), tl.float32)
     acc = zero_parts((BLOCK_M,), D_PARTS)
     for first in range(0, WHOLE, BLOCK_N):
+        cols = first + tl.arange(0, BLOCK_N)
+        bias = key_bias(bands, rows, cols, h, False, WINDOW)
+        _keys, values, s = key_side(
+            queries, rows, cols, bias, qkv, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x, 0,
+            HEADS, factor, D, D_PARTS, WINDOW, 1, COSINE, True, False, PRECISION,
+        )  # fmt: skip
         acc, top, sum_p = online_softmax_step(
-            acc, top, sum_p, queries, first, rows, qkv, bands, pad, qkv_strides, window, h, size, padded, shift,
-            windows, windows_x, HEADS, factor, rng_seed, threshold, D, D_PARTS, WINDOW, BLOCK_N, COSINE, False,
-            DROPOUT, PRECISION,
+            acc, top, sum_p, s, values, rng_seed, window * HEADS + h + rows * 0, rows, cols, threshold, False, DROPOUT,
+            PRECISION,
         )  # fmt: skip
     if AREA > WHOLE:
         for first in range(WHOLE, AREA, EDGE_N):
+            cols = first + tl.arange(0, EDGE_N)
+            bias = key_bias(bands, rows, cols, h, AREA % EDGE_N != 0, WINDOW)
+            _keys, values, s = key_side(
+                queries, rows, cols, bias, qkv, pad, qkv_strides, window, h, size, padded, shift, windows, windows_x,
+                0, HEADS, factor, D, D_PARTS, WINDOW, 1, COSINE, True, AREA % EDGE_N != 0, PRECISION,
+            )  # fmt: skip
             acc, top, sum_p = online_softmax_step(
-                acc, top, sum_p, queries, first, rows, qkv, bands, pad, qkv_strides, window, h, size, padded, shift,
-                windows, windows_x, HEADS, factor, rng_seed, threshold, D, D_PARTS, WINDOW, EDGE_N, COSINE,
-                AREA % EDGE_N != 0, DROPOUT, PRECISION,
+                acc, top, sum_p, s, values, rng_seed, window * HEADS + h + rows * 0, rows, cols, threshold, False,
+                DROPOUT, PRECISION,
             )  # fmt: skip
     empty = sum_p == 0.0
     sum_p = tl.where(empty, 1.0, sum_p)

@@ -20,7 +20,14 @@ from dataclasses import dataclass
 
 import torch
 
-from pyvit.triton_kernels.tiles import backward_short_fits, choose, forward_persistent_fits, forward_short_fits, parts
+from pyvit.triton_kernels.tiles import (
+    backward_short_fits,
+    choose,
+    forward_persistent_fits,
+    forward_short_fits,
+    parts,
+    window_bias_fits,
+)
 
 
 @dataclass(frozen=True)
@@ -221,10 +228,10 @@ INSTRUCTIONS = {
         "backward_dq": 15.7,
         "backward_dkdv": 15.7,
         "bias_grad": 15.7,
-        "window_forward": 18.0,
+        "window_forward": 17.0,
         "window_forward_long": 19.0,
         "window_backward": 28.0,
-        "window_backward_keys": 26.0,
+        "window_backward_keys": 23.0,
         "window_backward_queries": 19.0,
         "window_backward_bias": 18.0,
     },
@@ -421,10 +428,11 @@ def _window_scratch(area: int, buffers: int) -> int:
 
 def triton_window(area: int, d: int, itemsize: int, backward: bool, table_grad: bool, arch: str) -> Plan:
     """Small windows side by side in a tile of 64 rows, large ones tile by tile; all gradients in one pass where a tile
-    holds the window."""
+    holds the window, and the table's in the queries' pass where that holds the bias."""
     rows = (64 // area if area <= 32 else 1) * area
     plan = functools.partial(_attention_plan, "triton", width=sum(parts(d)) / d, itemsize=itemsize)
-    if not backward and rows > 64:
+    held = window_bias_fits(arch, itemsize, d, area)
+    if not backward and rows > 64 and not held:
         c = choose("window_forward_long", arch, itemsize, d, rows)
         keys = area // c.block_n * c.block_n + round_up(area % c.block_n, c.edge_n)
         padding, tall = round_up(area, c.block_m) * keys / area**2, c.block_m >= 64
@@ -439,7 +447,9 @@ def triton_window(area: int, d: int, itemsize: int, backward: bool, table_grad: 
     whole = rows <= c.block_m
     kernels = [kernel] if whole else [kernel, "window_backward_queries"]
     tensors, products = (8, 5) if whole else (12, 7)
-    if table_grad and not whole:  # a pass of its own, which reads queries, keys, values and the output's gradient again
+    if (
+        table_grad and not whole and not held
+    ):  # a pass of its own, which reads queries, keys, values and the output's gradient again
         kernels, tensors, products = [*kernels, "window_backward_bias"], tensors + 4, products + 2
     launches = len(kernels) + 2 * table_grad
     return plan(kernels, tensors, products, padding=padding, launches=launches, warpgroup=tall, least=_WINDOW_BACKWARD)

@@ -51,7 +51,8 @@ KERNELS = {
     "attention N=197 d=64 bias": {"bias_gradient"},
     "attention map N=197 d=64": {"map_rows"},
     "window 7": {"window_forward", "window_backward", "table_gradient"},
-    "window 12": {
+    "window 12": {"window_forward", "window_backward_keys", "window_backward_queries"},
+    "window 16 cosine": {
         "window_forward_long",
         "window_backward_keys",
         "window_backward_queries",

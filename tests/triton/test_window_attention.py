@@ -69,6 +69,22 @@ def test_windows_in_low_precision(agree, dtype) -> None:
     _compare_windows(agree, dtype, (1, 9, 10), (9, 9), (3, 3), 1, 32, "table")
 
 
+# Several windows per program, of every class: inside, at the far edges, and with padding in the last two of an axis.
+HELD = [
+    ((2, 18, 27), (9, 9), (4, 5), "table"),
+    ((1, 13, 25), (9, 9), (6, 4), "table dropout"),
+    ((1, 13, 20), (9, 9), (6, 4), "table cosine pad"),
+    ((1, 21, 10), (7, 10), (3, 0), ""),
+]
+
+
+@pytest.mark.parametrize("case", HELD, ids=lambda c: f"{c[1][0]}x{c[1][1]} {c[3]}")
+def test_windows_whose_bias_stays_on_chip(agree, case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "processors", lambda _: 1)
+    size, window, shift, features = case
+    _compare_windows(agree, BF16, size, window, shift, 1, 16, features)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("features", ["", "cosine pad"])
 @pytest.mark.parametrize("window", [(3, 3), (7, 7), (9, 9)], ids=str)

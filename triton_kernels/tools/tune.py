@@ -42,7 +42,7 @@ SPACE: dict[str, dict[str, Sequence[int]]] = {
     "backward_dkdv": {"block_m": (64, 128), "block_n": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)},
     "bias_grad": {"block_m": (32, 64), "block_n": (32, 64, 128), "warps": (4, 8), "stages": (1, 2)},
     "attention_map": {"block_n": (32, 64, 128), "warps": (2, 4), "stages": (1, 2, 3)},
-    "window_forward": {"block_m": (16, 32, 64), "group": (4, 8, 16), "warps": (2, 4, 8)},
+    "window_forward": {"block_m": (16, 32, 64), "block_n": (32, 64), "group": (4, 8, 16), "warps": (1, 2, 4, 8)},
     "window_forward_long": {
         "block_m": (32, 64, 128),
         "block_n": (32, 64, 128),
@@ -51,12 +51,13 @@ SPACE: dict[str, dict[str, Sequence[int]]] = {
         "stages": (1, 2, 3),
     },
     "window_backward": {"group": (2, 4, 8), "warps": (4, 8), "stages": (1, 2)},
-    "window_backward_keys": {"block_m": (32, 64), "block_n": (16, 32, 64), "group": (2, 4, 8), "warps": (4, 8)},
+    "window_backward_keys": {"block_m": (32, 64), "block_n": (16, 32, 64), "group": (2, 4, 8), "warps": (2, 4, 8)},
     "window_backward_queries": {
         "block_m": (32, 64, 128),
         "block_n": (32, 64),
         "edge_n": (16, 32),
-        "warps": (4, 8),
+        "group": (4, 8),
+        "warps": (2, 4, 8),
         "stages": (1, 2, 3),
     },
     "window_backward_bias": {
