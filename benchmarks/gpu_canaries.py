@@ -158,6 +158,7 @@ CANARIES: dict[str, Canary] = {
     "window 4": _window(4, 6),
     "window 7": _window(7, 10),
     "window 12": _window(12, 20),
+    "window 16": _window(16, 20),
     "window 8, cosine": _window(8, 12, cosine=True),
     "patches": _patches(keep=False),
     "kept patches": _patches(keep=True),

@@ -229,7 +229,8 @@ TABLE = (
     Entry("window_backward_keys", Config(block_m=32, block_n=32, group=4, warps=4, stages=1), length=64),
     Entry("window_backward_keys", Config(block_m=64, block_n=32, group=8, warps=4, stages=1)),
     Entry("window_backward_queries", Config(block_m=64, block_n=32, edge_n=16, group=8, warps=4), ("wmma",), 2),
-    Entry("window_backward_queries", Config(64, 32, 16, 8, warps=4, stages=1), ("mma", "wgmma", "tcgen05"), 2, 32, 160),
+    # Each group of programs stores a sum of the bias's gradient; two programs fit on a processor.
+    Entry("window_backward_queries", Config(64, 32, 16, 4, warps=4, stages=1), ("mma", "wgmma", "tcgen05"), 2, 32, 160),
     Entry(
         "window_backward_queries", Config(block_m=64, block_n=64, edge_n=16, group=8, warps=4), itemsize=2, head_dim=64
     ),

@@ -62,6 +62,8 @@ CALLS = (
     ("window_forward", "window 7, bf16", lambda: _window(28, 7, BF16), tiles.Config(64, 64, 32, 8, 4, 2)),
     ("window_backward", "window 7, bf16", lambda: _window(28, 7, BF16), tiles.Config(64, 64, 32, 4, 8, 1)),
     ("window_backward_keys", "window 7, fp32", lambda: _window(28, 7, F32), tiles.Config(32, 32, 32, 4, 8, 1)),
+    ("window_forward", "window 12, bf16", lambda: _window(24, 12, BF16), tiles.Config(64, 64, 32, 8, 4, 2)),
+    ("window_backward_queries", "window 12, bf16", lambda: _window(24, 12, BF16), tiles.Config(64, 64, 16, 4, 8, 1)),
     ("window_forward_long", "window 16, bf16", lambda: _window(32, 16, BF16), tiles.Config(64, 64, 16, 1, 4, 2)),
     ("window_backward_keys", "window 16, bf16", lambda: _window(32, 16, BF16), tiles.Config(64, 32, 32, 8, 4, 1)),
     ("window_backward_bias", "window 12, fp32", lambda: _window(24, 12, F32), tiles.Config(32, 32, 32, 8, 4, 1)),
