@@ -175,10 +175,7 @@ class Build:
                 ops.append(compiled(f"{source.stem}.cuda.o", f"cuda/{source.name}", flags, "nvcc"))
             ops.append(compiled("torch_cuda.o", "torch/cuda.cpp", stable))
             cuda_libraries = [*_cuda_library_paths(), "-lcudart_static", "-ldl", "-lrt"]
-        isas = {
-            isa: [*KERNEL_FLAGS, *flags, f"-DPYVIT_ISA={isa}"]
-            for isa, flags in ISAS.get(self.machine, PORTABLE).items()
-        }
+        isas = ISAS.get(self.machine, PORTABLE)
         kernels = {
             unit: [
                 compiled(f"{unit}.{isa}.o", f"cpu/{unit}.cpp", [*KERNEL_FLAGS, *flags, f"-DPYVIT_ISA={isa}"])
