@@ -181,9 +181,8 @@ def main():
                     k.mul_(momentum).add_(q, alpha=1 - momentum)
             losses.append(loss.item())
         seconds, knn = time.perf_counter() - began, knn_accuracy(teacher.backbone, whole, device)
-        print(
-            f"Epoch: [{epoch}/{args.epochs}]  loss: {np.mean(losses):.4f}  k-NN: {knn:.3f}  {seconds:.0f} s", flush=True
-        )
+        line = f"Epoch: [{epoch}/{args.epochs}]  loss: {np.mean(losses):.4f}  k-NN: {knn:.3f}  {seconds:.0f} s"
+        print(line, flush=True)
     os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
     torch.save(teacher.backbone.state_dict(), args.output)
 
