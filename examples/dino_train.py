@@ -111,11 +111,11 @@ def main():
     parser.add_argument("--data-path", help="folder of images, in folders (default: digits)")
     parser.add_argument("--arch", help="a ViT of timm (default: a small one, for digits)")
     parser.add_argument("--crop-sizes", type=int, nargs=2, default=(32, 24), help="of global and local crops")
-    parser.add_argument("--local-crops-number", type=int, default=2)
+    parser.add_argument("--local-crops-number", type=int, default=0, help="8 in the paper; none for digits")
     parser.add_argument("--out-dim", type=int, default=512)
     parser.add_argument("--hidden-dim", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--momentum-teacher", type=float, default=0.97)
     parser.add_argument("--teacher-temp", type=float, default=0.04)
@@ -131,7 +131,7 @@ def main():
         parser.error(f"--data-path must be a folder, got {root}")
 
     small = {} if args.arch else {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
-    make = {"num_classes": 0, "img_size": args.crop_sizes[0], "dynamic_img_size": True, **small}
+    make = {"num_classes": 0, "global_pool": "avg", "img_size": args.crop_sizes[0], "dynamic_img_size": True, **small}
     backbone = timm.create_model(args.arch or "vit_tiny_patch16_224", drop_path_rate=0.1, **make)
     student = MultiCropWrapper(backbone, DINOHead(backbone.num_features, args.out_dim, args.hidden_dim)).to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)
@@ -145,7 +145,7 @@ def main():
     dataset = ImageFolder(root, DataAugmentationDINO(*crops, photographs))
     plain = T.Compose([T.Resize(args.crop_sizes[:1] * 2), T.ToTensor(), T.Normalize((0.5,) * 3, (0.5,) * 3)])
     whole = ImageFolder(root, plain)
-    print(f"k-NN accuracy before training: {knn_accuracy(teacher.backbone, whole, device):.3f}", flush=True)
+    print(f"k-NN before training: {knn_accuracy(teacher.backbone, whole, device):.3f}", flush=True)
     loader = DataLoader(dataset, args.batch_size, True, num_workers=args.workers, drop_last=True)
     regularized = [p for p in student.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in student.parameters() if p.requires_grad and p.ndim <= 1]
@@ -163,7 +163,7 @@ def main():
     for epoch in range(args.epochs):
         losses, began = [], time.perf_counter()
         for it, (crops, _) in enumerate(loader, epoch * len(loader)):
-            warmup = min(1.0, (it + 1) / len(loader))
+            warmup = min(1.0, (it + 1) / (0.1 * steps))
             for group in optimizer.param_groups:
                 group["lr"] = warmup * cosine(args.lr, 1e-6, it, steps)
             loss = loss_of([crop.to(device) for crop in crops])
@@ -180,11 +180,9 @@ def main():
                 for q, k in zip(student.parameters(), teacher.parameters(), strict=True):
                     k.mul_(momentum).add_(q, alpha=1 - momentum)
             losses.append(loss.item())
-        print(
-            f"Epoch: [{epoch}/{args.epochs}]  loss: {np.mean(losses):.4f}  {time.perf_counter() - began:.0f} s",
-            flush=True,
-        )
-    print(f"k-NN accuracy after training: {knn_accuracy(teacher.backbone, whole, device):.3f}")
+        seconds, knn = time.perf_counter() - began, knn_accuracy(teacher.backbone, whole, device)
+        line = f"Epoch: [{epoch}/{args.epochs}]  loss: {np.mean(losses):.4f}  k-NN: {knn:.3f}  {seconds:.0f} s"
+        print(line, flush=True)
     os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
     torch.save(teacher.backbone.state_dict(), args.output)
 
