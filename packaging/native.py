@@ -53,7 +53,7 @@ SYSTEMS = {
         ("-shared", "-Wl,-z,defs", _EXPORTS),
         ("-shared", _EXPORTS),
         # Before torch, which carries parts of it: a reference bound to those would tie the library to this torch.
-        ("-lstdc++", "-lpthread"),
+        ("-lstdc++", "-lpthread", "-ldl"),
     ),
     "darwin": System(
         "libpyvit_ops.dylib",

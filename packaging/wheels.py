@@ -125,7 +125,7 @@ def gnu_runtime(target: Target, folder: Path) -> list[str]:
     newer = folder / "old_glibc.o"
     command = [*target.link.split(), "-O2", "-fPIC", "-fvisibility=hidden", "-c", "-o", str(newer)]
     subprocess.run([*command, str(ROOT / "packaging/old_glibc.c")], check=True)
-    return [str(newer), *found, "-lpthread", "-lm"]
+    return [str(newer), *found, "-lpthread", "-ldl", "-lm"]
 
 
 def extension_modules(target: Target, package: Path) -> dict[Path, tuple[list[str], list[str]]]:

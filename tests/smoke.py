@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 import pyvit
 from pyvit import library, ops
@@ -87,6 +88,16 @@ def prepacked() -> None:
         torch.testing.assert_close(net(images), want, rtol=1e-3, atol=1e-4)
 
 
+def sdpa() -> None:
+    """PyTorch's function runs on pyvit's kernels, and a call that they do not serve on PyTorch's."""
+    q = torch.randn(1, 3, 50, 64, dtype=torch.float64)
+    want = F.scaled_dot_product_attention(q, q, q)
+    with pyvit.activate_sdpa() as active:
+        assert F.scaled_dot_product_attention(q, q, q).equal(want)
+        torch.testing.assert_close(F.scaled_dot_product_attention(q.float(), q.float(), q.float()), want.float())
+        assert active.calls == (1, 1), active
+
+
 def error() -> None:
     """An exception of the library reaches Python with its message."""
     q = torch.randn(1, 2, 5, 8)
@@ -109,7 +120,7 @@ def main() -> int:
         checks["extension module"] = extension_module
     for dtype in (torch.float32, torch.bfloat16):
         checks |= {f"{kernel.__name__} {dtype}": functools.partial(kernel, dtype) for kernel in kernels}
-    checks |= {"prepacked weights": prepacked, "model": model}
+    checks |= {"prepacked weights": prepacked, "activate_sdpa": sdpa, "model": model}
     failed = 0
     for name, check in checks.items():
         try:
