@@ -95,7 +95,8 @@ def sdpa() -> None:
     with pyvit.activate_sdpa() as active:
         assert F.scaled_dot_product_attention(q, q, q).equal(want)
         torch.testing.assert_close(F.scaled_dot_product_attention(q.float(), q.float(), q.float()), want.float())
-        assert active.calls == (1, 1), active
+        counted = (0, 0) if active.devices["cpu"].startswith("left to PyTorch") else (1, 1)
+        assert active.calls == counted, active
 
 
 def error() -> None:
