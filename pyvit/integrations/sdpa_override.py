@@ -138,7 +138,7 @@ def _override(op: Any, kernel: Callable[..., Any], key: str, *, with_keyset: boo
     found = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
-        found.impl(op, kernel, key, with_keyset=with_keyset)
+        found.impl(op, kernel, key, with_keyset=with_keyset, allow_override=True)
     return found
 
 
@@ -268,12 +268,11 @@ def _install_cuda(stack: contextlib.ExitStack) -> str:
         return f"left to PyTorch: {why}"
     from torch.nn import attention
 
-    register = getattr(attention, "register_flash_attention_impl", None)
-    if register is None:  # torch < 2.11
+    if not hasattr(attention, "restore_flash_attention_impl"):  # torch 2.10, whose registry undoes nothing
         stack.callback(_Cuda().remove)
     else:
         before = attention.current_flash_attention_impl()
-        register("pyvit", register_fn=_Cuda)
+        attention.register_flash_attention_impl("pyvit", register_fn=_Cuda)
         attention.activate_flash_attention_impl("pyvit")
         stack.callback(_restore_implementation, before)
     return "calls without a mask or dropout for which pyvit.explain names a kernel of pyvit's"

@@ -529,10 +529,10 @@ def test_cuda_operators_are_overridden_and_restored(monkeypatch: pytest.MonkeyPa
     before = torch._C._dispatch_dump(name)
     with pyvit.activate_sdpa():
         assert torch._C._dispatch_dump(name) != before
-        if hasattr(attention, "current_flash_attention_impl"):
+        if hasattr(attention, "restore_flash_attention_impl"):
             assert attention.current_flash_attention_impl() == "pyvit"
     assert torch._C._dispatch_dump(name) == before
-    if hasattr(attention, "current_flash_attention_impl"):
+    if hasattr(attention, "restore_flash_attention_impl"):
         assert attention.current_flash_attention_impl() is None
 
     kernels = sdpa._Cuda()
