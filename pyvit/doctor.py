@@ -75,11 +75,17 @@ def _library() -> Check:
             "unset it" if os.environ.get("PYVIT_NO_LIBRARY") == "1" else "pip install --force-reinstall, or make build"
         )
         return Check(name, FAIL, problem, advice)
+    if (module := _extension_module()) is None:  # wheels have it for some versions of Python
+        return Check(name, PASS, "loads, without pyvit._C", "only benchmarks need pyvit._C, to measure peak rates")
+    return Check(name, PASS, f"loads; built by {module.compiler}")
+
+
+def _extension_module() -> Any:
+    """``pyvit._C``, or None: no operator needs it."""
     try:
-        compiler = importlib.import_module("pyvit._C").compiler
-    except ImportError as error:
-        return Check(name, FAIL, f"pyvit._C does not load: {error}", "install pyvit anew, for this Python")
-    return Check(name, PASS, f"loads; built by {compiler}")
+        return importlib.import_module("pyvit._C")
+    except ImportError:
+        return None
 
 
 def _private_names() -> Check:
@@ -146,8 +152,10 @@ def _instruction_set() -> Check:
     if library.problem() is not None:
         return Check(name, SKIPPED, "no compiled library")
     chosen = str(torch.ops.pyvit.cpu_isa())
-    has = [feature for feature, present in importlib.import_module("pyvit._C").cpu_features().items() if present]
-    found = f"{chosen}; the processor has {', '.join(has) or 'none that pyvit looks for'}"
+    found = chosen
+    if (module := _extension_module()) is not None:
+        has = [feature for feature, present in module.cpu_features().items() if present]
+        found += f"; the processor has {', '.join(has) or 'none that pyvit looks for'}"
     if devices.cpu_isa(torch.bfloat16) == "amx":
         found += "; PyTorch's AMX kernels come first in bfloat16"
     if forced := os.environ.get("PYVIT_CPU_ISA"):

@@ -55,6 +55,16 @@ def test_without_the_library_it_fails_and_says_what_to_do() -> None:
 
 
 @needs_library
+def test_without_the_extension_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a wheel under a Python that it has no pyvit._C for: operators work, and doctor says what is absent."""
+    monkeypatch.setitem(sys.modules, "pyvit._C", None)
+    for check in (doctor._library(), doctor._instruction_set()):
+        assert check.status == PASS
+    assert "without pyvit._C" in doctor._library().found
+    assert doctor._instruction_set().found.startswith(torch.ops.pyvit.cpu_isa())
+
+
+@needs_library
 def test_a_kernel_that_is_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = doctor.ops.flash_attention
 

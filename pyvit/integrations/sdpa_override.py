@@ -156,6 +156,7 @@ def _install_cpu(stack: contextlib.ExitStack) -> str:
         libraries = [_override(torch_private.attention_math, _math, "AutogradCPU") for _ in range(2)]
         stack.callback(libraries.clear)
     if not torch.ops.pyvit.override_sdpa(*(dtype not in refused for dtype in _DTYPES)):
+        stack.close()
         return "left to PyTorch: this torch does not have the C interface of its attention kernels"
     stack.callback(torch.ops.pyvit.override_sdpa, False, False, False)
     text = ", ".join(_name(dtype) for dtype in _DTYPES if dtype not in refused)

@@ -511,6 +511,15 @@ class _Original:
         return "torch's"
 
 
+def test_nothing_stays_where_the_fused_operators_cannot_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "aten::_scaled_dot_product_attention_math"
+    before = torch._C._dispatch_dump(name)
+    monkeypatch.setattr(torch.ops.pyvit, "override_sdpa", lambda *_: False)
+    with pyvit.activate_sdpa() as report:
+        assert report.devices["cpu"].startswith("left to PyTorch: this torch does not have")
+        assert torch._C._dispatch_dump(name) == before
+
+
 def test_cuda_operators_are_overridden_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU: that kernels are registered for the CUDA operators, whom they call, and that they go."""
     if torch.cuda.is_available():
