@@ -12,8 +12,8 @@ SPREAD := -n $(JOBS) --dist worksteal
 NATIVE := PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py -q build_ext --inplace
 
 .DEFAULT_GOAL := build
-.PHONY: help build wheel wheel-test test test-fast test-torch test-triton rehearse bench gpu results docs docs-site lint format \
-	clean
+.PHONY: help build wheel wheel-test test test-fast test-torch test-triton rehearse bench gpu hub results docs docs-site \
+	lint format clean
 
 help:             ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */ \t/' | sort
@@ -66,7 +66,6 @@ bench: build      ## check and time every operator and both models on this machi
 gpu: $(if $(filter command%,$(origin PY)),,build) ## an hour on a GPU: make gpu [PY=python3] [ARGS="--parts 1 --resume"]
 	PYTHONPATH=. $(PY) -m benchmarks.gpu $(ARGS)
 
-.PHONY: hub
 hub: build       ## the package for Hugging Face's kernels, build/hub
 	$(PY) packaging/hub.py
 
