@@ -1,4 +1,4 @@
-"""The command ``pyvit``: info, doctor, models, flops, convert, train, eval, bench."""
+"""The command ``pyvit``: info, doctor, models, flops, convert, train, eval, embed, search, bench."""
 
 from __future__ import annotations
 
@@ -101,10 +101,13 @@ def application() -> Any:
         train.command(recipe, help=_RECIPE_HELP[recipe], epilog=_options_of(recipe))(_trainer(recipe))
     evaluate = typer.Typer(help="Evaluate or visualise a trained model.", no_args_is_help=True, callback=_keep_memory)
     app.add_typer(evaluate, name="eval")
+    from pyvit.cli import embed
     from pyvit.cli.evaluate import COMMANDS
 
     for name, command in COMMANDS.items():
         evaluate.command(name)(command)
+    for command in (embed.embed, embed.search):
+        app.command()(command)
     return app
 
 

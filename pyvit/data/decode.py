@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,9 +19,10 @@ from pyvit.data.crops import Box, Crop, centre_box, crop_images
 #: Evaluation uses this share of the side of an image's largest centred square (He et al., 2016: 224 of 256).
 CENTRE = 0.875
 
-#: A JPEG is decoded at a reduced size only if at least this many source pixels are left per output pixel, as in
-#: Pillow's thumbnails.
-_SPARE = 2
+#: A JPEG is decoded at a half, a quarter or an eighth of its size if at least this many source pixels per output pixel
+#: are left along each side. The result then agrees with a full decoding to 43 dB (PSNR) and better, on photographs at
+#: quality 88: to 35 to 39 dB with 1, while 2 would decode photographs of one megapixel in full for 224 pixels.
+_SPARE = 1.5
 
 
 def open_image(source: Any) -> AbstractContextManager[Any]:
@@ -63,7 +65,7 @@ def upright_rgb(image: Any, turn: int) -> Any:
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    rgb = image.convert("RGB")
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
     flip = Image.Transpose
     turned = {
         2: flip.FLIP_LEFT_RIGHT, 3: flip.ROTATE_180, 4: flip.FLIP_TOP_BOTTOM, 5: flip.TRANSPOSE,
@@ -127,6 +129,25 @@ def decode_image(source: Any, size: int, centre: float = 1.0) -> Tensor:
         return cut(image, [(centre_box(width, height, (1, 1), share), (size, size))], (width, height), turn)[
             0
         ].contiguous()
+
+
+def decode_native(source: Any, patch: Sequence[int], patches: int) -> Tensor:
+    """A path, bytes or a PIL image to uint8 (3, H, W): the whole image in its aspect ratio, H and W multiples of
+    ``patch`` (height, width).
+
+    It is made smaller to have at most ``patches`` patches, and never larger (Dehghani et al., "Patch n' Pack", 2023),
+    except to a multiple of ``patch``.
+    """
+    with open_image(source) as image:
+        turn = _orientation(image)
+        width, height = image.size if turn < 5 else image.size[::-1]
+        scale = min(math.sqrt(patches * patch[0] * patch[1] / (width * height)), 1.0)
+        rows = min(max(round(height * scale / patch[0]), 1), patches)
+        columns = min(max(round(width * scale / patch[1]), 1), patches)
+        while rows * columns > patches:  # rounded up on both sides
+            rows, columns = (rows - 1, columns) if rows * patch[0] > columns * patch[1] else (rows, columns - 1)
+        size = (rows * patch[0], columns * patch[1])
+        return cut(image, [((0.0, 0.0, width, height), size)], (width, height), turn)[0].contiguous()
 
 
 class ImageDecoder:

@@ -104,3 +104,25 @@ def save_sheet(
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
+
+
+def save_grid(path: Path, images: Tensor, titles: Sequence[str], title: str = "", across: int = 5) -> Path:
+    """A PNG of images (N, 3, H, W) in [0, 1], ``across`` in a row, each under its title. Returns ``path``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = -(-len(images) // across)
+    figure, axes = plt.subplots(rows, across, figsize=(1.7 * across, 1.9 * rows + 0.5), squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, image, name in zip(axes.flat, images, titles, strict=False):
+        axis.imshow(image.clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+        axis.set_title(name, fontsize=7, parse_math=False)
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

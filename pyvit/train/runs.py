@@ -20,6 +20,14 @@ def load_run(folder: str | Path, data: str | None = None) -> tuple[Any, Data]:
     Only the run's folder and images are needed: the original data and ``init`` may have moved. Labels are matched to
     the run's classes by name. Raises ValueError for data that does not fit the run.
     """
+    recipe, kept = load_trained(folder)
+    chosen = _images(recipe.config, kept, data, recipe.data)
+    return recipe, chosen.with_classes(recipe.data.classes) if recipe.classifies else chosen
+
+
+def load_trained(folder: str | Path) -> tuple[Any, dict[str, Any] | None]:
+    """The recipe of the run in ``folder`` with its trained weights, in evaluation mode, and what the run recorded of
+    its data (data.json). Needs no images."""
     from pyvit.train.config import Config, parse
     from pyvit.train.recipe import load_recipe
 
@@ -36,7 +44,6 @@ def load_run(folder: str | Path, data: str | None = None) -> tuple[Any, Data]:
     config = Config(**record)
     kept = _read(folder / "data.json") if (folder / "data.json").exists() else None
     trained_on = from_description(kept) if kept else load_data(config.data, config.image_size, config.validation)
-    chosen = _images(config, kept, data, trained_on)
     config = dataclasses.replace(config, init=None)  # the run's file has all weights
     if (folder / "tokenizer.json").exists():
         options = {**parse(config.option, "option"), "tokenizer": str(folder / "tokenizer.json")}
@@ -44,7 +51,7 @@ def load_run(folder: str | Path, data: str | None = None) -> tuple[Any, Data]:
     torch.manual_seed(config.seed)
     recipe = load_recipe(config.recipe)(config, trained_on)
     _load(recipe.exported(), folder / "model.safetensors")
-    return recipe.eval(), chosen.with_classes(trained_on.classes) if recipe.classifies else chosen
+    return recipe.eval(), kept
 
 
 def _images(config: Any, kept: dict[str, Any] | None, data: str | None, trained_on: Data) -> Data:
