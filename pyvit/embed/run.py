@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -81,55 +82,64 @@ def embed_images(
             raise ValueError(f"embed: {name} must be at least 1, got {value}")
     if form == "parquet":
         shards._pyarrow("write")
-    out = Path(out).expanduser()
-    rank, world = _ranks()
-    say = say if rank == 0 else lambda line: None
-    images = open_images(source)
-    say(f"{len(images)} images in {images.root} ({images.kind})")
-    for note in images.notes:
-        say(f"  {note}")
-    encoder = load_encoder(settings, device, say)
-    say(encoder.describe())
-    manifest = {
-        "pyvit": __version__,
-        "source": {"kind": images.kind, "path": str(Path(source).expanduser().absolute())},
-        "images": len(images),
-        "parts": -(-len(images) // per_part),
-        "per_part": per_part,
-        "format": form,
-        "stored": stored or ("float32" if encoder.settings.dtype == "fp32" else "float16"),
-        "labels": labels,
-        "encoder": encoder.record(),
-    }
-    lock = Lock(out)
+    with _ranks() as (rank, world):
+        say = say if rank == 0 else lambda line: None
+        images = open_images(source)
+        say(f"{len(images)} images in {images.root} ({images.kind})")
+        for note in images.notes:
+            say(f"  {note}")
+        encoder = load_encoder(settings, device, say)
+        say(encoder.describe())
+        manifest = {
+            "pyvit": __version__,
+            "source": {"kind": images.kind, "path": str(Path(source).expanduser().absolute())},
+            "images": len(images),
+            "parts": -(-len(images) // per_part),
+            "per_part": per_part,
+            "format": form,
+            "stored": stored or ("float32" if encoder.settings.dtype == "fp32" else "float16"),
+            "labels": labels,
+            "encoder": encoder.record(),
+        }
+        out = Path(out).expanduser()
+        lock = Lock(out)
 
-    def begin() -> list[int]:
-        lock.acquire()
-        return shards.prepare(out, manifest, images)
+        def begin() -> list[int]:
+            lock.acquire()
+            return shards.prepare(out, manifest, images)
 
-    try:
-        missing = _on_first(rank, world, begin)
-        if len(missing) < manifest["parts"]:
-            say(f"{out} has {manifest['parts'] - len(missing)} of {manifest['parts']} parts: continuing")
-        times = _embed(images, out, manifest, encoder, missing[rank::world], batch, workers, rank == 0)
-        if world > 1:
-            dist.barrier()
-        rows, unreadable = _on_first(rank, world, lambda: shards.finish(out, manifest))
-    finally:
-        lock.release()
+        try:
+            missing = _on_first(rank, world, begin)
+            if len(missing) < manifest["parts"]:
+                say(f"{out} has {manifest['parts'] - len(missing)} of {manifest['parts']} parts: continuing")
+            times = _embed(images, out, manifest, encoder, missing[rank::world], batch, workers, rank == 0)
+            if world > 1:
+                dist.barrier()
+            rows, unreadable = _on_first(rank, world, lambda: shards.finish(out, manifest))
+        finally:
+            lock.release()
     if not rows:
         reason = f"; the first: {': '.join(unreadable[0])}" if unreadable else ""
         raise ValueError(f"embed: none of the {len(images)} images can be read{reason}")
     return Summary(out, rows, unreadable, times.images, times.rate(), limit(times, encoder))
 
 
-def _ranks() -> tuple[int, int]:
+@contextlib.contextmanager
+def _ranks() -> Iterator[tuple[int, int]]:
     """Rank and number of processes, which torchrun sets."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and not dist.is_initialized():
-        # A process may wait for as long as another takes for its parts.
-        dist.init_process_group("gloo", timeout=timedelta(days=365))
-    return (dist.get_rank(), world) if world > 1 else (0, 1)
+    if world == 1:
+        yield 0, 1
+        return
+    if dist.is_initialized():
+        yield dist.get_rank(), dist.get_world_size()
+        return
+    # A process may wait for as long as another takes for its parts.
+    dist.init_process_group("gloo", timeout=timedelta(days=365))
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
 
 
 def _on_first(rank: int, world: int, compute: Callable[[], R]) -> R:
