@@ -223,6 +223,16 @@ def test_what_is_no_source_is_refused(tmp_path):
             open_images(tmp_path / name)
 
 
+def test_names_that_are_not_utf8_are_escaped(tmp_path):
+    picture(1).save(tmp_path / os.fsdecode(b"caf\xe9.png"))
+    (tmp_path / os.fsdecode(b"\xff\n.png")).write_bytes(b"none")
+    done = embed_images(tmp_path, tmp_path / "out", PICO)
+    rows, unreadable = rows_of(done.out)
+    assert [row[1] for row in rows] == ["caf\\xe9.png"]
+    assert unreadable.startswith("\\xff\\n.png\tUnidentifiedImageError")
+    assert embed_images(tmp_path, tmp_path / "out", PICO).embedded == 0
+
+
 def test_a_folder_of_other_vectors_is_not_continued(tmp_path):
     source, out = make_folder(tmp_path / "images", 5), tmp_path / "out"
     embed_images(source, out, PICO, per_part=2)

@@ -214,7 +214,7 @@ class Part:
         self.part.index += [done.batch.start + place for place in done.places]
         self.part.names += [_name(item.name) for item in items]
         if self.part.labels is not None:
-            self.part.labels += [None if item.label is None else _name(item.label) for item in items]
+            self.part.labels += [None if label is None else _name(label) for label in (item.label for item in items)]
         self.part.unreadable += [(_name(name), reason) for name, reason in done.unreadable]
 
     def rows(self) -> shards.Part:

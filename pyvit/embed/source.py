@@ -39,12 +39,19 @@ class Slice(NamedTuple):
 
 
 class Item(NamedTuple):
-    """An image: its name, relative to the source and the same in every run, its class or None, and its file or
-    bytes."""
+    """An image: its name, relative to the source and the same in every run, its class or the file that holds it, and
+    its own file or bytes."""
 
     name: str
-    label: str | None
+    marked: str | Slice | None
     place: Path | Slice | bytes | None
+
+    @property
+    def label(self) -> str | None:
+        """The class, or None if it is unknown."""
+        if isinstance(self.marked, Slice):
+            return self.marked.read().decode("utf-8", "replace").strip()
+        return self.marked
 
     def source(self) -> Path | bytes | None:
         """What :func:`pyvit.data.decode.open_image` opens."""
@@ -134,9 +141,7 @@ class Tar(Images):
             raise ValueError(f"embed: {path} is {reason}") from error
         archive_name = path.relative_to(self.root).as_posix()
         for name, place in images:
-            label = labels.get(_key(name)[0])
-            text = None if label is None else label.read().decode("utf-8", "replace").strip()
-            yield Item(f"{archive_name}#{name}", text, place)
+            yield Item(f"{archive_name}#{name}", labels.get(_key(name)[0]), place)
 
     def open(self, name: str) -> Path | bytes | None:
         found = next((item for item in self._items if item.name == name), None)
@@ -215,13 +220,20 @@ class Parquet(Images):
                 groups.append(group)
             row += n
         row = first
-        for batch in file.iter_batches(_ROWS, row_groups=groups, columns=columns):
+        for batch in self._read(path, file.iter_batches(_ROWS, row_groups=groups, columns=columns)):
             low, high = max(start - row, 0), min(stop - row, len(batch))
             for i, value in enumerate(batch.slice(low, max(high - low, 0)).to_pylist(), row + low):
                 yield Item(f"{name}#{i}", self._label(value.get(self.label)), self._place(path, value[self.image]))
             row += len(batch)
             if row >= stop:
                 return
+
+    @staticmethod
+    def _read(path: Path, batches: Iterator[Any]) -> Iterator[Any]:
+        try:
+            yield from batches
+        except Exception as error:  # pyarrow raises exceptions of its own for damaged files
+            raise ValueError(f"embed: {path} is damaged: {error}") from error
 
     @staticmethod
     def _place(path: Path, value: Any) -> Path | bytes | None:
