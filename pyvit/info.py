@@ -27,6 +27,7 @@ PACKAGES = {
     "matplotlib": ("train", "plots"),
     "tensorboard": ("train", "TensorBoard logs"),
     "tokenizers": ("train", "tokenizer files"),
+    "pyarrow": ("embed", "parquet files"),
 }
 
 

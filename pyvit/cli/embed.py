@@ -82,7 +82,7 @@ def search(
     from pyvit.embed import load_query_encoder
     from pyvit.embed import search as nearest
     from pyvit.embed.search import embed_one, save_hits, thumbnail
-    from pyvit.embed.shards import open_manifest
+    from pyvit.embed.shards import open_manifest, printable
 
     if (image is None) == (text is None):
         raise ValueError("search: give either --image FILE or --text TEXT")
@@ -93,7 +93,7 @@ def search(
     query = embed_one(encoder, image) if image is not None else encoder.text(str(text), tokenizer)
     hits = nearest(out, query, k)
     for hit in hits:
-        print(f"{hit.score:.4f}  {hit.name}" + ("" if hit.label is None else f"  [{hit.label}]"))
+        print(printable(f"{hit.score:.4f}  {hit.name}" + ("" if hit.label is None else f"  [{hit.label}]")))
     if sheet is not None:
         shown = None if image is None else thumbnail(image)
         print(f"wrote {save_hits(sheet, out, hits, shown, str(text if image is None else Path(image).name))}")

@@ -168,7 +168,7 @@ def finish(folder: Path, manifest: dict[str, Any]) -> tuple[int, list[tuple[str,
     the unreadable images, with reasons."""
     records = [load_json(_record_path(folder, number)) for number in range(manifest["parts"])]
     unreadable = [(name, reason) for record in records for name, reason in record["unreadable"]]
-    lines = [f"{_printable(name)}\t{_printable(reason)}\n" for name, reason in unreadable]
+    lines = [f"{printable(name)}\t{printable(reason)}\n" for name, reason in unreadable]
     write_atomic(folder / UNREADABLE, lambda file: file.writelines(line.encode() for line in lines))
     rows = [record["rows"] for record in records]
     done = {"rows": sum(rows), "unreadable": len(unreadable), "rows_of_parts": rows}
@@ -176,7 +176,8 @@ def finish(folder: Path, manifest: dict[str, Any]) -> tuple[int, list[tuple[str,
     return sum(rows), unreadable
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """``text`` with control characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
