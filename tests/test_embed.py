@@ -25,6 +25,7 @@ from safetensors.numpy import load_file
 from sklearn.datasets import load_sample_image
 from typer.testing import CliRunner
 
+from benchmarks import embed as bench
 from pyvit import create_model
 from pyvit.cli import application
 from pyvit.data import decode
@@ -36,6 +37,7 @@ from pyvit.eval.features import embed
 from pyvit.models.metadata import header_of
 from pyvit.train import Config, train
 from pyvit.train.checkpoint import save_weights
+from tests import peers
 
 PICO = Settings("vit_pico_patch8_32", random_weights=True, dtype="fp32")
 CLASSES = ("cats", "dogs")
@@ -480,6 +482,17 @@ def test_thumbnails_keep_the_aspect():
     assert got.shape == (3, 60, 60)
     assert got[:, :19].min() == got[:, 41:].min() == 1
     assert got[:, 20:40].max() < 1
+
+
+def test_the_benchmark_embeds_with_both(tmp_path):
+    peers.peer("timm")
+    bench.write_photographs(tmp_path, 3)
+    assert Image.open(tmp_path / "00002.jpg").size == (1152, 864)
+    rates = [
+        bench.timm_rate(tmp_path, "bf16", "vit_tiny_patch16_224", batch=2, workers=0),
+        bench.pyvit_rate(tmp_path, "auto", "vit_tiny_patch16_224"),
+    ]
+    assert all(rate > 0 and cost > 0 for rate, cost in rates)
 
 
 @pytest.mark.gpu

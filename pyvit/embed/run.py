@@ -41,7 +41,7 @@ class Summary:
 def embed_images(
     source: str | Path,
     out: str | Path,
-    settings: Settings | str,
+    settings: Settings | Encoder | str,
     *,
     form: str = "parquet",
     stored: str | None = None,
@@ -56,7 +56,8 @@ def embed_images(
 
     Args:
         source: see :func:`pyvit.embed.open_images`.
-        settings: of the encoder, or the path of a run or of weights; see :func:`pyvit.embed.load_encoder`.
+        settings: of the encoder, or the path of a run or of weights (see :func:`pyvit.embed.load_encoder`), or an
+            encoder.
         form: "parquet", "npy" or "safetensors".
         stored: "float16" or "float32"; None: float16 if the model computes in 16 bits.
         per_part: images of a file of ``out``. After a crash at most one part of each process is computed again.
@@ -88,7 +89,7 @@ def embed_images(
         say(f"{len(images)} images in {images.root} ({images.kind})")
         for note in images.notes:
             say(f"  {note}")
-        encoder = load_encoder(settings, device, say)
+        encoder = settings if isinstance(settings, Encoder) else load_encoder(settings, device, say)
         say(encoder.describe())
         manifest = {
             "pyvit": __version__,
