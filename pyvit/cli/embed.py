@@ -62,7 +62,8 @@ def embed(
     if done.unreadable:
         print(f"{len(done.unreadable)} images cannot be read: {done.out / 'unreadable.txt'}")
     if done.embedded:
-        print(f"{done.embedded} images, {done.rate:.1f} images/s; {done.limits}")
+        mine = " in this process" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        print(f"{done.embedded} images{mine}, {done.rate:.1f} images/s; {done.limits}")
     print(f"{done.out}: {done.rows} vectors" + ("" if done.embedded else ", complete before"))
     return done
 

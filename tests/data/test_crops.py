@@ -77,14 +77,14 @@ def test_a_large_jpeg_is_decoded_as_finely_as_its_smallest_crop_needs(tmp_path):
     x, y = np.meshgrid(np.linspace(0, 255, side), np.linspace(0, 255, side))
     Image.fromarray(np.stack([x, y, (x + y) / 2], 2).astype(np.uint8)).save(tmp_path / "a.jpg", quality=95)
     decoded = []
-    load = Image.Image.convert
+    resized = Image.Image.resize
 
-    def convert(image, *args, **kwargs):
+    def resize(image, *args, **kwargs):
         decoded.append(image.size)
-        return load(image, *args, **kwargs)
+        return resized(image, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Image.Image, "convert", convert)
+        patch.setattr(Image.Image, "resize", resize)
         for scale, size, wanted in (
             ((1, 1), 224, 512),
             ((0.9, 1.0), 224, 512),
