@@ -7,8 +7,11 @@ data/masking.py, data/collate.py), written anew as plain PyTorch.
 
 from __future__ import annotations
 
+import ast
 import math
 import random
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ import torch.nn.functional as F
 
 from pyvit.models.dino import block_masks
 from pyvit.train import Config, engine
+from pyvit.train.recipe import load_recipe
 
 STEPS, WARMUP, WARM_TEMP, FROZEN = 20, 4, 6, 5
 LR, END_LR, WEIGHT_DECAY, END_WEIGHT_DECAY, MOMENTUM, CLIP = 2e-3, 1e-6, 0.04, 0.4, 0.9, 0.02
@@ -358,3 +362,27 @@ def test_masks_have_the_statistics_of_the_original(recipe):
         assert abs(ours.mean() - theirs.mean()) < 4 * error + 1e-12
     shares = np.sort(masks.mean((1, 2)))
     assert shares[-1] <= high
+
+
+@pytest.mark.parametrize("recipe", ["dino", "dinov2"])
+def test_the_tables_of_the_documentation_have_the_defaults(recipe):
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    kind = load_recipe(recipe)
+    defaults = {name: option.default for name, option in kind.options.items()} | kind.defaults
+    defaults |= {"base_lr": kind.base_lr, "base_batch": kind.base_batch}
+    section = re.search(rf"^## {kind.__name__}\n(.*?)^## ", page, re.M | re.S)[1]
+    told = []
+    for line in section.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 5 and (found := re.match(r"`(\w+)`", cells[0])):
+            told.append((found[1], cells[3]))
+        elif len(cells) == 3 and (found := re.match(r"`(?:--)?([\w-]+)[= ]([^`]*)`", cells[1])):
+            told.append((found[1].replace("-", "_"), found[2]))
+    names = {name for name, _ in told} - {"model"}
+    for name, value in told:
+        if name not in names:
+            continue
+        wanted = defaults[name]
+        assert (value if isinstance(wanted, str) else ast.literal_eval(value)) == wanted, name
+    untold = {"distort", "slant", "local_size"}  # augmentations for small and for spoken data
+    assert names >= defaults.keys() - untold

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from pyvit.data import load_data
 from pyvit.models.dino import SelfDistillation, block_masks
 from pyvit.models.resnet import ResNet
+from pyvit.models.vit import VisionTransformer
 from pyvit.nn import DropPath
-from pyvit.train import Config, engine
+from pyvit.train import Config, engine, train
+from pyvit.train.collapse import CollapseDetector, entropies, feature_rank
 from pyvit.train.optim import parameter_groups
 from pyvit.train.recipe import load_recipe
 
@@ -183,6 +186,53 @@ def test_the_centre_moves_once_a_step():
             recipe(part)
     recipe.update(0, 4)
     torch.testing.assert_close(recipe.loss.center, want, rtol=1e-4, atol=1e-6)
+
+
+def test_prototypes_keep_their_length_except_with_small_vision_transformers():
+    recipe, _ = make("dino")
+    assert recipe.opt["norm_last_layer"] == "auto"
+    assert recipe.model.student["head"].last_layer.parametrizations.weight.original0.requires_grad
+    with torch.device("meta"):
+        small, base = (VisionTransformer(embed_dim=dim, depth=1, num_heads=6) for dim in (384, 768))
+        assert [recipe.norm_last_layer(m) for m in (small, base, ResNet((1, 1, 1, 1), width=8))] == [False, True, True]
+    fixed = make("dino", "norm_last_layer=True")[0].model.student["head"].last_layer.parametrizations.weight.original0
+    assert not fixed.requires_grad
+
+
+def test_signs_of_collapse():
+    uniform, same = torch.full((8, 32), 1 / 32), torch.eye(32)[[3] * 8]
+    for outputs, each, mean in (
+        (uniform, math.log(32), math.log(32)),
+        (same, 0, 0),
+        (torch.eye(32)[:8], 0, math.log(8)),
+    ):
+        assert [float(e) for e in entropies(outputs)] == pytest.approx([each, mean], abs=1e-5)
+    assert float(feature_rank(torch.eye(32)[:8])) == pytest.approx(8)
+    assert float(feature_rank(torch.ones(8, 32))) == pytest.approx(1, abs=1e-4)
+    assert 2 < float(feature_rank(torch.randn(8, 3))) < 3
+    for outputs, kind in ((uniform, "near the uniform"), (same, "on few prototypes"), (torch.eye(32)[:8], "")):
+        values = dict(zip(("teacher_entropy", "batch_entropy"), map(float, entropies(outputs)), strict=True))
+        healthy = {"teacher_entropy": 1.0, "batch_entropy": 2.0}
+        found = CollapseDetector(32, 8)
+        assert not any(found.warning(v, 3) for v in (values, values, healthy, values, values))
+        said = [found.warning(values, 3) for _ in range(3)]
+        assert bool(said[0]) == bool(kind)  # the third in a row, and only once
+        assert kind in said[0]
+        assert not any(said[1:])
+
+
+def test_a_collapsed_run_says_so(tmp_path, capsys):
+    flat = ["teacher_temp=50.0", "warm_teacher_temp=50.0", "local_crops=0"]
+    train(settings("dino", *flat, out=str(tmp_path), steps=56, warmup=0.05, log_every=1))
+    said = [line for line in capsys.readouterr().out.splitlines() if "warning: collapse" in line]
+    assert len(said) == 1
+    assert said[0].startswith("step 51: warning: collapse: for 50 steps")  # counted from the end of the warm-up
+    assert "uniform" in said[0]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[10]["teacher_entropy"] == pytest.approx(math.log(40), abs=1e-3)
+    assert lines[10]["teacher_temp"] == 50
+    assert lines[0]["momentum"] < lines[50]["momentum"] < 1
+    assert 1 <= lines[10]["feature_rank"] <= 8
 
 
 @pytest.mark.parametrize("model", ["swin_pico_patch4_window4_32", "vit_pico_patch4_32"])
