@@ -202,10 +202,10 @@ class DINO(Recipe):
         seen = self.outputs(views)
         prototypes = self.prototypes()
         loss = self.loss(seen.student, seen.teacher, views["teacher_temp"], **prototypes)
-        return {"loss": loss, **self.signs(seen, views, prototypes["teacher_prototypes"])}
+        return {"loss": loss, **self.monitors(seen, views, prototypes["teacher_prototypes"])}
 
     @torch.no_grad()
-    def signs(self, seen: Outputs, views: Views, prototypes: Tensor) -> dict[str, Tensor]:
+    def monitors(self, seen: Outputs, views: Views, prototypes: Tensor) -> dict[str, Tensor]:
         """Values that show a collapse, of the first global crop of up to ROWS images, and the teacher's settings."""
         outputs = self.loss.teacher_outputs(seen.teacher[0, :ROWS], views["teacher_temp"], prototypes)
         entropy, of_mean = entropies(outputs)

@@ -159,8 +159,8 @@ class DINOv2(DINO):
         if o["koleo"]:
             found["koleo"] = torch.stack([self.koleo(crop) for crop in seen.class_tokens]).sum()
             loss = loss + o["koleo"] * found["koleo"]
-        signs = self.signs(seen, views, prototypes["teacher_prototypes"])
-        return {"loss": loss, **{k: v.detach() for k, v in found.items()}, **signs}
+        monitored = self.monitors(seen, views, prototypes["teacher_prototypes"])
+        return {"loss": loss, **{k: v.detach() for k, v in found.items()}, **monitored}
 
 
 RECIPE = DINOv2
