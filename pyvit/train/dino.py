@@ -199,7 +199,11 @@ class DINO(Recipe):
         return {f"{side}_prototypes": self.model.head_of(side, patches).prototypes for side in ("student", "teacher")}
 
     def forward(self, views: Views) -> dict[str, Tensor]:
-        seen = self.outputs(views)
+        return self.compare(self.outputs(views), views)
+
+    @torch.compiler.disable  # temperature and momentum change at every step, and would recompile it
+    def compare(self, seen: Outputs, views: Views) -> dict[str, Tensor]:
+        """{"loss": ..., and other values to log} from the outputs of student and teacher."""
         prototypes = self.prototypes()
         loss = self.loss(seen.student, seen.teacher, views["teacher_temp"], **prototypes)
         return {"loss": loss, **self.monitors(seen, views, prototypes["teacher_prototypes"])}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyvit.data import Data
 from pyvit.losses import IBOTLoss, KoLeoLoss
 from pyvit.models.dino import SelfDistillation, block_masks
+from pyvit.models.dino import Views as Outputs
 from pyvit.models.encoders import image_encoder
 from pyvit.models.vit import VisionTransformer
 from pyvit.train.config import Config
@@ -144,9 +145,9 @@ class DINOv2(DINO):
         masks = block_masks(crops * b, grid, (o["mask_low"], o["mask_high"]), o["mask_share"], spread=True)
         return {**found, "mask": masks.unflatten(0, (crops, b)).to(found["global"].device)}
 
-    def forward(self, views: Views) -> dict[str, Tensor]:
+    @torch.compiler.disable
+    def compare(self, seen: Outputs, views: Views) -> dict[str, Tensor]:
         o = self.opt
-        seen = self.outputs(views)
         temp = views["teacher_temp"]
         prototypes = self.prototypes()
         found = {"dino": self.loss(seen.student, seen.teacher, temp, **prototypes)}

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from pyvit.data import load_data
 from pyvit.models.dino import SelfDistillation, block_masks
@@ -219,6 +220,21 @@ def test_signs_of_collapse():
         assert bool(said[0]) == bool(kind)  # the third in a row, and only once
         assert kind in said[0]
         assert not any(said[1:])
+
+
+def test_schedules_do_not_recompile_the_networks(tmp_path):
+    """Temperature and momentum change at every step."""
+    warm = ["warm_teacher_temp=0.03", "warm_teacher=1.0", "local_crops=0"]
+    run = engine.Run(settings("dino", *warm, out=str(tmp_path), set=["embed_dim=24", "depth=1", "num_heads=1"]))
+    counter, batches = CompileCounter(), run.batches()
+    torch._dynamo.reset()
+    run.model.compile(backend=counter)
+    temps, graphs = zip(
+        *[(run.step(step, batches)["teacher_temp"], counter.frame_count) for step in range(3)], strict=True
+    )
+    assert temps[0] < temps[1] < temps[2]
+    assert 0 < graphs[0] == graphs[2]
+    run.close()
 
 
 def test_a_collapsed_run_says_so(tmp_path, capsys):
