@@ -109,8 +109,8 @@ class SelfDistillation(nn.Module):
         prototypes, head_hidden, bottleneck, head_layers, head_batch_norm, norm_last_layer: of the heads, see
             :class:`DINOHead`.
         masks: iBOT's objective: the student predicts masked patches (needs a ViT with ``mask_token=True``).
-        separate_heads: a separate head for patches (DINOv2). patch_prototypes: its prototypes, by default
-            ``prototypes``.
+        separate_heads: a separate head for patches (DINOv2). patch_prototypes, patch_bottleneck: of that head, by
+            default those of the other.
     """
 
     def __init__(
@@ -125,6 +125,7 @@ class SelfDistillation(nn.Module):
         patch_prototypes: int | None = None,
         head_batch_norm: bool = False,
         norm_last_layer: bool = True,
+        patch_bottleneck: int | None = None,
     ) -> None:
         super().__init__()
         if masks and getattr(backbone, "mask_token", None) is None:
@@ -136,6 +137,7 @@ class SelfDistillation(nn.Module):
         head |= {"batch_norm": head_batch_norm, "norm_last_layer": norm_last_layer}
         parts = nn.ModuleDict({"backbone": backbone, "head": DINOHead(feature_width(backbone), prototypes, **head)})
         if separate_heads:
+            head["bottleneck"] = patch_bottleneck or bottleneck
             parts["patch_head"] = DINOHead(backbone.embed_dim, patch_prototypes or prototypes, **head)
         self.student = parts
         self.teacher = copy.deepcopy(parts).requires_grad_(False)
@@ -304,7 +306,7 @@ def _block_mask(wanted: float, grid: Sequence[int], least: int, most: int, draw:
 
 HEAD = (
     "prototypes", "head_hidden", "bottleneck", "head_layers", "masks", "separate_heads", "patch_prototypes",
-    "head_batch_norm", "norm_last_layer",
+    "head_batch_norm", "norm_last_layer", "patch_bottleneck",
 )  # fmt: skip
 
 
@@ -319,12 +321,16 @@ def distilled(backbone: str | None = None, **settings: Any) -> SelfDistillation:
 
 _DINO = {"interpolate_antialias": False, "interpolate_offset": 0.1}
 _V2 = {
+    **_DINO,
     "masks": True,
     "separate_heads": True,
     "prototypes": 131072,
     "init_values": 1e-5,
     "drop_path_uniform": True,
     "drop_path_form": "batch",
+    "bottleneck": 384,
+    "patch_bottleneck": 256,
+    "norm_last_layer": False,
 }
 for _size, _patches in (("tiny", (16,)), ("small", (16, 8)), ("base", (16, 8)), ("large", (16,))):
     for _patch in _patches:
@@ -333,6 +339,7 @@ for _size, _patches in (("tiny", (16,)), ("small", (16, 8)), ("base", (16, 8)), 
             distilled,
             patch_size=_patch,
             drop_path_rate=0.1,
+            norm_last_layer=_size not in ("tiny", "small"),
             **_DINO,
             **SIZES[_size],
         )
@@ -342,6 +349,7 @@ for _size, _patches in (("tiny", (16,)), ("small", (16, 8)), ("base", (16, 8)), 
         masks=True,
         prototypes=8192,
         drop_path_rate=0.1,
+        norm_last_layer=_size not in ("tiny", "small"),
         **_DINO,
         **SIZES[_size],
     )
@@ -350,8 +358,6 @@ register(
     distilled,
     patch_size=14,
     drop_path_rate=0.4,
-    head_hidden=2048,
-    bottleneck=384,
     **_V2,
     **SIZES["large"],
 )
@@ -360,7 +366,6 @@ register(
     distilled,
     patch_size=14,
     drop_path_rate=0.4,
-    bottleneck=384,
     activation="swiglu",
     **_V2,
     **SIZES["giant"],

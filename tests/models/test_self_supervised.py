@@ -159,3 +159,18 @@ def test_clip_towers(tower, text):
     logits.sum().backward()
     assert not [n for n, p in model.named_parameters() if p.grad is None]
     assert torch.allclose(model.encode_image(images).norm(dim=1), torch.ones(3), atol=1e-5)
+
+
+def test_registered_heads_are_those_of_the_papers_code():
+    """DINOv2's vitl14.yaml; DINO's prototypes keep their length except for small models."""
+    v2 = pyvit.create_model("dinov2_vit_large_patch14_224", **VIT, prototypes=24, head_hidden=16)
+    widths = [v2.head_of("student", patches).prototypes.shape[1] for patches in (False, True)]
+    assert widths == [384, 256]
+    assert v2.student["backbone"].interpolation == {"antialias": False, "offset": 0.1}
+    lengths = {"dinov2_vit_large_patch14_224": v2}
+    for name in ("dino_vit_small_patch16_224", "dino_vit_base_patch16_224", "ibot_vit_large_patch16_224"):
+        lengths[name] = pyvit.create_model(name, **VIT, **HEAD)
+    trained = [
+        m.head_of("student").last_layer.parametrizations.weight.original0.requires_grad for m in lengths.values()
+    ]
+    assert trained == [True, True, False, False]
