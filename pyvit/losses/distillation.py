@@ -45,6 +45,7 @@ class _Centered(nn.Module):
         self.group = group
         self.deferred = False
         self._batch_means: list[Tensor] = []
+        self._used: Tensor | None = None
         self.register_buffer("center", torch.zeros(prototypes, dtype=torch.float32))
 
     @torch.no_grad()
@@ -52,20 +53,28 @@ class _Centered(nn.Module):
         """The centre of the teacher's features or scores (M, C), and the update of the running mean."""
         positive(f"{type(self).__name__}: teacher_temp", temp)
         if self.centering == "sinkhorn_knopp":
-            return sinkhorn_center(teacher, temp, self.iterations, prototypes=prototypes, group=self.group)
-        used = self.center.clone()
+            self._used = sinkhorn_center(teacher, temp, self.iterations, prototypes=prototypes, group=self.group)
+            return self._used
+        self._used = used = self.center.clone()
         if self.training:
             with torch.autocast(teacher.device.type, enabled=False):
-                total = torch.cat(
-                    (teacher.float().sum(0), teacher.new_full((1,), teacher.shape[0], dtype=torch.float32))
-                )
+                rows = _wide(teacher)
+                total = torch.cat((rows.sum(0), rows.new_full((1,), rows.shape[0])))
                 if self.group is not None:
                     dist.all_reduce(total, group=self.group)
                 mean = total[:-1] / total[-1].clamp_min(1)
-                self._batch_means.append(mean if prototypes is None else prototypes.float() @ mean)
+                self._batch_means.append(mean if prototypes is None else _wide(prototypes) @ mean)
             if not self.deferred:
                 self.update_center()
         return used
+
+    @torch.no_grad()
+    def teacher_outputs(self, teacher: Tensor, temp: float, prototypes: Tensor | None = None) -> Tensor:
+        """The teacher's probabilities (M, K) for scores or features (M, C), with the centre of the last forward
+        pass."""
+        with torch.autocast(teacher.device.type, enabled=False):
+            scores = _wide(teacher) if prototypes is None else _wide(teacher) @ _wide(prototypes).T
+            return ((scores - (self.center if self._used is None else self._used)) / temp).softmax(-1)
 
     @torch.no_grad()
     def update_center(self, keep: bool = True) -> None:
@@ -74,6 +83,11 @@ class _Centered(nn.Module):
         if self._batch_means and keep:
             self.center.lerp_(torch.stack(self._batch_means).mean(0).to(self.center.dtype), 1 - self.momentum)
         self._batch_means.clear()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """``x`` in float32, or float64 if it is float64."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class DINOLoss(_Centered):
@@ -112,7 +126,8 @@ class DINOLoss(_Centered):
         s = student.shape[0]
         t = teacher.shape[0]
         n = student.shape[1]
-        pairs = 1 - torch.eye(s, t, dtype=torch.float32, device=student.device)
+        wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+        pairs = 1 - torch.eye(s, t, dtype=wide, device=student.device)
         if not pairs.any():
             raise ValueError(f"DINOLoss: student must have at least 2 crops if the teacher has a single one, got {s}")
         center = self._center(teacher.flatten(0, 1), teacher_prototypes, teacher_temp)
@@ -178,8 +193,8 @@ class IBOTLoss(_Centered):
 
 
 class KoLeoLoss(nn.Module):
-    """KoLeo of normalised features, in float32 (Sablayrolles et al., 2019; DINOv2, appendix A). group: ranks that share
-    a batch."""
+    """KoLeo of normalised features, in float32 or float64 (Sablayrolles et al., 2019; DINOv2, appendix A). group: ranks
+    that share a batch."""
 
     def __init__(self, group: Any = None) -> None:
         super().__init__()
@@ -188,4 +203,4 @@ class KoLeoLoss(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, D): the class tokens of one crop. Crops of the same image must not be neighbours, so call it once per
         crop."""
-        return koleo(F.normalize(x.float(), dim=-1), group=self.group)
+        return koleo(F.normalize(_wide(x), dim=-1), group=self.group)

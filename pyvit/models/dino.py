@@ -84,7 +84,8 @@ class Views(NamedTuple):
     student (S, B, C) and teacher (T, B, C): class tokens of all crops and of the global crops; global crops come first.
     student_patches and teacher_patches (M, C) and weights (M,): the masked patches, each weighted by 1 / (masked
     patches of its crop) / (T * B); None without masks. class_tokens (T, B, D): the student's class tokens of global
-    crops before the head, for KoLeo. Backbones without a class token use their pooled features.
+    crops before the head, for KoLeo; teacher_tokens (T, B, D): the teacher's. Backbones without a class token use their
+    pooled features.
     """
 
     student: Tensor
@@ -93,6 +94,7 @@ class Views(NamedTuple):
     teacher_patches: Tensor | None
     weights: Tensor | None
     class_tokens: Tensor
+    teacher_tokens: Tensor
 
 
 class SelfDistillation(nn.Module):
@@ -107,8 +109,8 @@ class SelfDistillation(nn.Module):
         prototypes, head_hidden, bottleneck, head_layers, head_batch_norm, norm_last_layer: of the heads, see
             :class:`DINOHead`.
         masks: iBOT's objective: the student predicts masked patches (needs a ViT with ``mask_token=True``).
-        separate_heads: a separate head for patches (DINOv2). patch_prototypes: its prototypes, by default
-            ``prototypes``.
+        separate_heads: a separate head for patches (DINOv2). patch_prototypes, patch_bottleneck: of that head, by
+            default those of the other.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class SelfDistillation(nn.Module):
         patch_prototypes: int | None = None,
         head_batch_norm: bool = False,
         norm_last_layer: bool = True,
+        patch_bottleneck: int | None = None,
     ) -> None:
         super().__init__()
         if masks and getattr(backbone, "mask_token", None) is None:
@@ -134,6 +137,7 @@ class SelfDistillation(nn.Module):
         head |= {"batch_norm": head_batch_norm, "norm_last_layer": norm_last_layer}
         parts = nn.ModuleDict({"backbone": backbone, "head": DINOHead(feature_width(backbone), prototypes, **head)})
         if separate_heads:
+            head["bottleneck"] = patch_bottleneck or bottleneck
             parts["patch_head"] = DINOHead(backbone.embed_dim, patch_prototypes or prototypes, **head)
         self.student = parts
         self.teacher = copy.deepcopy(parts).requires_grad_(False)
@@ -182,14 +186,16 @@ class SelfDistillation(nn.Module):
         student = self.head_of("student").features(features)
         with torch.no_grad():
             seen, targets = embed_all(self.teacher["backbone"], crops[:1])
-            teacher = self.head_of("teacher").features(seen[0].unflatten(0, (-1, b)))
+            teacher_tokens = seen[0].unflatten(0, (-1, b))  # (T, B, D)
+            teacher = self.head_of("teacher").features(teacher_tokens)
         student_patches = teacher_patches = weights = None
         if hidden is not None and patches is not None and targets is not None:
             student_patches = self.head_of("student", True).features(patches[hidden])
             with torch.no_grad():
                 teacher_patches = self.head_of("teacher", True).features(targets[hidden])
-            weights = (hidden / hidden.sum(1, keepdim=True).clamp_min(1) / hidden.shape[0])[hidden]
-        return Views(student, teacher, student_patches, teacher_patches, weights, features[:count])
+            masked = hidden.to(torch.float64 if features.dtype == torch.float64 else torch.float32)
+            weights = (masked / masked.sum(1, keepdim=True).clamp_min(1) / hidden.shape[0])[hidden]
+        return Views(student, teacher, student_patches, teacher_patches, weights, features[:count], teacher_tokens)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay, besides biases and norms."""
@@ -248,13 +254,14 @@ def block_masks(
     generator: torch.Generator | None = None,
     spread: bool = False,
 ) -> Tensor:
-    """Block-wise random masks of iBOT (count, rows * columns), bool: rectangles with aspect ratios of 0.3 to 3.3.
+    """Block-wise random masks of BEiT, iBOT and DINOv2 (count, rows * columns), bool.
 
-    Rectangles are added until a random share in ``ratio`` is masked. A mask is empty with probability 1 -
-    ``probability``.
+    Rectangles with aspect ratios of 0.3 to 3.3 are added until a random share in ``ratio`` is masked, or until none of
+    10 random rectangles fits into what is left, as in the papers' code; so less may be masked, never more. A mask is
+    empty with probability 1 - ``probability``.
 
-    ``spread``, for DINOv2: exactly int(count * probability) masks are not empty, with shares equally spaced over
-    ``ratio``, in random order.
+    ``spread``, for DINOv2: at most int(count * probability) masks are not empty, with shares equally spaced over
+    ``ratio``, in random order. The smallest rectangle then has 4 patches; iBOT's has a third of the sides of the grid.
     """
     if not 0.0 <= ratio[0] <= ratio[1] < 1.0:
         raise ValueError(f"block_masks: ratio must be (low, high) with 0 <= low <= high < 1, got {ratio}")
@@ -264,38 +271,42 @@ def block_masks(
     if spread:
         masked = int(count * probability)
         step = (ratio[1] - ratio[0]) / max(masked, 1)
-        shares: list[float | None] = [
-            draw.uniform(ratio[0] + i * step, ratio[0] + (i + 1) * step) for i in range(masked)
-        ]
-        shares += [None] * (count - masked)
+        shares = [draw.uniform(ratio[0] + i * step, ratio[0] + (i + 1) * step) for i in range(masked)]
+        shares += [0.0] * (count - masked)
         draw.shuffle(shares)
     else:
-        shares = [draw.uniform(*ratio) if draw.random() < probability else None for _ in range(count)]
-    patches = math.prod(grid)
-    numbers = [0 if share is None else min(max(round(share * patches), 1), patches - 1) for share in shares]
-    return torch.stack([_block_mask(n, (grid[0], grid[1]), draw) for n in numbers])
+        shares = [draw.uniform(*ratio) if draw.random() < probability else 0.0 for _ in range(count)]
+    rows, columns = grid
+    if spread:  # the cap on a rectangle only matters for shares above one half
+        least, most = 4, rows // 2 * columns
+        return torch.stack([_block_mask(int(share * rows * columns), grid, least, most, draw) for share in shares])
+    least = (min(rows, columns) // 3) ** 2
+    return torch.stack([_block_mask(share * rows * columns, grid, least, rows * columns, draw) for share in shares])
 
 
-def _block_mask(wanted: int, grid: tuple[int, int], draw: random.Random) -> Tensor:
-    """(rows * columns,), bool: rectangles that mask ``wanted`` patches."""
+def _block_mask(wanted: float, grid: Sequence[int], least: int, most: int, draw: random.Random) -> Tensor:
+    """(rows * columns,), bool: rectangles of ``least`` to ``most`` patches, up to ``wanted`` masked patches."""
     import numpy as np  # training alone needs it
 
     rows, columns = grid
-    mask, left = np.zeros((rows, columns), dtype=bool), wanted
-    while left > 0:
-        area, aspect = draw.uniform(1, left), math.exp(draw.uniform(math.log(0.3), math.log(1 / 0.3)))
-        h, w = min(max(round(math.sqrt(area * aspect)), 1), rows), min(max(round(math.sqrt(area / aspect)), 1), columns)
+    mask = np.zeros((rows, columns), dtype=bool)
+    tries = 10
+    while tries and (left := min(wanted - int(mask.sum()), most)) > 0:
+        tries -= 1
+        area, aspect = draw.uniform(least, left), math.exp(draw.uniform(math.log(0.3), math.log(1 / 0.3)))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if h >= rows or w >= columns:
+            continue
         y, x = draw.randint(0, rows - h), draw.randint(0, columns - w)
-        new = h * w - int(mask[y : y + h, x : x + w].sum())
-        if new <= left:
+        if 0 < h * w - int(mask[y : y + h, x : x + w].sum()) <= left:
             mask[y : y + h, x : x + w] = True
-            left -= new
+            tries = 10
     return torch.from_numpy(mask.reshape(-1))
 
 
 HEAD = (
     "prototypes", "head_hidden", "bottleneck", "head_layers", "masks", "separate_heads", "patch_prototypes",
-    "head_batch_norm", "norm_last_layer",
+    "head_batch_norm", "norm_last_layer", "patch_bottleneck",
 )  # fmt: skip
 
 
@@ -310,12 +321,16 @@ def distilled(backbone: str | None = None, **settings: Any) -> SelfDistillation:
 
 _DINO = {"interpolate_antialias": False, "interpolate_offset": 0.1}
 _V2 = {
+    **_DINO,
     "masks": True,
     "separate_heads": True,
     "prototypes": 131072,
     "init_values": 1e-5,
     "drop_path_uniform": True,
     "drop_path_form": "batch",
+    "bottleneck": 384,
+    "patch_bottleneck": 256,
+    "norm_last_layer": False,
 }
 for _size, _patches in (("tiny", (16,)), ("small", (16, 8)), ("base", (16, 8)), ("large", (16,))):
     for _patch in _patches:
@@ -324,6 +339,7 @@ for _size, _patches in (("tiny", (16,)), ("small", (16, 8)), ("base", (16, 8)), 
             distilled,
             patch_size=_patch,
             drop_path_rate=0.1,
+            norm_last_layer=_size not in ("tiny", "small"),
             **_DINO,
             **SIZES[_size],
         )
@@ -333,6 +349,7 @@ for _size, _patches in (("tiny", (16,)), ("small", (16, 8)), ("base", (16, 8)), 
         masks=True,
         prototypes=8192,
         drop_path_rate=0.1,
+        norm_last_layer=_size not in ("tiny", "small"),
         **_DINO,
         **SIZES[_size],
     )
@@ -341,8 +358,6 @@ register(
     distilled,
     patch_size=14,
     drop_path_rate=0.4,
-    head_hidden=2048,
-    bottleneck=384,
     **_V2,
     **SIZES["large"],
 )
@@ -351,7 +366,6 @@ register(
     distilled,
     patch_size=14,
     drop_path_rate=0.4,
-    bottleneck=384,
     activation="swiglu",
     **_V2,
     **SIZES["giant"],

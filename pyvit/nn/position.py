@@ -29,14 +29,15 @@ def sincos_2d(dim: int, grid: Sequence[int], temperature: float = 10000.0) -> Te
 def resample_positions(
     pos: Tensor, old: Sequence[int], new: Sequence[int], antialias: bool = True, offset: float = 0.0
 ) -> Tensor:
-    """Learned positions (N, D) of a grid of ``old`` (rows, columns), bicubically resampled to ``new``, in float32;
-    dtype is kept.
+    """Learned positions (N, D) of a grid of ``old`` (rows, columns), bicubically resampled to ``new``, in float32
+    or float64; dtype is kept.
 
     ``offset`` 0.1 reproduces the scale factor (new + 0.1) / old of DINO and of the first DINOv2 models.
     """
     if tuple(old) == tuple(new):
         return pos
-    image = pos.float().unflatten(0, tuple(old)).permute(2, 0, 1)[None]
+    wide = pos if pos.dtype == torch.float64 else pos.float()
+    image = wide.unflatten(0, tuple(old)).permute(2, 0, 1)[None]
     if offset:
         scale = [(n + offset) / o for n, o in zip(new, old, strict=True)]
         image = F.interpolate(image, scale_factor=scale, mode="bicubic", antialias=antialias)

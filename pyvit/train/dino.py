@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,11 +13,16 @@ from pyvit.data.crops import Crop
 from pyvit.losses import DINOLoss
 from pyvit.models.dino import DINOHead, SelfDistillation
 from pyvit.models.dino import Views as Outputs
+from pyvit.models.vit import SIZES, VisionTransformer
 from pyvit.train import augment, schedules
+from pyvit.train.collapse import ROWS, CollapseDetector, entropies, feature_rank
 from pyvit.train.config import Config
 from pyvit.train.options import Option, SettingError
 from pyvit.train.recipe import Recipe, Views, build, initialise
 from pyvit.train.sync_batch_norm import SyncBatchNorm1d
+
+#: How the papers' code resamples positions for local crops.
+POSITIONS = {"interpolate_antialias": False, "interpolate_offset": 0.1}
 
 
 class DINO(Recipe):
@@ -30,7 +36,11 @@ class DINO(Recipe):
         "hidden": Option(2048, "width of the head's hidden layers", "[1, inf)"),
         "bottleneck": Option(256, "width of the head's bottleneck layer, before the prototypes", "[1, inf)"),
         "batch_norm": Option(False, "batch norm in the head; it helps small networks against collapse"),
-        "norm_last_layer": Option(True, "keep the prototypes at length 1; the paper does not for small models"),
+        "norm_last_layer": Option(
+            "auto",
+            "keep the prototypes at length 1; auto: except with vision transformers up to ViT-S",
+            choices=("auto", True, False),
+        ),
         "student_temp": Option(0.1, "temperature of the student", "(0, inf)"),
         "teacher_temp": Option(0.04, "temperature of the teacher after its warm-up", "(0, inf)"),
         "warm_teacher_temp": Option(0.04, "temperature of the teacher at the start", "(0, inf)"),
@@ -52,6 +62,7 @@ class DINO(Recipe):
         "slant": Option(0.0, "largest rotation and shear in degrees", "[0, 180)"),
     }
     base_lr, base_batch = 5e-4, 256
+    shown: ClassVar[tuple[str, ...]] = ("loss", "teacher_entropy", "feature_rank")
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
@@ -75,6 +86,7 @@ class DINO(Recipe):
                 SyncBatchNorm1d.convert(head.mlp)
         self.loss = DINOLoss(o["prototypes"], o["student_temp"], o["center_momentum"], o["centering"], group=self.group)
         self.loss.deferred = True
+        self.collapse = CollapseDetector(o["prototypes"], min(self.rows, ROWS))
         low, high = (o["local_crop"], o["global_crop"]), (o["global_crop"], 1.0)
         side = self.local_size(data.size)
         if o["distort"]:
@@ -89,7 +101,7 @@ class DINO(Recipe):
 
     def network(self, config: Config, data: Data) -> nn.Module:
         """The student's backbone."""
-        return build(config.model or "", data, config, num_classes=0, drop_path_rate=self.opt["drop_path"])
+        return build(config.model or "", data, config, num_classes=0, drop_path_rate=self.opt["drop_path"], **POSITIONS)
 
     def distillation(self, student: nn.Module) -> SelfDistillation:
         """Student and teacher, with their heads."""
@@ -100,8 +112,15 @@ class DINO(Recipe):
             o["hidden"],
             o["bottleneck"],
             head_batch_norm=o["batch_norm"],
-            norm_last_layer=o["norm_last_layer"],
+            norm_last_layer=self.norm_last_layer(student),
         )
+
+    def norm_last_layer(self, student: nn.Module) -> bool:
+        """Whether the prototypes keep the length 1. The paper's do, except those of ViT-S, which train stably without
+        (help text of its code)."""
+        chosen = self.opt["norm_last_layer"]
+        small = isinstance(student, VisionTransformer) and student.embed_dim <= SIZES["small"]["embed_dim"]
+        return not small if chosen == "auto" else chosen
 
     def local_size(self, size: tuple[int, int]) -> int:
         """Side of the local crops. The default is 3/7 of the image (96 of 224), rounded to whole patches."""
@@ -125,9 +144,29 @@ class DINO(Recipe):
         """The heads of the "student" or of the "teacher"."""
         return [part for name, part in getattr(self.model, side).items() if name != "backbone"]
 
+    def no_decay(self) -> set[str]:
+        """In the paper's code all matrices of a ViT decay, also tokens and positions."""
+        return set() if isinstance(self.backbone, VisionTransformer) else super().no_decay()
+
+    def clip_groups(self) -> list[list[nn.Parameter]]:
+        """Each parameter alone, as in the paper's code."""
+        return [[p] for p in self.parameters() if p.requires_grad]
+
     def schedule(self, step: int, steps: int) -> dict[str, float]:
-        start, end = self.config.weight_decay or 0.0, self.opt["weight_decay_end"]
-        return {"weight_decay": schedules.cosine(step, steps, start, end)}
+        c = self.config
+        return {
+            "lr": schedules.dino(step, steps, c.lr or 0.0, c.min_lr or 0.0, int(steps * (c.warmup or 0.0))),
+            "weight_decay": schedules.dino(step, steps, c.weight_decay or 0.0, self.opt["weight_decay_end"]),
+        }
+
+    def teacher_momentum(self, step: int, steps: int) -> float:
+        """Momentum of the teacher."""
+        return schedules.dino(step, steps, self.opt["momentum"], 1.0)
+
+    def teacher_temp(self, step: int, steps: int) -> float:
+        """Temperature of the teacher."""
+        warmup, end = int(self.opt["warm_teacher"] * steps), self.opt["teacher_temp"]
+        return schedules.linear(step, warmup - 1, self.opt["warm_teacher_temp"], end) if step < warmup else end
 
     @property
     def crops(self) -> dict[str, Crop]:
@@ -144,11 +183,11 @@ class DINO(Recipe):
         first = self.normalize(self.first(batch["first"]))
         second = self.normalize(self.second(batch["second"]))
         local = [self.normalize(self.local(crop)) for crop in batch["local"]] if o["local_crops"] else []
-        warmup = int(o["warm_teacher"] * steps)
         return {
             "global": torch.stack([first, second]),
             "local": torch.stack(local) if local else None,
-            "teacher_temp": schedules.linear(step, warmup, o["warm_teacher_temp"], o["teacher_temp"]),
+            "teacher_temp": self.teacher_temp(step, steps),
+            "momentum": self.teacher_momentum(step, steps),
         }
 
     def outputs(self, views: Views) -> Outputs:
@@ -160,12 +199,40 @@ class DINO(Recipe):
         return {f"{side}_prototypes": self.model.head_of(side, patches).prototypes for side in ("student", "teacher")}
 
     def forward(self, views: Views) -> dict[str, Tensor]:
-        seen = self.outputs(views)
-        return {"loss": self.loss(seen.student, seen.teacher, views["teacher_temp"], **self.prototypes())}
+        return self.compare(self.outputs(views), views)
+
+    @torch.compiler.disable  # temperature and momentum change at every step, and would recompile it
+    def compare(self, seen: Outputs, views: Views) -> dict[str, Tensor]:
+        """{"loss": ..., and other values to log} from the outputs of student and teacher."""
+        prototypes = self.prototypes()
+        loss = self.loss(seen.student, seen.teacher, views["teacher_temp"], **prototypes)
+        return {"loss": loss, **self.monitors(seen, views, prototypes["teacher_prototypes"])}
+
+    @torch.no_grad()
+    def monitors(self, seen: Outputs, views: Views, prototypes: Tensor) -> dict[str, Tensor]:
+        """Values that show a collapse, of the first global crop of up to ROWS images, and the teacher's settings."""
+        outputs = self.loss.teacher_outputs(seen.teacher[0, :ROWS], views["teacher_temp"], prototypes)
+        entropy, of_mean = entropies(outputs)
+        return {
+            "teacher_entropy": entropy,
+            "batch_entropy": of_mean,
+            "feature_rank": feature_rank(seen.teacher_tokens[0, :ROWS]),
+            "teacher_temp": torch.tensor(views["teacher_temp"]),
+            "momentum": torch.tensor(views["momentum"]),
+        }
+
+    def warning(self, step: int, steps: int, values: Mapping[str, float]) -> str:
+        if step < int(steps * (self.config.warmup or 0.0)):
+            return ""
+        return self.collapse.warning(values, max(50, steps // 10))
+
+    def frozen(self, step: int) -> bool:
+        """Whether the prototypes are frozen."""
+        return step < self.opt["freeze_last"] * self.per_epoch
 
     def gradients(self, step: int, steps: int) -> None:
         """Freeze the prototypes in the first epochs, until the features have spread (appendix D of the paper)."""
-        if step < self.opt["freeze_last"] * self.per_epoch:
+        if self.frozen(step):
             for head in self.heads("student"):
                 for p in head.last_layer.parameters():
                     p.grad = None
@@ -182,8 +249,7 @@ class DINO(Recipe):
 
     @torch.no_grad()
     def update(self, step: int, steps: int) -> None:
-        momentum = schedules.cosine(step, steps, self.opt["momentum"], 1.0)
-        self.model.update_teacher(momentum)
+        self.model.update_teacher(self.teacher_momentum(step, steps))
         for loss in self.losses():
             loss.update_center()
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from pyvit.data import Data
 from pyvit.losses import IBOTLoss, KoLeoLoss
 from pyvit.models.dino import SelfDistillation, block_masks
+from pyvit.models.dino import Views as Outputs
 from pyvit.models.encoders import image_encoder
 from pyvit.models.vit import VisionTransformer
 from pyvit.train.config import Config
-from pyvit.train.dino import DINO
+from pyvit.train.dino import DINO, POSITIONS
 from pyvit.train.options import Option, SettingError
 from pyvit.train.recipe import Views, build
 
@@ -31,6 +32,7 @@ class DINOv2(DINO):
         # no batch norm: ranks have different numbers of masked patches
         **{k: v for k, v in DINO.options.items() if k != "batch_norm"},
         "prototypes": Option(131072, "outputs of the head", "[2, inf)"),
+        "norm_last_layer": Option(False, "keep the prototypes at length 1"),
         "momentum": Option(0.994, "momentum of the teacher's moving average at the start; it rises to 1", "[0, 1)"),
         "teacher_temp": Option(0.07, "temperature of the teacher after its warm-up", "(0, inf)"),
         "centering": Option(
@@ -86,10 +88,9 @@ class DINOv2(DINO):
             "init_values": o["layer_scale"] or None,
             **({"activation": "swiglu"} if o["ffn"] == "swiglu" else {}),
         }
-        uniform = {"drop_path_rate": o["drop_path"], "drop_path_uniform": True}
-        network = build(
-            config.model or "", data, config, num_classes=0, mask_token=bool(o["ibot"]), **switches, **uniform
-        )
+        uniform = {"drop_path_rate": o["drop_path"], "drop_path_uniform": True, "drop_path_form": "batch"}
+        switches |= {"num_classes": 0, "mask_token": bool(o["ibot"]), **uniform, **POSITIONS}
+        network = build(config.model or "", data, config, **switches)
         if not isinstance(network, VisionTransformer):
             raise ValueError(f"dinov2: model must be a vision transformer (vit_*), got {config.model}")
         return network
@@ -103,8 +104,28 @@ class DINOv2(DINO):
             o["bottleneck"],
             masks=bool(o["ibot"]),
             separate_heads=bool(o["ibot"]) and o["separate_head"],
-            norm_last_layer=o["norm_last_layer"],
+            norm_last_layer=self.norm_last_layer(student),
         )
+
+    def clip_groups(self) -> list[list[nn.Parameter]]:
+        """The backbone and each head."""
+        return [list(part.parameters()) for part in self.model.student.values()]
+
+    def own_rates(self) -> Mapping[str, str]:
+        prefix = "model.student."
+        return {
+            prefix + name: "last_layer_lr"
+            for name, _ in self.model.student.named_parameters()
+            if ".last_layer." in name
+        }
+
+    def schedule(self, step: int, steps: int) -> dict[str, float]:
+        """The prototypes have no learning rate at first, but their gradients are collected, unlike in DINO."""
+        found = super().schedule(step, steps)
+        return {**found, "last_layer_lr": 0.0 if self.frozen(step) else found["lr"]}
+
+    def gradients(self, step: int, steps: int) -> None:
+        pass
 
     def rate_scales(self) -> Mapping[str, float]:
         return {"patch_embed": self.opt["patch_embed_rate"]}
@@ -124,11 +145,12 @@ class DINOv2(DINO):
         masks = block_masks(crops * b, grid, (o["mask_low"], o["mask_high"]), o["mask_share"], spread=True)
         return {**found, "mask": masks.unflatten(0, (crops, b)).to(found["global"].device)}
 
-    def forward(self, views: Views) -> dict[str, Tensor]:
+    @torch.compiler.disable
+    def compare(self, seen: Outputs, views: Views) -> dict[str, Tensor]:
         o = self.opt
-        seen = self.outputs(views)
         temp = views["teacher_temp"]
-        found = {"dino": self.loss(seen.student, seen.teacher, temp, **self.prototypes())}
+        prototypes = self.prototypes()
+        found = {"dino": self.loss(seen.student, seen.teacher, temp, **prototypes)}
         loss = found["dino"]
         if o["ibot"]:
             found["ibot"] = self.ibot(
@@ -138,7 +160,8 @@ class DINOv2(DINO):
         if o["koleo"]:
             found["koleo"] = torch.stack([self.koleo(crop) for crop in seen.class_tokens]).sum()
             loss = loss + o["koleo"] * found["koleo"]
-        return {"loss": loss, **{k: v.detach() for k, v in found.items()}}
+        monitored = self.monitors(seen, views, prototypes["teacher_prototypes"])
+        return {"loss": loss, **{k: v.detach() for k, v in found.items()}, **monitored}
 
 
 RECIPE = DINOv2

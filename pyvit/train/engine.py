@@ -94,7 +94,14 @@ def _accelerator(config: Config) -> Any:
 
 def _optimizer(recipe: Recipe, config: Config) -> torch.optim.Optimizer:
     try:
-        groups = parameter_groups(recipe, recipe.backbone, config.layer_decay or 1.0, recipe.rate_scales())
+        groups = parameter_groups(
+            recipe,
+            recipe.backbone,
+            config.layer_decay or 1.0,
+            recipe.rate_scales(),
+            recipe.no_decay(),
+            recipe.own_rates(),
+        )
     except TypeError as error:
         raise SettingError(
             f"layer_decay must be 1 with {config.model}, whose layers cannot be counted ({error})"
@@ -116,8 +123,9 @@ def _set_rates(optimizer: Any, recipe: Recipe, config: Config, step: int, steps:
     overrides = recipe.schedule(step, steps)
     lr = overrides.get("lr", lr)
     weight_decay = overrides.get("weight_decay", weight_decay)
+    rates = {**overrides, "lr": lr}
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = rates[group.get("schedule", "lr")] * group["lr_scale"]
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
     return lr
 
@@ -200,8 +208,7 @@ class Run(Resumable):
             totals = self._gradients(step, schedule_step, batches)
         self.recipe.gradients(schedule_step, self.steps)
         if c.clip:
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), c.clip)
-            totals["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            totals["grad_norm"] = self._clip(c.clip)
         scaler = self.accelerator.scaler
         bad, self.stop = self._max_over_ranks(
             int(scaler is None and not all(map(_finite, totals.values()))), self.signals.last
@@ -221,6 +228,14 @@ class Run(Resumable):
         else:
             self.recipe.update(schedule_step, self.steps)
         return {**totals, "lr": lr, "loss_scale": scaler.get_scale(), "skipped_steps": self.skipped}
+
+    def _clip(self, most: float) -> float:
+        """Limit the gradient norm of each of the recipe's groups. Returns the norm of all gradients before."""
+        self.accelerator.unscale_gradients()
+        groups = [[p for p in group if p.grad is not None] for group in self.recipe.clip_groups()]
+        norms = [torch.nn.utils.clip_grad_norm_(group, most) for group in groups if group]
+        norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+        return float(torch.stack(norms).norm())
 
     def _count_overflow(self, step: int, skipped: bool) -> None:
         """Count the steps that the gradient scaler skipped because float16 gradients overflowed."""
@@ -314,6 +329,8 @@ class Run(Resumable):
         try:
             for step in range(self.start, self.steps):
                 values = self.step(step, batches)
+                if warning := self.recipe.warning(step, self.steps, values):
+                    self.tell(f"step {step}: warning: {warning}")
                 if step == self.start:
                     self.tell(f"kernels: {active_kernels() or 'none of pyvit'}")
                 last = step + 1 == self.steps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,18 +21,28 @@ def no_decay(model: nn.Module) -> set[str]:
 
 
 def parameter_groups(
-    model: nn.Module, backbone: nn.Module, layer_decay: float, rate_scales: Mapping[str, float] | None = None
+    model: nn.Module,
+    backbone: nn.Module,
+    layer_decay: float,
+    rate_scales: Mapping[str, float] | None = None,
+    exempt: Collection[str] | None = None,
+    own_rates: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups: no weight decay for vectors and exempt parameters; inside ``backbone``, learning rates times
     ``layer_decay ** (layers above)``.
 
-    ``rate_scales``: factors on the learning rate of backbone parameters whose name contains the key. Each group has
-    ``lr_scale`` and ``decays``, which the engine combines with the schedules. Raises TypeError for a ``layer_decay``
-    below 1 if the backbone has no layers.
+    Args:
+        rate_scales: factors on the learning rate of backbone parameters whose name contains the key.
+        exempt: full names of the exempt parameters, by default those of :func:`no_decay`.
+        own_rates: {full name: schedule} of the parameters that do not follow the schedule "lr".
+
+    Each group has ``lr_scale``, ``decays`` and ``schedule``, which the engine combines with the schedules. Raises
+    TypeError for a ``layer_decay`` below 1 if the backbone has no layers.
     """
     depths = depths_of(backbone) if layer_decay != 1 else []
-    exempt, inside = no_decay(model), {id(p): name for name, p in backbone.named_parameters()}
-    groups: dict[tuple[float, bool, bool], dict[str, Any]] = {}
+    exempt = no_decay(model) if exempt is None else exempt
+    inside = {id(p): name for name, p in backbone.named_parameters()}
+    groups: dict[tuple[float, bool, bool, str], dict[str, Any]] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -45,7 +55,9 @@ def parameter_groups(
                 scale *= factor if key in backbone_name else 1.0
         # FSDP2 does not shard scalars, and a fused optimizer step cannot mix sharded and unsharded parameters.
         scalar = p.dim() == 0
-        group = groups.setdefault((scale, decays, scalar), {"params": [], "lr_scale": scale, "decays": decays})
+        schedule = (own_rates or {}).get(name, "lr")
+        new = {"params": [], "lr_scale": scale, "decays": decays, "schedule": schedule}
+        group = groups.setdefault((scale, decays, scalar, schedule), new)
         group["params"].append(p)
     return list(groups.values())
 

@@ -52,7 +52,7 @@ def check(name: str, value: Any, kind: type, within: str = "", choices: tuple[An
     else:
         fits = isinstance(value, kind) and not within
     if choices:
-        fits = isinstance(value, kind) and value in choices
+        fits = any(type(value) is type(choice) and value == choice for choice in choices)
     if not fits:
         what = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}.get(kind, kind.__name__)
         if choices:

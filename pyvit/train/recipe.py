@@ -16,6 +16,7 @@ from pyvit.data.crops import Crop, crop_images, generator
 from pyvit.models.encoders import image_encoder
 from pyvit.train.config import Config
 from pyvit.train.initialisation import build, initialise
+from pyvit.train.optim import no_decay
 from pyvit.train.options import Option, SettingError, choose, parse
 
 __all__ = ["RECIPES", "Recipe", "Views", "build", "initialise", "load_recipe"]
@@ -138,9 +139,27 @@ class Recipe(nn.Module):
         """Factors on the learning rate of backbone parameters whose name contains the key."""
         return {}
 
-    def schedule(self, step: int, steps: int) -> dict[str, float]:
-        """Overrides of "lr" or "weight_decay" for this step. By default the engine uses a cosine and a constant."""
+    def no_decay(self) -> set[str]:
+        """Full names of the matrices without weight decay: by default those that the modules exempt."""
+        return no_decay(self)
+
+    def own_rates(self) -> Mapping[str, str]:
+        """{full name: schedule} of the parameters whose learning rate is not "lr" but another one of
+        :meth:`schedule`."""
         return {}
+
+    def clip_groups(self) -> list[list[nn.Parameter]]:
+        """The parameters whose gradients are clipped together. By default the norm of all of them is limited."""
+        return [list(self.parameters())]
+
+    def schedule(self, step: int, steps: int) -> dict[str, float]:
+        """Overrides of "lr" or "weight_decay" for this step, and the rates that :meth:`own_rates` names. By default the
+        engine uses a cosine and a constant."""
+        return {}
+
+    def warning(self, step: int, steps: int, values: Mapping[str, float]) -> str:
+        """A warning about the values that a step logs, or "". Called after every step."""
+        return ""
 
     @property
     def backbone(self) -> nn.Module:

@@ -14,6 +14,14 @@ def cosine(step: int, steps: int, start: float, end: float, warmup: int = 0) -> 
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def dino(step: int, steps: int, start: float, end: float, warmup: int = 0) -> float:
+    """The schedule of DINO and DINOv2: linear from 0 at the first step to ``start`` at the last of ``warmup`` steps,
+    then a half cosine from ``start``, which would reach ``end`` one step after the last."""
+    if step < warmup:
+        return start * step / max(warmup - 1, 1)
+    return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
+
+
 def linear(step: int, steps: int, start: float, end: float) -> float:
     """Linear from ``start`` to ``end`` over ``steps`` steps, then constant."""
     return start + (end - start) * min(step / max(steps, 1), 1.0)

@@ -102,10 +102,9 @@ def test_block_masks_hide_the_share_asked_for():
     share = masks.float().mean(1)
     hidden = share[share > 0]
     assert 20 <= len(hidden) <= 44
-    assert hidden.min() >= 0.09
-    assert hidden.max() <= 0.51
-    full = block_masks(8, (6, 9), (0.4, 0.4), 1.0, generator)
-    assert (full.sum(1) == round(0.4 * 54)).all()
+    assert hidden.max() <= 0.5
+    full = block_masks(8, (6, 9), (0.4, 0.4), 1.0, generator).sum(1)
+    assert ((full > 0.3 * 54) & (full <= 0.4 * 54)).all()
 
 
 @pytest.mark.parametrize("encoder", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet18"])
@@ -160,3 +159,18 @@ def test_clip_towers(tower, text):
     logits.sum().backward()
     assert not [n for n, p in model.named_parameters() if p.grad is None]
     assert torch.allclose(model.encode_image(images).norm(dim=1), torch.ones(3), atol=1e-5)
+
+
+def test_registered_heads_are_those_of_the_papers_code():
+    """DINOv2's vitl14.yaml; DINO's prototypes keep their length except for small models."""
+    v2 = pyvit.create_model("dinov2_vit_large_patch14_224", **VIT, prototypes=24, head_hidden=16)
+    widths = [v2.head_of("student", patches).prototypes.shape[1] for patches in (False, True)]
+    assert widths == [384, 256]
+    assert v2.student["backbone"].interpolation == {"antialias": False, "offset": 0.1}
+    lengths = {"dinov2_vit_large_patch14_224": v2}
+    for name in ("dino_vit_small_patch16_224", "dino_vit_base_patch16_224", "ibot_vit_large_patch16_224"):
+        lengths[name] = pyvit.create_model(name, **VIT, **HEAD)
+    trained = [
+        m.head_of("student").last_layer.parametrizations.weight.original0.requires_grad for m in lengths.values()
+    ]
+    assert trained == [True, True, False, False]
