@@ -35,7 +35,11 @@ def load_run(folder: str | Path, data: str | None = None) -> tuple[Any, Data]:
         )
     config = Config(**record)
     kept = _read(folder / "data.json") if (folder / "data.json").exists() else None
-    trained_on = from_description(kept) if kept else load_data(config.data, config.image_size, config.validation)
+    trained_on = (
+        from_description(kept)
+        if kept
+        else load_data(config.data, config.image_size, config.validation, config.train_images)
+    )
     chosen = _images(config, kept, data, trained_on)
     config = dataclasses.replace(config, init=None)  # the run's file has all weights
     if (folder / "tokenizer.json").exists():
@@ -52,7 +56,9 @@ def _images(config: Any, kept: dict[str, Any] | None, data: str | None, trained_
         if not kept:
             return trained_on
         try:
-            return load_data(locate(config.data, kept["source"]), trained_on.size[1], config.validation)
+            return load_data(
+                locate(config.data, kept["source"]), trained_on.size[1], config.validation, config.train_images
+            )
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; give the images to evaluate on with --data") from error
     chosen = load_data(data, trained_on.size[1])
