@@ -29,7 +29,8 @@ def load_data(
 
     Args:
         spec: "digits", "fashion-mnist", "scenes", "words" or "synthetic" (built in); a folder of images or .wav files,
-            with or without a subfolder per class; a .csv, .tsv or .txt table of image paths and captions; "hf:NAME[:SPLIT]" for a Hugging
+            with or without a subfolder per class; a .csv, .tsv or .txt table of image paths and captions;
+            "hf:NAME[:SPLIT]" for a Hugging
             Face data set (a hub name or a folder), or "hf-stream:NAME[:SPLIT]" to stream it.
         size: side of the square images, by default the data set's own or 224; for audio the number of frames of the
             spectrogram, by default 1024 (10 s).
