@@ -69,9 +69,9 @@ gpu: $(if $(filter command%,$(origin PY)),,build) ## an hour on a GPU: make gpu 
 hub: build       ## the package for Hugging Face's kernels, build/hub
 	$(PY) packaging/hub.py
 
-results: build    ## regenerate docs/results.md: what each recipe reaches on real images
-	$(PY) -m benchmarks.train_results
-	$(PY) -m benchmarks.train_losses
+results: build    ## docs/results.md: what each recipe reaches on real images; only the missing runs, make results [ARGS=--all]
+	$(PY) -m benchmarks.learning $(ARGS)
+	$(PY) -m benchmarks.learning.losses
 
 docs: build       ## regenerate the tables in docs/ (compiles every GPU kernel: half an hour)
 	$(PY) -m pyvit.triton_kernels.tools.compile_report --dtype bf16 fp32

@@ -2,6 +2,8 @@
 // more than many an operator that writes to it: the kernel clears each page when it is first touched.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <deque>
 #include <mutex>
 
@@ -19,6 +21,7 @@ namespace pyvit {
 
 // Blocks that no tensor uses any more, for the next tensor of the same size. Whoever finds it in use goes to the
 // system's allocator, so that a process that was forked meanwhile does not wait for ever.
+// Their memory comes from the system, not from malloc: kept blocks would keep the free memory around them apart.
 class FreeBlocks {
  public:
   void* take(size_t bytes) {
@@ -33,21 +36,23 @@ class FreeBlocks {
             return data;
           }
     }
-    return aligned_allocate(bytes);
+    void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return data == MAP_FAILED ? nullptr : data;
   }
   void give(void* data, size_t bytes) {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock) return aligned_free(data);
+    if (!lock) return release(data, bytes);
     free_.push_back({data, bytes});
     held_ += bytes;
     while (free_.size() > MOST || held_ > MOST_BYTES) {
-      aligned_free(free_.front().data);
+      release(free_.front().data, free_.front().bytes);
       held_ -= free_.front().bytes;
       free_.pop_front();
     }
   }
 
  private:
+  static void release(void* data, size_t bytes) { munmap(data, bytes); }
   static constexpr size_t MOST = 64, MOST_BYTES = 256 << 20;
   struct Block {
     void* data;

@@ -243,6 +243,36 @@ class Data:
             self, train=train, test=test, extra={}, notes=[*self.notes, f"{share:g} of the training images held out"]
         )
 
+    def limited(self, count: int) -> Data:
+        """A copy with ``count`` of the training images, always the same ones, for learning from few labels.
+
+        With labels each class has equally many (the first classes one more, if ``count`` does not divide). Raises
+        ValueError if there are not enough images, and for streams, whose images are not known in advance.
+        """
+        if self.train.streamed:
+            raise ValueError(f"train_images: must not be given for a stream, got {count} for {self.name}")
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(1), device="cpu")
+        if not 1 <= count <= len(order):
+            raise ValueError(f"train_images: must be in 1..{len(order)}, the training images, got {count}")
+        if self.train.labels is not None:
+            labels = torch.as_tensor(self.train.labels)[order]
+            known = labels.unique().tolist()
+            kept = []
+            for rank, label in enumerate(known):
+                at = order[labels == label]
+                wanted = count // len(known) + (rank < count % len(known))
+                if not 1 <= wanted <= len(at):
+                    name = self.classes[label] if self.classes else str(label)
+                    raise ValueError(
+                        f"train_images: {count} images need {wanted} of each of {len(known)} classes, and at least 1, "
+                        f"{name} has {len(at)}"
+                    )
+                kept.append(at[:wanted])
+            order = torch.cat(kept)
+        at = sorted(order[:count].tolist())
+        note = f"{count} of the {len(self.train)} training images are used"
+        return dataclasses.replace(self, train=self.train.part(at), notes=[*self.notes, note])
+
     def with_classes(self, classes: Sequence[str] | None) -> Data:
         """A copy whose labels are those of a trained network: ``classes`` in its order, matched by name.
 

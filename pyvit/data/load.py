@@ -12,23 +12,30 @@ from pyvit.data.dataset import Data
 def builtin() -> dict[str, Callable[..., Data]]:
     """The built-in data sets, by name."""
     from pyvit.data.digits import digits
+    from pyvit.data.fashion_mnist import fashion_mnist
     from pyvit.data.scenes import scenes
     from pyvit.data.spoken_words import words
     from pyvit.data.synthetic import synthetic
 
-    return {"digits": digits, "scenes": scenes, "synthetic": synthetic, "words": words}
+    return {
+        "digits": digits, "fashion-mnist": fashion_mnist, "scenes": scenes, "synthetic": synthetic, "words": words
+    }  # fmt: skip
 
 
-def load_data(spec: str, size: int | None = None, validation: float = 0.0, **options: Any) -> Data:
+def load_data(
+    spec: str, size: int | None = None, validation: float = 0.0, train_images: int | None = None, **options: Any
+) -> Data:
     """Load the data set that ``spec`` names.
 
     Args:
-        spec: "digits", "scenes", "words" or "synthetic" (built in); a folder of images or .wav files, with or without a
-            subfolder per class; a .csv, .tsv or .txt table of image paths and captions; "hf:NAME[:SPLIT]" for a Hugging
+        spec: "digits", "fashion-mnist", "scenes", "words" or "synthetic" (built in); a folder of images or .wav files,
+            with or without a subfolder per class; a .csv, .tsv or .txt table of image paths and captions;
+            "hf:NAME[:SPLIT]" for a Hugging
             Face data set (a hub name or a folder), or "hf-stream:NAME[:SPLIT]" to stream it.
         size: side of the square images, by default the data set's own or 224; for audio the number of frames of the
             spectrogram, by default 1024 (10 s).
         validation: share of the training images that replaces the held-out ones, see :meth:`Data.validation`.
+        train_images: use only this many training images, see :meth:`Data.limited`.
 
     Raises ValueError for an unknown name, FileNotFoundError for a path that does not exist.
     """
@@ -39,7 +46,9 @@ def load_data(spec: str, size: int | None = None, validation: float = 0.0, **opt
     if size is not None and size < 1:
         raise ValueError(f"data: size must be at least 1, got {size}")
     if validation:
-        return load_data(spec, size, **options).validation(validation)
+        return load_data(spec, size, train_images=train_images, **options).validation(validation)
+    if train_images is not None:
+        return load_data(spec, size, **options).limited(train_images)
     sets = builtin()
     if spec in sets:
         return sets[spec](**({} if size is None else {"size": size}), **options)

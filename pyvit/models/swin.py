@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyvit.models.metadata import WithMetadata
 from pyvit.models.registry import register
-from pyvit.nn import DropPath, LayerNorm, Linear, Mlp, PatchEmbed, WindowAttention, WindowAttentionV2
+from pyvit.nn import DropPath, LayerNorm, Linear, Mlp, PatchEmbed, WindowAttention, WindowAttentionV2, init_linears
 from pyvit.nn.linear import apply, plain
 from pyvit.nn.patch_embed import pair
 from pyvit.nn.rates import check_rate
@@ -135,7 +135,7 @@ class SwinTransformer(WithMetadata):
         mask_padding: mask padding tokens, see :class:`pyvit.nn.WindowAttention`.
         drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: as in VisionTransformer; drop_path increases over all
             blocks.
-        mean, std: see :class:`pyvit.nn.PatchEmbed`.
+        mean, std: see :class:`pyvit.nn.PatchEmbed`. weight_init: as in VisionTransformer.
     """
 
     def __init__(
@@ -161,6 +161,7 @@ class SwinTransformer(WithMetadata):
         drop_path_rate: float = 0.1,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        weight_init: str = "normal",
     ) -> None:
         super().__init__()
         if version not in (1, 2):
@@ -218,17 +219,14 @@ class SwinTransformer(WithMetadata):
         self.norm = LayerNorm(self.num_features[-1], norm_eps)
         self.num_classes = num_classes
         self.head = ClassifierHead(self.num_features[-1], num_classes, global_pool, drop_rate)
-        self.init_weights()
+        self.init_weights(weight_init)
 
-    def init_weights(self) -> None:
-        """Truncated normal of 0.02 for linear layers. V2's norms are zero, so that every block starts as the
-        identity."""
+    def init_weights(self, linear: str = "normal") -> None:
+        """Linear layers as ``linear`` says (:func:`pyvit.nn.init_linears`). V2's norms are zero, so that every block
+        starts as the identity."""
+        init_linears(self, linear)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, SwinBlock) and module.post_norm:
+            if isinstance(module, SwinBlock) and module.post_norm:
                 for norm in (module.norm1, module.norm2):
                     nn.init.zeros_(norm.weight)
                     nn.init.zeros_(norm.bias)

@@ -20,6 +20,7 @@ from pyvit.nn import (
     Packing,
     PatchEmbed,
     RotaryEmbedding,
+    init_linears,
     resample_positions,
     sincos_2d,
 )
@@ -53,6 +54,7 @@ class VisionTransformer(WithMetadata):
         drop_path_form: "sample" or "batch", see :class:`pyvit.nn.DropPath`.
         interpolate_antialias, interpolate_offset: see :func:`pyvit.nn.resample_positions`.
         mean, std: see :class:`pyvit.nn.PatchEmbed`.
+        weight_init: of linear layers: "normal" (truncated, 0.02, as timm) or "xavier", which suits widths below 384.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class VisionTransformer(WithMetadata):
         interpolate_offset: float = 0.0,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        weight_init: str = "normal",
     ) -> None:
         super().__init__()
         if global_pool not in ("token", "avg", "token_avg", "map", ""):
@@ -160,7 +163,7 @@ class VisionTransformer(WithMetadata):
         )
         self.fc_norm = LayerNorm(embed_dim, norm_eps) if final_norm and after_pool else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
-        self.init_weights()
+        self.init_weights(weight_init)
         self.reset_classifier(num_classes)
 
     def make_patch_embed(
@@ -169,14 +172,10 @@ class VisionTransformer(WithMetadata):
         """Create the patch embedding; hybrids override it."""
         return PatchEmbed(patch_size, in_chans, embed_dim, **options)
 
-    def init_weights(self) -> None:
-        """Normal distribution of 0.02 for linear layers and positions, 1e-6 for prefix tokens; sines and cosines for
-        fixed positions."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+    def init_weights(self, linear: str = "normal") -> None:
+        """Linear layers as ``linear`` says (:func:`pyvit.nn.init_linears`), a normal distribution of 0.02 for positions
+        and 1e-6 for prefix tokens; sines and cosines for fixed positions."""
+        init_linears(self, linear)
         if self.pos_embed is not None and self.pos_embed.requires_grad:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         elif self.pos_embed is not None:

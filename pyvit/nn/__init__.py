@@ -10,6 +10,7 @@ from pyvit.nn.pool import AttentionPool
 from pyvit.nn.position import RotaryEmbedding, resample_positions, sincos_2d
 from pyvit.nn.residual import DropPath, LayerScale
 from pyvit.nn.rms_norm import RMSNorm
+from pyvit.nn.weight_init import init_linears
 from pyvit.nn.window_attention import WindowAttention, WindowAttentionV2
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "SwiGLU",
     "WindowAttention",
     "WindowAttentionV2",
+    "init_linears",
     "resample_positions",
     "rotate",
     "sincos_2d",

@@ -26,7 +26,8 @@ class Config:
     """Settings of a run. None means the recipe's default: see ``pyvit train RECIPE --help``."""
 
     data: str = option(
-        "digits", "folder, CSV of captions, hf:NAME, hf-stream:NAME, or digits | scenes | words | synthetic"
+        "digits",
+        "folder, CSV of captions, hf:NAME, hf-stream:NAME, or digits | fashion-mnist | scenes | words | synthetic",
     )
     model: str | None = option(
         None, "a name of pyvit.list_models(); default: a small one that suits the data, or that of --init"
@@ -63,6 +64,9 @@ class Config:
         0.0,
         "share of the training images to evaluate on instead of the held-out ones, for choosing settings",
         "[0, 1)",
+    )
+    train_images: int | None = option(
+        None, "use only this many training images, equally many of each class", "(0, inf)"
     )
     flip: bool = option(True, "random horizontal flips; never of spectrograms, built-in digits or images with captions")
     workers: int = option(0, "processes that load images", "[0, inf)")

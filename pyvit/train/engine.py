@@ -152,7 +152,7 @@ class Run(Resumable):
 
     def _prepare(self) -> None:
         config = self.config
-        self.data: Data = load_data(config.data, config.image_size, config.validation)
+        self.data: Data = load_data(config.data, config.image_size, config.validation, config.train_images)
         if not config.flip:
             self.data = dataclasses.replace(self.data, flip=False)
         if self.main:

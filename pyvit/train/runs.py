@@ -43,7 +43,11 @@ def load_trained(folder: str | Path) -> tuple[Any, dict[str, Any] | None]:
         )
     config = Config(**record)
     kept = _read(folder / "data.json") if (folder / "data.json").exists() else None
-    trained_on = from_description(kept) if kept else load_data(config.data, config.image_size, config.validation)
+    trained_on = (
+        from_description(kept)
+        if kept
+        else load_data(config.data, config.image_size, config.validation, config.train_images)
+    )
     config = dataclasses.replace(config, init=None)  # the run's file has all weights
     if (folder / "tokenizer.json").exists():
         options = {**parse(config.option, "option"), "tokenizer": str(folder / "tokenizer.json")}
@@ -59,7 +63,9 @@ def _images(config: Any, kept: dict[str, Any] | None, data: str | None, trained_
         if not kept:
             return trained_on
         try:
-            return load_data(locate(config.data, kept["source"]), trained_on.size[1], config.validation)
+            return load_data(
+                locate(config.data, kept["source"]), trained_on.size[1], config.validation, config.train_images
+            )
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; give the images to evaluate on with --data") from error
     chosen = load_data(data, trained_on.size[1])

@@ -1,6 +1,6 @@
 """Compare pyvit's streaming losses with naive ones: time, memory and training curves, for docs/results.md.
 
-``python -m benchmarks.train_losses [costs] [curves]`` writes one or both tables. Each measurement runs in a separate
+``python -m benchmarks.learning.losses [costs] [curves]`` writes one or both tables. Each measurement runs in a separate
 process. Memory is the increase of the peak resident memory over forward and backward.
 """
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import pyvit
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 N, D, PROTOTYPES = 4096, 512, 32768
 STEPS = 40
 CURVES = ("clip", "simclr", "dino")
@@ -95,7 +95,7 @@ def curve(recipe: str, kind: str) -> list[float]:
 
 def child(*arguments: str, **env: str) -> str:
     """Run this file with ``arguments`` and return the last line of its output."""
-    command = [sys.executable, "-m", "benchmarks.train_losses", *arguments]
+    command = [sys.executable, "-m", "benchmarks.learning.losses", *arguments]
     return subprocess.run(
         command, check=True, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env}
     ).stdout.splitlines()[-1]

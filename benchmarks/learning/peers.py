@@ -1,0 +1,209 @@
+"""The same networks trained by other libraries, for the same CPU time: timm's ViT, and lightly's SimCLR and DINO.
+
+They use the optimizer, rates, batch size, mixed precision and crop sizes of pyvit's presets, and their own networks,
+initial weights, heads, losses and augmentations.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.learning.record import cpu_seconds
+from benchmarks.learning.rows import ROWS, Row
+from pyvit.data import Data, load_data
+from pyvit.eval.features import features, labels_of, over, right
+from pyvit.eval.knn import knn_accuracy
+from pyvit.eval.linear import linear_probe
+from pyvit.train import augment
+from pyvit.train.presets import PRESETS
+from pyvit.train.schedules import cosine
+
+NAMES = tuple(name for row in ROWS for name in row.peers)
+
+#: Results, CPU seconds of the training, loss per step, description.
+Outcome = tuple[dict[str, float], float, list[float], str]
+
+_CALIBRATION = 20
+
+
+def rows() -> Iterator[Row]:
+    """The rows that have peers."""
+    yield from (row for row in ROWS if row.peers)
+
+
+def _vit(**options: Any) -> nn.Module:
+    """timm's ViT with the sizes of vit_pico_patch4_28."""
+    import timm
+
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=28, patch_size=4, embed_dim=96, depth=4, num_heads=3, **options
+    )
+
+
+def _preset(recipe: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings and options of ``pyvit train RECIPE --data fashion-mnist``."""
+    preset = PRESETS[recipe, "fashion-mnist"]
+    return preset, preset["option"]
+
+
+def _normalize(data: Data) -> Callable[[Tensor], Tensor]:
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+    return lambda images: ((images / 255 if images.dtype == torch.uint8 else images) - mean) / std
+
+
+def _optimize(
+    model: nn.Module,
+    preset: dict[str, Any],
+    seconds: float,
+    batches: Iterator[Any],
+    loss_of: Callable[[Any], Tensor],
+    after: Callable[[float], None] = lambda share: None,
+) -> tuple[float, list[float]]:
+    """AdamW for ``seconds`` of CPU time. The number of steps is estimated from the first ones, which count.
+
+    ``after`` is called after each step with the share of the training that is done.
+    """
+    decay = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    groups = [
+        {"params": decay, "weight_decay": preset.get("weight_decay", 0.05)},
+        {"params": others, "weight_decay": 0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=preset["lr"])
+    losses: list[float] = []
+    began, steps = cpu_seconds(), 10**9
+    while len(losses) < steps:
+        if len(losses) == _CALIBRATION:
+            steps = max(int(seconds / (cpu_seconds() - began) * _CALIBRATION), _CALIBRATION)
+        total = max(min(steps, 10**6), 1)
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(len(losses), total, preset["lr"], 0.0, max(int(total * preset.get("warmup", 0.0)), 50))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(next(batches))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), preset.get("clip") or float("inf"))
+        optimizer.step()
+        losses.append(loss.item())
+        after(len(losses) / total)
+    return cpu_seconds() - began, losses
+
+
+def _shuffled(count: int, batch: int) -> Iterator[list[int]]:
+    while True:
+        yield from (part.tolist() for part in torch.randperm(count).split(batch) if len(part) == batch)
+
+
+def timm(seconds: float) -> Outcome:
+    """timm's ViT, supervised, on the images of pyvit's recipe."""
+    data, (preset, option) = load_data("fashion-mnist"), _preset("supervised")
+    normalize, model = _normalize(data), _vit(num_classes=10)
+    images, labels = data.train.images, labels_of(data.train)  # type: ignore[attr-defined]
+    distort = augment.mild(data.flip)
+
+    def loss_of(at: list[int]) -> Tensor:
+        logits = model(normalize(distort(images[at])))
+        return F.cross_entropy(logits.float(), labels[at], label_smoothing=option.get("smoothing", 0.1))
+
+    used, losses = _optimize(model, preset, seconds, _shuffled(len(images), preset["batch_size"]), loss_of)
+    model.eval()
+    logits = over(data.test, lambda batch: model(normalize(batch["image"])))
+    return {"accuracy": 100 * right(logits, labels_of(data.test))}, used, losses, "timm's ViT in plain PyTorch"
+
+
+def _views(transform: Any, data: Data, batch: int) -> Iterator[list[Tensor]]:
+    """Batches of lightly's views: a list of (B, 3, h, w), normalised."""
+    from PIL import Image
+
+    images = data.train.images  # type: ignore[attr-defined]
+    for at in _shuffled(len(images), batch):
+        views = [transform(Image.fromarray(images[i].permute(1, 2, 0).numpy())) for i in at]
+        yield [torch.stack(view) for view in zip(*views, strict=True)]
+
+
+def _statistics(data: Data) -> dict[str, Any]:
+    return {"mean": list(data.mean), "std": list(data.std)}
+
+
+def lightly_simclr(seconds: float) -> Outcome:
+    """lightly's SimCLR: its transform, head and loss, on timm's ViT."""
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import SimCLRProjectionHead
+    from lightly.transforms import SimCLRTransform
+
+    data, (preset, option) = load_data("fashion-mnist"), _preset("simclr")
+    transform = SimCLRTransform(
+        input_size=28,
+        min_scale=option["crop"],
+        cj_strength=option["strength"],
+        gaussian_blur=0.0,  # as lightly's documentation advises for images of 32 pixels
+        normalize=_statistics(data),
+    )
+    model = nn.ModuleList([_vit(num_classes=0), SimCLRProjectionHead(96, option["hidden"], option["out"])])
+    criterion = NTXentLoss(option["temperature"])
+
+    def loss_of(views: list[Tensor]) -> Tensor:
+        return criterion(*(model[1](model[0](view)).float() for view in views))
+
+    used, losses = _optimize(model, preset, seconds, _views(transform, data, preset["batch_size"]), loss_of)
+    return _frozen(model[0], data), used, losses, "lightly's SimCLR with timm's ViT"
+
+
+def lightly_dino(seconds: float) -> Outcome:
+    """lightly's DINO: its transform, head, loss and moving average, on timm's ViT."""
+    from lightly.loss import DINOLoss
+    from lightly.models.modules import DINOProjectionHead
+    from lightly.models.utils import update_momentum
+    from lightly.transforms import DINOTransform
+
+    data, (preset, option) = load_data("fashion-mnist"), _preset("dino")
+    local = option["local_size"] or 12
+    transform = DINOTransform(
+        global_crop_size=28,
+        global_crop_scale=(option["global_crop"], 1.0),
+        local_crop_size=local,
+        local_crop_scale=(option["local_crop"], option["global_crop"]),
+        n_local_views=option["local_crops"],
+        cj_strength=0.0 if not option["distort"] else 0.5,
+        random_gray_scale=0.0,
+        gaussian_blur=(0.0, 0.0, 0.0),
+        solarization_prob=0.0,
+        normalize=_statistics(data),
+    )
+
+    def network(freeze: int) -> nn.ModuleList:
+        sizes = (option["hidden"], option["bottleneck"], option["prototypes"])
+        head = DINOProjectionHead(96, *sizes, batch_norm=option["batch_norm"], freeze_last_layer=freeze)
+        return nn.ModuleList([_vit(num_classes=0, dynamic_img_size=True), head])
+
+    student = network(1)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    criterion = DINOLoss(
+        option["prototypes"], option.get("warm_teacher_temp", 0.04), option.get("teacher_temp", 0.04), 1
+    )
+
+    def loss_of(views: list[Tensor]) -> Tensor:
+        with torch.no_grad():
+            targets = [teacher[1](teacher[0](view)).float() for view in views[:2]]
+        sizes = {view.shape[2:]: [other for other in views if other.shape == view.shape] for view in views}
+        outputs = [out for same in sizes.values() for out in student[1](student[0](torch.cat(same))).chunk(len(same))]
+        return criterion(targets, [out.float() for out in outputs], epoch=1)
+
+    def after(share: float) -> None:
+        momentum = cosine(int(share * 1000), 1000, option["momentum"], 1.0)
+        for ours, its in zip(student, teacher, strict=True):
+            update_momentum(ours, its, momentum)
+
+    used, losses = _optimize(student, preset, seconds, _views(transform, data, preset["batch_size"]), loss_of, after)
+    return _frozen(teacher[0], data), used, losses, "lightly's DINO with timm's ViT"
+
+
+def _frozen(model: nn.Module, data: Data) -> dict[str, float]:
+    pair = [features(model.eval(), part, _normalize(data)) for part in (data.train, data.test)]
+    return {"knn": knn_accuracy(*pair), "linear": linear_probe(*pair)["linear"]}
