@@ -81,6 +81,9 @@ class MAE(Recipe):
     def backbone(self) -> nn.Module:
         return self.model
 
+    def schedule(self, step: int, steps: int) -> dict[str, float]:
+        return {"lr": self.paper_lr(step, steps)}
+
     def views(self, batch: Views, step: int, steps: int) -> Views:
         images = self.normalize(self.augment(self.cropped(batch)["crop"]))
         rows, columns = self.model.patch_embed.grid(images.shape[2:])
