@@ -21,7 +21,6 @@ PACKAGES = {
     "rich": ("cli", "tables and progress bars"),
     "accelerate": ("train", "training"),
     "datasets": ("train", "Hugging Face data sets"),
-    "kornia": ("train", "augmentation"),
     "safetensors": ("train", "weights"),
     "sklearn": ("train", "digits, linear probes"),
     "matplotlib": ("train", "plots"),

@@ -37,11 +37,18 @@ class Images(Dataset[Batch]):
         """With "image": uint8 (B, C, H, W). Unreadable images are left out: "index" lists those that are there."""
         raise NotImplementedError
 
-    def draw(self, indices: Sequence[int], crops: Mapping[str, Crop], seed: int, step: int) -> Batch:
+    def draw(
+        self,
+        indices: Sequence[int],
+        crops: Mapping[str, Crop],
+        seed: int,
+        step: int,
+        repetitions: Sequence[int] | None = None,
+    ) -> Batch:
         """With one uint8 entry for each of ``crops``; without crops, with "image" as in :meth:`fetch`.
 
-        An unreadable image is replaced by another, with the other's label. Crops depend only on the seed, the step and
-        the index.
+        An unreadable image is replaced by another, with the other's label. Crops depend only on the seed, the step, the
+        index and the number of the repetition, 0 by default, for images that are in a batch more than once.
         """
         raise NotImplementedError
 
@@ -64,6 +71,15 @@ class Images(Dataset[Batch]):
         if self.labels is not None:
             labels = order[torch.as_tensor(self.labels)]
             found.labels = labels if isinstance(self.labels, Tensor) else labels.tolist()
+        return found
+
+    def rearranged(self, columns: Tensor, classes: int) -> Images:
+        """A copy with rows of ``classes`` labels, whose columns ``columns`` are the present ones."""
+        found = copy.copy(self)
+        if self.labels is not None:
+            labels = torch.zeros(len(self), classes, dtype=torch.int64, device="cpu")
+            labels[:, columns] = torch.as_tensor(self.labels)
+            found.labels = labels.tolist()
         return found
 
     def centred(self, centre: float | None) -> Images:
@@ -133,11 +149,20 @@ class TensorImages(Images):
         known = self._known(at)
         return TensorImages(self.images[at], known.get("label"), known.get("caption"))
 
-    def draw(self, indices: Sequence[int], crops: Mapping[str, Crop], seed: int, step: int) -> Batch:
+    def draw(
+        self,
+        indices: Sequence[int],
+        crops: Mapping[str, Crop],
+        seed: int,
+        step: int,
+        repetitions: Sequence[int] | None = None,
+    ) -> Batch:
         if not crops:
             return self.fetch(indices)
         at = torch.as_tensor(indices, device="cpu")
-        draws = [generator(seed, step, int(i)) for i in indices]
+        draws = [
+            generator(seed, step, int(i), n) for i, n in zip(indices, repetitions or [0] * len(indices), strict=True)
+        ]
         return {**crop_images(self.images[at], crops, draws), **self._known(at)}
 
     def _known(self, at: Tensor) -> Batch:
@@ -153,6 +178,7 @@ class TensorImages(Images):
 class Data:
     """A training set and a held-out set.
 
+    ``multilabel``: images have any number of labels, in rows of 0 and 1 of one column per class.
     ``classes`` names the labels. ``flip``: whether images may be flipped horizontally (not digits, spectrograms or
     images with captions). ``mean`` and ``std`` normalise pixels in [0, 1]. ``size`` is (height, width). ``sound``:
     spectrograms with one channel, low bands first. ``notes``: how the source was interpreted and what was left out, one
@@ -168,6 +194,7 @@ class Data:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     sound: bool = False
+    multilabel: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -192,7 +219,8 @@ class Data:
         if self.classes is None:
             return "no classes" if self.train.captions is None else "captions"
         shown = ", ".join(self.classes[:8]) + (", ..." if len(self.classes) > 8 else "")
-        return f"{len(self.classes)} class{'es' if len(self.classes) != 1 else ''}: {shown}"
+        several = ", any number of them in an image" if self.multilabel else ""
+        return f"{len(self.classes)} class{'es' if len(self.classes) != 1 else ''}{several}: {shown}"
 
     def damage(self) -> list[str]:
         """How many images of each split were unreadable so far."""
@@ -229,7 +257,7 @@ class Data:
             order, wanted = [i for same in together.values() for i in same], held
             held = next(k for k in itertools.accumulate(map(len, together.values())) if k >= wanted)
         test, train = (self.train.part(sorted(at)) for at in (order[:held], order[held:]))
-        if self.train.labels is not None:
+        if self.train.labels is not None and not self.multilabel:
             sides = [{int(c) for c in side.labels} for side in (train, test)]
             if missing := sorted({int(c) for c in self.train.labels} - (sides[0] & sides[1])):
                 names = ", ".join((self.classes or [])[c] if self.classes else str(c) for c in missing[:8])
@@ -293,5 +321,8 @@ class Data:
             *self.notes,
             *([f"no image of {', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}"] if missing else []),
         ]
-        train, test = (part.relabelled(order) for part in (self.train, self.test))
+        train, test = (
+            part.rearranged(order, len(classes)) if self.multilabel else part.relabelled(order)
+            for part in (self.train, self.test)
+        )
         return dataclasses.replace(self, train=train, test=test, classes=list(classes), notes=notes)

@@ -23,7 +23,14 @@ class MissingImages(Images):
     def fetch(self, indices: Sequence[int]) -> Batch:
         raise FileNotFoundError(f"data: the images of {self.name} are not loaded")
 
-    def draw(self, indices: Sequence[int], crops: Mapping[str, Crop], seed: int, step: int) -> Batch:
+    def draw(
+        self,
+        indices: Sequence[int],
+        crops: Mapping[str, Crop],
+        seed: int,
+        step: int,
+        repetitions: Sequence[int] | None = None,
+    ) -> Batch:
         return self.fetch(indices)
 
 
@@ -51,6 +58,7 @@ def describe(data: Data, source: str) -> dict[str, Any]:
         "mean": list(data.mean),
         "std": list(data.std),
         "sound": data.sound,
+        "multilabel": data.multilabel,
         "flip": data.flip,
         "centre": getattr(getattr(data.test, "decoder", None), "centre", None),
         "captioned": data.train.captions is not None,
@@ -62,4 +70,7 @@ def from_description(record: Mapping[str, Any]) -> Data:
     """The data recorded by :func:`describe`, without images."""
     none = MissingImages(record["name"], record["captioned"])
     size, mean, std = (tuple(record[key]) for key in ("size", "mean", "std"))
-    return Data(record["name"], none, none, size, record["classes"], record["flip"], mean, std, record["sound"])  # type: ignore[arg-type]
+    return Data(
+        record["name"], none, none, size, record["classes"], record["flip"], mean, std, record["sound"],
+        record.get("multilabel", False),
+    )  # type: ignore[arg-type]  # fmt: skip

@@ -129,22 +129,30 @@ class DecodedImages(Images):
         images = torch.stack([read[i] for i in at]) if at else torch.empty(0, *self.decoder.shape, dtype=torch.uint8)
         return {"image": images, **self._batch(at, problems)}
 
-    def draw(self, indices: Sequence[int], crops: Mapping[str, Crop], seed: int, step: int) -> Batch:
+    def draw(
+        self,
+        indices: Sequence[int],
+        crops: Mapping[str, Crop],
+        seed: int,
+        step: int,
+        repetitions: Sequence[int] | None = None,
+    ) -> Batch:
         problems: dict[int, str] = {}
-        read = [self._readable(int(i), crops, seed, step, problems) for i in indices]
+        read = [
+            self._readable(int(i), crops, (seed, step, int(i), n), problems)
+            for i, n in zip(indices, repetitions or [0] * len(indices), strict=True)
+        ]
         views = stack_views([found for _, found in read], crops, self.decoder)
         return {**views, **self._batch([at for at, _ in read], problems)}
 
     def _readable(
-        self, index: int, crops: Mapping[str, Crop], seed: int, step: int, problems: dict[int, str]
+        self, index: int, crops: Mapping[str, Crop], place: tuple[int, ...], problems: dict[int, str]
     ) -> tuple[int, dict[str, list[Tensor]]]:
-        """Views of item ``index``, or of the next readable one."""
+        """Views of item ``index``, or of the next readable one, with the random numbers of ``place``."""
 
         def views(item: Any) -> dict[str, list[Tensor]]:
             return (
-                self.decoder.views(item, crops, generator(seed, step, index))
-                if crops
-                else {"image": [self.decoder.whole(item)]}
+                self.decoder.views(item, crops, generator(*place)) if crops else {"image": [self.decoder.whole(item)]}
             )
 
         for at in (*range(index, len(self)), *range(index)):

@@ -29,9 +29,9 @@ def load_data(
 
     Args:
         spec: "digits", "fashion-mnist", "scenes", "words" or "synthetic" (built in); a folder of images or .wav files,
-            with or without a subfolder per class; a .csv, .tsv or .txt table of image paths and captions;
-            "hf:NAME[:SPLIT]" for a Hugging
-            Face data set (a hub name or a folder), or "hf-stream:NAME[:SPLIT]" to stream it.
+            with or without a subfolder per class; a .csv, .tsv or .txt table of image paths and captions or labels;
+            "hf:NAME[:SPLIT]" for a Hugging Face data set (a hub name or a folder), or "hf-stream:NAME[:SPLIT]" to
+            stream it.
         size: side of the square images, by default the data set's own or 224; for audio the number of frames of the
             spectrogram, by default 1024 (10 s).
         validation: share of the training images that replaces the held-out ones, see :meth:`Data.validation`.
@@ -66,11 +66,14 @@ def load_data(
 
         return folder(path, size, **options)
     from pyvit.data.captions import ENDINGS, captioned
+    from pyvit.data.labels import has_labels, labelled
 
     if path.suffix.lower() in ENDINGS and path.exists():
-        return captioned(path, size or 224, **options)
+        return (labelled if has_labels(path) else captioned)(path, size or 224, **options)
     if path.exists():
-        raise ValueError(f"data: {spec!r} is a file; it must be a table of captions ({', '.join(ENDINGS)}) or a folder")
+        raise ValueError(
+            f"data: {spec!r} is a file; it must be a table of captions or labels ({', '.join(ENDINGS)}) or a folder"
+        )
     if "/" in spec or path.suffix:
         raise FileNotFoundError(f"data: {spec!r} does not exist")
     raise ValueError(f"data: must be a folder, a CSV file, hf:NAME or one of {', '.join(sets)}, got {spec!r}")

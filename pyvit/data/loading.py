@@ -18,14 +18,14 @@ _FEW = 512
 
 
 class _TrainingData(Dataset[Batch]):
-    """Batches of training crops, indexed by (step, indices)."""
+    """Batches of training crops, indexed by (step, indices, repetitions)."""
 
     def __init__(self, images: Images, crops: Mapping[str, Crop], seed: int) -> None:
         self.images, self.crops, self.seed = images, crops, seed
 
-    def __getitems__(self, pick: tuple[int, Sequence[int]]) -> Batch:
-        step, indices = pick
-        return self.images.draw(indices, self.crops, self.seed, step)
+    def __getitems__(self, pick: tuple[int, Sequence[int], Sequence[int]]) -> Batch:
+        step, indices, repetitions = pick
+        return self.images.draw(indices, self.crops, self.seed, step, repetitions)
 
 
 class _EvaluationData(Dataset[Batch]):
@@ -39,9 +39,13 @@ class _EvaluationData(Dataset[Batch]):
 
 
 def training_batches(
-    images: Images, crops: Mapping[str, Crop], picks: Iterable[tuple[int, Sequence[int]]], seed: int, workers: int
+    images: Images,
+    crops: Mapping[str, Crop],
+    picks: Iterable[tuple[int, Sequence[int], Sequence[int]]],
+    seed: int,
+    workers: int,
 ) -> Iterator[Batch]:
-    """Training batches for ``picks``, an iterable of (step, indices): see :meth:`Images.draw`."""
+    """Training batches for ``picks``, an iterable of (step, indices, repetitions): see :meth:`Images.draw`."""
     yield from _read(images, _TrainingData(images, crops, seed), workers, batch_sampler=picks, collate_fn=_whole)
 
 

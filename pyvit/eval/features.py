@@ -101,8 +101,10 @@ def check_finite(what: str, *features: Tensor) -> None:
 
 
 def check_labelled(what: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> None:
-    """Raise ValueError if (features, labels) of a set are empty or of different length, or if training has fewer than
-    two classes."""
+    """Raise ValueError if (features, labels) of a set are empty or of different length, if an image has several labels,
+    or if training has fewer than two classes."""
+    if train[1].dim() > 1:
+        raise ValueError(f"{what}: each image must have one label, these have any number")
     for name, (rows, labels) in (("training", train), ("held-out", test)):
         if not len(rows) or len(rows) != len(labels):
             raise ValueError(

@@ -57,8 +57,8 @@ def knn_accuracy(
 
 
 def knn_accuracy_of(recipe: Any, data: Data, k: int = 20) -> dict[str, float]:
-    """{"knn": accuracy} of a recipe's exported network, or {} for data without labels."""
-    if data.classes is None or len(data.classes) < 2:
+    """{"knn": accuracy} of a recipe's exported network, or {} for data without labels or with several per image."""
+    if data.classes is None or len(data.classes) < 2 or data.multilabel:
         return {}
     train, test = (
         features(recipe.encoder(), part, recipe.normalize, group=recipe.group)

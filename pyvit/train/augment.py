@@ -1,31 +1,25 @@
-"""The augmentations of the papers, with kornia. The crops are cut by the data loader; the rest runs on whole
-batches."""
+"""The augmentations of the papers. The crops are cut by the data loader; the rest runs on whole batches."""
 
 from __future__ import annotations
 
-import warnings
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyvit.data.crops import Crop
-
-
-def _kornia() -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import kornia.augmentation as augmentation
-    except ImportError as error:
-        raise ImportError("augmentation needs kornia: pip install 'pyvit-kernels[train]'") from error
-    return augmentation
+from pyvit.train import transforms
+from pyvit.train.transforms import apply_to, chance, uniform
 
 
 class Augment(nn.Sequential):
     """Images (B, 3, H, W), uint8 or floats in [0, 1], to augmented floats in [0, 1].
 
-    ``crop`` is the crop that the data loader cuts first, or None for whole images.
+    ``crop`` is the crop that the data loader cuts first, or None for whole images. Layers change the batch in place.
+    Their random numbers are drawn on the CPU, for all images of the batch.
     """
 
     def __init__(self, *layers: nn.Module, crop: Crop | None = None) -> None:
@@ -34,30 +28,170 @@ class Augment(nn.Sequential):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        x = images.float() / 255 if images.dtype == torch.uint8 else images
-        return super().forward(x).clamp(0, 1)
+        x = images.float() / 255 if images.dtype == torch.uint8 else images.clone()
+        return super().forward(x).clamp_(0, 1)
 
 
-def _turn_and_flip(flip: bool, slant: float = 0.0) -> list[nn.Module]:
-    """Random rotation and shear by up to ``slant`` degrees with small shifts (none if 0), then a random horizontal
-    flip."""
-    k = _kornia()
-    turn = [k.RandomAffine(degrees=slant, translate=(0.1, 0.1), scale=(0.9, 1.1), shear=slant)] if slant else []
-    return [*turn, *([k.RandomHorizontalFlip()] if flip else [])]
+class RandomHorizontalFlip(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        apply_to(x, chance(len(x), 0.5), transforms.flip)
+        return x
+
+
+class RandomAffine(nn.Module):
+    """A random rotation by up to ``degrees``, shift of up to a tenth of the side, scale in [0.9, 1.1] and horizontal
+    shear by up to ``shear`` degrees. Black appears at the borders."""
+
+    def __init__(self, degrees: float, shear: float = 0.0, p: float = 1.0) -> None:
+        super().__init__()
+        self.degrees, self.shear, self.p = degrees, shear, p
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, (h, w) = len(x), x.shape[2:]
+        chosen = chance(n, self.p)
+        turn = transforms.rotation(uniform(n, -self.degrees, self.degrees), (h, w))
+        size, slope = uniform(n, 0.9, 1.1).double(), uniform(n, -self.shear, self.shear).double().deg2rad().tan()
+        zero, one = torch.zeros_like(size), torch.ones_like(size)
+        # Relative to the centre: scale, shear and shift, and then the rotation about the centre.
+        dx, dy = uniform(n, -0.1, 0.1).double() * w, uniform(n, -0.1, 0.1).double() * h
+        rows = [
+            torch.stack([1 / size, slope / size, w / 2 - (w / 2 + slope * h / 2) / size + dx], 1),
+            torch.stack([zero, 1 / size, h / 2 - h / 2 / size + dy], 1),
+            torch.stack([zero, zero, one], 1),
+        ]
+        apply_to(x, chosen, partial(transforms.affine, mode="bilinear"), turn @ torch.stack(rows, 1))
+        return x
+
+
+class ColorJitter(nn.Module):
+    """Brightness, contrast, saturation and hue in random order, with probability ``p``, as torchvision's.
+
+    Factors are uniform in [max(0, 1 - amount), 1 + amount]; the hue shifts by up to ``hue`` turns of the colour circle.
+    """
+
+    def __init__(self, brightness: float, contrast: float, saturation: float, hue: float = 0.0, p: float = 1.0) -> None:
+        super().__init__()
+        self.p = p
+        amounts = (brightness, contrast, saturation)
+        self.ranges = [*((max(0.0, 1 - amount), 1 + amount) for amount in amounts), (-hue, hue)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = len(x)
+        chosen = chance(n, self.p)
+        order = torch.rand(n, 4, dtype=torch.float32, device="cpu").argsort(1)
+        functions = (transforms.brightness, transforms.contrast, transforms.saturation, transforms.hue)
+        factors = [uniform(n, low, high) for low, high in self.ranges]
+        for place in range(4):
+            for at, function in enumerate(functions):
+                if self.ranges[at][0] < self.ranges[at][1]:
+                    apply_to(x, chosen & (order[:, place] == at), function, factors[at])
+        return x
+
+
+class RandomGrayscale(nn.Module):
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        apply_to(x, chance(len(x), self.p), lambda images: transforms.grey(images).expand_as(images))
+        return x
+
+
+class RandomGaussianBlur(nn.Module):
+    """A Gaussian blur of 0.1 to 2 pixels with probability ``p``. The kernel's side is a tenth of the image's."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, sigma = chance(len(x), self.p), uniform(len(x), 0.1, 2.0)
+        kernel = max(int(0.1 * min(x.shape[2:])) // 2 * 2 + 1, 3)
+        apply_to(x, chosen, partial(transforms.gaussian_blur, size=kernel), sigma)
+        return x
+
+
+class RandomSolarize(nn.Module):
+    """Invert values from 128 / 255 on, with probability ``p``."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        apply_to(x, chance(len(x), self.p), transforms.solarize, torch.full((len(x),), 128 / 255, device="cpu"))
+        return x
+
+
+class RandAugment(nn.Module):
+    """Two random operations, each applied with probability 0.5: timm's "rand-m9-mstd0.5-inc1", which DeiT, Swin and MAE
+    use.
+
+    The magnitude of each is drawn from a normal distribution (9, 0.5) and cut to [0, 10]. Pixels from outside the image
+    are ``fill``. Cubuk et al., "RandAugment" (2020).
+    """
+
+    def __init__(self, fill: tuple[float, ...]) -> None:
+        super().__init__()
+        self.fill = fill
+
+    def operations(self) -> dict[str, tuple[Callable[..., Tensor] | None, Callable[..., Tensor]]]:
+        """Name -> (parameter, function). The parameter is computed from the magnitudes in [0, 1], signs, and the
+        images' (height, width)."""
+        move = partial(transforms.affine, fill=self.fill)
+
+        def factor(m: Tensor, sign: Tensor, size: Any) -> Tensor:
+            return (1 + 0.9 * m * sign).clamp(min=0.1)
+
+        def matrix(row: int, column: int, scale: Callable[..., float]) -> Callable[..., Tensor]:
+            def of(m: Tensor, sign: Tensor, size: Any) -> Tensor:
+                found = torch.eye(2, 3, dtype=torch.float64, device="cpu").repeat(len(m), 1, 1)
+                found[:, row, column] = m.double() * sign * scale(size)
+                return found
+
+            return of
+
+        return {
+            "autocontrast": (None, transforms.autocontrast),
+            "equalize": (None, transforms.equalize),
+            "invert": (None, transforms.invert),
+            "rotate": (lambda m, sign, size: transforms.rotation(30 * m * sign, size), move),
+            "posterize": (lambda m, sign, size: 4 - (4 * m).floor(), transforms.posterize),
+            "solarize": (lambda m, sign, size: (256 - (256 * m).floor()) / 255, transforms.solarize),
+            "solarize_add": (lambda m, sign, size: (110 * m).floor() / 255, transforms.solarize_add),
+            "color": (factor, transforms.saturation),
+            "contrast": (factor, transforms.contrast),
+            "brightness": (factor, transforms.brightness),
+            "sharpness": (factor, transforms.sharpness),
+            "shear_x": (matrix(0, 1, lambda size: 0.3), move),
+            "shear_y": (matrix(1, 0, lambda size: 0.3), move),
+            "translate_x": (matrix(0, 2, lambda size: 0.45 * size[1]), move),
+            "translate_y": (matrix(1, 2, lambda size: 0.45 * size[0]), move),
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, size, table = len(x), x.shape[2:], self.operations()
+        for _ in range(2):
+            choice = torch.randint(len(table), (n,), device="cpu")
+            chosen = chance(n, 0.5)
+            magnitude = torch.randn(n, dtype=torch.float32, device="cpu").mul_(0.5).add_(9).clamp_(0, 10) / 10
+            sign = 1 - 2 * chance(n, 0.5).float()
+            for at, (parameter, function) in enumerate(table.values()):
+                given = () if parameter is None else (parameter(magnitude, sign, size),)
+                apply_to(x, chosen & (choice == at), function, *given)
+        return x
 
 
 def mild(flip: bool) -> Augment:
     """Small rotations, shifts and scalings, for small data sets whose classes a strong crop would confuse."""
-    k = _kornia()
-    layers: list[nn.Module] = [k.RandomAffine(degrees=10.0, translate=(0.1, 0.1), scale=(0.9, 1.1), p=0.9)]
-    return Augment(*layers, *([k.RandomHorizontalFlip()] if flip else []))
+    return Augment(RandomAffine(10.0, p=0.9), *_flip(flip))
 
 
-def supervised(size: tuple[int, int], flip: bool) -> Augment:
-    """Random resized crop, flip, colour jitter and erasing, as Swin and DeiT; colour jitter replaces RandAugment."""
-    k = _kornia()
-    layers = [*_turn_and_flip(flip), k.ColorJitter(0.4, 0.4, 0.4, p=0.8), k.RandomErasing(p=0.25)]
-    return Augment(*layers, crop=Crop(size, (0.08, 1.0)))
+def supervised(size: tuple[int, int], flip: bool, fill: tuple[float, ...]) -> Augment:
+    """Random resized crop, flip and RandAugment, as DeiT, Swin and MAE's fine-tuning. :func:`erase` follows the
+    normalisation."""
+    return Augment(*_flip(flip), RandAugment(fill), crop=Crop(size, (0.08, 1.0)))
 
 
 def mae(
@@ -71,11 +205,6 @@ def mae(
     return Augment(*_turn_and_flip(flip, slant), crop=Crop(size, scale, count=views))
 
 
-def _blur(size: tuple[int, int], p: float) -> nn.Module:
-    kernel = max(int(0.1 * min(size)) // 2 * 2 + 1, 3)
-    return _kornia().RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=p)
-
-
 def simclr(
     size: tuple[int, int],
     flip: bool,
@@ -84,9 +213,13 @@ def simclr(
     slant: float = 0.0,
 ) -> Augment:
     """Two crops, flip, colour distortion, grey, blur (Chen et al., 2020, appendix A)."""
-    k, s = _kornia(), strength
-    jitter = k.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
-    layers = [*_turn_and_flip(flip, slant), jitter, k.RandomGrayscale(p=0.2), _blur(size, 0.5)]
+    s = strength
+    layers = [
+        *_turn_and_flip(flip, slant),
+        ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8),
+        RandomGrayscale(0.2),
+        RandomGaussianBlur(0.5),
+    ]
     return Augment(*layers, crop=Crop(size, scale, count=2))
 
 
@@ -100,16 +233,24 @@ def dino(
     views: int | None = None,
 ) -> Augment:
     """Crop, flip, colour, grey, blur, solarisation (BYOL's, as DINO uses it)."""
-    k = _kornia()
     layers = [
         *_turn_and_flip(flip, slant),
-        k.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8),
-        k.RandomGrayscale(p=0.2),
-        _blur(size, blur),
+        ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8),
+        RandomGrayscale(0.2),
+        RandomGaussianBlur(blur),
+        *([RandomSolarize(solarize)] if solarize else []),
     ]
-    return Augment(
-        *layers, *([k.RandomSolarize(0.0, 0.0, p=solarize)] if solarize else []), crop=Crop(size, scale, count=views)
-    )
+    return Augment(*layers, crop=Crop(size, scale, count=views))
+
+
+def _flip(flip: bool) -> list[nn.Module]:
+    return [RandomHorizontalFlip()] if flip else []
+
+
+def _turn_and_flip(flip: bool, slant: float = 0.0) -> list[nn.Module]:
+    """Random rotation and shear by up to ``slant`` degrees with small shifts (none if 0), then a random horizontal
+    flip."""
+    return [*([RandomAffine(slant, slant)] if slant else []), *_flip(flip)]
 
 
 class Spectrogram(Augment):
@@ -139,24 +280,59 @@ class Spectrogram(Augment):
         return x
 
 
+def erase(images: Tensor, p: float) -> Tensor:
+    """With probability ``p``, replace a box of a normalised image by normal noise (Zhong et al., 2020, as timm's mode
+    "pixel").
+
+    The box has 2 to 33 % of the area and an aspect ratio in [0.3, 1 / 0.3]. After ten attempts to draw one that fits,
+    the image is left as it is.
+    """
+    (b, _, h, w), tries = images.shape, 10
+    area = uniform(b * tries, 0.02, 1 / 3).view(b, tries) * h * w
+    ratio = uniform(b * tries, math.log(0.3), -math.log(0.3)).view(b, tries).exp()
+    height, width = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (height < h) & (width < w)
+    first = fits.int().argmax(1, keepdim=True)
+    height, width = height.gather(1, first)[:, 0], width.gather(1, first)[:, 0]
+    top = (uniform(b, 0, 1) * (h - height + 1)).floor()
+    left = (uniform(b, 0, 1) * (w - width + 1)).floor()
+    boxes = torch.stack([top, top + height, left, left + width], 1)
+    images = images.clone()
+    apply_to(images, chance(b, p) & fits.any(1), _noise, boxes)
+    return images
+
+
+def _noise(images: Tensor, boxes: Tensor) -> Tensor:
+    """Standard normal noise in ``boxes`` (B, 4), each (top, bottom, left, right)."""
+    top, bottom, left, right = boxes.to(images)[:, :, None].unbind(1)  # (B, 1) each
+    rows, columns = (torch.arange(n, device=images.device) for n in images.shape[2:])
+    inside = ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None]
+    return torch.where(inside[:, None], torch.randn_like(images), images)
+
+
 def mixup(images: Tensor, targets: Tensor, mixup_alpha: float, cutmix_alpha: float) -> tuple[Tensor, Tensor]:
     """Mix each image with another one of the batch, by pixel (mixup) or by a box (CutMix); each half of the time if
-    both are enabled. The other image is that of the reversed batch.
+    both are enabled. The other image is that of the reversed batch, and all images have the same weights.
 
-    targets (B, classes) are mixed with the same weights. Zhang et al., "mixup" (2018); Yun et al., "CutMix" (2019).
+    targets (B, classes) are mixed with these weights, for a box with its share of the pixels. Zhang et al., "mixup"
+    (2018); Yun et al., "CutMix" (2019).
     """
     if not mixup_alpha and not cutmix_alpha:
         return images, targets
-    box = cutmix_alpha > 0 and (not mixup_alpha or bool(torch.rand(()) < 0.5))
-    alpha = torch.tensor(cutmix_alpha if box else mixup_alpha)
+    box = cutmix_alpha > 0 and (not mixup_alpha or bool(chance(1, 0.5)))
+    alpha = torch.tensor(cutmix_alpha if box else mixup_alpha, dtype=torch.float64, device="cpu")
     share = float(torch.distributions.Beta(alpha, alpha).sample())
     other = images.flip(0)
     if not box:
         return images.mul(share).add(other, alpha=1 - share), targets.mul(share).add(targets.flip(0), alpha=1 - share)
-    h, w = images.shape[2:]
-    bh, bw = int(h * (1 - share) ** 0.5), int(w * (1 - share) ** 0.5)
-    top, left = int(torch.randint(0, h - bh + 1, ())), int(torch.randint(0, w - bw + 1, ()))
+    (top, bottom), (left, right) = (_span(n, (1 - share) ** 0.5) for n in images.shape[2:])
     mixed = images.clone()
-    mixed[:, :, top : top + bh, left : left + bw] = other[:, :, top : top + bh, left : left + bw]
-    kept = 1 - bh * bw / (h * w)
+    mixed[:, :, top:bottom, left:right] = other[:, :, top:bottom, left:right]
+    kept = 1 - (bottom - top) * (right - left) / (images.shape[2] * images.shape[3])
     return mixed, targets.mul(kept).add(targets.flip(0), alpha=1 - kept)
+
+
+def _span(n: int, share: float) -> tuple[int, int]:
+    """A part of ``share`` of n pixels around a random pixel, cut at the border."""
+    length, centre = int(n * share), int(torch.randint(n, (), device="cpu"))
+    return max(centre - length // 2, 0), min(centre + (length + 1) // 2, n)

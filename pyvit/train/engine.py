@@ -36,7 +36,8 @@ MAX_OVERFLOWS = 27
 
 
 class NumberedBatches:
-    """Yields (step, indices) for each micro-batch of a sampler. Crops are drawn from the step's number."""
+    """Yields (step, indices, repetitions) for each micro-batch of a sampler. Crops are drawn from the step's and the
+    repetition's number."""
 
     def __init__(self, plan: BatchSampler) -> None:
         self.plan = plan
@@ -44,9 +45,9 @@ class NumberedBatches:
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        for n, indices in enumerate(self.plan):
-            yield self.plan.start + n // self.plan.accumulate, indices
+    def __iter__(self) -> Iterator[tuple[int, list[int], list[int]]]:
+        for n, (indices, repetitions) in enumerate(self.plan.picks()):
+            yield self.plan.start + n // self.plan.accumulate, indices, repetitions
 
 
 def resolve_config(config: Config) -> Config:
@@ -69,6 +70,9 @@ def resolve_config(config: Config) -> Config:
     check_model(recipe, config)
     config = adopt(config, recipe)
     config = config.resolved({k: v for k, v in preset.items() if k not in ("epochs",) or config.steps is None})
+    of_model = recipe.model_defaults(config)
+    options = {**of_model.pop("option", {}), **options}
+    config = dataclasses.replace(config, option=[f"{k}={v!r}" for k, v in options.items()]).resolved(of_model)
     config = config.resolved({"min_lr": 0.0, **recipe.defaults})
     if config.lr is None:
         config = dataclasses.replace(config, lr=recipe.peak_lr(config.batch_size or 1))
@@ -193,7 +197,7 @@ class Run(Resumable):
         if train.streamed:
             yield from loading.stream_batches(train, train.batches(*schedule, crops), c.workers)
         else:
-            batches = NumberedBatches(BatchSampler(len(train), *schedule))
+            batches = NumberedBatches(BatchSampler(len(train), *schedule, self.recipe.repeats))
             yield from loading.training_batches(train, crops, batches, c.seed, c.workers)
 
     def step(self, step: int, batches: Iterator[dict[str, Any]]) -> dict[str, float]:

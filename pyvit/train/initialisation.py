@@ -115,14 +115,18 @@ def adopt(config: Config, recipe: Any) -> Config:
     """``config`` with the model settings that the weights of ``--init`` show, as entries of ``set``.
 
     These are settings that a model needs to load the weights: LayerScale, registers, gated MLPs, biases, norms,
-    pooling. Given settings and those that the recipe fixes have priority.
+    pooling, which is the mean of the patches for a masked autoencoder if the recipe ``averages_patches``. Given
+    settings and those that the recipe fixes have priority.
     """
     if config.init is None or not recipe.image_models:
         return config
     found = image_encoder(config.model or "", parse(config.set, "set"))
     if found is None or not issubclass(found.constructor, VisionTransformer):
         return config
-    shown = structure(open_source(config.init))
+    source = open_source(config.init)
+    shown = structure(source)
+    if recipe.averages_patches and any("decoder_pred." in key for key in source.state):
+        shown["global_pool"] = "avg"
     constructors = [c for c in inspect.getmro(found.constructor) if c is not nn.Module and "__init__" in vars(c)]
     defaults = {p.name: p.default for c in constructors for p in inspect.signature(c.__init__).parameters.values()}
     given = {*found.settings, *found.changed, *recipe.fixed_settings}

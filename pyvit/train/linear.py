@@ -28,9 +28,10 @@ class Linear(Recipe):
         "clip": 0.0,
     }
     options: ClassVar[dict[str, Option]] = {
-        "crop": Option(0.08, "smallest share of an image that a random crop keeps", "(0, 1]")
+        "crop": Option(0.08, "smallest share of an image that a random crop keeps", "(0, 1]"),
+        "optimizer": Option("lars", "LARS for large batches, SGD for small data sets", choices=("lars", "sgd")),
     }
-    base_lr, base_batch, optimizer = 0.1, 256, "sgd"
+    base_lr, base_batch = 0.1, 256
     classifies = True
     needs_init = "a run's folder or a checkpoint whose features to use"
 
@@ -40,6 +41,9 @@ class Linear(Recipe):
             raise ValueError(f"linear: data must have classes (one subfolder each), {data.name} has none")
         if len(data.classes) < 2:
             raise ValueError(f"linear: data must have at least 2 classes, {data.name} has {', '.join(data.classes)}")
+        if data.multilabel:
+            raise ValueError(f"linear: each image must have one label, those of {data.name} have any number")
+        self.optimizer = self.opt["optimizer"]  # type: ignore[misc]
         self.model = build(config.model or "", data, config, num_classes=0)
         if config.init is not None:
             initialise(self.model, config.init)
@@ -66,20 +70,24 @@ class Linear(Recipe):
     def encoder(self) -> nn.Module:
         return self.model
 
+    def schedule(self, step: int, steps: int) -> dict[str, float]:
+        return {"lr": self.paper_lr(step, steps)}
+
     def views(self, batch: Views, step: int, steps: int) -> Views:
         return {"images": self.normalize(self.augment(self.cropped(batch)["crop"])), "labels": batch["label"]}
 
     def forward(self, views: Views) -> dict[str, Tensor]:
         with torch.no_grad():
-            features = embed(self.model, views["images"]).float()
-        return {"loss": F.cross_entropy(self.head(self.norm(features)), views["labels"])}
+            features = embed(self.model, views["images"])
+        logits = self.head(self.norm(features.to(self.head.weight.dtype)))
+        return {"loss": F.cross_entropy(logits, views["labels"])}
 
     def evaluate(self, data: Data) -> dict[str, float]:
         device = self.head.weight.device
 
         def compute(batch: Views) -> Tensor:
-            features = embed(self.model, self.normalize(batch["image"])).float()
-            return self.head(self.norm(features))
+            features = embed(self.model, self.normalize(batch["image"]))
+            return self.head(self.norm(features.to(self.head.weight.dtype)))
 
         logits = over(data.test, compute, device=device, group=self.group)
         return {"accuracy": 100 * right(logits, labels_of(data.test))}

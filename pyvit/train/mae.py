@@ -81,6 +81,9 @@ class MAE(Recipe):
     def backbone(self) -> nn.Module:
         return self.model
 
+    def schedule(self, step: int, steps: int) -> dict[str, float]:
+        return {"lr": self.paper_lr(step, steps)}
+
     def views(self, batch: Views, step: int, steps: int) -> Views:
         images = self.normalize(self.augment(self.cropped(batch)["crop"]))
         rows, columns = self.model.patch_embed.grid(images.shape[2:])
@@ -100,7 +103,7 @@ class MAE(Recipe):
         batch = data.test.fetch(data.test.readable()[:512])
         images = self.normalize(batch["image"].to(self.mean.device))
         loss, _, _ = self.model(images, self.opt["mask_ratio"])
-        return {"test_loss": float(loss), **knn_accuracy_of(self, data)}
+        return {"test_loss": float(loss.detach()), **knn_accuracy_of(self, data)}
 
     def expectation(self, results: dict[str, float]) -> str:
         line = f"reconstruction loss {results['test_loss']:.3f} on held-out images (a constant patch has 1)"

@@ -66,7 +66,8 @@ class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step for each matrix is proportional to the matrix's norm (You et al., 2017), for very
     large batches.
 
-    Vectors (biases and norms) take plain SGD steps. Groups with ``decays`` false have no weight decay.
+    Vectors (biases and norms) take plain SGD steps. Groups with ``decays`` false have no weight decay. The momentum
+    accumulates steps, each with the learning rate of its time.
     """
 
     def __init__(
@@ -93,5 +94,5 @@ class LARS(torch.optim.Optimizer):
                 state = self.state[p]
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(p)
-                state["momentum"].mul_(group["momentum"]).add_(update)
-                p.add_(state["momentum"], alpha=-group["lr"])
+                state["momentum"].mul_(group["momentum"]).add_(update, alpha=group["lr"])
+                p.sub_(state["momentum"])

@@ -84,7 +84,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         },
     },
     ("finetune", "digits"): {"epochs": 30, "batch_size": 64, "lr": 1e-3, "option": _MILD},
-    ("linear", "digits"): {"epochs": 30, "batch_size": 128, "lr": 0.1, "option": {"crop": 0.8}},
+    ("linear", "digits"): {"epochs": 30, "batch_size": 128, "lr": 0.1, "option": {"crop": 0.8, "optimizer": "sgd"}},
     ("mae", "digits"): {
         **_SHORT,
         "epochs": 300,

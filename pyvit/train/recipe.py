@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyvit.data import Data
 from pyvit.data.crops import Crop, crop_images, generator
 from pyvit.models.encoders import image_encoder
+from pyvit.train import schedules
 from pyvit.train.config import Config
 from pyvit.train.initialisation import build, initialise
 from pyvit.train.optim import no_decay
@@ -51,6 +52,10 @@ class Recipe(nn.Module):
     image_models: ClassVar[bool] = True
     fixed_settings: ClassVar[tuple[str, ...]] = ()
     extra_settings: ClassVar[tuple[str, ...]] = ()
+    #: Whether models pre-trained as masked autoencoders average their patches: the class token has learned nothing.
+    averages_patches: ClassVar[bool] = False
+    #: How often an image is in a batch, each time with other random numbers (Hoffer et al., 2020).
+    repeats: int = 1
     #: What ``--init`` must name, if the recipe requires it.
     needs_init: ClassVar[str] = ""
 
@@ -72,6 +77,12 @@ class Recipe(nn.Module):
     def options_of(cls, config: Config) -> dict[str, Any]:
         """The recipe's options under ``config``. Raises SettingError for an unknown option or a value out of range."""
         return choose(config.recipe, cls.options, parse(config.option, "option"))
+
+    @classmethod
+    def model_defaults(cls, config: Config) -> dict[str, Any]:
+        """Defaults that depend on ``config``, whose model is known: Config fields, and options under "option", as in
+        :data:`pyvit.train.presets.PRESETS`. They come before :attr:`defaults`."""
+        return {}
 
     @classmethod
     def peak_lr(cls, batch: int) -> float:
@@ -138,6 +149,14 @@ class Recipe(nn.Module):
     def rate_scales(self) -> Mapping[str, float]:
         """Factors on the learning rate of backbone parameters whose name contains the key."""
         return {}
+
+    def paper_lr(self, step: int, steps: int, first: float = 0.0) -> float:
+        """The learning rate of a step as most papers' code computes it: linear from ``first`` at step 0 to the peak
+        after the warm-up, then a half cosine to ``min_lr`` after the last step."""
+        c = self.config
+        return schedules.warmup_cosine(
+            step, steps, c.lr or 0.0, c.min_lr or 0.0, int(steps * (c.warmup or 0.0)), min(first, c.lr or 0.0)
+        )
 
     def no_decay(self) -> set[str]:
         """Full names of the matrices without weight decay: by default those that the modules exempt."""

@@ -22,6 +22,14 @@ def dino(step: int, steps: int, start: float, end: float, warmup: int = 0) -> fl
     return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
 
 
+def warmup_cosine(step: int, steps: int, peak: float, end: float, warmup: int = 0, first: float = 0.0) -> float:
+    """Linear from ``first`` at step 0 to ``peak`` at step ``warmup``, then a half cosine to ``end`` at ``steps``, which
+    is after the last step: MAE, SimCLR and Swin."""
+    if step < warmup:
+        return first + (peak - first) * step / warmup
+    return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
 def linear(step: int, steps: int, start: float, end: float) -> float:
     """Linear from ``start`` to ``end`` over ``steps`` steps, then constant."""
     return start + (end - start) * min(step / max(steps, 1), 1.0)

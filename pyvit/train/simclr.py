@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from pyvit.data import Data
 from pyvit.eval.features import embed
 from pyvit.losses import NTXentLoss
+from pyvit.models.encoders import image_encoder
+from pyvit.models.resnet import ResNet
 from pyvit.train import augment
 from pyvit.train.config import Config
-from pyvit.train.options import Option
+from pyvit.train.options import Option, parse
 from pyvit.train.recipe import Contrastive, Views, build, initialise
 from pyvit.train.sync_batch_norm import SyncBatchNorm1d
 
@@ -44,9 +46,21 @@ class SimCLR(Contrastive):
         "crop": Option(0.08, "smallest share of an image that a random crop keeps", "(0, 1]"),
         "strength": Option(1.0, "strength of the colour distortion", "[0, 2.5]"),
         "slant": Option(0.0, "largest rotation and shear in degrees", "[0, 180)"),
-        "optimizer": Option("lars", "LARS for large batches, AdamW for small ones", choices=("lars", "adamw")),
+        "optimizer": Option("lars", "LARS for ResNets, AdamW for transformers", choices=("lars", "adamw")),
     }
     base_lr, base_batch = 0.3, 256
+    #: AdamW's rate for 256 images and weight decay, for transformers (Chen et al., "MoCo v3", 2021, section 4).
+    adamw_base_lr, adamw_weight_decay = 1.5e-4, 0.1
+
+    @classmethod
+    def model_defaults(cls, config: Config) -> dict[str, Any]:
+        found = image_encoder(config.model or "", parse(config.set, "set"))
+        given = parse(config.option, "option").get("optimizer")
+        if (given or ("lars" if found is not None and found.constructor is ResNet else "adamw")) == "lars":
+            return {}
+        batch = config.batch_size or cls.defaults["batch_size"]
+        lr = cls.adamw_base_lr * batch / cls.base_batch
+        return {"option": {"optimizer": "adamw"}, "lr": lr, "weight_decay": cls.adamw_weight_decay}
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
@@ -76,6 +90,9 @@ class SimCLR(Contrastive):
     @property
     def backbone(self) -> nn.Module:
         return self.model
+
+    def schedule(self, step: int, steps: int) -> dict[str, float]:
+        return {"lr": self.paper_lr(step, steps)}
 
     def views(self, batch: Views, step: int, steps: int) -> Views:
         one, two = (self.normalize(self.augment(crop)) for crop in self.cropped(batch)["crop"])

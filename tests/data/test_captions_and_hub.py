@@ -98,7 +98,7 @@ def test_other_files_say_what_is_wanted(tmp_path):
     for name in ("a.json", "b.zip", "c"):
         (tmp_path / name).write_text("{}")
         with pytest.raises(
-            ValueError, match=r"is a file; it must be a table of captions \(.csv, .tsv, .txt\) or a folder"
+            ValueError, match=r"is a file; it must be a table of captions or labels \(.csv, .tsv, .txt\) or a folder"
         ):
             load_data(str(tmp_path / name))
 

@@ -174,6 +174,7 @@ def test_corrupt_images_are_named_and_skipped(tmp_path, pictures, capsys):
                     "image_size": 32,
                     "model": "vit_pico_patch4_32",
                     "steps": 4,
+                    "option": ["repeats=1"],
                     "out": str(tmp_path / "run"),
                 }
             )
