@@ -12,20 +12,29 @@ from pyvit.data.dataset import Data
 def builtin() -> dict[str, Callable[..., Data]]:
     """The built-in data sets, by name."""
     from pyvit.data.digits import digits
+    from pyvit.data.icons import emoji, icons
     from pyvit.data.scenes import scenes
     from pyvit.data.spoken_words import words
     from pyvit.data.synthetic import synthetic
 
-    return {"digits": digits, "scenes": scenes, "synthetic": synthetic, "words": words}
+    return {
+        "digits": digits,
+        "emoji": emoji,
+        "icons": icons,
+        "scenes": scenes,
+        "synthetic": synthetic,
+        "words": words,
+    }
 
 
 def load_data(spec: str, size: int | None = None, validation: float = 0.0, **options: Any) -> Data:
     """Load the data set that ``spec`` names.
 
     Args:
-        spec: "digits", "scenes", "words" or "synthetic" (built in); a folder of images or .wav files, with or without a
-            subfolder per class; a .csv, .tsv or .txt table of image paths and captions; "hf:NAME[:SPLIT]" for a Hugging
-            Face data set (a hub name or a folder), or "hf-stream:NAME[:SPLIT]" to stream it.
+        spec: "digits", "scenes", "words" or "synthetic" (built in); "emoji" or "icons" (Debian's fonts-noto-color-emoji
+            and papirus-icon-theme), or the path of an emoji font or icon theme; a folder of images or .wav files, with
+            or without a subfolder per class; a .csv, .tsv or .txt table of image paths and captions; "hf:NAME[:SPLIT]"
+            for a Hugging Face data set (a hub name or a folder), or "hf-stream:NAME[:SPLIT]" to stream it.
         size: side of the square images, by default the data set's own or 224; for audio the number of frames of the
             spectrogram, by default 1024 (10 s).
         validation: share of the training images that replaces the held-out ones, see :meth:`Data.validation`.
@@ -52,6 +61,10 @@ def load_data(spec: str, size: int | None = None, validation: float = 0.0, **opt
 
         return hugging_face(spec[3:], size or 224, **options)
     path = Path(spec).expanduser()
+    if path.suffix.lower() in (".ttf", ".otf") and path.is_file():
+        return sets["emoji"](size or 64, path, **options)
+    if (path / "index.theme").is_file():
+        return sets["icons"](size or 64, path, **options)
     if path.is_dir():
         from pyvit.data.files import folder
 

@@ -26,7 +26,8 @@ class Config:
     """Settings of a run. None means the recipe's default: see ``pyvit train RECIPE --help``."""
 
     data: str = option(
-        "digits", "folder, CSV of captions, hf:NAME, hf-stream:NAME, or digits | scenes | words | synthetic"
+        "digits",
+        "folder, CSV of captions, hf:NAME, hf-stream:NAME, or digits | emoji | icons | scenes | words | synthetic",
     )
     model: str | None = option(
         None, "a name of pyvit.list_models(); default: a small one that suits the data, or that of --init"
