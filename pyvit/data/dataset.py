@@ -209,8 +209,8 @@ class Data:
         images.
 
         Items of one concept, or that show the same image, stay together. ``extra`` is dropped, because it describes the
-        held-out images. Raises ValueError if a split would have no image, or no image of a class, and for streams, whose
-        images are not known in advance.
+        held-out images. Raises ValueError if a split would have no image, or no image of a class, and for streams,
+        whose images are not known in advance.
         """
         if self.train.streamed:
             raise ValueError(

@@ -47,8 +47,8 @@ _COLORS = {
     "violet", "white", "yaru", "yellow",
 }  # fmt: skip
 
-#: Contexts of the theme that are drawn; the others repeat these or are animations.
-_CONTEXTS = ("actions", "applications", "devices", "emblems", "emotes", "mime types", "places", "status")
+#: Contexts of the theme that are drawn; the others repeat these, are animations, or have few icons.
+_CONTEXTS = ("actions", "applications", "devices", "emblems", "mime types", "places", "status")
 
 
 @dataclass
@@ -87,7 +87,7 @@ def icons(size: int = 64, path: str | Path | None = None) -> Data:
 def _find(name: str, kind: str, package: str, page: str) -> Path:
     """The file or folder ``name`` in the ``kind`` folders of the XDG data directories."""
     home = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    places = [home, *(os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share").split(":"), "/usr/share"]
+    places = [home, *(os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share").split(":")]
     folders = [Path(place).expanduser() / kind for place in places if place] + [Path(f"~/.{kind}").expanduser()]
     for folder in folders:
         for found in (folder / name, *(sorted(folder.rglob(name)) if kind == "fonts" and folder.is_dir() else ())):
