@@ -120,7 +120,8 @@ def test_a_theme(tmp_path):
     assert data.classes == ["applications", "places"]
     assert "41 concepts" in data.summary()
     assert not data.flip
-    blue = data.train.fetch([data.train.captions.index("folder blue documents")])["image"][0]
+    at = next(i for i, caption in enumerate(data.train.captions) if caption.startswith("folder blue documents"))
+    blue = data.train.fetch([at])["image"][0]
     assert blue[:, 2, 8].tolist() == [0, 0, 255]
     assert blue[:, 13, 8].tolist() == [255, 255, 255]
 
@@ -170,7 +171,7 @@ def test_the_side_of_a_concept_stays():
     codes = {name: f"{codes[0]:X}" for codes, (name, _) in _emoji_names().items()}
     names = ("waving hand", "ewe", "bread", "peacock", "tram", "cat")
     _, held = _held_out([Picture(name, name, "", codes[name]) for name in names])
-    assert [name for name, out in zip(names, held, strict=True) if out] == ["bread", "peacock", "tram"]
+    assert [name for name, out in zip(names, held, strict=True) if out] == ["ewe", "bread", "peacock", "tram"]
 
 
 def test_learned_tokens():
