@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import pyvit
 from pyvit.data import load_data
 from pyvit.eval.zero_shot import TEMPLATES, text_classifier
 from pyvit.train import Config
@@ -169,6 +170,30 @@ def test_warm_up_has_steps():
         recipe = load_recipe("clip")(config, load_data("digits"))
         rates = [recipe.schedule(s, steps)["lr"] for s in (expected - 2, expected - 1, expected)]
         assert rates[0] < rates[1] == rates[2] == config.lr
+
+
+def test_initial_weights_of_siglip():
+    """Standard deviations of big_vision: Xavier's sqrt(2 / (inputs + outputs)) of each matrix, LeCun's
+    sqrt(1 / inputs)."""
+    torch.manual_seed(0)
+    model = pyvit.create_model("siglip_pico_patch8_64", vocab_size=500)
+    state = model.state_dict()
+    wanted = {
+        "visual.blocks.1.attn.qkv.weight": 96**-0.5,
+        "visual.attn_pool.kv.weight": 96**-0.5,
+        "text.blocks.3.attn.proj.weight": 96**-0.5,
+        "text.blocks.0.mlp.fc1.weight": (2 / 480) ** 0.5,
+        "visual.blocks.0.mlp.fc2.bias": 1e-6,
+        "visual.patch_embed.proj.weight": 192**-0.5,
+        "visual.pos_embed": 96**-0.5,
+        "text.positional_embedding": 96**-0.5,
+        "text.token_embedding.weight": 96**-0.5,
+        "text.proj.weight": 96**-0.5,
+    }
+    for key, deviation in wanted.items():
+        assert float(state[key].std()) == pytest.approx(deviation, rel=0.03 if state[key].dim() > 1 else 0.3), key
+    assert float(model.scale().detach()) == pytest.approx(10)
+    assert float(model.logit_bias.detach()) == -10
 
 
 def test_class_embeddings_are_the_paper_s():
