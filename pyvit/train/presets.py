@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-#: Default models of the built-in data sets; RECIPE_MODELS has those of recipes that need another one.
+#: Default models of the built-in data sets; RECIPE_MODELS has those of recipes that need another one, with "" for data
+#: that is not built in.
 MODELS = {
     "digits": "vit_pico_patch8_32",
     "emoji": "vit_pico_patch8_64",
@@ -15,6 +16,8 @@ MODELS = {
 }
 RECIPE_MODELS = {
     ("mae", "words"): "vit_pico_patch8_32",  # MAE needs patches that do not overlap, unlike AST's
+    ("clip", ""): "clip_vit_base_patch32_224",
+    ("siglip", ""): "siglip_vit_base_patch16_224",
     ("clip", "digits"): "clip_pico_patch8_32",
     **{("clip", data): "clip_pico_patch8_64" for data in ("emoji", "icons", "scenes")},
     ("siglip", "digits"): "siglip_pico_patch8_32",
@@ -70,6 +73,8 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "option": {**_SELF_DISTILLATION, "momentum": 0.97, "batch_norm": True, "local_crops": 0},
     },
     ("dinov2", "digits"): {**_SHORT, "batch_size": 64, "option": {**_SELF_DISTILLATION, "layer_scale": 1e-2}},
+    ("clip", ""): "clip_vit_base_patch32_224",
+    ("siglip", ""): "siglip_vit_base_patch16_224",
     ("clip", "digits"): {**_SHORT, "epochs": 20, "weight_decay": 0.1, "option": {"context": 32}},
     ("siglip", "digits"): {**_SHORT, "epochs": 20, "option": {"context": 32}},
     **{(recipe, data): _PICTURES for recipe in ("clip", "siglip") for data in ("emoji", "icons")},
