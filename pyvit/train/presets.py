@@ -73,8 +73,6 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "option": {**_SELF_DISTILLATION, "momentum": 0.97, "batch_norm": True, "local_crops": 0},
     },
     ("dinov2", "digits"): {**_SHORT, "batch_size": 64, "option": {**_SELF_DISTILLATION, "layer_scale": 1e-2}},
-    ("clip", ""): "clip_vit_base_patch32_224",
-    ("siglip", ""): "siglip_vit_base_patch16_224",
     ("clip", "digits"): {**_SHORT, "epochs": 20, "weight_decay": 0.1, "option": {"context": 32}},
     ("siglip", "digits"): {**_SHORT, "epochs": 20, "option": {"context": 32}},
     **{(recipe, data): _PICTURES for recipe in ("clip", "siglip") for data in ("emoji", "icons")},
