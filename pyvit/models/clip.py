@@ -260,14 +260,9 @@ def siglip_vit(
     mlp_ratio: float = 4.0,
     vocab_size: int = 32000,
     context_length: int = 64,
-    init_scale: float = 10.0,
-    init_bias: float = -10.0,
     **visual: Any,
 ) -> CLIP:
-    """SigLIP: no class token, attention pooling, both towers of equal width, and a logit bias (section 3.2).
-
-    ``init_scale`` and ``init_bias``: initial scale and bias of the logits.
-    """
+    """SigLIP: no class token, attention pooling, both towers of equal width, and a logit bias (section 3.2)."""
     settings = {"class_token": False, "global_pool": "map", "num_classes": 0, "activation": "gelu_tanh", **visual}
     make = {"depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio}
     tower = VisionTransformer(img_size=img_size, patch_size=patch_size, embed_dim=width, **make, **settings)
@@ -283,7 +278,7 @@ def siglip_vit(
         eps=1e-6,
         **make,
     )
-    model = CLIP(tower, words, math.log(init_scale), init_bias)
+    model = CLIP(tower, words, init_scale=math.log(10.0), init_bias=-10.0)
     init_siglip(model)
     return model
 

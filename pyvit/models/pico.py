@@ -11,8 +11,6 @@ from pyvit.models.vit import VisionTransformer
 _VIT = {"embed_dim": 96, "depth": 4, "num_heads": 3}
 _TOWERS = {"width": 96, "depth": 4, "num_heads": 3}
 _TEXT = {"embed_dim": 64, "text_width": 96, "text_depth": 2, "text_heads": 3}
-#: The bias of big_vision's configuration for batches of 512; -10 is for 16,384, and costs hundreds of steps to unlearn.
-_SIGLIP = {**_TOWERS, "init_bias": -2.71}
 _SWIN = {"embed_dim": 48, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "drop_path_rate": 0.0}
 
 register("vit_pico_patch4_32", VisionTransformer, img_size=32, patch_size=4, **_VIT)
@@ -23,5 +21,5 @@ register("swin_pico_patch4_window4_32", SwinTransformer, img_size=32, patch_size
 register("clip_pico_patch8_32", clip_vit, img_size=32, patch_size=8, **_TOWERS, **_TEXT)
 register("clip_pico_patch8_64", clip_vit, img_size=64, patch_size=8, **_TOWERS, **_TEXT)
 register("clip_resnet_pico_64", clip_resnet, layers=(1, 1, 1, 1), width=32, num_heads=8, img_size=64, **_TEXT)
-for _size in (32, 64):
-    register(f"siglip_pico_patch8_{_size}", siglip_vit, img_size=_size, patch_size=8, **_SIGLIP)
+register("siglip_pico_patch8_32", siglip_vit, img_size=32, patch_size=8, **_TOWERS)
+register("siglip_pico_patch8_64", siglip_vit, img_size=64, patch_size=8, **_TOWERS)

@@ -19,6 +19,7 @@ from pyvit.train import Config
 from pyvit.train.engine import Run, resolve_config
 from pyvit.train.presets import PRESETS
 from pyvit.train.recipe import load_recipe
+from pyvit.train.runs import load_run
 
 STEPS, BATCH = 20, 12
 VIT = ["width=24", "depth=1", "num_heads=1", "patch_size=8"]
@@ -172,6 +173,26 @@ def test_warm_up_has_steps():
         assert rates[0] < rates[1] == rates[2] == config.lr
 
 
+@pytest.mark.parametrize("text", ["transformer", "cbow"])
+@pytest.mark.parametrize("image", ["vit", "resnet"])
+def test_towers_and_learned_tokens(tmp_path, image, text):
+    """The paper's image and text encoders in all pairs, trained with learned tokens, which are kept with the run."""
+    sizes = [f"text={text}", "text_width=24", *(["text_depth=1"] if text == "transformer" else [])]
+    case = CASES["clip" if image == "vit" else "resnet"]
+    sizes = [*(s for s in case["set"] if not s.startswith("text")), *sizes]
+    options = ["tokenizer=bpe", "context=12"]
+    settings = {**case, "set": sizes, "option": options, "steps": 1, "batch_size": 8, "out": str(tmp_path)}
+    run = Run(Config(data="digits", **settings))
+    run.run()
+    before = run.recipe.tokenizer(["a handwritten seven", "9"])
+    run.close()
+    recipe, _ = load_run(tmp_path)
+    assert torch.equal(recipe.tokenizer(["a handwritten seven", "9"]), before)
+    assert type(recipe.model.visual).__name__ == {"vit": "VisionTransformer", "resnet": "CLIPResNet"}[image]
+    assert type(recipe.model.text).__name__ == {"transformer": "TextTransformer", "cbow": "TextCBOW"}[text]
+    assert recipe.model.text.vocab_size == recipe.tokenizer.vocab_size > 300
+
+
 def test_initial_weights_of_siglip():
     """Standard deviations of big_vision: Xavier's sqrt(2 / (inputs + outputs)) of each matrix, LeCun's
     sqrt(1 / inputs)."""
@@ -192,9 +213,8 @@ def test_initial_weights_of_siglip():
     }
     for key, deviation in wanted.items():
         assert float(state[key].std()) == pytest.approx(deviation, rel=0.03 if state[key].dim() > 1 else 0.3), key
-    large = pyvit.create_model("siglip_vit_base_patch16_224", width=24, depth=1, num_heads=1)
-    assert float(large.logit_scale.detach()) == pytest.approx(math.log(10))
-    assert float(large.logit_bias.detach()) == -10
+    assert float(model.logit_scale.detach()) == pytest.approx(math.log(10))
+    assert float(model.logit_bias.detach()) == -10
 
 
 def test_class_embeddings_are_the_paper_s():
