@@ -181,6 +181,10 @@ class CLIPResNet(nn.Module):
         x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
         return self.attnpool(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
 
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay, besides biases and norms."""
+        return {"attnpool.positional_embedding"}
+
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
         """Arguments of a forward pass."""
         return (self.bn1.weight.new_zeros(batch, 3, *self.img_size),)

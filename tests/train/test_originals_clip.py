@@ -53,7 +53,8 @@ class OpenClip:
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (STEPS - warmup))) * self.lr
 
     def decay(self, name, p):
-        unweighted = p.ndim < 2 or name in ("visual.pos_embed", "visual.cls_token", "text.positional_embedding")
+        # open_clip lets the positions of the ResNet's pooling decay, unlike all others.
+        unweighted = p.ndim < 2 or name.endswith(("pos_embed", "cls_token", "positional_embedding"))
         return 0.0 if unweighted else self.weight_decay * self.rate(self.step)
 
     def clamp(self, model):
