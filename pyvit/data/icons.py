@@ -224,8 +224,8 @@ def _held_out(pictures: Sequence[Picture]) -> tuple[list[int], list[bool]]:
 
 
 def _split(name: str, pictures: Sequence[Picture], decoder: ImageDecoder, size: int) -> Data:
-    """Training captions are a name, or for every other one a name and its class; held-out captions are names alone.
-    Variants are for training only."""
+    """Of four training captions, two are a name, one is a name and its class, and one is the class alone. Held-out
+    captions are names. Variants are for training only."""
     concepts, held = _held_out(pictures)
     classes = list(dict.fromkeys(p.kind for p in pictures))
 
@@ -250,7 +250,7 @@ def _split(name: str, pictures: Sequence[Picture], decoder: ImageDecoder, size: 
     note = f"{sum(count)} concepts, {count[1]} of them held out; {left_out} variants of held-out pictures are not used"
     return Data(
         name,
-        part(train, lambda n, p: f"{p.name}, {p.kind}" if n % 2 else p.name),
+        part(train, lambda n, p: (p.name, f"{p.name}, {p.kind}", p.name, p.kind)[n % 4]),
         part(test, lambda n, p: p.name),
         (size, size),
         classes,

@@ -99,8 +99,8 @@ TEMPLATES = (
 #: Prompts in the form of the built-in data sets' captions.
 OF_DATA = {
     "digits": ("a handwritten {}", "the digit {}", "a photo of the number {}", "{}"),
-    "emoji": ("{}", "{} emoji"),
-    "icons": ("{}", "{} icon"),
+    "emoji": ("{}",),
+    "icons": ("{}",),
 }
 
 
