@@ -75,7 +75,8 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("dinov2", "digits"): {**_SHORT, "batch_size": 64, "option": {**_SELF_DISTILLATION, "layer_scale": 1e-2}},
     ("clip", "digits"): {**_SHORT, "epochs": 20, "weight_decay": 0.1, "option": {"context": 32}},
     ("siglip", "digits"): {**_SHORT, "option": {"context": 32}},
-    **{(recipe, data): _PICTURES for recipe in ("clip", "siglip") for data in ("emoji", "icons")},
+    **{("clip", data): _PICTURES for data in ("emoji", "icons")},
+    **{("siglip", data): {**_PICTURES, "epochs": 60} for data in ("emoji", "icons")},
     ("clip", "scenes"): {**_SHORT, "epochs": 12, "weight_decay": 0.1},
     ("siglip", "scenes"): {**_SHORT, "epochs": 12},
 }
