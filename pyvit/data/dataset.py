@@ -60,6 +60,10 @@ class Images(Dataset[Batch]):
         """The images at ``indices``, in that order."""
         raise NotImplementedError
 
+    def held_out(self) -> Images:
+        """These images as the held-out side of a split."""
+        return self
+
     def relabelled(self, order: Tensor) -> Images:
         """A copy with ``order[label]`` for each label."""
         found = copy.copy(self)
@@ -231,6 +235,7 @@ class Data:
         order = [i for at in drawn for i in groups[at]]
         held = next(k for k in itertools.accumulate(len(groups[at]) for at in drawn) if k >= held)
         test, train = (self.train.part(sorted(at)) for at in (order[:held], order[held:]))
+        test = test.held_out()
         if self.train.labels is not None:
             sides = [{int(c) for c in side.labels} for side in (train, test)]
             if missing := sorted({int(c) for c in self.train.labels} - (sides[0] & sides[1])):

@@ -11,7 +11,7 @@ import hashlib
 import os
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from pyvit.data.crops import Crop
-from pyvit.data.dataset import Data, Images
+from pyvit.data.dataset import Data
 from pyvit.data.decode import ImageDecoder
 from pyvit.data.files import DecodedImages
 
@@ -223,37 +223,44 @@ def _held_out(pictures: Sequence[Picture]) -> tuple[list[int], list[bool]]:
     return [number[r] for r in roots], [side[r] for r in roots]
 
 
+class Pictures(DecodedImages):
+    """Pictures with captions. As the held-out side of a split they are without variants, and captions are names."""
+
+    def __init__(
+        self,
+        pictures: Sequence[Picture],
+        decoder: ImageDecoder,
+        labels: Sequence[int],
+        captions: Sequence[str],
+        concepts: Sequence[int],
+    ) -> None:
+        super().__init__([p.item for p in pictures], decoder, labels, captions, concepts=concepts)
+        self.pictures = pictures
+
+    def part(self, indices: Sequence[int]) -> Pictures:
+        columns = (self.pictures, self.labels, self.captions, self.concepts)
+        pictures, *known = ([column[i] for i in indices] for column in columns)
+        return Pictures(pictures, self.decoder, *known)
+
+    def held_out(self) -> Pictures:
+        found = self.part([i for i, p in enumerate(self.pictures) if not p.variant])
+        found.captions = [p.name for p in found.pictures]
+        return found
+
+
 def _split(name: str, pictures: Sequence[Picture], decoder: ImageDecoder, size: int) -> Data:
-    """Of four training captions, two are a name, one is a name and its class, and one is the class alone. Held-out
-    captions are names. Variants are for training only."""
+    """Of four training captions, two are a name, one is a name and its class, and one is the class alone."""
     concepts, held = _held_out(pictures)
     classes = list(dict.fromkeys(p.kind for p in pictures))
-
-    def part(at: Sequence[int], caption: Callable[[int, Picture], str]) -> Images:
-        chosen = [pictures[i] for i in at]
-        return DecodedImages(
-            [p.item for p in chosen],
-            decoder,
-            [classes.index(p.kind) for p in chosen],
-            [caption(n, p) for n, p in enumerate(chosen)],
-            concepts=[concepts[i] for i in at],
-        )
-
-    train = [i for i, out in enumerate(held) if not out]
-    test = [i for i, out in enumerate(held) if out and not pictures[i].variant]
-    if not train or not test:
+    captions = [(p.name, f"{p.name}, {p.kind}", p.name, p.kind)[n % 4] for n, p in enumerate(pictures)]
+    whole = Pictures(pictures, decoder, [classes.index(p.kind) for p in pictures], captions, concepts)
+    train = whole.part([i for i, out in enumerate(held) if not out])
+    test = whole.part([i for i, out in enumerate(held) if out]).held_out()
+    if not len(train) or not len(test):
         raise ValueError(
             f"data: {name} must have pictures of concepts on both sides of the split, found {len(pictures)} in all"
         )
-    count = [len({concepts[i] for i in at}) for at in (train, test)]
+    count = [len(set(part.concepts)) for part in (train, test)]
     left_out = len(pictures) - len(train) - len(test)
     note = f"{sum(count)} concepts, {count[1]} of them held out; {left_out} variants of held-out pictures are not used"
-    return Data(
-        name,
-        part(train, lambda n, p: (p.name, f"{p.name}, {p.kind}", p.name, p.kind)[n % 4]),
-        part(test, lambda n, p: p.name),
-        (size, size),
-        classes,
-        flip=False,
-        notes=[note],
-    )
+    return Data(name, train, test, (size, size), classes, flip=False, notes=[note])

@@ -163,7 +163,10 @@ def test_no_concept_and_no_picture_is_on_both_sides(name):
     assert data.test.fetch([0])["image"].shape == (1, 3, 64, 64)
     chosen = data.validation(0.1)
     assert not set(chosen.train.concepts) & set(chosen.test.concepts)
-    assert len(chosen.train) + len(chosen.test) == len(data.train)
+    assert set(chosen.test.captions) <= {p.name for p in data.train.pictures if not p.variant}
+    assert set(chosen.train.captions) <= set(data.train.captions)
+    assert chosen.train.fetch([5])["caption"][0] == chosen.train.captions[5] in data.train.captions
+    assert len(chosen.train) < len(data.train)
 
 
 def test_the_side_of_a_concept_stays():
