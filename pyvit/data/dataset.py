@@ -29,6 +29,8 @@ class Images(Dataset[Batch]):
     captions: Sequence[str] | None = None
     #: Equal numbers for items that show the same image (several captions of one photograph); None if all differ.
     groups: Sequence[int] | None = None
+    #: Equal numbers for items that must be on one side of a split; None for those of :attr:`groups`.
+    concepts: Sequence[int] | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -64,6 +66,10 @@ class Images(Dataset[Batch]):
     def part(self, indices: Sequence[int]) -> Images:
         """The images at ``indices``, in that order."""
         raise NotImplementedError
+
+    def held_out(self) -> Images:
+        """These images as the held-out side of a split."""
+        return self
 
     def relabelled(self, order: Tensor) -> Images:
         """A copy with ``order[label]`` for each label."""
@@ -234,9 +240,9 @@ class Data:
         """A copy for choosing settings: ``share`` of the training images, always the same ones, replaces the held-out
         images.
 
-        Items that show the same image stay together. ``extra`` is dropped, because it describes the held-out images.
-        Raises ValueError if a split would have no image, or no image of a class, and for streams, whose images are not
-        known in advance.
+        Items of one concept, or that show the same image, stay together. ``extra`` is dropped, because it describes the
+        held-out images. Raises ValueError if a split would have no image, or no image of a class, and for streams,
+        whose images are not known in advance.
         """
         if self.train.streamed:
             raise ValueError(
@@ -249,14 +255,15 @@ class Data:
             raise ValueError(
                 f"validation: must leave some of the {n} training images on both sides, in (0, 1), got {share}"
             )
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(0), device="cpu").tolist()
-        if (groups := self.train.groups) is not None:
-            together: dict[int, list[int]] = {}
-            for i in order:
-                together.setdefault(groups[i], []).append(i)
-            order, wanted = [i for same in together.values() for i in same], held
-            held = next(k for k in itertools.accumulate(map(len, together.values())) if k >= wanted)
+        together: dict[int, list[int]] = {}
+        for i, group in enumerate(self.train.concepts or self.train.groups or range(n)):
+            together.setdefault(group, []).append(i)
+        drawn = torch.randperm(len(together), generator=torch.Generator().manual_seed(0), device="cpu").tolist()
+        groups = [*together.values()]
+        order = [i for at in drawn for i in groups[at]]
+        held = next(k for k in itertools.accumulate(len(groups[at]) for at in drawn) if k >= held)
         test, train = (self.train.part(sorted(at)) for at in (order[:held], order[held:]))
+        test = test.held_out()
         if self.train.labels is not None and not self.multilabel:
             sides = [{int(c) for c in side.labels} for side in (train, test)]
             if missing := sorted({int(c) for c in self.train.labels} - (sides[0] & sides[1])):

@@ -67,11 +67,13 @@ class DecodedImages(Images):
         labels: Sequence[int] | None = None,
         captions: Sequence[str] | None = None,
         groups: Sequence[int] | None = None,
+        concepts: Sequence[int] | None = None,
     ) -> None:
         self.items = items
         self.labels = labels
         self.captions = captions
         self.groups = groups
+        self.concepts = concepts
         self.decoder = decoder
         self._bad: dict[int, str] = {}
 
@@ -82,7 +84,8 @@ class DecodedImages(Images):
         at = list(indices)
         pick = lambda values: None if values is None else [values[i] for i in at]  # noqa: E731
         items = pick(self.items) if isinstance(self.items, list) else Picked(self.items, at)
-        return DecodedImages(items, self.decoder, pick(self.labels), pick(self.captions), pick(self.groups))
+        known = map(pick, (self.labels, self.captions, self.groups, self.concepts))
+        return DecodedImages(items, self.decoder, *known)
 
     @property
     def bad(self) -> dict[int, str]:

@@ -13,13 +13,20 @@ def builtin() -> dict[str, Callable[..., Data]]:
     """The built-in data sets, by name."""
     from pyvit.data.digits import digits
     from pyvit.data.fashion_mnist import fashion_mnist
+    from pyvit.data.icons import emoji, icons
     from pyvit.data.scenes import scenes
     from pyvit.data.spoken_words import words
     from pyvit.data.synthetic import synthetic
 
     return {
-        "digits": digits, "fashion-mnist": fashion_mnist, "scenes": scenes, "synthetic": synthetic, "words": words
-    }  # fmt: skip
+        "digits": digits,
+        "emoji": emoji,
+        "fashion-mnist": fashion_mnist,
+        "icons": icons,
+        "scenes": scenes,
+        "synthetic": synthetic,
+        "words": words,
+    }
 
 
 def load_data(
@@ -28,10 +35,11 @@ def load_data(
     """Load the data set that ``spec`` names.
 
     Args:
-        spec: "digits", "fashion-mnist", "scenes", "words" or "synthetic" (built in); a folder of images or .wav files,
-            with or without a subfolder per class; a .csv, .tsv or .txt table of image paths and captions or labels;
-            "hf:NAME[:SPLIT]" for a Hugging Face data set (a hub name or a folder), or "hf-stream:NAME[:SPLIT]" to
-            stream it.
+        spec: "digits", "fashion-mnist", "scenes", "words" or "synthetic" (built in); "emoji" or "icons" (Debian's
+            fonts-noto-color-emoji and papirus-icon-theme), or the path of an emoji font or icon theme; a folder of
+            images or .wav files, with or without a subfolder per class; a .csv, .tsv or .txt table of image paths and
+            captions or labels; "hf:NAME[:SPLIT]" for a Hugging Face data set (a hub name or a folder), or
+            "hf-stream:NAME[:SPLIT]" to stream it.
         size: side of the square images, by default the data set's own or 224; for audio the number of frames of the
             spectrogram, by default 1024 (10 s).
         validation: share of the training images that replaces the held-out ones, see :meth:`Data.validation`.
@@ -61,6 +69,10 @@ def load_data(
 
         return hugging_face(spec[3:], size or 224, **options)
     path = Path(spec).expanduser()
+    if path.suffix.lower() in (".ttf", ".otf") and path.is_file():
+        return sets["emoji"](size or 64, path, **options)
+    if (path / "index.theme").is_file():
+        return sets["icons"](size or 64, path, **options)
     if path.is_dir():
         from pyvit.data.files import folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,13 +110,42 @@ def _content(token: Any) -> str:
     return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
 
 
-def load_tokenizer(spec: str, context_length: int = 77) -> ByteTokenizer | FileTokenizer:
-    """ "bytes", or the path of a tokenizer.json or of a folder that contains one."""
+def learn_tokenizer(texts: Sequence[str], context_length: int = 77, vocab_size: int = 1024) -> FileTokenizer:
+    """Byte-pair encoding (Sennrich et al., 2016) learned from ``texts``, in lower case: the start token, the text, the
+    end token. Every text can be encoded, because single bytes are tokens."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    pad, start, end = special = ["<pad>", "<start>", "<end>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    at = [(token, tokenizer.token_to_id(token)) for token in (start, end)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}", special_tokens=at)
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(path := f"{folder}/tokenizer.json")
+        return FileTokenizer(path, context_length)
+
+
+def load_tokenizer(
+    spec: str, context_length: int = 77, texts: Sequence[str] | None = None
+) -> ByteTokenizer | FileTokenizer:
+    """ "bytes"; "bpe", learned from ``texts``; or the path of a tokenizer.json or of a folder that contains one."""
     if spec == "bytes":
         return ByteTokenizer(context_length)
+    if spec == "bpe":
+        if not texts:
+            raise ValueError("tokenizer: must be 'bytes' or a tokenizer.json where captions are not known in advance")
+        return learn_tokenizer(texts, context_length)
     path = Path(spec).expanduser()
     if path.is_dir():
         path = path / "tokenizer.json"
     if not path.is_file():
-        raise FileNotFoundError(f"tokenizer: must be 'bytes' or the path of a tokenizer.json, got {spec!r}")
+        raise FileNotFoundError(f"tokenizer: must be 'bytes', 'bpe' or the path of a tokenizer.json, got {spec!r}")
     return FileTokenizer(path, context_length)

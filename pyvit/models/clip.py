@@ -278,7 +278,33 @@ def siglip_vit(
         eps=1e-6,
         **make,
     )
-    return CLIP(tower, words, init_scale=math.log(10.0), init_bias=-10.0)
+    model = CLIP(tower, words, init_scale=math.log(10.0), init_bias=-10.0)
+    init_siglip(model)
+    return model
+
+
+def init_siglip(model: CLIP) -> None:
+    """SigLIP's initialisation (big_vision): Xavier's for attention and MLPs, positions and token embeddings of unit
+    norm, LeCun's for the patch embedding and the text projection."""
+    visual, text = model.visual, model.text
+    width = text.token_embedding.embedding_dim
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            fused = name.endswith((".qkv", ".kv"))  # each matrix by itself
+            for weight in module.weight.split(width) if fused else (module.weight,):
+                nn.init.xavier_uniform_(weight)
+            if module.bias is not None:
+                nn.init.normal_(module.bias, std=1e-6 if ".mlp." in name else 0.0)
+    for weight in (text.token_embedding.weight, text.positional_embedding, visual.pos_embed):
+        nn.init.normal_(weight, std=width**-0.5)
+    if visual.attn_pool is not None:
+        nn.init.xavier_uniform_(visual.attn_pool.latent[0])
+    for layer in (visual.patch_embed.proj, text.proj):
+        deviation = layer.weight[0].numel() ** -0.5
+        # A normal distribution that is cut at twice its deviation has 0.88 of it.
+        nn.init.trunc_normal_(layer.weight, std=deviation / 0.87962566, a=-2.2737 * deviation, b=2.2737 * deviation)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 def clip_resnet(

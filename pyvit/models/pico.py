@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvit.models.audio import AudioSpectrogramTransformer
-from pyvit.models.clip import clip_vit, siglip_vit
+from pyvit.models.clip import clip_resnet, clip_vit, siglip_vit
 from pyvit.models.hybrid import HybridVisionTransformer
 from pyvit.models.registry import register
 from pyvit.models.swin import SwinTransformer
@@ -25,5 +25,6 @@ register("swin_pico_patch2_window7_28", SwinTransformer, img_size=28, patch_size
 register("swin_pico_patch4_window4_32", SwinTransformer, img_size=32, patch_size=4, window_size=4, **_SWIN)
 register("clip_pico_patch8_32", clip_vit, img_size=32, patch_size=8, **_TOWERS, **_TEXT)
 register("clip_pico_patch8_64", clip_vit, img_size=64, patch_size=8, **_TOWERS, **_TEXT)
+register("clip_resnet_pico_64", clip_resnet, layers=(1, 1, 1, 1), width=32, num_heads=8, img_size=64, **_TEXT)
 register("siglip_pico_patch8_32", siglip_vit, img_size=32, patch_size=8, **_TOWERS)
 register("siglip_pico_patch8_64", siglip_vit, img_size=64, patch_size=8, **_TOWERS)

@@ -171,6 +171,9 @@ class CLIPResNet(nn.Module):
         self.conv3, self.bn3 = conv(width // 2, width, 3), nn.BatchNorm2d(width)
         (self.layer1, self.layer2, self.layer3, self.layer4), channels = stages(width, layers, True, True)
         self.attnpool = AttentionPool2d(self.img_size[0] // 32, channels, num_heads, embed_dim)
+        for module in self.modules():
+            if isinstance(module, Residual):
+                nn.init.zeros_(module.bn3.weight)  # each block begins as its shortcut
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(images)))

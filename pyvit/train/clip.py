@@ -17,6 +17,7 @@ from pyvit.train import augment
 from pyvit.train.config import Config
 from pyvit.train.options import Option
 from pyvit.train.recipe import Contrastive, Views, build, initialise
+from pyvit.train.schedules import cosine
 
 
 class ImageText(Contrastive):
@@ -27,16 +28,14 @@ class ImageText(Contrastive):
         "epochs": 32,
         "batch_size": 32768,
         "weight_decay": 0.2,
-        "warmup": 0.01,
         "clip": 0.0,
         "lr": 5e-4,
     }
     options: ClassVar[dict[str, Option]] = {
-        "tokenizer": Option("bytes", "bytes, or the path of a tokenizer.json"),
+        "tokenizer": Option("bytes", "bytes, bpe (learned from the captions), or the path of a tokenizer.json"),
         "context": Option(77, "tokens of a caption; longer ones are cut", "[3, inf)"),
         "crop": Option(0.9, "smallest share of an image that a random crop keeps", "(0, 1]"),
     }
-    betas, eps = (0.9, 0.98), 1e-6
     models, image_models = "one with an image and a text tower", False
 
     @classmethod
@@ -49,7 +48,7 @@ class ImageText(Contrastive):
             raise ValueError(
                 f"{config.recipe}: data must have captions (a CSV with image and caption, say), {data.name} has none"
             )
-        self.tokenizer = load_tokenizer(self.opt["tokenizer"], self.opt["context"])
+        self.tokenizer = load_tokenizer(self.opt["tokenizer"], self.opt["context"], data.train.captions)
         text = {"vocab_size": self.tokenizer.vocab_size, "context_length": self.opt["context"]}
         text |= {"eot": self.tokenizer.end, "pad": self.tokenizer.pad}
         self.model = build(config.model or "", data, config, whole=True, **text)
@@ -67,6 +66,10 @@ class ImageText(Contrastive):
 
     def exported(self) -> nn.Module:
         return self.model
+
+    def warmup_steps(self, steps: int) -> int:
+        """Steps with a rising learning rate."""
+        return int(steps * (self.config.warmup or 0.0))
 
     def views(self, batch: Views, step: int, steps: int) -> Views:
         images = self.normalize(self.augment(self.cropped(batch)["crop"]))
@@ -86,6 +89,31 @@ class ImageText(Contrastive):
 
 class CLIP(ImageText):
     """Symmetric cross-entropy over the batch."""
+
+    options: ClassVar[dict[str, Option]] = {
+        **ImageText.options,
+        "warmup_steps": Option(
+            2000,
+            "steps with a linearly rising learning rate, but at most a tenth of all; not used if warmup is given",
+            "[0, inf)",
+        ),
+    }
+    betas, eps = (0.9, 0.98), 1e-6
+
+    def __init__(self, config: Config, data: Data) -> None:
+        super().__init__(config, data)
+        if settings_of(config.model or "")[0] is clip_resnet:  # table 18 has Adam's settings for each kind of tower
+            self.betas, self.eps = (0.9, 0.999), 1e-8
+
+    def warmup_steps(self, steps: int) -> int:
+        given = self.config.warmup is not None
+        return super().warmup_steps(steps) if given else min(self.opt["warmup_steps"], steps // 10)
+
+    def schedule(self, step: int, steps: int) -> dict[str, float]:
+        """A linear warm-up that reaches the peak at its last step, then a cosine that would be ``min_lr`` one step
+        after the last (open_clip)."""
+        c = self.config
+        return {"lr": cosine(step, steps + 1, c.lr or 0.0, c.min_lr or 0.0, self.warmup_steps(steps))}
 
     def compare(self, embeddings: dict[str, Tensor]) -> dict[str, Tensor]:
         images, text, scale = embeddings["images"], embeddings["text"], self.model.scale()

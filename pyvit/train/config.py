@@ -27,7 +27,10 @@ class Config:
 
     data: str = option(
         "digits",
-        "folder, CSV of captions, hf:NAME, hf-stream:NAME, or digits | fashion-mnist | scenes | words | synthetic",
+        (
+            "folder, table of captions or labels, hf:NAME, hf-stream:NAME, or digits | emoji | fashion-mnist | icons | "
+            "scenes | words | synthetic"
+        ),
     )
     model: str | None = option(
         None, "a name of pyvit.list_models(); default: a small one that suits the data, or that of --init"

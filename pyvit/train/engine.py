@@ -64,9 +64,8 @@ def resolve_config(config: Config) -> Config:
     config = dataclasses.replace(config, option=[f"{k}={v!r}" for k, v in options.items()])
     recipe.options_of(config)
     parse(config.set, "set")
-    config = config.resolved(
-        {"model": RECIPE_MODELS.get((config.recipe, config.data)) or MODELS.get(config.data, "vit_small_patch16_224")}
-    )
+    default = RECIPE_MODELS.get((config.recipe, config.data)) or MODELS.get(config.data)
+    config = config.resolved({"model": default or RECIPE_MODELS.get((config.recipe, ""), "vit_small_patch16_224")})
     check_model(recipe, config)
     config = adopt(config, recipe)
     config = config.resolved({k: v for k, v in preset.items() if k not in ("epochs",) or config.steps is None})

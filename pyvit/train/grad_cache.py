@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyvit.ops.loss_tiles import widen
 from pyvit.train.recipe import Contrastive, Views
 
 
@@ -49,7 +50,7 @@ class Cached:
         """{"loss": ...} whose gradients are this micro-batch's part of the gradients of the whole loss."""
         if self.last:
             return recipe.compare(_concatenated([*self.embeddings[:-1], live]))
-        return {"loss": torch.stack([(live[key].float() * g).sum() for key, g in self.gradients.items()]).sum()}
+        return {"loss": torch.stack([(widen(live[key]) * g).sum() for key, g in self.gradients.items()]).sum()}
 
 
 def _concatenated(embeddings: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -80,7 +81,7 @@ def cache(recipe: Contrastive, micros: list[MicroBatch], device: torch.device, s
         with torch.enable_grad():
             loss = recipe.compare(_concatenated(leaves))["loss"] * scale
         found = iter(torch.autograd.grad(loss, [leaf for each in leaves for leaf in each.values()]))
-    gradients = [{key: next(found).float() / scale for key in each} for each in leaves]
+    gradients = [{key: widen(next(found)) / scale for key in each} for each in leaves]
     return [Cached(embeddings, g, i + 1 == len(micros)) for i, g in enumerate(gradients)]
 
 

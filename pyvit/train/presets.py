@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-#: Default models of the built-in data sets; RECIPE_MODELS has those of recipes that need another one.
+#: Default models of the built-in data sets; RECIPE_MODELS has those of recipes that need another one, with "" for data
+#: that is not built in.
 MODELS = {
     "digits": "vit_pico_patch8_32",
+    "emoji": "vit_pico_patch8_64",
     "fashion-mnist": "vit_pico_patch4_28",
+    "icons": "vit_pico_patch8_64",
     "scenes": "vit_pico_patch8_64",
     "words": "ast_pico_patch16_128x64",
     "synthetic": "vit_small_patch16_224",
 }
 RECIPE_MODELS = {
     ("mae", "words"): "vit_pico_patch8_32",  # MAE needs patches that do not overlap, unlike AST's
+    ("clip", ""): "clip_vit_base_patch32_224",
+    ("siglip", ""): "siglip_vit_base_patch16_224",
     ("clip", "digits"): "clip_pico_patch8_32",
-    ("clip", "scenes"): "clip_pico_patch8_64",
+    **{("clip", data): "clip_pico_patch8_64" for data in ("emoji", "icons", "scenes")},
     ("siglip", "digits"): "siglip_pico_patch8_32",
-    ("siglip", "scenes"): "siglip_pico_patch8_64",
+    **{("siglip", data): "siglip_pico_patch8_64" for data in ("emoji", "icons", "scenes")},
 }
 
 _MILD = {"augment": "mild", "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}
@@ -26,6 +31,11 @@ _SELF_DISTILLATION = {
     "local_crop": 0.35, "drop_path": 0.0, "distort": False, "slant": 15.0, "momentum": 0.99, "weight_decay_end": 0.1,
 }  # fmt: skip
 _SHORT = {"epochs": 60, "batch_size": 128, "lr": 1e-3, "warmup": 0.1}
+
+_PICTURES = {
+    "epochs": 40, "batch_size": 256, "lr": 1e-3, "warmup": 0.1, "weight_decay": 0.2,
+    "option": {"tokenizer": "bpe", "context": 24, "crop": 0.6},
+}  # fmt: skip
 
 #: PRESETS[recipe, data]: Config fields, and recipe options under "option", that replace the recipe's defaults.
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
@@ -111,7 +121,9 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("dinov2", "digits"): {**_SHORT, "batch_size": 64, "option": {**_SELF_DISTILLATION, "layer_scale": 1e-2}},
     ("clip", "digits"): {**_SHORT, "epochs": 20, "weight_decay": 0.1, "option": {"context": 32}},
-    ("siglip", "digits"): {**_SHORT, "epochs": 20, "option": {"context": 32}},
+    ("siglip", "digits"): {**_SHORT, "option": {"context": 32}},
+    **{("clip", data): _PICTURES for data in ("emoji", "icons")},
+    **{("siglip", data): {**_PICTURES, "epochs": 60} for data in ("emoji", "icons")},
     ("clip", "scenes"): {**_SHORT, "epochs": 12, "weight_decay": 0.1},
     ("siglip", "scenes"): {**_SHORT, "epochs": 12},
 }
