@@ -52,6 +52,7 @@ class DINO(Recipe):
         "slant": Option(0.0, "largest rotation and shear in degrees", "[0, 180)"),
     }
     base_lr, base_batch = 5e-4, 256
+    averages = True
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
