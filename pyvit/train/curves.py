@@ -14,8 +14,8 @@ Records = Sequence[Mapping[str, Any]]
 
 #: Logged values that are not drawn.
 _HIDDEN = {"step", "time", "loss_scale", "skipped_steps", "model_images_per_s"}
-#: The first panels; the others follow in the order of the log.
-_FIRST = ("loss", "lr")
+#: The first and the last panels; the others are between them in the order of the log.
+_FIRST, _LAST = ("loss", "lr"), ("images_per_s", "data_wait")
 _LABELS = {"lr": "learning rate", "images_per_s": "images per second", "data_wait": "share of time waiting for data"}
 
 
@@ -44,8 +44,8 @@ def series(records: Records) -> dict[str, tuple[list[int], list[float]]]:
                 steps, values = found.setdefault(key, ([], []))
                 steps.append(record["step"])
                 values.append(value)
-    order = [*(key for key in _FIRST if key in found), *(key for key in found if key not in _FIRST)]
-    return {key: found[key] for key in order}
+    order = [*_FIRST, *(key for key in found if key not in _FIRST + _LAST), *_LAST]
+    return {key: found[key] for key in order if key in found}
 
 
 def draw(path: Path, runs: Mapping[str, Records], fewest: int = 1) -> Path | None:

@@ -339,7 +339,9 @@ class Run(Evaluated):
         """Run all steps. Returns whether the last checkpoint was written, and the last evaluation."""
         c, saved, done = self.config, True, self.start
         progress, batches = Progress(self.steps, self.start, c.batch_size or 1, self.main), self.batches()
-        results = self._assess(done, log) if self._is_due(done) else {}
+        missed = self._from_main(log.evaluated) < done - 1  # the run was stopped between a checkpoint and its evaluation
+        ends = done == self.steps or self._is_exhausted(done)
+        results = self._assess(done, log) if self._is_due(done) and (missed or ends) else {}
         try:
             while done < self.steps and not self._is_exhausted(done):
                 step, began, self.waited = done, time.perf_counter(), 0.0

@@ -18,7 +18,7 @@ from pyvit.train.sampler import step_seed
 from pyvit.train.sharding import whole
 
 #: Curves are drawn of at least this many logged steps.
-FEWEST_POINTS = 5
+FEWEST_POINTS = 10
 
 
 class Evaluated(Resumable):

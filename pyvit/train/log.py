@@ -62,7 +62,7 @@ class Log:
         if not self.enabled:
             return
         values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
-        record = {"step": step, **{k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}}
+        record = {"step": step, **{k: _rounded(v) if isinstance(v, float) else v for k, v in values.items()}}
         try:
             self._append(json.dumps(record) + "\n")
         except OSError as error:
@@ -107,6 +107,11 @@ def say(message: str) -> None:
     print(message.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
+def _rounded(value: float) -> float:
+    """Six digits after the point, or of a smaller number six digits in all."""
+    return round(value, 6) if abs(value) >= 1 else float(f"{value:.6g}")
+
+
 class Progress:
     """A progress bar with remaining time, images per second and values; on a pipe, a line every 10 seconds.
 
@@ -143,8 +148,7 @@ class Progress:
             self._bar.start()
 
     def rates(self) -> dict[str, float]:
-        """ "images_per_s", "model_images_per_s" without the time of waiting for data, and "data_wait", the share of that
-        time."""
+        """Images per second; those without the time of waiting for data; and the share of that time."""
         seconds, images = max(self.seconds, 1e-9), max(self.count, 1) * self.batch
         wait = min(self.waited / seconds, 1.0)
         return {
