@@ -231,6 +231,7 @@ class Run(Evaluated):
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), c.clip)
             totals["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         scaler = self.accelerator.scaler
+        totals = self._mean_over_ranks(totals)
         bad, self.stop = self._max_over_ranks(
             int(scaler is None and not all(map(_finite, totals.values()))), self.signals.last
         )
@@ -339,7 +340,9 @@ class Run(Evaluated):
         """Run all steps. Returns whether the last checkpoint was written, and the last evaluation."""
         c, saved, done = self.config, True, self.start
         progress, batches = Progress(self.steps, self.start, c.batch_size or 1, self.main), self.batches()
-        missed = self._from_main(log.evaluated) < done - 1  # the run was stopped between a checkpoint and its evaluation
+        missed = (
+            self._from_main(log.evaluated) < done - 1
+        )  # the run was stopped between a checkpoint and its evaluation
         ends = done == self.steps or self._is_exhausted(done)
         results = self._assess(done, log) if self._is_due(done) and (missed or ends) else {}
         try:

@@ -78,6 +78,14 @@ class Resumable:
             dist.broadcast_object_list(shared, src=0)
         return shared[0]
 
+    def _mean_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
+        """The mean of each value over all ranks, which have the same keys."""
+        if self.world == 1:
+            return values
+        mean = torch.tensor(list(values.values()), dtype=torch.float64, device=self.accelerator.device)
+        dist.all_reduce(mean)
+        return dict(zip(values, (mean / self.world).tolist(), strict=True))
+
     def _max_over_ranks(self, *values: int) -> list[int]:
         """The largest of each value over all ranks."""
         if self.world == 1:

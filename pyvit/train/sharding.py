@@ -28,8 +28,9 @@ def shard(model: nn.Module, device: torch.device, precision: str = "no") -> nn.M
 
     Each transformer block is a unit: its parameters are gathered when it runs and freed afterwards, while those of the
     next block are on their way. All other parameters are the root unit. With ``precision`` "bf16" the blocks'
-    parameters are gathered in bfloat16 and their gradients are reduced in float32; the root unit (heads, prototypes,
-    embeddings) stays in float32, and autocast rounds it where it is used.
+    parameters are gathered in bfloat16, with activations between blocks in bfloat16 too, and their gradients are
+    reduced in float32. The root unit (heads, prototypes, embeddings) stays in float32, and autocast rounds it where it
+    is used.
 
     Uses torch's ``fully_shard`` directly, because Accelerate silently replicates the parameters without a GPU. Scalar
     parameters (the temperature and bias of CLIP and SigLIP) cannot be sharded; every rank keeps them, and their
@@ -47,12 +48,12 @@ def shard(model: nn.Module, device: torch.device, precision: str = "no") -> nn.M
         "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
         "ignored_params": scalars,
     }
-    # Activations keep the dtypes that autocast gives them.
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if precision == "bf16" else {}
     for blocks in stacks_of(model):
-        units = [
-            fully_shard(block, **shared, **({"mp_policy": policy} if precision == "bf16" else {})) for block in blocks
-        ]
+        units = []
+        for block in blocks:
+            policy = MixedPrecisionPolicy(**half, output_dtype=torch.float32 if half and block is blocks[-1] else None)
+            units.append(fully_shard(block, mp_policy=policy, **shared))
         for unit, following in itertools.pairwise(units):
             unit.set_modules_to_forward_prefetch([following])
     return fully_shard(model, **shared)
