@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from pyvit.train import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -23,19 +25,20 @@ def launch(launcher: str, module: str, *options: str) -> str:
     words = lines[0].split()
     flag = next(i for i, word in enumerate(words) if word.startswith(("--num", "--nproc")))
     words[flag + 1] = "2"
-    end = words.index("train") + 2  # ... pyvit train RECIPE
-    command = [sys.executable, "-m", module, *words[len(launcher.split()) : end], *options, "--fsdp"]
+    end = words.index("train") + 1  # ... pyvit train RECIPE ...
+    command = [sys.executable, "-m", module, *words[1:end], "supervised", *options, "--fsdp"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
+@pytest.mark.slow
 def test_torchrun_and_accelerate_launch(tmp_path: Path) -> None:
     out = ["--out", str(tmp_path)]
     said = launch("torchrun", "torch.distributed.run", *OPTIONS, *out, "--steps", "2")
     assert said.count("data digits:") == 1
-    said = launch("accelerate launch", "accelerate.commands.accelerate_cli", "launch", *OPTIONS, *out, "--steps", "4")
+    said = launch("accelerate launch", "accelerate.commands.accelerate_cli", *OPTIONS, *out, "--steps", "4")
     assert f"resuming {tmp_path} at step 2 of 4" in said
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "loss" in r] == [0, 1, 2, 3]
