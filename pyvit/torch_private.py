@@ -165,3 +165,20 @@ def fake_mode() -> Any:
 
 #: The operator that computes attention by the formula; None if torch has none of this name.
 attention_math: Any = _find("torch:ops.aten._scaled_dot_product_attention_math.default")
+
+
+@functools.cache
+def _fsdp_names() -> Any:
+    state = _find("torch.distributed.fsdp:FSDPModule._get_fsdp_state")
+    return state, _find("torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._lazy_init")
+
+
+def make_fsdp_root(module: Any) -> None:
+    """Make a module that ``fully_shard`` has sharded the root of the sharded modules in it, as its first forward pass
+    does.
+
+    Fallback: nothing. Parts of the module must then not be called before the module itself.
+    """
+    state, initialise = _fsdp_names()
+    if None not in (state, initialise):
+        initialise(state(module))

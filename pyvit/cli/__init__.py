@@ -162,9 +162,10 @@ def _trainer(recipe: str) -> Callable[..., None]:
     from pyvit.train.recipe import load_recipe
 
     hints = get_type_hints(Config)
-    defaults, its = Config(), {"min_lr": 0.0, **load_recipe(recipe).defaults}
+    chosen = load_recipe(recipe)
+    defaults, its = Config(), chosen.base_settings({name: option.default for name, option in chosen.options.items()})
     if "lr" not in its:
-        its["lr"] = load_recipe(recipe).rate_formula()
+        its["lr"] = chosen.rate_formula()
     parameters, annotations = [], {}
     for field in dataclasses.fields(Config):
         if field.name == "recipe":

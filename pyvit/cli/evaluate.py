@@ -13,6 +13,7 @@ from pyvit.eval import contact_sheet, retrieval, visualize, zero_shot
 from pyvit.eval import knn as knn_module
 from pyvit.eval import linear as linear_module
 from pyvit.eval.features import check_finite, features, labels_of, right
+from pyvit.train import curves
 from pyvit.train.log import say
 from pyvit.train.runs import load_run
 
@@ -113,6 +114,18 @@ def retrieval_command(run: str, data: str | None = None, out: str | None = None,
     return found
 
 
+def curves_command(runs: list[str], out: str | None = None) -> Path:
+    """Curves of one or more runs, finished or not, in one PNG: loss, learning rate, evaluations and whatever else they
+    logged. Written to the first run's folder; of several runs to curves_compared.png there."""
+    names = ["/".join(Path(run).parts[-2:]) for run in runs]
+    names = names if len(set(names)) == len(names) else runs
+    path = _path(runs[0], out, "curves" if len(runs) == 1 else "curves_compared")
+    found = curves.draw(path, {name: curves.read(Path(run)) for name, run in zip(names, runs, strict=True)})
+    if found is None:
+        raise ValueError(f"run: no step is logged yet in {', '.join(runs)}")
+    return _said(found)
+
+
 def attention(run: str, data: str | None = None, mass: float = 0.6, out: str | None = None, count: int = 8) -> Path:
     """Sheet of the class token's attention in the last block, per head, and the cells with most of it."""
     recipe, images, normalised = _pictures(run, data, count)
@@ -180,6 +193,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "linear": linear,
     "zero-shot": zero_shot_command,
     "retrieval": retrieval_command,
+    "curves": curves_command,
     "attention": attention,
     "reconstruct": reconstruct,
     "patches": patches,

@@ -16,6 +16,23 @@ from pyvit.data.dataset import Batch, Images
 #: Fewer images than this are read without workers, which take time to start.
 _FEW = 512
 
+#: More workers than this do not help one process: it cannot take over their batches faster.
+_MOST = 16
+
+
+def default_workers(images: Images, count: int) -> int:
+    """Worker processes for reading ``count`` images: none for images in memory and for few images.
+
+    The cores of the machine are divided by the processes on it. With a GPU, all but one of a process's share load
+    images; without one, half of it, because training takes the other half.
+    """
+    if not (images.decodes or images.streamed) or count < _FEW:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    mine = cores // processes
+    return min(max(mine - 1 if torch.cuda.is_available() else mine // 2, 1), _MOST)
+
 
 class _TrainingData(Dataset[Batch]):
     """Batches of training crops, indexed by (step, indices, repetitions)."""
@@ -60,13 +77,14 @@ def evaluation_batches(
     """The whole images at ``indices``, in order: see :meth:`Images.fetch`. ``workers`` None chooses their number."""
     parts = [indices[i : i + batch] for i in range(0, len(indices), batch)]
     if workers is None:
-        workers = min(8, max((os.cpu_count() or 1) - 1, 1)) if images.decodes and len(indices) >= _FEW else 0
+        workers = default_workers(images, len(indices))
     yield from _read(images, _EvaluationData(images), min(workers, len(parts)), batch_sampler=parts, collate_fn=_whole)
 
 
 def _read(images: Images, source: Any, workers: int, **options: Any) -> Iterator[Batch]:
-    """Batches of a data loader. Unreadable files that its workers found are recorded in ``images``."""
-    ahead = {"num_workers": workers, "prefetch_factor": 4 if workers else None}
+    """Batches of a data loader, in pinned memory if there is a GPU. Unreadable files that its workers found are
+    recorded in ``images``."""
+    ahead = {"num_workers": workers, "prefetch_factor": 4 if workers else None, "pin_memory": torch.cuda.is_available()}
     own = torch.Generator()  # the loader draws a seed for its workers, which must not change the run's random numbers
     for batch in DataLoader(source, **options, **ahead, generator=own, worker_init_fn=_ignore_signals):
         images.note(batch.pop("problems", {}))

@@ -46,7 +46,8 @@ def over(
         at = part.pop("index", None)
         if len(part["image"]):
             read += at.tolist() if at is not None else mine[len(read) : len(read) + len(part["image"])]
-            found.append(compute({k: v.to(device) if isinstance(v, Tensor) else v for k, v in part.items()}).cpu())
+            moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in part.items()}
+            found.append(compute(moved).cpu())
         progress.update(len(part["image"]))
     progress.close()
     results = torch.cat(found) if found else None

@@ -100,10 +100,11 @@ class CLIP(ImageText):
     }
     betas, eps = (0.9, 0.98), 1e-6
 
-    def __init__(self, config: Config, data: Data) -> None:
-        super().__init__(config, data)
-        if settings_of(config.model or "")[0] is clip_resnet:  # table 18 has Adam's settings for each kind of tower
-            self.betas, self.eps = (0.9, 0.999), 1e-8
+    @classmethod
+    def model_defaults(cls, config: Config) -> dict[str, Any]:
+        """Table 18 has Adam's settings for each kind of tower."""
+        resnet = settings_of(config.model or "")[0] is clip_resnet and config.optimizer in (None, "adamw")
+        return {"beta2": 0.999, "eps": 1e-8} if resnet else {}
 
     def warmup_steps(self, steps: int) -> int:
         given = self.config.warmup is not None

@@ -53,9 +53,22 @@ class Config:
     lr: float | None = option(None, "peak learning rate", "(0, inf)")
     min_lr: float | None = option(None, "learning rate of the last step", "[0, inf)")
     weight_decay: float | None = option(None, "weight decay, of matrices only", "[0, inf)")
+    optimizer: str | None = option(
+        None, "adamw | sgd | lars | lamb; other than the recipe's needs --lr", choices=("adamw", "sgd", "lars", "lamb")
+    )
+    beta1: float | None = option(None, "decay of the mean gradient, of adamw and lamb", "[0, 1)")
+    beta2: float | None = option(None, "decay of the mean squared gradient, of adamw and lamb", "[0, 1)")
+    eps: float | None = option(None, "added to the root of the mean squared gradient, of adamw and lamb", "(0, inf)")
+    momentum: float | None = option(None, "momentum of sgd and lars", "[0, 1)")
     warmup: float | None = option(None, "share of the steps with a linearly rising learning rate", "[0, 1)")
     clip: float | None = option(None, "largest gradient norm; 0 for none", "[0, inf)")
     layer_decay: float | None = option(None, "factor on the learning rate per block below the head", "(0, 1]")
+    ema: float | None = option(
+        None,
+        "decay per step of a moving average of the weights, which is then evaluated and exported; 0 for none",
+        "[0, 1)",
+    )
+    ema_warmup: bool = option(False, "let the decay of --ema rise with the step n: min(ema, 1 - n^(-2/3))")
     precision: str = option("no", "mixed precision: no | bf16 | fp16 (needs a GPU)", choices=("no", "bf16", "fp16"))
     checkpointing: bool = option(False, "recompute blocks in the backward pass instead of storing activations")
     compile: bool = option(False, "torch.compile the model")
@@ -72,11 +85,19 @@ class Config:
         None, "use only this many training images, equally many of each class", "(0, inf)"
     )
     flip: bool = option(True, "random horizontal flips; never of spectrograms, built-in digits or images with captions")
-    workers: int = option(0, "processes that load images", "[0, inf)")
+    workers: int | None = option(
+        None,
+        "processes that load images, per training process; default by the cores, 0 for images in memory",
+        "[0, inf)",
+    )
     seed: int = option(0, "seed of weights, image order and augmentation", "[0, inf)")
     save_every: int = option(200, "steps between checkpoints; one is always written at the end", "(0, inf)")
     log_every: int = option(10, "steps between lines of log.jsonl", "(0, inf)")
     eval_every: int = option(0, "epochs between evaluations; 0 for a single one at the end", "[0, inf)")
+    select: str = option(
+        "last", "weights to export: of the last step or of the best evaluation", choices=("last", "best")
+    )
+    patience: int = option(0, "evaluations without a better result that end the run; 0 for no limit", "[0, inf)")
     tensorboard: bool = option(False, "also write TensorBoard events")
     overwrite: bool = option(False, "discard the run in the folder")
     allow_changed_data: bool = option(False, "resume although the training set has changed since the run began")
@@ -102,4 +123,7 @@ class Config:
 
 
 #: Settings that may change between a run and its resumption.
-FREE = {"out", "overwrite", "workers", "save_every", "log_every", "tensorboard", "allow_changed_data"}
+FREE = {
+    "out", "overwrite", "workers", "save_every", "log_every", "tensorboard", "allow_changed_data",
+    "eval_every", "select", "patience",
+}  # fmt: skip

@@ -63,6 +63,7 @@ class DINO(Recipe):
     }
     base_lr, base_batch = 5e-4, 256
     shown: ClassVar[tuple[str, ...]] = ("loss", "teacher_entropy", "feature_rank")
+    averages = True
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)

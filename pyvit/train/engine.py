@@ -12,20 +12,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from pyvit.data import Data, load_data, loading
-from pyvit.models.metadata import header_of
-from pyvit.train import checkpoint, schedules
+from pyvit.data.loading import default_workers
+from pyvit.train import schedules
+from pyvit.train.best import Best
 from pyvit.train.config import Config
+from pyvit.train.ema import WeightAverage, decay_at
+from pyvit.train.evaluated import Evaluated
 from pyvit.train.grad_cache import MicroBatch, cache, rng_state, set_rng_state
 from pyvit.train.initialisation import adopt, check_model, inherit
 from pyvit.train.log import Log, Progress, active_kernels, say
-from pyvit.train.optim import LARS, parameter_groups
+from pyvit.train.optim import make_optimizer, parameter_groups
 from pyvit.train.options import SettingError, parse
 from pyvit.train.presets import MODELS, PRESETS, RECIPE_MODELS
 from pyvit.train.recipe import Contrastive, Recipe, load_recipe
-from pyvit.train.resume import Resumable
 from pyvit.train.run_folder import Lock
 from pyvit.train.sampler import BatchSampler, step_seed
 from pyvit.train.sharding import leave, shard, whole
@@ -33,6 +34,9 @@ from pyvit.train.signals import Stopped, StopSignals
 
 #: More float16 overflows in a row than this are an error: the loss scale is then below 1e-3, from 65536.
 MAX_OVERFLOWS = 27
+
+#: A note says so if more than MUCH_WAITING of the time of the first NOTE_AFTER steps is spent waiting for data.
+MUCH_WAITING, NOTE_AFTER = 0.2, 50
 
 
 class NumberedBatches:
@@ -72,7 +76,23 @@ def resolve_config(config: Config) -> Config:
     of_model = recipe.model_defaults(config)
     options = {**of_model.pop("option", {}), **options}
     config = dataclasses.replace(config, option=[f"{k}={v!r}" for k, v in options.items()]).resolved(of_model)
-    config = config.resolved({"min_lr": 0.0, **recipe.defaults})
+    settings = recipe.base_settings(recipe.options_of(config), config.optimizer)
+    if config.lr is None and config.optimizer not in (None, settings["optimizer"]):
+        raise SettingError(
+            f"lr must be given with optimizer {config.optimizer}: the default of {config.recipe} is for "
+            f"{settings['optimizer']}"
+        )
+    config = config.resolved(settings)
+    for name in ("beta1", "beta2", "eps", "momentum"):
+        if name not in settings and getattr(config, name) is not None:
+            raise SettingError(f"{name} must not be given with optimizer {config.optimizer}, which has none")
+    if config.ema and recipe.averages:
+        raise SettingError(
+            f"ema must be 0 with {config.recipe}, whose exported teacher is a moving average already, got {config.ema}"
+        )
+    for name, value in (("select", config.select == "best"), ("patience", config.patience)):
+        if value and not config.eval_every:
+            raise SettingError(f"{name} {getattr(config, name)} needs eval_every, which is 0")
     if config.lr is None:
         config = dataclasses.replace(config, lr=recipe.peak_lr(config.batch_size or 1))
     if (config.min_lr or 0.0) > (config.lr or 0.0):
@@ -109,13 +129,7 @@ def _optimizer(recipe: Recipe, config: Config) -> torch.optim.Optimizer:
         raise SettingError(
             f"layer_decay must be 1 with {config.model}, whose layers cannot be counted ({error})"
         ) from error
-    if recipe.optimizer == "lars":
-        return LARS(groups, lr=config.lr or 0.0)
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr or 0.0, momentum=0.9)
-    if recipe.optimizer != "adamw":
-        raise ValueError(f"{config.recipe}: optimizer must be lars, sgd or adamw, got {recipe.optimizer!r}")
-    return torch.optim.AdamW(groups, lr=config.lr or 0.0, betas=recipe.betas, eps=recipe.eps)
+    return make_optimizer(groups, config)
 
 
 def _set_rates(optimizer: Any, recipe: Recipe, config: Config, step: int, steps: int) -> float:
@@ -133,7 +147,7 @@ def _set_rates(optimizer: Any, recipe: Recipe, config: Config, step: int, steps:
     return lr
 
 
-class Run(Resumable):
+class Run(Evaluated):
     """One training run; see :func:`train`."""
 
     def __init__(self, config: Config) -> None:
@@ -145,6 +159,8 @@ class Run(Resumable):
         self.main = self.accelerator.is_main_process
         self.signals, self.stop = StopSignals(), 0
         self.overflows = 0  # consecutive steps skipped because float16 overflowed
+        self.best = Best(self.folder)
+        self.waited = 0.0  # seconds that the current step has waited for data
         self.lock = Lock(self.folder)
         try:
             self._on_main(self.lock.acquire)
@@ -172,32 +188,44 @@ class Run(Resumable):
                 f"got {batch}"
             )
         self.per_epoch = n // batch
-        self.steps = config.steps or max(round((config.epochs or 1) * self.per_epoch), 1)
+        self.steps = self.total_steps(config.epochs, config.steps)
         torch.manual_seed(config.seed)
         self.recipe = load_recipe(config.recipe)(config, self.data)
         self.recipe.per_epoch = self.per_epoch
         if config.fsdp and self.world > 1:
-            self.model = shard(self.recipe, self.accelerator.device)
+            self.model = shard(self.recipe, self.accelerator.device, config.precision)
             self.optimizer = self.accelerator.prepare(_optimizer(self.recipe, config))
         else:
             self.model, self.optimizer = self.accelerator.prepare(self.recipe, _optimizer(self.recipe, config))
         if config.compile:
             self.model.compile()
+        self.average = WeightAverage(self.recipe) if config.ema else None
         self.start = self._resume()
+        self.best_record = self._from_main(self.best.record)
+        left = (self.steps - self.start) * batch // self.world
+        self.workers = default_workers(self.data.train, left) if config.workers is None else config.workers
+        if config.eval_every and (config.select == "best" or config.patience) and not config.validation:
+            self.tell(
+                "note: the held-out images choose the weights, so that their results are too good; --validation 0.1 "
+                "chooses by a part of the training images instead"
+            )
         if config.accumulate > 1 and (parts := self.recipe.depends_on_micro_batch()):
             self.tell(
                 f"note: {' and '.join(parts)} see each of the {config.accumulate} micro-batches separately, not the "
                 "whole batch"
             )
 
+    def total_steps(self, epochs: float | None, steps: int | None) -> int:
+        return steps or max(round((epochs or 1) * self.per_epoch), 1)
+
     def batches(self) -> Iterator[dict[str, Any]]:
         c, train, crops = self.config, self.data.train, self.recipe.crops
         schedule = (c.batch_size or 1, self.start, self.steps, c.seed, self.rank, self.world, c.accumulate)
         if train.streamed:
-            yield from loading.stream_batches(train, train.batches(*schedule, crops), c.workers)
+            yield from loading.stream_batches(train, train.batches(*schedule, crops), self.workers)
         else:
             batches = NumberedBatches(BatchSampler(len(train), *schedule, self.recipe.repeats))
-            yield from loading.training_batches(train, crops, batches, c.seed, c.workers)
+            yield from loading.training_batches(train, crops, batches, c.seed, self.workers)
 
     def step(self, step: int, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
         """One optimizer step. Returns the values to log. Steps skipped by the float16 scaler do not advance the
@@ -213,6 +241,7 @@ class Run(Resumable):
         if c.clip:
             totals["grad_norm"] = self._clip(c.clip)
         scaler = self.accelerator.scaler
+        totals = self._mean_over_ranks(totals)
         bad, self.stop = self._max_over_ranks(
             int(scaler is None and not all(map(_finite, totals.values()))), self.signals.last
         )
@@ -223,13 +252,13 @@ class Run(Resumable):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if scaler is None:
-            self.recipe.update(schedule_step, self.steps)
+            self._update(schedule_step)
             return {**totals, "lr": lr}
         self._count_overflow(step, getattr(self.optimizer, "step_was_skipped", False))
         if self.overflows:
             self.recipe.step_skipped()
         else:
-            self.recipe.update(schedule_step, self.steps)
+            self._update(schedule_step)
         return {**totals, "lr": lr, "loss_scale": scaler.get_scale(), "skipped_steps": self.skipped}
 
     def _clip(self, most: float) -> float:
@@ -239,6 +268,13 @@ class Run(Resumable):
         norms = [torch.nn.utils.clip_grad_norm_(group, most) for group in groups if group]
         norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
         return float(torch.stack(norms).norm())
+
+    def _update(self, schedule_step: int) -> None:
+        """Moving averages, after an optimizer step."""
+        self.recipe.update(schedule_step, self.steps)
+        if self.average is not None:
+            c = self.config
+            self.average.update(decay_at(c.ema or 0.0, schedule_step + 1, c.ema_warmup))
 
     def _count_overflow(self, step: int, skipped: bool) -> None:
         """Count the steps that the gradient scaler skipped because float16 gradients overflowed."""
@@ -251,9 +287,11 @@ class Run(Resumable):
             )
 
     def _views(self, step: int, schedule_step: int, micro: int, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
-        batch = {
-            k: v.to(self.accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in next(batches).items()
-        }
+        began = time.perf_counter()
+        read = next(batches)
+        self.waited += time.perf_counter() - began
+        device = self.accelerator.device
+        batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in read.items()}
         torch.manual_seed(step_seed(self.config.seed + 1, step, self.rank, micro))
         return self.recipe.views(batch, schedule_step, self.steps)
 
@@ -290,15 +328,6 @@ class Run(Resumable):
         """Defers averaging of gradients over ranks to a later micro-batch if ``defer``."""
         return self.accelerator.no_sync(self.model) if defer else contextlib.nullcontext()
 
-    def evaluate(self) -> dict[str, float]:
-        was = self.recipe.training
-        self.recipe.eval()
-        torch.manual_seed(step_seed(self.config.seed + 2, 0, 0))
-        with torch.no_grad(), whole(self.recipe):
-            results = self.recipe.evaluate(self.data)
-        self.recipe.train(was)
-        return results
-
     def run(self) -> dict[str, float]:
         log = Log(self.folder, self.start, self.config.tensorboard, self.main)
         if self.start:
@@ -306,15 +335,15 @@ class Run(Resumable):
         self.model.train()
         try:
             with self.signals.caught():
-                saved = self._loop(log)
+                saved, results = self._loop(log)
         finally:
             for problem in self.data.train.problems[:20] if self.main else ():
                 say(f"skipped {problem}".encode("ascii", "backslashreplace").decode())
-        results = self.evaluate()
         for line in self.data.damage() if self.main else ():
             say(f"note: {line}")
-        log.write(self.steps, **results)
         log.close()
+        if self.config.select == "best" and self.best_record:
+            results = self.best_record["results"]
         lost = [] if saved else ["last.pt"]
         lost += self.export(results)
         self.tell(f"{self.folder}: {self.recipe.expectation(results)}")
@@ -325,32 +354,60 @@ class Run(Resumable):
             )
         return results
 
-    def _loop(self, log: Log) -> bool:
-        """Run all steps. Returns whether the last checkpoint was written."""
-        c, saved = self.config, self.start == self.steps
+    def _loop(self, log: Log) -> tuple[bool, dict[str, float]]:
+        """Run all steps. Returns whether the last checkpoint was written, and the last evaluation."""
+        c, saved, done = self.config, True, self.start
         progress, batches = Progress(self.steps, self.start, c.batch_size or 1, self.main), self.batches()
+        missed = (
+            self._from_main(log.evaluated) < done - 1
+        )  # the run was stopped between a checkpoint and its evaluation
+        ends = done == self.steps or self._is_exhausted(done)
+        results = self._assess(done, log) if self._is_due(done) and (missed or ends) else {}
         try:
-            for step in range(self.start, self.steps):
+            while done < self.steps and not self._is_exhausted(done):
+                step, began, self.waited = done, time.perf_counter(), 0.0
                 values = self.step(step, batches)
                 if warning := self.recipe.warning(step, self.steps, values):
                     self.tell(f"step {step}: warning: {warning}")
+                done = step + 1
+                shown = {key: values[key] for key in self.recipe.shown if key in values}
+                progress.update(step, time.perf_counter() - began, self.waited, shown)
                 if step == self.start:
                     self.tell(f"kernels: {active_kernels() or 'none of pyvit'}")
-                last = step + 1 == self.steps
+                last = done == self.steps
                 if step % c.log_every == 0 or last or self.overflows:
-                    log.write(step, **values, images_per_s=progress.rate(step), time=round(time.time(), 3))
-                progress.update(step, f"loss {values['loss']:.4f}")
-                if (step + 1) % c.save_every == 0 or last or self.stop:
-                    saved = self.save(step + 1)
+                    log.write(step, **values, **progress.rates(), time=round(time.time(), 3))
+                if done - self.start == NOTE_AFTER or (last and done - self.start < NOTE_AFTER):
+                    self._note_waiting(progress)
+                kept = done % c.save_every == 0 or last or self.stop
+                if kept:
+                    saved = self.save(done)
                 if self.stop and not last:
                     left = "the same command resumes it" if self.saved else "nothing was saved"
-                    self.tell(f"stopped after step {step + 1} of {self.steps}; {self._checkpoint_note()}; {left}")
+                    self.tell(f"stopped after step {done} of {self.steps}; {self._checkpoint_note()}; {left}")
                     raise Stopped(self.stop)
-                if c.eval_every and not last and (step + 1) % (c.eval_every * self.per_epoch) == 0:
-                    log.write(step, **self.evaluate())
+                if self._is_due(done):  # after saving: a failing evaluation loses no step
+                    results = self._assess(done, log)
+                    if self._is_exhausted(done) and not kept:
+                        saved = self.save(done)
         finally:
             progress.close()
-        return saved
+        if done < self.steps:
+            self.tell(
+                f"ended after step {done} of {self.steps}: {c.patience} evaluations without a better "
+                f"{self.best_record.get('metric')}"
+            )
+        return saved, results
+
+    def _note_waiting(self, progress: Progress) -> None:
+        """Say so if the model waits for data."""
+        rates = progress.rates()
+        if rates["data_wait"] > MUCH_WAITING and progress.count > 1:
+            self.tell(
+                f"note: {100 * rates['data_wait']:.0f} % of the time is spent waiting for data, which comes at "
+                f"{rates['images_per_s']:.0f} images/s; the model alone would take {rates['model_images_per_s']:.0f} "
+                f"(--workers is {self.workers})"
+            )
 
     def close(self) -> None:
         """Release the networks, then leave the process group if this run created it. The run cannot be used
@@ -363,27 +420,6 @@ class Run(Resumable):
 
             leave()
             AcceleratorState._reset_state(reset_partial_state=True)  # the next run of this process needs a new group
-
-    def export(self, results: dict[str, float]) -> list[str]:
-        """Write the weights, settings, data description and results. Returns the names of files that could not be
-        written."""
-        state = get_model_state_dict(
-            self.recipe.exported(), options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-        )
-        writes = {
-            "model.safetensors": lambda path: checkpoint.save_weights(path, state, header_of(self.recipe.exported())),
-            "config.json": lambda path: checkpoint.save_json(path, dataclasses.asdict(self.config)),
-            "data.json": lambda path: self._keep_data(),
-            "results.json": lambda path: checkpoint.save_json(path, results),
-        }
-        lost = []
-        for name, write in writes.items() if self.main else ():
-            try:
-                write(self.folder / name)
-            except OSError as error:
-                say(f"warning: cannot write {self.folder / name}: {error}")
-                lost.append(name)
-        return lost
 
 
 def _finite(value: float) -> bool:

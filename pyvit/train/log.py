@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,14 @@ def active_kernels() -> str:
 class Log:
     """``log.jsonl`` of a run. Lines from step ``start`` on are removed: a killed run may have written them after its
     last checkpoint.
+
+    ``evaluated``: the last step with a line of evaluation results, which have no learning rate; -1 if there is none.
     """
 
     def __init__(self, folder: Path, start: int, tensorboard: bool, enabled: bool = True) -> None:
         self.path = folder / "log.jsonl"
         self.enabled = enabled
+        self.evaluated = -1
         self._warned = False
         self._writer = None
         if not enabled:
@@ -42,6 +46,8 @@ class Log:
                 continue
             if record.get("step", 0) < start:
                 kept.append(line)
+                if "lr" not in record:
+                    self.evaluated = record["step"]
         write_atomic(self.path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
         if tensorboard:
             try:
@@ -56,7 +62,7 @@ class Log:
         if not self.enabled:
             return
         values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
-        record = {"step": step, **{k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}}
+        record = {"step": step, **{k: _rounded(v) if isinstance(v, float) else v for k, v in values.items()}}
         try:
             self._append(json.dumps(record) + "\n")
         except OSError as error:
@@ -101,15 +107,24 @@ def say(message: str) -> None:
     print(message.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
+def _rounded(value: float) -> float:
+    """Six digits after the point, or of a smaller number six digits in all."""
+    return round(value, 6) if abs(value) >= 1 else float(f"{value:.6g}")
+
+
 class Progress:
-    """A progress bar with remaining time, images per second and the loss; on a pipe, a line every 10 seconds."""
+    """A progress bar with remaining time, images per second and values; on a pipe, a line every 10 seconds.
+
+    :meth:`update` is given how long each step took, and how long of that it waited for data. Rates are over all steps
+    but the first, which also starts workers and compiles. Evaluations and checkpoints are not counted.
+    """
 
     def __init__(self, steps: int, start: int, batch: int, enabled: bool) -> None:
-        self.steps = steps
-        self.start = start
+        self.steps, self.start = steps, start
         self.batch = batch
         self.enabled = enabled
-        self._began = self._said = time.perf_counter()
+        self.count, self.seconds, self.waited = 0, 0.0, 0.0
+        self._said = time.perf_counter()
         self._bar = None
         if enabled and sys.stdout.isatty():
             from rich.progress import (
@@ -132,21 +147,35 @@ class Progress:
             self._task = self._bar.add_task("", total=steps, completed=start, status="")
             self._bar.start()
 
-    def rate(self, step: int) -> float:
-        """Images per second since this process started."""
-        return (step + 1 - self.start) * self.batch / max(time.perf_counter() - self._began, 1e-9)
+    def rates(self) -> dict[str, float]:
+        """Images per second; those without the time of waiting for data; and the share of that time."""
+        seconds, images = max(self.seconds, 1e-9), max(self.count, 1) * self.batch
+        wait = min(self.waited / seconds, 1.0)
+        return {
+            "images_per_s": images / seconds,
+            "model_images_per_s": images / max(seconds - self.waited, 1e-9),
+            "data_wait": wait,
+        }
 
-    def update(self, step: int, status: str) -> None:
+    def update(self, step: int, seconds: float, waited: float, values: Mapping[str, float]) -> None:
+        """Count a step, and show ``values``."""
+        if self.count == 1 and step == self.start + 1:
+            self.count, self.seconds, self.waited = 0, 0.0, 0.0
+        self.count, self.seconds, self.waited = self.count + 1, self.seconds + seconds, self.waited + waited
         if not self.enabled:
             return
-        text = f"{self.rate(step):.0f} images/s  {status}"
+        now, left = time.perf_counter(), self.steps - step - 1
+        if self._bar is None and now - self._said <= 10 and left:
+            return
+        rates = self.rates()
+        text = f"{rates['images_per_s']:.0f} images/s"
+        if rates["data_wait"] >= 0.05:
+            text += f" ({100 * rates['data_wait']:.0f} % of the time waiting for data)"
+        text = "  ".join([text, *(f"{key} {value:.4f}" for key, value in values.items())])
         if self._bar is not None:
             self._bar.update(self._task, completed=step + 1, status=text)
-            return
-        now = time.perf_counter()
-        if now - self._said > 10 or step + 1 == self.steps:
-            left = (now - self._began) / (step + 1 - self.start) * (self.steps - step - 1)
-            say(f"step {step + 1}/{self.steps}  {left:.0f} s left  {text}")
+        else:
+            say(f"step {step + 1}/{self.steps}  {self.seconds / self.count * left:.0f} s left  {text}")
             self._said = now
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Parameter groups (weight decay, layer-wise learning rates) and LARS."""
+"""Parameter groups (weight decay, layer-wise learning rates), and the optimizers LARS and LAMB."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pyvit.models.finetune import depths_of, layer_of
+from pyvit.train.config import Config
 
 
 def no_decay(model: nn.Module) -> set[str]:
@@ -87,12 +88,67 @@ class LARS(torch.optim.Optimizer):
                 if group["decays"]:
                     update = update.add(p, alpha=group["weight_decay"])
                 if p.dim() > 1:
-                    weight_norm, update_norm = p.norm(), update.norm()
-                    ratio = group["trust"] * weight_norm / update_norm
-                    nonzero = (weight_norm > 0) & (update_norm > 0)
-                    update = update * torch.where(nonzero, ratio, torch.ones_like(ratio))
+                    update = update * _trust_ratio(p, update, group["trust"])
                 state = self.state[p]
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].mul_(group["momentum"]).add_(update, alpha=group["lr"])
                 p.sub_(state["momentum"])
+
+
+class LAMB(torch.optim.Optimizer):
+    """Adam whose step for each tensor is scaled to the tensor's norm, for very large batches (You et al., "Large Batch
+    Optimization for Deep Learning", 2020, algorithm 2).
+
+    Groups with ``decays`` false have no weight decay and take plain Adam steps. Gradients are not clipped.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decays": True})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if "step" not in state:
+                    state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                state["step"] += 1
+                n, mean, square = int(state["step"]), state["exp_avg"], state["exp_avg_sq"]
+                mean.lerp_(p.grad, 1 - beta1)
+                square.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                update = (mean / (1 - beta1**n)) / ((square / (1 - beta2**n)).sqrt() + group["eps"])
+                if group["decays"]:
+                    update = update.add(p, alpha=group["weight_decay"])
+                    update = update * _trust_ratio(p, update)
+                p.add_(update, alpha=-group["lr"])
+
+
+def _trust_ratio(p: torch.Tensor, update: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    """``factor`` times the norm of the parameter over that of its update; 1 if one of them is zero."""
+    weight_norm, update_norm = p.norm(), update.norm()
+    nonzero = (weight_norm > 0) & (update_norm > 0)
+    return torch.where(nonzero, factor * weight_norm / update_norm, torch.ones_like(weight_norm))
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
+    """The optimizer of a resolved ``config`` for parameter groups."""
+    lr, momentum, betas = config.lr or 0.0, config.momentum or 0.0, (config.beta1 or 0.0, config.beta2 or 0.0)
+    if config.optimizer == "lars":
+        return LARS(groups, lr=lr, momentum=momentum)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    if config.optimizer == "lamb":
+        return LAMB(groups, lr=lr, betas=betas, eps=config.eps or 0.0)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps or 0.0)

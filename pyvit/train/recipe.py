@@ -44,6 +44,13 @@ class Recipe(nn.Module):
     optimizer: ClassVar[str] = "adamw"
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     eps: ClassVar[float] = 1e-8
+    momentum: ClassVar[float] = 0.9
+    #: The logged values that the progress line shows.
+    shown: ClassVar[tuple[str, ...]] = ("loss",)
+    #: Evaluation results by which runs are compared: the first that there is. A minus sign: smaller is better.
+    best_by: ClassVar[tuple[str, ...]] = ("accuracy", "zero_shot", "knn", "image_to_text@1", "-test_loss")
+    #: Whether the recipe exports a moving average of its weights in any case, so that ``--ema`` is not for it.
+    averages: ClassVar[bool] = False
     #: Whether the exported network has one output per class of the data, in their order.
     classifies: ClassVar[bool] = False
     #: Which models the recipe trains, as text; whether it uses only their image encoder; settings of the model that
@@ -83,6 +90,18 @@ class Recipe(nn.Module):
         """Defaults that depend on ``config``, whose model is known: Config fields, and options under "option", as in
         :data:`pyvit.train.presets.PRESETS`. They come before :attr:`defaults`."""
         return {}
+
+    @classmethod
+    def base_settings(cls, options: Mapping[str, Any], optimizer: str | None = None) -> dict[str, Any]:
+        """Defaults of Config fields under the recipe's ``options``; those of ``optimizer`` if it is given."""
+        own = options.get("optimizer", cls.optimizer)
+        chosen = optimizer or own
+        found = {"optimizer": own, "min_lr": 0.0, "ema": 0.0}
+        if chosen in ("adamw", "lamb"):
+            found |= {"beta1": cls.betas[0], "beta2": cls.betas[1], "eps": 1e-6 if chosen == "lamb" else cls.eps}
+        else:
+            found |= {"momentum": cls.momentum}
+        return {**found, **cls.defaults}
 
     @classmethod
     def peak_lr(cls, batch: int) -> float:
@@ -196,6 +215,15 @@ class Recipe(nn.Module):
     def evaluate(self, data: Data) -> dict[str, float]:
         """Metrics on held-out images."""
         return {}
+
+    def score(self, results: Mapping[str, float]) -> tuple[str, float] | None:
+        """The name of the result in ``results`` that tells which weights are better, and a number that is larger for
+        better ones; None without such a result."""
+        for key in self.best_by:
+            name = key.removeprefix("-")
+            if math.isfinite(results.get(name, math.nan)):
+                return name, results[name] * (-1 if key != name else 1)
+        return None
 
     def expectation(self, results: dict[str, float]) -> str:
         """The last line of a run: its result and, for presets, what to expect."""

@@ -11,13 +11,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from pyvit.data import Data
 from pyvit.data.description import describe
 from pyvit.info import setting
 from pyvit.train import checkpoint
+from pyvit.train.best import Best
 from pyvit.train.config import FREE, Config
+from pyvit.train.ema import WeightAverage
 from pyvit.train.log import say
 from pyvit.train.recipe import Recipe
 from pyvit.train.run_folder import changes, fingerprint
@@ -33,8 +41,11 @@ class Resumable:
     recipe: Recipe
     model: nn.Module
     optimizer: Any
+    average: WeightAverage | None
+    best: Best
     main: bool
     world: int
+    steps: int
     #: Step of the checkpoint on disk, and number of steps skipped because float16 overflowed.
     saved: int = 0
     skipped: int = 0
@@ -60,6 +71,21 @@ class Resumable:
             if problem[0] is not None:
                 raise ValueError(problem[0])
 
+    def _from_main(self, value: Any) -> Any:
+        """The main process's ``value``, on every rank."""
+        shared = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(shared, src=0)
+        return shared[0]
+
+    def _mean_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
+        """The mean of each value over all ranks, which have the same keys."""
+        if self.world == 1:
+            return values
+        mean = torch.tensor(list(values.values()), dtype=torch.float64, device=self.accelerator.device)
+        dist.all_reduce(mean)
+        return dict(zip(values, (mean / self.world).tolist(), strict=True))
+
     def _max_over_ranks(self, *values: int) -> list[int]:
         """The largest of each value over all ranks."""
         if self.world == 1:
@@ -73,8 +99,9 @@ class Resumable:
         path, config = self.folder / "last.pt", dataclasses.asdict(self.config)
         if self.main:
             checkpoint.sweep(
-                self.folder, "last.pt", "model.safetensors", "config.json", "data.json", "results.json", "log.jsonl"
-            )
+                self.folder, "last.pt", "best.safetensors", "model.safetensors", "config.json", "data.json",
+                "results.json", "log.jsonl", "curves.png",
+            )  # fmt: skip
         if self.config.overwrite:
             if self.main:
                 path.unlink(missing_ok=True)
@@ -85,7 +112,10 @@ class Resumable:
             if self.main:
                 checkpoint.save_json(self.folder / "config.json", config)
                 self._keep_data()
+                self.best.forget()
             return 0
+        if self.main:
+            self.best.recall()
         if missing := {"config", "step", "model", "optimizer"} - saved.keys():
             raise ValueError(f"{path} is not a checkpoint of pyvit: it lacks {', '.join(sorted(missing))}")
         before = json.loads(saved["config"])
@@ -95,6 +125,10 @@ class Resumable:
             for k in config
             if k not in FREE and k in before and config[k] != before[k] and not (k == "data" and moved)
         ]
+        if self.average is not None and "ema" not in saved and "ema" not in differ:  # a checkpoint from before --ema
+            differ.append("ema")
+        if differ and not {*differ} - {"epochs", "steps"} and self._extends(before, int(saved["step"])):
+            differ = []
         if differ:
             said = ", ".join(f"{k} was {before.get(k)!r}, is {config[k]!r}" for k in differ)
             raise ValueError(f"{self.folder} holds another run ({said}); choose another --out, or --overwrite it")
@@ -104,6 +138,9 @@ class Resumable:
         try:
             if differ := self.recipe.state_dict().keys() ^ saved["model"].keys():
                 raise ValueError(f"{min(differ)} is missing on one side")
+            if self.average is not None:
+                set_model_state_dict(model, saved["ema"], options=options)
+                self.average = WeightAverage(self.recipe)
             set_state_dict(
                 model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options
             )
@@ -129,6 +166,29 @@ class Resumable:
             say(f"note: {said}; from here on, results may differ in the last bits from an uninterrupted run")
         return self.saved
 
+    def total_steps(self, epochs: float | None, steps: int | None) -> int:
+        """The steps of a run of ``epochs`` or ``steps``."""
+        raise NotImplementedError
+
+    def _extends(self, before: dict[str, Any], step: int) -> bool:
+        """Whether this run continues a finished one of fewer steps, whose checkpoint is of ``step``. Raises ValueError
+        if that run is not finished."""
+        wanted = self.total_steps(before["epochs"], before["steps"])
+        if self.steps <= wanted:
+            return self.steps == wanted
+        if step < wanted:
+            raise ValueError(
+                f"{self.folder} holds a run that has taken {step} of its {wanted} steps; only a finished run can be "
+                f"extended to {self.steps}: finish it, or choose another --out"
+            )
+        if self.main:
+            say(
+                f"extending {self.folder} from {wanted} to {self.steps} steps: from here on, the learning rate and all "
+                f"other schedules are those of a run of {self.steps} steps"
+            )
+            checkpoint.save_json(self.folder / "config.json", dataclasses.asdict(self.config))
+        return True
+
     def _on_main_same_data(self, before: dict[str, Any] | None) -> bool:
         """Whether the training set is known to be unchanged since the run began. Raises ValueError if it has
         changed."""
@@ -148,9 +208,7 @@ class Resumable:
                 )
 
         self._on_main(compare)
-        if self.world > 1:
-            dist.broadcast_object_list(same, src=0)
-        return same[0]
+        return self._from_main(same[0])
 
     def _keep_data(self) -> None:
         """Save classes, preprocessing and tokenizer, so that evaluation needs only the run's folder."""
@@ -183,6 +241,11 @@ class Resumable:
         if untouched:
             self._parts()[1].state.clear()
             optimizer["state"] = {}
+        averaged = {}
+        if self.average is not None:
+            with self.average.applied():
+                averaged = get_model_state_dict(self.model, options=options)  # may share the parameters' memory
+                averaged = {key: value.clone() for key, value in averaged.items()} if self.main else {}
         written = True
         if self.main:
             scaler = self.accelerator.scaler
@@ -197,6 +260,7 @@ class Resumable:
                 "scaler": scaler.state_dict() if scaler is not None else {},
                 "data": self.fingerprint,
             }
+            state |= {"ema": averaged} if averaged else {}
             try:
                 checkpoint.save(self.folder / "last.pt", {**state, "setting": self._setting()})
             except OSError as error:
