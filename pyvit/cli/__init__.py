@@ -1,4 +1,4 @@
-"""The command ``pyvit``: info, doctor, models, flops, convert, train, eval, bench."""
+"""The command ``pyvit``: info, doctor, models, flops, convert, train, eval, predict, export, bench."""
 
 from __future__ import annotations
 
@@ -105,6 +105,11 @@ def application() -> Any:
 
     for name, command in COMMANDS.items():
         evaluate.command(name)(command)
+    from pyvit.cli.export import export
+    from pyvit.cli.predict import predict
+
+    app.command("predict")(predict)
+    app.command("export")(export)
     return app
 
 
