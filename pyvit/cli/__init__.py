@@ -99,6 +99,9 @@ def application() -> Any:
 
     for recipe in RECIPES:
         train.command(recipe, help=_RECIPE_HELP[recipe], epilog=_options_of(recipe))(_trainer(recipe))
+    from pyvit.cli.auto import auto
+
+    train.command("auto")(auto)
     evaluate = typer.Typer(help="Evaluate or visualise a trained model.", no_args_is_help=True, callback=_keep_memory)
     app.add_typer(evaluate, name="eval")
     from pyvit.cli.evaluate import COMMANDS

@@ -51,5 +51,5 @@ def export(
     save_json(beside, metadata)
     for note in network.notes:
         say(f"  {note}")
-    checked = "not run: onnxruntime is not installed" if error is None else f"relative difference to the model {error:.1e}"
+    checked = "not run: no onnxruntime" if error is None else f"relative difference to the model {error:.1e}"
     say(f"wrote {out} ({format}, {out.stat().st_size / 1e6:.1f} MB; {checked}) and {beside}")

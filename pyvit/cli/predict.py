@@ -36,7 +36,11 @@ def predict(
     from pyvit.train.checkpoint import write_atomic
     from pyvit.train.runs import load_network
 
-    for name, value, within in (("top", top, "[1, inf)"), ("count", count, "[1, inf)"), ("batch-size", batch_size, "[1, inf)")):
+    for name, value, within in (
+        ("top", top, "[1, inf)"),
+        ("count", count, "[1, inf)"),
+        ("batch-size", batch_size, "[1, inf)"),
+    ):
         check(name, value, int, within)
     check("threshold", threshold, float, "[0, 1]")
     gpu = torch.cuda.is_available()
@@ -44,7 +48,7 @@ def predict(
     network = load_network(source)
     classes = network.classes or []
     names, left_out = predictions.image_files(images)
-    say(f"{source}: {network.name}, {len(classes)} classes; {len(names)} images of {images}, at {network.size[1]} pixels")
+    say(f"{source}: {network.name}, {len(classes)} classes; {len(names)} images of {images}")
     for note in [*network.notes, *([f"left out: {left_out}"] if left_out else [])]:
         say(f"  {note}")
     files = predictions.files_of(names, network.size, network.centre)

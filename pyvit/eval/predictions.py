@@ -134,7 +134,7 @@ class Table:
 
 
 def best(probabilities: Tensor, count: int) -> tuple[list[float], list[int]]:
-    """The ``count`` largest probabilities in descending order, and their classes; the first class first among equals."""
+    """The ``count`` largest probabilities in descending order, and their classes; of equals the first class first."""
     values, at = probabilities.sort(descending=True, stable=True)
     return values[:count].tolist(), at[:count].tolist()
 

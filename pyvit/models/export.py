@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import pyvit.dispatch
+from pyvit import library
+from pyvit.dispatch import use_backend
 
 #: Formats, and the endings of their files.
 FORMATS = {"torch-export": ".pt2", "aotinductor": ".pt2", "onnx": ".onnx"}
@@ -38,15 +40,15 @@ def export_model(
     """Write ``model`` for inputs like ``images`` (B, C, H, W) to ``path``, and run the file.
 
     - ``torch-export``: a program for ``torch.export.load``, with pyvit's operators; loading it needs ``import pyvit``.
-    - ``aotinductor``: a compiled package for ``torch._inductor.aoti_load_package``. It needs pyvit's compiled operators,
+    - ``aotinductor``: a compiled package for ``torch._inductor.aoti_load_package``. It needs pyvit's compiled library,
       and a C++ compiler here.
     - ``onnx``: with the operators' definitions in PyTorch's own operators. Needs the packages onnx and onnxscript.
 
     ``batch`` fixes the number of images; None allows any. ``metadata`` is stored in the file (not by aotinductor).
 
     Returns the largest difference between the outputs of file and model, relative to the largest output; None if the
-    file cannot be run here, because onnxruntime is not installed. Raises ValueError, and removes the file, if it exceeds
-    1e-3; ImportError for missing packages; RuntimeError if there is no compiler.
+    file cannot be run here, because onnxruntime is not installed. Raises ValueError, and removes the file, if the
+    difference exceeds 1e-3; ImportError for missing packages; RuntimeError without a compiler or pyvit's library.
     """
     if format not in FORMATS:
         raise ValueError(f"export: format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -65,7 +67,7 @@ def export_model(
     with torch.no_grad(), _quiet():
         expected = model(images)
         shapes = ({0: torch.export.Dim.DYNAMIC},) if batch is None else None
-        with pyvit.dispatch.use_backend("reference") if format == "onnx" else contextlib.nullcontext():
+        with use_backend("reference") if format == "onnx" else contextlib.nullcontext():
             program = torch.export.export(model, (images,), dynamic_shapes=shapes)
         found = _WRITE[format](program, path, images, json.dumps(dict(metadata or {})))
     if found is None:
@@ -113,15 +115,14 @@ def _need(*packages: str) -> None:
 
 
 def _need_compiler() -> None:
-    from torch._inductor import cpp_builder, exc
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except (exc.InvalidCxxCompiler, OSError) as error:
+    named = os.environ.get("CXX")
+    if not any(map(shutil.which, [named] if named else ["g++", "clang++", "c++", "cl"])):
+        found = f"CXX names {named}, which does not exist" if named else "none was found"
         raise RuntimeError(
-            "export: aotinductor needs a C++ compiler, and none was found; install one or set CXX, or choose "
-            "torch-export or onnx"
-        ) from error
+            f"export: aotinductor needs a C++ compiler, and {found}; install one, or choose torch-export or onnx"
+        )
+    if (reason := library.problem()) is not None:
+        raise RuntimeError(f"export: aotinductor needs pyvit's compiled library: {reason}; choose torch-export or onnx")
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ from pyvit.models.audio import AudioSpectrogramTransformer
 from pyvit.models.checkpoints import LoadReport, Source, load_checkpoint, open_source, recognise, to_native
 from pyvit.models.clip import clip_vit, siglip_vit
 from pyvit.models.deit import DistilledVisionTransformer
-from pyvit.models.mae import MaskedAutoencoder
 from pyvit.models.encoders import defaults, image_encoder
+from pyvit.models.mae import MaskedAutoencoder
 from pyvit.models.metadata import Metadata, lookup, metadata_of_config, plain
 from pyvit.models.registry import list_models
 from pyvit.models.resnet import ResNet
@@ -25,7 +25,8 @@ from pyvit.models.resnet import ResNet
 def model_from_checkpoint(
     source: str | os.PathLike[str] | Mapping[str, Any], **overrides: Any
 ) -> tuple[nn.Module, LoadReport]:
-    """A ViT, DeiT, MAE, Swin, ResNet, CLIP or SigLIP model with the weights of ``source``, and the report of loading them.
+    """A ViT, DeiT, MAE, Swin, ResNet, CLIP or SigLIP model with the weights of ``source``, and the report of loading
+    them.
 
     Settings that shapes do not show, such as heads and activation, are read from the file's metadata or the
     configuration beside it. Without these, published widths get their published number of heads, and others 64 channels
@@ -39,7 +40,8 @@ def model_from_checkpoint(
     constructor, settings, told = _inferred(opened)
     if settings.get("version") == 2 and "window_size" not in {**settings, **overrides}:
         raise ValueError(
-            "model_from_checkpoint: nothing in this Swin V2 checkpoint tells its window: give window_size (and img_size)"
+            "model_from_checkpoint: nothing in this Swin V2 checkpoint tells its window: give window_size (and "
+            "img_size)"
         )
     model = constructor(**{**settings, **overrides})
     report = load_checkpoint(model, opened, allow=(r".*num_heads",) if "num_heads" in overrides else ())
@@ -65,7 +67,8 @@ def _inferred(opened: Source) -> tuple[Any, dict[str, Any], bool]:
 #: Settings that tell registered models apart.
 _TELLING = (
     "patch_size", "embed_dim", "depth", "depths", "num_heads", "class_token", "reg_tokens", "no_embed_class",
-    "global_pool", "pos_embed", "version", "window_size", "pretrained_window_sizes", "layers", "bottleneck", "width", "small",
+    "global_pool", "pos_embed", "version", "window_size", "pretrained_window_sizes", "layers", "bottleneck",
+    "width", "small",
 )  # fmt: skip
 
 
@@ -101,8 +104,10 @@ def registered_model(source: Source) -> tuple[str, dict[str, Any], int | None]:
 def _same(a: Any, b: Any) -> bool:
     """Whether two settings are equal; one number stands for equal numbers per axis."""
     a, b = plain(a), plain(b)
-    return [a] * len(b) == b if isinstance(a, int) and isinstance(b, list) else (
-        a == [b] * len(a) if isinstance(b, int) and isinstance(a, list) else a == b
+    return (
+        [a] * len(b) == b
+        if isinstance(a, int) and isinstance(b, list)
+        else (a == [b] * len(a) if isinstance(b, int) and isinstance(a, list) else a == b)
     )
 
 
