@@ -94,7 +94,7 @@ class Extremes:
         for heap, key in ((self._most, sure), (self._least, -sure)):
             if len(heap) < self.count:
                 heapq.heappush(heap, (key, -self._seen, kept))
-            elif key > heap[0][0]:
+            elif heap and key > heap[0][0]:
                 heapq.heapreplace(heap, (key, -self._seen, kept))
 
     def most(self) -> list[Prediction]:
