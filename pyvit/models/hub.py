@@ -60,7 +60,10 @@ def _timm(name: str) -> str:
         from timm.models import get_pretrained_cfg, list_pretrained
     except ImportError as error:
         raise ImportError(f"load_checkpoint: timm:{name} needs timm: pip install timm") from error
-    config = get_pretrained_cfg(name)
+    try:
+        config = get_pretrained_cfg(name)
+    except RuntimeError:  # a model with other weights
+        config = None
     found = getattr(config, "hf_hub_id", None)
     if not found:
         near = ", ".join(list_pretrained(f"*{name.partition('.')[0]}*")[:5])
