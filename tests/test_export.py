@@ -14,6 +14,8 @@ from pyvit.models import export
 from pyvit.models.export import export_model
 from pyvit.train import Config, train
 
+SWIN = {"depths": (1,), "num_heads": (2,)}
+
 
 def model(name="vit_pico_patch8_32", **settings):
     torch.manual_seed(0)
@@ -55,7 +57,7 @@ def test_onnx(tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     for name, settings in (
         ("vit_pico_patch8_32", {"depth": 1}),
-        ("swin_pico_patch4_window4_32", {"depths": (1, 1), "num_heads": (2, 4)}),
+        ("swin_pico_patch4_window4_32", SWIN),
     ):
         source, path = model(name, **settings), tmp_path / f"{name}.onnx"
         assert export_model(source, torch.randn(2, 3, 32, 32), path, "onnx", metadata={"size": [32, 32]}) < 1e-4
@@ -69,7 +71,7 @@ def test_onnx(tmp_path):
 def test_the_graph_for_onnx_has_no_operators_of_pyvit():
     """What the ONNX exporter is given, which needs no ONNX to look at."""
     images = torch.randn(2, 3, 32, 32)
-    for name, settings in (("vit_pico_patch8_32", {"depth": 1}), ("swin_pico_patch4_window4_32", {"depths": (1, 1)})):
+    for name, settings in (("vit_pico_patch8_32", {"depth": 1}), ("swin_pico_patch4_window4_32", SWIN)):
         source = model(name, **settings)
         with torch.no_grad(), pyvit.use_backend("reference"):
             program = torch.export.export(source, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))

@@ -171,7 +171,7 @@ def plan(
     config.accumulate, config.workers = max(1, config.batch_size // cost.fits), cost.workers
     config.lr = float(f"{_rate(config):.2g}")
     config.min_lr = config.lr / 100
-    config.option, augmentation = _options(config, images, counts)
+    config.option, augmentation = _options(config, images, counts, config.flip and loaded.flip)
     told.append(
         f"epochs: {config.epochs:g}, about {_duration(cost.seconds * images * config.epochs)} at "
         f"{1 / cost.seconds:.0f} images/s; the limit is {limit:g} minutes (--minutes)"
@@ -205,8 +205,8 @@ def _describe(data: Data, counts: list[int], side: int, gpu: bool) -> list[str]:
     return [
         f"data: {len(data.train)} training images of {len(counts)} classes, {min(counts)} to {max(counts)} of a class, "
         f"{side} pixels wide or high; on {'a GPU' if gpu else f'{cores()} cores'}",
-        f"held out: {len(data.test)} images, {split}; always to say the largest class would be right for "
-        f"{100 * max(counts) / sum(counts):.0f} % of the training images",
+        f"held out: {len(data.test)} images, {split}; the most frequent class has {100 * max(counts) / sum(counts):.0f} % "
+        "of the training images",
     ]
 
 
@@ -291,7 +291,7 @@ def _rate(config: Config) -> float:
     return 5e-4 * math.sqrt((config.batch_size or 1) / 512) * 384 / width
 
 
-def _options(config: Config, images: int, counts: list[int]) -> tuple[list[str], str]:
+def _options(config: Config, images: int, counts: list[int], flips: bool) -> tuple[list[str], str]:
     """The recipe's options, and what they mean."""
     strong = images >= STRONG and (config.epochs or 0) >= FEWEST and (config.image_size or 0) >= 64
     chosen: dict[str, Any] = {
@@ -300,7 +300,7 @@ def _options(config: Config, images: int, counts: list[int]) -> tuple[list[str],
         "cutmix": 1.0 if strong else 0.0,
     }
     said = "strong crops and colours, mixup and CutMix" if strong else "small rotations, shifts and scalings"
-    said += f"{', flips' if config.flip else ''}; label smoothing"
+    said += f"{', flips' if flips else ''}; label smoothing"
     found = image_encoder(config.model or "")
     if found is not None and "drop_path_rate" in parameters(found.constructor):
         chosen["drop_path"] = 0.1

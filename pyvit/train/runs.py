@@ -91,6 +91,7 @@ def load_network(source: str | Path, needs_classes: bool = True) -> Network:
     Raises ValueError if the network gives no class scores, unless ``needs_classes`` is False, and for spectrograms.
     """
     folder = Path(source).expanduser()
+    folder = folder.parent if folder.name == "model.safetensors" else folder
     if folder.is_dir() and "recipe" in config_beside(folder / "model.safetensors"):
         recipe, kept = _open(folder)
         data = recipe.data

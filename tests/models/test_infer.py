@@ -118,7 +118,7 @@ def test_a_resnet_of_timm_is_inferred():
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """The cache of huggingface_hub, without a network."""
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return tmp_path
