@@ -205,8 +205,8 @@ def _describe(data: Data, counts: list[int], side: int, gpu: bool) -> list[str]:
     return [
         f"data: {len(data.train)} training images of {len(counts)} classes, {min(counts)} to {max(counts)} of a class, "
         f"{side} pixels wide or high; on {'a GPU' if gpu else f'{cores()} cores'}",
-        f"held out: {len(data.test)} images, {split}; the most frequent class has {100 * max(counts) / sum(counts):.0f} % "
-        "of the training images",
+        f"held out: {len(data.test)} images, {split}; the most frequent class has "
+        f"{100 * max(counts) / sum(counts):.0f} % of the training images",
     ]
 
 
