@@ -106,7 +106,7 @@ def test_what_cannot_be_exported_is_said_before_work_begins(tmp_path, monkeypatc
 def test_the_command(tmp_path):
     """A run's file, and beside it what its images need."""
     run = tmp_path / "run"
-    train(Config(data="digits", model="resnet18", set=["width=8", "small=True"], steps=1, batch_size=8, out=str(run)))
+    train(Config(data="digits", model="vit_pico_patch8_32", set=["depth=1"], steps=1, batch_size=8, out=str(run)))
     words = ["export", str(run), "-o", str(tmp_path / "m.pt2"), "--batch", "4"]
     done = CliRunner().invoke(application(), words, catch_exceptions=False)
     assert "relative difference to the model" in done.output
