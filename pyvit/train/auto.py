@@ -125,9 +125,12 @@ def auto(
 
 
 def _kept(folder: Path, asked: dict[str, Any]) -> Plan | None:
-    """The plan in a run's folder, or None. Raises ValueError if it is the plan of another call."""
+    """The plan in a run's folder, or None. Raises ValueError if the folder holds the plan of another call or the run of
+    another command."""
     file = folder / "auto.json"
     if not file.exists():
+        if (folder / "last.pt").exists():
+            raise ValueError(f"{folder} holds a run of another command; choose another --out, or --overwrite it")
         return None
     record = checkpoint.load_json(file)
     before = record["asked"]

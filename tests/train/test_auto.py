@@ -127,6 +127,8 @@ def test_a_run_its_command_and_its_resumption(monkeypatch, tmp_path, capsys):
         config = parsed(line.strip(), patch)
     config.out = str(tmp_path / "again")
     train(config)
+    with pytest.raises(ValueError, match="again holds a run of another command"):
+        auto.auto(data, out=config.out)
     first, second = (load_file(str(at / "model.safetensors")) for at in (out, tmp_path / "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[k], second[k]) for k in first)
