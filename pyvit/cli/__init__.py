@@ -1,4 +1,4 @@
-"""The command ``pyvit``: info, doctor, models, flops, convert, train, eval, predict, export, bench."""
+"""The command ``pyvit``: info, doctor, models, flops, convert, train, eval, bench."""
 
 from __future__ import annotations
 
@@ -87,6 +87,11 @@ def application() -> Any:
             _models
         )
     app.command("convert", help="Rewrite a checkpoint in another library's layout.")(_convert)
+    from pyvit.cli.export import export
+    from pyvit.cli.predict import predict
+
+    app.command("predict")(predict)
+    app.command("export")(export)
     passes_on = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
     app.command(
         "bench",
@@ -108,11 +113,6 @@ def application() -> Any:
 
     for name, command in COMMANDS.items():
         evaluate.command(name)(command)
-    from pyvit.cli.export import export
-    from pyvit.cli.predict import predict
-
-    app.command("predict")(predict)
-    app.command("export")(export)
     return app
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from torch import nn
 
 from pyvit.data import Data
 from pyvit.models.checkpoints import CheckpointError, LoadReport, load_checkpoint, open_source
-from pyvit.models.encoders import defaults, image_encoder, parameters
+from pyvit.models.encoders import image_encoder, parameters
 from pyvit.models.infer import infer, registered_model, structure
 from pyvit.models.registry import create_model, list_models, settings_of
 from pyvit.models.vit import VisionTransformer
@@ -128,9 +129,10 @@ def adopt(config: Config, recipe: Any) -> Config:
     if found is None or not issubclass(found.constructor, VisionTransformer):
         return config
     shown = structure(open_source(config.init))
-    usual = defaults(found.constructor)
+    constructors = [c for c in inspect.getmro(found.constructor) if c is not nn.Module and "__init__" in vars(c)]
+    defaults = {p.name: p.default for c in constructors for p in inspect.signature(c.__init__).parameters.values()}
     given = {*found.settings, *found.changed, *recipe.fixed_settings}
-    taken = {k: v for k, v in shown.items() if k in usual and k not in given and v != usual[k]}
+    taken = {k: v for k, v in shown.items() if k in defaults and k not in given and v != defaults[k]}
     if taken:
         _say(
             f"init: {config.init}: settings of the model taken from the weights: "
