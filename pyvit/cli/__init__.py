@@ -87,6 +87,11 @@ def application() -> Any:
             _models
         )
     app.command("convert", help="Rewrite a checkpoint in another library's layout.")(_convert)
+    from pyvit.cli.export import export
+    from pyvit.cli.predict import predict
+
+    app.command("predict")(predict)
+    app.command("export")(export)
     passes_on = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
     app.command(
         "bench",
@@ -99,6 +104,9 @@ def application() -> Any:
 
     for recipe in RECIPES:
         train.command(recipe, help=_RECIPE_HELP[recipe], epilog=_options_of(recipe))(_trainer(recipe))
+    from pyvit.cli.auto import auto
+
+    train.command("auto")(auto)
     evaluate = typer.Typer(help="Evaluate or visualise a trained model.", no_args_is_help=True, callback=_keep_memory)
     app.add_typer(evaluate, name="eval")
     from pyvit.cli import embed

@@ -69,8 +69,8 @@ def over(
 class Progress:
     """A line on stderr every ten seconds of a long evaluation."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
+    def __init__(self, total: int, what: str = "evaluating") -> None:
+        self.total, self.done, self.what = total, 0, what
         self.began = self.said = time.monotonic()
 
     def update(self, n: int) -> None:
@@ -78,12 +78,13 @@ class Progress:
         now = time.monotonic()
         if self.total and now - self.said > 10:
             left = (now - self.began) / max(self.done, 1) * (self.total - self.done)
-            print(f"evaluating: {self.done} of {self.total} images, {left:.0f} s left", file=sys.stderr, flush=True)
+            print(f"{self.what}: {self.done} of {self.total} images, {left:.0f} s left", file=sys.stderr, flush=True)
             self.said = now
 
     def close(self) -> None:
         if self.total and self.said != self.began:
-            print(f"evaluated {self.done} images in {time.monotonic() - self.began:.0f} s", file=sys.stderr, flush=True)
+            took = time.monotonic() - self.began
+            print(f"{self.what}: {self.done} images in {took:.0f} s", file=sys.stderr, flush=True)
 
 
 def labels_of(images: Images) -> Tensor:

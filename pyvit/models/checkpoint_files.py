@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from pyvit.models.hub import download, is_hub_name
 
 #: Names of weights in a folder, in order of priority: transformers', timm's and pyvit's, then open_clip's.
 WEIGHTS = (
@@ -48,9 +51,12 @@ def read(source: str | os.PathLike[str]) -> tuple[Any, dict[str, Any], dict[str,
     one of them: those of transformers, timm, open_clip and ``pyvit train``. Other libraries' objects (such as a
     training script's arguments) become empty :class:`Opaque` objects; their code is not executed.
 
+    "hf-hub:OWNER/NAME" is a model of the Hugging Face hub, "timm:NAME" a pre-trained model of timm: see
+    :func:`pyvit.models.hub.download`.
+
     Raises FileNotFoundError, or a one-line ValueError that names the file and the problem.
     """
-    path = Path(source).expanduser()
+    path = download(os.fspath(source)) if is_hub_name(source) else Path(source).expanduser()
     if path.is_dir():
         path = weights_in(path)
     if not path.exists():
@@ -92,6 +98,9 @@ def config_beside(path: Path) -> dict[str, Any]:
         except (OSError, ValueError):
             continue
         if isinstance(found, dict):
+            processor = path.parent / "preprocessor_config.json"  # of transformers: how images are prepared
+            with contextlib.suppress(OSError, ValueError):
+                found[processor.name] = json.loads(processor.read_text())
             return found
     return {}
 

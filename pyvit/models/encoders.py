@@ -65,6 +65,15 @@ def image_encoder(name: str, changed: Mapping[str, Any] | None = None) -> Encode
     return None
 
 
+def defaults(constructor: type[nn.Module]) -> dict[str, Any]:
+    """The default values of a constructor's arguments, including those that **kwargs passes to base classes."""
+    found: dict[str, Any] = {}
+    for each in reversed(inspect.getmro(constructor)):
+        if each is not nn.Module and "__init__" in vars(each):
+            found |= {p.name: p.default for p in inspect.signature(each.__init__).parameters.values()}
+    return found
+
+
 def parameters(constructor: Any) -> Iterator[str]:
     """Names of a constructor's arguments, including those that **kwargs passes to base classes."""
     for each in inspect.getmro(constructor) if inspect.isclass(constructor) else (constructor,):

@@ -172,3 +172,16 @@ register(
     conv_channels=(64, 128, 256, 512),
     **{**SIZES["base"], "depth": 11},
 )
+# Narrower ones, with the stem in the place of one block (Xiao et al., 2021, section 5).
+register(
+    "vit_small_conv_s16_224",
+    HybridVisionTransformer,
+    conv_channels=(48, 96, 192, 384),
+    **{**SIZES["small"], "depth": 11},
+)
+register(
+    "vit_tiny_conv_s16_224",
+    HybridVisionTransformer,
+    conv_channels=(24, 48, 96, 192),
+    **{**SIZES["tiny"], "depth": 11},
+)

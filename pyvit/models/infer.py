@@ -15,14 +15,18 @@ from pyvit.models.audio import AudioSpectrogramTransformer
 from pyvit.models.checkpoints import LoadReport, Source, load_checkpoint, open_source, recognise, to_native
 from pyvit.models.clip import clip_vit, siglip_vit
 from pyvit.models.deit import DistilledVisionTransformer
+from pyvit.models.encoders import defaults, image_encoder
 from pyvit.models.mae import MaskedAutoencoder
-from pyvit.models.metadata import Metadata, lookup, metadata_of_config
+from pyvit.models.metadata import Metadata, lookup, metadata_of_config, plain
+from pyvit.models.registry import list_models
+from pyvit.models.resnet import ResNet
 
 
 def model_from_checkpoint(
     source: str | os.PathLike[str] | Mapping[str, Any], **overrides: Any
 ) -> tuple[nn.Module, LoadReport]:
-    """A ViT, DeiT, MAE, Swin, CLIP or SigLIP model with the weights of ``source``, and the report of loading them.
+    """A ViT, DeiT, MAE, Swin, ResNet, CLIP or SigLIP model with the weights of ``source``, and the report of loading
+    them.
 
     Settings that shapes do not show, such as heads and activation, are read from the file's metadata or the
     configuration beside it. Without these, published widths get their published number of heads, and others 64 channels
@@ -33,26 +37,78 @@ def model_from_checkpoint(
     Raises ValueError if the layout is of no known kind of model, or of a Swin V2 with an unknown window size.
     """
     opened = open_source(source)
-    state, layout = opened.state, recognise(opened.state)
-    native, _, _ = to_native(state, layout)
+    constructor, settings, told = _inferred(opened)
+    if settings.get("version") == 2 and "window_size" not in {**settings, **overrides}:
+        raise ValueError(
+            "model_from_checkpoint: nothing in this Swin V2 checkpoint tells its window: give window_size (and "
+            "img_size)"
+        )
+    model = constructor(**{**settings, **overrides})
+    report = load_checkpoint(model, opened, allow=(r".*num_heads",) if "num_heads" in overrides else ())
+    if "num_heads" in settings and constructor is not swin.SwinTransformer and not told | ("num_heads" in overrides):
+        report.notes.append(
+            f"num_heads={settings['num_heads']} is a guess from the width: nothing in the file names it"
+        )
+    return model, report
+
+
+def _inferred(opened: Source) -> tuple[Any, dict[str, Any], bool]:
+    """Constructor and settings of the model in a checkpoint, and whether the checkpoint names its number of heads."""
+    native, _, _ = to_native(opened.state, recognise(opened.state))
     metadata = opened.metadata or metadata_of_config(opened.config, native)
     constructor, settings = infer(native, metadata)
     told = _told(metadata, constructor, settings)
     settings |= told
     if settings.get("version") == 2:
-        settings |= _windows_v2(state, settings) or _windows_named(opened.config)
-        if "window_size" not in {**settings, **overrides}:
-            raise ValueError(
-                "model_from_checkpoint: nothing in this Swin V2 checkpoint tells its window: give window_size (and "
-                "img_size)"
-            )
-    model = constructor(**{**settings, **overrides})
-    report = load_checkpoint(model, opened, allow=(r".*num_heads",) if "num_heads" in overrides else ())
-    if constructor is not swin.SwinTransformer and not {"num_heads"} & (told.keys() | overrides.keys()):
-        report.notes.append(
-            f"num_heads={settings['num_heads']} is a guess from the width: nothing in the file names it"
-        )
-    return model, report
+        settings |= _windows_v2(opened.state, settings) or _windows_named(opened.config)
+    return constructor, settings, "num_heads" in told
+
+
+#: Settings that tell registered models apart.
+_TELLING = (
+    "patch_size", "embed_dim", "depth", "depths", "num_heads", "class_token", "reg_tokens", "no_embed_class",
+    "global_pool", "pos_embed", "version", "window_size", "pretrained_window_sizes", "layers", "bottleneck",
+    "width", "small",
+)  # fmt: skip
+
+
+def registered_model(source: Source) -> tuple[str, dict[str, Any], int | None]:
+    """The registered model whose image encoder fits a checkpoint best, the settings in which the checkpoint differs
+    from it, and the side of the checkpoint's images if known.
+
+    Raises ValueError if the checkpoint is of no known kind of model.
+    """
+    constructor, settings, _ = _inferred(source)
+    if constructor in (clip_vit, siglip_vit):
+        native, _, _ = to_native(source.state, recognise(source.state))
+        heads, grid = settings["num_heads"], lookup(source.metadata, "visual", "grid")
+        constructor, settings = vit.VisionTransformer, {**_vit(native, "visual.", grid), "num_heads": heads}
+    constructor = vit.VisionTransformer if constructor is MaskedAutoencoder else constructor
+    if not settings.get("class_token", True):
+        del settings["no_embed_class"]  # there is nothing else that could have a position
+    side = settings.get("img_size")
+    side = side[-1] if isinstance(side, Sequence) else side
+    ranked = []
+    for name in list_models():
+        found = image_encoder(name)
+        if found is not None and found.constructor is constructor:
+            theirs = {**defaults(constructor), **found.settings}
+            differ = {k: settings[k] for k in _TELLING if k in settings and not _same(settings[k], theirs.get(k))}
+            usual = name.startswith(("vit_", "deit_", "swin", "resnet", "ast_"))
+            rank = (bool(differ) and not usual, len(differ), theirs.get("img_size") != side, not usual, len(name))
+            ranked.append((rank, name, differ))
+    _, name, differ = min(ranked, key=lambda each: each[:2])
+    return name, differ, side
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two settings are equal; one number stands for equal numbers per axis."""
+    a, b = plain(a), plain(b)
+    return (
+        [a] * len(b) == b
+        if isinstance(a, int) and isinstance(b, list)
+        else (a == [b] * len(a) if isinstance(b, int) and isinstance(a, list) else a == b)
+    )
 
 
 def _told(metadata: Metadata, constructor: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,6 +160,8 @@ def infer(state: Mapping[str, Tensor], metadata: Metadata | None = None) -> tupl
         return _clip(state, lookup(metadata or {}, "visual", "grid"))
     if "patch_embed.proj.weight" in state and any(k.startswith("layers.0.blocks.0.") for k in state):
         return swin.SwinTransformer, _swin(state)
+    if "layer4.0.conv1.weight" in state and "attnpool.q_proj.weight" not in state:
+        return ResNet, _resnet(state)
     if "patch_embed.proj.weight" in state and "blocks.0.attn.qkv.weight" in state:
         settings = _vit(state, "", lookup(metadata or {}, "", "grid"))
         if "decoder_embed.weight" in state:
@@ -208,6 +266,18 @@ def _decoder(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "decoder_depth": depth,
         "decoder_num_heads": max(width // 32, 1),
         "num_classes": 0,
+    }
+
+
+def _resnet(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    head = state.get("fc.weight")
+    return {
+        "layers": [_count(state, rf"layer{stage}\.(\d+)\.") for stage in range(1, 5)],
+        "bottleneck": "layer1.0.conv3.weight" in state,
+        "in_chans": state["conv1.weight"].shape[1],
+        "width": state["conv1.weight"].shape[0],
+        "small": state["conv1.weight"].shape[2] == 3,
+        "num_classes": 0 if head is None else head.shape[0],
     }
 
 

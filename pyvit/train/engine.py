@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,24 @@ def resolve_config(config: Config) -> Config:
     return config
 
 
+def fit_batch(config: Config, free: Collection[str], images: int, multiple: int) -> Config:
+    """``config`` with a batch size that suits ``images`` training images, if the default one is larger than that.
+
+    It is the largest power of two times ``multiple`` (processes x micro-batches) that makes at least four steps an
+    epoch, or less if there are too few images. ``free`` names the settings that were not given: without "batch_size"
+    nothing changes; the learning rate follows the batch if it has "lr".
+    """
+    batch = config.batch_size or 1
+    if "batch_size" not in free or batch <= images or images < multiple:
+        return config
+    batch = multiple * 2 ** int(math.log2(max(images // 4 // multiple, 1)))
+    recipe = load_recipe(config.recipe)
+    lr = config.lr or 0.0
+    if "lr" in free:
+        lr *= recipe.peak_lr(batch) / recipe.peak_lr(config.batch_size or 1)
+    return dataclasses.replace(config, batch_size=batch, lr=lr, min_lr=min(config.min_lr or 0.0, lr))
+
+
 def _accelerator(config: Config) -> Any:
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -151,6 +170,8 @@ class Run(Evaluated):
     """One training run; see :func:`train`."""
 
     def __init__(self, config: Config) -> None:
+        #: What fit_batch may change: settings that are the recipe's defaults.
+        self.free = {name for name in ("batch_size", "lr") if getattr(config, name) is None}
         self.config = config = resolve_config(config)
         self.folder = Path(config.out or "")
         self.owns_group = not dist.is_initialized()  # this run creates the process group, and destroys it
@@ -178,9 +199,16 @@ class Run(Evaluated):
             say(self.data.summary())
         if config.image_size is None:
             self.config = config = dataclasses.replace(config, image_size=self.data.size[1])
-        batch, stream = config.batch_size or 1, self.data.train.streamed
+        stream = self.data.train.streamed
         # A stream may not know its length.
-        n = config.steps * batch if stream and config.steps else len(self.data.train)
+        n = config.steps * (config.batch_size or 1) if stream and config.steps else len(self.data.train)
+        if (found := fit_batch(config, self.free, n, self.world * config.accumulate)) is not config:
+            self.tell(
+                f"note: batches of {found.batch_size} instead of the default {config.batch_size}, because there are "
+                f"{n} images; learning rate {found.lr:.3g}"
+            )
+            self.config = config = found
+        batch = config.batch_size or 1
         if batch > n or batch % (self.world * config.accumulate):
             multiple = f"{self.world} x {config.accumulate}"
             raise ValueError(

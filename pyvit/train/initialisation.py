@@ -16,7 +16,7 @@ from torch import nn
 from pyvit.data import Data
 from pyvit.models.checkpoints import CheckpointError, LoadReport, load_checkpoint, open_source
 from pyvit.models.encoders import image_encoder, parameters
-from pyvit.models.infer import infer, structure
+from pyvit.models.infer import infer, registered_model, structure
 from pyvit.models.registry import create_model, list_models, settings_of
 from pyvit.models.vit import VisionTransformer
 from pyvit.train.config import Config
@@ -93,8 +93,8 @@ def build(name: str, data: Data, config: Config, whole: bool = False, **settings
 
 
 def inherit(config: Config, recipe: Any) -> Config:
-    """``config`` with the model, image size and model settings of the run that ``--init`` names, where they are not
-    given."""
+    """``config`` with the model, image size and model settings of the run that ``--init`` names, or the model that fits
+    the checkpoint that it names, where they are not given."""
     if config.init is None:
         return config
     before = _run_of(Path(config.init).expanduser())
@@ -108,6 +108,12 @@ def inherit(config: Config, recipe: Any) -> Config:
             )
             kept = (k for k in theirs if k not in given and (found is None or k not in found.changed or k in known))
             config = dataclasses.replace(config, set=[*(f"{k}={theirs[k]!r}" for k in kept), *config.set])
+    elif config.model is None and config.init.strip() and recipe.image_models:
+        name, differ, _ = registered_model(open_source(config.init))
+        given = parse(config.set, "set")
+        kept = [f"{k}={v!r}" for k, v in differ.items() if k not in given]
+        _say(f"init: {config.init}: the model is {name}" + (f" with {', '.join(kept)}" if kept else ""))
+        config = dataclasses.replace(config, model=name, set=[*kept, *config.set])
     return config
 
 

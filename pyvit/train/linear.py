@@ -67,6 +67,9 @@ class Linear(Recipe):
     def exported(self) -> nn.Module:
         return nn.ModuleDict({"model": self.model, "norm": self.norm, "head": self.head})
 
+    def classifier(self) -> nn.Module:
+        return Probe(self.model, self.norm, self.head)
+
     def encoder(self) -> nn.Module:
         return self.model
 
@@ -94,6 +97,17 @@ class Linear(Recipe):
 
     def expectation(self, results: dict[str, float]) -> str:
         return f"linear accuracy {results['accuracy']:.2f} % on {len(self.data.test.readable())} held-out images"
+
+
+class Probe(nn.Module):
+    """Class scores of a probe: images (B, C, H, W) to (B, classes)."""
+
+    def __init__(self, model: nn.Module, norm: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.model, self.norm, self.head = model, norm, head
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.norm(embed(self.model, images).to(self.head.weight.dtype)))
 
 
 RECIPE = Linear

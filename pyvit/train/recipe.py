@@ -208,6 +208,10 @@ class Recipe(nn.Module):
         """The network that is saved as the run's weights."""
         return self.backbone
 
+    def classifier(self) -> nn.Module:
+        """The network that gives class scores (B, classes) for normalised images, if the recipe :attr:`classifies`."""
+        return self.exported()
+
     def encoder(self) -> nn.Module:
         """The network whose features and attention are evaluated."""
         return self.exported()

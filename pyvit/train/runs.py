@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pyvit.data import Data, load_data
+from pyvit.data.decode import CENTRE
 from pyvit.data.description import from_description, locate
+from pyvit.models.checkpoint_files import config_beside
+from pyvit.models.state_dict import open_source
 
 
 def load_run(folder: str | Path, data: str | None = None) -> tuple[Any, Data]:
@@ -92,3 +96,72 @@ def _load(model: torch.nn.Module, path: Path) -> None:
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"run: {path} is damaged, or of another version of pyvit: {reason[:300]}") from error
+
+
+@dataclasses.dataclass
+class Network:
+    """A network for inference, in evaluation mode: normalised images (B, C, H, W) to class scores (B, classes).
+
+    ``multi_label``: an image has any number of classes, so that each score stands for itself. ``centre``: see
+    :class:`pyvit.data.decode.ImageDecoder`. ``notes``: what was assumed.
+    """
+
+    model: torch.nn.Module
+    name: str
+    classes: list[str] | None
+    size: tuple[int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    centre: float
+    multi_label: bool = False
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images (B, C, H, W) to normalised floats."""
+        mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in (self.mean, self.std))
+        return (images / 255 - mean) / std
+
+
+def load_network(source: str | Path, needs_classes: bool = True) -> Network:
+    """The network of a finished run's folder, or of any checkpoint whose model can be told from its weights.
+
+    Raises ValueError if the network gives no class scores, unless ``needs_classes`` is False, and for spectrograms.
+    """
+    folder = Path(source).expanduser()
+    folder = folder.parent if folder.name == "model.safetensors" else folder
+    if folder.is_dir() and "recipe" in config_beside(folder / "model.safetensors"):
+        recipe, kept = load_trained(folder)
+        data = recipe.data
+        if data.sound:
+            raise ValueError(f"{source} was trained on spectrograms; only networks of images can be used here")
+        if needs_classes and not recipe.classifies:
+            raise ValueError(
+                f"{source} is a run of {recipe.config.recipe}, which gives no class scores; train a classifier on it: "
+                f"pyvit train finetune --init {source} (or linear)"
+            )
+        classes = data.classes if recipe.classifies else None
+        centre = (kept or {}).get("centre") or CENTRE
+        model = recipe.classifier() if recipe.classifies else recipe.encoder()
+        several = bool(getattr(data, "multilabel", False))
+        return Network(model.eval(), str(recipe.config.model), classes, data.size, data.mean, data.std, centre, several)
+    return _from_checkpoint(str(source), needs_classes)
+
+
+def _from_checkpoint(source: str, needs_classes: bool) -> Network:
+    from pyvit.models.infer import model_from_checkpoint
+    from pyvit.models.preprocessing import preprocessing_of
+
+    model, report = model_from_checkpoint(source)
+    prepared = preprocessing_of(open_source(source).config)
+    count = int(getattr(model, "num_classes", 0) or 0)
+    if needs_classes and not count:
+        raise ValueError(f"{source} has no classifier; train one: pyvit train finetune --init {source} (or linear)")
+    classes = prepared.classes if prepared.classes is None or len(prepared.classes) == count else None
+    side = prepared.size or tuple(model.img_size)
+    notes = [*report.notes, *prepared.notes]
+    if count and classes is None:
+        notes.append("the checkpoint does not name its classes: they are numbered")
+        classes = [str(i) for i in range(count)]
+    return Network(
+        model.eval(), type(model).__name__, classes, side, prepared.mean, prepared.std, prepared.centre, notes=notes
+    )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import pyvit
-from pyvit.models.checkpoints import from_native
-from pyvit.models.infer import model_from_checkpoint
+from pyvit.models.checkpoints import from_native, open_source
+from pyvit.models.infer import model_from_checkpoint, registered_model
 from tests.models.checkpoint_models import CLIP, MODELS, VIT, dinov2
+from tests.peers import peer
 
 
 @pytest.mark.parametrize("layout", [k for k in MODELS if "V2" not in k])
@@ -74,3 +78,70 @@ def test_dinov2_and_mae_are_inferred():
 def test_unknown_model_is_refused():
     with pytest.raises(ValueError, match="not a ViT, Swin or CLIP"):
         model_from_checkpoint({"layer1.0.conv1.weight": torch.zeros(3, 3, 1, 1)})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "want"),
+    [
+        ("vit_tiny_patch16_384", {"depth": 2}, ("vit_tiny_patch16_384", {"depth": 2}, 384)),
+        ("vit_pico_patch8_64", {}, ("vit_pico_patch8_64", {}, 64)),
+        ("swin_pico_patch4_window4_32", {}, ("swin_pico_patch4_window4_32", {}, 32)),
+        ("deit_tiny_distilled_patch16_224", {"depth": 1}, ("deit_tiny_distilled_patch16_224", {"depth": 1}, 224)),
+        ("clip_pico_patch8_32", {}, ("vit_pico_patch8_32", {}, 32)),
+        ("siglip_pico_patch8_32", {}, ("siglip_pico_patch8_32", {}, 32)),
+        ("vit_small_patch14_reg4_dinov2", {"depth": 1}, ("vit_small_patch14_reg4_dinov2", {"depth": 1}, 518)),
+        ("resnet18", {"width": 8, "small": True}, ("resnet18", {"width": 8, "small": True}, None)),
+    ],
+)
+def test_weights_name_the_registered_model(name, settings, want):
+    """The model of ``--init`` without ``--model``: its name, and settings with which it is built again."""
+    source = pyvit.create_model(name, **settings)
+    assert registered_model(open_source(source.state_dict())) == want
+
+
+def test_a_resnet_is_inferred():
+    source = pyvit.create_model("resnet18", width=8, num_classes=4).eval()
+    model, report = model_from_checkpoint(source.state_dict())
+    assert not report.missing
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model.eval()(images), source(images))
+
+
+def test_a_resnet_of_timm_is_inferred():
+    source = peer("timm").create_model("resnet18", num_classes=4).eval()
+    assert registered_model(open_source(source.state_dict())) == ("resnet18", {}, None)
+    model, _ = model_from_checkpoint(source.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(model.eval()(images), source(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The cache of huggingface_hub, without a network."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def test_models_of_the_hub_by_name(hub, monkeypatch):
+    """From the cache; without it, an error that says what to do."""
+    source = pyvit.create_model("vit_pico_patch8_32", depth=1)
+    place = hub / "models--timm--vit_small_patch16_224.dino"
+    (place / "snapshots" / "0").mkdir(parents=True)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0")
+    save_file(source.state_dict(), place / "snapshots" / "0" / "model.safetensors")
+    peer("timm")
+    for name in ("hf-hub:timm/vit_small_patch16_224.dino", "timm:vit_small_patch16_224.dino"):
+        target = pyvit.create_model("vit_pico_patch8_32", depth=1, checkpoint=name)
+        assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+    with pytest.raises(OSError, match=r"hf-hub:a/b is not in the cache and cannot be downloaded .*'hf download a/b'"):
+        open_source("hf-hub:a/b")
+    with pytest.raises(ValueError, match="must be hf-hub:OWNER/NAME"):
+        open_source("hf-hub:alone")
+    with pytest.raises(ValueError, match=r"timm has no weights named 'vit_small_patch16_224\.no'; did you mean"):
+        open_source("timm:vit_small_patch16_224.no")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match="pip install huggingface_hub"):
+        open_source("hf-hub:a/b")
