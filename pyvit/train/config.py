@@ -91,11 +91,11 @@ class Config:
         "[0, inf)",
     )
     seed: int = option(0, "seed of weights, image order and augmentation", "[0, inf)")
-    save_every: int = option(200, "steps between checkpoints; one is always written at the end", "(0, inf)")
+    save_every: int = option(200, "steps between checkpoints; one is also written before each evaluation", "(0, inf)")
     log_every: int = option(10, "steps between lines of log.jsonl", "(0, inf)")
     eval_every: int = option(0, "epochs between evaluations; 0 for a single one at the end", "[0, inf)")
     select: str = option(
-        "last", "weights to export: of the last step or of the best evaluation", choices=("last", "best")
+        "last", "last | best: export the weights of the last step or of the best evaluation", choices=("last", "best")
     )
     patience: int = option(0, "evaluations without a better result that end the run; 0 for no limit", "[0, inf)")
     tensorboard: bool = option(False, "also write TensorBoard events")

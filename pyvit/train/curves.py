@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,13 @@ def series(records: Records) -> dict[str, tuple[list[int], list[float]]]:
                 steps, values = found.setdefault(key, ([], []))
                 steps.append(record["step"])
                 values.append(value)
+    return found
+
+
+def _panels(runs: Iterable[Mapping[str, Any]]) -> list[str]:
+    found = list(dict.fromkeys(key for each in runs for key in each))
     order = [*_FIRST, *(key for key in found if key not in _FIRST + _LAST), *_LAST]
-    return {key: found[key] for key in order if key in found}
+    return [key for key in order if key in found]
 
 
 def draw(path: Path, runs: Mapping[str, Records], fewest: int = 1) -> Path | None:
@@ -61,7 +66,7 @@ def draw(path: Path, runs: Mapping[str, Records], fewest: int = 1) -> Path | Non
     except ImportError as error:
         raise ImportError("curves need matplotlib: pip install matplotlib") from error
     found = {name: series(records) for name, records in runs.items()}
-    panels = list(dict.fromkeys(key for each in found.values() for key in each))
+    panels = _panels(found.values())
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4 * columns, 2.6 * rows + 0.4), layout="constrained")
@@ -80,7 +85,7 @@ def draw(path: Path, runs: Mapping[str, Records], fewest: int = 1) -> Path | Non
         axis.set_axis_off()
     if len(found) > 1:
         lines = [axes[0].plot([], [], color=f"C{i}")[0] for i in range(len(found))]
-        figure.legend(lines, list(found), loc="outside lower center", fontsize=8, ncols=2)
+        figure.legend(lines, list(found), loc="outside upper center", fontsize=8, ncols=2)
     else:
         figure.suptitle(next(iter(found)), fontsize=10)
     figure.supxlabel("step", fontsize=9)

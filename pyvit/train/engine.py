@@ -375,6 +375,8 @@ class Run(Evaluated):
         lost = [] if saved else ["last.pt"]
         lost += self.export(results)
         self.tell(f"{self.folder}: {self.recipe.expectation(results)}")
+        if best := self.best_record:
+            self.tell(f"best {best['metric']} {best['value']:.4g} after step {best['step']}: {self.best.path}")
         if lost:
             raise OSError(
                 f"{self.folder}: training has finished, but {', '.join(lost)} could not be written; "
@@ -386,9 +388,8 @@ class Run(Evaluated):
         """Run all steps. Returns whether the last checkpoint was written, and the last evaluation."""
         c, saved, done = self.config, True, self.start
         progress, batches = Progress(self.steps, self.start, c.batch_size or 1, self.main), self.batches()
-        missed = (
-            self._from_main(log.evaluated) < done - 1
-        )  # the run was stopped between a checkpoint and its evaluation
+        # A run that was stopped between a checkpoint and its evaluation makes up for it.
+        missed = self._from_main(log.evaluated) < done - 1
         ends = done == self.steps or self._is_exhausted(done)
         results = self._assess(done, log) if self._is_due(done) and (missed or ends) else {}
         try:
@@ -407,8 +408,7 @@ class Run(Evaluated):
                     log.write(step, **values, **progress.rates(), time=round(time.time(), 3))
                 if done - self.start == NOTE_AFTER or (last and done - self.start < NOTE_AFTER):
                     self._note_waiting(progress)
-                kept = done % c.save_every == 0 or last or self.stop
-                if kept:
+                if done % c.save_every == 0 or self._is_due(done) or self.stop:
                     saved = self.save(done)
                 if self.stop and not last:
                     left = "the same command resumes it" if self.saved else "nothing was saved"
@@ -416,8 +416,6 @@ class Run(Evaluated):
                     raise Stopped(self.stop)
                 if self._is_due(done):  # after saving: a failing evaluation loses no step
                     results = self._assess(done, log)
-                    if self._is_exhausted(done) and not kept:
-                        saved = self.save(done)
         finally:
             progress.close()
         if done < self.steps:
@@ -457,8 +455,8 @@ def _finite(value: float) -> bool:
 def train(config: Config) -> dict[str, float]:
     """Train as ``config`` says, from the last checkpoint in its folder if there is one. Returns the final evaluation.
 
-    The folder gets config.json, data.json, log.jsonl and last.pt (atomic), and at the end model.safetensors and
-    results.json.
+    The folder gets config.json, data.json, log.jsonl and last.pt (atomic), best.safetensors and curves.png at
+    evaluations, and at the end model.safetensors and results.json.
 
     Raises ValueError for settings that do not fit, before training; FloatingPointError if the loss is not finite;
     OSError if results could not be written. On SIGINT or SIGTERM the run saves a checkpoint after the current step and

@@ -114,8 +114,7 @@ class Resumable:
                 self._keep_data()
                 self.best.forget()
             return 0
-        if self.main:
-            self.best.recall()
+        self._on_main(self.best.recall)
         if missing := {"config", "step", "model", "optimizer"} - saved.keys():
             raise ValueError(f"{path} is not a checkpoint of pyvit: it lacks {', '.join(sorted(missing))}")
         before = json.loads(saved["config"])

@@ -69,12 +69,14 @@ def test_the_best_weights_are_kept(tmp_path, scripted, capsys, select):
     assert results == {**found, "best": {"step": 4, "metric": "accuracy", "value": 50.0}}
     assert found == {"accuracy": 50.0 if select == "best" else 40.0}
     assert evaluations(tmp_path) == [(1, 30.0), (3, 50.0), (5, 50.0), (7, 40.0)]
-    assert ("chooses by a part of the training images" in capsys.readouterr().out) == (select == "best")
+    said = capsys.readouterr().out
+    assert f"best accuracy 50 after step 4: {tmp_path / 'best.safetensors'}" in said
+    assert ("chooses by a part of the training images" in said) == (select == "best")
 
 
 def test_a_run_killed_in_an_evaluation_makes_up_for_it(tmp_path, scripted):
     """The checkpoint comes first, so that the resumed run begins with the missing evaluation."""
-    settings = {**SMALL, "epochs": 3, "save_every": 2, "select": "best", "out": str(tmp_path)}
+    settings = {**SMALL, "epochs": 3, "select": "best", "out": str(tmp_path)}
     scripted([30.0, None])
     with pytest.raises(Killed):
         train(Config(**settings))
@@ -96,7 +98,7 @@ def test_a_run_killed_in_an_evaluation_makes_up_for_it(tmp_path, scripted):
 
 
 def test_patience_ends_a_run(tmp_path, scripted, capsys):
-    settings = {**SMALL, "epochs": 9, "patience": 2, "save_every": 100, "out": str(tmp_path)}
+    settings = {**SMALL, "epochs": 9, "patience": 2, "out": str(tmp_path)}
     scripted([30.0, 40.0, 35.0, 40.0])
     assert train(Config(**settings)) == {"accuracy": 40.0}
     assert "ended after step 8 of 18: 2 evaluations without a better accuracy" in capsys.readouterr().out
