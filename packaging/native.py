@@ -200,7 +200,12 @@ class Build:
         common = {unit: compiled(f"{unit}.o", f"cpu/{unit}.cpp", []) for unit in COMMON_UNITS}
         for i, (module, (flags, libraries)) in enumerate(self.modules.items()):
             made = compiled(f"module{i}.o", "module.cpp", ["-O1", generated, *flags])
-            linked(module, [made, common["isa"], *kernels["peak"], *kernels["int8_peak"]], system.module_link, [*libraries, *runtime])
+            linked(
+                module,
+                [made, common["isa"], *kernels["peak"], *kernels["int8_peak"]],
+                system.module_link,
+                [*libraries, *runtime],
+            )
         objects = [*ops, *(made for unit in kernels.values() for made in unit), *common.values()]
         libraries = [*runtime, *self.libraries, *cuda_libraries]
         linked(self.library, objects, system.library_link, libraries)

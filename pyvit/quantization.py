@@ -40,11 +40,14 @@ class QuantizationReport:
         layers: a :class:`LayerReport` for every linear layer of the model.
         error: |quantized - original| / |original| of the model's output on the calibration batches, NaN without any.
         cosine: the least cosine between the rows of the two outputs, likewise.
+        dense: median and least cosine between the tokens of ``model.forward_features``, NaN where there is none.
         source: what the errors were measured on.
     """
 
-    def __init__(self, layers: Sequence[LayerReport], error: float, cosine: float, source: str) -> None:
-        self.layers, self.error, self.cosine, self.source = list(layers), error, cosine, source
+    def __init__(
+        self, layers: Sequence[LayerReport], error: float, cosine: float, dense: tuple[float, float], source: str
+    ) -> None:
+        self.layers, self.error, self.cosine, self.dense, self.source = list(layers), error, cosine, dense, source
 
     @property
     def quantized(self) -> list[LayerReport]:
@@ -59,6 +62,8 @@ class QuantizationReport:
         lines = [f"quantized {len(quantized)} linear layers, left {len(left)}; errors on {self.source}"]
         if self.error == self.error:
             lines.append(f"  output: relative error {self.error:.4f}, least cosine {self.cosine:.5f}")
+        if self.dense[0] == self.dense[0]:
+            lines.append("  tokens' features: median cosine {:.5f}, least {:.5f}".format(*self.dense))
         for layer in sorted(quantized, key=lambda layer: -layer.error):
             lines.append(f"  {layer.name}: error {layer.error:.4f}{f' ({layer.note})' if layer.note else ''}")
         lines += [f"  left {layer.name}: {layer.note}" for layer in left]
@@ -94,8 +99,8 @@ def quantize(
             dictionaries, or tuples whose first element is the tensor (a DataLoader). None: random inputs of the size
             the model names, or if it names none, random rows for each layer.
         keep: names of layers to leave, as shell patterns ("blocks.0.*").
-        tolerance: of the report's ``error``. Above it the layers with the largest errors are put back until it is met:
-            first one, then two, four, ... None: whatever it is.
+        tolerance: of the report's ``error``. Above it each layer is quantized alone, and those that change the output
+            most are put back: as few of them as meet it. None: whatever it is.
         reversible: keep the original layers for :func:`dequantize`. False frees their memory; what is then put back
             has the values of the int8 weights.
 
@@ -112,6 +117,7 @@ def quantize(
     made = {id(place.layer): _quantized(place) for place in places}
     batches, source = _batches(model, calibration)
     errors, wanted = _measure(model, places, made, batches)
+    features = _features(model, batches)
     _replace(places, made)
     try:
         error, cosine = _difference(model, batches, wanted)
@@ -119,13 +125,11 @@ def quantize(
         if tolerance is not None:
             if error != error:
                 raise ValueError("quantize: tolerance needs calibration: the model names no inputs of its own")
-            ranked = sorted(places, key=lambda place: -errors[place.name])
-            count = 1
-            while error > tolerance and len(put_back) < len(ranked):
-                put_back = ranked[:count]
+            if error > tolerance:
+                put_back = _to_put_back(model, places, made, batches, wanted, tolerance)
                 _put_back(put_back)
                 error, cosine = _difference(model, batches, wanted)
-                count *= 2
+        dense = _dense(_features(model, batches), features)
     except BaseException:
         _put_back(places)
         raise
@@ -135,11 +139,12 @@ def quantize(
         value = errors[place.name] if place.name in errors else _row_error(place.layer, made[id(place.layer)])
         rows[place.name] = LayerReport(place.name, SCHEME, value, measured)
         if place in put_back:
-            rows[place.name] = LayerReport(place.name, None, value, f"error {value:.4f}, to meet the tolerance")
+            note = f"to meet the tolerance; its own error is {value:.4f}"
+            rows[place.name] = LayerReport(place.name, None, value, note)
     for layer in made.values() if not reversible else ():
         layer.original.clear()
     order = [name for name, module in model.named_modules(remove_duplicate=False) if name in rows]
-    return QuantizationReport([rows[name] for name in order], error, cosine, source)
+    return QuantizationReport([rows[name] for name in order], error, cosine, dense, source)
 
 
 def dequantize(model: nn.Module) -> int:
@@ -220,6 +225,34 @@ def _put_back(places: Iterable[_Place]) -> None:
         place.parent._modules[place.child] = place.layer
 
 
+def _to_put_back(
+    model: nn.Module,
+    places: Sequence[_Place],
+    made: Mapping[int, QuantizedLinear],
+    batches: Sequence[Any],
+    wanted: Sequence[Tensor],
+    tolerance: float,
+) -> list[_Place]:
+    """As few layers as bring the error of the output to the tolerance, in the order of what each does to it alone."""
+    effects = {}
+    for place in places:
+        _put_back(places)
+        _replace([place], made)
+        effects[place.name] = _difference(model, batches, wanted)[0]
+    ranked = sorted(places, key=lambda place: -effects[place.name])
+    below, enough = 0, len(ranked)
+    while enough - below > 1:
+        count = (below + enough) // 2
+        _replace(places, made)
+        _put_back(ranked[:count])
+        if _difference(model, batches, wanted)[0] > tolerance:
+            below = count
+        else:
+            enough = count
+    _replace(places, made)
+    return ranked[:enough]
+
+
 def _batches(model: nn.Module, calibration: Any) -> tuple[list[Any], str]:
     """Batches as (arguments, keyword arguments), and where they are from."""
     if calibration is None:
@@ -254,15 +287,16 @@ def _random(given: Any, generator: torch.Generator) -> Any:
     return given
 
 
-def _run(model: nn.Module, batches: Sequence[Any]) -> Iterator[Tensor]:
-    """The model's output for each batch, in evaluation mode: the first tensor of it, in float32."""
+def _run(model: nn.Module, batches: Sequence[Any], forward: Callable[..., Any] | None = None) -> Iterator[Tensor]:
+    """The output for each batch of the model, or of a method of it, in evaluation mode: the first tensor of it, in
+    float32."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for args, kwargs in batches:
             with torch.no_grad():
                 try:
-                    out = model(*args, **kwargs)
+                    out = (forward or model)(*args, **kwargs)
                 except Exception as error:
                     raise ValueError(f"quantize: calibration does not fit the model: {error}") from error
             yield _tensor(out).float()
@@ -332,3 +366,16 @@ def _difference(model: nn.Module, batches: Sequence[Any], wanted: Sequence[Tenso
     whole = sum(want.double().square().sum() for _, want in pairs)
     cosines = [torch.cosine_similarity(found, want, -1).min() for found, want in pairs if want.dim() and want.numel()]
     return _ratio(torch.as_tensor(wrong), torch.as_tensor(whole)), float(min(cosines, default=float("nan")))
+
+
+def _features(model: nn.Module, batches: Sequence[Any]) -> list[Tensor]:
+    """What ``model.forward_features`` gives for the batches, where there is one: (..., tokens, C)."""
+    forward = getattr(model, "forward_features", None)
+    return [] if forward is None else list(_run(model, batches, forward))
+
+
+def _dense(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[float, float]:
+    if not wanted:
+        return float("nan"), float("nan")
+    cosines = torch.cat([torch.cosine_similarity(a, b, -1).flatten() for a, b in zip(found, wanted, strict=True)])
+    return float(cosines.median()), float(cosines.min())

@@ -32,6 +32,7 @@ class QuantizedLinear(nn.Module):
 
     weight: Tensor
     weight_scale: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, layer: nn.Linear, name: str = "") -> None:
         super().__init__()
@@ -40,7 +41,7 @@ class QuantizedLinear(nn.Module):
         self.activation: str | None = getattr(layer, "activation", None)
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
-        self.bias = layer.bias
+        self.register_parameter("bias", layer.bias)
         self.training = layer.training
         self.original: list[nn.Linear] = []  # the layer replaced, if it is kept; no submodule
         self._pack()

@@ -65,7 +65,9 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """The integers q - z of the rows of x (..., K), in x's dtype, and the rows' scales (..., 1): the definition above."""
-    low, high = (x.amin(-1, True).clamp(max=0), x.amax(-1, True).clamp(min=0)) if x.shape[-1] else (x.sum(-1, True),) * 2
+    low, high = (
+        (x.amin(-1, True).clamp(max=0), x.amax(-1, True).clamp(min=0)) if x.shape[-1] else (x.sum(-1, True),) * 2
+    )
     span = high - low
     some = span >= 2.0**-118
     inverse = torch.full_like(span, 255.0) / span  # a number over a tensor is computed as a product

@@ -69,13 +69,15 @@ def test_the_largest_sums(sign: int) -> None:
 def test_quantize_rows_rounds_ties_to_even_and_never_leaves_its_range() -> None:
     x = torch.tensor([[0.5, 1.5, 2.5, 255.0], [-0.5, -1.5, -2.5, -255.0], [-127.5, 127.5, 0.5, -0.5]])
     steps, scale = quantize_rows(x)
-    assert steps[0].tolist() == [0, 2, 2, 255] and steps[1].tolist() == [0, -2, -2, -255]
+    assert steps[0].tolist() == [0, 2, 2, 255]
+    assert steps[1].tolist() == [0, -2, -2, -255]
     assert steps[2].tolist() == [-128, 127, 0, 0]  # 256 steps have 255 gaps: the last is cut off
     assert torch.equal(scale.flatten(), torch.ones(3))
     rows = torch.randn(1000, 40) * torch.logspace(-30, 30, 1000)[:, None]
     steps, scale = quantize_rows(rows)
     spans = steps.amax(1) - steps.amin(1)
-    assert (spans <= 255).all() and (spans >= 254).all()
+    assert (spans <= 255).all()
+    assert (spans >= 254).all()
     assert ((steps * scale - rows).abs() <= scale * 1.01).all()
 
 
@@ -84,7 +86,9 @@ def test_quantize_weight() -> None:
     weight[3] = 0
     steps, scale = quantize_weight(weight)
     assert steps.min() == -127 or steps.max() == 127
-    assert (steps.abs().amax(1) == 127)[torch.arange(50) != 3].all() and not steps[3].any() and scale[3] == 0
+    assert (steps.abs().amax(1) == 127)[torch.arange(50) != 3].all()
+    assert not steps[3].any()
+    assert scale[3] == 0
     assert ((steps * scale[:, None] - weight).abs() <= 0.501 * scale[:, None]).all()
     with pytest.raises(ValueError, match="weight must be finite"):
         quantize_weight(torch.tensor([[1.0, float("inf")]]))
@@ -194,10 +198,12 @@ def test_rows_that_are_not_finite_zero_or_tiny() -> None:
     x[5], x[6] = 0.0, 1e-38
     found = linear_int8(x, a)
     assert found[1:5].isnan().all()
-    assert torch.equal(found[5], a.bias) and torch.equal(found[6], a.bias)
+    assert torch.equal(found[5], a.bias)
+    assert torch.equal(found[6], a.bias)
     assert torch.equal(found[[0, 7, 8]], wanted[[0, 7, 8]])
     hidden = mlp_int8(x, a, layer(8, 40))
-    assert hidden[1:5].isnan().all() and hidden[[0, 5, 6, 7, 8]].isfinite().all()
+    assert hidden[1:5].isnan().all()
+    assert hidden[[0, 5, 6, 7, 8]].isfinite().all()
 
 
 def test_changes_of_a_weight_are_seen() -> None:
@@ -206,7 +212,8 @@ def test_changes_of_a_weight_are_seen() -> None:
     before = linear_int8(x, a)
     a.weight.copy_(b.weight)
     found = linear_int8(x, a._replace(scale=b.scale, bias=b.bias))
-    assert torch.equal(found, linear_int8(x, b)) and not torch.equal(found, before)
+    assert torch.equal(found, linear_int8(x, b))
+    assert not torch.equal(found, before)
     with pytest.raises(RuntimeError, match="packed must be of a weight of this shape"):
         linear_int8(x, a._replace(packed=layer(60, 20).packed))
 
@@ -224,7 +231,8 @@ def test_shapes_and_strides(shape: tuple[int, ...]) -> None:
 def test_a_residual_of_another_dtype_is_added_in_the_wider_one() -> None:
     a, x, residual = layer(12, 20), torch.randn(5, 20).bfloat16(), torch.randn(5, 12)
     found = linear_int8(x, a, residual=residual)
-    assert found.dtype == torch.float32 and torch.equal(found, residual + linear_int8(x, a))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, residual + linear_int8(x, a))
 
 
 def test_errors() -> None:
