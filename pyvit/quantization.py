@@ -290,13 +290,14 @@ def _random(given: Any, generator: torch.Generator) -> Any:
 def _run(model: nn.Module, batches: Sequence[Any], forward: Callable[..., Any] | None = None) -> Iterator[Tensor]:
     """The output for each batch of the model, or of a method of it, in evaluation mode: the first tensor of it, in
     float32."""
+    call: Callable[..., Any] = model if forward is None else forward
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for args, kwargs in batches:
             with torch.no_grad():
                 try:
-                    out = (forward or model)(*args, **kwargs)
+                    out = call(*args, **kwargs)
                 except Exception as error:
                     raise ValueError(f"quantize: calibration does not fit the model: {error}") from error
             yield _tensor(out).float()
@@ -370,7 +371,7 @@ def _difference(model: nn.Module, batches: Sequence[Any], wanted: Sequence[Tenso
 
 def _features(model: nn.Module, batches: Sequence[Any]) -> list[Tensor]:
     """What ``model.forward_features`` gives for the batches, where there is one: (..., tokens, C)."""
-    forward = getattr(model, "forward_features", None)
+    forward: Any = getattr(model, "forward_features", None)
     return [] if forward is None else list(_run(model, batches, forward))
 
 

@@ -243,7 +243,7 @@ def test_errors_name_the_layer_and_leave_the_model(where: str) -> None:
     with pytest.raises(ValueError, match=r"quantize: blocks.1.mlp.fc1: weight and bias must be finite"):
         pyvit.quantize(model)
     bad.copy_(before)
-    with pytest.raises(ValueError, match="keep: no linear layer is called 'blocks.7.*'"):
+    with pytest.raises(ValueError, match=r"keep: no linear layer is called 'blocks.7.\*'"):
         pyvit.quantize(model, keep="blocks.7.*")
     with pytest.raises(ValueError, match="calibration does not fit the model"):
         pyvit.quantize(model, torch.randn(2, 4, 32, 32))

@@ -71,7 +71,7 @@ class QuantizedLinear(nn.Module):
     def forward(
         self, x: Tensor, norm: Norm | None = None, scale: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        """With ``norm``, ``scale`` and ``residual`` (see :func:`pyvit.ops.linear`): residual + scale * layer(norm(x))."""
+        """residual + scale * layer(norm(x)), the arguments as of :func:`pyvit.ops.linear`."""
         self.refuse_training()
         out = linear_int8(x, self.int8(), activation=self.activation, norm=norm, scale=scale, residual=residual)
         return without_gradient(self.name, out, x, residual)

@@ -64,10 +64,8 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The integers q - z of the rows of x (..., K), in x's dtype, and the rows' scales (..., 1): the definition above."""
-    low, high = (
-        (x.amin(-1, True).clamp(max=0), x.amax(-1, True).clamp(min=0)) if x.shape[-1] else (x.sum(-1, True),) * 2
-    )
+    """The integers q - z of the rows of x (..., K), in x's dtype, and the rows' scales (..., 1), as defined above."""
+    low, high = x.amin(-1, True).clamp(max=0), x.amax(-1, True).clamp(min=0)
     span = high - low
     some = span >= 2.0**-118
     inverse = torch.full_like(span, 255.0) / span  # a number over a tensor is computed as a product
@@ -193,7 +191,8 @@ def formula(
     for float64, else in float32."""
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     if norm is not None:
-        y = F.layer_norm(y, y.shape[-1:], *(t if t is None else t.to(y.dtype) for t in norm[:2]), norm[2])
+        weight, bias = (t if t is None else t.to(y.dtype) for t in norm[:2])
+        y = F.layer_norm(y, y.shape[-1:], weight, bias, norm[2])
     for i, layer in enumerate(layers):
         steps, row_scale = quantize_rows(y)
         y = F.linear(steps, layer.weight.to(y.dtype)) * layer.scale.to(y.dtype) * row_scale
