@@ -256,10 +256,11 @@ def _to_put_back(
 def _batches(model: nn.Module, calibration: Any) -> tuple[list[Any], str]:
     """Batches as (arguments, keyword arguments), and where they are from."""
     if calibration is None:
-        if not hasattr(model, "example_inputs"):
+        example: Any = getattr(model, "example_inputs", None)
+        if example is None:
             return [], "random rows"
         generator = torch.Generator().manual_seed(0)
-        return [(_random(model.example_inputs(2), generator), {})], "random inputs"
+        return [(_random(example(2), generator), {})], "random inputs"
     batches = [calibration] if isinstance(calibration, (Tensor, Mapping)) else list(calibration)
     found: list[Any] = []
     for batch in batches:

@@ -286,6 +286,20 @@ def test_layers_with_outliers() -> None:
     assert report.cosine > 0.97
 
 
+def test_flop_counters() -> None:
+    """int8 multiply-adds count as those of the model before."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, images = build()
+    counts = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            model(images)
+        counts.append(counter.get_total_flops())
+        pyvit.quantize(model)
+    assert counts[0] == counts[1] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_compile_and_export(name: str) -> None:
