@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 import pyvit
-from pyvit import library
+from pyvit import library, quantization
 from pyvit.models import create_model
 from pyvit.nn import Block, QuantizedLinear
 
@@ -273,17 +273,58 @@ def test_zero_channels_and_zero_layers() -> None:
     assert cosine(model(images), wanted) > 0.998
 
 
-def test_layers_with_outliers() -> None:
-    """Channels a hundred times the others, as trained transformers have them: a scale per row and per channel."""
+def with_outliers() -> tuple[nn.Module, Tensor]:
+    """A model with channels much larger than the others, as trained transformers have them."""
     model, images = build()
     for block in model.blocks:
-        block.norm2.weight[7] *= 50
-        block.mlp.fc1.weight[:, 7] *= 0.02
-        block.mlp.fc2.weight[11] *= 100
-    model(images)
+        for norm, layer in ((block.norm1, block.attn.qkv), (block.norm2, block.mlp.fc1)):
+            norm.weight[[7, 30]] *= 40
+            layer.weight[:, [7, 30]] /= 20
+        block.mlp.fc2.weight[11] *= 10
+    return model, images
+
+
+def test_outliers_are_moved_into_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels are divided by powers of two where that helps: in the layer norm of fused branches, and before the layer
+    where it is called alone."""
+    model, images = with_outliers()
+    wanted = model(images)
+    with monkeypatch.context() as without:
+        without.setattr(quantization, "HELPS", 0.0)
+        plain = pyvit.quantize(model, images)
+    pyvit.dequantize(model)
     report = pyvit.quantize(model, images)
-    assert report.error < 0.2
-    assert report.cosine > 0.97
+    scaled = {layer.name.rpartition(".")[2] for layer in report.quantized if "scaled" in layer.note}
+    assert scaled == {"qkv", "fc1"}
+    assert report.error < 0.6 * plain.error
+    assert report.dense[1] > 0.998
+    layer = model.blocks[0].mlp.fc1
+    assert torch.equal(layer.smoothing.log2(), layer.smoothing.log2().round())
+    found = model(images)
+    handle = layer.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(model(images), found, rtol=2e-2, atol=5e-3)
+    handle.remove()
+    smoothing = layer.smoothing.clone()
+    assert torch.equal(model.bfloat16().blocks[0].mlp.fc1.smoothing, smoothing)
+    assert pyvit.dequantize(model.float()) == 8
+    torch.testing.assert_close(model(images), wanted, rtol=2e-2, atol=2e-2)  # its parameters were bfloat16 for a while
+
+
+def test_factors_in_state_dicts() -> None:
+    """Whatever factors the model has that loads."""
+    (one, images), (other, _) = with_outliers(), build()
+    for model in (one, other):
+        pyvit.quantize(model)
+    wanted, state = one(images), copy.deepcopy(one.state_dict())
+    others = other(images), copy.deepcopy(other.state_dict())
+    assert "blocks.0.mlp.fc1.smoothing" in state
+    other.load_state_dict(state)
+    assert torch.equal(other(images), wanted)
+    other.load_state_dict(others[1])
+    assert torch.equal(other(images), others[0])
+    other.load_state_dict(state)
+    pyvit.dequantize(other)
+    assert cosine(other(images), wanted) > 0.999
 
 
 def test_flop_counters() -> None:

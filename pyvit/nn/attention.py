@@ -120,7 +120,7 @@ class Attention(nn.Module):
             out = flash_attention_varlen(q, k, v, cu, cu, longest, longest, bias=attn_mask, is_causal=is_causal)
         elif rope is None and self._plain_heads():
             if attn_mask is None and not dropout:
-                fused = self._branch(x, self.num_heads, is_causal, norm, scale, residual)
+                fused = self._branch(x, is_causal, norm, scale, residual)
                 if fused is not None:
                     return fused
             packed = apply(self.qkv, x, norm=norm).unflatten(-1, (3, self.num_heads, self.head_dim))
@@ -135,16 +135,20 @@ class Attention(nn.Module):
         parts: dict[str, Any] = self._modules  # attributes of a module take half a microsecond each
         return plain(parts["q_norm"], nn.Identity) and plain(parts["k_norm"], nn.Identity)
 
-    def _branch(self, x: Tensor, *args: Any) -> Tensor | None:
+    def _branch(
+        self, x: Tensor, is_causal: bool, norm: Norm | None, scale: Tensor | None, residual: Tensor | None
+    ) -> Tensor | None:
         """The branch in one call, None where that does not compute these layers."""
         parts: dict[str, Any] = self._modules
         qkv, proj = parts["qkv"], parts["proj"]
         if not plain(parts["norm"], nn.Identity) or not idle(parts["proj_drop"]):
             return None
         if plain(qkv) and plain(proj) and not qkv.activation and not proj.activation:
-            return attention_branch(x, qkv, proj, *args)
-        if quantized(qkv, proj) and not qkv.activation and not proj.activation:
-            return linear_int8.attention_branch(x, qkv.int8(), proj.int8(), *args)
+            return attention_branch(x, qkv, proj, self.num_heads, is_causal, norm, scale, residual)
+        if quantized(qkv, proj) and not qkv.activation and not proj.activation and proj.smoothing is None:
+            x, norm = qkv.smooth(x, norm)
+            layers = qkv.int8(), proj.int8()
+            return linear_int8.attention_branch(x, *layers, self.num_heads, is_causal, norm, scale, residual)
         return None
 
     def score_shape(self, x: Tensor) -> tuple[int, int, int]:

@@ -23,24 +23,31 @@ class QuantizedLinear(nn.Module):
     Args:
         layer: an ``nn.Linear`` with finite weights, whose bias is kept.
         name: of the layer in its model, for messages.
+        factors: (K,) powers of two by which channels of x are divided, and the weight's columns multiplied, before
+            both are rounded: for channels much larger than the others (Xiao et al., "SmoothQuant", 2023). A layer norm
+            before the layer takes the division into its own weights, which costs nothing.
 
-    Buffers, as in ``state_dict``: ``weight`` (M, K) int8; ``weight_scale`` (M,), float32 whatever the module is cast
-    to. The weight in the order in which it is multiplied is not saved; it is made anew where the weight has changed.
+    Buffers, as in ``state_dict``: ``weight`` (M, K) int8; ``weight_scale`` (M,) and, with factors, ``smoothing`` (K,),
+    which is 1 / factors: float32 whatever the module is cast to. The weight in the order in which it is multiplied is
+    not saved; it is made anew where the weight has changed.
     """
 
     fuses_residual = True  # see pyvit.nn.residual.fusion_args
 
     weight: Tensor
     weight_scale: Tensor
+    smoothing: Tensor | None
     bias: nn.Parameter | None
 
-    def __init__(self, layer: nn.Linear, name: str = "") -> None:
+    def __init__(self, layer: nn.Linear, name: str = "", factors: Tensor | None = None) -> None:
         super().__init__()
-        weight, scale = quantize_weight(layer.weight)
+        wanted = layer.weight if factors is None else layer.weight.detach().float() * factors
+        weight, scale = quantize_weight(wanted)
         self.in_features, self.out_features, self.name = layer.in_features, layer.out_features, name
         self.activation: str | None = getattr(layer, "activation", None)
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
+        self.register_buffer("smoothing", None if factors is None else 1.0 / factors.float())
         self.register_parameter("bias", layer.bias)
         self.training = layer.training
         self.original: list[nn.Linear] = []  # the layer replaced, if it is kept; no submodule
@@ -60,7 +67,8 @@ class QuantizedLinear(nn.Module):
             sizes = (self.in_features, self.out_features, self.bias is not None)
             layer = Linear(*sizes, self.activation, device=self.weight.device, dtype=dtype)
             with torch.no_grad():
-                layer.weight.copy_(self.weight * self.weight_scale[:, None])
+                weight = self.weight * self.weight_scale[:, None]
+                layer.weight.copy_(weight if self.smoothing is None else weight * self.smoothing)
         layer.bias = self.bias
         return layer.train(self.training)
 
@@ -73,8 +81,20 @@ class QuantizedLinear(nn.Module):
     ) -> Tensor:
         """residual + scale * layer(norm(x)), the arguments as of :func:`pyvit.ops.linear`."""
         self.refuse_training()
-        out = linear_int8(x, self.int8(), activation=self.activation, norm=norm, scale=scale, residual=residual)
+        y, norm = self.smooth(x, norm)
+        out = linear_int8(y, self.int8(), activation=self.activation, norm=norm, scale=scale, residual=residual)
         return without_gradient(self.name, out, x, residual)
+
+    def smooth(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Norm | None]:
+        """x and norm with the channels that the layer gets divided by its factors."""
+        smoothing = self._buffers["smoothing"]
+        if smoothing is None:
+            return x, norm
+        if norm is None:
+            return x * smoothing.to(x.dtype), None
+        weight, bias, eps = norm
+        weight = smoothing if weight is None else weight * smoothing.to(weight.dtype)
+        return x, (weight, bias if bias is None else bias * smoothing.to(bias.dtype), eps)
 
     def refuse_training(self) -> None:
         if self.training and torch.is_grad_enabled():
@@ -84,14 +104,23 @@ class QuantizedLinear(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        scale = self.weight_scale
+        before = {name: self._buffers[name] for name in ("weight_scale", "smoothing")}
         super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:
-            self.weight_scale = scale.to(self.weight_scale.device)
+        for name, kept in before.items():
+            now = self._buffers[name]
+            if kept is not None and now is not None and now.dtype != torch.float32:
+                self._buffers[name] = kept.to(now.device)
         for layer in self.original:
             layer._apply(fn, recurse)
         self._pack()
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}weight" in state_dict:  # with factors or without, as the saved layer
+            has = state_dict.get(f"{prefix}smoothing") is not None
+            empty = torch.ones(self.in_features, device=self.weight.device)
+            self._buffers["smoothing"] = (self.smoothing if self.smoothing is not None else empty) if has else None
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "packed": None}  # type: ignore[misc]
@@ -123,11 +152,13 @@ def quantized_mlp(
     scale: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """residual + scale * fc2(fc1(norm(x))) in one call; the activation is that of fc1."""
+    """residual + scale * fc2(fc1(norm(x))) in one call; the activation is that of fc1. fc2 must have no
+    factors: its input is rounded within the call."""
     fc1.refuse_training()
+    given, (x, norm) = x, fc1.smooth(x, norm)
     activation = fc1.activation or ""
     out = mlp_int8(x, fc1.int8(), fc2.int8(), activation=activation, norm=norm, scale=scale, residual=residual)
-    return without_gradient(fc1.name, out, x, residual)
+    return without_gradient(fc1.name, out, given, residual)
 
 
 class _WithoutGradient(torch.autograd.Function):

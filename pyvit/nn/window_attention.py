@@ -87,7 +87,7 @@ class WindowAttention(nn.Module):
         dropout = self.attn_drop if self.training else 0.0
         if not dropout and type(self) is WindowAttention:
             windows = (self.window_size, self.shift_size, self.num_heads, self.bias_table(), self.mask_padding)
-            fused = self._branch(x, *windows, norm, scale, residual)
+            fused = self._branch(x, windows, norm, scale, residual)
             if fused is not None:
                 return fused
         qkv, bias = self.project(x, norm)
@@ -103,16 +103,20 @@ class WindowAttention(nn.Module):
         )
         return apply(self.proj, out, self.proj_drop, scale=scale, residual=residual)
 
-    def _branch(self, x: Tensor, *args: Any) -> Tensor | None:
+    def _branch(
+        self, x: Tensor, windows: tuple[Any, ...], norm: Norm | None, scale: Tensor | None, residual: Tensor | None
+    ) -> Tensor | None:
         """The branch in one call, None where that does not compute these layers."""
         parts: dict[str, Any] = self._modules  # attributes of a module take half a microsecond each
         qkv, proj = parts["qkv"], parts["proj"]
         if not idle(parts["proj_drop"]):
             return None
         if plain(qkv) and plain(proj) and not qkv.activation and not proj.activation:
-            return window_attention_branch(x, qkv, proj, *args)
-        if quantized(qkv, proj) and not qkv.activation and not proj.activation:
-            return linear_int8.window_attention_branch(x, qkv.int8(), proj.int8(), *args)
+            return window_attention_branch(x, qkv, proj, *windows, norm, scale, residual)
+        if quantized(qkv, proj) and not qkv.activation and not proj.activation and proj.smoothing is None:
+            x, norm = qkv.smooth(x, norm)
+            layers = qkv.int8(), proj.int8()
+            return linear_int8.window_attention_branch(x, *layers, *windows, norm, scale, residual)
         return None
 
     def score_shape(self, x: Tensor) -> tuple[int, int, int]:
