@@ -104,7 +104,12 @@ class WindowAttention(nn.Module):
         return apply(self.proj, out, self.proj_drop, scale=scale, residual=residual)
 
     def _branch(
-        self, x: Tensor, windows: tuple[Any, ...], norm: Norm | None, scale: Tensor | None, residual: Tensor | None
+        self,
+        x: Tensor,
+        windows: tuple[Any, Any, int, Tensor, bool],
+        norm: Norm | None,
+        scale: Tensor | None,
+        residual: Tensor | None,
     ) -> Tensor | None:
         """The branch in one call, None where that does not compute these layers."""
         parts: dict[str, Any] = self._modules  # attributes of a module take half a microsecond each
