@@ -142,7 +142,10 @@ def test_copies_and_pickles() -> None:
         pyvit.dequantize(other)
         assert not any(isinstance(m, QuantizedLinear) for m in other.modules())
     with torch.inference_mode():
-        assert torch.equal(copy.deepcopy(model)(images), wanted)
+        other = copy.deepcopy(model)
+        assert torch.equal(other(images), wanted)
+        pyvit.quantize(build()[0])
+    assert not any(m.weight.is_inference() for m in other.modules() if isinstance(m, QuantizedLinear))
 
 
 def test_casts_keep_the_scales() -> None:

@@ -41,8 +41,9 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear, name: str = "", factors: Tensor | None = None) -> None:
         super().__init__()
-        wanted = layer.weight if factors is None else layer.weight.detach().float() * factors
-        weight, scale = quantize_weight(wanted)
+        with torch.inference_mode(False), torch.no_grad():
+            wanted = layer.weight if factors is None else layer.weight.detach().float() * factors
+            weight, scale = quantize_weight(wanted)
         self.in_features, self.out_features, self.name = layer.in_features, layer.out_features, name
         self.activation: str | None = getattr(layer, "activation", None)
         self.register_buffer("weight", weight)
@@ -54,6 +55,9 @@ class QuantizedLinear(nn.Module):
         self._pack()
 
     def _pack(self) -> None:
+        if self.weight.is_inference():  # whose changes PyTorch does not count
+            with torch.inference_mode(False):
+                self._buffers["weight"] = self.weight.clone()
         self.packed = pack(self.weight)
         self.version = _version(self.weight)
 

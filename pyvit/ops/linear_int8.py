@@ -134,25 +134,66 @@ def _call(
     scale: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
+    dtype = x.dtype
+    for layer in layers:
+        if layer.packed is None or not x.is_cpu or dtype not in DTYPES:
+            return _slow(op, x, layers, activation, norm, scale, residual)
+        if layer.bias is not None and layer.bias.dtype is not dtype:
+            return _slow(op, x, layers, activation, norm, scale, residual)
+    for t in (scale, residual):
+        if t is not None and t.dtype is not dtype:
+            return _slow(op, x, layers, activation, norm, scale, residual)
+    try:
+        return _kernel(x, layers, activation, norm, scale, residual)
+    except RuntimeError:
+        _check(op, x, layers, activation, scale, residual)
+        raise
+
+
+def _kernel(
+    x: Tensor,
+    layers: Sequence[Int8Layer],
+    activation: str | None,
+    norm: Norm | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    weight, weight_scale, bias, packed = layers[0]
+    first = (x, *_norm(norm, x), weight, packed, weight_scale, bias, activation or "")
+    if len(layers) == 1:
+        return torch.ops.pyvit.linear_int8.default(*first, scale, residual)  # type: ignore[no-any-return]
+    weight, weight_scale, bias, packed = layers[1]
+    return torch.ops.pyvit.mlp_int8.default(*first, weight, packed, weight_scale, bias, scale, residual)  # type: ignore[no-any-return]
+
+
+def _slow(
+    op: str,
+    x: Tensor,
+    layers: Sequence[Int8Layer],
+    activation: str | None,
+    norm: Norm | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """By the formula where there are no kernels; tensors of other dtypes are cast to that of x first, but the residual,
+    which is added in the common one."""
     _check(op, x, layers, activation, scale, residual)
-    fused = residual is None or residual.dtype is x.dtype  # else added in their common dtype
+    fused = residual if residual is None or residual.dtype is x.dtype else None
     if any(layer.packed is None for layer in layers) or x.dtype not in DTYPES or not x.is_cpu:
-        out = formula(x, layers, activation, norm, scale, residual if fused else None)
+        out = formula(x, layers, activation, norm, scale, fused)
     else:
-        kernel = torch.ops.pyvit.linear_int8 if len(layers) == 1 else torch.ops.pyvit.mlp_int8
-        words = [(each.weight, each.packed, each.scale, _as(each.bias, x)) for each in layers]
-        rest = [each for w in words[1:] for each in w]
-        scale = _as(scale, x)
-        out = kernel.default(x, *_norm(norm, x), *words[0], activation or "", *rest, scale, residual if fused else None)
-    return out if fused else residual + out  # type: ignore[operator]
+        cast = [layer._replace(bias=_as(layer.bias, x)) for layer in layers]
+        out = _kernel(x, cast, activation, norm, _as(scale, x), fused)
+    return out if residual is fused else residual + out  # type: ignore[operator]
 
 
 def _norm(norm: Norm | None, x: Tensor) -> tuple[bool, Tensor | None, Tensor | None, float]:
     if norm is None:
         return False, None, None, 0.0
     weight, bias, eps = norm
-    if any(t is not None and t.dtype not in (torch.float32, x.dtype) for t in (weight, bias)):
-        weight, bias = _as(weight, x), _as(bias, x)
+    for t in (weight, bias):
+        if t is not None and t.dtype is not x.dtype and t.dtype is not torch.float32:
+            return True, _as(weight, x), _as(bias, x), eps
     return True, weight, bias, eps
 
 
