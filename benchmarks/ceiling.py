@@ -74,7 +74,8 @@ def measure(threads: int, seconds: float = 0.5) -> Ceiling:
     try:
         from pyvit import _C
 
-        gflops = {"fp32": _C.fma_peak("float32", threads, seconds), "bf16": _C.fma_peak("bfloat16", threads, seconds)}
+        names = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
+        gflops = {dtype: _C.fma_peak(name, threads, seconds) for dtype, name in names.items()}
         return Ceiling(gflops, _C.copy_bandwidth(threads, seconds), threads, "register-only multiply-adds")
     except (ImportError, AttributeError) as error:
         gflops = {"fp32": _matmul_peak(torch.float32, seconds), "bf16": _matmul_peak(torch.bfloat16, seconds)}

@@ -38,13 +38,15 @@ void check(int threads, double seconds) {
 }
 
 double fma_peak(const std::string& dtype, int threads, double seconds) {
-  if (dtype != "float32" && dtype != "bfloat16")
-    throw std::invalid_argument("dtype must be float32 or bfloat16, got " + dtype);
+  if (dtype != "float32" && dtype != "bfloat16" && dtype != "int8")
+    throw std::invalid_argument("dtype must be float32, bfloat16 or int8, got " + dtype);
   check(threads, seconds);
   py::gil_scoped_release release;
   std::vector<double> rates(threads);
   const auto which = dtype == "bfloat16" ? pyvit::Dtype::bf16 : pyvit::Dtype::f32;
-  on_threads(threads, [&](int t) { rates[t] = PYVIT_OF_ISA(fma_peak(which, seconds)); });
+  on_threads(threads, [&](int t) {
+    rates[t] = dtype == "int8" ? PYVIT_OF_INT8_ISA(int8_peak(seconds)) : PYVIT_OF_ISA(fma_peak(which, seconds));
+  });
   double sum = 0;
   for (double rate : rates) sum += rate;
   return sum;
@@ -81,9 +83,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_features, "Instruction-set extensions of this processor that pyvit looks for.");
   m.def(
       "cpu_isa", [] { return std::string(pyvit::isa_name(pyvit::isa())); }, "The instruction set the CPU kernels use.");
+  m.def(
+      "int8_isa", [] { return std::string(pyvit::isa_name(pyvit::int8_isa())); },
+      "The instruction set the kernels on int8 weights use.");
   m.def("fma_peak", &fma_peak, py::arg("dtype") = "float32", py::arg("threads") = 1, py::arg("seconds") = 0.2,
         "Multiply-add rate in GF/s (2 per multiply-add) with all operands in registers, summed over threads; dtype "
-        "float32 or bfloat16.");
+        "float32, bfloat16 or int8 (sums in int32).");
   m.def("copy_bandwidth", &copy_bandwidth, py::arg("threads") = 1, py::arg("seconds") = 0.2,
         py::arg("bytes") = int64_t(256) << 20,
         "Copy rate in GB/s, bytes read plus bytes written, summed over threads each copying its own buffer of that "

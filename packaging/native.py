@@ -92,6 +92,19 @@ ISAS = {
         **PORTABLE,
     }
 }
+#: The same of the kernels on int8 weights. Their results are the same on all of them: without contraction, which the
+#: portable set has no instruction for.
+_UNCONTRACTED = ("-ffp-contract=off",)
+INT8_PORTABLE: dict[str, tuple[str, ...]] = {"int8_portable": _UNCONTRACTED}
+INT8_ISAS = {
+    "x86_64": {
+        "int8_avx512vnni": (*_AVX512, "-mavx512vnni", *_UNCONTRACTED),
+        "int8_avx512": (*_AVX512, *_UNCONTRACTED),
+        "int8_avxvnni": ("-march=x86-64-v3", "-mavxvnni", *_UNCONTRACTED),
+        "int8_avx2": ("-march=x86-64-v3", *_UNCONTRACTED),
+        **INT8_PORTABLE,
+    }
+}
 COMMON_UNITS = ("isa", "parallel")
 TORCH_UNITS = sorted(path.stem for path in (CSRC / "torch").glob("*.cpp") if path.stem != "cuda")
 # Each once per instruction set. What takes longest to compile comes first, so that all cores are busy to the end.
@@ -176,17 +189,23 @@ class Build:
             ops.append(compiled("torch_cuda.o", "torch/cuda.cpp", stable))
             cuda_libraries = [*_cuda_library_paths(), "-lcudart_static", "-ldl", "-lrt"]
         isas = ISAS.get(self.machine, PORTABLE)
+        int8_isas = INT8_ISAS.get(self.machine, INT8_PORTABLE)
         kernels = {
             unit: [
                 compiled(f"{unit}.{isa}.o", f"cpu/{unit}.cpp", [*KERNEL_FLAGS, *flags, f"-DPYVIT_ISA={isa}"])
-                for isa, flags in isas.items()
+                for isa, flags in (int8_isas if "int8" in unit else isas).items()
             ]
             for unit in KERNEL_UNITS
         }
         common = {unit: compiled(f"{unit}.o", f"cpu/{unit}.cpp", []) for unit in COMMON_UNITS}
         for i, (module, (flags, libraries)) in enumerate(self.modules.items()):
             made = compiled(f"module{i}.o", "module.cpp", ["-O1", generated, *flags])
-            linked(module, [made, common["isa"], *kernels["peak"]], system.module_link, [*libraries, *runtime])
+            linked(
+                module,
+                [made, common["isa"], *kernels["peak"], *kernels["int8_peak"]],
+                system.module_link,
+                [*libraries, *runtime],
+            )
         objects = [*ops, *(made for unit in kernels.values() for made in unit), *common.values()]
         libraries = [*runtime, *self.libraries, *cuda_libraries]
         linked(self.library, objects, system.library_link, libraries)

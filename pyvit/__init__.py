@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pyvit.models.checkpoints import load_checkpoint
     from pyvit.models.registry import create_model, list_models
     from pyvit.nn.packed_weights import pack_weights, unpack_weights
+    from pyvit.quantization import dequantize, quantize
 
 __all__ = [
     "BackendError",
@@ -31,6 +32,7 @@ __all__ = [
     "accelerate",
     "activate_sdpa",
     "create_model",
+    "dequantize",
     "explain",
     "info",
     "keep_memory",
@@ -38,6 +40,7 @@ __all__ = [
     "load_checkpoint",
     "ops",
     "pack_weights",
+    "quantize",
     "restore",
     "restore_sdpa",
     "unpack_weights",
@@ -50,8 +53,10 @@ _MODULES = {
     "activate_sdpa": "integrations.sdpa_override",
     "create_model": "models.registry",
     "list_models": "models.registry",
+    "dequantize": "quantization",
     "load_checkpoint": "models.checkpoints",
     "pack_weights": "nn.packed_weights",
+    "quantize": "quantization",
     "restore": "integrations",
     "restore_sdpa": "integrations.sdpa_override",
     "unpack_weights": "nn.packed_weights",

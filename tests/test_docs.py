@@ -26,6 +26,7 @@ RUN = (
     "docs/guides/train.md",
     "docs/guides/serve-cpu.md",
     "docs/guides/embed.md",
+    "docs/guides/int8.md",
 )
 
 

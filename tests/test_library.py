@@ -206,8 +206,10 @@ def test_instruction_sets() -> None:
     )
     assert python(use, PYVIT_CPU_ISA="") in ISAS
     assert python(use, PYVIT_CPU_ISA="portable") == "portable"
+    int8 = "import torch, pyvit; print(torch.ops.pyvit.cpu_isa(), torch.ops.pyvit.int8_isa())"
+    assert python(int8, PYVIT_CPU_ISA="portable") == "portable portable"
     done = subprocess.run(
         [sys.executable, "-c", use], env={**os.environ, "PYVIT_CPU_ISA": "sse9"}, capture_output=True, text=True
     )
     assert done.returncode
-    assert "PYVIT_CPU_ISA must be portable, avx2, avx512 or avx512bf16, got sse9" in done.stderr
+    assert "PYVIT_CPU_ISA must be portable, avx2, avxvnni, avx512, avx512vnni or avx512bf16, got sse9" in done.stderr

@@ -57,9 +57,15 @@ def test_rules_of_each_platform(name: str) -> None:
     }
     isas = list(native.ISAS.get(target.machine, native.PORTABLE))
     assert isas[-1] == "portable"
+    int8_isas = list(native.INT8_ISAS.get(target.machine, native.INT8_PORTABLE))
+    assert int8_isas[-1] == "int8_portable"
     for unit in native.KERNEL_UNITS:
         flags = [flags for _, source, flags in compiled if Path(source).name == f"{unit}.cpp"]
-        assert [re.findall(r"PYVIT_ISA=(\w+)", f) for f in flags] == [[isa] for isa in isas]
+        assert [re.findall(r"PYVIT_ISA=(\w+)", f) for f in flags] == [
+            [isa] for isa in (int8_isas if "int8" in unit else isas)
+        ]
+        if "int8" in unit:  # the same bits on every instruction set
+            assert {re.findall(r"-ffp-contract=(\w+)", f)[-1] for f in flags} == {"off"}
     linked = re.search(rf"^build /build/{native.SYSTEMS[target.system].library}: link (.+)", text, re.MULTILINE)
     assert sorted(linked[1].split()) == sorted(out for out, _, _ in compiled if "module" not in out)
     assert ("-fPIC" in text) == (target.system != "win32")

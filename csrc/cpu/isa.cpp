@@ -15,6 +15,17 @@ namespace pyvit {
 namespace {
 
 constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16"};
+constexpr const char* kInt8Names[] = {"portable", "avx2", "avxvnni", "avx512", "avx512vnni"};
+// What PYVIT_CPU_ISA may say, the best last, and the sets that stand for it.
+struct Choice {
+  const char* name;
+  Isa isa;
+  Int8Isa int8_isa;
+};
+constexpr Choice kChoices[] = {
+    {"portable", Isa::portable, Int8Isa::portable},   {"avx2", Isa::avx2, Int8Isa::avx2},
+    {"avxvnni", Isa::avx2, Int8Isa::avxvnni},         {"avx512", Isa::avx512, Int8Isa::avx512},
+    {"avx512vnni", Isa::avx512, Int8Isa::avx512vnni}, {"avx512bf16", Isa::avx512bf16, Int8Isa::avx512vnni}};
 
 #if defined(__x86_64__)
 // Asked of the processor, not of __builtin_cpu_supports, which needs a runtime library that not every compiler links.
@@ -52,17 +63,45 @@ bool supported(Isa isa) {
   return false;
 }
 
-Isa choose() {
-  const char* forced = std::getenv("PYVIT_CPU_ISA");
-  for (int i = 3; i >= 0; i--) {
-    const Isa candidate = Isa(i);
-    if (forced && *forced ? std::string(forced) == kNames[i] : supported(candidate)) {
-      if (!supported(candidate))
-        throw std::runtime_error(std::string("PYVIT_CPU_ISA=") + forced + ": not supported by this processor");
-      return candidate;
-    }
+bool supported(Int8Isa isa) {
+  switch (isa) {
+    case Int8Isa::avx512vnni:
+      return supported(Isa::avx512) && has("avx512vnni");
+    case Int8Isa::avx512:
+      return supported(Isa::avx512);
+    case Int8Isa::avxvnni:
+      return supported(Isa::avx2) && has("avxvnni");
+    case Int8Isa::avx2:
+      return supported(Isa::avx2);
+    case Int8Isa::portable:
+      return true;
   }
-  throw std::runtime_error(std::string("PYVIT_CPU_ISA must be portable, avx2, avx512 or avx512bf16, got ") + forced);
+  return false;
+}
+
+Choice choose() {
+  const char* forced = std::getenv("PYVIT_CPU_ISA");
+  if (!forced || !*forced) {
+    Choice best{"", Isa::portable, Int8Isa::portable};
+    for (const Choice& each : kChoices) {
+      if (supported(each.isa)) best.isa = each.isa;
+      if (supported(each.int8_isa)) best.int8_isa = each.int8_isa;
+    }
+    return best;
+  }
+  for (const Choice& each : kChoices)
+    if (!std::strcmp(forced, each.name)) {
+      if (!supported(each.isa) || !supported(each.int8_isa))
+        throw std::runtime_error(std::string("PYVIT_CPU_ISA=") + forced + ": not supported by this processor");
+      return each;
+    }
+  throw std::runtime_error(
+      std::string("PYVIT_CPU_ISA must be portable, avx2, avxvnni, avx512, avx512vnni or avx512bf16, got ") + forced);
+}
+
+const Choice& chosen() {
+  static const Choice choice = choose();
+  return choice;
 }
 
 }  // namespace
@@ -81,16 +120,16 @@ std::vector<std::pair<const char*, bool>> cpu_features() {
           {"avx512vl", avx512 && bit(extended.ebx, 31)},
           {"avx512dq", avx512 && bit(extended.ebx, 17)},
           {"avx512bf16", avx512 && bit(more.eax, 5)},
-          {"avx512vnni", avx512 && bit(extended.ecx, 11)}};
+          {"avx512vnni", avx512 && bit(extended.ecx, 11)},
+          {"avxvnni", avx && bit(more.eax, 4)}};
 #else
   return {};
 #endif
 }
 
-Isa isa() {
-  static const Isa chosen = choose();
-  return chosen;
-}
+Isa isa() { return chosen().isa; }
+Int8Isa int8_isa() { return chosen().int8_isa; }
 const char* isa_name(Isa isa) { return kNames[int(isa)]; }
+const char* isa_name(Int8Isa isa) { return kInt8Names[int(isa)]; }
 
 }  // namespace pyvit

@@ -1,6 +1,7 @@
 // One or two linear layers on rows, with what stands around them: layer norm before, an activation after the first,
 // LayerScale and the residual after the last. A block of rows goes through all of it in cache: of a feed-forward
 // layer the hidden rows, four times as wide as the others, never reach memory.
+#include "column_parts.h"
 #include "gemm_epilogue.h"
 #include "layer_norm.h"
 
@@ -49,17 +50,6 @@ struct Result {
 template <class D>
 inline Panels panels(const Layer& layer) {
   return {layer.weight, lanes_of<D>(layer.in), layer.out};
-}
-
-// Into how many parts `tiles` rows of tiles are cut, so that threads share `panels` times as many evenly.
-inline int64_t parts_of(int64_t panels, int64_t tiles) {
-  const int64_t count = threads.count(), most = std::max<int64_t>(tiles, 1),
-                least = std::clamp<int64_t>((4 * count + panels - 1) / panels, 1, most);
-  const auto idle = [&](int64_t parts) { return (round_up(panels * parts, count) / double(panels * parts)); };
-  int64_t best = least;
-  for (int64_t parts = least; parts <= std::min(2 * least, most); parts++)
-    if (idle(parts) < idle(best)) best = parts;
-  return best;
 }
 
 // One layer of all rows, a panel of columns at a time, or where panels are few a part of its rows. `then` is multiplied

@@ -401,6 +401,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(Tensor g
 // the library about itself
 
 std::string cpu_isa() { return isa_name(isa()); }
+std::string int8_isa_name() { return isa_name(int8_isa()); }
 double fma_peak(bool bf16, double seconds) { return kernels().fma_peak(bf16 ? Dtype::bf16 : Dtype::f32, seconds); }
 std::string cuda_archs() { return PYVIT_CUDA_ARCHS; }
 // csrc/cuda/digests.py
@@ -423,6 +424,7 @@ STABLE_TORCH_LIBRARY(PYVIT_NAMESPACE, m) {
       "flash_attention_qkvpacked_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_grad, "
       "Tensor qkv, Tensor? bias, bool is_causal, float scale) -> (Tensor, Tensor)");
   m.def("cpu_isa() -> str");
+  m.def("int8_isa() -> str");
   m.def("cuda_archs() -> str");
   m.def("cuda_digests() -> str");
   m.def("fma_peak(bool bf16, float seconds) -> float");
@@ -443,6 +445,7 @@ STABLE_TORCH_LIBRARY_IMPL(PYVIT_NAMESPACE, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(PYVIT_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&pyvit::cpu_isa));
+  m.impl("int8_isa", TORCH_BOX(&pyvit::int8_isa_name));
   m.impl("cuda_archs", TORCH_BOX(&pyvit::cuda_archs));
   m.impl("cuda_digests", TORCH_BOX(&pyvit::cuda_digests));
   m.impl("fma_peak", TORCH_BOX(&pyvit::fma_peak));

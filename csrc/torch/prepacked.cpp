@@ -1,125 +1,25 @@
-// Inference with prepacked weights: linear layers, and whole residual branches in one call. For pyvit/ops/prepacked.py.
-//
-// A prepacked weight is kept beside the weight and says in its header what it was made of. Each call compares, and
-// packs the weight anew where it has changed.
+// Inference with prepacked weights: linear layers, and whole residual branches in one call. For pyvit/ops/prepacked.py,
+// and with int8 weights for pyvit/ops/linear_int8.py.
 #include <algorithm>
 #include <cmath>
-#include <cstddef>
-#include <cstring>
-#include <mutex>
 
+#include "packed_weight.h"
 #include "recycled.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace pyvit {
 namespace {
 
-// Called where a change was seen so late that results before may be of the old weight.
-void (*changed_late)() = nullptr;
-
-// What a weight is, and what was in it when it was packed.
-//
-// PyTorch counts the changes that it sees. Writes past that count (through `.data`, NumPy, DLPack) show in the memory
-// alone. Reading all of it in every call would cost what packing saves: each call reads some words of every weight,
-// spread over its rows and its columns, and in turn one stripe of it. A change of much is seen at once, of anything in
-// the end.
-struct Header {
-  static constexpr int64_t SAMPLES = 64, STRIPES = 128, WORD = sizeof(uint64_t);
-  static constexpr uint64_t MIX = 0x9E3779B97F4A7C15;
-
-  int64_t address, version, rows, cols, size;
-  uint64_t samples, stripes[STRIPES];
-  int64_t turn;
-
-  int64_t bytes() const { return rows * cols * size; }
-  uint64_t word(int64_t at) const {
-    uint64_t found;
-    std::memcpy(&found, reinterpret_cast<const char*>(address) + std::min(at, bytes() - WORD), WORD);
-    return found;
-  }
-  // One word in each part of the rows, and in each part of the columns.
-  uint64_t sample() const {
-    uint64_t sum = 0;
-    for (int64_t i = 0; i < SAMPLES; i++) {
-      const int64_t row = (2 * i + 1) * rows / (2 * SAMPLES);
-      const int64_t col = (2 * (i * 37 % SAMPLES) + 1) * cols / (2 * SAMPLES);
-      sum += word((row * cols + col) * size) * (MIX * uint64_t(2 * i + 1));
-    }
-    return sum;
-  }
-  uint64_t stripe(int64_t at) const {
-    const int64_t words = bytes() / WORD, end = (at + 1) * words / STRIPES;
-    uint64_t sum = at + 1 < STRIPES ? 0 : word(bytes() - WORD);
-    for (int64_t i = at * words / STRIPES; i < end; i++) sum += word(i * WORD) * uint64_t(2 * i + 1);
-    return sum;
-  }
-  bool is_of(const Header& weight) const { return !std::memcmp(this, &weight, offsetof(Header, samples)); }
-};
-constexpr int64_t HEADER = (sizeof(Header) + 63) / 64 * 16;  // in 32-bit words
-
-int64_t version_of(const Tensor& t) {
-  StableIValue stack[] = {torch::stable::detail::from(t)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_version", "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<int64_t>(stack[0]);
-}
-
-Header header_of(const Tensor& weight) {
-  Header h{};
-  h.address = reinterpret_cast<int64_t>(weight.data_ptr());
-  h.version = version_of(weight);
-  h.rows = weight.size(0);
-  h.cols = weight.size(1);
-  h.size = weight.element_size();
-  return h;
-}
-
-void check_weight(const Tensor& weight) {
-  STD_TORCH_CHECK(weight.defined() && weight.dim() == 2 && weight.is_cpu() && weight.is_contiguous() &&
-                      weight.numel() * int64_t(weight.element_size()) >= Header::WORD,
-                  "pyvit: prepacked weights: weight must be a contiguous matrix of 8 bytes or more on the CPU");
-}
-
-// Calls `pack` where the header at `words` is not that of the weight as it is now; returns whether it did.
-template <class Pack>
-bool renew(const Tensor& weight, void* words, const Pack& pack) {
-  static std::mutex packing;
-  Header& kept = *static_cast<Header*>(words);
-  Header now = header_of(weight);
-  const auto current = [&] {
-    if (!kept.is_of(now) || kept.sample() != kept.samples) return false;
-    const int64_t at = kept.turn++ % Header::STRIPES;
-    if (kept.stripe(at) == kept.stripes[at]) return true;
-    if (changed_late) changed_late();
-    return false;
-  };
-  if (current()) return false;
-  const std::lock_guard<std::mutex> lock(packing);
-  if (kept.is_of(now) && kept.sample() == kept.samples && kept.turn == 0) return false;  // by another thread meanwhile
-  kept.address = 0;
-  pack();
-  now.samples = now.sample();
-  for (int64_t i = 0; i < Header::STRIPES; i++) now.stripes[i] = now.stripe(i);
-  kept = now;
-  return true;
-}
-
-// Weights that stay: in large pages, where the system gives them. Of small ones every 64th line read costs a walk
-// through the page tables.
-void in_large_pages([[maybe_unused]] const Tensor& t) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t LARGE = 2 << 20;
-  const uintptr_t first = (uintptr_t(t.data_ptr()) + LARGE - 1) / LARGE * LARGE;
-  const uintptr_t end = (uintptr_t(t.data_ptr()) + t.numel() * t.element_size()) / LARGE * LARGE;
-  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
-}
+bool is_int8(const Tensor& weight) { return weight.scalar_type() == ScalarType::Char; }
 
 int64_t packed_size(const Tensor& weight) {
   constexpr int64_t MANY = int64_t(1) << 48;  // whatever is computed of fewer elements does not overflow
   STD_TORCH_CHECK(weight.numel() <= MANY, "pyvit: prepacked weights: weight must have fewer elements");
+  if (is_int8(weight)) {
+    constexpr int64_t MANY_PRODUCTS = 65536;  // of 255 x 127, whose sum is below 2^31
+    STD_TORCH_CHECK(weight.size(1) <= MANY_PRODUCTS, "pyvit: int8 weights: weight must have at most ", MANY_PRODUCTS,
+                    " columns");
+    return int8_kernels().packed_words(weight.size(1), weight.size(0));
+  }
   return kernels().packed_layer_size(weight.size(1), weight.size(0), dtype_of(weight));
 }
 
@@ -130,6 +30,8 @@ const uint32_t* packed_words(const Tensor& weight, const Tensor& packed) {
                   "pyvit: prepacked weights: packed must be of a weight of this shape and dtype");
   uint32_t* words = static_cast<uint32_t*>(packed.data_ptr());
   renew(weight, words, [&] {
+    if (is_int8(weight))
+      return int8_kernels().pack(data<int8_t>(weight), weight.size(1), weight.size(0), words + HEADER);
     kernels().pack_layer(weight.data_ptr(), weight.size(1), weight.size(0), dtype_of(weight), words + HEADER);
   });
   return words + HEADER;
@@ -170,9 +72,10 @@ struct Around {
   double eps;
   Maybe scale, residual;
 };
+// An int8 weight has a scale for each of its rows.
 struct Weight {
   Tensor weight, packed;
-  Maybe bias;
+  Maybe bias, scale;
 };
 
 void check_vector(const char* op, const char* name, Maybe& t, int64_t n, const Tensor& like) {
@@ -184,8 +87,16 @@ void check_vector(const char* op, const char* name, Maybe& t, int64_t n, const T
 }
 
 Layer layer_of(const char* op, const char* name, const Tensor& x, int64_t in, Weight& w) {
-  Checks(op).shape(name, w.weight, {ANY, in});
-  Checks(op).as(name, w.weight, x);
+  const Checks checks(op);
+  checks.shape(name, w.weight, {ANY, in});
+  if (w.scale) {
+    checks.dtype(name, w.weight, {ScalarType::Char}, "int8");
+    checks.device(name, w.weight, x);
+    checks.numbers("the scale of a weight", *w.scale, x, {w.weight.size(0)});
+    w.scale = dense(w.scale);
+  } else {
+    checks.as(name, w.weight, x);
+  }
   check_vector(op, "bias", w.bias, w.weight.size(0), x);
   return {packed_words(w.weight, w.packed), data<char>(w.bias), in, w.weight.size(0)};
 }
@@ -234,7 +145,12 @@ Tensor fused_linear(const char* op, Tensor x, Around around, Weight first, const
   a.residual = data<char>(around.residual);
   Tensor out = make_recycled(x, shape);
   a.out = out.data_ptr();
-  if (out.numel()) kernels().fused_linear(a);
+  if (!out.numel()) return out;
+  if (first.scale) {
+    int8_kernels().fused_linear({a, data<float>(first.scale), second ? data<float>(second->scale) : nullptr});
+  } else {
+    kernels().fused_linear(a);
+  }
   return out;
 }
 
@@ -243,20 +159,19 @@ Tensor prepacked_mlp(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bias, do
                      Maybe residual) {
   std::optional<Weight> second;
   Checks("mlp").that(weight2.has_value() == packed2.has_value(), "weight2 and packed2", "given together");
-  if (weight2) second = Weight{*weight2, *packed2, bias2};
+  if (weight2) second = Weight{*weight2, *packed2, bias2, {}};
   return fused_linear(second ? "mlp" : "linear", x, {norm, norm_weight, norm_bias, eps, scale, residual},
-                      {weight, packed, bias}, activation, second);
+                      {weight, packed, bias, {}}, activation, second);
 }
 
 // residual + scale * proj(attention(qkv(norm(x)))), x (B, N, C)
-Tensor prepacked_attention(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bias, double eps, Tensor qkv_weight,
-                           Tensor qkv_packed, Maybe qkv_bias, int64_t num_heads, bool is_causal, Tensor proj_weight,
-                           Tensor proj_packed, Maybe proj_bias, Maybe scale, Maybe residual) {
-  const Checks checks("attention");
+Tensor attention_branch(const char* op, Tensor x, const Around& around, const Weight& qkv_layer, int64_t num_heads,
+                        bool is_causal, const Weight& proj) {
+  const Checks checks(op);
   checks.shape("x", x, {ANY, ANY, ANY});
   // (B, N, 3C), channels (3, heads, d)
-  Tensor qkv = fused_linear("attention", x, {norm, norm_weight, norm_bias, eps, {}, {}},
-                            {qkv_weight, qkv_packed, qkv_bias}, "", {});
+  Tensor qkv =
+      fused_linear(op, x, {around.norm, around.norm_weight, around.norm_bias, around.eps, {}, {}}, qkv_layer, "", {});
   const int64_t b = qkv.size(0), n = qkv.size(1), channels = qkv.size(2) / 3;
   checks.that(
       num_heads > 0 && channels > 0 && qkv.size(2) % 3 == 0 && channels % num_heads == 0 && channels / num_heads <= 256,
@@ -286,27 +201,32 @@ Tensor prepacked_attention(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bi
     kernels().attention(a);
   }
   qkv = Tensor();  // whose memory the result may take
-  return fused_linear("attention", out, {false, {}, {}, 0, scale, residual}, {proj_weight, proj_packed, proj_bias}, "",
-                      {});
+  return fused_linear(op, out, {false, {}, {}, 0, around.scale, around.residual}, proj, "", {});
+}
+
+Tensor prepacked_attention(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bias, double eps, Tensor qkv_weight,
+                           Tensor qkv_packed, Maybe qkv_bias, int64_t num_heads, bool is_causal, Tensor proj_weight,
+                           Tensor proj_packed, Maybe proj_bias, Maybe scale, Maybe residual) {
+  return attention_branch("attention", x, {norm, norm_weight, norm_bias, eps, scale, residual},
+                          {qkv_weight, qkv_packed, qkv_bias, {}}, num_heads, is_causal,
+                          {proj_weight, proj_packed, proj_bias, {}});
 }
 
 // residual + scale * proj(window_attention(qkv(norm(x)))), x (B, H, W, C). Padding holds the bias of qkv, or is masked.
-Tensor prepacked_window_attention(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bias, double eps,
-                                  Tensor qkv_weight, Tensor qkv_packed, Maybe qkv_bias, Ints window_size,
-                                  Ints shift_size, int64_t num_heads, Maybe bias_table, bool mask_padding,
-                                  Tensor proj_weight, Tensor proj_packed, Maybe proj_bias, Maybe scale,
-                                  Maybe residual) {
-  const Checks checks("window_attention");
+Tensor window_attention_branch(const char* op, Tensor x, const Around& around, const Weight& qkv_layer,
+                               const Ints& window_size, const Ints& shift_size, int64_t num_heads, Maybe bias_table,
+                               bool mask_padding, const Weight& proj) {
+  const Checks checks(op);
   checks.shape("x", x, {ANY, ANY, ANY, ANY});
-  Tensor qkv = fused_linear("window_attention", x, {norm, norm_weight, norm_bias, eps, {}, {}},
-                            {qkv_weight, qkv_packed, qkv_bias}, "", {});  // (B, H, W, 3C)
+  Tensor qkv = fused_linear(op, x, {around.norm, around.norm_weight, around.norm_bias, around.eps, {}, {}}, qkv_layer,
+                            "", {});  // (B, H, W, 3C)
   checks.window(qkv, window_size, shift_size, num_heads, bias_table, {}, {});
   const int64_t b = qkv.size(0), h = qkv.size(1), w = qkv.size(2), channels = qkv.size(3) / 3;
   const int64_t wh = window_size[0], ww = window_size[1], down = (h + wh - 1) / wh, across = (w + ww - 1) / ww;
   bias_table = parameter(bias_table);
   Maybe pad;
   if (!mask_padding && (h % wh || w % ww))
-    pad = qkv_bias ? parameter(qkv_bias) : Maybe(zeros(qkv, {3 * channels}, ScalarType::Float));
+    pad = qkv_layer.bias ? parameter(qkv_layer.bias) : Maybe(zeros(qkv, {3 * channels}, ScalarType::Float));
   Tensor out = make_recycled(qkv, {b, h, w, channels});
   Tensor lse = make(qkv, {b, down * across, num_heads, wh * ww}, ScalarType::Float);
   if (qkv.numel()) {
@@ -330,8 +250,55 @@ Tensor prepacked_window_attention(Tensor x, bool norm, Maybe norm_weight, Maybe 
     kernels().window(a);
   }
   qkv = Tensor();
-  return fused_linear("window_attention", out, {false, {}, {}, 0, scale, residual},
-                      {proj_weight, proj_packed, proj_bias}, "", {});
+  return fused_linear(op, out, {false, {}, {}, 0, around.scale, around.residual}, proj, "", {});
+}
+
+Tensor prepacked_window_attention(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bias, double eps,
+                                  Tensor qkv_weight, Tensor qkv_packed, Maybe qkv_bias, Ints window_size,
+                                  Ints shift_size, int64_t num_heads, Maybe bias_table, bool mask_padding,
+                                  Tensor proj_weight, Tensor proj_packed, Maybe proj_bias, Maybe scale,
+                                  Maybe residual) {
+  return window_attention_branch("window_attention", x, {norm, norm_weight, norm_bias, eps, scale, residual},
+                                 {qkv_weight, qkv_packed, qkv_bias, {}}, window_size, shift_size, num_heads, bias_table,
+                                 mask_padding, {proj_weight, proj_packed, proj_bias, {}});
+}
+
+// The same with int8 weights.
+
+Tensor int8_pack(Tensor weight) {
+  STD_TORCH_CHECK(weight.defined() && is_int8(weight), "pyvit: int8_pack: weight must be int8");
+  return prepack_weight(weight);
+}
+
+Tensor linear_int8(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bias, double eps, Tensor weight, Tensor packed,
+                   Tensor weight_scale, Maybe bias, std::string activation, Maybe scale, Maybe residual) {
+  return fused_linear("linear_int8", x, {norm, norm_weight, norm_bias, eps, scale, residual},
+                      {weight, packed, bias, weight_scale}, activation, {});
+}
+
+Tensor mlp_int8(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bias, double eps, Tensor weight, Tensor packed,
+                Tensor weight_scale, Maybe bias, std::string activation, Tensor weight2, Tensor packed2,
+                Tensor weight_scale2, Maybe bias2, Maybe scale, Maybe residual) {
+  return fused_linear("mlp_int8", x, {norm, norm_weight, norm_bias, eps, scale, residual},
+                      {weight, packed, bias, weight_scale}, activation, Weight{weight2, packed2, bias2, weight_scale2});
+}
+
+Tensor attention_int8(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bias, double eps, Tensor qkv_weight,
+                      Tensor qkv_packed, Tensor qkv_scale, Maybe qkv_bias, int64_t num_heads, bool is_causal,
+                      Tensor proj_weight, Tensor proj_packed, Tensor proj_scale, Maybe proj_bias, Maybe scale,
+                      Maybe residual) {
+  return attention_branch("attention_int8", x, {norm, norm_weight, norm_bias, eps, scale, residual},
+                          {qkv_weight, qkv_packed, qkv_bias, qkv_scale}, num_heads, is_causal,
+                          {proj_weight, proj_packed, proj_bias, proj_scale});
+}
+
+Tensor window_attention_int8(Tensor x, bool norm, Maybe norm_weight, Maybe norm_bias, double eps, Tensor qkv_weight,
+                             Tensor qkv_packed, Tensor qkv_scale, Maybe qkv_bias, Ints window_size, Ints shift_size,
+                             int64_t num_heads, Maybe bias_table, bool mask_padding, Tensor proj_weight,
+                             Tensor proj_packed, Tensor proj_scale, Maybe proj_bias, Maybe scale, Maybe residual) {
+  return window_attention_branch("window_attention_int8", x, {norm, norm_weight, norm_bias, eps, scale, residual},
+                                 {qkv_weight, qkv_packed, qkv_bias, qkv_scale}, window_size, shift_size, num_heads,
+                                 bias_table, mask_padding, {proj_weight, proj_packed, proj_bias, proj_scale});
 }
 
 }  // namespace
@@ -361,6 +328,23 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PYVIT_NAMESPACE, m) {
       "Tensor qkv_weight, Tensor qkv_packed, Tensor? qkv_bias, int[] window_size, int[] shift_size, int num_heads, "
       "Tensor? bias_table, bool mask_padding, Tensor proj_weight, Tensor proj_packed, Tensor? proj_bias, "
       "Tensor? scale, Tensor? residual) -> Tensor");
+  m.def("int8_pack(Tensor weight) -> Tensor");
+  m.def(
+      "linear_int8(Tensor x, bool norm, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, "
+      "Tensor packed, Tensor weight_scale, Tensor? bias, str activation, Tensor? scale, Tensor? residual) -> Tensor");
+  m.def(
+      "mlp_int8(Tensor x, bool norm, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, "
+      "Tensor packed, Tensor weight_scale, Tensor? bias, str activation, Tensor weight2, Tensor packed2, "
+      "Tensor weight_scale2, Tensor? bias2, Tensor? scale, Tensor? residual) -> Tensor");
+  m.def(
+      "attention_int8(Tensor x, bool norm, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor qkv_weight, "
+      "Tensor qkv_packed, Tensor qkv_scale, Tensor? qkv_bias, int num_heads, bool is_causal, Tensor proj_weight, "
+      "Tensor proj_packed, Tensor proj_scale, Tensor? proj_bias, Tensor? scale, Tensor? residual) -> Tensor");
+  m.def(
+      "window_attention_int8(Tensor x, bool norm, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+      "Tensor qkv_weight, Tensor qkv_packed, Tensor qkv_scale, Tensor? qkv_bias, int[] window_size, int[] shift_size, "
+      "int num_heads, Tensor? bias_table, bool mask_padding, Tensor proj_weight, Tensor proj_packed, "
+      "Tensor proj_scale, Tensor? proj_bias, Tensor? scale, Tensor? residual) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(PYVIT_NAMESPACE, CPU, m) {
@@ -370,4 +354,9 @@ STABLE_TORCH_LIBRARY_IMPL(PYVIT_NAMESPACE, CPU, m) {
   m.impl("prepacked_mlp", TORCH_BOX(&pyvit::prepacked_mlp));
   m.impl("prepacked_attention", TORCH_BOX(&pyvit::prepacked_attention));
   m.impl("prepacked_window_attention", TORCH_BOX(&pyvit::prepacked_window_attention));
+  m.impl("int8_pack", TORCH_BOX(&pyvit::int8_pack));
+  m.impl("linear_int8", TORCH_BOX(&pyvit::linear_int8));
+  m.impl("mlp_int8", TORCH_BOX(&pyvit::mlp_int8));
+  m.impl("attention_int8", TORCH_BOX(&pyvit::attention_int8));
+  m.impl("window_attention_int8", TORCH_BOX(&pyvit::window_attention_int8));
 }

@@ -8,6 +8,7 @@ from pyvit.nn.mlp import Mlp, SwiGLU, swiglu_hidden
 from pyvit.nn.patch_embed import PatchEmbed
 from pyvit.nn.pool import AttentionPool
 from pyvit.nn.position import RotaryEmbedding, resample_positions, sincos_2d
+from pyvit.nn.quantized import QuantizedLinear
 from pyvit.nn.residual import DropPath, LayerScale
 from pyvit.nn.rms_norm import RMSNorm
 from pyvit.nn.weight_init import init_linears
@@ -24,6 +25,7 @@ __all__ = [
     "Mlp",
     "Packing",
     "PatchEmbed",
+    "QuantizedLinear",
     "RMSNorm",
     "RotaryEmbedding",
     "SwiGLU",

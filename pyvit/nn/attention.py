@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pyvit.nn.linear import Linear, apply, bypassed, idle, plain
+from pyvit.nn.quantized import quantized
 from pyvit.nn.rates import check_rate
-from pyvit.ops import attention_map, flash_attention, flash_attention_qkvpacked, flash_attention_varlen
+from pyvit.ops import attention_map, flash_attention, flash_attention_qkvpacked, flash_attention_varlen, linear_int8
 from pyvit.ops.prepacked import Norm, attention_branch
 
 
@@ -118,9 +119,8 @@ class Attention(nn.Module):
             cu, longest = packing.cu_seqlens, max(packing.lengths, default=0)
             out = flash_attention_varlen(q, k, v, cu, cu, longest, longest, bias=attn_mask, is_causal=is_causal)
         elif rope is None and self._plain_heads():
-            if attn_mask is None and not dropout and self._is_one():
-                qkv, proj = self._modules["qkv"], self._modules["proj"]
-                fused = attention_branch(x, qkv, proj, self.num_heads, is_causal, norm, scale, residual)  # type: ignore[arg-type]
+            if attn_mask is None and not dropout:
+                fused = self._branch(x, is_causal, norm, scale, residual)
                 if fused is not None:
                     return fused
             packed = apply(self.qkv, x, norm=norm).unflatten(-1, (3, self.num_heads, self.head_dim))
@@ -135,18 +135,21 @@ class Attention(nn.Module):
         parts: dict[str, Any] = self._modules  # attributes of a module take half a microsecond each
         return plain(parts["q_norm"], nn.Identity) and plain(parts["k_norm"], nn.Identity)
 
-    def _is_one(self) -> bool:
-        """Whether the layers are what :func:`pyvit.ops.prepacked.attention_branch` computes."""
+    def _branch(
+        self, x: Tensor, is_causal: bool, norm: Norm | None, scale: Tensor | None, residual: Tensor | None
+    ) -> Tensor | None:
+        """The branch in one call, None where that does not compute these layers."""
         parts: dict[str, Any] = self._modules
         qkv, proj = parts["qkv"], parts["proj"]
-        return (
-            plain(qkv)
-            and plain(proj)
-            and not qkv.activation
-            and not proj.activation
-            and plain(parts["norm"], nn.Identity)
-            and idle(parts["proj_drop"])
-        )
+        if not plain(parts["norm"], nn.Identity) or not idle(parts["proj_drop"]):
+            return None
+        if plain(qkv) and plain(proj) and not qkv.activation and not proj.activation:
+            return attention_branch(x, qkv, proj, self.num_heads, is_causal, norm, scale, residual)
+        if quantized(qkv, proj) and not qkv.activation and not proj.activation and proj.smoothing is None:
+            x, norm = qkv.smooth(x, norm)
+            layers = qkv.int8(), proj.int8()
+            return linear_int8.attention_branch(x, *layers, self.num_heads, is_causal, norm, scale, residual)
+        return None
 
     def score_shape(self, x: Tensor) -> tuple[int, int, int]:
         """Sequences times heads, queries and keys of the scores that x (B, N, C) stands for."""

@@ -105,6 +105,11 @@ def idle(drop: nn.Module | None) -> bool:
     return drop is None or plain(drop, nn.Identity)
 
 
+def fuses_residual(layer: nn.Module) -> bool:
+    """Whether the class of ``layer`` computes residual branches, and neither a hook nor a patch wants its calls."""
+    return "fuses_residual" in type(layer).__dict__ and unpatched(layer) and not hooked(layer)
+
+
 def apply(
     layer: nn.Module,
     x: Tensor,
@@ -114,11 +119,13 @@ def apply(
     scale: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """residual + scale * drop(layer(norm(x))), in one call of :func:`pyvit.ops.linear` if ``layer`` is plain and
-    ``drop`` idle."""
+    """residual + scale * drop(layer(norm(x))), in one call if ``drop`` is idle: of :func:`pyvit.ops.linear` if
+    ``layer`` is plain, of ``layer`` if it fuses residual branches itself."""
     if plain(layer) and idle(drop):
         weight, bias, activation = layer.weight, layer.bias, layer.activation
         return linear(x, weight, bias, activation=activation, norm=norm, scale=scale, residual=residual)  # type: ignore[arg-type]
+    if idle(drop) and fuses_residual(layer):
+        return layer(x, norm=norm, scale=scale, residual=residual)  # type: ignore[no-any-return]
     y = layer(x if norm is None else layer_norm(x, *norm))
     y = y if drop is None else drop(y)
     y = y if scale is None else y * scale

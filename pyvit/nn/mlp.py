@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvit.nn.linear import Linear, apply, bypassed, idle, plain
+from pyvit.nn.quantized import quantized, quantized_mlp
 from pyvit.ops import mlp
 from pyvit.ops.prepacked import Norm
 
@@ -43,6 +44,8 @@ class Mlp(nn.Module):
             first, second = fc1._parameters, fc2._parameters
             weights = (first["weight"], first["bias"], second["weight"], second["bias"])
             return mlp(x, *weights, activation=fc1.activation, norm=norm, scale=scale, residual=residual)
+        if quantized(fc1, fc2) and fc1.activation and not fc2.activation and fc2.smoothing is None and idle(drop):
+            return quantized_mlp(x, fc1, fc2, norm, scale, residual)
         return apply(fc2, apply(fc1, x, drop, norm=norm), drop, scale=scale, residual=residual)
 
     @staticmethod

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyvit.nn.attention import Packing
 from pyvit.nn.layer_norm import LayerNorm
-from pyvit.nn.linear import bypassed, hooked, plain, unpatched
+from pyvit.nn.linear import bypassed, fuses_residual, plain
 from pyvit.nn.rates import check_rate
 from pyvit.ops import checks
 
@@ -38,7 +38,7 @@ def fusion_args(
     """
     if torch.is_grad_enabled() or not plain(norm, LayerNorm) or not plain(drop_path, DropPath):
         return None
-    if (drop_path.p and drop_path.training) or not _fuses_residual(layer):
+    if (drop_path.p and drop_path.training) or not fuses_residual(layer):
         return None
     gamma = None
     if scale is not None and not plain(scale, nn.Identity):
@@ -47,11 +47,6 @@ def fusion_args(
         gamma = scale.gamma
     parameters = norm._parameters
     return {"norm": (parameters["weight"], parameters["bias"], norm.eps), "scale": gamma}
-
-
-def _fuses_residual(layer: nn.Module) -> bool:
-    """Whether the class of ``layer`` computes residual branches, and neither a hook nor a patch wants its calls."""
-    return "fuses_residual" in type(layer).__dict__ and unpatched(layer) and not hooked(layer)
 
 
 @bypassed

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from pyvit.nn.constants import Constants
 from pyvit.nn.linear import Linear, apply, bypassed, idle, plain
 from pyvit.nn.patch_embed import pair
+from pyvit.nn.quantized import quantized
 from pyvit.nn.rates import check_rate
-from pyvit.ops import layer_norm, window_attention
+from pyvit.ops import layer_norm, linear_int8, window_attention
 from pyvit.ops.prepacked import Norm, window_attention_branch
 from pyvit.ops.reference import relative_position_index
 
@@ -84,10 +85,9 @@ class WindowAttention(nn.Module):
         """With ``norm``, ``scale`` and ``residual`` (see :func:`pyvit.ops.linear`) the branch: residual + scale *
         attention(norm(x))."""
         dropout = self.attn_drop if self.training else 0.0
-        if not dropout and self._is_one():
+        if not dropout and type(self) is WindowAttention:
             windows = (self.window_size, self.shift_size, self.num_heads, self.bias_table(), self.mask_padding)
-            parts: dict[str, Any] = self._modules
-            fused = window_attention_branch(x, parts["qkv"], parts["proj"], *windows, norm, scale, residual)
+            fused = self._branch(x, windows, norm, scale, residual)
             if fused is not None:
                 return fused
         qkv, bias = self.project(x, norm)
@@ -103,12 +103,26 @@ class WindowAttention(nn.Module):
         )
         return apply(self.proj, out, self.proj_drop, scale=scale, residual=residual)
 
-    def _is_one(self) -> bool:
-        """Whether the module is what :func:`pyvit.ops.prepacked.window_attention_branch` computes."""
+    def _branch(
+        self,
+        x: Tensor,
+        windows: tuple[Any, Any, int, Tensor, bool],
+        norm: Norm | None,
+        scale: Tensor | None,
+        residual: Tensor | None,
+    ) -> Tensor | None:
+        """The branch in one call, None where that does not compute these layers."""
         parts: dict[str, Any] = self._modules  # attributes of a module take half a microsecond each
         qkv, proj = parts["qkv"], parts["proj"]
-        linear = plain(qkv) and plain(proj) and not qkv.activation and not proj.activation
-        return type(self) is WindowAttention and linear and idle(parts["proj_drop"])
+        if not idle(parts["proj_drop"]):
+            return None
+        if plain(qkv) and plain(proj) and not qkv.activation and not proj.activation:
+            return window_attention_branch(x, qkv, proj, *windows, norm, scale, residual)
+        if quantized(qkv, proj) and not qkv.activation and not proj.activation and proj.smoothing is None:
+            x, norm = qkv.smooth(x, norm)
+            layers = qkv.int8(), proj.int8()
+            return linear_int8.window_attention_branch(x, *layers, *windows, norm, scale, residual)
+        return None
 
     def score_shape(self, x: Tensor) -> tuple[int, int, int]:
         """Windows times heads, queries and keys of the scores that x (B, H, W, C) stands for."""

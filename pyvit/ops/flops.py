@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyvit import torch_private
+from pyvit import library, torch_private
 from pyvit.dispatch.schema import schema_of
 
 Shape = Sequence[int]
@@ -112,6 +112,14 @@ def _mlp(x: Shape, fc1_weight: Shape, _: Any, fc2_weight: Shape, *__: Any, **___
     return 2 * math.prod(x[:-1]) * (math.prod(fc1_weight) + math.prod(fc2_weight))
 
 
+def _linear_int8(x: Shape, _n: Any, _w: Any, _b: Any, _e: Any, weight: Shape, *_: Any, **__: Any) -> int:
+    return _linear(x, weight)
+
+
+def _mlp_int8(x: Shape, _n: Any, _w: Any, _b: Any, _e: Any, weight: Shape, *rest: Any, **__: Any) -> int:
+    return _mlp(x, weight, None, rest[4])
+
+
 def _twice(name: str, forward: Callable[..., int]) -> Callable[..., int]:
     """Of ``<name>_backward``, whose last arguments are the forward's."""
     arguments = len(schema_of(name).arguments)
@@ -146,6 +154,8 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     _ops.linear: _linear,
     _ops.mlp: _mlp,
 }
+if library.problem() is None:
+    FORMULAS |= {_ops.linear_int8: _linear_int8, _ops.mlp_int8: _mlp_int8}
 
 
 def register() -> None:
