@@ -1,4 +1,4 @@
-"""The command ``pyvit``: info, doctor, models, flops, convert, train, eval, embed, search, bench."""
+"""The command ``pyvit``: info, doctor, models, flops, convert, train, eval, predict, export, embed, search, bench."""
 
 from __future__ import annotations
 
