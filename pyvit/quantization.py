@@ -63,7 +63,8 @@ class QuantizationReport:
         quantized, left = self.quantized, self.left
         lines = [f"quantized {len(quantized)} linear layers, left {len(left)}; errors on {self.source}"]
         if self.error == self.error:
-            lines.append(f"  output: relative error {self.error:.4f}, least cosine {self.cosine:.5f}")
+            cosine = "" if self.cosine != self.cosine else f", least cosine {self.cosine:.5f}"
+            lines.append(f"  output: relative error {self.error:.4f}{cosine}")
         if self.dense[0] == self.dense[0]:
             lines.append("  tokens' features: median cosine {:.5f}, least {:.5f}".format(*self.dense))
         for layer in sorted(quantized, key=lambda layer: -layer.error):

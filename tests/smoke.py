@@ -37,7 +37,7 @@ def extension_module() -> str:
     module = importlib.import_module("pyvit._C")
     assert module.fma_peak("float32", 1, 0.01) > 0
     message = raised(lambda: module.fma_peak("float64"))
-    assert message == "ValueError: dtype must be float32 or bfloat16, got float64", message
+    assert message == "ValueError: dtype must be float32, bfloat16 or int8, got float64", message
     return f"built by {module.compiler}"
 
 

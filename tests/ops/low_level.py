@@ -194,6 +194,7 @@ def _passes() -> dict[str, Callable[[], Base]]:
 _UNCHECKED = ("pair_softmax", "pair_softmax_backward", "pair_sigmoid", "pair_sigmoid_backward", "distillation_tile")
 _UNCHECKED += ("distillation_tile_backward", "prepack_weight", "prepack_header")
 _UNCHECKED += ("prepacked_mlp", "prepacked_attention", "prepacked_window_attention")
+_UNCHECKED += ("int8_pack", "linear_int8", "mlp_int8", "attention_int8", "window_attention_int8")
 
 
 def _pairs_or_tiles(name: str) -> Base:
@@ -223,7 +224,26 @@ def _pairs_or_tiles(name: str) -> Base:
         options = [2, False] if name == "prepacked_attention" else [[2, 2], [1, 1], 2, torch.randn(9, 2), False]
         last = [proj, pack(proj), torch.randn(8), torch.ones(8), x.clone()]
         args[name] = [x, *norm, qkv, pack(qkv), torch.randn(24), *options, *last]
+    if "int8" in name:
+        args[name] = _int8(name, norm)
     return Base(args[name], None)
+
+
+def _int8(name: str, norm: list[Any]) -> list[Any]:
+    def layer(out: int, k: int) -> list[Any]:
+        weight = torch.randint(-127, 128, (out, k), dtype=torch.int8)
+        return [weight, torch.ops.pyvit.int8_pack(weight), torch.rand(out), torch.randn(out)]
+
+    x = torch.randn(1, 2, 3, 8)
+    if name == "int8_pack":
+        return layer(12, 8)[:1]
+    if name == "linear_int8":
+        return [x, *norm, *layer(12, 8), "gelu", torch.ones(12), torch.randn(1, 2, 3, 12)]
+    if name == "mlp_int8":
+        return [x, *norm, *layer(12, 8), "gelu", *layer(8, 12), torch.ones(8), x.clone()]
+    x = x[0] if name == "attention_int8" else x
+    options = [2, False] if name == "attention_int8" else [[2, 2], [1, 1], 2, torch.randn(9, 2), False]
+    return [x, *norm, *layer(24, 8), *options, *layer(8, 8), torch.ones(8), x.clone()]
 
 
 CALLS: dict[str, Callable[[], Base]] = {

@@ -76,6 +76,11 @@ GROUPS = {
         "prepacked_mlp",
         "prepacked_attention",
         "prepacked_window_attention",
+        "int8_pack",
+        "linear_int8",
+        "mlp_int8",
+        "attention_int8",
+        "window_attention_int8",
     ],
 }
 GROUPS["losses"] += [f"{name}_backward" for name in GROUPS["losses"][:4]]
@@ -114,6 +119,7 @@ def test_every_operator_is_called() -> None:
         "cuda_archs",
         "cuda_digests",
         "fma_peak",
+        "int8_isa",
         "is_prepacked",  # test_prepacked.py
         "override_sdpa",  # tests/integrations/test_sdpa_override.py
         "sdpa_calls",
