@@ -204,7 +204,8 @@ def _check(data: Data, name: str) -> None:
 
 
 def _describe(data: Data, counts: list[int], side: int, gpu: bool) -> list[str]:
-    split = "one in ten of each class" if "one image in ten is held out" in data.notes else "the data's own split"
+    tenth = any(note.startswith("one image in ten is held out") for note in data.notes)
+    split = "one in ten of each class" if tenth else "the data's own split"
     return [
         f"data: {len(data.train)} training images of {len(counts)} classes, {min(counts)} to {max(counts)} of a class, "
         f"{side} pixels wide or high; on {'a GPU' if gpu else f'{cores()} cores'}",
