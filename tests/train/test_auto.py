@@ -70,7 +70,7 @@ def test_few_images_on_two_cores(imagined):
     c = found.config
     assert (c.model, c.image_size, c.epochs, c.batch_size) == ("resnet18", 128, 100, 16)
     assert c.recipe == "supervised"
-    assert "augment=mild" in c.option
+    assert {"augment=mild", "mixup=0.8", "cutmix=1.0"} == set(c.option)
     assert c.precision == "no"
     assert (
         imagined(270, {128: 60.0, 64: 250.0, 32: 700.0}, minutes=1).config.image_size == 64
@@ -94,6 +94,7 @@ def test_too_little_time_is_said(imagined):
     assert found.config.epochs == pytest.approx(0.135, abs=0.006)
     assert found.config.image_size == 32  # the cheapest
     assert "these are few; 30 epochs need --minutes 1112" in str(found)
+    assert {"augment=mild", "mixup=0.0", "cutmix=0.0"} == set(found.config.option)
     assert "too slow: vit_base_conv_s16_224 at 224 pixels" in str(found)
 
 
