@@ -96,12 +96,12 @@ def test_rates_leave_out_the_first_step():
 def test_the_progress_line_shows_what_the_recipe_names(capsys, monkeypatch, tmp_path):
     from pyvit.train.supervised import Supervised
 
-    monkeypatch.setattr(Supervised, "shown", ("loss", "grad_norm", "nothing"))
+    monkeypatch.setattr(Supervised, "shown", ("loss", "lr", "nothing"))
     train(Config(**{**SMALL, "steps": 2}, out=str(tmp_path)))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step 2/2"))
     assert " images/s" in line
     assert "  loss 2." in line
-    assert "  grad_norm " in line
+    assert "  lr " in line
     assert "nothing" not in line
 
 
