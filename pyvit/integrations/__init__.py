@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from pyvit.integrations import originals
+from pyvit.integrations import originals, written_out
 from pyvit.integrations.common import Rule
 from pyvit.integrations.forwards import Forward, Left, Reason, forwards, kind, put, take_away
 from pyvit.integrations.functional import calls_sdpa, sdpa
@@ -175,7 +175,14 @@ def _rule_of(module: nn.Module) -> Rule | None:
     rule = _rule(kind(module))
     if rule is not None or type(module).__module__.partition(".")[0] in ("torch", "pyvit"):
         return rule
-    return sdpa if calls_sdpa(type(module)) else None
+    if calls_sdpa(type(module)):
+        return sdpa
+    if type(module).__module__.startswith("transformers."):
+        library = importlib.import_module(f"{__name__}.transformers")
+        return library.interface if library.calls_interface(type(module)) else None
+    if type(module).__module__.partition(".")[0] not in _LIBRARIES and written_out.writes_out(module):
+        return written_out.rule
+    return None
 
 
 def _rule(name: str) -> Rule | None:

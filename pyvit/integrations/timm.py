@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvit.integrations import originals
+from pyvit.integrations import originals, written_out
 from pyvit.integrations.common import (
     Rule,
     are_one,
@@ -289,6 +289,22 @@ def _merging(module: Any, x: Tensor) -> Tensor:
     return project(module.reduction, x, norm=around["norm"])
 
 
+#: Classes that write attention out.
+_WRITTEN_OUT = (
+    "layers.bottleneck_attn.BottleneckAttn",
+    "layers.halo_attn.HaloAttn",
+    "models.convit.MHSA",
+    "models.efficientformer.Attention",
+    "models.efficientformer_v2.Attention2dDownsample",
+    "models.efficientvit_msra.CascadedGroupAttention",
+    "models.gcvit.WindowAttentionGlobal",
+    "models.levit.Attention",
+    "models.levit.AttentionDownsample",
+    "models.shvit.SHSA",
+    "models.swin_transformer_v2_cr.WindowMultiHeadAttention",
+    "models.tnt.Attention",
+)
+
 RULES: dict[str, Rule] = {
     "timm.layers.attention.Attention": attention,
     "timm.models.vision_transformer.Attention": attention,
@@ -306,4 +322,5 @@ RULES: dict[str, Rule] = {
     "timm.models.swin_transformer.PatchMerging": merging,
     "timm.models.swin_transformer_v2.SwinTransformerV2Block": swin,
     "timm.models.swin_transformer_v2.WindowAttention": known,
+    **dict.fromkeys((f"timm.{name}" for name in _WRITTEN_OUT), written_out.rule),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +27,7 @@ from pyvit.integrations.common import (
     usable,
     windows_match,
 )
-from pyvit.integrations.forwards import Left, Replacement, is_idle, layout
+from pyvit.integrations.forwards import Left, Replacement, is_idle, layout, servable
 from pyvit.nn.attention import rotate
 from pyvit.ops import flash_attention, linear, window_attention
 
@@ -60,19 +61,17 @@ def _is_own(implementation: str) -> bool:
 _is_own._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see originals.unchanged
 
 
+_FLASH = "'pyvit_flash' attends by pyvit already; set_attn_implementation('pyvit') first"
+_CHOSEN = "the attention implementation {!r} was chosen; set_attn_implementation('sdpa') first"
+
+
 def attention(module: Any, rotary: bool = False) -> Iterator[Replacement | Left]:
     if not hasattr(module, "q_proj"):
         yield Left(module, "laid out as before transformers 5")
     elif _implementation(module) == "pyvit_flash":
-        yield Left(module, "'pyvit_flash' attends by pyvit already; set_attn_implementation('pyvit') first", True)
+        yield Left(module, _FLASH, True)
     elif _implementation(module) not in ("eager", "sdpa", "pyvit"):
-        yield Left(
-            module,
-            (
-                f"the attention implementation {_implementation(module)!r} was chosen; set_attn_implementation('sdpa') "
-                "first"
-            ),
-        )
+        yield Left(module, _CHOSEN.format(_implementation(module)))
     elif (reason := _foreign(_implementation(module))) is not None:
         yield Left(module, reason)
     else:
@@ -158,6 +157,120 @@ def _fused(module: Any, x: Tensor, mask: Tensor | None, causal: bool | None, rop
     )
     out = out.transpose(1, 2).flatten(2)  # type: ignore[union-attr]
     return project(module.o_proj if hasattr(module, "o_proj") else module.out_proj, out)
+
+
+_TABLE = "ALL_ATTENTION_FUNCTIONS"
+_WIDEST = 256  # largest head dimension of the kernels
+
+
+def calls_interface(kind: type) -> bool:
+    """Whether a class's own forward takes its attention function from transformers' table."""
+    forward = getattr(kind, "forward", None)
+    if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
+        return False
+    return {_TABLE, "get_interface"} <= {*forward.__code__.co_names} and originals.record(kind).foreign is None
+
+
+def interface(module: Any) -> Iterator[Replacement | Left]:
+    """A class without a rule of its own whose forward takes its attention function from transformers' table: its own
+    code runs with pyvit's function."""
+    if getattr(module, "config", None) is None:
+        return
+    implementation = _implementation(module)
+    if implementation == "pyvit_flash":
+        yield Left(module, _FLASH, True)
+    elif implementation not in ("eager", "sdpa", "pyvit"):
+        yield Left(module, _CHOSEN.format(implementation))
+    elif (reason := _foreign(implementation)) is not None:
+        yield Left(module, reason)
+    elif implementation == "eager" and not _is_plain(type(module).forward.__globals__.get("eager_attention_forward")):
+        yield Left(module, "its eager attention function is not softmax(q k + mask) v")
+    else:
+        yield Replacement(module, _in_its_own_code, "flash_attention, in its own code")
+
+
+def _in_its_own_code(module: Any, *args: Any, **kwargs: Any) -> Any:
+    forward, implementation = type(module).forward, _implementation(module)
+    eager = implementation == "eager"
+    if (
+        torch.compiler.is_compiling()  # which reads the class's source
+        or implementation not in ("eager", "sdpa")
+        or not _is_own(implementation)
+        or (eager and (kwargs.get("output_attentions") or any(a is True for a in args)))
+        or _weights_wanted(module, module.config, eager=eager)
+    ):
+        return forward(module, *args, **kwargs)
+    names = {**forward.__globals__, _TABLE: _Table(forward.__globals__[_TABLE])}
+    ours = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    ours.__kwdefaults__ = forward.__kwdefaults__
+    return ours(module, *args, **kwargs)
+
+
+class _Table:
+    """transformers' table of attention functions, with pyvit's in place of "sdpa" and of a plain "eager" function."""
+
+    def __init__(self, theirs: Any) -> None:
+        self._theirs = theirs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._theirs, name)
+
+    def get_interface(self, implementation: str, default: Any) -> Any:
+        theirs = self._theirs.get_interface(implementation, default)
+        if implementation == "eager" and not (theirs is default and _is_plain(default)):
+            return theirs
+        return functools.partial(_either, theirs, implementation == "eager")
+
+
+def _either(
+    theirs: Any,
+    eager: bool,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """pyvit's attention if it computes what ``theirs`` computes of these arguments, else ``theirs``."""
+    rate = share(dropout, module.training or not eager)
+    alike = all(
+        servable(t) and t.dim() == 4 and t.dtype == query.dtype and 0 < t.shape[-1] <= _WIDEST
+        for t in (query, key, value)
+    )
+    alike = alike and query.shape[0] == key.shape[0] == value.shape[0] and key.shape[1:3] == value.shape[1:3]
+    alike = alike and query.shape[1] % max(key.shape[1], 1) == 0 and query.shape[-1] == key.shape[-1]
+    mask = attention_mask
+    masked = mask is None or (usable(mask) and mask.dim() == 4 and not (eager and mask.dtype == torch.bool))
+    known = all(v is None for name, v in kwargs.items() if name not in _IDLE)
+    number = scaling is None or isinstance(scaling, float | int)
+    if not (alike and masked and known and number and rate is not None and isinstance(is_causal, bool | None)):
+        kwargs |= {} if is_causal is None else {"is_causal": is_causal}
+        return theirs(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    causal = False if eager else is_causal
+    return transformers_attention.attention(module, query, key, value, mask, rate, scaling, causal)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_plain(function: Any) -> bool:
+    """Whether a model's eager attention function computes softmax(scaling q k + mask) v: tried on a small example."""
+    if not isinstance(function, types.FunctionType) or originals.record(function).foreign is not None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64, device="cpu")
+    q, k, v, mask = draw(2, 2, 3, 4), draw(2, 2, 5, 4), draw(2, 2, 5, 4), draw(2, 1, 3, 5)
+    layer = types.SimpleNamespace(num_key_value_groups=1, training=False, head_dim=4)
+    try:
+        with torch.no_grad():
+            found = function(layer, q, k, v, mask, scaling=0.7, dropout=0.0)[0]
+            expected = torch.softmax(0.7 * q @ k.mT + mask, -1) @ v
+    except Exception:  # it wants more of its layer
+        return False
+    # A softmax in float32 within float64.
+    return found.shape == (2, 3, 2, 4) and bool((found - expected.transpose(1, 2)).abs().max() < 1e-5)
 
 
 def up_down(module: nn.Module) -> Iterator[Replacement]:
