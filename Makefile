@@ -12,7 +12,7 @@ SPREAD := -n $(JOBS) --dist worksteal
 NATIVE := PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py -q build_ext --inplace
 
 .DEFAULT_GOAL := build
-.PHONY: help build wheel wheel-test test test-fast test-torch test-triton rehearse bench gpu hub results docs docs-site \
+.PHONY: help build wheel wheel-test test test-fast test-torch test-triton rehearse bench gpu hub results coverage docs docs-site \
 	lint format clean
 
 help:             ## this list
@@ -72,6 +72,9 @@ hub: build       ## the package for Hugging Face's kernels, build/hub
 results: build    ## docs/results.md: what each recipe reaches on real images; only the missing runs, make results [ARGS=--all]
 	$(PY) -m benchmarks.learning $(ARGS)
 	$(PY) -m benchmarks.learning.losses
+
+coverage: build   ## docs/coverage.md: how much of timm and transformers runs on pyvit; only the missing models, make coverage [ARGS=--again]
+	PYTHONPATH=. $(PY) -m pyvit.integrations.coverage --out docs/coverage.md $(ARGS)
 
 docs: build       ## regenerate the tables in docs/ (compiles every GPU kernel: half an hour)
 	$(PY) -m pyvit.triton_kernels.tools.compile_report --dtype bf16 fp32

@@ -39,10 +39,14 @@ class Case(NamedTuple):
 Built = tuple[nn.Module, dict[str, Any]]
 
 
+#: Gates of convolutional networks, with one set of weights for all positions.
+_NO_ATTENTION = {"timm.layers.global_context.GlobalContext"}
+
+
 def attention_kinds(model: nn.Module) -> list[str]:
     """The classes of ``model`` that compute attention, sorted: a softmax between matrix products, or a function for
     all of it."""
-    return sorted({kind(left.module) for _, left in unknown_attention(model, ())})
+    return sorted({kind(left.module) for _, left in unknown_attention(model, ())} - _NO_ATTENTION)
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -66,7 +70,6 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             elif name.endswith("running_var"):
                 b.copy_(1.0 + 0.2 * torch.rand(b.shape, generator=generator))
     return model.eval()
-
 
 
 def _fewer(value: Any) -> Any:
@@ -121,6 +124,9 @@ def _small_timm(original: Callable[..., Any], cls: Any, variant: str, pretrained
     config = arguments.get("model_cfg")
     if dataclasses.is_dataclass(config) and hasattr(config, "depths"):
         fewer["model_cfg"] = dataclasses.replace(config, depths=_fewer(config.depths))  # type: ignore[type-var]
+    if dataclasses.is_dataclass(config) and hasattr(config, "blocks"):
+        blocks = (dataclasses.replace(b, d=_fewer(b.d)) if hasattr(b, "d") else b for b in config.blocks)
+        fewer["model_cfg"] = dataclasses.replace(config, blocks=tuple(blocks))  # type: ignore[type-var]
     if fewer != arguments:
         fewer.update(_ALSO.get(getattr(cls, "__name__", ""), {}))
     size = arguments.get("img_size", known["img_size"].default if "img_size" in known else None)
@@ -181,13 +187,14 @@ def timm_cases(progress: Callable[[str], None]) -> list[Case]:
     ]
 
 
-def _timm_size(name: str, arguments: dict[str, Any]) -> tuple[int, int]:
-    """The image size and the width of a model that is not built."""
+def _timm_size(name: str, arguments: dict[str, Any]) -> tuple[int, int, list[int]]:
+    """The image size and the width of a model that is not built, and the numbers in its name."""
     import timm
 
     config = timm.models.get_pretrained_cfg(name)
     widths = next((arguments[key] for key in ("embed_dim", "embed_dims", "dims") if key in arguments), 0)
-    return max((config.input_size if config else (3, 224, 224))[1:]), sum(widths) if isinstance(widths, list | tuple) else int(widths)
+    width = sum(widths) if isinstance(widths, list | tuple) else int(widths)
+    return max((config.input_size if config else (3, 224, 224))[1:]), width, [int(n) for n in re.findall(r"\d+", name)]
 
 
 def _build_timm(case: Case) -> Built:
@@ -196,7 +203,7 @@ def _build_timm(case: Case) -> Built:
     made = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if min(size) > _SIZE and (made is not None or not model.default_cfg.get("fixed_input_size")):
         size = made or [_SIZE, _SIZE]
-    return model, {"x": torch.randn(2, channels, *size)}
+    return model, {"x": torch.randn(1, channels, *size)}
 
 
 # transformers
@@ -341,13 +348,13 @@ def _inputs(cls: Any, config: Any) -> dict[str, Any]:
         mask = torch.arange(192) < shapes.prod(1)[:, None]
         pixels = torch.randn(2, 192, channels * patch * patch)
         return {"pixel_values": pixels, "pixel_attention_mask": mask.long(), "spatial_shapes": shapes}
-    size = _first(config, "image_size", "img_size", "crop_size", default=224)
+    size = _first(config, "image_size", "img_size", "crop_size", default=128)
     size = (size.get("height"), size.get("width")) if isinstance(size, dict) else size
     size = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     frames = _first(config, "num_frames", "frames_per_clip", default=None)
     if names[0] == "pixel_values_videos" or (frames is not None and names[0] == "pixel_values"):
         return {names[0]: torch.randn(1, min(frames or 4, 4), channels, *size)}
-    return {names[0]: torch.randn(2, channels, *size)}
+    return {names[0]: torch.randn(1, channels, *size)}
 
 
 LIBRARIES = {"timm": (timm_cases, _build_timm), "transformers": (transformers_cases, _build_transformers)}

@@ -39,7 +39,8 @@ def writes_out(module: nn.Module) -> bool:
         return False
     code = originals.record(kind)
     whole = "scaled_dot_product_attention" in code.reads or "multi_head_attention_forward" in code.reads
-    return code.foreign is None and not whole and not _stores(kind)
+    asks = {"isinstance", "type", "is_tensor"} & code.reads  # a recorded tensor is none
+    return code.foreign is None and not whole and not asks and not _stores(kind)
 
 
 @functools.lru_cache(maxsize=256)
@@ -161,8 +162,8 @@ def _value(x: Any) -> Any:
 
 
 class Recorded:
-    """scale a @ b + biases, a (..., Nq, d) and b (..., d, Nk), or with ``weights`` its softmax over the keys and dropout,
-    (..., Nq, Nk), or with ``transposed`` (..., Nk, Nq).
+    """scale a @ b + biases, a (..., Nq, d) and b (..., d, Nk), or with ``weights`` its softmax over the keys and its
+    dropout, (..., Nq, Nk), or with ``transposed`` (..., Nk, Nq).
 
     ``origin``: the function and the arguments that compute it as it was written.
     """
@@ -243,6 +244,8 @@ class Recorded:
     def __torch_function__(cls, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         return function(*map(_value, args), **{key: _value(value) for key, value in (kwargs or {}).items()})
 
+    __hash__ = object.__hash__
+
     def _call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         with torch._C.DisableTorchFunction():  # the recording does not see what it computes itself
             if self.recording.open:
@@ -263,7 +266,8 @@ def _operator(name: str) -> Callable[..., Any]:
 
 for _name in (
     *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "rmatmul", "pow", "neg", "abs"),
-    *("iadd", "isub", "imul", "itruediv", "getitem", "setitem", "len", "iter", "bool", "float", "lt", "gt", "le", "ge"),
+    *("iadd", "isub", "imul", "itruediv", "getitem", "setitem", "len", "iter", "contains", "bool", "float", "int"),
+    *("eq", "ne", "lt", "gt", "le", "ge", "and", "or", "xor", "invert", "floordiv", "mod", "rpow"),
 ):
     setattr(Recorded, f"__{_name}__", _operator(f"__{_name}__"))
 
@@ -291,7 +295,9 @@ def _step(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
         return _dropped(first, origin)
     if name in ("transpose", "swapaxes") and len(args) == 3 and first.weights:
         axes = {axis % first.dim() for axis in args[1:]}
-        return first.but(origin, transposed=not first.transposed) if axes == {first.dim() - 2, first.dim() - 1} else None
+        return (
+            first.but(origin, transposed=not first.transposed) if axes == {first.dim() - 2, first.dim() - 1} else None
+        )
     if name in ("to", "type", "type_as") and len(args) == 2 and not kwargs and first.weights:
         dtype = args[1].dtype if name == "type_as" else args[1]
         return first.but(origin, dtype=dtype) if dtype in (torch.float32, first.a.dtype) else None

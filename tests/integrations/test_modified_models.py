@@ -110,6 +110,16 @@ PLACES = [
     ("timm swin v2", "layers.0.blocks.1.attn.cpb_mlp.0"),
     ("timm eva", "blocks.0.attn"),
     ("timm eva", "blocks.0.attn.proj"),
+    ("timm swin v2 cr", "stages.0.blocks.1.attn"),
+    ("timm swin v2 cr", "stages.0.blocks.1.attn.qkv"),
+    ("timm swin v2 cr", "stages.0.blocks.1.attn.attn_drop"),
+    ("timm swin v2 cr", "stages.0.blocks.1.attn.meta_mlp"),
+    ("timm mvit", "stages.0.blocks.0.attn"),
+    ("timm mvit", "stages.0.blocks.0.attn.proj"),
+    ("timm mvit", "stages.1.blocks.0.attn.norm_k"),
+    ("transformers mlcd", "encoder.layers.0.self_attn"),
+    ("transformers mlcd", "encoder.layers.0.self_attn.q_proj"),
+    ("transformers mlcd eager", "encoder.layers.0.self_attn"),
     ("transformers vit", "layers.0.attention"),
     ("transformers vit", "layers.0.attention.q_proj"),
     ("transformers vit", "layers.0.attention.o_proj"),
@@ -143,7 +153,10 @@ def test_changed_modules(name, place, change, when):
     effect, report = check_changed(name, lambda model, stack: change(model.get_submodule(place), stack), when)
     if (name, place.rpartition(".")[2], change.__name__) not in WITHOUT_EFFECT:
         assert effect > 1e-3
-    if place.rpartition(".")[2] in ("attn", "attention", "self_attention") and "hook" not in change.__name__:
+    if (
+        place.rpartition(".")[2] in ("attn", "attention", "self_attention", "self_attn")
+        and "hook" not in change.__name__
+    ):
         assert any(place.startswith(row.path) for row in report.left), report
 
 
