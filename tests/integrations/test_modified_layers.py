@@ -27,7 +27,6 @@ FUNCTIONS = [
     ("timm eva", "timm.models.eva", "apply_rot_embed_cat"),
     ("timm vit unfused", "timm.layers.attention", "maybe_add_mask"),
     ("timm swin", "timm.models.swin_transformer", "window_partition"),
-    ("timm swin v2 cr", "timm.models.swin_transformer_v2_cr", "window_reverse"),
     ("timm mvit", "timm.models.mvitv2", "cal_rel_pos_type"),
     ("transformers mlcd", "torch.nn.functional", "scaled_dot_product_attention"),
     ("transformers mlcd", "transformers.models.mlcd.modeling_mlcd", "apply_rotary_pos_emb_vision"),
