@@ -291,7 +291,7 @@ def _merging(module: Any, x: Tensor) -> Tensor:
 
 
 def unlike(reason: str) -> Rule:
-    """A class whose attention is not softmax(q k) v over tokens."""
+    """A class that is left, mostly because its attention is not softmax(q k) v over tokens."""
 
     def rule(module: nn.Module) -> Iterator[Left]:
         yield Left(module, reason)
@@ -332,6 +332,7 @@ def _multiscale(module: Any, x: Tensor, feat_size: list[int]) -> tuple[Tensor, l
 _LINEAR = "linear attention: no softmax of the products of queries and keys"
 _CHANNELS = "attends over channels, not tokens"
 _TALKING = "talking heads: a linear layer between the scores of its heads"
+_SMALL = "heads so small that torch's products are as fast"
 _UNLIKE = {
     "layers.lambda_layer.LambdaLayer": _LINEAR,
     "models.cait.TalkingHeadAttn": _TALKING,
@@ -343,7 +344,9 @@ _UNLIKE = {
     "models.efficientformer_v2.Attention2d": _TALKING,
     "models.efficientvim.HSMSSD": "a state space model: no products of queries and keys",
     "models.mobilevit.LinearSelfAttention": _LINEAR,
+    "models.shvit.SHSA": _SMALL,
     "models.swiftformer.EfficientAdditiveAttention": _LINEAR,
+    "models.tnt.Attention": _SMALL,
     "models.volo.OutlookAttention": "its weights are no products of queries and keys",
     "models.xcit.XCA": _CHANNELS,
 }
@@ -358,9 +361,7 @@ _WRITTEN_OUT = (
     "models.gcvit.WindowAttentionGlobal",
     "models.levit.Attention",
     "models.levit.AttentionDownsample",
-    "models.shvit.SHSA",
     "models.swin_transformer_v2_cr.WindowMultiHeadAttention",
-    "models.tnt.Attention",
     "models.volo.ClassAttention",
 )
 
