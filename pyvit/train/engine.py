@@ -77,7 +77,7 @@ def resolve_config(config: Config) -> Config:
     of_model = recipe.model_defaults(config)
     options = {**of_model.pop("option", {}), **options}
     config = dataclasses.replace(config, option=[f"{k}={v!r}" for k, v in options.items()]).resolved(of_model)
-    settings = recipe.base_settings(recipe.options_of(config), config.optimizer)
+    settings = recipe.base_settings(config.optimizer)
     if config.lr is None and config.optimizer not in (None, settings["optimizer"]):
         raise SettingError(
             f"lr must be given with optimizer {config.optimizer}: the default of {config.recipe} is for "

@@ -49,7 +49,13 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("supervised", "fashion-mnist"): {"epochs": 8, "batch_size": 128, "lr": 2e-3, "warmup": 0.05, "option": _MILD},
     ("finetune", "fashion-mnist"): {"epochs": 60, "batch_size": 64, "lr": 1e-3, "warmup": 0.1, "option": _MILD},
-    ("linear", "fashion-mnist"): {"epochs": 20, "batch_size": 256, "lr": 0.1, "option": {"crop": 0.8}},
+    ("linear", "fashion-mnist"): {
+        "epochs": 20,
+        "batch_size": 256,
+        "lr": 0.1,
+        "optimizer": "sgd",
+        "option": {"crop": 0.8},
+    },
     ("mae", "fashion-mnist"): {
         "epochs": 15,
         "batch_size": 256,
@@ -63,7 +69,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "lr": 2e-3,
         "warmup": 0.05,
         "weight_decay": 0.05,
-        "option": {"hidden": 256, "out": 64, "crop": 0.3, "strength": 0.5, "optimizer": "adamw", "temperature": 0.2},
+        "option": {"hidden": 256, "out": 64, "crop": 0.3, "strength": 0.5, "temperature": 0.2},
     },
     ("dino", "fashion-mnist"): {
         "epochs": 5,
@@ -94,7 +100,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         },
     },
     ("finetune", "digits"): {"epochs": 30, "batch_size": 64, "lr": 1e-3, "option": _MILD},
-    ("linear", "digits"): {"epochs": 30, "batch_size": 128, "lr": 0.1, "option": {"crop": 0.8, "optimizer": "sgd"}},
+    ("linear", "digits"): {"epochs": 30, "batch_size": 128, "lr": 0.1, "optimizer": "sgd", "option": {"crop": 0.8}},
     ("mae", "digits"): {
         **_SHORT,
         "epochs": 300,
@@ -109,7 +115,6 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
             "crop": 0.6,
             "slant": 15.0,
             "strength": 0.5,
-            "optimizer": "adamw",
             "temperature": 0.2,
         },
     },
