@@ -19,6 +19,7 @@ from pyvit.eval.features import features
 from pyvit.eval.knn import knn_accuracy
 from pyvit.eval.linear import linear_probe
 from pyvit.train import Config, train
+from pyvit.train.engine import resolve_config
 from pyvit.train.runs import load_run
 
 SHEETS = ROOT / "docs" / "images" / "results"
@@ -95,7 +96,8 @@ def run_peer(name: str, row: Row, seed: int) -> Record:
     if ours is None:
         raise ValueError(f"results: {row.name} with seed {seed} must be run before {name}")
     torch.manual_seed(seed)
-    results, used, losses, description = getattr(peers, name)(ours.cpu_seconds)
+    config = resolve_config(settings(row, seed))
+    results, used, losses, description = getattr(peers, name)(config, ours.cpu_seconds)
     record = Record(name, seed, description, results, round(used, 1), thin(len(losses), list(enumerate(losses))))
     record.write()
     return record
