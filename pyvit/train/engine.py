@@ -22,6 +22,7 @@ from pyvit.train.config import Config
 from pyvit.train.ema import WeightAverage, decay_at
 from pyvit.train.evaluated import Evaluated
 from pyvit.train.grad_cache import MicroBatch, cache, rng_state, set_rng_state
+from pyvit.train.heap import Trimmer
 from pyvit.train.initialisation import adopt, check_model, inherit
 from pyvit.train.log import Log, Progress, active_kernels, say
 from pyvit.train.optim import make_optimizer, parameter_groups
@@ -181,6 +182,7 @@ class Run(Evaluated):
         self.signals, self.stop = StopSignals(), 0
         self.overflows = 0  # consecutive steps skipped because float16 overflowed
         self.best = Best(self.folder)
+        self.trim = Trimmer()
         self.waited = 0.0  # seconds that the current step has waited for data
         self.lock = Lock(self.folder)
         try:
@@ -396,6 +398,7 @@ class Run(Evaluated):
             while done < self.steps and not self._is_exhausted(done):
                 step, began, self.waited = done, time.perf_counter(), 0.0
                 values = self.step(step, batches)
+                self.trim()
                 if warning := self.recipe.warning(step, self.steps, values):
                     self.tell(f"step {step}: warning: {warning}")
                 done = step + 1
