@@ -88,6 +88,8 @@ def resolve_config(config: Config) -> Config:
     for name in ("beta1", "beta2", "eps", "momentum"):
         if name not in settings and getattr(config, name) is not None:
             raise SettingError(f"{name} must not be given with optimizer {config.optimizer}, which has none")
+    if config.fsdp and config.optimizer == "muon":
+        raise SettingError("fsdp must not be given with optimizer muon, whose steps need whole matrices")
     if config.ema and recipe.averages:
         raise SettingError(
             f"ema must be 0 with {config.recipe}, whose exported teacher is a moving average already, got {config.ema}"
