@@ -20,6 +20,8 @@ from pyvit.eval.features import features, labels_of, over, right
 from pyvit.eval.knn import knn_accuracy
 from pyvit.eval.linear import linear_probe
 from pyvit.train import Config, augment
+from pyvit.train.heap import Trimmer
+from pyvit.train.optim import make_optimizer, parameter_groups
 from pyvit.train.recipe import load_recipe
 from pyvit.train.schedules import cosine
 
@@ -59,23 +61,22 @@ def _optimize(
     before: Callable[[int], None] = lambda step: None,
     after: Callable[[float], None] = lambda share: None,
 ) -> tuple[float, list[float]]:
-    """AdamW for ``seconds`` of CPU time. The number of steps is estimated from the first ones, which count.
+    """Train ``model`` for ``seconds`` of CPU time with the optimizer of ``config``. The number of steps is estimated from
+    the first ones, which count.
 
     ``before`` is called before each optimizer step with its number, ``after`` after it with the share of the training
     that is done.
     """
-    decay = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    lr, clip, betas = config.lr or 0.0, config.clip or float("inf"), (config.beta1 or 0.0, config.beta2 or 0.0)
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas)
-    losses: list[float] = []
+    lr, clip = config.lr or 0.0, config.clip or float("inf")
+    optimizer = make_optimizer(parameter_groups(model, model, 1.0, exempt=()), config)
+    losses, trim = list[float](), Trimmer()
     began, steps = cpu_seconds(), 10**9
     while len(losses) < steps:
         if len(losses) == _CALIBRATION:
             steps = max(int(seconds / (cpu_seconds() - began) * _CALIBRATION), _CALIBRATION)
         total = max(min(steps, 10**6), 1)
         for group in optimizer.param_groups:
+            group["weight_decay"] = config.weight_decay if group["decays"] else 0.0
             group["lr"] = cosine(len(losses), total, lr, 0.0, max(int(total * (config.warmup or 0.0)), 50))
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(next(batches))
@@ -84,6 +85,7 @@ def _optimize(
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         before(len(losses))
         optimizer.step()
+        trim()
         losses.append(loss.item())
         after(len(losses) / total)
     return cpu_seconds() - began, losses
