@@ -61,8 +61,8 @@ def _optimize(
     before: Callable[[int], None] = lambda step: None,
     after: Callable[[float], None] = lambda share: None,
 ) -> tuple[float, list[float]]:
-    """Train ``model`` for ``seconds`` of CPU time with the optimizer of ``config``. The number of steps is estimated from
-    the first ones, which count.
+    """Train ``model`` for ``seconds`` of CPU time with the optimizer of ``config``. The first steps, which count, tell
+    how many there is time for.
 
     ``before`` is called before each optimizer step with its number, ``after`` after it with the share of the training
     that is done.
