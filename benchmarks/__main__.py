@@ -41,6 +41,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="only cases whose name contains TEXT (of every level)"
     )
+    parser.add_argument("--dtype", default="", help="only cases of this dtype: fp32, bf16 or int8")
     parser.add_argument("--threads", type=int, default=0, help="threads for every contender (default: torch's choice)")
     parser.add_argument(
         "--seconds", type=float, default=0.0, help="seconds per case (default: 0.4, --quick 0.05, --full 2)"
@@ -70,9 +71,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     strangers = [name for name in args.peers if name not in PEERS]
     if strangers:
         parser.error(f"unknown peer {', '.join(strangers)}; choose from {', '.join(PEERS)}")
+    if args.dtype not in ("", "fp32", "bf16", "int8"):
+        parser.error(f"unknown dtype {args.dtype}; choose from fp32, bf16, int8")
     args.level = args.level or "default"
     args.seconds = args.seconds or {"quick": 0.05, "default": 0.4, "full": 2.0}[args.level]
-    args.minutes = args.minutes or (4.5 if args.level == "default" and not args.only and not args.peers else math.inf)
+    args.minutes = args.minutes or (
+        4.5 if args.level == "default" and not (args.only or args.dtype or args.peers) else math.inf
+    )
     return args
 
 
@@ -94,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = runner.Settings(
         seconds=args.seconds, rounds=(3, 5) if args.level == "quick" else (5, 101), peers=args.peers
     )
-    chosen = cases.select(tuple(s for s in args.suites if s in cases.SUITES), args.level, args.only)
+    chosen = cases.select(tuple(s for s in args.suites if s in cases.SUITES), args.level, args.only, args.dtype)
     ops = list(dict.fromkeys(case.op for case in chosen))
     if args.minutes < math.inf:
         chosen = cases.spread(chosen)
@@ -107,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     results.rows.sort(key=lambda row: ops.index(row.op))
     results.outcomes.sort(key=lambda outcome: ops.index(outcome.case.op))
     pictures: list[Path] = []
-    if "scaling" in args.suites and not args.only:
+    if "scaling" in args.suites and not args.only and not args.dtype:
         from benchmarks import scaling
 
         rows, pictures, late = scaling.run(args.level, settings, top, args.out, not args.no_plots, left)

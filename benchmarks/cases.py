@@ -339,6 +339,7 @@ def models() -> list[Case]:
             found.append(
                 Case(name, "batch 8", dtype, "inference", {"batch": 8, "size": 224}, None, "full", against=eager)
             )
+    found += _int8_models()
     for name in ("vit_small_patch16_224", "swin_tiny_patch4_window7_224"):
         for dtype, times in (("fp32", 2.2), ("bf16", 1.5)):
             target = Target(times, ("timm",))
@@ -359,14 +360,32 @@ def models() -> list[Case]:
     return found
 
 
+def _int8_models() -> list[Case]:
+    """Inference with int8 weights, beside ours in bf16."""
+    own, found = ("ours bf16", "ours fp32"), []
+    for name, batch, times, level in (
+        ("vit_base_patch16_224", 8, 1.1, "default"),
+        ("vit_base_patch16_224", 1, 1.25, "full"),
+        ("vit_small_patch16_224", 8, 1.1, "full"),
+        ("vit_small_patch16_224", 1, 1.25, "full"),
+        ("swin_tiny_patch4_window7_224", 8, 1.25, "default"),
+        ("swin_base_patch4_window7_224", 8, 1.25, "full"),
+        ("vit_tiny_patch16_224", 1, None, "quick"),
+    ):
+        target = None if times is None else Target(each=(("ours bf16", 1.6), ("openvino", times)))
+        shape = {"batch": batch, "size": 224}
+        found.append(Case(name, f"batch {batch}", "int8", "inference", shape, target, level, against=own))
+    return found
+
+
 SUITES = {"ops": lambda: attention() + windows() + patches() + linears() + norms() + losses(), "models": models}
 
 
-def select(suites: tuple[str, ...], level: str, pattern: str = "") -> list[Case]:
+def select(suites: tuple[str, ...], level: str, pattern: str = "", dtype: str = "") -> list[Case]:
     """The cases of ``suites`` at ``level`` whose id contains ``pattern``; a pattern selects from the cases of all
-    levels."""
+    levels. ``dtype``: only cases of that dtype."""
     quick = level == "quick"
-    found = [case for suite in suites for case in SUITES[suite]()]
+    found = [case for suite in suites for case in SUITES[suite]() if dtype in ("", case.dtype)]
     if pattern:
         return [case for case in found if pattern in case.id]
     return [case for case in found if (case.level == "quick" if quick else case.at(level) and case.level != "quick")]

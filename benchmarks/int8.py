@@ -1,7 +1,7 @@
-"""``python -m benchmarks.int8``: int8 layers and models beside those in bfloat16, and in per cent of the machine's rate
-of 8-bit multiply-adds.
+"""``python -m benchmarks.int8``: int8 layers beside those in bfloat16, and in per cent of the machine's rate of 8-bit
+multiply-adds.
 
-Everything of one line runs in one interleaved measurement. ``--models`` adds whole models with their errors.
+Everything of one line runs in one interleaved measurement. Whole models: ``python -m benchmarks models --dtype int8``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pyvit.nn.linear import Linear, apply
 
 #: Name -> width, rows at batch 1.
 LAYERS = {"ViT-B": (768, 197), "ViT-S": (384, 197), "Swin-T, stage 1": (96, 3136), "Swin-T, stage 3": (384, 196)}
-MODELS = ("vit_base_patch16_224", "vit_small_patch16_224", "swin_tiny_patch4_window7_224")
 Forward = Callable[[Tensor], Tensor]
 
 
@@ -71,35 +70,11 @@ def layers(batches: tuple[int, ...], seconds: float, peak: float) -> None:
                 )
 
 
-def models(batches: tuple[int, ...], seconds: float) -> None:
-    print("\n| model | batch | fp32 ms | bf16 ms | int8 ms | int8 against bf16 | error | least cosine |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name in MODELS:
-        forms = {dtype: pyvit.create_model(name, num_classes=0).eval() for dtype in ("fp32", "bf16", "int8")}
-        for dtype, model in forms.items():
-            model.load_state_dict(forms["fp32"].state_dict())
-            model.to(torch.float32 if dtype == "fp32" else torch.bfloat16)
-        report = pyvit.quantize(forms["int8"], reversible=False)
-        for model in forms.values():
-            pyvit.pack_weights(model)
-        for batch in batches:
-            images = torch.randn(batch, 3, 224, 224)
-            given = {"fp32": images, "bf16": images.bfloat16(), "int8": images.bfloat16()}
-            runs = {dtype: functools.partial(model, given[dtype]) for dtype, model in forms.items()}
-            times = measure.interleave(runs, seconds=seconds, rest=0.01)
-            print(
-                f"| {name} | {batch} | {' | '.join(f'{times[dtype].median:.1f}' for dtype in forms)} | "
-                f"{measure.ratio(times['bf16'], times['int8']):.2f}x | {report.error:.4f} | {report.cosine:.5f} |",
-                flush=True,
-            )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.int8", description=__doc__)
     parser.add_argument("--threads", type=int, default=0, help="default: torch's choice")
     parser.add_argument("--seconds", type=float, default=1.0, help="per line")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--models", action="store_true", help="whole models too")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -107,8 +82,6 @@ def main() -> None:
     print(f"{torch.ops.pyvit.int8_isa()}; {top}\n", flush=True)
     with torch.no_grad():
         layers(tuple(args.batches), args.seconds, top.gflops["int8"])
-        if args.models:
-            models(tuple(args.batches), args.seconds)
 
 
 if __name__ == "__main__":

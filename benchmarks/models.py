@@ -216,6 +216,10 @@ def _build_train(case: Case, source: str, work: Workload, names: Sequence[str], 
 
 def build(case: Case, source: str, asked: Sequence[str], device: str = "cpu") -> Workload:
     """The workload of a model's case with the peers of ``asked``."""
+    if case.dtype == "int8":
+        from benchmarks import models_int8
+
+        return models_int8.build(case, source, asked)
     names, unavailable = _wanted(case, asked, device)
     train = case.mode == "train"
     work = Workload(case, source, flops(case.op, case.shape["batch"], train), unavailable=unavailable)

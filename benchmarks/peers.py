@@ -19,18 +19,22 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import baselines, torchvision_operators  # noqa: F401
+from pyvit.dispatch.devices import cpu_isa
 
 _PACKAGES = {
     "timm": ("timm",),
     "transformers": ("transformers",),
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
     "openvino": ("openvino",),
+    "nncf": ("nncf",),
+    "torchao": ("torchao",),
 }
 
 
@@ -43,6 +47,11 @@ def absent(peer: str) -> str | None:
 def version(peer: str) -> str:
     package = peer.partition(" ")[0]
     return f"{package} {importlib.metadata.version(package)}" if package in _PACKAGES else ""
+
+
+def multiplies_bf16() -> bool:
+    """Whether the processor multiplies bfloat16."""
+    return cpu_isa(torch.bfloat16) in ("amx", "avx512bf16")
 
 
 class _EmptyTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -196,8 +205,11 @@ def transformers_model(name: str, state: dict[str, Tensor]) -> nn.Module:
     return _Logits(model)
 
 
-def onnxruntime_call(model: nn.Module, images: Tensor, threads: int) -> Callable[[Tensor], Tensor]:
-    """An ONNX Runtime session of ``model`` for the shape of ``images``, with all graph optimisations."""
+def onnxruntime_call(
+    model: nn.Module, images: Tensor, threads: int, quantize_in: Path | None = None
+) -> Callable[[Tensor], Tensor]:
+    """An ONNX Runtime session of ``model`` for the shape of ``images``, with all graph optimisations; with its dynamic
+    int8 quantisation, which works on files, in the folder ``quantize_in``."""
     import onnxruntime
 
     logging.getLogger("torch.onnx").setLevel(
@@ -211,20 +223,43 @@ def onnxruntime_call(model: nn.Module, images: Tensor, threads: int) -> Callable
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(buffer.getvalue(), options, providers=["CPUExecutionProvider"])
+    graph = buffer.getvalue() if quantize_in is None else _dynamic_int8(buffer.getvalue(), quantize_in)
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
 
-def openvino_call(model: nn.Module, images: Tensor, dtype: str, threads: int) -> Callable[[Tensor], Tensor]:
-    """``model`` compiled by OpenVINO for latency on ``threads`` threads, computing in ``dtype`` ("fp32" or "bf16")."""
+def _dynamic_int8(graph: bytes, folder: Path) -> bytes:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    (folder / "float.onnx").write_bytes(graph)
+    quant_pre_process(str(folder / "float.onnx"), str(folder / "ready.onnx"), skip_symbolic_shape=True)
+    options = {"weight_type": QuantType.QInt8, "per_channel": True}
+    quantize_dynamic(
+        str(folder / "ready.onnx"), str(folder / "int8.onnx"), op_types_to_quantize=["MatMul", "Gemm"], **options
+    )
+    return (folder / "int8.onnx").read_bytes()
+
+
+def openvino_call(
+    model: nn.Module, images: Tensor, dtype: str, threads: int, calibration: Sequence[Tensor] = ()
+) -> Callable[[Tensor], Tensor]:
+    """``model`` compiled by OpenVINO for latency on ``threads`` threads, computing in ``dtype`` ("fp32", "bf16", or
+    "int8" by NNCF's post-training quantisation with batches of images, the rest in bf16 where the processor has it)."""
     import openvino
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         converted = openvino.convert_model(model, example_input=images, input=[list(images.shape)])
+        if dtype == "int8":
+            import nncf
+
+            data = nncf.Dataset([batch.numpy() for batch in calibration])
+            kind, preset = nncf.ModelType.TRANSFORMER, nncf.QuantizationPreset.MIXED
+            converted = nncf.quantize(converted, data, preset=preset, model_type=kind, subset_size=len(calibration))
     hints: dict[str, Any] = {
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[dtype],
+        "INFERENCE_PRECISION_HINT": "bf16" if dtype == "bf16" or (dtype == "int8" and multiplies_bf16()) else "f32",
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
     }

@@ -11,7 +11,7 @@ from benchmarks.gate import Verdict
 
 OURS = "ours"
 #: Providers that only run on request: they take long to prepare, or need other packages.
-PEERS = ("compile", "accelerate", "timm", "transformers", "onnxruntime", "openvino")
+PEERS = ("compile", "accelerate", "timm", "transformers", "onnxruntime", "openvino", "torchao")
 
 
 def uses_pyvit(provider: str) -> bool:

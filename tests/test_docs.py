@@ -1,6 +1,7 @@
 """The documentation: what it takes from data, its links and code, and the files for a forge."""
 
 import importlib.util
+import os
 import re
 import runpy
 import subprocess
@@ -118,7 +119,11 @@ def test_code_of_the_pages_runs(tmp_path):
     script.write_text(
         f"for page, block in {blocks!r}:\n    print(page)\n    exec(compile(block, page, 'exec'), {{}})\n"
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
+    # In an empty folder: pages may write files.
+    settings = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=300, check=False, **settings
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -14,9 +14,10 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 import pyvit
-from pyvit import library, quantization
+from pyvit import library
 from pyvit.models import create_model
 from pyvit.nn import Block, QuantizedLinear
+from pyvit.quantization import layers
 
 pytestmark = pytest.mark.skipif(library.problem() is not None, reason="needs the compiled library")
 
@@ -70,7 +71,7 @@ def test_quantize_and_back(name: str, dtype: torch.dtype) -> None:
     assert found == {layer.name for layer in report.quantized}
     assert {n.rpartition(".")[2] for n in found} == {"qkv", "proj", "fc1", "fc2"}
     assert all(0 < layer.error < 0.03 for layer in report.quantized)
-    assert {layer.note for layer in report.left} <= {"not part of a residual branch"}
+    assert {layer.note for layer in report.left} <= {"not in a residual branch that pyvit computes"}
     out = model(images)
     assert out.dtype == dtype
     assert not torch.equal(out, wanted)
@@ -293,7 +294,7 @@ def test_outliers_are_moved_into_the_weights(monkeypatch: pytest.MonkeyPatch) ->
     model, images = with_outliers()
     wanted = model(images)
     with monkeypatch.context() as without:
-        without.setattr(quantization, "HELPS", 0.0)
+        without.setattr(layers, "HELPS", 0.0)
         plain = pyvit.quantize(model, images)
     pyvit.dequantize(model)
     report = pyvit.quantize(model, images)

@@ -1,12 +1,11 @@
 """The same networks trained by other libraries, for the same CPU time: timm's ViT, and lightly's SimCLR and DINO.
 
-They use the optimizer, rates, batch size, mixed precision and crop sizes of pyvit's presets, and their own networks,
+They use the optimizer, rates, batch size, mixed precision and crop sizes of pyvit's runs, and their own networks,
 initial weights, heads, losses and augmentations.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,8 +19,10 @@ from pyvit.data import Data, load_data
 from pyvit.eval.features import features, labels_of, over, right
 from pyvit.eval.knn import knn_accuracy
 from pyvit.eval.linear import linear_probe
-from pyvit.train import augment
-from pyvit.train.presets import PRESETS
+from pyvit.train import Config, augment
+from pyvit.train.heap import Trimmer
+from pyvit.train.optim import make_optimizer, parameter_groups
+from pyvit.train.recipe import load_recipe
 from pyvit.train.schedules import cosine
 
 NAMES = tuple(name for row in ROWS for name in row.peers)
@@ -46,12 +47,6 @@ def _vit(**options: Any) -> nn.Module:
     )
 
 
-def _preset(recipe: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings and options of ``pyvit train RECIPE --data fashion-mnist``."""
-    preset = PRESETS[recipe, "fashion-mnist"]
-    return preset, preset["option"]
-
-
 def _normalize(data: Data) -> Callable[[Tensor], Tensor]:
     mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
     return lambda images: ((images / 255 if images.dtype == torch.uint8 else images) - mean) / std
@@ -59,37 +54,38 @@ def _normalize(data: Data) -> Callable[[Tensor], Tensor]:
 
 def _optimize(
     model: nn.Module,
-    preset: dict[str, Any],
+    config: Config,
     seconds: float,
     batches: Iterator[Any],
     loss_of: Callable[[Any], Tensor],
+    before: Callable[[int], None] = lambda step: None,
     after: Callable[[float], None] = lambda share: None,
 ) -> tuple[float, list[float]]:
-    """AdamW for ``seconds`` of CPU time. The number of steps is estimated from the first ones, which count.
+    """Train ``model`` for ``seconds`` of CPU time with the optimizer of ``config``. The first steps, which count, tell
+    how many there is time for.
 
-    ``after`` is called after each step with the share of the training that is done.
+    ``before`` is called before each optimizer step with its number, ``after`` after it with the share of the training
+    that is done.
     """
-    decay = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    groups = [
-        {"params": decay, "weight_decay": preset.get("weight_decay", 0.05)},
-        {"params": others, "weight_decay": 0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=preset["lr"])
-    losses: list[float] = []
+    lr, clip = config.lr or 0.0, config.clip or float("inf")
+    optimizer = make_optimizer(parameter_groups(model, model, 1.0, exempt=()), config)
+    losses, trim = list[float](), Trimmer()
     began, steps = cpu_seconds(), 10**9
     while len(losses) < steps:
         if len(losses) == _CALIBRATION:
             steps = max(int(seconds / (cpu_seconds() - began) * _CALIBRATION), _CALIBRATION)
         total = max(min(steps, 10**6), 1)
         for group in optimizer.param_groups:
-            group["lr"] = cosine(len(losses), total, preset["lr"], 0.0, max(int(total * preset.get("warmup", 0.0)), 50))
+            group["weight_decay"] = config.weight_decay if group["decays"] else 0.0
+            group["lr"] = cosine(len(losses), total, lr, 0.0, max(int(total * (config.warmup or 0.0)), 50))
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(next(batches))
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), preset.get("clip") or float("inf"))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        before(len(losses))
         optimizer.step()
+        trim()
         losses.append(loss.item())
         after(len(losses) / total)
     return cpu_seconds() - began, losses
@@ -100,18 +96,25 @@ def _shuffled(count: int, batch: int) -> Iterator[list[int]]:
         yield from (part.tolist() for part in torch.randperm(count).split(batch) if len(part) == batch)
 
 
-def timm(seconds: float) -> Outcome:
+def _start(config: Config) -> tuple[Data, dict[str, Any], int]:
+    """The data, the recipe's options and the batch size of ``config``."""
+    return load_data(config.data), load_recipe(config.recipe).options_of(config), config.batch_size or 1
+
+
+def timm(config: Config, seconds: float) -> Outcome:
     """timm's ViT, supervised, on the images of pyvit's recipe."""
-    data, (preset, option) = load_data("fashion-mnist"), _preset("supervised")
+    data, option, batch = _start(config)
     normalize, model = _normalize(data), _vit(num_classes=10)
     images, labels = data.train.images, labels_of(data.train)  # type: ignore[attr-defined]
-    distort = augment.mild(data.flip)
+    distort = {"mild": augment.mild, "flip": augment.flips}.get(option["augment"], lambda flip: nn.Identity())(
+        data.flip
+    )
 
     def loss_of(at: list[int]) -> Tensor:
         logits = model(normalize(distort(images[at])))
-        return F.cross_entropy(logits.float(), labels[at], label_smoothing=option.get("smoothing", 0.1))
+        return F.cross_entropy(logits.float(), labels[at], label_smoothing=option["smoothing"])
 
-    used, losses = _optimize(model, preset, seconds, _shuffled(len(images), preset["batch_size"]), loss_of)
+    used, losses = _optimize(model, config, seconds, _shuffled(len(images), batch), loss_of)
     model.eval()
     logits = over(data.test, lambda batch: model(normalize(batch["image"])))
     return {"accuracy": 100 * right(logits, labels_of(data.test))}, used, losses, "timm's ViT in plain PyTorch"
@@ -131,13 +134,13 @@ def _statistics(data: Data) -> dict[str, Any]:
     return {"mean": list(data.mean), "std": list(data.std)}
 
 
-def lightly_simclr(seconds: float) -> Outcome:
+def lightly_simclr(config: Config, seconds: float) -> Outcome:
     """lightly's SimCLR: its transform, head and loss, on timm's ViT."""
     from lightly.loss import NTXentLoss
     from lightly.models.modules import SimCLRProjectionHead
     from lightly.transforms import SimCLRTransform
 
-    data, (preset, option) = load_data("fashion-mnist"), _preset("simclr")
+    data, option, batch = _start(config)
     transform = SimCLRTransform(
         input_size=28,
         min_scale=option["crop"],
@@ -151,18 +154,18 @@ def lightly_simclr(seconds: float) -> Outcome:
     def loss_of(views: list[Tensor]) -> Tensor:
         return criterion(*(model[1](model[0](view)).float() for view in views))
 
-    used, losses = _optimize(model, preset, seconds, _views(transform, data, preset["batch_size"]), loss_of)
+    used, losses = _optimize(model, config, seconds, _views(transform, data, batch), loss_of)
     return _frozen(model[0], data), used, losses, "lightly's SimCLR with timm's ViT"
 
 
-def lightly_dino(seconds: float) -> Outcome:
+def lightly_dino(config: Config, seconds: float) -> Outcome:
     """lightly's DINO: its transform, head, loss and moving average, on timm's ViT."""
     from lightly.loss import DINOLoss
     from lightly.models.modules import DINOProjectionHead
     from lightly.models.utils import update_momentum
     from lightly.transforms import DINOTransform
 
-    data, (preset, option) = load_data("fashion-mnist"), _preset("dino")
+    data, option, batch = _start(config)
     local = option["local_size"] or 12
     transform = DINOTransform(
         global_crop_size=28,
@@ -182,11 +185,9 @@ def lightly_dino(seconds: float) -> Outcome:
         head = DINOProjectionHead(96, *sizes, batch_norm=option["batch_norm"], freeze_last_layer=freeze)
         return nn.ModuleList([_vit(num_classes=0, dynamic_img_size=True), head])
 
-    student = network(1)
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    criterion = DINOLoss(
-        option["prototypes"], option.get("warm_teacher_temp", 0.04), option.get("teacher_temp", 0.04), 1
-    )
+    student, teacher = network(1), network(-1).requires_grad_(False)
+    teacher.load_state_dict(student.state_dict())
+    criterion = DINOLoss(option["prototypes"], option["warm_teacher_temp"], option["teacher_temp"], 1)
 
     def loss_of(views: list[Tensor]) -> Tensor:
         with torch.no_grad():
@@ -195,12 +196,15 @@ def lightly_dino(seconds: float) -> Outcome:
         outputs = [out for same in sizes.values() for out in student[1](student[0](torch.cat(same))).chunk(len(same))]
         return criterion(targets, [out.float() for out in outputs], epoch=1)
 
+    def before(step: int) -> None:
+        student[1].cancel_last_layer_gradients(step * batch // len(data.train))  # type: ignore[operator]
+
     def after(share: float) -> None:
         momentum = cosine(int(share * 1000), 1000, option["momentum"], 1.0)
         for ours, its in zip(student, teacher, strict=True):
             update_momentum(ours, its, momentum)
 
-    used, losses = _optimize(student, preset, seconds, _views(transform, data, preset["batch_size"]), loss_of, after)
+    used, losses = _optimize(student, config, seconds, _views(transform, data, batch), loss_of, before, after)
     return _frozen(teacher[0], data), used, losses, "lightly's DINO with timm's ViT"
 
 

@@ -19,6 +19,7 @@ from pyvit.eval.features import features
 from pyvit.eval.knn import knn_accuracy
 from pyvit.eval.linear import linear_probe
 from pyvit.train import Config, train
+from pyvit.train.engine import resolve_config
 from pyvit.train.runs import load_run
 
 SHEETS = ROOT / "docs" / "images" / "results"
@@ -62,7 +63,7 @@ def run(row: Row, seed: int) -> Record:
         used += cpu_seconds() - before
         spent.write_text(json.dumps(used))
     if row.probe:
-        results |= probes(folder)
+        results |= probes(folder, untrained=row.table != "ablation")
     for name in row.evaluate:
         found = COMMANDS[name](str(folder), out=str(folder / f"{name}.png"))
         results |= found if isinstance(found, dict) else {name: found}
@@ -77,13 +78,13 @@ def run(row: Row, seed: int) -> Record:
     return record
 
 
-def probes(folder: Path) -> dict[str, float]:
+def probes(folder: Path, untrained: bool) -> dict[str, float]:
     """k-NN and linear accuracy of the frozen features of a run, and of the network before training."""
     recipe, data = load_run(folder)
     torch.manual_seed(recipe.config.seed)
     initial = type(recipe)(recipe.config, data).eval()
     found = {}
-    for prefix, network in (("", recipe), ("untrained ", initial)):
+    for prefix, network in (("", recipe), ("untrained ", initial))[: 1 + untrained]:
         pair = [features(network.encoder(), part, network.normalize) for part in (data.train, data.test)]
         found |= {f"{prefix}knn": knn_accuracy(*pair), f"{prefix}linear": linear_probe(*pair)["linear"]}
     return found
@@ -95,7 +96,8 @@ def run_peer(name: str, row: Row, seed: int) -> Record:
     if ours is None:
         raise ValueError(f"results: {row.name} with seed {seed} must be run before {name}")
     torch.manual_seed(seed)
-    results, used, losses, description = getattr(peers, name)(ours.cpu_seconds)
+    config = resolve_config(settings(row, seed))
+    results, used, losses, description = getattr(peers, name)(config, ours.cpu_seconds)
     record = Record(name, seed, description, results, round(used, 1), thin(len(losses), list(enumerate(losses))))
     record.write()
     return record

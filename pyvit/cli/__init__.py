@@ -171,7 +171,7 @@ def _trainer(recipe: str) -> Callable[..., None]:
 
     hints = get_type_hints(Config)
     chosen = load_recipe(recipe)
-    defaults, its = Config(), chosen.base_settings({name: option.default for name, option in chosen.options.items()})
+    defaults, its = Config(), chosen.base_settings()
     if "lr" not in its:
         its["lr"] = chosen.rate_formula()
     parameters, annotations = [], {}

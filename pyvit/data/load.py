@@ -43,7 +43,7 @@ def load_data(
         size: side of the square images, by default the data set's own or 224; for audio the number of frames of the
             spectrogram, by default 1024 (10 s).
         validation: share of the training images that replaces the held-out ones, see :meth:`Data.validation`.
-        train_images: use only this many training images, see :meth:`Data.limited`.
+        train_images: use only this many training images, of those that ``validation`` leaves; see :meth:`Data.limited`.
 
     Raises ValueError for an unknown name, FileNotFoundError for a path that does not exist.
     """
@@ -53,10 +53,10 @@ def load_data(
         )
     if size is not None and size < 1:
         raise ValueError(f"data: size must be at least 1, got {size}")
-    if validation:
-        return load_data(spec, size, train_images=train_images, **options).validation(validation)
     if train_images is not None:
-        return load_data(spec, size, **options).limited(train_images)
+        return load_data(spec, size, validation, **options).limited(train_images)
+    if validation:
+        return load_data(spec, size, **options).validation(validation)
     sets = builtin()
     if spec in sets:
         return sets[spec](**({} if size is None else {"size": size}), **options)

@@ -82,8 +82,8 @@ def _learn(
         if step % per_epoch == 0:
             batches = iter(torch.randperm(len(x), generator=generator, device="cpu").split(batch))
         at = next(batches)
-        logits = x[at] @ weight.mT + bias  # (rates, B, classes)
-        loss = F.cross_entropy(logits.flatten(0, 1), labels[at].repeat(len(rates)), reduction="sum") / len(at)
+        logits = F.linear(x[at], weight.flatten(0, 1), bias.flatten()).view(-1, classes)  # (B * rates, classes)
+        loss = F.cross_entropy(logits, labels[at].repeat_interleave(len(rates)), reduction="sum") / len(at)
         factor = 0.5 * (1 + torch.cos(torch.tensor(step / steps * torch.pi, dtype=torch.float32, device="cpu")))
         with torch.no_grad():
             for p, m, g in zip((weight, bias), momentum, torch.autograd.grad(loss, (weight, bias)), strict=True):

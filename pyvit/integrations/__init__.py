@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pyvit.integrations import originals, written_out
 from pyvit.integrations.common import Rule
 from pyvit.integrations.forwards import Forward, Left, Reason, forwards, kind, put, take_away
 from pyvit.integrations.functional import calls_sdpa, sdpa
+from pyvit.integrations.multihead import MultiheadAttention
 from pyvit.integrations.unknown import unknown_attention
 
 __all__ = ["AccelerateError", "Report", "Row", "accelerate", "restore"]
@@ -101,7 +103,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
-    restore(model)
+    _take_away(model)
     report = _examine(model)
     if strict and (not report.replaced or not all(row.users for row in report.left)):
         raise AccelerateError(f"accelerate: strict, and not everything can be replaced\n{report}")
@@ -151,13 +153,62 @@ def _examine(model: nn.Module, installed: dict[tuple[int, str], Forward] | None 
     return report
 
 
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether any module of ``model`` runs a replacement of :func:`accelerate`."""
+    return bool(forwards(model))
+
+
+def replacements(model: nn.Module) -> list[Forward]:
+    """What :func:`accelerate` has put into the modules of ``model``."""
+    return forwards(model)
+
+
+def examine(model: nn.Module) -> Report:
+    """What :func:`accelerate` would do, or if it has been called, :meth:`Report.refresh`."""
+    return Report(model, [], []).refresh() if forwards(model) else _examine(model)
+
+
+def example_inputs(model: nn.Module, batch: int) -> Tensor | None:
+    """Zeros of the shape of the images or spectrograms that a model of timm, transformers or torchvision takes, None
+    where it does not say."""
+    config, parameter = getattr(model, "config", None), next(model.parameters(), None)
+    embedding = getattr(model, "patch_embed", None)
+    shape: Any = None
+    if getattr(model, "main_input_name", "") == "pixel_values":
+        shape = (getattr(config, "num_channels", 3), *_pair(getattr(config, "image_size", None)))
+    elif getattr(model, "main_input_name", "") == "input_values":
+        shape = (getattr(config, "max_length", None), getattr(config, "num_mel_bins", None))
+    elif isinstance(getattr(embedding, "proj", None), nn.Conv2d):
+        shape = (embedding.proj.in_channels, *_pair(getattr(embedding, "img_size", None)))  # type: ignore[union-attr]
+    elif isinstance(getattr(model, "conv_proj", None), nn.Conv2d):
+        shape = (model.conv_proj.in_channels, *_pair(getattr(model, "image_size", None)))  # type: ignore[union-attr]
+    if parameter is None or shape is None or not all(isinstance(n, int) and n > 0 for n in shape):
+        return None
+    return torch.zeros(batch, *shape, dtype=parameter.dtype)
+
+
+def _pair(size: Any) -> tuple[Any, ...]:
+    return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+
+
 def restore(model: nn.Module) -> None:
     """Undo :func:`accelerate`: every module of ``model``, which may be a copy, runs its class's methods again.
 
     Wrappers that other libraries put around a replaced forward stay and call the class's own.
+
+    Raises RuntimeError if one of those reads the weights of layers that :func:`pyvit.quantize` has replaced.
     """
+    for forward in forwards(model):
+        if forward.item.reads_weights:
+            forward.refuse_int8()
+    _take_away(model)
+
+
+def _take_away(model: nn.Module) -> None:
     for module in model.modules():
         take_away(module)
+        if isinstance(module, MultiheadAttention):
+            take_away(module.original[0])
 
 
 def _known(name: str) -> bool:

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from pyvit import ops
 from pyvit.integrations import originals
-from pyvit.integrations.forwards import Left, Replacement, kind, ordinary_weights, servable, served_by
+from pyvit.integrations.forwards import Left, Replacement, exporting, kind, ordinary_weights, servable, served_by
 from pyvit.nn.linear import hooked, ordinary
 from pyvit.nn.linear import plain as is_plain
+from pyvit.nn.quantized import QuantizedLinear, quantized, quantized_mlp
 from pyvit.ops import flash_attention, linear, patch_embed, prepacked
 from pyvit.ops.patch_embed import grid_size
+from pyvit.ops.prepacked import Norm
 
 #: What to replace in an instance of a class.
 Rule = Callable[[Any], Iterator[Replacement | Left]]
@@ -25,6 +27,17 @@ _LINEAR, _DROPOUT = originals.number(nn.Linear), originals.number(nn.Dropout)
 def plain(module: nn.Module) -> bool:
     """A torch Linear with nothing in or around it: its weights may be used directly."""
     return is_plain(module, nn.Linear) and originals.unchanged(_LINEAR)
+
+
+def multiplied(layer: nn.Module) -> bool:
+    """Whether :func:`project` and :func:`biased` compute what ``layer`` does: it is :func:`plain`, or has int8
+    weights."""
+    return type(layer) is QuantizedLinear or plain(layer)
+
+
+def fusible(*layers: nn.Module) -> bool:
+    """Whether :func:`project` takes :func:`fusion_args` for these layers: as :func:`multiplied`, and nobody watches."""
+    return all(quantized(layer) or plain(layer) for layer in layers)
 
 
 def untouched(module: nn.Module) -> bool:
@@ -47,7 +60,7 @@ def rate(drop: nn.Module) -> float | None:
         return None
     if type(drop) is nn.Identity:
         return 0.0
-    if type(drop) is not nn.Dropout or not originals.unchanged(_DROPOUT):
+    if type(drop) is not nn.Dropout or not (originals.unchanged(_DROPOUT) or exporting()):
         return None
     return share(drop.p, drop.training)
 
@@ -68,10 +81,10 @@ def idle(drop: nn.Module | None) -> bool:
     return drop is None or rate(drop) == 0.0
 
 
-def prepacked_layers(*layers: nn.Module) -> bool:
-    """Whether these linear layers have prepacked weights, without which a block gains nothing from fusing its residual
-    branches."""
-    return all(prepacked.is_packed(getattr(layer, "weight", None)) for layer in layers)
+def prepacked_layers(*layers: nn.Module | None) -> bool:
+    """Whether these linear layers have prepacked or int8 weights, without which a block gains nothing from fusing its
+    residual branches."""
+    return all(quantized(layer) or prepacked.is_packed(getattr(layer, "weight", None)) for layer in layers)
 
 
 _DROP_PATHS = {"timm.layers.drop.DropPath"}
@@ -102,12 +115,25 @@ def fusion_args(
 
 def project(layer: nn.Module, x: Tensor, activation: nn.Module | None = None, **around: Any) -> Tensor:
     """activation(layer(x)), in one product where both are what they seem; :func:`fusion_args` only go with a
-    :func:`plain` layer."""
+    :func:`fusible` layer."""
     name = None if activation is None else activation_name(activation)
+    if quantized(layer) and (activation is None) == (name is None):
+        return layer.multiply(x, name, layer.bias, **around)  # type: ignore[operator, no-any-return]
     if not plain(layer) or (activation is not None and name is None):
         x = layer(x) if not plain(layer) else linear(x, layer.weight, layer.bias)
         return x if activation is None else activation(x)
     return linear(x, layer.weight, layer.bias, activation=name, **around)
+
+
+def biased(layer: nn.Module, x: Tensor, bias: Tensor | None, norm: Norm | None = None) -> Tensor:
+    """norm(x) W^T + bias with the weight of a :func:`multiplied` layer and another bias than its own."""
+    if plain(layer):
+        return linear(x, layer.weight, bias, norm=norm)  # type: ignore[arg-type]
+    if quantized(layer):
+        return layer.multiply(x, None, bias, norm)  # type: ignore[operator, no-any-return]
+    out = layer(x if norm is None else ops.layer_norm(x, *norm))
+    difference = bias if layer.bias is None or bias is None else bias - layer.bias  # type: ignore[operator]
+    return out if difference is None else out + difference
 
 
 _ACTIVATIONS = {
@@ -134,42 +160,72 @@ def activation_name(module: nn.Module) -> str | None:
 
 def mlp(module: nn.Module) -> Iterator[Replacement]:
     """fc1, activation_fn, fc2."""
-    yield Replacement(module, _mlp, "mlp", needs="fc1 activation_fn fc2", may="config")
+    layers = ("fc1", "fc2")
+    yield Replacement(module, _mlp, "mlp", needs="fc1 activation_fn fc2", may="config", layers=layers)
 
 
 def _mlp(module: Any, x: Tensor) -> Tensor:
     return two_layers(module.fc1, module.activation_fn, module.fc2, x)
 
 
-def two_layers(fc1: nn.Module, activation: nn.Module, fc2: nn.Module, x: Tensor, **around: Any) -> Tensor:
+def two_layers(
+    fc1: nn.Module,
+    activation: nn.Module,
+    fc2: nn.Module,
+    x: Tensor,
+    norm: Norm | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """fc2(activation(fc1(x))), as one where all three :func:`are_one`; only then with :func:`fusion_args`."""
     name = activation_name(activation)
-    if name is None or not plain(fc1) or not plain(fc2):
-        return project(fc2, project(fc1, x, activation))
-    return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=name, **around)  # type: ignore[arg-type]
+    if name is not None and quantized(fc1, fc2) and fc2.smoothing is None:
+        return quantized_mlp(x, fc1, fc2, name, norm, scale, residual)  # type: ignore[arg-type]
+    if name is not None and plain(fc1) and plain(fc2):
+        weights: Any = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        return ops.mlp(x, *weights, activation=name, norm=norm, scale=scale, residual=residual)
+    first, second = {"norm": norm}, {"scale": scale, "residual": residual}
+    hidden = project(fc1, x, activation, **(first if norm is not None else {}))
+    return project(fc2, hidden, **(second if residual is not None else {}))
 
 
 def are_one(fc1: nn.Module, activation: nn.Module, fc2: nn.Module) -> bool:
     """Whether two layers and what stands between them are what they seem."""
-    return plain(fc1) and plain(fc2) and activation_name(activation) is not None
+    return fusible(fc1, fc2) and activation_name(activation) is not None
 
 
 def sequential(module: nn.Sequential) -> Iterator[Replacement]:
     """Linear layers, each with the activation after it, among others."""
-    yield Replacement(module, _sequential, "linear")
+    layers = tuple(name for name, layer in module.named_children() if isinstance(layer, nn.Linear))
+    yield Replacement(module, _sequential, "linear", layers=layers)
 
 
 def _sequential(module: nn.Sequential, x: Tensor) -> Tensor:
     layers = list(module)
     while layers:
         layer = layers.pop(0)
-        if not plain(layer):
+        if not multiplied(layer):
             x = layer(x)
-        elif layers and activation_name(layers[0]) is not None:
-            x = project(layer, x, layers.pop(0))
+            continue
+        activation = layers.pop(0) if layers and activation_name(layers[0]) is not None else None
+        second = _next_quantized(layers) if activation is not None and quantized(layer) else None
+        if second is None or activation is None:
+            x = project(layer, x, activation)
         else:
-            x = project(layer, x)
+            x = two_layers(layer, activation, second, x)
     return x
+
+
+def _next_quantized(layers: list[nn.Module]) -> nn.Module | None:
+    """The next layer, if it has int8 weights and only idle dropout is before it; both are then taken off the list."""
+    skipped = 0
+    while skipped < len(layers) and type(layers[skipped]) is nn.Dropout and idle(layers[skipped]):
+        skipped += 1
+    if skipped == len(layers) or not quantized(layers[skipped]):
+        return None
+    found = layers[skipped]
+    del layers[: skipped + 1]
+    return found
 
 
 def patch_conv(name: str) -> Rule:
@@ -233,7 +289,8 @@ def multihead(module: nn.MultiheadAttention) -> Iterator[Replacement | Left]:
     elif module.bias_k is not None or module.add_zero_attn:
         yield Left(module, "add_bias_kv or add_zero_attn")
     else:
-        yield Replacement(module, _multihead, "flash_attention, in calls with need_weights=False", parts=("out_proj",))
+        by = "flash_attention, in calls with need_weights=False"
+        yield Replacement(module, _multihead, by, parts=("out_proj",), layers=("in_proj", "out_proj"))
 
 
 def _multihead(

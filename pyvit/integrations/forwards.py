@@ -12,6 +12,7 @@ from torch import nn
 
 from pyvit.integrations import originals
 from pyvit.nn.linear import hooked, ordinary
+from pyvit.nn.quantized import QuantizedLinear
 
 
 class Replacement(NamedTuple):
@@ -19,7 +20,10 @@ class Replacement(NamedTuple):
 
     ``needs``, ``may``: names of all attributes that the class has, or may have, in the library versions that
     ``function`` supports. ``parts``: submodules that ``function`` does not call; it only runs while each is of a known
-    class and unchanged. ``optional``: not reported if it cannot be replaced.
+    class and unchanged. ``optional``: not reported if it cannot be replaced. ``layers``: paths of the linear layers
+    that ``function`` also multiplies with int8 weights (:func:`pyvit.quantize`), in the order in which it calls them;
+    of several, separated by spaces, each takes the same input. ``reads_weights``: the class's own method multiplies
+    their weights itself, and so cannot run with int8 weights.
     """
 
     module: nn.Module
@@ -30,6 +34,8 @@ class Replacement(NamedTuple):
     may: str = ""
     parts: tuple[str, ...] = ()
     optional: bool = False
+    layers: tuple[str, ...] = ()
+    reads_weights: bool = False
 
 
 class Reason(NamedTuple):
@@ -49,6 +55,11 @@ class Left(NamedTuple):
 
 def kind(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def exporting() -> bool:
+    """Whether torch.export is at work, which patches ``Module.__call__``."""
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()  # type: ignore[no-any-return]
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -146,8 +157,9 @@ class Forward:
         for path in self.item.parts:
             part = _Part(tuple(path.split(".")), type(None), -1, frozenset()).of(module)
             if part is not None:
-                code = originals.record(type(part))
-                self.parts.append(_Part(tuple(path.split(".")), type(part), originals.number(type(part)), code.methods))
+                known = nn.Linear if type(part) is QuantizedLinear else type(part)
+                code = originals.record(known)
+                self.parts.append(_Part(tuple(path.split(".")), known, originals.number(known), code.methods))
         ours = list(inspect.signature(self.function).parameters.values())[1:]
         own = getattr(self.kind, method, None)
         self.theirs = list(inspect.signature(own).parameters.values())[1:] if callable(own) else []
@@ -179,10 +191,25 @@ class Forward:
             and servable(args[0])
             and len(args) <= self.most
             and self._takes(kwargs)
-            and self.holds()
+            and (self.holds() or self._exported())
         ):
             return self.function(self.module, *args, **kwargs)
+        if self.item.reads_weights:
+            self.refuse_int8()
         return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
+
+    def _exported(self) -> bool:
+        """Whether an exporter is active, for whose patch of ``Module.__call__`` the original would run, but cannot with
+        the weights that it has."""
+        return exporting() and self.item.reads_weights and any(type(each) is QuantizedLinear for each in self._layers())
+
+    def _layers(self) -> list[nn.Module | None]:
+        paths = [path for group in self.item.layers for path in group.split()]
+        return [_Part(tuple(path.split(".")), type(None), -1, frozenset()).of(self.module) for path in paths]
+
+    def refuse_int8(self) -> None:
+        """Raises RuntimeError where the class's own method would read int8 weights."""
+        refuse_int8(self.module, *self._layers())
 
     def _takes(self, kwargs: dict[str, Any]) -> bool:
         return self.any_names or all(name in self.names for name in kwargs)
@@ -203,6 +230,8 @@ class Forward:
             return False
         for part in self.parts:
             found = part.of(module)
+            if part.kind is nn.Linear and type(found) is QuantizedLinear:
+                continue  # the function calls it where it is watched
             if (
                 found is None
                 or not same(type(found), part.kind)
@@ -229,7 +258,7 @@ class Forward:
             return Reason("its weights are of a tensor class that kernels cannot read")
         for path in self.item.parts:
             part = _Part(tuple(path.split(".")), type(None), -1, frozenset()).of(module)
-            if part is None:
+            if part is None or type(part) is QuantizedLinear:
                 continue
             code = originals.record(type(part))
             if not (kind(part) in _PARTS or known(kind(part))):
@@ -246,7 +275,8 @@ class Forward:
     def seen(self) -> str | None:
         """A message about a hook on a bypassed submodule, or None."""
         for path in self.item.parts:
-            if watched(_Part(tuple(path.split(".")), type(None), -1, frozenset()).of(self.module)):
+            part = _Part(tuple(path.split(".")), type(None), -1, frozenset()).of(self.module)
+            if watched(part) and type(part) is not QuantizedLinear:
                 return f"{WATCHED} its {path}: the original runs for as long as it does"
         return None
 
@@ -290,6 +320,17 @@ def layout(module: nn.Module, needs: str, may: str) -> str | None:
     read = {name for name in vars(module) if name in code.reads and name not in _INTERNAL and name not in code.methods}
     unknown = sorted((own | read) - required - set(may.split()))
     return f"has {', '.join(unknown)}: not a version of {code.library} that pyvit knows" if unknown else None
+
+
+def refuse_int8(module: nn.Module, *layers: nn.Module | None) -> None:
+    """Raises RuntimeError if one of the layers, whose weights the original forward of ``module`` reads, has int8
+    weights."""
+    for layer in layers:
+        if type(layer) is QuantizedLinear:
+            raise RuntimeError(
+                f"{kind(module)}: this call needs its original forward, which reads the weights of "
+                f"{layer.name or 'its layers'} and those are int8: pyvit.dequantize(model) first"
+            )
 
 
 def _empty() -> Forward:

@@ -37,7 +37,7 @@ def attention(module: Any) -> Iterator[Replacement | Left]:
             "out_proj out_drop"
         )
         may = "head_dim logit_scale logit_scale_max scaled_cosine scale_heads"
-        yield Replacement(module, _attention, "flash_attention", needs=needs, may=may)
+        yield Replacement(module, _attention, "flash_attention", needs=needs, may=may, layers=("out_proj",))
 
 
 def _attention(module: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:

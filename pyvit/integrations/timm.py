@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -14,14 +15,16 @@ from pyvit.integrations import originals, written_out
 from pyvit.integrations.common import (
     Rule,
     are_one,
+    biased,
     cosine_table,
     fused_rate,
+    fusible,
     fusion_args,
     idle,
     known,
     layer_norm,
+    multiplied,
     patch_conv,
-    plain,
     prepacked_layers,
     project,
     rate,
@@ -30,8 +33,9 @@ from pyvit.integrations.common import (
     usable,
     windows_match,
 )
-from pyvit.integrations.forwards import Forward, Left, Replacement, layout, served_by
-from pyvit.ops import flash_attention, flash_attention_qkvpacked, linear, window_attention
+from pyvit.integrations.forwards import Forward, Left, Replacement, layout, refuse_int8, served_by
+from pyvit.nn.quantized import QuantizedLinear, quantized, quantized_attention, quantized_window_attention
+from pyvit.ops import flash_attention, flash_attention_qkvpacked, window_attention
 from pyvit.ops.prepacked import Norm, attention_branch, window_attention_branch
 
 _ALWAYS = "drops attention weights in evaluation too, as timm 0.9.0 to 0.9.2 do"
@@ -42,7 +46,8 @@ def attention(module: nn.Module) -> Iterator[Replacement | Left]:
         yield Left(module, _ALWAYS)
         return
     needs = "qkv q_norm k_norm attn_drop proj proj_drop num_heads scale fused_attn"
-    yield Replacement(module, _attention, "flash_attention", needs=needs, may="head_dim attn_dim norm gate")
+    may, layers = "head_dim attn_dim norm gate", ("qkv", "proj")
+    yield Replacement(module, _attention, "flash_attention", needs=needs, may=may, layers=layers)
 
 
 def _attention(
@@ -78,7 +83,8 @@ def _attention(
     direct = bare and (norm_of_heads is None or _nothing(norm_of_heads)) and _whole_attention(module)
     if direct and attn_mask is None and drop == 0.0 and module.fused_attn:
         layers = (module.qkv, module.proj, module.num_heads)
-        if (fused := attention_branch(x, *layers, is_causal, norm, scale, residual)) is not None:
+        branch = quantized_attention if quantized(module.qkv, module.proj) else attention_branch
+        if (fused := branch(x, *layers, is_causal, norm, scale, residual)) is not None:
             return fused
     qkv = project(module.qkv, x, norm=norm).unflatten(-1, (3, module.num_heads, -1))  # (B, N, 3, H, d)
     if bare:
@@ -120,8 +126,7 @@ def _whole_attention(module: Any) -> bool:
     """Whether nothing stands between the branch's ends and its two projections."""
     return (
         served_by(module, _attention)
-        and plain(module.qkv)
-        and plain(module.proj)
+        and fusible(module.qkv, module.proj)
         and getattr(module, "gate", None) is None
         and idle(module.proj_drop)
         and (module.fused_attn or rate(module.attn_drop) is not None)
@@ -147,8 +152,9 @@ def _block(module: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
 
 
 def mlp(module: Any) -> Iterator[Replacement]:
-    if isinstance(module.fc1, nn.Linear):  # else convolutions, on maps
-        yield Replacement(module, _mlp, "mlp", needs="fc1 act drop1 fc2 drop2", may="norm")
+    if isinstance(module.fc1, (nn.Linear, QuantizedLinear)):  # else convolutions, on maps
+        needs, layers = "fc1 act drop1 fc2 drop2", ("fc1", "fc2")
+        yield Replacement(module, _mlp, "mlp", needs=needs, may="norm", layers=layers)
 
 
 def _mlp(module: Any, x: Tensor, **around: Any) -> Tensor:
@@ -185,13 +191,15 @@ def swin(block: Any) -> Iterator[Replacement | Left]:
         reason = _ALWAYS
     if reason is not None:
         yield Left(block, f"its attn {reason}")
-    elif not plain(attn.qkv):
+    elif not multiplied(attn.qkv):
         yield Left(block, "its qkv is not a plain Linear")
     else:
         needs = "attn norm1 drop_path1 norm2 mlp drop_path2 window_size shift_size input_resolution"
         may = "attn_mask window_area target_shift_size always_partition dynamic_mask"
         parts = ("attn", "attn.attn_drop", "attn.softmax")
-        yield Replacement(block, _swin, "window_attention", "_attn", needs=needs, may=may, parts=parts)
+        by, layers = "window_attention", ("attn.qkv", "attn.proj")
+        int8 = {"layers": layers, "reads_weights": cosine}
+        yield Replacement(block, _swin, by, "_attn", needs=needs, may=may, parts=parts, **int8)
         if not cosine:  # V2 normalises after its branches
             by = "fused residual branches, where weights are packed"
             yield Replacement(block, _swin_block, by, needs=needs, may=may, optional=True)
@@ -209,7 +217,7 @@ def _swin_block(block: Any, x: Tensor) -> Tensor:
         first is None
         or second is None
         or not whole
-        or not (plain(attn.proj) and idle(attn.proj_drop) and _whole_mlp(block.mlp))
+        or not (fusible(attn.qkv, attn.proj) and idle(attn.proj_drop) and _whole_mlp(block.mlp))
     ):
         return type(block).forward(block, x)  # type: ignore[no-any-return]
     x = _swin(block, x, residual=x, **first)
@@ -227,7 +235,7 @@ def _fits(block: Any, x: Tensor) -> bool:
     # timm rolls before it pads, and its stored mask is that of one size.
     stored = getattr(block, "dynamic_mask", False) or size == tuple(block.input_resolution)
     same = not any(shift) or (_divides(size, window) and stored)
-    return same and windows_match(size, window, shift) and plain(attn.qkv)
+    return same and windows_match(size, window, shift) and multiplied(attn.qkv)
 
 
 def _divides(size: tuple[int, ...], window: tuple[int, ...]) -> bool:
@@ -241,18 +249,22 @@ def _swin(
     whole branch."""
     attn, window = block.attn, tuple(block.window_size)
     drop = _drop(attn)
-    if drop is None or not _fits(block, x):
-        return type(block)._attn(block, x)
     cosine = hasattr(attn, "logit_scale")
-    if not cosine and drop == 0.0 and attn.fused_attn and plain(attn.qkv) and plain(attn.proj) and idle(attn.proj_drop):
+    if drop is None or not _fits(block, x):
+        if cosine:
+            refuse_int8(block, attn.qkv)
+        return type(block)._attn(block, x)
+    direct = not cosine and drop == 0.0 and (attn.fused_attn or _usual_scale(attn))
+    if direct and fusible(attn.qkv, attn.proj) and idle(attn.proj_drop):
         windows = (window, tuple(block.shift_size), attn.num_heads, attn.relative_position_bias_table, False)
-        fused = window_attention_branch(x, attn.qkv, attn.proj, *windows, norm, scale, residual)
+        branch = quantized_window_attention if quantized(attn.qkv, attn.proj) else window_attention_branch
+        fused = branch(x, attn.qkv, attn.proj, *windows, norm, scale, residual)
         if fused is not None:
             return fused
     bias = attn.qkv.bias
     if cosine and attn.q_bias is not None:
         bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-    qkv = linear(x, attn.qkv.weight, bias, norm=norm)
+    qkv = biased(attn.qkv, x, bias, norm)
     pad = None
     if not _divides(tuple(x.shape[1:3]), window):
         pad = qkv.new_zeros(qkv.shape[-1]) if bias is None else bias
@@ -272,6 +284,12 @@ def _swin(
     return attn.proj_drop(project(attn.proj, out, scale=scale, residual=residual))
 
 
+def _usual_scale(attn: Any) -> bool:
+    """Whether the scores are divided by the root of the heads' width."""
+    width = attn.qkv.out_features // (3 * attn.num_heads)
+    return math.isclose(attn.scale, width**-0.5, rel_tol=1e-6)
+
+
 def merging(module: Any) -> Iterator[Replacement]:
     yield Replacement(module, _merging, "linear", needs="norm reduction", may="dim out_dim")
 
@@ -285,7 +303,7 @@ def _merging(module: Any, x: Tensor) -> Tensor:
         x.reshape(b, (h + 1) // 2, 2, (w + 1) // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3)
     )  # row offset runs fastest
     around = fusion_args(x, module.norm, None, None)
-    if around is None or not plain(module.reduction):
+    if around is None or not fusible(module.reduction):
         return project(module.reduction, module.norm(x))
     return project(module.reduction, x, norm=around["norm"])
 

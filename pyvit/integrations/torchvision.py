@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from pyvit.integrations.common import Rule, cosine_table, patch_conv, sequential, share
-from pyvit.integrations.forwards import Replacement
-from pyvit.ops import linear, window_attention
+from pyvit.integrations.common import Rule, biased, cosine_table, patch_conv, project, sequential, share
+from pyvit.integrations.forwards import Replacement, refuse_int8
+from pyvit.ops import window_attention
 
 
 def swin(module: nn.Module) -> Iterator[Replacement]:
@@ -22,9 +22,9 @@ def swin(module: nn.Module) -> Iterator[Replacement]:
         if hasattr(module, "logit_scale")
         else "relative_position_bias_table"
     )
-    yield Replacement(
-        module, _swin, "window_attention", needs=needs, may="relative_position_index", parts=("qkv", "proj")
-    )
+    may, layers = "relative_position_index", ("qkv", "proj")
+    int8 = {"layers": layers, "reads_weights": True}
+    yield Replacement(module, _swin, "window_attention", needs=needs, may=may, parts=layers, **int8)
 
 
 def _swin(module: Any, x: Tensor) -> Tensor:
@@ -32,6 +32,7 @@ def _swin(module: Any, x: Tensor) -> Tensor:
     qkv bias."""
     drop = share(module.attention_dropout, module.training)
     if drop is None:
+        refuse_int8(module, module.qkv, module.proj)
         return type(module).forward(module, x)  # type: ignore[no-any-return]
     window = tuple(module.window_size)
     heads = module.num_heads
@@ -40,7 +41,7 @@ def _swin(module: Any, x: Tensor) -> Tensor:
     if cosine and bias is not None:
         q, k, v = bias.chunk(3)
         bias = torch.cat((q, torch.zeros_like(k), v))
-    qkv = linear(x, module.qkv.weight, bias)
+    qkv = biased(module.qkv, x, bias)
     divides = all(n % w == 0 for n, w in zip(x.shape[1:3], window, strict=True))
     out = window_attention(
         qkv,
@@ -54,7 +55,7 @@ def _swin(module: Any, x: Tensor) -> Tensor:
         pad_qkv=None if divides else qkv.new_zeros(qkv.shape[-1]) if bias is None else bias,
         dropout_p=drop,
     )
-    return dropout(linear(out, module.proj.weight, module.proj.bias), module.dropout, module.training)
+    return dropout(project(module.proj, out), module.dropout, module.training)
 
 
 RULES: dict[str, Rule] = {

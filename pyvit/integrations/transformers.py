@@ -18,6 +18,7 @@ from pyvit.integrations.common import (
     cosine_table,
     known,
     mlp,
+    multiplied,
     patch_conv,
     plain,
     project,
@@ -76,7 +77,9 @@ def attention(module: Any, rotary: bool = False) -> Iterator[Replacement | Left]
         yield Left(module, reason)
     else:
         function = _rotary_attention if rotary else _attention
-        yield Replacement(module, function, "flash_attention", needs="config head_dim q_proj k_proj v_proj", may=_MAY)
+        needs = "config head_dim q_proj k_proj v_proj"
+        layers = ("q_proj k_proj v_proj", "o_proj" if hasattr(module, "o_proj") else "out_proj")
+        yield Replacement(module, function, "flash_attention", needs=needs, may=_MAY, layers=layers)
 
 
 def _foreign(implementation: str) -> str | None:
@@ -275,7 +278,8 @@ def _is_plain(function: Any) -> bool:
 
 def up_down(module: nn.Module) -> Iterator[Replacement]:
     """An MLP of up_proj, act_fn and down_proj."""
-    yield Replacement(module, _up_down, "mlp", needs="up_proj act_fn down_proj", may="config")
+    layers = ("up_proj", "down_proj")
+    yield Replacement(module, _up_down, "mlp", needs="up_proj act_fn down_proj", may="config", layers=layers)
 
 
 def _up_down(module: Any, x: Tensor) -> Tensor:
@@ -288,6 +292,13 @@ def _projections(layer: Any, version: int) -> tuple[nn.Module, ...]:
     if version == 1:
         return attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj
     return attn.self.query, attn.self.key, attn.self.value, attn.output.dense
+
+
+#: Of a Swin layer of each version, as :func:`_projections`.
+_LAYERS = {
+    1: ("attention.q_proj attention.k_proj attention.v_proj", "attention.o_proj"),
+    2: ("attention.self.query attention.self.key attention.self.value", "attention.output.dense"),
+}
 
 
 def swin(layer: Any, version: int) -> Iterator[Replacement | Left]:
@@ -314,30 +325,31 @@ def swin(layer: Any, version: int) -> Iterator[Replacement | Left]:
         parts = ("attention", "attention.self", "attention.self.dropout", "attention.output")
     if reason is not None:
         yield Left(layer, f"its attention: {reason}")
-    elif not all(map(plain, _projections(layer, version))):
+    elif not all(map(multiplied, _projections(layer, version))):
         yield Left(layer, "its projections are not plain Linear layers")
     else:
         needs = "attention layernorm_before layernorm_after window_size shift_size drop_path "
         needs += "mlp dropout" if version == 1 else "intermediate output"
-        may = "input_resolution gradient_checkpointing"
-        yield Replacement(
-            layer, _swin if version == 1 else _swin_v2, "window_attention", needs=needs, may=may, parts=parts
-        )
+        may, function = "input_resolution gradient_checkpointing", _swin if version == 1 else _swin_v2
+        layers = _LAYERS[version]
+        yield Replacement(layer, function, "window_attention", needs=needs, may=may, parts=parts, layers=layers)
 
 
 def _windows(layer: Any, x: Tensor, version: int, **options: Any) -> Tensor:
     """Window attention of both versions: pad, roll, partition, attention and the reverse, x (B, H, W, C) -> (B, H, W,
     C)."""
     q, k, v, output = _projections(layer, version)
-    weight = torch.cat((q.weight, k.weight, v.weight))
     bias = (
         None if q.bias is None else torch.cat((q.bias, torch.zeros_like(q.bias) if k.bias is None else k.bias, v.bias))
     )
-    qkv = linear(x, weight, bias)
+    if plain(q) and plain(k) and plain(v):
+        qkv = linear(x, torch.cat((q.weight, k.weight, v.weight)), bias)
+    else:
+        qkv = torch.cat([project(each, x) for each in (q, k, v)], -1)
     window = layer.window_size
     if any(n % window for n in x.shape[1:3]):
         options["pad_qkv"] = qkv.new_zeros(qkv.shape[-1]) if bias is None else bias
-    return linear(window_attention(qkv, window, layer.shift_size, **options), output.weight, output.bias)
+    return project(output, window_attention(qkv, window, layer.shift_size, **options))
 
 
 def _same_windows(layer: Any, trained: int, size: tuple[int, int], version: int) -> bool:
@@ -347,7 +359,7 @@ def _same_windows(layer: Any, trained: int, size: tuple[int, int], version: int)
     return (
         window == trained
         and windows_match(size, (window, window), (shift, shift))
-        and all(map(plain, _projections(layer, version)))
+        and all(map(multiplied, _projections(layer, version)))
     )
 
 
@@ -408,7 +420,7 @@ def _swin_v2(
 
 
 def intermediate(module: nn.Module) -> Iterator[Replacement]:
-    yield Replacement(module, _intermediate, "linear", needs="dense intermediate_act_fn")
+    yield Replacement(module, _intermediate, "linear", needs="dense intermediate_act_fn", layers=("dense",))
 
 
 def _intermediate(module: Any, x: Tensor) -> Tensor:
@@ -417,7 +429,7 @@ def _intermediate(module: Any, x: Tensor) -> Tensor:
 
 
 def output(module: nn.Module) -> Iterator[Replacement]:
-    yield Replacement(module, _output, "linear", needs="dense dropout")
+    yield Replacement(module, _output, "linear", needs="dense dropout", layers=("dense",))
 
 
 def _output(module: Any, x: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pyvit.nn.linear import Linear, apply, bypassed, idle, plain
-from pyvit.nn.quantized import quantized
+from pyvit.nn.quantized import quantized, quantized_attention
 from pyvit.nn.rates import check_rate
-from pyvit.ops import attention_map, flash_attention, flash_attention_qkvpacked, flash_attention_varlen, linear_int8
+from pyvit.ops import attention_map, flash_attention, flash_attention_qkvpacked, flash_attention_varlen
 from pyvit.ops.prepacked import Norm, attention_branch
 
 
@@ -145,10 +145,8 @@ class Attention(nn.Module):
             return None
         if plain(qkv) and plain(proj) and not qkv.activation and not proj.activation:
             return attention_branch(x, qkv, proj, self.num_heads, is_causal, norm, scale, residual)
-        if quantized(qkv, proj) and not qkv.activation and not proj.activation and proj.smoothing is None:
-            x, norm = qkv.smooth(x, norm)
-            layers = qkv.int8(), proj.int8()
-            return linear_int8.attention_branch(x, *layers, self.num_heads, is_causal, norm, scale, residual)
+        if quantized(qkv, proj):
+            return quantized_attention(x, qkv, proj, self.num_heads, is_causal, norm, scale, residual)
         return None
 
     def score_shape(self, x: Tensor) -> tuple[int, int, int]:

@@ -45,7 +45,7 @@ class Mlp(nn.Module):
             weights = (first["weight"], first["bias"], second["weight"], second["bias"])
             return mlp(x, *weights, activation=fc1.activation, norm=norm, scale=scale, residual=residual)
         if quantized(fc1, fc2) and fc1.activation and not fc2.activation and fc2.smoothing is None and idle(drop):
-            return quantized_mlp(x, fc1, fc2, norm, scale, residual)
+            return quantized_mlp(x, fc1, fc2, fc1.activation, norm, scale, residual)
         return apply(fc2, apply(fc1, x, drop, norm=norm), drop, scale=scale, residual=residual)
 
     @staticmethod

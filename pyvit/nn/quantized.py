@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyvit.nn.linear import Linear, bypassed, plain
-from pyvit.ops.linear_int8 import Int8Layer, linear_int8, mlp_int8, pack, quantize_weight
+from pyvit.ops import linear_int8 as ops
+from pyvit.ops.linear_int8 import Int8Layer, quantize_weight
 from pyvit.ops.prepacked import Norm
 
 
@@ -29,7 +30,7 @@ class QuantizedLinear(nn.Module):
 
     Buffers, as in ``state_dict``: ``weight`` (M, K) int8; ``weight_scale`` (M,) and, with factors, ``smoothing`` (K,),
     which is 1 / factors: float32 whatever the module is cast to. The weight in the order in which it is multiplied is
-    not saved; it is made anew where the weight has changed.
+    not saved; it is made anew where the weight has changed. ``dtype``: of the float weight that they stand for.
     """
 
     fuses_residual = True  # see pyvit.nn.residual.fusion_args
@@ -44,21 +45,36 @@ class QuantizedLinear(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             wanted = layer.weight if factors is None else layer.weight.detach().float() * factors
             weight, scale = quantize_weight(wanted)
+        self._set(layer, name, weight, scale, factors)
+
+    @classmethod
+    def without_values(cls, layer: nn.Linear, name: str = "") -> QuantizedLinear:
+        """A layer of the shape of ``layer``, which may be on the meta device, whose weight ``load_state_dict`` sets."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        rows, columns = layer.weight.shape
+        weight, scale = torch.zeros(rows, columns, dtype=torch.int8, device="cpu"), torch.ones(rows, device="cpu")
+        self._set(layer, name, weight, scale, None)
+        return self
+
+    def _set(self, layer: nn.Linear, name: str, weight: Tensor, scale: Tensor, factors: Tensor | None) -> None:
         self.in_features, self.out_features, self.name = layer.in_features, layer.out_features, name
         self.activation: str | None = getattr(layer, "activation", None)
+        self.dtype = layer.weight.dtype
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
         self.register_buffer("smoothing", None if factors is None else 1.0 / factors.float())
         self.register_parameter("bias", layer.bias)
         self.training = layer.training
         self.original: list[nn.Linear] = []  # the layer replaced, if it is kept; no submodule
-        self._pack()
+        self.pack()
 
-    def _pack(self) -> None:
+    def pack(self) -> None:
+        """Brings the weight into the order in which it is multiplied."""
         if self.weight.is_inference():  # whose changes PyTorch does not count
             with torch.inference_mode(False):
                 self._buffers["weight"] = self.weight.clone()
-        self.packed = pack(self.weight)
+        self.packed = ops.pack(self.weight)
         self.version = _version(self.weight)
 
     def dequantized(self) -> nn.Linear:
@@ -67,9 +83,8 @@ class QuantizedLinear(nn.Module):
         if self.original and _version(self.weight) == self.version:
             layer = self.original[0]
         else:
-            dtype = torch.float32 if self.bias is None else self.bias.dtype
             sizes = (self.in_features, self.out_features, self.bias is not None)
-            layer = Linear(*sizes, self.activation, device=self.weight.device, dtype=dtype)
+            layer = Linear(*sizes, self.activation, device=self.weight.device, dtype=self.dtype)
             with torch.no_grad():
                 weight = self.weight * self.weight_scale[:, None]
                 layer.weight.copy_(weight if self.smoothing is None else weight * self.smoothing)
@@ -84,10 +99,28 @@ class QuantizedLinear(nn.Module):
         self, x: Tensor, norm: Norm | None = None, scale: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """residual + scale * layer(norm(x)), the arguments as of :func:`pyvit.ops.linear`."""
+        return self.multiply(x, self.activation, self.bias, norm, scale, residual)
+
+    def multiply(
+        self,
+        x: Tensor,
+        activation: str | None = None,
+        bias: Tensor | None = None,
+        norm: Norm | None = None,
+        scale: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """residual + scale * activation(norm(x) W^T + bias), whatever activation and bias the layer itself has."""
         self.refuse_training()
         y, norm = self.smooth(x, norm)
-        out = linear_int8(y, self.int8(), activation=self.activation, norm=norm, scale=scale, residual=residual)
+        layer = self.int8()._replace(bias=bias)
+        out = ops.linear_int8(y, layer, activation=activation, norm=norm, scale=scale, residual=residual)
         return without_gradient(self.name, out, x, residual)
+
+    @property
+    def int8_original_dtype(self) -> torch.dtype:
+        """``dtype`` by the name under which open_clip asks for it."""
+        return self.dtype
 
     def smooth(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Norm | None]:
         """x and norm with the channels that the layer gets divided by its factors."""
@@ -116,7 +149,8 @@ class QuantizedLinear(nn.Module):
                 self._buffers[name] = kept.to(now.device)
         for layer in self.original:
             layer._apply(fn, recurse)
-        self._pack()
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        self.pack()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -131,7 +165,7 @@ class QuantizedLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._pack()
+        self.pack()
 
     def extra_repr(self) -> str:
         activation = f", activation={self.activation}" if self.activation else ""
@@ -152,17 +186,57 @@ def quantized_mlp(
     x: Tensor,
     fc1: QuantizedLinear,
     fc2: QuantizedLinear,
-    norm: Norm | None,
-    scale: Tensor | None,
-    residual: Tensor | None,
+    activation: str,
+    norm: Norm | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """residual + scale * fc2(fc1(norm(x))) in one call; the activation is that of fc1. fc2 must have no
-    factors: its input is rounded within the call."""
+    """residual + scale * fc2(activation(fc1(norm(x)))) in one call. fc2 must have no factors: its input is rounded
+    within the call."""
     fc1.refuse_training()
     given, (x, norm) = x, fc1.smooth(x, norm)
-    activation = fc1.activation or ""
-    out = mlp_int8(x, fc1.int8(), fc2.int8(), activation=activation, norm=norm, scale=scale, residual=residual)
+    layers = fc1.int8(), fc2.int8()
+    out = ops.mlp_int8(x, *layers, activation=activation, norm=norm, scale=scale, residual=residual)
     return without_gradient(fc1.name, out, given, residual)
+
+
+def quantized_attention(
+    x: Tensor,
+    qkv: QuantizedLinear,
+    proj: QuantizedLinear,
+    num_heads: int,
+    is_causal: bool,
+    norm: Norm | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor | None:
+    """residual + scale * proj(attention(qkv(norm(x)))) in one call, with x (B, N, C); None where no call computes
+    that."""
+    if qkv.activation or proj.activation or proj.smoothing is not None:
+        return None
+    x, norm = qkv.smooth(x, norm)
+    return ops.attention_branch(x, qkv.int8(), proj.int8(), num_heads, is_causal, norm, scale, residual)
+
+
+def quantized_window_attention(
+    x: Tensor,
+    qkv: QuantizedLinear,
+    proj: QuantizedLinear,
+    window_size: Sequence[int],
+    shift_size: Sequence[int],
+    num_heads: int,
+    bias_table: Tensor,
+    mask_padding: bool,
+    norm: Norm | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor | None:
+    """As :func:`quantized_attention`, in windows, with x (B, H, W, C)."""
+    if qkv.activation or proj.activation or proj.smoothing is not None:
+        return None
+    x, norm = qkv.smooth(x, norm)
+    windows = (window_size, shift_size, num_heads, bias_table, mask_padding)
+    return ops.window_attention_branch(x, qkv.int8(), proj.int8(), *windows, norm, scale, residual)
 
 
 class _WithoutGradient(torch.autograd.Function):

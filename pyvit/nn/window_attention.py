@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from pyvit.nn.constants import Constants
 from pyvit.nn.linear import Linear, apply, bypassed, idle, plain
 from pyvit.nn.patch_embed import pair
-from pyvit.nn.quantized import quantized
+from pyvit.nn.quantized import quantized, quantized_window_attention
 from pyvit.nn.rates import check_rate
-from pyvit.ops import layer_norm, linear_int8, window_attention
+from pyvit.ops import layer_norm, window_attention
 from pyvit.ops.prepacked import Norm, window_attention_branch
 from pyvit.ops.reference import relative_position_index
 
@@ -118,10 +118,8 @@ class WindowAttention(nn.Module):
             return None
         if plain(qkv) and plain(proj) and not qkv.activation and not proj.activation:
             return window_attention_branch(x, qkv, proj, *windows, norm, scale, residual)
-        if quantized(qkv, proj) and not qkv.activation and not proj.activation and proj.smoothing is None:
-            x, norm = qkv.smooth(x, norm)
-            layers = qkv.int8(), proj.int8()
-            return linear_int8.window_attention_branch(x, *layers, *windows, norm, scale, residual)
+        if quantized(qkv, proj):
+            return quantized_window_attention(x, qkv, proj, *windows, norm, scale, residual)
         return None
 
     def score_shape(self, x: Tensor) -> tuple[int, int, int]:

@@ -188,6 +188,11 @@ def mild(flip: bool) -> Augment:
     return Augment(RandomAffine(10.0, p=0.9), *_flip(flip))
 
 
+def flips(flip: bool) -> Augment:
+    """Random horizontal flips, if the data may be flipped."""
+    return Augment(*_flip(flip))
+
+
 def supervised(size: tuple[int, int], flip: bool, fill: tuple[float, ...]) -> Augment:
     """Random resized crop, flip and RandAugment, as DeiT, Swin and MAE's fine-tuning. :func:`erase` follows the
     normalisation."""

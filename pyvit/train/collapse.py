@@ -1,4 +1,4 @@
-"""Signs of collapse in self-distillation: the entropy of the teacher's outputs, and the rank of its features."""
+"""Signs of collapse: the rank of the features, and in self-distillation the entropy of the teacher's outputs."""
 
 from __future__ import annotations
 

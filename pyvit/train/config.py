@@ -54,12 +54,16 @@ class Config:
     min_lr: float | None = option(None, "learning rate of the last step", "[0, inf)")
     weight_decay: float | None = option(None, "weight decay, of matrices only", "[0, inf)")
     optimizer: str | None = option(
-        None, "adamw | sgd | lars | lamb; other than the recipe's needs --lr", choices=("adamw", "sgd", "lars", "lamb")
+        None,
+        "adamw | muon | sgd | lars | lamb; other than the recipe's needs --lr",
+        choices=("adamw", "muon", "sgd", "lars", "lamb"),
     )
-    beta1: float | None = option(None, "decay of the mean gradient, of adamw and lamb", "[0, 1)")
-    beta2: float | None = option(None, "decay of the mean squared gradient, of adamw and lamb", "[0, 1)")
-    eps: float | None = option(None, "added to the root of the mean squared gradient, of adamw and lamb", "(0, inf)")
-    momentum: float | None = option(None, "momentum of sgd and lars", "[0, 1)")
+    beta1: float | None = option(None, "decay of the mean gradient, of adamw, lamb and muon", "[0, 1)")
+    beta2: float | None = option(None, "decay of the mean squared gradient, of adamw, lamb and muon", "[0, 1)")
+    eps: float | None = option(
+        None, "added to the root of the mean squared gradient, of adamw, lamb and muon", "(0, inf)"
+    )
+    momentum: float | None = option(None, "momentum of sgd, lars and muon", "[0, 1)")
     warmup: float | None = option(None, "share of the steps with a linearly rising learning rate", "[0, 1)")
     clip: float | None = option(None, "largest gradient norm; 0 for none", "[0, inf)")
     layer_decay: float | None = option(None, "factor on the learning rate per block below the head", "(0, 1]")

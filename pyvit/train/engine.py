@@ -22,6 +22,7 @@ from pyvit.train.config import Config
 from pyvit.train.ema import WeightAverage, decay_at
 from pyvit.train.evaluated import Evaluated
 from pyvit.train.grad_cache import MicroBatch, cache, rng_state, set_rng_state
+from pyvit.train.heap import Trimmer
 from pyvit.train.initialisation import adopt, check_model, inherit
 from pyvit.train.log import Log, Progress, active_kernels, say
 from pyvit.train.optim import make_optimizer, parameter_groups
@@ -77,7 +78,7 @@ def resolve_config(config: Config) -> Config:
     of_model = recipe.model_defaults(config)
     options = {**of_model.pop("option", {}), **options}
     config = dataclasses.replace(config, option=[f"{k}={v!r}" for k, v in options.items()]).resolved(of_model)
-    settings = recipe.base_settings(recipe.options_of(config), config.optimizer)
+    settings = recipe.base_settings(config.optimizer)
     if config.lr is None and config.optimizer not in (None, settings["optimizer"]):
         raise SettingError(
             f"lr must be given with optimizer {config.optimizer}: the default of {config.recipe} is for "
@@ -87,6 +88,8 @@ def resolve_config(config: Config) -> Config:
     for name in ("beta1", "beta2", "eps", "momentum"):
         if name not in settings and getattr(config, name) is not None:
             raise SettingError(f"{name} must not be given with optimizer {config.optimizer}, which has none")
+    if config.fsdp and config.optimizer == "muon":
+        raise SettingError("fsdp must not be given with optimizer muon, whose steps need whole matrices")
     if config.ema and recipe.averages:
         raise SettingError(
             f"ema must be 0 with {config.recipe}, whose exported teacher is a moving average already, got {config.ema}"
@@ -181,6 +184,7 @@ class Run(Evaluated):
         self.signals, self.stop = StopSignals(), 0
         self.overflows = 0  # consecutive steps skipped because float16 overflowed
         self.best = Best(self.folder)
+        self.trim = Trimmer()
         self.waited = 0.0  # seconds that the current step has waited for data
         self.lock = Lock(self.folder)
         try:
@@ -396,6 +400,7 @@ class Run(Evaluated):
             while done < self.steps and not self._is_exhausted(done):
                 step, began, self.waited = done, time.perf_counter(), 0.0
                 values = self.step(step, batches)
+                self.trim()
                 if warning := self.recipe.warning(step, self.steps, values):
                     self.tell(f"step {step}: warning: {warning}")
                 done = step + 1

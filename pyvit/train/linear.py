@@ -29,9 +29,8 @@ class Linear(Recipe):
     }
     options: ClassVar[dict[str, Option]] = {
         "crop": Option(0.08, "smallest share of an image that a random crop keeps", "(0, 1]"),
-        "optimizer": Option("lars", "LARS for large batches, SGD for small data sets", choices=("lars", "sgd")),
     }
-    base_lr, base_batch = 0.1, 256
+    base_lr, base_batch, optimizer = 0.1, 256, "lars"
     classifies = True
     needs_init = "a run's folder or a checkpoint whose features to use"
 
@@ -43,7 +42,6 @@ class Linear(Recipe):
             raise ValueError(f"linear: data must have at least 2 classes, {data.name} has {', '.join(data.classes)}")
         if data.multilabel:
             raise ValueError(f"linear: each image must have one label, those of {data.name} have any number")
-        self.optimizer = self.opt["optimizer"]  # type: ignore[misc]
         self.model = build(config.model or "", data, config, num_classes=0)
         if config.init is not None:
             initialise(self.model, config.init)

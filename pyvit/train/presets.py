@@ -30,6 +30,7 @@ _SELF_DISTILLATION = {
     "prototypes": 512, "hidden": 256, "bottleneck": 64, "local_crops": 2, "local_size": 24, "global_crop": 0.6,
     "local_crop": 0.35, "drop_path": 0.0, "distort": False, "slant": 15.0, "momentum": 0.99, "weight_decay_end": 0.1,
 }  # fmt: skip
+_CLOTHES = {"lr": 2e-3, "warmup": 0.05, "optimizer": "muon"}
 _SHORT = {"epochs": 60, "batch_size": 128, "lr": 1e-3, "warmup": 0.1}
 
 _PICTURES = {
@@ -47,23 +48,39 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "warmup": 0.1,
         "option": {**_MILD, "augment": "none"},
     },
-    ("supervised", "fashion-mnist"): {"epochs": 8, "batch_size": 128, "lr": 2e-3, "warmup": 0.05, "option": _MILD},
-    ("finetune", "fashion-mnist"): {"epochs": 60, "batch_size": 64, "lr": 1e-3, "warmup": 0.1, "option": _MILD},
-    ("linear", "fashion-mnist"): {"epochs": 20, "batch_size": 256, "lr": 0.1, "option": {"crop": 0.8}},
-    ("mae", "fashion-mnist"): {
-        "epochs": 15,
+    ("supervised", "fashion-mnist"): {
+        **_CLOTHES,
+        "epochs": 6,
+        "batch_size": 128,
+        "option": {**_MILD, "augment": "flip"},
+    },
+    ("finetune", "fashion-mnist"): {
+        "epochs": 60,
+        "batch_size": 64,
+        "lr": 1e-3,
+        "warmup": 0.1,
+        "optimizer": "muon",
+        "option": _MILD,
+    },
+    ("linear", "fashion-mnist"): {
+        "epochs": 20,
         "batch_size": 256,
-        "lr": 2e-3,
-        "warmup": 0.05,
+        "lr": 0.1,
+        "optimizer": "sgd",
+        "option": {"crop": 0.8},
+    },
+    ("mae", "fashion-mnist"): {
+        **_CLOTHES,
+        "epochs": 8,
+        "batch_size": 256,
         "option": {"decoder_dim": 48, "decoder_depth": 2, "decoder_heads": 3, "crop": 0.6},
     },
     ("simclr", "fashion-mnist"): {
+        **_CLOTHES,
         "epochs": 6,
         "batch_size": 256,
-        "lr": 2e-3,
-        "warmup": 0.05,
         "weight_decay": 0.05,
-        "option": {"hidden": 256, "out": 64, "crop": 0.3, "strength": 0.5, "optimizer": "adamw", "temperature": 0.2},
+        "option": {"hidden": 256, "out": 64, "crop": 0.3, "strength": 0.5, "temperature": 0.2},
     },
     ("dino", "fashion-mnist"): {
         "epochs": 5,
@@ -94,7 +111,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         },
     },
     ("finetune", "digits"): {"epochs": 30, "batch_size": 64, "lr": 1e-3, "option": _MILD},
-    ("linear", "digits"): {"epochs": 30, "batch_size": 128, "lr": 0.1, "option": {"crop": 0.8, "optimizer": "sgd"}},
+    ("linear", "digits"): {"epochs": 30, "batch_size": 128, "lr": 0.1, "optimizer": "sgd", "option": {"crop": 0.8}},
     ("mae", "digits"): {
         **_SHORT,
         "epochs": 300,
@@ -109,7 +126,6 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
             "crop": 0.6,
             "slant": 15.0,
             "strength": 0.5,
-            "optimizer": "adamw",
             "temperature": 0.2,
         },
     },

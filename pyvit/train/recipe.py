@@ -92,14 +92,15 @@ class Recipe(nn.Module):
         return {}
 
     @classmethod
-    def base_settings(cls, options: Mapping[str, Any], optimizer: str | None = None) -> dict[str, Any]:
-        """Defaults of Config fields under the recipe's ``options``; those of ``optimizer`` if it is given."""
-        own = options.get("optimizer", cls.optimizer)
-        chosen = optimizer or own
-        found = {"optimizer": own, "min_lr": 0.0, "ema": 0.0}
-        if chosen in ("adamw", "lamb"):
+    def base_settings(cls, optimizer: str | None = None) -> dict[str, Any]:
+        """Defaults of Config fields; those of ``optimizer`` if it is given."""
+        chosen = optimizer or cls.optimizer
+        found = {"optimizer": cls.optimizer, "min_lr": 0.0, "ema": 0.0}
+        if chosen in ("adamw", "lamb", "muon"):
             found |= {"beta1": cls.betas[0], "beta2": cls.betas[1], "eps": 1e-6 if chosen == "lamb" else cls.eps}
-        else:
+        if chosen == "muon":
+            found |= {"momentum": 0.95}
+        elif chosen in ("sgd", "lars"):
             found |= {"momentum": cls.momentum}
         return {**found, **cls.defaults}
 

@@ -13,6 +13,7 @@ from pyvit.losses import NTXentLoss
 from pyvit.models.encoders import image_encoder
 from pyvit.models.resnet import ResNet
 from pyvit.train import augment
+from pyvit.train.collapse import ROWS, feature_rank
 from pyvit.train.config import Config
 from pyvit.train.options import Option, parse
 from pyvit.train.recipe import Contrastive, Views, build, initialise
@@ -46,21 +47,22 @@ class SimCLR(Contrastive):
         "crop": Option(0.08, "smallest share of an image that a random crop keeps", "(0, 1]"),
         "strength": Option(1.0, "strength of the colour distortion", "[0, 2.5]"),
         "slant": Option(0.0, "largest rotation and shear in degrees", "[0, 180)"),
-        "optimizer": Option("lars", "LARS for ResNets, AdamW for transformers", choices=("lars", "adamw")),
     }
-    base_lr, base_batch = 0.3, 256
+    shown: ClassVar[tuple[str, ...]] = ("loss", "feature_rank")
+    base_lr, base_batch, optimizer = 0.3, 256, "lars"
     #: AdamW's rate for 256 images and weight decay, for transformers (Chen et al., "MoCo v3", 2021, section 4).
     adamw_base_lr, adamw_weight_decay = 1.5e-4, 0.1
 
     @classmethod
     def model_defaults(cls, config: Config) -> dict[str, Any]:
+        """AdamW for transformers, LARS for ResNets."""
         found = image_encoder(config.model or "", parse(config.set, "set"))
-        given = parse(config.option, "option").get("optimizer")
-        if (given or ("lars" if found is not None and found.constructor is ResNet else "adamw")) == "lars":
+        resnet = found is not None and found.constructor is ResNet
+        if (config.optimizer or ("lars" if resnet else "adamw")) != "adamw":
             return {}
         batch = config.batch_size or cls.defaults["batch_size"]
         lr = cls.adamw_base_lr * batch / cls.base_batch
-        return {"option": {"optimizer": "adamw"}, "lr": lr, "weight_decay": cls.adamw_weight_decay}
+        return {"optimizer": "adamw", "lr": lr, "weight_decay": cls.adamw_weight_decay}
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__(config, data)
@@ -68,7 +70,6 @@ class SimCLR(Contrastive):
             raise ValueError(
                 f"{config.recipe}: data must be images, whose colours the paper distorts, {data.name} is sound"
             )
-        self.optimizer = self.opt["optimizer"]  # type: ignore[misc]
         self.model = build(config.model or "", data, config, num_classes=0)
         if config.init is not None:
             initialise(self.model, config.init)
@@ -105,7 +106,8 @@ class SimCLR(Contrastive):
 
     def compare(self, embeddings: dict[str, Tensor]) -> dict[str, Tensor]:
         z1, z2 = self.head(torch.cat([embeddings["one"], embeddings["two"]])).chunk(2)
-        return {"loss": self.loss(z1, z2)}
+        rank = feature_rank(embeddings["one"][:ROWS].detach())
+        return {"loss": self.loss(z1, z2), "feature_rank": rank}
 
     def evaluate(self, data: Data) -> dict[str, float]:
         from pyvit.eval.knn import knn_accuracy_of

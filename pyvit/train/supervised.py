@@ -36,7 +36,11 @@ class Supervised(Recipe):
         "clip": 0.0,
     }
     options: ClassVar[dict[str, Option]] = {
-        "augment": Option("standard", "strong, mild or no augmentation", choices=("standard", "mild", "none")),
+        "augment": Option(
+            "standard",
+            "strong augmentation, small rotations and shifts, horizontal flips alone, or none",
+            choices=("standard", "mild", "flip", "none"),
+        ),
         "mixup": Option(0.8, "alpha of mixup's Beta distribution; 0 for none", "[0, inf)"),
         "cutmix": Option(1.0, "alpha of CutMix's Beta distribution; 0 for none", "[0, inf)"),
         "smoothing": Option(0.1, "label smoothing", "[0, 1)"),
@@ -99,6 +103,7 @@ class Supervised(Recipe):
                 else augment.supervised(data.size, data.flip, tuple(data.mean))
             ),
             "mild": lambda: augment.mild(data.flip),
+            "flip": lambda: augment.flips(data.flip),
             "none": augment.Augment,
         }
         self.augment = kinds[o["augment"]]()

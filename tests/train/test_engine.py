@@ -355,3 +355,18 @@ def test_hugging_face_folder(tmp_path):
     assert data.classes == ["a", "b"]
     assert len(data.train) + len(data.test) == 12
     assert data.train.fetch([0])["image"].shape == (1, 3, 16, 16)
+
+
+def test_few_training_images():
+    """Equally many of each class, always the same, of those that the validation split leaves."""
+    whole, few = load_data("digits"), load_data("digits", train_images=25)
+    assert torch.as_tensor(few.train.labels).bincount().tolist() == [3] * 5 + [2] * 5
+    assert len(few.test) == len(whole.test)
+    assert torch.equal(few.train.images, load_data("digits", train_images=25).train.images)
+    chosen = load_data("digits", validation=0.2, train_images=25)
+    assert len(chosen.test) == len(load_data("digits", validation=0.2).test) > 250
+    assert len(chosen.train) == 25
+    with pytest.raises(ValueError, match="train_images: 9 images need 0 of each of 10 classes, and at least 1"):
+        load_data("digits", train_images=9)
+    with pytest.raises(ValueError, match="train_images: must be in 1"):
+        load_data("digits", train_images=2000)

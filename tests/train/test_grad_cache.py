@@ -93,7 +93,7 @@ def test_both_forward_passes_draw_alike(name):
 def test_the_engine_keeps_the_negatives(tmp_path):
     """The initial loss of 16 images is about ln 31, with micro-batches of 1 and of 16; a micro-batch of 4 would have ln
     7."""
-    first = []
+    first, ranks = [], []
     for accumulate in (1, 4, 16):
         settings = {**RECIPES["simclr"], "option": ["hidden=16", "out=8", "temperature=10.0"]}
         out = tmp_path / str(accumulate)
@@ -102,8 +102,11 @@ def test_the_engine_keeps_the_negatives(tmp_path):
                 recipe="simclr", steps=2, batch_size=16, accumulate=accumulate, log_every=1, out=str(out), **settings
             )
         )
-        first.append(json.loads((out / "log.jsonl").read_text().splitlines()[0])["loss"])
+        line = json.loads((out / "log.jsonl").read_text().splitlines()[0])
+        first.append(line["loss"])
+        ranks.append(line["feature_rank"])
     assert first == pytest.approx([3.434] * 3, abs=0.1)
+    assert all(2 < rank < 16 for rank in ranks)  # of the whole batch; micro-batches of 1 alone have 1
 
 
 def test_what_has_no_negatives_is_refused(tmp_path):
