@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function
 
 from pyvit.integrations import originals
 from pyvit.integrations.common import usable
@@ -28,7 +28,10 @@ from pyvit.nn.linear import hooked
 from pyvit.ops import flash_attention
 
 _WIDEST = 256  # largest head dimension of the kernels
-NOTE = "flash_attention for the products that its own code writes out"
+#: Smallest head dimension that is recorded: models with smaller ones (LeViT, SHViT, TNT) were slower in coarse
+#: measurements than with torch's products.
+_NARROWEST = 32
+NOTE = f"flash_attention for the products that its own code writes out, heads of {_NARROWEST} channels and more"
 
 
 def writes_out(module: nn.Module) -> bool:
@@ -94,7 +97,7 @@ _IN_PLACE |= {"__setitem__"}
 class _Recording(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
-        self.fused, self.open = 0, False
+        self.fused, self.open, self.paused = 0, False, False
         self.pending: list[weakref.ref[Recorded]] = []
 
     def __enter__(self) -> _Recording:
@@ -107,6 +110,8 @@ class _Recording(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.paused:  # the values of a recorded tensor are computed
+            return function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         if name in _PRODUCTS and len(args) == 2 and not kwargs:
             if (out := self._product(function, *args)) is not None:
@@ -127,7 +132,7 @@ class _Recording(TorchFunctionMode):
                 out = None if out is None else out.mT
             self.fused += out is not None
             return out
-        if servable(a) and servable(b) and 3 <= a.dim() == b.dim() <= 5 and 0 < a.shape[-1] <= _WIDEST:
+        if servable(a) and servable(b) and 3 <= a.dim() == b.dim() <= 5 and _suits(a.shape[-1]):
             same = a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2] and a.dtype == b.dtype
             if same and a.device == b.device and a.shape[-2] and b.shape[-1]:
                 return self._remember(Recorded(self, (function, (a, b), {}), a, b))
@@ -144,6 +149,10 @@ class _Recording(TorchFunctionMode):
             if (recorded := reference()) is not None:
                 recorded.value()
         self.pending.clear()
+
+
+def _suits(width: int) -> bool:
+    return _NARROWEST <= width <= _WIDEST
 
 
 def _writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -214,14 +223,19 @@ class Recorded:
         """The values, computed as they were written."""
         if self._computed is None:
             function, args, kwargs = self.origin
-            with torch._C.DisableTorchFunction():
-                self._computed = function(*map(_value, args), **kwargs)
+            args, paused = tuple(map(_value, args)), self.recording.paused
+            self.recording.paused = True
+            try:
+                # Within another module's recording, the result is recorded by that one.
+                self._computed = _value(function(*args, **kwargs))
+            finally:
+                self.recording.paused = paused
         return self._computed
 
     def attend(self, v: Tensor) -> Tensor | None:
         """The product of the attention weights with values (..., Nk, dv), or None where pyvit does not compute it."""
         a, k = self.a, self.b.mT
-        if self._computed is not None or not servable(v) or not 0 < v.shape[-1] <= _WIDEST:
+        if self._computed is not None or not servable(v) or not _suits(v.shape[-1]):
             return None
         if v.dim() != a.dim() or v.shape[:-1] != k.shape[:-1] or a.dtype != v.dtype:
             return None
@@ -247,10 +261,9 @@ class Recorded:
     __hash__ = object.__hash__
 
     def _call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch._C.DisableTorchFunction():  # the recording does not see what it computes itself
-            if self.recording.open:
-                return self.recording.__torch_function__(function, (), (self, *args), kwargs)
-            return function(self.value(), *map(_value, args), **kwargs)
+        if self.recording.open:
+            return handle_torch_function(function, (self,), self, *args, **kwargs)
+        return function(self.value(), *map(_value, args), **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -110,7 +110,7 @@ MODELS: dict[str, Callable[[], Model]] = {
     "timm vit unfused": lambda: timm_vit(False),
     "timm swin": lambda: (timm("swin_tiny_patch4_window7_224", **_SWIN), on(32, 32)),
     "timm swin v2": lambda: (timm("swinv2_tiny_window8_256", **_SWIN), on(32, 32)),
-    "timm swin v2 cr": lambda: (timm("swinv2_cr_tiny_224", **_SWIN), on(32, 32)),
+    "timm swin v2 cr": lambda: (timm("swinv2_cr_tiny_224", **{**_SWIN, "embed_dim": 64}), on(32, 32)),
     "timm mvit": timm_mvit,
     "timm eva": lambda: (timm("eva02_tiny_patch14_224", **_VIT), on(16, 16)),
     "transformers vit": _hf_vit,

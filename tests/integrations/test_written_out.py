@@ -11,7 +11,7 @@ from pyvit.integrations import written_out
 from tests.integrations.checks import check_rule, results
 from tests.models.parity import randomise, relative_error
 
-HEADS, TOKENS, WIDTH = 3, 10, 24
+HEADS, TOKENS, WIDTH = 3, 10, 96
 
 
 class Attention(nn.Module):
@@ -185,6 +185,59 @@ def test_outputs_and_gradients(kind, monkeypatch):
 def test_a_module_that_keeps_its_weights_is_left():
     report = pyvit.accelerate(nn.Sequential(Keeps()))
     assert [row.note for row in report.left] == ["not a class that pyvit knows"]
+
+
+def test_narrow_heads_are_computed_as_written(monkeypatch):
+    class Narrow(Scaled):
+        def heads(self, x):
+            return [t[..., :16] for t in super().heads(x)]
+
+        def out(self, x):
+            return x.transpose(1, 2).flatten(2)
+
+    module = randomise(Narrow())
+    expected, calls = call(module), calls_of_ours(monkeypatch)
+    pyvit.accelerate(module)
+    assert torch.equal(call(module), expected)
+    assert not calls
+
+
+def test_a_value_asked_for_within_the_forward(monkeypatch):
+    class Asks(Scaled):
+        def forward(self, x):
+            q, k, v = self.heads(x)
+            attn = q @ k.transpose(-2, -1)
+            assert attn.requires_grad and attn.mT.shape == attn.shape and type(attn.data) is torch.Tensor
+            return self.out(attn.softmax(-1) @ v)
+
+    module = randomise(Asks())
+    expected, calls = call(module), calls_of_ours(monkeypatch)
+    pyvit.accelerate(module)
+    for _ in range(2):
+        assert relative_error(call(module), expected) < 1e-6
+    assert not calls
+
+
+def test_a_recorded_tensor_given_to_a_module_that_records(monkeypatch):
+    class Inner(nn.Module):
+        def forward(self, attn, v):
+            again = (v @ v.transpose(-2, -1)).softmax(-1)
+            return (attn + 1.0).amax(-1, keepdim=True) * (again @ v)
+
+    class Outer(Scaled):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x):
+            q, k, v = self.heads(x)
+            return self.out(self.inner(q @ k.transpose(-2, -1), v) + (q @ v.transpose(-2, -1)).softmax(-1) @ v)
+
+    module = randomise(Outer())
+    expected, calls = call(module), calls_of_ours(monkeypatch)
+    pyvit.accelerate(module)
+    assert relative_error(call(module), expected) < 1e-6
+    assert len(calls) == 2
 
 
 def test_hooks_see_the_weights(monkeypatch):
