@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyvit.integrations import originals, written_out
+from pyvit.integrations import originals
 from pyvit.integrations.common import Rule
 from pyvit.integrations.forwards import Forward, Left, Reason, forwards, kind, put, take_away
 from pyvit.integrations.functional import calls_sdpa, sdpa
@@ -231,8 +231,6 @@ def _rule_of(module: nn.Module) -> Rule | None:
     if type(module).__module__.startswith("transformers."):
         library = importlib.import_module(f"{__name__}.transformers")
         return library.interface if library.calls_interface(type(module)) else None
-    if type(module).__module__.partition(".")[0] not in _LIBRARIES and written_out.writes_out(module):
-        return written_out.rule
     return None
 
 

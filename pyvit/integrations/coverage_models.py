@@ -180,7 +180,8 @@ def timm_cases(progress: Callable[[str], None]) -> list[Case]:
         except Exception:  # values that its constructor reads
             model = _make_timm(names[0])
         if kinds := attention_kinds(model):
-            groups[(cls, *kinds)] += names
+            key = (cls, *kinds)
+            groups[key] += names
     return [
         Case("timm", cls, min(names, key=lambda name: (*_timm_size(name, arguments[name][1]), name)), (*sorted(names),))
         for (cls, *_), names in sorted(groups.items())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvit.integrations import originals, written_out
+from pyvit.integrations import originals
 from pyvit.integrations.common import (
     Rule,
     are_one,
@@ -317,40 +316,11 @@ def unlike(reason: str) -> Rule:
     return rule
 
 
-def multiscale(module: nn.Module) -> Iterator[Replacement]:
-    needs = "num_heads scale has_cls_token dim_out qkv pool_q norm_q pool_k norm_k pool_v norm_v rel_pos_type "
-    may = "residual_pooling rel_pos_h rel_pos_w proj head_dim kernel_size"
-    yield Replacement(module, _multiscale, "flash_attention", needs=needs, may=may)
-
-
-def _multiscale(module: Any, x: Tensor, feat_size: list[int]) -> tuple[Tensor, list[int]]:
-    """MViTv2's: pooled queries, keys and values, with relative positions that depend on the queries; (B, N, C) and
-    (H, W) -> (B, N', dim_out) and the size of the pooled map."""
-    file = sys.modules[type(module).__module__]
-    qkv = project(module.qkv, x).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, N, d)
-    heads, sizes = [], []
-    for t, name in zip(qkv.unbind(0), "qkv", strict=True):
-        pool, norm, size = getattr(module, f"pool_{name}"), getattr(module, f"norm_{name}"), feat_size
-        if pool is not None:
-            t, token = file.reshape_pre_pool(t, feat_size, module.has_cls_token)
-            t, size = file.reshape_post_pool(pool(t), module.num_heads, token)
-        heads.append(t if norm is None else norm(t))
-        sizes.append(size)
-    q, k, v = heads
-    bias = None
-    if module.rel_pos_type == "spatial":
-        zeros = q.new_zeros(*q.shape[:3], k.shape[2])
-        tables = module.rel_pos_h, module.rel_pos_w
-        bias = file.cal_rel_pos_type(zeros, q, module.has_cls_token, *sizes[:2], *tables)
-    out: Any = flash_attention(q, k, v, bias=bias, scale=module.scale)
-    out = out + q if module.residual_pooling else out
-    return project(module.proj, out.transpose(1, 2).flatten(2)), sizes[0]
-
-
 _LINEAR = "linear attention: no softmax of the products of queries and keys"
 _CHANNELS = "attends over channels, not tokens"
 _TALKING = "talking heads: a linear layer between the scores of its heads"
 _SMALL = "small heads, which were not faster on pyvit's kernels in coarse measurements"
+_WRITTEN_OUT = "writes attention out; pyvit's kernels were not faster in its place in coarse measurements at batch 1"
 _UNLIKE = {
     "layers.lambda_layer.LambdaLayer": _LINEAR,
     "models.cait.TalkingHeadAttn": _TALKING,
@@ -372,16 +342,19 @@ _UNLIKE = {
     "models.tnt.Attention": _SMALL,
     "models.volo.OutlookAttention": "its weights are no products of queries and keys",
     "models.xcit.XCA": _CHANNELS,
+    **dict.fromkeys(
+        (
+            "layers.bottleneck_attn.BottleneckAttn",
+            "layers.halo_attn.HaloAttn",
+            "models.convit.MHSA",
+            "models.gcvit.WindowAttentionGlobal",
+            "models.mvitv2.MultiScaleAttention",
+            "models.swin_transformer_v2_cr.WindowMultiHeadAttention",
+            "models.volo.ClassAttention",
+        ),
+        _WRITTEN_OUT,
+    ),
 }
-#: Classes that write attention out.
-_WRITTEN_OUT = (
-    "layers.bottleneck_attn.BottleneckAttn",
-    "layers.halo_attn.HaloAttn",
-    "models.convit.MHSA",
-    "models.gcvit.WindowAttentionGlobal",
-    "models.swin_transformer_v2_cr.WindowMultiHeadAttention",
-    "models.volo.ClassAttention",
-)
 
 RULES: dict[str, Rule] = {
     "timm.layers.attention.Attention": attention,
@@ -400,7 +373,5 @@ RULES: dict[str, Rule] = {
     "timm.models.swin_transformer.PatchMerging": merging,
     "timm.models.swin_transformer_v2.SwinTransformerV2Block": swin,
     "timm.models.swin_transformer_v2.WindowAttention": known,
-    "timm.models.mvitv2.MultiScaleAttention": multiscale,
     **{f"timm.{name}": unlike(reason) for name, reason in _UNLIKE.items()},
-    **dict.fromkeys((f"timm.{name}" for name in _WRITTEN_OUT), written_out.rule),
 }

@@ -36,12 +36,6 @@ _VIT = {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 16, "patch_size
 _SWIN = {"embed_dim": 16, "depths": (2, 1), "num_heads": (2, 4), "window_size": 4, "img_size": 32}
 
 
-def timm_mvit() -> Model:
-    mvit = peers.peer("timm").models.mvitv2
-    config = mvit.MultiScaleVitCfg((1, 1), (16, 32), (2, 4), use_cls_token=True, residual_pooling=True)
-    return randomise(mvit.MultiScaleVit(config, 32, num_classes=7)).eval(), on(32, 32)
-
-
 def timm_vit(fused: bool = True) -> Model:
     model = timm("vit_tiny_patch16_224", **_VIT)
     model.blocks[0].attn.fused_attn = fused
@@ -110,8 +104,6 @@ MODELS: dict[str, Callable[[], Model]] = {
     "timm vit unfused": lambda: timm_vit(False),
     "timm swin": lambda: (timm("swin_tiny_patch4_window7_224", **_SWIN), on(32, 32)),
     "timm swin v2": lambda: (timm("swinv2_tiny_window8_256", **_SWIN), on(32, 32)),
-    "timm swin v2 cr": lambda: (timm("swinv2_cr_tiny_224", **{**_SWIN, "embed_dim": 64}), on(32, 32)),
-    "timm mvit": timm_mvit,
     "timm eva": lambda: (timm("eva02_tiny_patch14_224", **_VIT), on(16, 16)),
     "transformers vit": _hf_vit,
     "transformers vit eager": lambda: _hf_vit(attn_implementation="eager"),
