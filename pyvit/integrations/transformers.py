@@ -163,6 +163,7 @@ def _fused(module: Any, x: Tensor, mask: Tensor | None, causal: bool | None, rop
 
 
 _TABLE = "ALL_ATTENTION_FUNCTIONS"
+_SEQUENCES = "attends to one sequence of a packed batch at a time, which was not faster in coarse measurements"
 _WIDEST = 256  # largest head dimension of the kernels
 
 
@@ -186,6 +187,8 @@ def interface(module: Any) -> Iterator[Replacement | Left]:
         yield Left(module, _CHOSEN.format(implementation))
     elif (reason := _foreign(implementation)) is not None:
         yield Left(module, reason)
+    elif "cu_seqlens" in type(module).forward.__code__.co_varnames:
+        yield Left(module, _SEQUENCES)
     elif implementation == "eager" and not _is_plain(type(module).forward.__globals__.get("eager_attention_forward")):
         yield Left(module, "its eager attention function is not softmax(q k + mask) v")
     else:
