@@ -124,9 +124,9 @@ def test_masks_and_hooks_of_attention():
     assert seen == [(2, 3, 6, 6)]
 
 
-def test_what_is_not_known_is_said():
+def test_what_is_left_has_a_reason():
     report = pyvit.accelerate(timm.create_model("cait_xxs24_224", depth=1))
-    assert [row.note for row in report.left] == ["not a class that pyvit knows"]
+    assert [row.note for row in report.left] == ["talking heads: a linear layer between the scores of its heads"]
     assert counts(report) == {"Conv2d": 1, "ClassAttn": 2, "Mlp": 3}
 
 
