@@ -80,7 +80,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "epochs": 6,
         "batch_size": 256,
         "weight_decay": 0.05,
-        "option": {"hidden": 256, "out": 64, "crop": 0.3, "strength": 0.5, "temperature": 0.2},
+        "option": {"hidden": 256, "out": 64, "crop": 0.5, "strength": 0.5, "temperature": 0.07},
     },
     ("dino", "fashion-mnist"): {
         "epochs": 5,
