@@ -7,6 +7,7 @@ initial weights, heads, losses and augmentations.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,13 +39,19 @@ def rows() -> Iterator[Row]:
     yield from (row for row in ROWS if row.peers)
 
 
-def _vit(**options: Any) -> nn.Module:
-    """timm's ViT with the sizes of vit_pico_patch4_28."""
-    import timm
+def _vit(config: Config, **options: Any) -> nn.Module:
+    """timm's ViT with the sizes of vit_pico_patch4_28, or of vit_pico_conv_s8_32 with its stem in plain PyTorch."""
+    from timm.layers import HybridEmbed
+    from timm.models.vision_transformer import VisionTransformer
 
-    return timm.create_model(
-        "vit_tiny_patch16_224", img_size=28, patch_size=4, embed_dim=96, depth=4, num_heads=3, **options
-    )
+    sizes: dict[str, Any] = {"img_size": config.image_size or 28, "embed_dim": 96, "depth": 4, "num_heads": 3}
+    if "conv_s8" not in (config.model or ""):
+        return VisionTransformer(patch_size=4, **sizes, **options)
+    layers: list[nn.Module] = []
+    for cin, cout in ((3, 24), (24, 48), (48, 96)):
+        layers += [nn.Conv2d(cin, cout, 3, 2, 1, bias=False), nn.BatchNorm2d(cout), nn.ReLU()]
+    embed: Any = partial(HybridEmbed, backbone=nn.Sequential(*layers))
+    return VisionTransformer(patch_size=1, embed_layer=embed, global_pool="avg", fc_norm=False, **sizes, **options)
 
 
 def _normalize(data: Data) -> Callable[[Tensor], Tensor]:
@@ -98,13 +105,17 @@ def _shuffled(count: int, batch: int) -> Iterator[list[int]]:
 
 def _start(config: Config) -> tuple[Data, dict[str, Any], int]:
     """The data, the recipe's options and the batch size of ``config``."""
-    return load_data(config.data), load_recipe(config.recipe).options_of(config), config.batch_size or 1
+    return (
+        load_data(config.data, config.image_size),
+        load_recipe(config.recipe).options_of(config),
+        config.batch_size or 1,
+    )
 
 
 def timm(config: Config, seconds: float) -> Outcome:
     """timm's ViT, supervised, on the images of pyvit's recipe."""
     data, option, batch = _start(config)
-    normalize, model = _normalize(data), _vit(num_classes=10)
+    normalize, model = _normalize(data), _vit(config, num_classes=10)
     images, labels = data.train.images, labels_of(data.train)  # type: ignore[attr-defined]
     distort = {"mild": augment.mild, "flip": augment.flips}.get(option["augment"], lambda flip: nn.Identity())(
         data.flip
@@ -142,13 +153,13 @@ def lightly_simclr(config: Config, seconds: float) -> Outcome:
 
     data, option, batch = _start(config)
     transform = SimCLRTransform(
-        input_size=28,
+        input_size=config.image_size or 28,
         min_scale=option["crop"],
         cj_strength=option["strength"],
         gaussian_blur=0.0,  # as lightly's documentation advises for images of 32 pixels
         normalize=_statistics(data),
     )
-    model = nn.ModuleList([_vit(num_classes=0), SimCLRProjectionHead(96, option["hidden"], option["out"])])
+    model = nn.ModuleList([_vit(config, num_classes=0), SimCLRProjectionHead(96, option["hidden"], option["out"])])
     criterion = NTXentLoss(option["temperature"])
 
     def loss_of(views: list[Tensor]) -> Tensor:
@@ -168,7 +179,7 @@ def lightly_dino(config: Config, seconds: float) -> Outcome:
     data, option, batch = _start(config)
     local = option["local_size"] or 12
     transform = DINOTransform(
-        global_crop_size=28,
+        global_crop_size=config.image_size or 28,
         global_crop_scale=(option["global_crop"], 1.0),
         local_crop_size=local,
         local_crop_scale=(option["local_crop"], option["global_crop"]),
@@ -183,7 +194,7 @@ def lightly_dino(config: Config, seconds: float) -> Outcome:
     def network(freeze: int) -> nn.ModuleList:
         sizes = (option["hidden"], option["bottleneck"], option["prototypes"])
         head = DINOProjectionHead(96, *sizes, batch_norm=option["batch_norm"], freeze_last_layer=freeze)
-        return nn.ModuleList([_vit(num_classes=0, dynamic_img_size=True), head])
+        return nn.ModuleList([_vit(config, num_classes=0, dynamic_img_size=True), head])
 
     student, teacher = network(1), network(-1).requires_grad_(False)
     teacher.load_state_dict(student.state_dict())

@@ -34,14 +34,22 @@ class Row:
 
 
 _FASHION = "--data fashion-mnist --precision bf16"
+_STEM = "--model vit_pico_conv_s8_32 --image-size 32"
 _FEW = f"{_FASHION} --train-images 1000"
 
 ROWS = (
     Row("supervised-vit", f"supervised {_FASHION}", "supervised", peers=("timm",)),
     Row("supervised-conv", f"supervised {_FASHION} --model vit_pico_conv_s4_28", "supervised"),
     Row("supervised-swin", f"supervised {_FASHION} --model swin_pico_patch2_window7_28 --epochs 4", "supervised"),
-    Row("simclr", f"simclr {_FASHION}", "self-supervised", probe=True, peers=("lightly_simclr",)),
-    Row("dino", f"dino {_FASHION}", "self-supervised", probe=True, sheets=("attention",), peers=("lightly_dino",)),
+    Row("simclr", f"simclr {_FASHION} {_STEM}", "self-supervised", probe=True, peers=("lightly_simclr",)),
+    Row(
+        "dino",
+        f"dino {_FASHION} {_STEM}",
+        "self-supervised",
+        probe=True,
+        sheets=("attention",),
+        peers=("lightly_dino",),
+    ),
     Row("dinov2", f"dinov2 {_FASHION}", "self-supervised", probe=True, sheets=("patches",)),
     Row("mae", f"mae {_FASHION}", "self-supervised", probe=True, sheets=("reconstruct",)),
     Row("mae-1000", f"finetune {_FEW}", "few labels", init="mae"),

@@ -17,7 +17,9 @@ _SWIN = {"embed_dim": 48, "depths": (2, 2), "num_heads": (2, 4), "drop_path_rate
 
 register("vit_pico_patch4_28", VisionTransformer, img_size=28, patch_size=4, **_VIT)
 register("vit_pico_conv_s4_28", HybridVisionTransformer, img_size=28, conv_channels=(24, 48), patch_size=1, **_VIT)
-register("vit_pico_conv_s8_32", HybridVisionTransformer, img_size=32, conv_channels=(24, 48, 96), patch_size=1, **_VIT)
+register(
+    "vit_pico_conv_s8_32", HybridVisionTransformer, img_size=32, conv_channels=(24, 48, 96), global_pool="avg", **_VIT
+)
 register("vit_pico_patch4_32", VisionTransformer, img_size=32, patch_size=4, **_VIT)
 register("vit_pico_patch8_32", VisionTransformer, img_size=32, patch_size=8, **_VIT)
 register("vit_pico_patch8_64", VisionTransformer, img_size=64, patch_size=8, **_VIT)
