@@ -217,7 +217,7 @@ def test_files_that_are_not_tokenizers(tmp_path):
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(ValueError, match=r"tokenizer: .*tokenizer\.json is not a tokenizer\.json"):
             load_tokenizer(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(FileNotFoundError, match="must be 'bytes' or the path"):
+    with pytest.raises(FileNotFoundError, match="must be 'bytes', 'bpe' or the path"):
         load_tokenizer(str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match="context_length must be above 2"):
         load_tokenizer(str(write_tokenizer(tmp_path / "own")), 2)
