@@ -9,8 +9,8 @@ import pytest
 
 from pyvit.train import heap
 
-#: In a new process, whose heap has no freed memory yet. Kept tensors lie between the freed ones, so that the heap cannot
-#: shrink from its end.
+#: In a new process, whose heap has no freed memory yet. Kept tensors lie between the freed ones, so that the heap
+#: cannot shrink from its end.
 PROGRAM = """
 import torch
 from pyvit.train import heap
