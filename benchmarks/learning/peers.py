@@ -186,8 +186,8 @@ def lightly_dino(config: Config, seconds: float) -> Outcome:
         n_local_views=option["local_crops"],
         cj_strength=0.0 if not option["distort"] else 0.5,
         random_gray_scale=0.0,
-        gaussian_blur=(0.0, 0.0, 0.0),
-        solarization_prob=0.0,
+        gaussian_blur=(1.0, 0.1, 0.5) if option["distort"] else (0.0, 0.0, 0.0),
+        solarization_prob=option["solarize"] if option["distort"] else 0.0,
         normalize=_statistics(data),
     )
 

@@ -320,6 +320,7 @@ _LINEAR = "linear attention: no softmax of the products of queries and keys"
 _CHANNELS = "attends over channels, not tokens"
 _TALKING = "talking heads: a linear layer between the scores of its heads"
 _SMALL = "small heads, which were not faster on pyvit's kernels in coarse measurements"
+_UNMEASURED = "small heads, which have not been tried on pyvit's kernels"
 _WRITTEN_OUT = "writes attention out; pyvit's kernels were not faster in its place in coarse measurements at batch 1"
 _UNLIKE = {
     "layers.lambda_layer.LambdaLayer": _LINEAR,
@@ -332,8 +333,8 @@ _UNLIKE = {
     "models.efficientformer_v2.Attention2d": _TALKING,
     "models.efficientvim.HSMSSD": "a state space model: no products of queries and keys",
     "models.mobilevit.LinearSelfAttention": _LINEAR,
-    "models.efficientformer.Attention": _SMALL,
-    "models.efficientformer_v2.Attention2dDownsample": _SMALL,
+    "models.efficientformer.Attention": _UNMEASURED,
+    "models.efficientformer_v2.Attention2dDownsample": _UNMEASURED,
     "models.efficientvit_msra.CascadedGroupAttention": _SMALL,
     "models.levit.Attention": _SMALL,
     "models.levit.AttentionDownsample": _SMALL,

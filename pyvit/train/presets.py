@@ -30,7 +30,7 @@ _SELF_DISTILLATION = {
     "prototypes": 512, "hidden": 256, "bottleneck": 64, "local_crops": 2, "local_size": 24, "global_crop": 0.6,
     "local_crop": 0.35, "drop_path": 0.0, "distort": False, "slant": 15.0, "momentum": 0.99, "weight_decay_end": 0.1,
 }  # fmt: skip
-_CLOTHES = {"lr": 2e-3, "warmup": 0.05, "optimizer": "muon"}
+_FASHION_MNIST = {"lr": 2e-3, "warmup": 0.05, "optimizer": "muon"}
 _SHORT = {"epochs": 60, "batch_size": 128, "lr": 1e-3, "warmup": 0.1}
 
 _PICTURES = {
@@ -49,7 +49,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "option": {**_MILD, "augment": "none"},
     },
     ("supervised", "fashion-mnist"): {
-        **_CLOTHES,
+        **_FASHION_MNIST,
         "epochs": 6,
         "batch_size": 128,
         "option": {**_MILD, "augment": "flip"},
@@ -70,20 +70,20 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "option": {"crop": 0.8},
     },
     ("mae", "fashion-mnist"): {
-        **_CLOTHES,
+        **_FASHION_MNIST,
         "epochs": 8,
         "batch_size": 256,
         "option": {"decoder_dim": 48, "decoder_depth": 2, "decoder_heads": 3, "crop": 0.6},
     },
     ("simclr", "fashion-mnist"): {
-        **_CLOTHES,
+        **_FASHION_MNIST,
         "epochs": 6,
         "batch_size": 256,
         "weight_decay": 0.05,
         "option": {"hidden": 256, "out": 64, "crop": 0.5, "strength": 0.5, "temperature": 0.07},
     },
     ("dino", "fashion-mnist"): {
-        **_CLOTHES,
+        **_FASHION_MNIST,
         "epochs": 6,
         "batch_size": 128,
         "option": {

@@ -27,7 +27,7 @@ def test_errors_are_those_of_the_logits() -> None:
     verdicts = {name: contender.verdict() for name, contender in work.contenders.items()}
     assert all(verdict.passed for verdict in verdicts.values())
     assert verdicts["ours fp32"].error < 1e-4 < verdicts[OURS].error
-    wrong = models_int8._verdict(lambda: torch.ones(1, 3), lambda: torch.tensor([[1.0, 2.0, 3.0]]).double())
+    wrong = models_int8._verdict(lambda: torch.ones(1, 3), lambda: torch.tensor([[1.0, 2.0, 3.0]]).double(), 0.05)
     assert not wrong.passed
 
 
