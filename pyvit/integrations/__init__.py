@@ -105,8 +105,8 @@ def accelerate(model: nn.Module, *, strict: bool = False, token_merging: int | S
 
     Returns a :class:`Report`; ``print`` it. ``with pyvit.accelerate(model):`` restores at the end.
 
-    Raises TypeError if ``model`` is not a module, ValueError if tokens cannot be merged in it, and with ``strict`` :class:`AccelerateError` with every reason,
-    leaving the model unchanged.
+    Raises TypeError if ``model`` is not a module, ValueError if ``token_merging`` does not fit it, and with ``strict``
+    :class:`AccelerateError` with every reason; the model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -125,8 +125,8 @@ def _examine(
     installed: dict[tuple[int, str], Forward] | None = None,
     merged: Sequence[Replacement] = (),
 ) -> Report:
-    """What can be replaced in ``model``, by the rules and by ``merged``; or with ``installed``, a map of module identity
-    and method to replacement, which replacements are active."""
+    """What can be replaced in ``model``, by the rules and by ``merged``; or with ``installed``, a map of module
+    identity and method to replacement, which replacements are active."""
     originals.renew()
     report = Report(model, [], [])
     left: list[tuple[str, Left]] = []
