@@ -141,6 +141,30 @@ def embed(model: nn.Module, images: Tensor) -> Tensor:
     return features[:, 0] if features.dim() == 3 else features.flatten(2).mean(2) if features.dim() == 4 else features
 
 
+class LastBlocks(nn.Module):
+    """A vision transformer whose feature vector is the class token and the mean of the patches after each of its last
+    ``blocks`` blocks, concatenated: (B, blocks * 2 * D), or (B, blocks * D) without a class token.
+
+    What the linear evaluations of DINO and DINOv2 classify: the class tokens of four blocks (Caron et al., 2021,
+    section 4.1 and appendix), and the mean of the patches (Oquab et al., 2024, appendix B.3).
+
+    Raises ValueError for models without blocks of tokens.
+    """
+
+    def __init__(self, model: nn.Module, blocks: int) -> None:
+        super().__init__()
+        if not hasattr(model, "get_intermediate_layers"):
+            raise ValueError(f"blocks must be 0 for a {type(model).__name__}, which is not a vision transformer")
+        if not 1 <= blocks <= len(model.blocks):
+            raise ValueError(f"blocks must be 1 to {len(model.blocks)}, got {blocks}")
+        self.model, self.blocks = model, blocks
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        layers = self.model.get_intermediate_layers(images, self.blocks, return_prefix_tokens=True, norm=True)
+        parts = [part for patches, prefix in layers for part in (*prefix[:, :1].unbind(1), patches.mean(1))]
+        return torch.cat(parts, 1)
+
+
 def features(
     model: nn.Module, images: Images, normalize: Callable[[Tensor], Tensor], batch: int = 256, group: Any = None
 ) -> tuple[Tensor, Tensor]:
