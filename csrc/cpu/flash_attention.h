@@ -3,6 +3,7 @@
 
 #include "dtype.h"
 #include "parallel.h"
+#include "qk_transform.h"
 #include "softmax.h"
 
 namespace pyvit::PYVIT_ISA {
@@ -37,12 +38,16 @@ class KeyPanels {
  public:
   enum Layout { KEYS_AS_ROWS, KEYS_AS_COLUMNS };
 
-  KeyPanels(Layout layout, const Tokens& from, int64_t nk, int64_t d, int64_t block, Scratch& memory)
+  // `rows`: what is done to keys as they are packed, null for nothing.
+  KeyPanels(Layout layout, const Tokens& from, int64_t nk, int64_t d, int64_t block, Scratch& memory,
+            const QkRows* rows = nullptr)
       : layout_(layout),
         from_(from),
+        rows_(rows && rows->active() ? rows : nullptr),
         d_(d),
         block_(block),
-        words_(memory.take<uint32_t>(nk / block * size(block) + size(std::max<int64_t>(nk % block, 1)))) {}
+        words_(memory.take<uint32_t>(nk / block * size(block) + size(std::max<int64_t>(nk % block, 1)))),
+        loaded_(rows_ ? memory.take<float>(NR * round_up(d, W)) : nullptr) {}
 
   void pack(const Head& head) {
     if (head.b == b_ && head.hk == h_) return;
@@ -52,7 +57,9 @@ class KeyPanels {
       const int64_t n = std::min(block_, head.nk - j), ld = from_.n;
       const T* rows = head.key<T>(from_, h_) + j * ld;
       uint32_t* to = words_ + j / block_ * size(block_);
-      if (layout_ == KEYS_AS_ROWS) {
+      if (rows_) {
+        pack_loaded(head, rows, j, n, to);
+      } else if (layout_ == KEYS_AS_ROWS) {
         pack_rows<D>(rows, ld, n, d_, to);
       } else {
         pack_cols<D>(rows, ld, d_, n, to);
@@ -66,12 +73,45 @@ class KeyPanels {
   int64_t size(int64_t keys) const {
     return layout_ == KEYS_AS_ROWS ? packed_size<D>(keys, d_) : packed_size<D>(d_, keys);
   }
+  // n keys from key j on, NR at a time: what is loaded stays in L1 until it is packed.
+  void pack_loaded(const Head& head, const T* rows, int64_t j, int64_t n, uint32_t* to) {
+    const int64_t ld = round_up(d_, W), lanes = lanes_of<D>(d_), key_lanes = lanes_of<D>(n);
+    for (int64_t i = 0; i < n; i += NR) {
+      const int64_t count = std::min<int64_t>(NR, n - i);
+      rows_->transform(rows + i * from_.n, from_.n, count, head.b, h_, head.k0 + j + i, loaded_, ld);
+      if (layout_ == KEYS_AS_COLUMNS) {
+        pack_cols<D>(loaded_, ld, d_, count, to + i * lanes);
+        continue;
+      }
+      for (int64_t c = 0; c < d_; c += NR) {  // their lanes of each panel
+        const int64_t columns = std::min<int64_t>(NR, d_ - c);
+        pack_rows<D>(loaded_ + c, ld, count, columns, to + c * key_lanes + i / D::K * round_up(columns, W));
+      }
+    }
+  }
   const Layout layout_;
   const Tokens& from_;
+  const QkRows* rows_;
   const int64_t d_, block_;
   uint32_t* words_;
+  float* loaded_;            // (NR, d)
   int64_t b_ = -1, h_ = -1;  // whose are packed
 };
+
+// Queries as A, and with `row_panels` as B of grad_k; `loaded` (rows, d in whole vectors) takes them when they are
+// transformed.
+template <class D, class T>
+inline void pack_queries(const QkRows& transform, const Head& head, const T* q, int64_t ld, int64_t first, int64_t rows,
+                         int64_t d, float* loaded, uint32_t* queries, uint32_t* row_panels = nullptr) {
+  const auto pack = [&](const auto* from, int64_t apart) {
+    pack_a<D>(from, apart, rows, d, queries);
+    if (row_panels) pack_rows<D>(from, apart, rows, d, row_panels);
+  };
+  if (!transform.active()) return pack(q, ld);
+  const int64_t ldd = round_up(d, W);
+  transform.transform(q, ld, rows, head.b, head.h, head.q0 + first, loaded, ldd);
+  pack(static_cast<const float*>(loaded), ldd);
+}
 
 // Rows per block: a multiple of the register tile that divides n into nearly equal parts.
 inline int64_t row_block(int64_t n, int64_t most) {

@@ -9,11 +9,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyvit.nn.layer_norm import LayerNorm
 from pyvit.nn.linear import Linear, apply, bypassed, idle, plain
 from pyvit.nn.quantized import quantized, quantized_attention
 from pyvit.nn.rates import check_rate
-from pyvit.ops import attention_map, flash_attention, flash_attention_qkvpacked, flash_attention_varlen
+from pyvit.nn.rms_norm import RMSNorm
+from pyvit.ops import (
+    attention_map,
+    flash_attention,
+    flash_attention_qkvpacked,
+    flash_attention_varlen,
+    rope_attention,
+)
 from pyvit.ops.prepacked import Norm, attention_branch
+from pyvit.ops.reference import rotate_pairs
+
+#: Norms of q and k that :func:`pyvit.ops.rope_attention` computes, as it calls them.
+_NORMS: dict[type[nn.Module], str] = {nn.LayerNorm: "layer", LayerNorm: "layer", nn.RMSNorm: "rms", RMSNorm: "rms"}
+for _kind in _NORMS:
+    bypassed(_kind)
 
 
 class Packing(NamedTuple):
@@ -116,23 +130,65 @@ class Attention(nn.Module):
         branch: residual + scale * attention(norm(x)).
         """
         dropout = self.attn_drop if self.training else 0.0
-        if packing is not None:
-            if dropout:
-                raise ValueError("Attention: attn_drop must be 0 to train on packed sequences")
+        if packing is not None and dropout:
+            raise ValueError("Attention: attn_drop must be 0 to train on packed sequences")
+        plain_heads = self._plain_heads()
+        norms = None if dropout or (rope is None and plain_heads) else self._norms()
+        options: dict[str, Any] = {"bias": attn_mask, "is_causal": is_causal}
+        if norms is not None:
+            heads = apply(self.qkv, x, norm=norm).unflatten(-1, (3, self.num_heads, self.head_dim))
+            out = self._rope_attention(heads, rope, packing, norms, options)
+        elif packing is not None:
             q, k, v = self.project(x, rope, norm)
             cu, longest = packing.cu_seqlens, max(packing.lengths, default=0)
-            out = flash_attention_varlen(q, k, v, cu, cu, longest, longest, bias=attn_mask, is_causal=is_causal)
-        elif rope is None and self._plain_heads():
+            out = flash_attention_varlen(q, k, v, cu, cu, longest, longest, **options)  # type: ignore[assignment]
+        elif rope is None and plain_heads:
             if attn_mask is None and not dropout:
                 fused = self._branch(x, is_causal, norm, scale, residual)
                 if fused is not None:
                     return fused
             packed = apply(self.qkv, x, norm=norm).unflatten(-1, (3, self.num_heads, self.head_dim))
-            out = flash_attention_qkvpacked(packed, bias=attn_mask, is_causal=is_causal, dropout_p=dropout)
+            out = flash_attention_qkvpacked(packed, dropout_p=dropout, **options)  # type: ignore[assignment]
         else:
             q, k, v = (t.transpose(1, 2) for t in self.project(x, rope, norm))  # (B, H, N, d), no copy
-            out = flash_attention(q, k, v, bias=attn_mask, is_causal=is_causal, dropout_p=dropout).transpose(1, 2)  # type: ignore[union-attr]
-        return apply(self.proj, self.norm(out.flatten(-2)), self.proj_drop, scale=scale, residual=residual)  # type: ignore[union-attr]
+            out = flash_attention(q, k, v, dropout_p=dropout, **options).transpose(1, 2)  # type: ignore[union-attr]
+        return apply(self.proj, self.norm(out.flatten(-2)), self.proj_drop, scale=scale, residual=residual)
+
+    def _rope_attention(
+        self,
+        heads: Tensor,
+        rope: Tensor | None,
+        packing: Packing | None,
+        norms: dict[str, Any],
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Attention (..., N, H, d) of heads (..., N, 3, H, d), normalised and rotated as they are loaded."""
+        dtypes = (torch.float32, heads.dtype)
+        norms = {name: t.to(heads.dtype) if _of_other(t, dtypes) else t for name, t in norms.items()}
+        options = {**options, **norms, "interleaved": self.rope_interleaved and rope is not None}
+        rope = rope.to(heads.dtype) if _of_other(rope, dtypes) else rope  # type: ignore[union-attr]
+        if packing is None:
+            q, k, v = heads.transpose(-4, -2).unbind(-3)  # (B, H, N, d)
+            return rope_attention(q, k, v, rope, **options).transpose(1, 2)  # type: ignore[union-attr]
+        lengths = {"cu_seqlens": packing.cu_seqlens, "max_seqlen": max(packing.lengths, default=0)}
+        return rope_attention(*heads.unbind(-3), rope, **lengths, **options)  # type: ignore[return-value]
+
+    def _norms(self) -> dict[str, Any] | None:
+        """The norms of q and k as arguments of :func:`pyvit.ops.rope_attention`, None where it does not compute
+        them."""
+        if self._plain_heads():
+            return {}
+        q_norm, k_norm = self._modules["q_norm"], self._modules["k_norm"]
+        kind = type(q_norm)
+        if kind not in _NORMS or not plain(q_norm, kind) or not plain(k_norm, kind):  # type: ignore[arg-type]
+            return None
+        shapes = (self.head_dim,), (self.head_dim,)
+        if (q_norm.normalized_shape, k_norm.normalized_shape) != shapes or q_norm.eps != k_norm.eps:  # type: ignore[union-attr]
+            return None
+        found = {"qk_norm": _NORMS[kind], "eps": q_norm.eps}  # type: ignore[union-attr, index]
+        for name, module in (("q", q_norm), ("k", k_norm)):
+            found |= {f"{name}_weight": module.weight, f"{name}_bias": getattr(module, "bias", None)}  # type: ignore[union-attr]
+        return found
 
     def _plain_heads(self) -> bool:
         """Whether q and k are not normalised."""
@@ -163,6 +219,10 @@ class Attention(nn.Module):
         return attention_map(q.transpose(1, 2), k.transpose(1, 2), rows)
 
 
+def _of_other(t: Any, dtypes: tuple[torch.dtype, ...]) -> bool:
+    return isinstance(t, Tensor) and t.dtype not in dtypes
+
+
 def rotate(x: Tensor, rope: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate pairs of channels of x (..., N, H, d) by the angles of rope: sines at 0, cosines at 1.
 
@@ -182,12 +242,4 @@ def rotate(x: Tensor, rope: Tensor, interleaved: bool = False) -> Tensor:
     sin, cos = rope.to(x.dtype).unbind(-2)
     # (N, 1 or H, R), to fit x
     sin, cos = (t.unsqueeze(-2) if t.dim() == 2 else t.transpose(0, 1) for t in (sin, cos))
-    rotated = x[..., :channels]
-    if interleaved:
-        a, b = rotated.unflatten(-1, (-1, 2)).unbind(-1)
-        quarter = torch.stack((-b, a), -1).flatten(-2)
-    else:
-        a, b = rotated.chunk(2, -1)
-        quarter = torch.cat((-b, a), -1)
-    out = rotated * cos + quarter * sin
-    return out if channels == x.shape[-1] else torch.cat((out, x[..., channels:]), -1)
+    return rotate_pairs(x, sin, cos, interleaved)
