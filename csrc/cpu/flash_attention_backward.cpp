@@ -178,8 +178,7 @@ void reduce_angles(const Attention& a, const AttentionGrad& g, const float* q_tu
           for (int64_t h = g.rope_h > 1 ? rh : 0; h < (g.rope_h > 1 ? rh + 1 : heads); h++)
             for (int64_t i = first; i < last; i++) {
               const int64_t token = i + t.prefix;
-              rows[key].normalize_rows(static_cast<const T*>(from.data) + b * from.b + h * from.h + token * from.n, 0,
-                                       1, x, ldd);
+              rows[key].normalize_row(static_cast<const T*>(from.data) + b * from.b + h * from.h + token * from.n, x);
               rows[key].add_angles(x, (key ? k_turned : q_turned) + ((b * heads + h) * g.tokens + token) * ldd,
                                    grad + (i - first) * width);
             }
@@ -214,16 +213,16 @@ class Backward {
         ldv_(round_up(a.dv, W)),
         query_transform_(a.transform, false, a.d, memory_),
         key_transform_(a.transform, true, a.d, memory_),
-        k_columns_(Panels::KEYS_AS_COLUMNS, a.k, a.nk, a.d, KEY_BLOCK, memory_, &key_transform_),
+        k_columns_(Panels::KEYS_AS_COLUMNS, a.k, a.nk, a.d, KEY_BLOCK, memory_),
         v_columns_(Panels::KEYS_AS_COLUMNS, a.v, a.nk, a.dv, KEY_BLOCK, memory_),
-        k_rows_(Panels::KEYS_AS_ROWS, a.k, a.nk, a.d, KEY_BLOCK, memory_, &key_transform_) {
+        k_rows_(Panels::KEYS_AS_ROWS, a.k, a.nk, a.d, KEY_BLOCK, memory_) {
     const int64_t rows = ROW_BLOCK + 2 * MR;
     queries_ = memory_.take<uint32_t>(rows * lanes_of<D>(a.d));     // (rows, lanes of d)
     grads_out_ = memory_.take<uint32_t>(rows * lanes_of<D>(a.dv));  // (rows, lanes of dv)
     query_rows_ = memory_.take<uint32_t>(packed_size<D>(rows, a.d));
     grad_rows_ = memory_.take<uint32_t>(packed_size<D>(rows, a.dv));
     grad_q_ = memory_.take<float>(rows * ldd_);  // (rows, ldd)
-    loaded_ = a.transform ? memory_.take<float>(rows * ldd_) : nullptr;
+    loaded_ = a.transform ? memory_.take<typename D::element>(std::max<int64_t>(rows, NR) * ldd_) : nullptr;
     bias_ = memory_.take<float>(D::K * ld_);
     s_ = {memory_.take<float>(rows * ld_), memory_.take<float>(rows * ld_), nullptr, nullptr, ld_};
     if (D::K == 2) {
@@ -240,7 +239,8 @@ class Backward {
   // piece's share of those of the norm's weight and bias.
   void piece(const Head& head, int64_t first, int64_t last, float* grad_k, float* grad_v, float* grad_bias,
              float* turned, float* sums) {
-    for (Panels* panels : {&k_columns_, &v_columns_, &k_rows_}) panels->pack(head);
+    k_columns_.pack(head, key_transform_, loaded_, &k_rows_);
+    v_columns_.pack(head);
     BiasRows bias[2] = {{a_.bias, head.b, head.h, bias_}, {a_.bias, head.b, head.h, bias_ + (D::K - 1) * ld_}};
     const int64_t at_once = row_block(last - first, ROW_BLOCK);
     for (int64_t i = first; i < last; i += at_once)
@@ -346,7 +346,8 @@ class Backward {
   QkRows query_transform_, key_transform_;
   Panels k_columns_, v_columns_, k_rows_;
   uint32_t *queries_, *grads_out_, *query_rows_, *grad_rows_;
-  float *grad_q_, *bias_, *loaded_;
+  float *grad_q_, *bias_;
+  typename D::element* loaded_;
   Grads<D> s_;
 };
 

@@ -21,91 +21,94 @@ inline vf quarter_turn(vf v) {
 // Queries or keys of d channels. A row is a token of one head; `b`, `h` and `token` say where its angles are.
 class QkRows {
  public:
-  QkRows(const QkTransform* t, bool keys, int64_t d, Scratch& memory)
-      : t_(t),
-        d_(d),
-        half_(t ? t->rotated / 2 : 0),
-        weight_(t ? widened(keys ? t->k_weight : t->q_weight, Dtype::f32, d, 1.f, memory) : nullptr),
-        bias_(t ? widened(keys ? t->k_bias : t->q_bias, Dtype::f32, d, 0.f, memory) : nullptr) {}
+  QkRows(const QkTransform* t, bool keys, int64_t d, Scratch& memory) : d_(d) {
+    if (!t) return;
+    t_ = *t;
+    active_ = true;
+    half_ = t_.rope ? t_.rotated / 2 : 0;
+    rotation_ = !t_.rope ? NO_ROTATION : t_.interleaved ? NEIGHBOURS : HALVES;
+    weight_ = widened(keys ? t_.k_weight : t_.q_weight, Dtype::f32, d, 1.f, memory);
+    bias_ = widened(keys ? t_.k_bias : t_.q_bias, Dtype::f32, d, 0.f, memory);
+    row_ = memory.take<float>(columns_of(d));
+  }
 
-  bool active() const { return t_ != nullptr; }
-  bool normalized() const { return t_ && t_->norm != QkTransform::none; }
+  bool active() const { return active_; }
+  bool normalized() const { return t_.norm != QkTransform::none; }
+  static int64_t columns_of(int64_t d) { return round_up(d, W); }
 
   // Rows x (rows, d), of token `token` and those after it, as the product takes them: out (rows, d), `ld` apart.
-  template <class T>
-  void transform(const T* x, int64_t ldx, int64_t rows, int64_t b, int64_t h, int64_t token, float* out, int64_t ld) const {
-    if (normalized()) {
-      normalize_rows(x, ldx, rows, out, ld);
-      for (int64_t r = 0; r < rows; r++)
-        if (const float* rope = angles(b, h, token + r)) rotate(out + r * ld, rope, out + r * ld);
-      return;
-    }
-    for (int64_t r = 0; r < rows; r++) {
-      const float* rope = angles(b, h, token + r);
-      if (rope) rotate(x + r * ldx, rope, out + r * ld);
-      copy(x + r * ldx, rope ? t_->rotated : 0, out + r * ld);
-    }
-  }
-
-  // The same without the rotation.
-  template <class T>
-  void normalize_rows(const T* x, int64_t ldx, int64_t rows, float* out, int64_t ld, float* mean = nullptr,
-                      float* rstd = nullptr) const {
-    if (!normalized()) {
-      for (int64_t r = 0; r < rows; r++) copy(x + r * ldx, 0, out + r * ld);
-      return;
-    }
+  template <class T, class E>
+  void transform(const T* x, int64_t ldx, int64_t rows, int64_t b, int64_t h, int64_t token, E* out, int64_t ld) const {
     int64_t r = 0;
-    const auto next = [&](auto count) {
-      constexpr int R = decltype(count)::value;
-      const auto at = [&](float* p) { return p ? p + r : nullptr; };
+    for (; r < rows && (!in_registers() || (t_.rope && token + r < t_.prefix)); r++) {
+      const float* rope = angles(b, h, token + r);
       const T* from = x + r * ldx;
-      float* to = out + r * ld;
-      if (t_->norm == QkTransform::layer) {
-        normalize<R, true>(d_, from, ldx, weight_, bias_, t_->eps, to, ld, at(mean), at(rstd));
+      E* to = out + r * ld;
+      if (normalized()) {
+        normalize_row(from, row_);
+        if (rope) rotate(row_, rope, to);
+        copy(row_, rope ? t_.rotated : 0, to);
       } else {
-        normalize<R, false>(d_, from, ldx, weight_, bias_, t_->eps, to, ld, at(mean), at(rstd));
+        if (rope) rotate(from, rope, to);
+        copy(from, rope ? t_.rotated : 0, to);
       }
-      r += R;
-    };
-    while (r + 4 <= rows) next(std::integral_constant<int, 4>{});
-    while (r < rows) next(std::integral_constant<int, 1>{});
+    }
+    if (r == rows) return;
+    const float* rope = t_.rope ? angles(b, h, token + r) : nullptr;
+    with_kinds([&](auto norm, auto rotation) {
+      rows_in_registers<norm.value, rotation.value>(x + r * ldx, ldx, rows - r, rope, out + r * ld, ld);
+    });
   }
 
-  // dy (rows, d), `ld` apart and in whole vectors: gradients of what `transform` makes of x, which become scale * dy in
-  // passing and then those of what the rotation was given. dx gets the gradients of x. `sums`, with a norm: those of
-  // weight and bias, added to (2, columns_of(d)).
+  // x (d), normalised: out (d).
+  template <class T>
+  void normalize_row(const T* x, float* out) const {
+    if (t_.norm == QkTransform::layer) {
+      normalize<1, true>(d_, x, 0, weight_, bias_, t_.eps, out, 0, nullptr, nullptr);
+    } else if (t_.norm == QkTransform::rms) {
+      normalize<1, false>(d_, x, 0, weight_, bias_, t_.eps, out, 0, nullptr, nullptr);
+    } else {
+      copy(x, 0, out);
+    }
+  }
+
+  // dy (rows, d), `ld` apart: gradients of what `transform` makes of x, less a factor `scale`, and overwritten. dx gets
+  // the gradients of x. `sums`, with a norm: those of its weight and bias, added to (2, columns_of(d)).
   template <class T>
   void backward(const T* x, int64_t ldx, int64_t rows, int64_t b, int64_t h, int64_t token, float scale, float* dy,
                 int64_t ld, T* dx, int64_t lddx, float* sums) const {
-    for (int64_t r = 0; r < rows; r++) {
+    int64_t r = 0;
+    for (; r < rows && (!in_registers() || (t_.rope && token + r < t_.prefix)); r++) {
       float* g = dy + r * ld;
       const float* rope = angles(b, h, token + r);
       if (rope) rotate_back(g, scale, rope);
-      for (int64_t c = rope ? t_->rotated : 0; c < d_; c += W) {
+      for (int64_t c = rope ? t_.rotated : 0; c < d_; c += W) {
         const int n = int(std::min<int64_t>(W, d_ - c));
         write(g + c, read(g + c, n) * scale, n);
       }
-      if (normalized()) {
-        if (t_->norm == QkTransform::layer) {
-          norm_backward<true>(x + r * ldx, g, dx + r * lddx, sums);
-        } else {
-          norm_backward<false>(x + r * ldx, g, dx + r * lddx, sums);
-        }
+      if (t_.norm == QkTransform::layer) {
+        norm_backward<true>(x + r * ldx, g, dx + r * lddx, sums);
+      } else if (t_.norm == QkTransform::rms) {
+        norm_backward<false>(x + r * ldx, g, dx + r * lddx, sums);
       } else {
-        vectors(d_, [&](int64_t c, int n) { write(dx + r * lddx + c, read(g + c, n), n); });
+        copy(g, 0, dx + r * lddx);
       }
     }
+    if (r == rows) return;
+    const float* rope = t_.rope ? angles(b, h, token + r) : nullptr;
+    with_kinds([&](auto norm, auto rotation) {
+      backward_in_registers<norm.value, rotation.value>(x + r * ldx, ldx, rows - r, rope, scale, dy + r * ld, ld,
+                                                        dx + r * lddx, lddx, sums);
+    });
   }
-  static int64_t columns_of(int64_t d) { return round_up(d, W); }
 
   // Adds to `grad` (2, rotated) the gradients of a token's sines and cosines: dy (d) is the gradient of the row that x
   // (d), normalised, was rotated to.
   void add_angles(const float* x, const float* dy, float* grad) const {
-    float *sin = grad, *cos = grad + t_->rotated;
+    float *sin = grad, *cos = grad + t_.rotated;
     const auto add = [](float* to, vf v, int n) { write(to, read(to, n) + v, n); };
-    if (t_->interleaved) {
-      vectors(t_->rotated, [&](int64_t c, int n) {
+    if (rotation_ == NEIGHBOURS) {
+      vectors(t_.rotated, [&](int64_t c, int n) {
         const vf v = read(x + c, n), g = read(dy + c, n);
         add(sin + c, quarter_turn(v) * g, n);
         add(cos + c, v * g, n);
@@ -122,48 +125,173 @@ class QkRows {
   }
 
  private:
+  enum Rotation { NO_ROTATION, HALVES, NEIGHBOURS };
+  // A row that passes in registers: the usual head, rotated as a whole.
+  static constexpr int CHANNELS = 64, N = CHANNELS / W;
+  bool in_registers() const { return d_ == CHANNELS && (!t_.rope || t_.rotated == CHANNELS); }
+
+  template <class F>
+  void with_kinds(const F& body) const {
+    const auto with_norm = [&](auto rotation) {
+      using Norm = QkTransform::Norm;
+      switch (t_.norm) {
+        case QkTransform::none:
+          return body(std::integral_constant<Norm, QkTransform::none>{}, rotation);
+        case QkTransform::layer:
+          return body(std::integral_constant<Norm, QkTransform::layer>{}, rotation);
+        case QkTransform::rms:
+          return body(std::integral_constant<Norm, QkTransform::rms>{}, rotation);
+      }
+    };
+    switch (rotation_) {
+      case NO_ROTATION:
+        return with_norm(std::integral_constant<Rotation, NO_ROTATION>{});
+      case HALVES:
+        return with_norm(std::integral_constant<Rotation, HALVES>{});
+      case NEIGHBOURS:
+        return with_norm(std::integral_constant<Rotation, NEIGHBOURS>{});
+    }
+  }
+  static vf sum_of(const vf (&v)[N]) {
+    vf sum = v[0];
+    for (int i = 1; i < N; i++) sum += v[i];
+    return sum;
+  }
+  // v to zero mean (CENTERED) and a mean square of 1; returns the factor.
+  template <bool CENTERED>
+  static float standardize(vf (&v)[N], float eps) {
+    constexpr float SHARE = 1.f / CHANNELS;
+    if constexpr (CENTERED) {
+      const float mean = reduce_add(sum_of(v)) * SHARE;
+      for (vf& x : v) x -= mean;
+    }
+    vf squares[N];
+    for (int i = 0; i < N; i++) squares[i] = v[i] * v[i];
+    const float rstd = 1.f / std::sqrt(reduce_add(sum_of(squares)) * SHARE + eps);
+    for (vf& x : v) x *= rstd;
+    return rstd;
+  }
+  template <QkTransform::Norm NORM, Rotation ROTATION, class T, class E>
+  void rows_in_registers(const T* x, int64_t ldx, int64_t rows, const float* rope, E* out, int64_t ld) const {
+    const int64_t rope_n = t_.rope_n, to_cos = t_.rope_cos;
+    const float eps = t_.eps, *weight = weight_, *bias = bias_;
+    for (int64_t r = 0; r < rows; r++, x += ldx, out += ld, rope += ROTATION == NO_ROTATION ? 0 : rope_n) {
+      vf v[N];
+      for (int i = 0; i < N; i++) v[i] = load(x + i * W);
+      if constexpr (NORM != QkTransform::none) {
+        standardize<NORM == QkTransform::layer>(v, eps);
+        for (int i = 0; i < N; i++) {
+          v[i] *= load(weight + i * W);
+          if constexpr (NORM == QkTransform::layer) v[i] += load(bias + i * W);
+        }
+      }
+      const float* cos = rope + to_cos;
+      if constexpr (ROTATION == NO_ROTATION) {
+        for (int i = 0; i < N; i++) store(out + i * W, v[i]);
+      } else if constexpr (ROTATION == NEIGHBOURS) {
+        for (int i = 0; i < N; i++)
+          store(out + i * W, v[i] * load(cos + i * W) + quarter_turn(v[i]) * load(rope + i * W));
+      } else {
+        for (int i = 0; i < N / 2; i++) {
+          constexpr int HALF = N / 2;
+          const vf p = v[i], q = v[i + HALF];
+          store(out + i * W, p * load(cos + i * W) - q * load(rope + i * W));
+          store(out + (i + HALF) * W, q * load(cos + (i + HALF) * W) + p * load(rope + (i + HALF) * W));
+        }
+      }
+    }
+  }
+  template <QkTransform::Norm NORM, Rotation ROTATION, class T>
+  void backward_in_registers(const T* x, int64_t ldx, int64_t rows, const float* rope, float scale, const float* dy,
+                             int64_t ld, T* dx, int64_t lddx, float* sums) const {
+    constexpr float SHARE = 1.f / CHANNELS;
+    constexpr bool LAYER = NORM == QkTransform::layer;
+    const int64_t rope_n = t_.rope_n, to_cos = t_.rope_cos;
+    const float eps = t_.eps, *weight = weight_;
+    vf of_weight[N], of_bias[N];
+    for (int i = 0; NORM != QkTransform::none && i < N; i++) {
+      of_weight[i] = load(sums + i * W);
+      of_bias[i] = load(sums + CHANNELS + i * W);
+    }
+    for (int64_t r = 0; r < rows; r++, x += ldx, dy += ld, dx += lddx, rope += ROTATION == NO_ROTATION ? 0 : rope_n) {
+      vf g[N];
+      for (int i = 0; i < N; i++) g[i] = load(dy + i * W) * scale;
+      const float* cos = rope + to_cos;
+      if constexpr (ROTATION == NEIGHBOURS) {
+        for (int i = 0; i < N; i++) g[i] = g[i] * load(cos + i * W) - quarter_turn(g[i] * load(rope + i * W));
+      } else if constexpr (ROTATION == HALVES) {
+        for (int i = 0; i < N / 2; i++) {
+          constexpr int HALF = N / 2;
+          const vf p = g[i], q = g[i + HALF];
+          g[i] = p * load(cos + i * W) + q * load(rope + (i + HALF) * W);
+          g[i + HALF] = q * load(cos + (i + HALF) * W) - p * load(rope + i * W);
+        }
+      }
+      if constexpr (NORM == QkTransform::none) {
+        for (int i = 0; i < N; i++) store(dx + i * W, g[i]);
+      } else {
+        vf v[N], along[N];
+        for (int i = 0; i < N; i++) v[i] = load(x + i * W);
+        const float rstd = standardize<LAYER>(v, eps);
+        for (int i = 0; i < N; i++) {
+          of_weight[i] += g[i] * v[i];
+          if constexpr (LAYER) of_bias[i] += g[i];
+          g[i] *= load(weight + i * W);
+          along[i] = g[i] * v[i];
+        }
+        const float level = LAYER ? reduce_add(sum_of(g)) * SHARE : 0.f, slope = reduce_add(sum_of(along)) * SHARE;
+        for (int i = 0; i < N; i++) store(dx + i * W, (g[i] - level - v[i] * slope) * rstd);
+      }
+    }
+    for (int i = 0; NORM != QkTransform::none && i < N; i++) {
+      store(sums + i * W, of_weight[i]);
+      store(sums + CHANNELS + i * W, of_bias[i]);
+    }
+  }
+
   // Sines of a token, null if it is not rotated; the cosines are rope_cos further.
   const float* angles(int64_t b, int64_t h, int64_t token) const {
-    if (!t_->rope || token < t_->prefix) return nullptr;
-    return t_->rope + b * t_->rope_b + h * t_->rope_h + (token - t_->prefix) * t_->rope_n;
+    if (!t_.rope || token < t_.prefix) return nullptr;
+    return t_.rope + b * t_.rope_b + h * t_.rope_h + (token - t_.prefix) * t_.rope_n;
   }
-  template <class T>
-  void copy(const T* x, int64_t from, float* out) const {
+  template <class T, class E>
+  void copy(const T* x, int64_t from, E* out) const {
     for (int64_t c = from; c < d_; c += W) {
       const int n = int(std::min<int64_t>(W, d_ - c));
       write(out + c, read(x + c, n), n);
     }
   }
-  // The rotated channels of x to those of out, which may be x.
-  template <class T>
-  void rotate(const T* x, const float* sin, float* out) const {
-    const float* cos = sin + t_->rope_cos;
-    if (t_->interleaved) {
-      vectors(t_->rotated, [&](int64_t c, int n) {
+  template <class T, class E>
+  void rotate(const T* x, const float* sin, E* out) const {
+    const float* cos = sin + t_.rope_cos;
+    const int64_t half = half_;
+    if (rotation_ == NEIGHBOURS) {
+      vectors(2 * half, [&](int64_t c, int n) {
         const vf v = read(x + c, n);
         write(out + c, v * read(cos + c, n) + quarter_turn(v) * read(sin + c, n), n);
       });
     } else {
-      vectors(half_, [&](int64_t c, int n) {
-        const vf p = read(x + c, n), q = read(x + half_ + c, n);
+      vectors(half, [&](int64_t c, int n) {
+        const vf p = read(x + c, n), q = read(x + half + c, n);
         write(out + c, p * read(cos + c, n) - q * read(sin + c, n), n);
-        write(out + half_ + c, q * read(cos + half_ + c, n) + p * read(sin + half_ + c, n), n);
+        write(out + half + c, q * read(cos + half + c, n) + p * read(sin + half + c, n), n);
       });
     }
   }
   // In place: the gradient of the rotated channels to that of their source.
   void rotate_back(float* g, float scale, const float* sin) const {
-    const float* cos = sin + t_->rope_cos;
-    if (t_->interleaved) {
-      vectors(t_->rotated, [&](int64_t c, int n) {
+    const float* cos = sin + t_.rope_cos;
+    const int64_t half = half_;
+    if (rotation_ == NEIGHBOURS) {
+      vectors(2 * half, [&](int64_t c, int n) {
         const vf v = read(g + c, n) * scale;
         write(g + c, v * read(cos + c, n) - quarter_turn(v * read(sin + c, n)), n);
       });
     } else {
-      vectors(half_, [&](int64_t c, int n) {
-        const vf p = read(g + c, n) * scale, q = read(g + half_ + c, n) * scale;
-        write(g + c, p * read(cos + c, n) + q * read(sin + half_ + c, n), n);
-        write(g + half_ + c, q * read(cos + half_ + c, n) - p * read(sin + c, n), n);
+      vectors(half, [&](int64_t c, int n) {
+        const vf p = read(g + c, n) * scale, q = read(g + half + c, n) * scale;
+        write(g + c, p * read(cos + c, n) + q * read(sin + half + c, n), n);
+        write(g + half + c, q * read(cos + half + c, n) - p * read(sin + c, n), n);
       });
     }
   }
@@ -184,7 +312,7 @@ class QkRows {
       const vf v = centered(c, n);
       return v * v;
     });
-    rstd[0] = 1.f / std::sqrt(rstd[0] * share + t_->eps);
+    rstd[0] = 1.f / std::sqrt(rstd[0] * share + t_.eps);
     row_sums<1>(d_, of_gx, [&](int, int64_t c, int n) {
       const vf g = read(dy + c, n), v = centered(c, n) * rstd[0];
       store(sums + c, load(sums + c) + g * v);
@@ -204,9 +332,12 @@ class QkRows {
     });
   }
 
-  const QkTransform* t_;
-  int64_t d_, half_;
-  const float *weight_, *bias_;
+  QkTransform t_{};
+  int64_t d_, half_ = 0;
+  bool active_ = false;
+  Rotation rotation_ = NO_ROTATION;
+  const float *weight_ = nullptr, *bias_ = nullptr;
+  float* row_ = nullptr;
 };
 
 }  // namespace pyvit::PYVIT_ISA

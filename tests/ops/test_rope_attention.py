@@ -40,8 +40,20 @@ def inputs(
     tensors["rope"] = rope_of(angles, interleaved)
     if norm is not None:
         kinds = ("weight", "bias") if norm == "layer" else ("weight",)
-        tensors |= {f"{x}_{kind}": 1 + torch.randn(d, device=on.device) / 2 for x in "qk" for kind in kinds}
+        offset = {"weight": 1.0, "bias": 0.0}
+        tensors |= {f"{x}_{kind}": offset[kind] + torch.randn(d, device=on.device) / 4 for x in "qk" for kind in kinds}
     return tensors
+
+
+def check(on: Served, tensors: dict[str, Tensor], call: Any = with_lse, **options: Any) -> None:
+    """By the rule; the gradient of the angles is a sum over batch entries and heads."""
+    q, k, broadcast = tensors["q"], tensors["k"], options.pop("broadcast", {})
+    if "rope" in tensors:
+        heads = q.shape[1] if q.shape[1] == k.shape[1] else 1
+        lead = (q.shape[0], heads) if q.dim() == 4 else (heads,)
+        broadcast = {**broadcast, "rope": (*lead, *tensors["rope"].shape[-3:])}
+    options = {"name": "rope_attention", "backend": on.backend, "dtype": on.dtype, **options}
+    check_op(call, tensors, broadcast=broadcast, **options)
 
 
 SHAPES = [((2, 3, n), 64) for n in (1, 2, 15, 16, 17, 49, 65)] + [((1, 2, 197), 64), ((1, 1, 257), 80)]
@@ -55,7 +67,7 @@ SHAPES += [((1, 2, 33), d) for d in (2, 4, 6, 8, 16, 32, 40, 72, 80, 88, 96, 128
 @pytest.mark.parametrize("norm", NORMS)
 def test_shapes(on: Served, shape: tuple[int, ...], d: int, interleaved: bool, norm: str | None) -> None:
     tensors = inputs(on, shape, d, norm=norm, interleaved=interleaved)
-    check_op(with_lse, tensors, backend=on.backend, dtype=on.dtype, interleaved=interleaved, qk_norm=norm)
+    check(on, tensors, interleaved=interleaved, qk_norm=norm)
 
 
 @pytest.mark.slow
@@ -64,7 +76,7 @@ def test_shapes(on: Served, shape: tuple[int, ...], d: int, interleaved: bool, n
 def test_long(on: Served, shape: tuple[int, ...]) -> None:
     """Several pieces of a head, and several blocks of keys."""
     tensors = inputs(on, shape, 64, norm="layer", prefix=1)
-    check_op(with_lse, tensors, backend=on.backend, dtype=on.dtype, qk_norm="layer", num_prefix_tokens=1)
+    check(on, tensors, qk_norm="layer", num_prefix_tokens=1)
 
 
 @pytest.mark.isa
@@ -75,14 +87,14 @@ def test_long(on: Served, shape: tuple[int, ...]) -> None:
 def test_some_channels_and_prefix(on: Served, interleaved: bool, d: int, rotated: int, norm: str | None) -> None:
     tensors = inputs(on, (2, 2, 37), d, norm=norm, rotated=rotated, prefix=5, interleaved=interleaved)
     options = {"interleaved": interleaved, "num_prefix_tokens": 5, "qk_norm": norm}
-    check_op(with_lse, tensors, backend=on.backend, dtype=on.dtype, **options)
+    check(on, tensors, **options)
 
 
 @on_every
 @pytest.mark.parametrize("lead", [(3,), (2, 3), (2, 1), (1, 1)], ids=str)
 def test_angles_per_head_and_batch_entry(on: Served, lead: tuple[int, ...]) -> None:
     tensors = inputs(on, (2, 3, 41), 32, norm="layer", prefix=1, lead=lead)
-    check_op(with_lse, tensors, backend=on.backend, dtype=on.dtype, num_prefix_tokens=1, qk_norm="layer")
+    check(on, tensors, num_prefix_tokens=1, qk_norm="layer")
 
 
 @on_every
@@ -91,7 +103,7 @@ def test_grouped_queries_bias_and_causal(on: Served, norm: str | None) -> None:
     tensors = inputs(on, (2, 6, 45), 32, kv=(2, 2, 45), dv=24, norm=norm)
     tensors["bias"] = torch.randn(1, 6, 45, 45, device=on.device)
     options = {"enable_gqa": True, "is_causal": True, "scale": 0.3, "qk_norm": norm}
-    check_op(with_lse, tensors, backend=on.backend, dtype=on.dtype, broadcast={"bias": (2, 6, 45, 45)}, **options)
+    check(on, tensors, broadcast={"bias": (2, 6, 45, 45)}, **options)
 
 
 @on_every
@@ -99,16 +111,16 @@ def test_grouped_queries_bias_and_causal(on: Served, norm: str | None) -> None:
 def test_norm_alone_of_other_keys(on: Served, norm: str) -> None:
     tensors = inputs(on, (2, 2, 30), 48, kv=(2, 2, 51), norm=norm)
     del tensors["rope"]
-    check_op(with_lse, tensors, backend=on.backend, dtype=on.dtype, qk_norm=norm, eps=1e-3)
+    check(on, tensors, qk_norm=norm, eps=1e-3)
 
 
 @on_every
 def test_norm_without_parameters(on: Served) -> None:
     for norm in NORMS[1:]:
         tensors = inputs(on, (1, 2, 30), 48)
-        check_op(with_lse, tensors, backend=on.backend, dtype=on.dtype, qk_norm=norm)
+        check(on, tensors, qk_norm=norm)
         del tensors["rope"]
-        check_op(with_lse, tensors, backend=on.backend, dtype=on.dtype, qk_norm=norm)
+        check(on, tensors, qk_norm=norm)
 
 
 @on_every
@@ -122,7 +134,7 @@ def test_nothing_to_do_is_flash_attention(on: Served) -> None:
 def test_strides(on: Served, store: str) -> None:
     tensors = inputs(on, (2, 3, 21), 40, norm="layer", prefix=1, lead=(3,))
     options = {"num_prefix_tokens": 1, "qk_norm": "layer"}
-    check_op(with_lse, tensors, backend=on.backend, dtype=on.dtype, store=store, store_grad=store, **options)
+    check(on, tensors, store=store, store_grad=store, **options)
 
 
 @on_every
@@ -153,7 +165,7 @@ def test_packed_sequences(on: Served, lengths: list[int], interleaved: bool, nor
     cu = torch.tensor([0, *lengths], device=on.device).cumsum(0)
     call = functools.partial(with_lse, cu_seqlens=cu, max_seqlen=max([1, *lengths]))
     options = {"interleaved": interleaved, "qk_norm": norm, "is_causal": interleaved}
-    check_op(call, tensors, backend=on.backend, dtype=on.dtype, name="rope_attention", **options)
+    check(on, tensors, call, **options)
 
 
 @pytest.mark.isa
@@ -199,9 +211,9 @@ def test_by_parts(norm: str | None, packed: bool, dtype: torch.dtype) -> None:
     if packed:
         call = functools.partial(with_lse, cu_seqlens=torch.tensor([0, 15, 45]), max_seqlen=30)
     options = {} if packed else {"is_causal": True}
-    check_op(call, tensors, backend="torch", dtype=dtype, name="by parts", qk_norm=norm, **options)
-    report = pyvit.explain(call, **tensors, qk_norm=norm, backend="torch") if not packed else None
-    if report is not None:
+    check(on, tensors, call, qk_norm=norm, **options)
+    if not packed:
+        report = pyvit.explain(rope_attention, **tensors, qk_norm=norm, backend="torch")
         assert any("then flash_attention" in note for note in report.notes)
 
 
