@@ -21,6 +21,11 @@ _VARLEN = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, "
     "Tensor? bias, bool is_causal, float scale, str backend"
 )
+_ROPE = (
+    "Tensor q, Tensor k, Tensor v, Tensor? rope, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, "
+    "Tensor? cu_seqlens, int max_seqlen, Tensor? bias, str qk_norm, float eps, int num_prefix_tokens, "
+    "bool interleaved, bool is_causal, float scale, str backend"
+)
 _WINDOW = (
     "Tensor qkv, int[] window_size, int[] shift_size, int num_heads, Tensor? bias_table, Tensor? logit_scale, "
     "Tensor? pad_qkv, float scale, float dropout_p, Tensor? seed, str backend"
@@ -43,6 +48,14 @@ SCHEMAS = {
     "flash_attention_varlen_backward": (
         f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_grad, {_VARLEN}) "
         "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias)"
+    ),
+    # q and k normalised ("none", "layer", "rms") and rotated by rope (B or 1, H or 1, N less the prefix tokens, 2, R);
+    # then as flash_attention, or with cu_seqlens as flash_attention_varlen.
+    "rope_attention": f"({_ROPE}) -> (Tensor out, Tensor lse)",
+    "rope_attention_backward": (
+        f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool rope_grad, bool bias_grad, {_ROPE}) "
+        "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_rope, Tensor grad_q_weight, Tensor grad_q_bias, "
+        "Tensor grad_k_weight, Tensor grad_k_bias, Tensor grad_bias)"
     ),
     # rows (B, R) int64 -> probabilities (B, H, R, Nk).
     "attention_map": "(Tensor q, Tensor k, Tensor rows, Tensor? bias, float scale, str backend) -> Tensor",

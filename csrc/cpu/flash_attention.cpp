@@ -13,8 +13,9 @@ constexpr int64_t ROWS = ROW_BLOCK + 2 * W;  // of a block at most, in whole vec
 
 template <class D, class T>
 void forward_rows(const Attention& a, const Head& head, const KeyPanels<D, T>& key_panels,
-                  const KeyPanels<D, T>& value_panels, int64_t first, int64_t last, int64_t rows_at_once,
-                  uint32_t* queries, float* scores, float* out, float* bias_buffer, Prefetch& next) {
+                  const KeyPanels<D, T>& value_panels, const QkRows& transform, int64_t first, int64_t last,
+                  int64_t rows_at_once, uint32_t* queries, typename D::element* loaded, float* scores, float* out,
+                  float* bias_buffer, Prefetch& next) {
   const int64_t block = std::min(KEY_BLOCK, std::max<int64_t>(head.nk, 1)), ld = round_up(block, W),
                 ldo = round_up(a.dv, W);
   const Scores kind(a.scale, a.bias.data);
@@ -25,7 +26,7 @@ void forward_rows(const Attention& a, const Head& head, const KeyPanels<D, T>& k
   RowState state[ROWS];
   for (int64_t i = first; i < last; i += rows_at_once) {
     const int64_t rows = std::min(rows_at_once, last - i), lanes = lanes_of<D>(a.d);
-    pack_a<D>(q + i * a.q.n, a.q.n, rows, a.d, queries);
+    pack_queries<D>(transform, head, q + i * a.q.n, a.q.n, i, rows, a.d, loaded, queries);
     for (int64_t r = 0; r < rows; r++) state[r] = {};
     const int64_t keys = a.causal ? std::min(head.nk, i + rows) : head.nk;
     if (!keys) std::fill(out, out + rows * ldo, 0.f);
@@ -70,12 +71,16 @@ void forward(const Attention& a) {
   parallel_units(heads * pieces, [&](Queue& queue) {
     Scratch& memory = scratch();
     using Panels = KeyPanels<D, T>;
+    const QkRows query_rows(a.transform, false, a.d, memory), key_rows(a.transform, true, a.d, memory);
     Panels keys(Panels::KEYS_AS_COLUMNS, a.k, a.nk, a.d, KEY_BLOCK, memory);
     Panels values(Panels::KEYS_AS_ROWS, a.v, a.nk, a.dv, KEY_BLOCK, memory);
     const int64_t ld = round_up(std::min(KEY_BLOCK, std::max<int64_t>(a.nk, 1)), W), rows = rows_at_once + MR;
     uint32_t* queries = memory.take<uint32_t>(rows * lanes_of<D>(a.d));  // (rows, lanes of d)
-    float* scores = memory.take<float>(rows * ld);                       // (rows, keys of a block)
-    float* out = memory.take<float>(rows * round_up(a.dv, W));           // (rows, dv)
+    using Element = typename D::element;
+    const int64_t most = std::max<int64_t>(rows, NR);
+    Element* loaded = a.transform ? memory.take<Element>(most * QkRows::columns_of(a.d)) : nullptr;
+    float* scores = memory.take<float>(rows * ld);              // (rows, keys of a block)
+    float* out = memory.take<float>(rows * round_up(a.dv, W));  // (rows, dv)
     float* bias = memory.take<float>(ld);
     const auto head_of = [&](int64_t unit) { return Head(a, unit / pieces / a.heads, unit / pieces % a.heads); };
     const auto rows_of = [&](int64_t unit, const Head& head) {
@@ -98,9 +103,10 @@ void forward(const Attention& a) {
         next.add(coming.query<T>(a.q) + from * a.q.n, a.q.n, to - from, a.d);
       }
       if (first >= last) continue;
-      keys.pack(head);
+      keys.pack(head, key_rows, loaded);
       values.pack(head);
-      forward_rows<D, T>(a, head, keys, values, first, last, rows_at_once, queries, scores, out, bias, next);
+      forward_rows<D, T>(a, head, keys, values, query_rows, first, last, rows_at_once, queries, loaded, scores, out,
+                         bias, next);
     }
   });
 }

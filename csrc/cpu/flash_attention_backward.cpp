@@ -145,6 +145,59 @@ inline void reduce_bias(const AttentionGrad& g, const Plan& plan, const float* p
   });
 }
 
+// Gradients of transformed rows, kept until those of the angles are summed: (B, H, tokens, d in whole vectors), or (H,
+// tokens, d) of packed sequences. The row of a token:
+inline int64_t turned_row(const Attention& a, const AttentionGrad& g, int64_t b, int64_t h, int64_t token) {
+  return ((a.cu_q ? 0 : b) * a.heads + h) * g.tokens + token;
+}
+inline void keep_scaled(const float* from, int64_t rows, int64_t ld, float scale, float* to) {
+  for (int64_t c = 0; c < rows * ld; c += W) store(to + c, load(from + c) * scale);
+}
+
+// The gradients of sines and cosines: a token's row has one owner, who adds over batch entries and heads in order,
+// queries before keys. q_turned and k_turned are scaled.
+template <class T>
+void reduce_angles(const Attention& a, const AttentionGrad& g, const float* q_turned, const float* k_turned) {
+  const QkTransform& t = *a.transform;
+  constexpr int64_t TOKENS = 8;
+  const int64_t angles = g.tokens - t.prefix, blocks = (angles + TOKENS - 1) / TOKENS, ldd = round_up(a.d, W);
+  const int64_t batch = a.cu_q ? 1 : a.batch, width = 2 * t.rotated;
+  parallel_units(g.rope_b * g.rope_h * blocks, [&](Queue& queue) {
+    Scratch& memory = scratch();
+    const QkRows rows[2] = {{&t, false, a.d, memory}, {&t, true, a.d, memory}};
+    float* x = memory.take<float>(ldd);
+    for (int64_t unit; (unit = queue.next()) >= 0;) {
+      const int64_t slice = unit / blocks, first = unit % blocks * TOKENS, last = std::min(first + TOKENS, angles);
+      const int64_t rb = slice / g.rope_h, rh = slice % g.rope_h;
+      float* grad = g.grad_rope + (slice * angles + first) * width;
+      std::fill(grad, grad + (last - first) * width, 0.f);
+      for (int64_t b = g.rope_b > 1 ? rb : 0; b < (g.rope_b > 1 ? rb + 1 : batch); b++)
+        for (int key = 0; key < 2; key++) {
+          const Tokens& from = key ? a.k : a.q;
+          const int64_t heads = key ? a.kv_heads : a.heads;
+          for (int64_t h = g.rope_h > 1 ? rh : 0; h < (g.rope_h > 1 ? rh + 1 : heads); h++)
+            for (int64_t i = first; i < last; i++) {
+              const int64_t token = i + t.prefix;
+              rows[key].normalize_row(static_cast<const T*>(from.data) + b * from.b + h * from.h + token * from.n, x);
+              rows[key].add_angles(x, (key ? k_turned : q_turned) + ((b * heads + h) * g.tokens + token) * ldd,
+                                   grad + (i - first) * width);
+            }
+        }
+    }
+  });
+}
+
+// n partial sums (2, ldd) of a norm's weight and bias, added in order.
+inline void reduce_norm(const std::vector<float>& partials, int64_t d, int64_t ldd, float* weight, float* bias) {
+  for (int which = 0; which < 2; which++) {
+    float* to = which ? bias : weight;
+    if (!to) continue;
+    std::fill(to, to + d, 0.f);
+    for (size_t at = which * ldd; at < partials.size(); at += 2 * ldd)
+      for (int64_t c = 0; c < d; c++) to[c] += partials[at + c];
+  }
+}
+
 template <class D, class T>
 class Backward {
   using Panels = KeyPanels<D, T>;
@@ -158,6 +211,8 @@ class Backward {
         ld_(round_up(block_, W)),
         ldd_(round_up(a.d, W)),
         ldv_(round_up(a.dv, W)),
+        query_transform_(a.transform, false, a.d, memory_),
+        key_transform_(a.transform, true, a.d, memory_),
         k_columns_(Panels::KEYS_AS_COLUMNS, a.k, a.nk, a.d, KEY_BLOCK, memory_),
         v_columns_(Panels::KEYS_AS_COLUMNS, a.v, a.nk, a.dv, KEY_BLOCK, memory_),
         k_rows_(Panels::KEYS_AS_ROWS, a.k, a.nk, a.d, KEY_BLOCK, memory_) {
@@ -167,6 +222,7 @@ class Backward {
     query_rows_ = memory_.take<uint32_t>(packed_size<D>(rows, a.d));
     grad_rows_ = memory_.take<uint32_t>(packed_size<D>(rows, a.dv));
     grad_q_ = memory_.take<float>(rows * ldd_);  // (rows, ldd)
+    loaded_ = a.transform ? memory_.take<typename D::element>(std::max<int64_t>(rows, NR) * ldd_) : nullptr;
     bias_ = memory_.take<float>(D::K * ld_);
     s_ = {memory_.take<float>(rows * ld_), memory_.take<float>(rows * ld_), nullptr, nullptr, ld_};
     if (D::K == 2) {
@@ -179,24 +235,28 @@ class Backward {
   }
 
   // grad_k (nk, ldd_) and grad_v (nk, ldv_) are this piece's, zeroed; grad_bias the chain's (bias_q, bias_k), or null.
-  void piece(const Head& head, int64_t first, int64_t last, float* grad_k, float* grad_v, float* grad_bias) {
-    for (Panels* panels : {&k_columns_, &v_columns_, &k_rows_}) panels->pack(head);
+  // With a transform: `turned` takes the gradients of its result for the call's queries unless it is null, `sums` the
+  // piece's share of those of the norm's weight and bias.
+  void piece(const Head& head, int64_t first, int64_t last, float* grad_k, float* grad_v, float* grad_bias,
+             float* turned, float* sums) {
+    k_columns_.pack(head, key_transform_, loaded_, &k_rows_);
+    v_columns_.pack(head);
     BiasRows bias[2] = {{a_.bias, head.b, head.h, bias_}, {a_.bias, head.b, head.h, bias_ + (D::K - 1) * ld_}};
     const int64_t at_once = row_block(last - first, ROW_BLOCK);
     for (int64_t i = first; i < last; i += at_once)
-      block(head, i, std::min(at_once, last - i), bias, grad_k, grad_v, grad_bias);
+      block(head, i, std::min(at_once, last - i), bias, grad_k, grad_v, grad_bias, turned, sums);
   }
+  const QkRows& key_transform() const { return key_transform_; }
 
  private:
-  void block(const Head& head, int64_t i, int64_t rows, BiasRows* bias, float* grad_k, float* grad_v,
-             float* grad_bias) {
+  void block(const Head& head, int64_t i, int64_t rows, BiasRows* bias, float* grad_k, float* grad_v, float* grad_bias,
+             float* turned, float* sums) {
     const Scores kind(a_.scale, a_.bias.data);
     const T* q = head.query<T>(a_.q) + i * a_.q.n;
     const T* dout = head.query<T>(g_.grad_out) + i * g_.grad_out.n;
     const int64_t lanes = lanes_of<D>(a_.d), lanes_v = lanes_of<D>(a_.dv), row_lanes = lanes_of<D>(rows);
-    pack_a<D>(q, a_.q.n, rows, a_.d, queries_);
+    pack_queries<D>(query_transform_, head, q, a_.q.n, i, rows, a_.d, loaded_, queries_, query_rows_);
     pack_a<D>(dout, g_.grad_out.n, rows, a_.dv, grads_out_);
-    pack_rows<D>(q, a_.q.n, rows, a_.d, query_rows_);
     pack_rows<D>(dout, g_.grad_out.n, rows, a_.dv, grad_rows_);
     RowStatistics of;
     const bool from_top = statistics(head, i, rows, dout, of);
@@ -228,7 +288,14 @@ class Backward {
       gemm<D>(n, a_.d, row_lanes, s_.ds_columns, 1, ld_, query_rows_, row_lanes, grad_k + j * ldd_, ldd_, true);
     }
     T* result = head.query<T>(g_.grad_q) + i * g_.grad_q.n;
-    for (int64_t r = 0; r < rows; r++) store_row(result + r * g_.grad_q.n, grad_q_ + r * ldd_, a_.scale, a_.d);
+    if (!a_.transform) {
+      for (int64_t r = 0; r < rows; r++) store_row(result + r * g_.grad_q.n, grad_q_ + r * ldd_, a_.scale, a_.d);
+      return;
+    }
+    const int64_t token = head.q0 + i;
+    if (turned) keep_scaled(grad_q_, rows, ldd_, a_.scale, turned + turned_row(a_, g_, head.b, head.h, token) * ldd_);
+    query_transform_.backward(q, a_.q.n, rows, head.b, head.h, token, a_.scale, grad_q_, ldd_, result, g_.grad_q.n,
+                              sums);
   }
 
   // delta and lse2, which is +inf for a row without keys so that P is 0. Returns whether a log-sum-exp is LARGE.
@@ -276,9 +343,11 @@ class Backward {
   const AttentionGrad& g_;
   Scratch& memory_;
   int64_t block_, ld_, ldd_, ldv_;
+  QkRows query_transform_, key_transform_;
   Panels k_columns_, v_columns_, k_rows_;
   uint32_t *queries_, *grads_out_, *query_rows_, *grad_rows_;
   float *grad_q_, *bias_;
+  typename D::element* loaded_;
   Grads<D> s_;
 };
 
@@ -292,12 +361,25 @@ void backward(const Attention& a, const AttentionGrad& g) {
   std::vector<float> partials(plan.partials > 1 ? a.batch * a.kv_heads * plan.partials * a.nk * width : 0);
   std::vector<float> bias_partials(g.grad_bias ? chains * slice : 0);
 
-  auto write = [&](const Head& head, const float* grad_k, const float* grad_v) {
+  const bool normalized = a.transform && a.transform->norm != QkTransform::none, turned = g.grad_rope != nullptr;
+  const int64_t sequences = a.cu_q ? 1 : a.batch;
+  std::vector<float> q_sums(normalized ? a.batch * a.heads * plan.splits * 2 * ldd : 0);
+  std::vector<float> k_sums(normalized ? a.batch * a.kv_heads * 2 * ldd : 0);
+  std::vector<float> q_turned(turned ? sequences * a.heads * g.tokens * ldd : 0);
+  std::vector<float> k_turned(turned ? sequences * a.kv_heads * g.tokens * ldd : 0);
+  const auto part = [](std::vector<float>& of, int64_t at) { return of.empty() ? nullptr : of.data() + at; };
+
+  auto write = [&](const QkRows& transform, const Head& head, float* grad_k, const float* grad_v) {
     T *dk = head.key<T>(g.grad_k, head.hk), *dv = head.key<T>(g.grad_v, head.hk);
-    for (int64_t j = 0; j < head.nk; j++) {
-      store_row(dk + j * g.grad_k.n, grad_k + j * ldd, a.scale, a.d);
-      store_row(dv + j * g.grad_v.n, grad_v + j * ldv, 1.f, a.dv);
+    for (int64_t j = 0; j < head.nk; j++) store_row(dv + j * g.grad_v.n, grad_v + j * ldv, 1.f, a.dv);
+    if (!transform.active()) {
+      for (int64_t j = 0; j < head.nk; j++) store_row(dk + j * g.grad_k.n, grad_k + j * ldd, a.scale, a.d);
+      return;
     }
+    const int64_t token = head.k0, row = ((a.cu_k ? 0 : head.b) * a.kv_heads + head.hk) * g.tokens + token;
+    if (turned) keep_scaled(grad_k, head.nk, ldd, a.scale, k_turned.data() + row * ldd);
+    transform.backward(head.key<T>(a.k, head.hk), a.k.n, head.nk, head.b, head.hk, token, a.scale, grad_k, ldd, dk,
+                       g.grad_k.n, part(k_sums, (head.b * a.kv_heads + head.hk) * 2 * ldd));
   };
   parallel_units(chains, [&](Queue& queue) {
     Backward<D, T> worker(a, g);
@@ -316,24 +398,31 @@ void backward(const Attention& a, const AttentionGrad& g) {
           std::fill(own.begin(), own.end(), 0.f);
         }
         float* grad_v = grad_k + a.nk * ldd;
-        if (first < last) worker.piece(head, first, last, grad_k, grad_v, grad_bias);
-        if (plan.partials == 1) write(head, grad_k, grad_v);
+        if (first < last)
+          worker.piece(head, first, last, grad_k, grad_v, grad_bias, part(q_turned, 0), part(q_sums, piece * 2 * ldd));
+        if (plan.partials == 1) write(worker.key_transform(), head, grad_k, grad_v);
       }
     }
   });
   if (plan.partials > 1) {
     parallel_units(a.batch * a.kv_heads, [&](Queue& queue) {
+      const QkRows transform(a.transform, true, a.d, scratch());
       for (int64_t unit; (unit = queue.next()) >= 0;) {
         float* sum = partials.data() + unit * plan.partials * a.nk * width;
         for (int64_t p = 1; p < plan.partials; p++)
           for (int64_t c = 0; c < a.nk * width; c += W)
             store(sum + c, load(sum + c) + load(sum + p * a.nk * width + c));
         const Head head(a, unit / a.kv_heads, unit % a.kv_heads * (a.heads / a.kv_heads));
-        write(head, sum, sum + a.nk * ldd);
+        write(transform, head, sum, sum + a.nk * ldd);
       }
     });
   }
   if (g.grad_bias) reduce_bias(g, plan, bias_partials.data(), slice, a.bias.dtype);
+  if (normalized) {
+    reduce_norm(q_sums, a.d, ldd, g.grad_q_weight, g.grad_q_bias);
+    reduce_norm(k_sums, a.d, ldd, g.grad_k_weight, g.grad_k_bias);
+  }
+  if (turned) reduce_angles<T>(a, g, q_turned.data(), k_turned.data());
 }
 
 }  // namespace

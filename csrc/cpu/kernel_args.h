@@ -21,6 +21,18 @@ struct Bias {
   int64_t b, h, q, k;
 };
 
+// What attention does to the rows of q and k: a norm over the channels of each head, then a rotation of pairs of
+// channels, (2i, 2i + 1) where interleaved, else (i, i + rotated / 2).
+struct QkTransform {
+  enum Norm { none, layer, rms } norm;
+  float eps;
+  const float *q_weight, *q_bias, *k_weight, *k_bias;  // (d,), null for 1 and 0
+  const float* rope;  // sines of the rotated channels of each token, rope_cos further the cosines; null: no rotation
+  int64_t rope_b, rope_h, rope_n, rope_cos;
+  int64_t rotated, prefix;  // channels, and tokens before the first that has angles
+  bool interleaved;
+};
+
 struct Attention {
   int64_t batch, heads, kv_heads, nq, nk, d, dv;
   Dtype dtype;
@@ -32,6 +44,7 @@ struct Attention {
   int64_t lse_b, lse_h;
   // Packed sequences: sequence b has rows cu[b] .. cu[b + 1]; the batch strides are 0 then. Null for a dense batch.
   const int64_t *cu_q, *cu_k;
+  const QkTransform* transform;  // null: none
 };
 
 struct AttentionGrad {
@@ -39,6 +52,10 @@ struct AttentionGrad {
   const float* grad_lse;  // strides of lse, or null
   void* grad_bias;        // contiguous (bias_b, bias_h, bias_q, bias_k), of the bias's dtype, or null
   int64_t bias_b, bias_h, bias_q, bias_k;
+  // Of the transform: float32, null when not asked. grad_rope is contiguous (rope_b, rope_h, tokens less the prefix, 2,
+  // rotated); packed sequences are one batch entry of `tokens`.
+  float *grad_q_weight, *grad_q_bias, *grad_k_weight, *grad_k_bias, *grad_rope;
+  int64_t rope_b, rope_h, tokens;
 };
 
 struct AttentionMap {

@@ -13,16 +13,6 @@
 namespace pyvit {
 namespace {
 
-void check_backend(const std::string& backend) {
-  STD_TORCH_CHECK(backend == "auto" || backend == "cpu", "pyvit: backend '", backend,
-                  "' cannot run on cpu tensors through torch.ops");
-}
-
-void check_channels(const Checks& checks, const Tensor& q, const Tensor& v) {
-  checks.that(q.size(q.dim() - 1) <= MAX_CHANNELS && v.size(v.dim() - 1) <= MAX_CHANNELS, "q and v",
-              "of at most 256 channels per head");
-}
-
 void check_dropout(double dropout_p) {
   STD_TORCH_CHECK(dropout_p == 0, "pyvit: the cpu kernels have no dropout; use backend='reference'");
 }
@@ -98,32 +88,6 @@ std::tuple<Tensor, Tensor> flash_attention_qkvpacked_backward(Tensor grad_out, M
   return {grad, dbias};
 }
 
-// The cumulative lengths as int64 on the host's side, checked: the kernels index with them. `longest` becomes the
-// longest there is: work is divided by it.
-Ints lengths(const Tensor& cu, int64_t total, int64_t& longest, const char* name) {
-  Tensor wide = dense(cu.scalar_type() == ScalarType::Long ? cu : torch::stable::to(cu, ScalarType::Long));
-  const int64_t* p = data<int64_t>(wide);
-  Ints ends(p, p + wide.numel());
-  bool good = !ends.empty() && ends.front() == 0 && ends.back() == total;
-  int64_t most = 0;
-  for (size_t i = 1; good && i < ends.size(); i++) {
-    good = ends[i] >= ends[i - 1] && ends[i] - ends[i - 1] <= longest;
-    most = std::max(most, ends[i] - ends[i - 1]);
-  }
-  STD_TORCH_CHECK(good, "pyvit: flash_attention_varlen: ", name, " must ascend from 0 to ", total,
-                  " in steps of at most ", longest);
-  longest = most;
-  return ends;
-}
-
-void set_lengths(Attention& a, const Ints& cu_q, const Ints& cu_k, int64_t max_q, int64_t max_k) {
-  a.batch = int64_t(cu_q.size()) - 1;
-  a.nq = max_q;
-  a.nk = max_k;
-  a.cu_q = cu_q.data();
-  a.cu_k = cu_k.data();
-}
-
 std::tuple<Tensor, Tensor> flash_attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,
                                                   Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
                                                   Maybe bias, bool is_causal, double scale, std::string backend) {
@@ -131,8 +95,8 @@ std::tuple<Tensor, Tensor> flash_attention_varlen(Tensor q, Tensor k, Tensor v, 
   const Checks checks("flash_attention_varlen");
   checks.packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, bias);
   check_channels(checks, q, v);
-  const Ints cu_q = lengths(cu_seqlens_q, q.size(0), max_seqlen_q, "cu_seqlens_q");
-  const Ints cu_k = lengths(cu_seqlens_k, k.size(0), max_seqlen_k, "cu_seqlens_k");
+  const Ints cu_q = lengths("flash_attention_varlen", cu_seqlens_q, q.size(0), max_seqlen_q, "cu_seqlens_q");
+  const Ints cu_k = lengths("flash_attention_varlen", cu_seqlens_k, k.size(0), max_seqlen_k, "cu_seqlens_k");
   q = rows(q);
   k = rows(k);
   v = rows(v);
@@ -154,8 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_varlen_backward(
   checks.packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, bias);
   checks.results(grad_out, grad_lse, out, lse, bias_grad, q, v, bias, true);
   check_channels(checks, q, v);
-  const Ints cu_q = lengths(cu_seqlens_q, q.size(0), max_seqlen_q, "cu_seqlens_q");
-  const Ints cu_k = lengths(cu_seqlens_k, k.size(0), max_seqlen_k, "cu_seqlens_k");
+  const Ints cu_q = lengths("flash_attention_varlen", cu_seqlens_q, q.size(0), max_seqlen_q, "cu_seqlens_q");
+  const Ints cu_k = lengths("flash_attention_varlen", cu_seqlens_k, k.size(0), max_seqlen_k, "cu_seqlens_k");
   q = rows(q);
   k = rows(k);
   v = rows(v);
@@ -266,13 +230,6 @@ std::tuple<Tensor, Tensor> window_attention(Tensor qkv, Ints window_size, Ints s
         window_of(qkv, window_size, shift_size, num_heads, bias_table, logit_scale, pad_qkv, scale, out, lse));
   return {out, lse};
 }
-
-// A float32 gradient in the dtype of the parameter it belongs to; empty when there is no such parameter.
-Tensor as_parameter(const Maybe& grad, const Maybe& given, const Tensor& like) {
-  if (!given) return none(like);
-  return given->scalar_type() == ScalarType::Float ? *grad : torch::stable::to(*grad, given->scalar_type());
-}
-Maybe zeros_like(const Maybe& t) { return t ? Maybe(zeros(*t, shape_of(*t), ScalarType::Float)) : Maybe(); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward(Tensor grad_out, Tensor out, Tensor lse,
                                                                      Tensor qkv, Ints window_size, Ints shift_size,

@@ -69,6 +69,7 @@ _REFERENCE = Capability(
 CAPABILITIES: dict[str, dict[str, Capability]] = {
     "flash_attention": {"cpu": Capability((F32, BF16, F16), _ATTENTION, (1, 256, 1))},
     "flash_attention_varlen": {"cpu": Capability((F32, BF16, F16), _VARLEN, (1, 256, 1))},
+    "rope_attention": {"cpu": Capability((F32, BF16, F16), _ATTENTION, (1, 256, 1))},
     "attention_map": {"cpu": Capability((F32, BF16, F16), frozenset({"bias", "bool_mask", "gqa"}), (1, 256, 1))},
     "window_attention": {"cpu": Capability((F32, BF16, F16), _WINDOW)},
     "patch_embed": {"cpu": Capability((F32, BF16, F16), _PATCH)},
@@ -97,9 +98,10 @@ CAPABILITIES["patch_embed"]["triton"] = Capability(_TRITON, _PATCH)
 for _loss in ("info_nce", "nt_xent", "sigmoid_contrastive"):
     CAPABILITIES[_loss]["triton"] = Capability(_TRITON, frozenset({"grad"}))
 CAPABILITIES["distillation_cross_entropy"]["triton"] = Capability(_TRITON, frozenset({"grad", "prototypes", "center"}))
-#: Operators that pyvit has CPU kernels for and no others. They are operators of PyTorch, which serves every device; a
-#: GPU backend that was chosen for all operators (:class:`pyvit.use_backend`) leaves them with it.
-CPU_ONLY = frozenset({"layer_norm", "rms_norm", "linear", "mlp"})
+#: Operators that pyvit has CPU kernels for and no others. They are operators of PyTorch, or made of them and of others
+#: that serve every device; a GPU backend that was chosen for all operators (:class:`pyvit.use_backend`) leaves them
+#: with the backend "torch".
+CPU_ONLY = frozenset({"layer_norm", "rms_norm", "linear", "mlp", "rope_attention"})
 # PyTorch's kernels where they compute the same. Attention's return no log-sum-exp, draw dropout from other random
 # numbers, and give NaN for some rows that a mask empties.
 CAPABILITIES["flash_attention"]["torch"] = Capability((F32, F16, BF16), frozenset({"causal", "gqa", "grad"}))
@@ -107,7 +109,9 @@ CAPABILITIES["patch_embed"]["torch"] = Capability(
     (F32, F16, BF16), frozenset({"overlap", "pos_embed", "prefix", "grad", "images_grad"})
 )
 for _op in CPU_ONLY:
-    CAPABILITIES[_op]["torch"] = Capability((F64, F32, F16, BF16))
+    CAPABILITIES[_op]["torch"] = Capability(
+        (F64, F32, F16, BF16), _ATTENTION if _op == "rope_attention" else frozenset()
+    )
 for _table in CAPABILITIES.values():
     _table["reference"] = _REFERENCE
 

@@ -130,6 +130,7 @@ RULES = (
     Rule("torch", "flash_attention", "cuda", _UNMEASURED),
     Rule("torch", "patch_embed", "cuda", _UNMEASURED),
     Rule("torch", "flash_attention", "cpu", _AMX, (torch.bfloat16, torch.float16), ("amx",)),
+    Rule("torch", "rope_attention", "cpu", _AMX, (torch.bfloat16, torch.float16), ("amx",)),
     Rule("torch", "flash_attention", "cpu", _PORTABLE, isas=("portable",), features=("grad",)),
 )
 

@@ -9,11 +9,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyvit.nn.layer_norm import LayerNorm
 from pyvit.nn.linear import Linear, apply, bypassed, idle, plain
 from pyvit.nn.quantized import quantized, quantized_attention
 from pyvit.nn.rates import check_rate
-from pyvit.ops import attention_map, flash_attention, flash_attention_qkvpacked, flash_attention_varlen
+from pyvit.nn.rms_norm import RMSNorm
+from pyvit.ops import (
+    attention_map,
+    flash_attention,
+    flash_attention_qkvpacked,
+    flash_attention_varlen,
+    rope_attention,
+)
 from pyvit.ops.prepacked import Norm, attention_branch
+from pyvit.ops.reference import rotate_pairs
+
+#: Norms of q and k that :func:`pyvit.ops.rope_attention` computes, as it calls them.
+_NORMS: dict[type[nn.Module], str] = {nn.LayerNorm: "layer", LayerNorm: "layer", nn.RMSNorm: "rms", RMSNorm: "rms"}
+for _kind in _NORMS:
+    bypassed(_kind)
 
 
 class Packing(NamedTuple):
@@ -54,6 +68,7 @@ class Attention(nn.Module):
         scale_norm: normalise the merged heads before the output projection.
         attn_drop, proj_drop: dropout on attention weights and on the output.
         norm_layer: of qk_norm and scale_norm.
+        rope_interleaved: which channels the ``rope`` of a call rotates together, see :func:`pyvit.nn.rotate`.
     """
 
     fuses_residual = True  # see pyvit.nn.residual.fusion_args
@@ -71,6 +86,7 @@ class Attention(nn.Module):
         norm_layer: type[nn.Module] = nn.LayerNorm,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        rope_interleaved: bool = False,
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
@@ -84,6 +100,7 @@ class Attention(nn.Module):
         self.norm = norm_layer(dim, **factory) if scale_norm else nn.Identity()
         self.proj = Linear(dim, dim, proj_bias, **factory)
         self.attn_drop = attn_drop
+        self.rope_interleaved = rope_interleaved
         self.proj_drop = nn.Dropout(proj_drop)
 
     def project(self, x: Tensor, rope: Tensor | None = None, norm: Norm | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,7 +108,7 @@ class Attention(nn.Module):
         q, k, v = apply(self.qkv, x, norm=norm).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+            q, k = (rotate(t, rope, self.rope_interleaved) for t in (q, k))
         return q, k, v
 
     def forward(
@@ -108,27 +125,70 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x (B, N, C), or (T, C) with ``packing``; attn_mask as ``bias`` of :func:`pyvit.ops.flash_attention`.
 
-        rope (N, 2, d) or (T, 2, d): sines and cosines, see :class:`pyvit.nn.RotaryEmbedding`. With ``norm``, ``scale``
-        and ``residual`` (see :func:`pyvit.ops.linear`) the whole branch: residual + scale * attention(norm(x)).
+        rope (N, 2, d) or (T, 2, d): sines and cosines, see :class:`pyvit.nn.RotaryEmbedding` and
+        :func:`pyvit.nn.rotate`. With ``norm``, ``scale`` and ``residual`` (see :func:`pyvit.ops.linear`) the whole
+        branch: residual + scale * attention(norm(x)).
         """
         dropout = self.attn_drop if self.training else 0.0
-        if packing is not None:
-            if dropout:
-                raise ValueError("Attention: attn_drop must be 0 to train on packed sequences")
+        if packing is not None and dropout:
+            raise ValueError("Attention: attn_drop must be 0 to train on packed sequences")
+        plain_heads = self._plain_heads()
+        norms = None if dropout or (rope is None and plain_heads) else self._norms()
+        options: dict[str, Any] = {"bias": attn_mask, "is_causal": is_causal}
+        if norms is not None:
+            heads = apply(self.qkv, x, norm=norm).unflatten(-1, (3, self.num_heads, self.head_dim))
+            out = self._rope_attention(heads, rope, packing, norms, options)
+        elif packing is not None:
             q, k, v = self.project(x, rope, norm)
             cu, longest = packing.cu_seqlens, max(packing.lengths, default=0)
-            out = flash_attention_varlen(q, k, v, cu, cu, longest, longest, bias=attn_mask, is_causal=is_causal)
-        elif rope is None and self._plain_heads():
+            out = flash_attention_varlen(q, k, v, cu, cu, longest, longest, **options)  # type: ignore[assignment]
+        elif rope is None and plain_heads:
             if attn_mask is None and not dropout:
                 fused = self._branch(x, is_causal, norm, scale, residual)
                 if fused is not None:
                     return fused
             packed = apply(self.qkv, x, norm=norm).unflatten(-1, (3, self.num_heads, self.head_dim))
-            out = flash_attention_qkvpacked(packed, bias=attn_mask, is_causal=is_causal, dropout_p=dropout)
+            out = flash_attention_qkvpacked(packed, dropout_p=dropout, **options)  # type: ignore[assignment]
         else:
             q, k, v = (t.transpose(1, 2) for t in self.project(x, rope, norm))  # (B, H, N, d), no copy
-            out = flash_attention(q, k, v, bias=attn_mask, is_causal=is_causal, dropout_p=dropout).transpose(1, 2)  # type: ignore[union-attr]
-        return apply(self.proj, self.norm(out.flatten(-2)), self.proj_drop, scale=scale, residual=residual)  # type: ignore[union-attr]
+            out = flash_attention(q, k, v, dropout_p=dropout, **options).transpose(1, 2)  # type: ignore[union-attr]
+        return apply(self.proj, self.norm(out.flatten(-2)), self.proj_drop, scale=scale, residual=residual)
+
+    def _rope_attention(
+        self,
+        heads: Tensor,
+        rope: Tensor | None,
+        packing: Packing | None,
+        norms: dict[str, Any],
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Attention (..., N, H, d) of heads (..., N, 3, H, d), normalised and rotated as they are loaded."""
+        dtypes = (torch.float32, heads.dtype)
+        norms = {name: t.to(heads.dtype) if _of_other(t, dtypes) else t for name, t in norms.items()}
+        options = {**options, **norms, "interleaved": self.rope_interleaved and rope is not None}
+        rope = rope.to(heads.dtype) if _of_other(rope, dtypes) else rope  # type: ignore[union-attr]
+        if packing is None:
+            q, k, v = heads.transpose(-4, -2).unbind(-3)  # (B, H, N, d)
+            return rope_attention(q, k, v, rope, **options).transpose(1, 2)  # type: ignore[union-attr]
+        lengths = {"cu_seqlens": packing.cu_seqlens, "max_seqlen": max(packing.lengths, default=0)}
+        return rope_attention(*heads.unbind(-3), rope, **lengths, **options)  # type: ignore[return-value]
+
+    def _norms(self) -> dict[str, Any] | None:
+        """The norms of q and k as arguments of :func:`pyvit.ops.rope_attention`, None where it does not compute
+        them."""
+        if self._plain_heads():
+            return {}
+        q_norm, k_norm = self._modules["q_norm"], self._modules["k_norm"]
+        kind = type(q_norm)
+        if kind not in _NORMS or not plain(q_norm, kind) or not plain(k_norm, kind):  # type: ignore[arg-type]
+            return None
+        shapes = (self.head_dim,), (self.head_dim,)
+        if (q_norm.normalized_shape, k_norm.normalized_shape) != shapes or q_norm.eps != k_norm.eps:  # type: ignore[union-attr]
+            return None
+        found = {"qk_norm": _NORMS[kind], "eps": q_norm.eps}  # type: ignore[union-attr, index]
+        for name, module in (("q", q_norm), ("k", k_norm)):
+            found |= {f"{name}_weight": module.weight, f"{name}_bias": getattr(module, "bias", None)}  # type: ignore[union-attr]
+        return found
 
     def _plain_heads(self) -> bool:
         """Whether q and k are not normalised."""
@@ -159,11 +219,27 @@ class Attention(nn.Module):
         return attention_map(q.transpose(1, 2), k.transpose(1, 2), rows)
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + d/2) of x (..., N, H, d) by the angles of rope (N, 2, d): sines at 0, cosines at 1.
+def _of_other(t: Any, dtypes: tuple[torch.dtype, ...]) -> bool:
+    return isinstance(t, Tensor) and t.dtype not in dtypes
+
+
+def rotate(x: Tensor, rope: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate pairs of channels of x (..., N, H, d) by the angles of rope: sines at 0, cosines at 1.
 
     Su et al., "RoFormer" (2021).
+
+    Args:
+        rope: (N, 2, R), or (H, N, 2, R) with angles of their own for each head (Heo et al., "Rotary Position Embedding
+            for Vision Transformer", 2024). R is even and at most d: the first R channels are rotated.
+        interleaved: pairs are (2i, 2i + 1) instead of (i, i + R/2); the sines and cosines are those of each channel in
+            both cases.
     """
+    channels = rope.shape[-1]
+    if rope.dim() not in (3, 4) or rope.shape[-2] != 2:
+        raise ValueError(f"rotate: rope must be of shape (N, 2, R) or (H, N, 2, R), got {tuple(rope.shape)}")
+    if channels % 2 or not 0 < channels <= x.shape[-1]:
+        raise ValueError(f"rotate: rope must have an even number of channels, at most {x.shape[-1]}, got {channels}")
     sin, cos = rope.to(x.dtype).unbind(-2)
-    a, b = x.chunk(2, -1)
-    return x * cos.unsqueeze(-2) + torch.cat((-b, a), -1) * sin.unsqueeze(-2)
+    # (N, 1 or H, R), to fit x
+    sin, cos = (t.unsqueeze(-2) if t.dim() == 2 else t.transpose(0, 1) for t in (sin, cos))
+    return rotate_pairs(x, sin, cos, interleaved)

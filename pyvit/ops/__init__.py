@@ -17,6 +17,7 @@ from pyvit.ops.mlp import mlp  # noqa: E402
 from pyvit.ops.nt_xent import nt_xent  # noqa: E402
 from pyvit.ops.patch_embed import patch_embed  # noqa: E402
 from pyvit.ops.rms_norm import rms_norm  # noqa: E402
+from pyvit.ops.rope_attention import rope_attention  # noqa: E402
 from pyvit.ops.scaled_dot_product_attention import scaled_dot_product_attention  # noqa: E402
 from pyvit.ops.sigmoid_contrastive import sigmoid_contrastive  # noqa: E402
 from pyvit.ops.sinkhorn_knopp import sinkhorn_center, sinkhorn_knopp  # noqa: E402
@@ -36,6 +37,7 @@ __all__ = [
     "nt_xent",
     "patch_embed",
     "rms_norm",
+    "rope_attention",
     "scaled_dot_product_attention",
     "sigmoid_contrastive",
     "sinkhorn_center",

@@ -38,6 +38,16 @@ def _varlen(
 _varlen._get_raw = True  # type: ignore[attr-defined]  # tensors, not their shapes
 
 
+def _rope(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
+    cu, most = rest[5:7]
+    if cu is None:
+        return _attention(q.shape, k.shape, v.shape)
+    return _varlen(q, k, v, cu, cu, most, most)
+
+
+_rope._get_raw = True  # type: ignore[attr-defined]
+
+
 def _map(q: Shape, k: Shape, rows: Shape, *_: Any, **__: Any) -> int:
     return 2 * q[0] * q[1] * rows[1] * k[2] * q[3]
 
@@ -137,6 +147,8 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     _ops.flash_attention_backward: _twice("flash_attention", _attention),
     _ops.flash_attention_varlen: _varlen,
     _ops.flash_attention_varlen_backward: _twice("flash_attention_varlen", _varlen),
+    _ops.rope_attention: _rope,
+    _ops.rope_attention_backward: _twice("rope_attention", _rope),
     _ops.attention_map: _map,
     _ops.window_attention: _window,
     _ops.window_attention_backward: _twice("window_attention", _window),

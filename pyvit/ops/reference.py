@@ -135,6 +135,75 @@ def flash_attention_varlen(
     return torch.cat(outs), torch.cat(lses, 1)
 
 
+def normalize_and_rotate(
+    x: Tensor,
+    rope: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    qk_norm: str,
+    eps: float,
+    num_prefix_tokens: int,
+    interleaved: bool,
+) -> Tensor:
+    """Queries or keys x (B, H, N, D) or (T, H, D) as :func:`pyvit.ops.rope_attention` multiplies them; rope has five
+    dimensions."""
+    if qk_norm != "none":
+        wide = x if weight is None else x.to(weight.dtype)
+        if qk_norm == "layer":
+            wide = F.layer_norm(wide, wide.shape[-1:], weight, None if bias is None else bias.to(wide.dtype), eps)
+        else:
+            wide = F.rms_norm(wide, wide.shape[-1:], weight, eps)
+        x = wide.to(x.dtype)
+    if rope is None:
+        return x
+    sin, cos = rope.to(x.dtype).unbind(-2)  # (B or 1, H or 1, N - prefix, R)
+    if x.dim() == 3:
+        sin, cos = sin[0].transpose(0, 1), cos[0].transpose(0, 1)  # (T, H or 1, R)
+    front, tokens = x[..., :num_prefix_tokens, :], x[..., num_prefix_tokens:, :] if num_prefix_tokens else x
+    out = rotate_pairs(tokens, sin, cos, interleaved)
+    return torch.cat((front, out), -2) if num_prefix_tokens else out
+
+
+def rotate_pairs(x: Tensor, sin: Tensor, cos: Tensor, interleaved: bool) -> Tensor:
+    """The first R channels of x (..., D), pairs (2i, 2i + 1) or (i, i + R/2), rotated by sines and cosines (..., R)."""
+    channels = sin.shape[-1]
+    rotated = x[..., :channels]
+    if interleaved:
+        a, b = rotated.unflatten(-1, (-1, 2)).unbind(-1)
+        quarter = torch.stack((-b, a), -1).flatten(-2)
+    else:
+        a, b = rotated.chunk(2, -1)
+        quarter = torch.cat((-b, a), -1)
+    out = rotated * cos + quarter * sin
+    return out if channels == x.shape[-1] else torch.cat((out, x[..., channels:]), -1)
+
+
+def rope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope: Tensor | None,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    bias: Tensor | None,
+    qk_norm: str,
+    eps: float,
+    num_prefix_tokens: int,
+    interleaved: bool,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    q = normalize_and_rotate(q, rope, q_weight, q_bias, qk_norm, eps, num_prefix_tokens, interleaved)
+    k = normalize_and_rotate(k, rope, k_weight, k_bias, qk_norm, eps, num_prefix_tokens, interleaved)
+    if cu_seqlens is None:
+        return flash_attention(q, k, v, bias, is_causal, scale, 0.0, None)
+    return flash_attention_varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, bias, is_causal, scale)
+
+
 def attention_map(q: Tensor, k: Tensor, rows: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     groups = q.shape[1] // max(k.shape[1], 1)
     if groups != 1:

@@ -79,6 +79,27 @@ def varlen(on: Served) -> Example:
     return Example(ops.flash_attention_varlen, t, options, low)
 
 
+def rope(on: Served) -> Example:
+    t = {name: on.randn(2, 3, 21, 32) for name in "qkv"}
+    t["rope"] = torch.randn(3, 19, 2, 28, device=on.device)
+    t |= {f"{x}_{kind}": torch.randn(32, device=on.device) for x in "qk" for kind in ("weight", "bias")}
+    options = {"num_prefix_tokens": 2, "qk_norm": "layer", "eps": 1e-5, "return_lse": True, "scale": 0.2}
+    parameters = (t["q_weight"], t["q_bias"], t["k_weight"], t["k_bias"])
+    low = (t["q"], t["k"], t["v"], t["rope"][None], *parameters, None, 0, None, "layer", 1e-5, 2, False, False, 0.2)
+    return Example(ops.rope_attention, t, options, (*low, on.backend))
+
+
+def packed_rope(on: Served) -> Example:
+    t = {"q": on.randn(30, 4, 24), "k": on.randn(30, 2, 24), "v": on.randn(30, 2, 24)}
+    t["rope"] = torch.randn(30, 2, 24, device=on.device)
+    t |= {f"{x}_weight": torch.randn(24, device=on.device) for x in "qk"}
+    cu = torch.tensor([0, 11, 30], device=on.device)
+    options = {"interleaved": True, "qk_norm": "rms", "eps": 1e-5, "cu_seqlens": cu, "max_seqlen": 19, "scale": 0.2}
+    parameters = (t["q_weight"], None, t["k_weight"], None)
+    low = (t["q"], t["k"], t["v"], t["rope"][None, None], *parameters, cu, 19, None, "rms", 1e-5, 0, True, False, 0.2)
+    return Example(ops.rope_attention, t, {**options, "enable_gqa": True}, (*low, on.backend))
+
+
 def attention_map(on: Served) -> Example:
     t = {"q": on.randn(2, 4, 18, 32), "k": on.randn(2, 2, 25, 32), "bias": torch.randn(2, 1, 18, 25, device=on.device)}
     rows = torch.tensor([[0, 4], [17, 4]], device=on.device)
@@ -124,6 +145,8 @@ EXAMPLES = {
     "flash_attention-causal": causal,
     "flash_attention_varlen": varlen,
     "attention_map": attention_map,
+    "rope_attention": rope,
+    "rope_attention-packed": packed_rope,
 }
 EXAMPLES |= {
     "window_attention": window,

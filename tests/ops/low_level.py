@@ -67,6 +67,8 @@ def _backward(example: str) -> Base:
         own = [grads[0], *outputs]
     else:
         own = [*grads, *outputs, True]
+        if name == "rope_attention":
+            own += [low[10] is not None]
     return _operator(f"{name}_backward", [*own, *low[:-1]])
 
 

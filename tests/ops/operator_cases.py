@@ -62,6 +62,11 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Tenso
     )
 
 
+def rope(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, weight: Tensor, backend: str | None = None) -> Tensor:
+    options = {"qk_norm": "rms", "q_weight": weight, "k_weight": weight, "num_prefix_tokens": 1}
+    return ops.rope_attention(q, k, v, torch.stack((angles.sin(), angles.cos()), 1), backend=backend, **options)
+
+
 TEACHER, WIDE, WEIGHTS = randn(2, 6, 8), randn(20, 8), randn(3, 2, 6).softmax(0)
 
 
@@ -91,6 +96,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "flash_attention_qkvpacked": lambda: Case(*through(ops.flash_attention_qkvpacked), (randn(2, 5, 3, 2, 8),)),
     "flash_attention_varlen": lambda: Case(
         varlen, functools.partial(varlen, backend="reference"), (randn(9, 2, 16), randn(9, 2, 16), randn(9, 2, 8))),
+    "rope_attention": lambda: Case(
+        rope, functools.partial(rope, backend="reference"),
+        (randn(1, 2, 7, 16), randn(1, 2, 7, 16), randn(1, 2, 7, 8), randn(6, 12), randn(16))),
     "attention_map": lambda: Case(*through(ops.attention_map, rows=[0, 4]), (randn(1, 2, 7, 16), randn(1, 2, 6, 16))),
     "window_attention": lambda: Case(
         *through(ops.window_attention, window_size=4, shift_size=2, num_heads=2), (randn(1, 8, 8, 48),)),
