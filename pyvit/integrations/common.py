@@ -16,7 +16,7 @@ from pyvit.nn.linear import plain as is_plain
 from pyvit.nn.quantized import QuantizedLinear, quantized, quantized_mlp
 from pyvit.ops import flash_attention, linear, patch_embed, prepacked
 from pyvit.ops.patch_embed import grid_size
-from pyvit.ops.prepacked import Norm
+from pyvit.ops.prepacked import Norm, normalize
 
 #: What to replace in an instance of a class.
 Rule = Callable[[Any], Iterator[Replacement | Left]]
@@ -131,7 +131,7 @@ def biased(layer: nn.Module, x: Tensor, bias: Tensor | None, norm: Norm | None =
         return linear(x, layer.weight, bias, norm=norm)  # type: ignore[arg-type]
     if quantized(layer):
         return layer.multiply(x, None, bias, norm)  # type: ignore[operator, no-any-return]
-    out = layer(x if norm is None else ops.layer_norm(x, *norm))
+    out = layer(x if norm is None else normalize(x, norm))
     difference = bias if layer.bias is None or bias is None else bias - layer.bias  # type: ignore[operator]
     return out if difference is None else out + difference
 

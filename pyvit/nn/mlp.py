@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from pyvit.nn.linear import Linear, apply, bypassed, idle, plain
 from pyvit.nn.quantized import quantized, quantized_mlp
-from pyvit.ops import layer_norm, mlp
-from pyvit.ops.prepacked import Norm
+from pyvit.nn.rms_norm import norm_args
+from pyvit.ops import gated_mlp, mlp
+from pyvit.ops.prepacked import Norm, normalize
 from pyvit.ops.reference import ACTIVATIONS
 
 
@@ -109,16 +110,39 @@ class GatedMlp(nn.Module):
     def forward(
         self, x: Tensor, norm: Norm | None = None, scale: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        """With ``norm``, ``scale`` and ``residual`` the whole branch, as of :class:`Mlp`."""
+        """With ``norm``, ``scale`` and ``residual`` the whole branch, as of :func:`pyvit.ops.gated_mlp`."""
+        parts: dict[str, Any] = self._modules  # attributes of a module take half a microsecond each
+        split = "fc1" not in parts
+        value, gate, fc2 = parts["fc1_x" if split else "fc1"], parts["fc1_g"] if split else None, parts["fc2"]
+        if self._is_one(value, gate, fc2, parts["drop"]):
+            hidden_norm = norm_args(parts["norm"])
+            if hidden_norm is not None or plain(parts["norm"], nn.Identity):
+                first, second = value._parameters, fc2._parameters
+                weights = (first["weight"], first["bias"], second["weight"], second["bias"])
+                if gate is not None:
+                    of_gate = {"gate_weight": gate._parameters["weight"], "gate_bias": gate._parameters["bias"]}
+                else:
+                    of_gate = {"gate_last": self.gate_last}
+                options: Any = {"activation": self.activation, "hidden_norm": hidden_norm, **of_gate}
+                return gated_mlp(x, *weights, **options, norm=norm, scale=scale, residual=residual)
+        return apply(fc2, self._hidden(x, norm), parts["drop"], scale=scale, residual=residual)
+
+    @staticmethod
+    def _is_one(value: Linear, gate: Linear | None, fc2: Linear, drop: nn.Module) -> bool:
+        """Whether the layers are what :func:`pyvit.ops.gated_mlp` computes, but for the norm between them."""
+        layers = (value, fc2) if gate is None else (value, gate, fc2)
+        return all(plain(layer) and not layer.activation for layer in layers) and idle(drop)
+
+    def _hidden(self, x: Tensor, norm: Norm | None) -> Tensor:
+        """The input of the last layer, by one layer after another."""
         if "fc1" in self._modules:
             gate, value = apply(self.fc1, x, norm=norm).chunk(2, -1)
             if self.gate_last:
                 gate, value = value, gate
         else:
-            x = x if norm is None else layer_norm(x, *norm)
+            x = x if norm is None else normalize(x, norm)
             gate, value = self.fc1_g(x), self.fc1_x(x)
-        hidden = self.norm(ACTIVATIONS[self.activation](gate) * value)
-        return apply(self.fc2, hidden, self.drop, scale=scale, residual=residual)
+        return self.norm(ACTIVATIONS[self.activation](gate) * value)  # type: ignore[no-any-return]
 
 
 @bypassed

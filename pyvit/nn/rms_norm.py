@@ -1,4 +1,4 @@
-"""RMS norm before a linear layer."""
+"""RMS norm before a linear layer, and norms as arguments of fused layers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyvit.nn.layer_norm import dtype_before_linear
-from pyvit.nn.linear import bypassed
+from pyvit.nn.layer_norm import LayerNorm, dtype_before_linear
+from pyvit.nn.linear import bypassed, plain
 from pyvit.ops import rms_norm
+from pyvit.ops.prepacked import Norm
 
 
 @bypassed
@@ -27,3 +28,12 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         dtype = dtype_before_linear(x) if self.before_linear else None
         return rms_norm(x, self.weight, self.eps, dtype=dtype)
+
+
+def norm_args(norm: nn.Module) -> Norm | None:
+    """``norm`` as an argument of a fused layer, such as :func:`pyvit.ops.linear`; None where it is not an unwatched
+    LayerNorm or RMSNorm."""
+    parameters = norm._parameters
+    if plain(norm, LayerNorm):
+        return parameters["weight"], parameters["bias"], norm.eps  # type: ignore[return-value]
+    return (parameters["weight"], norm.eps) if plain(norm, RMSNorm) else None  # type: ignore[return-value]

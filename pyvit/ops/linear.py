@@ -16,8 +16,7 @@ from torch import Tensor
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
 from pyvit.dispatch.capabilities import PLAIN
-from pyvit.ops import activations, checks, matmul, prepacked, reference
-from pyvit.ops.layer_norm import check as check_norm
+from pyvit.ops import activations, checks, matmul, prepacked, reference, row_norm
 from pyvit.ops.prepacked import Branch, Norm
 from pyvit.ops.tracing import compiled_inference, traced
 
@@ -39,7 +38,8 @@ def linear(
         x: (..., K).
         weight: (M, K); bias: (M,).
         activation: None, "gelu" (exact), "gelu_tanh", "quick_gelu" (x sigmoid(1.702 x)), "silu" or "relu".
-        norm: (weight, bias, eps) of a layer norm of x, as for :func:`pyvit.ops.layer_norm`; None for none.
+        norm: (weight, bias, eps) of a layer norm of x, as for :func:`pyvit.ops.layer_norm`, or (weight, eps) of an RMS
+            norm, as for :func:`pyvit.ops.rms_norm`; None for none.
         scale: (M,), LayerScale's; None for 1.
         residual: (..., M); None for 0.
         backend: "cpu" (the product of the rules), "reference" (the plain formula), or None: "cpu" where it can serve.
@@ -103,11 +103,7 @@ def _check(x: Tensor, branch: Branch) -> None:
 
 def check_around(op: str, x: Tensor, branch: Branch) -> None:
     """Raises ValueError or TypeError where norm, scale or residual do not fit."""
-    if branch.norm is not None and not (isinstance(branch.norm, tuple) and len(branch.norm) == 3):
-        checks.fail(op, "norm", "(weight, bias, eps) or None", repr(branch.norm))
-    if branch.norm is not None:
-        check_norm(x, *branch.norm[:2])
-        checks.number("layer_norm", "eps", branch.norm[2])
+    check_norm(op, "norm", x, branch.norm)
     last = branch.weight if branch.weight2 is None else branch.weight2
     for name, t, shape in (
         ("scale", branch.scale, last.shape[:1]),
@@ -116,6 +112,20 @@ def check_around(op: str, x: Tensor, branch: Branch) -> None:
         if t is not None and (not isinstance(t, Tensor) or t.shape != shape):
             checks.tensor(op, name, t, str(tuple(shape)), len(shape))
             checks.fail(op, name, f"of shape {tuple(shape)}", checks.shape(t))
+
+
+def check_norm(op: str, name: str, x: Tensor, norm: Norm | None) -> None:
+    """Raises ValueError or TypeError where a norm of x does not fit."""
+    if norm is None:
+        return
+    if not isinstance(norm, tuple) or len(norm) not in (2, 3):
+        wanted = "(weight, bias, eps) of a layer norm, (weight, eps) of an RMS norm or None"
+        checks.fail(op, name, wanted, repr(norm))
+    kind = "layer_norm" if len(norm) == 3 else "rms_norm"
+    within = kind if name == "norm" else f"{op}: {name}"
+    row_norm.check(within, x, norm[0], norm[1] if len(norm) == 3 else None)  # type: ignore[arg-type]
+    if len(norm) == 3 or norm[-1] is not None:
+        checks.number(within, "eps", norm[-1])
 
 
 def prepare(

@@ -126,6 +126,16 @@ def _backward(
     return grad_x, sums
 
 
+def gradients(
+    grad: Tensor, statistics: Tensor, parameters: bool, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of x and, with ``parameters``, of weight and bias: of a layer norm or, with as many statistics, of
+    an RMS norm. None where a parameter is."""
+    grad_x, sums = _backward(grad, statistics, parameters, x, weight)
+    found = [None if p is None or not parameters else _sum(sums, at, p, True) for at, p in enumerate((weight, bias))]
+    return grad_x, found[0], found[1]
+
+
 def _sum(sums: Tensor, at: int, parameter: Tensor | None, wanted: bool) -> Tensor:
     if not wanted or parameter is None:
         return sums.new_empty(0)
