@@ -220,7 +220,7 @@ def test_prepacked_numerics(own: None, form: str, dtype: torch.dtype, monkeypatc
     calls: list[int] = []
     one = prepacked.gated_branch
     monkeypatch.setattr(prepacked, "gated_branch", lambda *args: calls.append(1) or _there(one(*args)))
-    sizes = [(1, 3, 5, 2), (7, 33, 64, 9), (50, 96, 96, 33), (13, 600, 17, 70), (20, 40, 130, 65), (6, 17, 1, 1)]
+    sizes = [(1, 3, 5, 2), (7, 33, 64, 9), (50, 96, 96, 33), (13, 600, 17, 70), (20, 40, 130, 65), (6, 17, 1, 9)]
     sizes += [(200, 64, 256, 64), (300, 30, 200, 40), (13, 70, 5001, 40), (5, 4401, 70, 3)]
     options = mixed(sizes, ["silu", "gelu", "gelu_tanh"], [0, 1, 2], [0, 1, 2], [True, False])
     for (rows, k, h, m), activation, hidden_norm, norm, bias in options:
@@ -411,9 +411,8 @@ def test_compiled_inference_takes_packed_weights(own: None, split: bool) -> None
     with torch.no_grad():
         found = torch.compile(layer, fullgraph=True, backend=backend)(x)
         torch.testing.assert_close(found, layer(x))
-    assert [n.target for n in graphs[0].graph.nodes if "pyvit" in str(n.target)] == [
-        torch.ops.pyvit.prepacked_gated_mlp.default
-    ]
+    calls = [n.target for n in graphs[0].graph.nodes if n.op == "call_function" and "pyvit" in str(n.target)]
+    assert calls == [torch.ops.pyvit.prepacked_gated_mlp.default]
 
 
 @pytest.mark.parametrize("split", [False, True])
