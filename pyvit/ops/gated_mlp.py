@@ -118,6 +118,7 @@ def _prepare(
 ) -> tuple[Tensor, _Weights, str]:
     """x, the weights and biases in the order of the schema, checked, and their device; in autocast's dtype."""
     op = "gated_mlp"
+    checks.flag(op, "gate_last", gate_last)
     fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, *_ = branch
     if activation is None:
         checks.fail(op, "activation", f"one of {', '.join(reference.ACTIVATIONS)}", None)
@@ -174,6 +175,7 @@ def _describe(
 ) -> tuple[Call, list[str]]:
     branch = Branch(fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, norm, scale, residual)
     x, weights, device = _prepare(x, branch, gate_weight, gate_bias, gate_last, hidden_norm)
+    check_around("gated_mlp", x, branch)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights))
     branch = branch._replace(weight=weights[0], bias=weights[1], weight2=weights[4], bias2=weights[5], activation=None)
     notes = explain(x, branch, grad) if device == "cpu" else []

@@ -121,11 +121,22 @@ def check_norm(op: str, name: str, x: Tensor, norm: Norm | None) -> None:
     if not isinstance(norm, tuple) or len(norm) not in (2, 3):
         wanted = "(weight, bias, eps) of a layer norm, (weight, eps) of an RMS norm or None"
         checks.fail(op, name, wanted, repr(norm))
-    kind = "layer_norm" if len(norm) == 3 else "rms_norm"
-    within = kind if name == "norm" else f"{op}: {name}"
-    row_norm.check(within, x, norm[0], norm[1] if len(norm) == 3 else None)  # type: ignore[arg-type]
-    if len(norm) == 3 or norm[-1] is not None:
-        checks.number(within, "eps", norm[-1])
+    *parameters, eps = norm
+    if name == "norm":
+        row_norm.check("layer_norm" if len(norm) == 3 else "rms_norm", x, *parameters)  # type: ignore[arg-type]
+    for at, t in enumerate(parameters):
+        if t is None:
+            continue
+        argument = f"{name}[{at}]"
+        checks.tensor(op, argument, t, f"({x.shape[-1]},)", 1)
+        if t.shape != x.shape[-1:]:
+            checks.fail(op, argument, f"of shape ({x.shape[-1]},)", checks.shape(t))
+        if t.device != x.device or t.dtype not in (x.dtype, checks.wide(x.dtype)):
+            checks.same(op, argument, t, "x", x)
+        if parameters[0] is not None and t.dtype != parameters[0].dtype:
+            checks.same(op, argument, t, f"{name}[0]", parameters[0])
+    if len(norm) == 3 or eps is not None:
+        checks.number(op, f"{name}[{len(norm) - 1}]", eps)
 
 
 def prepare(
@@ -193,9 +204,9 @@ def _describe(
 ) -> tuple[Call, list[str]]:
     x, weight, bias, device = prepare(x, weight, bias, activation)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    notes = (
-        explain(x, Branch(weight, bias, activation, None, None, norm, scale, residual), grad) if device == "cpu" else []
-    )
+    branch = Branch(weight, bias, activation, None, None, norm, scale, residual)
+    check_around("linear", x, branch)
+    notes = explain(x, branch, grad) if device == "cpu" else []
     return Call("linear", device, x.dtype, ()), notes
 
 

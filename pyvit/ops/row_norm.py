@@ -12,7 +12,9 @@ from pyvit.memory import recycled
 from pyvit.ops import checks, reference
 
 
-def check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype | None = None) -> Call:
+def check(
+    op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Call:
     """The call that these arguments of ``op`` are."""
     checks.dense(op, "x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
