@@ -118,6 +118,13 @@ PYTHON_SCHEMAS = {
         "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, str activation, "
         "str backend) -> Tensor"
     ),
+    # x (..., K), fc1_weight (2 H, K), or (H, K) beside gate_weight (H, K); fc2_weight (M, H) -> (..., M). hidden_norm:
+    # 0 for none, 1 for layer norm, 2 for RMS norm.
+    "gated_mlp": (
+        "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor? gate_weight, Tensor? gate_bias, Tensor fc2_weight, "
+        "Tensor? fc2_bias, int hidden_norm, Tensor? norm_weight, Tensor? norm_bias, float eps, bool gate_last, "
+        "str activation, str backend) -> Tensor"
+    ),
     # x (..., C) -> out (..., C), means and reciprocal deviations (2, rows).
     "layer_norm": f"({_LAYER_NORM}) -> (Tensor out, Tensor statistics)",
     "layer_norm_backward": (

@@ -122,6 +122,20 @@ struct Activation {
   float* column_sums;
 };
 
+// Contiguous (rows, cols), or rows of a and b `ld` apart. Forward: out = y(a) * b. With `grad`, of that: the gradients
+// of a and b, rows `grad_ld` apart, their column sums, and y(a) * b into out, which may be grad.
+struct Gate {
+  Activation::Kind kind;
+  int64_t rows, cols, ld;
+  Dtype dtype;
+  const void *a, *b;
+  void* out;
+  const void* grad;
+  void *grad_a, *grad_b;
+  int64_t grad_ld;
+  float *sums_a, *sums_b;
+};
+
 // Layer norm of contiguous (rows, cols): to zero mean and unit variance by rows, then times weight plus bias, null for
 // 1 and 0. Not centered it is RMS norm: to a mean square of 1, then times weight. Of float32 rows the result may be a
 // 16-bit type.
@@ -146,17 +160,23 @@ struct Layer {
   const void* bias;
   int64_t in, out;
 };
+// A layer norm of rows, or where it is `rms` their RMS norm.
+struct FusedNorm {
+  bool given, rms;
+  const void *weight, *bias;  // null for 1 and 0
+  Dtype dtype;
+  float eps;
+  explicit operator bool() const { return given; }
+};
 // out (rows, C) = residual + scale * layers(norm(x)), all contiguous and of one dtype. One layer, its activation after
-// it, or with `second` two, the activation between them. Null: residual 0, scale 1.
+// it, or with `second` two, the activation between them. With `gate` and `second`, the activation is that of the gate,
+// layers(x) = second(hidden_norm(activation(gate(x)) * first(x))). Null: residual 0, scale 1.
 struct FusedLinear {
   int64_t rows;
   Dtype dtype;
   const void* x;
-  bool norm;
-  const void *norm_weight, *norm_bias;  // null for 1 and 0
-  Dtype norm_dtype;
-  float eps;
-  Layer first, second;
+  FusedNorm norm, hidden_norm;
+  Layer first, second, gate;
   bool activated;
   Activation::Kind activation;
   const void *scale, *residual;
@@ -245,6 +265,7 @@ struct Kernels {
   void (*patch)(const Patch&);
   void (*patch_backward)(const Patch&, const PatchGrad&);
   void (*activation)(const Activation&);
+  void (*gate)(const Gate&);
   void (*row_norm)(const RowNorm&);
   void (*row_norm_backward)(const RowNorm&, const RowNormGrad&);
   int64_t (*packed_layer_size)(int64_t in, int64_t out, Dtype dtype);

@@ -11,6 +11,7 @@ void window_backward(const Window&, const WindowGrad&);
 void patch(const Patch&);
 void patch_backward(const Patch&, const PatchGrad&);
 void activation(const Activation&);
+void gate(const Gate&);
 void row_norm(const RowNorm&);
 void row_norm_backward(const RowNorm&, const RowNormGrad&);
 int64_t packed_layer_size(int64_t in, int64_t out, Dtype dtype);
@@ -34,6 +35,7 @@ const Kernels& table() {
                                patch,
                                patch_backward,
                                activation,
+                               gate,
                                row_norm,
                                row_norm_backward,
                                packed_layer_size,

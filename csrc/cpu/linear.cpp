@@ -1,5 +1,5 @@
-// One or two linear layers on rows, with what stands around them: layer norm before, an activation after the first,
-// LayerScale and the residual after the last. A block of rows goes through all of it in cache: of a feed-forward
+// One or two linear layers on rows, with what stands around them: a norm before, an activation or a gate after the
+// first, LayerScale and the residual after the last. A block of rows goes through all of it in cache: of a feed-forward
 // layer the hidden rows, four times as wide as the others, never reach memory.
 #include "column_parts.h"
 #include "gemm_epilogue.h"
@@ -47,30 +47,98 @@ struct Result {
   }
 };
 
+// Values of a panel of columns, each times the gate of its row and column, to where `To` puts them.
+template <class To>
+struct Times {
+  const float* gates;  // rows of NR
+  To to;
+  void ahead(Prefetch& lines, int64_t r, int64_t high, int64_t c, int64_t width) const {
+    to.ahead(lines, r, high, c, width);
+  }
+  template <class N>
+  void put(int64_t r, int64_t c, vf y, N left) const {
+    to.put(r, c, y * load(gates + r * NR + c), left);
+  }
+};
+
 template <class D>
 inline Panels panels(const Layer& layer) {
   return {layer.weight, lanes_of<D>(layer.in), layer.out};
 }
 
+// activation(a weight + bias), or with a gate activation(a gate + gate_bias) * (a weight + bias).
+struct Step {
+  Panels weight;
+  const float* bias;
+  const Activation::Kind* activation = nullptr;
+  Panels gate = {};
+  const float* gate_bias = nullptr;
+  // Of the panel that begins at `col`.
+  Step at(int64_t col) const {
+    return {weight.at(col), bias + col, activation, gate.at(col), gate_bias ? gate_bias + col : nullptr};
+  }
+  Panels first() const { return gate.words ? gate : weight; }
+};
+
+// `step` of a block of rows. Gates of a panel of columns stay in cache, in `gates`, while its values are multiplied:
+// both weights at once would be too much for L2.
+template <class D, bool COARSE, class To>
+inline void multiply(int64_t rows, const Rows& a, const Step& step, float* gates, const To to,
+                     const Panels& then = {}) {
+  if (!step.gate.words) return multiply<D, COARSE>(rows, a, step.weight, step.bias, step.activation, to, then);
+  for (int64_t n = 0; n < step.weight.cols; n += NR) {
+    const Step panel = step.at(n);
+    multiply<D, COARSE>(rows, a, panel.gate, panel.gate_bias, panel.activation, Hidden<float>{gates, NR}, panel.weight);
+    multiply<D, COARSE>(rows, a, panel.weight, panel.bias, nullptr, Times<To>{gates, to.at(0, n)},
+                        n + NR < step.weight.cols ? step.gate.at(n + NR) : then);
+  }
+}
+
 // One layer of all rows, a panel of columns at a time, or where panels are few a part of its rows. `then` is multiplied
 // next.
 template <class D, bool COARSE, class To>
-void by_columns(int64_t rows, const Rows& a, const Layer& layer, const float* bias, const Activation::Kind* activation,
-                const To to, const Panels& then = {}) {
-  const int64_t count = (layer.out + NR - 1) / NR, tiles = (rows + MR - 1) / MR, parts = parts_of(count, tiles),
+void by_columns(int64_t rows, const Rows& a, const Step& step, const To to, const Panels& then = {}) {
+  const int64_t count = (step.weight.cols + NR - 1) / NR, tiles = (rows + MR - 1) / MR, parts = parts_of(count, tiles),
                 high = (tiles + parts - 1) / parts * MR;
-  const Panels all = panels<D>(layer);
+  const Panels all = step.first();
   parallel_units(count * parts, [&](Queue& queue) {
+    float* gates = step.gate.words ? scratch().take<float>(std::min(high, rows) * NR) : nullptr;
     for (int64_t unit; (unit = queue.next()) >= 0;) {
       const int64_t c = unit / parts * NR, r = unit % parts * high;
       if (r >= rows) continue;
       const Rows from{a.lanes + r / MR * a.tile, a.tile, a.row, a.k};
       const int64_t next = (unit + threads.count()) / parts;  // this thread's next panel, most probably
       const Panels coming = next * NR == c ? Panels{} : next < count ? all.at(next * NR) : then.at((next - count) * NR);
-      multiply<D, COARSE>(std::min(high, rows - r), from, all.at(c), bias + c, activation, to.at(r, c), coming);
+      multiply<D, COARSE>(std::min(high, rows - r), from, step.at(c), gates, to.at(r, c), coming);
     }
   });
 }
+
+// A norm with its parameters as float32.
+struct Normalizer {
+  const FusedNorm& norm;
+  const float *weight = nullptr, *bias = nullptr;
+  Normalizer(const FusedNorm& given, int64_t n, Scratch& memory) : norm(given) {
+    if (!norm) return;
+    weight = widened(norm.weight, norm.dtype, n, 1.f, memory);
+    bias = widened(norm.bias, norm.dtype, n, 0.f, memory);
+  }
+  // y, which may be x, of `rows` rows of n.
+  template <class X, class Y>
+  void operator()(int64_t rows, int64_t n, const X* x, int64_t ldx, Y* y, int64_t ldy) const {
+    norm.rms ? by_rows<false>(rows, n, x, ldx, y, ldy) : by_rows<true>(rows, n, x, ldx, y, ldy);
+  }
+
+ private:
+  template <bool CENTERED, class X, class Y>
+  void by_rows(int64_t rows, int64_t n, const X* x, int64_t ldx, Y* y, int64_t ldy) const {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4)
+      normalize<4, CENTERED>(n, x + r * ldx, ldx, weight, bias, norm.eps, y + r * ldy, ldy, nullptr, nullptr);
+    for (; r < rows; r++)
+      normalize<1, CENTERED>(n, x + r * ldx, ldx, weight, bias, norm.eps, y + r * ldy, ldy, nullptr, nullptr);
+  }
+};
 
 template <class T>
 void run(const FusedLinear& a) {
@@ -78,21 +146,24 @@ void run(const FusedLinear& a) {
   using E = typename D::element;
   constexpr bool COARSE = sizeof(T) == 2;
   const Layer &first = a.first, &last = a.second.weight ? a.second : a.first;
-  const bool two = a.second.weight;
+  const bool two = a.second.weight, gated = a.gate.weight;
   Scratch& common = shared();
   const float* bias1 = widened(first.bias, a.dtype, first.out, 0.f, common);
   const float* bias2 = widened(last.bias, a.dtype, last.out, 0.f, common);
   const float* scale = widened(a.scale, a.dtype, last.out, 1.f, common);
-  const float* norm_weight = a.norm ? widened(a.norm_weight, a.norm_dtype, first.in, 1.f, common) : nullptr;
-  const float* norm_bias = a.norm ? widened(a.norm_bias, a.norm_dtype, first.in, 0.f, common) : nullptr;
+  const float* gate_bias = gated ? widened(a.gate.bias, a.dtype, first.out, 0.f, common) : nullptr;
+  const Normalizer norm(a.norm, first.in, common), hidden_norm(a.hidden_norm, first.out, common);
 
   const T *x = static_cast<const T*>(a.x), *residual = static_cast<const T*>(a.residual);
   T* out = static_cast<T*>(a.out);
   // Rows are multiplied where they lie if they lie there as lanes.
   const bool in_place = !a.norm && std::is_same_v<T, E> && first.in % D::K == 0 && uintptr_t(x) % 4 == 0;
   const int64_t lanes = lanes_of<D>(first.in), hidden_ld = two ? round_up(first.out, W) : 0,
-                row_bytes = lanes * 4 + hidden_ld * int64_t(sizeof(E)), block = rows_of_block(a.rows, row_bytes);
-  const auto* activation = a.activated ? &a.activation : nullptr;
+                row_bytes = lanes * 4 + hidden_ld * int64_t(sizeof(E)) + (gated ? NR * 4 : 0),
+                block = rows_of_block(a.rows, row_bytes);
+  const Step step1{panels<D>(first), bias1, a.activated ? &a.activation : nullptr, gated ? panels<D>(a.gate) : Panels{},
+                   gate_bias};
+  const Step step2{panels<D>(last), bias2};
 
   const auto operand = [&](int64_t row, int64_t rows, uint32_t* packed) {
     const T* from = x + row * first.in;
@@ -100,15 +171,9 @@ void run(const FusedLinear& a) {
     if (a.norm) {
       E* to = reinterpret_cast<E*>(packed);
       const int64_t ld = lanes * D::K;
-      int64_t r = 0;
-      for (; r + 4 <= rows; r += 4)
-        normalize<4>(first.in, from + r * first.in, first.in, norm_weight, norm_bias, a.eps, to + r * ld, ld, nullptr,
-                     nullptr);
-      for (; r < rows; r++)
-        normalize<1>(first.in, from + r * first.in, first.in, norm_weight, norm_bias, a.eps, to + r * ld, ld, nullptr,
-                     nullptr);
+      norm(rows, first.in, from, first.in, to, ld);
       if (first.in < ld)
-        for (r = 0; r < rows; r++) to[r * ld + first.in] = E{};
+        for (int64_t r = 0; r < rows; r++) to[r * ld + first.in] = E{};
     } else {
       pack_a<D>(from, first.in, rows, first.in, packed);
     }
@@ -130,10 +195,17 @@ void run(const FusedLinear& a) {
           operand(unit * SOME, std::min(SOME, a.rows - unit * SOME), packed + unit * SOME * lanes);
       });
     const Rows rows = rows_along(in_place ? reinterpret_cast<const uint32_t*>(x) : packed, lanes);
-    if (!two) return by_columns<D, COARSE>(a.rows, rows, first, bias1, activation, result(0));
-    by_columns<D, COARSE>(a.rows, rows, first, bias1, activation, Hidden<E>{hidden, hidden_ld}, panels<D>(last));
-    by_columns<D, COARSE>(a.rows, rows_along(reinterpret_cast<const uint32_t*>(hidden), hidden_ld / D::K), last, bias2,
-                          nullptr, result(0));
+    if (!two) return by_columns<D, COARSE>(a.rows, rows, step1, result(0));
+    by_columns<D, COARSE>(a.rows, rows, step1, Hidden<E>{hidden, hidden_ld}, step2.weight);
+    if (a.hidden_norm)
+      parallel_units((a.rows + SOME - 1) / SOME, [&](Queue& queue) {
+        for (int64_t unit; (unit = queue.next()) >= 0;) {
+          E* from = hidden + unit * SOME * hidden_ld;
+          hidden_norm(std::min(SOME, a.rows - unit * SOME), first.out, from, hidden_ld, from, hidden_ld);
+        }
+      });
+    by_columns<D, COARSE>(a.rows, rows_along(reinterpret_cast<const uint32_t*>(hidden), hidden_ld / D::K), step2,
+                          result(0));
     return;
   }
 
@@ -141,16 +213,18 @@ void run(const FusedLinear& a) {
     Scratch& memory = scratch();
     uint32_t* packed = memory.take<uint32_t>(in_place ? 0 : block * lanes);
     E* hidden = memory.take<E>(block * hidden_ld);
+    float* gates = gated ? memory.take<float>(block * NR) : nullptr;
     for (int64_t unit; (unit = queue.next()) >= 0;) {
       const int64_t row = unit * block, rows = std::min(block, a.rows - row);
       const Rows of_first = rows_along(operand(row, rows, packed), lanes);
       if (!two) {
-        multiply<D, COARSE>(rows, of_first, panels<D>(first), bias1, activation, result(row));
+        multiply<D, COARSE>(rows, of_first, step1, nullptr, result(row));
         continue;
       }
-      multiply<D, COARSE>(rows, of_first, panels<D>(first), bias1, activation, Hidden<E>{hidden, hidden_ld});
+      multiply<D, COARSE>(rows, of_first, step1, gates, Hidden<E>{hidden, hidden_ld});
+      if (a.hidden_norm) hidden_norm(rows, first.out, hidden, hidden_ld, hidden, hidden_ld);
       const Rows of_last = rows_along(reinterpret_cast<const uint32_t*>(hidden), hidden_ld / D::K);
-      multiply<D, COARSE>(rows, of_last, panels<D>(last), bias2, nullptr, result(row));
+      multiply<D, COARSE>(rows, of_last, step2, nullptr, result(row));
     }
   });
 }

@@ -226,8 +226,8 @@ void run(const Int8Linear& call) {
   const Int8Layer layer1 = layer(first, call.first, a.activated),
                   layer2 = two ? layer(last, call.second, false) : layer1;
   const float* scale = widened(a.scale, a.dtype, last.out, 1.f, common);
-  const float* norm_weight = a.norm ? widened(a.norm_weight, a.norm_dtype, first.in, 1.f, common) : nullptr;
-  const float* norm_bias = a.norm ? widened(a.norm_bias, a.norm_dtype, first.in, 0.f, common) : nullptr;
+  const float* norm_weight = a.norm ? widened(a.norm.weight, a.norm.dtype, first.in, 1.f, common) : nullptr;
+  const float* norm_bias = a.norm ? widened(a.norm.bias, a.norm.dtype, first.in, 0.f, common) : nullptr;
 
   const T *x = static_cast<const T*>(a.x), *residual = static_cast<const T*>(a.residual);
   const int64_t k = first.in, hidden = two ? round_up(first.out, W) : 0, normed_ld = round_up(k, W),
@@ -239,7 +239,7 @@ void run(const Int8Linear& call) {
     const T* from = x + row * k;
     int64_t r = 0;
     const auto some = [&](auto count) {
-      ordered_layer_norm<count()>(k, from + r * k, k, norm_weight, norm_bias, a.eps, normed, normed_ld);
+      ordered_layer_norm<count()>(k, from + r * k, k, norm_weight, norm_bias, a.norm.eps, normed, normed_ld);
       for (int i = 0; i < count(); i++) quantize_row(k, normed + i * normed_ld, to, r + i);
     };
     if (a.norm) {

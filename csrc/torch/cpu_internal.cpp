@@ -49,6 +49,65 @@ Tensor activation_backward(Tensor grad, Tensor x, std::string name, Tensor grad_
   return sums;
 }
 
+// Of (rows, cols) a and b with contiguous rows, as far apart in both: halves of a matrix, or two of them.
+Gate gate_of(const Tensor& a, const Tensor& b, const std::string& name) {
+  const Checks checks("gate");
+  checks.shape("a", a, {ANY, ANY});
+  checks.shape("b", b, {a.size(0), a.size(1)});
+  checks.as("b", b, a);
+  Gate g{};
+  g.kind = activation_kind(name);
+  g.rows = a.size(0);
+  g.cols = a.size(1);
+  const auto fits = [&](const Tensor& t) {
+    return (g.cols <= 1 || t.stride(1) == 1) && (g.rows <= 1 || t.stride(0) >= g.cols);
+  };
+  checks.that(fits(a) && fits(b) && (g.rows <= 1 || a.stride(0) == b.stride(0)), "a and b",
+              "of contiguous rows, as far apart in both");
+  g.ld = a.stride(0);
+  g.dtype = dtype_of(a);
+  g.a = a.data_ptr();
+  g.b = b.data_ptr();
+  return g;
+}
+void check_rows(const char* name, const Tensor& t, const Tensor& like) {
+  const Checks checks("gate");
+  checks.shape(name, t, {like.size(0), like.size(1)});
+  checks.as(name, t, like);
+  checks.that(t.is_contiguous(), name, "contiguous");
+}
+
+// out = y(a) * b
+void gate(Tensor a, Tensor b, std::string name, Tensor out) {
+  Gate g = gate_of(a, b, name);
+  check_rows("out", out, a);
+  g.out = out.data_ptr();
+  if (out.numel()) kernels().gate(g);
+}
+
+// The gradients of a and b for `grad`, which becomes y(a) * b; the sums of their columns, (2, cols).
+Tensor gate_backward(Tensor grad, Tensor a, Tensor b, std::string name, Tensor grad_a, Tensor grad_b) {
+  Gate g = gate_of(a, b, name);
+  check_rows("grad", grad, a);
+  const Gate to = gate_of(grad_a, grad_b, name);
+  Checks("gate").shape("grad_a", grad_a, {g.rows, g.cols});
+  Checks("gate").as("grad_a", grad_a, a);
+  Tensor sums = make(a, {2, g.cols}, ScalarType::Float);
+  g.grad = grad.data_ptr();
+  g.out = grad.data_ptr();
+  g.grad_a = grad_a.data_ptr();
+  g.grad_b = grad_b.data_ptr();
+  g.grad_ld = to.ld;
+  g.sums_a = data<float>(sums);
+  g.sums_b = g.sums_a + g.cols;
+  if (grad.numel()) {
+    kernels().gate(g);
+  } else {
+    torch::stable::zero_(sums);
+  }
+  return sums;
+}
+
 // layer norm and RMS norm
 
 RowNorm row_norm_of(const Tensor& x, const Tensor& y, const Maybe& weight, const Maybe& bias, double eps,
@@ -332,6 +391,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PYVIT_NAMESPACE, m) {
   // In place of out and grad_x, for pyvit/ops/activations.py: rows of x (..., C); returns the sums of grad_x's columns.
   m.def("activation(Tensor x, str name, Tensor(a!) out) -> ()");
   m.def("activation_backward(Tensor grad, Tensor x, str name, Tensor(a!) grad_x, Tensor(b!)? out) -> Tensor");
+  // a, b (rows, cols): halves of one matrix or two of them; out y(a) * b, which takes the place of grad; returns the
+  // sums of grad_a's and grad_b's columns.
+  m.def("gate(Tensor a, Tensor b, str name, Tensor(a!) out) -> ()");
+  m.def("gate_backward(Tensor(a!) grad, Tensor a, Tensor b, str name, Tensor(b!) grad_a, Tensor(c!) grad_b) -> Tensor");
   // For pyvit/ops/row_norm.py. statistics (2, rows) or, of RMS norm, (1, rows), grad_parameters (2, C) or (1, C):
   // float32.
   m.def(
@@ -374,6 +437,8 @@ STABLE_TORCH_LIBRARY_IMPL(PYVIT_NAMESPACE, CPU, m) {
   m.impl("distillation_tile_backward", TORCH_BOX(&pyvit::distillation_tile_backward));
   m.impl("activation", TORCH_BOX(&pyvit::activation));
   m.impl("activation_backward", TORCH_BOX(&pyvit::activation_backward));
+  m.impl("gate", TORCH_BOX(&pyvit::gate));
+  m.impl("gate_backward", TORCH_BOX(&pyvit::gate_backward));
   m.impl("_norm_out", TORCH_BOX(&pyvit::norm_out));
   m.impl("_norm_backward_out", TORCH_BOX(&pyvit::norm_backward_out));
   m.impl("pair_softmax", TORCH_BOX(&pyvit::pair_softmax));

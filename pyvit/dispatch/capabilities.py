@@ -77,6 +77,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "rms_norm": {"cpu": Capability((F32, BF16, F16))},
     "linear": {"cpu": Capability((F32, BF16, F16), pure=True)},
     "mlp": {"cpu": Capability((F32, BF16, F16), pure=True)},
+    "gated_mlp": {"cpu": Capability((F32, BF16, F16), pure=True)},
 }
 _TILED = Capability((F32, BF16, F16, F64), frozenset({"grad", "group", "prototypes", "center", "logits"}), pure=True)
 for _loss in ("info_nce", "nt_xent", "sigmoid_contrastive", "distillation_cross_entropy", "nearest_neighbor"):
@@ -101,7 +102,7 @@ CAPABILITIES["distillation_cross_entropy"]["triton"] = Capability(_TRITON, froze
 #: Operators that pyvit has CPU kernels for and no others. They are operators of PyTorch, or made of them and of others
 #: that serve every device; a GPU backend that was chosen for all operators (:class:`pyvit.use_backend`) leaves them
 #: with the backend "torch".
-CPU_ONLY = frozenset({"layer_norm", "rms_norm", "linear", "mlp", "rope_attention"})
+CPU_ONLY = frozenset({"layer_norm", "rms_norm", "linear", "mlp", "gated_mlp", "rope_attention"})
 # PyTorch's kernels where they compute the same. Attention's return no log-sum-exp, draw dropout from other random
 # numbers, and give NaN for some rows that a mask empties.
 CAPABILITIES["flash_attention"]["torch"] = Capability((F32, F16, BF16), frozenset({"causal", "gqa", "grad"}))

@@ -10,13 +10,22 @@ from torch import Tensor, nn
 
 from pyvit import ops
 from pyvit.integrations import originals
-from pyvit.integrations.forwards import Left, Replacement, exporting, kind, ordinary_weights, servable, served_by
+from pyvit.integrations.forwards import (
+    Left,
+    Replacement,
+    exporting,
+    kind,
+    ordinary_weights,
+    servable,
+    served_by,
+    watched,
+)
 from pyvit.nn.linear import hooked, ordinary
 from pyvit.nn.linear import plain as is_plain
 from pyvit.nn.quantized import QuantizedLinear, quantized, quantized_mlp
 from pyvit.ops import flash_attention, linear, patch_embed, prepacked
 from pyvit.ops.patch_embed import grid_size
-from pyvit.ops.prepacked import Norm
+from pyvit.ops.prepacked import Norm, normalize
 
 #: What to replace in an instance of a class.
 Rule = Callable[[Any], Iterator[Replacement | Left]]
@@ -98,19 +107,23 @@ def fusion_args(
 
     In inference on a CPU, where nothing is dropped and these modules are what they seem; None otherwise.
     """
-    if (
-        torch.is_grad_enabled()
-        or not x.is_cpu
-        or not served_by(norm, _layer_norm)
-        or getattr(norm, "_fast_norm", False)
-    ):
+    if torch.is_grad_enabled() or not x.is_cpu or (given := norm_args(norm)) is None:
         return None
     for module, known in ((drop_path, _DROP_PATHS), (scale, _LAYER_SCALES)):
         if module is not None and not ((type(module) is nn.Identity or kind(module) in known) and untouched(module)):
             return None
     if getattr(drop_path, "drop_prob", 0.0) and drop_path.training:  # type: ignore[union-attr]
         return None
-    return {"norm": (norm.weight, norm.bias, norm.eps), "scale": getattr(scale, "gamma", None)}
+    return {"norm": given, "scale": getattr(scale, "gamma", None)}
+
+
+def norm_args(norm: Any) -> Norm | None:
+    """A norm as an argument of a layer that computes it too, None where it is not what it seems."""
+    if getattr(norm, "_fast_norm", False):
+        return None
+    if served_by(norm, _layer_norm):
+        return norm.weight, norm.bias, norm.eps
+    return (norm.weight, norm.eps) if served_by(norm, _rms_norm) else None
 
 
 def project(layer: nn.Module, x: Tensor, activation: nn.Module | None = None, **around: Any) -> Tensor:
@@ -131,7 +144,7 @@ def biased(layer: nn.Module, x: Tensor, bias: Tensor | None, norm: Norm | None =
         return linear(x, layer.weight, bias, norm=norm)  # type: ignore[arg-type]
     if quantized(layer):
         return layer.multiply(x, None, bias, norm)  # type: ignore[operator, no-any-return]
-    out = layer(x if norm is None else ops.layer_norm(x, *norm))
+    out = layer(x if norm is None else normalize(x, norm))
     difference = bias if layer.bias is None or bias is None else bias - layer.bias  # type: ignore[operator]
     return out if difference is None else out + difference
 
@@ -187,6 +200,56 @@ def two_layers(
     first, second = {"norm": norm}, {"scale": scale, "residual": residual}
     hidden = project(fc1, x, activation, **(first if norm is not None else {}))
     return project(fc2, hidden, **(second if residual is not None else {}))
+
+
+def gated_layers(
+    x: Tensor,
+    fc1: nn.Module,
+    activation: nn.Module,
+    fc2: nn.Module,
+    *,
+    gate: nn.Module | None = None,
+    gate_last: bool = False,
+    inner: nn.Module | None = None,
+    drop: nn.Module | None = None,
+    norm: Norm | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """fc2(inner(drop(activation(a) * b))), with b = fc1(x) and a = gate(x) or, without a ``gate``, the halves a, b of
+    fc1(x), in that order or ``gate_last``. As one where all :func:`are_gated`; only then with :func:`fusion_args`."""
+    if are_gated(fc1, activation, fc2, gate, inner, drop):
+        layers: Any = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        own: Any = {"gate_last": gate_last} if gate is None else {"gate_weight": gate.weight, "gate_bias": gate.bias}
+        within = None if inner is None or type(inner) is nn.Identity else norm_args(inner)
+        own |= {"activation": activation_name(activation), "hidden_norm": within}
+        return ops.gated_mlp(x, *layers, **own, norm=norm, scale=scale, residual=residual)
+    if gate is None:
+        a, b = project(fc1, x).chunk(2, -1)
+        a, b = (b, a) if gate_last else (a, b)
+    else:
+        a, b = project(gate, x), project(fc1, x)
+    hidden = activation(a) * b
+    hidden = hidden if drop is None else drop(hidden)
+    return project(fc2, hidden if inner is None else inner(hidden))
+
+
+def are_gated(
+    fc1: nn.Module,
+    activation: nn.Module,
+    fc2: nn.Module,
+    gate: nn.Module | None,
+    inner: nn.Module | None,
+    drop: nn.Module | None,
+) -> bool:
+    """Whether :func:`gated_layers` are what :func:`pyvit.ops.gated_mlp` computes."""
+    nothing = inner is None or (type(inner) is nn.Identity and untouched(inner))
+    return (
+        all(plain(layer) for layer in (fc1, fc2, gate) if layer is not None)
+        and activation_name(activation) is not None
+        and (nothing or (norm_args(inner) is not None and not watched(inner)))
+        and idle(drop)
+    )
 
 
 def are_one(fc1: nn.Module, activation: nn.Module, fc2: nn.Module) -> bool:
@@ -341,6 +404,19 @@ def _layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
     return ops.layer_norm(x, module.weight, module.bias, module.eps)
 
 
+def rms_norm(module: Any) -> Iterator[Replacement]:
+    if len(module.normalized_shape) == 1:
+        yield Replacement(module, _rms_norm, "rms_norm")
+
+
+def _rms_norm(module: Any, x: Tensor) -> Tensor:
+    weight = module.weight
+    mixed = weight is not None and torch.promote_types(weight.dtype, x.dtype) != x.dtype  # the result is of the wider
+    if not x.is_cpu or mixed or getattr(module, "_fast_norm", False):  # timm's own, in the dtype of autocast
+        return type(module).forward(module, x)  # type: ignore[no-any-return]
+    return ops.rms_norm(x, weight, module.eps)
+
+
 def known(module: nn.Module) -> Iterator[Replacement]:
     """A class that is nothing by itself: its parts, or what holds it, are replaced."""
     return iter(())
@@ -349,4 +425,5 @@ def known(module: nn.Module) -> Iterator[Replacement]:
 RULES: dict[str, Rule] = {
     "torch.nn.modules.activation.MultiheadAttention": multihead,
     "torch.nn.modules.normalization.LayerNorm": layer_norm,
+    "torch.nn.modules.normalization.RMSNorm": rms_norm,
 }

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from pyvit.integrations import originals
 from pyvit.integrations.common import (
     Rule,
+    are_gated,
     are_one,
     biased,
     cosine_table,
     fused_rate,
     fusible,
     fusion_args,
+    gated_layers,
     idle,
     known,
     layer_norm,
@@ -27,6 +29,7 @@ from pyvit.integrations.common import (
     prepacked_layers,
     project,
     rate,
+    rms_norm,
     two_layers,
     untouched,
     usable,
@@ -141,13 +144,16 @@ def block(module: Any) -> Iterator[Replacement]:
 
 def _block(module: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
     simple = not args and all(value is None or value is False for value in options.values())
-    simple = simple and prepacked_layers(getattr(module.attn, "qkv", None), getattr(module.mlp, "fc1", None))
+    mlp = module.mlp
+    fc1 = getattr(mlp, "fc1_x", None) if hasattr(mlp, "fc1_x") else getattr(mlp, "fc1", None)
+    simple = simple and prepacked_layers(getattr(module.attn, "qkv", None), fc1)
     first = fusion_args(x, module.norm1, module.ls1, module.drop_path1) if simple else None
     second = None if first is None else fusion_args(x, module.norm2, module.ls2, module.drop_path2)
-    if first is None or second is None or not _whole_attention(module.attn) or not _whole_mlp(module.mlp):
+    branch = None if second is None else _mlp if _whole_mlp(mlp) else _gated if _whole_gated(mlp) else None
+    if first is None or second is None or branch is None or not _whole_attention(module.attn):
         return type(module).forward(module, x, *args, **options)  # type: ignore[no-any-return]
     x = _attention(module.attn, x, residual=x, **first)
-    return _mlp(module.mlp, x, residual=x, **second)
+    return branch(mlp, x, residual=x, **second)
 
 
 def mlp(module: Any) -> Iterator[Replacement]:
@@ -174,6 +180,39 @@ def _whole_mlp(module: Any) -> bool:
         and idle(module.drop1)
         and idle(module.drop2)
     )
+
+
+def gated(module: Any) -> Iterator[Replacement]:
+    """GluMlp, of which SwiGLUPacked is a case, and SwiGLU."""
+    if hasattr(module, "fc1_g"):
+        needs, layers = "fc1_g fc1_x act drop1 norm fc2 drop2", ("fc1_g fc1_x", "fc2")
+        yield Replacement(module, _gated, "gated_mlp", needs=needs, layers=layers)
+    elif isinstance(module.fc1, (nn.Linear, QuantizedLinear)):  # else convolutions, on maps
+        needs = "fc1 act drop1 fc2 drop2"
+        yield Replacement(
+            module, _gated, "gated_mlp", needs=needs, may="chunk_dim gate_last norm", layers=("fc1", "fc2")
+        )
+
+
+def _gated(module: Any, x: Tensor, **around: Any) -> Tensor:
+    """With ``norm``, ``scale`` and ``residual`` the branch, where the module is :func:`_whole_gated`."""
+    fc1, gate, options = _gate_of(module)
+    return module.drop2(gated_layers(x, fc1, module.act, module.fc2, gate=gate, **options, **around))  # type: ignore[no-any-return]
+
+
+def _gate_of(module: Any) -> tuple[nn.Module, nn.Module | None, dict[str, Any]]:
+    options = {"inner": getattr(module, "norm", None), "drop": module.drop1}
+    if hasattr(module, "fc1_g"):
+        return module.fc1_x, module.fc1_g, options
+    # Before gate_last was an option, the gate was the last half.
+    return module.fc1, None, options | {"gate_last": getattr(module, "gate_last", True)}
+
+
+def _whole_gated(module: Any) -> bool:
+    if not served_by(module, _gated) or not idle(module.drop2):
+        return False
+    fc1, gate, options = _gate_of(module)
+    return are_gated(fc1, module.act, module.fc2, gate, options["inner"], options["drop"])
 
 
 def swin(block: Any) -> Iterator[Replacement | Left]:
@@ -362,8 +401,11 @@ RULES: dict[str, Rule] = {
     "timm.models.vision_transformer.Attention": attention,
     "timm.models.vision_transformer.Block": block,
     "timm.models.crossvit.CrossAttention": cross,
+    "timm.layers.mlp.GluMlp": gated,
     "timm.layers.mlp.Mlp": mlp,
+    "timm.layers.mlp.SwiGLU": gated,
     "timm.layers.norm.LayerNorm": layer_norm,
+    "timm.layers.norm.RmsNorm": rms_norm,
     "timm.layers.drop.DropPath": known,
     "timm.layers.layer_scale.LayerScale": known,
     "timm.models.vision_transformer.LayerScale": known,

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pyvit.ops import layer_norm, linear
-from pyvit.ops.prepacked import Norm
+from pyvit.ops import linear
+from pyvit.ops.prepacked import Norm, normalize
 from pyvit.torch_private import GLOBAL_HOOKS
 
 _CALL = nn.Module.__call__
@@ -126,7 +126,7 @@ def apply(
         return linear(x, weight, bias, activation=activation, norm=norm, scale=scale, residual=residual)  # type: ignore[arg-type]
     if idle(drop) and fuses_residual(layer):
         return layer(x, norm=norm, scale=scale, residual=residual)  # type: ignore[no-any-return]
-    y = layer(x if norm is None else layer_norm(x, *norm))
+    y = layer(x if norm is None else normalize(x, norm))
     y = y if drop is None else drop(y)
     y = y if scale is None else y * scale
     return y if residual is None else residual + y

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvit.nn.linear import Linear, apply, bypassed, idle, plain
 from pyvit.nn.quantized import quantized, quantized_mlp
-from pyvit.ops import mlp
-from pyvit.ops.prepacked import Norm
+from pyvit.nn.rms_norm import norm_args
+from pyvit.ops import gated_mlp, mlp
+from pyvit.ops.prepacked import Norm, normalize
+from pyvit.ops.reference import ACTIVATIONS
 
 
 @bypassed
@@ -55,26 +57,116 @@ class Mlp(nn.Module):
 
 
 @bypassed
-class SwiGLU(nn.Module):
-    """fc2(silu(a) * b) with (a, b) = fc1(x): (..., C) -> (..., C). Shazeer, "GLU Variants Improve Transformer" (2020).
+class GatedMlp(nn.Module):
+    """fc2(norm(activation(a) * b)): (..., C) -> (..., C). Shazeer, "GLU Variants Improve Transformer" (2020).
 
-    ``hidden_dim`` is the width of a and of b. :func:`swiglu_hidden` gives DINOv2's width for a given MLP ratio.
+    Packed, (a, b) = fc1(x), with timm's names of ``GluMlp`` and ``SwiGLUPacked``. With ``split``, a = fc1_g(x) and
+    b = fc1_x(x), with timm's names of ``SwiGLU``.
+
+    Args:
+        dim, hidden_dim: C, and the width of a and of b.
+        activation: of the gate a: "silu" (SwiGLU), "gelu" (GEGLU) or another of :func:`pyvit.ops.linear`.
+        drop: dropout of the result.
+        bias: of all layers.
+        out_dim: of the result; None for dim.
+        split: two layers for a and b.
+        gate_last: the gate a is the second half of fc1(x), as in timm's ``GluMlp``; packed only.
+        norm_layer: of the norm before fc2, made by norm_layer(hidden_dim); None for none.
     """
 
     fuses_residual = True  # see pyvit.nn.residual.fusion_args
 
-    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, bias: bool = True, **factory: Any) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        activation: str = "silu",
+        drop: float = 0.0,
+        bias: bool = True,
+        out_dim: int | None = None,
+        *,
+        split: bool = False,
+        gate_last: bool = False,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        **factory: Any,
+    ) -> None:
         super().__init__()
-        self.fc1 = Linear(dim, 2 * hidden_dim, bias, **factory)
-        self.fc2 = Linear(hidden_dim, dim, bias, **factory)
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"{type(self).__name__}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+            )
+        if split and gate_last:
+            raise ValueError(f"{type(self).__name__}: gate_last must be False with split, whose layers have names")
+        self.activation, self.gate_last = activation, gate_last
+        if split:
+            self.fc1_g = Linear(dim, hidden_dim, bias, **factory)
+            self.fc1_x = Linear(dim, hidden_dim, bias, **factory)
+        else:
+            self.fc1 = Linear(dim, 2 * hidden_dim, bias, **factory)
+        self.norm = nn.Identity() if norm_layer is None else norm_layer(hidden_dim, **factory)
+        self.fc2 = Linear(hidden_dim, out_dim or dim, bias, **factory)
         self.drop = nn.Dropout(drop)
 
     def forward(
         self, x: Tensor, norm: Norm | None = None, scale: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        """With ``norm``, ``scale`` and ``residual`` the whole branch, as of :class:`Mlp`."""
-        gate, value = apply(self.fc1, x, norm=norm).chunk(2, -1)
-        return apply(self.fc2, F.silu(gate) * value, self.drop, scale=scale, residual=residual)
+        """With ``norm``, ``scale`` and ``residual`` the whole branch, as of :func:`pyvit.ops.gated_mlp`."""
+        parts: dict[str, Any] = self._modules  # attributes of a module take half a microsecond each
+        split = "fc1" not in parts
+        value, gate, fc2 = parts["fc1_x" if split else "fc1"], parts["fc1_g"] if split else None, parts["fc2"]
+        if self._is_one(value, gate, fc2, parts["drop"]):
+            hidden_norm = norm_args(parts["norm"])
+            if hidden_norm is not None or plain(parts["norm"], nn.Identity):
+                first, second = value._parameters, fc2._parameters
+                weights = (first["weight"], first["bias"], second["weight"], second["bias"])
+                if gate is not None:
+                    of_gate = {"gate_weight": gate._parameters["weight"], "gate_bias": gate._parameters["bias"]}
+                else:
+                    of_gate = {"gate_last": self.gate_last}
+                options: Any = {"activation": self.activation, "hidden_norm": hidden_norm, **of_gate}
+                return gated_mlp(x, *weights, **options, norm=norm, scale=scale, residual=residual)
+        return apply(fc2, self._hidden(x, norm), parts["drop"], scale=scale, residual=residual)
+
+    @staticmethod
+    def _is_one(value: Linear, gate: Linear | None, fc2: Linear, drop: nn.Module) -> bool:
+        """Whether the layers are what :func:`pyvit.ops.gated_mlp` computes, but for the norm between them."""
+        layers = (value, fc2) if gate is None else (value, gate, fc2)
+        return all(plain(layer) and not layer.activation for layer in layers) and idle(drop)
+
+    def _hidden(self, x: Tensor, norm: Norm | None) -> Tensor:
+        """The input of the last layer, by one layer after another."""
+        if "fc1" in self._modules:
+            gate, value = apply(self.fc1, x, norm=norm).chunk(2, -1)
+            if self.gate_last:
+                gate, value = value, gate
+        else:
+            x = x if norm is None else normalize(x, norm)
+            gate, value = self.fc1_g(x), self.fc1_x(x)
+        return self.norm(ACTIVATIONS[self.activation](gate) * value)  # type: ignore[no-any-return]
+
+
+@bypassed
+class SwiGLU(GatedMlp):
+    """fc2(norm(silu(a) * b)): :class:`GatedMlp` with the activation of DINOv2's, DINOv3's and EVA-02's.
+
+    ``hidden_dim`` is the width of a and of b. :func:`swiglu_hidden` gives DINOv2's width for a given MLP ratio.
+    """
+
+    fuses_residual = True
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        drop: float = 0.0,
+        bias: bool = True,
+        out_dim: int | None = None,
+        *,
+        split: bool = False,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        **factory: Any,
+    ) -> None:
+        super().__init__(dim, hidden_dim, "silu", drop, bias, out_dim, split=split, norm_layer=norm_layer, **factory)
 
 
 def swiglu_hidden(hidden_dim: int) -> int:

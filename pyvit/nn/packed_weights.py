@@ -28,7 +28,25 @@ def pack_weights(model: nn.Module) -> int:
     parametrization) multiplies it unpacked until this function is called again. Packed weights are not part of
     ``state_dict``, ``copy.deepcopy`` or pickles. :func:`unpack_weights` frees them.
     """
-    return sum(prepacked.pack(layer) for layer in model.modules() if isinstance(layer, nn.Linear))
+    gated = _gated_layers(model)
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    return sum(prepacked.pack(layer, 2 if layer in gated else 1) for layer in layers)
+
+
+def _gated_layers(model: nn.Module) -> set[nn.Module]:
+    """The layers of gates and values together, which are multiplied in halves: those whose result is twice as wide as
+    what the layer after it takes."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        for first, second in _GATED_NAMES:
+            fc1, fc2 = module._modules.get(first), module._modules.get(second)
+            if isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear) and fc1.out_features == 2 * fc2.in_features:
+                found.add(fc1)
+    return found
+
+
+#: By pyvit and timm, and by DINOv2 in transformers and in its own repository.
+_GATED_NAMES = (("fc1", "fc2"), ("weights_in", "weights_out"), ("w12", "w3"))
 
 
 def unpack_weights(model: nn.Module) -> None:

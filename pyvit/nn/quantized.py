@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyvit.nn.linear import Linear, bypassed, plain
 from pyvit.ops import linear_int8 as ops
 from pyvit.ops.linear_int8 import Int8Layer, quantize_weight
-from pyvit.ops.prepacked import Norm
+from pyvit.ops.prepacked import Norm, normalize
 
 
 @bypassed
@@ -124,6 +124,8 @@ class QuantizedLinear(nn.Module):
 
     def smooth(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Norm | None]:
         """x and norm with the channels that the layer gets divided by its factors."""
+        if norm is not None and len(norm) == 2:  # an RMS norm, which the int8 kernels do not have
+            x, norm = normalize(x, norm), None
         smoothing = self._buffers["smoothing"]
         if smoothing is None:
             return x, norm

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pyvit.nn.attention import Packing
-from pyvit.nn.layer_norm import LayerNorm
 from pyvit.nn.linear import bypassed, fuses_residual, plain
 from pyvit.nn.rates import check_rate
+from pyvit.nn.rms_norm import norm_args
 from pyvit.ops import checks
 
 
@@ -36,7 +36,7 @@ def fusion_args(
     In inference, where nothing is dropped and no hook observes these modules. None otherwise, or where the class of
     ``layer`` itself (a subclass may compute something else) does not say ``fuses_residual``.
     """
-    if torch.is_grad_enabled() or not plain(norm, LayerNorm) or not plain(drop_path, DropPath):
+    if torch.is_grad_enabled() or not plain(drop_path, DropPath) or (given := norm_args(norm)) is None:
         return None
     if (drop_path.p and drop_path.training) or not fuses_residual(layer):
         return None
@@ -45,8 +45,7 @@ def fusion_args(
         if not plain(scale, LayerScale):
             return None
         gamma = scale.gamma
-    parameters = norm._parameters
-    return {"norm": (parameters["weight"], parameters["bias"], norm.eps), "scale": gamma}
+    return {"norm": given, "scale": gamma}
 
 
 @bypassed

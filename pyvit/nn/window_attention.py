@@ -16,8 +16,8 @@ from pyvit.nn.linear import Linear, apply, bypassed, idle, plain
 from pyvit.nn.patch_embed import pair
 from pyvit.nn.quantized import quantized, quantized_window_attention
 from pyvit.nn.rates import check_rate
-from pyvit.ops import layer_norm, window_attention
-from pyvit.ops.prepacked import Norm, window_attention_branch
+from pyvit.ops import window_attention
+from pyvit.ops.prepacked import Norm, normalize, window_attention_branch
 from pyvit.ops.reference import relative_position_index
 
 
@@ -166,7 +166,7 @@ class WindowAttentionV2(Constants, WindowAttention):
     def project(self, x: Tensor, norm: Norm | None = None) -> tuple[Tensor, Tensor | None]:
         if self.q_bias is None or self.v_bias is None:
             return apply(self.qkv, x, norm=norm), None
-        x = x if norm is None else layer_norm(x, *norm)
+        x = x if norm is None else normalize(x, norm)
         bias = torch.cat(
             (self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)
         )  # a key bias would not survive the cosine

@@ -9,6 +9,7 @@ from pyvit.ops.distillation_cross_entropy import distillation_cross_entropy  # n
 from pyvit.ops.flash_attention import flash_attention  # noqa: E402
 from pyvit.ops.flash_attention_qkvpacked import flash_attention_qkvpacked  # noqa: E402
 from pyvit.ops.flash_attention_varlen import flash_attention_varlen  # noqa: E402
+from pyvit.ops.gated_mlp import gated_mlp  # noqa: E402
 from pyvit.ops.info_nce import info_nce  # noqa: E402
 from pyvit.ops.koleo import koleo  # noqa: E402
 from pyvit.ops.layer_norm import layer_norm  # noqa: E402
@@ -29,6 +30,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_qkvpacked",
     "flash_attention_varlen",
+    "gated_mlp",
     "info_nce",
     "koleo",
     "layer_norm",

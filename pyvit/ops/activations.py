@@ -1,4 +1,4 @@
-"""Activations of linear layers and their gradients, each in one pass over memory.
+"""Activations and gates of linear layers and their gradients, each in one pass over memory.
 
 The compiled library computes them where it can, PyTorch otherwise. Names are those of
 :data:`pyvit.ops.reference.ACTIVATIONS`. Autograd records nothing here.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyvit import library
-from pyvit.memory import scratch
+from pyvit.memory import recycled, scratch
 from pyvit.ops import reference
 from pyvit.ops.tracing import transformed
 
@@ -29,13 +29,14 @@ _GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def _ours(x: Tensor) -> bool:
+def ours(x: Tensor) -> bool:
+    """Whether the library computes activations, gates and norms of ``x``."""
     return x.device.type == "cpu" and x.dtype in _DTYPES and library.problem() is None
 
 
 def activate(x: Tensor, name: str, temporary: bool = False) -> Tensor:
     """activation(x) as a new tensor. A ``temporary`` result is valid until the next call with ``temporary``."""
-    if not _ours(x):
+    if not ours(x):
         return reference.ACTIVATIONS[name](x)
     x = x.contiguous()
     out = scratch("activation", x.shape, x.dtype) if temporary else torch.empty_like(x)
@@ -45,7 +46,7 @@ def activate(x: Tensor, name: str, temporary: bool = False) -> Tensor:
 
 def activate_(x: Tensor, name: str) -> Tensor:
     """``x``, contiguous, replaced by activation(x)."""
-    if _ours(x):
+    if ours(x):
         torch.ops.pyvit.activation.default(x, name, x)
         return x
     return x.copy_(reference.ACTIVATIONS[name](x))
@@ -57,7 +58,7 @@ def gradient(grad: Tensor, inner: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
     For relu, ``inner`` may also be activation(inner).
     """
-    if not _ours(inner) or transformed(grad):
+    if not ours(inner) or transformed(grad):
         found = _GRADIENTS[name](grad, inner)
         return found, found.reshape(-1, found.shape[-1]).sum(0)
     grad, inner = grad.contiguous(), inner.contiguous()
@@ -68,9 +69,38 @@ def gradient(grad: Tensor, inner: Tensor, name: str) -> tuple[Tensor, Tensor]:
 def gradient_(grad: Tensor, inner: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """As :func:`gradient`, with the gradient of ``inner`` written to ``grad``, which is contiguous. Returns
     activation(inner), which is temporary as in :func:`activate`, and the sum."""
-    if not _ours(inner) or transformed(grad):
+    if not ours(inner) or transformed(grad):
         grad.copy_(_GRADIENTS[name](grad, inner))
         return reference.ACTIVATIONS[name](inner), grad.reshape(-1, grad.shape[-1]).sum(0)
     inner = inner.contiguous()
     out = scratch("activation", inner.shape, inner.dtype)
     return out, torch.ops.pyvit.activation_backward(grad, inner, name, grad, out)
+
+
+def gated(gate: Tensor, value: Tensor, name: str, temporary: bool = False) -> Tensor:
+    """activation(gate) * value, of (rows, H) with contiguous rows, as a new tensor. A ``temporary`` result as of
+    :func:`activate`."""
+    if not ours(gate):
+        return reference.ACTIVATIONS[name](gate) * value
+    out = scratch("gated", gate.shape, gate.dtype) if temporary else torch.empty(gate.shape, dtype=gate.dtype)
+    torch.ops.pyvit.gate.default(gate, value, name, out)
+    return out
+
+
+def gate_gradient_(
+    grad: Tensor, gate: Tensor, value: Tensor, name: str, packed: bool, gate_last: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The gradients of values and gates (rows, H) for ``grad``, that of activation(gate) * value, which replaces it.
+
+    ``packed``: both are halves of one tensor (rows, 2 H), and None stands for the gates. Also returns the sums of the
+    gates' and the values' gradients, (2, H) float32. For what :func:`ours` says.
+    """
+    rows, width = gate.shape
+    if packed:
+        both, gates = recycled((rows, 2 * width), gate.dtype), None
+        of_gate, of_value = reversed(both.chunk(2, -1)) if gate_last else both.chunk(2, -1)
+    else:
+        both = of_value = recycled((rows, width), gate.dtype)
+        gates = of_gate = recycled((rows, width), gate.dtype)
+    sums = torch.ops.pyvit.gate_backward.default(grad, gate, value, name, of_gate, of_value)
+    return both, gates, sums

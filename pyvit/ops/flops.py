@@ -122,6 +122,13 @@ def _mlp(x: Shape, fc1_weight: Shape, _: Any, fc2_weight: Shape, *__: Any, **___
     return 2 * math.prod(x[:-1]) * (math.prod(fc1_weight) + math.prod(fc2_weight))
 
 
+def _gated_mlp(
+    x: Shape, fc1_weight: Shape, _b: Any, gate_weight: Shape | None, _g: Any, fc2_weight: Shape, *_: Any, **__: Any
+) -> int:
+    weights = [w for w in (fc1_weight, gate_weight, fc2_weight) if w is not None]
+    return 2 * math.prod(x[:-1]) * sum(map(math.prod, weights))
+
+
 def _linear_int8(x: Shape, _n: Any, _w: Any, _b: Any, _e: Any, weight: Shape, *_: Any, **__: Any) -> int:
     return _linear(x, weight)
 
@@ -165,6 +172,7 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     _ops.nearest_neighbor: _nearest,
     _ops.linear: _linear,
     _ops.mlp: _mlp,
+    _ops.gated_mlp: _gated_mlp,
 }
 if library.problem() is None:
     FORMULAS |= {_ops.linear_int8: _linear_int8, _ops.mlp_int8: _mlp_int8}

@@ -16,8 +16,7 @@ from torch import Tensor
 from pyvit import dispatch
 from pyvit.dispatch import Call, Operator
 from pyvit.dispatch.capabilities import PLAIN
-from pyvit.ops import activations, checks, matmul, prepacked, reference
-from pyvit.ops.layer_norm import check as check_norm
+from pyvit.ops import activations, checks, matmul, prepacked, reference, row_norm
 from pyvit.ops.prepacked import Branch, Norm
 from pyvit.ops.tracing import compiled_inference, traced
 
@@ -39,7 +38,8 @@ def linear(
         x: (..., K).
         weight: (M, K); bias: (M,).
         activation: None, "gelu" (exact), "gelu_tanh", "quick_gelu" (x sigmoid(1.702 x)), "silu" or "relu".
-        norm: (weight, bias, eps) of a layer norm of x, as for :func:`pyvit.ops.layer_norm`; None for none.
+        norm: (weight, bias, eps) of a layer norm of x, as for :func:`pyvit.ops.layer_norm`, or (weight, eps) of an RMS
+            norm, as for :func:`pyvit.ops.rms_norm`; None for none.
         scale: (M,), LayerScale's; None for 1.
         residual: (..., M); None for 0.
         backend: "cpu" (the product of the rules), "reference" (the plain formula), or None: "cpu" where it can serve.
@@ -103,11 +103,7 @@ def _check(x: Tensor, branch: Branch) -> None:
 
 def check_around(op: str, x: Tensor, branch: Branch) -> None:
     """Raises ValueError or TypeError where norm, scale or residual do not fit."""
-    if branch.norm is not None and not (isinstance(branch.norm, tuple) and len(branch.norm) == 3):
-        checks.fail(op, "norm", "(weight, bias, eps) or None", repr(branch.norm))
-    if branch.norm is not None:
-        check_norm(x, *branch.norm[:2])
-        checks.number("layer_norm", "eps", branch.norm[2])
+    check_norm(op, "norm", x, branch.norm)
     last = branch.weight if branch.weight2 is None else branch.weight2
     for name, t, shape in (
         ("scale", branch.scale, last.shape[:1]),
@@ -116,6 +112,31 @@ def check_around(op: str, x: Tensor, branch: Branch) -> None:
         if t is not None and (not isinstance(t, Tensor) or t.shape != shape):
             checks.tensor(op, name, t, str(tuple(shape)), len(shape))
             checks.fail(op, name, f"of shape {tuple(shape)}", checks.shape(t))
+
+
+def check_norm(op: str, name: str, x: Tensor, norm: Norm | None) -> None:
+    """Raises ValueError or TypeError where a norm of x does not fit."""
+    if norm is None:
+        return
+    if not isinstance(norm, tuple) or len(norm) not in (2, 3):
+        wanted = "(weight, bias, eps) of a layer norm, (weight, eps) of an RMS norm or None"
+        checks.fail(op, name, wanted, repr(norm))
+    *parameters, eps = norm
+    if name == "norm":
+        row_norm.check("layer_norm" if len(norm) == 3 else "rms_norm", x, *parameters)  # type: ignore[arg-type]
+    for at, t in enumerate(parameters):
+        if t is None:
+            continue
+        argument = f"{name}[{at}]"
+        checks.tensor(op, argument, t, f"({x.shape[-1]},)", 1)
+        if t.shape != x.shape[-1:]:
+            checks.fail(op, argument, f"of shape ({x.shape[-1]},)", checks.shape(t))
+        if t.device != x.device or t.dtype not in (x.dtype, checks.wide(x.dtype)):
+            checks.same(op, argument, t, "x", x)
+        if parameters[0] is not None and t.dtype != parameters[0].dtype:
+            checks.same(op, argument, t, f"{name}[0]", parameters[0])
+    if len(norm) == 3 or eps is not None:
+        checks.number(op, f"{name}[{len(norm) - 1}]", eps)
 
 
 def prepare(
@@ -183,9 +204,9 @@ def _describe(
 ) -> tuple[Call, list[str]]:
     x, weight, bias, device = prepare(x, weight, bias, activation)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    notes = (
-        explain(x, Branch(weight, bias, activation, None, None, norm, scale, residual), grad) if device == "cpu" else []
-    )
+    branch = Branch(weight, bias, activation, None, None, norm, scale, residual)
+    check_around("linear", x, branch)
+    notes = explain(x, branch, grad) if device == "cpu" else []
     return Call("linear", device, x.dtype, ()), notes
 
 

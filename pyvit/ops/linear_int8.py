@@ -190,6 +190,8 @@ def _slow(
 def _norm(norm: Norm | None, x: Tensor) -> tuple[bool, Tensor | None, Tensor | None, float]:
     if norm is None:
         return False, None, None, 0.0
+    if len(norm) != 3:
+        raise ValueError("linear_int8: norm must be (weight, bias, eps) of a layer norm or None")
     weight, bias, eps = norm
     for t in (weight, bias):
         if t is not None and t.dtype is not x.dtype and t.dtype is not torch.float32:

@@ -106,6 +106,7 @@ def _describe(
     grad = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in layers)
     x, *weights = layers  # type: ignore[assignment]
     branch = Branch(weights[0], weights[1], activation, weights[2], weights[3], norm, scale, residual)  # type: ignore[arg-type]
+    check_around("mlp", x, branch)
     notes = explain(x, branch, grad) if device == "cpu" else []
     return Call("mlp", device, layers[0].dtype, ()), notes  # type: ignore[union-attr]
 

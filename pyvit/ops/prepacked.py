@@ -23,10 +23,15 @@ from pyvit import dispatch, library
 from pyvit.dispatch.devices import cpu_isa
 from pyvit.ops import matmul, matmul_rules
 from pyvit.ops.layer_norm import layer_norm
+from pyvit.ops.rms_norm import rms_norm
 from pyvit.ops.tracing import compiled_inference, traced
 
-#: weight (C,), bias (C,), eps
-Norm = tuple[Tensor | None, Tensor | None, float]
+#: A layer norm: weight (C,), bias (C,), eps. An RMS norm: weight (C,), eps, which may be None as in
+#: :func:`pyvit.ops.rms_norm`.
+Norm = tuple[Tensor | None, Tensor | None, float] | tuple[Tensor | None, float | None]
+
+#: What the library is told: no norm, a layer norm, an RMS norm.
+NO_NORM, LAYER_NORM, RMS_NORM = range(3)
 
 ATTRIBUTE = "_pyvit_prepacked"
 
@@ -48,7 +53,8 @@ class Branch(NamedTuple):
 
 
 class Prepacked:
-    """The packed form of a weight, made for its dtype and shape.
+    """The packed form of a weight, made for its dtype and shape; with ``parts`` 2, of the two halves of its rows, as
+    the gate and the values of a gated MLP are multiplied.
 
     Attributes:
         form: "pyvit" or "onednn".
@@ -56,14 +62,14 @@ class Prepacked:
         reordered: of "onednn" what oneDNN multiplies.
     """
 
-    __slots__ = ("dtype", "form", "reordered", "shape", "words")
+    __slots__ = ("dtype", "form", "parts", "reordered", "shape", "words")
 
-    def __init__(self, weight: Tensor, form: str) -> None:
-        self.form, self.dtype, self.shape = form, weight.dtype, weight.shape
+    def __init__(self, weight: Tensor, form: str, parts: int = 1) -> None:
+        self.form, self.parts, self.dtype, self.shape = form, parts, weight.dtype, weight.shape
         self.reordered: Tensor | None = None
         with torch.inference_mode(False), torch.no_grad():
             if form == "pyvit":
-                self.words: Tensor = torch.ops.pyvit.prepack_weight.default(weight)
+                self.words: Tensor = torch.ops.pyvit.prepack_weight.default(weight, parts)
             else:
                 self.words = torch.ops.pyvit.prepack_header.default(weight)
                 self.reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
@@ -72,8 +78,8 @@ class Prepacked:
         return OrderedDict, ()  # a copy or a pickle of the weight holds none, and loads without pyvit
 
 
-def pack(layer: nn.Module) -> bool:
-    """Prepack the weight of ``layer``; False where no library here can."""
+def pack(layer: nn.Module, parts: int = 1) -> bool:
+    """Prepack the weight of ``layer``, in ``parts`` if it is for a gated MLP; False where no library here can."""
     weight = layer._parameters.get("weight")  # not one that a parametrization computes anew for every call
     if weight is None or weight.is_inference() or not _packable(weight):
         return False
@@ -81,7 +87,7 @@ def pack(layer: nn.Module) -> bool:
     if form is None:
         return False
     _warn_of_late_changes()
-    setattr(weight, ATTRIBUTE, Prepacked(weight, form))
+    setattr(weight, ATTRIBUTE, Prepacked(weight, form, parts))
     return True
 
 
@@ -126,7 +132,7 @@ def find(weight: Tensor | None) -> Prepacked | None:
     form = _form(weight)
     if form is None:
         return None
-    kept = Prepacked(weight, form)
+    kept = Prepacked(weight, form, kept.parts if weight.shape[0] % kept.parts == 0 else 1)
     setattr(weight, ATTRIBUTE, kept)
     return kept
 
@@ -164,10 +170,18 @@ def forms(dtype: torch.dtype) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _words(weight: Tensor | None) -> Tensor | None:
-    """The packed form of ``weight`` for the library's own kernels, None if it has none."""
+def _words(weight: Tensor | None, parts: int = 1) -> Tensor | None:
+    """The packed form of ``weight`` for the library's own kernels, None if it has none. One that is asked for in two
+    parts is packed anew where it is whole, and stays so."""
     kept = find(weight)
-    return None if kept is None or kept.form != "pyvit" else kept.words
+    if kept is None or weight is None or kept.form != "pyvit":
+        return None
+    if kept.parts != parts:
+        if parts == 1 or torch.compiler.is_compiling() or weight.shape[0] % parts:
+            return None
+        kept = Prepacked(weight, "pyvit", parts)
+        setattr(weight, ATTRIBUTE, kept)
+    return kept.words
 
 
 def inference(x: Tensor, *given: Tensor | None) -> bool:
@@ -193,16 +207,50 @@ def linear_branch(x: Tensor, b: Branch) -> Tensor | None:
     words2 = None
     if weight2 is not None and (words2 := _words(weight2)) is None:
         return None
-    normed, (norm_weight, norm_bias, eps) = norm is not None, norm or _NO_NORM
-    if not inference(x, weight, bias, weight2, bias2, norm_weight, norm_bias, scale, residual):
+    normed = norm_arguments(norm, x.dtype)
+    if not inference(x, weight, bias, weight2, bias2, normed[1], normed[2], scale, residual):
         return None
     layers = (weight, words, bias, activation or "", weight2, words2, bias2)
-    return torch.ops.pyvit.prepacked_mlp.default(  # type: ignore[no-any-return]
-        x, normed, norm_weight, norm_bias, eps, *layers, scale, residual
+    return torch.ops.pyvit.prepacked_mlp.default(x, *normed, *layers, scale, residual)  # type: ignore[no-any-return]
+
+
+def norm_arguments(norm: Norm | None, dtype: torch.dtype) -> tuple[int, Tensor | None, Tensor | None, float]:
+    """A norm of rows of ``dtype`` as the library takes it: kind, weight, bias and eps."""
+    if norm is None:
+        return NO_NORM, None, None, 0.0
+    if len(norm) == 3:
+        return LAYER_NORM, *norm
+    weight, eps = norm
+    return RMS_NORM, weight, None, torch.finfo(dtype).eps if eps is None else eps
+
+
+def gated_branch(
+    x: Tensor,
+    b: Branch,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    gate_last: bool,
+    hidden_norm: Norm | None,
+) -> Tensor | None:
+    """As :func:`linear_branch` for :func:`pyvit.ops.gated_mlp`, in whose words the arguments are."""
+    weight, bias, activation, weight2, bias2, norm, scale, residual = b
+    if weight.dtype is not x.dtype or not activation or weight2 is None:
+        return None
+    if (words := _words(weight, 2 if gate_weight is None else 1)) is None or (words2 := _words(weight2)) is None:
+        return None
+    gate_words = None
+    if gate_weight is not None and (gate_words := _words(gate_weight)) is None:
+        return None
+    if (gate_weight is None and gate_bias is not None) or (gate_weight is not None and gate_last):
+        return None  # which the caller refuses
+    normed, within = norm_arguments(norm, x.dtype), norm_arguments(hidden_norm, x.dtype)
+    around = (normed[1], normed[2], within[1], within[2], scale, residual)
+    if not inference(x, weight, bias, gate_weight, gate_bias, weight2, bias2, *around):
+        return None
+    gate = (gate_weight, gate_words, gate_bias, gate_last, activation)
+    return torch.ops.pyvit.prepacked_gated_mlp.default(  # type: ignore[no-any-return]
+        x, *normed, weight, words, bias, *gate, *within, weight2, words2, bias2, scale, residual
     )
-
-
-_NO_NORM: Norm = (None, None, 0.0)
 
 
 def attention_branch(
@@ -222,7 +270,7 @@ def attention_branch(
     if first[0].shape[0] > 3 * 256 * num_heads:  # channels per head, of which the kernels take 256
         return None
     return torch.ops.pyvit.prepacked_attention.default(  # type: ignore[no-any-return]
-        x, norm is not None, *(norm or _NO_NORM), *first, num_heads, is_causal, *last, scale, residual
+        x, *norm_arguments(norm, x.dtype), *first, num_heads, is_causal, *last, scale, residual
     )
 
 
@@ -247,7 +295,7 @@ def window_attention_branch(
     first, last = layers
     windows = (window_size, shift_size, num_heads, bias_table, mask_padding)
     return torch.ops.pyvit.prepacked_window_attention.default(  # type: ignore[no-any-return]
-        x, norm is not None, *(norm or _NO_NORM), *first, *windows, *last, scale, residual
+        x, *norm_arguments(norm, x.dtype), *first, *windows, *last, scale, residual
     )
 
 
@@ -263,7 +311,7 @@ def _layers(
         return None
     if x.shape[-1] != weight.shape[1]:  # type: ignore[union-attr]  # the layers say so in the words of linear
         return None
-    norm_weight, norm_bias, _ = norm or _NO_NORM
+    _, norm_weight, norm_bias, _ = norm_arguments(norm, x.dtype)
     if not inference(x, weight, weight2, bias, bias2, norm_weight, norm_bias, scale, residual):
         return None
     return (weight, words, bias), (weight2, words2, bias2)
@@ -290,11 +338,18 @@ def around(x: Tensor, layers: Callable[[Tensor], Tensor], branch: Branch, backen
     if branch.norm is not None:
         kind = x.device.type
         cast = x.dtype == torch.float32 and kind == "cpu" and torch.is_autocast_enabled(kind)
-        x = layer_norm(x, *branch.norm, dtype=torch.get_autocast_dtype(kind) if cast else None, backend=backend)
+        x = normalize(x, branch.norm, torch.get_autocast_dtype(kind) if cast else None, backend)
     y = layers(x)
     if branch.scale is not None:
         y = y * branch.scale
     return y if branch.residual is None else branch.residual + y
+
+
+def normalize(x: Tensor, norm: Norm, dtype: torch.dtype | None = None, backend: str | None = None) -> Tensor:
+    """norm(x) by :func:`pyvit.ops.layer_norm` or :func:`pyvit.ops.rms_norm`."""
+    if len(norm) == 3:
+        return layer_norm(x, *norm, dtype=dtype, backend=backend)
+    return rms_norm(x, *norm, dtype=dtype, backend=backend)
 
 
 def explain(x: Tensor, branch: Branch) -> list[str]:
@@ -313,6 +368,10 @@ if library.problem() is None:
     def _fake_mlp(x: Tensor, _n: Any, _w: Any, _b: Any, _e: Any, weight: Tensor, *rest: Any) -> Tensor:
         weight2 = rest[3]
         return x.new_empty(*x.shape[:-1], (weight if weight2 is None else weight2).shape[0])
+
+    @torch.library.register_fake("pyvit::prepacked_gated_mlp")
+    def _fake_gated_mlp(x: Tensor, *rest: Any) -> Tensor:
+        return x.new_empty(*x.shape[:-1], rest[16].shape[0])
 
     @torch.library.register_fake("pyvit::prepacked_attention")
     def _fake_attention(x: Tensor, *rest: Any) -> Tensor:

@@ -366,6 +366,38 @@ def mlp(
     return F.linear(ACTIVATIONS[activation](F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
 
 
+def norm(x: Tensor, kind: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """x where ``kind`` is 0, its layer norm where it is 1, its RMS norm where it is 2."""
+    if not kind:
+        return x
+    return layer_norm(x, weight, bias, eps, x.dtype) if kind == 1 else rms_norm(x, weight, eps, x.dtype)
+
+
+def gated_mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    hidden_norm: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    gate_last: bool,
+    activation: str,
+) -> Tensor:
+    value = F.linear(x, fc1_weight, fc1_bias)
+    if gate_weight is not None:
+        gate = F.linear(x, gate_weight, gate_bias)
+    else:
+        first, second = value.chunk(2, -1)
+        gate, value = (second, first) if gate_last else (first, second)
+    hidden = norm(ACTIVATIONS[activation](gate) * value, hidden_norm, norm_weight, norm_bias, eps)
+    return F.linear(hidden, fc2_weight, fc2_bias)
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     wide = x if weight is None else x.to(weight.dtype)
     return F.rms_norm(wide, x.shape[-1:], weight, eps).to(dtype)

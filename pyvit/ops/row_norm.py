@@ -12,7 +12,9 @@ from pyvit.memory import recycled
 from pyvit.ops import checks, reference
 
 
-def check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype | None = None) -> Call:
+def check(
+    op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Call:
     """The call that these arguments of ``op`` are."""
     checks.dense(op, "x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
@@ -124,6 +126,16 @@ def _backward(
         grad.contiguous(), x, weight, statistics, n == 2, grad_x, sums if parameters else None
     )
     return grad_x, sums
+
+
+def gradients(
+    grad: Tensor, statistics: Tensor, parameters: bool, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of x and, with ``parameters``, of weight and bias: of a layer norm or, with as many statistics, of
+    an RMS norm. None where a parameter is."""
+    grad_x, sums = _backward(grad, statistics, parameters, x, weight)
+    found = [None if p is None or not parameters else _sum(sums, at, p, True) for at, p in enumerate((weight, bias))]
+    return grad_x, found[0], found[1]
 
 
 def _sum(sums: Tensor, at: int, parameter: Tensor | None, wanted: bool) -> Tensor:

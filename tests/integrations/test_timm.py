@@ -37,6 +37,71 @@ def test_vit(options, fused):
     check_accelerated(model, on(32, 32), {"Conv2d": 1, "Block": 2, "Attention": 2, "Mlp": 2})
 
 
+GATED = {
+    "SwiGLUPacked": {"mlp_layer": "SwiGLUPacked", "act_layer": torch.nn.SiLU, "mlp_ratio": 4},
+    "GluMlp": {"mlp_layer": "GluMlp", "init_values": 0.1},
+    "SwiGLU": {"mlp_layer": "SwiGLU", "norm_layer": "rmsnorm", "act_layer": torch.nn.SiLU},
+    "sub-norm": {"mlp_layer": "SwiGLU", "scale_mlp_norm": True, "act_layer": torch.nn.SiLU},
+}
+
+
+def make_gated(case):
+    options = dict(GATED[case])
+    options["mlp_layer"] = getattr(timm.layers, options["mlp_layer"])
+    return make("vit_tiny_patch16_224", **VIT, **options)
+
+
+@pytest.mark.parametrize("case", GATED)
+def test_gated_mlps_and_rms_norm(case, monkeypatch):
+    rows = {"SwiGLU": {"SwiGLU": 2, "RmsNorm": 5}, "sub-norm": {"SwiGLU": 2}}.get(case, {"GluMlp": 2})
+    calls = []
+    with monkeypatch.context() as patch:
+        patch.setattr(pyvit.ops, "gated_mlp", counted(pyvit.ops.gated_mlp, calls))
+        check_accelerated(make_gated(case), on(32, 32), {"Conv2d": 1, "Block": 2, "Attention": 2, **rows})
+    assert calls
+
+
+@pytest.mark.parametrize("case", GATED)
+def test_fused_branches_of_gated_mlps(case, monkeypatch):
+    """With packed weights a block is two calls, and hooks are respected."""
+    monkeypatch.setattr(matmul, "_policy", "pyvit")
+    monkeypatch.setattr(matmul, "_chosen", {})
+    model, images = make_gated(case).eval(), on(32, 32)
+    with torch.no_grad():
+        expected = images(model)
+        pyvit.accelerate(model)
+        pyvit.pack_weights(model)
+        assert relative_error(images(model), expected) < 1e-4
+        calls = []
+        with monkeypatch.context() as patch:
+            for module, branch in ((integration, "attention_branch"), (prepacked, "gated_branch")):
+                patch.setattr(module, branch, counted(getattr(module, branch), calls))
+            images(model)
+        assert calls == ["attention_branch", "gated_branch"] * 2
+        first = model.blocks[0]
+        for part in ("norm2", "mlp", "mlp.act", "mlp.fc2", "mlp.drop1", "mlp.norm"):
+            seen = []
+            handle = first.get_submodule(part).register_forward_hook(lambda *_, seen=seen: seen.append("here"))
+            assert relative_error(images(model), expected) < 1e-4
+            handle.remove()
+            assert seen, part
+        first.mlp.fc2 = torch.nn.Sequential(first.mlp.fc2)
+        assert relative_error(images(model), expected) < 1e-4
+        pyvit.restore(model)
+        assert not any("forward" in vars(m) for m in model.modules())
+        assert relative_error(images(model), expected) < 1e-6
+
+
+def test_eva02_mlps():
+    """Its MLPs, with and without a norm inside; its blocks stay as they are."""
+    sizes = {"img_size": 28, "patch_size": 14, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
+    for name, kind in (("eva02_tiny_patch14_224", "GluMlp"), ("eva02_base_patch14_224", "SwiGLU")):
+        model = make(name, **sizes)
+        report = pyvit.accelerate(model)
+        assert sum(row.kind.endswith(f".{kind}") for row in report.replaced) == 2, report
+        pyvit.restore(model)
+
+
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
 @pytest.mark.parametrize("size", [(64, 64), (32, 64)], ids=str)
 def test_swin(name, size):
@@ -63,8 +128,8 @@ MODELS = {
 
 
 def counted(branch, calls):
-    def call(*args):
-        found = branch(*args)
+    def call(*args, **options):
+        found = branch(*args, **options)
         calls.extend([] if found is None else [branch.__name__])
         return found
 

@@ -101,6 +101,10 @@ def _losses() -> dict[str, Callable[[], Base]]:
         "nearest_neighbor": [a],
         "linear": [s, torch.randn(7, 8), torch.randn(7), "gelu"],
         "mlp": [s, torch.randn(7, 8), torch.randn(7), torch.randn(6, 7), None, "silu"],
+        "gated_mlp": [
+            *[s, torch.randn(14, 8), torch.randn(14), None, None, torch.randn(6, 7), None],
+            *[2, torch.randn(7), None, 1e-5, True, "silu"],
+        ],
     }
     found = {name: lambda name=name: _operator(name, calls[name], "cpu") for name in calls}
 
@@ -166,11 +170,25 @@ def _passes() -> dict[str, Callable[[], Base]]:
         new = torch.maximum(top, scores.amax(dim))
         return [new, total * (top - new).exp() + (scores - new.unsqueeze(dim)).exp().sum(dim)]
 
+    def gate(a: Any, b: Any, name: str, _out: Any) -> list[Tensor]:
+        return [ACTIVATIONS[name](a) * b]
+
+    def gate_backward(grad: Any, a: Any, b: Any, name: str, _grad_a: Any, _grad_b: Any) -> list[Tensor]:
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (a, b)]
+            y = ACTIVATIONS[name](leaves[0]) * leaves[1]
+            of_a, of_b = torch.autograd.grad(y, leaves, grad)
+        return [torch.stack([of_a.sum(0), of_b.sum(0)]), y.detach(), of_a, of_b]
+
     tile, top, ones = torch.randn(5, 7), torch.full((5,), -3.0), torch.ones(5)
     found = {
         "activation": lambda: Base([x.clone(), "gelu", torch.empty(6, 16)], act, (2,)),
         "activation_backward": lambda: Base(
             [x + 1, x.clone(), "silu", torch.empty(6, 16), torch.empty(6, 16)], act_backward, (3, 4)
+        ),
+        "gate": lambda: Base([x.clone(), x + 1, "silu", torch.empty(6, 16)], gate, (3,)),
+        "gate_backward": lambda: Base(
+            [x + 1, x.clone(), x - 1, "gelu", torch.empty(6, 16), torch.empty(6, 16)], gate_backward, (0, 4, 5)
         ),
         "_norm_out": lambda: Base([x.clone(), w, b, 1e-5, True, torch.empty(6, 16), torch.empty(2, 6)], norm, (5, 6)),
         "_norm_out-rms": lambda: Base(
@@ -195,7 +213,7 @@ def _passes() -> dict[str, Callable[[], Base]]:
 #: result unchanged.
 _UNCHECKED = ("pair_softmax", "pair_softmax_backward", "pair_sigmoid", "pair_sigmoid_backward", "distillation_tile")
 _UNCHECKED += ("distillation_tile_backward", "prepack_weight", "prepack_header")
-_UNCHECKED += ("prepacked_mlp", "prepacked_attention", "prepacked_window_attention")
+_UNCHECKED += ("prepacked_mlp", "prepacked_gated_mlp", "prepacked_attention", "prepacked_window_attention")
 _UNCHECKED += ("int8_pack", "linear_int8", "mlp_int8", "attention_int8", "window_attention_int8")
 
 
@@ -212,14 +230,18 @@ def _pairs_or_tiles(name: str) -> Base:
         "pair_sigmoid_backward": [a, b, 0, 1.5, -1.0, n, *wide],
         "distillation_tile": [s, t, torch.randn(7), 0.5, 0.7, of_s, of_s.clone(), of_t, of_t.clone(), cross],
         "distillation_tile_backward": [s, t, torch.randn(7), 0.5, 0.7, of_s, of_t, cross, torch.empty_like(s)],
-        "prepack_weight": [weight],
+        "prepack_weight": [weight, 2],
         "prepack_header": [weight],
     }
-    norm, pack = [True, torch.ones(8), torch.zeros(8), 1e-5], torch.ops.pyvit.prepack_weight
+    norm, pack = [1, torch.ones(8), torch.zeros(8), 1e-5], torch.ops.pyvit.prepack_weight
     if name == "prepacked_mlp":
         second = torch.randn(8, 12)
         args[name] = [a, *norm, weight, pack(weight), torch.randn(12), "gelu", second, pack(second)]
         args[name] += [torch.randn(8), torch.ones(8), a.clone()]
+    if name == "prepacked_gated_mlp":
+        second, within = torch.randn(8, 6), [2, torch.ones(6), None, 1e-5]
+        args[name] = [a, *norm, weight, pack(weight, 2), torch.randn(12), None, None, None, True, "silu"]
+        args[name] += [*within, second, pack(second), torch.randn(8), torch.ones(8), a.clone()]
     if name in ("prepacked_attention", "prepacked_window_attention"):
         qkv, proj, x = torch.randn(24, 8), torch.randn(8, 8), torch.randn(1, 2, 3, 8)
         x = x[0] if name == "prepacked_attention" else x
@@ -227,7 +249,7 @@ def _pairs_or_tiles(name: str) -> Base:
         last = [proj, pack(proj), torch.randn(8), torch.ones(8), x.clone()]
         args[name] = [x, *norm, qkv, pack(qkv), torch.randn(24), *options, *last]
     if "int8" in name:
-        args[name] = _int8(name, norm)
+        args[name] = _int8(name, [True, *norm[1:]])
     return Base(args[name], None)
 
 

@@ -53,6 +53,18 @@ def whole_branch() -> Case:
     )
 
 
+def gated_branch() -> Case:
+    def op(x: Tensor, w: Tensor, g: Tensor, w2: Tensor, n: Tensor, backend: str | None = None) -> Tensor:
+        options = {"gate_weight": g, "hidden_norm": (n, 1e-5), "norm": (n[:16], 1e-5), "residual": x}
+        return ops.gated_mlp(x, w, None, w2, None, activation="gelu", **options, backend=backend)
+
+    return Case(
+        op,
+        functools.partial(op, backend="reference"),
+        (randn(2, 5, 16), randn(24, 16), randn(24, 17)[:, :16], randn(16, 24), randn(24)),
+    )
+
+
 LENGTHS = torch.tensor([0, 3, 9])
 
 
@@ -87,6 +99,10 @@ CASES: dict[str, Callable[[], Case]] = {
     **{f"linear {name}": functools.partial(linear, name) for name in (None, *reference.ACTIVATIONS)},
     "mlp": lambda: Case(*through(ops.mlp), (randn(2, 5, 16), randn(24, 16), randn(24), randn(12, 24), randn(12))),
     "branch": whole_branch,
+    "gated_mlp": lambda: Case(
+        *through(ops.gated_mlp), (randn(2, 5, 16), randn(48, 16), randn(48), randn(12, 24), randn(12))
+    ),
+    "gated_mlp, split": gated_branch,
     "flash_attention": lambda: Case(
         *through(ops.flash_attention), (randn(1, 2, 7, 16), randn(1, 2, 6, 16), randn(1, 2, 6, 8))),
     "flash_attention, biased": lambda: Case(

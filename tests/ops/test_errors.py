@@ -34,8 +34,9 @@ WINDOW = {"qkv": z(2, 6, 7, 24), "window_size": 3, "shift_size": 1, "num_heads":
 PATCH = {"images": z(2, 3, 8, 12), "weight": z(5, 3, 4, 4)}
 LINEAR = {"x": z(2, 8), "weight": z(3, 8)}
 MLP = {"x": z(2, 8), "fc1_weight": z(6, 8), "fc1_bias": z(6), "fc2_weight": z(3, 6), "fc2_bias": None}
+GATED = {"x": z(2, 8), "fc1_weight": z(12, 8), "fc1_bias": z(12), "fc2_weight": z(3, 6), "fc2_bias": None}
 BASE = {"flash_attention": ATTENTION, "flash_attention_varlen": VARLEN, "attention_map": MAP}
-BASE |= {"window_attention": WINDOW, "patch_embed": PATCH, "linear": LINEAR, "mlp": MLP}
+BASE |= {"window_attention": WINDOW, "patch_embed": PATCH, "linear": LINEAR, "mlp": MLP, "gated_mlp": GATED}
 ints = torch.tensor
 
 VALUE = [  # operator, changed arguments, the argument that the message names, other parts of the message
@@ -144,6 +145,21 @@ VALUE = [  # operator, changed arguments, the argument that the message names, o
     ("mlp", {"fc1_bias": z(4)}, "fc1_bias", ["(6,)", "(4)"]),
     ("mlp", {"fc2_weight": z(3, 5)}, "fc2_weight", ["(M, 6)", "(3, 5)"]),
     ("mlp", {"fc2_bias": z(4)}, "fc2_bias", ["(3,)", "(4)"]),
+    ("mlp", {"norm": (z(8),)}, "norm", ["(weight, bias, eps)", "(weight, eps)"]),
+    ("gated_mlp", {"activation": None}, "activation", ["gelu_tanh", "None"]),
+    ("gated_mlp", {"activation": "tanh"}, "activation", ["gelu_tanh", "tanh"]),
+    ("gated_mlp", {"x": z(2, 7)}, "x", ["(..., 8)", "(2, 7)"]),
+    ("gated_mlp", {"fc1_weight": z(11, 8), "fc1_bias": None}, "fc1_weight", ["even", "(11, 8)"]),
+    ("gated_mlp", {"fc1_bias": z(6)}, "fc1_bias", ["(12,)", "(6)"]),
+    ("gated_mlp", {"fc2_weight": z(3, 12)}, "fc2_weight", ["(M, 6)", "(3, 12)"]),
+    ("gated_mlp", {"fc2_bias": z(4)}, "fc2_bias", ["(3,)", "(4)"]),
+    ("gated_mlp", {"gate_bias": z(6)}, "gate_bias", ["None without gate_weight"]),
+    ("gated_mlp", {"gate_weight": z(6, 8)}, "gate_weight", ["(12, 8)", "(6, 8)"]),
+    ("gated_mlp", {"gate_weight": z(12, 8), "gate_last": True}, "gate_last", ["False with gate_weight"]),
+    ("gated_mlp", {"hidden_norm": 1}, "hidden_norm", ["(weight, eps)", "1"]),
+    ("gated_mlp", {"hidden_norm": (z(8), 1e-5)}, "hidden_norm[0]", ["(6,)", "(8)"]),
+    ("gated_mlp", {"scale": z(4)}, "scale", ["(3,)", "(4)"]),
+    ("gated_mlp", {"residual": z(2, 8)}, "residual", ["(2, 3)", "(2, 8)"]),
 ]
 half, whole = torch.float16, torch.int32
 TYPE = [
@@ -167,6 +183,10 @@ TYPE = [
     ("linear", {"weight": [[1.0]]}, "weight", ["Tensor", "list"]),
     ("linear", {"x": [1.0]}, "x", ["Tensor", "list"]),
     ("mlp", {"fc2_weight": z(3, 6).double()}, "fc2_weight", ["float32", "float64"]),
+    ("gated_mlp", {"gate_last": 1}, "gate_last", ["bool", "int"]),
+    ("gated_mlp", {"hidden_norm": (None, "x")}, "hidden_norm[1]", ["number", "str"]),
+    ("gated_mlp", {"gate_weight": [1.0]}, "gate_weight", ["Tensor", "list"]),
+    ("gated_mlp", {"hidden_norm": (z(6).half(), 1e-5)}, "hidden_norm[0]", ["float32", "float16"]),
     ("window_attention", {"qkv": None}, "qkv", ["Tensor", "NoneType"]),
     ("patch_embed", {"images": [1]}, "images", ["Tensor", "list"]),
     ("attention_map", {"q": 1}, "q", ["Tensor", "int"]),

@@ -55,6 +55,13 @@ def _other(name: str, backend: str) -> Call:
         "linear": lambda: Call(
             lambda x, weight, bias: ops.linear(x, weight, bias, activation="gelu", **keep), x=a, weight=heads, bias=r(7)
         ),
+        "gated_mlp": lambda: Call(
+            lambda x, w, v, n: ops.gated_mlp(x, w, None, v, None, hidden_norm=(n, 1e-5), **keep),
+            x=a,
+            w=torch.cat((heads, heads * 0.5)),
+            v=r(3, 7),
+            n=r(7),
+        ),
         "mlp": lambda: Call(lambda x, w, v: ops.mlp(x, w, None, v, None, **keep), x=a, w=heads, v=r(3, 7)),
         "info_nce": lambda: Call(
             lambda a, b, scale: ops.info_nce(a, b, scale, **keep), a=a, b=b, scale=torch.tensor(1.5)
@@ -87,6 +94,7 @@ OTHERS = [
     "rms_norm",
     "linear",
     "mlp",
+    "gated_mlp",
     "info_nce",
     "nt_xent",
     "sigmoid_contrastive",
@@ -130,7 +138,7 @@ def _twice(call: Call, autocast: str) -> tuple[list[Tensor], list[Tensor]]:
 def test_autocast_around_the_backward_changes_nothing(call: Call, name: str, forward: str) -> None:
     want = _twice(call, forward)
     # The second pass over a linear layer's formula is torch's own, which casts its products.
-    for around in ("first",) if name in ("linear", "mlp") else ("first", "second", "first and second"):
+    for around in ("first",) if name in ("linear", "mlp", "gated_mlp") else ("first", "second", "first and second"):
         got = _twice(call, f"{forward} {around}")
         for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
             assert a.isfinite().all()

@@ -55,6 +55,10 @@ CALLS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "rms_norm": (ops.rms_norm, lambda t: ops.rms_norm(X, t if t is not None else [1])),
     "linear": (lambda t: ops.linear(t, X), lambda t: ops.linear(X, X, t if t is not None else [1])),
     "mlp": (lambda t: ops.mlp(t, X, None, X.t(), None), lambda t: ops.mlp(X, X, None, t, None)),
+    "gated_mlp": (
+        lambda t: ops.gated_mlp(t, X, None, X.t(), None, gate_weight=X),
+        lambda t: ops.gated_mlp(X, X, None, X.t(), None, gate_weight=t if t is not None else [1]),
+    ),
     "info_nce": (lambda t: ops.info_nce(t, X, 1.0), lambda t: ops.info_nce(X, t, 1.0)),
     "nt_xent": (lambda t: ops.nt_xent(t, X, 1.0), lambda t: ops.nt_xent(X, t, 1.0)),
     "sigmoid_contrastive": (
