@@ -189,6 +189,51 @@ def _hf_dinov2(new: bool) -> Format:
     )
 
 
+#: transformers' DINOv3; "model." is the prefix of the blocks alone, in state dicts of version 5
+DINOV3 = Format(
+    "transformers DINOv3",
+    ("@layer.{i}.layer_scale1.lambda1", "@layer.{i}.attention.o_proj.weight", "embeddings.register_tokens"),
+    (
+        rule("cls_token", "embeddings.cls_token"),
+        rule("mask_token", "embeddings.mask_token", TOKEN_TO_ROW),
+        rule("reg_token", "embeddings.register_tokens"),
+        rule("patch_embed.proj.{p}", "embeddings.patch_embeddings.{p}"),
+        *(
+            rule(f"blocks.{{i}}.{ours}", f"@layer.{{i}}.{theirs}")
+            for ours, theirs in {
+                "norm1.{p}": "norm1.{p}",
+                "norm2.{p}": "norm2.{p}",
+                "attn.proj.{p}": "attention.o_proj.{p}",
+                "attn.qkv.q_bias": "attention.q_proj.bias",
+                "attn.qkv.v_bias": "attention.v_proj.bias",
+                "ls1.gamma": "layer_scale1.lambda1",
+                "ls2.gamma": "layer_scale2.lambda1",
+                "mlp.fc2.{p}": "mlp.down_proj.{p}",
+            }.items()
+        ),
+        rule("blocks.{i}.attn.qkv.weight", " ".join(f"@layer.{{i}}.attention.{n}_proj.weight" for n in "qkv")),
+        rule("blocks.{i}.mlp.fc1.{p}", "@layer.{i}.mlp.gate_proj.{p} @layer.{i}.mlp.up_proj.{p}", swiglu=True),
+        rule("blocks.{i}.mlp.fc1.{p}", "@layer.{i}.mlp.up_proj.{p}", swiglu=False),
+        rule("norm.{p}", "norm.{p}"),
+    ),
+    ("", "model."),
+)
+
+
+def _timm_eva(name: str, *marks: str, split_qkv: bool = False, split_glu: bool = True) -> Format:
+    """timm's class ``Eva``: LayerScale has other names, q and v have biases of their own, and in some models the
+    projections are separate layers (``split_qkv``, ``split_glu``)."""
+    attn, fc1 = "blocks.{i}.attn.", "blocks.{i}.mlp.fc1"
+    rules = [rule(f"blocks.{{i}}.ls{n}.gamma", f"blocks.{{i}}.gamma_{n}") for n in (1, 2)]
+    if split_qkv:
+        rules.append(rule(attn + "qkv.weight", " ".join(f"{attn}{n}_proj.weight" for n in "qkv")))
+    bias = "{n}_proj.bias" if split_qkv else "{n}_bias"
+    rules += [rule(f"{attn}qkv.{n}_bias", attn + bias.replace("{n}", n)) for n in "qv"]
+    if split_glu:
+        rules.append(rule(fc1 + ".{p}", f"{fc1}_g.{{p}} {fc1}_x.{{p}}", swiglu=True))
+    return Format(name, marks, (*rules, rule("{r}", "{r}")), extra=("mask_token",))
+
+
 def _shifted_merges(foreign: str, stages: int = 4) -> list[Rule]:
     """Patch merging at the end of stage s - 1 (Microsoft, transformers) is at the start of stage s in pyvit."""
     return [
@@ -467,6 +512,8 @@ FORMATS: tuple[Format, ...] = (
     *(_torchvision_swin(version) for version in (1, 2)),
     VITDET,
     MICROSOFT_SWIN,
+    DINOV3,
+    _timm_eva("timm DINOv3", "blocks.{i}.gamma_1", "reg_token"),
     DINOV2,
     NATIVE,
 )

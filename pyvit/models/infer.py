@@ -54,9 +54,12 @@ def model_from_checkpoint(
 
 def _inferred(opened: Source) -> tuple[Any, dict[str, Any], bool]:
     """Constructor and settings of the model in a checkpoint, and whether the checkpoint names its number of heads."""
-    native, _, _ = to_native(opened.state, recognise(opened.state))
+    layout = recognise(opened.state)
+    native, _, _ = to_native(opened.state, layout)
     metadata = opened.metadata or metadata_of_config(opened.config, native)
     constructor, settings = infer(native, metadata)
+    if layout.name.endswith("DINOv3"):
+        settings |= {"pos_embed": "rope", "norm_eps": 1e-5}
     told = _told(metadata, constructor, settings)
     settings |= told
     if settings.get("version") == 2:
@@ -122,6 +125,10 @@ def _told(metadata: Metadata, constructor: Any, settings: Mapping[str, Any]) -> 
         }
     if constructor is clip_vit and "text_heads" in settings:
         wanted |= {"text_heads": ("text.blocks.0.attn", "num_heads"), "eot": ("text", "eot")}
+    if settings.get("activation") == "swiglu":  # the gate's is SiLU, whatever the configuration calls it
+        wanted.pop("activation", None)
+    if settings.get("pos_embed") == "rope":
+        wanted["rope_base"] = ("rope", "base")
     found = {name: lookup(metadata, path, setting) for name, (path, setting) in wanted.items()}
     return {k: v for k, v in found.items() if v is not None}
 
@@ -164,6 +171,8 @@ def infer(state: Mapping[str, Tensor], metadata: Metadata | None = None) -> tupl
         return ResNet, _resnet(state)
     if "patch_embed.proj.weight" in state and "blocks.0.attn.qkv.weight" in state:
         settings = _vit(state, "", lookup(metadata or {}, "", "grid"))
+        if settings.get("pos_embed") == "none" and lookup(metadata or {}, "rope", "base") is not None:
+            settings["pos_embed"] = "rope"
         if "decoder_embed.weight" in state:
             return MaskedAutoencoder, settings | _decoder(state)
         if "dist_token" in state and "fc_norm.weight" in state:
@@ -209,7 +218,7 @@ def _vit(state: Mapping[str, Tensor], prefix: str, grid: Sequence[int] | None = 
         "depth": _count(state, re.escape(prefix) + r"blocks\.(\d+)\."),
         "num_heads": heads_of(width),
         "num_classes": 0 if head is None else head.shape[0],
-        "qkv_bias": at("blocks.0.attn.qkv.bias") is not None,
+        "qkv_bias": "qv" if at("blocks.0.attn.qkv.q_bias") is not None else at("blocks.0.attn.qkv.bias") is not None,
         "qk_norm": at("blocks.0.attn.q_norm.weight") is not None,
         "init_values": None if at("blocks.0.ls1.gamma") is None else 1.0,
         "class_token": at("cls_token") is not None,

@@ -139,6 +139,9 @@ def metadata_of_config(config: Mapping[str, Any], native: Mapping[str, Tensor]) 
             if s < len(trained) and trained[s]:
                 metadata[rf"layers\.{s}\.blocks\.\d+\.attn"]["pretrained_window_size"] = square(trained[s])
         return metadata
+    if kind == "dinov3_vit":
+        base = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta", 100.0)
+        return {**_tower(config, "", eps=1e-5), "rope": {"base": base}}
     if kind in ("vit", "deit", "dinov2", "dinov2_with_registers", "vit_mae", "vitdet", "vit_msn"):
         image = config.get("pretrain_image_size") or config.get("image_size")
         return {**_tower(config, ""), "": _image_grid(image, native.get(patch))}

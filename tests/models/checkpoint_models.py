@@ -47,11 +47,17 @@ def dinov2(**more):
     return vit(num_classes=0, mask_token=True, init_values=0.1, **more)
 
 
+def dinov3(**more):
+    return pyvit.create_model("vit_small_patch16_dinov3_qkvb", **{**VIT, "num_classes": 0, **more})
+
+
 MODELS = {
     "transformers ViT": vit,
     "transformers<5 ViT": vit,
     "transformers DINOv2": dinov2,
     "transformers<5 DINOv2": lambda: dinov2(activation="swiglu", reg_tokens=4),
+    "transformers DINOv3": lambda: dinov3(activation="swiglu", mlp_ratio=3.0),
+    "timm DINOv3": dinov3,
     "transformers Swin": swin,
     "transformers<5 Swin": swin,
     "transformers SwinV2": lambda: swin(2),

@@ -5,7 +5,7 @@ import torch
 
 import pyvit
 
-PARAMETERS = {  # torchvision's num_params, timm's results table and the papers
+PARAMETERS = {  # torchvision's num_params, timm's results table, the papers, and transformers with released settings
     "vit_tiny_patch16_224": 5_717_416,
     "vit_small_patch16_224": 22_050_664,
     "vit_base_patch16_224": 86_567_656,
@@ -25,6 +25,12 @@ PARAMETERS = {  # torchvision's num_params, timm's results table and the papers
     "vit_small_patch14_dinov2": 22_056_576,
     "vit_base_patch14_dinov2": 86_580_480,
     "vit_giant_patch14_dinov2": 1_136_480_768,
+    "vit_small_patch16_dinov3_qkvb": 21_596_544,
+    "vit_small_plus_patch16_dinov3_qkvb": 28_692_864,
+    "vit_base_patch16_dinov3_qkvb": 85_660_416,
+    "vit_large_patch16_dinov3_qkvb": 303_129_600,
+    "vit_huge_plus_patch16_dinov3_qkvb": 840_592_640,
+    "vit_7b_patch16_dinov3": 6_716_035_072,
 }
 
 
