@@ -20,7 +20,10 @@ from pyvit.models.vit import VisionTransformer
 #: Settings of models with an encoder that are not the encoder's.
 _DECODER = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss")
 _PROJECTION = ("encoder", "hidden_dim", "out_dim", "batch_norm")
-_TEXT = ("embed_dim", "vocab_size", "context_length", "text_width", "text_depth", "text_heads", "text", "eot", "pad")
+_TEXT = (
+    "embed_dim", "vocab_size", "context_length", "text_width", "text_depth", "text_heads", "text_mlp_ratio", "text",
+    "eot", "pad",
+)  # fmt: skip
 
 
 class Encoder(NamedTuple):

@@ -123,8 +123,10 @@ def _told(metadata: Metadata, constructor: Any, settings: Mapping[str, Any]) -> 
             "num_heads": (at + "blocks.0.attn", "num_heads"),
             "activation": (at + "blocks.0.mlp.fc1", "activation"),
         }
+    if "text_heads" in settings:
+        wanted["text_heads"] = ("text.blocks.0.attn", "num_heads")
     if constructor is clip_vit and "text_heads" in settings:
-        wanted |= {"text_heads": ("text.blocks.0.attn", "num_heads"), "eot": ("text", "eot")}
+        wanted["eot"] = ("text", "eot")
     if settings.get("activation") == "swiglu":  # the gate's is SiLU, whatever the configuration calls it
         wanted.pop("activation", None)
     if settings.get("pos_embed") == "rope":
@@ -369,12 +371,15 @@ def _clip(state: Mapping[str, Tensor], grid: Sequence[int] | None) -> tuple[Any,
             "embed_dim": state["text.proj.weight"].shape[0],
         }
     shared["context_length"] = state["text.positional_embedding"].shape[0]
-    if "visual.attn_pool.latent" in state:
-        return siglip_vit, shared
-    text = {
+    text: dict[str, Any] = {
         "text_width": words[1],
-        "text_heads": heads_of(words[1]),
         "text_depth": _count(state, r"text\.blocks\.(\d+)\."),
+        "text_mlp_ratio": _ratio(state["text.blocks.0.mlp.fc1.weight"].shape[0], words[1]),
+    }
+    if "visual.attn_pool.latent" in state:
+        equal = words[1] == shared["width"]
+        return siglip_vit, shared | text | ({} if equal else {"text_heads": heads_of(words[1])})
+    return clip_vit, shared | text | {
+        "text_heads": heads_of(words[1]),
         "embed_dim": state["text.proj.weight"].shape[0],
     }
-    return clip_vit, shared | text

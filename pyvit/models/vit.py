@@ -408,7 +408,7 @@ for _size in ("small", "base", "large", "giant"):
 
 # DINOv3, table 2 of the paper and the released configurations. The released files have biases of queries and values
 # (except the 7B model's), which are zero; timm's names without "_qkvb" leave them out.
-_DINOV3 = {"patch_size": 16, "num_classes": 0, "init_values": 1e-5, "mask_token": True, "reg_tokens": 4}
+_DINOV3: dict[str, Any] = {"patch_size": 16, "num_classes": 0, "init_values": 1e-5, "mask_token": True, "reg_tokens": 4}
 _DINOV3 |= {"pos_embed": "rope", "norm_eps": 1e-5}
 # A gated MLP whose hidden width is four times embed_dim: "swiglu" takes two thirds of mlp_ratio.
 _PLUS = {"activation": "swiglu", "mlp_ratio": 6.0}
@@ -424,3 +424,45 @@ for _size, _settings in _DINOV3_SIZES.items():
     register(f"vit_{_size}_patch16_dinov3", VisionTransformer, **_DINOV3, **_settings, qkv_bias=False)
     if _size != "7b":
         register(f"vit_{_size}_patch16_dinov3_qkvb", VisionTransformer, **_DINOV3, **_settings, qkv_bias="qv")
+
+# The image towers of CLIP models and of SigLIP, under timm's names and with its settings: a classifier instead of the
+# projection; gelu for SigLIP's first models, whose own activation is gelu_tanh.
+_CLIP_TOWER: dict[str, Any] = {"pre_norm": True, "patch_bias": False, "norm_eps": 1e-5}
+_CLIP_SIZES: dict[str, dict[str, Any]] = {
+    "base": SIZES["base"],
+    "large": SIZES["large"],
+    "huge": SIZES["huge"],
+    "giant": {"embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11},
+    "gigantic": {"embed_dim": 1664, "depth": 48, "num_heads": 16, "mlp_ratio": 64 / 13},
+}
+for _name, _quick in {
+    "base_patch32_224": True, "base_patch32_256": False, "base_patch32_384": False, "base_patch32_448": False,
+    "base_patch16_224": True, "base_patch16_384": False, "large_patch14_224": True, "large_patch14_336": True,
+    "huge_patch14_224": True, "huge_patch14_336": False, "huge_patch14_378": True, "giant_patch14_224": False,
+    "gigantic_patch14_224": True, "gigantic_patch14_378": False,
+}.items():  # fmt: skip
+    _size, _patch, _image = _name.split("_")
+    _tower = {**_CLIP_TOWER, **_CLIP_SIZES[_size], "patch_size": int(_patch[5:]), "img_size": int(_image)}
+    register(f"vit_{_size}_{_patch}_clip_{_image}", VisionTransformer, **_tower)
+    if _quick:
+        register(f"vit_{_size}_{_patch}_clip_quickgelu_{_image}", VisionTransformer, **_tower, activation="quick_gelu")
+
+_SO400M = {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 4304.5 / 1152}
+_SIGLIP_SIZES: dict[str, dict[str, Any]] = {
+    "base": SIZES["base"],
+    "large": SIZES["large"],
+    "so400m": _SO400M,
+    "giantopt": {**SIZES["giant"], "num_heads": 16},
+}
+for _name, _activation in {
+    "base_patch32_256": "gelu_tanh", "base_patch16_224": "gelu", "base_patch16_256": "gelu",
+    "base_patch16_384": "gelu", "base_patch16_512": "gelu", "large_patch16_256": "gelu", "large_patch16_384": "gelu",
+    "large_patch16_512": "gelu_tanh", "so400m_patch14_224": "gelu", "so400m_patch14_378": "gelu",
+    "so400m_patch16_256": "gelu_tanh", "so400m_patch16_384": "gelu_tanh", "so400m_patch16_512": "gelu_tanh",
+    "giantopt_patch16_256": "gelu_tanh", "giantopt_patch16_384": "gelu_tanh",
+}.items():  # fmt: skip
+    _size, _patch, _image = _name.split("_")
+    _tower = {**_SIGLIP_SIZES[_size], "patch_size": int(_patch[5:]), "img_size": int(_image), "num_classes": 0}
+    _tower |= {"class_token": False, "activation": _activation}
+    register(f"vit_{_size}_{_patch}_siglip_{_image}", VisionTransformer, **_tower, global_pool="map")
+    register(f"vit_{_size}_{_patch}_siglip_gap_{_image}", VisionTransformer, **_tower, global_pool="avg", fc_norm=False)
