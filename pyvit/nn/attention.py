@@ -54,6 +54,7 @@ class Attention(nn.Module):
         scale_norm: normalise the merged heads before the output projection.
         attn_drop, proj_drop: dropout on attention weights and on the output.
         norm_layer: of qk_norm and scale_norm.
+        rope_interleaved: which channels the ``rope`` of a call rotates together, see :func:`pyvit.nn.rotate`.
     """
 
     fuses_residual = True  # see pyvit.nn.residual.fusion_args
@@ -71,6 +72,7 @@ class Attention(nn.Module):
         norm_layer: type[nn.Module] = nn.LayerNorm,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        rope_interleaved: bool = False,
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
@@ -84,6 +86,7 @@ class Attention(nn.Module):
         self.norm = norm_layer(dim, **factory) if scale_norm else nn.Identity()
         self.proj = Linear(dim, dim, proj_bias, **factory)
         self.attn_drop = attn_drop
+        self.rope_interleaved = rope_interleaved
         self.proj_drop = nn.Dropout(proj_drop)
 
     def project(self, x: Tensor, rope: Tensor | None = None, norm: Norm | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,7 +94,7 @@ class Attention(nn.Module):
         q, k, v = apply(self.qkv, x, norm=norm).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+            q, k = (rotate(t, rope, self.rope_interleaved) for t in (q, k))
         return q, k, v
 
     def forward(
@@ -108,8 +111,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x (B, N, C), or (T, C) with ``packing``; attn_mask as ``bias`` of :func:`pyvit.ops.flash_attention`.
 
-        rope (N, 2, d) or (T, 2, d): sines and cosines, see :class:`pyvit.nn.RotaryEmbedding`. With ``norm``, ``scale``
-        and ``residual`` (see :func:`pyvit.ops.linear`) the whole branch: residual + scale * attention(norm(x)).
+        rope (N, 2, d) or (T, 2, d): sines and cosines, see :class:`pyvit.nn.RotaryEmbedding` and
+        :func:`pyvit.nn.rotate`. With ``norm``, ``scale`` and ``residual`` (see :func:`pyvit.ops.linear`) the whole
+        branch: residual + scale * attention(norm(x)).
         """
         dropout = self.attn_drop if self.training else 0.0
         if packing is not None:
@@ -159,11 +163,31 @@ class Attention(nn.Module):
         return attention_map(q.transpose(1, 2), k.transpose(1, 2), rows)
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + d/2) of x (..., N, H, d) by the angles of rope (N, 2, d): sines at 0, cosines at 1.
+def rotate(x: Tensor, rope: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate pairs of channels of x (..., N, H, d) by the angles of rope: sines at 0, cosines at 1.
 
     Su et al., "RoFormer" (2021).
+
+    Args:
+        rope: (N, 2, R), or (H, N, 2, R) with angles of their own for each head (Heo et al., "Rotary Position Embedding
+            for Vision Transformer", 2024). R is even and at most d: the first R channels are rotated.
+        interleaved: pairs are (2i, 2i + 1) instead of (i, i + R/2); the sines and cosines are those of each channel in
+            both cases.
     """
+    channels = rope.shape[-1]
+    if rope.dim() not in (3, 4) or rope.shape[-2] != 2:
+        raise ValueError(f"rotate: rope must be of shape (N, 2, R) or (H, N, 2, R), got {tuple(rope.shape)}")
+    if channels % 2 or not 0 < channels <= x.shape[-1]:
+        raise ValueError(f"rotate: rope must have an even number of channels, at most {x.shape[-1]}, got {channels}")
     sin, cos = rope.to(x.dtype).unbind(-2)
-    a, b = x.chunk(2, -1)
-    return x * cos.unsqueeze(-2) + torch.cat((-b, a), -1) * sin.unsqueeze(-2)
+    # (N, 1 or H, R), to fit x
+    sin, cos = (t.unsqueeze(-2) if t.dim() == 2 else t.transpose(0, 1) for t in (sin, cos))
+    rotated = x[..., :channels]
+    if interleaved:
+        a, b = rotated.unflatten(-1, (-1, 2)).unbind(-1)
+        quarter = torch.stack((-b, a), -1).flatten(-2)
+    else:
+        a, b = rotated.chunk(2, -1)
+        quarter = torch.cat((-b, a), -1)
+    out = rotated * cos + quarter * sin
+    return out if channels == x.shape[-1] else torch.cat((out, x[..., channels:]), -1)
