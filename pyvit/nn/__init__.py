@@ -4,7 +4,7 @@ from pyvit.nn.attention import Attention, Packing, rotate
 from pyvit.nn.block import Block
 from pyvit.nn.layer_norm import LayerNorm
 from pyvit.nn.linear import Linear
-from pyvit.nn.mlp import Mlp, SwiGLU, swiglu_hidden
+from pyvit.nn.mlp import GatedMlp, Mlp, SwiGLU, swiglu_hidden
 from pyvit.nn.patch_embed import PatchEmbed
 from pyvit.nn.pool import AttentionPool
 from pyvit.nn.position import RotaryEmbedding, resample_positions, sincos_2d
@@ -20,6 +20,7 @@ __all__ = [
     "AttentionPool",
     "Block",
     "DropPath",
+    "GatedMlp",
     "LayerNorm",
     "LayerScale",
     "Linear",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from pyvit.nn.attention import Attention, Packing
 from pyvit.nn.layer_norm import LayerNorm
 from pyvit.nn.mlp import Mlp, SwiGLU, swiglu_hidden
 from pyvit.nn.residual import DropPath, LayerScale, add_branch, fusion_args
+from pyvit.nn.rms_norm import RMSNorm
 
 
 class Block(nn.Module):
@@ -20,10 +22,13 @@ class Block(nn.Module):
         dim, num_heads, qkv_bias, qk_norm, attn_drop: of :class:`pyvit.nn.Attention`.
         mlp_ratio: hidden width of the MLP over dim.
         activation: of the MLP, or "swiglu", which takes two thirds of the width (:func:`pyvit.nn.swiglu_hidden`).
+        mlp_layer: makes another MLP, by mlp_layer(dim, int(dim * mlp_ratio), drop=proj_drop): as
+            ``functools.partial(SwiGLU, split=True)``. ``activation`` has no meaning then.
         proj_drop: dropout after both branches.
         drop_path, drop_path_form: see :class:`pyvit.nn.DropPath`.
         init_values: initial value of LayerScale; None for none.
-        eps: of the layer norms.
+        eps: of the norms.
+        norm_layer: of both norms: :class:`pyvit.nn.LayerNorm` or :class:`pyvit.nn.RMSNorm`.
     """
 
     def __init__(
@@ -41,19 +46,23 @@ class Block(nn.Module):
         drop_path_form: str = "sample",
         init_values: float | None = None,
         eps: float = 1e-6,
+        norm_layer: type[LayerNorm] | type[RMSNorm] = LayerNorm,
+        mlp_layer: Callable[..., nn.Module] | None = None,
     ) -> None:
         super().__init__()
         hidden = int(dim * mlp_ratio)
-        self.norm1 = LayerNorm(dim, eps, before_linear=True)
+        self.norm1 = norm_layer(dim, eps, before_linear=True)
         self.attn = Attention(dim, num_heads, qkv_bias, qk_norm, attn_drop=attn_drop, proj_drop=proj_drop)
         self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.drop_path1 = DropPath(drop_path, drop_path_form)
-        self.norm2 = LayerNorm(dim, eps, before_linear=True)
-        self.mlp = (
-            SwiGLU(dim, swiglu_hidden(hidden), proj_drop)
-            if activation == "swiglu"
-            else Mlp(dim, hidden, activation, proj_drop)
-        )
+        self.norm2 = norm_layer(dim, eps, before_linear=True)
+        self.mlp: nn.Module
+        if mlp_layer is not None:
+            self.mlp = mlp_layer(dim, hidden, drop=proj_drop)
+        elif activation == "swiglu":
+            self.mlp = SwiGLU(dim, swiglu_hidden(hidden), proj_drop)
+        else:
+            self.mlp = Mlp(dim, hidden, activation, proj_drop)
         self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.drop_path2 = DropPath(drop_path, drop_path_form)
 

@@ -26,12 +26,12 @@ class LayerNorm(nn.LayerNorm):
         self.before_linear = before_linear
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = None
-        if (
-            self.before_linear
-            and torch.is_autocast_enabled("cpu")
-            and x.device.type == "cpu"
-            and x.dtype == torch.float32
-        ):
-            dtype = torch.get_autocast_dtype("cpu")
+        dtype = dtype_before_linear(x) if self.before_linear else None
         return layer_norm(x, self.weight, self.bias, self.eps, dtype=dtype)
+
+
+def dtype_before_linear(x: Tensor) -> torch.dtype | None:
+    """The dtype to which a linear layer on a CPU would round norm(x) under autocast; None for x's own."""
+    if torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and x.dtype == torch.float32:
+        return torch.get_autocast_dtype("cpu")
+    return None
