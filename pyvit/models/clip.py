@@ -265,16 +265,17 @@ def siglip_vit(
     text_depth: int | None = None,
     text_heads: int | None = None,
     text_mlp_ratio: float | None = None,
+    tower: type[VisionTransformer] = VisionTransformer,
     **visual: Any,
 ) -> CLIP:
     """SigLIP: no class token, attention pooling, a bidirectional text encoder, and a logit bias (section 3.2).
 
     The text encoder has the sizes of the image encoder unless ``text_width``, ``text_depth``, ``text_heads`` or
-    ``text_mlp_ratio`` says otherwise.
+    ``text_mlp_ratio`` says otherwise. ``tower``: class of the image encoder.
     """
     settings = {"class_token": False, "global_pool": "map", "num_classes": 0, "activation": "gelu_tanh", **visual}
     make = {"depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio}
-    tower = VisionTransformer(img_size=img_size, patch_size=patch_size, embed_dim=width, **make, **settings)
+    visual_tower = tower(img_size=img_size, patch_size=patch_size, embed_dim=width, **make, **settings)
     words = TextTransformer(
         width,
         vocab_size,
@@ -289,7 +290,7 @@ def siglip_vit(
         proj_bias=True,
         eps=1e-6,
     )
-    model = CLIP(tower, words, init_scale=math.log(10.0), init_bias=-10.0)
+    model = CLIP(visual_tower, words, init_scale=math.log(10.0), init_bias=-10.0)
     init_siglip(model)
     return model
 
@@ -364,21 +365,21 @@ for _image in (224, 256, 384, 512):
     register(f"siglip_vit_base_patch16_{_image}", siglip_vit, img_size=_image)
 for _image in (256, 384):
     register(f"siglip_vit_large_patch16_{_image}", siglip_vit, img_size=_image, width=1024, depth=24, num_heads=16)
-_SO400M = {"width": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 4304.5 / 1152, "patch_size": 14}
+SO400M = {"width": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 4304.5 / 1152, "patch_size": 14}
 register(
-    "siglip_so400m_patch14_378", siglip_vit, **_SO400M, img_size=378
+    "siglip_so400m_patch14_378", siglip_vit, **SO400M, img_size=378
 )  # 27 x 27 patches, as of the 384-pixel checkpoints
 
 # SigLIP 2, table 1 of the paper and the released configurations: SigLIP with another vocabulary (Gemma's). The text
 # encoder of the largest model is that of so400m.
 _SIGLIP2 = {"vocab_size": 256000}
-_TEXT_SO400M = {f"text_{k}": _SO400M[k] for k in ("width", "depth", "mlp_ratio")} | {"text_heads": 16}
+_TEXT_SO400M = {f"text_{k}": SO400M[k] for k in ("width", "depth", "mlp_ratio")} | {"text_heads": 16}
 _SIGLIP2_SIZES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "vit_base_patch32": ((256,), {"patch_size": 32}),
     "vit_base_patch16": ((224, 256, 384, 512), {}),
     "vit_large_patch16": ((256, 384, 512), {"width": 1024, "depth": 24, "num_heads": 16}),
-    "so400m_patch14": ((224, 378), _SO400M),
-    "so400m_patch16": ((256, 384, 512), {**_SO400M, "patch_size": 16}),
+    "so400m_patch14": ((224, 378), SO400M),
+    "so400m_patch16": ((256, 384, 512), {**SO400M, "patch_size": 16}),
     "vit_giantopt_patch16": ((256, 384), {"width": 1536, "depth": 40, "num_heads": 16, **_TEXT_SO400M}),
 }
 for _name, (_images, _settings) in _SIGLIP2_SIZES.items():

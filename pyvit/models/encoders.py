@@ -53,7 +53,8 @@ def image_encoder(name: str, changed: Mapping[str, Any] | None = None) -> Encode
     if constructor is SimCLR:
         return image_encoder(settings["encoder"], {**without(settings, _PROJECTION), **without(changed, _PROJECTION)})
     if constructor in (clip_vit, siglip_vit):
-        tower = lambda given: {{"width": "embed_dim"}.get(k, k): v for k, v in given.items() if k not in _TEXT}  # noqa: E731
+        names = (*_TEXT, "tower")
+        tower = lambda given: {{"width": "embed_dim"}.get(k, k): v for k, v in given.items() if k not in names}  # noqa: E731
         defaults = {
             p.name: p.default for p in inspect.signature(constructor).parameters.values() if p.default is not p.empty
         }
@@ -62,7 +63,8 @@ def image_encoder(name: str, changed: Mapping[str, Any] | None = None) -> Encode
             if constructor is clip_vit
             else {"class_token": False, "global_pool": "map", "activation": "gelu_tanh"}
         )
-        return Encoder(VisionTransformer, {**kind, **tower({**defaults, **settings})}, tower(changed))
+        made = settings.get("tower", VisionTransformer)
+        return Encoder(made, {**kind, **tower({**defaults, **settings})}, tower(changed))
     if isinstance(constructor, type) and issubclass(constructor, VisionTransformer | SwinTransformer | ResNet):
         return Encoder(constructor, settings, changed)
     return None

@@ -7,6 +7,7 @@ may lack.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,18 @@ TOKEN_TO_ROW = Op(lambda x: (x.reshape(1, -1),), lambda x: (x.reshape(1, 1, -1),
 SCALAR = Op(lambda x: (x.reshape(()),), lambda x: (x.reshape(1),))
 #: torchvision's Swin V2 has a key bias of zeros, unlike the others
 QKV_BIAS_TO_QV = Op(lambda b: b.chunk(3)[::2], lambda q, v: (torch.cat((q, torch.zeros_like(q), v)),))
+
+
+def _patch_convolution(x: Tensor) -> tuple[Tensor, ...]:
+    channels = 3 if x.shape[1] % 3 == 0 else 1
+    side = math.isqrt(x.shape[1] // channels)
+    return (x.reshape(-1, side, side, channels).permute(0, 3, 1, 2).contiguous(),)
+
+
+#: a linear layer on patches of pixels (row, column, channel) as a convolution
+PATCHES = Op(_patch_convolution, lambda x: (x.permute(0, 2, 3, 1).flatten(1),))
+#: positions on a square map (1, n, n, D) as tokens
+SQUARE_MAP = Op(lambda x: (x.flatten(1, 2),), lambda x: (x.unflatten(1, (math.isqrt(x.shape[1]),) * 2),))
 
 #: torch.nn.MultiheadAttention's in_proj as a query projection and a key-value projection
 QUERY_AND_KV = Op(lambda x: (x[: len(x) // 3], x[len(x) // 3 :]), lambda q, kv: (torch.cat((q, kv)),))
@@ -66,6 +79,8 @@ class Format:
     (buffers), as regular expressions. written: bases that are written instead for models that have all of some native
     keys.
 
+    dims: keys (templates) whose tensors must have so many dimensions, where keys alone do not tell layouts apart.
+
     extra: parameters of pre-training heads, which are skipped with a note if the model does not have them.
     """
 
@@ -76,6 +91,7 @@ class Format:
     drop: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     written: tuple[tuple[tuple[str, ...], str], ...] = ()
+    dims: tuple[tuple[str, int], ...] = ()
 
 
 def pattern(template: str, bases: tuple[str, ...] = ("",)) -> re.Pattern[str]:
@@ -283,8 +299,8 @@ def _hf_swin(version: int, new: bool = False) -> Format:
     )
 
 
-def _hf_clip(siglip: bool) -> Format:
-    """transformers' CLIP and SigLIP."""
+def _hf_clip(siglip: bool, naflex: bool = False) -> Format:
+    """transformers' CLIP and SigLIP; ``naflex``: the patch embedding is a linear layer."""
     names = {
         "qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
         "proj": "self_attn.out_proj",
@@ -302,14 +318,16 @@ def _hf_clip(siglip: bool) -> Format:
             **names,
         )
     ]
-    head = "vision_model.head."
+    head, patches = "vision_model.head.", "vision_model.embeddings.patch_embedding."
+    name = "transformers SigLIP 2 NaFlex" if naflex else "transformers SigLIP" if siglip else "transformers CLIP"
     return Format(
-        "transformers SigLIP" if siglip else "transformers CLIP",
+        name,
         (head + "probe",) if siglip else ("vision_model.pre_layrnorm.weight",),
         (
             *towers,
             rule("visual.cls_token", "vision_model.embeddings.class_embedding", ROW_TO_TOKEN),
-            rule("visual.patch_embed.proj.{p}", "vision_model.embeddings.patch_embedding.{p}"),
+            *([rule("visual.patch_embed.proj.weight", patches + "weight", PATCHES)] if naflex else []),
+            rule("visual.patch_embed.proj.{p}", patches + "{p}"),
             rule("visual.pos_embed", "vision_model.embeddings.position_embedding.weight", TABLE_TO_TOKENS),
             rule("visual.norm_pre.{p}", "vision_model.pre_layrnorm.{p}"),
             rule("visual.norm.{p}", "vision_model.post_layernorm.{p}"),
@@ -332,6 +350,7 @@ def _hf_clip(siglip: bool) -> Format:
             *([rule("logit_bias", "logit_bias", SCALAR)] if siglip else []),
         ),
         drop=(r".*position_ids",),
+        dims=((patches + "weight", 2),) if naflex else (),
     )
 
 
@@ -488,6 +507,17 @@ DINOV2 = Format(
     extra=(r"(dino_head|ibot_head)\..*", r"mask_token"),
 )
 
+TIMM_NAFLEX = Format(
+    "timm NaFlex",
+    ("embeds.pos_embed", "embeds.proj.weight"),
+    (
+        rule("patch_embed.proj.weight", "embeds.proj.weight", PATCHES),
+        rule("patch_embed.proj.bias", "embeds.proj.bias"),
+        rule("pos_embed", "embeds.pos_embed", SQUARE_MAP),
+        rule("{r}", "{r}"),
+    ),
+)
+
 #: pyvit's own layout, which is timm's; DINO and MAE of facebookresearch share it.
 NATIVE = Format(
     "timm",
@@ -503,6 +533,7 @@ FORMATS: tuple[Format, ...] = (
     _hf_swin(2),
     *(_hf_dinov2(new) for new in (True, False)),
     *(_hf_vit(new) for new in (True, False)),
+    _hf_clip(True, naflex=True),
     *(_hf_clip(siglip) for siglip in (True, False)),
     _openai_clip_resnet(),
     _openai_clip("", "OpenAI CLIP"),
@@ -512,6 +543,7 @@ FORMATS: tuple[Format, ...] = (
     *(_torchvision_swin(version) for version in (1, 2)),
     VITDET,
     MICROSOFT_SWIN,
+    TIMM_NAFLEX,
     DINOV3,
     _timm_eva("timm DINOv3", "blocks.{i}.gamma_1", "reg_token"),
     DINOV2,

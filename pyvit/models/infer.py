@@ -18,6 +18,7 @@ from pyvit.models.deit import DistilledVisionTransformer
 from pyvit.models.encoders import defaults, image_encoder
 from pyvit.models.mae import MaskedAutoencoder
 from pyvit.models.metadata import Metadata, lookup, metadata_of_config, plain
+from pyvit.models.naflex import NaFlexVisionTransformer
 from pyvit.models.registry import list_models
 from pyvit.models.resnet import ResNet
 
@@ -58,6 +59,12 @@ def _inferred(opened: Source) -> tuple[Any, dict[str, Any], bool]:
     native, _, _ = to_native(opened.state, layout)
     metadata = opened.metadata or metadata_of_config(opened.config, native)
     constructor, settings = infer(native, metadata)
+    if "NaFlex" in layout.name or any(found.get("naflex") for found in metadata.values()):
+        if constructor is vit.VisionTransformer:
+            constructor = NaFlexVisionTransformer
+            settings["activation"] = "gelu_tanh"
+        else:
+            settings["tower"] = NaFlexVisionTransformer
     if layout.name.endswith("DINOv3"):
         settings |= {"pos_embed": "rope", "norm_eps": 1e-5}
     told = _told(metadata, constructor, settings)
@@ -85,7 +92,8 @@ def registered_model(source: Source) -> tuple[str, dict[str, Any], int | None]:
     if constructor in (clip_vit, siglip_vit):
         native, _, _ = to_native(source.state, recognise(source.state))
         heads, grid = settings["num_heads"], lookup(source.metadata, "visual", "grid")
-        constructor, settings = vit.VisionTransformer, {**_vit(native, "visual.", grid), "num_heads": heads}
+        constructor = settings.get("tower", vit.VisionTransformer)
+        settings = {**_vit(native, "visual.", grid), "num_heads": heads}
     constructor = vit.VisionTransformer if constructor is MaskedAutoencoder else constructor
     if not settings.get("class_token", True):
         del settings["no_embed_class"]  # there is nothing else that could have a position

@@ -20,7 +20,7 @@ Metadata = dict[str, dict[str, Any]]
 #: Attributes of pyvit's modules that are metadata.
 NAMES = (
     "num_heads", "activation", "eps", "grid", "stride", "window_size", "pretrained_window_size", "base", "causal",
-    "pool", "eot", "pad", "global_pool",
+    "pool", "eot", "pad", "global_pool", "naflex",
 )  # fmt: skip
 KEY = "pyvit"
 
@@ -144,6 +144,8 @@ def metadata_of_config(config: Mapping[str, Any], native: Mapping[str, Tensor]) 
         return {**_tower(config, "", eps=1e-5), "rope": {"base": base}}
     if kind in ("vit", "deit", "dinov2", "dinov2_with_registers", "vit_mae", "vitdet", "vit_msn"):
         image = config.get("pretrain_image_size") or config.get("image_size")
+        if config.get("use_swiglu_ffn"):  # hidden_act is then not used
+            config = {**config, "hidden_act": "silu"}
         return {**_tower(config, ""), "": _image_grid(image, native.get(patch))}
     return {}
 

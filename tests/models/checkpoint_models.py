@@ -63,6 +63,8 @@ MODELS = {
     "transformers SwinV2": lambda: swin(2),
     "transformers CLIP": lambda: pyvit.create_model("clip_vit_base_patch32_224", **CLIP),
     "transformers SigLIP": lambda: pyvit.create_model("siglip_vit_base_patch16_224", **SIGLIP),
+    "transformers SigLIP 2 NaFlex": lambda: pyvit.create_model("siglip2_vit_base_patch16_naflex", **SIGLIP),
+    "timm NaFlex": lambda: pyvit.create_model("naflexvit_base_patch16_siglip", **{**VIT, "num_classes": 0}),
     "OpenAI CLIP": lambda: pyvit.create_model("clip_vit_base_patch32_224", **CLIP),
     "open_clip": lambda: pyvit.create_model("clip_vit_base_patch32_224", **CLIP),
     "torchvision ViT": vit,

@@ -192,6 +192,8 @@ def test_clip_parameter_counts():
         "siglip2_so400m_patch14_378": 1_136_008_498,
         "siglip2_so400m_patch16_384": 1_136_039_602,
         "siglip2_vit_giantopt_patch16_256": 1_871_393_906,
+        "siglip2_vit_base_patch16_naflex": 375_234_050,
+        "siglip2_so400m_patch16_naflex": 1_135_670_962,
         "metaclip2_vit_huge_patch14_quickgelu_224": 1_858_783_745,
         "metaclip2_vit_huge_patch14_378": 1_859_389_185,
         "metaclip2_vit_gigantic_patch14_224": 3_630_409_985,

@@ -33,6 +33,7 @@ PARAMETERS = {  # torchvision's num_params, timm's results table, the papers, an
     "vit_base_patch16_siglip_gap_224": 85_797_120,
     "vit_so400m_patch14_siglip_378": 428_225_600,
     "vit_giantopt_patch16_siglip_256": 1_163_168_256,
+    "naflexvit_base_patch16_siglip": 92_930_304,
     "vit_small_patch16_dinov3_qkvb": 21_596_544,
     "vit_small_plus_patch16_dinov3_qkvb": 28_692_864,
     "vit_base_patch16_dinov3_qkvb": 85_660_416,
