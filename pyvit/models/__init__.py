@@ -1,6 +1,21 @@
 """Models by name: ``create_model("vit_base_patch16_224")``."""
 
-from pyvit.models import audio, clip, deit, detection, dino, finetune, hybrid, mae, pico, resnet, simclr, swin, vit
+from pyvit.models import (
+    audio,
+    clip,
+    deit,
+    detection,
+    dino,
+    finetune,
+    hybrid,
+    mae,
+    naflex,
+    pico,
+    resnet,
+    simclr,
+    swin,
+    vit,
+)
 from pyvit.models.registry import create_model, list_models, register
 
 __all__ = [
@@ -14,6 +29,7 @@ __all__ = [
     "hybrid",
     "list_models",
     "mae",
+    "naflex",
     "pico",
     "register",
     "resnet",

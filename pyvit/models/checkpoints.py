@@ -267,8 +267,10 @@ def _format(name: str) -> Format:
 def recognise(state: Mapping[str, Tensor]) -> Format:
     """The layout of a state dict, from its keys."""
     for candidate in FORMATS:
-        if all(
-            any(mark.fullmatch(k) for k in state) for mark in (pattern(m, candidate.bases) for m in candidate.marks)
+        marks = [pattern(mark, candidate.bases) for mark in candidate.marks]
+        dims = [(pattern(key, candidate.bases), n) for key, n in candidate.dims]
+        if all(any(mark.fullmatch(k) for k in state) for mark in marks) and all(
+            value.dim() == n for key, n in dims for k, value in state.items() if key.fullmatch(k)
         ):
             return candidate
     return NATIVE

@@ -1,7 +1,7 @@
-"""CLIP and SigLIP.
+"""CLIP, SigLIP, SigLIP 2 and MetaCLIP 2.
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021); Zhai et al., "Sigmoid
-Loss for Language Image Pre-Training" (2023).
+Loss for Language Image Pre-Training" (2023); Tschannen et al., "SigLIP 2" (2025); Chuang et al., "MetaCLIP 2" (2025).
 """
 
 from __future__ import annotations
@@ -203,14 +203,15 @@ def clip_vit(
     text_width: int = 512,
     text_depth: int = 12,
     text_heads: int = 8,
+    text_mlp_ratio: float | None = None,
     text: str = "transformer",
     activation: str = "quick_gelu",
     eot: int | None = None,
     pad: int = 0,
     **visual: Any,
 ) -> CLIP:
-    """CLIP with a ViT image tower (section 2.4). ``text``: "transformer" or "cbow". ``visual``: other settings of the
-    ViT.
+    """CLIP with a ViT image tower (section 2.4). ``text``: "transformer" or "cbow". ``text_mlp_ratio``: None for
+    ``mlp_ratio``. ``visual``: other settings of the ViT.
 
     ``eot`` and ``pad``: ids of the tokenizer's end and padding tokens, see :class:`TextTransformer` and
     :class:`TextCBOW`.
@@ -233,7 +234,7 @@ def clip_vit(
     transformer = {
         "num_heads": text_heads,
         "depth": text_depth,
-        "mlp_ratio": mlp_ratio,
+        "mlp_ratio": mlp_ratio if text_mlp_ratio is None else text_mlp_ratio,
         "activation": activation,
         "eot": eot,
     }
@@ -260,25 +261,36 @@ def siglip_vit(
     mlp_ratio: float = 4.0,
     vocab_size: int = 32000,
     context_length: int = 64,
+    text_width: int | None = None,
+    text_depth: int | None = None,
+    text_heads: int | None = None,
+    text_mlp_ratio: float | None = None,
+    tower: type[VisionTransformer] = VisionTransformer,
     **visual: Any,
 ) -> CLIP:
-    """SigLIP: no class token, attention pooling, both towers of equal width, and a logit bias (section 3.2)."""
+    """SigLIP: no class token, attention pooling, a bidirectional text encoder, and a logit bias (section 3.2).
+
+    The text encoder has the sizes of the image encoder unless ``text_width``, ``text_depth``, ``text_heads`` or
+    ``text_mlp_ratio`` says otherwise. ``tower``: class of the image encoder.
+    """
     settings = {"class_token": False, "global_pool": "map", "num_classes": 0, "activation": "gelu_tanh", **visual}
     make = {"depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio}
-    tower = VisionTransformer(img_size=img_size, patch_size=patch_size, embed_dim=width, **make, **settings)
+    visual_tower = tower(img_size=img_size, patch_size=patch_size, embed_dim=width, **make, **settings)
     words = TextTransformer(
         width,
         vocab_size,
         context_length,
-        width,
+        text_width or width,
+        text_heads or num_heads,
+        text_depth or depth,
+        mlp_ratio if text_mlp_ratio is None else text_mlp_ratio,
         activation="gelu_tanh",
         pool="last",
         causal=False,
         proj_bias=True,
         eps=1e-6,
-        **make,
     )
-    model = CLIP(tower, words, init_scale=math.log(10.0), init_bias=-10.0)
+    model = CLIP(visual_tower, words, init_scale=math.log(10.0), init_bias=-10.0)
     init_siglip(model)
     return model
 
@@ -287,16 +299,15 @@ def init_siglip(model: CLIP) -> None:
     """SigLIP's initialisation (big_vision): Xavier's for attention and MLPs, positions and token embeddings of unit
     norm, LeCun's for the patch embedding and the text projection."""
     visual, text = model.visual, model.text
-    width = text.token_embedding.embedding_dim
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             fused = name.endswith((".qkv", ".kv"))  # each matrix by itself
-            for weight in module.weight.split(width) if fused else (module.weight,):
+            for weight in module.weight.split(module.in_features) if fused else (module.weight,):
                 nn.init.xavier_uniform_(weight)
             if module.bias is not None:
                 nn.init.normal_(module.bias, std=1e-6 if ".mlp." in name else 0.0)
     for weight in (text.token_embedding.weight, text.positional_embedding, visual.pos_embed):
-        nn.init.normal_(weight, std=width**-0.5)
+        nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
     if visual.attn_pool is not None:
         nn.init.xavier_uniform_(visual.attn_pool.latent[0])
     for layer in (visual.patch_embed.proj, text.proj):
@@ -354,7 +365,41 @@ for _image in (224, 256, 384, 512):
     register(f"siglip_vit_base_patch16_{_image}", siglip_vit, img_size=_image)
 for _image in (256, 384):
     register(f"siglip_vit_large_patch16_{_image}", siglip_vit, img_size=_image, width=1024, depth=24, num_heads=16)
-_SO400M = {"width": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 4304.5 / 1152, "patch_size": 14}
+SO400M = {"width": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 4304.5 / 1152, "patch_size": 14}
 register(
-    "siglip_so400m_patch14_378", siglip_vit, **_SO400M, img_size=378
+    "siglip_so400m_patch14_378", siglip_vit, **SO400M, img_size=378
 )  # 27 x 27 patches, as of the 384-pixel checkpoints
+
+# SigLIP 2, table 1 of the paper and the released configurations: SigLIP with another vocabulary (Gemma's). The text
+# encoder of the largest model is that of so400m.
+_SIGLIP2 = {"vocab_size": 256000}
+_TEXT_SO400M = {f"text_{k}": SO400M[k] for k in ("width", "depth", "mlp_ratio")} | {"text_heads": 16}
+_SIGLIP2_SIZES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "vit_base_patch32": ((256,), {"patch_size": 32}),
+    "vit_base_patch16": ((224, 256, 384, 512), {}),
+    "vit_large_patch16": ((256, 384, 512), {"width": 1024, "depth": 24, "num_heads": 16}),
+    "so400m_patch14": ((224, 378), SO400M),
+    "so400m_patch16": ((256, 384, 512), {**SO400M, "patch_size": 16}),
+    "vit_giantopt_patch16": ((256, 384), {"width": 1536, "depth": 40, "num_heads": 16, **_TEXT_SO400M}),
+}
+for _name, (_images, _settings) in _SIGLIP2_SIZES.items():
+    for _image in _images:
+        register(f"siglip2_{_name}_{_image}", siglip_vit, **_SIGLIP2, **_settings, img_size=_image)
+
+# MetaCLIP 2: CLIP with the vocabulary of XLM-V, whose end token is 2. The smallest was trained with quick_gelu.
+_METACLIP2 = {"patch_size": 14, "vocab_size": 901629, "eot": 2}
+_HUGE = {"embed_dim": 1024, "width": 1280, "depth": 32, "num_heads": 16}
+_HUGE |= {"text_width": 1024, "text_depth": 24, "text_heads": 16}
+_GIGANTIC = {"embed_dim": 1280, "width": 1664, "depth": 48, "num_heads": 16, "mlp_ratio": 8192.5 / 1664}
+_GIGANTIC |= {"text_width": 1280, "text_depth": 32, "text_heads": 20, "text_mlp_ratio": 4.0}
+register("metaclip2_vit_huge_patch14_quickgelu_224", clip_vit, **_METACLIP2, **_HUGE)
+register("metaclip2_vit_huge_patch14_378", clip_vit, **_METACLIP2, **_HUGE, img_size=378, activation="gelu")
+for _image in (224, 378):
+    register(
+        f"metaclip2_vit_gigantic_patch14_{_image}",
+        clip_vit,
+        **_METACLIP2,
+        **_GIGANTIC,
+        img_size=_image,
+        activation="gelu",
+    )

@@ -20,7 +20,10 @@ from pyvit.models.vit import VisionTransformer
 #: Settings of models with an encoder that are not the encoder's.
 _DECODER = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss")
 _PROJECTION = ("encoder", "hidden_dim", "out_dim", "batch_norm")
-_TEXT = ("embed_dim", "vocab_size", "context_length", "text_width", "text_depth", "text_heads", "text", "eot", "pad")
+_TEXT = (
+    "embed_dim", "vocab_size", "context_length", "text_width", "text_depth", "text_heads", "text_mlp_ratio", "text",
+    "eot", "pad",
+)  # fmt: skip
 
 
 class Encoder(NamedTuple):
@@ -50,7 +53,8 @@ def image_encoder(name: str, changed: Mapping[str, Any] | None = None) -> Encode
     if constructor is SimCLR:
         return image_encoder(settings["encoder"], {**without(settings, _PROJECTION), **without(changed, _PROJECTION)})
     if constructor in (clip_vit, siglip_vit):
-        tower = lambda given: {{"width": "embed_dim"}.get(k, k): v for k, v in given.items() if k not in _TEXT}  # noqa: E731
+        names = (*_TEXT, "tower")
+        tower = lambda given: {{"width": "embed_dim"}.get(k, k): v for k, v in given.items() if k not in names}  # noqa: E731
         defaults = {
             p.name: p.default for p in inspect.signature(constructor).parameters.values() if p.default is not p.empty
         }
@@ -59,7 +63,8 @@ def image_encoder(name: str, changed: Mapping[str, Any] | None = None) -> Encode
             if constructor is clip_vit
             else {"class_token": False, "global_pool": "map", "activation": "gelu_tanh"}
         )
-        return Encoder(VisionTransformer, {**kind, **tower({**defaults, **settings})}, tower(changed))
+        made = settings.get("tower", VisionTransformer)
+        return Encoder(made, {**kind, **tower({**defaults, **settings})}, tower(changed))
     if isinstance(constructor, type) and issubclass(constructor, VisionTransformer | SwinTransformer | ResNet):
         return Encoder(constructor, settings, changed)
     return None

@@ -7,6 +7,7 @@ may lack.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,18 @@ TOKEN_TO_ROW = Op(lambda x: (x.reshape(1, -1),), lambda x: (x.reshape(1, 1, -1),
 SCALAR = Op(lambda x: (x.reshape(()),), lambda x: (x.reshape(1),))
 #: torchvision's Swin V2 has a key bias of zeros, unlike the others
 QKV_BIAS_TO_QV = Op(lambda b: b.chunk(3)[::2], lambda q, v: (torch.cat((q, torch.zeros_like(q), v)),))
+
+
+def _patch_convolution(x: Tensor) -> tuple[Tensor, ...]:
+    channels = 3 if x.shape[1] % 3 == 0 else 1
+    side = math.isqrt(x.shape[1] // channels)
+    return (x.reshape(-1, side, side, channels).permute(0, 3, 1, 2).contiguous(),)
+
+
+#: a linear layer on patches of pixels (row, column, channel) as a convolution
+PATCHES = Op(_patch_convolution, lambda x: (x.permute(0, 2, 3, 1).flatten(1),))
+#: positions on a square map (1, n, n, D) as tokens
+SQUARE_MAP = Op(lambda x: (x.flatten(1, 2),), lambda x: (x.unflatten(1, (math.isqrt(x.shape[1]),) * 2),))
 
 #: torch.nn.MultiheadAttention's in_proj as a query projection and a key-value projection
 QUERY_AND_KV = Op(lambda x: (x[: len(x) // 3], x[len(x) // 3 :]), lambda q, kv: (torch.cat((q, kv)),))
@@ -66,6 +79,8 @@ class Format:
     (buffers), as regular expressions. written: bases that are written instead for models that have all of some native
     keys.
 
+    dims: keys (templates) whose tensors must have so many dimensions, where keys alone do not tell layouts apart.
+
     extra: parameters of pre-training heads, which are skipped with a note if the model does not have them.
     """
 
@@ -76,6 +91,7 @@ class Format:
     drop: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     written: tuple[tuple[tuple[str, ...], str], ...] = ()
+    dims: tuple[tuple[str, int], ...] = ()
 
 
 def pattern(template: str, bases: tuple[str, ...] = ("",)) -> re.Pattern[str]:
@@ -189,6 +205,51 @@ def _hf_dinov2(new: bool) -> Format:
     )
 
 
+#: transformers' DINOv3; "model." is the prefix of the blocks alone, in state dicts of version 5
+DINOV3 = Format(
+    "transformers DINOv3",
+    ("@layer.{i}.layer_scale1.lambda1", "@layer.{i}.attention.o_proj.weight", "embeddings.register_tokens"),
+    (
+        rule("cls_token", "embeddings.cls_token"),
+        rule("mask_token", "embeddings.mask_token", TOKEN_TO_ROW),
+        rule("reg_token", "embeddings.register_tokens"),
+        rule("patch_embed.proj.{p}", "embeddings.patch_embeddings.{p}"),
+        *(
+            rule(f"blocks.{{i}}.{ours}", f"@layer.{{i}}.{theirs}")
+            for ours, theirs in {
+                "norm1.{p}": "norm1.{p}",
+                "norm2.{p}": "norm2.{p}",
+                "attn.proj.{p}": "attention.o_proj.{p}",
+                "attn.qkv.q_bias": "attention.q_proj.bias",
+                "attn.qkv.v_bias": "attention.v_proj.bias",
+                "ls1.gamma": "layer_scale1.lambda1",
+                "ls2.gamma": "layer_scale2.lambda1",
+                "mlp.fc2.{p}": "mlp.down_proj.{p}",
+            }.items()
+        ),
+        rule("blocks.{i}.attn.qkv.weight", " ".join(f"@layer.{{i}}.attention.{n}_proj.weight" for n in "qkv")),
+        rule("blocks.{i}.mlp.fc1.{p}", "@layer.{i}.mlp.gate_proj.{p} @layer.{i}.mlp.up_proj.{p}", swiglu=True),
+        rule("blocks.{i}.mlp.fc1.{p}", "@layer.{i}.mlp.up_proj.{p}", swiglu=False),
+        rule("norm.{p}", "norm.{p}"),
+    ),
+    ("", "model."),
+)
+
+
+def _timm_eva(name: str, *marks: str, split_qkv: bool = False, split_glu: bool = True) -> Format:
+    """timm's class ``Eva``: LayerScale has other names, q and v have biases of their own, and in some models the
+    projections are separate layers (``split_qkv``, ``split_glu``)."""
+    attn, fc1 = "blocks.{i}.attn.", "blocks.{i}.mlp.fc1"
+    rules = [rule(f"blocks.{{i}}.ls{n}.gamma", f"blocks.{{i}}.gamma_{n}") for n in (1, 2)]
+    if split_qkv:
+        rules.append(rule(attn + "qkv.weight", " ".join(f"{attn}{n}_proj.weight" for n in "qkv")))
+    bias = "{n}_proj.bias" if split_qkv else "{n}_bias"
+    rules += [rule(f"{attn}qkv.{n}_bias", attn + bias.replace("{n}", n)) for n in "qv"]
+    if split_glu:
+        rules.append(rule(fc1 + ".{p}", f"{fc1}_g.{{p}} {fc1}_x.{{p}}", swiglu=True))
+    return Format(name, marks, (*rules, rule("{r}", "{r}")), extra=("mask_token",))
+
+
 def _shifted_merges(foreign: str, stages: int = 4) -> list[Rule]:
     """Patch merging at the end of stage s - 1 (Microsoft, transformers) is at the start of stage s in pyvit."""
     return [
@@ -238,8 +299,8 @@ def _hf_swin(version: int, new: bool = False) -> Format:
     )
 
 
-def _hf_clip(siglip: bool) -> Format:
-    """transformers' CLIP and SigLIP."""
+def _hf_clip(siglip: bool, naflex: bool = False) -> Format:
+    """transformers' CLIP and SigLIP; ``naflex``: the patch embedding is a linear layer."""
     names = {
         "qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
         "proj": "self_attn.out_proj",
@@ -257,14 +318,16 @@ def _hf_clip(siglip: bool) -> Format:
             **names,
         )
     ]
-    head = "vision_model.head."
+    head, patches = "vision_model.head.", "vision_model.embeddings.patch_embedding."
+    name = "transformers SigLIP 2 NaFlex" if naflex else "transformers SigLIP" if siglip else "transformers CLIP"
     return Format(
-        "transformers SigLIP" if siglip else "transformers CLIP",
+        name,
         (head + "probe",) if siglip else ("vision_model.pre_layrnorm.weight",),
         (
             *towers,
             rule("visual.cls_token", "vision_model.embeddings.class_embedding", ROW_TO_TOKEN),
-            rule("visual.patch_embed.proj.{p}", "vision_model.embeddings.patch_embedding.{p}"),
+            *([rule("visual.patch_embed.proj.weight", patches + "weight", PATCHES)] if naflex else []),
+            rule("visual.patch_embed.proj.{p}", patches + "{p}"),
             rule("visual.pos_embed", "vision_model.embeddings.position_embedding.weight", TABLE_TO_TOKENS),
             rule("visual.norm_pre.{p}", "vision_model.pre_layrnorm.{p}"),
             rule("visual.norm.{p}", "vision_model.post_layernorm.{p}"),
@@ -287,6 +350,7 @@ def _hf_clip(siglip: bool) -> Format:
             *([rule("logit_bias", "logit_bias", SCALAR)] if siglip else []),
         ),
         drop=(r".*position_ids",),
+        dims=((patches + "weight", 2),) if naflex else (),
     )
 
 
@@ -443,6 +507,17 @@ DINOV2 = Format(
     extra=(r"(dino_head|ibot_head)\..*", r"mask_token"),
 )
 
+TIMM_NAFLEX = Format(
+    "timm NaFlex",
+    ("embeds.pos_embed", "embeds.proj.weight"),
+    (
+        rule("patch_embed.proj.weight", "embeds.proj.weight", PATCHES),
+        rule("patch_embed.proj.bias", "embeds.proj.bias"),
+        rule("pos_embed", "embeds.pos_embed", SQUARE_MAP),
+        rule("{r}", "{r}"),
+    ),
+)
+
 #: pyvit's own layout, which is timm's; DINO and MAE of facebookresearch share it.
 NATIVE = Format(
     "timm",
@@ -458,6 +533,7 @@ FORMATS: tuple[Format, ...] = (
     _hf_swin(2),
     *(_hf_dinov2(new) for new in (True, False)),
     *(_hf_vit(new) for new in (True, False)),
+    _hf_clip(True, naflex=True),
     *(_hf_clip(siglip) for siglip in (True, False)),
     _openai_clip_resnet(),
     _openai_clip("", "OpenAI CLIP"),
@@ -467,6 +543,9 @@ FORMATS: tuple[Format, ...] = (
     *(_torchvision_swin(version) for version in (1, 2)),
     VITDET,
     MICROSOFT_SWIN,
+    TIMM_NAFLEX,
+    DINOV3,
+    _timm_eva("timm DINOv3", "blocks.{i}.gamma_1", "reg_token"),
     DINOV2,
     NATIVE,
 )

@@ -18,6 +18,7 @@ from pyvit.models.deit import DistilledVisionTransformer
 from pyvit.models.encoders import defaults, image_encoder
 from pyvit.models.mae import MaskedAutoencoder
 from pyvit.models.metadata import Metadata, lookup, metadata_of_config, plain
+from pyvit.models.naflex import NaFlexVisionTransformer
 from pyvit.models.registry import list_models
 from pyvit.models.resnet import ResNet
 
@@ -54,9 +55,18 @@ def model_from_checkpoint(
 
 def _inferred(opened: Source) -> tuple[Any, dict[str, Any], bool]:
     """Constructor and settings of the model in a checkpoint, and whether the checkpoint names its number of heads."""
-    native, _, _ = to_native(opened.state, recognise(opened.state))
+    layout = recognise(opened.state)
+    native, _, _ = to_native(opened.state, layout)
     metadata = opened.metadata or metadata_of_config(opened.config, native)
     constructor, settings = infer(native, metadata)
+    if "NaFlex" in layout.name or any(found.get("naflex") for found in metadata.values()):
+        if constructor is vit.VisionTransformer:
+            constructor = NaFlexVisionTransformer
+            settings["activation"] = "gelu_tanh"
+        else:
+            settings["tower"] = NaFlexVisionTransformer
+    if layout.name.endswith("DINOv3"):
+        settings |= {"pos_embed": "rope", "norm_eps": 1e-5}
     told = _told(metadata, constructor, settings)
     settings |= told
     if settings.get("version") == 2:
@@ -82,7 +92,8 @@ def registered_model(source: Source) -> tuple[str, dict[str, Any], int | None]:
     if constructor in (clip_vit, siglip_vit):
         native, _, _ = to_native(source.state, recognise(source.state))
         heads, grid = settings["num_heads"], lookup(source.metadata, "visual", "grid")
-        constructor, settings = vit.VisionTransformer, {**_vit(native, "visual.", grid), "num_heads": heads}
+        constructor = settings.get("tower", vit.VisionTransformer)
+        settings = {**_vit(native, "visual.", grid), "num_heads": heads}
     constructor = vit.VisionTransformer if constructor is MaskedAutoencoder else constructor
     if not settings.get("class_token", True):
         del settings["no_embed_class"]  # there is nothing else that could have a position
@@ -120,8 +131,14 @@ def _told(metadata: Metadata, constructor: Any, settings: Mapping[str, Any]) -> 
             "num_heads": (at + "blocks.0.attn", "num_heads"),
             "activation": (at + "blocks.0.mlp.fc1", "activation"),
         }
+    if "text_heads" in settings:
+        wanted["text_heads"] = ("text.blocks.0.attn", "num_heads")
     if constructor is clip_vit and "text_heads" in settings:
-        wanted |= {"text_heads": ("text.blocks.0.attn", "num_heads"), "eot": ("text", "eot")}
+        wanted["eot"] = ("text", "eot")
+    if settings.get("activation") == "swiglu":  # the gate's is SiLU, whatever the configuration calls it
+        wanted.pop("activation", None)
+    if settings.get("pos_embed") == "rope":
+        wanted["rope_base"] = ("rope", "base")
     found = {name: lookup(metadata, path, setting) for name, (path, setting) in wanted.items()}
     return {k: v for k, v in found.items() if v is not None}
 
@@ -164,6 +181,8 @@ def infer(state: Mapping[str, Tensor], metadata: Metadata | None = None) -> tupl
         return ResNet, _resnet(state)
     if "patch_embed.proj.weight" in state and "blocks.0.attn.qkv.weight" in state:
         settings = _vit(state, "", lookup(metadata or {}, "", "grid"))
+        if settings.get("pos_embed") == "none" and lookup(metadata or {}, "rope", "base") is not None:
+            settings["pos_embed"] = "rope"
         if "decoder_embed.weight" in state:
             return MaskedAutoencoder, settings | _decoder(state)
         if "dist_token" in state and "fc_norm.weight" in state:
@@ -209,7 +228,7 @@ def _vit(state: Mapping[str, Tensor], prefix: str, grid: Sequence[int] | None = 
         "depth": _count(state, re.escape(prefix) + r"blocks\.(\d+)\."),
         "num_heads": heads_of(width),
         "num_classes": 0 if head is None else head.shape[0],
-        "qkv_bias": at("blocks.0.attn.qkv.bias") is not None,
+        "qkv_bias": "qv" if at("blocks.0.attn.qkv.q_bias") is not None else at("blocks.0.attn.qkv.bias") is not None,
         "qk_norm": at("blocks.0.attn.q_norm.weight") is not None,
         "init_values": None if at("blocks.0.ls1.gamma") is None else 1.0,
         "class_token": at("cls_token") is not None,
@@ -360,12 +379,15 @@ def _clip(state: Mapping[str, Tensor], grid: Sequence[int] | None) -> tuple[Any,
             "embed_dim": state["text.proj.weight"].shape[0],
         }
     shared["context_length"] = state["text.positional_embedding"].shape[0]
-    if "visual.attn_pool.latent" in state:
-        return siglip_vit, shared
-    text = {
+    text: dict[str, Any] = {
         "text_width": words[1],
-        "text_heads": heads_of(words[1]),
         "text_depth": _count(state, r"text\.blocks\.(\d+)\."),
+        "text_mlp_ratio": _ratio(state["text.blocks.0.mlp.fc1.weight"].shape[0], words[1]),
+    }
+    if "visual.attn_pool.latent" in state:
+        equal = words[1] == shared["width"]
+        return siglip_vit, shared | text | ({} if equal else {"text_heads": heads_of(words[1])})
+    return clip_vit, shared | text | {
+        "text_heads": heads_of(words[1]),
         "embed_dim": state["text.proj.weight"].shape[0],
     }
-    return clip_vit, shared | text

@@ -20,7 +20,7 @@ Metadata = dict[str, dict[str, Any]]
 #: Attributes of pyvit's modules that are metadata.
 NAMES = (
     "num_heads", "activation", "eps", "grid", "stride", "window_size", "pretrained_window_size", "base", "causal",
-    "pool", "eot", "pad", "global_pool",
+    "pool", "eot", "pad", "global_pool", "naflex",
 )  # fmt: skip
 KEY = "pyvit"
 
@@ -116,8 +116,8 @@ def metadata_of_config(config: Mapping[str, Any], native: Mapping[str, Tensor]) 
         return _two_towers(config, native)
     if "architecture" in config:
         return _timm(config, native.get(patch))
-    if kind in ("clip_vision_model", "siglip_vision_model"):
-        act, eps = ("quick_gelu", 1e-5) if kind.startswith("clip") else ("gelu_tanh", 1e-6)
+    if kind in ("clip_vision_model", "siglip_vision_model", "metaclip_2_vision_model"):
+        act, eps = ("quick_gelu", 1e-5) if "clip" in kind else ("gelu_tanh", 1e-6)
         grid = _image_grid(config.get("image_size"), native.get("visual." + patch))
         return {**_tower(config, r"visual\.", act=act, eps=eps), "visual": grid}
     if kind == "audio-spectrogram-transformer":
@@ -139,8 +139,13 @@ def metadata_of_config(config: Mapping[str, Any], native: Mapping[str, Tensor]) 
             if s < len(trained) and trained[s]:
                 metadata[rf"layers\.{s}\.blocks\.\d+\.attn"]["pretrained_window_size"] = square(trained[s])
         return metadata
+    if kind == "dinov3_vit":
+        base = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta", 100.0)
+        return {**_tower(config, "", eps=1e-5), "rope": {"base": base}}
     if kind in ("vit", "deit", "dinov2", "dinov2_with_registers", "vit_mae", "vitdet", "vit_msn"):
         image = config.get("pretrain_image_size") or config.get("image_size")
+        if config.get("use_swiglu_ffn"):  # hidden_act is then not used
+            config = {**config, "hidden_act": "silu"}
         return {**_tower(config, ""), "": _image_grid(image, native.get(patch))}
     return {}
 
@@ -158,9 +163,9 @@ def _two_towers(config: Mapping[str, Any], native: Mapping[str, Tensor]) -> Meta
         end = text.get("eos_token_id")
         end = end[0] if isinstance(end, list) and len(end) == 1 else end
         if isinstance(end, int):
-            metadata["text"] = {
-                "eot": None if end == 2 else end
-            }  # transformers pools the largest id if eos_token_id is 2, as in its first configurations
+            # transformers' CLIP pools the largest id if eos_token_id is 2, as in its first configurations.
+            first = end == 2 and not str(config.get("model_type", "")).startswith("metaclip")
+            metadata["text"] = {"eot": None if first else end}
     return metadata
 
 

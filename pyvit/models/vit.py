@@ -19,6 +19,7 @@ from pyvit.nn import (
     Linear,
     Packing,
     PatchEmbed,
+    QueryValueLinear,
     RotaryEmbedding,
     init_linears,
     resample_positions,
@@ -38,7 +39,8 @@ class VisionTransformer(WithMetadata):
         num_classes: 0 for features. global_pool: "token", "avg", "token_avg" (both, concatenated), "map" or "" (all
             tokens).
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias, qk_norm, activation, norm_eps: of the blocks
-            (:class:`pyvit.nn.Block`).
+            (:class:`pyvit.nn.Block`). qkv_bias "qv": biases of queries and values alone
+            (:class:`pyvit.nn.QueryValueLinear`).
         init_values: initial value of LayerScale; None for no LayerScale.
         class_token, dist_token, reg_tokens: prefix tokens (distillation: Touvron et al., 2021; registers: Darcet et
             al., 2024).
@@ -68,7 +70,7 @@ class VisionTransformer(WithMetadata):
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
+        qkv_bias: bool | str = True,
         qk_norm: bool = False,
         activation: str = "gelu",
         norm_eps: float = 1e-6,
@@ -105,6 +107,8 @@ class VisionTransformer(WithMetadata):
             )
         if "token" in global_pool and not class_token:
             raise ValueError(f"VisionTransformer: global_pool={global_pool!r} needs class_token=True")
+        if not isinstance(qkv_bias, bool) and qkv_bias != "qv":
+            raise ValueError(f"VisionTransformer: qkv_bias must be True, False or 'qv', got {qkv_bias!r}")
         if pos_embed not in ("learn", "sincos", "rope", "none"):
             raise ValueError(
                 f"VisionTransformer: pos_embed must be 'learn', 'sincos', 'rope' or 'none', got {pos_embed!r}"
@@ -132,14 +136,14 @@ class VisionTransformer(WithMetadata):
             positions = self.grid[0] * self.grid[1] + (0 if self.no_embed_class else 1 + int(dist_token))
             self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim), requires_grad=pos_embed == "learn")
         elif pos_embed == "rope":
-            self.rope = RotaryEmbedding(embed_dim // num_heads, rope_base)
+            self.rope = self.make_rope(embed_dim // num_heads, rope_base)
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.norm_pre = LayerNorm(embed_dim, norm_eps) if pre_norm else nn.Identity()
         check_rate("VisionTransformer: drop_path_rate", drop_path_rate)
         rates = [drop_path_rate if drop_path_uniform else drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.Sequential(
             *(
-                Block(
+                self.make_block(
                     embed_dim,
                     num_heads,
                     mlp_ratio,
@@ -171,6 +175,17 @@ class VisionTransformer(WithMetadata):
     ) -> PatchEmbed:
         """Create the patch embedding; hybrids override it."""
         return PatchEmbed(patch_size, in_chans, embed_dim, **options)
+
+    def make_rope(self, head_dim: int, base: float) -> RotaryEmbedding:
+        """Create the rotary positions; variants override it."""
+        return RotaryEmbedding(head_dim, base)
+
+    def make_block(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool | str, **options: Any) -> Block:
+        """Create a block; variants override it."""
+        block = Block(dim, num_heads, mlp_ratio, qkv_bias=qkv_bias is True, **options)
+        if qkv_bias == "qv":
+            block.attn.qkv = QueryValueLinear(dim)
+        return block
 
     def init_weights(self, linear: str = "normal") -> None:
         """Linear layers as ``linear`` says (:func:`pyvit.nn.init_linears`), a normal distribution of 0.02 for positions
@@ -390,3 +405,64 @@ for _size in ("small", "base", "large", "giant"):
         interpolate_offset=0.1,
     )
     register(f"vit_{_size}_patch14_reg4_dinov2", VisionTransformer, **_DINOV2, **SIZES[_size], **_ffn, reg_tokens=4)
+
+# DINOv3, table 2 of the paper and the released configurations. The released files have biases of queries and values
+# (except the 7B model's), which are zero; timm's names without "_qkvb" leave them out.
+_DINOV3: dict[str, Any] = {"patch_size": 16, "num_classes": 0, "init_values": 1e-5, "mask_token": True, "reg_tokens": 4}
+_DINOV3 |= {"pos_embed": "rope", "norm_eps": 1e-5}
+# A gated MLP whose hidden width is four times embed_dim: "swiglu" takes two thirds of mlp_ratio.
+_PLUS = {"activation": "swiglu", "mlp_ratio": 6.0}
+_DINOV3_SIZES: dict[str, dict[str, Any]] = {
+    "small": SIZES["small"],
+    "small_plus": {**SIZES["small"], **_PLUS},
+    "base": SIZES["base"],
+    "large": SIZES["large"],
+    "huge_plus": {**SIZES["huge"], **_PLUS, "num_heads": 20},
+    "7b": {"embed_dim": 4096, "depth": 40, "num_heads": 32, "activation": "swiglu", "mlp_ratio": 3.0},
+}
+for _size, _settings in _DINOV3_SIZES.items():
+    register(f"vit_{_size}_patch16_dinov3", VisionTransformer, **_DINOV3, **_settings, qkv_bias=False)
+    if _size != "7b":
+        register(f"vit_{_size}_patch16_dinov3_qkvb", VisionTransformer, **_DINOV3, **_settings, qkv_bias="qv")
+
+# The image towers of CLIP models and of SigLIP, under timm's names and with its settings: a classifier instead of the
+# projection; gelu for SigLIP's first models, whose own activation is gelu_tanh.
+_CLIP_TOWER: dict[str, Any] = {"pre_norm": True, "patch_bias": False, "norm_eps": 1e-5}
+_CLIP_SIZES: dict[str, dict[str, Any]] = {
+    "base": SIZES["base"],
+    "large": SIZES["large"],
+    "huge": SIZES["huge"],
+    "giant": {"embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11},
+    "gigantic": {"embed_dim": 1664, "depth": 48, "num_heads": 16, "mlp_ratio": 64 / 13},
+}
+for _name, _quick in {
+    "base_patch32_224": True, "base_patch32_256": False, "base_patch32_384": False, "base_patch32_448": False,
+    "base_patch16_224": True, "base_patch16_384": False, "large_patch14_224": True, "large_patch14_336": True,
+    "huge_patch14_224": True, "huge_patch14_336": False, "huge_patch14_378": True, "giant_patch14_224": False,
+    "gigantic_patch14_224": True, "gigantic_patch14_378": False,
+}.items():  # fmt: skip
+    _size, _patch, _image = _name.split("_")
+    _tower = {**_CLIP_TOWER, **_CLIP_SIZES[_size], "patch_size": int(_patch[5:]), "img_size": int(_image)}
+    register(f"vit_{_size}_{_patch}_clip_{_image}", VisionTransformer, **_tower)
+    if _quick:
+        register(f"vit_{_size}_{_patch}_clip_quickgelu_{_image}", VisionTransformer, **_tower, activation="quick_gelu")
+
+_SO400M = {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 4304.5 / 1152}
+_SIGLIP_SIZES: dict[str, dict[str, Any]] = {
+    "base": SIZES["base"],
+    "large": SIZES["large"],
+    "so400m": _SO400M,
+    "giantopt": {**SIZES["giant"], "num_heads": 16},
+}
+for _name, _activation in {
+    "base_patch32_256": "gelu_tanh", "base_patch16_224": "gelu", "base_patch16_256": "gelu",
+    "base_patch16_384": "gelu", "base_patch16_512": "gelu", "large_patch16_256": "gelu", "large_patch16_384": "gelu",
+    "large_patch16_512": "gelu_tanh", "so400m_patch14_224": "gelu", "so400m_patch14_378": "gelu",
+    "so400m_patch16_256": "gelu_tanh", "so400m_patch16_384": "gelu_tanh", "so400m_patch16_512": "gelu_tanh",
+    "giantopt_patch16_256": "gelu_tanh", "giantopt_patch16_384": "gelu_tanh",
+}.items():  # fmt: skip
+    _size, _patch, _image = _name.split("_")
+    _tower = {**_SIGLIP_SIZES[_size], "patch_size": int(_patch[5:]), "img_size": int(_image), "num_classes": 0}
+    _tower |= {"class_token": False, "activation": _activation}
+    register(f"vit_{_size}_{_patch}_siglip_{_image}", VisionTransformer, **_tower, global_pool="map")
+    register(f"vit_{_size}_{_patch}_siglip_gap_{_image}", VisionTransformer, **_tower, global_pool="avg", fc_norm=False)

@@ -9,6 +9,7 @@ from pyvit.nn.patch_embed import PatchEmbed
 from pyvit.nn.pool import AttentionPool
 from pyvit.nn.position import RotaryEmbedding, resample_positions, sincos_2d
 from pyvit.nn.quantized import QuantizedLinear
+from pyvit.nn.query_value_linear import QueryValueLinear
 from pyvit.nn.residual import DropPath, LayerScale
 from pyvit.nn.rms_norm import RMSNorm
 from pyvit.nn.token_merging import TokenMerging
@@ -28,6 +29,7 @@ __all__ = [
     "Packing",
     "PatchEmbed",
     "QuantizedLinear",
+    "QueryValueLinear",
     "RMSNorm",
     "RotaryEmbedding",
     "SwiGLU",

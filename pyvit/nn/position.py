@@ -27,10 +27,15 @@ def sincos_2d(dim: int, grid: Sequence[int], temperature: float = 10000.0) -> Te
 
 
 def resample_positions(
-    pos: Tensor, old: Sequence[int], new: Sequence[int], antialias: bool = True, offset: float = 0.0
+    pos: Tensor,
+    old: Sequence[int],
+    new: Sequence[int],
+    antialias: bool = True,
+    offset: float = 0.0,
+    mode: str = "bicubic",
 ) -> Tensor:
-    """Learned positions (N, D) of a grid of ``old`` (rows, columns), bicubically resampled to ``new``, in float32
-    or float64; dtype is kept.
+    """Learned positions (N, D) of a grid of ``old`` (rows, columns), resampled to ``new``, in float32 or float64; dtype
+    is kept. ``mode``: "bicubic" or "bilinear".
 
     ``offset`` 0.1 reproduces the scale factor (new + 0.1) / old of DINO and of the first DINOv2 models.
     """
@@ -40,14 +45,14 @@ def resample_positions(
     image = wide.unflatten(0, tuple(old)).permute(2, 0, 1)[None]
     if offset:
         scale = [(n + offset) / o for n, o in zip(new, old, strict=True)]
-        image = F.interpolate(image, scale_factor=scale, mode="bicubic", antialias=antialias)
+        image = F.interpolate(image, scale_factor=scale, mode=mode, antialias=antialias)
         if image.shape[2:] != tuple(new):
             raise ValueError(
                 f"resample_positions: offset {offset} turns a grid of {tuple(old)} into {tuple(image.shape[2:])}, "
                 f"not {tuple(new)}"
             )
     else:
-        image = F.interpolate(image, size=tuple(new), mode="bicubic", antialias=antialias)
+        image = F.interpolate(image, size=tuple(new), mode=mode, antialias=antialias)
     return image[0].permute(1, 2, 0).flatten(0, 1).to(pos.dtype)
 
 

@@ -47,16 +47,24 @@ def dinov2(**more):
     return vit(num_classes=0, mask_token=True, init_values=0.1, **more)
 
 
+def dinov3(**more):
+    return pyvit.create_model("vit_small_patch16_dinov3_qkvb", **{**VIT, "num_classes": 0, **more})
+
+
 MODELS = {
     "transformers ViT": vit,
     "transformers<5 ViT": vit,
     "transformers DINOv2": dinov2,
     "transformers<5 DINOv2": lambda: dinov2(activation="swiglu", reg_tokens=4),
+    "transformers DINOv3": lambda: dinov3(activation="swiglu", mlp_ratio=3.0),
+    "timm DINOv3": dinov3,
     "transformers Swin": swin,
     "transformers<5 Swin": swin,
     "transformers SwinV2": lambda: swin(2),
     "transformers CLIP": lambda: pyvit.create_model("clip_vit_base_patch32_224", **CLIP),
     "transformers SigLIP": lambda: pyvit.create_model("siglip_vit_base_patch16_224", **SIGLIP),
+    "transformers SigLIP 2 NaFlex": lambda: pyvit.create_model("siglip2_vit_base_patch16_naflex", **SIGLIP),
+    "timm NaFlex": lambda: pyvit.create_model("naflexvit_base_patch16_siglip", **{**VIT, "num_classes": 0}),
     "OpenAI CLIP": lambda: pyvit.create_model("clip_vit_base_patch32_224", **CLIP),
     "open_clip": lambda: pyvit.create_model("clip_vit_base_patch32_224", **CLIP),
     "torchvision ViT": vit,

@@ -1,4 +1,5 @@
-"""MAE, CLIP, SigLIP, DeiT and AST against transformers, with random weights: outputs and all gradients."""
+"""MAE, CLIP, MetaCLIP 2, SigLIP, SigLIP 2, DeiT and AST against transformers, with random weights: outputs and all
+gradients."""
 
 import math
 
@@ -7,6 +8,7 @@ import torch
 
 import pyvit
 from pyvit.models.audio import LogMel
+from pyvit.models.infer import model_from_checkpoint
 from tests.models.parity import check_parity, randomise, relative_error, share
 from tests.peers import peer
 
@@ -87,17 +89,29 @@ COMMON["interpolate_antialias"] = False
 def _clip(kind):
     text = {**TINY, "vocab_size": 50, "max_position_embeddings": 9}
     vision = {**TINY, "image_size": 32, "patch_size": 8}
+    settings = {"embed_dim": 24, "text_width": 48, "text_depth": 2, "text_heads": 3}
     if kind == "clip":
         text |= {"eos_token_id": 49, "bos_token_id": 0}
         config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
-        settings = {"embed_dim": 24, "text_width": 48, "text_depth": 2, "text_heads": 3}
         ours = pyvit.create_model("clip_vit_base_patch32_224", **settings, **COMMON)
         return transformers.CLIPModel(config), ours
+    if kind == "metaclip2":  # the end token is not the largest id, and texts have padding behind it
+        text |= {"eos_token_id": 2, "bos_token_id": 0}
+        config = transformers.MetaClip2Config(text_config=text, vision_config=vision, projection_dim=24)
+        ours = pyvit.create_model("metaclip2_vit_huge_patch14_quickgelu_224", **settings, **COMMON)
+        return transformers.MetaClip2Model(config), ours
+    if kind == "siglip":
+        config = transformers.SiglipConfig(text_config=text, vision_config=vision)
+        return transformers.SiglipModel(config), pyvit.create_model("siglip_vit_base_patch16_224", **COMMON)
+    text |= {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "projection_size": 48}
     config = transformers.SiglipConfig(text_config=text, vision_config=vision)
-    return transformers.SiglipModel(config), pyvit.create_model("siglip_vit_base_patch16_224", **COMMON)
+    settings = {"text_width": 32, "text_depth": 1, "text_heads": 4, "text_mlp_ratio": 3.0}
+    return transformers.SiglipModel(config), pyvit.create_model(
+        "siglip2_vit_giantopt_patch16_256", **settings, **COMMON
+    )
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("kind", ["clip", "metaclip2", "siglip", "siglip2"])
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)], ids=str)
 def test_clip(kind, size):
     theirs, ours = _clip(kind)
@@ -107,10 +121,26 @@ def test_clip(kind, size):
     share(ours, theirs)
     text = torch.randint(1, 48, (3, 9))
     text[:, 6:] = 49 if kind == "clip" else 0
+    if kind == "metaclip2":
+        text = text.clamp_min(3)
+        text[:, 6], text[:, 7:] = 2, 1
     images = torch.randn(2, 3, *size)
     expected = theirs(input_ids=text, pixel_values=images, interpolate_pos_encoding=True)
     embeddings = (ours.encode_image(images), expected.image_embeds), (ours.encode_text(text), expected.text_embeds)
     check_parity(ours, theirs, ours.logits(images, text), expected.logits_per_image, *embeddings)
+
+
+@pytest.mark.parametrize("kind", ["metaclip2", "siglip2"])
+def test_clip_from_a_folder(kind, tmp_path):
+    theirs, _ = _clip(kind)
+    theirs.save_pretrained(tmp_path)
+    ours, report = model_from_checkpoint(tmp_path)
+    assert not report.missing
+    assert not report.differs
+    text, images = torch.tensor([[5, 40, 2, 1, 1, 1, 1, 1, 1]]), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=text, pixel_values=images).logits_per_image
+        assert relative_error(ours.eval().logits(images, text), expected) < 1e-4
 
 
 def test_deit_distilled():
@@ -156,6 +186,17 @@ def test_clip_parameter_counts():
         "clip_vit_base_patch32_224": 151_277_313,
         "clip_vit_base_patch16_224": 149_620_737,
         "clip_vit_large_patch14_224": 427_616_513,
+        "siglip2_vit_base_patch32_256": 376_856_066,
+        "siglip2_vit_base_patch16_224": 375_187_970,
+        "siglip2_vit_large_patch16_256": 881_526_786,
+        "siglip2_so400m_patch14_378": 1_136_008_498,
+        "siglip2_so400m_patch16_384": 1_136_039_602,
+        "siglip2_vit_giantopt_patch16_256": 1_871_393_906,
+        "siglip2_vit_base_patch16_naflex": 375_234_050,
+        "siglip2_so400m_patch16_naflex": 1_135_670_962,
+        "metaclip2_vit_huge_patch14_quickgelu_224": 1_858_783_745,
+        "metaclip2_vit_huge_patch14_378": 1_859_389_185,
+        "metaclip2_vit_gigantic_patch14_224": 3_630_409_985,
     }
     counts |= {
         "mae_vit_base_patch16_224": 111_907_840,

@@ -35,6 +35,21 @@ def test_vision_transformers(name):
     )
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_base_patch16_clip_224",
+        "vit_large_patch14_clip_quickgelu_336",
+        "vit_base_patch16_siglip_224",
+        "vit_so400m_patch16_siglip_gap_256",
+    ],
+)
+def test_image_towers(name):
+    settings = {**VIT, "patch_size": 8, "mlp_ratio": 2.0}
+    theirs = peers.peer("timm").create_model(name, **settings)
+    check_same_names(pyvit.create_model(name, **settings), theirs, torch.randn(2, 3, 64, 64), relu=False)
+
+
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
 def test_swin(name):
     sizes = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "num_classes": 7, "img_size": 64}
