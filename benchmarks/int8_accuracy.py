@@ -120,8 +120,9 @@ def measure(subject: Subject) -> Result:
 def draw(model: nn.Module, heavy: bool) -> nn.Module:
     """Random weights with which every branch counts: of standard deviation 1 / sqrt(inputs).
 
-    ``heavy``: of Student's t distribution with three degrees of freedom; two channels of each layer norm are 30 times
-    as large, and the layer norm's next layer, and those of the residual stream, follow them, as in trained transformers
+    ``heavy``: of Student's t distribution with three degrees of freedom; two channels of each block's layer norms are
+    30 times as large, the columns of the next layer that read them a tenth, and what MLPs add to them 10 times, as in
+    trained transformers
     (Dettmers et al., "LLM.int8()", 2022; Darcet et al., "Vision Transformers Need Registers", 2024).
     """
     generator = torch.Generator().manual_seed(0)
@@ -140,9 +141,9 @@ def draw(model: nn.Module, heavy: bool) -> nn.Module:
                 noise = noise / torch.randn(3, *p.shape, generator=generator).square().mean(0).sqrt()
                 noise = noise.clamp(-30, 30) / math.sqrt(3)
             p.copy_(noise / math.sqrt(p[0].numel()))
-        for norm in (m for m in model.modules() if heavy and isinstance(m, nn.LayerNorm)):
-            if norm.weight.numel() >= 64:
-                norm.weight[[5, 41]] *= 30
+        for name, p in model.named_parameters() if heavy else ():
+            if name.endswith(("norm1.weight", "norm2.weight")):
+                p[[5, 41]] *= 30
         for name, p in model.named_parameters() if heavy else ():
             if p.dim() == 2 and name.endswith(("qkv.weight", "fc1.weight")):
                 p[:, [5, 41]] /= 10

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,9 @@ def _run(model: nn.Module, batches: Sequence[Any], forward: Callable[..., Any] |
     model.eval()
     try:
         for args, kwargs in batches:
-            with torch.no_grad():
+            # One seed for every call: a model that draws (which patches to mask, say) draws the same each time.
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
                 try:
                     out = call(*args, **kwargs)
                 except Exception as error:
@@ -83,10 +85,8 @@ def _tensor(out: Any) -> Tensor:
     raise TypeError(f"quantize: calibration: the model's output must hold a tensor, got {type(out).__name__}")
 
 
-def samples(
-    model: nn.Module, places: Sequence[Place], batches: Sequence[Any]
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Up to 256 rows of what each layer gets from the first batch, and the model's outputs for all of them."""
+def samples(model: nn.Module, places: Sequence[Place], batches: Sequence[Any]) -> dict[str, Tensor]:
+    """Up to 256 rows of what each layer gets from the first batch."""
     samples: dict[str, Tensor] = {}
 
     def watch(place: Place) -> Callable[..., None]:
@@ -102,8 +102,7 @@ def samples(
     finally:
         for each in hooks:
             each.remove()
-    # Without hooks, which keep layers from being fused.
-    return {name: rows for name, rows in samples.items() if rows.isfinite().all()}, list(_run(model, batches))
+    return {name: rows for name, rows in samples.items() if rows.isfinite().all()}
 
 
 def measure(
@@ -160,25 +159,50 @@ def row_error(layer: nn.Linear, stand_in: QuantizedLinear, rows: Tensor | None =
     return _ratio((found - wanted).square().sum(), wanted.square().sum())
 
 
-def difference(model: nn.Module, batches: Sequence[Any], wanted: Sequence[Tensor]) -> tuple[float, float]:
-    """Relative error and least cosine of the model's outputs now."""
-    if not batches:
-        return float("nan"), float("nan")
-    pairs = list(zip(_run(model, batches), wanted, strict=True))
-    wrong = sum((found - want).double().square().sum() for found, want in pairs)
-    whole = sum(want.double().square().sum() for _, want in pairs)
-    cosines = [torch.cosine_similarity(found, want, -1).min() for found, want in pairs if want.dim() and want.numel()]
-    return _ratio(torch.as_tensor(wrong), torch.as_tensor(whole)), float(min(cosines, default=float("nan")))
+class Outputs(NamedTuple):
+    """For each batch the model's output, and where it has ``forward_features`` those: (..., tokens, C)."""
+
+    whole: list[Tensor]
+    tokens: list[Tensor]
 
 
-def features(model: nn.Module, batches: Sequence[Any]) -> list[Tensor]:
-    """What ``model.forward_features`` gives for the batches, where there is one: (..., tokens, C)."""
+class Difference(NamedTuple):
+    """Of two :class:`Outputs`, NaN where there is nothing to compare: the relative error of the whole, the least cosine
+    of its rows, and the median and the least of the tokens'."""
+
+    error: float
+    cosine: float
+    dense: tuple[float, float]
+
+    @property
+    def least(self) -> float:
+        """The least cosine of rows and tokens."""
+        return min((c for c in (self.cosine, self.dense[1]) if c == c), default=float("nan"))
+
+
+def outputs(model: nn.Module, batches: Sequence[Any]) -> Outputs:
     forward: Any = getattr(model, "forward_features", None)
-    return [] if forward is None else list(_run(model, batches, forward))
+    return Outputs(list(_run(model, batches)), [] if forward is None else list(_run(model, batches, forward)))
 
 
-def dense(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[float, float]:
-    if not wanted:
+def difference(found: Outputs, wanted: Outputs) -> Difference:
+    if not wanted.whole:
+        return Difference(float("nan"), float("nan"), (float("nan"), float("nan")))
+    pairs = list(zip(found.whole, wanted.whole, strict=True))
+    wrong = sum((a - b).double().square().sum() for a, b in pairs)
+    whole = sum(b.double().square().sum() for _, b in pairs)
+    least, dense = _cosines(found.whole, wanted.whole)[1], _cosines(found.tokens, wanted.tokens)
+    return Difference(_ratio(torch.as_tensor(wrong), torch.as_tensor(whole)), least, dense)
+
+
+def _cosines(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[float, float]:
+    """Median and least cosine of the rows; zeros that stay zeros, as of a head that was never trained, do not count."""
+    rows = []
+    for a, b in zip(found, wanted, strict=True):
+        if b.dim():
+            counts = (a != 0).any(-1) | (b != 0).any(-1)
+            rows.append(torch.cosine_similarity(a, b, -1)[counts])
+    cosines = torch.cat(rows) if rows else torch.empty(0)
+    if not cosines.numel():
         return float("nan"), float("nan")
-    cosines = torch.cat([torch.cosine_similarity(a, b, -1).flatten() for a, b in zip(found, wanted, strict=True)])
     return float(cosines.median()), float(cosines.min())
