@@ -9,6 +9,8 @@ from typing import Any
 
 #: quick: takes seconds, shows that everything runs; default: ``make bench``; full: every case.
 LEVELS = ("quick", "default", "full")
+#: Modes of whole models.
+MODEL_MODES = ("inference", "train")
 
 
 @dataclass(frozen=True)
