@@ -90,7 +90,7 @@ def describe(ceiling: Ceiling | None, device: str = "cpu", **more: object) -> di
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": [name for name in wanted if name in flags],
-        "system": f"{platform.system()} {platform.release()}, {platform.libc_ver()[0]} {platform.libc_ver()[1]}".strip(),
+        "system": " ".join([platform.system(), platform.release(), *platform.libc_ver()]).strip(),
         "device": device,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -128,7 +128,7 @@ def _equal_work() -> Callable[[], object]:
 
 def busy(
     work: Callable[[], object] | None = None,
-    load: Callable[[], Sequence[float]] | None = getattr(os, "getloadavg", None),
+    load: Callable[[], Sequence[float]] | None = None,
     seconds: float = 0.5,
 ) -> str:
     """Why this machine is too busy to measure, in words; empty if it is quiet.
@@ -136,7 +136,8 @@ def busy(
     Looks at the load average of the last minute, and times equal pieces of ``work`` (a matrix product) on all threads.
     """
     found, cores = [], os.cpu_count() or 1
-    average = load()[0] if load else 0.0  # Windows has none
+    load = load or getattr(os, "getloadavg", lambda: (0.0,))  # Windows has none
+    average = load()[0]
     if average > MOST_LOAD * cores:
         found.append(f"the load average is {average:.1f} on {cores} cores")
     run = work or _equal_work()
