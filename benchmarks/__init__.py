@@ -1,5 +1,9 @@
-"""pyvit's benchmark suite: ``python -m benchmarks``, ``pytest benchmarks``, ``python -m benchmarks.gpu``. See
-docs/benchmarks.md."""
+"""pyvit's benchmark suite: ``pyvit bench``; in a checkout also ``python -m benchmarks``, ``pytest benchmarks`` and
+``python -m benchmarks.gpu``. See docs/benchmarks.md.
+
+A wheel has it as ``pyvit.benchmarks``, since a top-level package of so common a name could be somebody else's. Its
+modules import each other as ``benchmarks``, which this module makes a second name of the package.
+"""
 
 from __future__ import annotations
 
@@ -26,4 +30,7 @@ class _Checkout(importlib.abc.MetaPathFinder):
         )
 
 
-sys.meta_path.append(_Checkout())  # the last to be asked
+if __name__ == "benchmarks":
+    sys.meta_path.append(_Checkout())  # the last to be asked
+else:
+    sys.modules["benchmarks"] = sys.modules[__name__]

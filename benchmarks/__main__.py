@@ -1,4 +1,4 @@
-"""``python -m benchmarks [ops] [models] [scaling]``: check, time, report."""
+"""``pyvit bench [GROUP ...]``, or ``python -m benchmarks`` in a checkout: check, time, report."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from pathlib import Path
 import torch
 
 import pyvit
-from benchmarks import cases, ceiling, report, runner
+from benchmarks import cases, ceiling, compare, energy, machine, report, runner, share
 from benchmarks.workload import PEERS
 
-SUITES = (*cases.SUITES, "scaling")
+GROUPS = (*cases.SUITES, "scaling")
+#: Seconds per case, by level.
+_SECONDS = {"quick": 0.05, "default": 0.4, "full": 2.0}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Check and time pyvit against naive, PyTorch and peers."
+        prog="pyvit bench", description="Check and time pyvit against naive, PyTorch and peers."
     )
     parser.add_argument(
         "suites",
         nargs="*",
-        metavar="suite",
-        help=f"any of: {', '.join(SUITES)} (default: all; scaling is shorter without --full)",
+        metavar="group",
+        help=f"any of: {', '.join(GROUPS)} (default: all; scaling is shorter without --full)",
     )
     level = parser.add_mutually_exclusive_group()
     level.add_argument(
@@ -37,6 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="tiny shapes: a check that everything runs, in seconds",
     )
     level.add_argument("--full", dest="level", action="store_const", const="full", help="every case")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     parser.add_argument("--peers", default="none", help=f"none, all, or a comma-separated list of: {', '.join(PEERS)}")
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="only cases whose name contains TEXT (of every level)"
@@ -57,14 +60,37 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="call pyvit.keep_memory() first, for all contenders (default: off)",
     )
-    parser.add_argument("--out", type=Path, default=Path("results"), help="where results.csv, results.md and plots go")
+    parser.add_argument(
+        "--busy", action="store_true", help="measure although the machine is busy; the report then says so"
+    )
+    parser.add_argument(
+        "--price", type=float, default=0.0, metavar="DOLLARS", help="of the machine per hour: adds images per dollar"
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="BASE",
+        help="show what became significantly faster or slower since BASE (a results.json, or the folder that has it); "
+        "exits with an error if anything of pyvit became slower",
+    )
+    parser.add_argument(
+        "--share",
+        nargs="?",
+        type=Path,
+        const=share.RESULTS,
+        metavar="FOLDER",
+        help="also write FOLDER/MACHINE/ in the form that is committed (default: benchmarks/results of a checkout)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("results"), help="where report.html, results.* and plots go (default: results)"
+    )
     parser.add_argument("--no-plots", action="store_true", help="write no pictures")
     parser.add_argument("--targets", action="store_true", help="also compare with the project's targets")
     args = parser.parse_args(argv)
-    args.suites = tuple(args.suites) or SUITES
-    unknown = [name for name in args.suites if name not in SUITES]
+    args.suites = tuple(args.suites) or GROUPS
+    unknown = [name for name in args.suites if name not in GROUPS]
     if unknown:
-        parser.error(f"unknown suite {', '.join(unknown)}; choose from {', '.join(SUITES)}")
+        parser.error(f"unknown group {', '.join(unknown)}; choose from {', '.join(GROUPS)}")
     args.peers = (
         {"all": PEERS, "none": ()}.get(args.peers) if args.peers in ("all", "none") else tuple(args.peers.split(","))
     )
@@ -73,12 +99,42 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"unknown peer {', '.join(strangers)}; choose from {', '.join(PEERS)}")
     if args.dtype not in ("", "fp32", "bf16", "int8"):
         parser.error(f"unknown dtype {args.dtype}; choose from fp32, bf16, int8")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch finds no GPU")
+    if args.compare and not args.compare.exists():
+        parser.error(f"--compare: {args.compare} does not exist")
     args.level = args.level or "default"
-    args.seconds = args.seconds or {"quick": 0.05, "default": 0.4, "full": 2.0}[args.level]
+    args.seconds = args.seconds or _SECONDS[args.level]
     args.minutes = args.minutes or (
         4.5 if args.level == "default" and not (args.only or args.dtype or args.peers) else math.inf
     )
     return args
+
+
+def measure(
+    args: argparse.Namespace, settings: runner.Settings, top: ceiling.Ceiling
+) -> tuple[runner.Results, list[Path]]:
+    """All results of the cases that were asked for, and the plots of the scaling curves."""
+    start = time.perf_counter()
+    clock = lambda: time.perf_counter() - start  # noqa: E731
+    left = lambda: 60 * args.minutes - clock()  # noqa: E731
+    say = lambda line: print(f"{clock():6.1f} s  {line}", flush=True)  # noqa: E731
+    chosen = cases.select(tuple(s for s in args.suites if s in cases.SUITES), args.level, args.only, args.dtype)
+    ops = list(dict.fromkeys(case.op for case in chosen))
+    if args.minutes < math.inf:
+        chosen = cases.spread(chosen)
+    keep = lambda rows: report.records.write_csv(rows, args.out / "results.csv")  # noqa: E731
+    results = runner.run(chosen, settings, top, say, left, keep)
+    results.rows.sort(key=lambda row: ops.index(row.op))
+    results.outcomes.sort(key=lambda outcome: ops.index(outcome.case.op))
+    pictures: list[Path] = []
+    if "scaling" in args.suites and not args.only and not args.dtype and args.device == "cpu":
+        from benchmarks import scaling
+
+        rows, pictures, late = scaling.run(args.level, settings, top, args.out, not args.no_plots, left)
+        results.rows += rows
+        results.left_out += late
+    return results, pictures
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,38 +142,32 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     if args.threads:
         torch.set_num_threads(args.threads)
+    seen = machine.busy()
+    if seen:
+        print(f"the machine is busy: {seen}", file=sys.stderr)
+        if not args.busy and args.level != "quick":
+            print("times of a busy machine mislead; --busy measures all the same", file=sys.stderr)
+            return 2
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.manual_seed(0)
     kept = args.keep_memory and pyvit.keep_memory()
-    top = ceiling.measure(torch.get_num_threads(), 0.05 if args.level == "quick" else 0.5)
+    top = ceiling.measure(torch.get_num_threads(), 0.05 if args.level == "quick" else 0.5, args.device)
+    joules, source = energy.counter(args.device)
+    about = machine.describe(top, args.device, command=machine.command(argv), energy=source, busy=seen)
     print(
-        "\n".join(report.machine(top)),
+        "\n".join(machine.lines(about)),
         *(["keep_memory: freed memory stays in the process"] if kept else []),
         sep="\n",
         flush=True,
     )
     settings = runner.Settings(
-        seconds=args.seconds, rounds=(3, 5) if args.level == "quick" else (5, 101), peers=args.peers
+        seconds=args.seconds,
+        rounds=(3, 5) if args.level == "quick" else (5, 101),
+        peers=args.peers,
+        device=args.device,
+        joules=joules,
     )
-    chosen = cases.select(tuple(s for s in args.suites if s in cases.SUITES), args.level, args.only, args.dtype)
-    ops = list(dict.fromkeys(case.op for case in chosen))
-    if args.minutes < math.inf:
-        chosen = cases.spread(chosen)
-    clock = lambda: time.perf_counter() - start  # noqa: E731
-    left = lambda: 60 * args.minutes - clock()  # noqa: E731
-    say = lambda line: print(f"{clock():6.1f} s  {line}", flush=True)  # noqa: E731
-    results = runner.run(
-        chosen, settings, top, say, left, lambda rows: report.write_csv(rows, args.out / "results.csv")
-    )
-    results.rows.sort(key=lambda row: ops.index(row.op))
-    results.outcomes.sort(key=lambda outcome: ops.index(outcome.case.op))
-    pictures: list[Path] = []
-    if "scaling" in args.suites and not args.only and not args.dtype:
-        from benchmarks import scaling
-
-        rows, pictures, late = scaling.run(args.level, settings, top, args.out, not args.no_plots, left)
-        results.rows += rows
-        results.left_out += late
+    results, pictures = measure(args, settings, top)
     report.show_rows(results.rows)
     if not args.targets:
         results.outcomes.clear()
@@ -125,13 +175,20 @@ def main(argv: list[str] | None = None) -> int:
         report.show_outcomes(results.outcomes)
     if results.compared:
         print("", *report.never_lose(results.compared), sep="\n")
-    written = report.write(results, top, args.out, plots=not args.no_plots) + pictures
-    print(f"wrote {', '.join(str(path) for path in written)} in {clock():.0f} s")
+    written = report.write(results, about, args.out, not args.no_plots, args.price) + pictures
+    if args.share:
+        written += share.write(results, about, args.share, args.price)
+    slower = False
+    if args.compare:
+        _, base = report.records.read(args.compare)
+        lines, slower = compare.report(base, results.rows)
+        print("", *lines, sep="\n")
+    print(f"wrote {', '.join(str(path) for path in written)} in {time.perf_counter() - start:.0f} s")
     if results.left_out:
         print(f"not run within {args.minutes:g} minutes (--minutes): {'; '.join(results.left_out)}")
     for row in results.red:
         print(f"RED {row.op} {row.case} {row.dtype} {row.mode} {row.provider}: {row.status}", file=sys.stderr)
-    return 1 if results.red else 0
+    return 1 if results.red or slower else 0
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 #: quick: takes seconds, shows that everything runs; default: ``make bench``; full: every case.
 LEVELS = ("quick", "default", "full")
+#: Modes of whole models.
+MODEL_MODES = ("inference", "train")
 
 
 @dataclass(frozen=True)
@@ -378,14 +380,51 @@ def _int8_models() -> list[Case]:
     return found
 
 
-SUITES = {"ops": lambda: attention() + windows() + patches() + linears() + norms() + losses(), "models": models}
+def blocks() -> list[Case]:
+    """A block of ViT-B and of Swin-T's first and third stage, with weights' gradients in the backward."""
+    vit = {"batch": 8, "length": 197, "width": 768, "heads": 12}
+    found = []
+    for dtype in ("fp32", "bf16"):
+        for mode in (_FORWARD, _BACKWARD):
+            found.append(Case("vit_block", "8x197x768", dtype, mode, vit, None, "default"))
+            for side, width, heads in (SWIN_STAGES[0], SWIN_STAGES[2]):
+                shape = {"batch": 8, "side": side, "width": width, "heads": heads, "window": 7, "shift": 3}
+                level = "default" if side == SWIN_STAGES[0][0] else "full"
+                found.append(Case("swin_block", f"8x{side}x{side}x{width} shift 3", dtype, mode, shape, None, level))
+    quick = {"batch": 2, "length": 50, "width": 64, "heads": 2}
+    found.append(Case("vit_block", "2x50x64", "fp32", _FORWARD, quick, None, "quick"))
+    return found
+
+
+def memory() -> list[Case]:
+    """Cases of other groups in which peak memory matters most: losses, training steps, long attention's gradients."""
+    return losses() + training() + [case for case in attention() if case.mode == _BACKWARD]
+
+
+def inference() -> list[Case]:
+    return [case for case in models() if case.mode != "train"]
+
+
+def training() -> list[Case]:
+    return [case for case in models() if case.mode == "train"]
+
+
+SUITES: dict[str, Callable[[], list[Case]]] = {
+    "ops": lambda: attention() + windows() + patches() + linears() + norms(),
+    "blocks": blocks,
+    "models": inference,
+    "losses": losses,
+    "training": training,
+    "memory": memory,
+}
 
 
 def select(suites: tuple[str, ...], level: str, pattern: str = "", dtype: str = "") -> list[Case]:
-    """The cases of ``suites`` at ``level`` whose id contains ``pattern``; a pattern selects from the cases of all
-    levels. ``dtype``: only cases of that dtype."""
+    """The cases of ``suites``, each once, at ``level`` whose id contains ``pattern``; a pattern selects from the cases
+    of all levels. ``dtype``: only cases of that dtype."""
     quick = level == "quick"
     found = [case for suite in suites for case in SUITES[suite]() if dtype in ("", case.dtype)]
+    found = list({case.id: case for case in found}.values())  # groups may share cases
     if pattern:
         return [case for case in found if pattern in case.id]
     return [case for case in found if (case.level == "quick" if quick else case.at(level) and case.level != "quick")]

@@ -27,6 +27,11 @@ class Ceiling:
         """The shortest possible time for these flops and bytes (the roofline)."""
         return max(flops / self.gflops.get(dtype, float("nan")) / 1e6, moved / self.copy_gbs / 1e6)
 
+    def bound(self, flops: float, moved: float, dtype: str) -> str:
+        """Which of the two sets :meth:`floor_ms`, "compute" or "memory"; empty if either is not known."""
+        compute, memory = flops / self.gflops.get(dtype, float("nan")), moved / self.copy_gbs
+        return "compute" if compute >= memory else "memory" if memory > compute else ""
+
     def __str__(self) -> str:
         rates = ", ".join(f"{rate:.0f} GF/s {dtype}" for dtype, rate in self.gflops.items())
         return f"{rates}, copy {self.copy_gbs:.1f} GB/s ({self.threads} threads; {self.source})"
@@ -65,12 +70,38 @@ def _torch_copy(seconds: float) -> float:
     return 2 * source.nbytes / _best(lambda: target.copy_(source), seconds) / 1e9
 
 
-def measure(threads: int, seconds: float = 0.5) -> Ceiling:
-    """The ceilings on ``threads`` threads, measured for about ``seconds`` each.
+def _gpu(seconds: float) -> Ceiling:
+    """A GPU's rates, as matrix products and a copy of PyTorch reach them."""
+    import torch.cuda as cuda
+
+    def rate(run: Callable[[], object]) -> float:
+        """Shortest time of ten calls in a row, in seconds."""
+
+        def ten() -> None:
+            for _ in range(10):
+                run()
+            cuda.synchronize()
+
+        return _best(ten, seconds)
+
+    gflops, n = {}, 8192
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        x, w = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
+        gflops[name] = 10 * 2 * n**3 / rate(lambda x=x, w=w: x @ w) / 1e9
+    source = torch.ones(2**28, device="cuda")
+    target = torch.empty_like(source)
+    copy = 10 * 2 * source.nbytes / rate(lambda: target.copy_(source)) / 1e9
+    return Ceiling(gflops, copy, torch.get_num_threads(), "PyTorch's matrix products of 8192, on the GPU")
+
+
+def measure(threads: int, seconds: float = 0.5, device: str = "cpu") -> Ceiling:
+    """The ceilings on ``threads`` threads, or of the GPU, measured for about ``seconds`` each.
 
     Without the compiled module the rate of multiply-adds is that of oneDNN's best matrix product, which is lower;
     ``source`` says which.
     """
+    if device == "cuda":
+        return _gpu(seconds)
     try:
         from pyvit import _C
 

@@ -3,14 +3,13 @@ the README's numbers, and the tables of what each backend serves. A test compare
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
+from benchmarks import records
 from benchmarks.runner import Row
 from benchmarks.workload import OURS
 from pyvit.dispatch.capabilities import CAPABILITIES
@@ -82,7 +81,7 @@ class Chart(NamedTuple):
     dtypes: tuple[str, ...] = ("fp32", "bf16")
 
     def rows(self) -> list[list[Row]]:
-        return [read(RESULTS / self.machine / table) for table in self.tables]
+        return [records.read_csv(RESULTS / self.machine / table) for table in self.tables]
 
 
 CHARTS = (
@@ -109,13 +108,6 @@ CHARTS = (
         ("bf16",),
     ),
 )
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a results.csv."""
-    kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Row)}
-    with path.open(newline="") as file:
-        return [Row(**{name: kinds[name](value) for name, value in record.items()}) for record in csv.DictReader(file)]
 
 
 def speedup(tables: Iterable[Sequence[Row]], bar: Bar, dtype: str) -> Speedup | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from benchmarks import gpu_cases, gpu_steps, report, runner
+from benchmarks import gpu_cases, gpu_steps, records, report, runner
 from benchmarks.gpu_rows import Data, Item, read
 from benchmarks.runner import Outcome, Results, Row
 
@@ -131,7 +131,7 @@ def write(out: Path, left_out: Sequence[str] = ()) -> int:
         return 1
     found = results(items)
     about = [f"{name}: {value}" for name, value in items[-1].versions.items()]
-    report.write_csv(found.rows, out / "results.csv")
+    records.write_csv(found.rows, out / "results.csv")
     report.write_markdown(found, [*about, f"last row: {items[-1].at}"], out / "results.md", lines(items, left_out))
     report.show_rows(found.rows)
     report.show_outcomes([o for o in found.outcomes if o.measured != "not run"])

@@ -47,6 +47,21 @@ def flops(name: str, batch: int, train: bool) -> float:
     return float(batch * counter.get_total_flops())
 
 
+def parameters(name: str) -> int:
+    return sum(value.numel() for value in weights(name).values())
+
+
+def traffic(name: str, batch: int, size: int, dtype: str, train: bool) -> float:
+    """The bytes that must be moved if every activation stays in a cache: the images, and the weights once; in a
+    training step the weights three times (forward, backward, AdamW), gradients written and read, and the weights and
+    both moments, all in float32, read or written by AdamW."""
+    images = 3.0 * batch * size * size
+    count = parameters(name)
+    if train:
+        return 4 * (10 * count + images)
+    return {"fp32": 4, "bf16": 2, "int8": 1}[dtype] * (count + images)
+
+
 def _plain(name: str, attention: str) -> nn.Module:
     model = baselines.create(name, attention=attention)
     model.load_state_dict(weights(name))
@@ -222,6 +237,8 @@ def build(case: Case, source: str, asked: Sequence[str], device: str = "cpu") ->
         return models_int8.build(case, source, asked)
     names, unavailable = _wanted(case, asked, device)
     train = case.mode == "train"
-    work = Workload(case, source, flops(case.op, case.shape["batch"], train), unavailable=unavailable)
+    batch, size = case.shape["batch"], case.shape["size"]
+    moved = traffic(case.op, batch, size, case.dtype, train)
+    work = Workload(case, source, flops(case.op, batch, train), moved, unavailable=unavailable)
     (_build_train if train else _build_inference)(case, source, work, names, device)
     return work

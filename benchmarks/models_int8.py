@@ -111,7 +111,9 @@ def builders(case: Case, images: Tensor) -> dict[str, Provider]:
 def build(case: Case, source: str, asked: Sequence[str]) -> Workload:
     """The workload of an int8 case with the peers of ``asked``."""
     images = models._images(case, source, "cpu")
-    work = Workload(case, source, models.flops(case.op, case.shape["batch"], False))
+    batch, size = case.shape["batch"], case.shape["size"]
+    moved = models.traffic(case.op, batch, size, "int8", False)
+    work = Workload(case, source, models.flops(case.op, batch, False), moved)
     reference = functools.cache(lambda: _reference(case.op, images[:1]))
     for name, provider in builders(case, images).items():
         if not all(package in asked for package in provider.packages):

@@ -10,14 +10,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.cases import MODEL_MODES
 from benchmarks.runner import Row
 from benchmarks.workload import OURS
 
 _GREYS = ("#4d4d4d", "#7f7f7f", "#a6a6a6", "#c7c7c7", "#dddddd")
 _OURS = "#c44e52"
 _DASHES = {"fp32": "-", "bf16": "--", "fp16": ":"}
-
-MODEL_MODES = ("inference", "train")
 
 
 def _bars(rows: Sequence[Row], path: Path, title: str) -> Path:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks import inputs, loss_specs
+from benchmarks import block_specs, inputs, loss_specs
 from benchmarks.cases import Case
 from benchmarks.gate import Gate, Verdict, worst
 from benchmarks.specs import SPECS as OP_SPECS
 from benchmarks.specs import Provider, Spec, Tensors
 from benchmarks.workload import OURS, Contender, Workload, raised
 
-SPECS = {**OP_SPECS, **loss_specs.SPECS}
+SPECS = {**OP_SPECS, **loss_specs.SPECS, **block_specs.SPECS}
 #: Largest batch for which a loss is compared with its float64 reference, whose logits have (batch, batch) elements.
 LOSS_CHECK = 2048
 #: GiB that the naive form of a large case needs; it is skipped if they are not available.

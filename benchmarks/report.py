@@ -1,41 +1,14 @@
-"""Output of a run: the tables on the terminal, results.csv and results.md, and plots."""
+"""Output of a run: the tables on the terminal, and the files."""
 
 from __future__ import annotations
 
-import csv
 import math
-import os
-import platform
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from benchmarks.ceiling import Ceiling
-from benchmarks.runner import COLUMNS, NEVER_LOSE, Outcome, Results, Row, as_record
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        with open("/proc/cpuinfo") as info:
-            return next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def machine(ceiling: Ceiling | None = None) -> list[str]:
-    """The first lines of a report."""
-    lines = [
-        f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        f"torch {torch.__version__}, Python {platform.python_version()}",
-    ]
-    return [
-        *lines,
-        *([f"ceiling: {ceiling}"] if ceiling else []),
-        datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-    ]
+from benchmarks import machine, records
+from benchmarks.runner import NEVER_LOSE, Outcome, Results, Row
 
 
 def _number(value: float, digits: int = 3) -> str:
@@ -56,13 +29,24 @@ def _cells(row: Row) -> list[str]:
         f"{row.best_ratio:.2f}x {row.best_peer}{', loses' if row.loses else ''}" if row.best_peer else "",
         _number(row.gflops),
         "-" if math.isnan(row.percent_of_ceiling) else f"{row.percent_of_ceiling:.0f}",
+        row.bound,
+        _number(row.images_per_s),
         error,
         _number(row.peak_mem),
+        _number(row.joules),
         status,
     ]
 
 
-_HEADINGS = ("provider", "ms [p20, p80]", "ratio", "best peer", "GF/s", "% ceiling", "error / allowed", "MiB", "status")
+_HEADINGS = (
+    "provider", "ms [p20, p80]", "ratio", "best peer", "GF/s", "% ceiling", "bound", "images/s", "error / allowed",
+    "MiB", "J", "status",
+)  # fmt: skip
+
+
+def _filled(table: Sequence[Sequence[str]]) -> list[int]:
+    """The columns in which any row has something to say."""
+    return [i for i in range(len(table[0])) if any(row[i] not in ("", "-") for row in table)] if table else []
 
 
 def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -81,7 +65,7 @@ def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for heading in headings:
         table.add_column(
             heading,
-            justify="right" if heading in (*_HEADINGS[1:3], *_HEADINGS[4:-1], "floor ms", "% roofline") else "left",
+            justify="left" if heading in ("case", "provider", "best peer", "bound", "status") else "right",
             overflow="fold",
         )
     for i, row in enumerate(rows):
@@ -112,7 +96,8 @@ def show_rows(rows: Sequence[Row]) -> None:
         if why:
             notes.append(f"{short}: {row.op} {case}, {row.provider}: {why}")
     for op, table in ops.items():
-        show(op, ("case", *headings), table)
+        filled = _filled(table)
+        show(op, [("case", *headings)[i] for i in filled], [[row[i] for i in filled] for row in table])
     print("\n".join(["", *notes]))
 
 
@@ -138,14 +123,6 @@ def never_lose(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(as_record(row) for row in rows)
-
-
 def write_markdown(results: Results, lines: Sequence[str], path: Path, more: Sequence[str] = ()) -> None:
     """Write a page with the machine, ``more``, the targets if requested, and all rows."""
     words = {True: "pass", False: "**miss**", None: "not measured"}
@@ -160,17 +137,23 @@ def write_markdown(results: Results, lines: Sequence[str], path: Path, more: Seq
         head, *lost = never_lose(results.compared)
         text += ["", "## Against the best peer", "", head[0].upper() + head[1:] + ".", *([""] if lost else [])]
         text += [f"- {line}" for line in lost]
-    text += ["", "## Every row", "", "| case | " + " | ".join(_HEADINGS) + " |", "|" + "---|" * (len(_HEADINGS) + 1)]
-    for row in results.rows:
-        text.append(f"| {row.op} {row.case} {row.dtype} {row.mode}, {row.data} | " + " | ".join(_cells(row)) + " |")
+    text += ["", "## Every row", ""]
+    table = [[f"{row.op} {row.case} {row.dtype} {row.mode}, {row.data}", *_cells(row)] for row in results.rows]
+    filled = _filled(table)
+    for cells in (("case", *_HEADINGS), ("---",) * (len(_HEADINGS) + 1), *table):
+        text.append("| " + " | ".join(cells[i] for i in filled) + " |")
     path.write_text("\n".join(text) + "\n")
 
 
-def write(results: Results, ceiling: Ceiling, out: Path, plots: bool = True) -> list[Path]:
-    """Write results.csv, results.md and the plots to ``out``. Returns their paths."""
-    write_csv(results.rows, out / "results.csv")
-    write_markdown(results, machine(ceiling), out / "results.md")
-    written = [out / "results.csv", out / "results.md"]
+def write(results: Results, about: dict[str, Any], out: Path, plots: bool = True, price: float = 0.0) -> list[Path]:
+    """Write results.csv, results.json, results.md, models.csv and the plots to ``out``. Returns their paths.
+    ``about``: :func:`benchmarks.machine.describe`'s; ``price``: of the machine, dollars per hour."""
+    records.write_csv(results.rows, out / "results.csv")
+    records.write_json(results.rows, about, out / "results.json")
+    write_markdown(results, machine.lines(about), out / "results.md")
+    written = [out / "results.csv", out / "results.json", out / "results.md"]
+    if records.write_models(results.rows, out / "models.csv", price):
+        written.append(out / "models.csv")
     if plots:
         from benchmarks import plots as drawing
 

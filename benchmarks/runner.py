@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
 import pyvit
-from benchmarks import measure, providers
-from benchmarks.cases import Case
+from benchmarks import energy, measure, providers
+from benchmarks.cases import MODEL_MODES, Case
 from benchmarks.ceiling import Ceiling
 from benchmarks.gate import Verdict
 from benchmarks.inputs import SOURCES
@@ -29,7 +29,10 @@ NEVER_LOSE = 0.97
 class Row:
     """One line of results.csv. Times in milliseconds; ``ratio`` = baseline's time over this one's; ``peak_mem`` in MiB.
     Of ours, ``best_peer`` is the fastest provider without pyvit that is as accurate as the rule asks, and
-    ``best_ratio`` its time over ours.
+    ``best_ratio`` its time over ours. ``intensity``: flops per byte that must be moved; ``bound``: what sets the
+    roofline there, "compute" or "memory"; ``batch_size``, ``img_size`` and
+    ``images_per_s`` of models; ``joules`` per call, where the machine counts
+    them. ``samples``: milliseconds in every round, only in results.json.
 
     ``status``: "ok"; "outside rule" (a peer less accurate than the rule allows); "unchecked: reason" (a peer that
     cannot be compared); "red: reason" (failed the check, so no time); "missing: reason"; "failed: reason".
@@ -58,6 +61,13 @@ class Row:
     status: str = "ok"
     best_peer: str = ""
     best_ratio: float = NAN
+    bound: str = ""
+    intensity: float = NAN
+    batch_size: int = 0
+    img_size: int = 0
+    images_per_s: float = NAN
+    joules: float = NAN
+    samples: tuple[float, ...] = ()
 
     @property
     def timed(self) -> bool:
@@ -69,7 +79,7 @@ class Row:
         return self.best_ratio < NEVER_LOSE
 
 
-COLUMNS = [f.name for f in fields(Row)]
+COLUMNS = [f.name for f in fields(Row) if f.name != "samples"]
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,7 @@ class Results:
 class Settings:
     """``seconds``: time per case and source; ``rounds``: minimum and maximum; ``peers``: see workload.PEERS.
     ``both_sources``: check ours on photographs and on random tensors before timing. ``extra``: see providers.build.
-    ``floor``: lower bound of a case in milliseconds by a cost model."""
+    ``floor``: lower bound of a case in milliseconds by a cost model. ``joules``: the machine's energy counter."""
 
     seconds: float = 1.0
     rounds: tuple[int, int] = (5, 101)
@@ -112,6 +122,7 @@ class Settings:
     both_sources: bool = True
     extra: Callable[[Case, Spec], Sequence[Provider]] | None = None
     floor: Callable[[Case], float] | None = None
+    joules: Callable[[], float] | None = None
 
 
 def versions(contender: Contender) -> str:
@@ -209,7 +220,14 @@ def run_workload(work: Workload, settings: Settings, ceiling: Ceiling) -> list[R
         row.percent_of_ceiling = ceiling.percent(row.gflops, case.dtype)
         row.percent_of_roofline = 100 * ceiling.floor_ms(work.flops, work.bytes, case.dtype) / timing.median
         row.peak_mem = measure.peak_memory(calls[name], settings.device) + work.contenders[name].held
+        if settings.joules is not None:
+            row.joules = energy.per_call(calls[name], settings.joules, settings.device)
         row.versions = versions(work.contenders[name])
+        row.samples = timing.samples
+        row.intensity, row.bound = work.flops / work.bytes, ceiling.bound(work.flops, work.bytes, case.dtype)
+        if case.mode in MODEL_MODES:
+            row.batch_size, row.img_size = case.shape["batch"], case.shape["size"]
+            row.images_per_s = 1e3 * row.batch_size / timing.median
         if baseline is not None:
             row.baseline, row.ratio = baseline, measure.ratio(timings[baseline], timing)
     peers = [name for name in timings if not uses_pyvit(name) and rows[name].status == "ok"]
@@ -323,4 +341,6 @@ def _summary(rows: Sequence[Row]) -> str:
 
 
 def as_record(row: Row) -> dict[str, object]:
-    return {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in asdict(row).items()}
+    """The row as results.csv has it."""
+    values = ((name, getattr(row, name)) for name in COLUMNS)
+    return {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values}

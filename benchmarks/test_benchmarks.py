@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cases, loss_specs, providers
+from benchmarks import block_specs, cases, loss_specs, providers
 from benchmarks.cases import Case
 from benchmarks.workload import OURS, PEERS, Workload
 
@@ -61,6 +61,7 @@ def _parameters() -> Iterator[Any]:
         "layer_norm": ("F.layer_norm", "compile"),
         "rms_norm": ("F.rms_norm", "compile"),
         **dict.fromkeys(loss_specs.SPECS, ("naive", "compile")),
+        **dict.fromkeys(block_specs.SPECS, ("naive", "sdpa", "compile")),
     }
     for case in CASES:
         for name in (OURS, *relevant.get(case.op, ("eager SDPA", "eager naive", *PEERS))):

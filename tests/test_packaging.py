@@ -122,6 +122,7 @@ def test_wheels(tmp_path: Path) -> None:
     pure = wheels.pure_wheel(tmp_path, "+test")
     assert re.fullmatch(r"pyvit_kernels-.+\+test-py3-none-any\.whl", pure.name)
     modules = {path.replace("triton_kernels/", "pyvit/triton_kernels/") for path in tracked("pyvit", "triton_kernels")}
+    modules |= {f"pyvit/{path}" for path in tracked("benchmarks/*.py") if path.count("/") == 1}
     assert modules == {name for name in zipfile.ZipFile(pure).namelist() if name.startswith("pyvit/")}
 
     made = tmp_path / "build/pyvit/lib/libpyvit_ops.so"
@@ -143,4 +144,24 @@ def test_the_source_distribution_has_what_the_build_needs(tmp_path: Path) -> Non
     with tarfile.open(archive) as opened:
         inside = {name.partition("/")[2] for name in opened.getnames()}
     needed = tracked("csrc", "packaging", "pyvit", "triton_kernels", "setup.py", "pyproject.toml", "LICENSE")
+    needed |= {path for path in tracked("benchmarks/*.py") if path.count("/") == 1}
     assert needed <= inside, needed - inside
+
+
+def test_the_installed_command_runs_the_benchmarks(tmp_path: Path) -> None:
+    """``pyvit bench`` without a checkout: from the wheel's files, in a folder that has a ``benchmarks`` of its own."""
+    wheels.pure_wheel(tmp_path, "+test")
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(installed)
+    other = tmp_path / "work" / "benchmarks"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("raise ImportError('not the suite of pyvit')\n")
+    code = "import sys; from pyvit.cli import main; sys.argv[0] = 'pyvit'; main()"
+    only = ["--quick", "--only", "linear 64x32x96", "--seconds", "0.01", "--no-plots", "--out", "out"]
+    environment = {**os.environ, "PYTHONPATH": str(installed), "PYVIT_NATIVE": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, "bench", "ops", *only]
+    done = subprocess.run(command, cwd=other.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "linear 64x32x96 gelu" in done.stdout
+    assert (other.parent / "out" / "results.csv").exists()

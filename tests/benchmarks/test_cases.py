@@ -49,7 +49,8 @@ def test_a_run_that_ends_early_covers_every_operator():
 
 
 def test_ids_are_unique():
-    everything = [case for suite in cases.SUITES.values() for case in suite()] + gpu_cases.every()
+    own = [suite for name, suite in cases.SUITES.items() if name != "memory"]  # which has cases of the others
+    everything = [case for suite in own for case in suite()] + gpu_cases.every()
     ids = [case.id for case in everything]
     assert len(ids) == len(set(ids))
 
@@ -91,3 +92,14 @@ def test_a_target_half_measured_is_not_met():
     assert runner.hold(case, [ours]).passed is None
     ours.percent_of_roofline = 50
     assert runner.hold(case, [ours]).passed is False
+
+
+def test_groups_share_cases_and_run_them_once():
+    memory = {case.id for case in cases.SUITES["memory"]()}
+    assert memory <= {case.id for case in cases.select(("ops", "losses", "training"), "full")} | {
+        case.id for case in cases.select(("ops", "losses", "training"), "quick")
+    }
+    chosen = [case.id for case in cases.select(tuple(cases.SUITES), "full")]
+    assert len(chosen) == len(set(chosen))
+    assert {case.mode for case in cases.SUITES["models"]()} == {"inference"}
+    assert {case.mode for case in cases.SUITES["training"]()} == {"train"}

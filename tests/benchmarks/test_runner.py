@@ -41,6 +41,8 @@ def test_providers_agree(op):
         "info_nce": {"batch": 40, "dim": 32},
         "nt_xent": {"batch": 21, "dim": 32},
         "sigmoid_contrastive": {"batch": 40, "dim": 32},
+        "vit_block": {"batch": 2, "length": 20, "width": 32, "heads": 2},
+        "swin_block": {"batch": 2, "side": 14, "width": 32, "heads": 2, "window": 7, "shift": 3},
         "distillation_cross_entropy": {"crops": 3, "views": 2, "batch": 5, "dim": 16, "prototypes": 70},
     }[op]
     case = Case(op, "small", "fp32", "forward+backward", small)
