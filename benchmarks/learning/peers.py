@@ -19,8 +19,8 @@ from benchmarks.learning.record import cpu_seconds
 from benchmarks.learning.rows import ROWS, Row
 from pyvit.data import Data, load_data
 from pyvit.eval.features import labels_of, over, right
+from pyvit.heap import Trimmer
 from pyvit.train import Config, augment
-from pyvit.train.heap import Trimmer
 from pyvit.train.optim import make_optimizer, parameter_groups
 from pyvit.train.recipe import load_recipe
 from pyvit.train.schedules import cosine

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyvit.data import Images
 from pyvit.data.loading import evaluation_batches
+from pyvit.heap import Trimmer
 
 
 @torch.no_grad()
@@ -41,13 +42,14 @@ def over(
     rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
     mine = every[rank * len(every) // world : (rank + 1) * len(every) // world]
     found, read = [], list[int]()
-    progress = Progress(len(mine) if rank == 0 else 0)
+    progress, trim = Progress(len(mine) if rank == 0 else 0), Trimmer()
     for part in evaluation_batches(images, mine, batch, workers):
         at = part.pop("index", None)
         if len(part["image"]):
             read += at.tolist() if at is not None else mine[len(read) : len(read) + len(part["image"])]
             moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in part.items()}
             found.append(compute(moved).cpu())
+            trim()
         progress.update(len(part["image"]))
     progress.close()
     results = torch.cat(found) if found else None
