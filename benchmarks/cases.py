@@ -82,6 +82,7 @@ class Case:
 
 BASELINES = {
     "flash_attention": ("sdpa", "naive"),
+    "rope_attention": ("apart",),
     "window_attention": ("timm path",),
     "patch_embed": ("conv2d",),
     "linear": ("F.linear",),
@@ -157,12 +158,34 @@ def attention() -> list[Case]:
                 {"lengths": (197,) * 2 + (37,) * 8, "heads": 6, "dim": 64},
             )
         )
+    found += _rope_attention()
     overhead = Target(against=("sdpa",), extra_us=10.0)
     small = {"batch": 1, "heads": 1, "length": 1, "dim": 8}
     found.append(
         Case("flash_attention", "call overhead 1x1x1x8", "fp32", _FORWARD, small, overhead, "default", ("random",))
     )
     found.append(_attention(2, 2, 65, 32, "fp32", _FORWARD, level="quick"))
+    return found
+
+
+def _rope_attention() -> list[Case]:
+    """Attention with rotary positions, as DINOv3, and after norms of queries and keys: against rotation and attention
+    apart, and attention alone."""
+    apart = ("apart",)
+    both = Target(1.25, apart, each=(("attention alone", 0.92),))
+    found = []
+    for dtype in ("fp32", "bf16"):
+        for n, heads in ((197, 12), (577, 16), (1370, 16)):
+            for norm in (None, "layer"):
+                shape = {"batch": 8 if n == 197 else 2, "heads": heads, "length": n, "dim": 64, "norm": norm}
+                label = f"{shape['batch']}x{heads}x{n}x64" + (f" {norm} norm" if norm else "")
+                modes = (_FORWARD, _BACKWARD) if n == 197 else (_FORWARD,)
+                level = "default" if n == 197 and norm is None else "full"
+                found += [
+                    Case("rope_attention", label, dtype, mode, shape, both, level, against=apart) for mode in modes
+                ]
+    small = {"batch": 2, "heads": 2, "length": 65, "dim": 32, "norm": "rms"}
+    found.append(Case("rope_attention", "2x2x65x32 rms norm", "fp32", _FORWARD, small, level="quick", against=apart))
     return found
 
 

@@ -248,7 +248,14 @@ FEATURES = {
     "images_grad": "gradient of the images",
 }
 
-_OPERATORS = ("flash_attention", "flash_attention_varlen", "attention_map", "window_attention", "patch_embed")
+_OPERATORS = (
+    "flash_attention",
+    "flash_attention_varlen",
+    "rope_attention",
+    "attention_map",
+    "window_attention",
+    "patch_embed",
+)
 _BACKENDS = ("cpu", "triton", "cuda", "torch")
 
 

@@ -176,6 +176,51 @@ def _flash_attention_varlen(case: Case, source: str, dtype: torch.dtype, device:
     return Spec(tensors, definition, providers, ("q", "k", "v"), flops, 2.5, sum(lengths) * h * d)
 
 
+def _rope_attention(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
+    b, h, n, d = (case.shape[key] for key in ("batch", "heads", "length", "dim"))
+    norm = case.shape.get("norm")
+    packed = inputs.projected_qkv(source, b, n, h * d).to(device, dtype).view(b, n, 3, h, d)
+    tensors = dict(zip("qkv", packed.permute(2, 0, 3, 1, 4).unbind(0), strict=True))  # strided views, as in a model
+    rng = torch.Generator().manual_seed(7)
+    angles = torch.randn(n - 1, d // 2, generator=rng).repeat(1, 2)  # of all tokens but the class token
+    rope = torch.stack((angles.sin(), angles.cos()), 1).to(device)
+    parameters = {}
+    if norm is not None:
+        parameters = {f"{x}_weight": torch.rand(d, generator=rng).to(device) + 0.5 for x in "qk"}
+        if norm == "layer":
+            parameters |= {f"{x}_bias": torch.randn(d, generator=rng).to(device) / 4 for x in "qk"}
+    fixed = [parameters.get(f"{x}_{kind}") for x in "qk" for kind in ("weight", "bias")]
+
+    def turned(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+        return reference.normalize_and_rotate(x, rope[None, None], weight, bias, norm or "none", 1e-5, 1, False)
+
+    def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference.flash_attention(
+            turned(q, *fixed[:2]), turned(k, *fixed[2:]), v, None, False, d**-0.5, 0.0, None
+        )[0]
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        eps = {} if norm is None else {"qk_norm": norm, "eps": 1e-5, **parameters}
+        return pyvit.ops.rope_attention(q, k, v, rope, num_prefix_tokens=1, **eps)
+
+    def apart(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda q, k, v: attend(turned(q, *fixed[:2]), turned(k, *fixed[2:]), v)
+
+    alone = "attention alone: neither norm nor rotation"
+    providers = [
+        Provider(OURS, ours),
+        Provider("naive", apart(baselines.naive_attention)),
+        Provider("apart", apart(pyvit.ops.flash_attention)),
+        Provider("apart, SDPA", apart(baselines.sdpa)),
+        Provider("attention alone", pyvit.ops.flash_attention, unchecked=alone),
+        Provider("compile", compiled(apart(baselines.naive_attention))),
+    ]
+    flops = 4 * b * h * n * n * d
+    items = None if b == 1 else (0, b - 1) if n < 512 else (b - 1,)
+    return Spec(tensors, definition, providers, ("q", "k", "v"), flops, 2.5, b * h * n * d, items)
+
+
 def _window_attention(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
     b, side, width, heads, window, shift, version = (
         case.shape[key] for key in ("batch", "side", "width", "heads", "window", "shift", "version")
@@ -328,6 +373,7 @@ def _norm(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
 SPECS: dict[str, Callable[[Case, str, torch.dtype, str], Spec]] = {
     "flash_attention": _flash_attention,
     "flash_attention_varlen": _flash_attention_varlen,
+    "rope_attention": _rope_attention,
     "window_attention": _window_attention,
     "patch_embed": _patch_embed,
     "linear": _linear,

@@ -25,6 +25,7 @@ EVERY = (
     OURS,
     "naive",
     "sdpa",
+    "apart",
     "timm path",
     "timm path, SDPA",
     "conv2d",
@@ -55,6 +56,7 @@ def _parameters() -> Iterator[Any]:
     relevant = {
         "flash_attention": ("naive", "sdpa", "compile"),
         "flash_attention_varlen": ("naive", "sdpa"),
+        "rope_attention": ("naive", "apart"),
         "window_attention": ("timm path", "timm path, SDPA", "compile"),
         "patch_embed": ("conv2d", "reshape + linear", "compile"),
         "linear": ("F.linear", "compile"),

@@ -183,13 +183,7 @@ inline void pack_a(const T* src, int64_t ld, int64_t rows, int64_t k, uint32_t* 
       if constexpr (D::K == 1) {
         o[l] = as_lane(to_float(p[l]));
       } else {
-        const auto element = [&](int64_t at) {
-          if constexpr (std::is_same_v<T, float>)
-            return from_float<bf16>(at < k ? p[at] : 0.f);
-          else
-            return at < k ? p[at] : bf16{0};
-        };
-        o[l] = as_lane(element(l * 2), element(l * 2 + 1));
+        o[l] = as_lane(p[l * 2], l * 2 + 1 < k ? p[l * 2 + 1] : bf16{0});
       }
     }
   }

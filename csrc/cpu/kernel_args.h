@@ -29,8 +29,8 @@ struct QkTransform {
   const float *q_weight, *q_bias, *k_weight, *k_bias;  // (d,), null for 1 and 0
   const float* rope;  // sines of the rotated channels of each token, rope_cos further the cosines; null: no rotation
   int64_t rope_b, rope_h, rope_n, rope_cos;
-  int64_t rotated, prefix;  // channels, and tokens before the first that has angles
-  bool interleaved;
+  int64_t rotated, prefix;        // channels, and tokens before the first that has angles
+  bool interleaved, same_halves;  // same_halves: sines and cosines of i and i + rotated / 2 are the same numbers
 };
 
 struct Attention {

@@ -27,6 +27,7 @@ class QkRows {
     active_ = true;
     half_ = t_.rope ? t_.rotated / 2 : 0;
     rotation_ = !t_.rope ? NO_ROTATION : t_.interleaved ? NEIGHBOURS : HALVES;
+    second_ = t_.same_halves ? 0 : half_;
     weight_ = widened(keys ? t_.k_weight : t_.q_weight, Dtype::f32, d, 1.f, memory);
     bias_ = widened(keys ? t_.k_bias : t_.q_bias, Dtype::f32, d, 0.f, memory);
     row_ = memory.take<float>(columns_of(d));
@@ -173,7 +174,7 @@ class QkRows {
   }
   template <QkTransform::Norm NORM, Rotation ROTATION, class T, class E>
   void rows_in_registers(const T* x, int64_t ldx, int64_t rows, const float* rope, E* out, int64_t ld) const {
-    const int64_t rope_n = t_.rope_n, to_cos = t_.rope_cos;
+    const int64_t rope_n = t_.rope_n, to_cos = t_.rope_cos, second = second_;
     const float eps = t_.eps, *weight = weight_, *bias = bias_;
     for (int64_t r = 0; r < rows; r++, x += ldx, out += ld, rope += ROTATION == NO_ROTATION ? 0 : rope_n) {
       vf v[N];
@@ -196,7 +197,7 @@ class QkRows {
           constexpr int HALF = N / 2;
           const vf p = v[i], q = v[i + HALF];
           store(out + i * W, p * load(cos + i * W) - q * load(rope + i * W));
-          store(out + (i + HALF) * W, q * load(cos + (i + HALF) * W) + p * load(rope + (i + HALF) * W));
+          store(out + (i + HALF) * W, q * load(cos + second + i * W) + p * load(rope + second + i * W));
         }
       }
     }
@@ -206,7 +207,7 @@ class QkRows {
                              int64_t ld, T* dx, int64_t lddx, float* sums) const {
     constexpr float SHARE = 1.f / CHANNELS;
     constexpr bool LAYER = NORM == QkTransform::layer;
-    const int64_t rope_n = t_.rope_n, to_cos = t_.rope_cos;
+    const int64_t rope_n = t_.rope_n, to_cos = t_.rope_cos, second = second_;
     const float eps = t_.eps, *weight = weight_;
     vf of_weight[N], of_bias[N];
     for (int i = 0; NORM != QkTransform::none && i < N; i++) {
@@ -223,8 +224,8 @@ class QkRows {
         for (int i = 0; i < N / 2; i++) {
           constexpr int HALF = N / 2;
           const vf p = g[i], q = g[i + HALF];
-          g[i] = p * load(cos + i * W) + q * load(rope + (i + HALF) * W);
-          g[i + HALF] = q * load(cos + (i + HALF) * W) - p * load(rope + i * W);
+          g[i] = p * load(cos + i * W) + q * load(rope + second + i * W);
+          g[i + HALF] = q * load(cos + second + i * W) - p * load(rope + i * W);
         }
       }
       if constexpr (NORM == QkTransform::none) {
@@ -264,7 +265,7 @@ class QkRows {
   template <class T, class E>
   void rotate(const T* x, const float* sin, E* out) const {
     const float* cos = sin + t_.rope_cos;
-    const int64_t half = half_;
+    const int64_t half = half_, second = second_;
     if (rotation_ == NEIGHBOURS) {
       vectors(2 * half, [&](int64_t c, int n) {
         const vf v = read(x + c, n);
@@ -274,14 +275,14 @@ class QkRows {
       vectors(half, [&](int64_t c, int n) {
         const vf p = read(x + c, n), q = read(x + half + c, n);
         write(out + c, p * read(cos + c, n) - q * read(sin + c, n), n);
-        write(out + half + c, q * read(cos + half + c, n) + p * read(sin + half + c, n), n);
+        write(out + half + c, q * read(cos + second + c, n) + p * read(sin + second + c, n), n);
       });
     }
   }
   // In place: the gradient of the rotated channels to that of their source.
   void rotate_back(float* g, float scale, const float* sin) const {
     const float* cos = sin + t_.rope_cos;
-    const int64_t half = half_;
+    const int64_t half = half_, second = second_;
     if (rotation_ == NEIGHBOURS) {
       vectors(2 * half, [&](int64_t c, int n) {
         const vf v = read(g + c, n) * scale;
@@ -290,8 +291,8 @@ class QkRows {
     } else {
       vectors(half, [&](int64_t c, int n) {
         const vf p = read(g + c, n) * scale, q = read(g + half + c, n) * scale;
-        write(g + c, p * read(cos + c, n) + q * read(sin + half + c, n), n);
-        write(g + half + c, q * read(cos + half + c, n) - p * read(sin + c, n), n);
+        write(g + c, p * read(cos + c, n) + q * read(sin + second + c, n), n);
+        write(g + half + c, q * read(cos + second + c, n) - p * read(sin + c, n), n);
       });
     }
   }
@@ -333,7 +334,7 @@ class QkRows {
   }
 
   QkTransform t_{};
-  int64_t d_, half_ = 0;
+  int64_t d_, half_ = 0, second_ = 0;  // channels of a pair's first, and where the angles of its second are
   bool active_ = false;
   Rotation rotation_ = NO_ROTATION;
   const float *weight_ = nullptr, *bias_ = nullptr;

@@ -1,4 +1,5 @@
 // Attention whose queries and keys are normalised and rotated as they are loaded: pyvit/ops/rope_attention.py.
+#include <cstring>
 #include <tuple>
 
 #include "attention_tensors.h"
@@ -12,6 +13,21 @@ QkTransform::Norm norm_of(const std::string& name) {
   STD_TORCH_CHECK(found != std::end(NAMES), "pyvit: rope_attention: qk_norm must be one of none, layer and rms, got '",
                   name, "'");
   return QkTransform::Norm(found - std::begin(NAMES));
+}
+
+// Whether the second half of every row of float32 `rope` repeats the first, as it does for angles of pairs: then half
+// of it need not be read. A look at each number costs less than one head's rows do.
+bool same_halves(const Tensor& rope) {
+  const int64_t half = rope.size(4) / 2;
+  for (int64_t b = 0; b < rope.size(0); b++)
+    for (int64_t h = 0; h < rope.size(1); h++)
+      for (int64_t n = 0; n < rope.size(2); n++)
+        for (int64_t i = 0; i < 2; i++) {
+          const float* row =
+              data<float>(rope) + b * rope.stride(0) + h * rope.stride(1) + n * rope.stride(2) + i * rope.stride(3);
+          if (std::memcmp(row, row + half, half * sizeof(float)) != 0) return false;
+        }
+  return true;
 }
 
 // The arguments of a call, checked, and as the kernels take them.
@@ -83,6 +99,7 @@ struct RopeCall {
     transform.rope_h = rope->size(1) == 1 ? 0 : rope->stride(1);
     transform.rope_n = rope->stride(2);
     transform.rope_cos = rope->stride(3);
+    transform.same_halves = !interleaved && same_halves(*rope);
   }
 
   bool packed() const { return q.dim() == 3; }

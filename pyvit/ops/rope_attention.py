@@ -158,13 +158,14 @@ def _check(
     return_lse: bool,
 ) -> Call:
     packed = cu_seqlens is not None
-    shapes = (
-        ("(T, H, D)", "(T, Hkv, D)", "(T, Hkv, Dv)")
-        if packed
-        else ("(B, H, N, D)", "(B, Hkv, N, D)", "(B, Hkv, N, Dv)")
-    )
-    for name, t, wanted in zip("qkv", (q, k, v), shapes, strict=True):
-        checks.tensor(_OP, name, t, wanted, 3 if packed else 4)
+    if packed:
+        checks.tensor(_OP, "q", q, "(T, H, D)", 3)
+        checks.tensor(_OP, "k", k, "(T, Hkv, D)", 3)
+        checks.tensor(_OP, "v", v, "(T, Hkv, Dv)", 3)
+    else:
+        checks.tensor(_OP, "q", q, "(B, H, N, D)", 4)
+        checks.tensor(_OP, "k", k, "(B, Hkv, N, D)", 4)
+        checks.tensor(_OP, "v", v, "(B, Hkv, N, Dv)", 4)
     checks.floating(_OP, "q", q)
     checks.same(_OP, "k", k, "q", q)
     checks.same(_OP, "v", v, "q", q)
@@ -182,7 +183,7 @@ def _check(
         checks.fail(_OP, "k", f"with a number of heads that divides q's {h}", hk)
     if d == 0 or dv == 0:
         checks.fail(_OP, "q, k and v", "of at least one channel per head", f"D = {d}, Dv = {dv}")
-    _check_norm(q, d, qk_norm, {"q_weight": q_weight, "k_weight": k_weight}, {"q_bias": q_bias, "k_bias": k_bias})
+    _check_norm(q, d, qk_norm, q_weight, q_bias, k_weight, k_bias)
     _check_rope(q, rope, packed, 1 if packed else q.shape[0], h, hk, n, d, prefix)
     checks.flag(_OP, "interleaved", interleaved)
     checks.flag(_OP, "is_causal", is_causal)
@@ -192,40 +193,34 @@ def _check(
         batch, n, nk = cu_seqlens.shape[0] - 1, max_seqlen, max_seqlen
     if bias is not None:
         checks.bias(_OP, bias, q, (batch, h, n, nk))
-    features = _asked(q, k, v, bias, is_causal, hk != h, return_lse, (rope, q_weight, q_bias, k_weight, k_bias))
+    features = asked(q, k, v, bias, is_causal, 0.0, hk != h, return_lse)
+    if torch.is_grad_enabled():
+        grad = "lse_grad" if return_lse else "grad"
+        parameters = (rope, q_weight, q_bias, k_weight, k_bias)
+        if grad not in features and any(t is not None and t.requires_grad for t in parameters):
+            features = (*features, grad)
     device = q.device.type
     dims = (d,) if d == dv else (d, dv)
     return Call(_OP, device, q.dtype, features, dims, dispatch.sizes(device, batch, h, hk, n, nk, max(d, dv)))
 
 
-def _asked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    is_causal: bool,
-    gqa: bool,
-    return_lse: bool,
-    others: tuple[Tensor | None, ...],
-) -> tuple[str, ...]:
-    features = asked(q, k, v, bias, is_causal, 0.0, gqa, return_lse)
-    grad = "lse_grad" if return_lse else "grad"
-    if torch.is_grad_enabled() and grad not in features and any(t is not None and t.requires_grad for t in others):
-        features = (*features, grad)
-    return features
-
-
 def _check_norm(
-    q: Tensor, d: int, qk_norm: str, weights: dict[str, Tensor | None], biases: dict[str, Tensor | None]
+    q: Tensor,
+    d: int,
+    qk_norm: str,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
 ) -> None:
     if qk_norm not in ("none", *NORMS):
         checks.fail(_OP, "qk_norm", f"none or one of {', '.join(NORMS)}", repr(qk_norm))
-    for name, t in (weights | biases).items():
+    for name, t in (("q_weight", q_weight), ("q_bias", q_bias), ("k_weight", k_weight), ("k_bias", k_bias)):
         if t is None:
             continue
-        if qk_norm == "none" or (name in biases and qk_norm != "layer"):
-            allowed = "qk_norm is 'layer'" if name in biases else "qk_norm is given"
-            checks.fail(_OP, name, f"None unless {allowed}", "a tensor")
+        bias = name.endswith("bias")
+        if qk_norm == "none" or (bias and qk_norm != "layer"):
+            checks.fail(_OP, name, "None unless qk_norm is " + ("'layer'" if bias else "given"), "a tensor")
         _check_parameter(name, t, f"({d},)", 1, q)
         if t.shape[0] != d:
             checks.fail(_OP, name, f"of shape ({d},)", checks.shape(t))
@@ -233,7 +228,7 @@ def _check_norm(
 
 def _check_parameter(name: str, t: Any, shape: str, dims: int, q: Tensor) -> None:
     checks.tensor(_OP, name, t, shape, dims)
-    if t.dtype not in (torch.float32, q.dtype):
+    if t.dtype is not torch.float32 and t.dtype != q.dtype:
         raise TypeError(f"{_OP}: {name} must be float32 or of the dtype of q, {q.dtype}, got {t.dtype}")
     checks.same(_OP, name, t, "q", q, dtype=False)
 
@@ -246,12 +241,12 @@ def _check_rope(
         checks.fail(_OP, "num_prefix_tokens", f"0 {other}", prefix)
     if rope is None:
         return
-    wanted = f"({h}, {n}, 2, R)" if packed else f"({b}, {h}, {n - prefix}, 2, R)"
-    _check_parameter("rope", rope, f"broadcastable to {wanted}", 5, q)
     if prefix > n:
         checks.fail(_OP, "num_prefix_tokens", f"at most the {n} tokens of q", prefix)
+    _check_parameter("rope", rope, "broadcastable to " + ("(H, T, 2, R)" if packed else "(B, H, N, 2, R)"), 5, q)
     rb, rh, rn, two, channels = rope.shape
     if rb not in (1, b) or rh not in (1, h) or rn != n - prefix or two != 2:
+        wanted = f"({h}, {n}, 2, R)" if packed else f"({b}, {h}, {n - prefix}, 2, R)"
         tokens = f", for {n} tokens" + (f" of which {prefix} are not rotated" if prefix else "")
         checks.fail(_OP, "rope", f"broadcastable to {wanted}{tokens}", checks.shape(rope))
     if channels % 2 or not 0 < channels <= d:

@@ -33,6 +33,7 @@ def test_providers_agree(op):
     small = {
         "flash_attention": {"batch": 2, "heads": 2, "length": 50, "dim": 16, "bias": True},
         "flash_attention_varlen": {"lengths": (17, 17, 5), "heads": 2, "dim": 16},
+        "rope_attention": {"batch": 2, "heads": 2, "length": 50, "dim": 16, "norm": "layer"},
         "window_attention": WINDOW.shape,
         "patch_embed": {"batch": 2, "size": 32, "patch": 8, "width": 24, "keep": 5},
         "linear": {"m": 33, "k": 40, "n": 24, "activation": "gelu"},
@@ -48,7 +49,7 @@ def test_providers_agree(op):
     case = Case(op, "small", "fp32", "forward+backward", small)
     work = providers.build(case, "random", ())
     assert len(work.contenders) > 1
-    verdicts = {name: contender.verdict() for name, contender in work.contenders.items()}
+    verdicts = {name: contender.verdict() for name, contender in work.contenders.items() if not contender.unchecked}
     assert verdicts.pop(OURS).passed if OURS in verdicts else OURS in work.unavailable
     assert all(verdict.error <= 4 * verdict.allowed for verdict in verdicts.values()), verdicts
     for contender in work.contenders.values():
