@@ -86,6 +86,7 @@ BASELINES = {
     "window_attention": ("timm path",),
     "patch_embed": ("conv2d",),
     "linear": ("F.linear",),
+    "gated_mlp": ("naive",),
     "layer_norm": ("F.layer_norm",),
     "rms_norm": ("F.rms_norm",),
 }
@@ -308,6 +309,22 @@ def linears() -> list[Case]:
     return found
 
 
+def gated_mlps() -> list[Case]:
+    """SwiGLU of DINOv2-g (one weight for gate and values) and of EVA-02-B (two, and a layer norm within), batch 8."""
+    shapes = {
+        "DINOv2-g": {"rows": 2056, "width": 1536, "hidden": 4096, "split": False, "norm": False},
+        "EVA-02-B": {"rows": 2056, "width": 768, "hidden": 2048, "split": True, "norm": True},
+        "small": {"rows": 40, "width": 32, "hidden": 48, "split": True, "norm": True},
+    }
+    found = []
+    for name, shape in shapes.items():
+        for dtype in ("fp32", "bf16"):
+            for mode in (_FORWARD, _BACKWARD):
+                level = "quick" if name == "small" else "default" if name == "EVA-02-B" else "full"
+                found.append(Case("gated_mlp", name, dtype, mode, shape, None, level, ("random",)))
+    return found
+
+
 def norms() -> list[Case]:
     """Swin-T's first stage and ViT-B, batch 8."""
     found = []
@@ -433,7 +450,7 @@ def training() -> list[Case]:
 
 
 SUITES: dict[str, Callable[[], list[Case]]] = {
-    "ops": lambda: attention() + windows() + patches() + linears() + norms(),
+    "ops": lambda: attention() + windows() + patches() + linears() + gated_mlps() + norms(),
     "blocks": blocks,
     "models": inference,
     "losses": losses,

@@ -33,6 +33,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "mkldnn::_linear_pointwise",
         "mkldnn::_linear",
         "pyvit::prepacked_mlp",
+        "pyvit::prepacked_gated_mlp",
         "pyvit::product",
     ),
     "attention": (
@@ -50,7 +51,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "aten::slow_conv",
     ),
     "layer norm": ("aten::native_layer_norm", "pyvit::_norm"),
-    "activation": ("aten::gelu", "pyvit::activation"),
+    "activation": ("aten::gelu", "pyvit::activation", "pyvit::gate"),
     "optimizer": ("aten::_fused_adamw_", "Optimizer."),
     "copies and casts": (
         "aten::copy_",
@@ -76,6 +77,8 @@ def product_flops(name: str, shapes: Sequence[Sequence[int]]) -> float:
     """
     if name == "pyvit::prepacked_mlp":  # x, norm, its weight, bias and eps, the first weight, ..., and at 9 the second
         return 2.0 * math.prod(shapes[0][:-1]) * sum(math.prod(shapes[at]) for at in (5, 9) if shapes[at])
+    if name == "pyvit::prepacked_gated_mlp":  # as above, at 8 the gate's, and at 17 the last
+        return 2.0 * math.prod(shapes[0][:-1]) * sum(math.prod(shapes[at]) for at in (5, 8, 17) if shapes[at])
     shapes = [s for s in shapes if s]
     if name == "aten::addmm":
         shapes = shapes[1:]

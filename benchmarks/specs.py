@@ -17,7 +17,7 @@ from benchmarks import baselines, inputs
 from benchmarks.cases import Case
 from benchmarks.workload import OURS
 from pyvit import dispatch
-from pyvit.ops import reference
+from pyvit.ops import prepacked, reference
 
 Tensors = dict[str, Tensor]
 
@@ -350,6 +350,51 @@ def _linear(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
     return Spec(_cast(tensors, dtype, device), naive, providers, ("x", "weight", "bias"), 2 * m * k * n, 2.0, m * n)
 
 
+def _gated_mlp(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
+    rows, width, hidden, split = (case.shape[key] for key in ("rows", "width", "hidden", "split"))
+    rng = torch.Generator().manual_seed(9)
+
+    def weight(out: int, columns: int) -> Tensor:
+        return torch.randn(out, columns, generator=rng) / math.sqrt(columns)
+
+    tensors = {
+        "x": torch.randn(rows, width, generator=rng),
+        "fc1_weight": weight(hidden if split else 2 * hidden, width),
+        "fc1_bias": torch.randn(hidden if split else 2 * hidden, generator=rng) * 0.1,
+        "fc2_weight": weight(width, hidden),
+        "fc2_bias": torch.randn(width, generator=rng) * 0.1,
+    }
+    if split:
+        tensors |= {"gate_weight": weight(hidden, width), "gate_bias": torch.randn(hidden, generator=rng) * 0.1}
+    if case.shape["norm"]:
+        tensors |= {"norm_weight": 1 + torch.randn(hidden, generator=rng) * 0.1, "norm_bias": torch.zeros(hidden)}
+
+    def naive(**t: Tensor) -> Tensor:
+        value = F.linear(t["x"], t["fc1_weight"], t["fc1_bias"])
+        gate, value = (F.linear(t["x"], t["gate_weight"], t["gate_bias"]), value) if split else value.chunk(2, -1)
+        y = F.silu(gate) * value
+        y = F.layer_norm(y, (hidden,), t["norm_weight"], t["norm_bias"], 1e-6) if case.shape["norm"] else y
+        return F.linear(y, t["fc2_weight"], t["fc2_bias"])
+
+    def ours(**t: Tensor) -> Tensor:
+        norm = (t.pop("norm_weight"), t.pop("norm_bias"), 1e-6) if case.shape["norm"] else None
+        return pyvit.ops.gated_mlp(**t, hidden_norm=norm)
+
+    def packed(**t: Tensor) -> Tensor:
+        for name in ("fc1_weight", "gate_weight", "fc2_weight"):
+            if name in t and not prepacked.is_packed(t[name]):
+                layer = torch.nn.Linear(1, 1)
+                layer._parameters["weight"] = t[name]  # type: ignore[assignment]
+                prepacked.pack(layer, 1 if split or name == "fc2_weight" else 2)
+        return ours(**t)
+
+    providers = [Provider(OURS, ours), Provider("naive", naive), Provider("compile", compiled(naive))]
+    if case.mode == "forward" and device == "cpu":
+        providers.insert(1, Provider(f"{OURS}, packed weights", packed))
+    flops = 6 * rows * width * hidden
+    return Spec(_cast(tensors, dtype, device), naive, providers, tuple(tensors), flops, 2.0, rows * width)
+
+
 def _norm(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
     rows, width, centered = case.shape["rows"], case.shape["width"], case.op == "layer_norm"
     rng = torch.Generator().manual_seed(9)
@@ -377,6 +422,7 @@ SPECS: dict[str, Callable[[Case, str, torch.dtype, str], Spec]] = {
     "window_attention": _window_attention,
     "patch_embed": _patch_embed,
     "linear": _linear,
+    "gated_mlp": _gated_mlp,
     "layer_norm": _norm,
     "rms_norm": _norm,
 }

@@ -23,6 +23,7 @@ ASKED = PEERS if _ASKED == "all" else tuple(name for name in _ASKED.split(",") i
 #: Providers; one that does not support a case is skipped with its reason.
 EVERY = (
     OURS,
+    f"{OURS}, packed weights",
     "naive",
     "sdpa",
     "apart",
@@ -60,6 +61,7 @@ def _parameters() -> Iterator[Any]:
         "window_attention": ("timm path", "timm path, SDPA", "compile"),
         "patch_embed": ("conv2d", "reshape + linear", "compile"),
         "linear": ("F.linear", "compile"),
+        "gated_mlp": (f"{OURS}, packed weights", "naive", "compile"),
         "layer_norm": ("F.layer_norm", "compile"),
         "rms_norm": ("F.rms_norm", "compile"),
         **dict.fromkeys(loss_specs.SPECS, ("naive", "compile")),

@@ -89,18 +89,26 @@ def gated(gate: Tensor, value: Tensor, name: str, temporary: bool = False) -> Te
 
 def gate_gradient_(
     grad: Tensor, gate: Tensor, value: Tensor, name: str, packed: bool, gate_last: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The gradients of values and gates (rows, H) for ``grad``, that of activation(gate) * value, which replaces it.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """activation(gate) * value, which may replace ``grad``, its gradient, and the gradients of values and gates (rows,
+    H), which are contiguous.
 
     ``packed``: both are halves of one tensor (rows, 2 H), and None stands for the gates. Also returns the sums of the
-    gates' and the values' gradients, (2, H) float32. For what :func:`ours` says.
+    gates' and the values' gradients, (2, H), of the library in float32.
     """
     rows, width = gate.shape
+    if not ours(gate) or transformed(grad):
+        y = reference.ACTIVATIONS[name](gate)
+        gates, both = _GRADIENTS[name](grad * value, gate), grad * y
+        sums = torch.stack((gates.sum(0), both.sum(0)))
+        if packed:
+            return y * value, torch.cat((both, gates) if gate_last else (gates, both), -1), None, sums
+        return y * value, both, gates, sums
     if packed:
-        both, gates = recycled((rows, 2 * width), gate.dtype), None
+        both, of_gates = recycled((rows, 2 * width), gate.dtype), None
         of_gate, of_value = reversed(both.chunk(2, -1)) if gate_last else both.chunk(2, -1)
     else:
         both = of_value = recycled((rows, width), gate.dtype)
-        gates = of_gate = recycled((rows, width), gate.dtype)
+        of_gates = of_gate = recycled((rows, width), gate.dtype)
     sums = torch.ops.pyvit.gate_backward.default(grad, gate, value, name, of_gate, of_value)
-    return both, gates, sums
+    return grad, both, of_gates, sums

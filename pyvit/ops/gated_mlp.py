@@ -221,19 +221,14 @@ class _GatedMlp(torch.autograd.Function):
         kind, eps, gate_last, activation = ctx.rest
         needs = ctx.needs_input_grad
         needs = (*needs[:7], *needs[8:10])  # in the order of inputs
-        if torch.is_grad_enabled() or transformed(grad) or not activations.ours(inner):
-            # The plain formula, which autograd sees through: a gradient of the gradient was asked for, or nothing here
-            # takes the tensors.
+        if (
+            torch.is_grad_enabled()
+        ):  # a gradient of the gradient was asked for: by the plain formula, which autograd sees through
 
             def formula(x: Tensor, *given: Tensor | None) -> Tensor:
                 return reference.gated_mlp(x, *narrow(x, *given[:6]), kind, *given[6:], eps, gate_last, activation)
 
-            if torch.is_grad_enabled():
-                found = dispatch.formula_gradients(formula, inputs, needs, grad)
-            else:
-                wanted = [i for i, need in enumerate(needs) if need]
-                some = dict(zip(wanted, dispatch.reference_backward(formula, [grad], inputs, wanted), strict=True))
-                found = tuple(map(some.get, range(9)))
+            found = dispatch.formula_gradients(formula, inputs, needs, grad)
             return (*found[:7], None, *found[7:], None, None, None, None)
         rows = grad.reshape(-1, grad.shape[-1])
         gate, value = _halves(inner, gates, gate_last)
@@ -247,16 +242,16 @@ class _GatedMlp(torch.autograd.Function):
                 normed, _ = _norm(hidden, kind, norm_weight, norm_bias, eps)
                 grads[5] = matmul.grad_weight(rows, normed, w2.dtype)
                 del normed
-            grad_hidden, *sums = row_norm.gradients(
-                grad_hidden, statistics, needs[7] or needs[8], hidden, norm_weight, norm_bias
+            grad_hidden, *of_norm = _norm_gradients(
+                grad_hidden, statistics, hidden, kind, norm_weight, norm_bias, eps, needs[7] or needs[8]
             )
-            grads[7:] = [g if need else None for g, need in zip(sums, needs[7:], strict=True)]
-        grad_inner, grad_gates, sums = activations.gate_gradient_(
+            grads[7:] = [g if need else None for g, need in zip(of_norm, needs[7:], strict=True)]
+        hidden, grad_inner, grad_gates, sums = activations.gate_gradient_(
             grad_hidden, gate, value, activation, gates is None, gate_last
         )
-        if needs[5] and not kind:  # grad_hidden holds the hidden layer now
-            grads[5] = matmul.grad_weight(rows, grad_hidden, w2.dtype)
-        del grad_hidden
+        if needs[5] and not kind:
+            grads[5] = matmul.grad_weight(rows, hidden, w2.dtype)
+        del grad_hidden, hidden
         of_gate, of_value = sums
         x_rows = x.reshape(-1, x.shape[-1]).contiguous()
         if needs[2]:
@@ -271,7 +266,7 @@ class _GatedMlp(torch.autograd.Function):
                 grads[at] = matmul.grad_weight(of, x_rows, weight.dtype)
             if needs[0]:
                 part = matmul.grad_input(of, weight)
-                grads[0] = part if grads[0] is None else grads[0].add_(part)
+                grads[0] = part if grads[0] is None else grads[0] + part
         if needs[0]:
             grads[0] = grads[0].view(x.shape)  # type: ignore[union-attr]
         return (*grads[:7], None, *grads[7:], None, None, None, None)
@@ -297,6 +292,24 @@ def _norm(
             return row_norm.rms_norm(hidden, weight, eps, hidden.dtype, "cpu")
         return row_norm.layer_norm(hidden, weight, bias, eps, hidden.dtype, "cpu")
     return reference.norm(hidden, kind, weight, bias, eps), None
+
+
+def _norm_gradients(
+    grad: Tensor,
+    statistics: Tensor | None,
+    hidden: Tensor,
+    kind: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    parameters: bool,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the hidden layer and, with ``parameters``, of the norm's weight and bias."""
+    if statistics is not None and not transformed(grad):
+        return row_norm.gradients(grad, statistics, parameters, hidden, weight, bias)
+    at = [0] + [i for i, p in ((2, weight), (3, bias)) if p is not None and parameters]
+    found = dispatch.reference_backward(reference.norm, [grad], (hidden, kind, weight, bias, eps), at)
+    return tuple(map(dict(zip(at, found, strict=True)).get, (0, 2, 3)))
 
 
 def _kernel(

@@ -168,9 +168,9 @@ def test_gate_passes(name: str, dtype: torch.dtype) -> None:
         naive, exact = run(a, b, grad), run(a.double(), b.double(), grad.double())
         compare(name, activations.gated(a, b, name), naive[0], exact[0])
         replaced = grad.clone()
-        values, gates, sums = activations.gate_gradient_(replaced, a, b, name, packed, last)
+        again, values, gates, sums = activations.gate_gradient_(replaced, a, b, name, packed, last)
         of_a, of_b = (values.chunk(2, -1) if not last else values.chunk(2, -1)[::-1]) if packed else (gates, values)
-        assert torch.equal(replaced, activations.gated(a, b, name))
+        assert torch.equal(again, activations.gated(a, b, name))
         labels = ["grad_a", "grad_b", "sum_a", "sum_b"]
         compare(name, [of_a, of_b, *sums.to(dtype)], naive[1:], exact[1:], factor=3.0, labels=labels)
 
