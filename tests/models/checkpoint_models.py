@@ -51,6 +51,10 @@ def dinov3(**more):
     return pyvit.create_model("vit_small_patch16_dinov3_qkvb", **{**VIT, "num_classes": 0, **more})
 
 
+def small(name, **more):
+    return pyvit.create_model(name, **{**VIT, **more})
+
+
 MODELS = {
     "transformers ViT": vit,
     "transformers<5 ViT": vit,
@@ -65,6 +69,11 @@ MODELS = {
     "transformers SigLIP": lambda: pyvit.create_model("siglip_vit_base_patch16_224", **SIGLIP),
     "transformers SigLIP 2 NaFlex": lambda: pyvit.create_model("siglip2_vit_base_patch16_naflex", **SIGLIP),
     "timm NaFlex": lambda: pyvit.create_model("naflexvit_base_patch16_siglip", **{**VIT, "num_classes": 0}),
+    "timm EVA-02": lambda: small("eva02_base_patch14_224"),
+    "timm EVA": lambda: small("eva02_tiny_patch14_224"),
+    "timm PE": lambda: small("vit_pe_lang_large_patch14_448"),
+    "transformers AIMv2": lambda: small("aimv2_large_patch14_224", num_classes=0),
+    "timm AIMv2": lambda: small("aimv2_large_patch14_224"),
     "OpenAI CLIP": lambda: pyvit.create_model("clip_vit_base_patch32_224", **CLIP),
     "open_clip": lambda: pyvit.create_model("clip_vit_base_patch32_224", **CLIP),
     "torchvision ViT": vit,
