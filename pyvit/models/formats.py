@@ -469,6 +469,30 @@ VITDET = Format(
     ("vitdet.", ""),
 )
 
+
+def _sam(
+    name: str, at: str, layer: str, patch: str, norms: str, neck: tuple[str, ...], extra: tuple[str, ...]
+) -> Format:
+    """SAM's image encoder at ``at``; the other parts of the model are left out."""
+    block = f"{at}{layer}.{{i}}."
+    pairs = {f"mlp.fc{n}": f"mlp.lin{n}" for n in (1, 2)} | {f"norm{n}": f"{norms}{n}" for n in (1, 2)}
+    return Format(
+        name,
+        (block + "attn.rel_pos_h", f"{at}{patch}.weight"),
+        (
+            rule("pos_embed", at + "pos_embed"),
+            rule("patch_embed.proj.{p}", f"{at}{patch}.{{p}}"),
+            *(rule(f"blocks.{{i}}.{a}.{{p}}", f"{block}{b}.{{p}}") for a, b in pairs.items()),
+            *(
+                rule(f"blocks.{{i}}.attn.{k}", f"{block}attn.{k}")
+                for k in ("qkv.{p}", "proj.{p}", "rel_pos_h", "rel_pos_w")
+            ),
+            *(rule(f"neck.{n}.{{p}}", f"{at}neck.{part}.{{p}}") for n, part in enumerate(neck)),
+        ),
+        extra=extra,
+    )
+
+
 _MICROSOFT_BLOCK = (
     "norm1.{p}", "norm2.{p}", "attn.proj.{p}", "attn.qkv.{p}", "attn.q_bias", "attn.v_bias",
     "attn.relative_position_bias_table", "attn.logit_scale", "attn.cpb_mlp.0.{p}", "attn.cpb_mlp.2.weight",
@@ -569,6 +593,24 @@ FORMATS: tuple[Format, ...] = (
     *(_torchvision_swin(version) for version in (1, 2)),
     VITDET,
     MICROSOFT_SWIN,
+    _sam(
+        "transformers SAM",
+        "vision_encoder.",
+        "layers",
+        "patch_embed.projection",
+        "layer_norm",
+        ("conv1", "layer_norm1", "conv2", "layer_norm2"),
+        (r"(prompt_encoder|mask_decoder|shared_image_embedding)\..*",),
+    ),
+    _sam(
+        "facebookresearch SAM",
+        "image_encoder.",
+        "blocks",
+        "patch_embed.proj",
+        "norm",
+        ("0", "1", "2", "3"),
+        (r"(prompt_encoder|mask_decoder)\..*", r"pixel_(mean|std)"),
+    ),
     AIMV2,
     TIMM_AIMV2,
     TIMM_NAFLEX,

@@ -23,13 +23,14 @@ from pyvit.models.metadata import Metadata, lookup, metadata_of_config, plain
 from pyvit.models.naflex import NaFlexVisionTransformer
 from pyvit.models.registry import REGISTRY, list_models
 from pyvit.models.resnet import ResNet
+from pyvit.models.sam import SamEncoder
 
 
 def model_from_checkpoint(
     source: str | os.PathLike[str] | Mapping[str, Any], **overrides: Any
 ) -> tuple[nn.Module, LoadReport]:
-    """A ViT, DeiT, MAE, Swin, ResNet, CLIP or SigLIP model with the weights of ``source``, and the report of loading
-    them.
+    """A model with the weights of ``source``, and the report of loading them: a ViT, EVA-02, AIMv2, DeiT, MAE, SAM
+    encoder, Swin, ResNet, CLIP or SigLIP.
 
     Settings that shapes do not show, such as heads and activation, are read from the file's metadata or the
     configuration beside it. Without these, published widths get their published number of heads, and others 64 channels
@@ -48,7 +49,8 @@ def model_from_checkpoint(
         )
     model = constructor(**{**settings, **overrides})
     report = load_checkpoint(model, opened, allow=(r".*num_heads",) if "num_heads" in overrides else ())
-    if "num_heads" in settings and constructor is not swin.SwinTransformer and not told | ("num_heads" in overrides):
+    guessed = constructor not in (swin.SwinTransformer, SamEncoder)
+    if "num_heads" in settings and guessed and not told | ("num_heads" in overrides):
         report.notes.append(
             f"num_heads={settings['num_heads']} is a guess from the width: nothing in the file names it"
         )
@@ -191,6 +193,8 @@ def infer(state: Mapping[str, Tensor], metadata: Metadata | None = None) -> tupl
         return swin.SwinTransformer, _swin(state)
     if "layer4.0.conv1.weight" in state and "attnpool.q_proj.weight" not in state:
         return ResNet, _resnet(state)
+    if "blocks.0.attn.rel_pos_h" in state and "pos_embed" in state and state["pos_embed"].dim() == 4:
+        return SamEncoder, _sam(state)
     if "patch_embed.proj.weight" in state and "blocks.0.attn.qkv.weight" in state:
         settings = _vit(state, "", lookup(metadata or {}, "", "grid"))
         if settings.get("pos_embed") == "none" and lookup(metadata or {}, "rope", "base") is not None:
@@ -215,6 +219,28 @@ def _aimv2(state: Mapping[str, Tensor], settings: dict[str, Any]) -> dict[str, A
     found = {k: settings[k] for k in names if k in settings}
     heads = {"num_heads": max(width // 128, 1), "mlp_ratio": _ratio(hidden, width)}
     return {**found, **heads, "native": "pos_embed" not in state}
+
+
+def _sam(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Settings of a :class:`SamEncoder`. The relative positions of a block show whether it has windows."""
+    width, chans, patch, _ = state["patch_embed.proj.weight"].shape
+    rows, columns = state["pos_embed"].shape[1:3]
+    depth = _count(state, r"blocks\.(\d+)\.")
+    sizes = [(state[f"blocks.{i}.attn.rel_pos_h"].shape[0] + 1) // 2 for i in range(depth)]
+    window = min(sizes)
+    return {
+        "img_size": (rows * patch, columns * patch),
+        "patch_size": patch,
+        "in_chans": chans,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": width // state["blocks.0.attn.rel_pos_h"].shape[1],
+        "mlp_ratio": _ratio(state["blocks.0.mlp.fc1.weight"].shape[0], width),
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "window_size": window,
+        "global_blocks": [i for i, size in enumerate(sizes) if size != window],
+        "out_channels": state["neck.0.weight"].shape[0] if "neck.0.weight" in state else 0,
+    }
 
 
 def _is_eva(metadata: Metadata) -> bool:

@@ -142,8 +142,8 @@ def metadata_of_config(config: Mapping[str, Any], native: Mapping[str, Tensor]) 
         return metadata
     if kind == "aimv2_vision_model":
         grid = {} if config.get("is_native") else _image_grid(config.get("image_size", 224), native.get(patch))
-        heads = {"num_heads": config.get("num_attention_heads", 8)}
-        eps = {"eps": config.get("rms_norm_eps", 1e-5)}
+        heads: dict[str, Any] = {"num_heads": config.get("num_attention_heads", 8)}
+        eps: dict[str, Any] = {"eps": config.get("rms_norm_eps", 1e-5)}
         return {r"blocks\.\d+\.attn": heads, r"(.*\.)?norm\d?": eps, "": grid}
     if kind == "dinov3_vit":
         base = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta", 100.0)
