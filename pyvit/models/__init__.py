@@ -1,17 +1,20 @@
 """Models by name: ``create_model("vit_base_patch16_224")``."""
 
 from pyvit.models import (
+    aimv2,
     audio,
     clip,
     deit,
     detection,
     dino,
+    eva,
     finetune,
     hybrid,
     mae,
     naflex,
     pico,
     resnet,
+    sam,
     simclr,
     swin,
     vit,
@@ -19,12 +22,14 @@ from pyvit.models import (
 from pyvit.models.registry import create_model, list_models, register
 
 __all__ = [
+    "aimv2",
     "audio",
     "clip",
     "create_model",
     "deit",
     "detection",
     "dino",
+    "eva",
     "finetune",
     "hybrid",
     "list_models",
@@ -33,6 +38,7 @@ __all__ = [
     "pico",
     "register",
     "resnet",
+    "sam",
     "simclr",
     "swin",
     "vit",

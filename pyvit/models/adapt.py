@@ -73,6 +73,12 @@ def _fit_positions(
     pos = state[key]
     prefix = key.removesuffix("decoder_pos_embed").removesuffix("pos_embed")
     new = tuple(module.grid)
+    if pos.dim() == target[key].dim() == 4 and pos.shape[3] == target[key].shape[3]:  # a map (1, rows, columns, D)
+        old = (pos.shape[1], pos.shape[2])
+        if old == new:
+            return ""
+        state[key] = resample_positions(pos[0].flatten(0, 1), old, new, antialias=False).unflatten(0, new)[None]
+        return f"{_names(old)} -> {_names(new)}"
     if pos.dim() != 3 or pos.shape[2] != target[key].shape[2]:
         return ""
     tokens = target[key].shape[1] - new[0] * new[1]  # positions of class and distillation token

@@ -370,7 +370,7 @@ register(
     "siglip_so400m_patch14_378", siglip_vit, **SO400M, img_size=378
 )  # 27 x 27 patches, as of the 384-pixel checkpoints
 
-# SigLIP 2, table 1 of the paper and the released configurations: SigLIP with another vocabulary (Gemma's). The text
+# SigLIP 2, the released configurations: SigLIP with another vocabulary (Gemma's). The text
 # encoder of the largest model is that of so400m.
 _SIGLIP2 = {"vocab_size": 256000}
 _TEXT_SO400M = {f"text_{k}": SO400M[k] for k in ("width", "depth", "mlp_ratio")} | {"text_heads": 16}

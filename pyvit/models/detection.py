@@ -175,10 +175,13 @@ class ViTDet(WithMetadata):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def positions(self, grid: Sequence[int]) -> Tensor:
+        """Positions of the patches of a grid (N, D)."""
+        return resample_positions(self.pos_embed[0, 1:], self.grid, grid, antialias=False)
+
     def forward(self, images: Tensor) -> Tensor:
         grid = self.patch_embed.grid(images.shape[2:])
-        pos = resample_positions(self.pos_embed[0, 1:], self.grid, grid, antialias=False)
-        x = self.patch_embed(images, pos_embed=pos).unflatten(1, grid)
+        x = self.patch_embed(images, pos_embed=self.positions(grid)).unflatten(1, grid)
         for block in self.blocks:
             x = (
                 checkpoint(block, x, use_reentrant=False)

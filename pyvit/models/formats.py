@@ -469,6 +469,30 @@ VITDET = Format(
     ("vitdet.", ""),
 )
 
+
+def _sam(
+    name: str, at: str, layer: str, patch: str, norms: str, neck: tuple[str, ...], extra: tuple[str, ...]
+) -> Format:
+    """SAM's image encoder at ``at``; the other parts of the model are left out."""
+    block = f"{at}{layer}.{{i}}."
+    pairs = {f"mlp.fc{n}": f"mlp.lin{n}" for n in (1, 2)} | {f"norm{n}": f"{norms}{n}" for n in (1, 2)}
+    return Format(
+        name,
+        (block + "attn.rel_pos_h", f"{at}{patch}.weight"),
+        (
+            rule("pos_embed", at + "pos_embed"),
+            rule("patch_embed.proj.{p}", f"{at}{patch}.{{p}}"),
+            *(rule(f"blocks.{{i}}.{a}.{{p}}", f"{block}{b}.{{p}}") for a, b in pairs.items()),
+            *(
+                rule(f"blocks.{{i}}.attn.{k}", f"{block}attn.{k}")
+                for k in ("qkv.{p}", "proj.{p}", "rel_pos_h", "rel_pos_w")
+            ),
+            *(rule(f"neck.{n}.{{p}}", f"{at}neck.{part}.{{p}}") for n, part in enumerate(neck)),
+        ),
+        extra=extra,
+    )
+
+
 _MICROSOFT_BLOCK = (
     "norm1.{p}", "norm2.{p}", "attn.proj.{p}", "attn.qkv.{p}", "attn.q_bias", "attn.v_bias",
     "attn.relative_position_bias_table", "attn.logit_scale", "attn.cpb_mlp.0.{p}", "attn.cpb_mlp.2.weight",
@@ -507,6 +531,32 @@ DINOV2 = Format(
     extra=(r"(dino_head|ibot_head)\..*", r"mask_token"),
 )
 
+_AIMV2_LAYER = "encoder.layers.{i}."
+AIMV2 = Format(
+    "transformers AIMv2",
+    (_AIMV2_LAYER + "ffn.gate_proj.weight", "embeddings.rms_norm.weight"),
+    (
+        rule("pos_embed", "embeddings.position_embedding.weight", TABLE_TO_TOKENS),
+        rule("patch_embed.proj.{p}", "embeddings.patch_embed.{p}"),
+        rule("patch_embed.norm.weight", "embeddings.rms_norm.weight"),
+        rule("blocks.{i}.norm1.weight", _AIMV2_LAYER + "rms_norm1.weight"),
+        rule("blocks.{i}.norm2.weight", _AIMV2_LAYER + "rms_norm2.weight"),
+        rule("blocks.{i}.attn.qkv.weight", " ".join(f"{_AIMV2_LAYER}attention.{n}_proj.weight" for n in "qkv")),
+        rule("blocks.{i}.attn.proj.weight", _AIMV2_LAYER + "attention.out_proj.weight"),
+        rule("blocks.{i}.mlp.fc1.weight", f"{_AIMV2_LAYER}ffn.gate_proj.weight {_AIMV2_LAYER}ffn.up_proj.weight"),
+        rule("blocks.{i}.mlp.fc2.weight", _AIMV2_LAYER + "ffn.down_proj.weight"),
+        rule("norm.weight", "rms_norm.weight"),
+    ),
+)
+TIMM_AIMV2 = Format(
+    "timm AIMv2",
+    ("patch_embed.norm.weight", "blocks.{i}.mlp.fc1_g.weight"),
+    (
+        rule("blocks.{i}.mlp.fc1.weight", "blocks.{i}.mlp.fc1_g.weight blocks.{i}.mlp.fc1_x.weight"),
+        rule("{r}", "{r}"),
+    ),
+)
+
 TIMM_NAFLEX = Format(
     "timm NaFlex",
     ("embeds.pos_embed", "embeds.proj.weight"),
@@ -543,9 +593,32 @@ FORMATS: tuple[Format, ...] = (
     *(_torchvision_swin(version) for version in (1, 2)),
     VITDET,
     MICROSOFT_SWIN,
+    _sam(
+        "transformers SAM",
+        "vision_encoder.",
+        "layers",
+        "patch_embed.projection",
+        "layer_norm",
+        ("conv1", "layer_norm1", "conv2", "layer_norm2"),
+        (r"(prompt_encoder|mask_decoder|shared_image_embedding)\..*",),
+    ),
+    _sam(
+        "facebookresearch SAM",
+        "image_encoder.",
+        "blocks",
+        "patch_embed.proj",
+        "norm",
+        ("0", "1", "2", "3"),
+        (r"(prompt_encoder|mask_decoder)\..*", r"pixel_(mean|std)"),
+    ),
+    AIMV2,
+    TIMM_AIMV2,
     TIMM_NAFLEX,
     DINOV3,
     _timm_eva("timm DINOv3", "blocks.{i}.gamma_1", "reg_token"),
     DINOV2,
+    _timm_eva("timm EVA-02", "blocks.{i}.attn.q_proj.weight", "blocks.{i}.norm1.weight", split_qkv=True),
+    _timm_eva("timm EVA", "blocks.{i}.attn.q_bias", "blocks.{i}.norm1.weight", split_glu=False),
+    _timm_eva("timm PE", "blocks.{i}.gamma_1", "norm_pre.weight", split_glu=False),
     NATIVE,
 )

@@ -11,23 +11,26 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyvit.models import swin, vit
+from pyvit.models.aimv2 import Aimv2
 from pyvit.models.audio import AudioSpectrogramTransformer
 from pyvit.models.checkpoints import LoadReport, Source, load_checkpoint, open_source, recognise, to_native
 from pyvit.models.clip import clip_vit, siglip_vit
 from pyvit.models.deit import DistilledVisionTransformer
 from pyvit.models.encoders import defaults, image_encoder
+from pyvit.models.eva import Eva
 from pyvit.models.mae import MaskedAutoencoder
 from pyvit.models.metadata import Metadata, lookup, metadata_of_config, plain
 from pyvit.models.naflex import NaFlexVisionTransformer
-from pyvit.models.registry import list_models
+from pyvit.models.registry import REGISTRY, list_models
 from pyvit.models.resnet import ResNet
+from pyvit.models.sam import SamEncoder
 
 
 def model_from_checkpoint(
     source: str | os.PathLike[str] | Mapping[str, Any], **overrides: Any
 ) -> tuple[nn.Module, LoadReport]:
-    """A ViT, DeiT, MAE, Swin, ResNet, CLIP or SigLIP model with the weights of ``source``, and the report of loading
-    them.
+    """A model with the weights of ``source``, and the report of loading them: a ViT, EVA-02, AIMv2, DeiT, MAE, SAM
+    encoder, Swin, ResNet, CLIP or SigLIP.
 
     Settings that shapes do not show, such as heads and activation, are read from the file's metadata or the
     configuration beside it. Without these, published widths get their published number of heads, and others 64 channels
@@ -46,7 +49,8 @@ def model_from_checkpoint(
         )
     model = constructor(**{**settings, **overrides})
     report = load_checkpoint(model, opened, allow=(r".*num_heads",) if "num_heads" in overrides else ())
-    if "num_heads" in settings and constructor is not swin.SwinTransformer and not told | ("num_heads" in overrides):
+    guessed = constructor not in (swin.SwinTransformer, SamEncoder)
+    if "num_heads" in settings and guessed and not told | ("num_heads" in overrides):
         report.notes.append(
             f"num_heads={settings['num_heads']} is a guess from the width: nothing in the file names it"
         )
@@ -59,6 +63,14 @@ def _inferred(opened: Source) -> tuple[Any, dict[str, Any], bool]:
     native, _, _ = to_native(opened.state, layout)
     metadata = opened.metadata or metadata_of_config(opened.config, native)
     constructor, settings = infer(native, metadata)
+    made, registered = REGISTRY.get(opened.config.get("architecture", ""), (None, {}))
+    if made is Eva:  # rotary positions and the place of the norms have no weights
+        names = ("img_size", "patch_size", "in_chans", "num_classes", "depth", "embed_dim")
+        return Eva, {**registered, **{k: settings[k] for k in names if k in settings}}, True
+    if layout.name in ("timm EVA-02", "timm EVA", "timm PE") and constructor is not Eva:
+        raise ValueError(
+            "model_from_checkpoint: nothing in this checkpoint tells its rotary positions: create the model by name"
+        )
     if "NaFlex" in layout.name or any(found.get("naflex") for found in metadata.values()):
         if constructor is vit.VisionTransformer:
             constructor = NaFlexVisionTransformer
@@ -135,7 +147,9 @@ def _told(metadata: Metadata, constructor: Any, settings: Mapping[str, Any]) -> 
         wanted["text_heads"] = ("text.blocks.0.attn", "num_heads")
     if constructor is clip_vit and "text_heads" in settings:
         wanted["eot"] = ("text", "eot")
-    if settings.get("activation") == "swiglu":  # the gate's is SiLU, whatever the configuration calls it
+    if (
+        settings.get("activation") == "swiglu" or constructor is Aimv2
+    ):  # the gate's is SiLU, whatever the configuration calls it
         wanted.pop("activation", None)
     if settings.get("pos_embed") == "rope":
         wanted["rope_base"] = ("rope", "base")
@@ -179,10 +193,16 @@ def infer(state: Mapping[str, Tensor], metadata: Metadata | None = None) -> tupl
         return swin.SwinTransformer, _swin(state)
     if "layer4.0.conv1.weight" in state and "attnpool.q_proj.weight" not in state:
         return ResNet, _resnet(state)
+    if "blocks.0.attn.rel_pos_h" in state and "pos_embed" in state and state["pos_embed"].dim() == 4:
+        return SamEncoder, _sam(state)
     if "patch_embed.proj.weight" in state and "blocks.0.attn.qkv.weight" in state:
         settings = _vit(state, "", lookup(metadata or {}, "", "grid"))
         if settings.get("pos_embed") == "none" and lookup(metadata or {}, "rope", "base") is not None:
             settings["pos_embed"] = "rope"
+        if "patch_embed.norm.weight" in state and "blocks.0.norm1.bias" not in state:
+            return Aimv2, _aimv2(state, settings)
+        if _is_eva(metadata or {}):
+            return Eva, settings | _eva(state, settings, metadata or {})
         if "decoder_embed.weight" in state:
             return MaskedAutoencoder, settings | _decoder(state)
         if "dist_token" in state and "fc_norm.weight" in state:
@@ -190,6 +210,64 @@ def infer(state: Mapping[str, Tensor], metadata: Metadata | None = None) -> tupl
         distilled = "head_dist.weight" in state or ("dist_token" in state and "head.weight" not in state)
         return DistilledVisionTransformer if distilled else vit.VisionTransformer, settings
     raise ValueError(f"model_from_checkpoint: source is not a ViT, Swin or CLIP; its keys begin with {list(state)[:5]}")
+
+
+def _aimv2(state: Mapping[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an :class:`Aimv2` from those of a ViT: its heads have 128 channels."""
+    names = ("patch_size", "in_chans", "embed_dim", "depth", "num_classes", "img_size")
+    width, hidden = settings["embed_dim"], state["blocks.0.mlp.fc2.weight"].shape[1]
+    found = {k: settings[k] for k in names if k in settings}
+    heads = {"num_heads": max(width // 128, 1), "mlp_ratio": _ratio(hidden, width)}
+    return {**found, **heads, "native": "pos_embed" not in state}
+
+
+def _sam(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Settings of a :class:`SamEncoder`. The relative positions of a block show whether it has windows."""
+    width, chans, patch, _ = state["patch_embed.proj.weight"].shape
+    rows, columns = state["pos_embed"].shape[1:3]
+    depth = _count(state, r"blocks\.(\d+)\.")
+    sizes = [(state[f"blocks.{i}.attn.rel_pos_h"].shape[0] + 1) // 2 for i in range(depth)]
+    window = min(sizes)
+    return {
+        "img_size": (rows * patch, columns * patch),
+        "patch_size": patch,
+        "in_chans": chans,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": width // state["blocks.0.attn.rel_pos_h"].shape[1],
+        "mlp_ratio": _ratio(state["blocks.0.mlp.fc1.weight"].shape[0], width),
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "window_size": window,
+        "global_blocks": [i for i, size in enumerate(sizes) if size != window],
+        "out_channels": state["neck.0.weight"].shape[0] if "neck.0.weight" in state else 0,
+    }
+
+
+def _is_eva(metadata: Metadata) -> bool:
+    return lookup(metadata, "rope", "column_first") is not None or bool(lookup(metadata, "blocks.0", "post_norm"))
+
+
+def _eva(state: Mapping[str, Tensor], settings: dict[str, Any], metadata: Metadata) -> dict[str, Any]:
+    """Settings of an :class:`Eva` besides those of a ViT, from our own metadata."""
+    width, hidden = settings["embed_dim"], state["blocks.0.mlp.fc2.weight"].shape[1]
+    found = {
+        "pos_embed": "none" if "pos_embed" not in state else "learn",
+        "activation": "gelu",
+        "swiglu": settings.get("activation") == "swiglu",
+        "mlp_ratio": _ratio(hidden, width),
+        "scale_mlp": "blocks.0.mlp.norm.weight" in state,
+        "scale_norm": "blocks.0.attn.norm.weight" in state,
+        "post_norm": bool(lookup(metadata, "blocks.0", "post_norm")),
+        "final_norm": "norm.weight" in state or "fc_norm.weight" in state,
+        "norm_eps": lookup(metadata, "blocks.0.norm1", "eps") or 1e-6,
+        "rope_reference": lookup(metadata, "rope", "reference"),
+        "rope_offset": lookup(metadata, "rope", "offset") or 0.0,
+        "rope_column_first": bool(lookup(metadata, "rope", "column_first")),
+    }
+    if "attn_pool.latent" in state:
+        found["pool_heads"] = lookup(metadata, "attn_pool", "num_heads")
+        found["pool_mlp_ratio"] = _ratio(state["attn_pool.mlp.fc1.weight"].shape[0], width)
+    return found
 
 
 def heads_of(width: int) -> int:

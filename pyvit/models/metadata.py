@@ -21,6 +21,7 @@ Metadata = dict[str, dict[str, Any]]
 NAMES = (
     "num_heads", "activation", "eps", "grid", "stride", "window_size", "pretrained_window_size", "base", "causal",
     "pool", "eot", "pad", "global_pool", "naflex",
+    "reference", "offset", "column_first", "post_norm",
 )  # fmt: skip
 KEY = "pyvit"
 
@@ -139,6 +140,11 @@ def metadata_of_config(config: Mapping[str, Any], native: Mapping[str, Tensor]) 
             if s < len(trained) and trained[s]:
                 metadata[rf"layers\.{s}\.blocks\.\d+\.attn"]["pretrained_window_size"] = square(trained[s])
         return metadata
+    if kind == "aimv2_vision_model":
+        grid = {} if config.get("is_native") else _image_grid(config.get("image_size", 224), native.get(patch))
+        heads: dict[str, Any] = {"num_heads": config.get("num_attention_heads", 8)}
+        eps: dict[str, Any] = {"eps": config.get("rms_norm_eps", 1e-5)}
+        return {r"blocks\.\d+\.attn": heads, r"(.*\.)?norm\d?": eps, "": grid}
     if kind == "dinov3_vit":
         base = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta", 100.0)
         return {**_tower(config, "", eps=1e-5), "rope": {"base": base}}

@@ -3,7 +3,7 @@ DINOv3."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from pyvit.nn import (
     Packing,
     PatchEmbed,
     QueryValueLinear,
+    RMSNorm,
     RotaryEmbedding,
     init_linears,
     resample_positions,
@@ -27,6 +28,22 @@ from pyvit.nn import (
 )
 from pyvit.nn.patch_embed import pair
 from pyvit.nn.rates import check_rate
+
+
+def vit_block(
+    dim: int,
+    num_heads: int,
+    mlp_ratio: float,
+    qkv_bias: bool | str = True,
+    *,
+    kind: type[Block] = Block,
+    **options: Any,
+) -> Block:
+    """A block of class ``kind`` whose ``qkv_bias`` may be "qv"; options as of :class:`pyvit.nn.Block`."""
+    block = kind(dim, num_heads, mlp_ratio, qkv_bias=qkv_bias is True, **options)
+    if qkv_bias == "qv":
+        block.attn.qkv = QueryValueLinear(dim)
+    return block
 
 
 class VisionTransformer(WithMetadata):
@@ -46,6 +63,7 @@ class VisionTransformer(WithMetadata):
             al., 2024).
         no_embed_class: positions for patches only.
         pos_embed: "learn", "sincos" (fixed), "rope" (2-D rotary) or "none". rope_base: longest period of "rope".
+            rope_layer: makes other rotary positions from the size of a head, in addition to ``pos_embed``.
         pre_norm: a norm before the blocks (CLIP). final_norm: a norm after them; with "avg" pooling it follows the
             pooling (``fc_norm``).
         patch_stride: for overlapping patches. patch_bias: of the projection. mask_token: for masked image modelling.
@@ -57,6 +75,8 @@ class VisionTransformer(WithMetadata):
         interpolate_antialias, interpolate_offset: see :func:`pyvit.nn.resample_positions`.
         mean, std: see :class:`pyvit.nn.PatchEmbed`.
         weight_init: of linear layers: "normal" (truncated, 0.02, as timm) or "xavier", which suits widths below 384.
+        norm_layer: :class:`pyvit.nn.LayerNorm` or :class:`pyvit.nn.RMSNorm`. block_layer: makes each block.
+        pool_heads, pool_mlp_ratio: of "map" pooling; None for those of the blocks.
     """
 
     def __init__(
@@ -81,6 +101,7 @@ class VisionTransformer(WithMetadata):
         no_embed_class: bool = False,
         pos_embed: str = "learn",
         rope_base: float = 100.0,
+        rope_layer: Callable[[int], nn.Module] | None = None,
         pre_norm: bool = False,
         final_norm: bool = True,
         fc_norm: bool | None = None,
@@ -99,6 +120,10 @@ class VisionTransformer(WithMetadata):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         weight_init: str = "normal",
+        norm_layer: type[LayerNorm] | type[RMSNorm] = LayerNorm,
+        block_layer: Callable[..., nn.Module] = vit_block,
+        pool_heads: int | None = None,
+        pool_mlp_ratio: float | None = None,
     ) -> None:
         super().__init__()
         if global_pool not in ("token", "avg", "token_avg", "map", ""):
@@ -131,19 +156,22 @@ class VisionTransformer(WithMetadata):
         self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if dist_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim)) if mask_token else None
-        self.pos_embed, self.rope = None, None
+        self.pos_embed: nn.Parameter | None = None
+        self.rope: nn.Module | None = None
         if pos_embed in ("learn", "sincos"):
             positions = self.grid[0] * self.grid[1] + (0 if self.no_embed_class else 1 + int(dist_token))
             self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim), requires_grad=pos_embed == "learn")
         elif pos_embed == "rope":
-            self.rope = self.make_rope(embed_dim // num_heads, rope_base)
+            self.rope = RotaryEmbedding(embed_dim // num_heads, rope_base)
+        if rope_layer is not None:
+            self.rope = rope_layer(embed_dim // num_heads)
         self.pos_drop = nn.Dropout(pos_drop_rate)
-        self.norm_pre = LayerNorm(embed_dim, norm_eps) if pre_norm else nn.Identity()
+        self.norm_pre = norm_layer(embed_dim, norm_eps) if pre_norm else nn.Identity()
         check_rate("VisionTransformer: drop_path_rate", drop_path_rate)
         rates = [drop_path_rate if drop_path_uniform else drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.Sequential(
             *(
-                self.make_block(
+                block_layer(
                     embed_dim,
                     num_heads,
                     mlp_ratio,
@@ -156,16 +184,18 @@ class VisionTransformer(WithMetadata):
                     drop_path_form=drop_path_form,
                     init_values=init_values,
                     eps=norm_eps,
+                    norm_layer=norm_layer,
                 )
                 for rate in rates
             )
         )
         after_pool = global_pool == "avg" if fc_norm is None else fc_norm
-        self.norm = LayerNorm(embed_dim, norm_eps) if final_norm and not after_pool else nn.Identity()
-        self.attn_pool = (
-            AttentionPool(embed_dim, num_heads, mlp_ratio, activation, norm_eps) if global_pool == "map" else None
-        )
-        self.fc_norm = LayerNorm(embed_dim, norm_eps) if final_norm and after_pool else nn.Identity()
+        self.norm = norm_layer(embed_dim, norm_eps) if final_norm and not after_pool else nn.Identity()
+        self.attn_pool = None
+        if global_pool == "map":
+            ratio = mlp_ratio if pool_mlp_ratio is None else pool_mlp_ratio
+            self.attn_pool = AttentionPool(embed_dim, pool_heads or num_heads, ratio, activation, norm_eps)
+        self.fc_norm = norm_layer(embed_dim, norm_eps) if final_norm and after_pool else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.init_weights(weight_init)
         self.reset_classifier(num_classes)
@@ -175,17 +205,6 @@ class VisionTransformer(WithMetadata):
     ) -> PatchEmbed:
         """Create the patch embedding; hybrids override it."""
         return PatchEmbed(patch_size, in_chans, embed_dim, **options)
-
-    def make_rope(self, head_dim: int, base: float) -> RotaryEmbedding:
-        """Create the rotary positions; variants override it."""
-        return RotaryEmbedding(head_dim, base)
-
-    def make_block(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool | str, **options: Any) -> Block:
-        """Create a block; variants override it."""
-        block = Block(dim, num_heads, mlp_ratio, qkv_bias=qkv_bias is True, **options)
-        if qkv_bias == "qv":
-            block.attn.qkv = QueryValueLinear(dim)
-        return block
 
     def init_weights(self, linear: str = "normal") -> None:
         """Linear layers as ``linear`` says (:func:`pyvit.nn.init_linears`), a normal distribution of 0.02 for positions
@@ -406,7 +425,7 @@ for _size in ("small", "base", "large", "giant"):
     )
     register(f"vit_{_size}_patch14_reg4_dinov2", VisionTransformer, **_DINOV2, **SIZES[_size], **_ffn, reg_tokens=4)
 
-# DINOv3, table 2 of the paper and the released configurations. The released files have biases of queries and values
+# DINOv3: the released configurations. The released files have biases of queries and values
 # (except the 7B model's), which are zero; timm's names without "_qkvb" leave them out.
 _DINOV3: dict[str, Any] = {"patch_size": 16, "num_classes": 0, "init_values": 1e-5, "mask_token": True, "reg_tokens": 4}
 _DINOV3 |= {"pos_embed": "rope", "norm_eps": 1e-5}

@@ -7,7 +7,7 @@ from pyvit.nn.linear import Linear
 from pyvit.nn.mlp import GatedMlp, Mlp, SwiGLU, swiglu_hidden
 from pyvit.nn.patch_embed import PatchEmbed
 from pyvit.nn.pool import AttentionPool
-from pyvit.nn.position import RotaryEmbedding, resample_positions, sincos_2d
+from pyvit.nn.position import AxialRotaryEmbedding, RotaryEmbedding, resample_positions, sincos_2d
 from pyvit.nn.quantized import QuantizedLinear
 from pyvit.nn.query_value_linear import QueryValueLinear
 from pyvit.nn.residual import DropPath, LayerScale
@@ -19,6 +19,7 @@ from pyvit.nn.window_attention import WindowAttention, WindowAttentionV2
 __all__ = [
     "Attention",
     "AttentionPool",
+    "AxialRotaryEmbedding",
     "Block",
     "DropPath",
     "GatedMlp",

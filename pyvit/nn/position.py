@@ -94,3 +94,52 @@ class RotaryEmbedding(Constants):
         angles = (2 * math.pi * coords[:, :, None] / self.periods).flatten(1)  # (N, d/2)
         angles = torch.cat((angles.new_zeros(prefix, angles.shape[1]), angles)).repeat(1, 2)
         return torch.stack((angles.sin(), angles.cos()), 1)
+
+
+class AxialRotaryEmbedding(Constants):
+    """2-D rotary positions over rows and columns of patches, for pairs (2i, 2i + 1) of channels
+    (``rotate(..., interleaved=True)``). Fang et al., "EVA-02" (2023), section 2.1.
+
+    Half of each head's pairs follow one axis, half the other, at frequencies base ** (-4 i / d).
+
+    Args:
+        head_dim: d, divisible by 4.
+        base: the longest period over 2 pi.
+        reference: (rows, columns) of the grid in pre-training, to which the coordinates of other grids are scaled.
+            None: not scaled.
+        offset: coordinate of the first row and column.
+        column_first: the first half follows the column (Perception Encoder), not the row.
+    """
+
+    frequencies: Tensor
+
+    def __init__(
+        self,
+        head_dim: int,
+        base: float = 10000.0,
+        reference: Sequence[int] | None = None,
+        offset: float = 0.0,
+        column_first: bool = False,
+    ) -> None:
+        super().__init__()
+        if head_dim % 4:
+            raise ValueError(f"AxialRotaryEmbedding: head_dim must be divisible by 4, got {head_dim}")
+        self.head_dim, self.base, self.offset, self.column_first = head_dim, base, offset, column_first
+        self.reference = None if reference is None else tuple(reference)
+        self.register_constants()
+
+    def constants(self) -> dict[str, Tensor]:
+        steps = torch.arange(self.head_dim // 4, dtype=torch.float32, device="cpu")
+        return {"frequencies": 1.0 / self.base ** (steps * (4.0 / self.head_dim))}
+
+    def forward(self, grid: Sequence[int], prefix: int = 0) -> Tensor:
+        """(prefix + rows * columns, 2, d), sines and cosines, float32; prefix tokens are not rotated."""
+        axes = [torch.arange(n, dtype=torch.float32, device=self.frequencies.device) + self.offset for n in grid]
+        if self.reference is not None:
+            axes = [axis / n * wanted for axis, n, wanted in zip(axes, grid, self.reference, strict=True)]
+        coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1)  # (N, 2)
+        if self.column_first:
+            coords = coords.flip(-1)
+        angles = (coords[:, :, None] * self.frequencies).flatten(1)  # (N, d/2)
+        angles = torch.cat((angles.new_zeros(prefix, angles.shape[1]), angles)).repeat_interleave(2, 1)
+        return torch.stack((angles.sin(), angles.cos()), 1)

@@ -51,6 +51,15 @@ def dinov3(**more):
     return pyvit.create_model("vit_small_patch16_dinov3_qkvb", **{**VIT, "num_classes": 0, **more})
 
 
+def small(name, **more):
+    return pyvit.create_model(name, **{**VIT, **more})
+
+
+def sam(**more):
+    settings = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "window_size": 3}
+    return pyvit.create_model("samvit_base_patch16", **{**settings, "global_blocks": [1], **more})
+
+
 MODELS = {
     "transformers ViT": vit,
     "transformers<5 ViT": vit,
@@ -65,6 +74,13 @@ MODELS = {
     "transformers SigLIP": lambda: pyvit.create_model("siglip_vit_base_patch16_224", **SIGLIP),
     "transformers SigLIP 2 NaFlex": lambda: pyvit.create_model("siglip2_vit_base_patch16_naflex", **SIGLIP),
     "timm NaFlex": lambda: pyvit.create_model("naflexvit_base_patch16_siglip", **{**VIT, "num_classes": 0}),
+    "timm EVA-02": lambda: small("eva02_base_patch14_224"),
+    "timm EVA": lambda: small("eva02_tiny_patch14_224"),
+    "timm PE": lambda: small("vit_pe_lang_large_patch14_448"),
+    "transformers AIMv2": lambda: small("aimv2_large_patch14_224", num_classes=0),
+    "timm AIMv2": lambda: small("aimv2_large_patch14_224"),
+    "transformers SAM": sam,
+    "facebookresearch SAM": sam,
     "OpenAI CLIP": lambda: pyvit.create_model("clip_vit_base_patch32_224", **CLIP),
     "open_clip": lambda: pyvit.create_model("clip_vit_base_patch32_224", **CLIP),
     "torchvision ViT": vit,
