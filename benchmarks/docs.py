@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
+from benchmarks import int8_table
 from benchmarks.runner import Row
 from benchmarks.workload import OURS
 from pyvit.dispatch.capabilities import CAPABILITIES
@@ -296,6 +297,7 @@ PARTS = (
     ("README.md", "numbers", numbers),
     ("README.md", "support", support),
     ("docs/choice.md", "capabilities", capabilities),
+    ("docs/guides/int8.md", "accuracy", int8_table.committed),
 )
 
 
