@@ -70,24 +70,32 @@ def measure(subject: Subject) -> Result:
     wanted = found["fp32"]
     chosen = {kind: outputs.scores.argmax(-1) for kind, outputs in found.items()}
     values = {kind: getattr(outputs, subject.error_of) for kind, outputs in found.items()}
+    error = {kind: float((value - values["fp32"]).norm() / values["fp32"].norm()) for kind, value in values.items()}
+    image = {kind: _cosines(outputs.image, wanted.image) for kind, outputs in found.items()}
+    dense = {kind: _cosines(outputs.dense, wanted.dense) for kind, outputs in found.items()}
     result = Result(
-        subject.name,
-        subject.weights,
-        len(report.quantized),
-        len(report.layers),
-        len(subject.given),
-        len(wanted.dense),
-        *(float((values[kind] - values["fp32"]).norm() / values["fp32"].norm()) for kind in ("bf16", "int8")),
-        *(float(_cosines(found[kind].image, wanted.image).min()) for kind in ("bf16", "int8")),
-        *(float(_cosines(found[kind].dense, wanted.dense).median()) for kind in ("bf16", "int8")),
-        *(float(_cosines(found[kind].dense, wanted.dense).min()) for kind in ("bf16", "int8")),
-        float(_cosines(found["int8"].dense, found["bf16"].dense).min()),
-        *(_per_cent(chosen[kind], chosen["fp32"]) for kind in ("bf16", "int8")),
+        name=subject.name,
+        weights=subject.weights,
+        quantized=len(report.quantized),
+        layers=len(report.layers),
+        inputs=len(subject.given),
+        tokens=len(wanted.dense),
+        bf16_error=error["bf16"],
+        int8_error=error["int8"],
+        bf16_image_least=float(image["bf16"].min()),
+        int8_image_least=float(image["int8"].min()),
+        bf16_dense_median=float(dense["bf16"].median()),
+        int8_dense_median=float(dense["int8"].median()),
+        bf16_dense_least=float(dense["bf16"].min()),
+        int8_dense_least=float(dense["int8"].min()),
+        int8_to_bf16_least=float(_cosines(found["int8"].dense, found["bf16"].dense).min()),
+        bf16_agreement=_per_cent(chosen["bf16"], chosen["fp32"]),
+        int8_agreement=_per_cent(chosen["int8"], chosen["fp32"]),
     )
-    if subject.labels is None:
-        return result
-    right = {f"{kind}_accuracy": _per_cent(chosen[kind], subject.labels) for kind in found}
-    return dataclasses.replace(result, **right)
+    if subject.labels is not None:
+        right = {kind: _per_cent(scores, subject.labels) for kind, scores in chosen.items()}
+        result.fp32_accuracy, result.bf16_accuracy, result.int8_accuracy = right["fp32"], right["bf16"], right["int8"]
+    return result
 
 
 def _cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -102,9 +110,9 @@ def draw(model: nn.Module, heavy: bool) -> nn.Module:
     """Random weights with which every branch counts: of standard deviation 1 / sqrt(inputs).
 
     ``heavy``: of Student's t distribution with three degrees of freedom; two channels of each block's layer norms are
-    30 times as large, the columns of the next layer that read them a tenth, and what MLPs add to them 10 times, as in
-    trained transformers
-    (Dettmers et al., "LLM.int8()", 2022; Darcet et al., "Vision Transformers Need Registers", 2024).
+    30 times as large, the columns of the next layer that read them a tenth (3 times where norms follow their branches,
+    and no layer reads them alone), and what MLPs add to them 10 times, as in trained transformers (Dettmers et al.,
+    "LLM.int8()", 2022; Darcet et al., "Vision Transformers Need Registers", 2024).
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -122,11 +130,12 @@ def draw(model: nn.Module, heavy: bool) -> nn.Module:
                 noise = noise / torch.randn(3, *p.shape, generator=generator).square().mean(0).sqrt()
                 noise = noise.clamp(-30, 30) / math.sqrt(3)
             p.copy_(noise / math.sqrt(p[0].numel()))
+        # Norms that follow their branches: no layer makes up for their size.
+        after = any(getattr(block, "post_norm", False) for block in model.modules())
         for name, p in model.named_parameters() if heavy else ():
             if name.endswith(("norm1.weight", "norm2.weight")):
-                p[[5, 41]] *= 30
-        for name, p in model.named_parameters() if heavy else ():
-            if p.dim() == 2 and name.endswith(("qkv.weight", "fc1.weight")):
+                p[[5, 41]] *= 3 if after else 30
+            elif p.dim() == 2 and name.endswith(("qkv.weight", "fc1.weight")) and not after:
                 p[:, [5, 41]] /= 10
             elif p.dim() == 2 and name.endswith("fc2.weight"):
                 p[[5, 41]] *= 10
