@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-from benchmarks import records
+from benchmarks import int8_table, records
 from benchmarks.runner import Row
 from benchmarks.workload import OURS
 from pyvit.dispatch.capabilities import CAPABILITIES
@@ -295,6 +295,7 @@ PARTS = (
     ("README.md", "numbers", numbers),
     ("README.md", "support", support),
     ("docs/choice.md", "capabilities", capabilities),
+    ("docs/guides/int8.md", "accuracy", int8_table.committed),
 )
 
 

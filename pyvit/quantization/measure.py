@@ -68,11 +68,22 @@ def _run(model: nn.Module, batches: Sequence[Any], forward: Callable[..., Any] |
                 try:
                     out = call(*args, **kwargs)
                 except Exception as error:
-                    raise ValueError(f"quantize: calibration does not fit the model: {error}") from error
+                    raise ValueError(
+                        f"quantize: calibration does not fit the model: {_where(model, error)}{error}"
+                    ) from error
             yield _tensor(out).float()
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _where(model: nn.Module, error: BaseException) -> str:
+    """The innermost module of the model whose code was running."""
+    names, found, at = {id(module): name for name, module in model.named_modules()}, "", error.__traceback__
+    while at is not None:
+        found = names.get(id(at.tb_frame.f_locals.get("self")), found)
+        at = at.tb_next
+    return f"in {found}: " if found else ""
 
 
 def _tensor(out: Any) -> Tensor:
@@ -182,7 +193,27 @@ class Difference(NamedTuple):
 
 def outputs(model: nn.Module, batches: Sequence[Any]) -> Outputs:
     forward: Any = getattr(model, "forward_features", None)
-    return Outputs(list(_run(model, batches)), [] if forward is None else list(_run(model, batches, forward)))
+    if forward is None:
+        return Outputs(list(_run(model, batches)), [])
+    tokens: list[Tensor] = []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        tokens.append(_tensor(out).float())
+        return out
+
+    own = "forward_features" in vars(model)
+    vars(model)["forward_features"] = watched  # of most models a part of their forward
+    try:
+        whole = list(_run(model, batches))
+    finally:
+        if own:
+            vars(model)["forward_features"] = forward
+        else:
+            del vars(model)["forward_features"]
+    if len(tokens) != len(whole):
+        tokens = list(_run(model, batches, forward))
+    return Outputs(whole, tokens)
 
 
 def difference(found: Outputs, wanted: Outputs) -> Difference:
@@ -196,12 +227,13 @@ def difference(found: Outputs, wanted: Outputs) -> Difference:
 
 
 def _cosines(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[float, float]:
-    """Median and least cosine of the rows; zeros that stay zeros, as of a head that was never trained, do not count."""
+    """Median and least cosine of the rows. Zeros that stay zeros, as of a head that was never trained, and rows that
+    were not finite do not count; those that no longer are count as -1."""
     rows = []
     for a, b in zip(found, wanted, strict=True):
         if b.dim():
-            counts = (a != 0).any(-1) | (b != 0).any(-1)
-            rows.append(torch.cosine_similarity(a, b, -1)[counts])
+            counts = ((a != 0).any(-1) | (b != 0).any(-1)) & b.isfinite().all(-1)
+            rows.append(torch.cosine_similarity(a, b, -1)[counts].nan_to_num(-1.0))
     cosines = torch.cat(rows) if rows else torch.empty(0)
     if not cosines.numel():
         return float("nan"), float("nan")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks import cases, int8_accuracy, models_int8
+from benchmarks import cases, int8_accuracy, int8_table, models_int8
 from benchmarks.workload import OURS
 from pyvit import library
 
@@ -35,9 +38,25 @@ def test_errors_are_those_of_the_logits() -> None:
 def test_a_line_of_the_table(heavy: bool) -> None:
     family = int8_accuracy.Family("pico", "vit_pico_patch8_32", {"num_classes": 7})
     result = int8_accuracy.measure(family.subject(3, heavy))
-    assert 0 < result.bf16 < result.int8 < 0.5
-    assert result.worst <= result.dense <= 1.0001
-    assert result.line().count("|") == int8_accuracy.HEAD[0].count("|") == int8_accuracy.HEAD[1].count("|")
+    assert 0 < result.bf16_error < result.int8_error < 0.5
+    assert result.int8_dense_least <= result.int8_dense_median <= 1.0001
+    assert result.int8_to_bf16_least > 0.98
+    assert result.line().count("|") == int8_table.HEAD[0].count("|") == int8_table.HEAD[1].count("|")
+
+
+def test_results_are_kept_and_replaced(tmp_path: Path) -> None:
+    numbers = (3, 5, 1, 49, *(0.123456789 + i for i in range(11)))
+    one, two = (int8_table.Result(name, "trained", *numbers) for name in ("one", "two"))
+    two.fp32_accuracy = two.bf16_accuracy = two.int8_accuracy = 87.5
+    path = tmp_path / "results.csv"
+    int8_table.merge([one, two], path)
+    int8_table.merge([dataclasses.replace(one, quantized=4)], path)
+    found = int8_table.read(path)
+    assert [each.name for each in found] == ["one", "two"]
+    assert found[0].quantized == 4
+    assert found[0].line().endswith("|  |")
+    assert found[1].line().endswith("| 87.50 / 87.50 / 87.50 |")
+    assert found[1].int8_agreement == pytest.approx(two.int8_agreement, rel=1e-6)
 
 
 def test_bert_is_transformers_own() -> None:
