@@ -413,11 +413,12 @@ def add_costs(rows: Sequence[Row]) -> None:
             row.intensity = flops / moved
 
 
-def load(path: Path) -> Run:
+def load(path: Path, costs: bool = False) -> Run:
     """From files. A CSV's machine is described by the page of the same name (results.md beside results.csv), and its
-    name is that of its folder."""
+    name is that of its folder. ``costs``: see :func:`add_costs`, which takes seconds."""
     about, rows = records.read(path)
-    add_costs(rows)
+    if costs:
+        add_costs(rows)
     folder = path if path.is_dir() else path.parent
     if about:
         return run_of(about, rows)
@@ -444,7 +445,7 @@ def main() -> None:
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path("report.html"))
     args = parser.parse_args()
-    args.out.write_text(page([load(path) for path in args.results]))
+    args.out.write_text(page([load(path, costs=True) for path in args.results]))
     print(f"wrote {args.out}, {args.out.stat().st_size / 1024:.0f} KiB")
 
 

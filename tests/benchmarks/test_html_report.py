@@ -114,7 +114,7 @@ def test_older_files_get_their_machine_from_the_page_beside_and_their_bytes_from
         "# Benchmark results\n\n- A processor, 2 cores\n- ceiling: 231 GF/s fp32, 463 GF/s bf16, copy 43.4 GB/s "
         "(2 threads; x)\n\n## Targets\n\n- no fact\n"
     )
-    run = html_report.load(tmp_path / "peers.csv")
+    run = html_report.load(tmp_path / "peers.csv", costs=True)
     assert list(run.lines) == [
         "A processor, 2 cores",
         "ceiling: 231 GF/s fp32, 463 GF/s bf16, copy 43.4 GB/s (2 threads; x)",
