@@ -1,16 +1,18 @@
 """What the documentation takes from data: ``python -m benchmarks.docs`` writes the charts of the committed results,
-the README's numbers, and the tables of what each backend serves. A test compares them with the data."""
+the README's numbers, the tables of machines, and the tables of what each backend serves. A test compares them with the
+data."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-from benchmarks import int8_table, records
-from benchmarks.runner import Row
+from benchmarks import html_report, int8_table, records
+from benchmarks.runner import NEVER_LOSE, Row
 from benchmarks.workload import OURS
 from pyvit.dispatch.capabilities import CAPABILITIES
 
@@ -284,6 +286,37 @@ def _head_dim(limits: tuple[int, int, int]) -> str:
     return f"{low} to {high}" + (f", multiples of {multiple}" if multiple > 1 else "")
 
 
+def machines(prefix: str) -> str:
+    """A table of every file of results, the newest first; ``prefix``: the way from the page to the results."""
+    rows = []
+    for path in sorted(RESULTS.glob("*/*.csv")):
+        if path.name == "models.csv" and path.with_name("results.csv").exists():
+            continue  # the same rows in timm's columns
+        run = html_report.load(path)
+        page = path.with_suffix(".md")
+        dates = re.findall(r"\b20\d\d-\d\d-\d\d\b", page.read_text() if page.exists() else "")
+        torch = next((found[1] for row in run.rows if (found := re.search(r"torch ([\w.+]+)", row.versions))), "")
+        compared = [best for case in run.cases.values() if (best := html_report.best_peer(case))]
+        kept = sum(ratio >= NEVER_LOSE for _, ratio in compared)
+        links = [f"[{file.name}]({prefix}{path.parent.name}/{file.name})" for file in (page, path) if file.exists()]
+        cells = (path.parent.name, dates[0] if dates else "", torch, len(run.cases), f"{kept} of {len(compared)}")
+        rows.append((cells[1], f"| {' | '.join(map(str, cells))} | {', '.join(links)} |\n"))
+    head = (
+        "| machine | measured | torch | cases | not slower than the fastest peer | files |\n|---|---|---|---|---|---|\n"
+    )
+    return head + "".join(line for _, line in sorted(rows, key=lambda row: row[0], reverse=True))
+
+
+def machines_page() -> str:
+    """benchmarks/results/machines.md."""
+    return (
+        "# Machines\n\nWritten by `python -m benchmarks.docs`. `pyvit bench --share` adds a machine; "
+        "`python -m benchmarks.html_report FOLDER ...` makes one HTML page of several. Peers are other libraries under "
+        f"the numerics rule that were timed in the same rounds; not slower: at least {NEVER_LOSE} times as fast.\n\n"
+        + machines("")
+    )
+
+
 def support() -> str:
     """The support table of docs/install.md, with links as from the README."""
     text = (ROOT / "docs/install.md").read_text()
@@ -296,6 +329,7 @@ PARTS = (
     ("README.md", "support", support),
     ("docs/choice.md", "capabilities", capabilities),
     ("docs/guides/int8.md", "accuracy", int8_table.committed),
+    ("docs/benchmarks.md", "machines", lambda: machines("../benchmarks/results/")),
 )
 
 
@@ -311,7 +345,7 @@ def with_part(text: str, name: str, part: str) -> str:
 
 def files() -> dict[Path, str]:
     """Everything that is written: path -> content."""
-    found = {IMAGES / chart.name: draw(chart) for chart in CHARTS}
+    found = {IMAGES / chart.name: draw(chart) for chart in CHARTS} | {RESULTS / "machines.md": machines_page()}
     for page, name, part in PARTS:
         text = found.get(ROOT / page) or (ROOT / page).read_text()
         found[ROOT / page] = with_part(text, name, part())

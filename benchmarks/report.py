@@ -145,13 +145,20 @@ def write_markdown(results: Results, lines: Sequence[str], path: Path, more: Seq
     path.write_text("\n".join(text) + "\n")
 
 
-def write(results: Results, about: dict[str, Any], out: Path, plots: bool = True, price: float = 0.0) -> list[Path]:
-    """Write results.csv, results.json, results.md, models.csv and the plots to ``out``. Returns their paths.
+def write(
+    results: Results, about: dict[str, Any], out: Path, plots: bool = True, price: float = 0.0, html: bool = True
+) -> list[Path]:
+    """Write report.html, results.csv, results.json, results.md, models.csv and the plots to ``out``. Returns the paths.
     ``about``: :func:`benchmarks.machine.describe`'s; ``price``: of the machine, dollars per hour."""
     records.write_csv(results.rows, out / "results.csv")
     records.write_json(results.rows, about, out / "results.json")
     write_markdown(results, machine.lines(about), out / "results.md")
     written = [out / "results.csv", out / "results.json", out / "results.md"]
+    if html:
+        from benchmarks import html_report
+
+        (out / "report.html").write_text(html_report.page([html_report.run_of(about, results.rows, price=price)]))
+        written.insert(0, out / "report.html")
     if records.write_models(results.rows, out / "models.csv", price):
         written.append(out / "models.csv")
     if plots:

@@ -6,11 +6,12 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import pyvit
-from benchmarks import inputs, plots, providers, runner
+from benchmarks import inputs, providers, runner
 from benchmarks.cases import Case
 from benchmarks.ceiling import Ceiling
 from benchmarks.ceiling import measure as measure_ceiling
@@ -93,12 +94,44 @@ def _sweep(name: str, level: str, settings: Settings, ceiling: Ceiling) -> list[
     return rows
 
 
-#: Sweep: title, label of the axis, and a row's position on it.
-SWEEPS: dict[str, tuple[str, str, Callable[[Row], float]]] = {
-    "tokens": ("attention of one image, 12 heads of 64", "tokens N", lambda row: int(row.case.split("x")[2])),
-    "batch": ("attention, N = 197, 12 heads of 64", "batch", lambda row: int(row.case.split("x")[0])),
-    "threads": ("attention, batch 8, N = 197", "threads", lambda row: row.threads),
-    "area": ("Swin-T, one image", "pixels", lambda row: int(row.case.split("x")[1]) ** 2),
+class Sweep(NamedTuple):
+    """A curve: its title, the label of the axis, a row's position on it, and whether a row belongs to it."""
+
+    title: str
+    label: str
+    x: Callable[[Row], float]
+    has: Callable[[Row], bool]
+
+
+def _size(row: Row, i: int) -> int:
+    """A part of "1x12x197x64, 2 threads"."""
+    return int(row.case.partition(",")[0].split("x")[i])
+
+
+def _attends(row: Row) -> bool:
+    return row.op == "flash_attention"
+
+
+SWEEPS = {
+    "tokens": Sweep(
+        "attention of one image, 12 heads of 64",
+        "tokens N",
+        lambda row: _size(row, 2),
+        lambda row: _attends(row) and _size(row, 0) == 1,
+    ),
+    "batch": Sweep(
+        "attention, N = 197, 12 heads of 64",
+        "batch",
+        lambda row: _size(row, 0),
+        lambda row: _attends(row) and _size(row, 2) == 197 and "thread" not in row.case,
+    ),
+    "threads": Sweep(
+        "attention, batch 8, N = 197",
+        "threads",
+        lambda row: row.threads,
+        lambda row: _attends(row) and "thread" in row.case,
+    ),
+    "area": Sweep("Swin-T, one image", "pixels", lambda row: _size(row, 1) ** 2, lambda row: row.op.startswith("swin")),
 }
 
 
@@ -116,7 +149,7 @@ def run(
     everything: list[Row] = []
     written: list[Path] = []
     late: list[str] = []
-    for name, (title, label, x) in SWEEPS.items():
+    for name, (title, label, x, _) in SWEEPS.items():
         if left() < 0:
             late.append(f"scaling with {name}")
             continue
@@ -130,6 +163,8 @@ def run(
                 curves[f"linear {dtype}"] = (at, [value[-1] * pixels / at[-1] for pixels in at])
                 print(f"  Swin-T {dtype}: time per pixel varies by {linearity(rows, dtype):.2f}x over {len(at)} sizes")
         if draw and curves:
+            from benchmarks import plots
+
             out.mkdir(parents=True, exist_ok=True)
             written.append(plots.lines(curves, out / f"scaling_{name}.png", title, label, "milliseconds"))
     return everything, written, late

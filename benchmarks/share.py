@@ -17,4 +17,4 @@ def write(results: Results, about: dict[str, Any], folder: Path, price: float = 
     """Write ``folder``/MACHINE/. Returns the paths. results.json and results.md hold the processor, versions, ceilings,
     command line and state of the machine with the rows."""
     out = folder / machine.slug(about["device"])
-    return report.write(results, about, out, plots=False, price=price)
+    return report.write(results, about, out, plots=False, price=price, html=False)

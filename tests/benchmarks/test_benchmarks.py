@@ -30,6 +30,7 @@ def test_command_line_end_to_end(tmp_path: Path, capsys):
     assert f"torch {torch.__version__}" in ours["versions"]
     assert (tmp_path / "patch_embed.png").stat().st_size > 1000
     assert "## Every row" in (tmp_path / "results.md").read_text()
+    assert "patch_embed 2x64 patch 16" in (tmp_path / "report.html").read_text()
 
 
 def test_command_line_refuses_what_it_does_not_know(capsys):

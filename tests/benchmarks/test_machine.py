@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import energy, machine, records
+from benchmarks import docs, energy, machine, records
 from benchmarks.__main__ import main
 from benchmarks.ceiling import Ceiling
 from benchmarks.runner import Row
@@ -95,3 +95,20 @@ def test_older_results_have_images_per_second(tmp_path: Path) -> None:
     head = "op,case,provider,dtype,mode,threads,median_ms\n"
     (tmp_path / "results.csv").write_text(f"{head}vit,batch 8,ours,fp32,inference,2,16\n")
     assert records.read(tmp_path)[1][0].images_per_s == 500
+
+
+def test_shared_results_are_in_the_table_of_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "slug", lambda device: "some-machine")
+    out = ["--no-plots", "--out", str(tmp_path / "out"), "--share", str(tmp_path / "shared")]
+    assert main(["ops", "--quick", "--only", "linear 64x32x96", "--seconds", "0.01", *out]) == 0
+    folder = tmp_path / "shared" / "some-machine"
+    assert {path.name for path in folder.iterdir()} == {"results.csv", "results.json", "results.md"}
+    about, rows = records.read(folder)
+    assert "linear 64x32x96" in about["command"]
+    assert about["ceiling"]["copy_gbs"] > 0
+    assert len(rows[0].samples) >= 3
+    monkeypatch.setattr(docs, "RESULTS", tmp_path / "shared")
+    line = docs.machines("results/").splitlines()[2]
+    assert line.startswith(f"| some-machine | {about['date'][:10]} | {about['torch']} | 1 | ")
+    assert " of 1 | " in line
+    assert "(results/some-machine/results.md)" in line
