@@ -8,13 +8,14 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyvit
 from pyvit import dispatch
 from pyvit.dispatch import Call, capabilities, gradients, reasons, select
 from pyvit.dispatch.capabilities import BACKENDS, CAPABILITIES, MISSING, PLAIN, Capability
 from pyvit.dispatch.schema import schema_of
-from pyvit.ops import attention_map, flash_attention, patch_embed, window_attention
+from pyvit.ops import attention_map, flash_attention, patch_embed, rope_attention, window_attention
 from pyvit.ops.flash_attention import ATTENTION_BACKWARD
 from pyvit.schemas import PYTHON_SCHEMAS, SCHEMAS
 
@@ -182,6 +183,18 @@ def test_explain_every_operator() -> None:
     assert pyvit.explain(attention_map, Q, Q, 0, bias=torch.ones(5, 5, dtype=torch.bool)).call.features == (
         "bool_mask",
     )
+
+
+def test_explain_rope_attention() -> None:
+    """Where no kernel of its own serves it, the report says of what it is made."""
+    rope = torch.zeros(5, 2, 8, requires_grad=True)
+    report = pyvit.explain(rope_attention, Q, Q, Q, rope, is_causal=True)
+    assert set(report.call.features) == {"causal", "grad"}
+    with FakeTensorMode():
+        on_gpu = [torch.empty(1, 2, 5, 8, device="cuda") for _ in range(3)]
+        report = pyvit.explain(rope_attention, *on_gpu, torch.empty(5, 2, 8, device="cuda"))
+    assert report.chosen == "torch"
+    assert any("then flash_attention, which chooses its own backend" in note for note in report.notes)
 
 
 def test_explain_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

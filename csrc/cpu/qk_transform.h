@@ -129,6 +129,8 @@ class QkRows {
   enum Rotation { NO_ROTATION, HALVES, NEIGHBOURS };
   // A row that passes in registers: the usual head, rotated as a whole.
   static constexpr int CHANNELS = 64, N = CHANNELS / W;
+  // Rows that pass together, for sums wait for each other: as many as there are registers for.
+  static constexpr int AT_ONCE = N <= 4 ? 4 : 1;
   bool in_registers() const { return d_ == CHANNELS && (!t_.rope || t_.rotated == CHANNELS); }
 
   template <class F>
@@ -158,6 +160,29 @@ class QkRows {
     for (int i = 1; i < N; i++) sum += v[i];
     return sum;
   }
+  // The sums of AT_ONCE vectors, each in the same order.
+  static void totals(const vf (&of)[AT_ONCE], float (&out)[AT_ONCE]) {
+    if constexpr (AT_ONCE == 1) {
+      out[0] = reduce_add(of[0]);
+    } else {
+      constexpr auto LANES = std::make_integer_sequence<int, W>{};
+      const vf all = add_pairs<2>(add_pairs<1>(of[0], of[1], LANES), add_pairs<1>(of[2], of[3], LANES), LANES);
+      float lanes[W];
+      store(lanes, add_fours<8>(add_fours<4>(all, LANES), LANES));
+      for (int k = 0; k < AT_ONCE; k++) out[k] = lanes[k];
+    }
+  }
+  // Neighbouring groups of STEP lanes of a are added, and of b; they follow each other by turns.
+  template <int STEP, int... I>
+  static vf add_pairs(vf a, vf b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, ((I & STEP) ? W + I - STEP : I)...) +
+           __builtin_shufflevector(a, b, ((I & STEP) ? W + I : I + STEP)...);
+  }
+  template <int STEP, int... I>
+  static vf add_fours(vf a, std::integer_sequence<int, I...>) {
+    if constexpr (STEP >= W) return a;
+    return a + __builtin_shufflevector(a, a, ((I ^ STEP) % W)...);
+  }
   // v to zero mean (CENTERED) and a mean square of 1; returns the factor.
   template <bool CENTERED>
   static float standardize(vf (&v)[N], float eps) {
@@ -174,30 +199,57 @@ class QkRows {
   }
   template <QkTransform::Norm NORM, Rotation ROTATION, class T, class E>
   void rows_in_registers(const T* x, int64_t ldx, int64_t rows, const float* rope, E* out, int64_t ld) const {
+    constexpr float SHARE = 1.f / CHANNELS;
+    constexpr int HALF = N / 2;
     const int64_t rope_n = t_.rope_n, to_cos = t_.rope_cos, second = second_;
     const float eps = t_.eps, *weight = weight_, *bias = bias_;
-    for (int64_t r = 0; r < rows; r++, x += ldx, out += ld, rope += ROTATION == NO_ROTATION ? 0 : rope_n) {
-      vf v[N];
-      for (int i = 0; i < N; i++) v[i] = load(x + i * W);
+    for (int64_t first = 0; first < rows; first += AT_ONCE) {
+      int64_t row[AT_ONCE];  // the last one again where there are fewer: a row's bits do not depend on its neighbours
+      for (int k = 0; k < AT_ONCE; k++) row[k] = std::min(first + k, rows - 1);
+      vf v[AT_ONCE][N];
+      for (int k = 0; k < AT_ONCE; k++)
+        for (int i = 0; i < N; i++) v[k][i] = load(x + row[k] * ldx + i * W);
       if constexpr (NORM != QkTransform::none) {
-        standardize<NORM == QkTransform::layer>(v, eps);
+        float total[AT_ONCE];
+        vf sums[AT_ONCE];
+        if constexpr (NORM == QkTransform::layer) {
+          for (int k = 0; k < AT_ONCE; k++) sums[k] = sum_of(v[k]);
+          totals(sums, total);
+          for (int k = 0; k < AT_ONCE; k++)
+            for (vf& lane : v[k]) lane -= total[k] * SHARE;
+        }
+        for (int k = 0; k < AT_ONCE; k++) {
+          sums[k] = v[k][0] * v[k][0];
+          for (int i = 1; i < N; i++) sums[k] += v[k][i] * v[k][i];
+        }
+        totals(sums, total);
+        for (float& t : total) t = 1.f / std::sqrt(t * SHARE + eps);
         for (int i = 0; i < N; i++) {
-          v[i] *= load(weight + i * W);
-          if constexpr (NORM == QkTransform::layer) v[i] += load(bias + i * W);
+          const vf w = load(weight + i * W);
+          for (int k = 0; k < AT_ONCE; k++) {
+            v[k][i] *= total[k];
+            if constexpr (NORM == QkTransform::layer) {
+              v[k][i] = v[k][i] * w + load(bias + i * W);
+            } else {
+              v[k][i] *= w;
+            }
+          }
         }
       }
-      const float* cos = rope + to_cos;
-      if constexpr (ROTATION == NO_ROTATION) {
-        for (int i = 0; i < N; i++) store(out + i * W, v[i]);
-      } else if constexpr (ROTATION == NEIGHBOURS) {
-        for (int i = 0; i < N; i++)
-          store(out + i * W, v[i] * load(cos + i * W) + quarter_turn(v[i]) * load(rope + i * W));
-      } else {
-        for (int i = 0; i < N / 2; i++) {
-          constexpr int HALF = N / 2;
-          const vf p = v[i], q = v[i + HALF];
-          store(out + i * W, p * load(cos + i * W) - q * load(rope + i * W));
-          store(out + (i + HALF) * W, q * load(cos + second + i * W) + p * load(rope + second + i * W));
+      for (int k = 0; k < AT_ONCE; k++) {
+        E* to = out + row[k] * ld;
+        const float *sin = ROTATION == NO_ROTATION ? nullptr : rope + row[k] * rope_n, *cos = sin + to_cos;
+        if constexpr (ROTATION == NO_ROTATION) {
+          for (int i = 0; i < N; i++) store(to + i * W, v[k][i]);
+        } else if constexpr (ROTATION == NEIGHBOURS) {
+          for (int i = 0; i < N; i++)
+            store(to + i * W, v[k][i] * load(cos + i * W) + quarter_turn(v[k][i]) * load(sin + i * W));
+        } else {
+          for (int i = 0; i < HALF; i++) {
+            const vf p = v[k][i], q = v[k][i + HALF];
+            store(to + i * W, p * load(cos + i * W) - q * load(sin + i * W));
+            store(to + (i + HALF) * W, q * load(cos + second + i * W) + p * load(sin + second + i * W));
+          }
         }
       }
     }

@@ -114,8 +114,8 @@ def _prepare(
     q, k, v, bias = prepare(_OP, q, k, v, bias)
     if rope is not None:
         checks.dense(_OP, "rope", rope)
-        if 3 <= rope.dim() < 5:
-            rope = rope[(None,) * (5 - rope.dim())]
+        for _ in range(5 - rope.dim() if rope.dim() >= 3 else 0):
+            rope = rope.unsqueeze(0)
     elif interleaved:
         checks.fail(_OP, "interleaved", "False without rope", interleaved)
     if qk_norm is not None and qk_norm not in NORMS:
