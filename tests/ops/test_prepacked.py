@@ -229,7 +229,7 @@ def test_errors() -> None:
             linear(x, w, norm=(torch.ones(6), None, 1e-5))
         with pytest.raises(TypeError, match=r"layer_norm: weight must have the dtype of x"):
             linear(x, w, norm=(torch.ones(8).bfloat16(), None, 1e-5))
-        for norm in (torch.ones(8), [torch.ones(8), None, 1e-5], (torch.ones(8), None)):
+        for norm in (torch.ones(8), [torch.ones(8), None, 1e-5], (torch.ones(8),)):
             with pytest.raises(
                 ValueError, match=r"linear: norm must be \(weight, bias, eps\) of a layer norm, \(weight, eps\)"
             ):
