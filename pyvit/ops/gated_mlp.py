@@ -222,9 +222,8 @@ class _GatedMlp(torch.autograd.Function):
         kind, eps, gate_last, activation = ctx.rest
         needs = ctx.needs_input_grad
         needs = (*needs[:7], *needs[8:10])  # in the order of inputs
-        if (
-            torch.is_grad_enabled()
-        ):  # a gradient of the gradient was asked for: by the plain formula, which autograd sees through
+        # A gradient of the gradient was asked for: by the plain formula, which autograd sees through.
+        if torch.is_grad_enabled():
 
             def formula(x: Tensor, *given: Tensor | None) -> Tensor:
                 weights, norm = narrow(x, *given[:6]), given[6:]
