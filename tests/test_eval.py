@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pyvit.data import TensorImages
 from pyvit.data.files import DecodedImages
 from pyvit.eval import contact_sheet, visualize
-from pyvit.eval.features import features, labels_of, over, predict, right
+from pyvit.eval.features import LastBlocks, features, labels_of, over, predict, right
 from pyvit.eval.knn import knn_accuracy, knn_predict
 from pyvit.eval.linear import linear_probe
 from pyvit.eval.retrieval import part_map, recall, recall_of
@@ -284,3 +284,19 @@ def test_indices_to_look_at_are_different():
     assert visualize.choose(2, 10) == [0, 5]
     with pytest.raises(ValueError, match="count: must be at least 1"):
         visualize.choose(0, 5)
+
+
+def test_features_of_the_last_blocks():
+    model = create_model("vit_pico_patch8_32", num_classes=0).eval()
+    x = torch.rand(3, 3, 32, 32)
+    found = LastBlocks(model, 2).forward_features(x)
+    tokens, want = model.embed(x), []
+    for i, block in enumerate(model.blocks):
+        tokens = block(tokens)
+        if i >= 2:
+            want += [model.norm(tokens)[:, 0], model.norm(tokens)[:, 1:].mean(1)]
+    torch.testing.assert_close(found, torch.cat(want, 1))
+    with pytest.raises(ValueError, match="blocks must be 1 to 4, got 5"):
+        LastBlocks(model, 5)
+    with pytest.raises(ValueError, match="not a vision transformer"):
+        LastBlocks(create_model("swin_pico_patch4_window4_32"), 1)

@@ -22,7 +22,8 @@ def cell(found: Sequence[Record], key: str, digits: int = 1) -> str:
     values = [record.results[key] for record in found if key in record.results]
     if not values:
         return ""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else " (1 seed)"
+    one = "" if key.startswith("untrained") else " (1 seed)"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else one
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 

@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.learning.frozen import frozen
 from benchmarks.learning.record import cpu_seconds
 from benchmarks.learning.rows import ROWS, Row
 from pyvit.data import Data, load_data
-from pyvit.eval.features import features, labels_of, over, right
-from pyvit.eval.knn import knn_accuracy
-from pyvit.eval.linear import linear_probe
+from pyvit.eval.features import labels_of, over, right
+from pyvit.heap import Trimmer
 from pyvit.train import Config, augment
-from pyvit.train.heap import Trimmer
 from pyvit.train.optim import make_optimizer, parameter_groups
 from pyvit.train.recipe import load_recipe
 from pyvit.train.schedules import cosine
@@ -166,7 +165,7 @@ def lightly_simclr(config: Config, seconds: float) -> Outcome:
         return criterion(*(model[1](model[0](view)).float() for view in views))
 
     used, losses = _optimize(model, config, seconds, _views(transform, data, batch), loss_of)
-    return _frozen(model[0], data), used, losses, "lightly's SimCLR with timm's ViT"
+    return frozen(model[0], data, _normalize(data)), used, losses, "lightly's SimCLR with timm's ViT"
 
 
 def lightly_dino(config: Config, seconds: float) -> Outcome:
@@ -216,9 +215,4 @@ def lightly_dino(config: Config, seconds: float) -> Outcome:
             update_momentum(ours, its, momentum)
 
     used, losses = _optimize(student, config, seconds, _views(transform, data, batch), loss_of, before, after)
-    return _frozen(teacher[0], data), used, losses, "lightly's DINO with timm's ViT"
-
-
-def _frozen(model: nn.Module, data: Data) -> dict[str, float]:
-    pair = [features(model.eval(), part, _normalize(data)) for part in (data.train, data.test)]
-    return {"knn": knn_accuracy(*pair), "linear": linear_probe(*pair)["linear"]}
+    return frozen(teacher[0], data, _normalize(data)), used, losses, "lightly's DINO with timm's ViT"

@@ -12,12 +12,10 @@ from typing import Any
 import torch
 
 from benchmarks.learning import peers
+from benchmarks.learning.frozen import frozen
 from benchmarks.learning.record import ROOT, RUNS, Record, cpu_seconds, read, thin
 from benchmarks.learning.rows import Row, row_of
 from pyvit.cli.evaluate import COMMANDS
-from pyvit.eval.features import features
-from pyvit.eval.knn import knn_accuracy
-from pyvit.eval.linear import linear_probe
 from pyvit.train import Config, train
 from pyvit.train.engine import resolve_config
 from pyvit.train.runs import load_run
@@ -63,7 +61,7 @@ def run(row: Row, seed: int) -> Record:
         used += cpu_seconds() - before
         spent.write_text(json.dumps(used))
     if row.probe:
-        results |= probes(folder, untrained=row.table != "ablation")
+        results |= probes(folder, untrained=seed == 0 and row.table != "ablation")
     for name in row.evaluate:
         found = COMMANDS[name](str(folder), out=str(folder / f"{name}.png"))
         results |= found if isinstance(found, dict) else {name: found}
@@ -85,8 +83,7 @@ def probes(folder: Path, untrained: bool) -> dict[str, float]:
     initial = type(recipe)(recipe.config, data).eval()
     found = {}
     for prefix, network in (("", recipe), ("untrained ", initial))[: 1 + untrained]:
-        pair = [features(network.encoder(), part, network.normalize) for part in (data.train, data.test)]
-        found |= {f"{prefix}knn": knn_accuracy(*pair), f"{prefix}linear": linear_probe(*pair)["linear"]}
+        found |= {f"{prefix}{key}": value for key, value in frozen(network.encoder(), data, network.normalize).items()}
     return found
 
 

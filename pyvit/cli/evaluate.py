@@ -12,7 +12,7 @@ import torch
 from pyvit.eval import contact_sheet, retrieval, visualize, zero_shot
 from pyvit.eval import knn as knn_module
 from pyvit.eval import linear as linear_module
-from pyvit.eval.features import check_finite, features, labels_of, right
+from pyvit.eval.features import LastBlocks, check_finite, features, labels_of, right
 from pyvit.train import curves
 from pyvit.train.log import say
 from pyvit.train.runs import load_run
@@ -25,8 +25,9 @@ def _open(run: str, data: str | None) -> tuple[Any, Any]:
     return recipe, chosen
 
 
-def _features(recipe: Any, data: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    found = [features(recipe.encoder(), part, recipe.normalize) for part in (data.train.sample(), data.test)]
+def _features(recipe: Any, data: Any, blocks: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    encoder = LastBlocks(recipe.encoder(), blocks) if blocks else recipe.encoder()
+    found = [features(encoder, part, recipe.normalize) for part in (data.train.sample(), data.test)]
     _say_damage(data)
     return found
 
@@ -48,10 +49,14 @@ def knn(run: str, data: str | None = None, temperature: float = 0.07) -> dict[st
     return found
 
 
-def linear(run: str, data: str | None = None, epochs: int = 50) -> dict[str, float]:
-    """Linear probe on frozen features, over several learning rates."""
+def linear(run: str, data: str | None = None, epochs: int = 50, blocks: int = 0) -> dict[str, float]:
+    """Linear probe on frozen features, over several learning rates.
+
+    With blocks, on the class token and the mean of the patches after each of that many last blocks, as DINO's and
+    DINOv2's; otherwise on the input of the head.
+    """
     recipe, chosen = _open(run, data)
-    train, test = _features(recipe, chosen)
+    train, test = _features(recipe, chosen, blocks)
     found = linear_module.linear_probe(train, test, epochs=epochs)
     print(f"{run}: linear accuracy {found['linear']:.2f} % (rate {found['rate']:g})")
     return found

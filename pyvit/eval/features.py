@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyvit.data import Images
 from pyvit.data.loading import evaluation_batches
+from pyvit.heap import Trimmer
 
 
 @torch.no_grad()
@@ -41,13 +42,14 @@ def over(
     rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
     mine = every[rank * len(every) // world : (rank + 1) * len(every) // world]
     found, read = [], list[int]()
-    progress = Progress(len(mine) if rank == 0 else 0)
+    progress, trim = Progress(len(mine) if rank == 0 else 0), Trimmer()
     for part in evaluation_batches(images, mine, batch, workers):
         at = part.pop("index", None)
         if len(part["image"]):
             read += at.tolist() if at is not None else mine[len(read) : len(read) + len(part["image"])]
             moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in part.items()}
             found.append(compute(moved).cpu())
+            trim()
         progress.update(len(part["image"]))
     progress.close()
     results = torch.cat(found) if found else None
@@ -139,6 +141,30 @@ def embed(model: nn.Module, images: Tensor) -> Tensor:
         return model.encode_image(images)
     features = model.forward_features(images)
     return features[:, 0] if features.dim() == 3 else features.flatten(2).mean(2) if features.dim() == 4 else features
+
+
+class LastBlocks(nn.Module):
+    """A vision transformer whose feature vector is the class token and the mean of the patches after each of its last
+    ``blocks`` blocks, concatenated: (B, blocks * 2 * D), or (B, blocks * D) without a class token.
+
+    What the linear evaluations of DINO and DINOv2 classify: the class tokens of four blocks (Caron et al., 2021,
+    section 4.1 and appendix), and the mean of the patches (Oquab et al., 2024, appendix B.3).
+
+    Raises ValueError for models without blocks of tokens.
+    """
+
+    def __init__(self, model: nn.Module, blocks: int) -> None:
+        super().__init__()
+        if not hasattr(model, "get_intermediate_layers"):
+            raise ValueError(f"blocks must be 0 for a {type(model).__name__}, which is not a vision transformer")
+        if not 1 <= blocks <= len(model.blocks):
+            raise ValueError(f"blocks must be 1 to {len(model.blocks)}, got {blocks}")
+        self.model, self.blocks = model, blocks
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        layers = self.model.get_intermediate_layers(images, self.blocks, return_prefix_tokens=True, norm=True)
+        parts = [part for patches, prefix in layers for part in (*prefix[:, :1].unbind(1), patches.mean(1))]
+        return torch.cat(parts, 1)
 
 
 def features(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 from pyvit.integrations import originals
 from pyvit.integrations.common import Rule
-from pyvit.integrations.forwards import Forward, Left, Reason, forwards, kind, put, take_away
+from pyvit.integrations.forwards import Forward, Left, Reason, Replacement, forwards, kind, put, take_away
 from pyvit.integrations.functional import calls_sdpa, sdpa
 from pyvit.integrations.multihead import MultiheadAttention
+from pyvit.integrations.token_merging import installed as merging_of
+from pyvit.integrations.token_merging import replacements as merging_in
 from pyvit.integrations.unknown import unknown_attention
 
 __all__ = ["AccelerateError", "Report", "Row", "accelerate", "restore"]
@@ -70,7 +73,8 @@ class Report:
     def refresh(self) -> Report:
         """A new report about the model's current state: patches, subclasses, other layers and hooks may have been added
         since :func:`accelerate`."""
-        return _examine(self.model, {(id(forward.module), forward.method): forward for forward in forwards(self.model)})
+        found = {(id(forward.module), forward.method): forward for forward in forwards(self.model)}
+        return _examine(self.model, found, merging_of(forward.item for forward in found.values()))
 
     def __enter__(self) -> Report:
         return self
@@ -79,7 +83,7 @@ class Report:
         restore(self.model)
 
 
-def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
+def accelerate(model: nn.Module, *, strict: bool = False, token_merging: int | Sequence[int] | None = None) -> Report:
     """Replace attention, windows, patch embeddings, MLPs and layer norms of timm, transformers, torchvision or
     open_clip models by pyvit's operators.
 
@@ -95,16 +99,20 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
         model: any module; unknown classes are not changed.
         strict: raise if a known module, or any attention, cannot be replaced for another reason than the user's own
             code (subclasses, patches, hooks), or if nothing is replaced.
+        token_merging: merge this many tokens in each block (or one number for each block) of the vision transformers
+            of timm or pyvit in ``model``, see :class:`pyvit.nn.TokenMerging`. The outputs change. ``forward_features``
+            still returns all tokens: those that were merged are equal.
 
     Returns a :class:`Report`; ``print`` it. ``with pyvit.accelerate(model):`` restores at the end.
 
-    Raises TypeError if ``model`` is not a module, and with ``strict`` :class:`AccelerateError` with every reason,
-    leaving the model unchanged.
+    Raises TypeError if ``model`` is not a module, ValueError if ``token_merging`` does not fit it, and with ``strict``
+    :class:`AccelerateError` with every reason; the model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
+    merged = [] if token_merging is None else merging_in(model, token_merging)
     _take_away(model)
-    report = _examine(model)
+    report = _examine(model, merged=merged)
     if strict and (not report.replaced or not all(row.users for row in report.left)):
         raise AccelerateError(f"accelerate: strict, and not everything can be replaced\n{report}")
     for forward in report.found:
@@ -112,15 +120,20 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     return report
 
 
-def _examine(model: nn.Module, installed: dict[tuple[int, str], Forward] | None = None) -> Report:
-    """What can be replaced in ``model``; or with ``installed``, a map of module identity and method to replacement,
-    which replacements are active."""
+def _examine(
+    model: nn.Module,
+    installed: dict[tuple[int, str], Forward] | None = None,
+    merged: Sequence[Replacement] = (),
+) -> Report:
+    """What can be replaced in ``model``, by the rules and by ``merged``; or with ``installed``, a map of module
+    identity and method to replacement, which replacements are active."""
     originals.renew()
     report = Report(model, [], [])
     left: list[tuple[str, Left]] = []
     paths = {id(module): path for path, module in model.named_modules()}
     for module in model.modules():
-        for item in rule(module) if (rule := _rule_of(module)) is not None else ():
+        items = rule(module) if (rule := _rule_of(module)) is not None else ()
+        for item in (*items, *(item for item in merged if item.module is module)):
             if isinstance(item, Left):
                 left.append((paths.get(id(item.module), ""), item))
                 continue

@@ -11,6 +11,7 @@ from pyvit.nn.position import RotaryEmbedding, resample_positions, sincos_2d
 from pyvit.nn.quantized import QuantizedLinear
 from pyvit.nn.residual import DropPath, LayerScale
 from pyvit.nn.rms_norm import RMSNorm
+from pyvit.nn.token_merging import TokenMerging
 from pyvit.nn.weight_init import init_linears
 from pyvit.nn.window_attention import WindowAttention, WindowAttentionV2
 
@@ -30,6 +31,7 @@ __all__ = [
     "RMSNorm",
     "RotaryEmbedding",
     "SwiGLU",
+    "TokenMerging",
     "WindowAttention",
     "WindowAttentionV2",
     "init_linears",

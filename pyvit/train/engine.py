@@ -16,13 +16,13 @@ import torch.distributed as dist
 
 from pyvit.data import Data, load_data, loading
 from pyvit.data.loading import default_workers
+from pyvit.heap import Trimmer
 from pyvit.train import schedules
 from pyvit.train.best import Best
 from pyvit.train.config import Config
 from pyvit.train.ema import WeightAverage, decay_at
 from pyvit.train.evaluated import Evaluated
 from pyvit.train.grad_cache import MicroBatch, cache, rng_state, set_rng_state
-from pyvit.train.heap import Trimmer
 from pyvit.train.initialisation import adopt, check_model, inherit
 from pyvit.train.log import Log, Progress, active_kernels, say
 from pyvit.train.optim import make_optimizer, parameter_groups

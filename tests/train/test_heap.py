@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from pyvit.train import heap
+from pyvit import heap
 
 #: In a new process, whose heap has no freed memory yet. Kept tensors lie between the freed ones, so that the heap
 #: cannot shrink from its end.
 PROGRAM = """
 import torch
-from pyvit.train import heap
+from pyvit import heap
 
 trim = heap.Trimmer(slack=50 * 2**20)
 assert not trim()
