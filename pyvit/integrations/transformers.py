@@ -16,6 +16,7 @@ from pyvit.integrations import originals, transformers_attention
 from pyvit.integrations.common import (
     Rule,
     cosine_table,
+    gated_layers,
     known,
     mlp,
     multiplied,
@@ -289,6 +290,17 @@ def _up_down(module: Any, x: Tensor) -> Tensor:
     return two_layers(module.up_proj, module.act_fn, module.down_proj, x)
 
 
+def gate_up_down(module: nn.Module) -> Iterator[Replacement]:
+    """A gated MLP of gate_proj, act_fn, up_proj and down_proj; DINOv2's is of other layers before version 5."""
+    if hasattr(module, "gate_proj"):
+        needs, layers = "gate_proj up_proj act_fn down_proj", ("gate_proj up_proj", "down_proj")
+        yield Replacement(module, _gate_up_down, "gated_mlp", needs=needs, may="config", layers=layers)
+
+
+def _gate_up_down(module: Any, x: Tensor) -> Tensor:
+    return gated_layers(x, module.up_proj, module.act_fn, module.down_proj, gate=module.gate_proj)
+
+
 def _projections(layer: Any, version: int) -> tuple[nn.Module, ...]:
     """q, k, v and the output projection of a Swin layer."""
     attn = layer.attention
@@ -452,6 +464,8 @@ RULES: dict[str, Rule] = {
     **_vit("deit", "DeiT"),
     **_vit("dinov2", "Dinov2"),
     **_vit("dinov2_with_registers", "Dinov2WithRegisters"),
+    **_rules("dinov2", "Dinov2", SwiGLUFFN=gate_up_down),
+    **_rules("dinov2_with_registers", "Dinov2WithRegisters", SwiGLUFFN=gate_up_down),
     **_vit("vit_mae", "ViTMAE"),
     **_vit("audio_spectrogram_transformer", "AST"),
     **_vit("clip", "CLIP", "VisionEmbeddings", "patch_embedding"),
@@ -468,6 +482,8 @@ RULES: dict[str, Rule] = {
     **_vit("owlvit", "OwlViT", "VisionEmbeddings", "patch_embedding"),
     **_vit("owlv2", "Owlv2", "VisionEmbeddings", "patch_embedding"),
     **_vit("siglip2", "Siglip2"),
+    **_rules("dinov3_vit", "DINOv3ViT", GatedMLP=gate_up_down),
+    **_rules("aimv2", "Aimv2", MLP=gate_up_down),
     **_rules("aimv2", "Aimv2", Attention=attention, VisionEmbeddings=patch_conv("patch_embed")),
     **_vit("chinese_clip", "ChineseCLIPVision", "Embeddings", "patch_embedding"),
     **_vit("git", "GitVision", "Embeddings", "patch_embedding"),

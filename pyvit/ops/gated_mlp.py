@@ -141,7 +141,8 @@ def _prepare(
         hidden = rows
     checks.tensor(op, "fc2_weight", fc2_weight, "(M, H)", 2)  # type: ignore[arg-type]
     if fc2_weight.shape[1] != hidden:  # type: ignore[union-attr]
-        checks.fail(op, "fc2_weight", f"of shape (M, {hidden}) to fit fc1_weight", checks.shape(fc2_weight))
+        wanted = f"of shape (M, {hidden}) to fit fc1_weight"
+        checks.fail(op, "fc2_weight", wanted, checks.shape(fc2_weight))  # type: ignore[arg-type]
     like = x.new_empty(0, hidden)
     _, fc2_weight, fc2_bias, _ = prepare(
         like,
@@ -221,12 +222,12 @@ class _GatedMlp(torch.autograd.Function):
         kind, eps, gate_last, activation = ctx.rest
         needs = ctx.needs_input_grad
         needs = (*needs[:7], *needs[8:10])  # in the order of inputs
-        if (
-            torch.is_grad_enabled()
-        ):  # a gradient of the gradient was asked for: by the plain formula, which autograd sees through
+        # A gradient of the gradient was asked for: by the plain formula, which autograd sees through.
+        if torch.is_grad_enabled():
 
             def formula(x: Tensor, *given: Tensor | None) -> Tensor:
-                return reference.gated_mlp(x, *narrow(x, *given[:6]), kind, *given[6:], eps, gate_last, activation)
+                weights, norm = narrow(x, *given[:6]), given[6:]
+                return reference.gated_mlp(x, *weights, kind, *norm, eps, gate_last, activation)  # type: ignore[call-arg]
 
             found = dispatch.formula_gradients(formula, inputs, needs, grad)
             return (*found[:7], None, *found[7:], None, None, None, None)
@@ -242,8 +243,9 @@ class _GatedMlp(torch.autograd.Function):
                 normed, _ = _norm(hidden, kind, norm_weight, norm_bias, eps)
                 grads[5] = matmul.grad_weight(rows, normed, w2.dtype)
                 del normed
+            parameters = needs[7] or needs[8]
             grad_hidden, *of_norm = _norm_gradients(
-                grad_hidden, statistics, hidden, kind, norm_weight, norm_bias, eps, needs[7] or needs[8]
+                grad_hidden, statistics, hidden, kind, norm_weight, norm_bias, eps, parameters
             )
             grads[7:] = [g if need else None for g, need in zip(of_norm, needs[7:], strict=True)]
         hidden, grad_inner, grad_gates, sums = activations.gate_gradient_(
@@ -303,13 +305,14 @@ def _norm_gradients(
     bias: Tensor | None,
     eps: float,
     parameters: bool,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of the hidden layer and, with ``parameters``, of the norm's weight and bias."""
     if statistics is not None and not transformed(grad):
         return row_norm.gradients(grad, statistics, parameters, hidden, weight, bias)
     at = [0] + [i for i, p in ((2, weight), (3, bias)) if p is not None and parameters]
     found = dispatch.reference_backward(reference.norm, [grad], (hidden, kind, weight, bias, eps), at)
-    return tuple(map(dict(zip(at, found, strict=True)).get, (0, 2, 3)))
+    by_position = dict(zip(at, found, strict=True))
+    return by_position[0], by_position.get(2), by_position.get(3)  # type: ignore[return-value]
 
 
 def _kernel(

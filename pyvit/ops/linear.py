@@ -182,7 +182,7 @@ def narrow(x: Tensor, *weights: Tensor | None) -> Any:
     return tuple(t if t is None or t.dtype == x.dtype else t.to(x.dtype) for t in weights)
 
 
-def select(op: str, device: str, dtype: torch.dtype, backend: str | None, *operands: Tensor) -> str:
+def select(op: str, device: str, dtype: torch.dtype, backend: str | None, *operands: Tensor | None) -> str:
     """The backend of ``op``: "reference" where a compiler, a transform or a mode must see the plain formula."""
     chosen = dispatch.select(Call(op, device, dtype, ()), backend)
     if chosen == "cpu" and traced(*operands) and not compiled_inference(*operands):

@@ -236,8 +236,9 @@ def formula(
     for float64, else in float32."""
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     if norm is not None:
-        weight, bias = (t if t is None else t.to(y.dtype) for t in norm[:2])
-        y = F.layer_norm(y, y.shape[-1:], weight, bias, norm[2])
+        _, *parameters, eps = _norm(norm, y)
+        weight, bias = (t if t is None else t.to(y.dtype) for t in parameters)  # type: ignore[union-attr]
+        y = F.layer_norm(y, y.shape[-1:], weight, bias, eps)
     for i, layer in enumerate(layers):
         steps, row_scale = quantize_rows(y)
         y = F.linear(steps, layer.weight.to(y.dtype)) * layer.scale.to(y.dtype) * row_scale

@@ -63,7 +63,7 @@ def quantize(
 
     Args:
         model: on a CPU. The linear layers of attention and MLPs are replaced: of :class:`pyvit.nn.Attention`,
-            :class:`pyvit.nn.WindowAttention`, :class:`pyvit.nn.Mlp`, :class:`pyvit.nn.SwiGLU` and what
+            :class:`pyvit.nn.WindowAttention`, :class:`pyvit.nn.Mlp`, :class:`pyvit.nn.GatedMlp` and what
             :func:`pyvit.accelerate` replaces. Patch embedding, heads and everything else stay as they are.
         calibration: a batch (a tensor, or a dictionary of keyword arguments), or several: an iterable of tensors,
             dictionaries, or tuples whose first element is the tensor (a DataLoader). None: random inputs of the size

@@ -13,7 +13,7 @@ from pyvit import integrations
 from pyvit.integrations.multihead import MultiheadAttention, replaceable
 from pyvit.nn.attention import Attention
 from pyvit.nn.linear import Linear, plain
-from pyvit.nn.mlp import Mlp, SwiGLU
+from pyvit.nn.mlp import GatedMlp, Mlp
 from pyvit.nn.quantized import QuantizedLinear
 from pyvit.nn.window_attention import WindowAttention
 from pyvit.ops.linear_int8 import DTYPES, MAX_COLUMNS
@@ -21,9 +21,9 @@ from pyvit.quantization.report import LayerReport
 
 #: Modules of pyvit whose linear layers are quantized: the residual branches of transformer blocks. Of other libraries
 #: the rules of :func:`pyvit.accelerate` name the layers (``Replacement.layers``).
-BRANCHES = (Attention, WindowAttention, Mlp, SwiGLU, MultiheadAttention)
+BRANCHES = (Attention, WindowAttention, Mlp, GatedMlp, MultiheadAttention)
 #: Their layers that take the branch's input; and how much smaller the error must become to scale its channels.
-FIRST, HELPS = ("qkv", "fc1", "in_proj"), 0.9
+FIRST, HELPS = ("qkv", "fc1", "fc1_g", "fc1_x", "in_proj"), 0.9
 #: An attribute of models that were accelerated only to be quantized.
 _ACCELERATED = "_accelerated_by_quantize"
 

@@ -79,7 +79,7 @@ _MORE = {
     "MetaClip2Vision": ({}, {"Conv2d": 1, "MetaClip2Attention": 2, "MetaClip2MLP": 2}),
     "OwlViTVision": ({}, {"Conv2d": 1, "OwlViTAttention": 2, "OwlViTMLP": 2}),
     "Owlv2Vision": ({}, {"Conv2d": 1, "Owlv2Attention": 2, "Owlv2MLP": 2}),
-    "Aimv2Vision": ({"use_head": False}, {"Conv2d": 1, "Aimv2Attention": 2}),
+    "Aimv2Vision": ({"use_head": False}, {"Conv2d": 1, "Aimv2Attention": 2, "Aimv2MLP": 2}),
     "ChineseCLIPVision": ({}, {"Conv2d": 1, "ChineseCLIPVisionAttention": 2, "ChineseCLIPVisionMLP": 2}),
     "GitVision": ({}, {"Conv2d": 1, "GitVisionAttention": 2, "GitVisionMLP": 2}),
 }
@@ -90,6 +90,21 @@ def test_more_image_models(kind):
     options, replaced = _MORE[kind]
     model = make(kind, {**_WIDTHS, **options}, head="Model")
     check_accelerated(model, lambda m: m(pixels(m, 32, 32)).last_hidden_state, replaced)
+
+
+@pytest.mark.parametrize("kind", ["Dinov2", "Dinov2WithRegisters", "DINOv3ViT"])
+def test_gated_mlps(kind):
+    options = (
+        {"use_gated_mlp": True, "num_register_tokens": 2}
+        if kind == "DINOv3ViT"
+        else {"use_swiglu_ffn": True, "mlp_ratio": 2}
+    )
+    replaced = f"{kind}GatedMLP" if kind == "DINOv3ViT" else f"{kind}SwiGLUFFN"
+    model = make(kind, {**_WIDTHS, **options}, head="Model")
+    if not hasattr(next(m for m in model.modules() if type(m).__name__ == replaced), "gate_proj"):
+        pytest.skip("this version has other layers")
+    call = lambda m: m(pixels(m, 32, 32)).last_hidden_state  # noqa: E731
+    check_accelerated(model, call, {"Conv2d": 1, f"{kind}Attention": 2, replaced: 2})
 
 
 def test_videos():

@@ -210,7 +210,9 @@ def test_surroundings_by_any_way(own: None, grad: bool) -> None:
 
 def test_errors() -> None:
     x, w, w2 = torch.randn(4, 8), torch.randn(6, 8), torch.randn(8, 6)
-    with pytest.raises(ValueError, match=r"linear: norm must be \(weight, bias, eps\) or None"):
+    with pytest.raises(
+        ValueError, match=r"linear: norm must be \(weight, bias, eps\) of a layer norm, \(weight, eps\)"
+    ):
         linear(x, w, norm=torch.ones(8))
     with pytest.raises(ValueError, match=r"linear: scale must be of shape \(6,\), got shape \(8\)"):
         linear(x, w, scale=torch.ones(8))
@@ -227,8 +229,10 @@ def test_errors() -> None:
             linear(x, w, norm=(torch.ones(6), None, 1e-5))
         with pytest.raises(TypeError, match=r"layer_norm: weight must have the dtype of x"):
             linear(x, w, norm=(torch.ones(8).bfloat16(), None, 1e-5))
-        for norm in (torch.ones(8), [torch.ones(8), None, 1e-5], (torch.ones(8), None)):
-            with pytest.raises(ValueError, match=r"linear: norm must be \(weight, bias, eps\) or None"):
+        for norm in (torch.ones(8), [torch.ones(8), None, 1e-5], (torch.ones(8),)):
+            with pytest.raises(
+                ValueError, match=r"linear: norm must be \(weight, bias, eps\) of a layer norm, \(weight, eps\)"
+            ):
                 linear(x, w, norm=norm)
         with pytest.raises(ValueError, match="linear: activation must be None or one of"):
             linear(x, w, activation="")
