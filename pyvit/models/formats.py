@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -79,6 +79,9 @@ class Format:
     (buffers), as regular expressions. written: bases that are written instead for models that have all of some native
     keys.
 
+    stages: templates of a block, numbered by stage {i} and block {j} in the layout, and by block {i} alone in the
+    rules.
+
     dims: keys (templates) whose tensors must have so many dimensions, where keys alone do not tell layouts apart.
 
     extra: parameters of pre-training heads, which are skipped with a note if the model does not have them.
@@ -92,6 +95,49 @@ class Format:
     extra: tuple[str, ...] = ()
     written: tuple[tuple[tuple[str, ...], str], ...] = ()
     dims: tuple[tuple[str, int], ...] = ()
+    stages: tuple[str, str] | None = None
+
+
+def number_blocks(state: Mapping[str, Tensor], layout: Format) -> dict[str, Tensor]:
+    """``state`` with its blocks numbered without stages, if the layout has :attr:`Format.stages`."""
+    if layout.stages is None:
+        return dict(state)
+    found = pattern(layout.stages[0] + "{r}", layout.bases)
+    matches = {key: match for key in state if (match := found.fullmatch(key))}
+    order = sorted({(int(match["i"]), int(match["j"])) for match in matches.values()})
+    number = {place: i for i, place in enumerate(order)}
+
+    def renamed(key: str) -> str:
+        if key not in matches:
+            return key
+        match = matches[key]
+        block = layout.stages[1].format(i=number[int(match["i"]), int(match["j"])])  # type: ignore[index]
+        return block.replace("@", match.groupdict().get("base") or "") + match["r"]
+
+    return {renamed(key): value for key, value in state.items()}
+
+
+def number_stages(state: Mapping[str, Tensor], layout: Format, base: str) -> dict[str, Tensor]:
+    """The inverse of :func:`number_blocks`: the first block of a stage is one with a ``proj`` beside its attention."""
+    if layout.stages is None:
+        return dict(state)
+    staged, flat = (template.replace("@", base) for template in layout.stages)
+    found = pattern(flat + "{r}")
+    matches = {key: match for key in state if (match := found.fullmatch(key))}
+    place, stage, block = dict[int, tuple[int, int]](), 0, 0
+    for i in sorted({int(match["i"]) for match in matches.values()}):
+        if flat.format(i=i) + "proj.weight" in state:
+            stage, block = stage + 1, 0
+        place[i] = stage, block
+        block += 1
+
+    def renamed(key: str) -> str:
+        if key not in matches:
+            return key
+        i, j = place[int(matches[key]["i"])]
+        return staged.format(i=i, j=j) + matches[key]["r"]
+
+    return {renamed(key): value for key, value in state.items()}
 
 
 def pattern(template: str, bases: tuple[str, ...] = ("",)) -> re.Pattern[str]:
@@ -531,6 +577,28 @@ DINOV2 = Format(
     extra=(r"(dino_head|ibot_head)\..*", r"mask_token"),
 )
 
+_HIERA_BLOCK = "@encoder.layers.{i}."
+HIERA = Format(
+    "transformers Hiera",
+    ("@encoder.stages.{i}.layers.{j}.layernorm_before.weight", "@embeddings.patch_embeddings.projection.weight"),
+    (
+        rule("pos_embed", "@embeddings.position_embeddings"),
+        rule("patch_embed.proj.{p}", "@embeddings.patch_embeddings.projection.{p}"),
+        *(
+            rule(f"blocks.{{i}}.{ours}.{{p}}", f"{_HIERA_BLOCK}{theirs}.{{p}}")
+            for ours, theirs in {
+                "norm1": "layernorm_before",
+                "norm2": "layernorm_after",
+                **{k: k for k in ("attn.qkv", "attn.proj", "proj", "mlp.fc1", "mlp.fc2")},
+            }.items()
+        ),
+        rule("head.norm.{p}", "@pooler.layernorm.{p}"),
+        rule("head.fc.{p}", "classifier.{p}"),
+    ),
+    ("hiera.", ""),
+    stages=("@encoder.stages.{i}.layers.{j}.", _HIERA_BLOCK),
+)
+
 _AIMV2_LAYER = "encoder.layers.{i}."
 AIMV2 = Format(
     "transformers AIMv2",
@@ -611,6 +679,7 @@ FORMATS: tuple[Format, ...] = (
         ("0", "1", "2", "3"),
         (r"(prompt_encoder|mask_decoder)\..*", r"pixel_(mean|std)"),
     ),
+    HIERA,
     AIMV2,
     TIMM_AIMV2,
     TIMM_NAFLEX,

@@ -60,6 +60,11 @@ def sam(**more):
     return pyvit.create_model("samvit_base_patch16", **{**settings, "global_blocks": [1], **more})
 
 
+def hiera(**more):
+    settings = {"img_size": 64, "embed_dim": 16, "num_heads": 2, "stages": (1, 2, 2, 1), "num_classes": 5}
+    return pyvit.create_model("hiera_tiny_224", **{**settings, **more})
+
+
 MODELS = {
     "transformers ViT": vit,
     "transformers<5 ViT": vit,
@@ -81,6 +86,7 @@ MODELS = {
     "timm AIMv2": lambda: small("aimv2_large_patch14_224"),
     "transformers SAM": sam,
     "facebookresearch SAM": sam,
+    "transformers Hiera": hiera,
     "OpenAI CLIP": lambda: pyvit.create_model("clip_vit_base_patch32_224", **CLIP),
     "open_clip": lambda: pyvit.create_model("clip_vit_base_patch32_224", **CLIP),
     "torchvision ViT": vit,
