@@ -539,6 +539,31 @@ def _sam(
     )
 
 
+_SAM2_NAMES = {
+    "norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.proj_in", "mlp.fc2": "mlp.proj_out",
+    "patch_embed": "projection",
+}  # fmt: skip
+
+
+def _sam2(name: str, trunk: str, neck: str, names: Mapping[str, str], bases: tuple[str, ...], *extra: str) -> Format:
+    """SAM 2's image encoder; the other parts of the model are left out. ``names``: ours to theirs."""
+    return Format(
+        name,
+        (f"{trunk}blocks.{{i}}.{names['mlp.fc1']}.weight", f"{neck}.weight"),
+        (
+            *(rule(f"trunk.{k}", trunk + k) for k in ("pos_embed", "pos_embed_window")),
+            rule("trunk.patch_embed.proj.{p}", f"{trunk}patch_embed.{names['patch_embed']}.{{p}}"),
+            *(
+                rule(f"trunk.blocks.{{i}}.{k}.{{p}}", f"{trunk}blocks.{{i}}.{names.get(k, k)}.{{p}}")
+                for k in ("norm1", "norm2", "attn.qkv", "attn.proj", "proj", "mlp.fc1", "mlp.fc2")
+            ),
+            rule("neck.convs.{i}.{p}", neck.replace("{j}", "{i}") + ".{p}"),
+        ),
+        bases,
+        extra=extra,
+    )
+
+
 _MICROSOFT_BLOCK = (
     "norm1.{p}", "norm2.{p}", "attn.proj.{p}", "attn.qkv.{p}", "attn.q_bias", "attn.v_bias",
     "attn.relative_position_bias_table", "attn.logit_scale", "attn.cpb_mlp.0.{p}", "attn.cpb_mlp.2.weight",
@@ -678,6 +703,23 @@ FORMATS: tuple[Format, ...] = (
         "norm",
         ("0", "1", "2", "3"),
         (r"(prompt_encoder|mask_decoder)\..*", r"pixel_(mean|std)"),
+    ),
+    _sam2(
+        "transformers SAM 2",
+        "@backbone.",
+        "@neck.convs.{j}",
+        _SAM2_NAMES,
+        ("vision_encoder.", ""),
+        r"(?!vision_encoder\.|backbone\.|neck\.).*",
+    ),
+    _sam2("transformers SAM 2 encoder", "", "neck.convs.{j}", _SAM2_NAMES, ("",)),
+    _sam2(
+        "facebookresearch SAM 2",
+        "image_encoder.trunk.",
+        "image_encoder.neck.convs.{j}.conv",
+        {"mlp.fc1": "mlp.layers.0", "mlp.fc2": "mlp.layers.1", "patch_embed": "proj"},
+        ("",),
+        r"(?!image_encoder\.).*",
     ),
     HIERA,
     AIMV2,

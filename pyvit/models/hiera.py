@@ -30,21 +30,28 @@ def pool(x: Tensor) -> Tensor:
 class HieraAttention(nn.Module):
     """Attention on a map, (B, H, W, C) to (B, H, W, D); with ``pooled`` the queries are pooled, to (B, H/2, W/2, D).
 
-    ``window_size``: attend within windows of this size (0: the whole map), which divides H and W.
+    ``window_size``: attend within windows of this size (0: the whole map). Maps are padded with zero tokens, which take
+    part in attention.
     """
 
     def __init__(self, dim: int, dim_out: int, num_heads: int, window_size: int = 0, pooled: bool = False) -> None:
         super().__init__()
+        if pooled and window_size % 2:
+            raise ValueError(f"HieraAttention: window_size must be even to pool queries, got {window_size}")
         self.num_heads, self.window_size, self.pooled = num_heads, window_size, pooled
         self.qkv, self.proj = Linear(dim, 3 * dim_out), Linear(dim_out, dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x)
+        b, h, w, _ = x.shape
+        n = self.window_size
+        padded = bool(n) and bool(h % n or w % n)
         if self.pooled:
-            return self.proj(self.attend_pooled(qkv))  # type: ignore[no-any-return]
-        if self.window_size:
-            return self.proj(window_attention(qkv, self.window_size, num_heads=self.num_heads))  # type: ignore[no-any-return]
-        b, h, w, _ = qkv.shape
+            x = F.pad(x, (0, 0, 0, -w % n, 0, -h % n)) if padded else x
+            return self.proj(self.attend_pooled(self.qkv(x))[:, : h // 2, : w // 2])  # type: ignore[no-any-return]
+        qkv = self.qkv(x)
+        if n:
+            pad = self.qkv.bias if padded else None
+            return self.proj(window_attention(qkv, n, num_heads=self.num_heads, pad_qkv=pad))  # type: ignore[no-any-return]
         out = flash_attention_qkvpacked(qkv.view(b, h * w, 3, self.num_heads, -1))
         return self.proj(out.view(b, h, w, -1))  # type: ignore[no-any-return, union-attr]
 
@@ -65,8 +72,9 @@ class HieraAttention(nn.Module):
     def score_shape(self, x: Tensor) -> tuple[int, int, int]:
         """(sequences x heads, queries, keys) of the scores of x (B, H, W, C)."""
         b, h, w, _ = x.shape
-        keys = self.window_size**2 or h * w
-        return b * (h * w // keys) * self.num_heads, keys // (4 if self.pooled else 1), keys
+        n = self.window_size
+        windows, keys = (-(-h // n) * -(-w // n), n * n) if n else (1, h * w)
+        return b * windows * self.num_heads, keys // (4 if self.pooled else 1), keys
 
 
 class HieraBlock(nn.Module):
@@ -122,8 +130,8 @@ class Hiera(WithMetadata):
         in_chans, num_classes: as in :class:`~pyvit.models.vit.VisionTransformer`.
         embed_dim, num_heads: of the first stage; both double with every stage.
         stages: number of blocks of each of the four stages.
-        window_size: of the first stage, and half of it in the second. A block that begins a stage attends within the
-            windows of the stage before.
+        window_sizes: of the four stages, 0 for attention over the whole map. A block that begins a stage attends
+            within the windows of the stage before. global_blocks: blocks that attend over the whole map in any stage.
         global_pos_size: rows and columns of positions that are resampled, to which positions repeated in each window
             are added. None: one learned position per patch.
         drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
@@ -138,17 +146,20 @@ class Hiera(WithMetadata):
         num_heads: int = 1,
         stages: Sequence[int] = (2, 3, 16, 3),
         mlp_ratio: float = 4.0,
-        window_size: int = 8,
+        window_sizes: Sequence[int] = (8, 4, 0, 0),
+        global_blocks: Sequence[int] = (),
         global_pos_size: Sequence[int] | None = None,
         drop_path_rate: float = 0.0,
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         check_rate("Hiera: drop_path_rate", drop_path_rate)
-        if len(stages) != 4:
-            raise ValueError(f"Hiera: stages must have four numbers of blocks, got {list(stages)}")
+        if len(stages) != 4 or len(window_sizes) != 4:
+            raise ValueError(
+                f"Hiera: stages and window_sizes must have four numbers, got {list(stages)} and {list(window_sizes)}"
+            )
         self.img_size, self.num_classes, self.grad_checkpointing = pair(img_size), num_classes, False
-        self.window_size, self.stages = window_size, tuple(stages)
+        self.window_size, self.stages = window_sizes[0], tuple(stages)
         self.patch_embed = PatchEmbed(7, in_chans, embed_dim, stride=4)
         self.grid = self.grid_of(self.img_size)
         self.pos_embed_win: nn.Parameter | None = None
@@ -156,17 +167,16 @@ class Hiera(WithMetadata):
             self.pos_embed = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1], embed_dim))
         else:
             self.pos_embed = nn.Parameter(torch.empty(1, embed_dim, *global_pos_size))
-            self.pos_embed_win = nn.Parameter(torch.empty(1, embed_dim, window_size, window_size))
+            self.pos_embed_win = nn.Parameter(torch.empty(1, embed_dim, self.window_size, self.window_size))
             nn.init.trunc_normal_(self.pos_embed_win, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        windows = (window_size, window_size // 2, 0, 0)
         blocks: list[nn.Module] = []
         dim, depth = embed_dim, sum(stages)
         for stage, count in enumerate(stages):
             for first in [True] + [False] * (count - 1):
                 pooled = first and stage > 0
                 wide = embed_dim * 2**stage
-                window = windows[stage - 1 if pooled else stage]
+                window = 0 if len(blocks) in global_blocks else window_sizes[stage - 1 if pooled else stage]
                 rate = drop_path_rate * len(blocks) / max(depth - 1, 1)
                 heads = num_heads * 2**stage
                 blocks.append(HieraBlock(dim, wide, heads, mlp_ratio, window, pooled, rate, norm_eps))
@@ -187,9 +197,13 @@ class Hiera(WithMetadata):
         """Positions of a grid (N, D)."""
         if self.pos_embed_win is None:
             return resample_positions(self.pos_embed[0], self.grid, grid)
-        tiles = [n // self.window_size for n in grid]
-        coarse = F.interpolate(self.pos_embed.float(), size=tuple(grid), mode="bicubic", antialias=True)
-        return (coarse.to(self.pos_embed.dtype) + self.pos_embed_win.tile(tiles)).flatten(2)[0].T
+        return self.resample(self.pos_embed_win, grid)
+
+    def resample(self, within: Tensor, grid: Sequence[int], antialias: bool = True) -> Tensor:
+        """Positions resampled to a grid, and those ``within`` each window, (N, D)."""
+        wide = self.pos_embed if self.pos_embed.dtype == torch.float64 else self.pos_embed.float()
+        coarse = F.interpolate(wide, size=tuple(grid), mode="bicubic", antialias=antialias).to(within.dtype)
+        return (coarse + within.tile([n // self.window_size for n in grid])).flatten(2)[0].T
 
     def forward_pyramid(self, images: Tensor) -> list[Tensor]:
         """The maps of all stages (B, D, H/4, W/4) to (B, 8D, H/32, W/32)."""

@@ -243,7 +243,8 @@ def _hiera(state: Mapping[str, Tensor], metadata: Metadata) -> dict[str, Any]:
     }
     if "pos_embed_win" in state:
         window = state["pos_embed_win"].shape[2]
-        return found | {"window_size": window, "global_pos_size": tuple(pos.shape[2:]), "img_size": 32 * window}
+        windows = {"window_sizes": (window, window // 2, 0, 0), "global_pos_size": tuple(pos.shape[2:])}
+        return found | windows | {"img_size": 32 * window}
     return found | {"img_size": 4 * math.isqrt(pos.shape[1])}
 
 

@@ -59,3 +59,5 @@ def test_sizes_that_windows_do_not_divide_are_refused():
         hiera()(torch.randn(1, 3, 64, 80))
     with pytest.raises(ValueError, match="four numbers"):
         pyvit.create_model("hiera_tiny_224", stages=(1, 2))
+    with pytest.raises(ValueError, match="must be even"):
+        hiera(window_sizes=(8, 5, 0, 0))

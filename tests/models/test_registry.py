@@ -51,6 +51,7 @@ PARAMETERS = {  # torchvision's num_params, timm's results table, the papers, an
     "samvit_huge_patch16": 637_026_048,
     "hiera_tiny_224": 27_910_216,
     "hiera_base_plus_224": 69_896_616,
+    "sam2_hiera_tiny": 26_851_008,
     "naflexvit_base_patch16_siglip": 92_930_304,
     "vit_small_patch16_dinov3_qkvb": 21_596_544,
     "vit_small_plus_patch16_dinov3_qkvb": 28_692_864,
