@@ -52,6 +52,8 @@ PARAMETERS = {  # torchvision's num_params, timm's results table, the papers, an
     "hiera_tiny_224": 27_910_216,
     "hiera_base_plus_224": 69_896_616,
     "sam2_hiera_tiny": 26_851_008,
+    "sam2_encoder_hiera_tiny": 27_219_136,
+    "sam2_encoder_hiera_large": 212_703_280,
     "naflexvit_base_patch16_siglip": 92_930_304,
     "vit_small_patch16_dinov3_qkvb": 21_596_544,
     "vit_small_plus_patch16_dinov3_qkvb": 28_692_864,
