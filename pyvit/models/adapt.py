@@ -73,7 +73,7 @@ def _fit_positions(
     pos = state[key]
     prefix = key.removesuffix("decoder_pos_embed").removesuffix("pos_embed")
     new = tuple(module.grid)
-    if pos.dim() == target[key].dim() == 4 and pos.shape[3] == target[key].shape[3]:  # a map (1, rows, columns, D)
+    if pos.dim() == 4 and target[key].shape == (1, *new, pos.shape[3]):  # a map (1, rows, columns, D)
         old = (pos.shape[1], pos.shape[2])
         if old == new:
             return ""

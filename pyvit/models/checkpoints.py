@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvit.models.adapt import adapt
-from pyvit.models.formats import FORMATS, NATIVE, Format, pattern
+from pyvit.models.formats import FORMATS, NATIVE, Format, number_blocks, number_stages, pattern
 from pyvit.models.metadata import Metadata, compare, describe, metadata_of_config
 from pyvit.models.state_dict import Source, open_source, read_state
 
@@ -284,6 +284,7 @@ def to_native(state: Mapping[str, Tensor], layout: Format) -> tuple[dict[str, Te
     if not layout.rules:
         return left, [], unused
     native: dict[str, Tensor] = {}
+    left = number_blocks(left, layout)
     for rule in layout.rules:
         first = pattern(rule.foreign[0], layout.bases)
         for match in [m for m in map(first.fullmatch, list(left)) if m]:
@@ -321,4 +322,4 @@ def from_native(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
                 found.update(zip((k.replace("@", base).format(**fields) for k in rule.foreign), values, strict=True))
     if left:
         raise ValueError(f"from_native: the {layout.name} layout has no name for {', '.join(left)}")
-    return found
+    return number_stages(found, layout, base)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -79,6 +79,9 @@ class Format:
     (buffers), as regular expressions. written: bases that are written instead for models that have all of some native
     keys.
 
+    stages: templates of a block, numbered by stage {i} and block {j} in the layout, and by block {i} alone in the
+    rules.
+
     dims: keys (templates) whose tensors must have so many dimensions, where keys alone do not tell layouts apart.
 
     extra: parameters of pre-training heads, which are skipped with a note if the model does not have them.
@@ -92,6 +95,49 @@ class Format:
     extra: tuple[str, ...] = ()
     written: tuple[tuple[tuple[str, ...], str], ...] = ()
     dims: tuple[tuple[str, int], ...] = ()
+    stages: tuple[str, str] | None = None
+
+
+def number_blocks(state: Mapping[str, Tensor], layout: Format) -> dict[str, Tensor]:
+    """``state`` with its blocks numbered without stages, if the layout has :attr:`Format.stages`."""
+    if layout.stages is None:
+        return dict(state)
+    found = pattern(layout.stages[0] + "{r}", layout.bases)
+    matches = {key: match for key in state if (match := found.fullmatch(key))}
+    order = sorted({(int(match["i"]), int(match["j"])) for match in matches.values()})
+    number = {place: i for i, place in enumerate(order)}
+
+    def renamed(key: str) -> str:
+        if key not in matches:
+            return key
+        match = matches[key]
+        block = layout.stages[1].format(i=number[int(match["i"]), int(match["j"])])  # type: ignore[index]
+        return block.replace("@", match.groupdict().get("base") or "") + match["r"]
+
+    return {renamed(key): value for key, value in state.items()}
+
+
+def number_stages(state: Mapping[str, Tensor], layout: Format, base: str) -> dict[str, Tensor]:
+    """The inverse of :func:`number_blocks`: the first block of a stage is one with a ``proj`` beside its attention."""
+    if layout.stages is None:
+        return dict(state)
+    staged, flat = (template.replace("@", base) for template in layout.stages)
+    found = pattern(flat + "{r}")
+    matches = {key: match for key in state if (match := found.fullmatch(key))}
+    place, stage, block = dict[int, tuple[int, int]](), 0, 0
+    for i in sorted({int(match["i"]) for match in matches.values()}):
+        if flat.format(i=i) + "proj.weight" in state:
+            stage, block = stage + 1, 0
+        place[i] = stage, block
+        block += 1
+
+    def renamed(key: str) -> str:
+        if key not in matches:
+            return key
+        i, j = place[int(matches[key]["i"])]
+        return staged.format(i=i, j=j) + matches[key]["r"]
+
+    return {renamed(key): value for key, value in state.items()}
 
 
 def pattern(template: str, bases: tuple[str, ...] = ("",)) -> re.Pattern[str]:
@@ -493,6 +539,31 @@ def _sam(
     )
 
 
+_SAM2_NAMES = {
+    "norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.proj_in", "mlp.fc2": "mlp.proj_out",
+    "patch_embed": "projection",
+}  # fmt: skip
+
+
+def _sam2(name: str, trunk: str, neck: str, names: Mapping[str, str], bases: tuple[str, ...], *extra: str) -> Format:
+    """SAM 2's image encoder; the other parts of the model are left out. ``names``: ours to theirs."""
+    return Format(
+        name,
+        (f"{trunk}blocks.{{i}}.{names['mlp.fc1']}.weight", f"{neck}.weight"),
+        (
+            *(rule(f"trunk.{k}", trunk + k) for k in ("pos_embed", "pos_embed_window")),
+            rule("trunk.patch_embed.proj.{p}", f"{trunk}patch_embed.{names['patch_embed']}.{{p}}"),
+            *(
+                rule(f"trunk.blocks.{{i}}.{k}.{{p}}", f"{trunk}blocks.{{i}}.{names.get(k, k)}.{{p}}")
+                for k in ("norm1", "norm2", "attn.qkv", "attn.proj", "proj", "mlp.fc1", "mlp.fc2")
+            ),
+            rule("neck.convs.{i}.{p}", neck.replace("{j}", "{i}") + ".{p}"),
+        ),
+        bases,
+        extra=extra,
+    )
+
+
 _MICROSOFT_BLOCK = (
     "norm1.{p}", "norm2.{p}", "attn.proj.{p}", "attn.qkv.{p}", "attn.q_bias", "attn.v_bias",
     "attn.relative_position_bias_table", "attn.logit_scale", "attn.cpb_mlp.0.{p}", "attn.cpb_mlp.2.weight",
@@ -529,6 +600,28 @@ DINOV2 = Format(
         rule("blocks.{i}.mlp.fc2.{p}", "blocks.{i}.mlp.w3.{p}", swiglu=True),
     ),
     extra=(r"(dino_head|ibot_head)\..*", r"mask_token"),
+)
+
+_HIERA_BLOCK = "@encoder.layers.{i}."
+HIERA = Format(
+    "transformers Hiera",
+    ("@encoder.stages.{i}.layers.{j}.layernorm_before.weight", "@embeddings.patch_embeddings.projection.weight"),
+    (
+        rule("pos_embed", "@embeddings.position_embeddings"),
+        rule("patch_embed.proj.{p}", "@embeddings.patch_embeddings.projection.{p}"),
+        *(
+            rule(f"blocks.{{i}}.{ours}.{{p}}", f"{_HIERA_BLOCK}{theirs}.{{p}}")
+            for ours, theirs in {
+                "norm1": "layernorm_before",
+                "norm2": "layernorm_after",
+                **{k: k for k in ("attn.qkv", "attn.proj", "proj", "mlp.fc1", "mlp.fc2")},
+            }.items()
+        ),
+        rule("head.norm.{p}", "@pooler.layernorm.{p}"),
+        rule("head.fc.{p}", "classifier.{p}"),
+    ),
+    ("hiera.", ""),
+    stages=("@encoder.stages.{i}.layers.{j}.", _HIERA_BLOCK),
 )
 
 _AIMV2_LAYER = "encoder.layers.{i}."
@@ -611,6 +704,24 @@ FORMATS: tuple[Format, ...] = (
         ("0", "1", "2", "3"),
         (r"(prompt_encoder|mask_decoder)\..*", r"pixel_(mean|std)"),
     ),
+    _sam2(
+        "transformers SAM 2",
+        "@backbone.",
+        "@neck.convs.{j}",
+        _SAM2_NAMES,
+        ("vision_encoder.", ""),
+        r"(?!vision_encoder\.|backbone\.|neck\.).*",
+    ),
+    _sam2("transformers SAM 2 encoder", "", "neck.convs.{j}", _SAM2_NAMES, ("",)),
+    _sam2(
+        "facebookresearch SAM 2",
+        "image_encoder.trunk.",
+        "image_encoder.neck.convs.{j}.conv",
+        {"mlp.fc1": "mlp.layers.0", "mlp.fc2": "mlp.layers.1", "patch_embed": "proj"},
+        ("",),
+        r"(?!image_encoder\.).*",
+    ),
+    HIERA,
     AIMV2,
     TIMM_AIMV2,
     TIMM_NAFLEX,

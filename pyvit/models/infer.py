@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from pyvit.models.clip import clip_vit, siglip_vit
 from pyvit.models.deit import DistilledVisionTransformer
 from pyvit.models.encoders import defaults, image_encoder
 from pyvit.models.eva import Eva
+from pyvit.models.hiera import Hiera
 from pyvit.models.mae import MaskedAutoencoder
 from pyvit.models.metadata import Metadata, lookup, metadata_of_config, plain
 from pyvit.models.naflex import NaFlexVisionTransformer
@@ -79,6 +81,8 @@ def _inferred(opened: Source) -> tuple[Any, dict[str, Any], bool]:
             settings["tower"] = NaFlexVisionTransformer
     if layout.name.endswith("DINOv3"):
         settings |= {"pos_embed": "rope", "norm_eps": 1e-5}
+    if constructor in (SamEncoder, Hiera):
+        return constructor, settings, lookup(metadata, "blocks.0.attn", "num_heads") is not None
     told = _told(metadata, constructor, settings)
     settings |= told
     if settings.get("version") == 2:
@@ -138,7 +142,7 @@ def _told(metadata: Metadata, constructor: Any, settings: Mapping[str, Any]) -> 
     """Settings of ``constructor`` in the file's metadata or configuration: heads, activation, epsilon, pooling."""
     at = "visual." if constructor in (clip_vit, siglip_vit) else ""
     wanted = {"norm_eps": (at + "norm", "eps"), "global_pool": (at[:-1], "global_pool")}
-    if "num_heads" in settings and constructor is not swin.SwinTransformer:
+    if "num_heads" in settings and constructor not in (swin.SwinTransformer, SamEncoder, Hiera):
         wanted |= {
             "num_heads": (at + "blocks.0.attn", "num_heads"),
             "activation": (at + "blocks.0.mlp.fc1", "activation"),
@@ -193,6 +197,8 @@ def infer(state: Mapping[str, Tensor], metadata: Metadata | None = None) -> tupl
         return swin.SwinTransformer, _swin(state)
     if "layer4.0.conv1.weight" in state and "attnpool.q_proj.weight" not in state:
         return ResNet, _resnet(state)
+    if "blocks.0.attn.qkv.weight" in state and "head.norm.weight" in state:
+        return Hiera, _hiera(state, metadata or {})
     if "blocks.0.attn.rel_pos_h" in state and "pos_embed" in state and state["pos_embed"].dim() == 4:
         return SamEncoder, _sam(state)
     if "patch_embed.proj.weight" in state and "blocks.0.attn.qkv.weight" in state:
@@ -219,6 +225,27 @@ def _aimv2(state: Mapping[str, Tensor], settings: dict[str, Any]) -> dict[str, A
     found = {k: settings[k] for k in names if k in settings}
     heads = {"num_heads": max(width // 128, 1), "mlp_ratio": _ratio(hidden, width)}
     return {**found, **heads, "native": "pos_embed" not in state}
+
+
+def _hiera(state: Mapping[str, Tensor], metadata: Metadata) -> dict[str, Any]:
+    """Settings of a :class:`Hiera`; the heads are those of the published width if the file does not say."""
+    width, chans = state["patch_embed.proj.weight"].shape[:2]
+    depth = _count(state, r"blocks\.(\d+)\.")
+    starts = [i for i in range(depth) if i == 0 or f"blocks.{i}.proj.weight" in state] + [depth]
+    head, pos = state.get("head.fc.weight"), state["pos_embed"]
+    found: dict[str, Any] = {
+        "in_chans": chans,
+        "num_classes": 0 if head is None else head.shape[0],
+        "embed_dim": width,
+        "num_heads": lookup(metadata, "blocks.0.attn", "num_heads") or {112: 2, 144: 2, 256: 4}.get(width, 1),
+        "stages": [b - a for a, b in itertools.pairwise(starts)],
+        "mlp_ratio": _ratio(state["blocks.0.mlp.fc1.weight"].shape[0], width),
+    }
+    if "pos_embed_win" in state:
+        window = state["pos_embed_win"].shape[2]
+        windows = {"window_sizes": (window, window // 2, 0, 0), "global_pos_size": tuple(pos.shape[2:])}
+        return found | windows | {"img_size": 32 * window}
+    return found | {"img_size": 4 * math.isqrt(pos.shape[1])}
 
 
 def _sam(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -142,9 +142,10 @@ def metadata_of_config(config: Mapping[str, Any], native: Mapping[str, Tensor]) 
         return metadata
     if kind == "aimv2_vision_model":
         grid = {} if config.get("is_native") else _image_grid(config.get("image_size", 224), native.get(patch))
-        heads: dict[str, Any] = {"num_heads": config.get("num_attention_heads", 8)}
-        eps: dict[str, Any] = {"eps": config.get("rms_norm_eps", 1e-5)}
-        return {r"blocks\.\d+\.attn": heads, r"(.*\.)?norm\d?": eps, "": grid}
+        metadata = {r"blocks\.\d+\.attn": {"num_heads": config.get("num_attention_heads", 8)}, "": grid}
+        return metadata | {r"(.*\.)?norm\d?": {"eps": config.get("rms_norm_eps", 1e-5)}}
+    if kind == "hiera":
+        return {r"blocks\.0\.attn": {"num_heads": (config.get("num_heads") or [1])[0]}}
     if kind == "dinov3_vit":
         base = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta", 100.0)
         return {**_tower(config, "", eps=1e-5), "rope": {"base": base}}

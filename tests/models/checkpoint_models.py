@@ -60,6 +60,19 @@ def sam(**more):
     return pyvit.create_model("samvit_base_patch16", **{**settings, "global_blocks": [1], **more})
 
 
+def hiera(**more):
+    settings = {"img_size": 64, "embed_dim": 16, "num_heads": 2, "stages": (1, 2, 2, 1), "num_classes": 5}
+    return pyvit.create_model("hiera_tiny_224", **{**settings, **more})
+
+
+SAM2 = {"embed_dim": 16, "num_heads": 1, "stages": (1, 2, 3, 2), "global_blocks": (4,), "window_sizes": (8, 4, 6, 5)}
+SAM2 |= {"global_pos_size": (5, 5), "img_size": 64}
+
+
+def sam2(**more):
+    return pyvit.create_model("sam2_encoder_hiera_tiny", **{**SAM2, "out_channels": 24, **more})
+
+
 MODELS = {
     "transformers ViT": vit,
     "transformers<5 ViT": vit,
@@ -81,6 +94,10 @@ MODELS = {
     "timm AIMv2": lambda: small("aimv2_large_patch14_224"),
     "transformers SAM": sam,
     "facebookresearch SAM": sam,
+    "transformers Hiera": hiera,
+    "transformers SAM 2": sam2,
+    "transformers SAM 2 encoder": sam2,
+    "facebookresearch SAM 2": sam2,
     "OpenAI CLIP": lambda: pyvit.create_model("clip_vit_base_patch32_224", **CLIP),
     "open_clip": lambda: pyvit.create_model("clip_vit_base_patch32_224", **CLIP),
     "torchvision ViT": vit,

@@ -15,7 +15,7 @@ from tests.models.checkpoint_models import CLIP, MODELS, VIT, dinov2
 from tests.peers import peer
 
 #: Layouts whose models cannot be inferred from weights alone.
-NAMED = ("V2", "timm EVA", "timm PE")
+NAMED = ("V2", "timm EVA", "timm PE", "SAM 2")
 
 
 @pytest.mark.parametrize("layout", [k for k in MODELS if not any(n in k for n in NAMED)])

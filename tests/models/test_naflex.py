@@ -35,7 +35,7 @@ def transformers_model():
     return randomise(transformers.Siglip2Model(config))
 
 
-def test_transformers():
+def test_parity_transformers():
     theirs = transformers_model()
     ours = pyvit.create_model("siglip2_vit_base_patch16_naflex", **OURS, vocab_size=50, context_length=9)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_transformers():
 
 
 @pytest.mark.parametrize("pool", ["map", "avg"])
-def test_timm(pool):
+def test_parity_timm(pool):
     timm = peer("timm")
     cfg = {
         "embed_dim": 48,
