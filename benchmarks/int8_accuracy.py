@@ -160,11 +160,8 @@ def of_kept(model: Any, images: Tensor) -> Outputs:
 
 def of_text(model: Any, text: Tensor) -> Outputs:
     """A text tower: the tokens before its projection."""
-    seen: list[Tensor] = []
-    hook = model.ln_final.register_forward_hook(lambda *call: seen.append(call[2]))
     image = model(text)
-    hook.remove()
-    return Outputs(image, seen[0].flatten(0, 1), image)
+    return Outputs(image, model.forward_features(text).flatten(0, 1), image)
 
 
 def photographs(count: int, size: tuple[int, int], seed: int) -> Tensor:

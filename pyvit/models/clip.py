@@ -72,7 +72,8 @@ class TextTransformer(WithMetadata):
         if proj_bias:
             nn.init.zeros_(self.proj.bias)
 
-    def forward(self, text: Tensor) -> Tensor:
+    def forward_features(self, text: Tensor) -> Tensor:
+        """Ids (B, L) to the features of their tokens (B, L, width)."""
         if text.dim() != 2 or text.shape[1] > self.context_length:
             raise ValueError(
                 f"TextTransformer: text must be (B, L) with L up to {self.context_length}, got {tuple(text.shape)}"
@@ -83,7 +84,10 @@ class TextTransformer(WithMetadata):
                 x = checkpoint(block, x, use_reentrant=False, is_causal=self.causal)
             else:
                 x = block(x, is_causal=self.causal)
-        x = self.ln_final(x)
+        return self.ln_final(x)
+
+    def forward(self, text: Tensor) -> Tensor:
+        x = self.forward_features(text)
         x = x[:, -1] if self.pool == "last" else x[torch.arange(x.shape[0], device=x.device), self.end_of(text)]
         return self.proj(x)
 

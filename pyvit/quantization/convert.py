@@ -72,8 +72,8 @@ def quantize(
         tolerance: the largest ``error`` of the report. None: whatever it is.
         least_cosine: the least of the report's ``cosine`` and of its tokens' cosines, so that no single token is lost
             to a mean; the median of the tokens may lose half as much, 1 - cosine. Inputs that were not measured have
-            worse tokens: on 6000 images of trained models the worst lost up to 7 times as much as on 64. None: whatever
-            it is.
+            worse tokens: on 6000 held-out images of trained models the worst lost up to 7 times as much as on 64.
+            None: whatever it is.
 
             Where one of the two is missed, each layer is quantized alone, and those that come nearest to missing it
             are put back: as few of them as meet both.
