@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 import pyvit
-from benchmarks import cases, ceiling, compare, energy, machine, report, runner, share
+from benchmarks import attention_peers, cases, ceiling, compare, energy, machine, report, runner, share
 from benchmarks.workload import PEERS
 
 GROUPS = (*cases.SUITES, "scaling")
@@ -166,6 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         peers=args.peers,
         device=args.device,
         joules=joules,
+        extra=functools.partial(attention_peers.extra, args.peers),
     )
     results, pictures = measure(args, settings, top)
     report.show_rows(results.rows)

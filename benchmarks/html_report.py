@@ -55,9 +55,15 @@ def duration(ms: float) -> str:
     return f"{number(ms)} ms" if ms >= 0.1 else f"{number(1e3 * ms)} µs"
 
 
+def times(ratio: float) -> str:
+    """A speedup: 1.05x, 160x; empty if it is not known."""
+    return "" if math.isnan(ratio) else f"{ratio:.2f}x" if ratio < 100 else f"{ratio:.0f}x"
+
+
 def ours_of(rows: Iterable[Row]) -> Row | None:
-    """The fastest row of ours; on a GPU each of our backends has one."""
-    return min((r for r in rows if r.provider.startswith(OURS) and r.timed), key=lambda r: r.median_ms, default=None)
+    """The row of ours; on a GPU, where each of our backends has one, the fastest."""
+    found = [row for row in rows if row.provider.startswith(OURS) and row.timed]
+    return min(found, key=lambda row: (row.provider != OURS, row.median_ms), default=None)
 
 
 def best_peer(rows: Sequence[Row]) -> tuple[Row, float] | None:
@@ -113,11 +119,11 @@ def card(index: int, name: str, rows: Sequence[Row], price: float = 0.0, where: 
         kind = "ours" if row.provider.startswith(OURS) else "with" if uses_pyvit(row.provider) else ""
         mark = "" if row.status == "ok" else f" ({row.status.partition(': ')[0]})"
         width = 100 * timed[0].median_ms / row.median_ms
-        times = duration(row.median_ms) + (f", {row.ratio:.2f}x" if not math.isnan(row.ratio) else "")
+        took = ", ".join(part for part in (duration(row.median_ms), times(row.ratio)) if part)
         span = f"{duration(row.p20)} to {duration(row.p80)} in 60 % of the rounds; " if row.p20 == row.p20 else ""
         bars.append(
             f'<div class="bar {kind}" title="{escape(span + row.versions)}"><span>{escape(row.provider + mark)}</span>'
-            f'<i><u style="width:{width:.1f}%"></u></i><b>{times}</b></div>'
+            f'<i><u style="width:{width:.1f}%"></u></i><b>{took}</b></div>'
         )
     notes = facts(ours, peer, price) if ours else []
     untimed = [f"{row.provider}: {row.status}" for row in rows if not row.timed]
@@ -140,9 +146,9 @@ def card(index: int, name: str, rows: Sequence[Row], price: float = 0.0, where: 
 COLUMNS: tuple[tuple[str, Callable[[Row, Run], tuple[str, float | str]]], ...] = (
     ("provider", lambda row, run: (row.provider, row.provider)),
     ("ms", lambda row, run: (number(row.median_ms), row.median_ms)),
-    ("ratio", lambda row, run: (f"{row.ratio:.2f}x" if row.ratio == row.ratio else "", row.ratio)),
+    ("ratio", lambda row, run: (times(row.ratio), row.ratio)),
     ("best peer", lambda row, run: (row.best_peer, row.best_peer)),
-    ("over it", lambda row, run: (f"{row.best_ratio:.2f}x" if row.best_peer else "", row.best_ratio)),
+    ("over it", lambda row, run: (times(row.best_ratio), row.best_ratio)),
     ("% ceiling", lambda row, run: (number(row.percent_of_ceiling, 2), row.percent_of_ceiling)),
     ("bound", lambda row, run: (row.bound, row.bound)),
     ("images/s", lambda row, run: (number(row.images_per_s), row.images_per_s)),
@@ -200,7 +206,7 @@ def losses(runs: Sequence[Run]) -> str:
     return f"<div class=wide><table><thead><tr>{head}</thead><tbody>{''.join(lines)}</tbody></table></div>"
 
 
-_W, _H, _L, _B, _T, _R = 640, 380, 62, 46, 14, 14
+_W, _H, _L, _B, _T, _R = 640, 390, 74, 56, 14, 14
 
 
 class Axes:
@@ -214,14 +220,14 @@ class Axes:
         for value in ticks or _ticks(*self.x):
             at = self.at(value, min(ys))[0]
             self.body.append(f'<path class=grid d="M{at:.1f} {_T}V{_H - _B}"/>')
-            self.body.append(f'<text x="{at:.1f}" y="{_H - _B + 16}" text-anchor=middle>{_short(value)}</text>')
+            self.body.append(f'<text x="{at:.1f}" y="{_H - _B + 20}" text-anchor=middle>{_short(value)}</text>')
         for value in _ticks(*self.y):
             at = self.at(min(xs), value)[1]
             self.body.append(f'<path class=grid d="M{_L} {at:.1f}H{_W - _R}"/>')
             self.body.append(f'<text x="{_L - 6}" y="{at + 4:.1f}" text-anchor=end>{_short(value)}</text>')
         self.body.append(f'<text x="{(_L + _W - _R) / 2}" y="{_H - 8}" text-anchor=middle>{escape(x)}</text>')
         middle = (_T + _H - _B) / 2
-        self.body.append(f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor=middle>{escape(y)}</text>')
+        self.body.append(f'<text transform="translate(18 {middle}) rotate(-90)" text-anchor=middle>{escape(y)}</text>')
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         across = (math.log(x) - self.x[0]) / (self.x[1] - self.x[0])
@@ -350,6 +356,8 @@ def page(runs: Sequence[Run]) -> str:
         for i, run in enumerate(runs)
         for name, rows in run.cases.items()
     ]
+    if any(line.startswith("busy: ") for run in runs for line in run.lines):
+        verdict = f"<strong class=lost>The machine was busy: the times mislead.</strong> {verdict}"
     machines = "".join(
         f"<section class=machine><h2>{escape(run.name)}</h2><ul>{''.join(f'<li>{escape(line)}' for line in run.lines)}"
         "</ul></section>"

@@ -10,8 +10,10 @@ from benchmarks.cases import Case
 from benchmarks.gate import Verdict
 
 OURS = "ours"
+#: Attention kernels of other libraries: see :mod:`benchmarks.attention_peers`.
+ATTENTION_PEERS = ("sdpa", "flex", "flash-attn", "xformers", "natten")
 #: Providers that only run on request: they take long to prepare, or need other packages.
-PEERS = ("compile", "accelerate", "timm", "transformers", "onnxruntime", "openvino", "torchao")
+PEERS = ("compile", "accelerate", "timm", "transformers", "onnxruntime", "openvino", "torchao", *ATTENTION_PEERS)
 
 
 def uses_pyvit(provider: str) -> bool:

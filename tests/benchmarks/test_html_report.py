@@ -81,6 +81,19 @@ def test_page_shows_cases_and_needs_no_network() -> None:
     assert "{{" not in page
 
 
+def test_a_busy_machine_is_said_first() -> None:
+    page = html_report.page([Run("m", ["busy: the load average is 9 on 2 cores"], rows(1.0))])
+    assert "The machine was busy" in page.partition("<section")[0]
+    assert "was busy" not in html_report.page([Run("m", ["2 cores"], rows(1.0))])
+
+
+def test_facts_are_those_of_ours_where_it_has_variants() -> None:
+    variant = Row("flash_attention", "8x<b>", "ours bf16", "fp32", "forward", 2, median_ms=0.1)
+    assert html_report.ours_of([variant, *rows(1.0)]).provider == "ours"
+    on_gpu = [Row("f", "c", f"ours {name}", "bf16", "forward", 1, median_ms=ms) for name, ms in (("a", 2), ("b", 1))]
+    assert html_report.ours_of(on_gpu).provider == "ours b"
+
+
 def test_page_of_several_machines_names_them() -> None:
     page = html_report.page([Run("first", [], rows(1.0), TOP), Run("second", [], rows(1.5))])
     assert Parsed(page).count["section"] == 2
