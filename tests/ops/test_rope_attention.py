@@ -144,9 +144,11 @@ def test_views_of_one_projection(on: Served) -> None:
     parts = dict(zip("qkv", packed.transpose(1, 3).unbind(2), strict=True))
     rope = rope_of(torch.randn(50, 32, device=on.device), False)
     found = rope_attention(**parts, rope=rope, backend=on.backend)
-    assert torch.equal(
-        found, rope_attention(**{name: t.contiguous() for name, t in parts.items()}, rope=rope, backend=on.backend)
-    )
+    want = rope_attention(**{name: t.contiguous() for name, t in parts.items()}, rope=rope, backend=on.backend)
+    if on.backend == "reference":  # PyTorch's matrix products sum in another order
+        torch.testing.assert_close(found, want, rtol=1e-2, atol=1e-3)
+    else:
+        assert torch.equal(found, want)
     assert found.transpose(1, 2).is_contiguous(), "heads merge without a copy"
     assert not pyvit.explain(rope_attention, **parts, rope=rope, backend=on.backend).notes
 
