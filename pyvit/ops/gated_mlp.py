@@ -240,7 +240,7 @@ class _GatedMlp(torch.autograd.Function):
         if kind:
             hidden = activations.gated(gate, value, activation, temporary=True)
             if needs[5]:
-                normed, _ = _norm(hidden, kind, norm_weight, norm_bias, eps)
+                normed, _ = _norm(hidden, kind, norm_weight, norm_bias, eps, statistics=False)
                 grads[5] = matmul.grad_weight(rows, normed, w2.dtype)
                 del normed
             parameters = needs[7] or needs[8]
@@ -284,16 +284,18 @@ def _halves(inner: Tensor, gates: Tensor | None, gate_last: bool) -> tuple[Tenso
 
 
 def _norm(
-    hidden: Tensor, kind: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    hidden: Tensor, kind: int, weight: Tensor | None, bias: Tensor | None, eps: float, statistics: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """The norm of the hidden layer and its statistics."""
+    """The norm of the hidden layer and, for the backward pass, its statistics."""
     if not kind:
         return hidden, None
-    if activations.ours(hidden):
-        if kind == prepacked.RMS_NORM:
-            return row_norm.rms_norm(hidden, weight, eps, hidden.dtype, "cpu")
-        return row_norm.layer_norm(hidden, weight, bias, eps, hidden.dtype, "cpu")
-    return reference.norm(hidden, kind, weight, bias, eps), None
+    if not activations.ours(hidden):
+        return reference.norm(hidden, kind, weight, bias, eps), None
+    if kind == prepacked.RMS_NORM:
+        rms_norm = row_norm.rms_norm if statistics else row_norm.rms_norm_inference
+        return rms_norm(hidden, weight, eps, hidden.dtype, "cpu")
+    layer_norm = row_norm.layer_norm if statistics else row_norm.layer_norm_inference
+    return layer_norm(hidden, weight, bias, eps, hidden.dtype, "cpu")
 
 
 def _norm_gradients(
@@ -334,7 +336,8 @@ def _kernel(
     inner = prepacked.layer(x, w1, b1, None)
     gates = None if wg is None else prepacked.layer(x, wg, bg, None)
     hidden = activations.gated(*_halves(inner, gates, gate_last), activation, temporary=True)
-    hidden, _statistics = _norm(hidden.view(*x.shape[:-1], w2.shape[1]), kind, norm_weight, norm_bias, eps)
+    hidden = hidden.view(*x.shape[:-1], w2.shape[1])
+    hidden, _statistics = _norm(hidden, kind, norm_weight, norm_bias, eps, statistics=False)
     return prepacked.layer(hidden, w2, b2, None)
 
 
