@@ -439,6 +439,21 @@ def _openai_clip(text: str, name: str) -> Format:
     )
 
 
+def _open_clip_timm() -> Format:
+    """open_clip with an image tower of timm's: SigLIP and SigLIP 2."""
+    text = [r for r in _openai_clip("text.", "").rules if not r.native[0].startswith(("visual.", "text.proj.weight"))]
+    return Format(
+        "open_clip with timm's tower",
+        ("visual.trunk.patch_embed.proj.weight", "text.transformer.resblocks.{i}.attn.in_proj_weight"),
+        (
+            rule("visual.{r}", "visual.trunk.{r}"),
+            *text,
+            rule("text.proj.{p}", "text.text_projection.{p}"),
+        ),
+        drop=_CLIP_BUFFERS,
+    )
+
+
 def _openai_clip_resnet() -> Format:
     """OpenAI's CLIP with a ResNet image tower, whose names are pyvit's; the text tower as above."""
     text = tuple(r for r in _openai_clip("", "").rules if not r.native[0].startswith("visual."))
@@ -679,6 +694,7 @@ FORMATS: tuple[Format, ...] = (
     _hf_clip(True, naflex=True),
     *(_hf_clip(siglip) for siglip in (True, False)),
     _openai_clip_resnet(),
+    _open_clip_timm(),
     _openai_clip("", "OpenAI CLIP"),
     _openai_clip("text.", "open_clip"),
     _torchvision_vit("mlp.0", "mlp.3", "torchvision ViT"),

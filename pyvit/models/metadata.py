@@ -179,7 +179,10 @@ def _two_towers(config: Mapping[str, Any], native: Mapping[str, Tensor]) -> Meta
 def _open_clip(config: Mapping[str, Any], native: Mapping[str, Tensor]) -> Metadata:
     vision, text = config.get("vision_cfg") or {}, config.get("text_cfg") or {}
     quick = "quick_gelu" if config.get("quick_gelu") else "gelu"
-    metadata: Metadata = {rf"{tower}\.blocks\.\d+\.mlp(\.fc1)?": {"activation": quick} for tower in ("visual", "text")}
+    tanh = (text.get("act_kwargs") or {}).get("approximate") == "tanh"
+    metadata: Metadata = {r"text\.blocks\.\d+\.mlp(\.fc1)?": {"activation": "gelu_tanh" if tanh else quick}}
+    if "timm_model_name" not in vision:  # the activation of timm's models is not in the file
+        metadata[r"visual\.blocks\.\d+\.mlp(\.fc1)?"] = {"activation": quick}
     if isinstance(width := vision.get("width"), int):
         metadata[r"visual\.blocks\.\d+\.attn"] = {"num_heads": width // vision.get("head_width", 64)}
     if isinstance(heads := text.get("heads"), int):

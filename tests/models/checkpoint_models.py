@@ -98,6 +98,7 @@ MODELS = {
     "transformers SAM 2": sam2,
     "transformers SAM 2 encoder": sam2,
     "facebookresearch SAM 2": sam2,
+    "open_clip with timm's tower": lambda: pyvit.create_model("siglip2_vit_base_patch16_224", **SIGLIP),
     "OpenAI CLIP": lambda: pyvit.create_model("clip_vit_base_patch32_224", **CLIP),
     "open_clip": lambda: pyvit.create_model("clip_vit_base_patch32_224", **CLIP),
     "torchvision ViT": vit,

@@ -1,14 +1,18 @@
 """Vision transformers, Swin, hybrids and ResNets against timm, torchvision and open_clip, with random weights."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import pyvit
 from pyvit.models.checkpoints import recognise, to_native
 from pyvit.models.hybrid import HybridVisionTransformer
+from pyvit.models.infer import model_from_checkpoint
 from pyvit.models.resnet import CLIPResNet, ResNet
 from tests import peers
-from tests.models.parity import check_both_precisions, check_same_names, randomise
+from tests.models.parity import check_both_precisions, check_parity, check_same_names, randomise
 
 VIT = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7, "img_size": 64}
 
@@ -103,3 +107,28 @@ def test_convolutional_stem():
         }
 
     check_both_precisions(ours, theirs, torch.randn(2, 3, 32, 32), translate=translate)
+
+
+def test_siglip_of_open_clip(tmp_path):
+    open_clip, timm = peers.peer("open_clip"), peers.peer("timm")
+    text = {"context_length": 9, "vocab_size": 50, "width": 24, "heads": 2, "layers": 1, "no_causal_mask": True}
+    text |= {"proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}
+    text |= {"act_kwargs": {"approximate": "tanh"}}
+    vision = {"image_size": 160, "timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "none"}
+    theirs = open_clip.model.CustomTextCLIP(48, vision, text, init_logit_bias=-10)
+    tower = {**VIT, "num_classes": 0, "patch_size": 16, "act_layer": "gelu_tanh"}
+    theirs.visual.trunk = timm.create_model("vit_base_patch16_siglip_224", **tower)
+    randomise(theirs)
+    with torch.no_grad():
+        theirs.logit_scale.fill_(1.3)
+    config = {"model_cfg": {"embed_dim": 48, "vision_cfg": {**vision, "image_size": 64}, "text_cfg": text}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(theirs.state_dict(), tmp_path / "open_clip_model.safetensors")
+    ours, report = model_from_checkpoint(tmp_path, num_heads=3)
+    assert report.format == "open_clip with timm's tower"
+    assert not report.missing
+    ours.eval()
+    images, ids = torch.randn(2, 3, 64, 64), torch.randint(1, 50, (3, 9))
+    image, words, scale = theirs(images, ids)[:3]
+    expected = scale * image @ words.T + theirs.logit_bias
+    check_parity(ours, theirs, ours.logits(images, ids), expected)

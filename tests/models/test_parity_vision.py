@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import pyvit
-from tests.models.parity import check_parity, randomise, share
+from pyvit.models.infer import model_from_checkpoint
+from tests.models.parity import check_parity, randomise, relative_error, share
 from tests.peers import peer
 
 transformers = peer("transformers")
@@ -50,6 +51,19 @@ def test_dinov2(swiglu, registers, size):
     share(ours, theirs)
     images = torch.randn(2, 3, *size)
     check_parity(ours, theirs, ours(images), theirs(images).logits)
+
+
+def test_gated_dinov2_from_a_folder(tmp_path):  # its configuration names an activation that it does not use
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "mlp_ratio": 2}
+    config = transformers.Dinov2Config(**sizes, image_size=28, patch_size=7, use_swiglu_ffn=True)
+    theirs = randomise(transformers.Dinov2Model(config))
+    theirs.save_pretrained(tmp_path)
+    ours, report = model_from_checkpoint(tmp_path, global_pool="token")
+    assert not report.missing
+    assert not report.differs
+    images = torch.randn(1, 3, 28, 28)
+    with torch.no_grad():
+        assert relative_error(ours.eval()(images), theirs(images).pooler_output) < 1e-4
 
 
 def test_dinov2_masks():
