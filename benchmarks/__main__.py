@@ -121,6 +121,8 @@ def measure(
     left = lambda: 60 * args.minutes - clock()  # noqa: E731
     say = lambda line: print(f"{clock():6.1f} s  {line}", flush=True)  # noqa: E731
     chosen = cases.select(tuple(s for s in args.suites if s in cases.SUITES), args.level, args.only, args.dtype)
+    if args.device != "cpu":
+        chosen = [case for case in chosen if case.dtype != "int8"]  # which is inference on CPUs
     ops = list(dict.fromkeys(case.op for case in chosen))
     if args.minutes < math.inf:
         chosen = cases.spread(chosen)
