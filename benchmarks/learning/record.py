@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import processor
+from benchmarks.machine import processor
 from pyvit.train.checkpoint import write_atomic
 from pyvit.version import __version__
 

@@ -37,6 +37,7 @@ def test_providers_agree(op):
         "window_attention": WINDOW.shape,
         "patch_embed": {"batch": 2, "size": 32, "patch": 8, "width": 24, "keep": 5},
         "linear": {"m": 33, "k": 40, "n": 24, "activation": "gelu"},
+        "gated_mlp": {"rows": 33, "width": 40, "hidden": 24, "split": True, "norm": True},
         "layer_norm": {"rows": 33, "width": 40},
         "rms_norm": {"rows": 33, "width": 40},
         "info_nce": {"batch": 40, "dim": 32},
