@@ -1,7 +1,8 @@
 """Train the runs of docs/results.md: ``python -m benchmarks.learning [ROW ...] [--seeds N] [--jobs N] [--all]``.
 
-Only runs without a record, or whose command has changed, are trained. Each runs in its own process on one thread; an
-interrupted one resumes from its last checkpoint in ``runs/results``. The page is rewritten after every run.
+Only runs without a record, or whose command or built-in settings have changed, are trained. Each runs in its own
+process on one thread; an interrupted one resumes from its last checkpoint in ``runs/results``. The page is rewritten
+after every run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from benchmarks.learning import page
 from benchmarks.learning.record import ROOT, RUNS, Record, path_of, read
 from benchmarks.learning.rows import ABLATION, ROWS, SEEDS
-from benchmarks.learning.run import command_of, discard, run_named
+from benchmarks.learning.run import discard, is_current, run_named
 
 
 def pixels() -> None:
@@ -36,19 +37,17 @@ def pixels() -> None:
 def wanted(names: list[str], seeds: int, every: bool) -> list[tuple[str, int, tuple[str, int] | None]]:
     """(name, seed, what must be recorded before) of all runs to do, in order."""
     rows = {row.name: row for row in (*ROWS, *ABLATION)}
-    of = {name: row.name for row in ROWS for name in row.peers}
+    of = {name: row for row in ROWS for name in row.peers}
     unknown = set(names) - rows.keys() - of.keys()
     if unknown:
         sys.exit(f"results: ROW must be one of {', '.join([*rows, *of])}, got {', '.join(sorted(unknown))}")
     found = []
     for seed in SEEDS[:seeds]:
         for name in names or [*rows, *of]:
-            record = read(name, seed)
-            row = rows.get(name)
-            current = record is not None and (row is None or record.command == f"pyvit train {command_of(row, seed)}")
-            if current and not every:
+            record, row = read(name, seed), rows.get(name) or of[name]
+            if record is not None and is_current(record, row) and not every:
                 continue
-            before = of.get(name) or (row.init if row else None)
+            before = row.name if name in of else row.init
             found.append((name, seed, (before, seed) if before else None))
     return found
 

@@ -22,13 +22,15 @@ RUNS = ROOT / "runs" / "results"
 
 @dataclass
 class Record:
-    """``command`` is what was run; ``cpu_seconds`` is the time of all its threads and processes."""
+    """``command`` is what was run, with the built-in settings ``preset``; ``cpu_seconds`` is the time of all its
+    threads and processes."""
 
     name: str
     seed: int
     command: str
     results: dict[str, float]
     cpu_seconds: float
+    preset: dict[str, Any] = field(default_factory=dict)
     #: (share of the training done, loss)
     curve: list[list[float]] = field(default_factory=list)
     machine: str = ""

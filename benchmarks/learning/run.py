@@ -18,6 +18,7 @@ from benchmarks.learning.rows import Row, row_of
 from pyvit.cli.evaluate import COMMANDS
 from pyvit.train import Config, train
 from pyvit.train.engine import resolve_config
+from pyvit.train.presets import PRESETS
 from pyvit.train.runs import load_run
 
 SHEETS = ROOT / "docs" / "images" / "results"
@@ -27,6 +28,19 @@ def command_of(row: Row, seed: int) -> str:
     """The arguments of ``pyvit train``."""
     init = f" --init {_shown(RUNS / f'{row.init}-{seed}')}" if row.init else ""
     return f"{row.command}{init} --seed {seed}"
+
+
+def preset_of(row: Row) -> dict[str, Any]:
+    """The built-in settings of the row's recipe and data, and those of the run that it starts from."""
+    words = row.command.split()
+    preset = dict(PRESETS.get((words[0], words[words.index("--data") + 1]), {}))
+    return preset | ({"init": preset_of(row_of(row.init))} if row.init else {})
+
+
+def is_current(record: Record, row: Row) -> bool:
+    """Whether ``record``, of the row or of a peer of it, is of the present command and settings."""
+    ours = record.name != row.name or record.command == f"pyvit train {command_of(row, record.seed)}"
+    return ours and record.preset == json.loads(json.dumps(preset_of(row)))
 
 
 def _shown(path: Path) -> str:
@@ -70,7 +84,7 @@ def run(row: Row, seed: int) -> Record:
         COMMANDS[name](str(folder), out=str(SHEETS / f"{row.name}-{name}.png"))
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    record = Record(row.name, seed, f"pyvit train {command_of(row, seed)}", results, round(used, 1))
+    record = Record(row.name, seed, f"pyvit train {command_of(row, seed)}", results, round(used, 1), preset_of(row))
     record.curve = thin(max(step for step, _ in losses) + 1, losses)
     record.write()
     return record
@@ -95,7 +109,8 @@ def run_peer(name: str, row: Row, seed: int) -> Record:
     torch.manual_seed(seed)
     config = resolve_config(settings(row, seed))
     results, used, losses, description = getattr(peers, name)(config, ours.cpu_seconds)
-    record = Record(name, seed, description, results, round(used, 1), thin(len(losses), list(enumerate(losses))))
+    record = Record(name, seed, description, results, round(used, 1), preset_of(row))
+    record.curve = thin(len(losses), list(enumerate(losses)))
     record.write()
     return record
 

@@ -16,6 +16,7 @@ from benchmarks.learning.record import Record
 from benchmarks.learning.rows import ABLATION, ROWS, Row
 from pyvit.data import load_data
 from pyvit.data.load import builtin
+from pyvit.train import presets
 from pyvit.train.engine import resolve_config
 
 
@@ -78,6 +79,9 @@ def test_run_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert command.wanted([], 2, False) == [("small", 1, None)]
     assert command.wanted([], 1, True) == [("small", 0, None)]
     monkeypatch.setattr(command, "ROWS", (dataclasses.replace(row, command=row.command + " --lr 0.001"),))
+    assert command.wanted([], 1, False) == [("small", 0, None)]
+    monkeypatch.setattr(command, "ROWS", (row,))
+    monkeypatch.setitem(presets.PRESETS, ("mae", "digits"), {"epochs": 7, "option": {"crop": 0.5}})
     assert command.wanted([], 1, False) == [("small", 0, None)]
     with pytest.raises(SystemExit, match="ROW must be one of small, got large"):
         command.wanted(["large"], 1, False)
