@@ -66,6 +66,8 @@ SHAPES += [((1, 2, 33), d) for d in (2, 4, 6, 8, 16, 32, 40, 72, 80, 88, 96, 128
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
 def test_shapes(on: Served, shape: tuple[int, ...], d: int, interleaved: bool, norm: str | None) -> None:
+    if norm == "layer" and d == 2:
+        pytest.skip("two channels minus their mean are opposite numbers, whose gradients cancel")
     tensors = inputs(on, shape, d, norm=norm, interleaved=interleaved)
     check(on, tensors, interleaved=interleaved, qk_norm=norm)
 

@@ -89,15 +89,15 @@ def settled(chosen):
     return resolve_config(chosen)
 
 
-NEVER = ("vitdet_", "fpn_")  # backbones of detectors
-TWO_TOWERS = ("clip_", "siglip_")
+NEVER = ("vitdet_", "fpn_", "samvit_", "sam2_", "hiera_")  # backbones of detectors, and models of maps
+TWO_TOWERS = ("clip_", "metaclip2_", "siglip_", "siglip2_")
 
 
 def expected(recipe, name):
     if name.startswith(NEVER):
         return False
     if recipe in ("clip", "siglip"):
-        return name.startswith(TWO_TOWERS if recipe == "clip" else "siglip_")
+        return name.startswith(TWO_TOWERS if recipe == "clip" else ("siglip_", "siglip2_"))
     if name.startswith("clip_resnet"):
         return False
     if recipe in ("mae", "dinov2"):
@@ -107,6 +107,7 @@ def expected(recipe, name):
             or name.startswith("ast_")
             or any(s in name for s in ("_r50_", "_r26_", "_r_", "_conv_"))
         )
+        special = special or name.startswith(("aimv2_", "eva02_", "vit_pe_")) or "naflex" in name
         return plain and not (recipe == "mae" and special)
     return True
 
