@@ -1,5 +1,5 @@
-"""timm: ViT and its relatives built of ``Attention`` and ``Mlp``, those with rotary positions (EVA-02, DINOv3, Perception
-Encoder), Swin and Swin V2."""
+"""timm: ViT and its relatives built of ``Attention`` and ``Mlp``, those with rotary positions (EVA-02, DINOv3,
+Perception Encoder), Swin and Swin V2."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ from pyvit.integrations.common import (
     windows_match,
 )
 from pyvit.integrations.forwards import Forward, Left, Replacement, layout, refuse_int8, served_by, watched
-from pyvit.integrations.functional import sdpa
-from pyvit.integrations.functional import _forward as in_its_own_code
+from pyvit.integrations.functional import in_its_own_code, sdpa
 from pyvit.nn.quantized import QuantizedLinear, quantized, quantized_attention, quantized_window_attention
 from pyvit.ops import flash_attention, flash_attention_qkvpacked, rope_attention, window_attention
 from pyvit.ops.prepacked import Norm, attention_branch, normalize, window_attention_branch
@@ -164,12 +163,12 @@ def _block(module: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
     x = _attention(module.attn, x, residual=x, **first)
     return branch(mlp, x, residual=x, **second)
 
+
 _ROPE_NEEDS = (
-    "num_heads head_dim num_prefix_tokens scale fused_attn qkv q_proj k_proj v_proj q_norm k_norm attn_drop norm proj proj_drop"
+    "num_heads head_dim num_prefix_tokens scale fused_attn qkv q_proj k_proj v_proj q_norm k_norm attn_drop norm proj "
+    "proj_drop"
 )
-_ROPE_MAY = (
-    "attn_dim kv_dim num_kv_heads num_kv_groups q_bias k_bias v_bias qkv_bias_separate rotate_half gate"
-)
+_ROPE_MAY = "attn_dim kv_dim num_kv_heads num_kv_groups q_bias k_bias v_bias qkv_bias_separate rotate_half gate"
 
 
 def rotary(module: Any) -> Iterator[Replacement]:
