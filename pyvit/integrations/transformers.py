@@ -77,10 +77,10 @@ def attention(module: Any, rotary: bool = False) -> Iterator[Replacement | Left]
     elif (reason := _foreign(_implementation(module))) is not None:
         yield Left(module, reason)
     else:
-        function = _rotary_attention if rotary else _attention
+        function, by = (_rotary_attention, "rope_attention") if rotary else (_attention, "flash_attention")
         needs = "config head_dim q_proj k_proj v_proj"
         layers = ("q_proj k_proj v_proj", "o_proj" if hasattr(module, "o_proj") else "out_proj")
-        yield Replacement(module, function, "flash_attention", needs=needs, may=_MAY, layers=layers)
+        yield Replacement(module, function, by, needs=needs, may=_MAY, layers=layers)
 
 
 def _foreign(implementation: str) -> str | None:

@@ -165,7 +165,7 @@ def test_timm_branches_are_fused(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_timm_rotary_blocks_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The int8 layers of a rotary block take the residual sums; a call that needs the float weights says so."""
-    model, call = build("timm EVA-02")
+    model, call = build("timm DINOv3")
     pyvit.quantize(model)
     calls, given = [], timm_rules._rotary_branch
 
@@ -176,6 +176,8 @@ def test_timm_rotary_blocks_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm_rules, "_rotary_branch", counted)
     call(model)
     assert calls == [True] * 2
+    model, _ = build("timm EVA-02")
+    pyvit.quantize(model)
     tokens, rope = torch.randn(2, 17, 48), torch.ones(16, 32, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="dequantize"):
         model.blocks[0].attn(tokens, rope)
