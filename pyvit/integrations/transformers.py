@@ -111,7 +111,8 @@ def _rotary_attention(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    if position_embeddings is None or not _served(module, attention_mask, kwargs):
+    one_for_all = position_embeddings is not None and all(t.dim() == 2 for t in position_embeddings)
+    if not one_for_all or position_embeddings is None or not _served(module, attention_mask, kwargs):
         return type(module).forward(module, hidden_states, attention_mask, position_embeddings, **kwargs)
     cos, sin = position_embeddings  # (patches, d), of the last tokens: those before them are not rotated
     rope = torch.stack((sin, cos), 1)

@@ -258,6 +258,18 @@ def test_hooks_and_dropout_of_rotary_attention(case):
     assert shapes == [(2, 3, x.shape[1], x.shape[1])]
 
 
+def test_rotary_attention_of_unknown_versions():
+    """It runs its own code, with pyvit's attention."""
+    model, images = make_rotary("DINOv3")[0], on(32, 32)
+    for block in model.blocks:
+        block.attn.register_buffer("temperature", torch.ones(()))
+    expected = images(model)
+    report = pyvit.accelerate(model)
+    notes = [row.note for row in report.replaced if row.kind.endswith("EvaAttention")]
+    assert notes == ["flash_attention, in its own code"] * 2
+    assert relative_error(images(model), expected) < 1e-4
+
+
 def test_rotary_attention_of_fewer_patches():
     """Patch dropout gives each image angles of its own."""
     model = make_rotary("DINOv3", patch_drop_rate=0.5)[0].train()

@@ -94,6 +94,12 @@ def test_calls_of_rotary_attention(monkeypatch):
     for each, out in zip(calls, expected, strict=True):
         assert relative_error(attention(x, **each)[0], out) < 1e-5, each
     assert len(ran) == len(calls)
+    each = torch.randn(2, 1, 12, 16)  # of each image: the class's own code
+    own = attention(x, position_embeddings=(each.cos(), each.sin()))[0]
+    for i in range(2):
+        alone = attention(x[i : i + 1], position_embeddings=(each[i, 0].cos(), each[i, 0].sin()))[0]
+        assert relative_error(own[i : i + 1], alone) < 1e-5
+    assert len(ran) == len(calls) + 2
     attention.train()
     again = []
     for _ in range(2):
@@ -103,7 +109,7 @@ def test_calls_of_rotary_attention(monkeypatch):
     assert not torch.equal(attention(x, **calls[0])[0], again[0])
     mean = sum(attention(x, **calls[0])[0] for _ in range(400)) / 400
     assert relative_error(mean, expected[0]) < 0.25
-    assert len(ran) == len(calls)
+    assert len(ran) == len(calls) + 2
 
 
 def test_rotary_segmentation():
