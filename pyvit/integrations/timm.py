@@ -37,7 +37,7 @@ from pyvit.integrations.common import (
     usable,
     windows_match,
 )
-from pyvit.integrations.forwards import Forward, Left, Replacement, layout, refuse_int8, served_by, watched
+from pyvit.integrations.forwards import Forward, Left, Replacement, layout, refuse_int8, served_by
 from pyvit.integrations.functional import in_its_own_code, sdpa
 from pyvit.nn.quantized import QuantizedLinear, quantized, quantized_attention, quantized_window_attention
 from pyvit.ops import flash_attention, flash_attention_qkvpacked, rope_attention, window_attention
@@ -269,7 +269,7 @@ def _head_norms(q_norm: Any, k_norm: Any, dtype: torch.dtype) -> dict[str, Any] 
     if _nothing(q_norm) and _nothing(k_norm):
         return {}
     a, b = norm_args(q_norm), norm_args(k_norm)
-    if a is None or b is None or len(a) != len(b) or a[-1] != b[-1] or watched(q_norm) or watched(k_norm):
+    if a is None or b is None or len(a) != len(b) or a[-1] != b[-1]:
         return None
     if any(t is not None and t.dtype not in (torch.float32, dtype) for t in (*a[:-1], *b[:-1])):  # type: ignore[union-attr]
         return None

@@ -223,6 +223,10 @@ def test_calls_of_rotary_attention(case, monkeypatch):
     assert len(ran) == len(own)
     with pytest.raises(RuntimeError):
         model(x, rope()[..., :-1, :])
+    model.fused_attn, both = False, {"attn_mask": mask, "is_causal": True}  # which torch's attention refuses
+    found = model(x, **both)
+    pyvit.restore(model)
+    assert relative_error(found, model(x, **both)) < 1e-5
 
 
 @pytest.mark.parametrize("case", ["EVA-02 base", "DINOv3", "rope norms"])
