@@ -34,10 +34,10 @@ def calls_sdpa(kind: type) -> bool:
 
 
 def sdpa(module: nn.Module) -> Iterator[Replacement]:
-    yield Replacement(module, _forward, "flash_attention, in its own code")
+    yield Replacement(module, in_its_own_code, "flash_attention, in its own code")
 
 
-def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+def in_its_own_code(module: Any, *args: Any, **kwargs: Any) -> Any:
     forward = type(module).forward
     if torch.compiler.is_compiling():  # torch.compile reads the class's source, and has its own attention
         return forward(module, *args, **kwargs)

@@ -1,4 +1,5 @@
-"""timm: ViT and its relatives built of ``Attention`` and ``Mlp``, Swin and Swin V2."""
+"""timm: ViT and its relatives built of ``Attention`` and ``Mlp``, those with rotary positions (EVA-02, DINOv3,
+Perception Encoder), Swin and Swin V2."""
 
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ from pyvit.integrations.common import (
     known,
     layer_norm,
     multiplied,
+    norm_args,
     patch_conv,
     prepacked_layers,
     project,
@@ -36,9 +38,10 @@ from pyvit.integrations.common import (
     windows_match,
 )
 from pyvit.integrations.forwards import Forward, Left, Replacement, layout, refuse_int8, served_by
+from pyvit.integrations.functional import in_its_own_code, sdpa
 from pyvit.nn.quantized import QuantizedLinear, quantized, quantized_attention, quantized_window_attention
-from pyvit.ops import flash_attention, flash_attention_qkvpacked, window_attention
-from pyvit.ops.prepacked import Norm, attention_branch, window_attention_branch
+from pyvit.ops import flash_attention, flash_attention_qkvpacked, rope_attention, window_attention
+from pyvit.ops.prepacked import Norm, attention_branch, normalize, window_attention_branch
 
 _ALWAYS = "drops attention weights in evaluation too, as timm 0.9.0 to 0.9.2 do"
 
@@ -142,11 +145,16 @@ def block(module: Any) -> Iterator[Replacement]:
     yield Replacement(module, _block, "fused residual branches, where weights are packed", needs=_BLOCK, optional=True)
 
 
+def _packed(mlp: Any, projection: nn.Module | None) -> bool:
+    """Whether the first layers of both of a block's branches are :func:`prepacked_layers`."""
+    fc1 = getattr(mlp, "fc1_x", None) if hasattr(mlp, "fc1_x") else getattr(mlp, "fc1", None)
+    return prepacked_layers(projection, fc1)
+
+
 def _block(module: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
     simple = not args and all(value is None or value is False for value in options.values())
     mlp = module.mlp
-    fc1 = getattr(mlp, "fc1_x", None) if hasattr(mlp, "fc1_x") else getattr(mlp, "fc1", None)
-    simple = simple and prepacked_layers(getattr(module.attn, "qkv", None), fc1)
+    simple = simple and _packed(mlp, getattr(module.attn, "qkv", None))
     first = fusion_args(x, module.norm1, module.ls1, module.drop_path1) if simple else None
     second = None if first is None else fusion_args(x, module.norm2, module.ls2, module.drop_path2)
     branch = None if second is None else _mlp if _whole_mlp(mlp) else _gated if _whole_gated(mlp) else None
@@ -154,6 +162,156 @@ def _block(module: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
         return type(module).forward(module, x, *args, **options)  # type: ignore[no-any-return]
     x = _attention(module.attn, x, residual=x, **first)
     return branch(mlp, x, residual=x, **second)
+
+
+_ROPE_NEEDS = (
+    "num_heads head_dim num_prefix_tokens scale fused_attn qkv q_proj k_proj v_proj q_norm k_norm attn_drop norm proj "
+    "proj_drop"
+)
+_ROPE_MAY = "attn_dim kv_dim num_kv_heads num_kv_groups q_bias k_bias v_bias qkv_bias_separate rotate_half gate"
+
+
+def rotary(module: Any) -> Iterator[Replacement]:
+    """EvaAttention and AttentionRope. In older versions a rope of three dimensions has one embedding per image, not per
+    head; they run their own code."""
+    if layout(module, _ROPE_NEEDS, _ROPE_MAY) is not None or "unsqueeze" in originals.record(type(module)).reads:
+        yield from sdpa(module)
+        return
+    packed = module.qkv is not None
+    layers = ("qkv", "proj") if packed else ("q_proj k_proj v_proj", "proj")
+    int8 = {"layers": layers, "reads_weights": packed and _reads_weight(module)}
+    yield Replacement(module, _rotary, "rope_attention", needs=_ROPE_NEEDS, may=_ROPE_MAY, **int8)
+
+
+def _reads_weight(module: Any) -> bool:
+    """Whether the class's own forward multiplies the weight of ``qkv`` itself, with biases that are not the layer's."""
+    return getattr(module, "q_bias", None) is not None and not getattr(module, "qkv_bias_separate", False)
+
+
+def _rotary(
+    module: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    options = _rotary_options(module, x, rope, attn_mask, is_causal)
+    if options is None:
+        if module.qkv is not None and _reads_weight(module):
+            refuse_int8(module, module.qkv)
+        return in_its_own_code(module, x, rope, attn_mask, is_causal)  # type: ignore[no-any-return]
+    return _rotary_branch(module, x, options)
+
+
+def _rotary_options(
+    module: Any, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool
+) -> dict[str, Any] | None:
+    """The arguments of :func:`pyvit.ops.rope_attention` for a call; None where it does not compute the call, or where
+    it gains nothing: other devices have no kernel that rotates."""
+    drop = fused_rate(module) if module.fused_attn else rate(module.attn_drop)
+    if not x.is_cpu or x.dim() != 3 or drop != 0.0 or (is_causal and attn_mask is not None) or not usable(attn_mask):
+        return None
+    if module.qkv is not None and _reads_weight(module) and not multiplied(module.qkv):
+        return None
+    options = {"bias": attn_mask, "is_causal": is_causal, "scale": None if module.fused_attn else module.scale}
+    if rope is None:
+        return options
+    # Sines, then cosines: (N, 2 d), (H, N, 2 d) or (B, H, N, 2 d); H and B may be 1.
+    prefix, heads = module.num_prefix_tokens, module.num_heads
+    groups = getattr(module, "num_kv_groups", 1)
+    fits = 2 <= rope.dim() <= 4 and tuple(rope.shape[-2:]) == (x.shape[1] - prefix, 2 * module.head_dim)
+    fits = fits and (rope.dim() < 3 or rope.shape[-3] == 1 or (rope.shape[-3] == heads and groups == 1))
+    fits = fits and (rope.dim() < 4 or rope.shape[0] in (1, x.shape[0]))
+    if not fits or rope.dtype not in (torch.float32, torch.bfloat16, torch.float16) or rope.device != x.device:
+        return None
+    options |= {"rope": rope, "num_prefix_tokens": prefix, "interleaved": not getattr(module, "rotate_half", False)}
+    return options
+
+
+def _rotary_branch(
+    module: Any,
+    x: Tensor,
+    options: dict[str, Any],
+    norm: Norm | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """x (B, N, C) -> (B, N, C). With ``norm``, ``scale`` and ``residual`` the branch, where the module is
+    :func:`_whole_rotary`."""
+    if module.qkv is None:
+        y = x if norm is None else normalize(x, norm)
+        q, k, v = (
+            project(layer, y).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)  # (B, H, N, d)
+            for layer in (module.q_proj, module.k_proj, module.v_proj)
+        )
+    else:
+        if getattr(module, "q_bias", None) is None:
+            qkv = project(module.qkv, x, norm=norm)
+        else:
+            qkv = biased(module.qkv, x, torch.cat((module.q_bias, module.k_bias, module.v_bias)), norm)
+        q, k, v = qkv.unflatten(-1, (3, module.num_heads, -1)).transpose(1, 3).unbind(2)
+    norms = _head_norms(module.q_norm, module.k_norm, q.dtype)
+    if norms is None:
+        q, k, norms = module.q_norm(q).type_as(v), module.k_norm(k).type_as(v), {}
+    rope = options.get("rope")
+    if rope is not None:
+        rope = rope if rope.dtype in (torch.float32, q.dtype) else rope.float()
+        options = options | {"rope": rope.unflatten(-1, (2, -1))}
+    if rope is None and not norms:
+        out = flash_attention(q, k, v, **options, enable_gqa=k.shape[1] != q.shape[1])
+    else:
+        out = rope_attention(q, k, v, **options, **norms, enable_gqa=k.shape[1] != q.shape[1])
+    out = module.norm(out.transpose(1, 2).flatten(2))  # type: ignore[union-attr]
+    if getattr(module, "gate", None) is not None:
+        out = out * module.gate(x).sigmoid()
+    return module.proj_drop(project(module.proj, out, scale=scale, residual=residual))  # type: ignore[no-any-return]
+
+
+def _head_norms(q_norm: Any, k_norm: Any, dtype: torch.dtype) -> dict[str, Any] | None:
+    """The norms of queries and keys as arguments of :func:`pyvit.ops.rope_attention`; None where they must be
+    called."""
+    if _nothing(q_norm) and _nothing(k_norm):
+        return {}
+    a, b = norm_args(q_norm), norm_args(k_norm)
+    if a is None or b is None or len(a) != len(b) or a[-1] != b[-1]:
+        return None
+    if any(t is not None and t.dtype not in (torch.float32, dtype) for t in (*a[:-1], *b[:-1])):  # type: ignore[union-attr]
+        return None
+    found: dict[str, Any] = {"qk_norm": "layer" if len(a) == 3 else "rms", "eps": a[-1]}
+    found |= {"q_weight": a[0], "k_weight": b[0]}
+    return found | ({"q_bias": a[1], "k_bias": b[1]} if len(a) == 3 else {})
+
+
+def _whole_rotary(module: Any) -> bool:
+    """Whether nothing stands between the branch's ends and its projections."""
+    first = (module.q_proj, module.k_proj, module.v_proj) if module.qkv is None else (module.qkv,)
+    return (
+        served_by(module, _rotary)
+        and fusible(*first, module.proj)
+        and getattr(module, "gate", None) is None
+        and idle(module.proj_drop)
+    )
+
+
+_EVA_BLOCK = "norm1 attn gamma_1 drop_path1 norm2 mlp gamma_2 drop_path2"
+
+
+def eva_block(module: Any) -> Iterator[Replacement]:
+    by = "fused residual branches, where weights are packed"
+    yield Replacement(module, _eva_block, by, needs=_EVA_BLOCK, may="init_values", optional=True)
+
+
+def _eva_block(
+    module: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    attn, mlp = module.attn, module.mlp
+    options = branch = None
+    if _packed(mlp, getattr(attn, "qkv", None) or getattr(attn, "q_proj", None)):
+        first = fusion_args(x, module.norm1, None, module.drop_path1)
+        second = None if first is None else fusion_args(x, module.norm2, None, module.drop_path2)
+        branch = None if second is None else _mlp if _whole_mlp(mlp) else _gated if _whole_gated(mlp) else None
+        if branch is not None and _whole_rotary(attn):
+            options = _rotary_options(attn, x, rope, attn_mask, is_causal)
+    if branch is None or options is None:
+        return type(module).forward(module, x, rope, attn_mask, is_causal)  # type: ignore[no-any-return]
+    x = _rotary_branch(attn, x, options, first["norm"], module.gamma_1, x)  # type: ignore[index]
+    return branch(mlp, x, norm=second["norm"], scale=module.gamma_2, residual=x)  # type: ignore[index]
 
 
 def mlp(module: Any) -> Iterator[Replacement]:
@@ -400,6 +558,9 @@ RULES: dict[str, Rule] = {
     "timm.layers.attention.Attention": attention,
     "timm.models.vision_transformer.Attention": attention,
     "timm.models.vision_transformer.Block": block,
+    "timm.layers.attention.AttentionRope": rotary,
+    "timm.models.eva.EvaAttention": rotary,
+    "timm.models.eva.EvaBlock": eva_block,
     "timm.models.crossvit.CrossAttention": cross,
     "timm.layers.mlp.GluMlp": gated,
     "timm.layers.mlp.Mlp": mlp,

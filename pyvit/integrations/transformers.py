@@ -31,7 +31,7 @@ from pyvit.integrations.common import (
 )
 from pyvit.integrations.forwards import Left, Replacement, is_idle, layout, servable
 from pyvit.nn.attention import rotate
-from pyvit.ops import flash_attention, linear, window_attention
+from pyvit.ops import flash_attention, linear, rope_attention, window_attention
 
 #: Arguments that a model passes to its attention and that have no effect there.
 _IDLE = {"output_attentions", "output_hidden_states", "return_dict", "is_causal", "interpolate_pos_encoding"}
@@ -77,10 +77,10 @@ def attention(module: Any, rotary: bool = False) -> Iterator[Replacement | Left]
     elif (reason := _foreign(_implementation(module))) is not None:
         yield Left(module, reason)
     else:
-        function = _rotary_attention if rotary else _attention
+        function, by = (_rotary_attention, "rope_attention") if rotary else (_attention, "flash_attention")
         needs = "config head_dim q_proj k_proj v_proj"
         layers = ("q_proj k_proj v_proj", "o_proj" if hasattr(module, "o_proj") else "out_proj")
-        yield Replacement(module, function, "flash_attention", needs=needs, may=_MAY, layers=layers)
+        yield Replacement(module, function, by, needs=needs, may=_MAY, layers=layers)
 
 
 def _foreign(implementation: str) -> str | None:
@@ -111,11 +111,11 @@ def _rotary_attention(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    if position_embeddings is None or not _served(module, attention_mask, kwargs):
+    one_for_all = position_embeddings is not None and all(t.dim() == 2 for t in position_embeddings)
+    if not one_for_all or position_embeddings is None or not _served(module, attention_mask, kwargs):
         return type(module).forward(module, hidden_states, attention_mask, position_embeddings, **kwargs)
     cos, sin = position_embeddings  # (patches, d), of the last tokens: those before them are not rotated
-    prefix = (0, 0, hidden_states.shape[1] - cos.shape[0], 0)
-    rope = torch.stack((F.pad(sin, prefix), F.pad(cos, prefix, value=1.0)), 1)
+    rope = torch.stack((sin, cos), 1)
     return _fused(module, hidden_states, attention_mask, kwargs.get("is_causal"), rope), None
 
 
@@ -141,24 +141,34 @@ def _drop(module: Any) -> float | None:
 
 
 def _fused(module: Any, x: Tensor, mask: Tensor | None, causal: bool | None, rope: Tensor | None = None) -> Tensor:
-    """x (B, N, C) -> (B, N, C), as sdpa: with the mask, or causal if the call or the module says so."""
+    """x (B, N, C) -> (B, N, C), as sdpa: with the mask, or causal if the call or the module says so. The last tokens
+    are rotated by rope (patches, 2, d)."""
     q, k, v = (
         project(layer, x).unflatten(-1, (-1, module.head_dim))
         for layer in (module.q_proj, module.k_proj, module.v_proj)
     )
-    if rope is not None:
-        q, k = rotate(q, rope), rotate(k, rope)
-    out = flash_attention(
-        q.transpose(1, 2),  # (B, H, N, d)
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        bias=mask,
-        is_causal=mask is None
+    options: dict[str, Any] = {
+        "bias": mask,
+        "is_causal": mask is None
         and _implementation(module) != "eager"
         and bool(module.is_causal if causal is None else causal),
-        scale=module.scaling if hasattr(module, "scaling") else module.scale,
-        dropout_p=_drop(module),  # type: ignore[arg-type]
-    )
+        "scale": module.scaling if hasattr(module, "scaling") else module.scale,
+    }
+    drop, attend = _drop(module), flash_attention
+    if rope is not None:
+        prefix = x.shape[1] - rope.shape[0]
+        if x.is_cpu and not drop:
+            rope = rope if rope.dtype in (torch.float32, q.dtype) else rope.to(q.dtype)
+            options |= {"rope": rope, "num_prefix_tokens": prefix}
+            attend = rope_attention
+        else:
+            sin, cos = rope.unbind(1)
+            pad = (0, 0, prefix, 0)
+            rope = torch.stack((F.pad(sin, pad), F.pad(cos, pad, value=1.0)), 1)
+            q, k = rotate(q, rope), rotate(k, rope)
+    if attend is flash_attention:
+        options["dropout_p"] = drop
+    out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **options)  # of (B, H, N, d)
     out = out.transpose(1, 2).flatten(2)  # type: ignore[union-attr]
     return project(module.o_proj if hasattr(module, "o_proj") else module.out_proj, out)
 
@@ -472,6 +482,8 @@ RULES: dict[str, Rule] = {
     **_vit("siglip", "Siglip", "VisionEmbeddings", "patch_embedding"),
     **_rules("dinov3_vit", "DINOv3ViT", Attention=functools.partial(attention, rotary=True), MLP=up_down),
     **_rules("dinov3_vit", "DINOv3ViT", Embeddings=patch_conv("patch_embeddings")),
+    **_rules("eomt_dinov3", "EomtDinov3", Attention=functools.partial(attention, rotary=True), MLP=up_down),
+    **_rules("eomt_dinov3", "EomtDinov3", GatedMLP=gate_up_down, Embeddings=patch_conv("patch_embeddings")),
     **_vit("vit_msn", "ViTMSN"),
     **_vit("ijepa", "IJepa"),
     **_vit("beit", "Beit"),

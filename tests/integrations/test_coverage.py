@@ -14,10 +14,12 @@ peer("timm"), peer("transformers")
 SAMPLE = {
     ("timm", "test_vit"): "full",
     ("timm", "test_vit_relpos"): "full",
+    ("timm", "vit_small_patch16_dinov3"): "full",
     ("timm", "levit_128s"): "none",
     ("timm", "shvit_s1"): "none",
     ("timm", "coat_lite_tiny"): "none",
     ("transformers", "vit.ViTModel"): "full",
+    ("transformers", "dinov3_vit.DINOv3ViTModel"): "full",
     ("transformers", "yolos.YolosModel"): "full",
     ("transformers", "resnet.ResNetModel"): "no attention",
 }

@@ -65,11 +65,15 @@ MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Call]], int, set[str]]] = 
     "timm ViT": (lambda: timm("vit_tiny_patch16_224", **VIT), 8, {"head"}),
     "timm DeiT": (lambda: timm("deit_tiny_distilled_patch16_224", **VIT), 8, {"head", "head_dist"}),
     "timm DINOv2": (lambda: timm("vit_small_patch14_reg4_dinov2", **VIT), 8, {"head"}),
+    "timm DINOv3": (lambda: timm("vit_small_patch16_dinov3", **VIT), 8, {"head"}),
+    "timm EVA-02": (lambda: timm("eva02_tiny_patch14_224", **VIT), 8, {"head"}),
+    "timm EVA-02 base": (lambda: timm("eva02_base_patch14_224", **VIT), 14, {"head"}),
     "timm Swin": (lambda: timm("swin_tiny_patch4_window7_224", **SWIN), 16, {"reduction", "fc"}),
     "timm Swin V2": (lambda: timm("swinv2_tiny_window8_256", **SWIN), 16, {"0", "2", "reduction", "fc"}),
     "ViT": (lambda: hf.images("ViT", {**hf.TINY, **hf.IMAGE}), 12, {"dense"}),
     "DeiT": (lambda: hf.images("DeiT", {**hf.TINY, **hf.IMAGE}), 12, {"dense"}),
     "DINOv2": (lambda: hf.images("Dinov2WithRegisters", {**hf.TINY, **hf.IMAGE, "mlp_ratio": 2}), 12, set()),
+    "DINOv3": (lambda: hf.images("DINOv3ViT", {**hf.TINY, **hf.IMAGE}), 12, set()),
     "Swin": (lambda: hf.images("Swin", hf.SWIN, (29, 43)), 24, {"reduction"}),
     "Swin V2": (lambda: hf.images("Swinv2", hf.SWIN), 24, {"0", "2", "reduction"}),
     "CLIP": (lambda: hf.image_and_text("CLIP"), 24, {"visual_projection", "text_projection"}),
@@ -157,6 +161,26 @@ def test_timm_branches_are_fused(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(timm_rules, branch, counted)
     call(model)
     assert calls == [True] * len([m for m in model.modules() if type(m).__name__.endswith("Block")])
+
+
+def test_timm_rotary_blocks_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The int8 layers of a rotary block take the residual sums; a call that needs the float weights says so."""
+    model, call = build("timm DINOv3")
+    pyvit.quantize(model)
+    calls, given = [], timm_rules._rotary_branch
+
+    def counted(*args: object) -> Tensor:
+        calls.append(len(args) == 6)  # with a residual
+        return given(*args)
+
+    monkeypatch.setattr(timm_rules, "_rotary_branch", counted)
+    call(model)
+    assert calls == [True] * 2
+    model, _ = build("timm EVA-02")
+    pyvit.quantize(model)
+    tokens, rope = torch.randn(2, 17, 48), torch.ones(16, 32, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="dequantize"):
+        model.blocks[0].attn(tokens, rope)
 
 
 def test_a_model_that_is_accelerated_stays_so() -> None:

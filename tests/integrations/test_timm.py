@@ -92,14 +92,200 @@ def test_fused_branches_of_gated_mlps(case, monkeypatch):
         assert relative_error(images(model), expected) < 1e-6
 
 
-def test_eva02_mlps():
-    """Its MLPs, with and without a norm inside; its blocks stay as they are."""
-    sizes = {"img_size": 28, "patch_size": 14, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
-    for name, kind in (("eva02_tiny_patch14_224", "GluMlp"), ("eva02_base_patch14_224", "SwiGLU")):
-        model = make(name, **sizes)
-        report = pyvit.accelerate(model)
-        assert sum(row.kind.endswith(f".{kind}") for row in report.replaced) == 2, report
+#: Models of EvaAttention and AttentionRope: a name, options, and the MLP's class.
+ROTARY = {
+    "EVA-02": ("eva02_tiny_patch14_224", {}, "GluMlp"),
+    "EVA-02 base": ("eva02_base_patch14_224", {}, "SwiGLU"),
+    "EVA": ("eva_giant_patch14_224", {}, "Mlp"),
+    "DINOv3": ("vit_small_patch16_dinov3", {}, "Mlp"),
+    "DINOv3 qk_norm": ("vit_small_plus_patch16_dinov3_qkvb", {"qk_norm": True, "init_values": 0.3}, "SwiGLU"),
+    "rope": ("vit_base_patch16_rope_224", {}, "Mlp"),
+    "rope mixed": ("vit_base_patch16_rope_mixed_224", {}, "Mlp"),
+    "rope norms": (
+        "vit_base_patch16_rope_224",
+        {"qk_norm": True, "scale_attn_inner": True, "qkv_fused": False, "gated_attn": True},
+        "Mlp",
+    ),
+    "rope groups": (
+        "vit_base_patch16_rope_224",
+        {"qk_norm": True, "qkv_fused": False, "num_kv_heads": 1, "norm_layer": "RmsNorm"},
+        "Mlp",
+    ),
+}
+
+
+def make_rotary(case, **more):
+    name, options, mlp = ROTARY[case]
+    options = {**VIT, **options, **more}
+    if isinstance(options.get("norm_layer"), str):
+        options["norm_layer"] = getattr(timm.layers, options["norm_layer"])
+    gated = options.pop("gated_attn", False)
+    model = make(name, **options)
+    for block in model.blocks if gated else ():  # which no model of timm's has yet
+        block.attn.gate = torch.nn.Linear(48, 48)
+    return model, mlp
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("case", ROTARY)
+def test_rotary(case, fused, monkeypatch):
+    model, mlp = make_rotary(case)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    attention = type(model.blocks[0].attn).__name__
+    norms = sum(type(m) is timm.layers.RmsNorm for m in model.modules())
+    replaced = {"Conv2d": 1, "EvaBlock": 2, attention: 2, mlp: 2} | ({"RmsNorm": norms} if norms else {})
+    calls, kernel = [], integration.rope_attention
+    monkeypatch.setattr(integration, "rope_attention", lambda *a, **k: calls.append(k) or kernel(*a, **k))
+    check_accelerated(model, on(32, 32), replaced)
+    assert bool(calls) == (case != "EVA")
+    assert all(("qk_norm" in each) == ("norm" in case or "groups" in case) for each in calls)
+
+
+@pytest.mark.parametrize("case", ROTARY)
+def test_fused_branches_of_rotary_blocks(case, monkeypatch):
+    """With packed weights the norm, the layer scale and the sum are within the linear layers; hooks are respected."""
+    monkeypatch.setattr(matmul, "_policy", "pyvit")
+    monkeypatch.setattr(matmul, "_chosen", {})
+    model, images = make_rotary(case)[0].eval(), on(32, 32)
+    first = model.blocks[0]
+    with torch.no_grad():
+        expected = images(model)
+        pyvit.accelerate(model)
+        pyvit.pack_weights(model)
+        branches, branch = [], integration._rotary_branch
+        with monkeypatch.context() as patch:
+            patch.setattr(integration, "_rotary_branch", lambda *a: branches.append(len(a) == 6) or branch(*a))
+            assert relative_error(images(model), expected) < 1e-4
+        assert branches == [first.attn.gate is None] * 2
+        for part in ("norm1", "attn", "attn.proj", "attn.proj_drop", "drop_path1", "norm2", "mlp", "mlp.act"):
+            seen = []
+            handle = first.get_submodule(part).register_forward_hook(lambda *_, seen=seen: seen.append("here"))
+            assert relative_error(images(model), expected) < 1e-4
+            handle.remove()
+            assert seen, part
+        first.mlp.fc2 = torch.nn.Sequential(first.mlp.fc2)
+        first.attn.proj = torch.nn.Sequential(first.attn.proj)
+        assert relative_error(images(model), expected) < 1e-4
         pyvit.restore(model)
+        assert not any("forward" in vars(m) for m in model.modules())
+        assert relative_error(images(model), expected) < 1e-6
+
+
+def test_layer_scale_of_rotary_blocks():
+    """Random images at the scale of both branches, so that each factor shows."""
+    model, images = make_rotary("DINOv3 qk_norm")[0].eval(), on(32, 32)
+    with torch.no_grad():
+        before = images(model)
+        pyvit.accelerate(model)
+        pyvit.pack_weights(model)
+        for gamma in (model.blocks[0].gamma_1, model.blocks[1].gamma_2):
+            gamma.mul_(-2.0)
+            found = images(model)
+            pyvit.restore(model)
+            assert relative_error(found, images(model)) < 1e-4
+            assert relative_error(found, before) > 1e-3
+            pyvit.accelerate(model)
+
+
+@pytest.mark.parametrize("case", ["EVA-02", "DINOv3", "rope norms", "rope groups"])
+def test_calls_of_rotary_attention(case, monkeypatch):
+    """Masks, causal calls, every shape of a rope; what rope_attention does not compute runs the class's own code."""
+    model = make_rotary(case)[0].blocks[0].attn
+    tokens, prefix, d = 9, model.num_prefix_tokens, model.head_dim
+    x = torch.randn(2, tokens, 48)
+
+    def rope(*batch):
+        angles = torch.randn(*batch, tokens - prefix, d)
+        return torch.cat((angles.sin(), angles.cos()), -1)
+
+    mask = torch.randn(tokens, tokens)
+    served = [
+        {},
+        {"rope": rope()},
+        {"rope": rope(1)},
+        {"rope": rope(2, 1), "attn_mask": mask},
+        {"rope": rope().bfloat16(), "attn_mask": mask.relu().bool()},
+        {"rope": rope(), "is_causal": True},
+    ]
+    if "groups" not in case:
+        served += [{"rope": rope(3)}, {"rope": rope(2, 3)}]
+    own = [{"rope": rope()[..., :1, :]}, {"rope": rope().double()}]
+    calls = [*served, *own]
+    expected = [model(x, **options) for options in calls]
+    assert relative_error(expected[1], expected[0]) > 1e-3
+    pyvit.accelerate(model)
+    ran, code = [], integration.in_its_own_code
+    monkeypatch.setattr(integration, "in_its_own_code", lambda *a: ran.append(a) or code(*a))
+    for i, (options, out) in enumerate(zip(calls, expected, strict=True)):
+        assert relative_error(model(x, **options), out) < 1e-5, options
+        assert bool(ran) == (i >= len(served)), options
+    assert len(ran) == len(own)
+    with pytest.raises(RuntimeError):
+        model(x, rope()[..., :-1, :])
+    model.fused_attn, both = False, {"attn_mask": mask, "is_causal": True}  # which torch's attention refuses
+    found = model(x, **both)
+    pyvit.restore(model)
+    assert relative_error(found, model(x, **both)) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["EVA-02 base", "DINOv3", "rope norms"])
+def test_hooks_and_dropout_of_rotary_attention(case):
+    model = make_rotary(case, attn_drop_rate=0.4)[0].blocks[0].attn
+    rope = torch.cat((torch.randn(16, 16).sin(), torch.randn(16, 16).cos()), -1)
+    x = torch.randn(2, 16 + model.num_prefix_tokens, 48)
+    expected = model(x, rope)
+    pyvit.accelerate(model)
+    names = [
+        name for name in ("qkv", "q_proj", "q_norm", "norm", "gate", "proj_drop") if getattr(model, name) is not None
+    ]
+    packed = getattr(model, "q_bias", None) is not None  # whose forward does not call qkv
+    for name in names:
+        seen = []
+        handle = getattr(model, name).register_forward_hook(lambda *_, seen=seen: seen.append("here"))
+        assert relative_error(model(x, rope), expected) < 1e-5
+        handle.remove()
+        assert len(seen) == (name != "qkv" or not packed), name
+    changed = model.q_norm
+    model.q_norm = torch.nn.Tanh()
+    found = model(x, rope)
+    pyvit.restore(model)
+    assert relative_error(found, model(x, rope)) < 1e-5
+    assert relative_error(found, expected) > 1e-3
+    model.q_norm = changed
+    pyvit.accelerate(model)
+    model.train()
+    assert not torch.equal(model(x, rope), model(x, rope))
+    model.fused_attn, shapes = False, []  # as people do to look at the probabilities
+    model.attn_drop.register_forward_hook(lambda *call: shapes.append(call[2].shape))
+    model.eval()(x, rope)
+    assert shapes == [(2, 3, x.shape[1], x.shape[1])]
+
+
+def test_rotary_attention_of_unknown_versions():
+    """It runs its own code, with pyvit's attention."""
+    model, images = make_rotary("DINOv3")[0], on(32, 32)
+    for block in model.blocks:
+        block.attn.register_buffer("temperature", torch.ones(()))
+    expected = images(model)
+    report = pyvit.accelerate(model)
+    notes = [row.note for row in report.replaced if row.kind.endswith("EvaAttention")]
+    assert notes == ["flash_attention, in its own code"] * 2
+    assert relative_error(images(model), expected) < 1e-4
+
+
+def test_rotary_attention_of_fewer_patches():
+    """Patch dropout gives each image angles of its own."""
+    model = make_rotary("DINOv3", patch_drop_rate=0.5)[0].train()
+    images = on(32, 32)
+
+    def call(m):
+        torch.manual_seed(4)
+        return images(m)
+
+    expected = call(model)
+    pyvit.accelerate(model)
+    assert relative_error(call(model), expected) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
@@ -196,12 +382,9 @@ def test_what_is_left_has_a_reason():
 
 
 SMALL = {
-    "eva02_tiny_patch14_224": {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 28, "qkv_fused": True},
-    "vit_small_patch16_dinov3": {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 32},
     "beit_base_patch16_224": {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 32, "use_rel_pos_bias": True},
     "vit_relpos_small_patch16_224": {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 32},
     "vit_base_patch16_siglip_224": {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 32},
-    "vit_base_patch16_rope_224": {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 32},
     "samvit_base_patch16_224": {
         "embed_dim": 48,
         "depth": 2,
@@ -241,7 +424,7 @@ def test_classes_that_call_torchs_attention(name, monkeypatch):
 
     expected = results()
     report = pyvit.accelerate(model)
-    assert any(forward.function is functional._forward for forward in report.found)
+    assert any(forward.function is functional.in_its_own_code for forward in report.found)
     assert all("Channel" in row.kind for row in report.left), report
     calls, attention = [], functional.flash_attention
     monkeypatch.setattr(functional, "flash_attention", lambda *a, **k: calls.append(a) or attention(*a, **k))
@@ -258,7 +441,7 @@ def test_a_class_token_that_attends():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3"])
 def test_compiles_without_a_break(name):
     model, images = make(name, **VIT), on(32, 32)
     expected = images(model)

@@ -1,6 +1,7 @@
 """transformers' models: each family before and after accelerate, with all options that must keep working."""
 
 import copy
+import importlib
 import pickle
 import subprocess
 import sys
@@ -67,6 +68,62 @@ def test_rotary(size, attention):
     with pyvit.accelerate(model), torch.no_grad():
         compiled = torch.compile(model, fullgraph=True)(pixels(model, *size)).last_hidden_state
         assert relative_error(compiled, model(pixels(model, *size)).last_hidden_state) < 1e-4
+
+
+def test_calls_of_rotary_attention(monkeypatch):
+    """Rotation within attention, or before it where attention weights are dropped; masks; embeddings of another
+    dtype."""
+    rules = importlib.import_module("pyvit.integrations.transformers")
+    sizes = {**TINY, **IMAGE, "num_register_tokens": 2, "attention_dropout": 0.5}
+    model = make("DINOv3ViT", sizes, head="Model").eval()
+    attention = next(m for m in model.modules() if type(m).__name__ == "DINOv3ViTAttention")
+    x, angles, mask = torch.randn(2, 15, 48), torch.randn(12, 16), torch.randn(2, 1, 15, 15)
+    embeddings = (angles.cos(), angles.sin())
+    options = [
+        {},
+        {"attention_mask": mask},
+        {"attention_mask": mask > 0},
+        {"is_causal": True},
+        {"position_embeddings": tuple(t.bfloat16() for t in embeddings)},
+    ]
+    calls = [{"position_embeddings": embeddings} | each for each in options]
+    expected = [attention(x, **each)[0] for each in calls]
+    pyvit.accelerate(model)
+    ran, kernel = [], rules.rope_attention
+    monkeypatch.setattr(rules, "rope_attention", lambda *a, **k: ran.append(k) or kernel(*a, **k))
+    for each, out in zip(calls, expected, strict=True):
+        assert relative_error(attention(x, **each)[0], out) < 1e-5, each
+    assert len(ran) == len(calls)
+    each = torch.randn(2, 1, 12, 16)  # of each image: the class's own code
+    own = attention(x, position_embeddings=(each.cos(), each.sin()))[0]
+    for i in range(2):
+        alone = attention(x[i : i + 1], position_embeddings=(each[i, 0].cos(), each[i, 0].sin()))[0]
+        assert relative_error(own[i : i + 1], alone) < 1e-5
+    assert len(ran) == len(calls) + 2
+    attention.train()
+    again = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        again.append(attention(x, **calls[0])[0])
+    assert torch.equal(*again)
+    assert not torch.equal(attention(x, **calls[0])[0], again[0])
+    mean = sum(attention(x, **calls[0])[0] for _ in range(400)) / 400
+    assert relative_error(mean, expected[0]) < 0.25
+    assert len(ran) == len(calls) + 2
+
+
+def test_rotary_segmentation():
+    sizes = {**TINY, **IMAGE, "intermediate_size": 96, "num_register_tokens": 2}
+    heads = {"num_labels": 7, "num_blocks": 1, "num_queries": 5, "num_upscale_blocks": 1}
+    model = make("EomtDinov3", {**sizes, **heads}, head="ForUniversalSegmentation").eval()
+    images = pixels(model, 32, 32)
+    with torch.no_grad():
+        expected = model(images)
+        report = pyvit.accelerate(model)
+        found = model(images)
+    assert {row.kind.rpartition(".")[2] for row in report.replaced} >= {"EomtDinov3Attention", "EomtDinov3MLP"}
+    for name in ("masks_queries_logits", "class_queries_logits"):
+        assert relative_error(found[name], expected[name]) < 1e-4
 
 
 _WIDTHS = {**TINY, **IMAGE, "intermediate_size": 96}
