@@ -145,6 +145,6 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("siglip", "digits"): {**_SHORT, "option": {"context": 32}},
     **{("clip", data): _PICTURES for data in ("emoji", "icons")},
     **{("siglip", data): {**_PICTURES, "epochs": 60} for data in ("emoji", "icons")},
-    ("clip", "scenes"): {**_SHORT, "epochs": 12, "weight_decay": 0.1},
+    ("clip", "scenes"): {**_SHORT, "epochs": 12, "weight_decay": 0.1, "optimizer": "muon", "lr": 2e-3},
     ("siglip", "scenes"): {**_SHORT, "epochs": 12},
 }
