@@ -125,6 +125,8 @@ class _Part(NamedTuple):
 
 #: Classes that may be bypassed, besides those with rules.
 _PARTS = {
+    "pyvit.nn.attention.Attention",
+    "pyvit.nn.block.Block",
     "torch.nn.modules.activation.Softmax",
     "torch.nn.modules.dropout.Dropout",
     "torch.nn.modules.linear.Identity",

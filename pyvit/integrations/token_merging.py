@@ -40,7 +40,9 @@ def replacements(model: nn.Module, r: int | Sequence[int]) -> list[Replacement]:
         merging = TokenMerging(r, module.num_prefix_tokens)  # type: ignore[arg-type]
         merging.rates(len(module.blocks))  # type: ignore[arg-type]
         function = partial(_timm if kind(module).startswith("timm.") else _pyvit, merging=merging)
-        found.append(Replacement(module, function, f"{_BY}, r = {r}", "forward_features"))
+        # A hook on one of these would not be called: the original runs while there is one, and the report says so.
+        parts = tuple(f"blocks.{i}{part}" for i in range(len(module.blocks)) for part in ("", ".attn"))  # type: ignore[arg-type]
+        found.append(Replacement(module, function, f"{_BY}, r = {r}", "forward_features", parts=parts))
     if not found:
         raise ValueError(
             f"accelerate: token_merging needs a VisionTransformer of timm or pyvit, {kind(model)} has none"

@@ -206,3 +206,20 @@ def test_models_that_cannot_merge() -> None:
     model.set_grad_checkpointing()
     with pytest.raises(RuntimeError, match="gradient checkpointing"):
         model(torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("library", ["pyvit", "timm"])
+@pytest.mark.parametrize("path", ["blocks.1", "blocks.1.attn"])
+def test_hooks_are_called(library: str, path: str) -> None:
+    """Of layers that merging does not call: the original runs, and the report says so."""
+    model = build(library)
+    x = torch.randn(2, 3, 32, 32)
+    want = model(x)
+    report, seen = pyvit.accelerate(model, token_merging=4), []
+    merged = model(x)
+    handle = model.get_submodule(path).register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+    assert seen == [(2, 17, 32)]
+    assert any("a hook watches its " + path in row.note for row in report.refresh().left)
+    handle.remove()
+    assert torch.equal(model(x), merged)
