@@ -61,7 +61,7 @@ test-fast: build  ## the quick part, under three minutes
 	$(PYTEST) $(SPREAD) -m "not slow" tests/ops tests/models tests/losses tests/test_dispatch.py tests/test_library.py
 
 bench: build      ## check and time every operator and both models on this machine; results/
-	$(PY) -m benchmarks
+	$(PY) -m benchmarks --busy
 
 gpu: $(if $(filter command%,$(origin PY)),,build) ## an hour on a GPU: make gpu [PY=python3] [ARGS="--parts 1 --resume"]
 	PYTHONPATH=. $(PY) -m benchmarks.gpu $(ARGS)
