@@ -205,6 +205,30 @@ def draw(chart: Chart) -> str:
     return "\n".join(lines) + "\n"
 
 
+#: Of int8 inference, measured by ``python -m benchmarks models --dtype int8 --full --peers ...``.
+INT8 = RESULTS / "amd-epyc-zen4-2-cores" / "int8_peers.csv"
+_INT8_PEERS = ("ours bf16", "ours fp32", "openvino", "onnxruntime", "torchao + compile")
+
+
+def _int8_over(op: str, case: str) -> dict[str, float]:
+    """Times of the other providers over pyvit's int8; NaN of those that were not timed."""
+    times = {row.provider: row.median_ms for row in records.read_csv(INT8) if (row.op, row.case) == (op, case)}
+    return {provider: time / times["ours"] for provider, time in times.items()}
+
+
+def int8_speed() -> str:
+    """Speed of int8 models against pyvit's other dtypes and other libraries' int8."""
+    lines = ["| model | ms | % of the int8 ceiling | bf16 | fp32 | OpenVINO INT8 | ONNX Runtime | torchao, compiled |"]
+    lines += ["|---" + "|---:" * 7 + "|"]
+    for row in records.read_csv(INT8):
+        if row.provider == OURS:
+            over = _int8_over(row.op, row.case)
+            ratios = ("-" if math.isnan(over[name]) else f"{over[name]:.2f}x" for name in _INT8_PEERS)
+            ms = f"{row.median_ms:.0f}" if row.median_ms >= 100 else f"{row.median_ms:.1f}"
+            lines.append(f"| {row.op}, {row.case} | {ms} | {row.percent_of_ceiling:.0f} | {' | '.join(ratios)} |")
+    return "\n".join(lines) + "\n"
+
+
 def numbers() -> str:
     """The README's three numbers."""
     tables = CHARTS[0].rows()
@@ -215,13 +239,15 @@ def numbers() -> str:
         return found
 
     short, long, window, swin = CPU_BARS[0], CPU_BARS[1], CPU_BARS[3], CPU_BARS[10]
+    int8 = _int8_over(_VIT, "batch 8")
     return (
         f"- **{of(window, 'fp32').torch:.1f}x** shifted-window attention (Swin-T, stage 1, fp32; "
         f"{of(window, 'bf16').torch:.1f}x in bf16)\n"
         f"- **{of(long, 'bf16').torch:.1f}x** attention over 1025 tokens in bf16 "
         f"({of(short, 'bf16').torch:.1f}x over 197)\n"
         f"- **{of(swin, 'fp32').torch:.1f}x** whole Swin-T inference in fp32, and {of(swin, 'fp32').runtime:.2f}x "
-        "OpenVINO's speed\n"
+        f"OpenVINO's speed; int8 by `pyvit.quantize` makes ViT-B {int8['ours fp32']:.1f}x as fast as in fp32 "
+        f"({int8['openvino']:.2f}x OpenVINO's INT8)\n"
     )
 
 
@@ -329,6 +355,7 @@ PARTS = (
     ("README.md", "support", support),
     ("docs/choice.md", "capabilities", capabilities),
     ("docs/guides/int8.md", "accuracy", int8_table.committed),
+    ("docs/guides/int8.md", "speed", int8_speed),
     ("docs/benchmarks.md", "machines", lambda: machines("../benchmarks/results/")),
 )
 

@@ -26,7 +26,7 @@ from PIL import Image
 from benchmarks import torchvision_operators  # noqa: F401  (before timm imports torchvision)
 
 MODEL = "vit_small_patch16_224"
-CONTENDERS = ("timm fp32", "timm bf16", "pyvit fp32", "pyvit auto")
+CONTENDERS = ("timm fp32", "timm bf16", "pyvit fp32", "pyvit auto", "pyvit int8")
 
 
 def write_photographs(folder: Path, count: int) -> None:

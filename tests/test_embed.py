@@ -161,17 +161,29 @@ def test_vectors_are_the_models(photographs, tmp_path, form):
     torch.testing.assert_close(torch.tensor(np.asarray(found, np.float32)), want, rtol=1e-4, atol=1e-4)
 
 
-def test_sixteen_bits_agree_and_workers_change_nothing(photographs, tmp_path):
+def test_narrow_dtypes_agree_and_workers_change_nothing(photographs, tmp_path):
     outs = []
-    for workers, dtype in ((1, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")):
+    for workers, dtype in ((1, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16"), (1, "int8"), (3, "int8")):
         outs.append(tmp_path / f"{dtype}{workers}")
         settings = Settings(PICO.model, random_weights=True, dtype=dtype)
         embed_images(photographs, outs[-1], settings, per_part=10, batch=4, workers=workers, form="npy")
     assert rows_of(outs[0]) == rows_of(outs[1])
     assert rows_of(outs[2]) == rows_of(outs[3])
-    wide, narrow = (torch.tensor(np.concatenate([np.load(f) for f in sorted(o.glob("*.npy"))])) for o in outs[1:3])
-    assert (wide.dtype, narrow.dtype) == (torch.float32, torch.float16)
+    assert rows_of(outs[4]) == rows_of(outs[5])
+    wide, narrow, byte = (
+        torch.tensor(np.concatenate([np.load(f) for f in sorted(o.glob("*.npy"))])) for o in outs[1::2]
+    )
+    assert (wide.dtype, narrow.dtype, byte.dtype) == (torch.float32, torch.float16, torch.float16)
     assert torch.cosine_similarity(wide, narrow.float()).min() > 0.999
+    assert torch.cosine_similarity(wide, byte.float()).min() > 0.998
+    assert not torch.equal(narrow, byte)
+
+
+def test_int8_needs_layers_to_quantize_and_a_known_name():
+    with pytest.raises(ValueError, match="int8 needs linear layers to quantize, resnet18 has none"):
+        load_encoder(Settings("resnet18", random_weights=True, dtype="int8", size=64))
+    with pytest.raises(ValueError, match="dtype must be auto, fp32, bf16, fp16 or int8, got 'int4'"):
+        load_encoder(Settings(PICO.model, random_weights=True, dtype="int4"))
 
 
 def test_archives_give_the_vectors_of_the_folder(photographs, tmp_path):

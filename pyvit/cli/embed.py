@@ -17,7 +17,7 @@ def embed(
     model: Annotated[str, typer.Option(help=_Model)],
     checkpoint: Annotated[str | None, typer.Option(help="weights for a model's name")] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="allow a name without weights")] = False,
-    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32; auto: 16 bits if the hardware has it")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, int8; auto: 16 bits if the hardware has it")] = "auto",
     batch: Annotated[int | None, typer.Option(help="images of a forward pass; default 16 on CPUs, 128 on GPUs")] = None,
     workers: Annotated[int | None, typer.Option(help="threads; default the cores of this process")] = None,
     form: Annotated[str, typer.Option("--format", help="parquet, npy or safetensors")] = "parquet",

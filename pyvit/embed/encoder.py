@@ -25,8 +25,10 @@ from pyvit.models.registry import REGISTRY, create_model, settings_of
 from pyvit.models.vit import VisionTransformer
 from pyvit.nn import PatchEmbed
 from pyvit.nn.packed_weights import pack_weights
+from pyvit.quantization import quantize
 from pyvit.train.runs import load_trained
 
+#: int8 is of linear layers alone; everything else of such a model has the best dtype of the processor.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 #: Normalisation of networks whose weights come without a configuration.
@@ -57,7 +59,8 @@ class Encoder:
     """Images to vectors, float32 on the model's device.
 
     Attributes:
-        settings: with no None left but ``checkpoint``. fingerprint: of weights and settings. width: of a vector.
+        settings: with no None left but ``checkpoint``. fingerprint: of weights and settings. width: of a vector. dtype:
+        in which the model computes, apart from int8 layers.
     """
 
     def __init__(
@@ -66,16 +69,21 @@ class Encoder:
         self.device = torch.device(device or _default_device())
         if settings.dtype == "auto":
             settings = dataclasses.replace(settings, dtype=_best_dtype(self.device))
-        if settings.dtype not in DTYPES:
-            raise ValueError(f"embed: dtype must be auto, {', '.join(DTYPES)}, got {settings.dtype!r}")
+        if settings.dtype not in (*DTYPES, "int8"):
+            raise ValueError(f"embed: dtype must be auto, {', '.join(DTYPES)} or int8, got {settings.dtype!r}")
+        if settings.dtype == "int8" and self.device.type != "cpu":
+            raise ValueError(f"embed: dtype int8 needs the device cpu, got {self.device}")
         self.settings, self._tokenizer = settings, tokenizer
         self.fingerprint = _fingerprint(model, settings)
         tower = getattr(model, "visual", model)
-        self.model, self.tower = model.eval().requires_grad_(False).to(DTYPES[settings.dtype]), tower
+        self.dtype = DTYPES[_best_dtype(self.device) if settings.dtype == "int8" else settings.dtype]
+        self.model, self.tower = model.eval().requires_grad_(False).to(self.dtype), tower
         if settings.native and (
             not isinstance(tower, VisionTransformer) or type(tower).forward_features is not _PLAIN_VIT
         ):
             raise ValueError(f"embed: --native needs a ViT, {settings.model} is a {type(tower).__name__}")
+        if settings.dtype == "int8" and not quantize(tower, reversible=False).quantized:
+            raise ValueError(f"embed: dtype int8 needs linear layers to quantize, {settings.model} has none")
         patch = getattr(tower, "patch_embed", None)
         self.folded = isinstance(patch, PatchEmbed)
         if self.folded:  # after the change of dtype, so that mean and std stay float32
@@ -116,7 +124,7 @@ class Encoder:
             return images
         shape = (1, -1, 1, 1)
         mean, std = (torch.tensor(v, device=self.device).view(shape) for v in (self.settings.mean, self.settings.std))
-        return ((images / 255 - mean) / std).to(DTYPES[self.settings.dtype])
+        return ((images / 255 - mean) / std).to(self.dtype)
 
     def _features(self, batches: list[Tensor]) -> list[Tensor]:
         if self.settings.native:
