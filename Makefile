@@ -83,6 +83,7 @@ docs: build       ## regenerate the tables in docs/ (compiles every GPU kernel: 
 
 docs-site: $(VENV)/.ready ## the documentation as a website: build/site
 	$(PY) -c "import zensical, mkdocstrings" 2> /dev/null || $(PY) -m pip install -q --no-build-isolation -e ".[docs]"
+	$(PY) -m benchmarks.html_report
 	$(PY) docs/assemble.py
 	$(BIN)/zensical build --clean --strict
 

@@ -315,9 +315,7 @@ def _head_dim(limits: tuple[int, int, int]) -> str:
 def machines(prefix: str) -> str:
     """A table of every file of results, the newest first; ``prefix``: the way from the page to the results."""
     rows = []
-    for path in sorted(RESULTS.glob("*/*.csv")):
-        if path.name == "models.csv" and path.with_name("results.csv").exists():
-            continue  # the same rows in timm's columns
+    for path in html_report.committed():
         run = html_report.load(path)
         page = path.with_suffix(".md")
         dates = re.findall(r"\b20\d\d-\d\d-\d\d\b", page.read_text() if page.exists() else "")
@@ -337,7 +335,7 @@ def machines_page() -> str:
     """benchmarks/results/machines.md."""
     return (
         "# Machines\n\nWritten by `python -m benchmarks.docs`. `pyvit bench --share` adds a machine; "
-        "`python -m benchmarks.html_report FOLDER ...` makes one HTML page of several. Peers are other libraries under "
+        "`python -m benchmarks.html_report` makes one HTML page of all. Peers are other libraries under "
         f"the numerics rule that were timed in the same rounds; not slower: at least {NEVER_LOSE} times as fast.\n\n"
         + machines("")
     )

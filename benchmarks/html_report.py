@@ -1,6 +1,7 @@
-"""A run as one HTML file that needs nothing else: ``python -m benchmarks.html_report RESULTS ... [--out report.html]``.
+"""A run as one HTML file that needs nothing else: ``python -m benchmarks.html_report [RESULTS ...] [--out FILE]``.
 
-RESULTS are folders, results.json or results.csv files; several make one page with a filter of machines.
+RESULTS are folders, results.json or results.csv files; several make one page with a filter of machines. Without any, it
+is all committed results, in benchmarks/results/index.html, which the documentation site shows.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from benchmarks.runner import NEVER_LOSE, Row
 from benchmarks.workload import OURS, uses_pyvit
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
+_RESULTS = Path(__file__).parent / "results"
+#: The page of all committed results.
+INDEX = _RESULTS / "index.html"
 
 
 @dataclass(frozen=True)
@@ -448,13 +452,23 @@ def load(path: Path, costs: bool = False) -> Run:
     return Run(folder.name + stem, lines, rows, ceiling)
 
 
+def committed() -> list[Path]:
+    """The committed results of all machines. models.csv has the same rows as results.csv, in timm's columns."""
+    return [
+        path
+        for path in sorted(_RESULTS.glob("*/*.csv"))
+        if path.name != "models.csv" or not path.with_name("results.csv").exists()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.html_report", description=__doc__)
-    parser.add_argument("results", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("report.html"))
+    parser.add_argument("results", nargs="*", type=Path, metavar="RESULTS")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: report.html, or all results' index.html)")
     args = parser.parse_args()
-    args.out.write_text(page([load(path, costs=True) for path in args.results]))
-    print(f"wrote {args.out}, {args.out.stat().st_size / 1024:.0f} KiB")
+    out = args.out or (Path("report.html") if args.results else INDEX)
+    out.write_text(page([load(path, costs=True) for path in args.results or committed()]))
+    print(f"wrote {out}, {out.stat().st_size / 1024:.0f} KiB")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
 }
-_COPIED = (".md", ".svg", ".png", ".css", ".csv")
+_COPIED = (".md", ".svg", ".png", ".css", ".csv", ".html")
 
 #: Inline links and images; the first alternative is code, which holds none.
 _LINK = re.compile(

@@ -59,8 +59,8 @@ class Encoder:
     """Images to vectors, float32 on the model's device.
 
     Attributes:
-        settings: with no None left but ``checkpoint``. fingerprint: of weights and settings. width: of a vector. dtype:
-        in which the model computes, apart from int8 layers.
+        settings: with no None left but ``checkpoint``. fingerprint: of weights and settings. width: of a vector.
+        dtype: of the model's arithmetic, apart from int8 layers.
     """
 
     def __init__(
