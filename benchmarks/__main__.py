@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import pyvit
-from benchmarks import attention_peers, cases, ceiling, compare, energy, machine, report, runner, share
+from benchmarks import attention_peers, cases, ceiling, compare, energy, machine, report, revision, runner, share
 from benchmarks.workload import PEERS
 
 GROUPS = (*cases.SUITES, "scaling")
@@ -51,6 +51,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--seconds", type=float, default=0.0, help="seconds per case (default: 0.4, --quick 0.05, --full 2)"
     )
     parser.add_argument(
+        "--rounds",
+        type=int,
+        default=0,
+        help=f"least rounds per case (default: 5, --quick 3, --compare {compare.ROUNDS})",
+    )
+    parser.add_argument(
         "--minutes",
         type=float,
         default=0.0,
@@ -69,10 +75,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--compare",
-        type=Path,
         metavar="BASE",
-        help="show what became significantly faster or slower since BASE (a results.json, or the folder that has it); "
-        "exits with an error if anything of pyvit became slower",
+        help="show what became significantly faster or slower since BASE: a results.json, the folder that has it, or a "
+        "git revision, which is built and measured first; exits with an error if anything of pyvit became slower",
     )
     parser.add_argument(
         "--share",
@@ -102,10 +107,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"unknown dtype {args.dtype}; choose from fp32, bf16, int8")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch finds no GPU")
-    if args.compare and not args.compare.exists():
-        parser.error(f"--compare: {args.compare} does not exist")
+    args.revision = None
+    if args.compare and not Path(args.compare).exists():
+        args.revision = revision.commit_of(args.compare)
+        if args.revision is None:
+            parser.error(f"--compare: {args.compare} is neither a file or folder nor a revision of this checkout")
     args.level = args.level or "default"
     args.seconds = args.seconds or _SECONDS[args.level]
+    args.rounds = args.rounds or (compare.ROUNDS if args.compare else 3 if args.level == "quick" else 5)
     args.minutes = args.minutes or (
         4.5 if args.level == "default" and not (args.only or args.dtype or args.peers) else math.inf
     )
@@ -151,6 +160,8 @@ def main(argv: list[str] | None = None) -> int:
         if not args.busy and args.level != "quick":
             print("times of a busy machine mislead; --busy measures all the same", file=sys.stderr)
             return 2
+    if args.revision:
+        args.compare = revision.measure(args.revision, args)
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.manual_seed(0)
     kept = args.keep_memory and pyvit.keep_memory()
@@ -165,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     settings = runner.Settings(
         seconds=args.seconds,
-        rounds=(3, 5) if args.level == "quick" else (5, 101),
+        rounds=(args.rounds, max(args.rounds, 5 if args.level == "quick" else 101)),
         peers=args.peers,
         device=args.device,
         joules=joules,
@@ -184,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         written += share.write(results, about, args.share, args.price)
     slower = False
     if args.compare:
-        _, base = report.records.read(args.compare)
+        _, base = report.records.read(Path(args.compare))
         lines, slower = compare.report(base, results.rows)
         print("", *lines, sep="\n")
     print(f"wrote {', '.join(str(path) for path in written)} in {time.perf_counter() - start:.0f} s")

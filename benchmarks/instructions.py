@@ -1,8 +1,8 @@
 """Instructions of the CPU kernels, counted by valgrind's callgrind: a comparison of two builds without a quiet machine.
 
 ``python -m benchmarks.instructions --out base.json`` counts what one call of pyvit executes within its compiled library
-on one thread, per case. ``--compare base.json`` shows changes of 1 % and more, and exits with an error if any case
-needs more. Valgrind knows no AVX-512: the AVX2 kernels are counted. Instructions are no times: a slower access to
+on one thread, per case. ``--compare base.json`` (or a git revision, which is built and counted by its own suite first)
+shows changes of 1 % and more, and exits with an error if any case needs more. Valgrind knows no AVX-512: the AVX2 kernels are counted. Instructions are no times: a slower access to
 memory does not show.
 """
 
@@ -19,6 +19,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+
+from benchmarks import revision
 
 #: A change that is reported.
 LIMIT = 0.01
@@ -105,11 +107,20 @@ def changes(base: Mapping[str, int], new: Mapping[str, int]) -> list[tuple[str, 
     return sorted(((n, c) for n, c in found if abs(c) >= LIMIT), key=lambda item: -item[1])
 
 
+def of_revision(commit: str, only: str) -> Path:
+    """The file of counts of another revision, by its own suite."""
+    tree = revision.tree_of(commit)
+    out = tree / "instructions.json"
+    command = [sys.executable, "-m", "benchmarks.instructions", "--only", only, "--out", str(out)]
+    subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, check=True)
+    return out
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.instructions", description=__doc__)
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--out", type=Path, default=Path("instructions.json"))
-    parser.add_argument("--compare", type=Path, metavar="BASE", help="a file that an earlier run wrote")
+    parser.add_argument("--compare", metavar="BASE", help="a file that an earlier run wrote, or a git revision")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.case:
@@ -118,6 +129,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("valgrind is not installed")
     from benchmarks import cases, providers
 
+    base = Path(args.compare) if args.compare else None
+    if base is not None and not base.exists():
+        commit = revision.commit_of(args.compare)
+        if commit is None:
+            parser.error(f"--compare: {args.compare} is neither a file nor a revision of this checkout")
+        base = of_revision(commit, args.only)
     chosen = [c for c in cases.select(tuple(cases.SUITES), LEVEL, args.only) if c.op in providers.SPECS]
     found: dict[str, int] = {}
     for case in chosen:
@@ -126,9 +143,9 @@ def main(argv: list[str] | None = None) -> int:
         most = ", ".join(f"{short(name)} {n:,}" for name, n in functions.most_common(2))
         print(f"{found[case.id]:>14,}  {case.id}: {most}", flush=True)
     args.out.write_text(json.dumps(found, indent=1) + "\n")
-    if args.compare is None:
+    if base is None:
         return 0
-    changed = changes(json.loads(args.compare.read_text()), found)
+    changed = changes(json.loads(base.read_text()), found)
     print(f"{len(changed)} of {len(found)} cases changed by {100 * LIMIT:g} % or more")
     for name, change in changed:
         print(f"  {100 * change:+.1f} %  {name}")
