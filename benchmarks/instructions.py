@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.instructions --out base.json`` counts what one call of pyvit executes within its compiled library
 on one thread, per case. ``--compare base.json`` (or a git revision, which is built and counted by its own suite first)
-shows changes of 1 % and more, and exits with an error if any case needs more. Valgrind knows no AVX-512: the AVX2 kernels are counted. Instructions are no times: a slower access to
-memory does not show.
+shows changes of 1 % and more, and exits with an error if any case needs more. Valgrind knows no AVX-512: the AVX2
+kernels are counted. Instructions are no times: a slower access to memory does not show.
 """
 
 from __future__ import annotations

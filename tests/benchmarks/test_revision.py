@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from benchmarks import __main__ as suite
 from benchmarks import revision
 
