@@ -12,7 +12,7 @@ SPREAD := -n $(JOBS) --dist worksteal
 NATIVE := PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py -q build_ext --inplace
 
 .DEFAULT_GOAL := build
-.PHONY: help build wheel wheel-test test test-fast test-torch test-triton rehearse bench gpu hub results coverage docs docs-site \
+.PHONY: help build wheel wheel-test test test-fast test-torch test-triton rehearse fuzz bench gpu hub results coverage docs docs-site \
 	lint format clean
 
 help:             ## this list
@@ -59,6 +59,10 @@ test-torch: build ## the operators' contract under another torch, the library as
 
 test-fast: build  ## the quick part, under three minutes
 	$(PYTEST) $(SPREAD) -m "not slow" tests/ops tests/models tests/losses tests/test_dispatch.py tests/test_library.py
+
+fuzz: build       ## random calls of every operator, 2000 per backend and dtype, and beside guard pages: make fuzz [CASES=N]
+	PYVIT_FUZZ_CASES=$(or $(CASES),2000) PYVIT_TEST_SEED=random $(PYTEST) $(SPREAD) tests/fuzz
+	PYVIT_FUZZ_CASES=$(or $(CASES),2000) PYVIT_TEST_SEED=random TRITON_INTERPRET=1 $(PYTEST) $(SPREAD) tests/fuzz -k triton
 
 bench: build      ## check and time every operator and both models on this machine; results/
 	$(PY) -m benchmarks --busy

@@ -71,6 +71,8 @@ def _rows(q: Tensor, rows: int | Sequence[int] | Tensor) -> Tensor:
         checks.fail(op, "rows", f"of shape (R,) or ({q.shape[0]}, R)", checks.shape(rows))
     # Reading indices back from a GPU would stall it; there, as with any gather, an index out of range is a device-side
     # error.
+    if rows.is_meta and not q.is_meta and not checks.is_fake(rows):
+        checks.fail(op, "rows", "a tensor of values", "one on meta, which has none")
     if rows.device.type == "cpu" and not torch.compiler.is_compiling() and rows.numel():
         low, high = int(rows.min()), int(rows.max())
         if low < 0 or high >= q.shape[2]:

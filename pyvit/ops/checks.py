@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from collections.abc import Sequence
@@ -45,6 +46,13 @@ def dense(op: str, argument: str, t: Any, more: str = "") -> None:
         raise TypeError(f"{op}: {argument} must be a dense Tensor{more}, got a {layout} one; {hint}")
 
 
+def beside(op: str, argument: str, t: Any, other: str, like: Tensor) -> None:
+    """``t`` must be a dense tensor of real numbers, on the device of the argument ``other``."""
+    dense(op, argument, t)
+    floating(op, argument, t)
+    same(op, argument, t, other, like, dtype=False)
+
+
 def device(op: str, argument: str, t: Any) -> str:
     """The type of the device of ``t``, which must be a dense tensor; the first thing an operator looks at."""
     dense(op, argument, t)
@@ -57,25 +65,26 @@ def number(op: str, argument: str, value: Any) -> float:
     if type(value) is float or type(value) is int:
         return value
     if isinstance(value, Tensor):
-        if value.dim() or value.requires_grad or value.is_complex():
+        bad = value.is_complex() or value.dtype == torch.bool or (value.is_meta and not is_fake(value))
+        if value.dim() or value.requires_grad or bad:
             what = (
                 "one that requires a gradient, and there is none for it"
                 if value.requires_grad
-                else f"{value.dtype} of {shape(value)}"
+                else f"{value.dtype} of {shape(value)} on {value.device}"
             )
             raise TypeError(
                 f"{op}: {argument} must be a number or a tensor of no dimensions without a gradient, got {what}"
             )
         return value.item()
-    if not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+    if not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{op}: {argument} must be a number, got {type(value).__name__}")
     return value if isinstance(value, (torch.SymFloat, torch.SymInt)) else float(value)  # type: ignore[return-value]
 
 
 def positive(op: str, argument: str, value: Any) -> float:
     value = number(op, argument, value)
-    if not value > 0:
-        fail(op, argument, "positive", value)
+    if not 0 < value < math.inf:
+        fail(op, argument, "positive and finite", value)
     return value
 
 

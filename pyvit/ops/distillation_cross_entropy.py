@@ -121,10 +121,7 @@ def _check(
         checks.fail(_OP, "teacher", f"scored on the student's {counts[0]} prototypes, at least one", counts[1])
     for name, optional in (("center", center), ("weights", weights)):
         if optional is not None:
-            checks.dense(_OP, name, optional)
-            checks.same(_OP, name, optional, "student", student, dtype=False)
-            if optional.is_complex():
-                raise TypeError(f"{_OP}: {name} must be real, got {optional.dtype}")
+            checks.beside(_OP, name, optional, "student", student)
     if center is not None and tuple(center.shape) != (counts[0],):
         checks.fail(_OP, "center", f"of shape ({counts[0]},)", checks.shape(center))
     checks.no_gradient(_OP, weights=weights)

@@ -62,6 +62,7 @@ def _prepare(
     qkv: Tensor, bias: Tensor | None, is_causal: bool, dropout_p: float, return_lse: bool
 ) -> tuple[Call, Tensor, Tensor | None]:
     checks.tensor(_OP, "qkv", qkv, "(B, N, 3, H, D)", 5)
+    checks.floating(_OP, "qkv", qkv)
     if qkv.shape[2] != 3:
         checks.fail(_OP, "qkv", "of shape (B, N, 3, H, D)", checks.shape(qkv))
     (qkv,) = dispatch.autocast(qkv.device.type, qkv)

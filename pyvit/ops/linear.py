@@ -109,9 +109,12 @@ def check_around(op: str, x: Tensor, branch: Branch) -> None:
         ("scale", branch.scale, last.shape[:1]),
         ("residual", branch.residual, (*x.shape[:-1], last.shape[0])),
     ):
-        if t is not None and (not isinstance(t, Tensor) or t.shape != shape):
+        if t is None:
+            continue
+        if not isinstance(t, Tensor) or t.shape != shape:
             checks.tensor(op, name, t, str(tuple(shape)), len(shape))
             checks.fail(op, name, f"of shape {tuple(shape)}", checks.shape(t))
+        checks.beside(op, name, t, "x", x)
 
 
 def check_norm(op: str, name: str, x: Tensor, norm: Norm | None) -> None:

@@ -52,6 +52,7 @@ def product(x: Tensor, w: Tensor, out: Tensor | None = None, add: bool = False) 
     if narrow(x, w) or (out is not None and _plain(x) and _plain(w)):
         if out is None:
             out = torch.empty(x.shape[0], w.shape[0], dtype=torch.float32, device="cpu")
+        x, w = (t if 1 in t.stride() else t.contiguous() for t in (x, w))
         torch.ops.pyvit.product(x, w.t(), None, out, add)
         return out
     x, w = widen(x), widen(w)
@@ -233,8 +234,9 @@ def check_scalars(op: str, **values: Any) -> None:
             checks.number(op, name, value)
             continue
         checks.dense(op, name, value)
-        if value.numel() != 1 or value.is_complex():
+        if value.numel() != 1:
             checks.fail(op, name, "a number or a tensor of one element", f"{value.dtype} of {checks.shape(value)}")
+        checks.floating(op, name, value)
 
 
 def scalar(value: float | Tensor, like: Tensor) -> Tensor:

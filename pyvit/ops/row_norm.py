@@ -69,7 +69,7 @@ def layer_norm_inference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, _backend: str
 ) -> tuple[Tensor, None]:
     out = recycled(x.shape, dtype)
-    torch.ops.pyvit._norm_out.default(x, weight, bias, eps, True, out, None)
+    torch.ops.pyvit._norm_out.default(x, _dense(weight), _dense(bias), eps, True, out, None)
     return out, None
 
 
@@ -95,7 +95,7 @@ def rms_norm_inference(
     x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, _backend: str
 ) -> tuple[Tensor, None]:
     out = recycled(x.shape, dtype)
-    torch.ops.pyvit._norm_out.default(x, weight, None, eps, False, out, None)
+    torch.ops.pyvit._norm_out.default(x, _dense(weight), None, eps, False, out, None)
     return out, None
 
 
@@ -106,13 +106,17 @@ def rms_norm_backward(
     return grad_x, _sum(sums, 0, weight, weight_grad)
 
 
+def _dense(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.contiguous()
+
+
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, n: int
 ) -> tuple[Tensor, Tensor]:
     """``n`` statistics of each row: mean and reciprocal deviation, or the latter alone."""
     x, out = x.contiguous(), recycled(x.shape, dtype)
     statistics = torch.empty(n, x.numel() // x.shape[-1], dtype=torch.float32, device="cpu")
-    torch.ops.pyvit._norm_out.default(x, weight, bias, eps, n == 2, out, statistics)
+    torch.ops.pyvit._norm_out.default(x, _dense(weight), _dense(bias), eps, n == 2, out, statistics)
     return out, statistics
 
 
@@ -123,7 +127,7 @@ def _backward(
     x, n, grad_x = x.contiguous(), len(statistics), recycled(x.shape, x.dtype)
     sums = torch.empty(n if parameters else 0, x.shape[-1], dtype=torch.float32, device="cpu")
     torch.ops.pyvit._norm_backward_out.default(
-        grad.contiguous(), x, weight, statistics, n == 2, grad_x, sums if parameters else None
+        grad.contiguous(), x, _dense(weight), statistics, n == 2, grad_x, sums if parameters else None
     )
     return grad_x, sums
 

@@ -13,8 +13,6 @@ from pyvit import dispatch
 from pyvit.ops import checks
 from pyvit.ops.loss_tiles import LogSumExp, Ring, product, spans, widen
 
-_OP = "sinkhorn_knopp"
-
 
 def sinkhorn_knopp(
     scores: Tensor, temperature: float, iterations: int = 3, *, group: dist.ProcessGroup | None = None
@@ -35,17 +33,17 @@ def sinkhorn_knopp(
 
     Sources: Cuturi, "Sinkhorn Distances" (2013); Caron et al., "SwAV" (2020), section 3.1.
     """
-    temperature, iterations = _check(scores, temperature, iterations, 0)
+    temperature, iterations = _check("sinkhorn_knopp", "scores", scores, temperature, iterations, 0)
     if iterations == 0:
         return _normalised(scores, temperature, Ring(group))
     center = sinkhorn_center(scores, temperature, iterations, group=group)
     return ((widen(scores.detach()) - center) / temperature).softmax(-1)
 
 
-def _check(scores: Tensor, temperature: Any, iterations: Any, least: int) -> tuple[float, int]:
-    checks.tensor(_OP, "scores", scores, "(B, K)", 2)
-    checks.floating(_OP, "scores", scores)
-    return checks.positive(_OP, "temperature", temperature), checks.whole(_OP, "iterations", iterations, least)
+def _check(op: str, name: str, scores: Tensor, temperature: Any, iterations: Any, least: int) -> tuple[float, int]:
+    checks.tensor(op, name, scores, "(B, K)", 2)
+    checks.floating(op, name, scores)
+    return checks.positive(op, "temperature", temperature), checks.whole(op, "iterations", iterations, least)
 
 
 @torch.no_grad()
@@ -81,13 +79,13 @@ def sinkhorn_center(
 
     Returns center (K,), float32 or float64.
     """
-    temperature, iterations = _check(features, temperature, iterations, 1)
+    op = "sinkhorn_center"
+    temperature, iterations = _check(op, "features", features, temperature, iterations, 1)
     if prototypes is not None:
-        checks.tensor(_OP, "prototypes", prototypes, "(K, C)", 2)
-        checks.floating(_OP, "prototypes", prototypes)
-        checks.same(_OP, "prototypes", prototypes, "scores", features, dtype=False)
+        checks.tensor(op, "prototypes", prototypes, "(K, C)", 2)
+        checks.beside(op, "prototypes", prototypes, "features", features)
         if prototypes.shape[1] != features.shape[1]:
-            checks.fail(_OP, "prototypes", f"of shape (K, {features.shape[1]})", checks.shape(prototypes))
+            checks.fail(op, "prototypes", f"of shape (K, {features.shape[1]})", checks.shape(prototypes))
     with dispatch.no_autocast(features):
         return _center(features, temperature, iterations, prototypes, Ring(group))
 
