@@ -77,7 +77,7 @@ SYSTEMS = {
 # -fno-math-errno lets sqrt and rounding inline; contraction gives the multiply-adds. No -ffast-math: NaN and infinity
 # keep their meaning.
 CXXFLAGS = ("-std=c++17", "-O3", "-Wall", "-Wextra", "-Wno-unknown-warning-option", "-fno-math-errno")
-CXXFLAGS += ("-ffp-contract=fast",)
+CXXFLAGS += ("-ffp-contract=fast", *shlex.split(os.environ.get("CXXFLAGS", "")))
 KERNEL_FLAGS = ("-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-pass-failed")
 
 _AVX512 = ("-march=x86-64-v4", "-mprefer-vector-width=512")

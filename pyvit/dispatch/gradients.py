@@ -40,6 +40,7 @@ def by_operator(schema: Schema, gradient: Gradient) -> Derivative:
     own = gradient.own
     tensors = [i for i, name in enumerate(schema.arguments) if name in schema.tensors]
     others = [i for i, name in enumerate(schema.arguments) if name not in schema.tensors]
+    places = {i: at for at, i in enumerate(tensors)}  # of arguments among the saved tensors
     kept = [i for i, name in enumerate(schema.outputs) if name in own]
     constant = [i for i, name in enumerate(schema.outputs) if f"grad_{name}" not in own]
     pool = [f"grad_{name}" for name in schema.outputs]
@@ -79,10 +80,18 @@ def by_operator(schema: Schema, gradient: Gradient) -> Derivative:
         answer = list(nothing)
         for i, grad in zip(gradient.inputs, (found,) if isinstance(found, Tensor) else found, strict=True):
             if needs[i]:
-                answer[i] = grad
+                answer[i] = _in_layout_of(saved[places[i]], grad)
         return tuple(answer)
 
     return Derivative(setup_context, backward)
+
+
+def _in_layout_of(t: Tensor, grad: Tensor) -> Tensor:
+    """A gradient whose channels are apart in memory where those of ``t`` are: of convolutions' outputs, for example,
+    whose batch norm (PyTorch 2.13, on a CPU, in eval mode) computes wrong gradients from one of another layout."""
+    if t.dim() < 2 or t.stride(-1) <= 1 or t.shape[-1] == 1 or grad.shape != t.shape:
+        return grad
+    return stored_as(grad, t)
 
 
 def by_formula(schema: Schema, formula: Callable[..., Any], differentiable: Sequence[str]) -> Derivative:

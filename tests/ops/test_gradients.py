@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -194,3 +195,21 @@ def test_gradients_of_another_dtype(call: Call, name: str) -> None:
         got = torch.autograd.grad(outputs, wanted, [w.bfloat16().to(dtype) for w in weights], retain_graph=True)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(b.abs().max())))
+
+
+def test_gradients_of_channels_that_are_apart_in_memory() -> None:
+    """They lie in memory as the tensor does: torch's batch norm in eval mode (2.13, CPU) computes wrong gradients from
+    some other layouts, silently."""
+    features = torch.randn(1, 32, 6, 6, requires_grad=True)
+    norm = torch.nn.BatchNorm2d(32).eval()
+    found: dict[float, Tensor] = {}
+    scales = (1.0, 0.5, 2.0)
+    qkv = [norm(features * n) for n in scales]
+    for n, t in zip(scales, qkv, strict=True):
+        t.register_hook(functools.partial(found.__setitem__, n))
+    out = ops.flash_attention(*(t.flatten(2).transpose(1, 2)[:, None] for t in qkv), backend=KERNELS)
+    (out * torch.randn_like(out)).sum().backward()
+    assert all(gradient.stride() == qkv[0].stride() for gradient in found.values())
+    want = sum(n * gradient.double() for n, gradient in found.items()) / (1 + norm.eps) ** 0.5
+    assert features.grad is not None
+    torch.testing.assert_close(features.grad.double(), want, rtol=1e-5, atol=1e-6)
