@@ -77,7 +77,7 @@ def by_operator(schema: Schema, gradient: Gradient) -> Derivative:
                 assert like is not None
                 grads = (*grads[:i], torch.zeros_like(saved[like]), *grads[i + 1 :])
         found = gradient(*take_arguments((*grads, *needs, *saved, *ctx.others)))
-        answer = list(nothing)
+        answer: list[Any] = list(nothing)
         for i, grad in zip(gradient.inputs, (found,) if isinstance(found, Tensor) else found, strict=True):
             if needs[i]:
                 answer[i] = _in_layout_of(saved[places[i]], grad)
