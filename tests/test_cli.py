@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from pyvit import cli
 from pyvit.cli import application
+from pyvit.models import flops
 from pyvit.train.recipe import RECIPES, load_recipe
 from pyvit.train.runs import load_run
 
@@ -65,6 +66,18 @@ def test_without_typer_the_message_names_the_extra():
     assert done.returncode == 1
     assert "needs typer: pip install 'pyvit-kernels[cli]'" in done.stderr
     assert run("info", code=code).returncode == 0
+
+
+def test_flops_of_the_paper_with_throughput(monkeypatch, tmp_path):
+    measured = {row: 10.0 + i for i, row in enumerate(flops.PAPER_TABLE) if row.name}
+    monkeypatch.setattr(flops, "paper_throughput", lambda: measured)
+    picture = tmp_path / "table.png"
+    done = invoke("flops", "--table", "--throughput", "--plot", str(picture))
+    assert all(f"{speed:.2f}" in done.output for speed in measured.values())
+    assert "278.1" in done.output  # published
+    assert picture.stat().st_size > 1000
+    refused = invoke("flops", "--table", "--plot", str(picture))
+    assert "--throughput" in str(refused.output) + str(refused.exception)
 
 
 def test_flops():

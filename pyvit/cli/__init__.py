@@ -201,7 +201,9 @@ def _trainer(recipe: str) -> Callable[..., None]:
     return command
 
 
-def _flops(models: Any = None, size: int = 0, table: bool = False, throughput: bool = False) -> None:
+def _flops(
+    models: Any = None, size: int = 0, table: bool = False, throughput: bool = False, plot: str | None = None
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -210,19 +212,25 @@ def _flops(models: Any = None, size: int = 0, table: bool = False, throughput: b
 
     if not models and not table:
         raise ValueError("flops: name models ('vit_base*'), or ask for the published comparison with --table")
+    if plot and not (table and throughput):
+        raise ValueError("flops: --plot draws the published comparison, with --table and --throughput")
     console = Console(width=None if sys.stdout.isatty() else 140)
     if table:
-        published = Table(
-            "model", "pixels", "params, published", "counted", "GMACs, published", "counted", "top-1 %, published"
-        )
+        heads = ["model", "pixels", "params, published", "counted", "GMACs, published", "counted", "top-1 %, published"]
+        heads += ["images/s, published (V100)", "images/s here"] if throughput else []
+        published, measured = Table(*heads), flops.paper_throughput() if throughput else {}
         for row, cost in flops.paper_table():
             params, macs = (
                 ("cited only", "") if cost is None else (f"{cost.params / 1e6:.1f} M", f"{cost.macs / 1e9:.1f}")
             )
-            published.add_row(
-                row.label, f"{row.img_size}", f"{row.params:g} M", params, f"{row.gmacs:g}", macs, f"{row.top1:g}"
-            )
+            cells = [row.label, f"{row.img_size}", f"{row.params:g} M", params, f"{row.gmacs:g}", macs, f"{row.top1:g}"]
+            if throughput:
+                cells += [f"{row.images_per_s or '':}", f"{measured[row]:.2f}" if row in measured else ""]
+            published.add_row(*cells)
         console.print(published)
+        if plot:
+            flops.plot_paper_table(measured, plot)
+            console.print(f"wrote {plot}")
         for question, memory in flops.PIXELS_OR_PATCHES:
             console.print(f"attention matrices, float32: {question}: {flops.human(memory)}")
     if models:
@@ -306,6 +314,10 @@ def _annotate() -> None:
         ],
         throughput=Annotated[
             bool, typer.Option("--throughput", help="also measure images per second on this machine (float32, batch 8)")
+        ],
+        plot=Annotated[
+            str | None,
+            typer.Option(help="with --table and --throughput: accuracy over images per second, as a picture"),
         ],
     )
     _models.__annotations__.update(pattern=Annotated[str, typer.Argument(help="wildcard, such as 'swin*'")])

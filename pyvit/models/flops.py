@@ -7,8 +7,9 @@ every attention layer reports its scores. "FLOPs" in the ViT and Swin papers are
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pyvit.dispatch import use_backend
 from pyvit.models.registry import create_model
+from pyvit.nn.packed_weights import pack_weights
 from pyvit.ops.flops import FORMULAS
 from pyvit.torch_private import fake_mode
 
@@ -115,7 +117,7 @@ PIXELS_OR_PATCHES = (
 @dataclass(frozen=True)
 class Published:
     """A row of the Swin paper's comparison of ImageNet-22k models (Liu et al., 2021, table 1b): million parameters,
-    GMACs, top-1 accuracy in per cent."""
+    GMACs, top-1 accuracy in per cent, images per second on a V100 (None: not published)."""
 
     label: str
     img_size: int
@@ -123,22 +125,57 @@ class Published:
     gmacs: float
     top1: float
     name: str | None = None
+    images_per_s: float | None = None
 
 
 PAPER_TABLE = (
     Published("R-101x3", 384, 388.0, 204.6, 84.4),
     Published("R-152x4", 480, 937.0, 840.5, 85.4),
-    Published("ViT-B/16", 384, 86.0, 55.4, 84.0, "vit_base_patch16_384"),
-    Published("ViT-L/16", 384, 307.0, 190.7, 85.2, "vit_large_patch16_384"),
-    Published("Swin-B", 224, 88.0, 15.4, 85.2, "swin_base_patch4_window7_224"),
-    Published("Swin-B", 384, 88.0, 47.0, 86.4, "swin_base_patch4_window12_384"),
-    Published("Swin-L", 384, 197.0, 103.9, 87.3, "swin_large_patch4_window12_384"),
+    Published("ViT-B/16", 384, 86.0, 55.4, 84.0, "vit_base_patch16_384", 85.9),
+    Published("ViT-L/16", 384, 307.0, 190.7, 85.2, "vit_large_patch16_384", 27.3),
+    Published("Swin-B", 224, 88.0, 15.4, 85.2, "swin_base_patch4_window7_224", 278.1),
+    Published("Swin-B", 384, 88.0, 47.0, 86.4, "swin_base_patch4_window12_384", 84.7),
+    Published("Swin-L", 384, 197.0, 103.9, 87.3, "swin_large_patch4_window12_384", 42.1),
 )
 
 
 def paper_table() -> list[tuple[Published, Cost | None]]:
     """Every row of :data:`PAPER_TABLE` with the cost counted here; None for the ResNets, which are only cited."""
     return [(row, count(row.name) if row.name else None) for row in PAPER_TABLE]
+
+
+def paper_throughput(batch: int = 8, seconds: float = 3.0) -> dict[Published, float]:
+    """Images per second on this machine, in float32, of every row of :data:`PAPER_TABLE` that has a model here."""
+    found = {}
+    for row in PAPER_TABLE:
+        if row.name is not None:
+            model = create_model(row.name)
+            pack_weights(model)
+            found[row] = throughput(model, batch, seconds)
+    return found
+
+
+def plot_paper_table(measured: Mapping[Published, float], path: str | Path) -> None:
+    """A picture: published accuracy over images per second, on a V100 as published, and here."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    sides = (
+        ("published, V100", {row: row.images_per_s for row in PAPER_TABLE if row.images_per_s}),
+        ("this machine", dict(measured)),
+    )
+    for ax, (title, speeds) in zip(axes, sides, strict=True):
+        for row, speed in speeds.items():
+            color = "tab:orange" if row.label.startswith("Swin") else "tab:blue"
+            ax.semilogx(speed, row.top1, "o", color=color)
+            ax.annotate(f"{row.label}, {row.img_size}", (speed, row.top1), textcoords="offset points", xytext=(4, 4))
+        ax.set_title(title)
+        ax.set_xlabel("images per second")
+        ax.margins(x=0.35)
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("ImageNet top-1, published, %")
+    figure.savefig(path, dpi=120)
 
 
 def throughput(model: nn.Module, batch: int = 8, seconds: float = 3.0, warmup: int = 2) -> float:
