@@ -223,10 +223,10 @@ def _flops(
             params, macs = (
                 ("cited only", "") if cost is None else (f"{cost.params / 1e6:.1f} M", f"{cost.macs / 1e9:.1f}")
             )
-            cells = [row.label, f"{row.img_size}", f"{row.params:g} M", params, f"{row.gmacs:g}", macs, f"{row.top1:g}"]
+            line = [row.label, f"{row.img_size}", f"{row.params:g} M", params, f"{row.gmacs:g}", macs, f"{row.top1:g}"]
             if throughput:
-                cells += [f"{row.images_per_s or '':}", f"{measured[row]:.2f}" if row in measured else ""]
-            published.add_row(*cells)
+                line += [f"{row.images_per_s or '':}", f"{measured[row]:.2f}" if row in measured else ""]
+            published.add_row(*line)
         console.print(published)
         if plot:
             flops.plot_paper_table(measured, plot)
@@ -317,7 +317,7 @@ def _annotate() -> None:
         ],
         plot=Annotated[
             str | None,
-            typer.Option(help="with --table and --throughput: accuracy over images per second, as a picture"),
+            typer.Option(help="a picture of accuracy over images per second, with --table and --throughput"),
         ],
     )
     _models.__annotations__.update(pattern=Annotated[str, typer.Argument(help="wildcard, such as 'swin*'")])
