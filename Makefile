@@ -88,8 +88,8 @@ results: build    ## docs/results.md: what each recipe reaches on real images; o
 	$(PY) -m benchmarks.learning $(ARGS)
 	$(PY) -m benchmarks.learning.losses
 
-coverage: build   ## build/coverage/coverage.md: how much of timm and transformers runs on pyvit; hours; make coverage [ARGS=--again]
-	PYTHONPATH=. $(PY) -m pyvit.integrations.coverage --out build/coverage/coverage.md $(ARGS)
+coverage: build   ## docs/coverage.md: how much of timm and transformers runs on pyvit; hours; make coverage [ARGS=--again]
+	PYTHONPATH=. $(PY) -m pyvit.integrations.coverage --out docs/coverage.md $(ARGS)
 
 docs: build       ## regenerate the tables in docs/ (compiles every GPU kernel: half an hour)
 	$(PY) -m pyvit.triton_kernels.tools.compile_report --dtype bf16 fp32

@@ -380,6 +380,15 @@ def page(libraries: dict[str, list[Case]]) -> str:
 
 
 _ABOUT = """\
+`make coverage` writes this page, in hours; on other versions of the libraries:
+
+```bash
+python -m pyvit.integrations.coverage --out coverage.md              # every vision model with attention
+python -m pyvit.integrations.coverage --library timm --only "vit_*"  # some of them
+```
+
+Each model has a record in `build/coverage`; a second call examines only those without one (`--again`: all).
+
 Models with attention of the installed versions, built small (few layers, and in transformers few heads) with random
 weights, accelerated and compared in float32: outputs and all gradients against the original in float64, by the rule of
 the tests (twice the original's own error, three times for gradients, and a rounding tolerance). ReLU modules are
