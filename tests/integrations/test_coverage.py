@@ -17,7 +17,7 @@ SAMPLE = {
     ("timm", "vit_small_patch16_dinov3"): "full",
     ("timm", "levit_128s"): "none",
     ("timm", "shvit_s1"): "none",
-    ("timm", "coat_lite_tiny"): "none",
+    ("timm", "coat_lite_tiny"): "other",
     ("transformers", "vit.ViTModel"): "full",
     ("transformers", "dinov3_vit.DINOv3ViTModel"): "full",
     ("transformers", "yolos.YolosModel"): "full",
