@@ -50,7 +50,7 @@ ROWS = (
         sheets=("attention",),
         peers=("lightly_dino",),
     ),
-    Row("dinov2", f"dinov2 {_FASHION}", "self-supervised", probe=True, sheets=("patches",)),
+    Row("dinov2", f"dinov2 {_FASHION} {_STEM}", "self-supervised", probe=True, sheets=("patches",)),
     Row("mae", f"mae {_FASHION}", "self-supervised", probe=True, sheets=("reconstruct",)),
     Row("mae-1000", f"finetune {_FEW}", "few labels", init="mae"),
     Row("scratch-1000", f"supervised {_FEW} --epochs 60 --batch-size 64 --option augment=mild", "few labels"),
@@ -62,7 +62,7 @@ ROWS = (
 )
 
 #: Variants of a short dinov2 run: each changes one setting.
-_SHORT = f"dinov2 {_FASHION} --epochs 2"
+_SHORT = f"dinov2 {_FASHION} {_STEM} --epochs 1"
 VARIANTS = {
     "all": "",
     "no iBOT": "--option ibot=0.0",

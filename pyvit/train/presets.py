@@ -34,7 +34,7 @@ _FASHION_MNIST = {"lr": 2e-3, "warmup": 0.05, "optimizer": "muon"}
 _SHORT = {"epochs": 60, "batch_size": 128, "lr": 1e-3, "warmup": 0.1}
 
 _PICTURES = {
-    "epochs": 40, "batch_size": 256, "lr": 1e-3, "warmup": 0.1, "weight_decay": 0.2,
+    "epochs": 40, "batch_size": 256, "lr": 2e-3, "warmup": 0.1, "weight_decay": 0.2, "optimizer": "muon",
     "option": {"tokenizer": "bpe", "context": 24, "crop": 0.6},
 }  # fmt: skip
 
@@ -92,7 +92,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
             "centering": "sinkhorn_knopp",
             "distort": True,
             "freeze_last": 0.2,
-            "global_crop": 0.4,
+            "global_crop": 0.5,
             "local_crops": 0,
             "local_size": 16,
             "momentum": 0.98,
@@ -102,17 +102,22 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         },
     },
     ("dinov2", "fashion-mnist"): {
-        "epochs": 5,
+        **_FASHION_MNIST,
+        "epochs": 4,
         "batch_size": 128,
-        "lr": 2e-3,
         "warmup": 0.1,
         "option": {
             **_SELF_DISTILLATION,
-            "momentum": 0.9,
+            "distort": True,
+            "freeze_last": 0.2,
+            "global_crop": 0.5,
             "layer_scale": 0.0,
-            "local_crops": 2,
-            "local_size": 12,
+            "local_crops": 0,
+            "local_size": 16,
+            "momentum": 0.98,
+            "prototypes": 1024,
             "slant": 0.0,
+            "solarize": 0.0,
         },
     },
     ("finetune", "digits"): {"epochs": 30, "batch_size": 64, "lr": 1e-3, "option": _MILD},
@@ -146,5 +151,5 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     **{("clip", data): _PICTURES for data in ("emoji", "icons")},
     **{("siglip", data): {**_PICTURES, "epochs": 60} for data in ("emoji", "icons")},
     ("clip", "scenes"): {**_SHORT, "epochs": 12, "weight_decay": 0.1, "optimizer": "muon", "lr": 2e-3},
-    ("siglip", "scenes"): {**_SHORT, "epochs": 12},
+    ("siglip", "scenes"): {**_SHORT, "epochs": 12, "weight_decay": 0.1, "optimizer": "muon", "lr": 2e-3},
 }
