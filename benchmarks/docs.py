@@ -315,7 +315,7 @@ def _head_dim(limits: tuple[int, int, int]) -> str:
 def machines(prefix: str) -> str:
     """A table of every file of results, the newest first; ``prefix``: the way from the page to the results."""
     rows = []
-    for path in html_report.committed():
+    for path in html_report.committed(RESULTS):
         run = html_report.load(path)
         page = path.with_suffix(".md")
         dates = re.findall(r"\b20\d\d-\d\d-\d\d\b", page.read_text() if page.exists() else "")

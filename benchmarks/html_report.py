@@ -452,11 +452,11 @@ def load(path: Path, costs: bool = False) -> Run:
     return Run(folder.name + stem, lines, rows, ceiling)
 
 
-def committed() -> list[Path]:
-    """The committed results of all machines. models.csv has the same rows as results.csv, in timm's columns."""
+def committed(folder: Path = _RESULTS) -> list[Path]:
+    """The results of all machines in a folder, by default the committed ones. models.csv has the same rows as results.csv, in timm's columns."""
     return [
         path
-        for path in sorted(_RESULTS.glob("*/*.csv"))
+        for path in sorted(folder.glob("*/*.csv"))
         if path.name != "models.csv" or not path.with_name("results.csv").exists()
     ]
 

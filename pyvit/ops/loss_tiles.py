@@ -236,7 +236,8 @@ def check_scalars(op: str, **values: Any) -> None:
         checks.dense(op, name, value)
         if value.numel() != 1:
             checks.fail(op, name, "a number or a tensor of one element", f"{value.dtype} of {checks.shape(value)}")
-        checks.floating(op, name, value)
+        if value.dtype not in checks.FLOATS:
+            raise TypeError(f"{op}: {name} must be a number or a real tensor of one element, got {value.dtype}")
 
 
 def scalar(value: float | Tensor, like: Tensor) -> Tensor:

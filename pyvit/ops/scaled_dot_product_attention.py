@@ -35,6 +35,7 @@ def scaled_dot_product_attention(
 
     Raises ValueError or TypeError naming the argument that does not fit.
     """
+    scale = float(scale) if isinstance(scale, bool) else scale  # a number to torch
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     dropout_p = checks.number(_OP, "dropout_p", dropout_p)
     if any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value)):
