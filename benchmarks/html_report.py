@@ -453,7 +453,8 @@ def load(path: Path, costs: bool = False) -> Run:
 
 
 def committed(folder: Path = _RESULTS) -> list[Path]:
-    """The results of all machines in a folder, by default the committed ones. models.csv has the same rows as results.csv, in timm's columns."""
+    """The results of all machines in a folder, by default the committed ones. models.csv has the same rows as
+    results.csv, in timm's columns."""
     return [
         path
         for path in sorted(folder.glob("*/*.csv"))
