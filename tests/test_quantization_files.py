@@ -148,3 +148,15 @@ def test_buffers_on_meta_that_nothing_fills(tmp_path: Path) -> None:
         )
     with pytest.raises(ValueError, match="is on the meta device and not in the file"):
         quantization.load(empty, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
+def test_damaged_files_are_named(share: float, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    model = pyvit.create_model("vit_pico_patch8_32").eval()
+    pyvit.quantize(model)
+    quantization.save(model, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match=r"load: .*model\.safetensors is not a safetensors file, or is cut short"):
+        quantization.load(pyvit.create_model("vit_pico_patch8_32"), path)

@@ -44,12 +44,16 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Args:
         model: with any weights. Built under ``torch.device("meta")`` it takes no memory for them.
 
-    Raises ValueError where names or shapes differ, naming them, or where a buffer on the meta device is neither in the
+    Raises ValueError where the file is damaged or names or shapes differ, naming them, or where a buffer on the meta device is neither in the
     file nor computed from settings; the model is then unchanged.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    state = load_file(Path(path))
+    try:
+        state = load_file(Path(path))
+    except SafetensorError as error:
+        raise ValueError(f"load: {path} is not a safetensors file, or is cut short: {error}") from error
     names = [key.removesuffix(_SCALE) for key in state if key.endswith(_SCALE)]
     if not names:
         raise ValueError(f"load: {path}: holds no quantized layer")
