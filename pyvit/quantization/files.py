@@ -44,8 +44,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Args:
         model: with any weights. Built under ``torch.device("meta")`` it takes no memory for them.
 
-    Raises ValueError where the file is damaged or names or shapes differ, naming them, or where a buffer on the meta device is neither in the
-    file nor computed from settings; the model is then unchanged.
+    Raises ValueError where the file is damaged, where names or shapes differ, naming them, or where a buffer on the
+    meta device is neither in the file nor computed from settings; the model is then unchanged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
