@@ -9,7 +9,6 @@ JOBS   ?= $(shell nproc)
 # One thread per worker: the suite runs on all cores already.
 PYTEST := OMP_NUM_THREADS=1 PYVIT_TEST_PEERS=required PYTHONPATH=. $(PY) -m pytest -q
 SPREAD := -n $(JOBS) --dist worksteal
-SANITIZER := g++ -fsanitize=address,undefined
 NATIVE := PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py -q build_ext --inplace
 
 .DEFAULT_GOAL := build
@@ -65,15 +64,8 @@ fuzz: build       ## random calls of every operator, 2000 per backend and dtype,
 	PYVIT_FUZZ_CASES=$(or $(CASES),2000) PYVIT_TEST_SEED=random $(PYTEST) $(SPREAD) tests/fuzz
 	PYVIT_FUZZ_CASES=$(or $(CASES),2000) PYVIT_TEST_SEED=random TRITON_INTERPRET=1 $(PYTEST) $(SPREAD) tests/fuzz -k triton
 
-sanitize: build   ## the CPU library with AddressSanitizer and UBSan (gcc on Linux): random calls on every instruction set; 15 minutes
-	CXX="$(SANITIZER)" CXXFLAGS="-O1 -g1 -fno-omit-frame-pointer -fno-sanitize=vptr" PATH="$(abspath $(BIN)):$$PATH" PYVIT_CUDA=0 \
-		$(PY) setup.py -q build --build-lib build/sanitized/lib --build-temp build/sanitized/native
-	for isa in portable avx2 avx512 avx512bf16; do \
-		cd build/sanitized && LD_PRELOAD="$$(gcc -print-file-name=libasan.so):$$(gcc -print-file-name=libubsan.so):$$(gcc -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-		PYVIT_CPU_ISA=$$isa PYVIT_FUZZ_CASES=$(or $(CASES),25) OMP_NUM_THREADS=2 PYTHONPATH="$$PWD/lib:$(CURDIR)" \
-		$(abspath $(PY)) -m pytest -q -p no:cacheprovider --rootdir $(CURDIR) $(CURDIR)/tests/fuzz/test_fuzz.py -k cpu- || exit 1; \
-		cd $(CURDIR); done
+sanitize: build   ## the CPU library with AddressSanitizer and UBSan (gcc on Linux): random calls on every instruction set; 15 minutes; make sanitize [CASES=25]
+	PATH="$(abspath $(BIN)):$$PATH" $(PY) tests/fuzz/sanitize.py $(CASES)
 
 bench: build      ## check and time every operator and both models on this machine; results/
 	$(PY) -m benchmarks --busy

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +66,7 @@ def measure(commit: str, args: argparse.Namespace) -> Path:
     command = [sys.executable, "-c", _CHILD, str(tree), str(ROOT), *options(args), "--out", str(out)]
     (out / "results.json").unlink(missing_ok=True)
     print(f"measuring {commit[:12]}", flush=True)
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": ""})
+    done = subprocess.run(command, cwd=ROOT)
     if not (out / "results.json").exists():
         raise RuntimeError(
             f"--compare: the suite does not run with {commit[:12]} (status {done.returncode}); see above"

@@ -14,14 +14,15 @@ from torch import Tensor
 from pyvit import ops
 from pyvit.testing import LAYOUTS, Served, check_op
 
-#: A function of tensors, the tensors (which get gradients where they are floating), and options of check_op; "summed"
-#: is the largest of what is added up, where that is more than 1 and the results.
+#: A function of tensors, the tensors (which get gradients where they are floating), and options of check_op. "summed"
+#: is the largest of what is added up for the results, where that is more than 1 and the results; "summed_grads" the
+#: same for gradients, of all tensors or by their names.
 Drawn = tuple[Any, dict[str, Tensor], dict[str, Any]]
 
 
 def _of_attention(width: int) -> dict[str, Any]:
     """The backward pass subtracts sum(out * gradient of out), of an out that was rounded."""
-    return {"summed": 4 * width**0.5}
+    return {"summed_grads": 4 * width**0.5}
 
 
 def _length(r: random.Random) -> int:
@@ -104,8 +105,11 @@ def window(r: random.Random, on: Served) -> Drawn:
     if r.random() < 0.5:
         t["pad_qkv"] = on.randn(3 * heads * d)
     fixed = {"window_size": window, "shift_size": shift, "num_heads": heads}
-    # The gradient of logit_scale is a sum over all tokens of what cancels.
-    return functools.partial(ops.window_attention, **fixed), t, _of_attention(d * math.prod(size))
+    options: dict[str, Any] = _of_attention(d)
+    if "logit_scale" in t:  # its gradient is a sum over all tokens, of what cancels
+        each = options["summed_grads"]
+        options["summed_grads"] = dict.fromkeys(t, each) | {"logit_scale": each * math.prod(size) ** 0.5}
+    return functools.partial(ops.window_attention, **fixed), t, options
 
 
 def patch(r: random.Random, on: Served) -> Drawn:
@@ -360,6 +364,7 @@ def call(
     torch.manual_seed(r.randrange(2**31))
     function, tensors, options = DRAWS[op](r, on)
     summed = options.pop("summed", 1.0)
+    of_grads = options.pop("summed_grads", summed)
     if placed and isinstance(function, functools.partial):
         fixed = {name: placed(v) if isinstance(v, Tensor) else v for name, v in function.keywords.items()}
         function = functools.partial(function.func, **fixed)
@@ -369,7 +374,12 @@ def call(
     say(f"{ {name: tuple(t.shape) for name, t in tensors.items()} }, {function}, {options}, stored {store}")
     fixed = {"backend": on.backend, "store": store, "store_grad": store_grad, "raises": False}
     found = check_op(function, tensors, **fixed, **options)
-    largest = max(summed, *(c.magnitude for c in found))
-    rounding = largest * torch.finfo(on.dtype).eps * (4 if on.dtype == torch.float32 else 1 / 8)
-    wrong = [c for c in found if not c.error <= c.limit + rounding]
+    rounding = torch.finfo(on.dtype).eps * (4 if on.dtype == torch.float32 else 1 / 8)
+    largest = max(c.magnitude for c in found)
+    wrong = []
+    for each in found:
+        _, is_grad, tensor = each.name.rpartition(" grad_")
+        added = summed if not is_grad else of_grads[tensor] if isinstance(of_grads, dict) else of_grads
+        if not each.error <= each.limit + rounding * max(added, largest):
+            wrong.append(each)
     assert not wrong, "\n".join(map(str, wrong))

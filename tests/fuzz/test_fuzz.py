@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, note, seed, settings
 from hypothesis import strategies as st
 from hypothesis.database import DirectoryBasedExampleDatabase
+from torch import Tensor
 
+from pyvit import ops
 from pyvit.testing import Served, served
 from tests.fuzz import draws
 
@@ -41,3 +45,43 @@ def test_fuzz(op: str, on: Served, seeded: int) -> None:
         draws.call(op, on, r, say=note)
 
     run()
+
+
+def _last_key_dropped(op: Callable[..., Any]) -> Callable[..., Any]:
+    def call(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None, **options: Any) -> Any:
+        if backend != "reference" and "bias" not in options:
+            k, v = k[:, :, :-1], v[:, :, :-1]
+        return op(q, k, v, backend=backend, **options)
+
+    return call
+
+
+def _residual_added_twice(op: Callable[..., Any]) -> Callable[..., Any]:
+    def call(backend: str | None = None, **given: Any) -> Any:
+        out = op(backend=backend, **given)
+        return out if backend == "reference" or given.get("residual") is None else out + given["residual"]
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("op", "defect"),
+    [("flash_attention", _last_key_dropped), ("linear", _residual_added_twice)],
+    ids=["key", "residual"],
+)
+def test_defects_are_found(
+    op: str, defect: Callable[..., Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bounds are not so wide that wrong results pass."""
+    on = next((on for on in served(op) if on.backend == "cpu" and on.dtype == dtype), None)
+    if on is None:
+        pytest.skip("the kernels of the CPU are not there")
+    monkeypatch.setattr(ops, op, defect(getattr(ops, op)))
+    found = 0
+    for case in range(40):
+        try:
+            draws.call(op, on, random.Random(case))
+        except AssertionError:
+            found += 1
+    assert found >= 10, found  # of the calls with more than one key and no bias, or with a residual
