@@ -78,6 +78,7 @@ def varlen(r: random.Random, on: Served) -> Drawn:
     if r.random() < 0.5:
         full = (len(lengths[0]), hkv * groups, *longest)
         t["bias"] = _bias(r, full, on)
+        options["broadcast"] = {"bias": full}
     names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
     return functools.partial(ops.flash_attention_varlen, **dict(zip(names, (*cu, *longest), strict=True))), t, options
 
@@ -306,7 +307,7 @@ def sigmoid_contrastive(r: random.Random, on: Served) -> Drawn:
 
 
 def distillation(r: random.Random, on: Served) -> Drawn:
-    s, t_, n, k = r.randint(1, 4), r.randint(1, 2), r.randint(1, 20), _width(r)
+    s, t_, n, k = r.randint(1, 4), r.randint(1, 2), r.randint(1, 20), max(2, _width(r))  # of one prototype it is 0
     fixed: dict[str, Any] = {"student_temp": r.uniform(0.1, 1.0), "teacher_temp": r.uniform(0.1, 1.0)}
     if r.random() < 0.5:
         fixed["center"] = torch.randn(k, device=on.device)
@@ -330,7 +331,8 @@ def distillation(r: random.Random, on: Served) -> Drawn:
     return op, tensors, {}
 
 
-#: Rows that are all alike have no variance, and the gradient of their norm is rounding over sqrt(eps).
+#: Rows that are all alike have no variance, and the gradient of their norm is rounding over sqrt(eps). Attention over
+#: tokens that are all alike has no gradient of queries and keys, and those of their norm are sums of rounding.
 NORMED = ("linear", "mlp", "gated_mlp", "layer_norm", "rms_norm")
 
 DRAWS: dict[str, Callable[[random.Random, Served], Drawn]] = {
@@ -369,7 +371,8 @@ def call(
         fixed = {name: placed(v) if isinstance(v, Tensor) else v for name, v in function.keywords.items()}
         function = functools.partial(function.func, **fixed)
     store, store_grad = (r.choice(LAYOUTS) if r.random() < 0.4 else "contiguous" for _ in range(2))
-    if store == "expanded" and ("broadcast" in options or op in NORMED):
+    normed = op in NORMED or "qk_norm" in getattr(function, "keywords", ())
+    if store == "expanded" and ("broadcast" in options or normed):
         store = "sliced"
     say(f"{ {name: tuple(t.shape) for name, t in tensors.items()} }, {function}, {options}, stored {store}")
     fixed = {"backend": on.backend, "store": store, "store_grad": store_grad, "raises": False}
