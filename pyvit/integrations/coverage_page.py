@@ -69,6 +69,9 @@ replaced by GELU first, as rounding switches their gradients on and off.
   input is pixels; models that need text too are represented by their vision towers.
 - **replaced**: modules that pyvit runs, without layer norms. **left**: modules with attention that run their original
   code, and why.
+- **differs** is not always pyvit's fault. Of these, timm's iFormer has wrong gradients in PyTorch 2.13 itself (batch
+  norm in eval mode; finite differences agree with pyvit), NextViT overflows with random weights, and transformers'
+  Hiera takes the maximum of nearly equal queries, which any rounding of its input changes as much.
 - **error**: largest difference of an output and of a gradient from float64, relative to the largest value.
 - **speed-up**: time of the original's forward over the accelerated model's; batch 1, float32, one thread, smallest of a
   few runs by turns, in eager mode, on a machine that was not idle: coarse. {machine}."""
