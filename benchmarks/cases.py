@@ -381,7 +381,7 @@ def models() -> list[Case]:
             found.append(
                 Case(name, "batch 8", dtype, "inference", {"batch": 8, "size": 224}, None, "full", against=eager)
             )
-    found += _int8_models()
+    found += _int8_models() + _backbones()
     for name in ("vit_small_patch16_224", "swin_tiny_patch4_window7_224"):
         for dtype, times in (("fp32", 2.2), ("bf16", 1.5)):
             target = Target(times, ("timm",))
@@ -400,6 +400,27 @@ def models() -> list[Case]:
         )
     )
     return found
+
+
+#: Newer backbones, which timm has under the same names, and the size of their images.
+BACKBONES = {
+    "vit_small_patch16_dinov3": 256,
+    "vit_base_patch16_dinov3": 256,
+    "vit_small_patch14_reg4_dinov2": 518,
+    "eva02_small_patch14_224": 224,
+    "vit_base_patch16_siglip_224": 224,
+    "vit_pe_core_small_patch16_384": 384,
+    "hiera_small_224": 224,
+}
+
+
+def _backbones() -> list[Case]:
+    """Inference against timm's code: rotary embeddings, SwiGLU, registers, attention pooling, mask units."""
+    return [
+        Case(name, "batch 8", dtype, "inference", {"batch": 8, "size": size}, None, "full", against=("timm",))
+        for name, size in BACKBONES.items()
+        for dtype in ("fp32", "bf16")
+    ]
 
 
 def _int8_models() -> list[Case]:

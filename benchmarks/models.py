@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyvit
-from benchmarks import baselines, inputs, peers
-from benchmarks.cases import Case
+from benchmarks import baselines, inputs, peer_models, peers
+from benchmarks.cases import BACKBONES, Case
 from benchmarks.gate import Gate, Verdict, worst
 from benchmarks.workload import OURS, Contender, Workload, raised, uses_pyvit
 
@@ -38,17 +39,19 @@ def weights(name: str) -> dict[str, Tensor]:
 
 @functools.cache
 def flops(name: str, batch: int, train: bool) -> float:
-    """Flops of the matrix products, forward or forward and backward, counted on the naive model."""
-    model = baselines.create(name, attention="naive")
+    """Flops of the matrix products, forward or forward and backward, counted on the naive model, or on timm's."""
+    size = BACKBONES.get(name)
+    model = _plain(name, "naive") if size is None else _backbones().timm_model(name)
     with FlopCounterMode(display=False) as counter:
-        out = model(torch.zeros(1, 3, 224, 224))
+        out = model(torch.zeros(1, 3, size or 224, size or 224))
         if train:
             out.sum().backward()
     return float(batch * counter.get_total_flops())
 
 
 def parameters(name: str) -> int:
-    return sum(value.numel() for value in weights(name).values())
+    state = weights(name) if name not in BACKBONES else _backbones().weights(name)
+    return sum(value.numel() for value in state.values())
 
 
 def traffic(name: str, batch: int, size: int, dtype: str, train: bool) -> float:
@@ -62,14 +65,24 @@ def traffic(name: str, batch: int, size: int, dtype: str, train: bool) -> float:
     return {"fp32": 4, "bf16": 2, "int8": 1}[dtype] * (count + images)
 
 
+def _backbones() -> ModuleType:
+    from benchmarks import backbones  # which imports this module
+
+    return backbones
+
+
 def _plain(name: str, attention: str) -> nn.Module:
     model = baselines.create(name, attention=attention)
     model.load_state_dict(weights(name))
     return model
 
 
+def _peer(library: str, name: str) -> nn.Module:
+    return peer_models.MODELS[library](name, weights(name))
+
+
 def _accelerated(name: str) -> nn.Module:
-    model = peers.timm_model(name, weights(name))
+    model = _peer("timm", name)
     pyvit.accelerate(model, strict=True)
     return model
 
@@ -90,13 +103,14 @@ MODULES: dict[str, Callable[[str], nn.Module]] = {
     "compile": lambda name: _plain(name, "sdpa"),
     "naive + compile": lambda name: _plain(name, "naive"),
     "ours + compile": _ours,
-    "timm": lambda name: peers.timm_model(name, weights(name)),
-    "timm + compile": lambda name: peers.timm_model(name, weights(name)),
+    "compile, max-autotune": lambda name: _plain(name, "sdpa"),
+    **{library: functools.partial(_peer, library) for library in peer_models.MODELS},
+    "timm + compile": functools.partial(_peer, "timm"),
     "timm + accelerate": _accelerated,
-    "transformers": lambda name: peers.transformers_model(name, weights(name)),
 }
 _NEEDS = {
     "ours + compile": ("compile",),
+    "compile, max-autotune": ("max-autotune",),
     "naive + compile": ("compile",),
     "timm + compile": ("compile", "timm"),
     "timm + accelerate": ("accelerate", "timm"),
@@ -131,6 +145,22 @@ def _wanted(case: Case, asked: Sequence[str], device: str) -> tuple[list[str], d
     return found, unavailable
 
 
+def compiled(name: str, model: nn.Module) -> nn.Module:
+    """The model as its provider runs it. Inductor tunes products on CPUs only where weights are frozen, which is for
+    inference."""
+    if name.endswith("max-autotune"):
+        return torch.compile(model, dynamic=False, options={"max_autotune": True, "freezing": not model.training})
+    return torch.compile(model, dynamic=False) if name.endswith("compile") else model
+
+
+def no_grad(model: Callable[[Tensor], Tensor]) -> Forward:
+    def forward(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(images)
+
+    return forward
+
+
 def _inference(case: Case, name: str, images: Tensor) -> Forward:
     threads, dtype = torch.get_num_threads(), inputs.DTYPES[case.dtype]
     if name == "onnxruntime":
@@ -141,13 +171,7 @@ def _inference(case: Case, name: str, images: Tensor) -> Forward:
     model = MODULES[name](case.op).eval().to(images.device, dtype)
     if uses_pyvit(name):  # OpenVINO and ONNX Runtime also prepack weights
         pyvit.pack_weights(model)
-    compiled = torch.compile(model, dynamic=False) if name.endswith("compile") else model
-
-    def forward(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return compiled(x)
-
-    return forward
+    return no_grad(compiled(name, model))
 
 
 def _build_inference(case: Case, source: str, work: Workload, names: Sequence[str], device: str) -> None:
@@ -204,7 +228,7 @@ def _build_train(case: Case, source: str, work: Workload, names: Sequence[str], 
     def verdict(name: str, model: nn.Module) -> Verdict:
         if not gate:
             gate.append(Gate({"images": few, **parameters}, reference, list(parameters)))
-        if name == "transformers":  # its parameters have other names: compare only the logits
+        if name in ("transformers", "torchvision", "open_clip"):  # parameters of other names: compare only the logits
             forward = Gate(
                 {"images": few},
                 lambda images: reference(images=images, **{k: v.to(images.dtype) for k, v in parameters.items()}),
@@ -215,10 +239,10 @@ def _build_train(case: Case, source: str, work: Workload, names: Sequence[str], 
     for name in names:
         model = MODULES[name](case.op).train().to(device)
         trained = copy.deepcopy(model)
-        compiled = torch.compile(trained, dynamic=False) if name.endswith("compile") else trained
+        run = compiled(name, trained)
         optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-6, fused=True)
 
-        def step(model: Any = compiled, optimizer: torch.optim.Optimizer = optimizer) -> None:
+        def step(model: Any = run, optimizer: torch.optim.Optimizer = optimizer) -> None:
             optimizer.zero_grad(set_to_none=True)
             with autocast():
                 loss = F.cross_entropy(model(images), labels)
@@ -235,6 +259,8 @@ def build(case: Case, source: str, asked: Sequence[str], device: str = "cpu") ->
         from benchmarks import models_int8
 
         return models_int8.build(case, source, asked)
+    if case.op in BACKBONES:
+        return _backbones().build(case, source, asked, device)
     names, unavailable = _wanted(case, asked, device)
     train = case.mode == "train"
     batch, size = case.shape["batch"], case.shape["size"]

@@ -37,23 +37,15 @@ def _ours(name: str, kind: torch.dtype, quantize: bool) -> Forward:
     if quantize:
         pyvit.quantize(model, reversible=False)
     pyvit.pack_weights(model)
-    return _call(model)
+    return models.no_grad(model)
 
 
 def _accelerated(name: str, kind: torch.dtype) -> Forward:
     """timm's model, accelerated and quantised."""
-    model = peers.timm_model(name, models.weights(name)).eval().to(kind)
+    model = models.MODULES["timm"](name).eval().to(kind)
     pyvit.quantize(model, reversible=False)
     pyvit.pack_weights(model)
-    return _call(model)
-
-
-def _call(model: Callable[[Tensor], Tensor]) -> Forward:
-    def forward(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return model(images)
-
-    return forward
+    return models.no_grad(model)
 
 
 def _float(name: str) -> nn.Module:
@@ -81,7 +73,7 @@ def torchao(name: str, kind: torch.dtype) -> Forward:
     model = _float(name).to(kind)
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
     torch._dynamo.reset()
-    return _call(torch.compile(model, dynamic=False))
+    return models.no_grad(torch.compile(model, dynamic=False))
 
 
 class Provider(NamedTuple):

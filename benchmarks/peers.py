@@ -1,4 +1,5 @@
-"""Other libraries with the same weights. A library that is missing is reported with the reason.
+"""Other libraries: whether they are here, their import, and their runtimes. A library that is missing is reported with
+the reason. Their models: :mod:`benchmarks.peer_models`.
 
 timm, open_clip and transformers import torchvision to load and augment images. If torchvision was built for another
 torch, :mod:`benchmarks.torchvision_operators` makes it importable; if it is missing, empty modules replace it. The
@@ -25,12 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import baselines, torchvision_operators  # noqa: F401
+from benchmarks import torchvision_operators  # noqa: F401
 from pyvit.dispatch.devices import cpu_isa
 
 _PACKAGES = {
     "timm": ("timm",),
     "transformers": ("transformers",),
+    "torchvision": ("torchvision",),
+    "open_clip": ("open_clip",),
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
     "openvino": ("openvino",),
     "nncf": ("nncf",),
@@ -46,7 +49,9 @@ def absent(peer: str) -> str | None:
 
 def version(peer: str) -> str:
     package = peer.partition(" ")[0]
-    return f"{package} {importlib.metadata.version(package)}" if package in _PACKAGES else ""
+    if package not in _PACKAGES:
+        return ""
+    return f"{package} {importlib.metadata.version('open_clip_torch' if package == 'open_clip' else package)}"
 
 
 def multiplies_bf16() -> bool:
@@ -109,100 +114,6 @@ def import_peer(name: str) -> types.ModuleType:
         with _without_torchvision():
             return importlib.import_module(name)
     return importlib.import_module(name)
-
-
-def timm_model(name: str, state: dict[str, Tensor]) -> nn.Module:
-    model = import_timm().create_model(name, drop_path_rate=0.0)
-    model.load_state_dict(state)
-    return model
-
-
-_HF_BLOCK = (
-    ("norm1.", "layernorm_before."),
-    ("norm2.", "layernorm_after."),
-    ("attn.proj.", "attention.o_proj."),
-    ("attn.relative_position_bias_table", "attention.relative_position_bias.relative_position_bias_table"),
-)
-
-
-def _hf_state(state: dict[str, Tensor], swin: bool) -> dict[str, Tensor]:
-    """timm's parameter names to transformers' (version 5)."""
-    root, found = ("swin", {}) if swin else ("vit", {})
-    for key, value in state.items():
-        if ".attn.qkv." in key:
-            stem, leaf = key.split(".attn.qkv.")
-            for letter, part in zip("qkv", value.chunk(3), strict=True):
-                found[f"{stem}.attention.{letter}_proj.{leaf}"] = part
-        else:
-            for old, new in _HF_BLOCK:
-                key = key.replace(f".{old}", f".{new}") if ".blocks." in key or key.startswith("blocks.") else key
-            found[key] = value
-    renamed = {}
-    for key, value in found.items():
-        parts = key.split(".")
-        if parts[0] == "patch_embed":
-            key = (
-                f"{root}.embeddings." + ("norm." if parts[1] == "norm" else "patch_embeddings.projection.") + parts[-1]
-            )
-        elif parts[0] == "blocks":
-            key = f"{root}.layers." + ".".join(parts[1:])
-        elif parts[:1] == [
-            "layers"
-        ]:  # timm's downsample is at the start of a stage, transformers' at the end of the previous one
-            stage = int(parts[1]) - (parts[2] == "downsample")
-            key = f"{root}.encoder.layers.{stage}." + ".".join(parts[2:])
-        elif parts[0] == "norm":
-            key = f"{root}.layernorm.{parts[-1]}"
-        elif parts[0] == "head":
-            key = f"classifier.{parts[-1]}"
-        elif key == "cls_token":
-            key = f"{root}.embeddings.cls_token"
-        elif key == "pos_embed":
-            key = f"{root}.embeddings.position_embeddings"
-        renamed[key] = value
-    return renamed
-
-
-class _Logits(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images).logits
-
-
-def transformers_model(name: str, state: dict[str, Tensor]) -> nn.Module:
-    transformers = (
-        import_peer("transformers")
-        if importlib.util.find_spec("torchvision")
-        else importlib.import_module("transformers")
-    )
-    _, config = baselines.CONFIGS[name]
-    swin = name.startswith("swin")
-    if swin:
-        kind = transformers.SwinForImageClassification
-        options = transformers.SwinConfig(
-            embed_dim=config["width"],
-            depths=list(config["depths"]),
-            num_heads=list(config["heads"]),
-            num_labels=1000,
-            drop_path_rate=0.0,
-        )
-    else:
-        kind = transformers.ViTForImageClassification
-        options = transformers.ViTConfig(
-            hidden_size=config["width"],
-            num_hidden_layers=config["depth"],
-            num_attention_heads=config["heads"],
-            intermediate_size=4 * config["width"],
-            layer_norm_eps=1e-6,
-            num_labels=1000,
-        )
-    model = kind(options)
-    model.set_attn_implementation("sdpa")
-    model.load_state_dict(_hf_state(state, swin))
-    return _Logits(model)
 
 
 def onnxruntime_call(

@@ -13,7 +13,10 @@ OURS = "ours"
 #: Attention kernels of other libraries: see :mod:`benchmarks.attention_peers`.
 ATTENTION_PEERS = ("sdpa", "flex", "flash-attn", "xformers", "natten")
 #: Providers that only run on request: they take long to prepare, or need other packages.
-PEERS = ("compile", "accelerate", "timm", "transformers", "onnxruntime", "openvino", "torchao", *ATTENTION_PEERS)
+PEERS = (
+    *("compile", "max-autotune", "accelerate", "timm", "transformers", "torchvision", "open_clip"),
+    *("onnxruntime", "openvino", "torchao", *ATTENTION_PEERS),
+)
 
 
 def uses_pyvit(provider: str) -> bool:
