@@ -83,6 +83,7 @@ class Case:
 BASELINES = {
     "flash_attention": ("sdpa", "naive"),
     "rope_attention": ("apart",),
+    "decomposed_attention": ("SDPA with the bias",),
     "window_attention": ("timm path",),
     "patch_embed": ("conv2d",),
     "linear": ("F.linear",),
@@ -159,13 +160,30 @@ def attention() -> list[Case]:
                 {"lengths": (197,) * 2 + (37,) * 8, "heads": 6, "dim": 64},
             )
         )
-    found += _rope_attention()
+    found += _rope_attention() + _decomposed_attention()
     overhead = Target(against=("sdpa",), extra_us=10.0)
     small = {"batch": 1, "heads": 1, "length": 1, "dim": 8}
     found.append(
         Case("flash_attention", "call overhead 1x1x1x8", "fp32", _FORWARD, small, overhead, "default", ("random",))
     )
     found.append(_attention(2, 2, 65, 32, "fp32", _FORWARD, level="quick"))
+    return found
+
+
+def _decomposed_attention() -> list[Case]:
+    """SAM's encoder: windows of 14 x 14, and the whole map of 64 x 64. Against the bias as a tensor, as transformers
+    and segment-anything have it, and as further channels."""
+    against = ("SDPA with the bias", "as channels")
+    found = []
+    for dtype in ("fp32", "bf16"):
+        for batch, side in ((25, 14), (1, 32), (1, 64)):
+            shape = {"batch": batch, "heads": 12, "side": side, "dim": 64}
+            for mode in (_FORWARD, _BACKWARD):
+                level = "default" if side == 14 and mode == _FORWARD else "full"
+                label = f"{batch}x12x{side}x{side}x64"
+                found.append(Case("decomposed_attention", label, dtype, mode, shape, None, level, against=against))
+    small = {"batch": 2, "heads": 2, "side": 7, "dim": 32}
+    found.append(Case("decomposed_attention", "2x2x7x7x32", "fp32", _FORWARD, small, level="quick", against=against))
     return found
 
 

@@ -280,6 +280,7 @@ _OPERATORS = (
     "flash_attention",
     "flash_attention_varlen",
     "rope_attention",
+    "decomposed_attention",
     "attention_map",
     "window_attention",
     "patch_embed",

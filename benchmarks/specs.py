@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -221,6 +222,35 @@ def _rope_attention(case: Case, source: str, dtype: torch.dtype, device: str) ->
     return Spec(tensors, definition, providers, ("q", "k", "v"), flops, 2.5, b * h * n * d, items)
 
 
+def _decomposed_attention(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
+    b, h, side, d = (case.shape[key] for key in ("batch", "heads", "side", "dim"))
+    n = side * side
+    packed = inputs.projected_qkv(source, b, n, h * d).to(device, dtype).view(b, n, 3, h, d)
+    tensors = dict(zip("qkv", packed.permute(2, 0, 3, 1, 4).unbind(0), strict=True))  # strided views, as in a model
+    rng = torch.Generator().manual_seed(8)
+    tensors |= {name: torch.randn(b, h, n, side, generator=rng).to(device, dtype) for name in ("rel_h", "rel_w")}
+
+    def with_bias(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+            return attend(q, k, v, (rel_h[..., :, None] + rel_w[..., None, :]).flatten(-2))
+
+        return call
+
+    def definition(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+        return reference.decomposed_attention(q, k, v, rel_h, rel_w, d**-0.5)[0]
+
+    channels = functools.partial(pyvit.ops.decomposed_attention, backend="torch")
+    providers = [
+        Provider(OURS, pyvit.ops.decomposed_attention),
+        Provider("naive", with_bias(baselines.naive_attention)),
+        Provider("SDPA with the bias", with_bias(baselines.sdpa)),
+        Provider("as channels", channels),
+        Provider("compile", compiled(with_bias(baselines.naive_attention))),
+    ]
+    flops = 4 * b * h * n * n * d
+    return Spec(tensors, definition, providers, tuple(tensors), flops, 2.5, b * h * n * d, (0,) if b > 1 else None)
+
+
 def _window_attention(case: Case, source: str, dtype: torch.dtype, device: str) -> Spec:
     b, side, width, heads, window, shift, version = (
         case.shape[key] for key in ("batch", "side", "width", "heads", "window", "shift", "version")
@@ -419,6 +449,7 @@ SPECS: dict[str, Callable[[Case, str, torch.dtype, str], Spec]] = {
     "flash_attention": _flash_attention,
     "flash_attention_varlen": _flash_attention_varlen,
     "rope_attention": _rope_attention,
+    "decomposed_attention": _decomposed_attention,
     "window_attention": _window_attention,
     "patch_embed": _patch_embed,
     "linear": _linear,

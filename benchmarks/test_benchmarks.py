@@ -58,6 +58,7 @@ def _parameters() -> Iterator[Any]:
         "flash_attention": ("naive", "sdpa", "compile"),
         "flash_attention_varlen": ("naive", "sdpa"),
         "rope_attention": ("naive", "apart"),
+        "decomposed_attention": ("naive", "SDPA with the bias", "as channels"),
         "window_attention": ("timm path", "timm path, SDPA", "compile"),
         "patch_embed": ("conv2d", "reshape + linear", "compile"),
         "linear": ("F.linear", "compile"),

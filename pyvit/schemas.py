@@ -26,6 +26,7 @@ _ROPE = (
     "Tensor? cu_seqlens, int max_seqlen, Tensor? bias, str qk_norm, float eps, int num_prefix_tokens, "
     "bool interleaved, bool is_causal, float scale, str backend"
 )
+_DECOMPOSED = "Tensor q, Tensor k, Tensor v, Tensor rel_h, Tensor rel_w, float scale, str backend"
 _WINDOW = (
     "Tensor qkv, int[] window_size, int[] shift_size, int num_heads, Tensor? bias_table, Tensor? logit_scale, "
     "Tensor? pad_qkv, float scale, float dropout_p, Tensor? seed, str backend"
@@ -56,6 +57,12 @@ SCHEMAS = {
         f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool rope_grad, bool bias_grad, {_ROPE}) "
         "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_rope, Tensor grad_q_weight, Tensor grad_q_bias, "
         "Tensor grad_k_weight, Tensor grad_k_bias, Tensor grad_bias)"
+    ),
+    # rel_h (B, H, Nq, rows of the grid of keys), rel_w (B, H, Nq, columns); the rest as flash_attention.
+    "decomposed_attention": f"({_DECOMPOSED}) -> (Tensor out, Tensor lse)",
+    "decomposed_attention_backward": (
+        f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_DECOMPOSED}) "
+        "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_rel_h, Tensor grad_rel_w)"
     ),
     # rows (B, R) int64 -> probabilities (B, H, R, Nk).
     "attention_map": "(Tensor q, Tensor k, Tensor rows, Tensor? bias, float scale, str backend) -> Tensor",

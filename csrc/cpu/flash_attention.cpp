@@ -18,8 +18,8 @@ void forward_rows(const Attention& a, const Head& head, const KeyPanels<D, T>& k
                   float* bias_buffer, Prefetch& next) {
   const int64_t block = std::min(KEY_BLOCK, std::max<int64_t>(head.nk, 1)), ld = round_up(block, W),
                 ldo = round_up(a.dv, W);
-  const Scores kind(a.scale, a.bias.data);
-  BiasRows bias(a.bias, head.b, head.h, bias_buffer);
+  const Scores kind(a.scale, a.biased());
+  BiasRows bias(a.bias, a.grid, head.b, head.h, block, bias_buffer);
   const T* q = head.query<T>(a.q);
   T* result = head.query<T>(a.out);
   float* lse = a.lse + head.statistic(a);
@@ -81,7 +81,7 @@ void forward(const Attention& a) {
     Element* loaded = a.transform ? memory.take<Element>(most * QkRows::columns_of(a.d)) : nullptr;
     float* scores = memory.take<float>(rows * ld);              // (rows, keys of a block)
     float* out = memory.take<float>(rows * round_up(a.dv, W));  // (rows, dv)
-    float* bias = memory.take<float>(ld);
+    float* bias = memory.take<float>(BiasRows::size(a.grid, ld));
     const auto head_of = [&](int64_t unit) { return Head(a, unit / pieces / a.heads, unit / pieces % a.heads); };
     const auto rows_of = [&](int64_t unit, const Head& head) {
       const int64_t first = unit % pieces * piece;
@@ -124,7 +124,7 @@ void map_rows(const AttentionMap& m) {
     for (int64_t unit; (unit = queue.next()) >= 0;) {
       const int64_t b = unit / m.heads, h = unit % m.heads, hk = h / (m.heads / m.kv_heads);
       pack_cols<D>(static_cast<const T*>(m.k.data) + b * m.k.b + hk * m.k.h, m.k.n, m.d, m.nk, keys);
-      BiasRows bias(m.bias, b, h, bias_buffer);
+      BiasRows bias(m.bias, nullptr, b, h, m.nk, bias_buffer);
       for (int64_t r = 0; r < m.rows; r++) {
         const int64_t i = m.index[b * m.index_b + r];
         pack_a<D>(static_cast<const T*>(m.q.data) + b * m.q.b + h * m.q.h + i * m.q.n, 0, 1, m.d, query);

@@ -223,7 +223,11 @@ class Backward {
     grad_rows_ = memory_.take<uint32_t>(packed_size<D>(rows, a.dv));
     grad_q_ = memory_.take<float>(rows * ldd_);  // (rows, ldd)
     loaded_ = a.transform ? memory_.take<typename D::element>(std::max<int64_t>(rows, NR) * ldd_) : nullptr;
-    bias_ = memory_.take<float>(D::K * ld_);
+    bias_ = memory_.take<float>(D::K * BiasRows::size(a.grid, ld_));
+    if (a.grid) {
+      grid_sums_ = memory_.take<float>(rows * GridLayout::size(*a.grid));  // (rows, a query's numbers)
+      grid_grads_ = memory_.take<float>(D::K * ld_);
+    }
     s_ = {memory_.take<float>(rows * ld_), memory_.take<float>(rows * ld_), nullptr, nullptr, ld_};
     if (D::K == 2) {
       s_.p_columns = memory_.take<uint32_t>(rows / 2 * ld_);
@@ -241,7 +245,10 @@ class Backward {
              float* turned, float* sums) {
     k_columns_.pack(head, key_transform_, loaded_, &k_rows_);
     v_columns_.pack(head);
-    BiasRows bias[2] = {{a_.bias, head.b, head.h, bias_}, {a_.bias, head.b, head.h, bias_ + (D::K - 1) * ld_}};
+    const auto bias_rows = [&](int k) {
+      return BiasRows(a_.bias, a_.grid, head.b, head.h, ld_, bias_ + k * BiasRows::size(a_.grid, ld_));
+    };
+    BiasRows bias[2] = {bias_rows(0), bias_rows(D::K - 1)};
     const int64_t at_once = row_block(last - first, ROW_BLOCK);
     for (int64_t i = first; i < last; i += at_once)
       block(head, i, std::min(at_once, last - i), bias, grad_k, grad_v, grad_bias, turned, sums);
@@ -251,7 +258,7 @@ class Backward {
  private:
   void block(const Head& head, int64_t i, int64_t rows, BiasRows* bias, float* grad_k, float* grad_v, float* grad_bias,
              float* turned, float* sums) {
-    const Scores kind(a_.scale, a_.bias.data);
+    const Scores kind(a_.scale, a_.biased());
     const T* q = head.query<T>(a_.q) + i * a_.q.n;
     const T* dout = head.query<T>(g_.grad_out) + i * g_.grad_out.n;
     const int64_t lanes = lanes_of<D>(a_.d), lanes_v = lanes_of<D>(a_.dv), row_lanes = lanes_of<D>(rows);
@@ -264,6 +271,8 @@ class Backward {
     const auto rows_of_gradients = from_top ? gradient_rows<D, true> : gradient_rows<D, false>;
     const int64_t keys = a_.causal ? std::min(head.nk, i + rows) : head.nk;
     if (!keys) std::fill(grad_q_, grad_q_ + rows * ldd_, 0.f);
+    const int64_t of_grid = a_.grid ? GridLayout::size(*a_.grid) : 0;
+    if (a_.grid) std::fill(grid_sums_, grid_sums_ + rows * of_grid, 0.f);
     for (int64_t j = 0; j < keys; j += KEY_BLOCK) {
       const int64_t n = std::min(KEY_BLOCK, keys - j), packed = std::min(KEY_BLOCK, head.nk - j);
       const int64_t computed = std::min(packed, round_up(n, NR));
@@ -278,15 +287,23 @@ class Backward {
           valid[k] = a_.causal ? std::clamp<int64_t>(row + 1 - j, 0, n) : n;
           bias_rows[k] = bias[k].row(row, j, n);
           if (grad_bias) grad_rows[k] = grad_bias + (g_.bias_q > 1 ? row * g_.bias_k : 0) + (g_.bias_k > 1 ? j : 0);
+          if (a_.grid) {
+            grad_rows[k] = grid_grads_ + k * ld_;
+            std::fill(grad_rows[k], grad_rows[k] + n, 0.f);
+          }
         }
         rows_of_gradients(s_, r, rows, n, valid, bias_rows, a_.scale * LOG2E, kind, of, grad_rows,
-                          g_.bias_k > 1 ? 1 : 0);
+                          a_.grid || g_.bias_k > 1 ? 1 : 0);
+        if (a_.grid)
+          for (int k = 0; k < D::K && r + k < rows; k++)
+            add_grid_gradient(*a_.grid, j, n, grad_rows[k], grid_sums_ + (r + k) * of_grid);
       }
       const uint32_t* ds = reinterpret_cast<const uint32_t*>(s_.dscores);
       gemm<D>(rows, a_.d, lanes_of<D>(n), ds, ld_, 1, k_rows_.at(j), lanes_of<D>(packed), grad_q_, ldd_, j > 0);
       gemm<D>(n, a_.dv, row_lanes, s_.p_columns, 1, ld_, grad_rows_, row_lanes, grad_v + j * ldv_, ldv_, true);
       gemm<D>(n, a_.d, row_lanes, s_.ds_columns, 1, ld_, query_rows_, row_lanes, grad_k + j * ldd_, ldd_, true);
     }
+    if (a_.grid) store_grid_gradient(head, i, rows);
     T* result = head.query<T>(g_.grad_q) + i * g_.grad_q.n;
     if (!a_.transform) {
       for (int64_t r = 0; r < rows; r++) store_row(result + r * g_.grad_q.n, grad_q_ + r * ldd_, a_.scale, a_.d);
@@ -296,6 +313,20 @@ class Backward {
     if (turned) keep_scaled(grad_q_, rows, ldd_, a_.scale, turned + turned_row(a_, g_, head.b, head.h, token) * ldd_);
     query_transform_.backward(q, a_.q.n, rows, head.b, head.h, token, a_.scale, grad_q_, ldd_, result, g_.grad_q.n,
                               sums);
+  }
+
+  void store_grid_gradient(const Head& head, int64_t i, int64_t rows) const {
+    const GridBias& grid = *a_.grid;
+    with_dtype(grid.dtype, [&](auto t) {
+      using B = decltype(t);
+      for (int64_t r = 0; r < rows; r++) {
+        const float* sums = grid_sums_ + r * GridLayout::size(grid);
+        const int64_t query = (head.b * a_.heads + head.h) * a_.nq + i + r;
+        store_row(static_cast<B*>(g_.grad_rows) + query * grid.height, sums, 1.f, grid.height);
+        store_row(static_cast<B*>(g_.grad_columns) + query * grid.width, sums + GridLayout::columns(grid), 1.f,
+                  grid.width);
+      }
+    });
   }
 
   // delta and lse2, which is +inf for a row without keys so that P is 0. Returns whether a log-sum-exp is LARGE.
@@ -346,7 +377,7 @@ class Backward {
   QkRows query_transform_, key_transform_;
   Panels k_columns_, v_columns_, k_rows_;
   uint32_t *queries_, *grads_out_, *query_rows_, *grad_rows_;
-  float *grad_q_, *bias_;
+  float *grad_q_, *bias_, *grid_sums_ = nullptr, *grid_grads_ = nullptr;
   typename D::element* loaded_;
   Grads<D> s_;
 };

@@ -21,6 +21,15 @@ struct Bias {
   int64_t b, h, q, k;
 };
 
+// The sum of two biases, for keys that are a grid of height * width: each query has one number for every row of the grid
+// and one for every column. Strides in elements.
+struct GridBias {
+  const void *rows, *columns;  // (B, H, Nq, height) and (B, H, Nq, width), with unit stride in the last dimension
+  Dtype dtype;
+  int64_t height, width;
+  int64_t rows_b, rows_h, rows_q, columns_b, columns_h, columns_q;
+};
+
 // What attention does to the rows of q and k: a norm over the channels of each head, then a rotation of pairs of
 // channels, (2i, 2i + 1) where interleaved, else (i, i + rotated / 2).
 struct QkTransform {
@@ -45,6 +54,8 @@ struct Attention {
   // Packed sequences: sequence b has rows cu[b] .. cu[b + 1]; the batch strides are 0 then. Null for a dense batch.
   const int64_t *cu_q, *cu_k;
   const QkTransform* transform;  // null: none
+  const GridBias* grid;          // null: none; only without `bias`
+  bool biased() const { return bias.data || grid; }
 };
 
 struct AttentionGrad {
@@ -52,6 +63,8 @@ struct AttentionGrad {
   const float* grad_lse;  // strides of lse, or null
   void* grad_bias;        // contiguous (bias_b, bias_h, bias_q, bias_k), of the bias's dtype, or null
   int64_t bias_b, bias_h, bias_q, bias_k;
+  // Of the grid's biases, contiguous and of their dtype; null without a grid.
+  void *grad_rows, *grad_columns;
   // Of the transform: float32, null when not asked. grad_rope is contiguous (rope_b, rope_h, tokens less the prefix, 2,
   // rotated); packed sequences are one batch entry of `tokens`.
   float *grad_q_weight, *grad_q_bias, *grad_k_weight, *grad_k_bias, *grad_rope;

@@ -3,6 +3,7 @@
 
 #include "dtype.h"
 #include "gemm_tile.h"
+#include "grid_bias.h"
 #include "kernel_args.h"
 
 namespace pyvit::PYVIT_ISA {
@@ -10,11 +11,16 @@ namespace pyvit::PYVIT_ISA {
 // Bias rows as float32, expanded once where every query shares the row.
 class BiasRows {
  public:
-  BiasRows(const Bias& bias, int64_t b, int64_t h, float* buffer)
-      : bias_(bias), base_(b * bias.b + h * bias.h), buffer_(buffer) {}
+  // Of `buffer`: `keys` at a time.
+  static int64_t size(const GridBias* grid, int64_t keys) {
+    return std::max(round_up(keys, W), GridBiasRows::size(grid, keys));
+  }
+  BiasRows(const Bias& bias, const GridBias* grid, int64_t b, int64_t h, int64_t keys, float* buffer)
+      : bias_(bias), grid_(grid, b, h, keys, buffer), base_(b * bias.b + h * bias.h), buffer_(buffer) {}
 
   // Bias of query i for keys j .. j + n, or null without a bias.
   const float* row(int64_t i, int64_t j, int64_t n) {
+    if (grid_) return grid_.row(i, j, n);
     if (!bias_.data) return nullptr;
     const int64_t at = base_ + i * bias_.q + j * bias_.k;
     if (bias_.dtype == Dtype::f32 && bias_.k == 1) return static_cast<const float*>(bias_.data) + at;
@@ -43,6 +49,7 @@ class BiasRows {
   }
 
   const Bias& bias_;
+  GridBiasRows grid_;
   int64_t base_, cached_ = -1, cached_n_ = -1;
   float* buffer_;
 };

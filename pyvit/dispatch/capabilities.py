@@ -70,6 +70,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "flash_attention": {"cpu": Capability((F32, BF16, F16), _ATTENTION, (1, 256, 1))},
     "flash_attention_varlen": {"cpu": Capability((F32, BF16, F16), _VARLEN, (1, 256, 1))},
     "rope_attention": {"cpu": Capability((F32, BF16, F16), _ATTENTION, (1, 256, 1))},
+    "decomposed_attention": {"cpu": Capability((F32, BF16, F16), frozenset({"grad", "lse", "lse_grad"}), (1, 256, 1))},
     "attention_map": {"cpu": Capability((F32, BF16, F16), frozenset({"bias", "bool_mask", "gqa"}), (1, 256, 1))},
     "window_attention": {"cpu": Capability((F32, BF16, F16), _WINDOW)},
     "patch_embed": {"cpu": Capability((F32, BF16, F16), _PATCH)},
@@ -102,7 +103,7 @@ CAPABILITIES["distillation_cross_entropy"]["triton"] = Capability(_TRITON, froze
 #: Operators that pyvit has CPU kernels for and no others. They are operators of PyTorch, or made of them and of others
 #: that serve every device; a GPU backend that was chosen for all operators (:class:`pyvit.use_backend`) leaves them
 #: with the backend "torch".
-CPU_ONLY = frozenset({"layer_norm", "rms_norm", "linear", "mlp", "gated_mlp", "rope_attention"})
+CPU_ONLY = frozenset({"layer_norm", "rms_norm", "linear", "mlp", "gated_mlp", "rope_attention", "decomposed_attention"})
 # PyTorch's kernels where they compute the same. Attention's return no log-sum-exp, draw dropout from other random
 # numbers, and give NaN for some rows that a mask empties.
 CAPABILITIES["flash_attention"]["torch"] = Capability((F32, F16, BF16), frozenset({"causal", "gqa", "grad"}))
@@ -111,7 +112,7 @@ CAPABILITIES["patch_embed"]["torch"] = Capability(
 )
 for _op in CPU_ONLY:
     CAPABILITIES[_op]["torch"] = Capability(
-        (F64, F32, F16, BF16), _ATTENTION if _op == "rope_attention" else frozenset()
+        (F64, F32, F16, BF16), _ATTENTION if _op in ("rope_attention", "decomposed_attention") else frozenset()
     )
 for _table in CAPABILITIES.values():
     _table["reference"] = _REFERENCE

@@ -23,7 +23,7 @@ from pyvit.nn import DropPath, LayerNorm, Linear, Mlp, PatchEmbed, resample_posi
 from pyvit.nn.patch_embed import pair
 from pyvit.nn.rates import check_rate
 from pyvit.nn.residual import fusion_args
-from pyvit.ops import flash_attention, window_attention
+from pyvit.ops import decomposed_attention, flash_attention, window_attention
 from pyvit.ops.reference import window_partition, window_reverse
 
 
@@ -31,9 +31,8 @@ class DecomposedAttention(nn.Module):
     """Attention on a map with decomposed relative positions, (B, H, W, C) -> (B, H, W, C). Li et al., "MViTv2" (2022),
     equation 4.
 
-    The score of query i and key j gets the bias q_i . Rh[y_i - y_j] + q_i . Rw[x_i - x_j]. It is computed as extra
-    channels: for the query its products with the rows of Rh and Rw, for the key one-hot vectors of its row and column.
-    So no N x N bias matrix is stored.
+    The score of query i and key j gets the bias q_i . Rh[y_i - y_j] + q_i . Rw[x_i - x_j], which
+    :func:`pyvit.ops.decomposed_attention` adds from the queries' products with Rh and Rw: no N x N matrix is stored.
 
     Args:
         size: (rows, columns) of the tables rel_pos_h and rel_pos_w; they are resampled linearly for other sizes. None:
@@ -79,19 +78,16 @@ class DecomposedAttention(nn.Module):
         """(B, H, W, 3C) to (B, H, W, C)."""
         b, h, w, c3 = qkv.shape
         q, k, v = qkv.view(b, h * w, 3, self.num_heads, -1).transpose(1, 3).unbind(2)  # (B, heads, N, d)
-        scale = q.shape[-1] ** -0.5
-        if self.relative:
-            rows, columns = offsets(self.rel_pos_h, h), offsets(self.rel_pos_w, w)  # (h, h, d), (w, w, d): query, key
-            at = q.unflatten(2, (h, w))
-            up = torch.einsum("bnywd,ykd->bnywk", at, rows.to(q.dtype)).flatten(2, 3)  # (B, heads, N, h)
-            across = torch.einsum("bnywd,wkd->bnywk", at, columns.to(q.dtype)).flatten(2, 3)  # (B, heads, N, w)
-            y = torch.eye(h, device=q.device, dtype=q.dtype).repeat_interleave(w, 0)  # (N, h)
-            x = torch.eye(w, device=q.device, dtype=q.dtype).repeat(h, 1)  # (N, w)
-            q = torch.cat((q * scale, up, across), -1)
-            k = torch.cat((k, torch.cat((y, x), -1).expand(b, self.num_heads, -1, -1)), -1)
-            scale = 1.0
-        out = flash_attention(q, k, v, scale=scale)
+        out = decomposed_attention(q, k, v, *self.biases(q, h, w)) if self.relative else flash_attention(q, k, v)
         return out.transpose(1, 2).reshape(b, h, w, c3 // 3)  # type: ignore[union-attr]
+
+    def biases(self, q: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
+        """Of queries (B, heads, h * w, d) for the rows and the columns of keys: (B, heads, h * w, h) and (..., w)."""
+        rows, columns = offsets(self.rel_pos_h, h), offsets(self.rel_pos_w, w)  # (h, h, d), (w, w, d): query, key
+        at = q.unflatten(2, (h, w))
+        up = torch.einsum("bnywd,ykd->bnywk", at, rows.to(q.dtype))
+        across = torch.einsum("bnywd,wkd->bnywk", at, columns.to(q.dtype))
+        return up.flatten(2, 3), across.flatten(2, 3)
 
 
 def offsets(table: Tensor, n: int) -> Tensor:

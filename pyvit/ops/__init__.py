@@ -5,6 +5,7 @@ from pyvit import dispatch, library
 library.define_operators()
 
 from pyvit.ops.attention_map import attention_map  # noqa: E402
+from pyvit.ops.decomposed_attention import decomposed_attention  # noqa: E402
 from pyvit.ops.distillation_cross_entropy import distillation_cross_entropy  # noqa: E402
 from pyvit.ops.flash_attention import flash_attention  # noqa: E402
 from pyvit.ops.flash_attention_qkvpacked import flash_attention_qkvpacked  # noqa: E402
@@ -26,6 +27,7 @@ from pyvit.ops.window_attention import window_attention  # noqa: E402
 
 __all__ = [
     "attention_map",
+    "decomposed_attention",
     "distillation_cross_entropy",
     "flash_attention",
     "flash_attention_qkvpacked",

@@ -156,6 +156,8 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     _ops.flash_attention_varlen_backward: _twice("flash_attention_varlen", _varlen),
     _ops.rope_attention: _rope,
     _ops.rope_attention_backward: _twice("rope_attention", _rope),
+    _ops.decomposed_attention: _attention,
+    _ops.decomposed_attention_backward: _twice("decomposed_attention", _attention),
     _ops.attention_map: _map,
     _ops.window_attention: _window,
     _ops.window_attention_backward: _twice("window_attention", _window),

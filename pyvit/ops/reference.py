@@ -204,6 +204,13 @@ def rope_attention(
     return flash_attention_varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, bias, is_causal, scale)
 
 
+def decomposed_attention(
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    bias = (rel_h[..., :, None] + rel_w[..., None, :]).flatten(-2)
+    return flash_attention(q, k, v, bias, False, scale, 0.0, None)
+
+
 def attention_map(q: Tensor, k: Tensor, rows: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     groups = q.shape[1] // max(k.shape[1], 1)
     if groups != 1:

@@ -34,6 +34,7 @@ def test_providers_agree(op):
         "flash_attention": {"batch": 2, "heads": 2, "length": 50, "dim": 16, "bias": True},
         "flash_attention_varlen": {"lengths": (17, 17, 5), "heads": 2, "dim": 16},
         "rope_attention": {"batch": 2, "heads": 2, "length": 50, "dim": 16, "norm": "layer"},
+        "decomposed_attention": {"batch": 2, "heads": 2, "side": 5, "dim": 16},
         "window_attention": WINDOW.shape,
         "patch_embed": {"batch": 2, "size": 32, "patch": 8, "width": 24, "keep": 5},
         "linear": {"m": 33, "k": 40, "n": 24, "activation": "gelu"},

@@ -186,6 +186,19 @@ def rope(r: random.Random, on: Served) -> Drawn:
     return functools.partial(ops.rope_attention, **fixed), t, _of_attention(t["v"].shape[-1])
 
 
+def decomposed(r: random.Random, on: Served) -> Drawn:
+    b, h, d, grid = r.randint(1, 2), r.randint(1, 3), _head_dim(r), (r.randint(1, 20), r.randint(1, 20))
+    n = grid[0] * grid[1] if r.random() < 0.5 else _length(r)
+    dv = d if r.random() < 0.6 else _head_dim(r)
+    t = {"q": on.randn(b, h, n, d), "k": on.randn(b, h, grid[0] * grid[1], d)}
+    t["v"] = on.randn(b, h, grid[0] * grid[1], dv)
+    kind = r.choice([torch.float32, on.dtype])
+    for name, axis in zip(("rel_h", "rel_w"), grid, strict=True):
+        t[name] = (torch.randn(b, h, n, axis, device=on.device) * r.choice([0.1, 1.0, 5.0])).to(kind)
+    options: dict[str, Any] = {"return_lse": r.random() < 0.5} | _of_attention(dv)
+    return ops.decomposed_attention, t, options
+
+
 def _rows(r: random.Random, width: int) -> tuple[int, ...]:
     """The shape of a linear layer's input."""
     return (*[r.choice([1, 2, 3, r.randint(1, 20)]) for _ in range(r.randint(0, 3))], width)
@@ -340,6 +353,7 @@ DRAWS: dict[str, Callable[[random.Random, Served], Drawn]] = {
     "flash_attention, packed": qkvpacked,
     "flash_attention_varlen": varlen,
     "rope_attention": rope,
+    "decomposed_attention": decomposed,
     "attention_map": attention_map,
     "window_attention": window,
     "patch_embed": patch,

@@ -101,6 +101,13 @@ def packed_rope(on: Served) -> Example:
     return Example(ops.rope_attention, t, {**options, "enable_gqa": True}, (*low, on.backend))
 
 
+def decomposed(on: Served) -> Example:
+    t = {"q": on.randn(2, 3, 18, 32), "k": on.randn(2, 3, 20, 32), "v": on.randn(2, 3, 20, 24)}
+    t |= {"rel_h": torch.randn(2, 3, 18, 4, device=on.device), "rel_w": torch.randn(2, 3, 18, 5, device=on.device)}
+    options = {"return_lse": True, "scale": 0.2}
+    return Example(ops.decomposed_attention, t, options, (*t.values(), 0.2, on.backend))
+
+
 def attention_map(on: Served) -> Example:
     t = {"q": on.randn(2, 4, 18, 32), "k": on.randn(2, 2, 25, 32), "bias": torch.randn(2, 1, 18, 25, device=on.device)}
     rows = torch.tensor([[0, 4], [17, 4]], device=on.device)
@@ -146,6 +153,7 @@ EXAMPLES = {
     "flash_attention-causal": causal,
     "flash_attention_varlen": varlen,
     "attention_map": attention_map,
+    "decomposed_attention": decomposed,
     "rope_attention": rope,
     "rope_attention-packed": packed_rope,
 }

@@ -65,6 +65,8 @@ def _backward(example: str) -> Base:
         own: list[Any] = [*grads, low[0].is_floating_point(), True]
     elif name == "window_attention":
         own = [grads[0], *outputs]
+    elif name == "decomposed_attention":
+        own = [*grads, *outputs]
     else:
         own = [*grads, *outputs, True]
         if name == "rope_attention":

@@ -115,6 +115,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "rope_attention": lambda: Case(
         rope, functools.partial(rope, backend="reference"),
         (randn(1, 2, 7, 16), randn(1, 2, 7, 16), randn(1, 2, 7, 8), randn(6, 12), randn(16))),
+    "decomposed_attention": lambda: Case(
+        *through(ops.decomposed_attention),
+        (randn(1, 2, 7, 16), randn(1, 2, 6, 16), randn(1, 2, 6, 8), randn(1, 2, 7, 2), randn(1, 2, 7, 3))),
     "attention_map": lambda: Case(*through(ops.attention_map, rows=[0, 4]), (randn(1, 2, 7, 16), randn(1, 2, 6, 16))),
     "window_attention": lambda: Case(
         *through(ops.window_attention, window_size=4, shift_size=2, num_heads=2), (randn(1, 8, 8, 48),)),

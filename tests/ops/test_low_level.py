@@ -37,6 +37,8 @@ GROUPS = {
         "flash_attention_varlen",
         "flash_attention_varlen~backward",
         "attention_map",
+        "decomposed_attention",
+        "decomposed_attention~backward",
         "rope_attention",
         "rope_attention-packed",
         "rope_attention~backward",

@@ -34,6 +34,9 @@ CALLS: dict[str, dict[str, Any]] = {
         "q": z(2, 4, 5, 8), "k": z(2, 4, 5, 8), "v": z(2, 4, 5, 8), "rope": z(5, 2, 8), "qk_norm": "layer",
         "q_weight": z(8), "k_weight": z(8), "q_bias": z(8), "k_bias": z(8),
     },
+    "decomposed_attention": {
+        "q": z(2, 4, 5, 8), "k": z(2, 4, 6, 8), "v": z(2, 4, 6, 8), "rel_h": z(2, 4, 5, 2), "rel_w": z(2, 4, 5, 3),
+    },
     "attention_map": {"q": z(2, 4, 5, 8), "k": z(2, 4, 7, 8), "rows": torch.tensor([[0], [1]])},
     "window_attention": {
         "qkv": z(2, 6, 7, 24), "window_size": 3, "shift_size": 1, "num_heads": 2, "bias_table": z(25, 2),
@@ -158,6 +161,7 @@ def test_none_for_what_is_needed(op: str, argument: str) -> None:
 
 NUMBERS = [
     ("flash_attention", "scale"), ("flash_attention_varlen", "scale"), ("rope_attention", "scale"),
+    ("decomposed_attention", "scale"),
     ("window_attention", "scale"), ("attention_map", "scale"), ("rope_attention", "eps"), ("layer_norm", "eps"),
     ("rms_norm", "eps"), ("koleo", "eps"), ("info_nce", "scale"), ("nt_xent", "temperature"),
     ("sigmoid_contrastive", "scale"), ("sigmoid_contrastive", "bias"), ("distillation_cross_entropy", "student_temp"),
