@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-from benchmarks import html_report, int8_table, records
+from benchmarks import html_report, int8_table, records, reliability
 from benchmarks.runner import NEVER_LOSE, Row
 from benchmarks.workload import OURS
 from pyvit.dispatch.capabilities import CAPABILITIES
@@ -348,6 +348,10 @@ def support() -> str:
     return text.partition("<!-- support -->\n")[2].partition("<!-- /support -->")[0].replace("](", "](docs/")
 
 
+#: Of ``python -m benchmarks.reliability``.
+RELIABILITY = RESULTS / "amd-epyc-zen4-2-cores" / reliability.FILE
+
+
 #: Pages with a part that is written here, between the lines ``<!-- NAME -->`` and ``<!-- /NAME -->``.
 PARTS = (
     ("README.md", "numbers", numbers),
@@ -355,6 +359,7 @@ PARTS = (
     ("docs/choice.md", "capabilities", capabilities),
     ("docs/guides/int8.md", "accuracy", int8_table.committed),
     ("docs/guides/int8.md", "speed", int8_speed),
+    ("docs/reliability.md", "long and large", lambda: reliability.table(reliability.read(RELIABILITY))),
     ("docs/benchmarks.md", "machines", lambda: machines("../benchmarks/results/")),
 )
 
