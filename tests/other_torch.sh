@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The contract of the operators under another torch than the one the library was built with: nothing is compiled again.
+# The contract of the operators and the recorded API under another torch, and with PYTHON=... another Python, than the
+# library was built with: nothing is compiled again.
 #   tests/other_torch.sh VERSION [DIRECTORY=build/torch-VERSION]
 # Downloads that torch into an environment of its own, which is kept (several GB where the index has CUDA builds only).
 set -euo pipefail
@@ -38,4 +39,5 @@ export OMP_NUM_THREADS=1 PYTHONPATH=$root
 "$python" -c "import torch, pyvit; assert pyvit.library.problem() is None, pyvit.library.problem(); print('torch', torch.__version__)"
 "$python" -m pytest -q -n "${JOBS:-$(nproc)}" --dist worksteal -p no:cacheprovider \
   tests/ops/test_contract.py tests/ops/test_torch_tools.py tests/ops/test_low_level.py tests/ops/test_prepacked.py \
-  tests/models/test_fused_branches.py tests/integrations/test_sdpa_override.py tests/test_torch_private.py tests/test_library.py
+  tests/models/test_fused_branches.py tests/integrations/test_sdpa_override.py tests/test_torch_private.py tests/test_library.py \
+  tests/test_api.py
