@@ -83,8 +83,10 @@ def read(path: Path) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> str:
     """The record as Markdown: a table of the large calls, and one of the soak."""
-    lines = ["| call | elements of the largest tensor | compared with float64 | largest error, of its limit |"]
-    lines += ["|---|---:|---|---:|"]
+    lines = [
+        "| call | elements of the largest tensor, or of scores that are not stored | compared with float64 | error / limit |",
+        "|---|---:|---|---:|",
+    ]
     for name in reliability_large.PARTS:
         for c in record.get(name, {}).get("checks", ()):
             lines.append(f"| {c['call']} | {c['elements']:,} | {c['compared']} | {c['of_limit']:.2f} |")

@@ -22,7 +22,8 @@ GIB = 2**30
 
 
 class Check(NamedTuple):
-    """One call: what was computed, its largest tensor in elements, and the largest error relative to its limit."""
+    """One call: what was computed, the elements of its largest tensor or of the scores, which are not stored,
+    and the largest error relative to its limit."""
 
     call: str
     elements: int
