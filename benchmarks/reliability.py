@@ -84,7 +84,7 @@ def read(path: Path) -> dict[str, Any]:
 def table(record: dict[str, Any]) -> str:
     """The record as Markdown: a table of the large calls, and one of the soak."""
     lines = [
-        "| call | elements of the largest tensor, or of scores that are not stored | compared with float64 | error / limit |",
+        "| call | elements of the largest tensor, or of scores, not stored | compared with float64 | error / limit |",
         "|---|---:|---|---:|",
     ]
     for name in reliability_large.PARTS:
