@@ -35,7 +35,18 @@ def weights(name: str) -> dict[str, Tensor]:
 def timm_model(name: str) -> nn.Module:
     model = peers.import_timm().create_model(name, **SETTINGS.get(name, {}))
     model.load_state_dict(weights(name))
-    return model.eval()
+    return _Features(model).eval() if name.startswith("samvit") else model.eval()
+
+
+class _Features(nn.Module):
+    """A map of features, where timm's model averages it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.forward_features(images)  # type: ignore[operator, no-any-return]
 
 
 def _accelerated(name: str) -> nn.Module:
