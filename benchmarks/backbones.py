@@ -17,12 +17,15 @@ from benchmarks.gate import Gate, Verdict, worst
 from benchmarks.models import compiled, flops, no_grad, traffic
 from benchmarks.workload import OURS, Contender, Workload, raised, uses_pyvit
 
-#: timm's settings and ours, where they are not both the defaults: timm pools DINOv3 in another way than the original's
-#: code, which pyvit follows; SAM's images have 1024 pixels.
+#: timm's settings and ours, where they are not both the defaults: timm pools DINOv3, and has an epsilon in SAM's norms,
+#: other than the original's code, which pyvit follows; SAM's images have 1024 pixels.
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "vit_small_patch16_dinov3": ({"global_pool": "token"}, {}),
     "vit_base_patch16_dinov3": ({"global_pool": "token"}, {}),
-    "samvit_base_patch16": ({"img_size": 512}, {"img_size": 512}),
+    "samvit_base_patch16": (
+        {"img_size": 512, "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6)},
+        {"img_size": 512},
+    ),
 }
 _DEFAULT: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
 
