@@ -12,7 +12,7 @@ SPREAD := -n $(JOBS) --dist worksteal
 NATIVE := PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py -q build_ext --inplace
 
 .DEFAULT_GOAL := build
-.PHONY: help build wheel wheel-test test test-fast test-torch test-triton rehearse fuzz sanitize bench gpu hub results coverage docs docs-site \
+.PHONY: help build wheel wheel-test test test-fast test-torch test-triton rehearse fuzz sanitize mutation bench gpu hub results coverage docs docs-site \
 	lint format clean
 
 help:             ## this list
@@ -66,6 +66,9 @@ fuzz: build       ## random calls of every operator, 2000 per backend and dtype,
 
 sanitize: build   ## the CPU library with AddressSanitizer and UBSan (gcc on Linux): random calls on every instruction set; 15 minutes; make sanitize [CASES=25]
 	PATH="$(abspath $(BIN)):$$PATH" $(PY) tests/fuzz/sanitize.py $(CASES)
+
+mutation: build   ## which of 64 planted defects the tests notice, benchmarks/results/mutation.md; an hour; make mutation [ARGS=PATTERN]
+	$(PY) -m tests.mutation $(ARGS)
 
 bench: build      ## check and time every operator and both models on this machine; results/
 	$(PY) -m benchmarks --busy

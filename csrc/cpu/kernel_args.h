@@ -56,6 +56,7 @@ struct Attention {
   const QkTransform* transform;  // null: none
   const GridBias* grid;          // null: none; only without `bias`
   bool biased() const { return bias.data || grid; }
+  bool masked() const { return bias.data && bias.dtype == Dtype::boolean; }
 };
 
 struct AttentionGrad {
