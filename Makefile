@@ -12,8 +12,8 @@ SPREAD := -n $(JOBS) --dist worksteal
 NATIVE := PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py -q build_ext --inplace
 
 .DEFAULT_GOAL := build
-.PHONY: help build wheel wheel-test test test-fast test-torch test-triton rehearse fuzz sanitize reliability bench gpu hub results coverage docs \
-	docs-site lint format clean
+.PHONY: help build wheel wheel-test test test-fast test-torch test-triton rehearse fuzz sanitize mutation reliability bench gpu hub results \
+	coverage docs docs-site lint format clean
 
 help:             ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */ \t/' | sort
@@ -66,6 +66,9 @@ fuzz: build       ## random calls of every operator, 2000 per backend and dtype,
 
 sanitize: build   ## the CPU library with AddressSanitizer and UBSan (gcc on Linux): random calls on every instruction set; 15 minutes; make sanitize [CASES=25]
 	PATH="$(abspath $(BIN)):$$PATH" $(PY) tests/fuzz/sanitize.py $(CASES)
+
+mutation: build   ## which of 64 planted defects the tests notice, benchmarks/results/mutation.md; an hour; make mutation [ARGS=PATTERN]
+	$(PY) -m tests.mutation $(ARGS)
 
 reliability: build ## long training and large tensors: an hour, 12 GiB; only what is not recorded, make reliability [ARGS="--parts soak --minutes 5"]
 	PYTHONPATH=. $(PY) -m benchmarks.reliability $(ARGS)

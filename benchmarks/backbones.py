@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,17 @@ from benchmarks.gate import Gate, Verdict, worst
 from benchmarks.models import compiled, flops, no_grad, traffic
 from benchmarks.workload import OURS, Contender, Workload, raised, uses_pyvit
 
-#: Where timm pools in another way than the original's code, which pyvit follows.
-SETTINGS = {name: {"global_pool": "token"} for name in ("vit_small_patch16_dinov3", "vit_base_patch16_dinov3")}
+#: timm's settings and ours, where they are not both the defaults: timm pools DINOv3, and has an epsilon in SAM's norms,
+#: other than the original's code, which pyvit follows; SAM's images have 1024 pixels.
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "vit_small_patch16_dinov3": ({"global_pool": "token"}, {}),
+    "vit_base_patch16_dinov3": ({"global_pool": "token"}, {}),
+    "samvit_base_patch16": (
+        {"img_size": 512, "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6)},
+        {"img_size": 512},
+    ),
+}
+_DEFAULT: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
 
 
 @functools.cache
@@ -25,7 +35,7 @@ def weights(name: str) -> dict[str, Tensor]:
     """timm's weights, with those that start as zero, one or next to zero made random, so that mixed-up parameters are
     noticed."""
     torch.manual_seed(0)
-    state = peers.import_timm().create_model(name, **SETTINGS.get(name, {})).state_dict()
+    state = peers.import_timm().create_model(name, **SETTINGS.get(name, _DEFAULT)[0]).state_dict()
     for value in state.values():
         if value.is_floating_point() and value.numel() > 1 and (value.dim() == 1 or value.std() < 1e-3):
             value.add_(torch.randn_like(value) * 0.05)
@@ -33,9 +43,20 @@ def weights(name: str) -> dict[str, Tensor]:
 
 
 def timm_model(name: str) -> nn.Module:
-    model = peers.import_timm().create_model(name, **SETTINGS.get(name, {}))
+    model = peers.import_timm().create_model(name, **SETTINGS.get(name, _DEFAULT)[0])
     model.load_state_dict(weights(name))
-    return model.eval()
+    return _Features(model).eval() if name.startswith("samvit") else model.eval()
+
+
+class _Features(nn.Module):
+    """A map of features, where timm's model averages it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.forward_features(images)  # type: ignore[operator, no-any-return]
 
 
 def _accelerated(name: str) -> nn.Module:
@@ -45,7 +66,7 @@ def _accelerated(name: str) -> nn.Module:
 
 
 def _ours(name: str) -> nn.Module:
-    model = pyvit.create_model(name)
+    model = pyvit.create_model(name, **SETTINGS.get(name, _DEFAULT)[1])
     pyvit.load_checkpoint(model, weights(name), allow=("mask_token",))
     return model.eval()
 

@@ -429,14 +429,19 @@ BACKBONES = {
     "vit_base_patch16_siglip_224": 224,
     "vit_pe_core_small_patch16_384": 384,
     "hiera_small_224": 224,
+    "samvit_base_patch16": 512,
 }
 
 
 def _backbones() -> list[Case]:
-    """Inference against timm's code: rotary embeddings, SwiGLU, registers, attention pooling, mask units."""
+    """Inference against timm's code: rotary embeddings, SwiGLU, registers, attention pooling, mask units, decomposed
+    relative positions."""
     return [
-        Case(name, "batch 8", dtype, "inference", {"batch": 8, "size": size}, None, "full", against=("timm",))
+        Case(
+            name, f"batch {batch}", dtype, "inference", {"batch": batch, "size": size}, None, "full", against=("timm",)
+        )
         for name, size in BACKBONES.items()
+        for batch in (1 if name.startswith("samvit") else 8,)
         for dtype in ("fp32", "bf16")
     ]
 

@@ -18,7 +18,7 @@ void forward_rows(const Attention& a, const Head& head, const KeyPanels<D, T>& k
                   float* bias_buffer, Prefetch& next) {
   const int64_t block = std::min(KEY_BLOCK, std::max<int64_t>(head.nk, 1)), ld = round_up(block, W),
                 ldo = round_up(a.dv, W);
-  const Scores kind(a.scale, a.biased());
+  const Scores kind(a.scale, a.biased(), a.masked());
   BiasRows bias(a.bias, a.grid, head.b, head.h, block, bias_buffer);
   const T* q = head.query<T>(a.q);
   T* result = head.query<T>(a.out);
@@ -130,7 +130,7 @@ void map_rows(const AttentionMap& m) {
         pack_a<D>(static_cast<const T*>(m.q.data) + b * m.q.b + h * m.q.h + i * m.q.n, 0, 1, m.d, query);
         gemm<D>(1, m.nk, lanes, query, lanes, 1, keys, lanes, scores, ld);
         RowState state;
-        const Scores kind(m.scale, m.bias.data);
+        const Scores kind(m.scale, m.bias.data, m.bias.data && m.bias.dtype == Dtype::boolean);
         const float top = row_max(scores, m.nk, bias.row(i, 0, m.nk), kind);
         row_exp<F32>(scores, m.nk, m.nk, kind.unit, top, state);
         T* out = static_cast<T*>(m.out.data) + b * m.out.b + h * m.out.h + r * m.out.n;

@@ -92,14 +92,14 @@ inline void gradient_rows(const Grads<D>& g, int64_t r, int64_t rows, int64_t n,
         vf x = load(g.scores + (r + k) * ld + c);
         if constexpr (FROM_TOP) {
           if (bias[k]) {
-            x = x * scores.factor + read(bias[k] + c, left);
+            x = scores.with(x * scores.factor, read(bias[k] + c, left));
           } else {
             x = rounded(x * scores.factor);
           }
           x = (x - top[k]) * scores.unit - log2_sum[k];
         } else {
           x = x * scale2 - lse2[k];
-          if (bias[k]) x += read(bias[k] + c, left) * LOG2E;
+          if (bias[k]) x = scores.with(x, read(bias[k] + c, left) * LOG2E);
         }
         p[k] = exp2_for<D>(x);
         ds[k] = p[k] * (load(g.dscores + (r + k) * ld + c) - delta[k]);
@@ -258,7 +258,7 @@ class Backward {
  private:
   void block(const Head& head, int64_t i, int64_t rows, BiasRows* bias, float* grad_k, float* grad_v, float* grad_bias,
              float* turned, float* sums) {
-    const Scores kind(a_.scale, a_.biased());
+    const Scores kind(a_.scale, a_.biased(), a_.masked());
     const T* q = head.query<T>(a_.q) + i * a_.q.n;
     const T* dout = head.query<T>(g_.grad_out) + i * g_.grad_out.n;
     const int64_t lanes = lanes_of<D>(a_.d), lanes_v = lanes_of<D>(a_.dv), row_lanes = lanes_of<D>(rows);

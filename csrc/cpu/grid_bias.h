@@ -15,7 +15,8 @@ inline void grid_parts(const GridBias& grid, int64_t j, int64_t n, const F& f) {
   }
 }
 
-// A query's numbers side by side: those of the rows, then those of the columns, with room for a whole vector after each.
+// A query's numbers side by side: those of the rows, then those of the columns, with room for a whole vector after
+// each.
 struct GridLayout {
   static int64_t columns(const GridBias& grid) { return round_up(grid.height, W) + W; }
   static int64_t size(const GridBias& grid) { return columns(grid) + round_up(grid.width, W) + W; }
@@ -55,9 +56,8 @@ class GridBiasRows {
       const T* rows = static_cast<const T*>(grid_->rows) + rows_ + i * grid_->rows_q;
       const T* columns = static_cast<const T*>(grid_->columns) + columns_ + i * grid_->columns_q;
       vectors(grid_->height, [&](int64_t c, int n) { store(parts_ + c, read(rows + c, n)); });
-      vectors(grid_->width, [&](int64_t c, int n) {
-        store(parts_ + GridLayout::columns(*grid_) + c, read(columns + c, n));
-      });
+      vectors(grid_->width,
+              [&](int64_t c, int n) { store(parts_ + GridLayout::columns(*grid_) + c, read(columns + c, n)); });
     });
     loaded_ = i;
   }

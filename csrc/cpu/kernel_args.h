@@ -21,8 +21,8 @@ struct Bias {
   int64_t b, h, q, k;
 };
 
-// The sum of two biases, for keys that are a grid of height * width: each query has one number for every row of the grid
-// and one for every column. Strides in elements.
+// The sum of two biases, for keys that are a grid of height * width: each query has one number for every row of the
+// grid and one for every column. Strides in elements.
 struct GridBias {
   const void *rows, *columns;  // (B, H, Nq, height) and (B, H, Nq, width), with unit stride in the last dimension
   Dtype dtype;
@@ -56,6 +56,7 @@ struct Attention {
   const QkTransform* transform;  // null: none
   const GridBias* grid;          // null: none; only without `bias`
   bool biased() const { return bias.data || grid; }
+  bool masked() const { return bias.data && bias.dtype == Dtype::boolean; }
 };
 
 struct AttentionGrad {

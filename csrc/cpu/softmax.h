@@ -80,16 +80,21 @@ inline vf rounded(vf x) {
   return x;
 }
 
-// Scores of products of queries and keys: the products themselves, or products times `factor` plus a bias. A difference
+// Scores of products of queries and keys: the products themselves, or products times `factor` plus a bias, or where a
+// mask is false -inf, whatever the product is. A difference
 // of two scores times `unit` is in powers of two. Scores stay in natural units until the largest is subtracted: times
 // log2(e) a finite one may be infinite, and large ones that differ may round to the same.
 struct Scores {
-  bool raw;
+  bool raw, mask;
   float factor, unit;
   float natural;  // what a score is multiplied by to be one of the caller's
 
-  Scores(float scale, bool biased)
+  // x with the bias or mask of its key.
+  vf with(vf x, vf bias) const { return mask ? (bias == 0.f ? x : set1(-INF)) : x + bias; }
+
+  Scores(float scale, bool biased, bool mask)
       : raw(!biased && scale > 0),
+        mask(mask),
         factor(raw ? 1.f : scale),
         unit(raw ? scale * LOG2E : LOG2E),
         natural(raw ? scale : 1.f) {}
@@ -111,8 +116,8 @@ inline float row_max(float* s, int64_t valid, const float* bias, const Scores& s
     top = vmax(top, c < whole ? x : load_n(s + c, tail, -INF));
   };
   if (bias) {
-    for (int64_t c = 0; c < whole; c += W) largest(load(s + c) * scores.factor + load(bias + c), c);
-    if (tail) largest(load(s + whole) * scores.factor + load_n(bias + whole, tail), whole);
+    for (int64_t c = 0; c < whole; c += W) largest(scores.with(load(s + c) * scores.factor, load(bias + c)), c);
+    if (tail) largest(scores.with(load(s + whole) * scores.factor, load_n(bias + whole, tail)), whole);
   } else if (!scores.raw) {
     for (int64_t c = 0; c < valid; c += W) largest(load(s + c) * scores.factor, c);
   } else {

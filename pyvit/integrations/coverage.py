@@ -46,7 +46,7 @@ _OTHER_NAMES = re.compile(
 _RECORDS = Path("build/coverage")
 _SECONDS = 60.0  # of processor time for one model
 _GIB = 12  # of memory for one model
-_ATTENTION = ("flash_attention", "rope_attention", "window_attention")
+_ATTENTION = ("flash_attention", "rope_attention", "decomposed_attention", "window_attention")
 
 Record = coverage_page.Record
 Result = tuple[list[Tensor], dict[str, Tensor]]

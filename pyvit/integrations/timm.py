@@ -1,5 +1,5 @@
 """timm: ViT and its relatives built of ``Attention`` and ``Mlp``, those with rotary positions (EVA-02, DINOv3,
-Perception Encoder), Swin and Swin V2."""
+Perception Encoder), SAM, Swin and Swin V2."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ from pyvit.integrations.common import (
 )
 from pyvit.integrations.forwards import Forward, Left, Replacement, layout, refuse_int8, served_by
 from pyvit.integrations.functional import in_its_own_code, sdpa
+from pyvit.nn.position import relative_biases
 from pyvit.nn.quantized import QuantizedLinear, quantized, quantized_attention, quantized_window_attention
-from pyvit.ops import flash_attention, flash_attention_qkvpacked, rope_attention, window_attention
+from pyvit.ops import decomposed_attention, flash_attention, flash_attention_qkvpacked, rope_attention, window_attention
 from pyvit.ops.prepacked import Norm, attention_branch, normalize, window_attention_branch
 
 _ALWAYS = "drops attention weights in evaluation too, as timm 0.9.0 to 0.9.2 do"
@@ -121,6 +122,27 @@ def _cross(module: Any, x: Tensor) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in heads)  # (B, H, N, d)
     out = flash_attention(q, k, v, scale=module.scale, dropout_p=drop).transpose(1, 2).flatten(2)  # type: ignore[union-attr]
     return module.proj_drop(project(module.proj, out))
+
+
+def sam(module: Any) -> Iterator[Replacement]:
+    if not module.use_rel_pos:
+        yield from sdpa(module)
+        return
+    needs = "num_heads head_dim scale fused_attn qkv q_norm k_norm attn_drop proj proj_drop use_rel_pos rope"
+    may, layers = "rel_pos_h rel_pos_w", ("qkv", "proj")
+    yield Replacement(module, _sam, "decomposed_attention", needs=needs, may=may, layers=layers)
+
+
+def _sam(module: Any, x: Tensor) -> Tensor:
+    """SAM's, on a map (B, H, W, C)."""
+    if not module.use_rel_pos or rate(module.attn_drop) != 0.0:
+        return type(module).forward(module, x)  # type: ignore[no-any-return]
+    b, h, w, _ = x.shape
+    qkv = project(module.qkv, x).view(b, h * w, 3, module.num_heads, -1)
+    q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, heads, N, d)
+    q, k = module.q_norm(q), module.k_norm(k)
+    out = decomposed_attention(q, k, v, *relative_biases(q, module.rel_pos_h, module.rel_pos_w, (h, w)))
+    return module.proj_drop(project(module.proj, out.transpose(1, 2).reshape(b, h, w, -1)))  # type: ignore[union-attr]
 
 
 def _nothing(module: nn.Module) -> bool:
@@ -562,6 +584,7 @@ RULES: dict[str, Rule] = {
     "timm.models.eva.EvaAttention": rotary,
     "timm.models.eva.EvaBlock": eva_block,
     "timm.models.crossvit.CrossAttention": cross,
+    "timm.models.vision_transformer_sam.Attention": sam,
     "timm.layers.mlp.GluMlp": gated,
     "timm.layers.mlp.Mlp": mlp,
     "timm.layers.mlp.SwiGLU": gated,

@@ -1,4 +1,5 @@
-"""transformers (5 and later): rules for ViT, DeiT, DINOv2, ViTMAE, CLIP, SigLIP, AST, DINOv3, Swin and Swin V2."""
+"""transformers (5 and later): rules for ViT, DeiT, DINOv2, ViTMAE, CLIP, SigLIP, AST, DINOv3, SAM, Swin and
+Swin V2."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvit.integrations import originals, transformers_attention
+from pyvit.integrations import functional, originals, transformers_attention
 from pyvit.integrations.common import (
     Rule,
     cosine_table,
@@ -31,7 +32,8 @@ from pyvit.integrations.common import (
 )
 from pyvit.integrations.forwards import Left, Replacement, is_idle, layout, servable
 from pyvit.nn.attention import rotate
-from pyvit.ops import flash_attention, linear, rope_attention, window_attention
+from pyvit.nn.position import relative_biases
+from pyvit.ops import decomposed_attention, flash_attention, linear, rope_attention, window_attention
 
 #: Arguments that a model passes to its attention and that have no effect there.
 _IDLE = {"output_attentions", "output_hidden_states", "return_dict", "is_causal", "interpolate_pos_encoding"}
@@ -444,6 +446,36 @@ def _swin_v2(
     return (x + layer.drop_path(layer.layernorm_after(layer.output(layer.intermediate(x)))),)
 
 
+def map_attention(module: Any) -> Iterator[Replacement]:
+    """SAM's image encoder and what has copied it."""
+    if not module.use_rel_pos:
+        if functional.calls_sdpa(type(module)):
+            yield from functional.sdpa(module)
+        return
+    needs = "num_attention_heads scale dropout qkv proj use_rel_pos rel_pos_h rel_pos_w"
+    function = _map_attention if functional.calls_sdpa(type(module)) else _eager_map_attention
+    yield Replacement(module, function, "decomposed_attention", needs=needs, layers=("qkv", "proj"))
+
+
+def _eager_map_attention(
+    module: Any, hidden_states: Tensor, output_attentions: bool | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Of the classes that return their probabilities."""
+    if output_attentions or any(not is_idle(hook) for hook in module._forward_hooks.values()):
+        return type(module).forward(module, hidden_states, output_attentions)  # type: ignore[no-any-return]
+    return _map_attention(module, hidden_states)
+
+
+def _map_attention(module: Any, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
+    if not module.use_rel_pos or (module.training and module.dropout):
+        return type(module).forward(module, hidden_states, output_attentions)  # type: ignore[no-any-return]
+    b, h, w, _ = hidden_states.shape
+    qkv = project(module.qkv, hidden_states).view(b, h * w, 3, module.num_attention_heads, -1)
+    q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, heads, N, d)
+    out = decomposed_attention(q, k, v, *relative_biases(q, module.rel_pos_h, module.rel_pos_w, (h, w)))
+    return project(module.proj, out.transpose(1, 2).reshape(b, h, w, -1)), None  # type: ignore[union-attr]
+
+
 def intermediate(module: nn.Module) -> Iterator[Replacement]:
     yield Replacement(module, _intermediate, "linear", needs="dense intermediate_act_fn", layers=("dense",))
 
@@ -517,6 +549,13 @@ RULES: dict[str, Rule] = {
         SelfAttention=known,
         SelfOutput=known,
     ),
+    **_rules("sam", "SamVision", Attention=map_attention, SdpaAttention=map_attention),
+    **_rules("sam_hq", "SamHQVision", Attention=map_attention, SdpaAttention=map_attention),
+    **_rules("deepseek_ocr2", "DeepseekOcr2SamVision", Attention=map_attention, SdpaAttention=map_attention),
+    **_rules("unlimited_ocr", "UnlimitedOcrSamVision", Attention=map_attention, SdpaAttention=map_attention),
+    **_rules("got_ocr2", "GotOcr2Vision", Attention=map_attention),
+    **_rules("slanext", "SLANeXtVision", Attention=map_attention),
+    **_rules("pp_formulanet", "PPFormulaNetVision", Attention=map_attention),
     **_rules("swinv2", "Swinv2", Intermediate=intermediate, Output=output, PatchEmbeddings=patch_conv("projection")),
 }
 

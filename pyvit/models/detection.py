@@ -21,6 +21,7 @@ from pyvit.models.swin import SwinTransformer
 from pyvit.models.vit import SIZES
 from pyvit.nn import DropPath, LayerNorm, Linear, Mlp, PatchEmbed, resample_positions
 from pyvit.nn.patch_embed import pair
+from pyvit.nn.position import relative_biases
 from pyvit.nn.rates import check_rate
 from pyvit.nn.residual import fusion_args
 from pyvit.ops import decomposed_attention, flash_attention, window_attention
@@ -78,25 +79,12 @@ class DecomposedAttention(nn.Module):
         """(B, H, W, 3C) to (B, H, W, C)."""
         b, h, w, c3 = qkv.shape
         q, k, v = qkv.view(b, h * w, 3, self.num_heads, -1).transpose(1, 3).unbind(2)  # (B, heads, N, d)
-        out = decomposed_attention(q, k, v, *self.biases(q, h, w)) if self.relative else flash_attention(q, k, v)
+        if self.relative:
+            biases = relative_biases(q, self.rel_pos_h, self.rel_pos_w, (h, w))
+            out = decomposed_attention(q, k, v, *biases)
+        else:
+            out = flash_attention(q, k, v)
         return out.transpose(1, 2).reshape(b, h, w, c3 // 3)  # type: ignore[union-attr]
-
-    def biases(self, q: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
-        """Of queries (B, heads, h * w, d) for the rows and the columns of keys: (B, heads, h * w, h) and (..., w)."""
-        rows, columns = offsets(self.rel_pos_h, h), offsets(self.rel_pos_w, w)  # (h, h, d), (w, w, d): query, key
-        at = q.unflatten(2, (h, w))
-        up = torch.einsum("bnywd,ykd->bnywk", at, rows.to(q.dtype))
-        across = torch.einsum("bnywd,wkd->bnywk", at, columns.to(q.dtype))
-        return up.flatten(2, 3), across.flatten(2, 3)
-
-
-def offsets(table: Tensor, n: int) -> Tensor:
-    """Rows of a table (L, d) of offsets for every (query, key) of an axis of length n: (n, n, d). Resampled linearly if
-    L is not 2n - 1."""
-    if table.shape[0] != 2 * n - 1:
-        table = F.interpolate(table.float().T[None], size=2 * n - 1, mode="linear")[0].T.to(table.dtype)
-    at = torch.arange(n, device=table.device)
-    return table[at[:, None] - at[None, :] + n - 1]
 
 
 class ViTDetBlock(nn.Module):

@@ -26,6 +26,28 @@ def sincos_2d(dim: int, grid: Sequence[int], temperature: float = 10000.0) -> Te
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1).float()
 
 
+def relative_biases(q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The biases for :func:`pyvit.ops.decomposed_attention` of queries (B, H, rows * columns, d) on the keys' grid:
+    their products with the embeddings of the distances to each row and column (B, H, N, rows), (B, H, N, columns).
+
+    rel_pos_h, rel_pos_w: embeddings (L, d) of distances from -(n - 1) to n - 1 along an axis of n tokens; resampled
+    linearly if L is not 2n - 1.
+    """
+    at = q.unflatten(2, tuple(grid))  # (B, H, rows, columns, d)
+    rows, columns = (_by_distance(table, n).to(q.dtype) for table, n in zip((rel_pos_h, rel_pos_w), grid, strict=True))
+    up = torch.einsum("bnywd,ykd->bnywk", at, rows)
+    across = torch.einsum("bnywd,wkd->bnywk", at, columns)
+    return up.flatten(2, 3), across.flatten(2, 3)
+
+
+def _by_distance(table: Tensor, n: int) -> Tensor:
+    """Embeddings (n, n, d) of query and key of an axis."""
+    if table.shape[0] != 2 * n - 1:
+        table = F.interpolate(table.float().T[None], size=2 * n - 1, mode="linear")[0].T.to(table.dtype)
+    at = torch.arange(n, device=table.device)
+    return table[at[:, None] - at[None, :] + n - 1]
+
+
 def resample_positions(
     pos: Tensor,
     old: Sequence[int],

@@ -385,13 +385,6 @@ SMALL = {
     "beit_base_patch16_224": {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 32, "use_rel_pos_bias": True},
     "vit_relpos_small_patch16_224": {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 32},
     "vit_base_patch16_siglip_224": {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 32},
-    "samvit_base_patch16_224": {
-        "embed_dim": 48,
-        "depth": 2,
-        "num_heads": 3,
-        "img_size": 32,
-        "global_attn_indexes": (1,),
-    },
     "twins_svt_small": {
         "img_size": 64,
         "embed_dims": (16, 32, 32, 32),
@@ -432,6 +425,29 @@ def test_classes_that_call_torchs_attention(name, monkeypatch):
     assert calls
     assert relative_error(found[0], expected[0]) < 1e-4
     assert relative_error(found[1], expected[1]) < 1e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rel_pos": False, "use_rope": True}, {"qkv_bias": False}], ids=str)
+def test_sam(options):
+    """A map of 5 x 3 patches in windows of 2, one global block, and positions of another size."""
+    settings = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": (80, 48), "window_size": 2, "num_classes": 7}
+    model = randomise(timm.create_model("samvit_base_patch16_224", **settings, global_attn_indexes=(1,), **options))
+    images = torch.randn(2, 3, 80, 48)
+    call = lambda m: m(images.to(m.patch_embed.proj.weight.dtype))  # noqa: E731
+    by = "decomposed_attention" if options.get("use_rel_pos", True) else "flash_attention, in its own code"
+    check_accelerated(model, call, {"Attention": 2, "Conv2d": 1, "Mlp": 2})
+    report = pyvit.accelerate(model)
+    assert [row.note for row in report.replaced if row.kind.endswith("Attention")] == [by] * 2
+    if by != "decomposed_attention":
+        return
+    for block in model.blocks:
+        block.attn.attn_drop.p = 0.5
+    model.train()  # dropout runs timm's code
+    torch.manual_seed(3)
+    dropped = call(model)
+    pyvit.restore(model)
+    torch.manual_seed(3)
+    torch.testing.assert_close(dropped, call(model))
 
 
 def test_a_class_token_that_attends():

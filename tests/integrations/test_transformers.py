@@ -70,6 +70,31 @@ def test_rotary(size, attention):
         assert relative_error(compiled, model(pixels(model, *size)).last_hidden_state) < 1e-4
 
 
+SAM = {**TINY, "image_size": 32, "patch_size": 4, "output_channels": 24, "global_attn_indexes": [1], "window_size": 3}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["SamVision", "SamHQVision"])
+def test_sam(kind, attention):
+    """Windows that reach over the edge of 8 x 8 patches, and a global block."""
+    model = make(kind, {**SAM, "attention_dropout": 0.5}, head="Model", attn_implementation=attention).eval()
+    name = f"{kind}SdpaAttention" if attention == "sdpa" else f"{kind}Attention"
+    call = lambda m: m(pixels(m, 32, 32)).last_hidden_state  # noqa: E731
+    check_accelerated(model, call, {name: 2})
+    report = pyvit.accelerate(model)
+    assert [row.note for row in report.replaced if row.kind.endswith(name)] == ["decomposed_attention"] * 2
+    if attention == "eager":  # its probabilities are those of transformers' code
+        assert model(pixels(model, 32, 32), output_attentions=True).attentions[1].shape == (6, 64, 64)
+    layer = next(m for m in model.modules() if type(m).__name__ == name)
+    layer.train()
+    results = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        results.append(call(model))
+        pyvit.restore(model)
+    torch.testing.assert_close(*results)
+
+
 def test_calls_of_rotary_attention(monkeypatch):
     """Rotation within attention, or before it where attention weights are dropped; masks; embeddings of another
     dtype."""

@@ -166,6 +166,26 @@ def test_everything_masked(on: Served) -> None:
         check_op(with_lse, {**qkv(on, 1, 2, 17, 33, 32), "bias": bias.to(on.device)}, backend=on.backend)
 
 
+@pytest.mark.isa
+@on_every
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("nk", [5, 40, 300])
+def test_keys_that_a_mask_keeps_out_may_be_anything(on: Served, value: float, nk: int) -> None:
+    """The output, log-sum-exp, and gradients but those of queries (which are products with the keys)."""
+    tensors = qkv(on, 1, 2, 20, nk, 32)
+    mask = torch.ones(20, nk, dtype=torch.bool, device=on.device)
+    mask[:, [1, nk - 1]] = False
+    results = []
+    for filler in (0.0, value):
+        leaves = {name: t.clone() for name, t in tensors.items()}
+        leaves["k"][:, :, [1, nk - 1]] = filler
+        leaves = {name: t.requires_grad_() for name, t in leaves.items()}
+        out, lse = with_lse(**leaves, bias=mask, backend=on.backend)
+        results.append([out, lse, *torch.autograd.grad(out.float().square().sum(), [leaves["k"], leaves["v"]])])
+    for zero, other in zip(*results, strict=True):
+        assert torch.equal(zero, other)
+
+
 @on_every
 def test_leading_keys_masked(on: Served) -> None:
     """The running maximum is -inf over whole blocks of keys."""

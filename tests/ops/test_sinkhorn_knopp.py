@@ -28,6 +28,12 @@ def test_against_reference(b, k):
     torch.testing.assert_close(((products - center) / 0.3).softmax(-1), sinkhorn_knopp(products, 0.3, 3))
 
 
+def test_no_iterations_normalise_the_batch_as_a_whole():
+    scores = torch.randn(37, 50)
+    found = sinkhorn_knopp(scores, 0.3, 0)
+    torch.testing.assert_close(found, (scores.flatten() / 0.3).softmax(0).view(37, 50) * 37)
+
+
 def test_prototypes_get_equal_shares():
     """After many iterations every prototype has the same total."""
     share = sinkhorn_knopp(torch.randn(64, 8).double(), 0.5, 200).sum(0)
