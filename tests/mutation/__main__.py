@@ -44,6 +44,9 @@ def copied() -> None:
         if source.is_file() and not (target.exists() and target.read_bytes() == source.read_bytes()):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
+    link = COPY / "pyvit/triton_kernels"  # an editable installation would find the checkout's
+    if not link.is_symlink():
+        link.symlink_to("../triton_kernels")
 
 
 def build() -> str:

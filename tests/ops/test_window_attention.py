@@ -190,6 +190,10 @@ def test_logit_scale_beyond_the_clamp_has_no_gradient(on: Served) -> None:
         **tensors, window_size=4, num_heads=len(scales), logit_scale=logit_scale, backend=on.backend
     ).float().sin().sum().backward()
     assert (logit_scale.grad != 0).tolist() == [True, True, True, False, False, False]
+    options = {"window_size": 4, "num_heads": len(scales), "backend": on.backend}
+    beyond, largest = (torch.full_like(logit_scale.detach(), value) for value in (9.0, clamp.item()))
+    found = window_attention(**tensors, **options, logit_scale=beyond)
+    assert torch.equal(found, window_attention(**tensors, **options, logit_scale=largest))
 
 
 @on_every
