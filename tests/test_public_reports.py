@@ -18,19 +18,22 @@ from torch import Tensor
 
 import pyvit
 from pyvit import ops
+from pyvit.models.clip import TextTransformer
 from pyvit.nn import DropPath, resample_positions
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/reliability.md"
+_HERE = "tests/test_public_reports.py::"
 _MARKERS = re.compile(r"(?<=<!-- reports -->\n).*(?=<!-- /reports -->)", re.DOTALL)
 
 
 class Report(NamedTuple):
-    """``where``: repository and number, ``seen``: what went wrong there, ``here``: what pyvit does."""
+    """``where``: repository and number, ``seen``: what went wrong there, ``here``: what pyvit does. ``test``: its file
+    and name."""
 
     where: str
     seen: str
     here: str
-    test: Callable[[], None]
+    test: str
 
     @property
     def link(self) -> str:
@@ -43,7 +46,7 @@ REPORTS: list[Report] = []
 
 def report(where: str, seen: str, here: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
     def of(test: Callable[[], None]) -> Callable[[], None]:
-        REPORTS.append(Report(where, seen, here, test))
+        REPORTS.append(Report(where, seen, here, f"tests/test_public_reports.py::{test.__name__}"))
         return test
 
     return of
@@ -372,14 +375,58 @@ def test_sigmoid_loss_scale() -> None:
     torch.testing.assert_close(ops.sigmoid_contrastive(a, b, 10.0, -10.0), wanted)
 
 
+# Texts
+@report(
+    "mlfoundations/open_clip#1151", "a text without an end token is pooled at its first", "at its last, which sees all"
+)
+def test_a_text_without_an_end_token() -> None:
+    tower = _text_tower(eot=40)
+    texts = torch.tensor([[1, 2, 40, 0, 0], [1, 2, 3, 4, 5]])
+    assert tower.end_of(texts).tolist() == [2, 4]
+
+
+@report("huggingface/transformers#24650", "tokens that are added after the end token are taken for it", "they are not")
+def test_tokens_added_after_the_end_token() -> None:
+    tower = _text_tower(eot=40)
+    assert tower.end_of(torch.tensor([[1, 45, 49, 40, 0]])).tolist() == [3]
+
+
+def _text_tower(eot: int) -> TextTransformer:
+    return TextTransformer(embed_dim=8, context_length=5, vocab_size=50, width=16, num_heads=2, depth=1, eot=eot)
+
+
+# Situations that other tests make.
+REPORTS += [
+    Report(
+        "mlfoundations/open_clip#616",
+        "gathering with gradients scales them by the number of ranks",
+        "the gradient of the sum over ranks of the whole batch's loss, as documented",
+        "tests/losses/test_distributed.py::test_ranks_equal_one",
+    ),
+    Report(
+        "lightly-ai/lightly#1177",
+        "partners of other ranks are taken where the batch is not gathered",
+        "one rank equals many",
+        "tests/losses/test_distributed.py::test_ranks_equal_one",
+    ),
+    Report(
+        "huggingface/transformers#30978",
+        "attention maps are None where SDPA runs",
+        "an accelerated model returns them where they are asked for",
+        "tests/integrations/test_transformers.py::test_probabilities_are_returned_when_asked_for",
+    ),
+]
+
+
 @pytest.mark.parametrize("each", REPORTS, ids=lambda r: r.where)
 def test_each_report_has_its_test(each: Report) -> None:
-    assert each.test.__name__.startswith("test_")
+    file, _, name = each.test.partition("::")
+    assert f"def {name}(" in (PAGE.parents[1] / file).read_text()
 
 
 def table() -> str:
-    lines = ["| report | what went wrong there | here | `tests/test_public_reports.py` |", "|---|---|---|---|"]
-    lines += [f"| {r.link} | {r.seen} | {r.here} | `{r.test.__name__}` |" for r in REPORTS]
+    lines = ["| report | what went wrong there | here | test |", "|---|---|---|---|"]
+    lines += [f"| {r.link} | {r.seen} | {r.here} | `{r.test.removeprefix(_HERE)}` |" for r in REPORTS]
     return "\n".join(lines) + "\n"
 
 
