@@ -175,7 +175,7 @@ DEFECTS = (
         TORCH + "attention_tensors.h",
         "good = ends[i] >= ends[i - 1] && ends[i]",
         "good = ends[i]",
-        "tests/ops/test_low_level.py -k attention",
+        "tests/ops/test_low_level.py -k cumulative",
     ),
     # Windows on CPUs
     Defect(

@@ -105,6 +105,17 @@ def test_changed_arguments(group: str) -> None:
     assert not [line for line in lines if line.startswith("wrong:")]
 
 
+@pytest.mark.skipif(library.problem() is not None, reason="needs the compiled library")
+@pytest.mark.parametrize("ends", [[0, 6, 4, 9], [1, 4, 9], [0, 4, 8], [0, 9, 9, 10], [-1, 9]], ids=str)
+def test_cumulative_lengths_that_do_not_fit(ends: list[int]) -> None:
+    """Straight to the library, past the checks in Python."""
+    q, bad, good = torch.randn(9, 2, 8), torch.tensor(ends), torch.tensor([0, *[9] * (len(ends) - 1)])
+    kernel = torch.ops.pyvit.flash_attention_varlen
+    for cu_q, cu_k, name in ((bad, good, "cu_seqlens_q"), (good, bad, "cu_seqlens_k")):
+        with pytest.raises(RuntimeError, match=f"{name} must ascend from 0 to 9"):
+            kernel(q, q, q, cu_q, cu_k, 9, 9, None, False, 1.0, "cpu")
+
+
 def test_changed_arguments_without_the_library() -> None:
     """The checks in Python, which also apply to Triton's kernels."""
     names = [
