@@ -87,10 +87,10 @@ DEFECTS = (
         _ATTENTION,
     ),
     Defect(
-        "NaN scores ignored",
+        "rows of NaN count as rows without keys",
         CPU + "softmax.h",
-        "here <= before ? before : here;",
-        "here > before ? here : before;",
+        "if (std::none_of(s, s + valid, [](float x) { return std::isnan(x); })) {",
+        "if (true) {",
         _ATTENTION,
     ),
     Defect(
