@@ -75,8 +75,8 @@ DEFECTS = (
     Defect(
         "a mask that is finite",
         CPU + "softmax.h",
-        "p[c * bias_.k] ? 0.f : -INF",
-        "p[c * bias_.k] ? 0.f : -1e4f",
+        "return mask ? (bias == 0.f ? x : set1(-INF)) : x + bias;",
+        "return mask ? (bias == 0.f ? x : set1(-1e4f)) : x + bias;",
         _ATTENTION,
     ),
     Defect(
@@ -281,7 +281,11 @@ DEFECTS = (
         _INT8,
     ),
     Defect(
-        "rows of zeros divide by zero in int8", CPU + "linear_int8.cpp", "finite && range >= 0x1p-118f", "finite", _INT8
+        "rows that are not finite count as zeros in int8",
+        CPU + "linear_int8.cpp",
+        "finite ? 0.f : std::numeric_limits<float>::quiet_NaN();",
+        "0.f;",
+        _INT8,
     ),
     Defect(
         "sums of the wrong columns in int8",
